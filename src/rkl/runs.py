@@ -1,0 +1,424 @@
+"""The run folder, the same for every wing: atomic writes, run.json, resume, fingerprints, load.
+
+A run is a folder: ``run.json`` (kind, every setting, versions, seed, fingerprint of the data,
+status), ``metrics.jsonl``, weights in safetensors, ``rows.bin`` (which rows it was trained on).
+Every file is written to a temporary name beside it, flushed to the disk and then renamed, so
+that a process killed at any moment leaves the old file or the new one, never half of one.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+FORMAT = 1  # of run.json; raised when an older rkl could no longer read it
+RECORDED = "rkl", "torch", "transformers"  # distributions whose versions a run notes down
+ROW_BYTES = 8  # of the fingerprint of a row: two of 10^6 rows collide once in 4 * 10^7 runs
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
+_KIND = re.compile(r"[a-z_]+(\.[a-z_]+)*")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name for the block to write a file to, which then takes the name ``path``.
+
+    Whoever reads ``path``, at whatever moment, finds the old file or the new one. If the block
+    raises, the old one stays and nothing of the new one is left.
+    """
+    path = Path(path)
+    temporary = _beside(path, "tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """The same for a folder: it is given empty, and flushed with all that the block put in it.
+
+    No system call renames a folder over another, so an old one steps aside first; killed
+    between the two renamings, :meth:`Run.create` brings it back when it resumes.
+    """
+    path = Path(path)
+    temporary, aside = _beside(path, "tmp"), _beside(path, "old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for inside in (*temporary.rglob("*"), temporary):
+            _sync(inside)
+        if path.exists():
+            os.replace(path, aside)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if aside.exists():
+            os.replace(aside, path)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write a value as JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_jsonl(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
+    """Append one row to a file of JSON lines, in the place of a line torn by an earlier crash."""
+    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    with Path(path).open("a+b") as file:
+        if file.tell() and _last_byte(file) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, without a last line torn by a crash."""
+    *lines, _torn = Path(path).read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
+    return rows
+
+
+def save_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
+) -> None:
+    """Write named tensors in safetensors' format, atomically."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata)
+
+
+def fingerprint(rows: Iterable[Any]) -> str:
+    """A digest of rows, in their order: 32 hexadecimal digits.
+
+    A row is bytes (an array's, say), text, or anything that JSON can write; a single text or
+    a single bytes is one row.
+
+    >>> fingerprint(["one row", {"a": 1, "b": 2}]) == fingerprint(["one row", {"b": 2, "a": 1}])
+    True
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for row in [rows] if isinstance(rows, str | bytes) else rows:
+        digest.update(row_fingerprint(row))
+    return digest.hexdigest()
+
+
+def row_fingerprint(row: Any) -> bytes:
+    """The digest of one row, eight bytes."""
+    return hashlib.blake2b(_canonical(row), digest_size=ROW_BYTES).digest()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder on the disk; what it says is read when asked, never remembered.
+
+    Args:
+        path: The folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls,
+        out: str | os.PathLike,
+        kind: str,
+        settings: Mapping[str, Any],
+        *,
+        seed: int,
+        overwrite: bool = False,
+        resume: bool = False,
+        may_change: Collection[str] = (),
+    ) -> "Run":
+        """Begin a run in the folder ``out``, or go on with the one that is there.
+
+        Nothing is written, and nothing removed, before all arguments have been looked at.
+
+        Args:
+            out: The folder. One that holds anything is refused unless the next two say more.
+            kind: The module below ``rkl`` that can load, evaluate and report the run.
+            settings: All that would be needed to run it again, as JSON can write it.
+            seed: What the random numbers start from.
+            overwrite: Empties the folder first, if it holds a run and so is ours to empty.
+            resume: Goes on with the run there, of the same kind and settings; begins it where
+                the folder is missing or empty, as after a crash in its first moments.
+            may_change: Settings in which the resumed run may differ from the one before.
+        """
+        path = Path(out)
+        record = _new_record(kind, settings, seed)
+        if overwrite and resume:
+            raise ValueError("overwrite and resume exclude one another; got both.")
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(f"out must be a folder; got {path}, which is a file.")
+        begun = path.is_dir() and not all(_is_leftover(entry) for entry in path.iterdir())
+        if begun and resume:
+            return cls.open(path)._resumed(record, may_change)
+        if begun and not overwrite:
+            raise FileExistsError(
+                f"out: {path} exists. Choose another folder, or say --resume to go on with the "
+                "run in it, --overwrite to replace it."
+            )
+        if begun:
+            _empty(path)
+        path.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        write_json(path / "run.json", record)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "Run":
+        """The run in a folder that must hold one."""
+        run = cls(Path(path))
+        _ = run.record
+        return run
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What run.json says."""
+        return _read_record(self.path)
+
+    @property
+    def kind(self) -> str:
+        """The module below ``rkl`` that made the run."""
+        return self.record["kind"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings it was begun with."""
+        return self.record["settings"]
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows logged so far."""
+        path = self.path / "metrics.jsonl"
+        return read_jsonl(path) if path.exists() else []
+
+    def update(self, **entries: Any) -> None:
+        """Set entries of run.json, atomically."""
+        write_json(self.path / "run.json", self.record | entries)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append a row to metrics.jsonl."""
+        append_jsonl(self.path / "metrics.jsonl", row)
+
+    def rewind(self, step: int) -> None:
+        """Forget the metrics of later steps, which a run resumed at this one will log again."""
+        rows = [row for row in self.metrics if row.get("step", 0) <= step]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomic(self.path / "metrics.jsonl", text)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Keeps the status in run.json: running, then finished, or interrupted if this raises."""
+        self.update(status="running", ended=None)
+        try:
+            yield
+        except BaseException:
+            self.update(status="interrupted", ended=_now())
+            raise
+        self.update(status="finished", ended=_now())
+
+    def remember_rows(self, rows: Iterable[Any]) -> None:
+        """Note down which rows were trained on, eight bytes each, for :meth:`count_seen`."""
+        digests = sorted({row_fingerprint(row) for row in rows})
+        write_atomic(self.path / "rows.bin", b"".join(digests))
+
+    def count_seen(self, rows: Iterable[Any]) -> int:
+        """How many of these rows the run was trained on."""
+        path = self.path / "rows.bin"
+        stored = path.read_bytes() if path.exists() else b""
+        seen = {stored[i : i + ROW_BYTES] for i in range(0, len(stored), ROW_BYTES)}
+        return sum(row_fingerprint(row) in seen for row in rows)
+
+    def _resumed(self, record: dict[str, Any], may_change: Collection[str]) -> "Run":
+        before = self.record
+        if before["kind"] != record["kind"]:
+            raise ValueError(
+                f"resume: {self.path} holds a run of kind {before['kind']!r}; "
+                f"expected {record['kind']!r}."
+            )
+        old, new = (it["settings"] | {"seed": it["seed"]} for it in (before, record))
+        changed = [
+            f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+            for name in sorted(old.keys() | new.keys())
+            if name not in may_change and old.get(name) != new.get(name)
+        ]
+        if changed:
+            raise ValueError(f"resume: settings of {self.path} differ: {'; '.join(changed)}.")
+        _sweep(self.path)
+        return self
+
+
+def load(path: str | os.PathLike) -> Any:
+    """What a run made, as its wing gives it back: the student of a distillation, say."""
+    return verb("load_run", path)(path)
+
+
+def verb(name: str, *paths: str | os.PathLike) -> Callable[..., Any]:
+    """The function of this name in the wing that made the runs in these folders.
+
+    A run of kind "distill" is loaded by ``rkl.distill.load_run``, evaluated by
+    ``rkl.distill.evaluate_run``: the name says where to look, and no list is kept.
+    """
+    kinds = {path: Run.open(path).kind for path in paths}
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{path} is of kind {kind!r}" for path, kind in kinds.items())
+        raise ValueError(f"paths must be runs of one kind; got: {found}.")
+    path, kind = kinds.popitem()
+    try:
+        wing = importlib.import_module(f"rkl.{kind}")
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"rkl.{kind}.".startswith(f"{error.name}."):
+            raise  # the wing is there, and something that it needs is missing
+        raise ValueError(
+            f"path: {path} is a run of kind {kind!r}, which this rkl does not know."
+        ) from None
+    try:
+        return getattr(wing, name)
+    except AttributeError:
+        raise ValueError(f"path: {path} is a run of kind {kind!r}, which has no {name}.") from None
+
+
+def _new_record(kind: str, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    if not _KIND.fullmatch(kind):
+        raise ValueError(f"kind must name a module below rkl, such as 'distill'; got {kind!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer; got {seed!r}.")
+    try:
+        settings = json.loads(json.dumps(dict(settings)))  # so that tuples equal the lists read
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"settings must be what JSON can write; got {settings!r}: {error}."
+        ) from None
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "status": "running",
+        "settings": settings,
+        "seed": seed,
+        "data": None,
+        "versions": versions(),
+        "started": _now(),
+        "ended": None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of what a run depends on most, none of it imported."""
+    found = {"python": platform.python_version()}
+    for name in RECORDED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    try:
+        record = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"path: {folder} is not a run: it has no run.json.") from None
+    except ValueError as error:
+        raise ValueError(f"path: {path} is corrupt: {error}.") from None
+    known = isinstance(record, dict) and {"format", "kind", "settings", "seed"} <= record.keys()
+    if not known or not isinstance(record["format"], int):
+        raise ValueError(
+            f"path: {path} was not written by rkl: format, kind or settings are missing."
+        )
+    if record["format"] > FORMAT:
+        raise ValueError(
+            f"path: {path} has format {record['format']}; this rkl reads up to {FORMAT}. "
+            "Install a newer rkl."
+        )
+    if not isinstance(record["kind"], str) or not _KIND.fullmatch(record["kind"]):
+        raise ValueError(f"path: {path} has no such kind of run: {record['kind']!r}.")
+    return record
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a folder, which must hold a run: any other is not ours to empty."""
+    _read_record(folder)
+    inside = sorted(folder.iterdir(), key=lambda entry: entry.name == "run.json")
+    for entry in inside:  # run.json last: killed before, the folder can still be overwritten
+        _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
+
+
+def _is_leftover(path: Path) -> bool:
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process had begun to write, and bring back what had stepped aside."""
+    for leftover in [path for path in folder.rglob(".*") if _is_leftover(path)]:
+        name, _token, ending = leftover.name[1:].rsplit(".", 2)
+        if ending == "old" and not leftover.with_name(name).exists():
+            os.replace(leftover, leftover.with_name(name))
+        else:
+            _remove(leftover)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
+
+
+def _canonical(row: Any) -> bytes:
+    if isinstance(row, bytes):
+        return row
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,359 @@
+"""The run folder: what a crash leaves behind, what is refused, what is found again."""
+
+import errno
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rkl
+from rkl import runs
+from rkl.runs import Run
+
+SETTINGS = {"divergence": "KL()", "max_steps": 10, "layers": (1, 2)}
+
+
+def create(out, **options):
+    return Run.create(out, "distill", SETTINGS, seed=0, **options)
+
+
+def everything_in(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def wing(monkeypatch):
+    """A wing that nobody has told rkl.runs about."""
+    module = types.ModuleType("rkl.toy")
+    module.load_run = lambda path: ("loaded", Path(path).name)
+    monkeypatch.setitem(sys.modules, "rkl.toy", module)
+    return module
+
+
+# Writing
+
+WRITERS = {
+    "file": lambda path: runs.write_atomic(path, b"new"),
+    "json": lambda path: runs.write_json(path, {"new": 1}),
+    "tensors": lambda path: runs.save_tensors(path, {"new": torch.ones(3)}),
+}
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    runs.write_atomic(tmp_path / "text", "Ω\n")
+    runs.write_json(tmp_path / "json", {"a": [1, None, "Ω"]})
+    runs.save_tensors(tmp_path / "tensors", {"w": torch.eye(3).T[:2]}, {"step": "1"})
+    assert (tmp_path / "text").read_text(encoding="utf-8") == "Ω\n"
+    assert json.loads((tmp_path / "json").read_text()) == {"a": [1, None, "Ω"]}
+    assert torch.equal(load_file(tmp_path / "tensors")["w"], torch.eye(3)[:2])
+    assert sorted(os.listdir(tmp_path)) == ["json", "tensors", "text"]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("point", ["replace", "fsync"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()])
+def test_a_write_that_fails_at_any_point_leaves_the_old_file_alone(
+    tmp_path, monkeypatch, writer, point, error
+):
+    (tmp_path / "file").write_bytes(b"old")
+
+    def fail(*_arguments):
+        raise error
+
+    monkeypatch.setattr(os, point, fail)
+    with pytest.raises(type(error)):
+        WRITERS[writer](tmp_path / "file")
+    assert everything_in(tmp_path) == {"file": b"old"}
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda it: (calls.append("fsync"), fsync(it)))
+    monkeypatch.setattr(os, "replace", lambda *it: (calls.append("replace"), replace(*it)))
+    runs.write_atomic(tmp_path / "file", b"new")
+    assert calls == ["fsync", "replace", "fsync"]  # the file; its name; the folder's entry
+
+
+@pytest.mark.parametrize("failing_call", [1, 2])
+def test_a_folder_that_fails_to_be_replaced_stays_as_it_was(tmp_path, monkeypatch, failing_call):
+    checkpoint, replace, calls = tmp_path / "checkpoint-1", os.replace, []
+    with runs.replacing_folder(checkpoint) as folder:
+        (folder / "weights").write_bytes(b"old")
+
+    def fail_once(*names):
+        calls.append(names)
+        if len(calls) == failing_call:
+            raise OSError(errno.EIO, "input/output error")
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(OSError, match="input/output"), runs.replacing_folder(checkpoint) as folder:
+        (folder / "weights").write_bytes(b"new")
+    assert everything_in(tmp_path) == {"checkpoint-1/weights": b"old"}
+
+
+def test_a_folder_replaces_another_whole(tmp_path):
+    for name in ("old", "new"):
+        with runs.replacing_folder(tmp_path / "checkpoint-1") as folder:
+            (folder / "inner").mkdir()
+            (folder / "inner" / name).write_text(name)
+    assert everything_in(tmp_path) == {"checkpoint-1/inner/new": b"new"}
+
+
+def test_a_block_that_raises_leaves_no_folder(tmp_path):
+    def fill():
+        with runs.replacing_folder(tmp_path / "checkpoint-1") as folder:
+            (folder / "weights").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, fill)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_torn_last_line_is_dropped_when_read_and_when_appended_to(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in range(3):
+        runs.append_jsonl(path, {"step": step})
+    path.write_bytes(path.read_bytes()[:-4])
+    assert runs.read_jsonl(path) == [{"step": 0}, {"step": 1}]
+    runs.append_jsonl(path, {"step": 7})
+    assert runs.read_jsonl(path) == [{"step": 0}, {"step": 1}, {"step": 7}]
+
+
+def test_a_file_that_holds_only_a_torn_line_can_be_appended_to(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"st')
+    assert runs.read_jsonl(path) == []
+    runs.append_jsonl(path, {"step": 7})
+    assert runs.read_jsonl(path) == [{"step": 7}]
+
+
+def test_a_line_broken_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is not JSON"):
+        runs.read_jsonl(path)
+
+
+# The folder
+
+
+def test_a_run_says_how_to_run_it_again(tmp_path):
+    record = create(tmp_path / "run").record
+    assert record["kind"] == "distill"
+    assert record["settings"] == {"divergence": "KL()", "max_steps": 10, "layers": [1, 2]}
+    assert record["seed"] == 0
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["status"] == "running"
+
+
+def test_versions_are_noted_without_importing_anything(monkeypatch):
+    for name in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert {"python", "rkl", "torch", "transformers"} <= runs.versions().keys()
+
+
+def test_the_status_follows_the_run(tmp_path):
+    run = create(tmp_path / "run")
+    with run.running():
+        assert run.record["status"] == "running"
+    assert run.record["status"] == "finished"
+
+    def interrupted():
+        with run.running():
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, interrupted)
+    assert run.record["status"] == "interrupted"
+
+
+def test_a_folder_that_holds_anything_is_refused_untouched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(FileExistsError, match="out: .* exists"):
+        create(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not a run"):
+        create(tmp_path, overwrite=True)
+    with pytest.raises(FileNotFoundError, match="is not a run"):
+        create(tmp_path, resume=True)
+    assert everything_in(tmp_path) == {"thesis.tex": b"precious"}
+
+
+def test_another_programs_run_json_does_not_make_a_folder_ours_to_empty(tmp_path):
+    (tmp_path / "run.json").write_text('{"name": "another program"}')
+    with pytest.raises(ValueError, match="not written by rkl"):
+        create(tmp_path, overwrite=True)
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"kind": "../distill"},
+        {"kind": ""},
+        {"seed": 1.5},
+        {"seed": True},
+        {"settings": {"model": object()}},
+        {"overwrite": True, "resume": True},
+    ],
+)
+def test_nothing_is_written_before_the_arguments_are_looked_at(tmp_path, bad):
+    run = create(tmp_path / "run")
+    before = everything_in(tmp_path)
+    good = {"kind": "distill", "settings": SETTINGS, "seed": 0, "overwrite": True}
+    with pytest.raises((ValueError, TypeError), match=next(iter(bad))):
+        Run.create(out=run.path, **good | bad)
+    with pytest.raises((ValueError, TypeError), match=next(iter(bad))):
+        Run.create(out=tmp_path / "new", **good | bad)
+    assert everything_in(tmp_path) == before
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(FileExistsError, match="out must be a folder"):
+        create(tmp_path / "run", overwrite=True)
+
+
+def test_overwriting_empties_the_run_before(tmp_path):
+    run = create(tmp_path)
+    run.log({"step": 1})
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "weights").write_text("old")
+    create(tmp_path, overwrite=True)
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_a_link_in_a_run_is_unlinked_and_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "thesis.tex").write_text("precious")
+    run = create(tmp_path / "run")
+    (run.path / "link").symlink_to(tmp_path / "elsewhere")
+    create(run.path, overwrite=True)
+    assert (tmp_path / "elsewhere" / "thesis.tex").exists()
+
+
+def test_resuming_goes_on_in_the_folder_as_it_is(tmp_path):
+    first = create(tmp_path / "run", resume=True)  # nothing there yet: it begins
+    first.log({"step": 1})
+    started = first.record["started"]
+    again = create(tmp_path / "run", resume=True)
+    assert again.metrics == [{"step": 1}]
+    assert again.record["started"] == started
+
+
+def test_resuming_under_other_settings_is_refused_by_name(tmp_path):
+    create(tmp_path)
+    other = SETTINGS | {"max_steps": 20}
+    with pytest.raises(ValueError, match="max_steps was 10 and is 20"):
+        Run.create(tmp_path, "distill", other, seed=0, resume=True)
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        Run.create(tmp_path, "distill", SETTINGS, seed=1, resume=True)
+    with pytest.raises(ValueError, match="kind 'distill'; expected 'flows'"):
+        Run.create(tmp_path, "flows", SETTINGS, seed=0, resume=True)
+    Run.create(tmp_path, "distill", other, seed=0, resume=True, may_change=["max_steps"])
+
+
+def test_resuming_sweeps_up_after_a_killed_process(tmp_path):
+    run = create(tmp_path)
+    (tmp_path / ".run.json.0123abcd.tmp").write_text('{"kin')
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / ".checkpoint-2.0123abcd.old").mkdir()
+    (tmp_path / ".checkpoint-1.0123abcd.old").mkdir()
+    (tmp_path / ".checkpoint-1.89abcdef.tmp").mkdir()
+    (tmp_path / ".mine.tmp").write_text("not a name that rkl gives")
+    create(run.path, resume=True)
+    names = [".mine.tmp", "checkpoint-1", "checkpoint-2", "run.json"]
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+def test_a_run_killed_before_its_first_file_can_be_begun_again(tmp_path):
+    (tmp_path / ".run.json.0123abcd.tmp").write_text('{"kin')
+    create(tmp_path)
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_later_metrics_are_forgotten_when_a_run_goes_back(tmp_path):
+    run = create(tmp_path)
+    for step in (10, 20, 30):
+        run.log({"step": step})
+    run.rewind(20)
+    assert run.metrics == [{"step": 10}, {"step": 20}]
+
+
+# Finding it again
+
+
+def test_a_run_is_loaded_by_the_wing_it_names(tmp_path, wing):
+    run = Run.create(tmp_path / "run", "toy", {}, seed=0)
+    assert runs.load(run.path) == ("loaded", "run")
+    assert rkl.load(run.path) == ("loaded", "run")
+
+
+def test_a_wing_or_a_verb_that_does_not_exist_is_named(tmp_path, wing):
+    toy = Run.create(tmp_path / "toy", "toy", {}, seed=0)
+    future = Run.create(tmp_path / "future", "weather.rain", {}, seed=0)
+    with pytest.raises(ValueError, match="'weather.rain', which this rkl does not know"):
+        runs.load(future.path)
+    with pytest.raises(ValueError, match="'toy', which has no evaluate_run"):
+        runs.verb("evaluate_run", toy.path)
+    with pytest.raises(ValueError, match="runs of one kind.*'toy'.*'weather.rain'"):
+        runs.verb("compare_runs", toy.path, future.path)
+
+
+def test_a_package_that_a_wing_lacks_is_not_taken_for_a_missing_wing(tmp_path, monkeypatch):
+    run = Run.create(tmp_path, "toy", {}, seed=0)
+
+    def lacking(name):
+        raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+
+    monkeypatch.setattr(runs.importlib, "import_module", lacking)
+    with pytest.raises(ModuleNotFoundError, match="datasets"):
+        runs.load(run.path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is not a run"),
+        ("{", "is corrupt"),
+        ("[]", "not written by rkl"),
+        ('{"kind": "distill"}', "not written by rkl"),
+        ('{"format": "1", "kind": "a", "settings": {}, "seed": 0}', "not written by rkl"),
+        ('{"format": 99, "kind": "a", "settings": {}, "seed": 0}', "Install a newer rkl"),
+        ('{"format": 1, "kind": "os;", "settings": {}, "seed": 0}', "no such kind"),
+    ],
+)
+def test_a_folder_that_is_no_readable_run_says_what_is_wrong(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        runs.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_knows_rows_and_their_order_only():
+    rows = ["one", {"a": 1, "b": [2, "Ω"]}, b"\x00\x01"]
+    assert runs.fingerprint(rows) == runs.fingerprint(iter(rows))
+    assert runs.fingerprint(rows) != runs.fingerprint(rows[::-1])
+    assert runs.fingerprint(["ab"]) == runs.fingerprint("ab") != runs.fingerprint(["a", "b"])
+    assert len(runs.fingerprint([])) == 32
+
+
+def test_rows_that_were_trained_on_are_recognised(tmp_path):
+    run = create(tmp_path)
+    assert run.count_seen(["a"]) == 0
+    run.remember_rows(f"row {i}" for i in range(1000))
+    assert run.count_seen(["row 7", "row 999", "row 1000", "unseen"]) == 2
+    assert (tmp_path / "rows.bin").stat().st_size == 8 * 1000

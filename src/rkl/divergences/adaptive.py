@@ -1,0 +1,175 @@
+"""Divergences that are not f-divergences: exact over atoms, never sampled."""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rkl.divergences.base import (
+    Divergence,
+    log_ratio,
+    near_or_far,
+    number,
+    power,
+    relative_entropy,
+    taylor,
+)
+from rkl.divergences.f_divergences import KL, ReverseKL
+
+BLOCK = 128  # atoms whose largest stands for all of them, in the search for the largest
+
+
+@dataclass(frozen=True)
+class AKL(Divergence):
+    r"""Adaptive KL, w KL(p ‖ q) + (1 − w) KL(q ‖ p), with w set by where q errs.
+
+    The head of p is its most probable atoms, up to a total mass of μ but never empty,
+    and w = Σ_head |p − q| / Σ |p − q|, a constant to autograd. AKL compares p and q as
+    wholes rather than through p/q: it is exact on atoms and cannot be sampled. Where the
+    head is the top atom alone, w is at most ½.
+
+    Source: Wu et al. (2025), arXiv 2404.02657, eq. (10), and their code for the atom that
+    straddles μ.
+
+    Neighbours: KL() and ReverseKL(), between which it moves token by token; ToDi() does so
+    atom by atom.
+
+    Args:
+        mu: Mass of the head, in [0, 1).
+        straddle: The part to which the atom that straddles μ belongs: "tail" as in the
+            authors' code, "head" as in the paper's wording.
+
+    >>> p, q = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.full((4,), 0.25)
+    >>> AKL().held(p.log(), q.log()), AKL(straddle="head").held(p.log(), q.log())
+    ((tensor([0.3750]),), (tensor([0.5000]),))
+    """
+
+    mu: float = 0.5
+    straddle: Literal["head", "tail"] = "tail"
+
+    def __post_init__(self):
+        number("mu", self.mu, at_least=0, below=1, what=" (at 1 it would be KL)")
+        if self.straddle not in ("head", "tail"):
+            raise ValueError(f"straddle must be 'head' or 'tail'; got {self.straddle!r}.")
+
+    def search(self, logp):
+        """The likeliest atoms, and which of them are the head; all of it is among them."""
+        atoms, k = logp.shape[-1], 32
+        while True:
+            index = largest(logp, min(k, atoms))
+            mass = logp.gather(-1, index).exp()
+            total = mass.cumsum(-1)
+            head = total <= self.mu if self.straddle == "tail" else total - mass < self.mu
+            if k >= atoms or not head[..., -1].any():
+                head[..., 0] = True
+                return index, head
+            k *= 16
+
+    def held(self, logp, logq, *found):
+        index, head = found or self.search(logp)
+        gap = (logp.exp() - logq.exp()).abs().sum(-1, keepdim=True)
+        at_head = (logp.gather(-1, index).exp() - logq.gather(-1, index).exp()).abs()
+        head_gap = (at_head * head).sum(-1, keepdim=True)
+        tiny = torch.finfo(gap.dtype).tiny  # 0/0 where p = q, and there any w will do
+        return ((head_gap / gap.clamp_min(tiny)).clamp_max(1.0),)
+
+    def integrand(self, logp, logq, w):
+        forward, reverse = _PARENTS[0].excess(logp, logq), _PARENTS[1].excess(logp, logq)
+        # 0 · ∞ = 0: a side without weight may be infinite
+        return torch.where(w > 0, w * forward, 0.0) + torch.where(w < 1, (1 - w) * reverse, 0.0)
+
+
+@dataclass(frozen=True)
+class ToDi(Divergence):
+    r"""Token-wise KL, Σ s p log(p/q) + (1 − s) q log(q/p), with s = p/(p + q) held.
+
+    Its value is that of Jeffreys(); its gradient is not, for s is a constant to autograd:
+    an atom with p > q is pulled up by KL and one with p < q down by ReverseKL.
+
+    Source: Jung et al. (2025), arXiv 2505.16297, eq. (9).
+
+    Neighbours: Jeffreys(), by value; AKL(), which holds one weight for a whole token.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> ToDi()(p.log(), q.log()), (KL() + ReverseKL())(p.log(), q.log())
+    (tensor(0.8789), tensor(0.8789))
+    """
+
+    aliases = ("todi",)
+
+    def held(self, logp, logq, *found):
+        return (log_ratio(logp, logq).sigmoid(),)
+
+    def integrand(self, logp, logq, s):
+        # No tangent plane is taken off: s varies over atoms, so p − q would not sum to nothing.
+        return s * relative_entropy(logp, logq) + (1 - s) * relative_entropy(logq, logp)
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    r"""α–β divergence, Σ (α p^(α+β) + β q^(α+β) − (α+β) p^α q^β) / (αβ(α + β)).
+
+    Homogeneous of degree α + β rather than 1, so rare atoms count for more where α + β < 1:
+    separable over atoms, but no f-divergence unless α + β = 1. Infinite where p has mass
+    and q has none for β < 0, and the other way round for α < 0.
+
+    Source: Cichocki et al. (2011), eq. (19); Wang et al. (2025), arXiv 2505.04560 (ABKD).
+
+    Neighbours: Amari(alpha) at β = 1 − α.
+
+    Args:
+        alpha: Not 0.
+        beta: Not 0; alpha + beta must be positive.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> AlphaBeta()(p.log(), q.log())
+    tensor(0.5090)
+    """
+
+    alpha: float = 0.2
+    beta: float = 0.7
+
+    def __post_init__(self):
+        number("alpha", self.alpha, unequal=(0,))
+        number("beta", self.beta, unequal=(0,))
+        number("alpha + beta", self.alpha + self.beta, above=0)
+
+    def integrand(self, logp, logq):
+        a, b = self.alpha, self.beta
+        mixed = power(logp, logq, a, b)
+        of_p, of_q = ((a + b) * logp).exp(), ((a + b) * logq).exp()
+        return of_p / (b * (a + b)) + of_q / (a * (a + b)) - mixed / (a * b)
+
+    def excess(self, logp, logq):
+        """F itself, which touches 0 at p = q, by its series there: no digits are lost."""
+        _, *series = self._taylor
+        scale = ((self.alpha + self.beta) * logq).exp()
+        return near_or_far(log_ratio(logp, logq), scale, series, self.integrand(logp, logq))
+
+    @functools.cached_property
+    def _taylor(self) -> tuple[float, ...]:
+        return taylor(self.integrand, degree=self.alpha + self.beta)
+
+
+def largest(x: Float[Tensor, "*batch atoms"], k: int) -> Int[Tensor, "*batch k"]:
+    """The indices of the k largest, in order: the top-k of x, at the price of one pass.
+
+    The k largest lie in the k blocks with the largest maxima, so only those are ranked.
+    """
+    atoms = x.shape[-1]
+    blocks = atoms // BLOCK
+    if blocks < 2 * k:
+        return x.topk(k).indices
+    split = blocks * BLOCK
+    tops = x[..., :split].unflatten(-1, (blocks, BLOCK)).amax(-1).topk(k).indices
+    inside = torch.arange(BLOCK, device=x.device)
+    candidates = (tops[..., None] * BLOCK + inside).flatten(-2)
+    rest = torch.arange(split, atoms, device=x.device).expand(*x.shape[:-1], -1)
+    candidates = torch.cat([candidates, rest], -1)
+    return candidates.gather(-1, x.gather(-1, candidates).topk(k).indices)
+
+
+_PARENTS = KL(), ReverseKL()

@@ -1,0 +1,320 @@
+"""What a divergence is: the two base classes, sums of divergences, and silent logarithms."""
+
+import abc
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, Distribution
+from torch.func import grad
+
+NEAR = 0.02  # |log p/q| below which an excess is summed by its series
+
+
+class Divergence(abc.ABC):
+    r"""A divergence D(p ‖ q) = Σ F(p, q) over atoms, once its coefficients are held.
+
+    To write one, make a frozen dataclass with
+
+    - ``integrand``, the term F of one atom, from log p and log q;
+    - ``held``, only if F has coefficients that look at whole distributions, and ``search``
+      if finding them takes more than tensor operations of fixed shape;
+    - ``__post_init__``, refusing parameters out of range.
+
+    Then let :func:`rkl.testing.check_divergence` judge it. Every estimator, the trainer, the
+    command line and the documentation find it by its name in kebab case, or by an alias.
+    """
+
+    aliases: ClassVar[tuple[str, ...]] = ()
+
+    def search(self, logp: Float[Tensor, "*batch atoms"]) -> tuple:
+        """What ``held`` needs and no compiler can trace, such as where the head of p ends."""
+        return ()
+
+    def held(
+        self, logp: Float[Tensor, "*batch atoms"], logq: Float[Tensor, "*batch atoms"], *found
+    ) -> tuple:
+        """The coefficients, [*batch, 1] or [*batch, atoms] each; constant to autograd.
+
+        ``found`` is what ``search`` returned, where the caller has it.
+        """
+        return ()
+
+    @abc.abstractmethod
+    def integrand(
+        self, logp: Float[Tensor, "*shape"], logq: Float[Tensor, "*shape"], *held
+    ) -> Float[Tensor, "*shape"]:
+        """F(p, q), elementwise. An atom with p = q = 0 contributes 0."""
+
+    def __call__(
+        self, logp: Float[Tensor, "*batch atoms"], logq: Float[Tensor, "*batch atoms"]
+    ) -> Float[Tensor, "*batch"]:
+        """D(p ‖ q) in nats, exactly, from normalised log-probabilities."""
+        with torch.no_grad():
+            held = self.held(logp, logq)
+        return self.excess(logp, logq, *held).sum(-1)
+
+    def excess(
+        self, logp: Float[Tensor, "*shape"], logq: Float[Tensor, "*shape"], *held
+    ) -> Float[Tensor, "*shape"]:
+        """F(p, q) in the form to sum over atoms; F itself where no better one is known."""
+        return self.integrand(logp, logq, *held)
+
+    def between(self, p: Distribution, q: Distribution) -> Float[Tensor, "*batch"]:
+        """D(p ‖ q) in nats between two distributions of torch, where a closed form is known.
+
+        Between two laws of finite support every divergence has one: the sum.
+
+        Raises:
+            NotImplementedError: There is none; the message names what to use instead.
+
+        >>> KL().between(Bernoulli(probs=0.5), Bernoulli(probs=0.9))
+        tensor(0.5108)
+        """
+        logp, logq = _atoms(p), _atoms(q)
+        if logp is None or logq is None or logp.shape[-1] != logq.shape[-1]:
+            raise NotImplementedError(
+                f"{self} has no closed form between {type(p).__name__} and {type(q).__name__}; "
+                "draw samples from one of them and use rkl.monte_carlo."
+            )
+        return self(*torch.broadcast_tensors(logp, logq))
+
+    @functools.cached_property
+    def symmetric(self) -> bool:
+        """Whether D(p ‖ q) = D(q ‖ p), to rounding, over a few hundred pairs."""
+        logp, logq = _examples()
+        return torch.allclose(self(logp, logq), self(logq, logp), rtol=1e-8, atol=1e-12)
+
+    @functools.cached_property
+    def bounded(self) -> bool:
+        """Whether D stays finite between laws that share no atom."""
+        logp = torch.tensor([0.0, -math.inf], dtype=torch.float64)
+        return self(logp, logp.flip(0)).isfinite().item()
+
+    def __rmul__(self, weight: float) -> "Divergence":
+        return combine(*((weight * w, term) for w, term in _terms(self)))
+
+    def __add__(self, other: "Divergence") -> "Divergence":
+        if not isinstance(other, Divergence):
+            return NotImplemented
+        return combine(*_terms(self), *_terms(other))
+
+
+class FDivergence(Divergence):
+    r"""A divergence D(p ‖ q) = Σ q f(p/q), with f convex and f(1) = 0.
+
+    A subclass writes the integrand F(p, q) = q f(p/q) rather than f itself. It promises
+    that F is convex and homogeneous, F(cp, cq) = c F(p, q), and that nothing is held. So
+    the one formula serves a sum over atoms, Σ F(p, q), samples from q, E_q[F(p/q, 1)],
+    and samples from p, E_p[F(1, q/p)].
+    """
+
+    def excess(self, logp, logq):
+        """F(p, q) − c (p − q), F over its tangent plane at p = q: at least 0.
+
+        Between distributions it sums to what F does, yet loses no digits where p ≈ q.
+        """
+        c, *series = self._taylor
+        far = self.integrand(logp, logq)
+        if c:
+            far = far - c * (logp.exp() - logq.exp())
+        return near_or_far(log_ratio(logp, logq), logq.exp(), series, far)
+
+    @functools.cached_property
+    def _taylor(self) -> tuple[float, ...]:
+        return taylor(self.integrand, degree=1.0)
+
+    @functools.cached_property
+    def scale_free(self) -> bool:
+        """Whether an unknown constant in log p leaves the minimiser over q where it is.
+
+        It does where F(cp, q) is a positive multiple of F(p, q) plus multiples of p and q:
+        for both KLs and every Amari divergence.
+        """
+        t = torch.linspace(-4, 4, 401, dtype=torch.float64)
+        logp, logq = t / 2, -t / 2
+        basis = torch.stack([self.integrand(logp, logq), logp.exp(), logq.exp()], -1)
+        scaled = self.integrand(logp + 1, logq)
+        fit = torch.linalg.lstsq(basis, scaled, driver="gelsd").solution
+        worst = (basis @ fit - scaled).abs().max()
+        return bool(fit[0] > 0 and worst < 1e-8 * scaled.abs().max())
+
+
+@dataclass(frozen=True, repr=False)
+class _Combination(Divergence):
+    """Σ wᵢ Dᵢ, flat: what 0.3 * KL() + 0.7 * AKL() makes."""
+
+    terms: tuple[tuple[float, Divergence], ...]
+
+    def __post_init__(self):
+        for weight, term in self.terms:
+            number("the weight", weight, above=0, what=f" in {weight} * {term}")
+
+    def __repr__(self):
+        return " + ".join(f"{term}" if w == 1 else f"{w} * {term}" for w, term in self.terms)
+
+    def search(self, logp):
+        return tuple(term.search(logp) for _, term in self.terms)
+
+    def held(self, logp, logq, *found):
+        found = found or ((),) * len(self.terms)
+        pairs = zip(self.terms, found, strict=True)
+        return tuple(term.held(logp, logq, *f) for (_, term), f in pairs)
+
+    def integrand(self, logp, logq, *held):
+        parts = (w * term.integrand(logp, logq, *h) for w, term, h in self._with(held))
+        return functools.reduce(torch.add, parts)
+
+    def excess(self, logp, logq, *held):
+        parts = (w * term.excess(logp, logq, *h) for w, term, h in self._with(held))
+        return functools.reduce(torch.add, parts)
+
+    def between(self, p, q):
+        parts = (w * term.between(p, q) for w, term in self.terms)
+        return functools.reduce(torch.add, parts)
+
+    def _with(self, held):
+        held = held or ((),) * len(self.terms)
+        return [(w, term, h) for (w, term), h in zip(self.terms, held, strict=True)]
+
+
+class _FCombination(_Combination, FDivergence):
+    """Σ wᵢ Dᵢ of f-divergences, which is one."""
+
+    def search(self, logp):
+        return ()
+
+    def held(self, logp, logq, *found):
+        return ()
+
+
+def _terms(divergence: Divergence) -> tuple[tuple[float, Divergence], ...]:
+    return divergence.terms if isinstance(divergence, _Combination) else ((1.0, divergence),)
+
+
+def combine(*terms: tuple[float, Divergence]) -> Divergence:
+    """Σ wᵢ Dᵢ: an f-divergence where every Dᵢ is one."""
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1]
+    every_f = all(isinstance(term, FDivergence) for _, term in terms)
+    return (_FCombination if every_f else _Combination)(terms)
+
+
+def number(
+    name: str,
+    value: float,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+    unequal: tuple[float, ...] = (),
+    what: str = "",
+) -> None:
+    """Refuse a parameter that is not a finite number in its range.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; got {value!r}{what}.")
+    limits = [f"above {above}"] * (above > -math.inf)
+    limits += [f"at least {at_least}"] * (at_least > -math.inf)
+    limits += [f"below {below}"] * (below < math.inf)
+    limits += [f"other than {' and '.join(map(str, unequal))}"] * bool(unequal)
+    inside = above < value < below and value >= at_least and value not in unequal
+    if not (math.isfinite(value) and inside):
+        expected = ", ".join(["finite", *limits])
+        raise ValueError(f"{name} must be {expected}; got {value}{what}.")
+
+
+def log_ratio(
+    loga: Float[Tensor, "*shape"], logb: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """log(a/b), and −∞ where a = b = 0, silent in value and in gradient."""
+    return loga - logb.masked_fill((loga == -math.inf) & (logb == -math.inf), 0.0)
+
+
+def relative_entropy(
+    loga: Float[Tensor, "*shape"], logb: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """A log(a/b), with 0 log(0/b) = 0 in value and in gradient."""
+    return loga.exp() * torch.where(loga == -math.inf, 0.0, loga - logb)
+
+
+def power(
+    logp: Float[Tensor, "*shape"], logq: Float[Tensor, "*shape"], a: float, b: float
+) -> Float[Tensor, "*shape"]:
+    """p^a q^b, and 0 where p = q = 0, silent in value and in gradient."""
+    nowhere = (logp == -math.inf) & (logq == -math.inf)
+    exponent = a * logp.masked_fill(nowhere, 0.0) + b * logq.masked_fill(nowhere, 0.0)
+    return exponent.exp().masked_fill(nowhere, 0.0)
+
+
+def log_mixture(
+    logp: Float[Tensor, "*shape"], logq: Float[Tensor, "*shape"], weight: float
+) -> Float[Tensor, "*shape"]:
+    """log(w p + (1 − w) q), and −∞ where p = q = 0, silent in value and in gradient."""
+    nowhere = (logp == -math.inf) & (logq == -math.inf)  # where logaddexp has no gradient
+    return torch.logaddexp(
+        logp + math.log(weight), logq.masked_fill(nowhere, 0.0) + math.log1p(-weight)
+    ).masked_fill(nowhere, -math.inf)
+
+
+def near_or_far(
+    log_ratio: Float[Tensor, "*shape"],
+    scale: Float[Tensor, "*shape"],
+    series: list[float],
+    far: Float[Tensor, "*shape"],
+) -> Float[Tensor, "*shape"]:
+    """``far``, and the scaled series in log p/q where that is small and the series exists."""
+    if not series:
+        return far
+    near = log_ratio.clamp(-NEAR, NEAR)  # finite, so that the other branch stays silent
+    close = functools.reduce(lambda total, coefficient: coefficient + near * total, series[::-1])
+    return torch.where(near == log_ratio, scale * (near.square() * close), far)
+
+
+def taylor(integrand, degree: float) -> tuple[float, ...]:
+    """The slope of F at p = q, and the series of its excess over q^degree in log p/q.
+
+    F must be homogeneous of that degree; for degree 1 the slope is c, and the excess is F
+    less c (p − q). The series, of the powers 2 to 5, is left out where it misses F, as it
+    does for a divergence with a kink.
+    """
+
+    def along(t):  # F / q^degree, for F is homogeneous
+        return integrand(t, torch.zeros_like(t))
+
+    slopes, zero = [along], torch.zeros((), dtype=torch.float64)
+    for _ in range(5):
+        slopes.append(grad(slopes[-1]))
+    c, *higher = (slope(zero).item() for slope in slopes[1:])
+    c = c if degree == 1 else 0.0
+    series = [(x - c) / math.factorial(n) for n, x in enumerate(higher, start=2)]
+    t = torch.tensor([-NEAR, -NEAR / 4, NEAR / 4, NEAR], dtype=torch.float64)
+    powers = torch.stack([t**n for n in range(2, 6)], -1)
+    fitted = powers @ torch.tensor(series, dtype=t.dtype)
+    smooth = torch.allclose(fitted, along(t) - c * t.expm1(), rtol=1e-4)
+    return (c, *series) if smooth else (c,)
+
+
+def _atoms(distribution: Distribution) -> Tensor | None:
+    """The log-probabilities of a law of finite support."""
+    if isinstance(distribution, Categorical):
+        return distribution.logits
+    if isinstance(distribution, Bernoulli):
+        signs = torch.tensor([1.0, -1.0], dtype=distribution.logits.dtype)
+        return torch.nn.functional.logsigmoid(distribution.logits[..., None] * signs)
+    return None
+
+
+@functools.cache
+def _examples() -> Float[Tensor, "2 pairs atoms"]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 200, 7, generator=generator, dtype=torch.float64)
+    return (2 * logits).log_softmax(-1)

@@ -1,0 +1,391 @@
+"""The f-divergences Σ q f(p/q), each written as its integrand F(p, q) = q f(p/q).
+
+To add one, write one frozen dataclass in this file. Every estimator, the trainer, the
+command line, the documentation and the test-suite will find it here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.distributions import kl_divergence
+
+from rkl.divergences.base import (
+    FDivergence,
+    log_mixture,
+    log_ratio,
+    number,
+    power,
+    relative_entropy,
+)
+
+
+@dataclass(frozen=True)
+class KL(FDivergence):
+    r"""Forward Kullback–Leibler divergence, KL(p ‖ q) = Σ p log(p/q).
+
+    Mass-covering: infinite wherever p has mass and q has none. Maximum likelihood, up to
+    the entropy of p.
+
+    Source: Kullback and Leibler (1951), eq. (2.4).
+
+    Neighbours: the limit of Amari(alpha) at 1; PrecisionHalf(lam) + RecallHalf(lam).
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> KL()(p.log(), q.log())
+    tensor(0.5108)
+    """
+
+    aliases = ("forward-kl",)
+
+    def integrand(self, logp, logq):
+        return relative_entropy(logp, logq)
+
+    def between(self, p, q):
+        return _kl_between(self, p, q, flipped=False)
+
+
+@dataclass(frozen=True)
+class ReverseKL(FDivergence):
+    r"""Reverse Kullback–Leibler divergence, KL(q ‖ p) = Σ q log(q/p).
+
+    Mode-seeking: infinite wherever q has mass and p has none.
+
+    Source: Kullback and Leibler (1951), eq. (2.4), its arguments exchanged.
+
+    Neighbours: the limit of Amari(alpha) at 0.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> ReverseKL()(p.log(), q.log())
+    tensor(0.3681)
+    """
+
+    def integrand(self, logp, logq):
+        return relative_entropy(logq, logp)
+
+    def between(self, p, q):
+        return _kl_between(self, p, q, flipped=True)
+
+
+@dataclass(frozen=True)
+class Jeffreys(FDivergence):
+    r"""Jeffreys divergence, KL(p ‖ q) + KL(q ‖ p) = Σ (p − q) log(p/q).
+
+    Symmetric: infinite wherever exactly one of p and q has mass.
+
+    Source: Jeffreys (1946), eq. (1).
+
+    Neighbours: KL() + ReverseKL(); ToDi() has its value and another gradient.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> Jeffreys()(p.log(), q.log())
+    tensor(0.8789)
+    """
+
+    def integrand(self, logp, logq):
+        nowhere = (logp == -math.inf) & (logq == -math.inf)
+        ratio = (logp - logq.masked_fill(nowhere, 0.0)).masked_fill(nowhere, 0.0)
+        return (logp.exp() - logq.exp()) * ratio
+
+    def between(self, p, q):
+        return KL().between(p, q) + ReverseKL().between(p, q)
+
+
+@dataclass(frozen=True)
+class JensenShannon(FDivergence):
+    r"""Generalised Jensen–Shannon divergence, β KL(p ‖ m) + (1 − β) KL(q ‖ m).
+
+    The mixture is m = βp + (1 − β)q. Never infinite; symmetric and at most log 2 nats at
+    β = ½.
+
+    Source: Agarwal et al. (2024), arXiv 2306.13649, eq. (1).
+
+    Neighbours: near KL() for small β and near ReverseKL() for large β, rescaled by 1/β and
+    1/(1 − β).
+
+    Args:
+        beta: Weight of p in the mixture, strictly between 0 and 1.
+
+    >>> p, q = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    >>> JensenShannon()(p.log(), q.log())
+    tensor(0.6931)
+    """
+
+    aliases = ("js",)
+    beta: float = 0.5
+
+    def __post_init__(self):
+        number("beta", self.beta, above=0, below=1, what=" (its limits are KL and ReverseKL)")
+
+    def integrand(self, logp, logq):
+        logm = log_mixture(logp, logq, self.beta)
+        p_to_m, q_to_m = relative_entropy(logp, logm), relative_entropy(logq, logm)
+        return self.beta * p_to_m + (1 - self.beta) * q_to_m
+
+
+@dataclass(frozen=True)
+class SkewKL(FDivergence):
+    r"""Skew KL divergence, KL(p ‖ m) with m = αp + (1 − α)q.
+
+    Mass-covering like KL, and at most log(1/α): a little of p in the mixture keeps the
+    gradient bounded where q has no mass.
+
+    Source: Lee (2001); Ko et al. (2024), arXiv 2402.03898, eq. (3).
+
+    Neighbours: KL() in the limit α = 0.
+
+    Args:
+        alpha: Weight of p in the mixture, strictly between 0 and 1.
+
+    >>> p, q = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    >>> SkewKL(alpha=0.1)(p.log(), q.log())
+    tensor(2.3026)
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self):
+        number("alpha", self.alpha, above=0, below=1, what=" (at 0 it is KL)")
+
+    def integrand(self, logp, logq):
+        return relative_entropy(logp, log_mixture(logp, logq, self.alpha))
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(FDivergence):
+    r"""Skew reverse KL divergence, KL(q ‖ m) with m = (1 − α)p + αq.
+
+    Mode-seeking like ReverseKL, and at most log(1/α): q may put mass where p has none, at
+    a bounded price.
+
+    Source: Ko et al. (2024), arXiv 2402.03898, eq. (4).
+
+    Neighbours: ReverseKL() in the limit α = 0; SkewKL(alpha) with p and q exchanged.
+
+    Args:
+        alpha: Weight of q in the mixture, strictly between 0 and 1.
+
+    >>> p, q = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    >>> SkewReverseKL(alpha=0.1)(p.log(), q.log())
+    tensor(2.3026)
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self):
+        number("alpha", self.alpha, above=0, below=1, what=" (at 0 it is ReverseKL)")
+
+    def integrand(self, logp, logq):
+        return relative_entropy(logq, log_mixture(logp, logq, 1 - self.alpha))
+
+
+@dataclass(frozen=True)
+class TotalVariation(FDivergence):
+    r"""Total variation distance, Σ |p − q| / 2.
+
+    Between 0 and 1, symmetric; its gradient does not say by how much an atom errs, only on
+    which side.
+
+    Neighbours: PrecisionRecall(lam=1).
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> TotalVariation()(p.log(), q.log())
+    tensor(0.4000)
+    """
+
+    aliases = ("tv",)
+
+    def integrand(self, logp, logq):
+        return (logp.exp() - logq.exp()).abs() / 2
+
+
+@dataclass(frozen=True)
+class SquaredHellinger(FDivergence):
+    r"""Squared Hellinger distance, Σ (√p − √q)² / 2 = 1 − Σ √(pq).
+
+    Between 0 and 1, symmetric.
+
+    Source: Hellinger (1909).
+
+    Neighbours: Amari(0.5) / 4.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> SquaredHellinger()(p.log(), q.log())
+    tensor(0.1056)
+    """
+
+    def integrand(self, logp, logq):
+        return ((logp / 2).exp() - (logq / 2).exp()).square() / 2
+
+
+@dataclass(frozen=True)
+class PearsonChiSquare(FDivergence):
+    r"""Pearson's χ² divergence, Σ (p − q)² / q.
+
+    Mass-covering, far more so than KL: exponential in log(p/q), so it overflows to +∞ where
+    p exceeds q by more than the floating-point range.
+
+    Source: Pearson (1900).
+
+    Neighbours: 2 Amari(2); NeymanChiSquare() with p and q exchanged.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> PearsonChiSquare()(p.log(), q.log())
+    tensor(1.7778)
+    """
+
+    def integrand(self, logp, logq):
+        return (logp.exp() - logq.exp()) * log_ratio(logp, logq).expm1()
+
+
+@dataclass(frozen=True)
+class NeymanChiSquare(FDivergence):
+    r"""Neyman's χ² divergence, Σ (p − q)² / p.
+
+    Mode-seeking, far more so than ReverseKL: exponential in log(q/p), so it overflows to +∞
+    where q exceeds p by more than the floating-point range.
+
+    Source: Neyman (1949).
+
+    Neighbours: 2 Amari(−1); PearsonChiSquare() with p and q exchanged.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> NeymanChiSquare()(p.log(), q.log())
+    tensor(0.6400)
+    """
+
+    def integrand(self, logp, logq):
+        return (logq.exp() - logp.exp()) * log_ratio(logq, logp).expm1()
+
+
+@dataclass(frozen=True)
+class Amari(FDivergence):
+    r"""Amari's α-divergence, (Σ p^α q^(1−α) − 1) / (α(α − 1)).
+
+    Infinite where p has mass and q has none for α ≥ 1, where q has mass and p has none for
+    α ≤ 0, and never for α in between. The larger α, the more mass-covering.
+
+    Source: Amari (1985); Minka (2005), table 1. Rényi's divergence is log(1 + α(α − 1) D) /
+    (α − 1): a monotone function of it, with the same minimiser.
+
+    Neighbours: KL() in the limit 1 and ReverseKL() in the limit 0; 4 SquaredHellinger() at
+    ½, PearsonChiSquare() / 2 at 2, NeymanChiSquare() / 2 at −1.
+
+    Args:
+        alpha: The order, neither 0 nor 1.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> Amari(alpha=2.0)(p.log(), q.log())
+    tensor(0.8889)
+    """
+
+    alpha: float = 0.5
+
+    def __post_init__(self):
+        number("alpha", self.alpha, unequal=(0, 1), what=" (they are ReverseKL and KL)")
+
+    def integrand(self, logp, logq):
+        a = self.alpha
+        return (power(logp, logq, a, 1 - a) - logq.exp()) / (a * (a - 1))
+
+
+@dataclass(frozen=True)
+class PrecisionRecall(FDivergence):
+    r"""Precision–recall divergence, min(λ, 1) − Σ min(λp, q).
+
+    Σ min(λp, q) is the precision of q at slope λ of its precision–recall curve. A large λ
+    buys precision, a small λ buys recall. Its gradient vanishes wherever q is on the right
+    side of λp: PrecisionHalf and RecallHalf are its smooth kin.
+
+    Source: Verine et al. (2023), arXiv 2302.00628, definition 4.1.
+
+    Neighbours: TotalVariation() at λ = 1; every f-divergence is a mixture of these.
+
+    Args:
+        lam: The slope λ, positive.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> PrecisionRecall()(p.log(), q.log())
+    tensor(0.4000)
+    """
+
+    lam: float = 1.0
+
+    def __post_init__(self):
+        number("lam", self.lam, above=0)
+
+    def integrand(self, logp, logq):
+        excess = logq.exp() - self.lam * logp.exp()
+        return torch.relu(excess if self.lam >= 1 else -excess)
+
+
+@dataclass(frozen=True)
+class PrecisionHalf(FDivergence):
+    r"""Precision half of KL, f(r) = r log(λr) − r + 1/λ below r = 1/λ and 0 above.
+
+    The mixture of PrecisionRecall(l) over l ≥ λ with weight 1/l², as in KL: it asks of q
+    that it put no mass where p has less than 1/λ of it. Its gradient is that of maximum
+    likelihood on data weighted by min(1, q/(λp)).
+
+    Source: Verine et al. (2023), arXiv 2302.00628, theorem 4.3, for f(r) = r log r.
+
+    Neighbours: KL() in the limit λ = 0; KL() = PrecisionHalf(lam) + RecallHalf(lam).
+
+    Args:
+        lam: The slope λ, positive.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> PrecisionHalf()(p.log(), q.log())
+    tensor(0.1061)
+    """
+
+    lam: float = 1.0
+
+    def __post_init__(self):
+        number("lam", self.lam, above=0)
+
+    def integrand(self, logp, logq):
+        s = (log_ratio(logp, logq) + math.log(self.lam)).clamp_max(0.0)  # log λr, where below
+        s_exp_s = torch.where(s == -math.inf, 0.0, s) * s.exp()
+        return (logq.exp() / self.lam) * (s_exp_s - s.expm1()) - self._at_one * logq.exp()
+
+    @property
+    def _at_one(self) -> float:
+        """What the formula is at r = 1, and must not be: f(1) = 0."""
+        return max(math.log(self.lam) - 1 + 1 / self.lam, 0.0) if self.lam < 1 else 0.0
+
+
+@dataclass(frozen=True)
+class RecallHalf(FDivergence):
+    r"""Recall half of KL, f(r) = r(1 − log λ) − 1/λ below r = 1/λ and r log r above.
+
+    The mixture of PrecisionRecall(l) over l ≤ λ with weight 1/l², as in KL: it asks of q
+    that it cover what p has more than 1/λ of, and is blind to what q invents. Its gradient
+    is that of maximum likelihood on data weighted by 1 − min(1, q/(λp)).
+
+    Source: Verine et al. (2023), arXiv 2302.00628, theorem 4.3, for f(r) = r log r.
+
+    Neighbours: KL() in the limit of large λ; KL() = PrecisionHalf(lam) + RecallHalf(lam).
+
+    Args:
+        lam: The slope λ, positive.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> RecallHalf()(p.log(), q.log())
+    tensor(0.4047)
+    """
+
+    lam: float = 1.0
+
+    def __post_init__(self):
+        number("lam", self.lam, above=0)
+
+    def integrand(self, logp, logq):
+        return KL().integrand(logp, logq) - PrecisionHalf(self.lam).integrand(logp, logq)
+
+
+def _kl_between(divergence, p, q, *, flipped):
+    try:
+        return kl_divergence(q, p) if flipped else kl_divergence(p, q)
+    except NotImplementedError:
+        return FDivergence.between(divergence, p, q)

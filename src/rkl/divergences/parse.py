@@ -1,0 +1,190 @@
+"""Reading a divergence, or any other value of a catalogue, from its repr or in kebab case."""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+
+from rkl.divergences.base import Divergence
+
+_STRING = r"'[^']*'|\"[^\"]*\""
+_NAME = r"(?<![\w.])[A-Za-z_][\w-]*(?:\.[A-Za-z_]\w*)*(?::[A-Za-z_]\w*)?"
+_CONSTANTS = {"True": True, "False": False, "None": None}
+
+
+def catalogue() -> dict[str, type[Divergence]]:
+    """Every divergence by its command-line name; a subclass is listed by existing.
+
+    >>> list(catalogue())[:3]
+    ['akl', 'alpha-beta', 'amari']
+    """
+
+    def descendants(cls):
+        return [cls, *(d for child in cls.__subclasses__() for d in descendants(child))]
+
+    named = {
+        re.sub("(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower(): cls
+        for cls in descendants(Divergence)
+        if not inspect.isabstract(cls) and not cls.__name__.startswith("_")
+    }
+    return dict(sorted(named.items()))
+
+
+def parse(
+    text: str,
+    catalogue: Mapping[str, Callable] | None = None,
+    names: tuple[str, ...] = (),
+    kind: type | None = None,
+):
+    """A value from its repr, or from the same in kebab case; nothing else is accepted.
+
+    A name that is not in the catalogue may be ``package.module:Name``, which is imported.
+
+    Args:
+        text: Such as "akl(mu=0.3)", or a sum such as "0.5*kl + 0.5*my_package.losses:Mine".
+        catalogue: The values that may be made, by name; by default every divergence.
+        names: Identifiers allowed as settings, kept as strings: ("mu",) in normal(loc=mu).
+        kind: The class that a name must be a subclass of; by default Divergence, or whatever
+            the given catalogue holds. Nothing else that is imported is ever called.
+
+    Raises:
+        ValueError: The text cannot be read; the message names the part at fault.
+        TypeError: The text is not a string.
+
+    >>> parse("akl(mu=0.3)")
+    AKL(mu=0.3, straddle='tail')
+    >>> parse("0.5*kl + 0.5*reverse-kl") == parse("0.5 * KL() + 0.5 * ReverseKL()")
+    True
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string such as 'akl(mu=0.5)'; got {text!r}.")
+    try:
+        return _Reader(text, catalogue, names, kind).value()
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"Cannot read {text[:200]!r}: {reason}") from None
+
+
+class _Reader:
+    """One text: its words replaced by identifiers, and its tree made into a value."""
+
+    def __init__(self, text: str, catalogue, names: tuple, kind: type | None):
+        self.known = _divergences() if catalogue is None else dict(catalogue)
+        self.summed = catalogue is None
+        self.kind = Divergence if catalogue is None else kind
+        self.names = names
+        self.words: list[str] = []
+        self.source = re.sub(f"{_STRING}|{_NAME}", self._word, text.strip())
+
+    def _word(self, match: re.Match) -> str:
+        if match[0][0] in "'\"" or match[0] in _CONSTANTS:
+            return match[0]
+        self.words.append(match[0])
+        return f"_{len(self.words) - 1}"
+
+    def _spelt(self, identifier: str | None) -> str:
+        if identifier is None:
+            raise ValueError("settings are given as name=value, not as **.")
+        return self.words[int(identifier[1:])]
+
+    def value(self):
+        if not self.source:
+            raise ValueError("it is empty.")
+        try:
+            tree = ast.parse(self.source, mode="eval").body
+        except SyntaxError as error:
+            where = (error.offset or 1) - 1
+            raise ValueError(f"{self._restored(error.msg)}, near {where}.") from None
+        return self._build(tree)
+
+    def _restored(self, message: str) -> str:
+        return re.sub(r"\b_(\d+)\b", lambda m: self.words[int(m[1])], message)
+
+    def _build(self, node: ast.expr):
+        match node:
+            case ast.BinOp(left, ast.Add(), right) if self.summed:
+                return self._build(left) + self._build(right)
+            case ast.BinOp(ast.Constant(float() | int() as weight), ast.Mult(), right) if (
+                self.summed
+            ):
+                return weight * self._build(right)
+            case ast.BinOp(ast.UnaryOp(ast.USub()), ast.Mult(), _):
+                raise ValueError("weights must be positive.")
+            case ast.Name(name):
+                return self._made(self._spelt(name), [])
+            case ast.Call(ast.Name(name), [], keywords):
+                return self._made(self._spelt(name), keywords)
+            case ast.Call(ast.Name(name)):
+                spelt = self._spelt(name)
+                raise ValueError(f"{spelt} takes its settings by name, as in akl(mu=0.5).")
+        expected = "names, weights and sums, as in 0.5*kl + 0.5*akl(mu=0.5)"
+        raise ValueError(f"expected {expected if self.summed else 'name(setting=value)'}.")
+
+    def _made(self, name: str, keywords: list[ast.keyword]):
+        make = _imported(name) if ":" in name else self._found(name)
+        if self.kind and not (isinstance(make, type) and issubclass(make, self.kind)):
+            raise ValueError(f"{name} is {make!r}, not a {self.kind.__name__}.")
+        settings = {}
+        for keyword in keywords:
+            setting = self._spelt(keyword.arg)
+            if setting in settings:
+                raise ValueError(f"{name} is given {setting} twice.")
+            settings[setting] = self._setting(setting, keyword.value)
+        _refuse_unknown(make, name, settings)
+        return make(**settings)
+
+    def _found(self, name: str) -> Callable:
+        for kebab, make in self.known.items():
+            if name in (kebab, getattr(make, "__name__", kebab)):
+                return make
+        raise ValueError(f"none is called {name!r}; there are {', '.join(self.known)}.")
+
+    def _setting(self, setting: str, node: ast.expr):
+        if isinstance(node, ast.Name):
+            word = self._spelt(node.id)
+            if word not in self.names:
+                allowed = (
+                    f"one of {', '.join(self.names)}" if self.names else "a number or a string"
+                )
+                raise ValueError(f"{setting} must be {allowed}; got {word}.")
+            return word
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            got = self._restored(ast.unparse(node))
+            raise ValueError(f"{setting} must be a number or a string; got {got}.") from None
+
+
+def _divergences() -> dict[str, type[Divergence]]:
+    known = catalogue()
+    return known | {alias: cls for cls in known.values() for alias in cls.aliases}
+
+
+def _imported(name: str) -> Callable:
+    module, attribute = name.split(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name} cannot be imported: {error}.") from None
+
+
+def _refuse_unknown(make: Callable, name: str, settings: dict) -> None:
+    known = _settings_of(make)
+    for setting in settings:
+        if known is not None and setting not in known:
+            has = f"it has {', '.join(known)}" if known else "it has no settings"
+            raise ValueError(f"{name} has no setting {setting!r}; {has}.")
+
+
+@functools.cache
+def _settings_of(make: Callable) -> tuple[str, ...] | None:
+    """The names a maker takes; None where it takes any."""
+    if dataclasses.is_dataclass(make):
+        return tuple(field.name for field in dataclasses.fields(make))
+    parameters = inspect.signature(make).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return tuple(parameter.name for parameter in parameters)

@@ -1,0 +1,141 @@
+"""The command line: it reads what was asked, calls the verb, and says in one line what failed."""
+
+import argparse
+import importlib.metadata
+import inspect
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import NoReturn
+
+from rkl.cli import commands
+
+BAD_USAGE = ValueError, TypeError, NotImplementedError, FileExistsError, FileNotFoundError
+
+
+class UsageError(ValueError):
+    """The words cannot be understood."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line like all the others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.rstrip('.')}. See {self.prog} --help.")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help whose examples keep their lines, and whose columns are wide enough for our names."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30)
+        self._action_max_length = 16  # argparse forgets that subcommands are indented
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Returns:
+        0; 2 where what was asked cannot be done as asked; 1 where doing it failed; 130 where
+        Ctrl-C stopped it.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        parsed = _parser(words).parse_args(words)
+        parsed.command(parsed)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\nrkl: interrupted. {_how_to_go_on(words)}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output has read enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            raise
+        return _explain(error)
+    return 0
+
+
+def available() -> dict[str, Callable]:
+    """The commands whose wing exists, by name."""
+    return {name: command for name, (command, wing) in commands.COMMANDS.items() if _exists(wing)}
+
+
+def _parser(words: list[str]) -> argparse.ArgumentParser:
+    """The parser for these words: only the command among them declares its arguments.
+
+    Declaring them may import the wing, and rkl --help must not wait for that.
+    """
+    parser = _Parser(
+        prog="rkl",
+        description="Learn one distribution from another.",
+        epilog="rkl COMMAND --help shows examples.",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    version = importlib.metadata.version("rkl")
+    parser.add_argument("--version", action="version", version=f"rkl {version}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    asked_for = next((word for word in words if not word.startswith("-")), None)
+    for name, command in available().items():
+        summary, examples = inspect.cleandoc(command.__doc__ or "").split("\n", 1)
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=examples,
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        if name == asked_for:
+            _add_common_flags(subparser)
+            subparser.set_defaults(command=command(subparser))
+    return parser
+
+
+def _add_common_flags(parser: argparse.ArgumentParser) -> None:
+    common = parser.add_argument_group("everywhere")
+    common.add_argument(
+        "--seed", type=int, default=argparse.SUPPRESS, help="what random numbers start from"
+    )
+    common.add_argument(
+        "--device",
+        default=argparse.SUPPRESS,
+        help="such as cpu, cuda or cuda:1; the best by default",
+    )
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _exists(module: str) -> bool:
+    """Whether rkl has this module; unlike find_spec on its name, without importing its parents."""
+    *parents, name = module.split(".")
+    folder = Path(__file__).parents[1].joinpath(*parents)
+    spec = PathFinder.find_spec(name, [str(folder)])
+    return spec is not None and spec.origin is not None  # a folder without code has none
+
+
+def _explain(error: Exception) -> int:
+    message = " ".join(str(error).split())
+    if isinstance(error, BAD_USAGE) and message:
+        return _complain(message, 2)
+    if isinstance(error, ImportError):
+        return _complain(message, 1)
+    return _complain(f"{type(error).__name__}: {message} (--debug shows where)", 1)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"rkl: error: {message}", file=sys.stderr)
+    return code
+
+
+def _how_to_go_on(words: list[str]) -> str:
+    if "--out" not in words:
+        return "Nothing is kept."
+    again = words if "--resume" in words else [*words, "--resume"]
+    return f"Go on with: {shlex.join(['rkl', *again])}"

@@ -1,0 +1,239 @@
+"""One thin function per command: it declares its arguments and returns what runs them.
+
+The first line of its docstring is its summary in ``rkl --help``, the rest its examples. A wing
+is imported only here, inside the command that needs it.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rkl import runs
+from rkl.cli import settings
+
+if TYPE_CHECKING:
+    from rkl.divergences import Divergence
+
+Runner = Callable[[Namespace], None]
+HERE = Path(__file__).parents[1]
+
+
+def divergences(parser: ArgumentParser) -> Runner:
+    """List the divergences, or explain one.
+
+    Examples:
+      rkl divergences
+      rkl divergences "akl(mu=0.3)"
+      rkl divergences "0.5*kl + 0.5*my_package.losses:Mine"
+    """
+    parser.add_argument("name", nargs="?", help="a divergence; all of them if left out")
+    return lambda parsed: _explain(parsed.name) if parsed.name else _list()
+
+
+def distill(parser: ArgumentParser) -> Runner:
+    """Train a student to imitate a teacher under a divergence.
+
+    Examples:
+      rkl distill --teacher T --student S --data train.jsonl --divergence "akl(mu=0.5)" --out RUN
+      rkl distill --config settings.yaml --out RUN --dry-run
+      rkl distill --out RUN --resume
+      rkl distill --config RUN --divergence reverse-kl --out RUN2
+    """
+    from rkl.distill import run
+
+    settings.add_flags(parser, run.DistillSettings)
+    _add_run_flags(parser)
+
+    def distilled(parsed: Namespace) -> None:
+        earlier = parsed.out if parsed.resume and (parsed.out / "run.json").exists() else None
+        chosen = settings.gather(run.DistillSettings, parsed, earlier)
+        if parsed.dry_run:
+            print(run.estimate(chosen))
+        else:
+            how = {"resume": parsed.resume, "overwrite": parsed.overwrite}
+            print(run.distill(chosen, parsed.out, **how))
+
+    return distilled
+
+
+def demo(parser: ArgumentParser) -> Runner:
+    """Watch the whole of rkl at work on a small problem, and read the report.
+
+    Examples:
+      rkl demo
+      rkl demo distill --out runs/demo
+    """
+    parser.add_argument("name", nargs="?", default="distill", help="which one (default: distill)")
+    _add_out_flags(parser, Path("runs/demo"))
+
+    def demonstrated(parsed: Namespace) -> None:
+        from rkl.studies import demo
+
+        print(demo.run(parsed.name, parsed.out, overwrite=parsed.overwrite, **_common(parsed)))
+
+    return demonstrated
+
+
+def study(parser: ArgumentParser) -> Runner:
+    """Test what a paper claims, and write the figures.
+
+    Examples:
+      rkl study akl --part toy
+      rkl study akl --part toy --out runs/akl
+    """
+    parser.add_argument("name", choices=_studies(), help="the paper")
+    parser.add_argument("--part", required=True, help="which of its claims, such as toy")
+    _add_out_flags(parser, None)
+
+    def studied(parsed: Namespace) -> None:
+        module = importlib.import_module(f"rkl.studies.{parsed.name}")
+        out = parsed.out or Path("runs", f"{parsed.name}-{parsed.part}")
+        print(module.study(parsed.part, out, overwrite=parsed.overwrite, **_common(parsed)))
+
+    return studied
+
+
+def generate(parser: ArgumentParser) -> Runner:
+    """Let the model of a run write, one JSON line per text.
+
+    Examples:
+      rkl generate RUN --prompts prompts.jsonl --max-new-tokens 64
+    """
+    from rkl.distill import generate
+
+    parser.add_argument("run", type=Path, help="the folder of a run, or any model")
+    settings.add_flags(parser, generate.GenerateSettings)
+
+    def generated(parsed: Namespace) -> None:
+        chosen = settings.gather(generate.GenerateSettings, parsed, None)
+        for line in generate.generate_lines(parsed.run, chosen):
+            print(line, flush=True)
+
+    return generated
+
+
+def evaluate(parser: ArgumentParser) -> Runner:
+    """Measure a run on data held out from it.
+
+    Examples:
+      rkl evaluate RUN --data heldout.jsonl
+    """
+    parser.add_argument("run", type=Path, help="the folder of a run of any kind")
+    parser.add_argument("--data", help="what to evaluate on; what the run held out by default")
+
+    def evaluated(parsed: Namespace) -> None:
+        evaluate_run = runs.verb("evaluate_run", parsed.run)
+        print(evaluate_run(parsed.run, data=parsed.data, **_common(parsed)))
+
+    return evaluated
+
+
+def compare(parser: ArgumentParser) -> Runner:
+    """Put runs side by side, in one table and one report.
+
+    Examples:
+      rkl compare RUN1 RUN2 --out comparison.html
+    """
+    return _across_runs(parser, "compare_runs")
+
+
+def report(parser: ArgumentParser) -> Runner:
+    """Write the report of one run or more, a single HTML file.
+
+    Examples:
+      rkl report RUN
+      rkl report RUN1 RUN2 --out report.html
+    """
+    return _across_runs(parser, "report_runs")
+
+
+# Each command, and the module without which it is not there.
+COMMANDS: dict[str, tuple[Callable[[ArgumentParser], Runner], str]] = {
+    "demo": (demo, "studies.demo"),
+    "distill": (distill, "distill.run"),
+    "generate": (generate, "distill.generate"),
+    "evaluate": (evaluate, "runs"),
+    "compare": (compare, "runs"),
+    "report": (report, "runs"),
+    "study": (study, "studies"),
+    "divergences": (divergences, "divergences"),
+}
+
+
+def _list() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rkl.divergences import catalogue
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("name", "D(p ‖ q)", "properties"):
+        table.add_column(heading)
+    for name, cls in catalogue().items():
+        holding = [word for word, holds in _properties(cls()).items() if holds]
+        table.add_row("\n".join([name, *cls.aliases]), _sentence(cls), ", ".join(holding))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("\np is the target, q the model. rkl divergences NAME explains one.")
+
+
+def _sentence(described: Any) -> str:
+    return (inspect.getdoc(described) or "").partition("\n")[0]
+
+
+def _properties(divergence: "Divergence") -> dict[str, bool]:
+    """What holds of it, computed from its formula; only an f-divergence can be sampled."""
+    from rkl.divergences import FDivergence
+
+    return {
+        "f-divergence": isinstance(divergence, FDivergence),
+        "symmetric": divergence.symmetric,
+        "bounded": divergence.bounded,
+        "scale-free": isinstance(divergence, FDivergence) and divergence.scale_free,
+    }
+
+
+def _explain(text: str) -> None:
+    from rkl.divergences import parse
+
+    divergence = parse(text)
+    print(f"{divergence!r}\n\n{inspect.getdoc(divergence)}\n")
+    for word, holds in _properties(divergence).items():
+        print(f"{word:14}{'yes' if holds else 'no'}")
+
+
+def _studies() -> list[str]:
+    names = [module.name for module in pkgutil.iter_modules([str(HERE / "studies")])]
+    return [name.replace("_", "-") for name in names if not name.startswith(("_", "demo"))]
+
+
+def _add_out_flags(parser: ArgumentParser, default: Path | None) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=default, metavar="RUN", help="the folder to write"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is there")
+
+
+def _add_run_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("the run")
+    group.add_argument("--out", type=Path, required=True, metavar="RUN", help="its folder")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
+    group.add_argument("--resume", action="store_true", help="go on with the run that is there")
+    group.add_argument(
+        "--dry-run", action="store_true", help="say what would happen, in what time and memory"
+    )
+
+
+def _across_runs(parser: ArgumentParser, name: str) -> Runner:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the HTML file")
+    return lambda parsed: print(runs.verb(name, *parsed.runs)(parsed.runs, out=parsed.out))
+
+
+def _common(parsed: Namespace) -> dict[str, Any]:
+    """What was said of --seed and --device; the verb's own defaults serve otherwise."""
+    return {name: value for name, value in vars(parsed).items() if name in settings.COMMON}

@@ -1,0 +1,164 @@
+"""Settings, declared once as a frozen dataclass: its fields are the flags and the keys of a file.
+
+The type and the default of a field say how it is read; its metadata may hold ``help`` and
+``metavar``. A field without a default must be given, by a flag or by the file.
+"""
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+COMMON = "seed", "device"  # flags that every command has, settings or not
+Settings = TypeVar("Settings")
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Give the parser a flag for every setting, and --config for a file that holds them."""
+    group = parser.add_argument_group("settings")
+    for name, (field, kind) in _fields(settings).items():
+        if name not in COMMON:
+            flag = f"--{name.replace('_', '-')}"
+            how = _reading(kind, field.metadata.get("metavar"))
+            group.add_argument(flag, default=argparse.SUPPRESS, help=_help(field), **how)
+    group.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings from YAML, or from an earlier run or its run.json; flags come before it",
+    )
+
+
+def gather(settings: type[Settings], parsed: argparse.Namespace, earlier: Path | None) -> Settings:
+    """The settings: of the flags, else of --config or of an earlier run, else the defaults.
+
+    Raises:
+        ValueError: A key of the file is unknown, a value has the wrong type, one is missing.
+    """
+    fields = _fields(settings)
+    config = parsed.config or earlier
+    given = _read(config) if config else {}
+    unknown = sorted(given.keys() - fields.keys())
+    if unknown:
+        raise ValueError(f"config: {config} sets {unknown[0]!r}; known are {', '.join(fields)}.")
+    values = {name: _conform(name, fields[name][1], value) for name, value in given.items()}
+    values |= {
+        name: _conform(name, fields[name][1], value)
+        for name, value in vars(parsed).items()
+        if name in fields
+    }
+    missing = [
+        f"--{name.replace('_', '-')}"
+        for name, (field, _kind) in fields.items()
+        if name not in values and _default(field) is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be given, by flag or in --config FILE.")
+    return settings(**values)
+
+
+def _fields(settings: type) -> dict[str, tuple[dataclasses.Field, Any]]:
+    kinds = typing.get_type_hints(settings)
+    return {field.name: (field, kinds[field.name]) for field in dataclasses.fields(settings)}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
+
+
+def _help(field: dataclasses.Field) -> str:
+    words, default = field.metadata.get("help", ""), _default(field)
+    if default is not dataclasses.MISSING and default not in (None, False, ()):
+        words = f"{words} (default: {default})"
+    return words.replace("%", "%%")
+
+
+def _parts(kind: Any) -> tuple[Any, bool]:
+    """What a kind is apart from None, and whether it may be None."""
+    if typing.get_origin(kind) not in (Union, types.UnionType):
+        return kind, False
+    others = [part for part in typing.get_args(kind) if part is not types.NoneType]
+    return others[0], types.NoneType in typing.get_args(kind)
+
+
+def _reading(kind: Any, metavar: str | None) -> dict[str, Any]:
+    """How argparse is to read a value of this kind."""
+    kind, _optional = _parts(kind)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is Literal:
+        return {"choices": typing.get_args(kind)}
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return {"nargs": "+", "type": item, "metavar": metavar or item.__name__.upper()}
+    return {"type": kind, "metavar": metavar or kind.__name__.upper()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, a run.json, or the folder of a run."""
+    import yaml
+
+    path = path / "run.json" if path.is_dir() else path
+    text = path.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config: {path} cannot be read: {reason}") from None
+    found = {} if found is None else found
+    if isinstance(found, dict) and {"format", "kind", "settings"} <= found.keys():
+        found = found["settings"]
+    if not isinstance(found, dict):
+        raise ValueError(f"config: {path} must hold names with their values; got {found!r:.80}.")
+    return {str(name).replace("-", "_"): value for name, value in found.items()}
+
+
+def _conform(name: str, kind: Any, value: Any) -> Any:
+    """The value as its field wants it, or an error that says what was expected."""
+    inner, optional = _parts(kind)
+    if value is None and optional:
+        return None
+    if typing.get_origin(inner) is Literal:
+        if value in typing.get_args(inner):
+            return value
+        expected = "one of " + ", ".join(map(str, typing.get_args(inner)))
+        raise ValueError(f"{name} must be {expected}; got {value!r}.")
+    if typing.get_origin(inner) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_conform(name, typing.get_args(inner)[0], item) for item in items)
+    read = _READERS.get(inner)
+    if read is None:
+        return value
+    try:
+        return read(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be of type {inner.__name__}; got {value!r}.") from None
+
+
+def _exactly(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is not kind:
+            raise TypeError
+        return value
+
+    return read
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)  # from a string too: YAML takes 1e-4, without a dot, for one
+
+
+_READERS: dict[Any, Callable[[Any], Any]] = {
+    bool: _exactly(bool),
+    int: _exactly(int),
+    str: _exactly(str),
+    float: _float,
+    Path: Path,
+}

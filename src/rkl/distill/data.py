@@ -15,14 +15,13 @@ import bisect
 import itertools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -131,20 +130,6 @@ def tokenize(
     return _dataset(kind, blocks, len(rows), cut, max_length)
 
 
-def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Blocks as a batch, padded on the right.
-
-    What stands in the padding does not matter, for its attention mask is 0 and its label −100:
-    a tokenizer without a padding token will do.
-    """
-    ids, labels = ([example[key] for example in examples] for key in ("input_ids", "labels"))
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
-    }
-
-
 def show_example(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -237,7 +222,7 @@ def _best_fit(rows: Sequence[Example], max_length: int) -> list[Example]:
 
 
 def _text_examples(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
-    end = _end_of_text(tokenizer)
+    end = end_of_text(tokenizer)
     for ids in _encode(tokenizer, (row["text"] for row in rows)):
         ids = ids if ids[-1:] == [end] else [*ids, end]
         yield ids, [True] * len(ids)
@@ -251,7 +236,7 @@ def _completion_examples(
             chat = [*row["prompt"], *row["completion"]]
             yield _chat_by_turns(chat, tokenizer, f"row {number}", len(row["prompt"]))
         return
-    end, merged = _end_of_text(tokenizer), 0
+    end, merged = end_of_text(tokenizer), 0
     prompts = _encode(tokenizer, (row["prompt"] for row in rows))
     both = _encode(tokenizer, (row["prompt"] + row["completion"] for row in rows))
     for prompt, ids in zip(prompts, both, strict=True):
@@ -356,7 +341,8 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.get_chat_template())
 
 
-def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a row; a tokenizer must have one."""
     end: Any = tokenizer.eos_token_id
     if end is None:
         raise ValueError(

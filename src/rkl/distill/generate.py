@@ -1,0 +1,286 @@
+"""What a student writes: prompts out of held-out rows, sampled once per seed."""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rkl.distill.data import end_of_text, render
+from rkl.distill.heads import inference
+from rkl.distill.sources import Row, kind_of
+from rkl.metrics import Mean, clustered_mean, mean
+from rkl.metrics.text import distinct_n, distinct_n_together, rouge_l, self_bleu
+from rkl.runs import write_atomic
+
+SHORTEST = 2  # tokens of a text that gives a prompt and something to go on with
+
+
+class Prompt(NamedTuple):
+    """What is given to the model, as tokens and as text, and what the data went on with."""
+
+    tokens: list[int]
+    text: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Args:
+        max_new_tokens: Longest reply, in tokens.
+        temperature: What logits are divided by; 0 takes the likeliest token.
+        top_p: Mass of the nucleus that tokens are drawn from.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if isinstance(self.max_new_tokens, bool) or not (
+            isinstance(self.max_new_tokens, int) and self.max_new_tokens > 0
+        ):
+            raise ValueError(
+                f"max_new_tokens must be a positive integer; got {self.max_new_tokens!r}."
+            )
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be finite, at least 0; got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One reply: what it was drawn with, what it answers, what it says, how long it is."""
+
+    seed: int
+    prompt: str
+    reference: str
+    text: str
+    tokens: int
+
+
+def prompts_of(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int = 16,
+    prompt_tokens: int = 32,
+    reply_tokens: int = 64,
+) -> list[Prompt]:
+    """Prompts from rows, spread evenly over them, each with what the data says next.
+
+    A row with a prompt gives that prompt and its completion; a chat, all before the assistant's
+    last turn, and that turn. Plain text is cut into windows: ``prompt_tokens`` to begin with and
+    up to ``reply_tokens`` to go on; of a text shorter than that, half.
+
+    Args:
+        rows: What :func:`rkl.distill.sources.read_rows` gave.
+        tokenizer: The student's.
+        count: How many prompts at most.
+        prompt_tokens: Length of a prompt taken from plain text.
+        reply_tokens: Length of the reference taken from plain text.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"count must be a positive integer; got {count!r}.")
+    kind = kind_of(rows[0], "the first row")
+    if kind == "text":
+        found = list(_windows(rows, tokenizer, prompt_tokens, prompt_tokens + reply_tokens))
+        chosen = [_continued(ids, tokenizer, prompt_tokens) for ids in _spread(found, count)]
+    else:
+        chosen = [_answered(row, tokenizer, kind) for row in _spread(rows, count)]
+    if not chosen:
+        raise ValueError(f"data has no text of {SHORTEST} tokens or more to begin a reply with.")
+    return chosen
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    seeds: Iterable[int],
+    sampling: Sampling | None = None,
+    batch_size: int = 16,
+) -> list[Generation]:
+    """One reply to every prompt under every seed, seed by seed.
+
+    Nothing but ``sampling`` shapes the distribution: what the model's own generation settings
+    say of penalties and top-k does not apply. The global random state is put back afterwards.
+    The same seed, prompts and batch size on the same machine give the same replies.
+
+    Args:
+        model: The student, in whatever mode; it is left in it.
+        tokenizer: Its tokenizer.
+        prompts: What to reply to.
+        seeds: What the random numbers start from, one set of replies each.
+        sampling: How tokens are drawn.
+        batch_size: How many prompts are padded, on the left, and run together.
+    """
+    sampling = sampling or Sampling()
+    _check_room(model, prompts, sampling)
+    settings = _settings(model, tokenizer, sampling)
+    replies = []
+    for seed in seeds:
+        with _seeded(seed, model.device), inference(model):
+            for start in range(0, len(prompts), batch_size):
+                batch = prompts[start : start + batch_size]
+                for prompt, ids in zip(batch, _sample(model, batch, settings), strict=True):
+                    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+                    replies.append(Generation(seed, prompt.text, prompt.reference, text, len(ids)))
+    return replies
+
+
+def save(path: str | os.PathLike, generations: Iterable[Generation]) -> None:
+    """Write replies as JSON lines, atomically."""
+    lines = (json.dumps(asdict(reply), ensure_ascii=False) for reply in generations)
+    write_atomic(path, "".join(f"{line}\n" for line in lines))
+
+
+def measure(generations: Sequence[Generation]) -> dict[str, Mean]:
+    """ROUGE-L, Distinct-n within and across replies, Self-BLEU and length, with errors.
+
+    What a reply has by itself (ROUGE-L, Distinct-n within it, length in tokens) is averaged
+    over replies; its error takes the prompts, not the seeds, as independent. What only a set of
+    replies has (Distinct-n across them, Self-BLEU) is averaged over seeds, and one seed leaves
+    its error unknown: nan. Replies of fewer than n words do not count in Distinct-n within.
+    """
+    texts = [reply.text for reply in generations]
+    lengths = torch.tensor([float(reply.tokens) for reply in generations])
+    measured = {
+        "rouge_l": _over_prompts(generations, rouge_l(texts, [g.reference for g in generations])),
+        "length": _over_prompts(generations, lengths),
+    }
+    by_seed: dict[int, list[str]] = {}
+    for reply in generations:
+        by_seed.setdefault(reply.seed, []).append(reply.text)
+    for n in (1, 2, 3):
+        measured[f"distinct_{n}"] = mean(_each(by_seed, lambda s, n=n: distinct_n_together(s, n)))
+        measured[f"distinct_{n}_within"] = _over_prompts(generations, distinct_n(texts, n))
+    if all(len(samples) > 1 for samples in by_seed.values()):
+        measured["self_bleu"] = mean(_each(by_seed, lambda s: self_bleu(s).mean().item()))
+    return measured
+
+
+def _each(by_seed: dict[int, list[str]], measure_set: Callable[[list[str]], float]) -> Tensor:
+    return torch.tensor([measure_set(samples) for samples in by_seed.values()])
+
+
+def _over_prompts(generations: Sequence[Generation], values: Tensor) -> Mean:
+    known = ~values.isnan()
+    if not known.any():
+        unknown = torch.tensor(float("nan"))
+        return Mean(unknown, unknown)
+    number: dict[str, int] = {}
+    index = torch.tensor([number.setdefault(reply.prompt, len(number)) for reply in generations])
+    zeros = torch.zeros(len(number), dtype=torch.float64)
+    total = zeros.index_add(0, index[known], values[known].double())
+    return clustered_mean(total, zeros.index_add(0, index[known], known[known].double()))
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` of the items, evenly spaced, the first among them."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _windows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, prompt: int, size: int
+) -> Iterator[list[int]]:
+    for row in rows:
+        ids: Any = tokenizer(row["text"], verbose=False)["input_ids"]
+        ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+        for start in range(0, len(ids), size):
+            window = ids[start : start + size]
+            if len(window) > prompt or (not start and len(window) >= SHORTEST):
+                yield window
+
+
+def _continued(ids: list[int], tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> Prompt:
+    at = prompt_tokens if len(ids) > prompt_tokens else len(ids) // 2
+    begun, rest = (
+        str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:at], ids[at:])
+    )
+    return Prompt(ids[:at], begun, rest)
+
+
+def _answered(row: Row, tokenizer: PreTrainedTokenizerBase, kind: str) -> Prompt:
+    if kind == "completion" and isinstance(row["prompt"], str):
+        ids: Any = tokenizer(row["prompt"], verbose=False)["input_ids"]
+        ids = ids[:-1] if ids[-1:] == [end_of_text(tokenizer)] else ids
+        return Prompt(ids, row["prompt"], row["completion"])
+    messages = row["messages"] if kind == "messages" else [*row["prompt"], *row["completion"]]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns or not turns[-1]:
+        raise ValueError("data: a chat to reply to must have a turn before the assistant's last.")
+    text = render(messages[: turns[-1]], tokenizer, "data", reply=True)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return Prompt(ids, text, str(messages[turns[-1]].get("content") or ""))
+
+
+def _check_room(model: PreTrainedModel, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+    if not prompts or not all(prompt.tokens for prompt in prompts):
+        raise ValueError("prompts must hold at least one, and none of them may be empty.")
+    config = model.config.get_text_config(decoder=True)
+    room = getattr(config, "max_position_embeddings", None)
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    if room is not None and longest + sampling.max_new_tokens > room:
+        raise ValueError(
+            f"max_new_tokens={sampling.max_new_tokens} behind a prompt of {longest} tokens passes "
+            f"the model's context of {room}."
+        )
+
+
+def _settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> GenerationConfig:
+    ends = _ends(model, tokenizer)
+    settings: dict[str, Any] = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "eos_token_id": ends or None,
+        "pad_token_id": ends[0] if ends else 0,  # behind a reply its end again, cut off below
+        "repetition_penalty": 1.0,
+        "num_beams": 1,
+    }
+    if sampling.temperature == 0:
+        return GenerationConfig(do_sample=False, **settings)
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    return GenerationConfig(do_sample=True, **drawn, **settings)
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a reply, as the model says, or else the tokenizer."""
+    ends: Any = model.generation_config.eos_token_id if model.generation_config else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _sample(model: PreTrainedModel, prompts: Sequence[Prompt], settings: Any) -> list[list[int]]:
+    """The tokens of a reply to each prompt, without what ends it."""
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    padding = [longest - len(prompt.tokens) for prompt in prompts]
+    pad, ends = settings.pad_token_id, settings.eos_token_id or []
+    ids = [[pad] * n + prompt.tokens for n, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * n + [1] * (longest - n) for n in padding]
+    inputs, attended = torch.tensor([ids, mask], device=model.device)
+    found = cast(Any, model).generate(
+        inputs=inputs, attention_mask=attended, generation_config=settings
+    )
+    replies = found[:, longest:].tolist()
+    return [list(itertools.takewhile(lambda id: id not in ends, reply)) for reply in replies]
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The global random state, set to a seed for a while: transformers draws from no other."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,337 @@
+import json
+import sys
+import warnings
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders as token_decoders
+from transformers import PreTrainedTokenizerFast
+
+from rkl.distill import sources
+from rkl.distill.data import IGNORED, passages, show_example, tokenize
+from rkl.distill.sources import read_rows
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}> {% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }} <end>{% endgeneration %}{% else %}{{ m.content }} <end>"
+    "{% endif %} {% endfor %}"
+)
+FORGETFUL = (
+    "{% for m in messages %}<{{ m.role }}> "
+    "{% if loop.last or m.role != 'assistant' %}{{ m.content }}{% endif %} <end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "a b"},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "d"},
+    {"role": "assistant", "content": "e f"},
+]
+
+
+@pytest.fixture
+def tokenizer():
+    """Letters and tags are words: what becomes of a row can be written down."""
+    words = ["<unk>", "<eos>", "<user>", "<assistant>", "<end>", *"abcdefghijklmnop"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture
+def merging():
+    """A byte-level BPE in which letters merge across the end of a prompt."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = token_decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False
+    )
+    core.train_from_iterator(["abab abab"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+def shown(dataset, tokenizer):
+    return [show_example(dataset, tokenizer, i) for i in range(len(dataset))]
+
+
+def test_a_jsonl_file_gives_its_rows_without_foreign_columns_or_blank_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\ufeff{"text": "a", "id": 1}\n\n{"text": "b"}', encoding="utf-8")
+    assert read_rows(path) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_json_file_gives_the_rows_of_its_list(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "a", "completion": "b"}]))
+    assert read_rows(str(path)) == [{"prompt": "a", "completion": "b"}]
+
+
+def test_a_text_file_is_one_row(tmp_path):
+    path = tmp_path / "book.TXT"
+    path.write_text("one\n\ntwo\n")
+    assert read_rows(path) == [{"text": "one\n\ntwo\n"}]
+
+
+def test_rows_in_memory_may_come_in_splits():
+    splits = {"train": [{"text": "a"}], "test": [{"text": "b"}]}
+    assert read_rows(splits, split="test") == [{"text": "b"}]
+    assert read_rows(iter([{"text": "a"}])) == [{"text": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b'{"text": "a"}\n{"text": \n', r"rows\.jsonl, line 2: not JSON .* expected text, or"),
+        (b'{"text": "a"}\n["b"]\n', r"line 2: expected text, .* got \['b'\], which is no object"),
+        (b'{"txt": "a"}\n', r"line 1: expected text, or prompt and completion, or .*\['txt'\]"),
+        (b'{"text": null}\n', r"line 1: expected text"),
+        (b'{"text": 3}\n', r"line 1: text must be a string; got 3"),
+        (b'{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', r"line 2: .* among rows of text"),
+        (b'{"prompt": "a", "completion": []}\n', r"line 1: completion must be a list of messages"),
+        (
+            b'{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n',
+            r"line 1: prompt and completion must both be text or both messages",
+        ),
+        (b'{"messages": "hello"}\n', r"line 1: messages must be a list of messages; got 'hello'"),
+        (b'{"messages": [{"content": "a"}]}\n', r"line 1: each of messages must be an object"),
+        (b'{"messages": [{"role": "user", "content": 3}]}\n', r"line 1: content in messages"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2: expected UTF-8; got the byte 0xff at 10"),
+        (b"[" * 100_000 + b"\n", r"line 1: nested too deeply|line 1: not JSON"),
+        (b"\n \n", r"rows\.jsonl has no rows"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named_with_what_was_expected(tmp_path, content, named):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=named) as caught:
+        read_rows(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_line_beyond_all_measure_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LONGEST_LINE", 20)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "much too long a line"}\n')
+    with pytest.raises(ValueError, match="line 2: longer than 20 bytes"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("a.txt", b"caf\n\xe9", r"a\.txt: expected UTF-8; got the byte 0xe9 at 4, on line 2"),
+        ("a.txt", b" \n", r"a\.txt has no rows"),
+        ("a.json", b'{"text": "a"}', r"a\.json: expected a list of objects"),
+        ("a.csv", b"text\na", r"data must end in \.jsonl, \.json, \.txt, \.parquet"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name, content, named):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=named):
+        read_rows(path)
+
+
+def test_what_is_missing_or_no_data_at_all_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.jsonl"):
+        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(TypeError, match="data must be a file, a data set or a list of rows"):
+        read_rows(3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"split must be one of \['train'\]; got 'test'"):
+        read_rows({"train": [{"text": "a"}]}, split="test")
+    with pytest.raises(ValueError, match="the list given has no rows"):
+        read_rows([])
+
+
+@pytest.mark.parametrize("data", ["rows.parquet", ".", "owner/name"])
+def test_a_missing_extra_is_named_with_the_line_to_type(tmp_path, monkeypatch, data):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    monkeypatch.chdir(tmp_path)
+    for module in ("datasets", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r"pip install 'rkl\[data\]'"):
+        read_rows(data)
+
+
+def test_parquet_files_and_saved_data_sets_give_their_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    chats = [{"messages": TALK[:2], "id": 1}, {"messages": TALK, "id": 2}]
+    rows = [{"messages": TALK[:2]}, {"messages": TALK}]
+    table = datasets.Dataset.from_list(chats)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
+    for data in (tmp_path / "rows.parquet", tmp_path / "saved", tmp_path / "splits", table):
+        assert read_rows(data) == rows
+    with pytest.raises(ValueError, match="holds no data set"):
+        read_rows(tmp_path)
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(ValueError, match=r"torn\.parquet is no parquet file"):
+        read_rows(tmp_path / "torn.parquet")
+
+
+def test_packed_text_is_one_stream_that_loses_nothing(tokenizer):
+    rows = [{"text": "a b c"}, {"text": "d e"}, {"text": "f g h i"}]
+    dataset = tokenize(rows, tokenizer, max_length=5)
+    stream = torch.cat([block["input_ids"] for block in dataset])
+    assert tokenizer.decode(stream) == "a b c <eos> d e <eos> f g h i <eos>"
+    assert [len(block["input_ids"]) for block in dataset] == [5, 5, 2]
+    assert shown(dataset, tokenizer) == ["[a]b c <eos> d", "[e]<eos> f g h", "[i]<eos>"]
+    assert dataset.trained_tokens == 9
+    assert dataset.cut_tokens == 0
+
+
+def test_unpacked_text_shares_no_block_and_loses_nothing(tokenizer):
+    rows = [{"text": "a b c d e f"}, {"text": "g"}]
+    dataset = tokenize(rows, tokenizer, max_length=4, packing=False)
+    assert shown(dataset, tokenizer) == ["[a]b c d", "[e]f <eos>", "[g]<eos>"]
+
+
+def test_only_completions_are_trained_on(tokenizer):
+    rows = [{"prompt": "a b ", "completion": "c d"}]
+    dataset = tokenize(rows, tokenizer)
+    assert shown(dataset, tokenizer) == ["[a b]c d <eos>"]
+    assert dataset[0]["labels"].tolist()[:2] == [IGNORED] * 2
+    assert str(dataset) == "1 rows of completion in 1 blocks: 5 tokens, 3 of them trained on"
+
+
+def test_an_end_that_the_tokenizer_puts_itself_is_not_doubled(tokenizer):
+    end = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "$A <eos>", special_tokens=[("<eos>", end)]
+    )
+    text = tokenize([{"text": "a b"}], tokenizer)
+    completion = tokenize([{"prompt": "a", "completion": " b"}], tokenizer)
+    assert shown(text, tokenizer) == ["[a]b <eos>"]
+    assert shown(completion, tokenizer) == ["[a]b <eos>"]
+
+
+def test_tokens_that_merge_across_the_prompts_end_are_trained_on_and_warned_of(merging):
+    with pytest.warns(UserWarning, match="In 1 of 2 rows the tokens of the prompt change"):
+        dataset = tokenize(
+            [{"prompt": "xa", "completion": "b"}, {"prompt": "x", "completion": "y"}],
+            merging,
+            packing=False,
+        )
+    assert shown(dataset, merging) == ["[x]ab<eos>", "[x]y<eos>"]
+
+
+def test_packed_completions_keep_their_prompts_whole_by_best_fit(tokenizer):
+    rows = [
+        {"prompt": "a", "completion": " b"},
+        {"prompt": "c d e", "completion": " f"},
+        {"prompt": "g", "completion": " h i"},
+        {"prompt": "j", "completion": " k"},
+    ]
+    dataset = tokenize(rows, tokenizer, max_length=8)
+    assert shown(dataset, tokenizer) == [
+        "[c d e]f <eos>[a]b <eos>",
+        "[g]h i <eos>[j]k <eos>",
+    ]
+
+
+def test_a_completion_longer_than_a_block_loses_its_end_and_says_so(tokenizer):
+    rows = [
+        {"prompt": "a", "completion": " b c d e"},
+        {"prompt": "f g h i", "completion": " j"},
+    ]
+    with pytest.warns(UserWarning, match="2 of 2 rows are longer than max_length=4 .* 4 tokens"):
+        dataset = tokenize(rows, tokenizer, max_length=4, packing=False)
+    assert shown(dataset, tokenizer) == ["[a]b c d"]
+    assert dataset.cut_tokens == 4
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED])
+def test_only_the_assistants_turns_are_trained_on(tokenizer, template):
+    tokenizer.chat_template = template
+    (text,) = shown(tokenize([{"messages": TALK}], tokenizer), tokenizer)
+    assert text == ("[<user> a b <end> <assistant>]c <end>[<user> d <end> <assistant>]e f <end>")
+
+
+def test_of_a_prompt_in_messages_no_turn_is_trained_on(tokenizer):
+    tokenizer.chat_template = CHAT
+    rows = [{"prompt": TALK[:3], "completion": TALK[3:]}]
+    (text,) = shown(tokenize(rows, tokenizer), tokenizer)
+    assert text == "[<user> a b <end> <assistant> c <end> <user> d <end> <assistant>]e f <end>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_rather_than_mismasked(tokenizer):
+    tokenizer.chat_template = FORGETFUL
+    with pytest.raises(ValueError, match=r"row 1: .* renders message 2 differently"):
+        tokenize([{"messages": TALK}], tokenizer)
+    (text,) = shown(tokenize([{"messages": TALK[:2]}], tokenizer), tokenizer)
+    assert text == "[<user> a b <end> <assistant>]c <end>"
+
+
+def test_chats_that_a_template_cannot_place_are_refused_by_row(tokenizer):
+    with pytest.raises(ValueError, match="tokenizer has no chat template"):
+        tokenize([{"messages": TALK}], tokenizer)
+    tokenizer.chat_template = CHAT
+    with pytest.raises(ValueError, match="row 2: the chat begins with the assistant"):
+        tokenize([{"messages": TALK}, {"messages": TALK[1:]}], tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="row 1: the chat template refuses it: roles must"):
+        tokenize([{"messages": TALK}], tokenizer)
+    tokenizer.chat_template = "{% generation %}{% endgeneration %}<user> a b"
+    with pytest.raises(ValueError, match="row 1: .* marks none of the assistant's turns"):
+        tokenize([{"messages": TALK}], tokenizer)
+
+
+def test_data_with_nothing_to_train_on_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="no trained tokens: in none of 2 rows of text"):
+        tokenize([{"text": ""}, {"text": ""}], tokenizer, packing=False)
+    tokenizer.chat_template = CHAT
+    with pytest.raises(ValueError, match="no trained tokens: in none of 1 rows of messages"):
+        tokenize([{"messages": TALK[:1]}], tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the row is cut, which is tested above
+        with pytest.raises(ValueError, match="within max_length=2 tokens"):
+            tokenize([{"prompt": "a b c", "completion": " d"}], tokenizer, max_length=2)
+
+
+@pytest.mark.parametrize("max_length", [1, 0, True, 8.0, None])
+def test_a_block_must_have_room_for_a_token_and_the_next(tokenizer, max_length):
+    with pytest.raises(ValueError, match=r"max_length must be an integer of at least 2; got"):
+        tokenize([{"text": "a b"}], tokenizer, max_length=max_length)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"set tokenizer\.eos_token"):
+        tokenize([{"text": "a b"}], tokenizer)
+
+
+def test_a_tokenizer_is_left_as_it_was_and_gives_the_same_blocks_again(tokenizer):
+    rows = [{"text": "a b c d"}]
+    first, second = (tokenize(rows, tokenizer, max_length=3) for _ in range(2))
+    assert torch.equal(first.tokens, second.tokens)
+    assert tokenizer.pad_token is None
+
+
+def test_blocks_are_indexed_like_a_list(tokenizer):
+    dataset = tokenize([{"text": "a b c d"}], tokenizer, max_length=3)
+    assert torch.equal(dataset[-1]["input_ids"], dataset[1]["input_ids"])
+    for index in (2, -3):
+        with pytest.raises(IndexError, match="index must be below 2"):
+            dataset[index]
+
+
+def test_a_text_is_known_again_by_its_paragraphs_and_other_rows_as_a_whole():
+    long = "A paragraph long enough to be told from all others."
+    rows = [{"text": f"Heading\n\n{long}\n \n{long[::-1]}"}, {"text": " short\n"}]
+    assert list(passages(rows)) == [long, long[::-1], "short"]
+    pair = {"prompt": "a", "completion": "b"}
+    assert list(passages([pair])) == [pair]
+
+
+def test_a_token_added_to_the_vocabulary_is_shown_as_it_is(tokenizer):
+    tokenizer.add_tokens([AddedToken("<new>")])
+    dataset = tokenize([{"prompt": "a", "completion": " <new>"}], tokenizer)
+    assert "<new>" in show_example(dataset, tokenizer, untrained=("", ""))

@@ -1,0 +1,55 @@
+"""A figure as SVG that takes colours and font from the page around it."""
+
+import hashlib
+import re
+from html import escape
+from io import StringIO
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from rkl.plots.style import GRID, INK, PALETTE
+
+
+def to_svg(figure: Figure, title: str) -> str:
+    """The figure as an ``<svg>`` element to put into a page; the same bytes every time.
+
+    Transparent, as wide as its container between 0.9 and 1.35 of its own width, text in
+    the page's own font. Text takes the page's colour; a page may set the variables
+    ``--series-1`` to ``--series-7`` and ``--figure-grid``.
+
+    Args:
+        figure: A figure of this module.
+        title: What a screen reader says.
+    """
+    buffer = StringIO()
+    salt = hashlib.sha256(title.encode()).hexdigest()
+    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
+        f'class="figure" style="--width: {width:g}" stroke-linejoin="round" '
+        f'role="img" aria-label="{escape(title)}">\n<title>{escape(title)}</title>'
+        + _themed(_bare(buffer.getvalue()))
+    )
+
+
+def _bare(svg: str) -> str:
+    """What is inside matplotlib's ``<svg>``, without ids nobody refers to and its style sheet.
+
+    The style sheet and ids such as ``axes_1`` would otherwise reach the rest of the page.
+    """
+    svg = svg[svg.index(">", svg.index("<svg")) + 1 :].replace("xlink:href", "href")
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
+    return re.sub(r"\n\s*", "\n", svg)
+
+
+def _themed(svg: str) -> str:
+    """The stand-in colours and the font replaced by what the page says."""
+    colours = {INK: "currentColor", GRID: "var(--figure-grid, #8886)"}
+    colours |= {hue: f"var(--series-{i}, {hue})" for i, hue in enumerate(PALETTE, start=1)}
+    svg = re.sub('#[0-9a-f]{6}(?=[;"])', lambda found: colours.get(found[0], found[0]), svg)
+    return svg.replace("font-family: 'DejaVu Sans'", "font-family: var(--figure-font, sans-serif)")

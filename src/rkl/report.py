@@ -1,0 +1,304 @@
+"""A report: one self-contained HTML file made of figures, tables and generations.
+
+No server, script, font or image from elsewhere: the file's own content security policy
+forbids all of them, and everything that is not one of our drawings is escaped. It follows
+the reader's light or dark scheme, fits a phone and prints.
+
+To add a kind of block, write one frozen dataclass under :class:`Block`.
+"""
+
+import abc
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from rkl.runs import write_atomic
+
+if TYPE_CHECKING:
+    from rkl.plots import Figure as Drawing
+
+Cell = str | bool | int | float | tuple[float, float] | None
+NARROW = 460  # units of an SVG up to which two of them share a row
+_jinja = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+class Block(abc.ABC):
+    """A part of a section.
+
+    To write one, make a frozen dataclass with
+
+    - ``html``, which renders a template of ``_jinja``, so that its text is escaped;
+    - ``__post_init__``, refusing what cannot be shown.
+    """
+
+    @abc.abstractmethod
+    def html(self, number: int) -> Markup:
+        """The block as HTML; ``number`` differs from every other block's on the page."""
+
+
+@dataclass(frozen=True)
+class Figure(Block):
+    """A drawing with one sentence that says what it means.
+
+    Attributes:
+        title: What is shown.
+        svg: One ``<svg>`` element, as :func:`rkl.plots.to_svg` gives it; not escaped.
+        caption: What the reader can see in it.
+    """
+
+    title: str
+    svg: str
+    caption: str = ""
+
+    def __post_init__(self):
+        if not self.svg.startswith("<svg"):
+            raise ValueError(f"svg must be one <svg> element; got {self.svg[:40]!r}.")
+
+    def html(self, number: int) -> Markup:
+        width = re.search(r'viewBox="[-\d.]+ [-\d.]+ ([\d.]+)', self.svg)
+        wide = width is not None and float(width[1]) > NARROW
+        return _render(_FIGURE, block=self, wide=wide, svg=Markup(_numbered(self.svg, number)))
+
+
+@dataclass(frozen=True)
+class Table(Block):
+    """A table; its first column names the rows.
+
+    Attributes:
+        title: What is shown.
+        columns: Names of the columns, with units.
+        rows: One cell per column: text, a number, or a pair (value, standard error).
+        caption: What the reader can see in it.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+
+    def __post_init__(self):
+        for i, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                expected = f"the {len(self.columns)} of columns"
+                raise ValueError(f"rows[{i}] must hold {expected}; got {len(row)} cells.")
+
+    def html(self, number: int) -> Markup:
+        rows = [[(written(cell), isinstance(cell, str)) for cell in row] for row in self.rows]
+        return _render(_TABLE, block=self, rows=rows)
+
+
+@dataclass(frozen=True)
+class Generations(Block):
+    """What each model wrote after the same prompts, side by side.
+
+    Attributes:
+        title: What is shown.
+        prompts: The prompts.
+        columns: Under each model's name, one text per prompt.
+        caption: What the reader can see in it.
+    """
+
+    title: str
+    prompts: Sequence[str]
+    columns: Mapping[str, Sequence[str]]
+    caption: str = ""
+
+    def __post_init__(self):
+        for name, texts in self.columns.items():
+            if len(texts) != len(self.prompts):
+                raise ValueError(
+                    f"columns[{name!r}] must hold one text for each of the "
+                    f"{len(self.prompts)} prompts; got {len(texts)}."
+                )
+
+    def html(self, number: int) -> Markup:
+        return _render(_GENERATIONS, block=self)
+
+
+@dataclass(frozen=True)
+class Settings(Block):
+    """Settings and versions: names and values, nested mappings laid flat with dots."""
+
+    values: Mapping[str, object]
+    title: str = "Settings and versions"
+
+    def html(self, number: int) -> Markup:
+        return _render(_SETTINGS, block=self, items=list(_flat(self.values)))
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, some text (a blank line starts a new paragraph), and blocks."""
+
+    title: str
+    text: str = ""
+    blocks: Sequence[Block] = ()
+
+
+def drawn(title: str, drawing: "Drawing", caption: str = "") -> Figure:
+    """A figure of :mod:`rkl.plots` as a block, its title read out by screen readers."""
+    from rkl.plots import to_svg
+
+    return Figure(title, to_svg(drawing, title), caption)
+
+
+def render(title: str, sections: Sequence[Section], *, lead: str = "") -> str:
+    """The report as one HTML document; the same input gives the same bytes.
+
+    Args:
+        title: Heading of the page.
+        sections: Its sections, in order; settings belong into the last one.
+        lead: One or two sentences under the heading: what was done and what came out.
+    """
+    numbers = iter(range(1, 1 + sum(len(section.blocks) for section in sections)))
+    body = [
+        (section, _paragraphs(section.text), [b.html(next(numbers)) for b in section.blocks])
+        for section in sections
+    ]
+    page = _jinja.get_template("report.html")
+    return page.render(title=title, lead=lead, body=body) + "\n"
+
+
+def write(path: Path, html: str) -> None:
+    """Write a rendered report; a reader sees the old file or the new one, never half."""
+    write_atomic(path, html)
+
+
+def written(cell: Cell) -> str:
+    """A cell as text: a value with an error to the error's leading digit, others to four.
+
+    >>> written((0.12345, 0.0042)), written((12.3, 0.16)), written(12345), written(0.123456)
+    ('0.123 ± 0.004', '12.30 ± 0.16', '12,345', '0.1235')
+    """
+    if cell is None:
+        return "–"
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, tuple):
+        return _with_error(*cell)
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, int):
+        return f"{cell:,}".replace("-", "−")
+    return _number(cell)
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "undefined"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return (f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}").replace("-", "−")
+
+
+def _with_error(value: float, error: float) -> str:
+    """The last digit printed is the error's first, or its second if the first is 1."""
+    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
+        return _number(value)
+    leading, exponent = f"{error:.1e}".split("e")
+    digits = max(0, -int(exponent) + leading.startswith("1"))
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}".replace("-", "−")
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{name}", ", ".join(map(str, value))
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [part for part in re.split(r"\n\s*\n", text.strip()) if part]
+
+
+def _numbered(svg: str, number: int) -> str:
+    """The drawing with ids of its own; a name space is for files only, HTML needs none."""
+    svg = svg.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
+    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>figure-{number}-", svg)
+
+
+def _render(template: str, **values: object) -> Markup:
+    return Markup(_jinja.from_string(template).render(values))
+
+
+_FIGURE = """\
+<figure class="card{% if not wide %} narrow{% endif %}">
+<h3>{{ block.title }}</h3>
+<div class="scroll" tabindex="0" role="region" aria-label="{{ block.title }}">{{ svg }}</div>
+{% if block.caption %}
+<figcaption>{{ block.caption }}</figcaption>
+{% endif %}
+</figure>
+"""
+
+_TABLE = """\
+<figure class="card">
+<h3>{{ block.title }}</h3>
+<div class="scroll" tabindex="0" role="region" aria-label="{{ block.title }}">
+<table>
+<thead><tr>{% for name in block.columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr>{% for text, plain in row %}
+{% if loop.first %}<th scope="row">{{ text }}</th>
+{% else %}<td{% if plain %} class="text"{% endif %}>{{ text }}</td>
+{% endif %}{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+{% if block.caption %}
+<figcaption>{{ block.caption }}</figcaption>
+{% endif %}
+</figure>
+"""
+
+_GENERATIONS = """\
+<figure class="card">
+<h3>{{ block.title }}</h3>
+{% if block.caption %}
+<figcaption>{{ block.caption }}</figcaption>
+{% endif %}
+{% for prompt in block.prompts %}
+{% set row = loop.index0 %}
+<article>
+<h4>Prompt</h4>
+<pre class="prompt">
+{{ prompt }}</pre>
+<div class="answers">
+{% for name, texts in block.columns.items() %}
+<div><h4>{{ name }}</h4>
+<pre tabindex="0" role="region" aria-label="{{ name }}">
+{{ texts[row] }}</pre></div>
+{% endfor %}
+</div>
+</article>
+{% endfor %}
+</figure>
+"""
+
+_SETTINGS = """\
+<figure class="card">
+<h3>{{ block.title }}</h3>
+<dl>
+{% for name, value in items %}
+<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
+{% endfor %}
+</dl>
+</figure>
+"""

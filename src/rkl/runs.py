@@ -16,7 +16,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -286,8 +286,8 @@ def load(path: str | os.PathLike) -> Any:
     return verb("load_run", path)(path)
 
 
-def verb(name: str, *paths: str | os.PathLike) -> Callable[..., Any]:
-    """The function of this name in the wing that made the runs in these folders.
+def verb(name: str, *paths: str | os.PathLike) -> Any:
+    """What has this name in the wing that made the runs in these folders.
 
     A run of kind "distill" is loaded by ``rkl.distill.load_run``, evaluated by
     ``rkl.distill.evaluate_run``: the name says where to look, and no list is kept.

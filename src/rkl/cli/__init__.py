@@ -95,7 +95,7 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
         )
         if name == asked_for:
             _add_common_flags(subparser)
-            subparser.set_defaults(command=command(subparser))
+            subparser.set_defaults(command=command(subparser, words))
     return parser
 
 
@@ -126,7 +126,8 @@ def _explain(error: Exception) -> int:
         return _complain(message, 2)
     if isinstance(error, ImportError):
         return _complain(message, 1)
-    return _complain(f"{type(error).__name__}: {message} (--debug shows where)", 1)
+    what = f"{type(error).__name__}{': ' * bool(message)}{message}"
+    return _complain(f"{what} (--debug shows where)", 1)
 
 
 def _complain(message: str, code: int) -> int:

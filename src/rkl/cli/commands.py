@@ -7,8 +7,8 @@ is imported only here, inside the command that needs it.
 import importlib
 import inspect
 import pkgutil
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from rkl.divergences import Divergence
 
 Runner = Callable[[Namespace], None]
+Command = Callable[[ArgumentParser, Sequence[str]], Runner]
 HERE = Path(__file__).parents[1]
 
 
-def divergences(parser: ArgumentParser) -> Runner:
+def divergences(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """List the divergences, or explain one.
 
     Examples:
@@ -34,7 +35,7 @@ def divergences(parser: ArgumentParser) -> Runner:
     return lambda parsed: _explain(parsed.name) if parsed.name else _list()
 
 
-def distill(parser: ArgumentParser) -> Runner:
+def distill(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Train a student to imitate a teacher under a divergence.
 
     Examples:
@@ -60,7 +61,7 @@ def distill(parser: ArgumentParser) -> Runner:
     return distilled
 
 
-def demo(parser: ArgumentParser) -> Runner:
+def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Watch the whole of rkl at work on a small problem, and read the report.
 
     Examples:
@@ -78,7 +79,7 @@ def demo(parser: ArgumentParser) -> Runner:
     return demonstrated
 
 
-def study(parser: ArgumentParser) -> Runner:
+def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Test what a paper claims, and write the figures.
 
     Examples:
@@ -97,42 +98,26 @@ def study(parser: ArgumentParser) -> Runner:
     return studied
 
 
-def generate(parser: ArgumentParser) -> Runner:
-    """Let the model of a run write, one JSON line per text.
+def generate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
+    """Let the model of a run write.
 
     Examples:
-      rkl generate RUN --prompts prompts.jsonl --max-new-tokens 64
+      rkl generate RUN --data prompts.jsonl --seeds 3
     """
-    from rkl.distill import generate
-
-    parser.add_argument("run", type=Path, help="the folder of a run, or any model")
-    settings.add_flags(parser, generate.GenerateSettings)
-
-    def generated(parsed: Namespace) -> None:
-        chosen = settings.gather(generate.GenerateSettings, parsed, None)
-        for line in generate.generate_lines(parsed.run, chosen):
-            print(line, flush=True)
-
-    return generated
+    return _on_run(parser, words, "generate")
 
 
-def evaluate(parser: ArgumentParser) -> Runner:
+def evaluate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Measure a run on data held out from it.
 
     Examples:
       rkl evaluate RUN --data heldout.jsonl
+      rkl evaluate RUN --help
     """
-    parser.add_argument("run", type=Path, help="the folder of a run of any kind")
-    parser.add_argument("--data", help="what to evaluate on; what the run held out by default")
-
-    def evaluated(parsed: Namespace) -> None:
-        evaluate_run = runs.verb("evaluate_run", parsed.run)
-        print(evaluate_run(parsed.run, data=parsed.data, **_common(parsed)))
-
-    return evaluated
+    return _on_run(parser, words, "evaluate")
 
 
-def compare(parser: ArgumentParser) -> Runner:
+def compare(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Put runs side by side, in one table and one report.
 
     Examples:
@@ -141,7 +126,7 @@ def compare(parser: ArgumentParser) -> Runner:
     return _across_runs(parser, "compare_runs")
 
 
-def report(parser: ArgumentParser) -> Runner:
+def report(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Write the report of one run or more, a single HTML file.
 
     Examples:
@@ -152,10 +137,10 @@ def report(parser: ArgumentParser) -> Runner:
 
 
 # Each command, and the module without which it is not there.
-COMMANDS: dict[str, tuple[Callable[[ArgumentParser], Runner], str]] = {
+COMMANDS: dict[str, tuple[Command, str]] = {
     "demo": (demo, "studies.demo"),
     "distill": (distill, "distill.run"),
-    "generate": (generate, "distill.generate"),
+    "generate": (generate, "distill.run"),
     "evaluate": (evaluate, "runs"),
     "compare": (compare, "runs"),
     "report": (report, "runs"),
@@ -226,6 +211,28 @@ def _add_run_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--dry-run", action="store_true", help="say what would happen, in what time and memory"
     )
+
+
+def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
+    """A verb on one run, whose flags are settings of the wing that made it: kind by kind."""
+    parser.add_argument("run", type=_run, metavar="RUN", help="the folder of a run of any kind")
+    named = [word for word in words if Path(word, "run.json").is_file()]
+    wanted: Any = runs.verb(f"{name.capitalize()}Settings", named[0]) if named else None
+    if wanted:
+        settings.add_flags(parser, wanted)
+
+    def done(parsed: Namespace) -> None:
+        print(runs.verb(f"{name}_run", parsed.run)(parsed.run, settings.gather(wanted, parsed)))
+
+    return done
+
+
+def _run(text: str) -> Path:
+    """A folder that holds a run, checked before its flags are."""
+    try:
+        return runs.Run.open(text).path
+    except (FileNotFoundError, ValueError) as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def _across_runs(parser: ArgumentParser, name: str) -> Runner:

@@ -33,7 +33,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     )
 
 
-def gather(settings: type[Settings], parsed: argparse.Namespace, earlier: Path | None) -> Settings:
+def gather(
+    settings: type[Settings], parsed: argparse.Namespace, earlier: Path | None = None
+) -> Settings:
     """The settings: of the flags, else of --config or of an earlier run, else the defaults.
 
     Raises:

@@ -1,0 +1,268 @@
+"""How a language model turns hidden states into logits: read from the model, checked on it."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rkl.estimators import LinearHead
+
+# What a configuration may call a factor of the logits, and the power in which it enters.
+_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+_SOFTCAPS = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap"
+_STRETCH = 100.0  # logits at which no soft cap in use can hide
+
+Known = LinearHead | Float[Tensor, "tokens vocab"]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """What stands between a model's hidden states and its logits.
+
+    Attributes:
+        model: The model, as the caller knows it.
+        vocab: How many logits it gives a token.
+        linear: Its output embedding; None if only the model itself can say its logits.
+        scale: What multiplies the logits.
+        softcap: The bound that tanh keeps them in, where they have one.
+    """
+
+    model: nn.Module
+    vocab: int
+    linear: nn.Linear | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @contextmanager
+    def tap(
+        self, receive: Callable[[Tensor], None], *, keep_logits: bool = False
+    ) -> Iterator[None]:
+        """While this lasts, ``receive`` gets what each forward of the model gives its head.
+
+        That is the hidden states [rows, positions, width], and the head itself is then run on
+        no position, unless the logits are to be kept; or it is the logits, without a head.
+        """
+        if self.linear is None:
+            hook = self.model.register_forward_hook(
+                lambda module, inputs, output: receive(output.logits), prepend=True
+            )
+        else:
+
+            def before(module, inputs):
+                receive(inputs[0])
+                return inputs if keep_logits else (inputs[0][:, :0], *inputs[1:])
+
+            hook = self.linear.register_forward_pre_hook(before)
+        with hook:
+            yield
+
+    def at(
+        self,
+        states: Float[Tensor, "rows positions width"],
+        predicting: Bool[Tensor, "rows positions-1"],
+        *,
+        vocab: int | None = None,
+    ) -> Known:
+        """What is known of the next token wherever one is predicted, as ``exact`` takes it.
+
+        The product with the head runs in the precision in which the model would run it.
+
+        Args:
+            states: What :meth:`tap` received.
+            predicting: Where the next token is one to compare; of all positions but the last.
+            vocab: How many atoms to keep: the tokens that two padded vocabularies share.
+        """
+        if states.shape[1] != predicting.shape[1] + 1:
+            raise ValueError(
+                f"{type(self.model).__name__} gave its head {states.shape[1]} positions for a row "
+                f"of {predicting.shape[1] + 1} tokens, so that labels cannot be told apart."
+            )
+        states = states[:, :-1][predicting]
+        atoms = slice(None if vocab == self.vocab else vocab)
+        if self.linear is None:
+            return states[:, atoms]
+        kind, dtype = states.device.type, states.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        weight, bias = self.linear.weight, self.linear.bias
+        if atoms.stop is not None:
+            weight, bias = weight[atoms], None if bias is None else bias[atoms]
+        bias = None if bias is None else bias.to(dtype)
+        return LinearHead(states.to(dtype), weight.to(dtype), bias, self.scale, self.softcap)
+
+    def observe(
+        self,
+        inputs: Mapping[str, Any],
+        predicting: Bool[Tensor, "rows positions-1"],
+        *,
+        vocab: int | None = None,
+    ) -> Known:
+        """Run the model, in evaluation mode and without gradients, and say what it predicts."""
+        received = []
+        with inference(self.model), self.tap(received.append):
+            self.model(**{**inputs, "use_cache": False})
+            return self.at(received.pop(), predicting, vocab=vocab)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients for a while; every module then has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def read_head(model: PreTrainedModel) -> Head:
+    """The head of a model: its output embedding with what its configuration says of the logits.
+
+    No table of architectures is kept. What was read is compared with the model's own logits on
+    two tokens, one of them stretched so far that no scale or soft cap can go unnoticed; if they
+    differ, a warning names the model and the reason, and full logits are used.
+    """
+    embedding = model.get_output_embeddings()
+    config = model.config.get_text_config(decoder=True)
+    head = Head(model, config.vocab_size, embedding, _scale(config), _softcap(config))
+    vocab, reason = _compared(head)
+    if reason is None:
+        return head
+    warnings.warn(
+        f"{type(model).__name__}: {reason}. Its full logits will be computed instead, which takes "
+        "more memory and gives the same loss.",
+        stacklevel=2,
+    )
+    return Head(model, vocab)
+
+
+def logits_of(known: Known) -> Float[Tensor, "tokens vocab"]:
+    """The logits, all at once."""
+    if isinstance(known, Tensor):
+        return known
+    logits = known.scale * linear(known.hidden, known.weight, known.bias)
+    if known.softcap is not None:
+        logits = known.softcap * (logits / known.softcap).tanh()
+    return logits / known.temperature
+
+
+def at_temperature(known: Known, temperature: float) -> Known:
+    """The same, its logits divided by a temperature."""
+    if isinstance(known, Tensor):
+        return known if temperature == 1 else known / temperature
+    return known._replace(temperature=temperature)
+
+
+def common_vocabulary(
+    teacher: int,
+    student: int,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    student_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> int:
+    """How many atoms the teacher and the student share, from the first on.
+
+    Vocabularies are often padded, to different sizes, with rows that stand for no token: then
+    it is the number of the tokenizer's tokens. Different tokenizers are refused.
+
+    Args:
+        teacher: The teacher's number of logits.
+        student: The student's number of logits.
+        teacher_tokenizer: The teacher's tokenizer, where it is at hand.
+        student_tokenizer: The student's tokenizer, where it is at hand.
+    """
+    tokenizers = [it for it in (student_tokenizer, teacher_tokenizer) if it is not None]
+    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    if len(vocabularies) == 2 and vocabularies[0] != vocabularies[1]:
+        differing = sorted(
+            {token for token, _ in vocabularies[0].items() ^ vocabularies[1].items()}
+        )
+        raise ValueError(
+            f"teacher and student must share a tokenizer; theirs differ in {len(differing)} "
+            f"tokens, {differing[0]!r} among them, so that their probabilities cannot be compared."
+        )
+    if teacher == student:
+        return student
+    if not vocabularies:
+        raise ValueError(
+            f"teacher has {teacher} logits but the student {student}, and no tokenizer says which "
+            "of them are tokens. Pass processing_class, the tokenizer that both of them use."
+        )
+    tokens = max(vocabularies[0].values()) + 1
+    if tokens > min(teacher, student):
+        raise ValueError(
+            f"teacher has {teacher} logits and the student {student}, fewer than the {tokens} "
+            "tokens of the tokenizer; teacher and student must share one."
+        )
+    return tokens
+
+
+def _scale(config) -> float:
+    scale = 1.0
+    for name, power in _SCALES.items():
+        scale *= (getattr(config, name, None) or 1.0) ** power
+    return scale
+
+
+def _softcap(config) -> float | None:
+    caps = (getattr(config, name, None) for name in _SOFTCAPS)
+    return next((float(cap) for cap in caps if cap), None)
+
+
+def _compared(head: Head) -> tuple[int, str | None]:
+    """The number of the model's logits, and why they are not those that the head tells."""
+    embedding = head.linear
+    device = next(head.model.parameters()).device
+    tokens = torch.tensor([[0, 1]], device=device)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    with inference(head.model):
+        if embedding is None or type(embedding).forward is not nn.Linear.forward:
+            kind = type(embedding).__name__
+            reason = f"its output embedding is no plain linear layer; got {kind}"
+            return head.model(**inputs).logits.shape[-1], reason
+        hidden = []
+        with embedding.register_forward_pre_hook(_stretching(hidden)):
+            logits = head.model(**inputs).logits
+        if len(hidden) != 1:
+            return logits.shape[
+                -1
+            ], f"its output embedding was called {len(hidden)} times, not once"
+        everywhere = torch.ones(1, 2, dtype=torch.bool, device=device)
+        padded = torch.cat([hidden[0], hidden[0][:, :1]], 1)
+        told = logits_of(head.at(padded, everywhere))
+    return logits.shape[-1], _difference(logits[0], told)
+
+
+def _stretching(seen: list[Tensor]) -> Callable[[nn.Module, tuple], tuple]:
+    """A hook that stretches the second token's hidden state, and shows what the head then gets."""
+
+    def stretch(module, inputs):
+        hidden, *rest = inputs
+        largest = linear(hidden, module.weight, module.bias).abs().amax(-1, keepdim=True)
+        factor = torch.ones_like(largest)
+        factor[:, 1:] = _STRETCH / largest[:, 1:].clamp_min(torch.finfo(largest.dtype).tiny)
+        seen.append(hidden * factor)
+        return seen[-1], *rest
+
+    return stretch
+
+
+def _difference(logits: Tensor, told: Tensor) -> str | None:
+    if logits.shape != told.shape:
+        return f"it gives {logits.shape[-1]} logits, but its output embedding {told.shape[-1]}"
+    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(told.dtype).eps)
+    difference = (logits - told).abs().amax(-1) / logits.abs().amax(-1)
+    if (difference <= eps**0.5 / 4).all():  # a few roundings, in any precision; false for NaN
+        return None
+    return (
+        f"its logits differ by up to {difference.max():.2g} of the largest from those of its "
+        "output embedding, scale and soft cap"
+    )

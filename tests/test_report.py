@@ -190,7 +190,7 @@ def contrast(a, b):
 def test_text_and_lines_stand_out_from_the_page(scheme):
     """WCAG 2.2: 4.5 for text (1.4.3), 3 for what a figure is read by (1.4.11)."""
     style = Path(report.__file__).with_name("report.html").read_text(encoding="utf-8")
-    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    light, dark = style.split("@media screen and (prefers-color-scheme: dark)")
     part = light if scheme == "light" else dark[: dark.index("* {")]
     colour = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", part))
     series = [v for k, v in colour.items() if k.startswith("series")] or PALETTE

@@ -1,3 +1,4 @@
+import inspect
 import json
 import sys
 import warnings
@@ -143,7 +144,7 @@ def test_what_is_missing_or_no_data_at_all_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.jsonl"):
         read_rows(tmp_path / "none.jsonl")
     with pytest.raises(TypeError, match="data must be a file, a data set or a list of rows"):
-        read_rows(3)  # pyright: ignore[reportArgumentType]
+        inspect.unwrap(read_rows)(3)  # without the tests' own check of types
     with pytest.raises(ValueError, match=r"split must be one of \['train'\]; got 'test'"):
         read_rows({"train": [{"text": "a"}]}, split="test")
     with pytest.raises(ValueError, match="the list given has no rows"):
@@ -299,7 +300,8 @@ def test_data_with_nothing_to_train_on_is_refused(tokenizer):
 @pytest.mark.parametrize("max_length", [1, 0, True, 8.0, None])
 def test_a_block_must_have_room_for_a_token_and_the_next(tokenizer, max_length):
     with pytest.raises(ValueError, match=r"max_length must be an integer of at least 2; got"):
-        tokenize([{"text": "a b"}], tokenizer, max_length=max_length)
+        # without the tests' own check of types
+        inspect.unwrap(tokenize)([{"text": "a b"}], tokenizer, max_length=max_length)
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(tokenizer):

@@ -1,21 +1,30 @@
 """How near a student is to its teacher: exact, token by token, in one pass over held-out data."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rkl.distill.compare import Evaluations
+from rkl.distill.data import passages, tokenize
+from rkl.distill.generate import Sampling, generate, measure, prompts_of, save
 from rkl.distill.heads import Known, common_vocabulary, logits_of, read_head
-from rkl.distill.teachers import ModelTeacher, Teacher
+from rkl.distill.sources import Row, read_rows
+from rkl.distill.teachers import ModelTeacher, Teacher, load_model, load_tokenizer
 from rkl.distill.trainer import PadRows, shifted
-from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation
+from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation, parse
 from rkl.estimators import LinearHead
-from rkl.metrics import Mean, clustered_mean
+from rkl.metrics import Mean, clustered_mean, to_json
 from rkl.metrics.precision_recall import SLOPES, pr_curve
+from rkl.runs import Run, fingerprint, write_json
 
 DIVERGENCES: Mapping[str, Divergence] = {
     "forward-kl": KL(),
@@ -29,6 +38,106 @@ RANKED = 4096  # ranks told apart; those behind them share a bin
 ELEMENTS = 2**21  # of the logits of one model that exist at one time
 
 Columns = dict[str, Float[Tensor, "tokens *columns"]]
+
+
+def _help(text: str, metavar: str | None = None) -> dict[str, Any]:
+    return {"help": text} if metavar is None else {"help": text, "metavar": metavar}
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What ``rkl evaluate`` may be told of a distilled student."""
+
+    data: str = field(metadata=_help("held-out text: a file or a data set", "D"))
+    split: str = field(default="test", metadata=_help("split of a data set that has several"))
+    teacher: str | None = field(
+        default=None, metadata=_help("folder, .gguf file or name; by default the run's", "T")
+    )
+    divergence: str | None = field(
+        default=None, metadata=_help("another divergence to measure; by default the run's")
+    )
+    max_length: int = field(default=512, metadata=_help("tokens in a block"))
+    max_blocks: int | None = field(default=None, metadata=_help("stop after so many blocks"))
+    batch_size: int = field(default=8, metadata=_help("blocks in a batch"))
+    prompts: int = field(default=16, metadata=_help("prompts to reply to; 0 for none"))
+    seeds: int = field(default=3, metadata=_help("replies to each prompt, a seed each"))
+    max_new_tokens: int = field(default=64, metadata=_help("longest reply, in tokens"))
+    temperature: float = field(default=1.0, metadata=_help("of the replies; 0 is greedy"))
+    top_p: float = field(default=1.0, metadata=_help("mass that replies are drawn from"))
+    seed: int = field(default=0, metadata=_help("first seed of the replies"))
+    device: str = field(default="cpu", metadata=_help("where to compute"))
+
+
+def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluations:
+    """Evaluate the student of a run on held-out data, and let it write.
+
+    The run keeps the result as ``evaluation.json`` and the replies as ``generations.jsonl``.
+    Rows that the run was trained on are warned of, for on them it is not held to anything.
+
+    Args:
+        path: The folder of the run.
+        settings: What to evaluate, and how.
+
+    Returns:
+        The result, which prints as a table.
+    """
+    run = Run.open(path)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
+    rows = read_rows(settings.data, split=settings.split)
+    _warn_of_seen(run, rows)
+    tokenizer = load_tokenizer(run.path)
+    student, teacher = load_model(run.path), load_model(_teacher(run, settings))
+    for model in (student, teacher):
+        cast(nn.Module, model).to(settings.device)
+    blocks = tokenize(rows, tokenizer, max_length=settings.max_length)
+    kept = range(min(len(blocks), settings.max_blocks or len(blocks)))
+    result = evaluate(
+        student,
+        teacher,
+        Subset(blocks, kept),
+        tokenizer=tokenizer,
+        divergences=_divergences(run, settings),
+        batch_size=settings.batch_size,
+    )
+    result["data"] = {"fingerprint": fingerprint(rows), "rows": len(rows)}
+    result["settings"] = asdict(settings)
+    if settings.prompts:
+        seeds = range(settings.seed, settings.seed + settings.seeds)
+        prompts = prompts_of(
+            rows, tokenizer, count=settings.prompts, reply_tokens=settings.max_new_tokens
+        )
+        replies = generate(student, tokenizer, prompts, seeds=seeds, sampling=sampling)
+        save(run.path / "generations.jsonl", replies)
+        measured = {name: to_json(it) for name, it in measure(replies).items()}
+        result["generations"] = {"seeds": list(seeds), "prompts": len(prompts), **measured}
+    write_json(run.path / "evaluation.json", result)
+    return Evaluations({Path(path).name or str(path): result})
+
+
+def _warn_of_seen(run: Run, rows: Sequence[Row]) -> None:
+    parts = list(passages(rows))
+    if seen := run.count_seen(parts):
+        warnings.warn(
+            f"{seen:,} of {len(parts):,} passages were trained on by {run.path}: the student is "
+            "not held to what it has not seen. Evaluate on other data.",
+            stacklevel=3,
+        )
+
+
+def _teacher(run: Run, settings: EvaluateSettings) -> str:
+    name = settings.teacher or run.settings.get("teacher")
+    if not isinstance(name, str):
+        raise ValueError(f"teacher must be given: {run.path} does not say which it had.")
+    return name
+
+
+def _divergences(run: Run, settings: EvaluateSettings) -> dict[str, Divergence]:
+    """The usual ones, and what the run minimised or was asked for, if it is another."""
+    text = settings.divergence or run.settings.get("divergence")
+    wanted = parse(text) if text else None
+    if wanted is None or wanted in DIVERGENCES.values():
+        return dict(DIVERGENCES)
+    return {**DIVERGENCES, repr(wanted): wanted}
 
 
 def evaluate(
@@ -196,21 +305,21 @@ def _result(sums: _Sums, divergences: Mapping[str, Divergence], vocab: int) -> d
     return {
         "tokens": int(sums.count.sum()),
         "blocks": int((sums.count > 0).sum()),
-        "perplexity": {side: as_json(_exponential(it)) for side, it in entropy.items()},
-        "cross_entropy": {side: as_json(it) for side, it in entropy.items()},
-        "entropy": {side: as_json(sums.mean(f"{side}.entropy")) for side in sides},
-        "top1_agreement": as_json(sums.mean("top1")),
-        "mass_in_nucleus": {side: as_json(sums.mean(f"{side}.in_nucleus")) for side in sides},
-        "mass_in_head": {side: as_json(sums.mean(f"{side}.in_head")) for side in sides},
+        "perplexity": {side: to_json(_exponential(it)) for side, it in entropy.items()},
+        "cross_entropy": {side: to_json(it) for side, it in entropy.items()},
+        "entropy": {side: to_json(sums.mean(f"{side}.entropy")) for side in sides},
+        "top1_agreement": to_json(sums.mean("top1")),
+        "mass_in_nucleus": {side: to_json(sums.mean(f"{side}.in_nucleus")) for side in sides},
+        "mass_in_head": {side: to_json(sums.mean(f"{side}.in_head")) for side in sides},
         "divergences": {name: _divergence(sums, name, it) for name, it in divergences.items()},
         "precision_recall": {
             "slopes": list(SLOPES),
-            "precision": as_json(precision),
-            "recall": as_json(recall),
+            "precision": to_json(precision),
+            "recall": to_json(recall),
         },
         "ranks": {
             "edges": _edges(vocab),
-            **{side: as_json(sums.mean(f"{side}.by_rank")) for side in sides},
+            **{side: to_json(sums.mean(f"{side}.by_rank")) for side in sides},
         },
     }
 
@@ -218,17 +327,12 @@ def _result(sums: _Sums, divergences: Mapping[str, Divergence], vocab: int) -> d
 def _divergence(sums: _Sums, name: str, divergence: Divergence) -> dict[str, Any]:
     return {
         "divergence": repr(divergence),
-        **as_json(sums.mean(f"{name}:all")),
+        **to_json(sums.mean(f"{name}:all")),
         "infinite_tokens": int(sums.total[f"{name}:infinite"].sum()),
-        **{part: as_json(sums.mean(f"{name}:{part}")) for part in ("head", "tail", "by_rank")},
+        **{part: to_json(sums.mean(f"{name}:{part}")) for part in ("head", "tail", "by_rank")},
     }
 
 
 def _exponential(mean: Mean) -> Mean:
     value = mean.value.exp()
     return Mean(value, value * mean.error)
-
-
-def as_json(mean: Mean) -> dict[str, Any]:
-    """A mean as JSON can hold it: numbers, or lists of them."""
-    return {"value": mean.value.tolist(), "error": mean.error.tolist()}

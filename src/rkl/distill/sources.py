@@ -94,7 +94,7 @@ def _messages(value: Any, column: str, place: str) -> list[dict[str, Any]]:
     return [dict(message) for message in value]
 
 
-def _located(data: Data, split: str) -> Iterator[tuple[str, Any]]:
+def _located(data: Any, split: str) -> Iterator[tuple[str, Any]]:
     """Rows, and where each of them stands."""
     if isinstance(data, (str, Path)):
         return _read_named(data, split)

@@ -1,7 +1,7 @@
 """Measures of how near a model is to its target: tensors in, values with their errors out."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -73,3 +73,12 @@ def clustered_mean(
     return Mean(
         value, spread * (math.sqrt(clusters / (clusters - 1)) if clusters > 1 else math.nan)
     )
+
+
+def to_json(mean: Mean) -> dict[str, Any]:
+    """A mean as JSON can hold it: numbers, or lists of them.
+
+    >>> to_json(mean(torch.tensor([1.0, 3.0])))
+    {'value': 2.0, 'error': 1.0}
+    """
+    return {"value": mean.value.tolist(), "error": mean.error.tolist()}

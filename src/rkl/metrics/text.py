@@ -202,7 +202,7 @@ def _clipped(cut: list[Sequence[Hashable]], n: int) -> list[tuple[int, int]]:
 
 
 def _nearest(lengths: list[int], own: int) -> int:
-    """The length of another sample nearest to one's own, which is among them; the shorter of two."""
+    """The length, of the others, nearest to one's own, which is among them; the shorter of two."""
     i = bisect.bisect_left(lengths, own)
     return min(
         lengths[max(i - 1, 0) : i] + lengths[i + 1 : i + 2], key=lambda x: (abs(x - own), x)

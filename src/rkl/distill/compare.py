@@ -1,0 +1,206 @@
+"""What was measured of one run or several: a table of it, and its figures."""
+
+import functools
+import io
+import json
+import operator
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rkl.runs import Run
+
+if TYPE_CHECKING:
+    from rkl.report import Section
+
+Cell = str | int | float | tuple[float, float] | None
+
+# What the table says, and where a result holds it: of teacher and student, or of the student.
+_OF_BOTH = {
+    "perplexity": "perplexity",
+    "cross-entropy (nats/token)": "cross_entropy",
+    "entropy (nats/token)": "entropy",
+    "mass in the teacher's head": "mass_in_head",
+}
+_OF_STUDENT = {
+    "top-1 agreement": ("top1_agreement",),
+    "student's mass in the teacher's nucleus": ("mass_in_nucleus", "student"),
+    "teacher's mass in the student's nucleus": ("mass_in_nucleus", "teacher"),
+}
+_OF_REPLIES = {
+    "ROUGE-L": "rouge_l",
+    "Distinct-1": "distinct_1",
+    "Distinct-2": "distinct_2",
+    "Distinct-2 within a reply": "distinct_2_within",
+    "Self-BLEU": "self_bleu",
+    "length (tokens)": "length",
+}
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Results of :func:`rkl.distill.evaluate_run`, by the name of their run; prints as a table.
+
+    Attributes:
+        results: Under each run's name, what its ``evaluation.json`` holds.
+    """
+
+    results: Mapping[str, Mapping[str, Any]]
+
+    def rows(self) -> list[tuple[Cell, ...]]:
+        """The table: what is measured, the teacher's value, and each student's.
+
+        A value with a standard error is a pair. The teacher's is left out where the runs had
+        different teachers or data.
+        """
+        results = list(self.results.values())
+        teachers = [result["perplexity"]["teacher"]["value"] for result in results]
+        alike = max(teachers) - min(teachers) <= 1e-6 * max(teachers)
+        table = []
+        for words, key in _OF_BOTH.items():
+            teacher = _pair(results[0][key]["teacher"]) if alike else None
+            table.append((words, teacher, *(_pair(it[key]["student"]) for it in results)))
+        for words, keys in _OF_STUDENT.items():
+            means = (functools.reduce(operator.getitem, keys, it) for it in results)
+            table.append((words, None, *map(_pair, means)))
+        names = dict.fromkeys(name for result in results for name in result["divergences"])
+        for name in names:
+            found = [result["divergences"].get(name) for result in results]
+            table += _divergence_rows(name, found)
+        if any("generations" in result for result in results):
+            for words, key in _OF_REPLIES.items():
+                cells = (_pair(result.get("generations", {}).get(key)) for result in results)
+                table.append((words, None, *cells))
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        from rkl.report import written
+
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("mean ± standard error")
+        for name in ("teacher", *self.results):
+            table.add_column(name, justify="right")
+        for row in self.rows():
+            table.add_row(*map(written, row))
+        page = io.StringIO()
+        Console(file=page, width=44 + 20 * (1 + len(self.results))).print(table)
+        return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+
+    def precision_recall(self) -> dict[str, Any]:
+        """The arguments of :func:`rkl.plots.precision_recall`, bands of two standard errors."""
+        curves, bands = {}, {}
+        for name, result in self.results.items():
+            curve = result["precision_recall"]
+            precision = curve["precision"]
+            curves[name] = precision["value"], curve["recall"]["value"]
+            pairs = list(zip(precision["value"], precision["error"], strict=True))
+            bands[name] = [v - 2 * e for v, e in pairs], [v + 2 * e for v, e in pairs]
+        return {"students": curves, "bands": bands}
+
+    def divergence_by_rank(self, divergence: str) -> dict[str, Any]:
+        """The arguments of :func:`rkl.plots.divergence_by_rank` for one divergence, by name."""
+        edges = {tuple(result["ranks"]["edges"]) for result in self.results.values()}
+        if len(edges) > 1:
+            raise ValueError("The runs have vocabularies of different sizes: no ranks in common.")
+        bins = {
+            name: result["divergences"][divergence]["by_rank"]
+            for name, result in self.results.items()
+        }
+        return {
+            "edges": list(edges.pop()),
+            "students": {name: it["value"] for name, it in bins.items()},
+            "errors": {name: it["error"] for name, it in bins.items()},
+            "label": f"{divergence} (nats per token)",
+        }
+
+    def sections(self) -> list["Section"]:
+        """The results as sections of a report: the table, then the figures."""
+        from rkl import plots
+        from rkl.report import Section, Table, drawn
+
+        columns = ["", "teacher", *self.results]
+        table = Table("Held-out data", columns, self.rows(), _TABLE_SAYS)
+        curve = plots.precision_recall(**self.precision_recall())
+        figures = [drawn("Precision and recall of the students", curve, _CURVE_SAYS)]
+        for name in ("forward-kl", "reverse-kl"):
+            if all(name in result["divergences"] for result in self.results.values()):
+                drawing = plots.divergence_by_rank(**self.divergence_by_rank(name))
+                figures.append(drawn(f"{name} by rank under the teacher", drawing, _RANKS_SAY))
+        return [Section("Held-out evaluation", blocks=[table, *figures])]
+
+
+_TABLE_SAYS = (
+    "Means per token over held-out text, with standard errors that take blocks of text as "
+    "independent; replies: over prompts, or over seeds where only a whole set has a value."
+)
+_CURVE_SAYS = (
+    "Each point is one slope λ: precision Σ min(λp, q) is the share of what the student says "
+    "that the teacher would, recall the share of what the teacher says that the student can."
+)
+_RANKS_SAY = (
+    "Where the divergence comes from: each bin holds the tokens of those ranks in the teacher's "
+    "order, and the bins add up to the whole."
+)
+
+
+def compare_runs(
+    paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None
+) -> Evaluations:
+    """The evaluations of several runs side by side.
+
+    Args:
+        paths: Folders of runs, each evaluated before.
+        out: An HTML file to write the table and the figures to.
+    """
+    if not paths:
+        raise ValueError("paths must name at least one run; got none.")
+    results = {name: _result(path) for name, path in zip(_names(paths), paths, strict=True)}
+    if len({result["data"]["fingerprint"] for result in results.values()}) > 1:
+        warnings.warn(
+            "The runs were evaluated on different data; their values cannot be compared.",
+            stacklevel=2,
+        )
+    evaluations = Evaluations(results)
+    if out is not None:
+        from rkl.report import render, write
+
+        write(Path(out), render("Comparison of runs", evaluations.sections()))
+    return evaluations
+
+
+def _names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """The last part of each path, or the whole of it where two would be called the same."""
+    short = [Path(path).resolve().name for path in paths]
+    return short if len(set(short)) == len(short) else [str(path) for path in paths]
+
+
+def _result(path: str | os.PathLike) -> dict[str, Any]:
+    file = Run.open(path).path / "evaluation.json"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"path: {path} has not been evaluated: rkl evaluate {path} --data D does it."
+        )
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _pair(mean: Mapping[str, float] | None) -> tuple[float, float] | None:
+    return None if mean is None else (mean["value"], mean["error"])
+
+
+def _divergence_rows(
+    name: str, found: Sequence[Mapping[str, Any] | None]
+) -> list[tuple[Cell, ...]]:
+    rows: list[tuple[Cell, ...]] = [(f"{name} (nats/token)", None, *map(_pair, found))]
+    for part in ("head", "tail"):
+        cells = (None if it is None else _pair(it[part]) for it in found)
+        rows.append((f"  of it in the {part}", None, *cells))
+    if any(it and it["infinite_tokens"] for it in found):
+        cells = (None if it is None else it["infinite_tokens"] for it in found)
+        rows.append(("  tokens where infinite", None, *cells))
+    return rows

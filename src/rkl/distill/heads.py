@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rkl.estimators import LinearHead
 
@@ -66,7 +66,7 @@ class Head:
     def at(
         self,
         states: Float[Tensor, "rows positions width"],
-        predicting: Bool[Tensor, "rows positions-1"],
+        predicting: Bool[Tensor, "rows steps"],
         *,
         vocab: int | None = None,
     ) -> Known:
@@ -100,7 +100,7 @@ class Head:
     def observe(
         self,
         inputs: Mapping[str, Any],
-        predicting: Bool[Tensor, "rows positions-1"],
+        predicting: Bool[Tensor, "rows steps"],
         *,
         vocab: int | None = None,
     ) -> Known:
@@ -124,19 +124,25 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def read_head(model: PreTrainedModel) -> Head:
+def read_head(model: nn.Module) -> Head:
     """The head of a model: its output embedding with what its configuration says of the logits.
 
     No table of architectures is kept. What was read is compared with the model's own logits on
     two tokens, one of them stretched so far that no scale or soft cap can go unnoticed; if they
     differ, a warning names the model and the reason, and full logits are used.
     """
-    embedding = model.get_output_embeddings()
-    config = model.config.get_text_config(decoder=True)
-    head = Head(model, config.vocab_size, embedding, _scale(config), _softcap(config))
-    vocab, reason = _compared(head)
-    if reason is None:
-        return head
+    causal: Any = model  # a PreTrainedModel, or a PeftModel around one
+    embedding = causal.get_output_embeddings()
+    config = causal.config.get_text_config(decoder=True)
+    if isinstance(embedding, nn.Linear) and type(embedding).forward is nn.Linear.forward:
+        head = Head(model, config.vocab_size, embedding, _scale(config), _softcap(config))
+        vocab, reason = _compared(head, embedding)
+        if reason is None:
+            return head
+    else:
+        with inference(model):
+            vocab = model(**_two_tokens(model)).logits.shape[-1]
+        reason = f"its output embedding is no plain linear layer; got {type(embedding).__name__}"
     warnings.warn(
         f"{type(model).__name__}: {reason}. Its full logits will be computed instead, which takes "
         "more memory and gives the same loss.",
@@ -217,27 +223,23 @@ def _softcap(config) -> float | None:
     return next((float(cap) for cap in caps if cap), None)
 
 
-def _compared(head: Head) -> tuple[int, str | None]:
+def _two_tokens(model: nn.Module) -> dict[str, Tensor]:
+    tokens = torch.tensor([[0, 1]], device=next(model.parameters()).device)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _compared(head: Head, embedding: nn.Linear) -> tuple[int, str | None]:
     """The number of the model's logits, and why they are not those that the head tells."""
-    embedding = head.linear
-    device = next(head.model.parameters()).device
-    tokens = torch.tensor([[0, 1]], device=device)
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    hidden = []
     with inference(head.model):
-        if embedding is None or type(embedding).forward is not nn.Linear.forward:
-            kind = type(embedding).__name__
-            reason = f"its output embedding is no plain linear layer; got {kind}"
-            return head.model(**inputs).logits.shape[-1], reason
-        hidden = []
         with embedding.register_forward_pre_hook(_stretching(hidden)):
-            logits = head.model(**inputs).logits
+            logits = head.model(**_two_tokens(head.model)).logits
         if len(hidden) != 1:
             return logits.shape[
                 -1
             ], f"its output embedding was called {len(hidden)} times, not once"
-        everywhere = torch.ones(1, 2, dtype=torch.bool, device=device)
-        padded = torch.cat([hidden[0], hidden[0][:, :1]], 1)
-        told = logits_of(head.at(padded, everywhere))
+        states = torch.cat([hidden[0], hidden[0][:, :1]], 1)  # of the last nothing is asked
+        told = logits_of(head.at(states, states.new_ones(1, 2, dtype=torch.bool)))
     return logits.shape[-1], _difference(logits[0], told)
 
 

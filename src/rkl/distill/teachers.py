@@ -5,7 +5,7 @@ import copy
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Teacher(abc.ABC):
     def observe(
         self,
         inputs: Mapping[str, Any],
-        predicting: Bool[Tensor, "rows positions-1"],
+        predicting: Bool[Tensor, "rows steps"],
         *,
         vocab: int | None = None,
     ) -> Known:
@@ -56,7 +56,7 @@ class Teacher(abc.ABC):
 class ModelTeacher(Teacher):
     """A model, run beside the student in its own mode and precision, and left as it was."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: nn.Module):
         self.head = read_head(model)
         self.vocab = self.head.vocab
 
@@ -81,7 +81,7 @@ class AdapterBase(Teacher):
 
 
 @contextmanager
-def _adapters_off(model: Any):
+def _adapters_off(model: Any) -> Iterator[None]:
     # PEFT, on its way back, marks every active adapter as trainable: also one that was frozen.
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:

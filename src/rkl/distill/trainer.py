@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 from rkl.distill.data import IGNORED
@@ -71,7 +71,7 @@ class Batch(NamedTuple):
     """A batch, its labels taken out and shifted to the positions that predict them."""
 
     inputs: dict[str, Any]
-    predicting: Bool[Tensor, "rows positions-1"]
+    predicting: Bool[Tensor, "rows steps"]
     targets: Int[Tensor, " tokens"]
 
 
@@ -136,10 +136,10 @@ class DistillTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | None = None,
+        model: nn.Module | None = None,
         args: DistillConfig | None = None,
         *,
-        teacher: PreTrainedModel | Literal["base"] | Teacher,
+        teacher: nn.Module | Literal["base"] | Teacher,
         divergence: Divergence = AKL(),
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
@@ -171,13 +171,13 @@ class DistillTrainer(Trainer):
     def _student(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    def _as_teacher(self, teacher: PreTrainedModel | Literal["base"] | Teacher) -> Teacher:
+    def _as_teacher(self, teacher: nn.Module | Literal["base"] | Teacher) -> Teacher:
         if isinstance(teacher, Teacher):
             return teacher
-        if teacher == "base":
+        if isinstance(teacher, str):
             return AdapterBase(self._head)
         if getattr(teacher, "hf_device_map", None) is None:
-            cast(nn.Module, teacher).to(self.args.device)
+            teacher.to(self.args.device)
         return ModelTeacher(teacher)
 
     def compute_loss(
@@ -286,7 +286,9 @@ class DistillTrainer(Trainer):
             parts = q[:3] if isinstance(q, LinearHead) else (q,)
             # It is 0, and yet every parameter takes part, as DDP demands.
             return torch.stack([part[:0].sum() for part in parts if part is not None]).sum()
-        weight = torch.ones(len(batch.targets), device=batch.targets.device) / count
+        like = q.hidden if isinstance(q, LinearHead) else q
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        weight = torch.ones(len(batch.targets), dtype=dtype, device=like.device) / count
         loss = self._divided(batch, p, q, weight)
         if not loss.isinf():
             return loss
@@ -302,7 +304,7 @@ class DistillTrainer(Trainer):
         p, soft = (at_temperature(it, self.args.temperature) for it in (p, q))
         if isinstance(q, Tensor):  # of logits, exact cannot tell the temperature
             loss = exact(self.divergence, p=p, q=soft, weight=weight, compiled=compiled)
-            entropy = cross_entropy(q.float(), batch.targets, reduction="none") if hard else None
+            entropy = cross_entropy(q.to(weight.dtype), batch.targets, reduction="none") if hard else None
             return loss if entropy is None else loss + hard * (weight @ entropy)
         return exact(
             self.divergence,

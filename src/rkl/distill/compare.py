@@ -189,7 +189,7 @@ def _result(path: str | os.PathLike) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _pair(mean: Mapping[str, float] | None) -> tuple[float, float] | None:
+def _pair(mean: Mapping[str, Any] | None) -> tuple[float, float] | None:
     return None if mean is None else (mean["value"], mean["error"])
 
 

@@ -74,6 +74,42 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """The same for files that join the others in a folder: each of them is whole at any moment."""
+    temporary = _beside(Path(folder) / "files", "tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        files = [inside for inside in temporary.rglob("*") if inside.is_file()]
+        for file in files:
+            _sync(file)
+        for file in files:
+            place = Path(folder, file.relative_to(temporary))
+            place.parent.mkdir(exist_ok=True)
+            os.replace(file, place)
+            _sync(place.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: str | os.PathLike) -> None:
+    """Remove a folder so that a crash leaves all of it or nothing that bears its name."""
+    doomed = _beside(Path(path), "tmp")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process had begun to write, and bring back what had stepped aside."""
+    for leftover in [path for path in folder.rglob(".*") if _is_leftover(path)]:
+        name, _token, ending = leftover.name[1:].rsplit(".", 2)
+        if ending == "old" and not leftover.with_name(name).exists():
+            os.replace(leftover, leftover.with_name(name))
+        else:
+            _remove(leftover)
+
+
 def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
     """Write a file so that a crash leaves the old one or the new one, never half of one."""
     with replacing(path) as temporary:
@@ -193,7 +229,7 @@ class Run:
         if begun:
             _empty(path)
         path.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        sweep(path)
         write_json(path / "run.json", record)
         return cls(path)
 
@@ -277,7 +313,7 @@ class Run:
         ]
         if changed:
             raise ValueError(f"resume: settings of {self.path} differ: {'; '.join(changed)}.")
-        _sweep(self.path)
+        sweep(self.path)
         return self
 
 
@@ -388,16 +424,6 @@ def _beside(path: Path, ending: str) -> Path:
 
 def _is_leftover(path: Path) -> bool:
     return _LEFTOVER.fullmatch(path.name) is not None
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed process had begun to write, and bring back what had stepped aside."""
-    for leftover in [path for path in folder.rglob(".*") if _is_leftover(path)]:
-        name, _token, ending = leftover.name[1:].rsplit(".", 2)
-        if ending == "old" and not leftover.with_name(name).exists():
-            os.replace(leftover, leftover.with_name(name))
-        else:
-            _remove(leftover)
 
 
 def _sync(path: Path) -> None:

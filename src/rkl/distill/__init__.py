@@ -3,9 +3,10 @@
 import importlib
 
 _HOMES = {
+    "batches": "PadRows",
     "heads": "Head read_head",
     "teachers": "Teacher load_model load_tokenizer",
-    "trainer": "DistillConfig DistillTrainer PadRows",
+    "trainer": "DistillConfig DistillTrainer",
 }
 _HOME = {
     name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()

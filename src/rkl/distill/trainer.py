@@ -3,17 +3,19 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from rkl.distill.data import IGNORED
+from rkl.distill.batches import Batch, PadRows, shifted
+from rkl.distill.checkpoints import replacing_folder_together, rotate, settle
 from rkl.distill.heads import (
     Known,
     at_temperature,
@@ -24,6 +26,7 @@ from rkl.distill.heads import (
 from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher
 from rkl.divergences import AKL, KL, Divergence
 from rkl.estimators import LinearHead, TopK, exact, per_token
+from rkl.runs import replacing_files, sweep
 
 
 @dataclass
@@ -65,52 +68,6 @@ class DistillConfig(TrainingArguments):
                 "label_smoothing_factor has no meaning in distillation, where the teacher smooths "
                 f"the labels; got {self.label_smoothing_factor}, expected 0."
             )
-
-
-class Batch(NamedTuple):
-    """A batch, its labels taken out and shifted to the positions that predict them."""
-
-    inputs: dict[str, Any]
-    predicting: Bool[Tensor, "rows steps"]
-    targets: Int[Tensor, " tokens"]
-
-
-def shifted(inputs: Mapping[str, Any]) -> Batch:
-    """Take the labels out of a batch; the first token of a row is never predicted."""
-    if inputs.get("labels") is None:
-        raise ValueError(
-            f"the batch must have labels, {IGNORED} where a token is not trained on; "
-            f"got {', '.join(inputs)}."
-        )
-    rest = {name: value for name, value in inputs.items() if name != "labels"}
-    labels = inputs["labels"][:, 1:]
-    predicting = labels != IGNORED
-    return Batch(rest, predicting, labels[predicting])
-
-
-@dataclass(frozen=True)
-class PadRows:
-    """A collator: rows of tokens cut to one length, then padded on the right.
-
-    Args:
-        pad_token_id: What stands where a row has ended; it is neither attended nor trained on.
-        max_length: Tokens that are kept of each row; None keeps all.
-    """
-
-    pad_token_id: int = 0
-    max_length: int | None = None
-
-    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-        filling = {"input_ids": self.pad_token_id, "labels": IGNORED}
-        rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
-        return {
-            name: pad_sequence(
-                [torch.as_tensor(row[name])[: self.max_length] for row in rows],
-                batch_first=True,
-                padding_value=filling.get(name, 0),
-            )
-            for name in rows[0]
-        }
 
 
 class DistillTrainer(Trainer):
@@ -166,6 +123,7 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._infinite = 0
         self._named = False
+        self._staging: str | None = None
         self._scores: list[Tensor] = []
 
     def _student(self) -> Any:
@@ -249,6 +207,46 @@ class DistillTrainer(Trainer):
                 logs["infinite_tokens"] = total
         super().log(logs, start_time)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, once what a killed process had begun to write is removed."""
+        if self.args.should_save:
+            sweep(Path(str(self.args.output_dir)))
+        self.accelerator.wait_for_everyone()
+        return super().train(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's, in a temporary folder that gets its name when all is on the disk."""
+        folder = self._get_output_dir(trial)
+        path = Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with replacing_folder_together(path, self.accelerator, self.args.should_save) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            settle(self.state, Path(staging, path.name), path, self.args.should_save)
+        if self.args.should_save:
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.args.should_save and self.args.save_total_limit == 1:
+            # The Trainer would do so next, and a kill meanwhile would leave half a checkpoint.
+            only_best = self.state.best_model_checkpoint
+            rotate(self._get_output_dir(None), 1, only_best, keep_last=False)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The Trainer's, each file whole and without training_args.bin, which is a pickle."""
+        if not self.args.should_save:
+            return
+        with replacing_files(output_dir or str(self.args.output_dir)) as folder:
+            self._student().save_pretrained(folder, state_dict=state_dict)
+            if isinstance(self.processing_class, PreTrainedTokenizerBase):
+                self.processing_class.save_pretrained(folder)
+
     def _observe(self, batch: Batch) -> Known:
         """What the teacher says of a batch, in the precision that the Trainer trains in."""
         with torch.no_grad(), self.accelerator.autocast():
@@ -304,8 +302,10 @@ class DistillTrainer(Trainer):
         p, soft = (at_temperature(it, self.args.temperature) for it in (p, q))
         if isinstance(q, Tensor):  # of logits, exact cannot tell the temperature
             loss = exact(self.divergence, p=p, q=soft, weight=weight, compiled=compiled)
-            entropy = cross_entropy(q.to(weight.dtype), batch.targets, reduction="none") if hard else None
-            return loss if entropy is None else loss + hard * (weight @ entropy)
+            if not hard:
+                return loss
+            entropy = cross_entropy(q.to(weight.dtype), batch.targets, reduction="none")
+            return loss + hard * (weight @ entropy)
         return exact(
             self.divergence,
             p=p,

@@ -1,0 +1,58 @@
+"""Batches of labelled rows: padded to one length, their labels put where they are predicted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rkl.distill.data import IGNORED
+
+
+class Batch(NamedTuple):
+    """A batch, its labels taken out and shifted to the positions that predict them."""
+
+    inputs: dict[str, Any]
+    predicting: Bool[Tensor, "rows steps"]
+    targets: Int[Tensor, " tokens"]
+
+
+def shifted(inputs: Mapping[str, Any]) -> Batch:
+    """Take the labels out of a batch; the first token of a row is never predicted."""
+    if inputs.get("labels") is None:
+        raise ValueError(
+            f"the batch must have labels, {IGNORED} where a token is not trained on; "
+            f"got {', '.join(inputs)}."
+        )
+    rest = {name: value for name, value in inputs.items() if name != "labels"}
+    labels = inputs["labels"][:, 1:]
+    predicting = labels != IGNORED
+    return Batch(rest, predicting, labels[predicting])
+
+
+@dataclass(frozen=True)
+class PadRows:
+    """A collator: rows of tokens cut to one length, then padded on the right.
+
+    Args:
+        pad_token_id: What stands where a row has ended; it is neither attended nor trained on.
+        max_length: Tokens that are kept of each row; None keeps all.
+    """
+
+    pad_token_id: int = 0
+    max_length: int | None = None
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+        filling = {"input_ids": self.pad_token_id, "labels": IGNORED}
+        rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
+        return {
+            name: pad_sequence(
+                [torch.as_tensor(row[name])[: self.max_length] for row in rows],
+                batch_first=True,
+                padding_value=filling.get(name, 0),
+            )
+            for name in rows[0]
+        }

@@ -1,0 +1,63 @@
+"""Trainer checkpoints that are there whole or not at all, whenever the process is killed."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import sort_checkpoints
+
+from rkl.runs import remove_folder, replacing_folder
+
+_STATE = "trainer_state.json"
+
+
+@contextlib.contextmanager
+def replacing_folder_together(path: Path, accelerator: Accelerator, writes: bool) -> Iterator[str]:
+    """A temporary folder for all processes, renamed when the last of them has left the block."""
+    with replacing_folder(path) if writes else contextlib.nullcontext() as temporary:
+        (shared,) = broadcast_object_list([str(temporary)])
+        yield shared
+        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
+
+
+def settle(state: TrainerState, staged: Path, path: Path, writes: bool) -> None:
+    """Lift a checkpoint out of the folder in it that the Trainer made, and call it by its name.
+
+    Args:
+        state: The Trainer's, which may call the checkpoint the best one by its passing name.
+        staged: Where the Trainer wrote it.
+        path: Where it will be.
+        writes: Whether this process is the one that writes.
+    """
+    best = state.best_model_checkpoint == str(staged)
+    if best:
+        state.best_model_checkpoint = str(path)
+    if not writes:
+        return
+    if best:
+        state.save_to_json(str(staged / _STATE))
+    for entry in staged.iterdir():
+        os.replace(entry, staged.parent / entry.name)
+    staged.rmdir()
+
+
+def rotate(folder: str, limit: int | None, best: str | None, *, keep_last: bool = True) -> None:
+    """Remove the oldest checkpoints beyond a number, never the best and the last one.
+
+    Args:
+        folder: Where the checkpoints are.
+        limit: How many to keep; None or 0 keeps all.
+        best: The best checkpoint, if there is one.
+        keep_last: Whether the last one is kept although it is not the best.
+    """
+    checkpoints = [Path(path) for path in sort_checkpoints(folder)]
+    kept = {Path(best)} if best else set()
+    kept |= set(checkpoints[-1:]) if keep_last else set()
+    surplus = len(checkpoints) - max(limit, len(kept)) if limit else 0
+    for path in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
+        remove_folder(path)

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,14 +8,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rkl.distill.generate import (
+    GenerateSettings,
     Generation,
     Prompt,
     Sampling,
     generate,
+    generate_run,
     measure,
     prompts_of,
     save,
 )
+from rkl.runs import Run
 
 VOCAB = 30
 SHORT = Sampling(12)
@@ -203,6 +207,24 @@ def test_replies_are_kept_as_json_lines(tmp_path):
     save(tmp_path / "replies.jsonl", replies)
     lines = (tmp_path / "replies.jsonl").read_text(encoding="utf-8").splitlines()
     assert [Generation(**json.loads(line)) for line in lines] == replies
+
+
+@pytest.mark.parametrize("out", [None, "elsewhere.jsonl"])
+def test_the_student_of_a_run_replies_to_data_under_every_seed(student, tokenizer, tmp_path, out):
+    run = Run.create(tmp_path / "run", "distill", {}, seed=0)
+    student.save_pretrained(run.path)
+    tokenizer.save_pretrained(run.path)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"text": TEXT}) + "\n")
+    out = None if out is None else str(tmp_path / out)
+    settings = GenerateSettings(
+        str(data), prompts=2, prompt_tokens=8, seeds=3, seed=5, max_new_tokens=4, out=out
+    )
+    written = generate_run(run.path, settings)
+    assert written == (run.path / "replies.jsonl" if out is None else Path(out))
+    replies = [Generation(**json.loads(line)) for line in written.read_text().splitlines()]
+    prompts = prompts_of([{"text": TEXT}], tokenizer, count=2, prompt_tokens=8, reply_tokens=4)
+    assert replies == generate(student, tokenizer, prompts, seeds=[5, 6, 7], sampling=Sampling(4))
 
 
 def test_errors_take_prompts_or_seeds_as_independent():

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rkl.distill.batches import PadRows, shifted
 from rkl.distill.compare import Evaluations
 from rkl.distill.data import passages, tokenize
 from rkl.distill.generate import Sampling, generate, measure, prompts_of, save
 from rkl.distill.heads import Known, common_vocabulary, logits_of, read_head
 from rkl.distill.sources import Row, read_rows
 from rkl.distill.teachers import ModelTeacher, Teacher, load_model, load_tokenizer
-from rkl.distill.trainer import PadRows, shifted
 from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation, parse
 from rkl.estimators import LinearHead
 from rkl.metrics import Mean, clustered_mean, to_json
@@ -35,7 +35,8 @@ DIVERGENCES: Mapping[str, Divergence] = {
 HEAD = AKL(mu=0.5)  # its rule says which of the teacher's atoms are the head
 NUCLEUS = AKL(mu=0.9, straddle="head")  # the smallest set of likeliest atoms with 90 % or more
 RANKED = 4096  # ranks told apart; those behind them share a bin
-ELEMENTS = 2**21  # of the logits of one model that exist at one time
+ELEMENTS = 2**23  # of the logits of one model that exist at one time
+CACHED = 2**19  # of those that are measured together
 
 Columns = dict[str, Float[Tensor, "tokens *columns"]]
 
@@ -218,21 +219,25 @@ class _Sums:
 
 
 def _chunks(p: Known, q: Known) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """The log-probabilities of some tokens at a time."""
+    """The log-probabilities of some tokens at a time, few enough to stay in a core's cache."""
     tokens, vocab = (len(q.hidden), len(q.weight)) if isinstance(q, LinearHead) else q.shape
     size = max(1, ELEMENTS // vocab)
     for start in range(0, tokens, size):
-        part = slice(start, start + size)
         with torch.no_grad():
-            yield part, _log_probabilities(p, part), _log_probabilities(q, part)
+            logits = [_logits(known, slice(start, start + size)) for known in (p, q)]
+        block = max(1, CACHED // vocab) if logits[0].device.type == "cpu" else size
+        for few in zip(*(it.split(block) for it in logits), strict=True):
+            stop = start + len(few[0])
+            yield slice(start, stop), few[0].log_softmax(-1), few[1].log_softmax(-1)
+            start = stop
 
 
-def _log_probabilities(known: Known, part: slice) -> Float[Tensor, "chunk vocab"]:
+def _logits(known: Known, part: slice) -> Float[Tensor, "chunk vocab"]:
     if isinstance(known, LinearHead):
         logits = logits_of(known._replace(hidden=known.hidden[part]))
     else:
         logits = known[part]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _columns(

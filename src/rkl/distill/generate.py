@@ -5,19 +5,21 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl.distill.data import end_of_text, render
 from rkl.distill.heads import inference
-from rkl.distill.sources import Row, kind_of
+from rkl.distill.sources import Row, kind_of, read_rows
+from rkl.distill.teachers import load_model, load_tokenizer
 from rkl.metrics import Mean, clustered_mean, mean
 from rkl.metrics.text import distinct_n, distinct_n_together, rouge_l, self_bleu
-from rkl.runs import write_atomic
+from rkl.runs import Run, write_atomic
 
 SHORTEST = 2  # tokens of a text that gives a prompt and something to go on with
 
@@ -66,6 +68,60 @@ class Generation:
     reference: str
     text: str
     tokens: int
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What ``rkl generate`` may be told of a distilled student."""
+
+    data: str = field(metadata={"help": "text that gives the prompts", "metavar": "D"})
+    split: str = field(default="test", metadata={"help": "split of a data set that has several"})
+    prompts: int = field(default=16, metadata={"help": "how many prompts at most"})
+    prompt_tokens: int = field(default=32, metadata={"help": "tokens of plain text in a prompt"})
+    seeds: int = field(default=1, metadata={"help": "replies to each prompt, a seed each"})
+    max_new_tokens: int = field(default=64, metadata={"help": "longest reply, in tokens"})
+    temperature: float = field(default=1.0, metadata={"help": "of the logits; 0 is greedy"})
+    top_p: float = field(default=1.0, metadata={"help": "mass that tokens are drawn from"})
+    batch_size: int = field(default=16, metadata={"help": "prompts run together"})
+    out: str | None = field(
+        default=None, metadata={"help": "file to write; by default RUN/replies.jsonl"}
+    )
+    seed: int = field(default=0, metadata={"help": "first seed"})
+    device: str = field(default="cpu", metadata={"help": "where to compute"})
+
+
+def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
+    """Let the student of a run reply to prompts out of some data.
+
+    Args:
+        path: The folder of the run.
+        settings: What to reply to, and how.
+
+    Returns:
+        The file of JSON lines with the replies, each with its seed, prompt and reference.
+    """
+    run = Run.open(path)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
+    rows = read_rows(settings.data, split=settings.split)
+    tokenizer, student = load_tokenizer(run.path), load_model(run.path)
+    cast(nn.Module, student).to(settings.device)
+    replies = generate(
+        student,
+        tokenizer,
+        prompts_of(
+            rows,
+            tokenizer,
+            count=settings.prompts,
+            prompt_tokens=settings.prompt_tokens,
+            reply_tokens=settings.max_new_tokens,
+        ),
+        seeds=range(settings.seed, settings.seed + settings.seeds),
+        sampling=sampling,
+        batch_size=settings.batch_size,
+    )
+    out = Path(settings.out) if settings.out else run.path / "replies.jsonl"
+    save(out, replies)
+    return out
 
 
 def prompts_of(

@@ -20,6 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .PHONY: demo demo-real test test-slow coverage lint format bench clean
 .SECONDARY:
+.NOTPARALLEL: # two pips at once would spoil the environment
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed-test

@@ -119,6 +119,50 @@ def test_a_block_that_raises_leaves_no_folder(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("failing_call", [1, 2, 3, 4])
+def test_files_that_join_a_folder_are_each_old_or_new(tmp_path, monkeypatch, failing_call):
+    names, replace, calls = ["a", "b", "inner/c"], os.replace, []
+    (tmp_path / "mine").write_text("untouched")
+    (tmp_path / "a").write_text("old")
+
+    def fail_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == failing_call:
+            raise OSError(errno.EIO, "input/output error")
+        replace(*arguments)
+
+    def join():
+        with runs.replacing_files(tmp_path) as folder:
+            (folder / "inner").mkdir()
+            for name in names:
+                (folder / name).write_text("new")
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    if failing_call > len(names):
+        join()
+        assert everything_in(tmp_path) == dict.fromkeys(names, b"new") | {"mine": b"untouched"}
+        return
+    pytest.raises(OSError, join)
+    left = everything_in(tmp_path)
+    assert left.pop("mine") == b"untouched"
+    assert left.pop("a") in (b"old", b"new")
+    assert left.items() <= {"b": b"new", "inner/c": b"new"}.items()
+
+
+def test_a_folder_that_cannot_be_removed_whole_does_not_keep_its_name(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-1").mkdir()
+
+    def fail(_folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.shutil, "rmtree", fail)
+        pytest.raises(KeyboardInterrupt, runs.remove_folder, tmp_path / "checkpoint-1")
+    assert not (tmp_path / "checkpoint-1").exists()
+    runs.sweep(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_torn_last_line_is_dropped_when_read_and_when_appended_to(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step in range(3):

@@ -1,6 +1,7 @@
 """Language models small enough to be made anew in every test, and what they are trained on."""
 
 import os
+import warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, just below
 
@@ -88,5 +89,23 @@ def tiny_tokenizer():
         return transformers.PreTrainedTokenizerFast(
             tokenizer_object=model, eos_token=f"{prefix}1", pad_token=f"{prefix}2"
         )
+
+    return make
+
+
+@pytest.fixture
+def tiny_lora():
+    """A function that puts LoRA adapters, not 0, on a model: tiny_lora(model, ["q_proj"])."""
+    peft = pytest.importorskip("peft")
+
+    def make(model, targets, *, seed=0):
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's own: it uses what transformers deprecates
+            adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        return adapted
 
     return make

@@ -1,7 +1,6 @@
 """The head that is read from a model gives the loss and the gradients of its full logits."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -229,20 +228,9 @@ def test_equal_vocabularies_need_no_tokenizer():
     assert common_vocabulary(40, 40) == 40
 
 
-def _lora(model, **settings):
-    peft = pytest.importorskip("peft")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's, on targets that it renames by itself
-        adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    return adapted
-
-
-def test_a_peft_student_has_the_head_of_its_base(tiny_model, tiny_rows, tiny_trainer):
+def test_a_peft_student_has_the_head_of_its_base(tiny_model, tiny_lora, tiny_rows, tiny_trainer):
     teacher = tiny_model("Llama", seed=1).double()
-    student = _lora(tiny_model("Llama", seed=2).double(), target_modules=["q_proj"])
+    student = tiny_lora(tiny_model("Llama", seed=2).double(), ["q_proj"])
     trainer = tiny_trainer(student, teacher, settings={"divergence": rkl.KL()})
     assert trainer._head.linear is student.get_output_embeddings()
     batch = PadRows()(tiny_rows())
@@ -251,9 +239,9 @@ def test_a_peft_student_has_the_head_of_its_base(tiny_model, tiny_rows, tiny_tra
     assert all("lora" in name for name in gradients(student, trainer.compute_loss(student, batch)))
 
 
-def test_an_adapted_head_falls_back_to_full_logits(tiny_model, tiny_rows, tiny_trainer):
+def test_an_adapted_head_falls_back_to_full_logits(tiny_model, tiny_lora, tiny_rows, tiny_trainer):
     teacher = tiny_model("Llama", seed=1).double()
-    student = _lora(tiny_model("Llama", seed=2).double(), target_modules=["q_proj", "lm_head"])
+    student = tiny_lora(tiny_model("Llama", seed=2).double(), ["q_proj", "lm_head"])
     with pytest.warns(UserWarning, match="no plain linear layer"):
         trainer = tiny_trainer(student, teacher, settings={"divergence": rkl.KL()})
     batch = PadRows()(tiny_rows())

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.import_utils import is_peft_available
 
 from rkl.distill.heads import Head, Known, read_head
 
@@ -72,12 +73,26 @@ class AdapterBase(Teacher):
     """
 
     def __init__(self, head: Head):
+        if not is_adapted(head.model):
+            raise ValueError(
+                "teacher='base' needs a PEFT student, whose adapters can be switched off; "
+                f"got a {type(head.model).__name__}."
+            )
         self.head = head
         self.vocab = head.vocab
 
     def observe(self, inputs, predicting, *, vocab=None):
         with _adapters_off(self.head.model):
             return self.head.observe(inputs, predicting, vocab=vocab)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model is PEFT's wrapper around another one."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
 
 
 @contextmanager

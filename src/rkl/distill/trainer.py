@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -360,7 +360,7 @@ class DistillTrainer(Trainer):
         return f"{int(token)} {tokenizer.decode([int(token)])!r}"
 
 
-def _only(known: Known, token: int) -> Known:
+def _only(known: Known, token: int) -> LinearHead | Float[Tensor, "1 vocab"]:
     """What is known of one token."""
     if isinstance(known, Tensor):
         return known[token : token + 1]

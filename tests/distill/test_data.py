@@ -1,6 +1,7 @@
 import inspect
 import json
 import sys
+import types
 import warnings
 
 import pytest
@@ -101,6 +102,10 @@ def test_rows_in_memory_may_come_in_splits():
             r"line 1: prompt and completion must both be text or both messages",
         ),
         (b'{"messages": "hello"}\n', r"line 1: messages must be a list of messages; got 'hello'"),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}\n',
+            r"line 1: tools are not put into the chat template",
+        ),
         (b'{"messages": [{"content": "a"}]}\n', r"line 1: each of messages must be an object"),
         (b'{"messages": [{"role": "user", "content": 3}]}\n', r"line 1: content in messages"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2: expected UTF-8; got the byte 0xff at 10"),
@@ -176,6 +181,25 @@ def test_parquet_files_and_saved_data_sets_give_their_rows(tmp_path):
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(ValueError, match=r"torn\.parquet is no parquet file"):
         read_rows(tmp_path / "torn.parquet")
+
+
+def test_a_name_that_is_no_file_is_a_data_set_with_its_configuration(monkeypatch):
+    hub = types.ModuleType("datasets")
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        if name == "missing":
+            raise ConnectionError("offline")
+        return [{"text": "a", "id": 1}]
+
+    hub.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    assert read_rows("owner/name:small", split="test") == [{"text": "a"}]
+    assert read_rows("name") == [{"text": "a"}]
+    assert asked == [("owner/name", "small", "test"), ("name", None, "train")]
+    with pytest.raises(ValueError, match="'missing' is neither a file nor a data set: offline"):
+        read_rows("missing")
 
 
 def test_packed_text_is_one_stream_that_loses_nothing(tokenizer):

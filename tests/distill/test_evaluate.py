@@ -290,7 +290,10 @@ def test_an_infinite_divergence_is_infinite_and_says_at_how_many_tokens(pair, bl
     student, teacher = pair
     student.lm_head.__class__ = Masked
     with pytest.warns(UserWarning, match="full logits"):
-        found = evaluate(student, teacher, blocks)["divergences"]
+        result = evaluate(student, teacher, blocks)
+    table = {row[0]: row[1:] for row in Evaluations({"student": result}).rows()}
+    assert table["  tokens where infinite"] == (None, blocks.trained_tokens)
+    found = result["divergences"]
     assert found["forward-kl"]["value"] == math.inf
     assert math.isnan(found["forward-kl"]["error"])
     assert found["forward-kl"]["infinite_tokens"] == blocks.trained_tokens
@@ -319,7 +322,7 @@ def test_one_block_has_no_error_and_none_trained_is_refused(pair, tokenizer):
     assert math.isnan(found["divergences"]["js"]["error"])
     untrained = [{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([IGNORED, IGNORED])}]
     with pytest.raises(ValueError, match="dataset has no trained tokens"):
-        inspect.unwrap(evaluate)(*pair, untrained)
+        evaluate(*pair, untrained)
 
 
 @pytest.fixture
@@ -379,6 +382,33 @@ def test_a_run_that_does_not_say_its_teacher_must_be_told(tmp_path):
     (tmp_path / "held.jsonl").write_text('{"text": "w1 w2"}\n')
     with pytest.raises(ValueError, match="teacher must be given"):
         module._teacher(run, settings(run))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"max_blocks": 0}, "max_blocks must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"seeds": -1}, "seeds must be at least 1; got -1"),
+        ({"prompts": -1}, "prompts must be at least 0; got -1"),
+        ({"top_p": 2.0}, "top_p must lie in"),
+        ({"device": "abacus"}, "device must be cpu, cuda, .* got 'abacus'"),
+        ({"divergence": "kll"}, "kll"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_and_nothing_is_written(run, wrong, named):
+    before = sorted(run.path.iterdir())
+    with pytest.raises(ValueError, match=named):
+        evaluate_run(run.path, settings(run, **wrong))
+    assert sorted(run.path.iterdir()) == before
+
+
+def test_evaluation_may_stop_after_some_blocks_and_skip_the_replies(run):
+    found = evaluate_run(run.path, settings(run, max_blocks=2, prompts=0, divergence="todi"))
+    result = found.results["run"]
+    assert result["blocks"] == 2
+    assert "generations" not in result
+    assert list(result["divergences"])[-1] == "ToDi()"
 
 
 def test_runs_are_compared_column_by_column_and_drawn(run, tmp_path):

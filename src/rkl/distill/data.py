@@ -15,7 +15,7 @@ import bisect
 import itertools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ def tokenize(
 
 
 def show_example(
-    dataset: Dataset,
+    dataset: Dataset | Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     index: int = 0,
     *,

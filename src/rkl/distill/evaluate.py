@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl.distill.batches import PadRows, shifted
 from rkl.distill.compare import Evaluations
-from rkl.distill.data import passages, tokenize
-from rkl.distill.generate import Sampling, generate, measure, prompts_of, save
+from rkl.distill.data import TokenDataset, passages, tokenize
+from rkl.distill.generate import (
+    Sampling,
+    check_counts,
+    device_named,
+    generate,
+    measure,
+    prompts_of,
+    save,
+)
 from rkl.distill.heads import Known, common_vocabulary, logits_of, read_head
 from rkl.distill.sources import Row, read_rows
 from rkl.distill.teachers import ModelTeacher, Teacher, load_model, load_tokenizer
@@ -66,7 +75,12 @@ class EvaluateSettings:
     temperature: float = field(default=1.0, metadata=_help("of the replies; 0 is greedy"))
     top_p: float = field(default=1.0, metadata=_help("mass that replies are drawn from"))
     seed: int = field(default=0, metadata=_help("first seed of the replies"))
-    device: str = field(default="cpu", metadata=_help("where to compute"))
+    device: str | None = field(default=None, metadata=_help("by default a GPU if there is one"))
+
+    def __post_init__(self):
+        check_counts(self, "max_blocks", "batch_size", "seeds")
+        if self.prompts < 0:
+            raise ValueError(f"prompts must be at least 0; got {self.prompts}.")
 
 
 def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluations:
@@ -89,17 +103,19 @@ def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluat
     tokenizer = load_tokenizer(run.path)
     student, teacher = load_model(run.path), load_model(_teacher(run, settings))
     for model in (student, teacher):
-        cast(nn.Module, model).to(settings.device)
+        cast(nn.Module, model).to(device_named(settings.device))
     blocks = tokenize(rows, tokenizer, max_length=settings.max_length)
     kept = range(min(len(blocks), settings.max_blocks or len(blocks)))
-    result = evaluate(
-        student,
-        teacher,
-        Subset(blocks, kept),
-        tokenizer=tokenizer,
-        divergences=_divergences(run, settings),
-        batch_size=settings.batch_size,
-    )
+    with _progress() as progress:
+        result = evaluate(
+            student,
+            teacher,
+            Subset(blocks, kept),
+            tokenizer=tokenizer,
+            divergences=_divergences(run, settings),
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
     result["data"] = {"fingerprint": fingerprint(rows), "rows": len(rows)}
     result["settings"] = asdict(settings)
     if settings.prompts:
@@ -113,6 +129,18 @@ def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluat
         result["generations"] = {"seeds": list(seeds), "prompts": len(prompts), **measured}
     write_json(run.path / "evaluation.json", result)
     return Evaluations({Path(path).name or str(path): result})
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, with the time still to go; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("evaluating blocks", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _warn_of_seen(run: Run, rows: Sequence[Row]) -> None:
@@ -144,7 +172,7 @@ def _divergences(run: Run, settings: EvaluateSettings) -> dict[str, Divergence]:
 def evaluate(
     student: PreTrainedModel,
     teacher: PreTrainedModel | Teacher,
-    dataset: Dataset,
+    dataset: Dataset | Sequence[Mapping[str, Any]],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     divergences: Mapping[str, Divergence] | None = None,
@@ -180,9 +208,9 @@ def evaluate(
     teacher = teacher if isinstance(teacher, Teacher) else ModelTeacher(teacher)
     head = read_head(student)
     vocab = common_vocabulary(teacher.vocab, head.vocab, student_tokenizer=tokenizer)
-    sums = _Sums(len(dataset))  # pyright: ignore[reportArgumentType]
-    first = 0
-    for padded in DataLoader(dataset, batch_size, collate_fn=PadRows()):
+    blocks = cast(TokenDataset, dataset)  # or whatever else has a length and items
+    sums, first = _Sums(len(blocks)), 0
+    for padded in DataLoader(blocks, batch_size, collate_fn=PadRows()):
         batch = shifted({name: values.to(student.device) for name, values in padded.items()})
         rows = batch.predicting.nonzero()[:, 0] + first
         p, q = (

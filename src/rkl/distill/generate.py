@@ -87,7 +87,10 @@ class GenerateSettings:
         default=None, metadata={"help": "file to write; by default RUN/replies.jsonl"}
     )
     seed: int = field(default=0, metadata={"help": "first seed"})
-    device: str = field(default="cpu", metadata={"help": "where to compute"})
+    device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
+
+    def __post_init__(self):
+        check_counts(self, "prompts", "prompt_tokens", "seeds", "batch_size")
 
 
 def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
@@ -104,7 +107,7 @@ def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
     rows = read_rows(settings.data, split=settings.split)
     tokenizer, student = load_tokenizer(run.path), load_model(run.path)
-    cast(nn.Module, student).to(settings.device)
+    cast(nn.Module, student).to(device_named(settings.device))
     replies = generate(
         student,
         tokenizer,
@@ -122,6 +125,24 @@ def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
     out = Path(settings.out) if settings.out else run.path / "replies.jsonl"
     save(out, replies)
     return out
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of this name; without one, a GPU if there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda, cuda:1 or the like; got {name!r}.") from None
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Refuse settings of these names below 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}.")
 
 
 def prompts_of(

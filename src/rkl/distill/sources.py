@@ -66,6 +66,8 @@ def kind_of(row: Any, place: str) -> str:
 
 
 def _checked(row: Mapping[str, Any], kind: str, place: str) -> Row:
+    if kind == "messages" and row.get("tools"):
+        raise ValueError(f"{place}: tools are not put into the chat template; take them out.")
     values = {column: row[column] for column in COLUMNS[kind]}
     for column, value in values.items():
         if isinstance(value, str) and kind != "messages":

@@ -4,7 +4,11 @@ import importlib
 
 _HOMES = {
     "batches": "PadRows",
+    "compare": "Evaluations compare_runs",
+    "evaluate": "EvaluateSettings evaluate_run",
+    "generate": "GenerateSettings Sampling generate_run",
     "heads": "Head read_head",
+    "report": "report_runs",
     "teachers": "Teacher load_model load_tokenizer",
     "trainer": "DistillConfig DistillTrainer",
 }

@@ -1,8 +1,16 @@
+from rkl.distill.batches import PadRows as PadRows
+from rkl.distill.compare import Evaluations as Evaluations
+from rkl.distill.compare import compare_runs as compare_runs
+from rkl.distill.evaluate import EvaluateSettings as EvaluateSettings
+from rkl.distill.evaluate import evaluate_run as evaluate_run
+from rkl.distill.generate import GenerateSettings as GenerateSettings
+from rkl.distill.generate import Sampling as Sampling
+from rkl.distill.generate import generate_run as generate_run
 from rkl.distill.heads import Head as Head
 from rkl.distill.heads import read_head as read_head
+from rkl.distill.report import report_runs as report_runs
 from rkl.distill.teachers import Teacher as Teacher
 from rkl.distill.teachers import load_model as load_model
 from rkl.distill.teachers import load_tokenizer as load_tokenizer
 from rkl.distill.trainer import DistillConfig as DistillConfig
 from rkl.distill.trainer import DistillTrainer as DistillTrainer
-from rkl.distill.batches import PadRows as PadRows

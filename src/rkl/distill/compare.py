@@ -160,7 +160,7 @@ def compare_runs(
     """
     if not paths:
         raise ValueError("paths must name at least one run; got none.")
-    results = {name: _result(path) for name, path in zip(_names(paths), paths, strict=True)}
+    results = {name: result_of(path) for name, path in zip(names_of(paths), paths, strict=True)}
     if len({result["data"]["fingerprint"] for result in results.values()}) > 1:
         warnings.warn(
             "The runs were evaluated on different data; their values cannot be compared.",
@@ -174,13 +174,14 @@ def compare_runs(
     return evaluations
 
 
-def _names(paths: Sequence[str | os.PathLike]) -> list[str]:
+def names_of(paths: Sequence[str | os.PathLike]) -> list[str]:
     """The last part of each path, or the whole of it where two would be called the same."""
     short = [Path(path).resolve().name for path in paths]
     return short if len(set(short)) == len(short) else [str(path) for path in paths]
 
 
-def _result(path: str | os.PathLike) -> dict[str, Any]:
+def result_of(path: str | os.PathLike) -> dict[str, Any]:
+    """What ``evaluation.json`` of a run holds."""
     file = Run.open(path).path / "evaluation.json"
     if not file.exists():
         raise FileNotFoundError(

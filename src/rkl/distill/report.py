@@ -1,0 +1,208 @@
+"""The report of one distillation or several: curves, held-out figures, replies, settings.
+
+:func:`sections` builds it out of plain values; whoever has more to show puts further sections
+into the list before rendering it.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rkl.distill.compare import Evaluations, names_of, result_of
+from rkl.runs import Run
+
+if TYPE_CHECKING:
+    from rkl.report import Section
+
+Logged = Sequence[Mapping[str, Any]]  # rows of metrics.jsonl: {"step": 10, "loss": 0.7}, ...
+Replies = Sequence[Mapping[str, Any]]  # rows of generations.jsonl
+SHOWN = 6  # prompts whose replies are printed
+
+# What is drawn of metrics.jsonl: its title, what one sees in it, and the label of its axis.
+_CURVES = {
+    "loss": (
+        "What each run minimised",
+        "The training loss step by step, and in front of it its running mean; each run has its "
+        "own divergence, so compare where a curve levels off, not how low it lies.",
+        "training loss (nats per token)",
+    ),
+    "eval_loss": (
+        "The same on held-out text",
+        "Each run's own divergence on text it was not trained on; a curve that turns upwards "
+        "while the training loss falls has begun to learn by heart.",
+        "held-out loss (nats per token)",
+    ),
+    "eval_cross_entropy": (
+        "Cross-entropy on held-out text",
+        "How well each student predicts real text, which is the same measure for every run, "
+        "whatever it minimised.",
+        "cross-entropy (nats per token)",
+    ),
+}
+
+
+def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
+    """Write the report of one run or several, a single HTML file.
+
+    It shows what the runs hold: curves from ``metrics.jsonl``; once they have all been
+    evaluated, the held-out figures; replies where there are any; settings and versions.
+
+    Args:
+        paths: Folders of runs.
+        out: The file; ``report.html`` in the folder of the run if there is only one.
+
+    Returns:
+        The file.
+    """
+    from rkl.report import render, write
+
+    if not paths:
+        raise ValueError("paths must name at least one run; got none.")
+    if out is None and len(paths) > 1:
+        raise ValueError(f"out must say where the report of {len(paths)} runs goes.")
+    runs = dict(zip(names_of(paths), map(Run.open, paths), strict=True))
+    out = next(iter(runs.values())).path / "report.html" if out is None else Path(out)
+    found = sections(
+        evaluations=_evaluations(runs),
+        metrics={name: run.metrics for name, run in runs.items()},
+        replies={name: it for name, run in runs.items() if (it := _replies(run))},
+        records={name: run.record for name, run in runs.items()},
+    )
+    write(out, render(_title(runs), found, lead=_lead(runs)))
+    return out
+
+
+def sections(
+    *,
+    evaluations: Evaluations | None = None,
+    metrics: Mapping[str, Logged] | None = None,
+    replies: Mapping[str, Replies] | None = None,
+    records: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list["Section"]:
+    """The sections of a report, in order; what is empty or left out has none.
+
+    Args:
+        evaluations: The held-out results.
+        metrics: Under each run's name, the rows of its ``metrics.jsonl``.
+        replies: Under each run's name, the rows of its ``generations.jsonl``.
+        records: Under each run's name, what its ``run.json`` holds, or any settings.
+    """
+    found = [] if not metrics else training_section(metrics)
+    found += [] if evaluations is None else evaluations.sections()
+    found += [] if not replies else replies_section(replies)
+    found += [] if not records else settings_section(records)
+    return found
+
+
+def training_section(metrics: Mapping[str, Logged]) -> list["Section"]:
+    """The curves of what the runs logged; none where they logged nothing that is drawn."""
+    from rkl import plots
+    from rkl.report import Section, drawn
+
+    figures = []
+    for key, (title, caption, label) in _CURVES.items():
+        curves = {name: it for name, rows in metrics.items() if (it := curve_of(rows, key))}
+        if not curves:
+            continue
+        longest = max(len(steps) for steps, _ in curves.values())
+        drawing = plots.training_curves(curves, label=label, window=max(1, longest // 20))
+        figures.append(drawn(title, drawing, caption))
+    return [Section("Training", blocks=figures)] if figures else []
+
+
+def replies_section(replies: Mapping[str, Replies]) -> list["Section"]:
+    """What each run wrote after the same prompts, under the first seed, and the text itself."""
+    from rkl.report import Generations, Section
+
+    first = {name: _of_first_seed(rows) for name, rows in replies.items()}
+    shared = [
+        prompt
+        for prompt in next(iter(first.values()))
+        if all(prompt in texts for texts in first.values())
+    ][:SHOWN]
+    if not shared:
+        return []
+    truth = {row["prompt"]: row["reference"] for row in next(iter(replies.values()))}
+    columns = {"the text itself": [truth[prompt] for prompt in shared]}
+    columns |= {name: [texts[prompt] for prompt in shared] for name, texts in first.items()}
+    block = Generations("Side by side", shared, columns, _REPLIES_SAY)
+    return [Section("Replies", blocks=[block])]
+
+
+def settings_section(records: Mapping[str, Mapping[str, Any]]) -> list["Section"]:
+    """Settings and versions: once what all runs share, then what is each one's own."""
+    from rkl.report import Section, Settings
+
+    flat = {name: _flat(record) for name, record in records.items()}
+    one, *others = flat.values()
+    shared = {
+        key: value
+        for key, value in one.items()
+        if all(key in other and other[key] == value for other in others)
+    }
+    blocks = [Settings(shared, "Settings and versions")]
+    for name, values in flat.items():
+        own = {key: value for key, value in values.items() if key not in shared}
+        blocks += [Settings(own, name)] if own else []
+    return [Section("Settings", blocks=blocks)]
+
+
+def curve_of(rows: Logged, key: str) -> tuple[list[int], list[float]] | None:
+    """The steps at which something was logged, and its values; None if it never was."""
+    pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    if not pairs:
+        return None
+    steps, values = zip(*pairs, strict=True)
+    return list(steps), list(values)
+
+
+_REPLIES_SAY = (
+    "Each model goes on from the same held-out beginnings, drawn under the same seed; one sample "
+    "shows the tone of a model, not its quality."
+)
+
+
+def _of_first_seed(rows: Replies) -> dict[str, str]:
+    seed = rows[0]["seed"]
+    return {row["prompt"]: row["text"] for row in rows if row["seed"] == seed}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, their names joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _evaluations(runs: Mapping[str, Run]) -> Evaluations | None:
+    """The results of the runs that have been evaluated."""
+    found = {
+        name: result_of(run.path)
+        for name, run in runs.items()
+        if (run.path / "evaluation.json").exists()
+    }
+    return Evaluations(found) if found else None
+
+
+def _replies(run: Run) -> Replies:
+    path = run.path / "generations.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def _title(runs: Mapping[str, Run]) -> str:
+    return "Distillation" if len(runs) == 1 else f"{len(runs)} distillations"
+
+
+def _lead(runs: Mapping[str, Run]) -> str:
+    told = [
+        f"{name} learned from {run.settings.get('teacher')} under {run.settings.get('divergence')}"
+        for name, run in runs.items()
+    ]
+    return f"{'; '.join(told)}."

@@ -17,15 +17,22 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.func import grad
 from torch.nn.functional import linear
 
-from rkl.divergences import Divergence, FDivergence
-from rkl.kernels import step_
+from rkl.divergences import KL, Divergence, FDivergence
+from rkl.kernels import Shape, Step, comparable, compiles, step_
+
+BUDGET = 2**28  # bytes of logits that exist at one time, teacher's and student's together
 
 
 class LinearHead(NamedTuple):
-    """The logits cap tanh(scale (hidden @ weight.T + bias)/cap)/temperature, not yet computed."""
+    """The logits of a language model, not yet computed.
+
+    They are c tanh(s y / c) / t of the products y = hidden @ weight.T + bias, where s is the
+    scale, c the soft cap, and t the temperature; s y / t without a cap.
+    """
 
     hidden: Float[Tensor, "tokens width"]
     weight: Float[Tensor, "vocab width"]
@@ -55,72 +62,101 @@ def exact(
     p: Logits | LinearHead | TopK,
     q: Logits | LinearHead,
     weight: Float[Tensor, " tokens"] | None = None,
-    chunk: int = 256,
-    compiled: bool = False,
+    chunk: int | None = None,
+    compiled: bool | None = None,
+    labels: Int[Tensor, " tokens"] | None = None,
+    hard_label_weight: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Weighted sum over tokens of D(p ‖ q), differentiable in q; by default their mean.
 
-    Given q as a LinearHead, the logits and their gradient are computed ``chunk`` tokens
-    at a time, and memory is O(chunk · vocab) rather than O(tokens · vocab).
+    Given q as a LinearHead, the logits and their gradient are computed ``chunk`` tokens at a
+    time: memory is O(chunk · vocab), and the matrix products are the four of a plain step
+    (two projections, the gradients in hidden states and head), three for a frozen head.
 
     Args:
         divergence: Any divergence.
         p: The teacher's logits, the head that yields them, or its top k. Held constant.
         q: The student's logits, or the head that yields them.
-        weight: Weight of each token, constant; a token of weight 0 is never looked at.
-            Defaults to 1/tokens.
-        chunk: How many tokens' logits may exist at one time.
-        compiled: Whether to compile the chunk's step, once per divergence.
+        weight: Weight of each token, constant and at least 0; a token of weight 0 is never
+            looked at. Defaults to 1/tokens. Nothing is divided by its sum.
+        chunk: How many tokens' logits may exist at one time; by default 256 MiB of them.
+        compiled: Whether to compile the step, once per divergence; by default, where there
+            is work enough and a compiler.
+        labels: The true token, for the cross-entropy below.
+        hard_label_weight: Weight of the student's cross-entropy on the labels, at
+            temperature 1, beside D.
 
     Returns:
-        Σ wₜ Dₜ in nats, in single precision or better.
+        Σ wₜ (Dₜ + h CEₜ) in nats, in single precision or better. It is +∞ where a Dₜ is, and
+        then that token has no gradient.
+
+    Raises:
+        ValueError: Shapes, weights or labels do not fit; the message names the argument.
+        TypeError: An argument is of the wrong kind.
 
     >>> from rkl import ReverseKL
     >>> teacher, student = torch.zeros(3, 2), torch.tensor([9.0, 1.0]).log().expand(3, 2)
     >>> exact(ReverseKL(), p=teacher, q=student)
     tensor(0.3681)
     """
-    tokens = _tokens(p, q)
-    device = _by_token(q).device
-    weight = torch.full((tokens,), 1 / max(tokens, 1), device=device) if weight is None else weight
-    if len(weight) != tokens:
-        raise ValueError(f"weight has {len(weight)} tokens but q has {tokens}.")
-    kept = weight.detach().nonzero().squeeze(-1)
-    if not len(kept):
-        raise ValueError(f"None of the {tokens} tokens has a weight: there is nothing to compare.")
-    parameters = q if isinstance(q, LinearHead) else (q,)
-    return _Exact.apply(divergence, p, weight.detach(), kept.split(chunk), compiled, *parameters)
+    tokens = _check(divergence, p, q)
+    kept, weight = _kept(weight, tokens, _by_token(q))
+    labels = _check_labels(labels, hard_label_weight, kept, q)
+    rows = kept.split(_chunk(chunk, p, q))
+    if compiled is None:
+        compiled = compiles(len(kept) * _vocab(q), weight.device)
+    step = Step(divergence, _shape(p), _shape(q), float(hard_label_weight))
+    parameters = q[:3] if isinstance(q, LinearHead) else (q,)
+    work = _Work(step, p, weight, rows, labels, compiled, torch.is_grad_enabled())
+    return _Exact.apply(work, *parameters)
+
+
+class _Work(NamedTuple):
+    """All that a pass over the tokens needs to know, and that has no gradient."""
+
+    step: Step
+    p: Logits | LinearHead | TopK
+    weight: Float[Tensor, " tokens"]
+    rows: tuple[Int[Tensor, " chunk"], ...]
+    labels: Int[Tensor, " tokens"] | None
+    compiled: bool
+    tracked: bool
 
 
 class _Exact(torch.autograd.Function):
     """Σ wₜ D(pₜ ‖ qₜ), with the gradient of each chunk taken while its logits exist."""
 
     @staticmethod
-    def forward(ctx, divergence, p, weight, chunks, compiled, *parameters):
-        wanted = ctx.needs_input_grad[5:]
+    def forward(ctx, work: _Work, *parameters):
+        wanted = [wants and work.tracked for wants in ctx.needs_input_grad[1:]]
         totals = [
             torch.zeros_like(x, dtype=_at_least_single(x)) if wants else None
             for x, wants in zip(parameters, wanted, strict=True)
         ]
-        value = torch.zeros((), dtype=_at_least_single(parameters[0]), device=weight.device)
-        for rows in chunks:
-            a, b, spread = _pair(p, parameters, rows)
-            w = weight[rows].to(b.dtype)
-            value += w @ step_(divergence, a, b, w, compiled)
-            _pull_back(totals, parameters, rows, spread(b))
+        # Half-precision products lose small gradients: weights of at most 1 keep them.
+        unit = 2.0 ** math.ceil(math.log2(work.weight.max().item()))
+        value = torch.zeros((), dtype=_at_least_single(parameters[0]), device=work.weight.device)
+        for rows in work.rows:
+            a, b = _pair(work.p, parameters, rows)
+            w = work.weight[rows].to(b.dtype)
+            labels = None if work.labels is None else work.labels[rows]
+            value += w @ step_(work.step, a, b, w / unit, labels, work.compiled)
+            _pull_back(totals, parameters, rows, b)
         ctx.save_for_backward(*(x for x in totals if x is not None))
-        ctx.likes = [x.dtype if x is not None else None for x in parameters]
-        ctx.wanted = wanted
+        ctx.likes = [None if x is None else x.dtype for x in parameters]
+        ctx.wanted, ctx.unit = wanted, unit
         return value
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *upstream):
         saved = iter(ctx.saved_tensors)
+        factor = upstream[0] * ctx.unit
         pulls = (
-            (upstream[0] * next(saved)).to(dtype) if wants else None
+            (factor * next(saved)).to(dtype) if wants else None
             for dtype, wants in zip(ctx.likes, ctx.wanted, strict=True)
         )
-        return None, None, None, None, None, *pulls
+        return None, *pulls
 
 
 def per_token(
@@ -128,21 +164,25 @@ def per_token(
     *,
     p: Logits | LinearHead | TopK,
     q: Logits | LinearHead,
-    chunk: int = 256,
+    chunk: int | None = None,
 ) -> dict[str, Float[Tensor, " tokens"]]:
     """D(p ‖ q) of every token, in nats, for several divergences at once; no gradient.
+
+    Raises:
+        ValueError: Shapes do not fit; the message names the argument.
 
     >>> from rkl import KL
     >>> values = per_token({"kl": KL()}, p=torch.zeros(2, 3), q=torch.zeros(2, 3))
     >>> values["kl"]
     tensor([0., 0.])
     """
+    for divergence in divergences.values():
+        tokens = _check(divergence, p, q)
     parts = {name: [] for name in divergences}
-    everything = torch.arange(_tokens(p, q), device=_by_token(q).device)
+    everything = torch.arange(tokens, device=_by_token(q).device)
     with torch.no_grad():
-        for rows in everything.split(chunk):
-            a, b, _ = _pair(p, q if isinstance(q, LinearHead) else (q,), rows)
-            logp, logq = a.log_softmax(-1), b.log_softmax(-1)
+        for rows in everything.split(_chunk(chunk, p, q)):
+            logp, logq = _log_probabilities(p, q, rows)
             for name, divergence in divergences.items():
                 parts[name].append(divergence(logp, logq))
     return {name: torch.cat(values) for name, values in parts.items()}
@@ -168,23 +208,27 @@ def monte_carlo(
     Returns:
         One term per sample, so that their mean and its standard error are both at hand.
 
+    Raises:
+        TypeError: The divergence is not an f-divergence.
+        ValueError: ``sampled_from`` is neither "p" nor "q".
+
     >>> from rkl import ReverseKL
     >>> monte_carlo(ReverseKL(), torch.tensor([0.5, -1.0]), sampled_from="q")
     tensor([-0.5000,  1.0000])
     """
+    _check_sampled(divergence)
+    if sampled_from not in ("p", "q"):
+        raise ValueError(f"sampled_from must be 'p' or 'q'; got {sampled_from!r}.")
     one, nothing = torch.zeros_like(log_ratio), torch.full_like(log_ratio[:1], -math.inf)
     if sampled_from == "q":
-        terms, missed = (
-            divergence.integrand(log_ratio, one),
-            divergence.integrand(one[:1], nothing),
-        )
+        terms = divergence.integrand(log_ratio, one)
+        missed = divergence.integrand(one[:1], nothing)
     else:
         log_ratio = -log_ratio
-        terms, missed = (
-            divergence.integrand(one, log_ratio),
-            divergence.integrand(nothing, one[:1]),
-        )
-    return terms - missed * log_ratio.expm1() if 0 < missed < math.inf else terms
+        terms = divergence.integrand(one, log_ratio)
+        missed = divergence.integrand(nothing, one[:1])
+    corrected = terms - missed * log_ratio.expm1()
+    return torch.where((missed > 0) & (missed < math.inf), corrected, terms)
 
 
 def variational_bound(
@@ -206,27 +250,120 @@ def variational_bound(
 
     Returns:
         The bound in nats. Maximise it over the discriminator, minimise it over q.
+
+    Raises:
+        TypeError: The divergence is not an f-divergence.
     """
+    _check_sampled(divergence)
     slope_in_p = grad(lambda logp: divergence.integrand(logp, -score_p).sum())
     slope_in_q = grad(lambda logq: divergence.integrand(score_q, logq).sum())
     one_p, one_q = torch.zeros_like(score_p), torch.zeros_like(score_q)
     return slope_in_p(one_p).mean() + slope_in_q(one_q).mean()
 
 
-def _tokens(p, q) -> int:
-    """The number of tokens, where p and q agree on it and on the vocabulary."""
+def _check_sampled(divergence) -> None:
+    if not isinstance(divergence, FDivergence):
+        raise TypeError(
+            f"divergence must be an f-divergence to be sampled; got {divergence!r}, which is "
+            "only defined over whole distributions: use rkl.exact."
+        )
+
+
+def _check(divergence, p, q) -> int:
+    """The number of tokens, where p and q are well formed and agree on it and the vocabulary."""
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"divergence must be a Divergence such as AKL(); got {divergence!r}. "
+            "rkl.parse makes one from a string."
+        )
+    if isinstance(q, TopK):
+        raise TypeError("q must be logits or a LinearHead; got a TopK, which only p may be.")
     for name, x in (("p", p), ("q", q)):
-        if _by_token(x).ndim != 2:
-            raise ValueError(f"{name} must be [tokens, vocab]; got {list(_by_token(x).shape)}.")
+        _check_side(name, x)
     tokens, of_p = len(_by_token(q)), len(_by_token(p))
     if of_p != tokens:
         raise ValueError(f"p has {of_p} tokens but q has {tokens}.")
-    if not isinstance(p, TopK) and _vocab(p) != _vocab(q):
+    if isinstance(p, TopK):
+        if p.index.shape != p.logp.shape or p.index.shape[-1] > _vocab(q):
+            raise ValueError(
+                f"p.index must have the shape of p.logp, {list(p.logp.shape)}, within q's "
+                f"vocabulary of {_vocab(q)}; got {list(p.index.shape)}."
+            )
+    elif _vocab(p) != _vocab(q):
         raise ValueError(
             f"p has a vocabulary of {_vocab(p)} but q of {_vocab(q)}; "
             "pad the shorter one with logits of −inf, never with 0."
         )
     return tokens
+
+
+def _check_side(name: str, x) -> None:
+    by_token = _by_token(x)
+    if not isinstance(by_token, Tensor):
+        raise TypeError(f"{name} must be a tensor, a LinearHead or a TopK; got {x!r}.")
+    if by_token.ndim != 2 or 0 in by_token.shape[1:]:
+        raise ValueError(f"{name} must be [tokens, vocab]; got {list(by_token.shape)}.")
+    if not by_token.is_floating_point():
+        raise TypeError(f"{name} must hold floating-point numbers; got {by_token.dtype}.")
+    if isinstance(x, LinearHead):
+        _check_head(name, x)
+
+
+def _check_head(name: str, head: LinearHead) -> None:
+    width, vocab = head.hidden.shape[-1], len(head.weight)
+    if head.weight.ndim != 2 or head.weight.shape[-1] != width:
+        raise ValueError(
+            f"{name}.weight must be [vocab, {width}], as {name}.hidden is {width} wide; "
+            f"got {list(head.weight.shape)}."
+        )
+    if head.bias is not None and head.bias.shape != (vocab,):
+        raise ValueError(f"{name}.bias must be [{vocab}]; got {list(head.bias.shape)}.")
+    for field in ("scale", "softcap", "temperature"):
+        value = getattr(head, field)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}.{field} must be positive and finite; got {value}.")
+
+
+def _kept(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that have a weight, and the weights of all."""
+    if weight is None:
+        weight = torch.full((tokens,), 1 / max(tokens, 1), device=like.device)
+    elif not isinstance(weight, Tensor) or weight.shape != (tokens,):
+        got = list(weight.shape) if isinstance(weight, Tensor) else weight
+        raise ValueError(f"weight must be [{tokens}], one for each token of q; got {got}.")
+    weight = weight.detach().to(_at_least_single(like))
+    if not ((weight >= 0) & (weight < math.inf)).all():
+        raise ValueError("weight must be at least 0 and finite for every token.")
+    kept = weight.nonzero().squeeze(-1)
+    if not len(kept):
+        raise ValueError(f"None of the {tokens} tokens has a weight: there is nothing to compare.")
+    return kept, weight
+
+
+def _check_labels(labels, hard_label_weight: float, kept: Tensor, q) -> Tensor | None:
+    if not 0 <= hard_label_weight < math.inf:
+        raise ValueError(f"hard_label_weight must be at least 0; got {hard_label_weight}.")
+    if hard_label_weight == 0:
+        return None
+    if labels is None or labels.shape != (len(_by_token(q)),) or labels.is_floating_point():
+        got = None if labels is None else f"{labels.dtype} of shape {list(labels.shape)}"
+        raise ValueError(f"labels must be one integer for each token of q; got {got}.")
+    seen = labels[kept]
+    if seen.min() < 0 or seen.max() >= _vocab(q):
+        raise ValueError(
+            f"labels must lie in [0, {_vocab(q)}) wherever there is a weight; "
+            f"got {seen.min().item()} to {seen.max().item()}."
+        )
+    return labels
+
+
+def _chunk(chunk: int | None, p, q) -> int:
+    if chunk is None:
+        bytes_per_token = 2 * 4 * _vocab(q)
+        return max(16, BUDGET // bytes_per_token // 16 * 16)
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk must be a positive number of tokens; got {chunk!r}.")
+    return chunk
 
 
 def _by_token(x) -> Tensor:
@@ -237,34 +374,29 @@ def _vocab(x) -> int:
     return len(x.weight) if isinstance(x, LinearHead) else x.shape[-1]
 
 
-def _logits(parameters, rows: Tensor) -> Logits:
+def _shape(x) -> Shape:
+    return Shape(*x[3:]) if isinstance(x, LinearHead) else Shape()
+
+
+def _products(parameters, rows: Tensor) -> Logits:
     """A fresh tensor, in single precision or better: it may be written over."""
     by_token, *head = parameters
-    logits = linear(by_token[rows], *head) if head else by_token[rows]
-    return logits.to(_at_least_single(logits))
+    products = linear(by_token[rows], *head) if head else by_token[rows]
+    return products.to(_at_least_single(products))
+
+
+def _log_probabilities(p, q, rows: Tensor) -> tuple[Logits, Logits]:
+    a, b = _pair(p, q[:3] if isinstance(q, LinearHead) else (q,), rows)
+    a, b, _ = comparable(Step(KL(), _shape(p), _shape(q)), a, b)
+    return a.log_softmax(-1), b.log_softmax(-1)
 
 
 def _pair(p, parameters, rows):
-    """Teacher logits, student logits, and how a gradient in them spreads over the vocabulary."""
-    b = _logits(parameters, rows)
-    if not isinstance(p, TopK):
-        return (
-            _logits(p if isinstance(p, LinearHead) else (p,), rows),
-            b,
-            lambda gradient: gradient,
-        )
-    top, index = p.logp[rows].to(b.dtype), p.index[rows]
-    rest = (-top.exp().sum(-1, keepdim=True).clamp_max(1.0)).log1p()
-    if index.shape[-1] == b.shape[-1]:
-        rest.fill_(-math.inf)  # what rounding leaves of an empty rest would cost infinitely
-    tail = b.scatter(-1, index, -math.inf)
-    total = tail.logsumexp(-1, keepdim=True)
-
-    def spread(gradient):
-        share = (tail - total.clamp_min(torch.finfo(b.dtype).min)).exp()  # 0 in an empty tail
-        return (gradient[:, -1:] * share).scatter(-1, index, gradient[:, :-1])
-
-    return torch.cat([top, rest], -1), torch.cat([b.gather(-1, index), total], -1), spread
+    """What is known of the teacher, and the student's products, for some rows."""
+    b = _products(parameters, rows)
+    if isinstance(p, TopK):
+        return (p.logp[rows].to(b.dtype), p.index[rows]), b
+    return _products(p[:3] if isinstance(p, LinearHead) else (p,), rows).to(b.dtype), b
 
 
 def _pull_back(totals, parameters, rows, gradient):

@@ -55,12 +55,13 @@ class AKL(Divergence):
         if self.straddle not in ("head", "tail"):
             raise ValueError(f"straddle must be 'head' or 'tail'; got {self.straddle!r}.")
 
-    def search(self, logp):
+    def search(self, logits):
         """The likeliest atoms, and which of them are the head; all of it is among them."""
-        atoms, k = logp.shape[-1], 32
+        atoms, k = logits.shape[-1], 32
+        normaliser = logits.logsumexp(-1, keepdim=True)
         while True:
-            index = largest(logp, min(k, atoms))
-            mass = logp.gather(-1, index).exp()
+            index = largest(logits, min(k, atoms))
+            mass = (logits.gather(-1, index) - normaliser).exp()
             total = mass.cumsum(-1)
             head = total <= self.mu if self.straddle == "tail" else total - mass < self.mu
             if k >= atoms or not head[..., -1].any():
@@ -146,8 +147,8 @@ class AlphaBeta(Divergence):
     def excess(self, logp, logq):
         """F itself, which touches 0 at p = q, by its series there: no digits are lost."""
         _, *series = self._taylor
-        scale = ((self.alpha + self.beta) * logq).exp()
-        return near_or_far(log_ratio(logp, logq), scale, series, self.integrand(logp, logq))
+        far = self.integrand(logp, logq)
+        return near_or_far(logp, logq, far, series, degree=self.alpha + self.beta)
 
     @functools.cached_property
     def _taylor(self) -> tuple[float, ...]:

@@ -31,8 +31,11 @@ class Divergence(abc.ABC):
 
     aliases: ClassVar[tuple[str, ...]] = ()
 
-    def search(self, logp: Float[Tensor, "*batch atoms"]) -> tuple:
-        """What ``held`` needs and no compiler can trace, such as where the head of p ends."""
+    def search(self, logits: Float[Tensor, "*batch atoms"]) -> tuple:
+        """What ``held`` needs and no compiler can trace, such as where the head of p ends.
+
+        The logits are those of p, and need not be normalised.
+        """
         return ()
 
     def held(
@@ -122,7 +125,7 @@ class FDivergence(Divergence):
         far = self.integrand(logp, logq)
         if c:
             far = far - c * (logp.exp() - logq.exp())
-        return near_or_far(log_ratio(logp, logq), logq.exp(), series, far)
+        return near_or_far(logp, logq, far, series)
 
     @functools.cached_property
     def _taylor(self) -> tuple[float, ...]:
@@ -157,8 +160,8 @@ class _Combination(Divergence):
     def __repr__(self):
         return " + ".join(f"{term}" if w == 1 else f"{w} * {term}" for w, term in self.terms)
 
-    def search(self, logp):
-        return tuple(term.search(logp) for _, term in self.terms)
+    def search(self, logits):
+        return tuple(term.search(logits) for _, term in self.terms)
 
     def held(self, logp, logq, *found):
         found = found or ((),) * len(self.terms)
@@ -185,7 +188,7 @@ class _Combination(Divergence):
 class _FCombination(_Combination, FDivergence):
     """Σ wᵢ Dᵢ of f-divergences, which is one."""
 
-    def search(self, logp):
+    def search(self, logits):
         return ()
 
     def held(self, logp, logq, *found):
@@ -258,25 +261,40 @@ def power(
 def log_mixture(
     logp: Float[Tensor, "*shape"], logq: Float[Tensor, "*shape"], weight: float
 ) -> Float[Tensor, "*shape"]:
-    """log(w p + (1 − w) q), and −∞ where p = q = 0, silent in value and in gradient."""
-    nowhere = (logp == -math.inf) & (logq == -math.inf)  # where logaddexp has no gradient
-    return torch.logaddexp(
-        logp + math.log(weight), logq.masked_fill(nowhere, 0.0) + math.log1p(-weight)
-    ).masked_fill(nowhere, -math.inf)
+    """log(w p + (1 − w) q), finite where p = q = 0, silent in value and in gradient."""
+    m = weight * logp.exp() + (1 - weight) * logq.exp()
+    # Only where both masses underflow is this not the logarithm, and there they add nothing.
+    return m.clamp_min(torch.finfo(m.dtype).tiny).log()
 
 
 def near_or_far(
-    log_ratio: Float[Tensor, "*shape"],
-    scale: Float[Tensor, "*shape"],
-    series: list[float],
+    logp: Float[Tensor, "*shape"],
+    logq: Float[Tensor, "*shape"],
     far: Float[Tensor, "*shape"],
+    series: list[float],
+    degree: float = 1.0,
 ) -> Float[Tensor, "*shape"]:
-    """``far``, and the scaled series in log p/q where that is small and the series exists."""
+    """``far``, and q^degree times the series in log p/q where that is small.
+
+    Uncompiled, the series is summed only at the atoms that need it, if they are few.
+    """
     if not series:
         return far
-    near = log_ratio.clamp(-NEAR, NEAR)  # finite, so that the other branch stays silent
-    close = functools.reduce(lambda total, coefficient: coefficient + near * total, series[::-1])
-    return torch.where(near == log_ratio, scale * (near.square() * close), far)
+    small = (logp - logq).abs() < NEAR  # not so where p = q = 0, and the ratio is no number
+    if torch.compiler.is_compiling():
+        return torch.where(small, _near(logp, logq, small, series, degree), far)
+    few = small.nonzero(as_tuple=True)
+    if 8 * len(few[0]) > small.numel():
+        return torch.where(small, _near(logp, logq, small, series, degree), far)
+    return far.index_put(few, _near(logp[few], logq[few], True, series, degree))
+
+
+def _near(logp, logq, small, series, degree):
+    t = logp - logq
+    t = t if small is True else torch.where(small, t, 0.0)
+    close = functools.reduce(lambda total, coefficient: coefficient + t * total, series[::-1])
+    scale = logq if degree == 1 else degree * logq
+    return scale.exp() * (t.square() * close)
 
 
 def taylor(integrand, degree: float) -> tuple[float, ...]:

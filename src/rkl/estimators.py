@@ -129,22 +129,20 @@ class _Exact(torch.autograd.Function):
     @staticmethod
     def forward(ctx, work: _Work, *parameters):
         wanted = [wants and work.tracked for wants in ctx.needs_input_grad[1:]]
-        totals = [
-            torch.zeros_like(x, dtype=_at_least_single(x)) if wants else None
-            for x, wants in zip(parameters, wanted, strict=True)
-        ]
-        # Half-precision products lose small gradients: weights of at most 1 keep them.
-        unit = 2.0 ** math.ceil(math.log2(work.weight.max().item()))
+        totals = [None] * len(parameters)
+        unit = _unit(work.weight, parameters[0])
         value = torch.zeros((), dtype=_at_least_single(parameters[0]), device=work.weight.device)
         for rows in work.rows:
             a, b = _pair(work.p, parameters, rows)
             w = work.weight[rows].to(b.dtype)
             labels = None if work.labels is None else work.labels[rows]
             value += w @ step_(work.step, a, b, w / unit, labels, work.compiled)
-            _pull_back(totals, parameters, rows, b)
+            _pull_back(totals, wanted, parameters, rows, b)
         ctx.save_for_backward(*(x for x in totals if x is not None))
-        ctx.likes = [None if x is None else x.dtype for x in parameters]
-        ctx.wanted, ctx.unit = wanted, unit
+        ctx.likes = [
+            x.dtype if wants else None for x, wants in zip(parameters, wanted, strict=True)
+        ]
+        ctx.unit = unit
         return value
 
     @staticmethod
@@ -152,11 +150,25 @@ class _Exact(torch.autograd.Function):
     def backward(ctx, *upstream):
         saved = iter(ctx.saved_tensors)
         factor = upstream[0] * ctx.unit
-        pulls = (
-            (factor * next(saved)).to(dtype) if wants else None
-            for dtype, wants in zip(ctx.likes, ctx.wanted, strict=True)
+        alone = factor.device.type == "cpu" and factor == 1  # elsewhere, asking costs more
+        return None, *(
+            None if dtype is None else _times(factor, next(saved), alone).to(dtype)
+            for dtype in ctx.likes
         )
-        return None, *pulls
+
+
+def _times(factor: Tensor, total: Tensor, alone: bool) -> Tensor:
+    return total if alone else factor * total
+
+
+def _unit(weight: Tensor, like: Tensor) -> float:
+    """What weights are divided by, and gradients multiplied with at the end.
+
+    Products in half precision lose gradients that are small, and keep them at weights near 1.
+    """
+    if like.dtype not in (torch.float16, torch.bfloat16):
+        return 1.0
+    return 2.0 ** math.ceil(math.log2(weight.max().item()))
 
 
 def per_token(
@@ -399,28 +411,28 @@ def _pair(p, parameters, rows):
     return _products(p[:3] if isinstance(p, LinearHead) else (p,), rows).to(b.dtype), b
 
 
-def _pull_back(totals, parameters, rows, gradient):
-    """Add the gradient in the logits of some rows to the gradients in hidden states and head."""
+def _pull_back(totals, wanted, parameters, rows, gradient):
+    """Add the gradient in the products of some rows to those in hidden states and head."""
     by_token, *head = parameters
-    if not head:
-        if totals[0] is not None:
-            totals[0][rows] = gradient
-        return
     hidden = by_token[rows]
-    if totals[0] is not None:
-        totals[0][rows] = (gradient.to(hidden.dtype) @ head[0]).to(totals[0].dtype)
-    if totals[1] is not None:
-        _add_product(totals[1], gradient.T, hidden)
-    if totals[2:] and totals[2] is not None:
-        totals[2] += gradient.sum(0)
+    if wanted[0]:
+        if totals[0] is None:
+            totals[0] = torch.zeros_like(by_token, dtype=gradient.dtype)
+        pulled = (gradient.to(hidden.dtype) @ head[0]).to(gradient.dtype) if head else gradient
+        totals[0][rows] = pulled
+    if wanted[1:] and wanted[1]:
+        totals[1] = _add_product(totals[1], gradient, hidden)
+    if wanted[2:] and wanted[2]:
+        totals[2] = gradient.sum(0) if totals[2] is None else totals[2] + gradient.sum(0)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Total += left @ right, multiplied in the precision of right."""
-    if total.dtype == right.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left.to(right.dtype) @ right
+def _add_product(total: Tensor | None, gradient: Tensor, hidden: Tensor) -> Tensor:
+    """Total + gradient.T @ hidden, multiplied in the precision of hidden."""
+    if total is None:
+        return (gradient.T.to(hidden.dtype) @ hidden).to(gradient.dtype)
+    if hidden.dtype == total.dtype:
+        return total.addmm_(gradient.T, hidden)
+    return total.add_(gradient.T.to(hidden.dtype) @ hidden)
 
 
 def _at_least_single(x: Tensor) -> torch.dtype:

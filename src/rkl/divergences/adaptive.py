@@ -7,19 +7,21 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rkl.divergences.base import (
     Divergence,
+    expansion,
     log_ratio,
     near_or_far,
     number,
     power,
     relative_entropy,
-    taylor,
 )
 from rkl.divergences.f_divergences import KL, ReverseKL
 
-BLOCK = 128  # atoms whose largest stands for all of them, in the search for the largest
+FEW = 32  # atoms of p ranked at first; the head is seldom larger
+BLOCK = 32  # atoms whose largest stands for all of them, in the search for the largest
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,22 @@ class AKL(Divergence):
 
     def search(self, logits):
         """The likeliest atoms, and which of them are the head; all of it is among them."""
-        atoms, k = logits.shape[-1], 32
-        normaliser = logits.logsumexp(-1, keepdim=True)
-        while True:
-            index = largest(logits, min(k, atoms))
-            mass = (logits.gather(-1, index) - normaliser).exp()
-            total = mass.cumsum(-1)
-            head = total <= self.mu if self.straddle == "tail" else total - mass < self.mu
-            if k >= atoms or not head[..., -1].any():
-                head[..., 0] = True
-                return index, head
-            k *= 16
+        return self._head(logits, logits.logsumexp(-1, keepdim=True), FEW)
+
+    def _head(self, logits, normaliser, k: int):
+        k = min(k, logits.shape[-1])
+        index = largest(logits, k)
+        mass = (logits.gather(-1, index) - normaliser).exp()
+        total = mass.cumsum(-1)
+        head = total <= self.mu if self.straddle == "tail" else total - mass < self.mu
+        head[..., 0] = True
+        wide = head[..., -1]
+        if k == logits.shape[-1] or not wide.any():
+            return index, head
+        wider = self._head(logits[wide], normaliser[wide], 4 * k)
+        index, head = (pad(x, (0, wider[0].shape[-1] - k)) for x in (index, head))
+        index[wide], head[wide] = wider
+        return index, head
 
     def held(self, logp, logq, *found):
         index, head = found or self.search(logp)
@@ -78,9 +85,17 @@ class AKL(Divergence):
         return ((head_gap / gap.clamp_min(tiny)).clamp_max(1.0),)
 
     def integrand(self, logp, logq, w):
-        forward, reverse = _PARENTS[0].excess(logp, logq), _PARENTS[1].excess(logp, logq)
+        forward, reverse = relative_entropy(logp, logq), relative_entropy(logq, logp)
         # 0 · ∞ = 0: a side without weight may be infinite
         return torch.where(w > 0, w * forward, 0.0) + torch.where(w < 1, (1 - w) * reverse, 0.0)
+
+    def excess(self, logp, logq, w):
+        """That of both KLs, weighted: one tangent plane and one series."""
+        (c, *forward), (d, *reverse) = (kl.taylor for kl in _PARENTS)
+        slope = w * c + (1 - w) * d
+        far = self.integrand(logp, logq, w) - slope * (logp.exp() - logq.exp())
+        series = [w * a + (1 - w) * b for a, b in zip(forward, reverse, strict=True)]
+        return near_or_far(logp, logq, far, series)
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,7 @@ class AlphaBeta(Divergence):
 
     >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
     >>> AlphaBeta()(p.log(), q.log())
-    tensor(0.5090)
+    tensor(0.4368)
     """
 
     alpha: float = 0.2
@@ -146,13 +161,14 @@ class AlphaBeta(Divergence):
 
     def excess(self, logp, logq):
         """F itself, which touches 0 at p = q, by its series there: no digits are lost."""
-        _, *series = self._taylor
+        _, *series = self.taylor
         far = self.integrand(logp, logq)
         return near_or_far(logp, logq, far, series, degree=self.alpha + self.beta)
 
     @functools.cached_property
-    def _taylor(self) -> tuple[float, ...]:
-        return taylor(self.integrand, degree=self.alpha + self.beta)
+    def taylor(self) -> tuple[float, ...]:
+        """The slope of F at p = q, 0, and its series there."""
+        return expansion(self.integrand, degree=self.alpha + self.beta)
 
 
 def largest(x: Float[Tensor, "*batch atoms"], k: int) -> Int[Tensor, "*batch k"]:

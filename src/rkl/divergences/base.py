@@ -3,6 +3,7 @@
 import abc
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -75,8 +76,9 @@ class Divergence(abc.ABC):
         Raises:
             NotImplementedError: There is none; the message names what to use instead.
 
-        >>> KL().between(Bernoulli(probs=0.5), Bernoulli(probs=0.9))
-        tensor(0.5108)
+        >>> from rkl import TotalVariation
+        >>> TotalVariation().between(Bernoulli(probs=0.5), Bernoulli(probs=0.9))
+        tensor(0.4000)
         """
         logp, logq = _atoms(p), _atoms(q)
         if logp is None or logq is None or logp.shape[-1] != logq.shape[-1]:
@@ -121,15 +123,16 @@ class FDivergence(Divergence):
 
         Between distributions it sums to what F does, yet loses no digits where p ≈ q.
         """
-        c, *series = self._taylor
+        c, *series = self.taylor
         far = self.integrand(logp, logq)
         if c:
             far = far - c * (logp.exp() - logq.exp())
         return near_or_far(logp, logq, far, series)
 
     @functools.cached_property
-    def _taylor(self) -> tuple[float, ...]:
-        return taylor(self.integrand, degree=1.0)
+    def taylor(self) -> tuple[float, ...]:
+        """The slope c of F at p = q, and the series of the excess over q in log p/q."""
+        return expansion(self.integrand, degree=1.0)
 
     @functools.cached_property
     def scale_free(self) -> bool:
@@ -271,10 +274,12 @@ def near_or_far(
     logp: Float[Tensor, "*shape"],
     logq: Float[Tensor, "*shape"],
     far: Float[Tensor, "*shape"],
-    series: list[float],
+    series: Sequence[float] | Sequence[Float[Tensor, "*rows 1"]],
     degree: float = 1.0,
 ) -> Float[Tensor, "*shape"]:
     """``far``, and q^degree times the series in log p/q where that is small.
+
+    Its coefficients may differ from row to row.
 
     Uncompiled, the series is summed only at the atoms that need it, if they are few.
     """
@@ -286,18 +291,19 @@ def near_or_far(
     few = small.nonzero(as_tuple=True)
     if 8 * len(few[0]) > small.numel():
         return torch.where(small, _near(logp, logq, small, series, degree), far)
-    return far.index_put(few, _near(logp[few], logq[few], True, series, degree))
+    series = [x[few[:-1]].squeeze(-1) if isinstance(x, Tensor) else x for x in series]
+    return far.index_put(few, _near(logp[few], logq[few], None, series, degree))
 
 
 def _near(logp, logq, small, series, degree):
     t = logp - logq
-    t = t if small is True else torch.where(small, t, 0.0)
+    t = t if small is None else torch.where(small, t, 0.0)
     close = functools.reduce(lambda total, coefficient: coefficient + t * total, series[::-1])
     scale = logq if degree == 1 else degree * logq
     return scale.exp() * (t.square() * close)
 
 
-def taylor(integrand, degree: float) -> tuple[float, ...]:
+def expansion(integrand, degree: float) -> tuple[float, ...]:
     """The slope of F at p = q, and the series of its excess over q^degree in log p/q.
 
     F must be homogeneous of that degree; for degree 1 the slope is c, and the excess is F

@@ -9,6 +9,11 @@ from rkl.distill.generate import generate_run as generate_run
 from rkl.distill.heads import Head as Head
 from rkl.distill.heads import read_head as read_head
 from rkl.distill.report import report_runs as report_runs
+from rkl.distill.run import Distilled as Distilled
+from rkl.distill.run import DistillSettings as DistillSettings
+from rkl.distill.run import distill as distill
+from rkl.distill.run import estimate as estimate
+from rkl.distill.run import load_run as load_run
 from rkl.distill.teachers import Teacher as Teacher
 from rkl.distill.teachers import load_model as load_model
 from rkl.distill.teachers import load_tokenizer as load_tokenizer

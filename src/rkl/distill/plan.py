@@ -1,0 +1,183 @@
+"""What a distillation would take: looked up, and measured in a few steps that change nothing.
+
+The steps are those of the run itself, but with an optimizer that keeps no state and at a
+learning rate of 0; AdamW's two moments are added by arithmetic.
+"""
+
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback
+
+from rkl.distill.memory import forget_peak, in_words, peak_memory
+from rkl.distill.prepare import (
+    Models,
+    Text,
+    load_models,
+    load_tokenizers,
+    make_trainer,
+    read_text,
+)
+from rkl.distill.progress import clock, quiet
+from rkl.distill.settings import DistillSettings
+
+STEPS = 4  # that are measured; the first, which may compile, is told apart
+MOMENTS = 2 * 4  # bytes of AdamW's state for a parameter, and of a copy of it as it is saved
+DISK = 2e8  # bytes a second that are taken to reach it
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would do; prints as a list.
+
+    Attributes:
+        text: The data, and the text held out.
+        models: Teacher and student.
+        steps: Number of steps.
+        evaluations: Number of evaluations, the one before the first step included.
+        checkpoints: Number of checkpoints at fixed steps; each new best one is saved besides.
+        memory: Bytes at the peak.
+        seconds: From beginning to end.
+        seconds_per_step: Measured, without the time of compiling.
+        tokens_per_step: Tokens that a step goes through, on average.
+        example: The first block, as text.
+    """
+
+    text: Text
+    models: Models
+    steps: int
+    evaluations: int
+    checkpoints: int
+    memory: float
+    seconds: float
+    seconds_per_step: float
+    tokens_per_step: float
+    example: str
+
+    def __str__(self) -> str:
+        held = 0 if self.text.held_out is None else len(self.text.held_out)
+        tokens = self.tokens_per_step
+        lines = {
+            "data": str(self.text.blocks),
+            "held out": f"{held:,} blocks: {self.text.origin}",
+            "teacher": _described(self.models.teacher),
+            "student": _described(self.models.student),
+            "steps": (
+                f"{self.steps:,} of {tokens:,.0f} tokens: "
+                f"{self.steps * tokens / len(self.text.blocks.tokens):.3g} times the data"
+            ),
+            "besides": f"{self.evaluations} evaluations, {self.checkpoints} checkpoints or more",
+            "memory": f"{in_words(self.memory)} at the peak",
+            "time": (
+                f"{clock(self.seconds)}, at {self.seconds_per_step:.3g} s a step "
+                f"({tokens / self.seconds_per_step:,.0f} tokens/s)"
+            ),
+        }
+        listed = "\n".join(f"{name:10}{value}" for name, value in lines.items())
+        return f"{listed}\nFirst block, [what is not trained on] in brackets:\n{self.example}"
+
+
+@quiet()
+def estimate(settings: DistillSettings) -> Estimate:
+    """What a run with these settings would do, and take; nothing of it is kept."""
+    began = time.perf_counter()
+    tokenizers = load_tokenizers(settings)
+    text = read_text(settings, tokenizers[1])
+    models = load_models(settings, text, tokenizers)
+    loading = time.perf_counter() - began
+    steps = settings.steps(len(text.blocks))
+    with tempfile.TemporaryDirectory() as folder:
+        measured = _measure(settings, Path(folder), text, models)
+    trained = sum(it.numel() for it in models.student.parameters() if it.requires_grad)
+    every = max(1, steps // 10)
+    evaluations = 0
+    if text.held_out is not None:
+        evaluations = 1 + math.ceil(steps / (settings.eval_every or every))
+    checkpoints = math.ceil(steps / (settings.save_every or every))
+    weights = 4 * sum(it.numel() for it in models.student.parameters())
+    return Estimate(
+        text=text,
+        models=models,
+        steps=steps,
+        evaluations=evaluations,
+        checkpoints=checkpoints,
+        memory=max(measured.loading_peak, measured.peak + MOMENTS * trained),
+        seconds=(
+            loading
+            + measured.first_step
+            + (steps - 1) * measured.step
+            + evaluations * measured.evaluation
+            + checkpoints * (weights + MOMENTS * trained) / DISK
+        ),
+        seconds_per_step=measured.step,
+        tokens_per_step=measured.tokens,
+        example=text.first_block(models.tokenizer),
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Seconds, bytes and tokens."""
+
+    first_step: float
+    step: float
+    evaluation: float
+    loading_peak: int
+    peak: int
+    tokens: float
+
+
+class _Clock(TrainerCallback):
+    """Notes down when each step began and ended."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+def _measure(settings: DistillSettings, folder: Path, text: Text, models: Models) -> _Measured:
+    """Take a few steps, and evaluate once."""
+    idle: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.0, "weight_decay": 0.0}
+    idle |= {"max_steps": min(STEPS, settings.steps(len(text.blocks))), "save_strategy": "no"}
+    trainer = make_trainer(
+        settings, folder, text, models, eval_strategy="no", eval_on_start=False, **idle
+    )
+    ticks = _Clock()
+    trainer.add_callback(ticks)
+    device = trainer.args.device
+    loading_peak = peak_memory(device)
+    forget_peak(device)
+    trainer.train()
+    first, *later = ticks.seconds
+    evaluation = 0.0
+    if text.held_out is not None:
+        began = time.perf_counter()
+        trainer.evaluate()
+        evaluation = time.perf_counter() - began
+    return _Measured(
+        first_step=first,
+        step=sum(later) / len(later) if later else first,
+        evaluation=evaluation,
+        loading_peak=loading_peak,
+        peak=peak_memory(device),
+        tokens=trainer.state.num_input_tokens_seen / len(ticks.seconds),
+    )
+
+
+def _described(model: PreTrainedModel) -> str:
+    config = model.config.get_text_config(decoder=True)
+    parameters = sum(it.numel() for it in model.parameters())
+    return (
+        f"{type(model).__name__}, {config.num_hidden_layers} layers, "
+        f"{parameters:,} parameters, {config.vocab_size:,} logits"
+    )

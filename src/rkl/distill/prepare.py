@@ -1,0 +1,259 @@
+"""What a distillation is made of: blocks of text, a tokenizer, a teacher and a student."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from rkl.distill.data import TokenDataset, passages, show_example, tokenize
+from rkl.distill.heads import common_vocabulary
+from rkl.distill.settings import DistillSettings
+from rkl.distill.sources import Row, read_rows
+from rkl.distill.teachers import load_model, load_tokenizer, without_layers
+from rkl.distill.trainer import DistillConfig, DistillTrainer
+from rkl.runs import fingerprint
+
+EXAMPLE = 600  # characters of the first block that are shown
+LOGGED = 1000  # rows that a run logs, about
+WEIGHTS = "*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth"
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is trained on, and what is held out from it.
+
+    Attributes:
+        rows: The rows trained on.
+        blocks: The same as blocks of tokens.
+        held_out: Blocks of other rows; None where there are none.
+        origin: Where those come from, in words.
+    """
+
+    rows: Sequence[Row]
+    blocks: TokenDataset
+    held_out: TokenDataset | None
+    origin: str
+
+    def record(self) -> dict[str, Any]:
+        """What run.json keeps of it."""
+        return {
+            "fingerprint": fingerprint(self.rows),
+            "rows": len(self.rows),
+            "blocks": len(self.blocks),
+            "tokens": len(self.blocks.tokens),
+            "trained_tokens": self.blocks.trained_tokens,
+            "held_out": {
+                "origin": self.origin,
+                "blocks": 0 if self.held_out is None else len(self.held_out),
+            },
+        }
+
+    def passages(self) -> list[Any]:
+        """What a run notes down of the rows trained on."""
+        return list(passages(self.rows))
+
+    def first_block(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The beginning of the first block, what is not trained on in brackets."""
+        example = show_example(self.blocks, tokenizer)
+        return example if len(example) <= EXAMPLE else f"{example[:EXAMPLE]} ..."
+
+    def looked_at(self, count: int | None) -> Subset | None:
+        """At most so many of the blocks held out, evenly spaced."""
+        if self.held_out is None:
+            return None
+        total = len(self.held_out)
+        count = min(total, count or total)
+        return Subset(self.held_out, [i * total // count for i in range(count)])
+
+
+@dataclass(frozen=True)
+class Models:
+    """A teacher, a student, and the tokenizer of each."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    teacher_tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase
+
+
+def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Read the data, and hold some of it out if nothing else is given for that."""
+    rows = read_rows(settings.data, split=settings.split)
+    if settings.eval_data is not None:
+        held = read_rows(settings.eval_data, split=settings.eval_split)
+        origin = settings.eval_data
+    else:
+        rows, held = _apart(rows, settings.held_out, settings.seed)
+        origin = f"{settings.held_out:.0%} of {settings.data}" if held else "nothing"
+    shape: Any = {"max_length": settings.max_length, "packing": settings.packing}
+    blocks = tokenize(rows, tokenizer, **shape)
+    return Text(rows, blocks, tokenize(held, tokenizer, **shape) if held else None, origin)
+
+
+def _apart(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """The rows to train on, and a random share of them held out; of a single text, its end."""
+    if not share:
+        return rows, []
+    if len(rows) == 1 and "text" in rows[0]:
+        return _beginning_and_end(rows[0]["text"], share)
+    count = round(share * len(rows)) or 1
+    if count >= len(rows):
+        return rows, []
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    held = set(order[:count].tolist())
+    return (
+        [row for number, row in enumerate(rows) if number not in held],
+        [row for number, row in enumerate(rows) if number in held],
+    )
+
+
+def _beginning_and_end(text: str, share: float) -> tuple[list[Row], list[Row]]:
+    """A text cut at the blank line nearest before its last share, or left whole without one."""
+    at = text.rfind("\n\n", 0, round((1 - share) * len(text)))
+    begun, rest = text[:at], text[at:].lstrip("\n")
+    if at < 0 or not begun.strip() or not rest.strip():
+        return [{"text": text}], []
+    return [{"text": begun + "\n"}], [{"text": rest}]
+
+
+def load_tokenizers(
+    settings: DistillSettings,
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The teacher's tokenizer and the student's, which is the teacher's if it has none."""
+    teacher = load_tokenizer(settings.teacher)
+    source = settings.student
+    if source is None or (Path(source).exists() and not _has_tokenizer(Path(source))):
+        return teacher, teacher
+    return teacher, load_tokenizer(source)
+
+
+def _has_tokenizer(path: Path) -> bool:
+    if path.suffix.lower() == ".gguf":
+        return True
+    return path.is_dir() and any(path.glob("tokenizer*"))
+
+
+def load_models(settings: DistillSettings, text: Text, tokenizers: Any) -> Models:
+    """The teacher and the student, once it is seen that they go together and with the text."""
+    teacher = load_model(settings.teacher, dtype=settings.dtype)
+    student = _load_student(settings)
+    models = Models(teacher, student, *tokenizers)
+    common_vocabulary(_vocab(teacher), _vocab(student), *tokenizers)
+    for name, model in (("teacher", teacher), ("student", student)):
+        _check_fits(name, model, settings, text)
+    return models
+
+
+def _load_student(settings: DistillSettings) -> PreTrainedModel:
+    source = settings.teacher if settings.student is None else settings.student
+    config = _config_alone(source)
+    if config is None:
+        # Of its own, not out of the teacher in memory: the two must not share weights.
+        return load_model(source, dtype="float32", drop_layers=settings.drop_layers)
+    torch.manual_seed(settings.seed)
+    try:
+        described = AutoConfig.from_pretrained(config)
+        student = AutoModelForCausalLM.from_config(described, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"student: {config} describes no causal model: {reason}") from None
+    return without_layers(student, settings.drop_layers) if settings.drop_layers else student
+
+
+def _config_alone(source: str | os.PathLike) -> Path | None:
+    """The config.json of a model without weights, given itself or by its folder."""
+    path = Path(source)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise FileNotFoundError(f"student: there is no file {path}.")
+        return path
+    if not (path / "config.json").is_file():
+        return None
+    has_weights = any(file for pattern in WEIGHTS for file in path.glob(pattern))
+    return None if has_weights else path / "config.json"
+
+
+def _vocab(model: PreTrainedModel) -> int:
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def _check_fits(name: str, model: PreTrainedModel, settings: DistillSettings, text: Text) -> None:
+    config = model.config.get_text_config(decoder=True)
+    room = getattr(config, "max_position_embeddings", None)
+    if room is not None and settings.max_length > room:
+        raise ValueError(
+            f"max_length must be at most {room}, the {name}'s context; got {settings.max_length}."
+        )
+    largest = int(text.blocks.tokens.max())
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"{name} has a vocabulary of {config.vocab_size}, but the tokenizer gives token "
+            f"{largest}; expected a model for this tokenizer."
+        )
+
+
+def make_trainer(
+    settings: DistillSettings, folder: Path, text: Text, models: Models, **changes: Any
+) -> DistillTrainer:
+    """The trainer that the settings describe; ``changes`` go to its DistillConfig."""
+    total = settings.steps(len(text.blocks))
+    held_out = text.looked_at(settings.eval_blocks)
+    tenth = max(1, total // 10)
+    warm = settings.schedule == "constant" and settings.warmup
+    config: dict[str, Any] = {
+        "max_steps": total,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if warm else settings.schedule,
+        "warmup_steps": settings.warmup,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_gradient,
+        "temperature": settings.temperature,
+        "hard_label_weight": settings.hard_label_weight,
+        "max_length": settings.max_length,
+        "compiled": settings.compiled,
+        "bf16": settings.dtype == "bfloat16",
+        "activation_checkpointing": settings.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "seed": settings.seed,
+        "use_cpu": settings.device == "cpu",
+        "save_steps": settings.save_every or tenth,
+        "save_total_limit": settings.keep_checkpoints,
+        "logging_steps": max(1, total // LOGGED),
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "dataloader_pin_memory": torch.cuda.is_available() and settings.device != "cpu",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+    if held_out is None:
+        changes |= {"eval_on_start": False}
+    else:
+        config |= {"eval_strategy": "steps", "eval_steps": settings.eval_every or tenth}
+        config |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+    trainer = DistillTrainer(
+        models.student,
+        DistillConfig(str(folder), **config | changes),
+        teacher=models.teacher,
+        divergence=settings.minimised,
+        teacher_processing_class=models.teacher_tokenizer,
+        processing_class=models.tokenizer,
+        train_dataset=text.blocks,
+        eval_dataset=held_out,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

@@ -1,0 +1,208 @@
+"""What is seen of a run while it lasts: its progress, its metrics, and how it is stopped."""
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from rkl.distill.memory import in_words, peak_memory
+from rkl.runs import Run
+
+PAUSE = 10.0  # seconds between lines where there is no terminal
+_LOGGED = "loss", "grad_norm", "learning_rate", "infinite_tokens"
+_LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens"
+
+
+def say(message: str) -> None:
+    """A line for whoever watches, apart from the result."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """While this lasts, transformers shows no bars of its own for each file it reads or writes."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+class Journal(TrainerCallback):
+    """Writes what the Trainer logs to the run, with speed and memory, and shows it.
+
+    It also has every new best model saved. What leads up to a checkpoint is logged before it,
+    so that a resumed run logs what an undisturbed one does.
+
+    Args:
+        run: The run.
+        display: Where to show it.
+    """
+
+    def __init__(self, run: Run, display: "Display"):
+        self.run, self.display = run, display
+        self._seconds = self._began = 0.0  # of training alone, since the last row
+        self._tokens = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._tokens = state.num_input_tokens_seen
+        self.display.begin(state)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._seconds += time.perf_counter() - self._began
+        control.should_log |= control.should_save or control.should_evaluate
+        self.display.advance(state.global_step)
+
+    def on_evaluate(self, args, state, control, metrics: Any = None, **kwargs):
+        best = state.best_metric
+        if state.global_step and (best is None or metrics["eval_loss"] < best):
+            control.should_save = True
+
+    def on_log(self, args, state, control, logs: Any = None, **kwargs):
+        row = {name: logs[name] for name in _LOGGED if name in logs}
+        if not row:
+            return  # the summary at the end
+        row = {"step": state.global_step, "epoch": logs.get("epoch", 0.0)} | row
+        if "loss" in row:
+            row |= self._speed(args, state)
+        self.run.log(row)
+        self.display.show(row)
+
+    def _speed(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        tokens, seconds = state.num_input_tokens_seen - self._tokens, self._seconds
+        self._tokens, self._seconds = state.num_input_tokens_seen, 0.0
+        return {
+            "tokens": state.num_input_tokens_seen,
+            "tokens_per_second": tokens / seconds if seconds else None,
+            "peak_memory": peak_memory(args.device),
+        }
+
+
+class Display:
+    """The progress of a run: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        total: Number of steps.
+    """
+
+    def __init__(self, total: int):
+        self.total = total
+        self._step = self._first = 0
+        self._start = self._shown = time.perf_counter()
+        self._figures = ""
+        console = Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID = self._bar.add_task("", total=total, figures="")
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator["Display"]:
+        """While this lasts, the bar is there."""
+        with self._bar:
+            yield self
+
+    def begin(self, state: TrainerState) -> None:
+        """Begin to count, at the step that a resumed run goes on from."""
+        self._step = self._first = state.global_step
+        self._start = time.perf_counter()
+
+    def advance(self, step: int) -> None:
+        """Say that a step is done."""
+        self._step = step
+        self._bar.update(self._task, completed=step, figures=self._words())
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Show what was logged."""
+        if "eval_loss" in row:
+            self._figures = f"held-out loss {row['eval_loss']:.4g}"
+        else:
+            speed = row["tokens_per_second"]
+            self._figures = f"loss {row['loss']:.4g}"
+            self._figures += f"  {speed:,.0f} tokens/s" if speed else ""
+            self._figures += f"  {in_words(row['peak_memory'])}"
+        self._bar.update(self._task, completed=self._step, figures=self._words())
+        now = time.perf_counter()
+        due = "eval_loss" in row or self._step == self.total or now - self._shown > PAUSE
+        if self._bar.disable and due:
+            self._shown = now
+            say(f"step {self._step}/{self.total}  {self._words()}")
+
+    def _words(self) -> str:
+        done = self._step - self._first
+        if not done or self._step == self.total:
+            return self._figures
+        left = (time.perf_counter() - self._start) / done * (self.total - self._step)
+        return f"{self._figures}  {clock(left)} to go"
+
+
+class Stop(TrainerCallback):
+    """Ends training behind the step in which Ctrl-C or SIGTERM arrives, with a checkpoint.
+
+    Attributes:
+        requested: Whether one of them has arrived.
+    """
+
+    def __init__(self):
+        self.requested = False
+
+    def on_step_end(self, args, state, control: TrainerControl, **kwargs):
+        if self.requested:
+            control.should_save = control.should_log = control.should_training_stop = True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["Stop"]:
+        """While this lasts, the first signal is heeded so; the next one has its usual effect."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # signals reach the main thread alone
+            return
+        before = {it: signal.getsignal(it) for it in (signal.SIGINT, signal.SIGTERM)}
+
+        def heed(number: int, frame: FrameType | None) -> None:
+            self.requested = True
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            say("\nStopping after this step. Once more stops at once.")
+
+        try:
+            for each in before:
+                signal.signal(each, heed)
+            yield self
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+def clock(seconds: float) -> str:
+    """A duration as hours, minutes and seconds.
+
+    >>> clock(3725)
+    '1:02:05'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -214,6 +214,12 @@ class DistillTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         return super().train(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed when all was done: the Trainer would take one more step before it looks
+            self.control.should_training_stop = True
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 

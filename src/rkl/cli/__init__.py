@@ -136,7 +136,7 @@ def _complain(message: str, code: int) -> int:
 
 
 def _how_to_go_on(words: list[str]) -> str:
-    if "--out" not in words:
+    if not any(word == "--out" or word.startswith("--out=") for word in words):
         return "Nothing is kept."
-    again = words if "--resume" in words else [*words, "--resume"]
+    again = [word for word in words if word not in ("--resume", "--overwrite")] + ["--resume"]
     return f"Go on with: {shlex.join(['rkl', *again])}"

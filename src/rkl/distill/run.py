@@ -9,11 +9,12 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from rkl.distill.card import model_card
@@ -74,6 +75,7 @@ def distill(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Distilled:
     """Train a student to imitate a teacher, in a folder that any program can load it from.
 
@@ -84,6 +86,7 @@ def distill(
         out: The folder, which must not hold anything unless one of the next two says so.
         resume: Goes on with the run there, from its last checkpoint.
         overwrite: Replaces the run there.
+        callbacks: Further watchers of the training, as for transformers.Trainer.
 
     Raises:
         KeyboardInterrupt: When Ctrl-C or SIGTERM stopped it, a checkpoint having been saved.
@@ -110,7 +113,7 @@ def distill(
     with run.running():
         run.update(data=data)
         run.remember_rows(text.passages())
-        _train(settings, run, text, models)
+        _train(settings, run, text, models, callbacks)
         _finish(run, time.perf_counter() - began, peak_memory(models.student.device))
     return Distilled(run.path, run.record["result"])
 
@@ -151,7 +154,13 @@ def _introduce(text: Text, models: Models) -> None:
     say(f"The first block, [what is not trained on] in brackets:\n{example}\n")
 
 
-def _train(settings: DistillSettings, run: Run, text: Text, models: Models) -> None:
+def _train(
+    settings: DistillSettings,
+    run: Run,
+    text: Text,
+    models: Models,
+    callbacks: Sequence[TrainerCallback],
+) -> None:
     """Train from the last checkpoint on, or from the beginning, to the last step."""
     folder = run.path.resolve() / "checkpoints"
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
@@ -162,8 +171,8 @@ def _train(settings: DistillSettings, run: Run, text: Text, models: Models) -> N
         return
     trainer = make_trainer(settings, folder, text, models, eval_on_start=last is None)
     display, stop = Display(total), Stop()
-    trainer.add_callback(stop)
-    trainer.add_callback(Journal(run, display))
+    for callback in (stop, Journal(run, display), *callbacks):
+        trainer.add_callback(callback)
     with display.shown(), stop.listening():
         trainer.train(resume_from_checkpoint=last)
     if trainer.state.global_step < total:

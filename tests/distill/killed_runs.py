@@ -20,7 +20,7 @@ from rkl.distill import DistillConfig, DistillTrainer
 
 FILES = {"model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 FILES |= {"trainer_state.json"}
-LAST = Path("checkpoint-8", "model.safetensors")
+LAST = Path("checkpoint-4", "model.safetensors")
 KILLED = 137
 
 
@@ -35,7 +35,7 @@ def train(out: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(40, (12, 8), generator=generator).tolist()
     rows = [{"input_ids": row, "labels": row} for row in tokens]
-    settings = {"max_steps": 8, "save_steps": 2, "learning_rate": 1e-2, "save_total_limit": 1}
+    settings = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "save_total_limit": 1}
     settings |= {"per_device_train_batch_size": 2, "log_level": "error", "disable_tqdm": True}
     args = DistillConfig(str(out), use_cpu=True, **settings)
     trainer = DistillTrainer(model(2), args, teacher=model(1), train_dataset=rows)

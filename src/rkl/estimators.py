@@ -150,7 +150,7 @@ class _Exact(torch.autograd.Function):
     def backward(ctx, *upstream):
         saved = iter(ctx.saved_tensors)
         factor = upstream[0] * ctx.unit
-        alone = factor.device.type == "cpu" and factor == 1  # elsewhere, asking costs more
+        alone = factor.device.type == "cpu" and bool(factor == 1)  # elsewhere it costs more to ask
         return None, *(
             None if dtype is None else _times(factor, next(saved), alone).to(dtype)
             for dtype in ctx.likes

@@ -4,6 +4,7 @@ import importlib
 
 _HOMES = {
     "batches": "PadRows",
+    "cache": "CachedTeacher cache_hidden_states",
     "compare": "Evaluations compare_runs",
     "evaluate": "EvaluateSettings evaluate_run",
     "generate": "GenerateSettings Sampling generate_run",

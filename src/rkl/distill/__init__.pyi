@@ -1,4 +1,6 @@
 from rkl.distill.batches import PadRows as PadRows
+from rkl.distill.cache import CachedTeacher as CachedTeacher
+from rkl.distill.cache import cache_hidden_states as cache_hidden_states
 from rkl.distill.compare import Evaluations as Evaluations
 from rkl.distill.compare import compare_runs as compare_runs
 from rkl.distill.evaluate import EvaluateSettings as EvaluateSettings

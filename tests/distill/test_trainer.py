@@ -90,7 +90,7 @@ def test_a_batch_without_labels_changes_nothing(tiny_model, tiny_rows, tiny_trai
         torch.testing.assert_close(trained[name], expected[name], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_processes_are_one(accumulation, tmp_path, tiny_model, tiny_rows, tiny_trainer):
     teacher, student = tiny_model(seed=1), tiny_model(seed=2)
     for name, model in (("teacher", teacher), ("student", student)):

@@ -139,7 +139,14 @@ def load_model(
 def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to what :func:`load_model` loads from the same name."""
     folder, file = _locate(name)
-    return AutoTokenizer.from_pretrained(folder, **({} if file is None else {"gguf_file": file}))
+    settings = {} if file is None else {"gguf_file": file}
+    try:
+        return AutoTokenizer.from_pretrained(folder, **settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model: {name} is neither a folder with a tokenizer, nor a .gguf file, nor a name on "
+            f"the Hub that can be reached: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _locate(name: str | os.PathLike) -> tuple[str, str | None]:
@@ -184,7 +191,6 @@ def without_layers(model: PreTrainedModel, layers: str) -> PreTrainedModel:
 
     It is made by the class of the model from its configuration with fewer layers, so that
     layers are numbered, and lists of layer types cut, as a later ``from_pretrained`` will.
-    The weights that stay are shared with the model.
 
     Args:
         model: The model.
@@ -198,9 +204,9 @@ def without_layers(model: PreTrainedModel, layers: str) -> PreTrainedModel:
     for name, tensor in model.state_dict().items():
         old = re.match(re.escape(path) + r"\.\d+\.", name)
         if old is None:
-            state[name] = tensor
+            state[name] = tensor.clone()  # for the copy may be trained, and the model its teacher
         elif old[0] in moved:
-            state[moved[old[0]] + name.removeprefix(old[0])] = tensor
+            state[moved[old[0]] + name.removeprefix(old[0])] = tensor.clone()
     loaded: Any = type(model).from_pretrained(
         None,
         config=_shortened(model.config, kept, total),

@@ -40,7 +40,6 @@ class DistillConfig(TrainingArguments):
             the divergence, >= 0; the papers take 0.5.
         max_length: Tokens that are kept of each row, from the first on; None keeps all.
         compiled: Whether to compile the loss; None lets the size of the work decide.
-        disable_dropout: Whether to switch the student's dropout off.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both."})
@@ -49,7 +48,6 @@ class DistillConfig(TrainingArguments):
     )
     max_length: int | None = field(default=1024, metadata={"help": "Tokens kept of each row."})
     compiled: bool | None = field(default=None, metadata={"help": "Compile the loss."})
-    disable_dropout: bool = field(default=False, metadata={"help": "No dropout in the student."})
 
     def __post_init__(self):
         super().__post_init__()

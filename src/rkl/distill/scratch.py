@@ -1,0 +1,144 @@
+"""Small language models out of nothing but text: a tokenizer, new weights, next-token training."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from rkl.distill.batches import PadRows
+from rkl.distill.data import TokenDataset
+from rkl.distill.progress import Display, Journal
+from rkl.runs import Run, replacing_files
+
+END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large a new model is.
+
+    Args:
+        layers: Number of layers.
+        width: Of the hidden states, a multiple of 32, the width of an attention head.
+        context: Longest text it can read, in tokens.
+    """
+
+    layers: int
+    width: int
+    context: int = 256
+
+
+@dataclass(frozen=True)
+class Schooling:
+    """How a model learns to predict the next token.
+
+    Args:
+        steps: Updates of the weights.
+        batch_size: Blocks of tokens in each.
+        learning_rate: Its peak, after a tenth of the steps; then it falls as a cosine.
+        weight_decay: AdamW's.
+    """
+
+    steps: int
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+
+
+def new_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most ``size`` tokens, the first of which ends a text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, shape: Shape, *, seed: int) -> LlamaForCausalLM:
+    """A Llama with random weights and tied embeddings."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.width,
+        intermediate_size=8 * -(-shape.width // 3),
+        num_hidden_layers=shape.layers,
+        num_attention_heads=max(1, shape.width // 32),
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def school(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    blocks: TokenDataset,
+    schooling: Schooling,
+    run: Run,
+    *,
+    seed: int,
+    device: str | None = None,
+) -> None:
+    """Minimise the cross-entropy of the next token, and save model and tokenizer into a run.
+
+    Args:
+        model: Changed in place.
+        tokenizer: Its tokenizer.
+        blocks: What it learns from.
+        schooling: For how long, and how.
+        run: Where it is kept; the loss goes into its metrics.
+        seed: Of the order of the blocks.
+        device: "cpu", or None for a GPU if there is one.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(run.path),
+        max_steps=schooling.steps,
+        per_device_train_batch_size=schooling.batch_size,
+        learning_rate=schooling.learning_rate,
+        weight_decay=schooling.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=schooling.steps // 10,
+        logging_steps=max(1, schooling.steps // 50),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        seed=seed,
+        use_cpu=device == "cpu",
+        include_num_input_tokens_seen="non_padding",
+        dataloader_pin_memory=torch.cuda.is_available() and device != "cpu",
+    )
+    display = Display(schooling.steps)
+    trainer = Trainer(
+        model,
+        arguments,
+        data_collator=PadRows(cast(Any, tokenizer).pad_token_id),
+        train_dataset=blocks,
+        callbacks=[Journal(run, display)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with display.shown():
+        trainer.train()
+    with replacing_files(run.path) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

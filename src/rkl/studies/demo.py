@@ -1,0 +1,191 @@
+"""``rkl demo``: the whole of rkl at work on a problem small enough to watch.
+
+``rkl demo`` makes a teacher on the spot; ``rkl demo real`` takes a pretrained one. Either ends in
+a folder of ordinary runs beside one report.
+"""
+
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rkl.distill.data import passages, tokenize
+from rkl.distill.evaluate import EvaluateSettings
+from rkl.distill.run import DistillSettings
+from rkl.distill.scratch import Schooling, Shape, new_model, new_tokenizer, school
+from rkl.runs import Run
+from rkl.studies.demo_data import Manual, read_manual
+from rkl.studies.demo_report import report_runs
+from rkl.studies.demo_stages import (
+    distil_each,
+    evaluate_each,
+    let_teacher_write,
+    phase,
+    watch,
+)
+
+__all__ = ["Plan", "distill_demo", "report_runs", "run"]
+
+DIVERGENCES = {
+    "forward-kl": "kl()",
+    "reverse-kl": "reverse-kl()",
+    "akl": "akl(mu=0.5)",
+    "js": "jensen-shannon(beta=0.5)",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of the demonstration, which must end within minutes on two cores.
+
+    Args:
+        vocabulary: Tokens of the tokenizer.
+        teacher: The teacher's size.
+        teacher_schooling: How long the teacher learns from the text itself.
+        student: The student's size.
+        start_schooling: How long the student does so, before it meets the teacher.
+        steps: Of each distillation.
+        learning_rate: Of each distillation, at its peak.
+        block: Tokens in a block.
+        batch_size: Blocks in a step of a distillation.
+        held_out_blocks: Blocks to evaluate on; None is all that are held out.
+        prompts: Held-out beginnings that every student goes on from.
+        seeds: Replies to each of them.
+        reply_tokens: Longest reply.
+        watched_blocks: Held-out blocks looked at during training.
+    """
+
+    vocabulary: int = 2000
+    teacher: Shape = Shape(layers=4, width=192)
+    teacher_schooling: Schooling = Schooling(steps=800, batch_size=4)
+    student: Shape = Shape(layers=2, width=96)
+    start_schooling: Schooling = Schooling(steps=100)
+    steps: int = 200
+    learning_rate: float = 1e-3
+    block: int = 128
+    batch_size: int = 8
+    held_out_blocks: int | None = None
+    prompts: int = 12
+    seeds: int = 3
+    reply_tokens: int = 48
+    watched_blocks: int = 4
+
+
+def run(
+    name: str,
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    steps: int | None = None,
+) -> str:
+    """Run a demonstration.
+
+    Args:
+        name: "distill", or "real" for a pretrained model.
+        out: The folder to write.
+        overwrite: Whether to replace the run that is there.
+        seed: What all random numbers start from.
+        device: "cpu" or "cuda"; a GPU by default if there is one.
+        steps: Of each distillation; as many as fit its few minutes by default.
+
+    Returns:
+        What came out, and where the report is.
+    """
+    if name == "real":
+        from rkl.studies.demo_real import real_demo
+
+        return real_demo(out, steps=steps, overwrite=overwrite, seed=seed, device=device)
+    if name != "distill":
+        raise ValueError(f"name must be 'distill' or 'real'; got {name!r}.")
+    plan = Plan() if steps is None else replace(Plan(), steps=steps)
+    return distill_demo(plan, out, overwrite=overwrite, seed=seed, device=device)
+
+
+def distill_demo(
+    plan: Plan,
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+) -> str:
+    """Make a teacher and a student, and distil one into the other under four divergences."""
+    settings = {
+        "name": "distill",
+        "divergences": DIVERGENCES,
+        "before": "start",
+        "plan": asdict(plan),
+        "device": device,
+    }
+    whole = Run.create(out, "studies.demo", settings, seed=seed, overwrite=overwrite)
+    with whole.running():
+        manual = read_manual()
+        whole.update(data=manual.record(), done=_done(plan, manual))
+        train, held = (str(path) for path in manual.write(whole.path / "data"))
+        held_blocks = _school_both(plan, whole, manual, seed=seed, device=device)
+        teacher, start = (str(whole.path / it) for it in ("teacher", "start"))
+        common: Any = {"teacher": teacher, "max_length": plan.block, "device": device}
+        distillation = DistillSettings(
+            student=start,
+            data=train,
+            held_out=0.0,  # so that the last step counts, not the best on what is evaluated
+            max_steps=plan.steps,
+            batch_size=plan.batch_size,
+            learning_rate=plan.learning_rate,
+            compiled=False,
+            seed=seed,
+            **common,
+        )
+        watched = watch(teacher, held_blocks, plan.watched_blocks, plan.steps)
+        distil_each(whole, distillation, DIVERGENCES, watched)
+        evaluation = EvaluateSettings(
+            data=held,
+            divergence=DIVERGENCES["akl"],
+            max_blocks=plan.held_out_blocks,
+            prompts=plan.prompts,
+            seeds=plan.seeds,
+            max_new_tokens=plan.reply_tokens,
+            seed=seed,
+            **common,
+        )
+        evaluate_each(whole, ["start", *DIVERGENCES], evaluation)
+        let_teacher_write(whole, teacher, evaluation)
+        report = report_runs([whole.path])
+    return f"The report: {report}"
+
+
+def _done(plan: Plan, manual: Manual) -> str:
+    """What the demonstration does, in plain words."""
+    return (
+        f"A teacher of {plan.teacher.layers} layers, {plan.teacher.width} wide, learned to "
+        f"predict the manual of Python ({sum(map(len, manual.train.values())):,} characters) in "
+        f"{plan.teacher_schooling.steps} steps, and a student of {plan.student.layers} layers, "
+        f"{plan.student.width} wide, in {plan.start_schooling.steps}. From there the student was "
+        f"distilled under {len(DIVERGENCES)} divergences, each for {plan.steps} steps on the same "
+        "batches."
+    )
+
+
+def _school_both(plan: Plan, whole: Run, manual: Manual, *, seed: int, device: str | None):
+    """The tokenizer, the teacher and the start of all students; the held-out text in tokens."""
+    with phase(whole, "a tokenizer"):
+        tokenizer = new_tokenizer(manual.train.values(), plan.vocabulary)
+        blocks, held = (
+            tokenize([{"text": it} for it in part.values()], tokenizer, max_length=plan.block)
+            for part in (manual.train, manual.held_out)
+        )
+    rows = [{"text": it} for it in manual.train.values()]
+    parts = (
+        ("teacher", plan.teacher, plan.teacher_schooling),
+        ("start", plan.student, plan.start_schooling),
+    )
+    for number, (name, shape, schooling) in enumerate(parts):
+        with phase(whole, f"the {name}, on the text itself"):
+            model = new_model(tokenizer, shape, seed=seed + number)
+            settings = {"shape": asdict(shape), "schooling": asdict(schooling), "device": device}
+            place = Run.create(whole.path / name, "distill", settings, seed=seed)
+            with place.running():
+                place.remember_rows(passages(rows))
+                school(model, tokenizer, blocks, schooling, place, seed=seed, device=device)
+    return held

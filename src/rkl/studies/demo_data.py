@@ -1,0 +1,80 @@
+"""The text of the demonstrations: the interpreter's own manual, there without a network."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rkl.distill.data import passages
+from rkl.runs import fingerprint, write_atomic
+
+EVERY, FIRST = 6, 3  # of the groups of topics, from the largest to the smallest, is held out
+
+
+@dataclass(frozen=True)
+class Manual:
+    """The manual, by topic, apart into what is trained on and what is held out.
+
+    Attributes:
+        train: The text of each topic that is trained on, by name.
+        held_out: The same of the topics held out.
+        digest: Of all topics, names and texts.
+    """
+
+    train: Mapping[str, str]
+    held_out: Mapping[str, str]
+    digest: str
+
+    def write(self, folder: Path) -> tuple[Path, Path]:
+        """Write both as JSON lines, a row for each topic, and say where."""
+        folder.mkdir(exist_ok=True)
+        paths = folder / "train.jsonl", folder / "held-out.jsonl"
+        for path, topics in zip(paths, (self.train, self.held_out), strict=True):
+            write_atomic(path, "".join(json.dumps({"text": it}) + "\n" for it in topics.values()))
+        return paths
+
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` keeps of it."""
+        return {
+            "source": "pydoc_data.topics",
+            "digest": self.digest,
+            "characters": sum(
+                len(it) for part in (self.train, self.held_out) for it in part.values()
+            ),
+            "topics": len(self.train),
+            "held_out_topics": list(self.held_out),
+        }
+
+
+def read_manual() -> Manual:
+    """The manual of the running interpreter; no passage is both trained on and held out.
+
+    Topics quote one another. Those that share a paragraph are one group, and of the groups, from
+    the largest to the smallest, every sixth is held out.
+    """
+    from pydoc_data.topics import topics
+
+    groups = sorted(
+        _groups(topics), key=lambda names: (-sum(len(topics[it]) for it in names), names)
+    )
+    held = {name for names in groups[FIRST::EVERY] for name in names}
+    names = sorted(topics)
+    return Manual(
+        {name: topics[name] for name in names if name not in held},
+        {name: topics[name] for name in names if name in held},
+        fingerprint([name, topics[name]] for name in names),
+    )
+
+
+def _groups(topics: Mapping[str, str]) -> Sequence[list[str]]:
+    """The names of topics that share a passage, directly or by way of others."""
+    groups: list[tuple[list[str], set[Any]]] = []
+    for name in sorted(topics):
+        names, found = [name], set(passages([{"text": topics[name]}]))
+        touching = [group for group in groups if group[1] & found]
+        groups = [group for group in groups if not group[1] & found]
+        for others, theirs in touching:
+            names, found = [*others, *names], found | theirs
+        groups.append((sorted(names), found))
+    return [names for names, _ in groups]

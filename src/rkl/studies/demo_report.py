@@ -1,0 +1,225 @@
+"""The report of a demonstration, put together from what its folder holds and nothing else."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from rkl.distill.compare import Evaluations
+from rkl.distill.report import replies_section, settings_section, training_section
+from rkl.runs import Run, read_jsonl
+from rkl.studies.demo_stages import REPLIES, WATCHED
+
+if TYPE_CHECKING:
+    from rkl.report import Block, Section
+
+CLEAR = 2.0  # standard errors of the difference beyond which the best is called so
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who did best at one thing.
+
+    Attributes:
+        measure: At what.
+        best: The run.
+        value: Its value and standard error.
+        second: The run next to it.
+        second_value: The same of that.
+    """
+
+    measure: str
+    best: str
+    value: tuple[float, float]
+    second: str
+    second_value: tuple[float, float]
+
+    @property
+    def apart(self) -> float:
+        """The difference of the two over its standard error, as if the two were independent."""
+        error = math.hypot(self.value[1], self.second_value[1])
+        return abs(self.value[0] - self.second_value[0]) / error if error else math.inf
+
+    @property
+    def clear(self) -> bool:
+        """Whether the best one is ahead by more than noise."""
+        return self.apart > CLEAR
+
+
+def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
+    """Write the report of a demonstration, a single HTML file.
+
+    Args:
+        paths: Its folder; one.
+        out: The file; ``report.html`` in the folder by default.
+
+    Returns:
+        The file.
+    """
+    from rkl.report import render, write
+
+    if len(paths) != 1:
+        raise ValueError(f"paths must be the folder of one demonstration; got {len(paths)}.")
+    whole = Run.open(paths[0])
+    students, before = list(whole.settings["divergences"]), whole.settings["before"]
+    results = {name: _json(whole.path / name / "evaluation.json") for name in (before, *students)}
+    evaluations = Evaluations(results)
+    found = verdicts({name: results[name] for name in students})
+    sections = [
+        *_with_first(evaluations.sections(), _best_table(found)),
+        *_training(whole, students, before),
+        _head_tail(whole, students),
+        *replies_section(_replies(whole, [before, *students])),
+        *_with_first(settings_section(_records(whole, [before, *students])), _times(whole)),
+    ]
+    place = whole.path / "report.html" if out is None else Path(out)
+    title = f"{len(students)} divergences, one student"
+    write(place, render(title, sections, lead=lead(whole, found)))
+    return place
+
+
+def verdicts(results: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+    """Who did best at each thing that has a best, out of the evaluations of the students."""
+    first = next(iter(results.values()))
+    found = [
+        _verdict(words, {name: value(it) for name, it in results.items()}, sign)
+        for words, (value, sign) in _MEASURES.items()
+    ]
+    for name in first["divergences"]:
+        values = {run: it["divergences"][name] for run, it in results.items()}
+        found.append(_verdict(name, values, -1))
+    if all("generations" in it for it in results.values()):
+        values = {run: it["generations"]["rouge_l"] for run, it in results.items()}
+        found.append(_verdict("ROUGE-L of replies", values, 1))
+    return found
+
+
+# What has a best: where a result holds it, and whether more (1) or less (-1) is better.
+_MEASURES = {
+    "perplexity": (lambda it: it["perplexity"]["student"], -1),
+    "top-1 agreement": (lambda it: it["top1_agreement"], 1),
+    "precision (its mass in the teacher's nucleus)": (
+        lambda it: it["mass_in_nucleus"]["student"],
+        1,
+    ),
+    "recall (the teacher's mass in its nucleus)": (lambda it: it["mass_in_nucleus"]["teacher"], 1),
+}
+
+
+def _verdict(measure: str, values: Mapping[str, Mapping[str, float]], sign: int) -> Verdict:
+    ranked = sorted(values, key=lambda name: -sign * values[name]["value"])
+    pairs = [(values[name]["value"], values[name]["error"]) for name in ranked[:2]]
+    return Verdict(measure, ranked[0], pairs[0], ranked[1], pairs[1])
+
+
+def lead(whole: Run, found: Sequence[Verdict]) -> str:
+    """What was done, and who did best at what: the figures decide the words."""
+    clear = [it for it in found if it.clear]
+    words = []
+    for name in whole.settings["divergences"]:
+        if mine := [it.measure for it in clear if it.best == name]:
+            words.append(f"{name} did best at {', '.join(mine)}")
+    if close := [it.measure for it in found if not it.clear]:
+        words.append(
+            f"within {CLEAR:g} standard errors of one another were the best two at "
+            f"{', '.join(close)}"
+        )
+    return f"{whole.record['done']} On text held out: {'; '.join(words)}."
+
+
+def _best_table(found: Sequence[Verdict]) -> "Block":
+    from rkl.report import Table
+
+    columns = ["measure", "best", "its value", "next", "its value", "apart (standard errors)"]
+    rows = [
+        [it.measure, it.best, it.value, it.second, it.second_value, round(it.apart, 1)]
+        for it in found
+    ]
+    return Table("Who did best at what", columns, rows, _BEST_SAYS)
+
+
+def _with_first(sections: "list[Section]", block: "Block") -> "list[Section]":
+    """The sections, with one more block at the head of the first of them."""
+    return [replace(sections[0], blocks=[block, *sections[0].blocks]), *sections[1:]]
+
+
+def _training(whole: Run, students: Sequence[str], before: str) -> "list[Section]":
+    def logged(names: Sequence[str]) -> dict[str, Any]:
+        return {name: Run(whole.path / name).metrics for name in names}
+
+    sections = training_section(logged(students))
+    earlier = {name: rows for name, rows in logged(["teacher", before]).items() if rows}
+    for section in training_section(earlier) if earlier else []:
+        sections.append(replace(section, title="Before that"))
+    return sections
+
+
+def _head_tail(whole: Run, students: Sequence[str]) -> "Section":
+    from rkl import plots
+    from rkl.report import Section, drawn
+
+    about = whole.record["watched"]
+    seen = {name: it.numpy() for name, it in load_file(whole.path / WATCHED).items()}
+    blocks = []
+    for kind, title in (("single", "One token"), ("mean", "The mean over tokens")):
+        curves = {name: _by_step(seen, f"{name}.{kind}.") for name in students}
+        head = about["head"] if kind == "single" else None
+        drawing = plots.head_tail(seen[f"teacher.{kind}"], curves, head=head)
+        caption = _HEAD_TAIL_SAYS[kind].format(context=about["context"][-160:])
+        blocks.append(drawn(f"Head and tail: {title[0].lower()}{title[1:]}", drawing, caption))
+    return Section("Head and tail", _HEAD_TAIL, blocks)
+
+
+def _by_step(seen: Mapping[str, Any], prefix: str) -> dict[int, Any]:
+    steps = sorted(int(name.removeprefix(prefix)) for name in seen if name.startswith(prefix))
+    return {step: seen[f"{prefix}{step}"] for step in steps}
+
+
+def _replies(whole: Run, names: Sequence[str]) -> dict[str, Any]:
+    replies = {"teacher": read_jsonl(whole.path / REPLIES)}
+    return replies | {name: read_jsonl(whole.path / name / "generations.jsonl") for name in names}
+
+
+def _records(whole: Run, names: Sequence[str]) -> dict[str, Any]:
+    apart = {"phases", "done"}  # told elsewhere
+    own = {key: value for key, value in whole.record.items() if key not in apart}
+    runs = {name: Run(whole.path / name).record for name in names}
+    return {"the demonstration": own, **runs}
+
+
+def _times(whole: Run) -> "Block":
+    from rkl.report import Table
+
+    phases = whole.record["phases"]
+    rows = [[name, it["seconds"], it["cpu_seconds"]] for name, it in phases.items()]
+    rows.append(["all", *(sum(it[key] for it in phases.values()) for key in _CLOCKS)])
+    return Table("Time", ["what was done", "seconds", "CPU seconds"], rows)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+_CLOCKS = "seconds", "cpu_seconds"
+_BEST_SAYS = (
+    "The two best students at each measure, and how many standard errors of their difference "
+    "lie between them, the two taken as independent. They were evaluated on the same text, so "
+    "that the true errors are smaller: what is clear here is clear."
+)
+_HEAD_TAIL = (
+    "The picture of the paper on adaptive KL (arXiv 2404.02657), on held-out text: the teacher's "
+    "p shaded, the student's q over it, by rank under the teacher, at several steps of training. "
+    "Forward KL is said to fit the head first, reverse KL the tail."
+)
+_HEAD_TAIL_SAYS = {
+    "single": (
+        "The token behind “… {context}”, at which the teacher's entropy is the median of all "
+        "tokens looked at; the dotted line ends the teacher's head, half of its mass."
+    ),
+    "mean": "p and q by rank, averaged over all the held-out tokens looked at.",
+}

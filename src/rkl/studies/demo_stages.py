@@ -1,0 +1,146 @@
+"""What the demonstrations share: students under several divergences, watched and measured."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rkl.distill.data import TokenDataset
+from rkl.distill.evaluate import EvaluateSettings, evaluate_run
+from rkl.distill.generate import Sampling, generate, prompts_of, save
+from rkl.distill.progress import clock, quiet, say
+from rkl.distill.run import DistillSettings, distill
+from rkl.distill.snapshots import Snapshots, median_token, probabilities
+from rkl.distill.sources import read_rows
+from rkl.distill.teachers import load_model, load_tokenizer
+from rkl.divergences import AKL
+from rkl.runs import Run, remove_folder, save_tensors
+
+WATCHED = "head-tail.safetensors"
+REPLIES = "teacher-generations.jsonl"
+HEAD = AKL(mu=0.5)  # as in rkl evaluate
+
+
+@contextlib.contextmanager
+def phase(run: Run, name: str) -> Iterator[None]:
+    """Say what begins, and note down in ``run.json`` what time it took."""
+    say(f"\n== {name} ==")
+    clocks = time.perf_counter, time.process_time
+    began = [it() for it in clocks]
+    with quiet():
+        yield
+    wall, cpu = (round(it() - start, 1) for it, start in zip(clocks, began, strict=True))
+    phases = run.record.get("phases", {}) | {name: {"seconds": wall, "cpu_seconds": cpu}}
+    run.update(phases=phases)
+    say(f"== {name}: {clock(wall)} ==")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Held-out tokens at which students are looked at while they learn.
+
+    Attributes:
+        tokens: Rows of text; what is looked at is what comes behind each token.
+        p: What the teacher says there, likeliest atom first.
+        ranking: Which atoms these are.
+        one: Of all tokens, the one at which the teacher's entropy is the median.
+        at: The steps at which to look.
+        context: The text up to that one token.
+    """
+
+    tokens: Tensor
+    p: Tensor
+    ranking: Tensor
+    one: int
+    at: Sequence[int]
+    context: str
+
+    def snapshots(self) -> Snapshots:
+        """A callback for one student."""
+        return Snapshots(self.tokens, self.ranking, one=self.one, at=self.at)
+
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` keeps of it; the head is AKL's, in numbers of atoms."""
+        _, chosen = HEAD.search(self.p[self.one].log()[None])
+        rows, length = self.tokens.shape
+        return {
+            "tokens": rows * length,
+            "steps": list(self.at),
+            "context": self.context,
+            "head": int(chosen.sum()),
+        }
+
+    def save(self, folder: Path, taken: Mapping[str, Snapshots]) -> None:
+        """Write all that was seen so far, the mean over tokens and the one token."""
+        tensors = {"teacher.mean": self.p.mean(0), "teacher.single": self.p[self.one]}
+        for name, snapshots in taken.items():
+            for step in snapshots.mean:
+                tensors[f"{name}.mean.{step}"] = snapshots.mean[step]
+                tensors[f"{name}.single.{step}"] = snapshots.single[step]
+        save_tensors(folder / WATCHED, tensors)
+
+
+def watch(teacher: str, blocks: TokenDataset, count: int, steps: int) -> Watched:
+    """What the teacher says of some held-out blocks, to be compared with students later.
+
+    Args:
+        teacher: What ``load_model`` loads.
+        blocks: The held-out text.
+        count: How many blocks to look at, evenly spaced among those of full length.
+        steps: Of the training; it is looked at before, early, half-way and at the end.
+    """
+    full = [it["input_ids"] for it in (blocks[i] for i in range(len(blocks)))]
+    full = [ids for ids in full if len(ids) == len(full[0])]
+    tokens = torch.stack([full[i * len(full) // count] for i in range(count)])
+    p, ranking = probabilities(load_model(teacher, dtype="float32"), tokens).sort(
+        descending=True, stable=True
+    )
+    one = median_token(p)
+    row, place = divmod(one, tokens.shape[1])
+    context = str(load_tokenizer(teacher).decode(tokens[row, : place + 1].tolist()))
+    at = sorted({0, max(1, steps // 10), steps // 2, steps})
+    return Watched(tokens, p, ranking, one, at, context)
+
+
+def distil_each(
+    run: Run, settings: DistillSettings, divergences: Mapping[str, str], watched: Watched
+) -> None:
+    """Distil once under every divergence, from the same start on the same batches."""
+    run.update(watched=watched.record())
+    taken: dict[str, Snapshots] = {}
+    for name, divergence in divergences.items():
+        with phase(run, f"distilling under {name}"):
+            taken[name] = watched.snapshots()
+            changed = dataclasses.replace(settings, divergence=divergence)
+            distill(changed, run.path / name, callbacks=[taken[name]])
+            remove_folder(run.path / name / "checkpoints")  # nothing will go on from them
+            watched.save(run.path, taken)
+
+
+def evaluate_each(run: Run, names: Sequence[str], settings: EvaluateSettings) -> None:
+    """Evaluate runs of a demonstration on held-out text."""
+    for name in names:
+        with phase(run, f"evaluating {name}"):
+            evaluate_run(run.path / name, settings)
+
+
+def let_teacher_write(run: Run, teacher: str, settings: EvaluateSettings) -> None:
+    """Have the teacher go on from what the students went on from, once."""
+    with phase(run, "letting the teacher write"):
+        tokenizer = load_tokenizer(teacher)
+        prompts = prompts_of(
+            read_rows(settings.data),
+            tokenizer,
+            count=settings.prompts,
+            reply_tokens=settings.max_new_tokens,
+        )
+        sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
+        model = load_model(teacher, dtype="float32")
+        replies = generate(model, tokenizer, prompts, seeds=[settings.seed], sampling=sampling)
+        save(run.path / REPLIES, replies)

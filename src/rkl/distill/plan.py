@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from rkl.distill.memory import forget_peak, in_words, peak_memory
 from rkl.distill.prepare import (
@@ -21,12 +21,12 @@ from rkl.distill.prepare import (
     load_tokenizers,
     make_trainer,
     read_text,
+    with_cached_teacher,
 )
 from rkl.distill.progress import clock, quiet
 from rkl.distill.settings import DistillSettings
 
 STEPS = 4  # that are measured; the first, which may compile, is told apart
-MOMENTS = 2 * 4  # bytes of AdamW's state for a parameter, and of a copy of it as it is saved
 DISK = 2e8  # bytes a second that are taken to reach it
 
 
@@ -36,7 +36,8 @@ class Estimate:
 
     Attributes:
         text: The data, and the text held out.
-        models: Teacher and student.
+        teacher: Which it is, and how large.
+        student: The same of the student.
         steps: Number of steps.
         evaluations: Number of evaluations, the one before the first step included.
         checkpoints: Number of checkpoints at fixed steps; each new best one is saved besides.
@@ -48,7 +49,8 @@ class Estimate:
     """
 
     text: Text
-    models: Models
+    teacher: str
+    student: str
     steps: int
     evaluations: int
     checkpoints: int
@@ -64,8 +66,8 @@ class Estimate:
         lines = {
             "data": str(self.text.blocks),
             "held out": f"{held:,} blocks: {self.text.origin}",
-            "teacher": _described(self.models.teacher),
-            "student": _described(self.models.student),
+            "teacher": self.teacher,
+            "student": self.student,
             "steps": (
                 f"{self.steps:,} of {tokens:,.0f} tokens: "
                 f"{self.steps * tokens / len(self.text.blocks.tokens):.3g} times the data"
@@ -89,30 +91,30 @@ def estimate(settings: DistillSettings) -> Estimate:
     text = read_text(settings, tokenizers[1])
     models = load_models(settings, text, tokenizers)
     loading = time.perf_counter() - began
-    steps = settings.steps(len(text.blocks))
+    teacher, student = (_described(it) for it in (models.teacher, models.student))
     with tempfile.TemporaryDirectory() as folder:
-        measured = _measure(settings, Path(folder), text, models)
-    trained = sum(it.numel() for it in models.student.parameters() if it.requires_grad)
+        measured, models = _measure(settings, Path(folder), text, models)
+    steps = settings.steps(len(text.blocks))
     every = max(1, steps // 10)
-    evaluations = 0
-    if text.held_out is not None:
-        evaluations = 1 + math.ceil(steps / (settings.eval_every or every))
+    looked_at = text.looked_at(settings.eval_blocks)
+    evaluated = 0 if looked_at is None else len(looked_at)
+    evaluations = 1 + math.ceil(steps / (settings.eval_every or every)) if evaluated else 0
     checkpoints = math.ceil(steps / (settings.save_every or every))
     weights = 4 * sum(it.numel() for it in models.student.parameters())
+    moments = 2 * 4 * sum(it.numel() for it in models.student.parameters() if it.requires_grad)
+    seconds = loading + measured.first_step + (steps - 1) * measured.step
+    seconds += measured.caching * (len(text.blocks) + evaluated)
+    seconds += evaluations * evaluated * measured.evaluation
+    seconds += checkpoints * (weights + moments) / DISK
     return Estimate(
         text=text,
-        models=models,
+        teacher=teacher,
+        student=student,
         steps=steps,
         evaluations=evaluations,
         checkpoints=checkpoints,
-        memory=max(measured.loading_peak, measured.peak + MOMENTS * trained),
-        seconds=(
-            loading
-            + measured.first_step
-            + (steps - 1) * measured.step
-            + evaluations * measured.evaluation
-            + checkpoints * (weights + MOMENTS * trained) / DISK
-        ),
+        memory=max(measured.loading_peak, measured.peak + moments),
+        seconds=seconds,
         seconds_per_step=measured.step,
         tokens_per_step=measured.tokens,
         example=text.first_block(models.tokenizer),
@@ -121,18 +123,19 @@ def estimate(settings: DistillSettings) -> Estimate:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Seconds, bytes and tokens."""
+    """Seconds, of a step, and of a block evaluated or cached; bytes; tokens in a step."""
 
     first_step: float
     step: float
     evaluation: float
+    caching: float
     loading_peak: int
     peak: int
     tokens: float
 
 
 class _Clock(TrainerCallback):
-    """Notes down when each step began and ended."""
+    """Notes down how long each step took."""
 
     def __init__(self):
         self.seconds: list[float] = []
@@ -145,36 +148,44 @@ class _Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._began)
 
 
-def _measure(settings: DistillSettings, folder: Path, text: Text, models: Models) -> _Measured:
-    """Take a few steps, and evaluate once."""
+def _measure(
+    settings: DistillSettings, folder: Path, text: Text, models: Models
+) -> tuple[_Measured, Models]:
+    """Take a few steps on the first blocks, and evaluate on some; the models that did so."""
+    few = text.beginning(STEPS * settings.batch_size * settings.gradient_accumulation)
+    looked_at = few.looked_at(settings.eval_blocks)
+    evaluated = 0 if looked_at is None else len(looked_at)
+    caching = 0.0
+    if settings.cache_teacher:
+        began = time.perf_counter()
+        models = with_cached_teacher(settings, folder / "teacher", few, models)
+        caching = (time.perf_counter() - began) / (len(few.blocks) + evaluated)
     idle: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.0, "weight_decay": 0.0}
     idle |= {"max_steps": min(STEPS, settings.steps(len(text.blocks))), "save_strategy": "no"}
-    trainer = make_trainer(
-        settings, folder, text, models, eval_strategy="no", eval_on_start=False, **idle
-    )
-    ticks = _Clock()
+    idle |= {"eval_strategy": "no", "eval_on_start": False}
+    trainer = make_trainer(settings, folder, few, models, **idle)
+    device, ticks = trainer.args.device, _Clock()
     trainer.add_callback(ticks)
-    device = trainer.args.device
     loading_peak = peak_memory(device)
     forget_peak(device)
     trainer.train()
-    first, *later = ticks.seconds
-    evaluation = 0.0
-    if text.held_out is not None:
-        began = time.perf_counter()
+    began = time.perf_counter()
+    if evaluated:
         trainer.evaluate()
-        evaluation = time.perf_counter() - began
-    return _Measured(
+    first, *later = ticks.seconds
+    measured = _Measured(
         first_step=first,
         step=sum(later) / len(later) if later else first,
-        evaluation=evaluation,
+        evaluation=(time.perf_counter() - began) / max(evaluated, 1),
+        caching=caching,
         loading_peak=loading_peak,
         peak=peak_memory(device),
         tokens=trainer.state.num_input_tokens_seen / len(ticks.seconds),
     )
+    return measured, models
 
 
-def _described(model: PreTrainedModel) -> str:
+def _described(model: Any) -> str:
     config = model.config.get_text_config(decoder=True)
     parameters = sum(it.numel() for it in model.parameters())
     return (

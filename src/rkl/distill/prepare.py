@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,11 +16,13 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from rkl.distill.cache import Rows, cache_hidden_states
 from rkl.distill.data import TokenDataset, passages, show_example, tokenize
+from rkl.distill.generate import device_named
 from rkl.distill.heads import common_vocabulary
 from rkl.distill.settings import DistillSettings
 from rkl.distill.sources import Row, read_rows
-from rkl.distill.teachers import load_model, load_tokenizer, without_layers
+from rkl.distill.teachers import Teacher, load_model, load_tokenizer, without_layers
 from rkl.distill.trainer import DistillConfig, DistillTrainer
 from rkl.runs import fingerprint
 
@@ -63,6 +65,11 @@ class Text:
         """What a run notes down of the rows trained on."""
         return list(passages(self.rows))
 
+    def beginning(self, count: int) -> "Text":
+        """The same with no more than so many blocks, and so many held out."""
+        held = None if self.held_out is None else _first(self.held_out, count)
+        return replace(self, blocks=_first(self.blocks, count), held_out=held)
+
     def first_block(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The beginning of the first block, what is not trained on in brackets."""
         example = show_example(self.blocks, tokenizer)
@@ -77,11 +84,17 @@ class Text:
         return Subset(self.held_out, [i * total // count for i in range(count)])
 
 
+def _first(blocks: TokenDataset, count: int) -> TokenDataset:
+    bounds = blocks.bounds[: count + 1]
+    end = int(bounds[-1])
+    return replace(blocks, tokens=blocks.tokens[:end], trained=blocks.trained[:end], bounds=bounds)
+
+
 @dataclass(frozen=True)
 class Models:
-    """A teacher, a student, and the tokenizer of each."""
+    """A teacher, as a model or cached, a student, and the tokenizer of each."""
 
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel | Teacher
     student: PreTrainedModel
     teacher_tokenizer: PreTrainedTokenizerBase
     tokenizer: PreTrainedTokenizerBase
@@ -133,6 +146,8 @@ def load_tokenizers(
     """The teacher's tokenizer and the student's, which is the teacher's if it has none."""
     teacher = load_tokenizer(settings.teacher)
     source = settings.student
+    if source is not None and source.endswith(".json") and not Path(source).is_file():
+        raise FileNotFoundError(f"student: there is no file {source}.")
     if source is None or (Path(source).exists() and not _has_tokenizer(Path(source))):
         return teacher, teacher
     return teacher, load_tokenizer(source)
@@ -155,6 +170,24 @@ def load_models(settings: DistillSettings, text: Text, tokenizers: Any) -> Model
     return models
 
 
+def with_cached_teacher(
+    settings: DistillSettings, folder: Path, text: Text, models: Models
+) -> Models:
+    """The same with what the teacher says of the text kept on the disk, and no model of it."""
+    parts: list[Dataset] = [text.blocks]
+    if (held_out := text.looked_at(settings.eval_blocks)) is not None:
+        parts.append(held_out)
+    cached = cache_hidden_states(
+        cast(PreTrainedModel, models.teacher),
+        cast(Rows, ConcatDataset(parts)),
+        folder,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        device=device_named(settings.device),
+    )
+    return replace(models, teacher=cached)
+
+
 def _load_student(settings: DistillSettings) -> PreTrainedModel:
     source = settings.teacher if settings.student is None else settings.student
     config = _config_alone(source)
@@ -175,9 +208,7 @@ def _config_alone(source: str | os.PathLike) -> Path | None:
     """The config.json of a model without weights, given itself or by its folder."""
     path = Path(source)
     if path.suffix == ".json":
-        if not path.is_file():
-            raise FileNotFoundError(f"student: there is no file {path}.")
-        return path
+        return path  # which is there: load_tokenizers has looked
     if not (path / "config.json").is_file():
         return None
     has_weights = any(file for pattern in WEIGHTS for file in path.glob(pattern))

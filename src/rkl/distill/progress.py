@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.progress import (
     TextColumn,
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 
 from rkl.distill.memory import in_words, peak_memory
@@ -63,6 +65,9 @@ class Journal(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._tokens = state.num_input_tokens_seen
+        if state.best_global_step:  # the run may have been moved since
+            name = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            state.best_model_checkpoint = str(Path(str(args.output_dir)) / name)
         self.display.begin(state)
 
     def on_step_begin(self, args, state, control, **kwargs):

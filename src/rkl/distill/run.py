@@ -27,15 +27,17 @@ from rkl.distill.prepare import (
     load_tokenizers,
     make_trainer,
     read_text,
+    with_cached_teacher,
 )
 from rkl.distill.progress import Display, Journal, Stop, clock, quiet, say
 from rkl.distill.settings import DistillSettings
 from rkl.distill.teachers import load_model
-from rkl.runs import Run, replacing_files, write_atomic
+from rkl.runs import Run, remove_folder, replacing_files, write_atomic
 
 __all__ = ["DistillSettings", "Distilled", "Estimate", "distill", "estimate", "load_run"]
 
 MAY_CHANGE = "device", "save_every", "keep_checkpoints"  # in a run that is resumed
+CACHE = "teacher"  # folder of its hidden states, there while the run lasts
 OF_TRAINER = "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "trainer_state.json"
 
 
@@ -113,6 +115,8 @@ def distill(
     with run.running():
         run.update(data=data)
         run.remember_rows(text.passages())
+        if settings.cache_teacher:
+            models = with_cached_teacher(settings, run.path / CACHE, text, models)
         _train(settings, run, text, models, callbacks)
         _finish(run, time.perf_counter() - began, peak_memory(models.student.device))
     return Distilled(run.path, run.record["result"])
@@ -171,7 +175,7 @@ def _train(
         return
     trainer = make_trainer(settings, folder, text, models, eval_on_start=last is None)
     display, stop = Display(total), Stop()
-    for callback in (stop, Journal(run, display), *callbacks):
+    for callback in (Journal(run, display), *callbacks, stop):
         trainer.add_callback(callback)
     with display.shown(), stop.listening():
         trainer.train(resume_from_checkpoint=last)
@@ -203,6 +207,8 @@ def _finish(run: Run, seconds: float, memory: int) -> None:
         }
     )
     write_atomic(run.path / "README.md", model_card(run))
+    if (run.path / CACHE).exists():
+        remove_folder(run.path / CACHE)
 
 
 def _training_seconds(run: Run) -> float:

@@ -1,0 +1,35 @@
+"""A run of rkl distill killed at any moment leaves no torn file, and goes on to the same bits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.kill
+
+
+def killed(folder, point):
+    """How often a run was killed, each time to end as one that was left alone."""
+    script = Path(__file__).with_name("killed_pipelines.py")
+    done = subprocess.run(
+        [sys.executable, script, folder, point],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=580,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.parametrize("point", ["os.replace", "os.fsync", "torch.save", "save_file"])
+def test_a_run_killed_inside_a_write_goes_on_to_the_same_bits(point, tmp_path):
+    """Half-way through what the function writes, at one call of it after another."""
+    assert killed(tmp_path, point) >= 4
+
+
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(tmp_path):
+    """SIGKILL again and again, until a run comes to its end between two of them."""
+    assert killed(tmp_path, "random") >= 3

@@ -31,7 +31,7 @@ from rkl.distill.prepare import (
 )
 from rkl.distill.progress import Display, Journal, Stop, clock, quiet, say
 from rkl.distill.settings import DistillSettings
-from rkl.distill.teachers import load_model
+from rkl.distill.teachers import Teacher, load_model
 from rkl.runs import Run, remove_folder, replacing_files, write_atomic
 
 __all__ = ["DistillSettings", "Distilled", "Estimate", "distill", "estimate", "load_run"]
@@ -77,6 +77,7 @@ def distill(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    teacher: Teacher | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Distilled:
     """Train a student to imitate a teacher, in a folder that any program can load it from.
@@ -88,6 +89,8 @@ def distill(
         out: The folder, which must not hold anything unless one of the next two says so.
         resume: Goes on with the run there, from its last checkpoint.
         overwrite: Replaces the run there.
+        teacher: What to ask in place of the model that the settings name, such as a cache of it
+            that several runs share.
         callbacks: Further watchers of the training, as for transformers.Trainer.
 
     Raises:
@@ -98,6 +101,7 @@ def distill(
     tokenizers = load_tokenizers(settings)
     text = read_text(settings, tokenizers[1])
     models = load_models(settings, text, tokenizers)
+    models = models if teacher is None else dataclasses.replace(models, teacher=teacher)
     run = Run.create(
         out,
         "distill",

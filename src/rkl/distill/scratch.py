@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,7 +16,7 @@ from transformers import (
 )
 
 from rkl.distill.batches import PadRows
-from rkl.distill.data import TokenDataset
+from rkl.distill.data import TokenDataset, end_of_text
 from rkl.distill.progress import Display, Journal
 from rkl.runs import Run, replacing_files
 
@@ -83,8 +82,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast, shape: Shape, *, seed: int) ->
         max_position_embeddings=shape.context,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end_of_text(tokenizer),
+        pad_token_id=end_of_text(tokenizer),
     )
     return LlamaForCausalLM(config)
 
@@ -132,7 +131,7 @@ def school(
     trainer = Trainer(
         model,
         arguments,
-        data_collator=PadRows(cast(Any, tokenizer).pad_token_id),
+        data_collator=PadRows(end_of_text(tokenizer)),
         train_dataset=blocks,
         callbacks=[Journal(run, display)],
     )

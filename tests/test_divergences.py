@@ -1,0 +1,344 @@
+"""What each divergence is: its value, its gradient, its kin, and the laws all of them obey."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from catalogued import ALL, F, every, every_f, pair
+from torch.distributions import Categorical, Normal
+
+import rkl
+from rkl.kernels import chunk_step
+from rkl.testing import check_divergence
+
+
+@every
+def test_laws(divergence):
+    check_divergence(divergence)
+
+
+def _precision_half(p, q, lam):
+    """∫ over l ≥ λ of (min(l, 1) − Σ min(lp, q)) / l², by quadrature between its kinks."""
+    kinks = [y / x for x, y in zip(p, q, strict=True)] + [mpmath.mpf(1)]
+    kinks = [mpmath.mpf(lam), *sorted(kink for kink in kinks if kink > lam)]
+    pieces = [*kinks, mpmath.inf]
+    return mpmath.quad(
+        lambda lam: (min(lam, 1) - sum(map(min, [lam * x for x in p], q))) / lam**2, pieces
+    )
+
+
+def kl(p, q):
+    return sum(x * mpmath.log(x / y) for x, y in zip(p, q, strict=True))
+
+
+def mixed(p, q, w):
+    return [w * x + (1 - w) * y for x, y in zip(p, q, strict=True)]
+
+
+REFERENCES = {
+    "KL()": kl,
+    "ReverseKL()": lambda p, q: kl(q, p),
+    "Jeffreys()": lambda p, q: kl(p, q) + kl(q, p),
+    "JensenShannon(beta=0.9)": lambda p, q: (
+        0.9 * kl(p, mixed(p, q, 0.9)) + 0.1 * kl(q, mixed(p, q, 0.9))
+    ),
+    "SkewKL(alpha=0.1)": lambda p, q: kl(p, mixed(p, q, 0.1)),
+    "SkewReverseKL(alpha=0.1)": lambda p, q: kl(q, mixed(q, p, 0.1)),
+    "TotalVariation()": lambda p, q: sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2,
+    "SquaredHellinger()": lambda p, q: (
+        1 - sum(mpmath.sqrt(x * y) for x, y in zip(p, q, strict=True))
+    ),
+    "PearsonChiSquare()": lambda p, q: sum((x - y) ** 2 / y for x, y in zip(p, q, strict=True)),
+    "NeymanChiSquare()": lambda p, q: sum((x - y) ** 2 / x for x, y in zip(p, q, strict=True)),
+    "Amari(alpha=-2.0)": lambda p, q: (
+        (sum(x**-2 * y**3 for x, y in zip(p, q, strict=True)) - 1) / 6
+    ),
+    "Amari(alpha=0.5)": lambda p, q: (
+        (sum(mpmath.sqrt(x * y) for x, y in zip(p, q, strict=True)) - 1) / -0.25
+    ),
+    "AlphaBeta(alpha=0.2, beta=0.7)": lambda p, q: sum(
+        x**0.9 / (0.7 * 0.9) + y**0.9 / (0.2 * 0.9) - x**0.2 * y**0.7 / 0.14
+        for x, y in zip(p, q, strict=True)
+    ),
+    "PrecisionRecall(lam=10.0)": lambda p, q: (
+        1 - sum(min(10 * x, y) for x, y in zip(p, q, strict=True))
+    ),
+    "PrecisionRecall(lam=0.1)": lambda p, q: (
+        mpmath.mpf(0.1) - sum(min(0.1 * x, y) for x, y in zip(p, q, strict=True))
+    ),
+    "PrecisionHalf(lam=0.2)": lambda p, q: _precision_half(p, q, 0.2),
+    "PrecisionHalf(lam=5.0)": lambda p, q: _precision_half(p, q, 5.0),
+    "RecallHalf(lam=0.2)": lambda p, q: kl(p, q) - _precision_half(p, q, 0.2),
+    "RecallHalf(lam=5.0)": lambda p, q: kl(p, q) - _precision_half(p, q, 5.0),
+    "ToDi()": lambda p, q: kl(p, q) + kl(q, p),
+}
+
+
+@pytest.mark.parametrize("divergence", [d for d in ALL if repr(d) in REFERENCES], ids=repr)
+def test_value_is_that_of_the_definition_in_fifty_digits(divergence):
+    logp, logq = pair(3, 6, scale=1.5)
+    with mpmath.workdps(50):
+        for row_p, row_q, value in zip(logp, logq, divergence(logp, logq), strict=True):
+            p, q = ([mpmath.exp(mpmath.mpf(x)) for x in row.tolist()] for row in (row_p, row_q))
+            p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+            assert value.item() == pytest.approx(float(REFERENCES[repr(divergence)](p, q)), 1e-9)
+
+
+def test_every_divergence_has_a_reference_of_its_own():
+    named = {reference.split("(")[0] for reference in REFERENCES}
+    missing = {type(d).__name__ for d in ALL} - named
+    assert missing <= {"AKL", "_Combination", "_FCombination"}  # AKL has a file of its own
+
+
+def _gradients(p, q, rho):
+    """dD/db = q(g − s) with s = Σ q g: g in closed form, from dF/dq."""
+    m = 0.3 * p + 0.7 * q
+    return {
+        "KL()": -p / q,
+        "ReverseKL()": 1 - rho,
+        "JensenShannon(beta=0.3)": 0.7 * (q / m).log(),
+        "SkewKL(alpha=0.3)": -0.7 * p / m,
+        "SkewReverseKL(alpha=0.7)": (q / m).log() + 1 - 0.7 * q / m,
+        "TotalVariation()": (q - p).sign() / 2,
+        "Amari(alpha=3.0)": -((p / q) ** 3) / 3,
+        "AlphaBeta(alpha=0.2, beta=0.7)": -(p**0.2 * q**-0.3 - q**-0.1) / 0.2,
+        "PrecisionRecall(lam=2.0)": (q > 2 * p).double(),
+        "PrecisionHalf(lam=2.0)": -(p / q).clamp_max(0.5) * 1.0,
+        "RecallHalf(lam=2.0)": -(p / q - 0.5).clamp_min(0),
+    }
+
+
+@pytest.mark.parametrize("text", _gradients(*torch.ones(3, 1)))
+def test_gradient_in_the_logits_is_the_closed_form(text):
+    logp, logq = pair(50, 9)
+    p, q = logp.exp(), logq.exp()
+    g = _gradients(p, q, logp - logq)[text]
+    expected = q * (g - (q * g).sum(-1, keepdim=True))
+    gradient = chunk_step(rkl.parse(text), logp, logq, torch.ones_like(logp[:, 0]))[1]
+    assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
+@every
+def test_extreme_logits_give_no_nan_and_are_finite_where_the_value_is_representable(divergence):
+    generator = torch.Generator().manual_seed(0)
+    a, b = 1e4 * torch.randn(2, 8, 20, generator=generator)
+    value, gradient = chunk_step(divergence, a, b, torch.ones(8))
+    assert not value.isnan().any()
+    assert gradient.isfinite().all()
+    exponential = rkl.PearsonChiSquare, rkl.NeymanChiSquare, rkl.Amari, rkl.AlphaBeta
+    assert value.isfinite().all() or isinstance(divergence, exponential)
+
+
+@every
+def test_an_infinite_divergence_pulls_on_nothing(divergence):
+    a, b = torch.tensor([[1.0, 2.0, -math.inf]]), torch.tensor([[1.0, -math.inf, 2.0]])
+    value, gradient = chunk_step(divergence, a, b, torch.ones(1))
+    assert not value.isnan().any()
+    assert gradient.isfinite().all()
+    assert value.isfinite().all() == divergence.bounded
+    assert divergence.bounded or (gradient == 0).all()
+
+
+@every
+def test_masked_atoms_are_silent_in_reverse_mode_too(divergence):
+    logp, logq = pair(8, 20)
+    mask = torch.full((8, 3), -math.inf, dtype=logp.dtype)
+    padded, plain = torch.cat([logq, mask], -1).requires_grad_(), logq.clone().requires_grad_()
+    (full,) = torch.autograd.grad(divergence(torch.cat([logp, mask], -1), padded).sum(), padded)
+    (expected,) = torch.autograd.grad(divergence(logp, plain).sum(), plain)
+    assert torch.allclose(full, torch.nn.functional.pad(expected, (0, 3)))
+
+
+NONE = -math.inf
+HALF = math.log(0.5)
+JS = math.log(4 / 3) / 2 + math.log(2 / 3) / 4 + math.log(2) / 4  # m = (3/4, 1/4)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "p", "q", "value"),
+    [
+        # teacher masked
+        (rkl.KL(), [HALF, HALF, NONE], [HALF, HALF, NONE], 0.0),
+        (rkl.KL(), [0.0, NONE], [HALF, HALF], math.log(2)),
+        (rkl.ReverseKL(), [0.0, NONE], [HALF, HALF], math.inf),
+        (rkl.JensenShannon(), [0.0, NONE], [HALF, HALF], JS),
+        # student masked
+        (rkl.KL(), [HALF, HALF], [0.0, NONE], math.inf),
+        (rkl.ReverseKL(), [HALF, HALF], [0.0, NONE], math.log(2)),
+        (rkl.JensenShannon(), [HALF, HALF], [0.0, NONE], JS),
+        # both
+        (rkl.ReverseKL(), [HALF, HALF, NONE], [HALF, HALF, NONE], 0.0),
+        (rkl.JensenShannon(), [HALF, HALF, NONE], [HALF, HALF, NONE], 0.0),
+    ],
+)
+def test_masked_vocabulary_entries_give_the_right_value_and_no_nan(divergence, p, q, value):
+    got, gradient = chunk_step(divergence, torch.tensor([p]), torch.tensor([q]), torch.ones(1))
+    assert got.item() == pytest.approx(value, abs=1e-6)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [rkl.KL(), rkl.ReverseKL(), rkl.JensenShannon(), rkl.AKL(), rkl.SkewKL(), rkl.AlphaBeta()],
+    ids=repr,
+)
+def test_single_precision_keeps_its_digits_near_agreement(divergence):
+    generator = torch.Generator().manual_seed(0)
+    z = 3 * torch.randn(64, 32_000, generator=generator, dtype=torch.float64)
+    noise = 3e-4 * torch.randn(64, 32_000, generator=generator, dtype=torch.float64)
+    logits = z.float(), (z + noise).float()
+    value = divergence(*(x.log_softmax(-1) for x in logits))
+    truth = divergence(*(x.double().log_softmax(-1) for x in logits))
+    assert rkl.KL()(*(x.double().log_softmax(-1) for x in logits)).mean() < 5e-8
+    assert ((value - truth) / truth).abs().max() < 1e-3
+    assert value.min() >= 0
+    same = logits[0].log_softmax(-1)
+    assert (divergence(same, same) >= 0).all()
+
+
+def test_the_series_is_summed_alike_at_few_atoms_and_at_all():
+    logp, logq = pair(4, 2000, scale=1.0)
+    mostly_near = logp + (logq - logp) * 1e-3
+    half = torch.cat([logq[:, :20], mostly_near[:, 20:]], -1).log_softmax(-1)
+    few = torch.cat([mostly_near[:, :20], logq[:, 20:]], -1).log_softmax(-1)
+    for q in (half, few):
+        for divergence in (rkl.KL(), rkl.AKL(), rkl.AlphaBeta()):
+            bare = divergence.integrand(logp, q, *divergence.held(logp, q)).sum(-1)
+            assert torch.allclose(divergence(logp, q), bare, rtol=1e-9)
+
+
+@every_f
+def test_scale_free_means_that_the_minimiser_stays(divergence):
+    x, means = (torch.linspace(-r, r, n, dtype=torch.float64) for r, n in ((6, 501), (2, 41)))
+    logp = torch.logaddexp(Normal(-1.2, 0.5).log_prob(x), Normal(1.0, 0.7).log_prob(x))
+    logq = Normal(means[:, None], 1.0).log_prob(x)
+    logp = logp.expand_as(logq)
+
+    def minimiser(constant):
+        return divergence.integrand(logp + constant, logq).sum(-1).argmin()
+
+    stays = minimiser(-0.7) == minimiser(0.0) == minimiser(1.5)
+    assert stays or not divergence.scale_free
+
+
+def test_scale_free_are_the_two_kls_and_the_amari_family():
+    free = {type(d) for d in F if d.scale_free}
+    amari = {rkl.Amari, rkl.SquaredHellinger, rkl.PearsonChiSquare, rkl.NeymanChiSquare}
+    assert free == {rkl.KL, rkl.ReverseKL} | amari
+    assert all(rkl.Amari(alpha).scale_free for alpha in (-2, 0.5, 3))
+    assert (0.5 * rkl.KL()).scale_free
+
+
+def test_symmetric_and_bounded_are_what_theory_says():
+    symmetric = {repr(d) for d in ALL if d.symmetric}
+    assert symmetric == {
+        *("Jeffreys()", "ToDi()", "TotalVariation()", "SquaredHellinger()"),
+        *("JensenShannon(beta=0.5)", "Amari(alpha=0.5)", "PrecisionRecall(lam=1.0)"),
+    }
+    bounded = {type(d).__name__ for d in ALL if d.bounded}
+    assert bounded == {
+        *("JensenShannon", "SkewKL", "SkewReverseKL", "TotalVariation", "SquaredHellinger"),
+        *("PrecisionRecall", "PrecisionHalf", "Amari", "AlphaBeta"),
+    }
+
+
+def test_neighbours_are_what_the_docstrings_say():
+    logp, logq = pair(64, 20, scale=1.0)
+    for one, other in [
+        (rkl.Jeffreys(), rkl.KL() + rkl.ReverseKL()),
+        (rkl.TotalVariation(), rkl.PrecisionRecall(1.0)),
+        (4 * rkl.SquaredHellinger(), rkl.Amari(0.5)),
+        (rkl.PearsonChiSquare(), 2 * rkl.Amari(2.0)),
+        (rkl.NeymanChiSquare(), 2 * rkl.Amari(-1.0)),
+        (rkl.AlphaBeta(0.3, 0.7), rkl.Amari(0.3)),
+        (rkl.KL(), rkl.PrecisionHalf(3.0) + rkl.RecallHalf(3.0)),
+        (rkl.KL(), rkl.PrecisionHalf(0.3) + rkl.RecallHalf(0.3)),
+        (rkl.ToDi(), rkl.Jeffreys()),
+    ]:
+        assert torch.allclose(one(logp, logq), other(logp, logq)), one
+    for limit, near in [
+        (rkl.KL(), rkl.SkewKL(1e-9)),
+        (rkl.ReverseKL(), rkl.SkewReverseKL(1e-9)),
+        (rkl.KL(), rkl.Amari(1 + 1e-7)),
+        (rkl.ReverseKL(), rkl.Amari(1e-7)),
+        (rkl.KL(), rkl.PrecisionHalf(1e-9)),
+        (rkl.KL(), rkl.RecallHalf(1e9)),
+        (rkl.KL(), 1e7 * rkl.JensenShannon(1e-7)),
+    ]:
+        assert torch.allclose(near(logp, logq), limit(logp, logq), rtol=1e-4), near
+
+
+def test_exchanging_p_and_q_exchanges_the_pairs():
+    logp, logq = pair(64, 20)
+    for one, other in [
+        (rkl.KL(), rkl.ReverseKL()),
+        (rkl.SkewKL(0.2), rkl.SkewReverseKL(0.2)),
+        (rkl.PearsonChiSquare(), rkl.NeymanChiSquare()),
+        (rkl.Amari(3.0), rkl.Amari(-2.0)),
+        (rkl.JensenShannon(0.2), rkl.JensenShannon(0.8)),
+    ]:
+        assert torch.allclose(one(logp, logq), other(logq, logp)), one
+
+
+def test_todi_has_the_value_of_jeffreys_and_another_gradient():
+    logp, logq = pair(64, 20)
+    logq.requires_grad_()
+    todi, jeffreys = (d(logp, logq) for d in (rkl.ToDi(), rkl.Jeffreys()))
+    assert torch.allclose(todi, jeffreys)
+    assert not torch.allclose(*(torch.autograd.grad(v.sum(), logq)[0] for v in (todi, jeffreys)))
+
+
+def test_combinations_are_values_of_the_same_kind():
+    assert 0.5 * rkl.KL() == 0.5 * rkl.KL()
+    assert 2 * (rkl.KL() + 0.5 * rkl.AKL()) == 2 * rkl.KL() + rkl.AKL()
+    assert 1 * rkl.KL() == rkl.KL()
+    assert isinstance(0.5 * rkl.KL() + rkl.ReverseKL(), rkl.FDivergence)
+    assert not isinstance(0.5 * rkl.KL() + rkl.AKL(), rkl.FDivergence)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rkl.JensenShannon(0.0), "beta must be finite, above 0, below 1; got 0.0"),
+        (lambda: rkl.PrecisionRecall(-1.0), "lam must be finite, above 0; got -1.0"),
+        (lambda: rkl.PrecisionHalf(math.inf), "lam must be finite, above 0; got inf"),
+        (lambda: rkl.AKL(mu=1.0), "mu must be finite, at least 0, below 1; got 1.0"),
+        (lambda: rkl.AKL(straddle="both"), "straddle must be 'head' or 'tail'; got 'both'"),
+        (lambda: rkl.Amari(1), "alpha must be finite, other than 0 and 1; got 1"),
+        (lambda: rkl.AlphaBeta(0.5, -0.5), r"alpha \+ beta must be finite, above 0; got 0.0"),
+        (lambda: -1.0 * rkl.KL(), r"the weight must be finite, above 0; got -1.0 in -1.0 \* KL"),
+    ],
+)
+def test_bad_parameters_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_parameter_that_is_no_number_is_refused():
+    with pytest.raises(TypeError, match="beta must be a number; got '0.5'"):
+        rkl.JensenShannon("0.5")
+
+
+def test_between_normals_the_kls_are_the_closed_forms():
+    p, q = Normal(1.0, 2.0), Normal(0.0, 1.0)
+    forward = (4 + 1) / 2 - 0.5 - math.log(2)
+    backward = (1 + 1) / 8 - 0.5 + math.log(2)
+    assert rkl.KL().between(p, q).item() == pytest.approx(forward)
+    assert rkl.ReverseKL().between(p, q).item() == pytest.approx(backward)
+    assert rkl.Jeffreys().between(p, q).item() == pytest.approx(forward + backward)
+
+
+@every
+def test_between_finite_laws_every_divergence_is_its_sum(divergence):
+    logp, logq = pair(5, 7)
+    value = divergence.between(Categorical(logits=logp), Categorical(logits=logq))
+    assert torch.allclose(value, divergence(logp, logq))
+
+
+def test_what_has_no_closed_form_says_what_to_do():
+    normal = Normal(0.0, 1.0)
+    with pytest.raises(NotImplementedError, match=r"use rkl\.monte_carlo"):
+        rkl.JensenShannon().between(normal, normal)
+    with pytest.raises(NotImplementedError, match=r"use rkl\.monte_carlo"):
+        rkl.KL().between(normal, torch.distributions.StudentT(3.0))

@@ -26,8 +26,8 @@ KILLED = 137
 
 def model(seed: int) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=40, n_layer=1, n_embd=8, n_head=2, n_positions=16)
-    return GPT2LMHeadModel(config)
+    sizes = {"vocab_size": 40, "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
 
 
 def train(out: Path) -> None:
@@ -123,13 +123,14 @@ def kill_at_every(point: str, folder: Path, expected: bytes) -> int:
     raise AssertionError(f"{point} was called more than a thousand times")
 
 
-def kill_at_random(folder: Path, expected: bytes) -> int:
+def kill_at_random(folder: Path, expected: bytes, duration: float) -> int:
+    """Kill runs at moments of up to a whole run's duration and a half."""
     moments, kills = random.Random(0), 0
     while kills < 12:
         out = folder / f"after-{kills}"
         while True:
             child = forked(train, out)
-            time.sleep(moments.uniform(0.0, 0.6))
+            time.sleep(moments.uniform(0.0, 1.5 * duration))
             os.kill(child, signal.SIGKILL)
             if status_of(child) == 0:
                 break
@@ -149,10 +150,13 @@ def check_finished(out: Path, expected: bytes) -> None:
 
 def main(folder: Path, point: str) -> None:
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    began = time.monotonic()
     assert status_of(forked(train, folder / "whole")) == 0
+    duration = time.monotonic() - began
     expected = (folder / "whole" / LAST).read_bytes()
     if point == "random":
-        print(kill_at_random(folder, expected))
+        print(kill_at_random(folder, expected, duration))
     else:
         print(kill_at_every(point, folder, expected))
 

@@ -131,7 +131,7 @@ def killed_run(tmp_path, *arguments):
 @pytest.mark.parametrize("point", ["os.replace", "os.fsync", "torch.save", "save_file"])
 def test_a_run_killed_while_it_writes_goes_on_to_the_same_bits(point, tmp_path):
     """Killed at each call of the function in turn, half-way through what it writes."""
-    assert killed_run(tmp_path, point) >= 3
+    assert killed_run(tmp_path, point) >= 2
 
 
 @pytest.mark.kill

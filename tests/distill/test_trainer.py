@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,16 @@ from rkl.distill import DistillConfig, DistillTrainer, PadRows, Teacher
 from rkl.distill.batches import shifted
 
 SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+
+
+@dataclass(frozen=True)
+class LeCam(rkl.FDivergence):
+    """A divergence that rkl does not know, sum (p - q)^2 / (p + q)."""
+
+    def integrand(self, logp, logq):
+        nowhere = (logp == -math.inf) & (logq == -math.inf)
+        both = torch.logaddexp(logp, logq.masked_fill(nowhere, 0.0))
+        return (logp.exp() - logq.exp()).square() / both.exp()
 
 
 def mean_kl(teacher, student, rows):
@@ -160,11 +171,15 @@ def test_metrics_of_the_users_get_full_logits(tiny_model, tiny_rows, tiny_traine
     torch.testing.assert_close(torch.tensor(seen[0].predictions), expected)
 
 
-@pytest.mark.parametrize("name", ["kl", "akl", "0.5*js + 0.5*reverse-kl", "todi"])
-def test_any_divergence_is_learnt(name, tiny_model, tiny_rows, tiny_trainer):
+@pytest.mark.parametrize(
+    "divergence",
+    [rkl.KL(), rkl.AKL(), rkl.parse("0.5*js + 0.5*reverse-kl"), rkl.ToDi(), LeCam()],
+    ids=repr,
+)
+def test_any_divergence_is_learnt_a_users_own_too(divergence, tiny_model, tiny_rows, tiny_trainer):
     teacher, student = tiny_model(seed=1), tiny_model(seed=2)
     rows = tiny_rows(8)
-    settings = {"divergence": rkl.parse(name), "eval_dataset": rows}
+    settings = {"divergence": divergence, "eval_dataset": rows}
     trainer = tiny_trainer(
         student, teacher, rows, settings=settings, max_steps=20, learning_rate=3e-2
     )

@@ -345,14 +345,7 @@ class PrecisionHalf(FDivergence):
         number("lam", self.lam, above=0)
 
     def integrand(self, logp, logq):
-        s = (log_ratio(logp, logq) + math.log(self.lam)).clamp_max(0.0)  # log λr, where below
-        s_exp_s = torch.where(s == -math.inf, 0.0, s) * s.exp()
-        return (logq.exp() / self.lam) * (s_exp_s - s.expm1()) - self._at_one * logq.exp()
-
-    @property
-    def _at_one(self) -> float:
-        """What the formula is at r = 1, and must not be: f(1) = 0."""
-        return max(math.log(self.lam) - 1 + 1 / self.lam, 0.0) if self.lam < 1 else 0.0
+        return _precision_half(logp, logq, self.lam)
 
 
 @dataclass(frozen=True)
@@ -381,7 +374,14 @@ class RecallHalf(FDivergence):
         number("lam", self.lam, above=0)
 
     def integrand(self, logp, logq):
-        return KL().integrand(logp, logq) - PrecisionHalf(self.lam).integrand(logp, logq)
+        return relative_entropy(logp, logq) - _precision_half(logp, logq, self.lam)
+
+
+def _precision_half(logp, logq, lam):
+    s = (log_ratio(logp, logq) + math.log(lam)).clamp_max(0.0)  # log λr, where below 0
+    s_exp_s = torch.where(s == -math.inf, 0.0, s) * s.exp()
+    at_one = math.log(lam) - 1 + 1 / lam if lam < 1 else 0.0  # f(1), which must be 0
+    return logq.exp() * ((s_exp_s - s.expm1()) / lam - at_one)
 
 
 def _kl_between(divergence, p, q, *, flipped):

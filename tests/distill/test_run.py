@@ -435,7 +435,8 @@ sys.path.insert(0, sys.argv[1])
 import material
 from rkl.distill import distill, estimate
 folder, what = Path(sys.argv[2]), sys.argv[3]
-settings = material.settings(folder, student=str(folder / "large"), max_steps=30, max_length=128)
+models = {"student": str(folder / "large"), "teacher": str(folder / "larger")}
+settings = material.settings(folder, **models, max_steps=12, max_length=128)
 if what == "plan":
     found = estimate(settings)
     print(found.memory, found.seconds)
@@ -448,10 +449,9 @@ else:
 @pytest.mark.slow
 def test_a_dry_run_is_near_the_memory_and_the_time_of_the_run(folder):
     """30 % and a factor of 2, of a run whose optimizer, logits and activations all show."""
-    large = material.model(4, 512, seed=3, n_positions=128)
-    large.save_pretrained(folder / "large")
-    material.tokenizer().save_pretrained(folder / "large")
-    material.model(4, 256, seed=4, n_positions=128).save_pretrained(folder / "teacher128")
+    for name, layers in (("large", 3), ("larger", 4)):
+        material.model(layers, 512, seed=layers, n_positions=128).save_pretrained(folder / name)
+        material.tokenizer().save_pretrained(folder / name)
     figures = {}
     for what in ("plan", "run"):
         command = [sys.executable, "-c", MEASURED, str(Path(__file__).parent), str(folder), what]

@@ -28,6 +28,7 @@ from rkl.distill.settings import DistillSettings
 
 STEPS = 4  # that are measured; the first, which may compile, is told apart
 DISK = 2e8  # bytes a second that are taken to reach it
+FLUSH = 0.04  # seconds that a checkpoint takes however small it is
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def estimate(settings: DistillSettings) -> Estimate:
     seconds = loading + measured.first_step + (steps - 1) * measured.step
     seconds += measured.caching * (len(text.blocks) + evaluated)
     seconds += evaluations * evaluated * measured.evaluation
-    seconds += checkpoints * (weights + moments) / DISK
+    seconds += checkpoints * (FLUSH + (weights + moments) / DISK)
     return Estimate(
         text=text,
         teacher=teacher,

@@ -1,6 +1,7 @@
 """Divergences that are not f-divergences: exact over atoms, never sampled."""
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,11 +60,14 @@ class AKL(Divergence):
 
     def search(self, logits):
         """The likeliest atoms, and which of them are the head; all of it is among them."""
-        return self._head(logits, logits.logsumexp(-1, keepdim=True), FEW)
+        maxima = block_maxima(logits)
+        top = maxima.amax(-1, keepdim=True)
+        normaliser = top + (logits - top).exp_().sum(-1, keepdim=True).log()
+        return self._head(logits, maxima, normaliser, FEW)
 
-    def _head(self, logits, normaliser, k: int):
+    def _head(self, logits, maxima, normaliser, k: int):
         k = min(k, logits.shape[-1])
-        index = largest(logits, k)
+        index = largest(logits, maxima, k)
         mass = (logits.gather(-1, index) - normaliser).exp()
         total = mass.cumsum(-1)
         head = total <= self.mu if self.straddle == "tail" else total - mass < self.mu
@@ -71,7 +75,7 @@ class AKL(Divergence):
         wide = head[..., -1]
         if k == logits.shape[-1] or not wide.any():
             return index, head
-        wider = self._head(logits[wide], normaliser[wide], 4 * k)
+        wider = self._head(logits[wide], maxima[wide], normaliser[wide], 4 * k)
         index, head = (pad(x, (0, wider[0].shape[-1] - k)) for x in (index, head))
         index[wide], head[wide] = wider
         return index, head
@@ -171,22 +175,30 @@ class AlphaBeta(Divergence):
         return expansion(self.integrand, degree=self.alpha + self.beta)
 
 
-def largest(x: Float[Tensor, "*batch atoms"], k: int) -> Int[Tensor, "*batch k"]:
-    """The indices of the k largest, in order: the top-k of x, at the price of one pass.
+def block_maxima(x: Float[Tensor, "*batch atoms"]) -> Float[Tensor, "*batch blocks"]:
+    """The largest of every BLOCK atoms, the last block being what is left."""
+    whole = x.shape[-1] // BLOCK * BLOCK
+    maxima = x[..., :whole].unflatten(-1, (-1, BLOCK)).amax(-1) if whole else x[..., :0]
+    if whole == x.shape[-1]:
+        return maxima
+    return torch.cat([maxima, x[..., whole:].amax(-1, keepdim=True)], -1)
 
-    The k largest lie in the k blocks with the largest maxima, so only those are ranked.
+
+def largest(
+    x: Float[Tensor, "*batch atoms"], maxima: Float[Tensor, "*batch blocks"], k: int
+) -> Int[Tensor, "*batch k"]:
+    """The indices of the k largest, in order, from the largest of each block.
+
+    They lie in the k blocks with the largest maxima, so only those are ranked.
     """
-    atoms = x.shape[-1]
-    blocks = atoms // BLOCK
-    if blocks < 2 * k:
+    if maxima.shape[-1] < 2 * k:
         return x.topk(k).indices
-    split = blocks * BLOCK
-    tops = x[..., :split].unflatten(-1, (blocks, BLOCK)).amax(-1).topk(k).indices
-    inside = torch.arange(BLOCK, device=x.device)
-    candidates = (tops[..., None] * BLOCK + inside).flatten(-2)
-    rest = torch.arange(split, atoms, device=x.device).expand(*x.shape[:-1], -1)
-    candidates = torch.cat([candidates, rest], -1)
-    return candidates.gather(-1, x.gather(-1, candidates).topk(k).indices)
+    blocks = maxima.topk(k, sorted=False).indices
+    candidates = (blocks[..., None] * BLOCK + torch.arange(BLOCK, device=x.device)).flatten(-2)
+    beyond = candidates >= x.shape[-1]  # in the last block, where it is not full
+    values = x.gather(-1, candidates.clamp_max(x.shape[-1] - 1))
+    best = values.masked_fill_(beyond, -math.inf).topk(k).indices
+    return candidates.gather(-1, best)
 
 
 _PARENTS = KL(), ReverseKL()

@@ -57,7 +57,19 @@ class Divergence(abc.ABC):
     def __call__(
         self, logp: Float[Tensor, "*batch atoms"], logq: Float[Tensor, "*batch atoms"]
     ) -> Float[Tensor, "*batch"]:
-        """D(p ‖ q) in nats, exactly, from normalised log-probabilities."""
+        """D(p ‖ q) in nats, exactly, from normalised log-probabilities.
+
+        Raises:
+            TypeError: They are no tensors of floating-point numbers.
+            ValueError: They are not over the same atoms.
+        """
+        floats("logp", logp)
+        floats("logq", logq)
+        if logp.shape != logq.shape or 0 in logp.shape[-1:] or not logp.ndim:
+            raise ValueError(
+                "logp and logq must be [*batch, atoms], alike and not without atoms; "
+                f"got {list(logp.shape)} and {list(logq.shape)}."
+            )
         with torch.no_grad():
             held = self.held(logp, logq)
         return self.excess(logp, logq, *held).sum(-1)
@@ -75,13 +87,16 @@ class Divergence(abc.ABC):
 
         Raises:
             NotImplementedError: There is none; the message names what to use instead.
+            TypeError: One of them is no distribution.
+            ValueError: They do not go together: other events, or batches that do not broadcast.
 
         >>> from rkl import TotalVariation
         >>> TotalVariation().between(Bernoulli(probs=0.5), Bernoulli(probs=0.9))
         tensor(0.4000)
         """
+        check_laws(p, q)
         logp, logq = _atoms(p), _atoms(q)
-        if logp is None or logq is None or logp.shape[-1] != logq.shape[-1]:
+        if logp is None or logq is None:
             raise NotImplementedError(
                 f"{self} has no closed form between {type(p).__name__} and {type(q).__name__}; "
                 "draw samples from one of them and use rkl.monte_carlo."
@@ -236,6 +251,40 @@ def number(
     if not (math.isfinite(value) and inside):
         expected = ", ".join(["finite", *limits])
         raise ValueError(f"{name} must be {expected}; got {value}{what}.")
+
+
+def floats(name: str, value: Tensor) -> None:
+    """Refuse what is not a tensor of real floating-point numbers, with a TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got a {type(value).__name__}.")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must hold floating-point numbers; got {value.dtype}.")
+
+
+def check_laws(p: Distribution, q: Distribution) -> None:
+    """Refuse what are not two distributions of torch over the same events.
+
+    Raises:
+        TypeError: One of them is no distribution.
+        ValueError: Their events, or their batches, do not go together.
+    """
+    for name, law in (("p", p), ("q", q)):
+        if not isinstance(law, Distribution):
+            raise TypeError(f"{name} must be a distribution of torch; got a {type(law).__name__}.")
+    logp, logq = _atoms(p), _atoms(q)
+    if logp is not None and logq is not None and logp.shape[-1] != logq.shape[-1]:
+        raise ValueError(f"p has {logp.shape[-1]} atoms but q has {logq.shape[-1]}.")
+    if p.event_shape != q.event_shape:
+        raise ValueError(
+            f"p has events of shape {list(p.event_shape)} but q of {list(q.event_shape)}."
+        )
+    try:
+        torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    except RuntimeError:
+        raise ValueError(
+            f"p has the batch shape {list(p.batch_shape)} and q {list(q.batch_shape)}, "
+            "which do not broadcast."
+        ) from None
 
 
 def log_ratio(

@@ -12,6 +12,7 @@ from torch.distributions import kl_divergence
 
 from rkl.divergences.base import (
     FDivergence,
+    check_laws,
     log_mixture,
     log_ratio,
     number,
@@ -385,6 +386,7 @@ def _precision_half(logp, logq, lam):
 
 
 def _kl_between(divergence, p, q, *, flipped):
+    check_laws(p, q)
     try:
         return kl_divergence(q, p) if flipped else kl_divergence(p, q)
     except NotImplementedError:

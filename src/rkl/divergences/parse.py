@@ -52,20 +52,30 @@ def parse(
 
     Raises:
         ValueError: The text cannot be read; the message names the part at fault.
-        TypeError: The text is not a string.
+        TypeError: The text is not a string, or another argument of the wrong type.
 
     >>> parse("akl(mu=0.3)")
     AKL(mu=0.3, straddle='tail')
     >>> parse("0.5*kl + 0.5*reverse-kl") == parse("0.5 * KL() + 0.5 * ReverseKL()")
     True
     """
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a string such as 'akl(mu=0.5)'; got {text!r}.")
+    _check(text, catalogue, names, kind)
     try:
         return _Reader(text, catalogue, names, kind).value()
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(f"Cannot read {text[:200]!r}: {reason}") from None
+
+
+def _check(text, catalogue, names, kind) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string such as 'akl(mu=0.5)'; got {text!r}.")
+    if catalogue is not None and not isinstance(catalogue, Mapping):
+        raise TypeError(f"catalogue must map names to what makes the values; got {catalogue!r}.")
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names must be a tuple of strings such as ('mu',); got {names!r}.")
+    if kind is not None and not isinstance(kind, type):
+        raise TypeError(f"kind must be a class; got {kind!r}.")
 
 
 class _Reader:

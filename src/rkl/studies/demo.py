@@ -58,8 +58,8 @@ class Plan:
     teacher: Shape = Shape(layers=4, width=192)
     teacher_schooling: Schooling = Schooling(steps=800, batch_size=4)
     student: Shape = Shape(layers=2, width=96)
-    start_schooling: Schooling = Schooling(steps=100)
-    steps: int = 200
+    start_schooling: Schooling = Schooling(steps=200)
+    steps: int = 160
     learning_rate: float = 1e-3
     block: int = 128
     batch_size: int = 8

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from rkl.distill.compare import Evaluations, result_of
-from rkl.distill.report import replies_section, settings_section, training_section
+from rkl.distill.report import curve_of, replies_section, settings_section, training_section
+from rkl.divergences import parse
 from rkl.runs import Run, read_jsonl
 from rkl.studies.demo_stages import REPLIES, WATCHED
 
@@ -67,36 +68,40 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     whole = Run.open(paths[0])
     students, before = list(whole.settings["divergences"]), whole.settings["before"]
     evaluations = results_of(whole)
-    found = verdicts({name: evaluations.results[name] for name in students})
+    found = verdicts({name: evaluations.results[name] for name in students}, _spelt(whole))
     sections = [
         *_with_first(evaluations.sections(), _best_table(found)),
-        *_training(whole, students, before),
+        _training(whole, students, before),
         _head_tail(whole, students),
         *replies_section(_replies(whole, [before, *students])),
-        *_with_first(settings_section(_records(whole, [before, *students])), _times(whole)),
+        _settings(whole, students),
     ]
     place = whole.path / "report.html" if out is None else Path(out)
-    title = f"{len(students)} divergences, one student"
+    title = f"One student, {len(students)} divergences"
     write(place, render(title, sections, lead=lead(whole, found)))
     return place
 
 
 def results_of(whole: Run) -> Evaluations:
-    """The evaluations of a demonstration's runs, the one before distillation first."""
-    names = whole.settings["before"], *whole.settings["divergences"]
+    """The evaluations of a demonstration's runs, the one before distillation last."""
+    names = *whole.settings["divergences"], whole.settings["before"]
     return Evaluations({name: result_of(whole.path / name) for name in names})
 
 
-def verdicts(results: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
-    """Who did best at each thing that has a best, out of the evaluations of the students."""
-    first = next(iter(results.values()))
+def verdicts(results: Mapping[str, Mapping[str, Any]], spelt: Mapping[str, str]) -> list[Verdict]:
+    """Who did best at each thing that has a best.
+
+    Args:
+        results: The evaluations of the students.
+        spelt: Shorter names of divergences that go by their repr in the results.
+    """
     found = [
         _verdict(words, {name: value(it) for name, it in results.items()}, sign)
         for words, (value, sign) in _MEASURES.items()
     ]
-    for name in first["divergences"]:
+    for name in next(iter(results.values()))["divergences"]:
         values = {run: it["divergences"][name] for run, it in results.items()}
-        found.append(_verdict(name, values, -1))
+        found.append(_verdict(f"divergence {spelt.get(name, name)}", values, -1))
     if all("generations" in it for it in results.values()):
         values = {run: it["generations"]["rouge_l"] for run, it in results.items()}
         found.append(_verdict("ROUGE-L of replies", values, 1))
@@ -152,15 +157,19 @@ def _with_first(sections: "list[Section]", block: "Block") -> "list[Section]":
     return [replace(sections[0], blocks=[block, *sections[0].blocks]), *sections[1:]]
 
 
-def _training(whole: Run, students: Sequence[str], before: str) -> "list[Section]":
-    def logged(names: Sequence[str]) -> dict[str, Any]:
-        return {name: Run(whole.path / name).metrics for name in names}
+def _training(whole: Run, students: Sequence[str], before: str) -> "Section":
+    """The curves of the students, and of the models they come from where those were trained."""
+    from rkl import plots
+    from rkl.report import drawn
 
-    sections = training_section(logged(students))
-    earlier = {name: rows for name, rows in logged(["teacher", before]).items() if rows}
-    for section in training_section(earlier) if earlier else []:
-        sections.append(replace(section, title="Before that"))
-    return sections
+    (section,) = training_section({name: Run(whole.path / name).metrics for name in students})
+    rows = {name: Run(whole.path / name).metrics for name in ("teacher", before)}
+    curves = {name: it for name, logged in rows.items() if (it := curve_of(logged, "loss"))}
+    if not curves:
+        return section
+    drawing = plots.training_curves(curves, label="cross-entropy (nats per token)")
+    block = drawn("Before that, on the text itself", drawing, _BEFORE_SAYS)
+    return replace(section, blocks=[*section.blocks, block])
 
 
 def _head_tail(whole: Run, students: Sequence[str]) -> "Section":
@@ -189,11 +198,19 @@ def _replies(whole: Run, names: Sequence[str]) -> dict[str, Any]:
     return replies | {name: read_jsonl(whole.path / name / "generations.jsonl") for name in names}
 
 
-def _records(whole: Run, names: Sequence[str]) -> dict[str, Any]:
-    apart = {"phases", "done"}  # told elsewhere
-    own = {key: value for key, value in whole.record.items() if key not in apart}
-    runs = {name: Run(whole.path / name).record for name in names}
-    return {"the demonstration": own, **runs}
+def _spelt(whole: Run) -> dict[str, str]:
+    return {repr(parse(text)): name for name, text in whole.settings["divergences"].items()}
+
+
+def _settings(whole: Run, students: Sequence[str]) -> "Section":
+    """What was set: for the whole, for all students, for each of them."""
+    from rkl.report import Settings
+
+    told = {"phases", "done"}  # elsewhere
+    own = {key: value for key, value in whole.record.items() if key not in told}
+    (section,) = settings_section({name: Run(whole.path / name).record for name in students})
+    blocks = [_times(whole), Settings(own, "The demonstration"), *section.blocks]
+    return replace(section, title="Time and settings", blocks=blocks)
 
 
 def _times(whole: Run) -> "Block":
@@ -211,6 +228,7 @@ _BEST_SAYS = (
     "lie between them, the two taken as independent. They were evaluated on the same text, so "
     "that the true errors are smaller: what is clear here is clear."
 )
+_BEFORE_SAYS = "How the teacher, and what all students began as, learned to predict the text."
 _HEAD_TAIL = (
     "The picture of the paper on adaptive KL (arXiv 2404.02657), on held-out text: the teacher's "
     "p shaded, the student's q over it, by rank under the teacher, at several steps of training. "

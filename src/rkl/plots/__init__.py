@@ -319,5 +319,7 @@ def _thinned(
 
 
 def _rank(edge: float) -> str:
-    """The first rank of a bin, counted from 1, in at most four letters up to 10⁶."""
-    return f"{edge + 1:.0f}" if edge < 1e4 else f"{edge / 1000:.0f}k"
+    """The first rank of a bin, counted from 1, in three letters or so, which its tick has."""
+    if edge < 1000:
+        return f"{edge + 1:.0f}"
+    return f"{edge / 1000:.2g}k" if edge < 1e4 else f"{edge / 1000:.0f}k"

@@ -113,7 +113,7 @@ class Divergence(abc.ABC):
     def bounded(self) -> bool:
         """Whether D stays finite between laws that share no atom."""
         logp = torch.tensor([0.0, -math.inf], dtype=torch.float64)
-        return self(logp, logp.flip(0)).isfinite().item()
+        return bool(self(logp, logp.flip(0)).isfinite())
 
     def __rmul__(self, weight: float) -> "Divergence":
         return combine(*((weight * w, term) for w, term in _terms(self)))
@@ -323,7 +323,7 @@ def near_or_far(
     logp: Float[Tensor, "*shape"],
     logq: Float[Tensor, "*shape"],
     far: Float[Tensor, "*shape"],
-    series: Sequence[float] | Sequence[Float[Tensor, "*rows 1"]],
+    series: Sequence[float | Float[Tensor, "*rows 1"]],
     degree: float = 1.0,
 ) -> Float[Tensor, "*shape"]:
     """``far``, and q^degree times the series in log p/q where that is small.

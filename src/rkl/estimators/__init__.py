@@ -12,7 +12,7 @@ that both belong to a parametric family     :meth:`Divergence.between`
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -22,38 +22,21 @@ from torch.func import grad
 from torch.nn.functional import linear
 
 from rkl.divergences import KL, Divergence, FDivergence
+from rkl.divergences.base import floats
+from rkl.estimators.known import (
+    LinearHead,
+    Logits,
+    TopK,
+    by_token,
+    check_pair,
+    integers,
+    vocabulary,
+)
 from rkl.kernels import Shape, Step, comparable, compiles, step_
 
+__all__ = ["LinearHead", "TopK", "exact", "monte_carlo", "per_token", "variational_bound"]
+
 BUDGET = 2**28  # bytes of logits that exist at one time, teacher's and student's together
-
-
-class LinearHead(NamedTuple):
-    """The logits of a language model, not yet computed.
-
-    They are c tanh(s y / c) / t of the products y = hidden @ weight.T + bias, where s is the
-    scale, c the soft cap, and t the temperature; s y / t without a cap.
-    """
-
-    hidden: Float[Tensor, "tokens width"]
-    weight: Float[Tensor, "vocab width"]
-    bias: Float[Tensor, " vocab"] | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-
-class TopK(NamedTuple):
-    """A teacher known by the log-probabilities of its k likeliest atoms.
-
-    Both distributions are coarsened to {k atoms, the rest}: a lower bound on every
-    f-divergence, tight as the rest loses its mass.
-    """
-
-    logp: Float[Tensor, "tokens k"]
-    index: Int[Tensor, "tokens k"]
-
-
-Logits = Float[Tensor, "tokens vocab"]
 
 
 def exact(
@@ -99,12 +82,14 @@ def exact(
     >>> exact(ReverseKL(), p=teacher, q=student)
     tensor(0.3681)
     """
-    tokens = _check(divergence, p, q)
-    kept, weight = _kept(weight, tokens, _by_token(q))
+    tokens = check_pair(divergence, p, q)
+    kept, weight = _kept(weight, tokens, by_token(q))
     labels = _check_labels(labels, hard_label_weight, kept, q)
     rows = kept.split(_chunk(chunk, p, q))
+    if compiled not in (None, True, False):
+        raise TypeError(f"compiled must be True, False or None; got {compiled!r}.")
     if compiled is None:
-        compiled = compiles(len(kept) * _vocab(q), weight.device)
+        compiled = compiles(len(kept) * vocabulary(q), weight.device)
     step = Step(divergence, _shape(p), _shape(q), float(hard_label_weight))
     parameters = q[:3] if isinstance(q, LinearHead) else (q,)
     work = _Work(step, p, weight, rows, labels, compiled, torch.is_grad_enabled())
@@ -182,16 +167,20 @@ def per_token(
 
     Raises:
         ValueError: Shapes do not fit; the message names the argument.
+        TypeError: An argument is of the wrong kind.
 
     >>> from rkl import KL
     >>> values = per_token({"kl": KL()}, p=torch.zeros(2, 3), q=torch.zeros(2, 3))
     >>> values["kl"]
     tensor([0., 0.])
     """
-    for divergence in divergences.values():
-        tokens = _check(divergence, p, q)
+    if not isinstance(divergences, Mapping) or not divergences:
+        raise TypeError(
+            f"divergences must map names to one divergence at least; got {divergences!r}."
+        )
+    tokens = max(check_pair(divergence, p, q) for divergence in divergences.values())
     parts = {name: [] for name in divergences}
-    everything = torch.arange(tokens, device=_by_token(q).device)
+    everything = torch.arange(tokens, device=by_token(q).device)
     with torch.no_grad():
         for rows in everything.split(_chunk(chunk, p, q)):
             logp, logq = _log_probabilities(p, q, rows)
@@ -221,14 +210,14 @@ def monte_carlo(
         One term per sample, so that their mean and its standard error are both at hand.
 
     Raises:
-        TypeError: The divergence is not an f-divergence.
-        ValueError: ``sampled_from`` is neither "p" nor "q".
+        TypeError: The divergence is not an f-divergence, or log_ratio no tensor of floats.
+        ValueError: ``sampled_from`` is neither "p" nor "q", or there are no samples.
 
     >>> from rkl import ReverseKL
     >>> monte_carlo(ReverseKL(), torch.tensor([0.5, -1.0]), sampled_from="q")
     tensor([-0.5000,  1.0000])
     """
-    _check_sampled(divergence)
+    _check_sampled(divergence, log_ratio=log_ratio)
     if sampled_from not in ("p", "q"):
         raise ValueError(f"sampled_from must be 'p' or 'q'; got {sampled_from!r}.")
     one, nothing = torch.zeros_like(log_ratio), torch.full_like(log_ratio[:1], -math.inf)
@@ -264,85 +253,41 @@ def variational_bound(
         The bound in nats. Maximise it over the discriminator, minimise it over q.
 
     Raises:
-        TypeError: The divergence is not an f-divergence.
+        TypeError: The divergence is not an f-divergence, or a score no tensor of floats.
+        ValueError: There are no samples from p, or none from q.
     """
-    _check_sampled(divergence)
+    _check_sampled(divergence, score_p=score_p, score_q=score_q)
     slope_in_p = grad(lambda logp: divergence.integrand(logp, -score_p).sum())
     slope_in_q = grad(lambda logq: divergence.integrand(score_q, logq).sum())
     one_p, one_q = torch.zeros_like(score_p), torch.zeros_like(score_q)
     return slope_in_p(one_p).mean() + slope_in_q(one_q).mean()
 
 
-def _check_sampled(divergence) -> None:
+def _check_sampled(divergence: Any, **at_samples: Any) -> None:
     if not isinstance(divergence, FDivergence):
         raise TypeError(
             f"divergence must be an f-divergence to be sampled; got {divergence!r}, which is "
             "only defined over whole distributions: use rkl.exact."
         )
-
-
-def _check(divergence, p, q) -> int:
-    """The number of tokens, where p and q are well formed and agree on it and the vocabulary."""
-    if not isinstance(divergence, Divergence):
-        raise TypeError(
-            f"divergence must be a Divergence such as AKL(); got {divergence!r}. "
-            "rkl.parse makes one from a string."
-        )
-    if isinstance(q, TopK):
-        raise TypeError("q must be logits or a LinearHead; got a TopK, which only p may be.")
-    for name, x in (("p", p), ("q", q)):
-        _check_side(name, x)
-    tokens, of_p = len(_by_token(q)), len(_by_token(p))
-    if of_p != tokens:
-        raise ValueError(f"p has {of_p} tokens but q has {tokens}.")
-    if isinstance(p, TopK):
-        if p.index.shape != p.logp.shape or p.index.shape[-1] > _vocab(q):
+    for name, values in at_samples.items():
+        floats(name, values)
+        if values.ndim != 1 or not len(values):
             raise ValueError(
-                f"p.index must have the shape of p.logp, {list(p.logp.shape)}, within q's "
-                f"vocabulary of {_vocab(q)}; got {list(p.index.shape)}."
+                f"{name} must be [samples], with one sample at least; got {list(values.shape)}."
             )
-    elif _vocab(p) != _vocab(q):
-        raise ValueError(
-            f"p has a vocabulary of {_vocab(p)} but q of {_vocab(q)}; "
-            "pad the shorter one with logits of −inf, never with 0."
-        )
-    return tokens
-
-
-def _check_side(name: str, x) -> None:
-    by_token = _by_token(x)
-    if not isinstance(by_token, Tensor):
-        raise TypeError(f"{name} must be a tensor, a LinearHead or a TopK; got {x!r}.")
-    if by_token.ndim != 2 or 0 in by_token.shape[1:]:
-        raise ValueError(f"{name} must be [tokens, vocab]; got {list(by_token.shape)}.")
-    if not by_token.is_floating_point():
-        raise TypeError(f"{name} must hold floating-point numbers; got {by_token.dtype}.")
-    if isinstance(x, LinearHead):
-        _check_head(name, x)
-
-
-def _check_head(name: str, head: LinearHead) -> None:
-    width, vocab = head.hidden.shape[-1], len(head.weight)
-    if head.weight.ndim != 2 or head.weight.shape[-1] != width:
-        raise ValueError(
-            f"{name}.weight must be [vocab, {width}], as {name}.hidden is {width} wide; "
-            f"got {list(head.weight.shape)}."
-        )
-    if head.bias is not None and head.bias.shape != (vocab,):
-        raise ValueError(f"{name}.bias must be [{vocab}]; got {list(head.bias.shape)}.")
-    for field in ("scale", "softcap", "temperature"):
-        value = getattr(head, field)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name}.{field} must be positive and finite; got {value}.")
 
 
 def _kept(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens that have a weight, and the weights of all."""
     if weight is None:
         weight = torch.full((tokens,), 1 / max(tokens, 1), device=like.device)
-    elif not isinstance(weight, Tensor) or weight.shape != (tokens,):
-        got = list(weight.shape) if isinstance(weight, Tensor) else weight
-        raise ValueError(f"weight must be [{tokens}], one for each token of q; got {got}.")
+    else:
+        floats("weight", weight)
+        if weight.shape != (tokens,) or weight.device != like.device:
+            raise ValueError(
+                f"weight must be [{tokens}], one for each token of q, on {like.device}; "
+                f"got {list(weight.shape)} on {weight.device}."
+            )
     weight = weight.detach().to(_at_least_single(like))
     if not ((weight >= 0) & (weight < math.inf)).all():
         raise ValueError("weight must be at least 0 and finite for every token.")
@@ -353,37 +298,37 @@ def _kept(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_labels(labels, hard_label_weight: float, kept: Tensor, q) -> Tensor | None:
+    if isinstance(hard_label_weight, bool) or not isinstance(hard_label_weight, int | float):
+        raise TypeError(f"hard_label_weight must be a number; got {hard_label_weight!r}.")
     if not 0 <= hard_label_weight < math.inf:
         raise ValueError(f"hard_label_weight must be at least 0; got {hard_label_weight}.")
-    if hard_label_weight == 0:
+    if labels is None:
+        if hard_label_weight:
+            raise ValueError("labels must be given where hard_label_weight is not 0; got None.")
         return None
-    if labels is None or labels.shape != (len(_by_token(q)),) or labels.is_floating_point():
-        got = None if labels is None else f"{labels.dtype} of shape {list(labels.shape)}"
-        raise ValueError(f"labels must be one integer for each token of q; got {got}.")
-    seen = labels[kept]
-    if seen.min() < 0 or seen.max() >= _vocab(q):
+    integers("labels", labels)
+    like = by_token(q)
+    if labels.shape != (len(like),) or labels.device != like.device:
         raise ValueError(
-            f"labels must lie in [0, {_vocab(q)}) wherever there is a weight; "
+            f"labels must be [{len(like)}], one for each token of q, on {like.device}; "
+            f"got {list(labels.shape)} on {labels.device}."
+        )
+    seen = labels[kept]
+    if seen.min() < 0 or seen.max() >= vocabulary(q):
+        raise ValueError(
+            f"labels must lie in [0, {vocabulary(q)}) wherever there is a weight; "
             f"got {seen.min().item()} to {seen.max().item()}."
         )
-    return labels
+    return labels if hard_label_weight else None
 
 
 def _chunk(chunk: int | None, p, q) -> int:
     if chunk is None:
-        bytes_per_token = 2 * 4 * _vocab(q)
+        bytes_per_token = 2 * 4 * vocabulary(q)
         return max(16, BUDGET // bytes_per_token // 16 * 16)
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk must be a positive number of tokens; got {chunk!r}.")
     return chunk
-
-
-def _by_token(x) -> Tensor:
-    return x[0] if isinstance(x, tuple) else x
-
-
-def _vocab(x) -> int:
-    return len(x.weight) if isinstance(x, LinearHead) else x.shape[-1]
 
 
 def _shape(x) -> Shape:

@@ -38,10 +38,16 @@ DIVERGENCES: Mapping[str, Divergence] = {
     "akl": AKL(),
 }
 # The paper's Adam divides each logit's gradient by its own size, which is what the claim is about.
-DESCENTS = {"gradient descent": (torch.optim.SGD, 5.0), "adam": (torch.optim.Adam, 0.2)}
+DESCENTS = {"gradient descent": (torch.optim.SGD, 5.0), "Adam": (torch.optim.Adam, 0.2)}
 DRAWN = "two bumps"  # the paper's kind of teacher; its first one, from a random start, is drawn
 SHOWN = 0, 5, 20, 100, STEPS
 HEAD = AKL(mu=0.5)
+
+CLAIMS = (
+    "forward KL fits the head first",
+    "reverse KL fits the tail first",
+    "forward KL favours the head more than reverse KL",
+)
 
 Counts = dict[str, Any]
 
@@ -189,11 +195,10 @@ def count(toy: Problem, traces: Mapping[str, Mapping[str, Trace]]) -> Counts:
                 for name, trace in by_name.items()
             }
             forward, reverse = ratio["forward-kl"], ratio["reverse-kl"]
+            holding = forward < 1, reverse > 1, forward < reverse
             counts[f"{descent}, {start} start"] = {
                 "fits": int(chosen.sum()),
-                "forward KL fits the head first": int((forward < 1).sum()),
-                "reverse KL fits the tail first": int((reverse > 1).sum()),
-                "forward KL favours the head more than reverse KL": int((forward < reverse).sum()),
+                **dict(zip(CLAIMS, (int(it.sum()) for it in holding), strict=True)),
                 "largest gap left": left,
             }
     return counts
@@ -230,23 +235,23 @@ def _report(run: Run, toy: Problem, traces: Mapping[str, Mapping[str, Trace]]) -
 
 
 def _lead(counts: Counts) -> str:
+    """The counts of both starts together, in words."""
     told = []
-    for where, found in counts.items():
-        fits = found["fits"]
+    for descent in DESCENTS:
+        both = [counts[f"{descent}, {start} start"] for start in STARTS]
+        head, tail, favours, fits = (sum(it[key] for it in both) for key in (*CLAIMS, "fits"))
         told.append(
-            f"{where}: forward KL fitted the head first in "
-            f"{found['forward KL fits the head first']} of {fits} fits, reverse KL the tail first "
-            f"in {found['reverse KL fits the tail first']}, and forward KL favoured the head more "
-            f"than reverse KL in {found['forward KL favours the head more than reverse KL']}"
+            f"By {descent}, forward KL fitted the head first in {head} of {fits} fits and reverse "
+            f"KL the tail first in {tail}; forward KL favoured the head more than reverse KL in "
+            f"{favours}."
         )
-    return f"Free logits over {ATOMS} atoms, fitted to fixed teachers. {'; '.join(told)}."
+    return f"Free logits over {ATOMS} atoms, fitted to fixed teachers. {' '.join(told)}"
 
 
 def _table(counts: Counts) -> "Block":
     from rkl.report import Table
 
-    claims = [claim for claim in next(iter(counts.values())) if claim != "largest gap left"]
-    rows = [[claim, *(found[claim] for found in counts.values())] for claim in claims]
+    rows = [[key, *(found[key] for found in counts.values())] for key in ("fits", *CLAIMS)]
     for name in DIVERGENCES:
         gaps = (found["largest gap left"][name] for found in counts.values())
         rows.append([f"largest Σ |p − q| left, {name}", *gaps])
@@ -268,14 +273,14 @@ def _pictures(
     gaps = {name: trace.gaps[:, drawn].T.cpu().numpy() for name, trace in traces.items()}
     steps = list(range(STEPS + 1))
     drawings = {
-        "p and q by rank": plots.head_tail(p, students, head=head, logarithmic=False),
-        "gap of head and tail": plots.head_tail_by_step(
+        "Rank by rank": plots.head_tail(p, students, head=head, logarithmic=False),
+        "Gap of head and tail": plots.head_tail_by_step(
             steps, {name: (both[0], both[1]) for name, both in gaps.items()}
         ),
     }
     blocks = []
     for title, drawing in drawings.items():
-        whole = f"{title[0].upper()}{title[1:]}, {descent}"
+        whole = f"{title}, {descent}"
         svg = plots.to_svg(drawing, whole)
         write_atomic(run.path / f"{whole.lower().replace(',', '').replace(' ', '-')}.svg", svg)
         blocks.append(Figure(whole, svg, _CAPTIONS[title]))
@@ -293,9 +298,9 @@ _SAYS = (
     "order then depends on how far each logit has to go, and little of the claim is left."
 )
 _CAPTIONS = {
-    "p and q by rank": (
+    "Rank by rank": (
         "The teacher shaded, the students over it; a dotted line ends the teacher's head. "
         "Compare the columns of early steps."
     ),
-    "gap of head and tail": "What is left of Σ |p − q| over the head and over the tail.",
+    "Gap of head and tail": "What is left of Σ |p − q| over the head and over the tail.",
 }

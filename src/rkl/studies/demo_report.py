@@ -120,7 +120,7 @@ _MEASURES = {
 }
 
 
-def _verdict(measure: str, values: Mapping[str, Mapping[str, float]], sign: int) -> Verdict:
+def _verdict(measure: str, values: Mapping[str, Mapping[str, Any]], sign: int) -> Verdict:
     ranked = sorted(values, key=lambda name: -sign * values[name]["value"])
     pairs = [(values[name]["value"], values[name]["error"]) for name in ranked[:2]]
     return Verdict(measure, ranked[0], pairs[0], ranked[1], pairs[1])

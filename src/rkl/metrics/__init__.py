@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rkl.divergences.base import floats
+
 
 class Mean(NamedTuple):
     """A mean and its standard error, of one shape: one number or one per column."""
@@ -30,7 +32,8 @@ def mean(values: Float[Tensor, "draws *columns"]) -> Mean:
     >>> mean(torch.tensor([1.0, 2.0, 6.0]))
     Mean(value=tensor(3., dtype=torch.float64), error=tensor(1.5275, dtype=torch.float64))
     """
-    if not len(values):
+    floats("values", values)
+    if not values.ndim or not len(values):
         raise ValueError("values must hold at least one draw; got none.")
     return clustered_mean(values, torch.ones(len(values), device=values.device))
 
@@ -60,19 +63,32 @@ def clustered_mean(
     >>> clustered_mean(rows.sum(1), torch.tensor([2.0, 2.0]))
     Mean(value=tensor(4., dtype=torch.float64), error=tensor(2., dtype=torch.float64))
     """
-    clusters = len(total)
-    if len(count) != clusters:
-        raise ValueError(f"total has {clusters} clusters but count has {len(count)}.")
+    clusters = _clusters(total, count)
     total, count = total.double(), count.double()
     members = count.sum()
     if not members > 0:
         raise ValueError(f"count must hold at least one member; got {members:.0f} in all.")
+    if (count < 0).any():
+        raise ValueError(f"count must be at least 0 for every cluster; got {count.min():.0f}.")
     value = total.sum(0) / members
     by_cluster = count.reshape(-1, *[1] * value.ndim)
     spread = (total - value * by_cluster).square().sum(0).sqrt() / members
     return Mean(
         value, spread * (math.sqrt(clusters / (clusters - 1)) if clusters > 1 else math.nan)
     )
+
+
+def _clusters(total: Tensor, count: Tensor) -> int:
+    floats("total", total)
+    floats("count", count)
+    if count.ndim != 1 or not total.ndim:
+        raise ValueError(
+            "total must be [clusters, ...] and count [clusters]; "
+            f"got {list(total.shape)} and {list(count.shape)}."
+        )
+    if len(count) != len(total):
+        raise ValueError(f"total has {len(total)} clusters but count has {len(count)}.")
+    return len(total)
 
 
 def to_json(mean: Mean) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rkl.divergences.base import floats
+
 SLOPES = tuple(2.0 ** (octave / 2) for octave in range(-16, 17))  # 1/256 to 256, and 1 itself
 
 
@@ -49,7 +51,11 @@ def pr_curve(
     (tensor([0.3500, 0.6000, 1.0000]), tensor([0.7000, 0.6000, 0.5000]))
     """
     _check(p, q)
-    slopes = p.new_tensor(SLOPES) if slopes is None else slopes.to(p)
+    slopes = p.new_tensor(SLOPES) if slopes is None else slopes
+    floats("slopes", slopes)
+    slopes = slopes.to(p)
+    if slopes.ndim != 1:
+        raise ValueError(f"slopes must be [slopes]; got the shape {list(slopes.shape)}.")
     if not len(slopes) or not ((slopes > 0) & (slopes < math.inf)).all():
         raise ValueError(f"slopes must be positive and finite; got {slopes.tolist()}.")
     p, q = p.exp(), q.exp()
@@ -58,6 +64,8 @@ def pr_curve(
 
 
 def _check(p: Tensor, q: Tensor) -> None:
+    floats("p", p)
+    floats("q", q)
     if p.shape != q.shape or not p.ndim or not p.numel():
         raise ValueError(
             f"p and q must be [*batch, atoms], alike and not empty; got {list(p.shape)} "

@@ -27,6 +27,8 @@ def words(text: str) -> list[str]:
     >>> words("It's 3 o'clock: naïve_ÉTÉ!")
     ['it', 's', '3', 'o', 'clock', 'naïve', 'été']
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string; got {text!r:.60}.")
     return _WORD.findall(text.lower())
 
 
@@ -53,9 +55,10 @@ def rouge_l(
     >>> rouge_l(["the cat sat"], ["the dog sat down"])
     tensor([0.5714], dtype=torch.float64)
     """
-    if len(candidates) != len(references):
-        raise ValueError(f"{len(candidates)} candidates but {len(references)} references.")
-    pairs = zip(_cut(candidates, "candidates"), _cut(references, "references"), strict=True)
+    told, wanted = _cut(candidates, "candidates"), _cut(references, "references")
+    if len(told) != len(wanted):
+        raise ValueError(f"{len(told)} candidates but {len(wanted)} references.")
+    pairs = zip(told, wanted, strict=True)
     return _double([2 * _common(a, b) / max(len(a) + len(b), 1) for a, b in pairs])
 
 
@@ -78,6 +81,7 @@ def distinct_n(samples: Sequence[Sample], n: int = 2) -> Float[Tensor, " samples
     >>> distinct_n(["no no no yes"], n=1)
     tensor([0.5000], dtype=torch.float64)
     """
+    _check_order(n)
     grams = [_grams(tokens, n) for tokens in _cut(samples, "samples")]
     return _double([len(x) / x.total() if x else math.nan for x in grams])
 
@@ -93,6 +97,7 @@ def distinct_n_together(samples: Sequence[Sample], n: int = 2) -> float:
     >>> distinct_n_together(["yes", "yes", "no", "no"], n=1)
     0.5
     """
+    _check_order(n)
     together = Counter[tuple[Hashable, ...]]()
     for tokens in _cut(samples, "samples"):
         together.update(_grams(tokens, n))
@@ -149,6 +154,13 @@ def length(samples: Sequence[Sample]) -> Float[Tensor, " samples"]:
 def _cut(samples: Sequence[Sample], name: str) -> list[Sequence[Hashable]]:
     if isinstance(samples, str):
         raise TypeError(f"{name} must be a list of texts; got one text, {samples[:40]!r}.")
+    if not isinstance(samples, Sequence):
+        raise TypeError(f"{name} must be a list of texts; got a {type(samples).__name__}.")
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, Sequence):
+            raise TypeError(
+                f"{name}[{number}] must be a text or a list of tokens; got {sample!r}."
+            )
     return [words(sample) if isinstance(sample, str) else sample for sample in samples]
 
 
@@ -173,12 +185,11 @@ def _common(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
 
 
 def _check_order(n: int) -> None:
-    if not isinstance(n, int) or n < 1:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n must be an integer of at least 1; got {n!r}.")
 
 
 def _grams(tokens: Sequence[Hashable], n: int) -> Counter[tuple[Hashable, ...]]:
-    _check_order(n)
     return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 

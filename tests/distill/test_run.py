@@ -413,7 +413,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(config, folder, tmp
     assert same(before, weights(folder / "student"))
     said = capsys.readouterr().out
     assert "4 of 32 tokens" in said
-    assert "5 evaluations, 4 checkpoints or more" in said
+    assert "5 evaluations, at most 4 checkpoints" in said
     assert "MB at the peak" in said
     assert 'The] "assert" statement' in said or '[T]he "assert" statement' in said
 

@@ -4,7 +4,6 @@ The steps are those of the run itself, but with an optimizer that keeps no state
 learning rate of 0; AdamW's two moments are added by arithmetic.
 """
 
-import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ class Estimate:
         student: The same of the student.
         steps: Number of steps.
         evaluations: Number of evaluations, the one before the first step included.
-        checkpoints: Number of checkpoints at fixed steps; each new best one is saved besides.
+        checkpoints: Number of checkpoints, if every evaluation finds the best student so far.
         memory: Bytes at the peak.
         seconds: From beginning to end.
         seconds_per_step: Measured, without the time of compiling.
@@ -73,7 +72,7 @@ class Estimate:
                 f"{self.steps:,} of {tokens:,.0f} tokens: "
                 f"{self.steps * tokens / len(self.text.blocks.tokens):.3g} times the data"
             ),
-            "besides": f"{self.evaluations} evaluations, {self.checkpoints} checkpoints or more",
+            "besides": f"{self.evaluations} evaluations, at most {self.checkpoints} checkpoints",
             "memory": f"{in_words(self.memory)} at the peak",
             "time": (
                 f"{clock(self.seconds)}, at {self.seconds_per_step:.3g} s a step "
@@ -99,20 +98,21 @@ def estimate(settings: DistillSettings) -> Estimate:
     every = max(1, steps // 10)
     looked_at = text.looked_at(settings.eval_blocks)
     evaluated = 0 if looked_at is None else len(looked_at)
-    evaluations = 1 + math.ceil(steps / (settings.eval_every or every)) if evaluated else 0
-    checkpoints = math.ceil(steps / (settings.save_every or every))
+    saves, looks = settings.save_every or every, settings.eval_every or every
+    looked = {*range(looks, steps, looks), steps} if evaluated else set()
+    checkpoints = len({*range(saves, steps, saves), steps} | looked)
     weights = 4 * sum(it.numel() for it in models.student.parameters())
     moments = 2 * 4 * sum(it.numel() for it in models.student.parameters() if it.requires_grad)
     seconds = loading + measured.first_step + (steps - 1) * measured.step
     seconds += measured.caching * (len(text.blocks) + evaluated)
-    seconds += evaluations * evaluated * measured.evaluation
+    seconds += (1 + len(looked)) * evaluated * measured.evaluation
     seconds += checkpoints * (FLUSH + (weights + moments) / DISK)
     return Estimate(
         text=text,
         teacher=teacher,
         student=student,
         steps=steps,
-        evaluations=evaluations,
+        evaluations=1 + len(looked) if looked else 0,
         checkpoints=checkpoints,
         memory=max(measured.loading_peak, measured.peak + moments),
         seconds=seconds,

@@ -63,8 +63,8 @@ class Figure(Block):
     caption: str = ""
 
     def __post_init__(self):
-        if not self.svg.startswith("<svg"):
-            raise ValueError(f"svg must be one <svg> element; got {self.svg[:40]!r}.")
+        if not isinstance(self.svg, str) or not self.svg.startswith("<svg"):
+            raise ValueError(f"svg must be one <svg> element; got {self.svg!r:.42}.")
 
     def html(self, number: int) -> Markup:
         width = re.search(r'viewBox="[-\d.]+ [-\d.]+ ([\d.]+)', self.svg)
@@ -93,6 +93,8 @@ class Table(Block):
             if len(row) != len(self.columns):
                 expected = f"the {len(self.columns)} of columns"
                 raise ValueError(f"rows[{i}] must hold {expected}; got {len(row)} cells.")
+            for cell in row:
+                _check_cell(f"rows[{i}]", cell)
 
     def html(self, number: int) -> Markup:
         rows = [[(written(cell), isinstance(cell, str)) for cell in row] for row in self.rows]
@@ -146,6 +148,11 @@ class Section:
     text: str = ""
     blocks: Sequence[Block] = ()
 
+    def __post_init__(self):
+        for block in self.blocks:
+            if not isinstance(block, Block):
+                raise TypeError(f"blocks must hold Blocks; got a {type(block).__name__}.")
+
 
 def drawn(title: str, drawing: "Drawing", caption: str = "") -> Figure:
     """A figure of :mod:`rkl.plots` as a block, its title read out by screen readers."""
@@ -162,6 +169,10 @@ def render(title: str, sections: Sequence[Section], *, lead: str = "") -> str:
         sections: Its sections, in order; settings belong into the last one.
         lead: One or two sentences under the heading: what was done and what came out.
     """
+    for section in sections if isinstance(sections, Sequence) else [sections]:
+        if not isinstance(section, Section) or section is sections:
+            got = type(section).__name__
+            raise TypeError(f"sections must be a list of Sections; got a {got}.")
     numbers = iter(range(1, 1 + sum(len(section.blocks) for section in sections)))
     body = [
         (section, _paragraphs(section.text), [b.html(next(numbers)) for b in section.blocks])
@@ -193,6 +204,15 @@ def written(cell: Cell) -> str:
     if isinstance(cell, int):
         return f"{cell:,}".replace("-", "−")
     return _number(cell)
+
+
+def _check_cell(argument: str, cell: object) -> None:
+    if isinstance(cell, tuple):
+        if len(cell) != 2 or not all(isinstance(it, int | float) for it in cell):
+            raise ValueError(f"{argument} must hold pairs (value, standard error); got {cell}.")
+    elif not (cell is None or isinstance(cell, str | int | float)):
+        got = type(cell).__name__
+        raise TypeError(f"{argument} must hold text, numbers or pairs; got a {got}.")
 
 
 def _number(value: float) -> str:

@@ -158,9 +158,8 @@ def _cut(samples: Sequence[Sample], name: str) -> list[Sequence[Hashable]]:
         raise TypeError(f"{name} must be a list of texts; got a {type(samples).__name__}.")
     for number, sample in enumerate(samples):
         if not isinstance(sample, Sequence):
-            raise TypeError(
-                f"{name}[{number}] must be a text or a list of tokens; got {sample!r}."
-            )
+            got = type(sample).__name__
+            raise TypeError(f"{name}[{number}] must be a text or a list of tokens; got a {got}.")
     return [words(sample) if isinstance(sample, str) else sample for sample in samples]
 
 

@@ -8,7 +8,8 @@ on a dark one.
 To add a figure, write one function here under ``@rc_context(STYLE)``.
 """
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -62,12 +63,13 @@ def training_curves(
             themselves are then drawn pale behind it.
         logarithmic: Whether the values are on a logarithmic axis.
     """
-    if window < 1:
-        raise ValueError(f"window must be a positive number of values; got {window}.")
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window must be a positive number of values; got {window!r}.")
     _refuse_empty("runs", runs)
     figure, axes = one_panel()
     lines = {}
-    for i, (name, (steps, values)) in enumerate(runs.items()):
+    for i, (name, run) in enumerate(runs.items()):
+        steps, values = _pair(f"runs[{name!r}]", run)
         y = _array(f"runs[{name!r}] values", values)
         x = _array(f"runs[{name!r}] steps", steps, length=len(y))
         if 1 < window < len(y):
@@ -104,6 +106,8 @@ def head_tail(
         logarithmic: Whether both axes are logarithmic; linear suits a toy of few atoms.
     """
     p = _array("teacher", teacher)
+    if head is not None and (not isinstance(head, int) or head < 0):
+        raise ValueError(f"head must be a number of atoms; got {head!r}.")
     _refuse_empty("students", students)
     for name, steps in students.items():
         _refuse_empty(f"students[{name!r}]", steps)
@@ -184,12 +188,14 @@ def precision_recall(
     _refuse_empty("students", students)
     figure, axes = one_panel(height=365)
     lines = {}
-    for i, (name, (alpha, beta)) in enumerate(students.items()):
+    for i, (name, curve) in enumerate(students.items()):
+        alpha, beta = _pair(f"students[{name!r}]", curve)
         precision = _array(f"students[{name!r}] precision", alpha)
         recall = _array(f"students[{name!r}] recall", beta, length=len(precision))
         (lines[name],) = axes.plot(recall, precision, **line_style(i), clip_on=False)
         if bands and name in bands:
-            low, high = (_array(f"bands[{name!r}]", b, length=len(recall)) for b in bands[name])
+            band = _pair(f"bands[{name!r}]", bands[name])
+            low, high = (_array(f"bands[{name!r}]", it, length=len(recall)) for it in band)
             axes.fill_between(recall, low, high, color=colour(i), alpha=0.18, linewidth=0)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.set_xlabel("recall β: share of the teacher covered")
@@ -220,7 +226,8 @@ def head_tail_by_step(
     lines = {}
     for part, (axes, title) in enumerate(zip(panels, ("head", "tail"), strict=True)):
         for i, (name, gaps) in enumerate(runs.items()):
-            y = _array(f"runs[{name!r}] {title}", gaps[part], length=len(x))
+            gap = _pair(f"runs[{name!r}]", gaps)[part]
+            y = _array(f"runs[{name!r}] {title}", gap, length=len(x))
             (lines[name],) = axes.plot(x, y, **line_style(i))
         axes.set_title(title)
         step_axis(axes)
@@ -247,7 +254,7 @@ def bars(
         reference: Name and value of a line to compare with, such as the teacher's.
     """
     _refuse_empty("values", values)
-    names, given = list(values), np.array(list(values.values()), dtype=np.float64)
+    names, given = list(values), _numbers("values", list(values.values()))
     finite = np.where(np.isfinite(given), given, 0.0)
     above = [wrapped(name, 54) for name in names]
     row_height = 26 + 15 * (1 + max(text.count("\n") for text in above))
@@ -275,19 +282,34 @@ def bars(
     return figure
 
 
-def _refuse_empty(argument: str, values: Sized) -> None:
-    if len(values) == 0:
+def _refuse_empty(argument: str, values: Any) -> None:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{argument} must be a mapping of names; got a {type(values).__name__}.")
+    if not values:
         raise ValueError(f"{argument} is empty; a figure needs at least one entry.")
 
 
 def _array(argument: str, values: ArrayLike, length: int | None = None) -> NDArray[np.float64]:
     """A vector of floats, gaps (NaN) in place of infinities: matplotlib draws around them."""
-    array = np.asarray(values, dtype=np.float64)
+    array = _numbers(argument, values)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{argument} must be a non-empty vector; got shape {array.shape}.")
     if length is not None and len(array) != length:
         raise ValueError(f"{argument} must hold {length} values; got {len(array)}.")
     return np.where(np.isfinite(array), array, np.nan)
+
+
+def _numbers(argument: str, values: ArrayLike) -> NDArray[np.float64]:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{argument} must hold numbers: {error}.") from None
+
+
+def _pair(argument: str, values: Any) -> Any:
+    if len(values) != 2:
+        raise ValueError(f"{argument} must be a pair of vectors; got {len(values)}.")
+    return values
 
 
 def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:

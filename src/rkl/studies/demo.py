@@ -6,6 +6,7 @@ a folder of ordinary runs beside one report.
 
 import os
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rkl.distill.data import passages, tokenize
@@ -13,7 +14,7 @@ from rkl.distill.evaluate import EvaluateSettings
 from rkl.distill.run import DistillSettings
 from rkl.distill.scratch import Schooling, Shape, new_model, new_tokenizer, school
 from rkl.runs import Run
-from rkl.studies.demo_data import Manual, read_manual
+from rkl.studies.demo_data import HELD_OUT, TRAIN, Manual, read_manual
 from rkl.studies.demo_report import report_runs
 from rkl.studies.demo_stages import (
     distil_each,
@@ -56,14 +57,14 @@ class Plan:
 
     vocabulary: int = 2000
     teacher: Shape = Shape(layers=4, width=192)
-    teacher_schooling: Schooling = Schooling(steps=800, batch_size=4)
+    teacher_schooling: Schooling = Schooling(steps=700, batch_size=4)
     student: Shape = Shape(layers=2, width=96)
     start_schooling: Schooling = Schooling(steps=200)
-    steps: int = 160
+    steps: int = 150
     learning_rate: float = 1e-3
     block: int = 128
     batch_size: int = 8
-    held_out_blocks: int | None = None
+    held_out_blocks: int | None = 80
     prompts: int = 12
     seeds: int = 3
     reply_tokens: int = 48
@@ -111,6 +112,7 @@ def distill_demo(
     device: str | None = None,
 ) -> str:
     """Make a teacher and a student, and distil one into the other under four divergences."""
+    distillation, evaluation = _settings(plan, Path(out), seed=seed, device=device)
     settings = {
         "name": "distill",
         "divergences": DIVERGENCES,
@@ -122,37 +124,43 @@ def distill_demo(
     with whole.running():
         manual = read_manual()
         whole.update(data=manual.record(), done=_done(plan, manual))
-        train, held = (str(path) for path in manual.write(whole.path / "data"))
-        held_blocks = _school_both(plan, whole, manual, seed=seed, device=device)
-        teacher, start = (str(whole.path / it) for it in ("teacher", "start"))
-        common: Any = {"teacher": teacher, "max_length": plan.block, "device": device}
-        distillation = DistillSettings(
-            student=start,
-            data=train,
-            held_out=0.0,  # so that the last step counts, not the best on what is evaluated
-            max_steps=plan.steps,
-            batch_size=plan.batch_size,
-            learning_rate=plan.learning_rate,
-            compiled=False,
-            seed=seed,
-            **common,
-        )
-        watched = watch(teacher, held_blocks, plan.watched_blocks, plan.steps)
+        manual.write(whole.path)
+        held_out = _school_both(plan, whole, manual, seed=seed, device=device)
+        watched = watch(distillation.teacher, held_out, plan.watched_blocks, plan.steps)
         distil_each(whole, distillation, DIVERGENCES, watched)
-        evaluation = EvaluateSettings(
-            data=held,
-            divergence=DIVERGENCES["akl"],
-            max_blocks=plan.held_out_blocks,
-            prompts=plan.prompts,
-            seeds=plan.seeds,
-            max_new_tokens=plan.reply_tokens,
-            seed=seed,
-            **common,
-        )
-        evaluate_each(whole, ["start", *DIVERGENCES], evaluation)
-        let_teacher_write(whole, teacher, evaluation)
+        evaluate_each(whole, [*DIVERGENCES, "start"], evaluation)
+        let_teacher_write(whole, distillation.teacher, evaluation)
         report = report_runs([whole.path])
     return f"The report: {report}"
+
+
+def _settings(
+    plan: Plan, folder: Path, *, seed: int, device: str | None
+) -> tuple[DistillSettings, EvaluateSettings]:
+    """Of all distillations and evaluations, which refuse what cannot be."""
+    common: Any = {"teacher": str(folder / "teacher"), "max_length": plan.block, "device": device}
+    distillation = DistillSettings(
+        student=str(folder / "start"),
+        data=str(folder / TRAIN),
+        held_out=0.0,  # so that the last step counts, not the best on what is evaluated
+        max_steps=plan.steps,
+        batch_size=plan.batch_size,
+        learning_rate=plan.learning_rate,
+        compiled=False,
+        seed=seed,
+        **common,
+    )
+    evaluation = EvaluateSettings(
+        data=str(folder / HELD_OUT),
+        divergence=DIVERGENCES["akl"],
+        max_blocks=plan.held_out_blocks,
+        prompts=plan.prompts,
+        seeds=plan.seeds,
+        max_new_tokens=plan.reply_tokens,
+        seed=seed,
+        **common,
+    )
+    return distillation, evaluation
 
 
 def _done(plan: Plan, manual: Manual) -> str:

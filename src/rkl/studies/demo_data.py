@@ -9,6 +9,7 @@ from typing import Any
 from rkl.distill.data import passages
 from rkl.runs import fingerprint, write_atomic
 
+TRAIN, HELD_OUT = "data/train.jsonl", "data/held-out.jsonl"
 EVERY, FIRST = 6, 3  # of the groups of topics, from the largest to the smallest, is held out
 
 
@@ -30,13 +31,12 @@ class Manual:
         """The same with no more than the first so many characters of each topic trained on."""
         return replace(self, train={name: it[:characters] for name, it in self.train.items()})
 
-    def write(self, folder: Path) -> tuple[Path, Path]:
-        """Write both as JSON lines, a row for each topic, and say where."""
-        folder.mkdir(exist_ok=True)
-        paths = folder / "train.jsonl", folder / "held-out.jsonl"
-        for path, topics in zip(paths, (self.train, self.held_out), strict=True):
+    def write(self, folder: Path) -> None:
+        """Write both parts as JSON lines into a folder, a row for each topic."""
+        for name, topics in ((TRAIN, self.train), (HELD_OUT, self.held_out)):
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
             write_atomic(path, "".join(json.dumps({"text": it}) + "\n" for it in topics.values()))
-        return paths
 
     def record(self) -> dict[str, Any]:
         """What ``run.json`` keeps of it."""

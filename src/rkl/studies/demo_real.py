@@ -7,6 +7,7 @@ out, and what remains learns from the whole under three divergences on Python's 
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rkl.distill.cache import CachedTeacher, cache_hidden_states
@@ -18,7 +19,7 @@ from rkl.distill.run import DistillSettings
 from rkl.distill.teachers import load_model, load_tokenizer
 from rkl.report import written
 from rkl.runs import Run, remove_folder, replacing_files
-from rkl.studies.demo_data import read_manual
+from rkl.studies.demo_data import HELD_OUT, TRAIN, read_manual
 from rkl.studies.demo_report import report_runs, results_of
 from rkl.studies.demo_stages import (
     distil_each,
@@ -86,6 +87,7 @@ def real_demo(
     """
     plan = plan if steps is None else replace(plan, steps=steps)
     tokenizer = load_tokenizer(TEACHER)  # says what to install, before anything is written
+    distillation, evaluation = _settings(plan, Path(out), seed=seed, device=device)
     settings = {
         "name": "real",
         "teacher": TEACHER,
@@ -99,44 +101,51 @@ def real_demo(
     with whole.running():
         manual = read_manual().beginnings(plan.characters)
         whole.update(data=manual.record(), done=_done(plan))
-        train, held = (str(path) for path in manual.write(whole.path / "data"))
-        blocks, held_blocks = (
+        manual.write(whole.path)
+        blocks, held_out = (
             tokenize([{"text": it} for it in part.values()], tokenizer, max_length=plan.block)
             for part in (manual.train, manual.held_out)
         )
         _prune(whole, tokenizer, seed)
         teacher = _asked_once(whole, blocks, device)
-        common: Any = {"teacher": TEACHER, "max_length": plan.block, "device": device}
-        distillation = DistillSettings(
-            drop_layers=DROPPED,
-            data=train,
-            held_out=0.0,  # so that the last step counts, not the best on what is evaluated
-            max_steps=plan.steps,
-            save_every=plan.steps,
-            batch_size=1,
-            learning_rate=plan.learning_rate,
-            compiled=False,
-            seed=seed,
-            **common,
-        )
-        watched = watch(TEACHER, held_blocks, 1, plan.steps)
+        watched = watch(TEACHER, held_out, 1, plan.steps)
         distil_each(whole, distillation, DIVERGENCES, watched, teacher)
         remove_folder(teacher.path)
-        evaluation = EvaluateSettings(
-            data=held,
-            divergence=DIVERGENCES["akl"],
-            max_blocks=plan.held_out_blocks,
-            batch_size=2,
-            prompts=plan.prompts,
-            seeds=plan.seeds,
-            max_new_tokens=plan.reply_tokens,
-            seed=seed,
-            **common,
-        )
-        evaluate_each(whole, ["pruned", *DIVERGENCES], evaluation)
+        evaluate_each(whole, [*DIVERGENCES, "pruned"], evaluation)
         let_teacher_write(whole, TEACHER, evaluation)
         report = report_runs([whole.path])
     return f"{markdown(whole)}\n\nThe report: {report}"
+
+
+def _settings(
+    plan: Plan, folder: Path, *, seed: int, device: str | None
+) -> tuple[DistillSettings, EvaluateSettings]:
+    """Of all distillations and evaluations, which refuse what cannot be."""
+    common: Any = {"teacher": TEACHER, "max_length": plan.block, "device": device}
+    distillation = DistillSettings(
+        drop_layers=DROPPED,
+        data=str(folder / TRAIN),
+        held_out=0.0,  # so that the last step counts, not the best on what is evaluated
+        max_steps=plan.steps,
+        save_every=plan.steps,
+        batch_size=1,
+        learning_rate=plan.learning_rate,
+        compiled=False,
+        seed=seed,
+        **common,
+    )
+    evaluation = EvaluateSettings(
+        data=str(folder / HELD_OUT),
+        divergence=DIVERGENCES["akl"],
+        max_blocks=plan.held_out_blocks,
+        batch_size=2,
+        prompts=plan.prompts,
+        seeds=plan.seeds,
+        max_new_tokens=plan.reply_tokens,
+        seed=seed,
+        **common,
+    )
+    return distillation, evaluation
 
 
 def _done(plan: Plan) -> str:

@@ -67,14 +67,17 @@ def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     Examples:
       rkl demo
       rkl demo distill --out runs/demo
+      rkl demo real --out runs/demo-real --steps 60
     """
-    parser.add_argument("name", nargs="?", default="distill", help="which one (default: distill)")
+    parser.add_argument("name", nargs="?", default="distill", help="distill (default) or real")
+    parser.add_argument("--steps", type=int, metavar="N", help="of each distillation")
     _add_out_flags(parser, Path("runs/demo"))
 
     def demonstrated(parsed: Namespace) -> None:
         from rkl.studies import demo
 
-        print(demo.run(parsed.name, parsed.out, overwrite=parsed.overwrite, **_common(parsed)))
+        how = {"steps": parsed.steps, "overwrite": parsed.overwrite, **_common(parsed)}
+        print(demo.run(parsed.name, parsed.out, **how))
 
     return demonstrated
 

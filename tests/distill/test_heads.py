@@ -90,6 +90,13 @@ def test_a_head_is_found_without_full_logits(name, tiny_model):
     assert head.vocab == 40
 
 
+@pytest.mark.parametrize("pad", [0, 1])
+def test_a_padding_token_embedded_as_0_hides_no_head(pad, tiny_model):
+    model = tiny_model("Llama", pad_token_id=pad)
+    assert not model.get_input_embeddings().weight[pad].any()
+    assert read_head(model).linear is not None
+
+
 def test_logits_are_never_computed_for_the_loss(tiny_model, tiny_rows, tiny_trainer):
     teacher, student = tiny_model(seed=1), tiny_model(seed=2)
     trainer = tiny_trainer(student, teacher)

@@ -223,8 +223,11 @@ def _softcap(config) -> float | None:
     return next((float(cap) for cap in caps if cap), None)
 
 
-def _two_tokens(model: nn.Module) -> dict[str, Tensor]:
-    tokens = torch.tensor([[0, 1]], device=next(model.parameters()).device)
+def _two_tokens(model: Any) -> dict[str, Tensor]:
+    pad = model.config.get_text_config(decoder=True).pad_token_id
+    # New weights embed the padding token as 0, and from there a head can give no logits but 0.
+    chosen = [token for token in range(3) if token != pad][:2]
+    tokens = torch.tensor([chosen], device=next(model.parameters()).device)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 

@@ -14,146 +14,51 @@ import json
 import os
 import platform
 import re
-import secrets
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from rkl.runs.files import (
+    append_jsonl,
+    as_json,
+    is_leftover,
+    read_jsonl,
+    remove,
+    remove_folder,
+    replacing,
+    replacing_files,
+    replacing_folder,
+    save_tensors,
+    sweep,
+    write_atomic,
+    write_json,
+)
+
+__all__ = [
+    "Run",
+    "append_jsonl",
+    "fingerprint",
+    "load",
+    "read_jsonl",
+    "remove_folder",
+    "replacing",
+    "replacing_files",
+    "replacing_folder",
+    "row_fingerprint",
+    "save_tensors",
+    "sweep",
+    "verb",
+    "versions",
+    "write_atomic",
+    "write_json",
+]
 
 FORMAT = 1  # of run.json; raised when an older rkl could no longer read it
 RECORDED = "rkl", "torch", "transformers"  # distributions whose versions a run notes down
 ROW_BYTES = 8  # of the fingerprint of a row: two of 10^6 rows collide once in 4 * 10^7 runs
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
 _KIND = re.compile(r"[a-z_]+(\.[a-z_]+)*")
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name for the block to write a file to, which then takes the name ``path``.
-
-    Whoever reads ``path``, at whatever moment, finds the old file or the new one. If the block
-    raises, the old one stays and nothing of the new one is left.
-    """
-    path = Path(path)
-    temporary = _beside(path, "tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-@contextlib.contextmanager
-def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """The same for a folder: it is given empty, and flushed with all that the block put in it.
-
-    No system call renames a folder over another, so an old one steps aside first; killed
-    between the two renamings, :meth:`Run.create` brings it back when it resumes.
-    """
-    path = Path(path)
-    temporary, aside = _beside(path, "tmp"), _beside(path, "old")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for inside in (*temporary.rglob("*"), temporary):
-            _sync(inside)
-        if path.exists():
-            os.replace(path, aside)
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if aside.exists():
-            os.replace(aside, path)
-        raise
-    _sync(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
-    """The same for files that join the others in a folder: each of them is whole at any moment."""
-    temporary = _beside(Path(folder) / "files", "tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        files = [inside for inside in temporary.rglob("*") if inside.is_file()]
-        for file in files:
-            _sync(file)
-        for file in files:
-            place = Path(folder, file.relative_to(temporary))
-            place.parent.mkdir(exist_ok=True)
-            os.replace(file, place)
-            _sync(place.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove_folder(path: str | os.PathLike) -> None:
-    """Remove a folder so that a crash leaves all of it or nothing that bears its name."""
-    doomed = _beside(Path(path), "tmp")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed process had begun to write, and bring back what had stepped aside."""
-    for leftover in [path for path in folder.rglob(".*") if _is_leftover(path)]:
-        name, _token, ending = leftover.name[1:].rsplit(".", 2)
-        if ending == "old" and not leftover.with_name(name).exists():
-            os.replace(leftover, leftover.with_name(name))
-        else:
-            _remove(leftover)
-
-
-def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of one."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write a value as JSON, atomically."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def append_jsonl(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
-    """Append one row to a file of JSON lines, in the place of a line torn by an earlier crash."""
-    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    with Path(path).open("a+b") as file:
-        if file.tell() and _last_byte(file) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, without a last line torn by a crash."""
-    *lines, _torn = Path(path).read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
-    return rows
-
-
-def save_tensors(
-    path: str | os.PathLike, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
-) -> None:
-    """Write named tensors in safetensors' format, atomically."""
-    from safetensors.torch import save_file
-
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata)
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
@@ -165,6 +70,8 @@ def fingerprint(rows: Iterable[Any]) -> str:
     >>> fingerprint(["one row", {"a": 1, "b": 2}]) == fingerprint(["one row", {"b": 2, "a": 1}])
     True
     """
+    if not isinstance(rows, Iterable):
+        raise TypeError(f"rows must be a list of rows; got a {type(rows).__name__}.")
     digest = hashlib.blake2b(digest_size=16)
     for row in [rows] if isinstance(rows, str | bytes) else rows:
         digest.update(row_fingerprint(row))
@@ -216,9 +123,10 @@ class Run:
         record = _new_record(kind, settings, seed)
         if overwrite and resume:
             raise ValueError("overwrite and resume exclude one another; got both.")
-        if path.exists() and not path.is_dir():
-            raise FileExistsError(f"out must be a folder; got {path}, which is a file.")
-        begun = path.is_dir() and not all(_is_leftover(entry) for entry in path.iterdir())
+        above = next((it for it in (path, *path.parents) if it.exists()), path)
+        if above.exists() and not above.is_dir():
+            raise FileExistsError(f"out must be a folder; got {path}, and {above} is a file.")
+        begun = path.is_dir() and not all(is_leftover(entry) for entry in path.iterdir())
         if begun and resume:
             return cls.open(path)._resumed(record, may_change)
         if begun and not overwrite:
@@ -348,16 +256,13 @@ def verb(name: str, *paths: str | os.PathLike) -> Any:
 
 
 def _new_record(kind: str, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    if not _KIND.fullmatch(kind):
+    if not isinstance(kind, str) or not _KIND.fullmatch(kind):
         raise ValueError(f"kind must name a module below rkl, such as 'distill'; got {kind!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer; got {seed!r}.")
-    try:
-        settings = json.loads(json.dumps(dict(settings)))  # so that tuples equal the lists read
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"settings must be what JSON can write; got {settings!r}: {error}."
-        ) from None
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"settings must be a mapping that JSON can write; got {settings!r}.")
+    settings = json.loads(as_json("settings", dict(settings)))  # tuples now equal the lists read
     return {
         "format": FORMAT,
         "kind": kind,
@@ -389,6 +294,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"path: {path} is corrupt: {error}.") from None
     known = isinstance(record, dict) and {"format", "kind", "settings", "seed"} <= record.keys()
+    known = known and isinstance(record["settings"], dict)
     if not known or not isinstance(record["format"], int):
         raise ValueError(
             f"path: {path} was not written by rkl: format, kind or settings are missing."
@@ -408,42 +314,13 @@ def _empty(folder: Path) -> None:
     _read_record(folder)
     inside = sorted(folder.iterdir(), key=lambda entry: entry.name == "run.json")
     for entry in inside:  # run.json last: killed before, the folder can still be overwritten
-        _remove(entry)
-
-
-def _remove(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink(missing_ok=True)
-
-
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
-
-
-def _is_leftover(path: Path) -> bool:
-    return _LEFTOVER.fullmatch(path.name) is not None
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _last_byte(file: BinaryIO) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
+        remove(entry)
 
 
 def _canonical(row: Any) -> bytes:
     if isinstance(row, bytes):
         return row
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    return as_json("rows", row, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _now() -> str:

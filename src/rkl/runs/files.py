@@ -1,0 +1,200 @@
+"""Files and folders that are whole at any moment, whenever the process may be killed."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name for the block to write a file to, which then takes the name ``path``.
+
+    Whoever reads ``path``, at whatever moment, finds the old file or the new one. If the block
+    raises, the old one stays and nothing of the new one is left.
+    """
+    path = Path(path)
+    _check_place(path)
+    temporary = _beside(path, "tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """The same for a folder: it is given empty, and flushed with all that the block put in it.
+
+    No system call renames a folder over another, so an old one steps aside first; killed
+    between the two renamings, :meth:`Run.create` brings it back when it resumes.
+    """
+    path = Path(path)
+    temporary, aside = _beside(path, "tmp"), _beside(path, "old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for inside in (*temporary.rglob("*"), temporary):
+            _sync(inside)
+        if path.exists():
+            os.replace(path, aside)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if aside.exists():
+            os.replace(aside, path)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """The same for files that join the others in a folder: each of them is whole at any moment."""
+    temporary = _beside(Path(folder) / "files", "tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        files = [inside for inside in temporary.rglob("*") if inside.is_file()]
+        for file in files:
+            _sync(file)
+        for file in files:
+            place = Path(folder, file.relative_to(temporary))
+            place.parent.mkdir(exist_ok=True)
+            os.replace(file, place)
+            _sync(place.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: str | os.PathLike) -> None:
+    """Remove a folder so that a crash leaves all of it or nothing that bears its name."""
+    doomed = _beside(Path(path), "tmp")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process had begun to write, and bring back what had stepped aside."""
+    for leftover in [path for path in folder.rglob(".*") if is_leftover(path)]:
+        name, _token, ending = leftover.name[1:].rsplit(".", 2)
+        if ending == "old" and not leftover.with_name(name).exists():
+            os.replace(leftover, leftover.with_name(name))
+        else:
+            remove(leftover)
+
+
+def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of one."""
+    if not isinstance(data, bytes | str):
+        raise TypeError(f"data must be text or bytes; got a {type(data).__name__}.")
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write a value as JSON, atomically."""
+    write_atomic(path, as_json("value", value, indent=2) + "\n")
+
+
+def append_jsonl(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
+    """Append one row to a file of JSON lines, in the place of a line torn by an earlier crash."""
+    line = as_json("row", row).encode() + b"\n"
+    _check_place(Path(path))
+    with Path(path).open("a+b") as file:
+        if file.tell() and _last_byte(file) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, without a last line torn by a crash."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: there is no file {path}.")
+    *lines, _torn = Path(path).read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
+    return rows
+
+
+def save_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
+) -> None:
+    """Write named tensors in safetensors' format, atomically."""
+    from safetensors.torch import save_file
+    from torch import Tensor
+
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"tensors must map names to tensors; got a {type(tensors).__name__}.")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            got = type(tensor).__name__
+            raise TypeError(f"tensors[{name!r}] must be a tensor; got a {got}.")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata)
+
+
+def as_json(argument: str, value: Any, **style: Any) -> str:
+    """A value as JSON, or a TypeError that names the argument it was given as."""
+    try:
+        return json.dumps(value, ensure_ascii=False, **style)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{argument} must be what JSON can write: {error}.") from None
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a name that no file can be written under."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: there is no folder {path.parent} for {path.name}.")
+    if path.is_dir():
+        raise FileExistsError(f"path: {path} is a folder; expected a file.")
+
+
+def remove(entry: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a killed process left this: no name of ours looks so."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)

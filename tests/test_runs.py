@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_removed_whole_does_not_keep_its_name(tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(runs.shutil, "rmtree", fail)
+        patched.setattr("shutil.rmtree", fail)
         pytest.raises(KeyboardInterrupt, runs.remove_folder, tmp_path / "checkpoint-1")
     assert not (tmp_path / "checkpoint-1").exists()
     runs.sweep(tmp_path)

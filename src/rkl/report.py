@@ -271,7 +271,9 @@ _TABLE = """\
 <h3>{{ block.title }}</h3>
 <div class="scroll" tabindex="0" role="region" aria-label="{{ block.title }}">
 <table>
-<thead><tr>{% for name in block.columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for name in block.columns %}
+<th scope="col"{% if rows and rows[0][loop.index0][1] %} class="text"{% endif %}>{{ name }}</th>
+{%- endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}
 <tr>{% for text, plain in row %}

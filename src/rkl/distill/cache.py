@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from rkl.estimators import LinearHead
 from rkl.runs import fingerprint, replacing_folder, save_tensors, write_json
 
 FORMAT = 1  # of cache.json; raised when an older rkl could no longer read it
+_ENTRIES = {"teacher", "data", "vocab", "shards", "scale", "softcap"}  # of cache.json
 _DIGEST = 16  # bytes of the digest of a row
 _SHARD = 2**28  # bytes of hidden states in a file
 
@@ -47,8 +48,11 @@ class CachedTeacher(Teacher):
         self.path = Path(path)
         self.record = _read_record(self.path)
         self.vocab = self.record["vocab"]
-        self._head = load_file(self.path / "head.safetensors")
-        self._shards = [safe_open(self.path / it, "pt") for it in self.record["shards"]]
+        self._head = _opened(self.path / "head.safetensors", load_file)
+        self._shards = [
+            _opened(self.path / it, lambda file: safe_open(file, "pt"))
+            for it in self.record["shards"]
+        ]
         self._places = {
             key: (shard, *bounds)
             for shard, file in enumerate(self._shards)
@@ -113,6 +117,10 @@ def cache_hidden_states(
     """
     if not len(rows):
         raise ValueError("rows must hold at least one row to cache; got none.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2, or None; got {max_length}.")
     head = read_head(model if device is None else model.to(device))
     if head.linear is None:
         raise ValueError(
@@ -247,12 +255,26 @@ def _matching(path: Path, record: Mapping[str, str]) -> CachedTeacher:
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads((path / "cache.json").read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"path: {path} is no cache: it has no cache.json.") from None
     except ValueError as error:
         raise ValueError(f"path: {path / 'cache.json'} is corrupt: {error}.") from None
-    if record.get("format") != FORMAT:
+    if not isinstance(record, dict) or "format" not in record:
+        raise ValueError(f"path: {path / 'cache.json'} is corrupt: it has no format.")
+    if record["format"] != FORMAT:
         raise ValueError(
             f"path: {path} has format {record.get('format')}; this rkl reads {FORMAT}."
         )
+    if missing := _ENTRIES - record.keys():
+        raise ValueError(f"path: {path / 'cache.json'} is corrupt: it has no {min(missing)}.")
     return record
+
+
+def _opened(file: Path, read: Callable[[Path], Any]) -> Any:
+    """What a file of tensors holds, or an error that names it."""
+    try:
+        return read(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"path: the cache has lost its {file}.") from None
+    except SafetensorError as error:
+        raise ValueError(f"path: {file} is corrupt: {error}.") from None

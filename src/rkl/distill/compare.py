@@ -176,6 +176,8 @@ def compare_runs(
 
 def names_of(paths: Sequence[str | os.PathLike]) -> list[str]:
     """The last part of each path, or the whole of it where two would be called the same."""
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(f"paths must be a list of folders; got one alone, {str(paths)!r}.")
     short = [Path(path).resolve().name for path in paths]
     return short if len(set(short)) == len(short) else [str(path) for path in paths]
 
@@ -187,7 +189,10 @@ def result_of(path: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(
             f"path: {path} has not been evaluated: rkl evaluate {path} --data D does it."
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"path: {file} is corrupt: {error}.") from None
 
 
 def _pair(mean: Mapping[str, Any] | None) -> tuple[float, float] | None:

@@ -19,14 +19,14 @@ from rkl.distill.compare import Evaluations
 from rkl.distill.data import TokenDataset, passages, tokenize
 from rkl.distill.generate import (
     Sampling,
-    check_counts,
-    device_named,
+    finished,
     generate,
     measure,
     prompts_of,
     save,
 )
 from rkl.distill.heads import Known, common_vocabulary, logits_of, read_head
+from rkl.distill.limits import check_context, check_counts, device_named, divergence_named
 from rkl.distill.sources import Row, read_rows
 from rkl.distill.teachers import ModelTeacher, Teacher, load_model, load_tokenizer
 from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation, parse
@@ -79,8 +79,17 @@ class EvaluateSettings:
 
     def __post_init__(self):
         check_counts(self, "max_blocks", "batch_size", "seeds")
-        if self.prompts < 0:
-            raise ValueError(f"prompts must be at least 0; got {self.prompts}.")
+        check_counts(self, "prompts", at_least=0)
+        check_counts(self, "max_length", at_least=2)
+        if self.divergence is not None:
+            divergence_named(self.divergence)
+        device_named(self.device)
+        _ = self.sampling
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the tokens of replies are drawn."""
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
 
 def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluations:
@@ -96,13 +105,13 @@ def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluat
     Returns:
         The result, which prints as a table.
     """
-    run = Run.open(path)
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
+    run = finished(path)
     rows = read_rows(settings.data, split=settings.split)
     _warn_of_seen(run, rows)
     tokenizer = load_tokenizer(run.path)
     student, teacher = load_model(run.path), load_model(_teacher(run, settings))
-    for model in (student, teacher):
+    for name, model in (("student", student), ("teacher", teacher)):
+        check_context(name, model, settings.max_length)
         cast(nn.Module, model).to(device_named(settings.device))
     blocks = tokenize(rows, tokenizer, max_length=settings.max_length)
     kept = range(min(len(blocks), settings.max_blocks or len(blocks)))
@@ -123,7 +132,7 @@ def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluat
         prompts = prompts_of(
             rows, tokenizer, count=settings.prompts, reply_tokens=settings.max_new_tokens
         )
-        replies = generate(student, tokenizer, prompts, seeds=seeds, sampling=sampling)
+        replies = generate(student, tokenizer, prompts, seeds=seeds, sampling=settings.sampling)
         save(run.path / "generations.jsonl", replies)
         measured = {name: to_json(it) for name, it in measure(replies).items()}
         result["generations"] = {"seeds": list(seeds), "prompts": len(prompts), **measured}

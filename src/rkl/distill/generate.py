@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rkl.distill.data import end_of_text, render
 from rkl.distill.heads import inference
+from rkl.distill.limits import check_counts, check_within, device_named
 from rkl.distill.sources import Row, kind_of, read_rows
 from rkl.distill.teachers import load_model, load_tokenizer
 from rkl.metrics import Mean, clustered_mean, mean
@@ -47,16 +48,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if isinstance(self.max_new_tokens, bool) or not (
-            isinstance(self.max_new_tokens, int) and self.max_new_tokens > 0
-        ):
-            raise ValueError(
-                f"max_new_tokens must be a positive integer; got {self.max_new_tokens!r}."
-            )
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite, at least 0; got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
+        check_counts(self, "max_new_tokens")
+        check_within(self, "temperature", ends="[)")
+        check_within(self, "top_p", high=1, ends="(]")
 
 
 @dataclass(frozen=True)
@@ -91,6 +85,13 @@ class GenerateSettings:
 
     def __post_init__(self):
         check_counts(self, "prompts", "prompt_tokens", "seeds", "batch_size")
+        device_named(self.device)
+        _ = self.sampling
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
 
 def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
@@ -103,8 +104,7 @@ def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
     Returns:
         The file of JSON lines with the replies, each with its seed, prompt and reference.
     """
-    run = Run.open(path)
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
+    run = finished(path)
     rows = read_rows(settings.data, split=settings.split)
     tokenizer, student = load_tokenizer(run.path), load_model(run.path)
     cast(nn.Module, student).to(device_named(settings.device))
@@ -119,7 +119,7 @@ def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
             reply_tokens=settings.max_new_tokens,
         ),
         seeds=range(settings.seed, settings.seed + settings.seeds),
-        sampling=sampling,
+        sampling=settings.sampling,
         batch_size=settings.batch_size,
     )
     out = Path(settings.out) if settings.out else run.path / "replies.jsonl"
@@ -127,22 +127,15 @@ def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
     return out
 
 
-def device_named(name: str | None) -> torch.device:
-    """The device of this name; without one, a GPU if there is one, else the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda, cuda:1 or the like; got {name!r}.") from None
-
-
-def check_counts(settings: Any, *names: str) -> None:
-    """Refuse settings of these names below 1."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}.")
+def finished(path: str | os.PathLike) -> Run:
+    """The run in a folder that must hold its student."""
+    run = Run.open(path)
+    if not (run.path / "config.json").exists():
+        raise FileNotFoundError(
+            f"path: {path} is not finished, and holds no student yet. Go on with: "
+            f"rkl distill --out {path} --resume"
+        )
+    return run
 
 
 def prompts_of(
@@ -166,8 +159,15 @@ def prompts_of(
         prompt_tokens: Length of a prompt taken from plain text.
         reply_tokens: Length of the reference taken from plain text.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"count must be a positive integer; got {count!r}.")
+    for name, value in (
+        ("count", count),
+        ("prompt_tokens", prompt_tokens),
+        ("reply_tokens", reply_tokens),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+    if not rows:
+        raise ValueError("data has no rows.")
     kind = kind_of(rows[0], "the first row")
     if kind == "text":
         found = list(_windows(rows, tokenizer, prompt_tokens, prompt_tokens + reply_tokens))

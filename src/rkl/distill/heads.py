@@ -131,6 +131,10 @@ def read_head(model: nn.Module) -> Head:
     two tokens, one of them stretched so far that no scale or soft cap can go unnoticed; if they
     differ, a warning names the model and the reason, and full logits are used.
     """
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
+        raise TypeError(
+            f"model must be a causal language model of transformers; got a {type(model).__name__}."
+        )
     causal: Any = model  # a PreTrainedModel, or a PeftModel around one
     embedding = causal.get_output_embeddings()
     config = causal.config.get_text_config(decoder=True)

@@ -18,8 +18,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from rkl.distill.cache import Rows, cache_hidden_states
 from rkl.distill.data import TokenDataset, passages, show_example, tokenize
-from rkl.distill.generate import device_named
 from rkl.distill.heads import common_vocabulary
+from rkl.distill.limits import check_context, device_named
 from rkl.distill.settings import DistillSettings
 from rkl.distill.sources import Row, read_rows
 from rkl.distill.teachers import Teacher, load_model, load_tokenizer, without_layers
@@ -221,11 +221,7 @@ def _vocab(model: PreTrainedModel) -> int:
 
 def _check_fits(name: str, model: PreTrainedModel, settings: DistillSettings, text: Text) -> None:
     config = model.config.get_text_config(decoder=True)
-    room = getattr(config, "max_position_embeddings", None)
-    if room is not None and settings.max_length > room:
-        raise ValueError(
-            f"max_length must be at most {room}, the {name}'s context; got {settings.max_length}."
-        )
+    check_context(name, model, settings.max_length)
     largest = int(text.blocks.tokens.max())
     if largest >= config.vocab_size:
         raise ValueError(

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from rkl.distill.card import model_card
+from rkl.distill.generate import finished
 from rkl.distill.memory import in_words, peak_memory
 from rkl.distill.plan import Estimate, estimate
 from rkl.distill.prepare import (
@@ -128,13 +129,7 @@ def distill(
 
 def load_run(path: str | os.PathLike) -> PreTrainedModel:
     """The student of a run."""
-    run = Run.open(path)
-    if not (run.path / "config.json").exists():
-        raise FileNotFoundError(
-            f"path: {path} is not finished, and holds no student yet. Go on with: "
-            f"rkl distill --out {path} --resume"
-        )
-    return load_model(run.path)
+    return load_model(finished(path).path)
 
 
 def _check_place(settings: DistillSettings, out: Path) -> None:

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import torch
 
-from rkl.distill.generate import check_counts
-from rkl.divergences import Divergence, parse
+from rkl.distill.limits import check_counts, check_one_of, check_within, divergence_named
+from rkl.divergences import Divergence
 
 
 def _help(text: str, metavar: str | None = None) -> dict[str, Any]:
@@ -101,32 +101,22 @@ class DistillSettings:
             *("eval_blocks", "max_steps", "batch_size", "gradient_accumulation"),
             *("eval_every", "save_every"),
         )
-        if self.keep_checkpoints < 2:
-            raise ValueError(
-                "keep_checkpoints must be at least 2, for the best and the last; "
-                f"got {self.keep_checkpoints}."
-            )
-        if self.max_length < 2:
-            raise ValueError(
-                f"max_length must be at least 2, a token and the next; got {self.max_length}."
-            )
-        _check_within(self, "held_out", 0, 1, "[0, 1)")
-        _check_within(self, "warmup", 0, 1, "[0, 1)")
-        for name in ("hard_label_weight", "weight_decay", "max_gradient"):
-            _check_within(self, name, 0, float("inf"), "[0, ∞)")
-        for name in ("temperature", "epochs", "learning_rate"):
-            _check_within(self, name, 5e-324, float("inf"), "(0, ∞)")
-        if not 0 <= self.seed < 2**32:
+        # Two checkpoints for the best and the last, two tokens for one and the next.
+        check_counts(self, "keep_checkpoints", "max_length", at_least=2)
+        check_within(self, "held_out", "warmup", high=1, ends="[)")
+        check_within(self, "hard_label_weight", "weight_decay", "max_gradient", ends="[)")
+        check_within(self, "temperature", "epochs", "learning_rate")
+        check_one_of(self, "schedule", "cosine", "linear", "constant")
+        check_one_of(self, "dtype", "float32", "bfloat16")
+        check_counts(self, "seed", at_least=0)
+        if self.seed >= 2**32:
             raise ValueError(f"seed must lie between 0 and 2³² − 1; got {self.seed}.")
         _check_device(self.device)
 
     @property
     def minimised(self) -> Divergence:
         """The divergence that the text means."""
-        try:
-            return parse(self.divergence)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"divergence: {error}") from None
+        return divergence_named(self.divergence)
 
     def batches_per_epoch(self, blocks: int) -> int:
         """Batches in a pass over so many blocks."""
@@ -138,12 +128,6 @@ class DistillSettings:
             return self.max_steps
         per_epoch = -(-self.batches_per_epoch(blocks) // self.gradient_accumulation)
         return max(1, round(self.epochs * per_epoch))
-
-
-def _check_within(settings: DistillSettings, name: str, low: float, high: float, words: str):
-    value = getattr(settings, name)
-    if not low <= value < high:
-        raise ValueError(f"{name} must lie in {words}; got {value}.")
 
 
 def _check_device(device: str | None) -> None:

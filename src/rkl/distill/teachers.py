@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -123,12 +124,15 @@ def load_model(
         drop_layers: Layers to leave out, counted from 0, such as "13-18" or "3,5,7-9".
     """
     folder, file = _locate(name)
+    known = dtype == "auto" or isinstance(dtype, torch.dtype)
+    if not known and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"dtype must be auto or one of torch's, as float32; got {dtype!r}.")
     settings = {} if file is None else {"gguf_file": file, "quantization_config": _dequantized()}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, **settings
         )
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"model: {name} is neither a folder with a model in safetensors, nor a .gguf file, "
             f"nor a name on the Hub that can be reached: {str(error).splitlines()[0]}"
@@ -151,6 +155,8 @@ def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 def _locate(name: str | os.PathLike) -> tuple[str, str | None]:
     """The folder or Hub name, and the GGUF file in it, if it is one."""
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"name must be a folder, a file or a name; got {name!r}.")
     text = os.fspath(name)
     if text.startswith("package:"):
         path = _in_package(text.removeprefix("package:"))

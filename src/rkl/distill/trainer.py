@@ -23,6 +23,7 @@ from rkl.distill.heads import (
     logits_of,
     read_head,
 )
+from rkl.distill.limits import check_counts, check_within
 from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher
 from rkl.divergences import AKL, KL, Divergence
 from rkl.estimators import LinearHead, TopK, exact, per_token
@@ -51,16 +52,11 @@ class DistillConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite; got {self.temperature}.")
-        if not 0 <= self.hard_label_weight < float("inf"):
-            raise ValueError(
-                f"hard_label_weight must be at least 0 and finite; got {self.hard_label_weight}."
-            )
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(
-                f"max_length must be at least 2, a token and the next; got {self.max_length}."
-            )
+        check_within(self, "temperature")
+        check_within(self, "hard_label_weight", ends="[)")
+        check_counts(self, "max_length", at_least=2)  # a token and the next
+        if self.compiled not in (None, True, False):
+            raise TypeError(f"compiled must be True, False or None; got {self.compiled!r}.")
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 "label_smoothing_factor has no meaning in distillation, where the teacher smooths "
@@ -100,23 +96,23 @@ class DistillTrainer(Trainer):
         **kwargs: Any,
     ):
         args = DistillConfig() if args is None else args
-        _check(args, teacher, divergence, kwargs)
+        _check(model, args, teacher, divergence, kwargs)
         tokenizer = kwargs.get("processing_class")
         if kwargs.get("data_collator") is None:
             pad = None if tokenizer is None else tokenizer.pad_token_id
             kwargs["data_collator"] = PadRows(pad or 0, args.max_length)
-        super().__init__(model, args, **kwargs)
-        if self.args.n_gpu > 1:
+        if args.n_gpu > 1:
             raise ValueError(
-                f"one process cannot share {self.args.n_gpu} GPUs; start one for each with "
+                f"one process cannot share {args.n_gpu} GPUs; start one for each with "
                 "torchrun or accelerate launch, or show it only one with CUDA_VISIBLE_DEVICES."
             )
         self.divergence = divergence
-        self._head = read_head(self._student())
-        self._teacher = self._as_teacher(teacher)
+        self._head = read_head(cast(nn.Module, model))
+        self._teacher = self._as_teacher(teacher, args)
         self._vocab = common_vocabulary(
             self._teacher.vocab, self._head.vocab, teacher_processing_class, tokenizer
         )
+        super().__init__(model, args, **kwargs)  # last, for it makes the output folder
         # The loss is divided by the tokens of the whole step, counted as `shifted` counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._infinite = 0
@@ -127,13 +123,15 @@ class DistillTrainer(Trainer):
     def _student(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    def _as_teacher(self, teacher: nn.Module | Literal["base"] | Teacher) -> Teacher:
+    def _as_teacher(
+        self, teacher: nn.Module | Literal["base"] | Teacher, args: DistillConfig
+    ) -> Teacher:
         if isinstance(teacher, Teacher):
             return teacher
         if isinstance(teacher, str):
             return AdapterBase(self._head)
         if getattr(teacher, "hf_device_map", None) is None:
-            teacher.to(self.args.device)
+            teacher.to(args.device)
         return ModelTeacher(teacher)
 
     def compute_loss(
@@ -376,7 +374,13 @@ def _infinite_atoms(divergence: Divergence, logp: Tensor, logq: Tensor) -> Int[T
     return (~terms.isfinite()).nonzero()[:, 0]
 
 
-def _check(args: Any, teacher: Any, divergence: Any, settings: Mapping[str, Any]) -> None:
+def _check(
+    model: Any, args: Any, teacher: Any, divergence: Any, settings: Mapping[str, Any]
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be the student, a model; got {model!r}. rkl.distill.load_model gives one."
+        )
     if not isinstance(args, DistillConfig):
         raise TypeError(f"args must be a DistillConfig; got a {type(args).__name__}.")
     if not isinstance(divergence, Divergence):

@@ -1,0 +1,76 @@
+"""What settings may be: counts, numbers within limits, a divergence, a device, a context."""
+
+import math
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rkl.divergences import Divergence, parse
+
+
+def check_counts(settings: Any, *names: str, at_least: int = 1) -> None:
+    """Refuse settings of these names that are no integers, or too small; None is let through."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer of at least {at_least}; got {value!r}.")
+        if value < at_least:
+            raise ValueError(f"{name} must be at least {at_least}; got {value}.")
+
+
+def check_within(
+    settings: Any, *names: str, low: float = 0.0, high: float = math.inf, ends: str = "()"
+) -> None:
+    """Refuse settings that are no numbers, or outside of low to high.
+
+    Whether these count is said as intervals are written: by the brackets in ``ends``.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number; got {value!r}.")
+        outside = {end for end, bracket in zip((low, high), ends, strict=True) if bracket in "()"}
+        if not low <= value <= high or value in outside:
+            words = f"{ends[0]}{low:g}, {high:g}{ends[1]}".replace("inf", "∞")
+            raise ValueError(f"{name} must lie in {words}; got {value}.")
+
+
+def check_one_of(settings: Any, name: str, *words: str) -> None:
+    """Refuse a setting that is none of these words."""
+    value = getattr(settings, name)
+    if value not in words:
+        raise ValueError(f"{name} must be one of {', '.join(words)}; got {value!r}.")
+
+
+def divergence_named(text: str) -> Divergence:
+    """The divergence that a setting means, or an error that names the setting."""
+    try:
+        return parse(text)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"divergence: {error}") from None
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of this name; without one, a GPU if there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda, cuda:1 or the like; got {name!r}.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name}, but torch finds no GPU; expected cpu.")
+    return device
+
+
+def check_context(name: str, model: PreTrainedModel, max_length: int) -> None:
+    """Refuse blocks longer than a model can read."""
+    config = model.config.get_text_config(decoder=True)
+    room = getattr(config, "max_position_embeddings", None)
+    if room is not None and max_length > room:
+        raise ValueError(
+            f"max_length must be at most {room}, the {name}'s context; got {max_length}."
+        )

@@ -43,7 +43,7 @@ def gather(
     """
     fields = _fields(settings)
     config = parsed.config or earlier
-    given = _read(config) if config else {}
+    given = _read(config, "config" if parsed.config else "out") if config else {}
     unknown = sorted(given.keys() - fields.keys())
     if unknown:
         raise ValueError(f"config: {config} sets {unknown[0]!r}; known are {', '.join(fields)}.")
@@ -101,22 +101,26 @@ def _reading(kind: Any, metavar: str | None) -> dict[str, Any]:
     return {"type": kind, "metavar": metavar or kind.__name__.upper()}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, argument: str) -> dict[str, Any]:
     """The settings in a YAML file, a run.json, or the folder of a run."""
     import yaml
 
     path = path / "run.json" if path.is_dir() else path
-    text = path.read_text(encoding="utf-8")
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument}: there is no file {path}.")
     try:
+        text = path.read_text(encoding="utf-8")
         found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"config: {path} cannot be read: {reason}") from None
+        raise ValueError(f"{argument}: {path} cannot be read: {reason}") from None
     found = {} if found is None else found
     if isinstance(found, dict) and {"format", "kind", "settings"} <= found.keys():
         found = found["settings"]
     if not isinstance(found, dict):
-        raise ValueError(f"config: {path} must hold names with their values; got {found!r:.80}.")
+        raise ValueError(
+            f"{argument}: {path} must hold names with their values; got {found!r:.80}."
+        )
     return {str(name).replace("-", "_"): value for name, value in found.items()}
 
 

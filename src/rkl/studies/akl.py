@@ -104,6 +104,11 @@ def study(
     """
     if part != "toy":
         raise ValueError(f"part must be 'toy'; got {part!r}.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {device!r} cannot be computed on: {reason}") from None
     settings = {"part": part, "atoms": ATOMS, "steps": STEPS, "repeats": REPEATS}
     run = Run.create(out, "studies.akl", settings, seed=seed, overwrite=overwrite)
     with run.running():

@@ -225,6 +225,8 @@ def test_the_words_on_top_follow_from_the_figures(tiny, page):
     }
     found = {it.measure: it.best for it in demo_report.verdicts(results, {})}
     assert {name: found[f"divergence {name}"] for name in best} == best
+    lowest = min(results, key=lambda it: results[it]["entropy"]["student"]["value"])
+    assert f"of the students, {lowest} has the lowest" in page
 
 
 def test_a_verdict_is_clear_beyond_two_standard_errors_of_the_difference():

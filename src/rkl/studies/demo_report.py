@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from rkl.distill.compare import Evaluations, result_of
 from rkl.distill.report import curve_of, replies_section, settings_section, training_section
 from rkl.divergences import parse
+from rkl.report import written
 from rkl.runs import Run, read_jsonl
 from rkl.studies.demo_stages import REPLIES, WATCHED
 
@@ -122,7 +123,7 @@ _MEASURES = {
 
 def _verdict(measure: str, values: Mapping[str, Mapping[str, Any]], sign: int) -> Verdict:
     ranked = sorted(values, key=lambda name: -sign * values[name]["value"])
-    pairs = [(values[name]["value"], values[name]["error"]) for name in ranked[:2]]
+    pairs = [_pair(values[name]) for name in ranked[:2]]
     return Verdict(measure, ranked[0], pairs[0], ranked[1], pairs[1])
 
 
@@ -132,13 +133,27 @@ def lead(whole: Run, found: Sequence[Verdict]) -> str:
     words = []
     for name in whole.settings["divergences"]:
         if mine := [it.measure for it in clear if it.best == name]:
-            words.append(f"{name} did best at {', '.join(mine)}")
-    if close := [it.measure for it in found if not it.clear]:
-        words.append(
-            f"within {CLEAR:g} standard errors of one another were the best two at "
-            f"{', '.join(close)}"
-        )
-    return f"{whole.record['done']} On text held out: {'; '.join(words)}."
+            words.append(f"{name} did clearly best at {', '.join(mine)}")
+    close = [f"{it.measure} ({it.best}, then {it.second})" for it in found if not it.clear]
+    if close:
+        words.append(f"the best two are within {CLEAR:g} standard errors at {', '.join(close)}")
+    return f"{whole.record['done']} On text held out, {'; '.join(words)}. {_entropies(whole)}"
+
+
+def _entropies(whole: Run) -> str:
+    """Who is surest and who least sure, which is neither good nor bad by itself."""
+    results = {name: result_of(whole.path / name) for name in whole.settings["divergences"]}
+    entropy = {name: _pair(it["entropy"]["student"]) for name, it in results.items()}
+    teacher = _pair(next(iter(results.values()))["entropy"]["teacher"])
+    low, high = (pick(entropy, key=lambda name: entropy[name][0]) for pick in (min, max))
+    return (
+        f"The teacher's entropy is {written(teacher)} nats per token; of the students, {low} has "
+        f"the lowest, {written(entropy[low])}, and {high} the highest, {written(entropy[high])}."
+    )
+
+
+def _pair(mean: Mapping[str, Any]) -> tuple[float, float]:
+    return mean["value"], mean["error"]
 
 
 def _best_table(found: Sequence[Verdict]) -> "Block":

@@ -261,7 +261,7 @@ def test_the_demonstration_says_what_to_install_for_the_real_model(tmp_path, mon
 def test_two_steps_begin_to_heal_the_pruned_model(tmp_path, monkeypatch):
     two = {name: demo_real.DIVERGENCES[name] for name in ("forward-kl", "akl")}
     monkeypatch.setattr(demo_real, "DIVERGENCES", two)
-    sizes = {"steps": 2, "characters": 120, "held_out_blocks": 2, "prompts": 1, "reply_tokens": 4}
+    sizes = {"steps": 2, "characters": 120, "held_out_blocks": 2, "prompts": 2, "reply_tokens": 8}
     answer = demo_real.real_demo(tmp_path / "real", demo_real.Plan(**sizes), device="cpu")
     values = {
         name: json.loads((tmp_path / "real" / name / "evaluation.json").read_text())["divergences"]

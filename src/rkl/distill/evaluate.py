@@ -27,6 +27,7 @@ from rkl.distill.generate import (
 )
 from rkl.distill.heads import Known, common_vocabulary, logits_of, read_head
 from rkl.distill.limits import check_context, check_counts, device_named, divergence_named
+from rkl.distill.progress import quiet
 from rkl.distill.sources import Row, read_rows
 from rkl.distill.teachers import ModelTeacher, Teacher, load_model, load_tokenizer
 from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation, parse
@@ -92,6 +93,7 @@ class EvaluateSettings:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
 
+@quiet()
 def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluations:
     """Evaluate the student of a run on held-out data, and let it write.
 

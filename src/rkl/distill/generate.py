@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rkl.distill.data import end_of_text, render
 from rkl.distill.heads import inference
 from rkl.distill.limits import check_counts, check_within, device_named
+from rkl.distill.progress import quiet
 from rkl.distill.sources import Row, kind_of, read_rows
 from rkl.distill.teachers import load_model, load_tokenizer
 from rkl.metrics import Mean, clustered_mean, mean
@@ -94,6 +95,7 @@ class GenerateSettings:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
 
+@quiet()
 def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
     """Let the student of a run reply to prompts out of some data.
 

@@ -1,0 +1,391 @@
+"""What the distillation wing must refuse."""
+
+import math
+
+import torch
+from distill import material
+from folders import of_runs
+from reading import OTHER
+from subjects import Lazy, Subject, fault
+
+from rkl import KL
+from rkl.distill import (
+    CachedTeacher,
+    DistillConfig,
+    DistillSettings,
+    DistillTrainer,
+    EvaluateSettings,
+    GenerateSettings,
+    Sampling,
+    cache_hidden_states,
+    compare_runs,
+    distill,
+    estimate,
+    evaluate_run,
+    generate_run,
+    load_model,
+    load_run,
+    load_tokenizer,
+    report_runs,
+)
+from rkl.distill.batches import shifted
+from rkl.distill.data import tokenize
+from rkl.distill.sources import read_rows
+
+
+def student():
+    return material.model(1, 8, seed=2)
+
+
+ROWS = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 2
+
+
+def config(**changes):
+    return DistillConfig("trained", use_cpu=True, report_to="none", **changes)
+
+
+TRAINER = [
+    Subject(
+        "DistillConfig",
+        config,
+        lambda: {"max_length": 8},
+        [
+            fault("temperature", "zero", 0.0, "(0, ∞)", "0.0"),
+            fault("temperature", "negative", -1.0, "(0, ∞)", "-1.0"),
+            fault("temperature", "infinite", math.inf, "(0, ∞)", "inf"),
+            fault("temperature", "nan", math.nan, "(0, ∞)", "nan"),
+            fault("temperature", "a word", "hot", "number", "'hot'"),
+            fault("temperature", "nothing", None, "number", "None"),
+            fault("hard_label_weight", "negative", -0.5, "[0, ∞)", "-0.5"),
+            fault("hard_label_weight", "nan", math.nan, "[0, ∞)", "nan"),
+            fault("hard_label_weight", "a word", "half", "number", "'half'"),
+            fault("max_length", "one", 1, "at least 2", "1"),
+            fault("max_length", "a fraction", 8.5, "integer", "8.5"),
+            fault("compiled", "a word", "yes", "'yes'"),
+            fault("label_smoothing_factor", "some", 0.1, "0.1", "expected 0"),
+        ],
+    ),
+    Subject(
+        "DistillTrainer",
+        DistillTrainer,
+        lambda: {
+            "model": student(),
+            "args": config(),
+            "teacher": material.model(1, 8, seed=1),
+            "divergence": KL(),
+            "train_dataset": ROWS,
+        },
+        [
+            fault("model", "nothing", None, "student"),
+            fault("model", "a name", "student", "'student'", "load_model"),
+            fault("args", "a mapping", {"temperature": 2.0}, "DistillConfig", "dict"),
+            fault("teacher", "nothing", None, "None", "load_model"),
+            fault("teacher", "a name", "teacher", "'teacher'", "load_model"),
+            fault("teacher", "base of no adapters", "base", "PEFT", "GPT2LMHeadModel"),
+            fault(
+                "teacher",
+                "another vocabulary",
+                Lazy(lambda: material.model(1, 8, seed=1, vocab_size=7)),
+                "7",
+                "300",
+                "processing_class",
+            ),
+            fault("divergence", "its name", "kl", "Divergence", "'kl'"),
+            fault("divergence", "its class", KL, "Divergence", "KL"),
+            fault("compute_loss_func", "given", lambda *it: 0, "divergence is the loss"),
+            fault("model_init", "given", student, "model"),
+        ],
+    ),
+    Subject(
+        "DistillTrainer",
+        DistillTrainer,
+        lambda: {
+            "model": student(),
+            "args": config(),
+            "teacher": material.model(1, 8, seed=1),
+            "processing_class": material.tokenizer(),
+            "teacher_processing_class": material.tokenizer(),
+        },
+        [
+            fault(
+                "teacher_processing_class",
+                "another tokenizer",
+                OTHER,
+                "'another'",
+                named="teacher and student must share a tokenizer",
+            )
+        ],
+    ),
+]
+OF_DISTILL = [
+    fault("student", "none, and no layers dropped", None, "drop_layers"),
+    fault("divergence", "unknown", "unheard-of", "unheard-of"),
+    fault("divergence", "out of range", "akl(mu=2)", "mu", "below 1"),
+    fault("divergence", "no text", KL(), "KL()"),
+    *(
+        fault(name, kind, value, f"{value}")
+        for name in ("max_steps", "batch_size", "gradient_accumulation", "eval_blocks")
+        for kind, value in (("zero", 0), ("negative", -1))
+    ),
+    fault("eval_every", "zero", 0, "at least 1", "0"),
+    fault("save_every", "zero", 0, "at least 1", "0"),
+    fault("max_steps", "a fraction", 1.5, "integer", "1.5"),
+    fault("batch_size", "a word", "many", "integer", "'many'"),
+    fault("keep_checkpoints", "one", 1, "at least 2", "1"),
+    fault("max_length", "one", 1, "at least 2", "1"),
+    fault("held_out", "all", 1.0, "[0, 1)", "1.0"),
+    fault("held_out", "negative", -0.1, "[0, 1)", "-0.1"),
+    fault("held_out", "nan", math.nan, "[0, 1)", "nan"),
+    fault("warmup", "all", 1.0, "[0, 1)", "1.0"),
+    fault("hard_label_weight", "negative", -1.0, "[0, ∞)", "-1.0"),
+    fault("hard_label_weight", "a word", "half", "number", "'half'"),
+    fault("weight_decay", "negative", -1.0, "[0, ∞)", "-1.0"),
+    fault("max_gradient", "infinite", math.inf, "[0, ∞)", "inf"),
+    fault("temperature", "zero", 0.0, "(0, ∞)", "0.0"),
+    fault("temperature", "nan", math.nan, "(0, ∞)", "nan"),
+    fault("epochs", "zero", 0.0, "(0, ∞)", "0.0"),
+    fault("learning_rate", "zero", 0.0, "(0, ∞)", "0.0"),
+    fault("learning_rate", "a word", "fast", "number", "'fast'"),
+    fault("schedule", "unknown", "sine", "cosine", "'sine'"),
+    fault("dtype", "unknown", "float64", "bfloat16", "'float64'"),
+    fault("seed", "negative", -1, "at least 0", "-1"),
+    fault("seed", "too large", 2**32, "between 0", "4294967296"),
+    fault("device", "unknown", "abacus", "cpu or cuda", "'abacus'"),
+]
+OF_REPLIES = [
+    fault("max_new_tokens", "zero", 0, "at least 1", "0"),
+    fault("temperature", "negative", -1.0, "[0, ∞)", "-1.0"),
+    fault("temperature", "nan", math.nan, "[0, ∞)", "nan"),
+    fault("top_p", "zero", 0.0, "(0, ", "0.0"),
+    fault("top_p", "beyond 1", 1.5, "(0, 1]", "1.5"),
+]
+SETTINGS = [
+    Subject(
+        "DistillSettings",
+        DistillSettings,
+        lambda: {"teacher": "teacher", "student": "student", "data": "text.txt"},
+        OF_DISTILL,
+    ),
+    Subject(
+        "EvaluateSettings",
+        EvaluateSettings,
+        lambda: {"data": "rows.jsonl"},
+        [
+            *OF_REPLIES,
+            fault("max_blocks", "zero", 0, "at least 1", "0"),
+            fault("batch_size", "zero", 0, "at least 1", "0"),
+            fault("batch_size", "a fraction", 1.5, "integer", "1.5"),
+            fault("seeds", "zero", 0, "at least 1", "0"),
+            fault("prompts", "negative", -1, "at least 0", "-1"),
+            fault("max_length", "one", 1, "at least 2", "1"),
+            fault("divergence", "unknown", "unheard-of", "unheard-of"),
+            fault("device", "unknown", "abacus", "'abacus'"),
+        ],
+    ),
+    Subject(
+        "GenerateSettings",
+        GenerateSettings,
+        lambda: {"data": "rows.jsonl"},
+        [
+            *OF_REPLIES,
+            fault("prompts", "zero", 0, "at least 1", "0"),
+            fault("prompt_tokens", "zero", 0, "at least 1", "0"),
+            fault("seeds", "zero", 0, "at least 1", "0"),
+            fault("batch_size", "zero", 0, "at least 1", "0"),
+            fault("device", "unknown", "abacus", "'abacus'"),
+        ],
+    ),
+    Subject(
+        "Sampling",
+        Sampling,
+        lambda: {"max_new_tokens": 4},
+        [
+            *OF_REPLIES,
+            fault("max_new_tokens", "a fraction", 1.5, "integer", "1.5"),
+            fault("temperature", "a word", "hot", "number", "'hot'"),
+            fault("top_p", "nothing", None, "number", "None"),
+        ],
+    ),
+]
+
+
+def settings(**changes):
+    quick = material.QUICK | {"max_steps": 1, "eval_blocks": 1}
+    named = {"teacher": "teacher", "student": "student", "data": "text.txt"}
+    return DistillSettings(**named | quick | changes)
+
+
+def distilled(out, settings):
+    return distill(settings, out)
+
+
+RUNNING = [
+    Subject(
+        "distill",
+        distilled,
+        lambda: {"settings": settings(), "out": "new"},
+        [
+            fault("settings.teacher", "no model", "missing", "missing", named="model"),
+            fault("settings.student", "no model", "missing", "missing", named="model"),
+            fault("settings.student", "no file", "missing.json", "missing.json", named="student"),
+            fault("settings.student", "no model's", "no-model.json", "no causal", named="student"),
+            fault("settings.student", "torn", "broken-config.json", named="student"),
+            fault("settings.student", "too narrow", "narrow", "7", "300", named="student"),
+            fault("settings.data", "no file", "missing.txt", "missing.txt", named="data"),
+            fault("settings.data", "blank", "blank.txt", "no rows", named="data"),
+            fault("settings.data", "a chat", "chat.jsonl", "chat template", named="tokenizer"),
+            fault("settings.data", "not UTF-8", "latin.txt", "UTF-8", named="latin.txt"),
+            fault("settings.eval_data", "no file", "missing.txt", "missing.txt", named="data"),
+            fault("settings.max_length", "beyond", 64, "at most 32", "64", named="max_length"),
+            fault("settings.drop_layers", "all", "0", "leave a layer", named="drop_layers"),
+            fault("out", "a run", "run", "--resume"),
+            fault("out", "a file", "text.txt", "text.txt"),
+            fault("out", "where the teacher is", "teacher", "teacher"),
+        ],
+    ),
+    Subject(
+        "estimate",
+        estimate,
+        lambda: {"settings": settings()},
+        [
+            fault("settings.teacher", "no model", "missing", "missing", named="model"),
+            fault("settings.student", "too narrow", "narrow", "7", "300", named="student"),
+            fault("settings.data", "no file", "missing.txt", "missing.txt", named="data"),
+            fault("settings.max_length", "beyond", 64, "at most 32", "64", named="max_length"),
+        ],
+    ),
+    Subject(
+        "load_run",
+        load_run,
+        lambda: {"path": "run"},
+        [*of_runs(), fault("path", "not finished", "begun", "begun", "--resume")],
+    ),
+    Subject(
+        "evaluate_run",
+        evaluate_run,
+        lambda: {
+            "path": "run",
+            "settings": EvaluateSettings(
+                "held.txt", max_length=16, max_blocks=1, prompts=0, device="cpu"
+            ),
+        },
+        [
+            *of_runs(),
+            fault("path", "not finished", "begun", "begun"),
+            fault("settings.data", "no file", "missing.jsonl", "missing", named="data"),
+            fault("settings.data", "a broken line", "broken.jsonl", named="broken.jsonl, line 2"),
+            fault("settings.teacher", "no model", "missing", "missing", named="model"),
+            fault("settings.teacher", "too narrow", "narrow", "7", "300", named="teacher"),
+            fault("settings.max_length", "beyond", 64, "at most 32", "64", named="max_length"),
+        ],
+    ),
+    Subject(
+        "generate_run",
+        generate_run,
+        lambda: {
+            "path": "run",
+            "settings": GenerateSettings(
+                "prompts.jsonl", prompts=1, max_new_tokens=2, device="cpu"
+            ),
+        },
+        [
+            *of_runs(),
+            fault("path", "not finished", "begun", "begun"),
+            fault("settings.data", "no file", "missing.jsonl", "missing", named="data"),
+            fault("settings.data", "too short", "letter.txt", "2 tokens", named="data"),
+            fault("settings.max_new_tokens", "beyond", 40, "32", "40", named="max_new_tokens"),
+            fault("settings.out", "no folder", "missing/replies.jsonl", "missing", named="path"),
+        ],
+    ),
+    Subject(
+        "compare_runs",
+        compare_runs,
+        lambda: {"paths": ["run"], "out": "new.html"},
+        [
+            fault("paths", "none", [], "at least one"),
+            fault("paths", "one alone", "run", "list"),
+            fault("paths", "no run", ["run", "nothing"], "nothing", named="path"),
+            fault("paths", "not evaluated", ["begun"], "rkl evaluate begun", named="path"),
+            fault(
+                "paths", "a torn evaluation", ["torn-evaluation"], "evaluation.json", named="path"
+            ),
+            fault("out", "no folder", "missing/new.html", "missing", named="path"),
+        ],
+    ),
+    Subject(
+        "report_runs",
+        report_runs,
+        lambda: {"paths": ["run", "begun"], "out": "new.html"},
+        [
+            fault("paths", "none", [], "at least one"),
+            fault("paths", "one alone", "run", "list"),
+            fault("paths", "no run", ["nothing"], "nothing", named="path"),
+            fault("paths", "torn metrics", ["torn-metrics"], "line 1", named="metrics.jsonl"),
+            fault("out", "nowhere for two", None, "2 runs"),
+            fault("out", "no folder", "missing/new.html", "missing", named="path"),
+        ],
+    ),
+]
+CACHES = [
+    Subject(
+        "CachedTeacher",
+        CachedTeacher,
+        lambda: {"path": "cache"},
+        [
+            fault("path", "no folder", "missing", "no cache.json"),
+            fault("path", "no cache", "nothing", "no cache.json"),
+            fault("path", "a file", "text.txt", "no cache.json"),
+            fault("path", "a torn record", "torn-cache", "corrupt"),
+            fault("path", "too new", "later-cache", "99"),
+            fault("path", "a list", "list-cache", "corrupt"),
+            fault("path", "a hollow record", "hollow-cache", "corrupt"),
+            fault("path", "a torn head", "torn-head", "head.safetensors"),
+            fault("path", "a torn shard", "torn-shard", "rows-00000.safetensors"),
+            fault("path", "a lost shard", "lost-shard", "rows-00000.safetensors"),
+        ],
+    ),
+    Subject(
+        "CachedTeacher.observe",
+        lambda inputs, predicting: CachedTeacher("cache").observe(inputs, predicting),
+        lambda: known(),
+        [
+            fault("inputs", "others", {"input_ids": torch.zeros(1, 16).long()}, named="row 0"),
+        ],
+    ),
+    Subject(
+        "cache_hidden_states",
+        cache_hidden_states,
+        lambda: {"model": material.model(2, 16, seed=5), "rows": ROWS, "path": "new-cache"},
+        [
+            fault("rows", "none", [], "at least one row"),
+            fault("rows", "without labels", [{"input_ids": [1, 2]}], named="labels"),
+            fault("model", "a name", "teacher", "str"),
+            fault("path", "of another teacher", "cache", "another teacher"),
+            fault("path", "no cache", "nothing", "no cache.json"),
+            fault("batch_size", "zero", 0, "at least 1", "0"),
+            fault("max_length", "one", 1, "at least 2", "1"),
+        ],
+    ),
+    Subject(
+        "cache_hidden_states",
+        cache_hidden_states,
+        lambda: {"model": load_model("teacher"), "rows": cached_rows(), "path": "cache"},
+        [
+            fault("rows", "other than are there", ROWS, "another data", named="path"),
+            fault("path", "torn", "torn-cache", "corrupt"),
+        ],
+    ),
+]
+
+
+def cached_rows():
+    return tokenize(read_rows("rows.jsonl")[:2], load_tokenizer("teacher"), max_length=16)
+
+
+def known():
+    rows = cached_rows()
+    inputs, predicting, _ = shifted({name: value[None] for name, value in rows[0].items()})
+    return {"inputs": inputs, "predicting": predicting}
+
+
+SUBJECTS = [*TRAINER, *SETTINGS, *RUNNING, *CACHES]

@@ -1,0 +1,122 @@
+"""The folder in which malformed inputs are tried: models, runs and files, sound and spoilt."""
+
+import json
+import shutil
+from pathlib import Path
+
+from distill import material
+
+from rkl.distill import cache_hidden_states, distill, evaluate_run, load_model, load_tokenizer
+from rkl.distill.data import tokenize
+from rkl.distill.evaluate import EvaluateSettings
+from rkl.distill.sources import read_rows
+from rkl.runs import Run
+
+PROMPTS = [{"prompt": "def", "completion": " a function"}] * 3
+FILES = {
+    "broken.jsonl": '{"text": "a"}\n{"text": \n',
+    "numbers.jsonl": '{"text": "a"}\n3\n',
+    "columns.jsonl": '{"body": "a"}\n',
+    "mixed.jsonl": '{"text": "a"}\n{"prompt": "a", "completion": "b"}\n',
+    "not-text.jsonl": '{"text": 3}\n',
+    "null.jsonl": '{"text": null}\n',
+    "half.jsonl": '{"prompt": "a"}\n',
+    "halves.jsonl": '{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n',
+    "chat.jsonl": '{"messages": [{"role": "user", "content": "a"}]}\n',
+    "no-role.jsonl": '{"messages": [{"content": "a"}]}\n',
+    "no-messages.jsonl": '{"messages": []}\n',
+    "tools.jsonl": '{"messages": [{"role": "user", "content": "a"}], "tools": [1]}\n',
+    "deep.jsonl": '{"text": ' + "[" * 100_000 + "\n",
+    "empty.jsonl": "",
+    "blank.jsonl": "\n\n\n",
+    "blank.txt": " \n\n",
+    "object.json": '{"text": "a"}',
+    "broken.json": '[{"text": "a"},',
+    "table.csv": "text\na\n",
+    "letter.txt": "x",
+    "held.txt": "What no student of the manual has met before. " * 20,
+    "no-mapping.yaml": "- a\n- b\n",
+    "broken.yaml": "teacher: [",
+    "object.yaml": "teacher: !!python/object/apply:os.getcwd []\n",
+    "unknown.yaml": "learnin_rate: 1\n",
+    "typed.yaml": "max_steps: many\n",
+    "broken-config.json": "{",
+    "no-model.json": '{"model_type": "unheard-of"}',
+    "settings.yaml": "max_steps: 2\n",
+    "prompts.jsonl": "".join(json.dumps(row) + "\n" for row in PROMPTS),
+    "torn.jsonl": '{"step": 1}\n{"step": \n{"step": 3}\n',
+}
+RECORDS = {  # what run.json of a spoilt run holds
+    "torn": '{"format": 1, "kind": "dist',
+    "foreign": '{"name": "something else"}',
+    "list": "[]",
+    "later": '{"format": 99, "kind": "distill", "settings": {}, "seed": 0}',
+    "worded": '{"format": "1", "kind": "distill", "settings": {}, "seed": 0}',
+    "astray": '{"format": 1, "kind": "../distill", "settings": {}, "seed": 0}',
+    "numbered": '{"format": 1, "kind": 3, "settings": {}, "seed": 0}',
+    "unheard": '{"format": 1, "kind": "unheard_of", "settings": {}, "seed": 0}',
+    "verbless": '{"format": 1, "kind": "report", "settings": {}, "seed": 0}',
+    "unlisted": '{"format": 1, "kind": "distill", "settings": [], "seed": 0}',
+}
+
+
+def built(folder: Path) -> Path:
+    """Fill a folder and return it."""
+    material.write(folder)
+    for name, text in FILES.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    (folder / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "déjà"}\n'.encode("latin-1"))
+    (folder / "garbage.gguf").write_bytes(b"no model")
+    _spoil_models(folder)
+    _make_runs(folder)
+    _make_caches(folder)
+    return folder
+
+
+def _spoil_models(folder: Path) -> None:
+    other = material.model(1, 8, seed=3, vocab_size=7)
+    other.save_pretrained(folder / "narrow")
+    material.tokenizer().save_pretrained(folder / "narrow")
+    shutil.copytree(folder / "student", folder / "torn-weights")
+    weights = folder / "torn-weights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    shutil.copytree(folder / "student", folder / "torn-config")
+    (folder / "torn-config" / "config.json").write_text("{")
+    (folder / "nothing").mkdir()
+
+
+def _make_runs(folder: Path) -> None:
+    for name, text in RECORDS.items():
+        (folder / f"run-{name}").mkdir()
+        (folder / f"run-{name}" / "run.json").write_text(text)
+    Run.create(folder / "begun", "distill", {"teacher": str(folder / "teacher")}, seed=0)
+    Run.create(folder / "other", "studies.demo", {}, seed=0)
+    distill(material.settings(folder, max_steps=1, eval_blocks=1), folder / "run")
+    settings = EvaluateSettings(
+        str(folder / "held.txt"), max_length=16, max_blocks=2, prompts=0, device="cpu"
+    )
+    evaluate_run(folder / "run", settings)
+    shutil.copytree(folder / "run", folder / "torn-evaluation")
+    (folder / "torn-evaluation" / "evaluation.json").write_text('{"perplexity": ')
+    shutil.copytree(folder / "run", folder / "torn-metrics")
+    (folder / "torn-metrics" / "metrics.jsonl").write_text('{"step": \n{"step": 2}\n')
+
+
+def _make_caches(folder: Path) -> None:
+    rows = tokenize(
+        read_rows(folder / "rows.jsonl")[:2], load_tokenizer(folder / "teacher"), max_length=16
+    )
+    cache_hidden_states(load_model(folder / "teacher"), rows, folder / "cache")
+    for name, file, content in (
+        ("torn-cache", "cache.json", b'{"format": 1, "teach'),
+        ("later-cache", "cache.json", b'{"format": 99}'),
+        ("list-cache", "cache.json", b"[]"),
+        ("hollow-cache", "cache.json", b'{"format": 1}'),
+        ("torn-head", "head.safetensors", b"torn"),
+        ("torn-shard", "rows-00000.safetensors", b"torn"),
+    ):
+        shutil.copytree(folder / "cache", folder / name)
+        (folder / name / file).write_bytes(content)
+    shutil.copytree(folder / "cache", folder / "lost-shard")
+    (folder / "lost-shard" / "rows-00000.safetensors").unlink()

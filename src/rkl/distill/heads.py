@@ -131,7 +131,7 @@ def read_head(model: nn.Module) -> Head:
     two tokens, one of them stretched so far that no scale or soft cap can go unnoticed; if they
     differ, a warning names the model and the reason, and full logits are used.
     """
-    if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
+    if not isinstance(model, nn.Module) or getattr(model, "get_output_embeddings", None) is None:
         raise TypeError(
             f"model must be a causal language model of transformers; got a {type(model).__name__}."
         )

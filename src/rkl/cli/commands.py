@@ -177,11 +177,13 @@ def _properties(divergence: "Divergence") -> dict[str, bool]:
     """What holds of it, computed from its formula; only an f-divergence can be sampled."""
     from rkl.divergences import FDivergence
 
+    sampled = isinstance(divergence, FDivergence)
     return {
-        "f-divergence": isinstance(divergence, FDivergence),
+        "f-divergence": sampled,
+        "exact only": not sampled,
         "symmetric": divergence.symmetric,
         "bounded": divergence.bounded,
-        "scale-free": isinstance(divergence, FDivergence) and divergence.scale_free,
+        "scale-free": sampled and divergence.scale_free,
     }
 
 

@@ -202,7 +202,8 @@ def _pair(mean: Mapping[str, Any] | None) -> tuple[float, float] | None:
 def _divergence_rows(
     name: str, found: Sequence[Mapping[str, Any] | None]
 ) -> list[tuple[Cell, ...]]:
-    rows: list[tuple[Cell, ...]] = [(f"{name} (nats/token)", None, *map(_pair, found))]
+    unit = "share of mass" if name == "tv" else "nats/token"
+    rows: list[tuple[Cell, ...]] = [(f"{name} ({unit})", None, *map(_pair, found))]
     for part in ("head", "tail"):
         cells = (None if it is None else _pair(it[part]) for it in found)
         rows.append((f"  of it in the {part}", None, *cells))

@@ -151,6 +151,7 @@ def test_a_model_in_a_package_is_found_without_importing_it(tiny_model, tmp_path
     package.mkdir()
     (package / "__init__.py").write_text("raise AssertionError('imported')")
     (package / "tiny.gguf").write_bytes(b"GGUF")
+    (tmp_path / "gguf.py").touch()  # an extra that need not be installed for this
     monkeypatch.syspath_prepend(tmp_path)
     model, settings = tiny_model(), {}
 

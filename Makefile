@@ -49,7 +49,7 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-test $(VENV)/.installed-bench
-	$(BIN)/python benchmarks/linear_head.py
+	$(BIN)/python benchmarks/linear_head.py --all --eager --peers --memory
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

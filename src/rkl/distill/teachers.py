@@ -91,7 +91,7 @@ def is_adapted(model: nn.Module) -> bool:
     """Whether a model is PEFT's wrapper around another one."""
     if not is_peft_available():
         return False
-    from peft import PeftModel
+    from peft import PeftModel  # pyright: ignore[reportMissingImports]: an extra
 
     return isinstance(model, PeftModel)
 

@@ -16,6 +16,7 @@ from rkl.divergences.base import (
     log_ratio,
     near_or_far,
     number,
+    occurs,
     power,
     relative_entropy,
 )
@@ -90,8 +91,10 @@ class AKL(Divergence):
 
     def integrand(self, logp, logq, w):
         forward, reverse = relative_entropy(logp, logq), relative_entropy(logq, logp)
-        # 0 · ∞ = 0: a side without weight may be infinite
-        return torch.where(w > 0, w * forward, 0.0) + torch.where(w < 1, (1 - w) * reverse, 0.0)
+        forward, reverse = w * forward, (1 - w) * reverse
+        if occurs(lambda: (w == 0) | (w == 1)):  # 0 · ∞ = 0: a side without weight may be infinite
+            forward, reverse = torch.where(w > 0, forward, 0.0), torch.where(w < 1, reverse, 0.0)
+        return forward + reverse
 
     def excess(self, logp, logq, w):
         """That of both KLs, weighted: one tangent plane and one series."""

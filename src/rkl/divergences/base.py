@@ -3,7 +3,7 @@
 import abc
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -285,6 +285,14 @@ def check_laws(p: Distribution, q: Distribution) -> None:
             f"p has the batch shape {list(p.batch_shape)} and q {list(q.batch_shape)}, "
             "which do not broadcast."
         ) from None
+
+
+def occurs(case: Callable[[], Tensor]) -> bool:
+    """Whether a case has to be dealt with anywhere, in passes that would otherwise be saved.
+
+    It is asked only where that is cheap: compiled, the passes are fused and cost nothing.
+    """
+    return torch.compiler.is_compiling() or bool(case().any())
 
 
 def log_ratio(

@@ -1,0 +1,1 @@
+"""Bayes point estimates under any divergence, from any posterior."""

@@ -1,0 +1,331 @@
+"""What an exponential family is, and what follows from its log-partition alone."""
+
+import abc
+import dataclasses
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.distributions import Distribution
+
+Natural = tuple[Tensor, ...]  # components, [*batch, *event of the component] each
+Fixed = float | Tensor  # what a family holds fixed: one number, or one per law of the batch
+CLOSE = 1e-20  # Newton decrement, in nats, below which one more step leaves only rounding
+STEPS, HALVINGS = 200, 60
+
+
+@dataclass(frozen=True, eq=False)
+class ExponentialFamily(abc.ABC):
+    r"""The laws with density h(x) exp(⟨η, T(x)⟩ − A(η)) of one base measure h.
+
+    From A follow the mean parameter m = E T(x) = ∇A, the divergence KL(P_p ‖ P_q) =
+    A(q) − A(p) − ⟨q − p, ∇A(p)⟩, and both Bayes acts: the reverse-KL act has the posterior
+    mean of η, the forward-KL act that of m.
+
+    To write one, make a frozen dataclass (``eq=False``) with
+
+    - ``law``, ``events``, ``names`` and ``mean_names``: the distribution it describes, the number
+      of event axes of each component, and what its components are called;
+    - ``natural`` and ``from_natural``, ``statistic`` and ``log_partition``: η of a law and the
+      law of an η, T(x) and A(η); and ``inside`` where η does not range over everything;
+    - whatever has a better form than what follows from A: ``mean``, ``from_mean``, ``kl``.
+
+    What is fixed (a total count, a location, a design) is a field, read by ``of``.
+
+    Source: Brown (1986), chapters 1 and 3; Brand (2017), arXiv 1707.06366.
+    """
+
+    law: ClassVar[type]  # of distribution
+    events: ClassVar[tuple[int, ...]]
+    names: ClassVar[tuple[str, ...]]
+    mean_names: ClassVar[tuple[str, ...]]
+    parameters: ClassVar[tuple[str, ...]]  # of the law, those that log_fisher refers to
+
+    @classmethod
+    def of(cls, law: Distribution, draws: bool = True) -> "ExponentialFamily":
+        """The family of a law; along the first axis of ``draws`` nothing fixed may move."""
+        return cls()
+
+    def about(self, law: Distribution) -> "ExponentialFamily":
+        """The same family with T(x) taken about a law, lest large locations cost digits."""
+        return self
+
+    @abc.abstractmethod
+    def natural(self, law: Distribution) -> Natural:
+        """η of a law, whichever of its parametrisations it was made with."""
+
+    @abc.abstractmethod
+    def from_natural(self, natural: Natural) -> Distribution:
+        """The law of an η."""
+
+    @abc.abstractmethod
+    def statistic(self, x: Tensor) -> Natural:
+        """T(x), the sufficient statistic."""
+
+    @abc.abstractmethod
+    def log_partition(self, natural: Natural) -> Tensor:
+        """A(η) [*batch]."""
+
+    def mean(self, natural: Natural) -> Natural:
+        """M = E T(x) = ∇A(η)."""
+        with torch.enable_grad():
+            leaves = tuple(component.detach().requires_grad_() for component in natural)
+            return torch.autograd.grad(self.log_partition(leaves).sum(), leaves)
+
+    def from_mean(self, mean: Natural) -> Natural:
+        """η of an m: minimises A(η) − ⟨η, m⟩ by Newton's method in double precision.
+
+        Raises:
+            ValueError: No law of the family has this mean, or Newton's method found none.
+        """
+        target = tuple(component.double() for component in mean)
+        self.check_mean(target)
+        natural, close = self.start(target), False
+        for _ in range(STEPS):
+            gap = self.minus(target, self.mean(natural))
+            step = self.newton(natural, gap)
+            decrement = self.inner(gap, step)
+            if close := bool((decrement < CLOSE).all()):
+                natural = self.along(natural, step, torch.ones_like(decrement))
+                break
+            length = self._length(natural, target, step, decrement)
+            natural = self.along(natural, step, length)
+        if not close:
+            raise ValueError(
+                f"mean has no natural parameter that Newton's method found in {STEPS} steps; "
+                f"is it on the edge of the means of a {self.law.__name__}?"
+            )
+        return tuple(x.to(m.dtype) for x, m in zip(natural, mean, strict=True))
+
+    def start(self, mean: Natural) -> Natural:
+        """Where ``from_mean`` starts; inside the domain."""
+        return tuple(torch.zeros_like(component) for component in mean)
+
+    def newton(self, natural: Natural, gap: Natural) -> Natural:
+        """The Newton step, (∇²A)⁻¹ times the gap between the means wanted and had."""
+        flat = self.flatten(gap)
+        return self.unflatten(torch.linalg.solve(self.hessian(natural), flat), gap)
+
+    def hessian(self, natural: Natural) -> Tensor:
+        """∇²A [*batch, n, n] in the flattened components: the Fisher information of η."""
+        with torch.enable_grad():
+            leaf = self.flatten(natural).detach().requires_grad_()
+            mean = functools.partial(_differentiable_mean, self)
+            return jacobian(self.flatten(mean(self.unflatten(leaf, natural))), leaf)
+
+    def _length(self, natural, target, step, decrement):
+        """Halved until the step stays inside and does not pass the minimum by far."""
+        length = torch.ones_like(decrement)
+        for _ in range(HALVINGS):
+            trial = self.along(natural, step, length)
+            slope = self.inner(self.minus(target, self.mean(trial)), step)
+            good = self.contains(trial) & (slope >= -decrement / 2)
+            if good.all():
+                break
+            length = torch.where(good, length, length / 2)
+        return length
+
+    def kl(self, p: Natural, q: Natural) -> Tensor:
+        """KL(P_p ‖ P_q) in nats [*batch]."""
+        return (
+            self.log_partition(q)
+            - self.log_partition(p)
+            - self.inner(self.minus(q, p), self.mean(p))
+        )
+
+    def both_kl(self, p: Natural, q: Natural) -> tuple[Tensor, Tensor]:
+        """KL(P_p ‖ P_q) and KL(P_q ‖ P_p), sharing what they can."""
+        return self.kl(p, q), self.kl(q, p)
+
+    def dual(self, mean: Natural) -> Tensor:
+        """A*(m) = max over η of ⟨η, m⟩ − A(η): minus the entropy, less E log h."""
+        natural = self.from_mean(mean)
+        return self.inner(natural, mean) - self.log_partition(natural)
+
+    def log_fisher(self, law: Distribution) -> Tensor | None:
+        """Log determinant of the Fisher information of ``parameters`` [*batch]."""
+        leaves = [getattr(law, name).detach() for name in self.parameters]
+        axes = tuple(law.arg_constraints[name].event_dim for name in self.parameters)
+        leaf = _flat(tuple(leaves), axes).requires_grad_()
+        with torch.enable_grad():
+            own = dict(zip(self.parameters, _unflat(leaf, tuple(leaves), axes), strict=True))
+            natural = self.natural(self.remade(own))
+            slope = jacobian(self.flatten(natural), leaf)
+        return self.hessian(natural).slogdet()[1] + 2 * slope.slogdet()[1]
+
+    def remade(self, own: dict[str, Tensor]) -> Distribution:
+        """The law with these parameters of its own, and whatever is fixed."""
+        return self.law(**own, validate_args=False)
+
+    def inside(self, natural: Natural) -> tuple[Bool[Tensor, "..."], ...]:
+        """Per component, whether η is where A is finite [*batch]."""
+        return tuple(all_of(x.isfinite(), n) for x, n in zip(natural, self.events, strict=True))
+
+    def mean_inside(self, mean: Natural) -> tuple[Bool[Tensor, "..."], ...]:
+        """Per component, whether m is the mean of a law of the family [*batch]."""
+        return tuple(all_of(x.isfinite(), n) for x, n in zip(mean, self.events, strict=True))
+
+    def contains(self, natural: Natural) -> Bool[Tensor, "..."]:
+        """Whether η is the natural parameter of a law [*batch]."""
+        return functools.reduce(torch.logical_and, self.inside(natural))
+
+    def check(self, natural: Natural) -> None:
+        """Refuse η that is none, naming the component.
+
+        Raises:
+            ValueError: Some component is infinite, or where A is.
+        """
+        self._check("natural", self.names, natural, self.inside(natural))
+
+    def check_mean(self, mean: Natural) -> None:
+        """Refuse m that is the mean of no law, naming the component.
+
+        Raises:
+            ValueError: Some component is infinite, or on the edge of the means or beyond.
+        """
+        self._check("mean", self.mean_names, mean, self.mean_inside(mean))
+
+    def _check(self, which, names, values, inside):
+        for name, value, good in zip(names, values, inside, strict=True):
+            if not good.all():
+                worst = value[~good.expand(value.shape[: good.ndim])][0].tolist()
+                raise ValueError(
+                    f"{which} must lie inside the {which} parameters of a {self.law.__name__}; "
+                    f"its component {name} is {worst} "
+                    f"(in {int((~good).sum())} of {good.numel()})."
+                )
+
+    def inner(self, a: Natural, b: Natural) -> Tensor:
+        """⟨a, b⟩ [*batch]."""
+        parts = (sum_of(x * y, n) for x, y, n in zip(a, b, self.events, strict=True))
+        return functools.reduce(torch.add, parts)
+
+    def minus(self, a: Natural, b: Natural) -> Natural:
+        """A − b by components."""
+        return tuple(x - y for x, y in zip(a, b, strict=True))
+
+    def along(self, natural: Natural, step: Natural, length: Tensor) -> Natural:
+        """η + length · step, with one length per law."""
+        return tuple(
+            x + length.reshape(*length.shape, *[1] * n) * s
+            for x, s, n in zip(natural, step, self.events, strict=True)
+        )
+
+    def flatten(self, components: Natural) -> Tensor:
+        """The components side by side, [*batch, n]."""
+        return _flat(components, self.events)
+
+    def unflatten(self, flat: Tensor, like: Natural) -> Natural:
+        """The components again, shaped as ``like``."""
+        return _unflat(flat, like, self.events)
+
+    def __eq__(self, other):
+        mine = dataclasses.fields(self)
+        return type(other) is type(self) and all(
+            _same(getattr(self, field.name), getattr(other, field.name)) for field in mine
+        )
+
+    def __hash__(self):
+        return hash(type(self))
+
+
+def families() -> dict[type, type[ExponentialFamily]]:
+    """Every family there is, by the law it describes: whatever derives from the base class."""
+    found: dict[type, type[ExponentialFamily]] = {}
+    waiting = [ExponentialFamily]
+    while waiting:
+        kind = waiting.pop(0)
+        waiting += kind.__subclasses__()
+        if not inspect.isabstract(kind):
+            found.setdefault(kind.law, kind)
+    return found
+
+
+def family_of(law: Distribution, draws: bool = True) -> ExponentialFamily | None:
+    """The exponential family of a law of torch, or None where it is in none that is known.
+
+    Args:
+        law: A distribution; with ``draws``, its first batch axis holds draws of its parameters.
+        draws: Whether what the family holds fixed may differ along the first axis, as between
+            groups, or may not.
+
+    Raises:
+        TypeError: It is no distribution.
+        ValueError: What the family holds fixed moves from draw to draw.
+
+    >>> family_of(torch.distributions.Binomial(10, probs=torch.tensor([0.1, 0.2])))
+    BinomialFamily(total_count=10.0)
+    """
+    if not isinstance(law, Distribution):
+        raise TypeError(f"law must be a distribution of torch; got a {type(law).__name__}.")
+    kind = families().get(type(law))
+    return None if kind is None else kind.of(law, draws)
+
+
+def fixed(name: str, value: Tensor, draws: bool, why: str) -> Fixed:
+    """What is fixed, as one number where it is one, else one per law after the axis of draws."""
+    first = value.flatten()[0] if value.numel() else torch.zeros(())
+    if (value == first).all():
+        return float(first)
+    if not draws:
+        return value
+    if value.ndim < 2 or not (value == value[:1]).all():
+        raise ValueError(f"{name} must not move from draw to draw: {why}.")
+    return value[0]
+
+
+def jacobian(outputs: Tensor, leaf: Tensor) -> Tensor:
+    """Slopes [*batch, outputs, n] of outputs [*batch, m] in a leaf [*batch, n], law by law."""
+    rows = [
+        torch.autograd.grad(column.sum(), leaf, create_graph=True, materialize_grads=True)[0]
+        for column in outputs.unbind(-1)
+    ]
+    return torch.stack(rows, -2).detach()
+
+
+def sum_of(x: Tensor, axes: int) -> Tensor:
+    """Sum over the last axes, none included."""
+    return x.sum(tuple(range(-axes, 0))) if axes else x
+
+
+def all_of(x: Tensor, axes: int) -> Tensor:
+    """Whether all hold over the last axes, none included."""
+    return x.all(tuple(range(-axes, 0))) if axes else x  # type: ignore[arg-type]
+
+
+def _differentiable_mean(family: ExponentialFamily, natural: Natural) -> Natural:
+    """∇A(η) with its graph, from A itself."""
+    return torch.autograd.grad(
+        family.log_partition(natural).sum(), natural, create_graph=True, materialize_grads=True
+    )
+
+
+def _flat(components: Natural, axes: tuple[int, ...]) -> Tensor:
+    batch = torch.broadcast_shapes(
+        *(x.shape[: x.ndim - n] for x, n in zip(components, axes, strict=True))
+    )
+    return torch.cat(
+        [
+            x.expand(*batch, *x.shape[x.ndim - n :]).reshape(*batch, -1)
+            for x, n in zip(components, axes, strict=True)
+        ],
+        -1,
+    )
+
+
+def _unflat(flat: Tensor, like: Natural, axes: tuple[int, ...]) -> Natural:
+    shapes = [x.shape[x.ndim - n :] for x, n in zip(like, axes, strict=True)]
+    parts = flat.split([shape.numel() for shape in shapes], -1)
+    return tuple(
+        part.reshape(*flat.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)
+    )
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return type(a) is type(b) and a == b

@@ -1,0 +1,356 @@
+"""Posterior draws by name, from whatever holds them, read when they are asked for."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+NUMBERS = 2**22  # in one chunk of draws: 32 MiB
+AXES = ("chain", "draw")
+READABLE = (
+    "a DataTree or InferenceData with a group 'posterior', an xarray Dataset, a dict of arrays "
+    "[chains, draws, ...], a path ending in .nc, .zarr or .csv, a cmdstanpy fit, or an emcee "
+    "sampler"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Posterior draws by name, [chains, draws, ...] each.
+
+    What is lazy stays lazy: a variable of a NetCDF or Zarr file, or of dask, is read chunk by
+    chunk. Everything leaves as float64, and finite, or not at all.
+
+    Args:
+        variables: Arrays by name: tensors, NumPy arrays, nested lists, or DataArrays with the
+            dimensions chain and draw, wherever they stand.
+        weights: Weight of every draw, for draws of importance sampling or SMC; at least 0. They
+            are normalised to sum to 1. Weights of PSIS come as logarithms: take their softmax.
+
+    Raises:
+        ValueError: If shapes disagree, an axis is missing, or a weight is negative.
+        TypeError: If a variable holds no real numbers.
+
+    >>> draws = Draws({"mu": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]})
+    >>> draws.chains, draws.draws, draws.shape("mu"), draws["mu"].mean().item()
+    (2, 3, (), 3.5)
+    """
+
+    variables: Mapping[str, Any]
+    weights: Float[Tensor, "chains draws"] | None = None
+
+    def __post_init__(self):
+        if not self.variables:
+            raise ValueError("draws must hold at least one variable; got none.")
+        held = {name: _held(name, value) for name, value in self.variables.items()}
+        object.__setattr__(self, "variables", held)
+        for name, array in held.items():
+            size = array.sizes["chain"], array.sizes["draw"]
+            if size != (self.chains, self.draws):
+                raise ValueError(
+                    f"{name} has {size[0]} chains of {size[1]} draws but {self.names[0]} has "
+                    f"{self.chains} of {self.draws}."
+                )
+        if not self.chains * self.draws:
+            raise ValueError(f"draws must not be empty; got {self.chains} x {self.draws}.")
+        if self.weights is not None:
+            object.__setattr__(self, "weights", self._normalised(self.weights))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the variables are called."""
+        return tuple(self.variables)
+
+    @property
+    def chains(self) -> int:
+        """Number of chains."""
+        return self._size()["chain"]
+
+    @property
+    def draws(self) -> int:
+        """Number of draws of each chain."""
+        return self._size()["draw"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one draw of a variable."""
+        return tuple(n for axis, n in self.of(name).sizes.items() if axis not in AXES)
+
+    def of(self, name: str) -> xr.DataArray:
+        """A variable as it is kept, unread."""
+        if name not in self.variables:
+            raise ValueError(
+                f"draws hold no variable {name!r}; there are {', '.join(self.names)}."
+            )
+        return self.variables[name]
+
+    def __getitem__(self, name: str) -> Float[Tensor, "chains draws *event"]:
+        """All draws of a variable, read into memory."""
+        return self._finite(name, slice(None), slice(None))
+
+    def chunks(
+        self, names: Sequence[str], size: int | None = None
+    ) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
+        """The draws of some variables in order, a few at a time.
+
+        Args:
+            names: Variables to read.
+            size: About how many numbers to read at a time. A chunk holds whole draws, and as
+                many as the file stores together.
+
+        Yields:
+            The chain, the draws within it, and every variable's, [draws, ...].
+        """
+        rows = self._rows(names, NUMBERS if size is None else size)
+        for chain in range(self.chains):
+            for start in range(0, self.draws, rows):
+                part = slice(start, min(start + rows, self.draws))
+                yield chain, part, {name: self._finite(name, chain, part) for name in names}
+
+    def every(self, step: int) -> "Draws":
+        """Every step-th draw, still unread, with its weight."""
+        if step < 1:
+            raise ValueError(f"step must be at least 1; got {step}.")
+        thin = slice(None, None, step)
+        taken = {name: array.isel(draw=thin) for name, array in self.variables.items()}
+        return Draws(taken, None if self.weights is None else self.weights[:, thin])
+
+    def _size(self) -> Mapping[Any, int]:
+        return next(iter(self.variables.values())).sizes
+
+    def _finite(self, name: str, chains: int | slice, draws: slice) -> Tensor:
+        values = read(self.of(name), chains, draws)
+        # One sum tells, unless finite numbers overflow in it.
+        if not values.sum().isfinite() and not values.isfinite().all():
+            raise ValueError(_unfinite(name, values, chains, draws))
+        return values
+
+    def _rows(self, names: Sequence[str], size: int) -> int:
+        if not names:
+            raise ValueError("names must name at least one variable; got none.")
+        if size < 1:
+            raise ValueError(f"size must be at least 1; got {size}.")
+        rows = max(1, size // max(1, sum(math.prod(self.shape(name)) for name in names)))
+        # What is stored together is decompressed together: read it once, not once per chunk.
+        stored = max(_stored_together(self.variables[name]) for name in names)
+        return min(self.draws, -(-rows // stored) * stored)
+
+    def _normalised(self, weights: Tensor) -> Tensor:
+        weights = weights.detach().to("cpu", torch.float64)
+        if weights.shape != (self.chains, self.draws):
+            raise ValueError(
+                f"weights must be [chains, draws], [{self.chains}, {self.draws}]; "
+                f"got {list(weights.shape)}."
+            )
+        if not weights.isfinite().all() or weights.min() < 0 or not weights.sum() > 0:
+            raise ValueError(
+                "weights must be finite, at least 0, and not all 0; "
+                f"got values from {weights.min():.4g} to {weights.max():.4g}."
+            )
+        return weights / weights.sum()
+
+
+def read_draws(source: Any, weights: Any = None) -> Draws:
+    """Posterior draws from whatever holds them, unread where that can be.
+
+    Of a DataTree, an InferenceData or a file, the group ``posterior`` is taken, and beside it
+    ``lp`` of the group ``sample_stats``, which some posteriors need for their mode.
+
+    Args:
+        source: Draws; a DataTree, InferenceData or Dataset; a dict of arrays
+            [chains, draws, ...]; the path of a NetCDF or Zarr store, or of CmdStan's csv (or a
+            list of them); a cmdstanpy fit; an emcee sampler or backend, whose walkers become
+            chains. The last three are read by ArviZ.
+        weights: Weight of each draw, [chains, draws].
+
+    Raises:
+        ValueError: If the source holds no posterior draws, or cannot be read.
+        FileNotFoundError: If a path leads nowhere.
+        ImportError: If reading the source takes ArviZ (or Zarr) and it is not installed.
+
+    >>> read_draws({"mu": torch.zeros(4, 1000), "theta": torch.zeros(4, 1000, 8)}).names
+    ('mu', 'theta')
+    """
+    draws = source if isinstance(source, Draws) else Draws(_variables(source))
+    if weights is None:
+        return draws
+    weights = weights if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights))
+    return dataclasses.replace(draws, weights=weights)
+
+
+def read(array: xr.DataArray, chains: int | slice, draws: slice) -> Tensor:
+    """Some draws of a variable, [chains, draws, ...] or, of one chain, [draws, ...]; float64."""
+    part = array.isel(chain=chains, draw=draws)
+    part = part.transpose(*(axis for axis in AXES if axis in part.dims), ...)
+    return torch.from_numpy(np.require(part.values, np.float64, ["C", "W"]))
+
+
+def _held(name: str, value: Any) -> xr.DataArray:
+    """A variable as it is kept: numbers over chain, draw and what else."""
+    array = value if isinstance(value, xr.DataArray) else _labelled(name, value)
+    if not {*AXES} <= {*array.dims}:
+        raise ValueError(
+            f"{name} must have the dimensions chain and draw; got {_dimensions(array)}."
+        )
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must hold real numbers; got {array.dtype}.")
+    return array
+
+
+def _labelled(name: str, value: Any) -> xr.DataArray:
+    if isinstance(value, Tensor) and not value.is_complex():
+        value = value.detach().to("cpu", torch.float64).numpy()
+    elif not type(value).__module__.startswith("dask."):
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{name} must have chains of one length: {error}") from error
+    if value.ndim < 2:
+        raise ValueError(
+            f"{name} must be [chains, draws, ...]; got {list(value.shape)}. "
+            f"Draws of a single chain are {name}[None]."
+        )
+    return xr.DataArray(value, dims=(*AXES, *(f"axis_{i}" for i in range(value.ndim - 2))))
+
+
+def _dimensions(data: xr.Dataset | xr.DataArray) -> str:
+    names = ", ".join(map(str, data.sizes)) or "none"
+    return f"{names} (unstack sample first)" if "sample" in data.sizes else names
+
+
+def _variables(source: Any) -> Mapping[str, Any]:
+    """The variables of a source, none of them read."""
+    if isinstance(source, xr.Dataset):
+        return _of_dataset(source, "the Dataset")
+    if isinstance(source, Mapping) and not isinstance(source, xr.DataTree):
+        return source
+    if isinstance(source, str | os.PathLike):
+        return _of_path(Path(source))
+    if isinstance(source, list | tuple):
+        return _of_csv(source)
+    made_by = type(source).__module__.partition(".")[0]
+    if made_by in ("cmdstanpy", "emcee"):
+        return _by_arviz(f"from_{made_by}", source, f"a {type(source).__name__} of {made_by}")
+    if isinstance(source, xr.DataTree) or getattr(source, "posterior", None) is not None:
+        return _of_tree(source)
+    raise TypeError(f"draws must be {READABLE}; got {type(source).__name__}.")
+
+
+def _of_tree(tree: Any) -> Mapping[str, Any]:
+    """The posterior of a DataTree, or of the InferenceData of older ArviZ."""
+    groups = [getattr(tree, "posterior", tree), getattr(tree, "sample_stats", None)]
+    groups = [x.to_dataset() if isinstance(x, xr.DataTree) else x for x in groups]
+    what = f"the {type(tree).__name__}"
+    if not isinstance(groups[0], xr.Dataset):
+        raise TypeError(
+            f"{what} must have an xarray Dataset as its posterior; got {groups[0]!r:.60}."
+        )
+    return _of_dataset(groups[0], what, groups[1])
+
+
+def _of_dataset(
+    dataset: xr.Dataset, what: str, statistics: xr.Dataset | None = None
+) -> Mapping[str, Any]:
+    found = {str(k): array for k, array in dataset.data_vars.items() if {*AXES} <= {*array.dims}}
+    if not found:
+        raise ValueError(
+            f"{what} holds no posterior: expected a group 'posterior', or variables over the "
+            f"dimensions chain and draw; got the dimensions {_dimensions(dataset)}."
+        )
+    if statistics is not None and "lp" in statistics:
+        found.setdefault("lp", statistics["lp"])
+    return found
+
+
+def _of_path(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".csv":
+        return _of_csv([path])
+    engines = {".nc": "h5netcdf", ".netcdf": "h5netcdf", ".h5": "h5netcdf", ".zarr": "zarr"}
+    if path.suffix not in engines:
+        raise ValueError(
+            f"{path} must end in .nc, .zarr or .csv; got {path.suffix or 'no suffix'}."
+        )
+    _exists(path)
+    engine = engines[path.suffix]
+    posterior = _group(path, engine, "posterior")
+    if posterior is None:
+        try:
+            posterior = _open(path, engine)
+        except Exception as error:  # each library that may read it has its own
+            if "unrecognized engine 'zarr'" in str(error):
+                raise ImportError(f"Reading {path} takes Zarr: pip install zarr.") from error
+            kind = "Zarr" if engine == "zarr" else "NetCDF 4 (HDF5)"
+            raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
+    return _of_dataset(posterior, str(path), _group(path, engine, "sample_stats"))
+
+
+def _open(path: Path, engine: str, group: str | None = None) -> xr.Dataset:
+    # without a cache, or what was read once would stay in memory
+    return xr.open_dataset(
+        path,
+        engine=engine,
+        group=group,
+        cache=False,
+        decode_times=False,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _of_csv(paths: Sequence[Any]) -> Mapping[str, Any]:
+    if not paths or not all(str(path).endswith(".csv") for path in paths):
+        raise TypeError(f"a list of draws must hold paths of CmdStan's csv; got {paths!r:.60}.")
+    for path in paths:
+        _exists(Path(path))
+    return _by_arviz("from_cmdstan", [str(path) for path in paths], "CmdStan's csv")
+
+
+def _group(path: Path, engine: str, name: str) -> xr.Dataset | None:
+    """One group of a file, unread, or None if that fails."""
+    try:
+        return _open(path, engine, name)
+    except Exception:  # the file's root, opened next, says what is wrong with it
+        return None
+
+
+def _exists(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"No draws at {path}: there is no such file.")
+
+
+def _by_arviz(reader: str, source: Any, what: str) -> Mapping[str, Any]:
+    try:
+        import arviz  # pyright: ignore[reportMissingImports]: an extra
+    except ImportError as error:
+        raise ImportError(f"Reading {what} takes ArviZ: pip install 'rkl[arviz]'.") from error
+    if not hasattr(arviz, reader):
+        raise ImportError(
+            f"Reading {what} takes arviz.{reader}, which ArviZ {arviz.__version__} lacks. "
+            "Hand over cmdstanpy.from_csv(...) instead."
+        )
+    return _of_tree(getattr(arviz, reader)(source))
+
+
+def _stored_together(array: xr.DataArray) -> int:
+    """How many draws of one chain are kept in one piece, by a file or by dask."""
+    if array.chunks is not None:
+        return array.chunksizes["draw"][0]
+    pieces = array.encoding.get("chunksizes") or array.encoding.get("chunks")
+    return pieces[array.dims.index("draw")] if pieces else 1
+
+
+def _unfinite(name: str, values: Tensor, chains: int | slice, draws: slice) -> str:
+    where = (~values.isfinite()).nonzero()
+    at = where[0].tolist()
+    value = values[tuple(at)].item()
+    chain, draw = (chains, at[0]) if isinstance(chains, int) else (at[0], at[1])
+    return (
+        f"{name} must be finite; got {value} at chain {chain}, draw {draw + (draws.start or 0)}, "
+        f"one of {len(where)}."
+    )

@@ -1,0 +1,288 @@
+import builtins
+import types
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from rkl.bayes.draws import Draws, read_draws
+
+
+def posterior(chains=3, draws=20, seed=0):
+    generator = np.random.default_rng(seed)
+    return {
+        "mu": generator.normal(size=(chains, draws)),
+        "theta": generator.normal(size=(chains, draws, 2, 5)),
+    }
+
+
+def dataset(arrays):
+    return xr.Dataset(
+        {
+            name: (("chain", "draw", *map("{}".format, range(array.ndim - 2))), array)
+            for name, array in arrays.items()
+        }
+    )
+
+
+def tree(arrays, lp=None):
+    groups = {"posterior": dataset(arrays)}
+    if lp is not None:
+        groups["sample_stats"] = dataset({"lp": lp, "diverging": lp > 0})
+    return xr.DataTree.from_dict(groups)
+
+
+def same(draws, arrays):
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(draws[name].numpy(), array)
+    return True
+
+
+def test_every_source_holds_the_same_draws(tmp_path):
+    arrays = posterior()
+    tree(arrays).to_netcdf(tmp_path / "tree.nc", engine="h5netcdf")
+    dataset(arrays).to_netcdf(tmp_path / "flat.nc", engine="h5netcdf")
+    sources = [
+        Draws(arrays),
+        arrays,
+        {name: array.tolist() for name, array in arrays.items()},
+        {name: torch.from_numpy(array) for name, array in arrays.items()},
+        dataset(arrays),
+        tree(arrays),
+        tree(arrays)["posterior"],
+        types.SimpleNamespace(posterior=dataset(arrays)),  # what older ArviZ hands over
+        tmp_path / "tree.nc",
+        str(tmp_path / "flat.nc"),
+    ]
+    for source in sources:
+        draws = read_draws(source)
+        assert (draws.chains, draws.draws, draws.names) == (3, 20, ("mu", "theta"))
+        assert draws.shape("theta") == (2, 5)
+        assert same(draws, arrays)
+
+
+def test_chain_and_draw_may_stand_anywhere_in_a_dataset():
+    arrays = posterior()
+    moved = dataset(arrays).transpose("1", "draw", "0", "chain", ...)
+    draws = read_draws(moved)
+    assert draws.shape("theta") == (5, 2)
+    torch.testing.assert_close(draws["theta"], torch.from_numpy(arrays["theta"]).mT)
+    _, part, chunk = list(draws.chunks(["theta"], size=70))[2]
+    assert part == slice(14, 20)
+    torch.testing.assert_close(chunk["theta"], torch.from_numpy(arrays["theta"])[0, 14:].mT)
+
+
+@pytest.mark.parametrize("size", [1, 25, 100, 10_000])
+def test_chunks_hold_every_draw_once_and_in_order(size):
+    arrays = posterior()
+    seen = {name: torch.zeros(array.shape) for name, array in arrays.items()}
+    last = (-1, 0)
+    for chain, part, chunk in Draws(arrays).chunks(["mu", "theta"], size):
+        assert (chain, part.start) > last
+        last = (chain, part.start)
+        assert chunk["theta"].numel() <= max(size, 10)
+        for name in arrays:
+            seen[name][chain, part] += chunk[name]
+    for name, array in arrays.items():
+        torch.testing.assert_close(seen[name], torch.from_numpy(array).float())
+
+
+def test_what_is_lazy_is_read_no_further_than_asked(tmp_path, monkeypatch):
+    path = tmp_path / "posterior.nc"
+    arrays = posterior(draws=1_000)
+    tree(arrays, lp=arrays["mu"]).to_netcdf(path, engine="h5netcdf")
+    read = []
+    original = xr.backends.h5netcdf_.H5NetCDFArrayWrapper._getitem
+    monkeypatch.setattr(
+        xr.backends.h5netcdf_.H5NetCDFArrayWrapper,
+        "_getitem",
+        lambda self, key: (read.append((self.variable_name, key)), original(self, key))[1],
+    )
+    draws = read_draws(path)
+    next(iter(draws.chunks(["theta"], size=100)))
+    assert {name for name, _ in read} <= {"theta", "chain", "draw"}
+    assert [key[:2] for name, key in read if name == "theta"] == [(0, slice(0, 10, 1))]
+    assert draws.every(100)["theta"].shape == (3, 10, 2, 5)
+
+
+def test_a_chunk_takes_whole_pieces_of_what_the_file_compresses_together(tmp_path):
+    path = tmp_path / "posterior.nc"
+    pieces = {"mu": {"chunksizes": (1, 150), "zlib": True}}
+    dataset(posterior(draws=400)).to_netcdf(path, engine="h5netcdf", encoding=pieces)
+    parts = [part for chain, part, _ in read_draws(path).chunks(["mu"], size=10) if chain == 0]
+    assert parts == [slice(0, 150), slice(150, 300), slice(300, 400)]
+
+
+def test_log_posterior_densities_are_found_among_the_sample_statistics(tmp_path):
+    arrays = posterior()
+    held = tree(arrays, lp=arrays["mu"])
+    held.to_netcdf(tmp_path / "posterior.nc", engine="h5netcdf")
+    for source in (held, tmp_path / "posterior.nc"):
+        draws = read_draws(source)
+        assert draws.names == ("mu", "theta", "lp")
+        np.testing.assert_array_equal(draws["lp"].numpy(), arrays["mu"])
+    own = tree(arrays | {"lp": 2 * arrays["mu"]}, lp=arrays["mu"])
+    np.testing.assert_array_equal(read_draws(own)["lp"].numpy(), 2 * arrays["mu"])
+
+
+def test_weights_are_normalised_and_follow_the_draws():
+    arrays = posterior()
+    weights = np.random.default_rng(1).random((3, 20))
+    draws = read_draws(arrays, weights=weights)
+    assert draws.weights.sum().item() == pytest.approx(1, rel=1e-14)
+    torch.testing.assert_close(draws.weights * weights.sum(), torch.from_numpy(weights))
+    thin = draws.every(3)
+    assert (thin.draws, thin.weights.shape) == (7, (3, 7))
+    assert same(thin, {name: array[:, ::3] for name, array in arrays.items()})
+    again = read_draws(draws, weights=np.ones((3, 20)))
+    torch.testing.assert_close(again.weights, torch.full((3, 20), 1 / 60, dtype=torch.float64))
+
+
+def test_integers_single_precision_and_foreign_byte_order_leave_as_doubles():
+    count = np.arange(6).reshape(2, 3)
+    kinds = (np.int64, np.uint8, bool, np.float32, ">f8")
+    draws = Draws({str(kind): count.astype(kind) for kind in kinds})
+    for name, kind in zip(draws.names, kinds, strict=True):
+        assert draws[name].dtype is torch.float64
+        assert draws[name].tolist() == count.astype(kind).tolist()
+    frozen = count.astype(float)
+    frozen.flags.writeable = False
+    assert Draws({"x": frozen})["x"].tolist() == count.tolist()
+
+
+REFUSED = {
+    "no variable": ({}, ValueError, "at least one variable"),
+    "one axis": (
+        {"x": torch.zeros(5)},
+        ValueError,
+        r"x must be .* \[5\]. .* single chain are x\[",
+    ),
+    "a number": ({"x": 1.0}, ValueError, r"x must be \[chains, draws, ...\]; got \[\]"),
+    "no draws": ({"x": torch.zeros(2, 0)}, ValueError, "not be empty; got 2 x 0"),
+    "unequal chains": ({"x": [[1.0, 2.0], [3.0]]}, ValueError, "x must have chains of one length"),
+    "unequal variables": (
+        {"x": torch.zeros(4, 9), "y": torch.zeros(4, 8)},
+        ValueError,
+        "y has 4 chains of 8 draws but x has 4 of 9",
+    ),
+    "text": ({"x": np.full((2, 3), "a")}, TypeError, "x must hold real numbers; got <U1"),
+    "complex": ({"x": np.full((2, 3), 1j)}, TypeError, "x must hold real numbers; got complex"),
+    "stacked": (
+        dataset(posterior()).stack(sample=("chain", "draw")),
+        ValueError,
+        r"no posterior: .*\(unstack sample first",
+    ),
+    "a Dataset of something else": (
+        xr.Dataset({"t": ("lat", [1.0])}),
+        ValueError,
+        "no posterior: .* got the dimensions lat",
+    ),
+    "an array without chains": (
+        {"x": xr.DataArray([1.0], dims="draw")},
+        ValueError,
+        "x must have the dimensions chain and draw; got draw",
+    ),
+    "a tree without posterior": (
+        xr.DataTree.from_dict({"prior": dataset(posterior())}),
+        ValueError,
+        "the DataTree holds no posterior",
+    ),
+    "a posterior of another kind": (
+        types.SimpleNamespace(posterior="mu"),
+        TypeError,
+        "must have an xarray Dataset as its posterior; got 'mu'",
+    ),
+    "something else": (3, TypeError, "draws must be a DataTree .* got int"),
+    "a list": ([1.0, 2.0], TypeError, "list of draws must hold paths of CmdStan's csv"),
+    "a suffix": ("posterior.txt", ValueError, r"must end in .nc, .zarr or .csv; got .txt"),
+    "a missing file": ("nowhere.nc", FileNotFoundError, "No draws at nowhere.nc"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_holds_no_draws_is_refused_in_one_sentence(case):
+    source, kind, message = REFUSED[case]
+    with pytest.raises(kind, match=message) as refused:
+        read_draws(source)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_draws_that_are_not_finite_are_refused_where_they_stand(value):
+    arrays = posterior()
+    arrays["theta"][1, 7, 0, 3] = value
+    draws = Draws(arrays)
+    assert draws["mu"].shape == (3, 20)
+    with pytest.raises(ValueError, match=r"theta must be finite; .* chain 1, draw 7, one of 1"):
+        draws["theta"]
+    with pytest.raises(ValueError, match=r"theta must be finite; .* chain 1, draw 7, one of 1"):
+        list(draws.chunks(["theta"], size=20))
+
+
+def test_finite_draws_whose_sum_overflows_are_accepted():
+    assert Draws({"x": torch.full((1, 4), 1e308, dtype=torch.float64)})["x"].max() == 1e308
+
+
+def test_unknown_names_are_answered_with_those_that_exist():
+    draws = Draws(posterior())
+    for ask in (draws.shape, draws.__getitem__, lambda name: list(draws.chunks([name]))):
+        with pytest.raises(ValueError, match="no variable 'sigma'; there are mu, theta"):
+            ask("sigma")
+    with pytest.raises(ValueError, match="names must name at least one variable"):
+        list(draws.chunks([]))
+    with pytest.raises(ValueError, match="size must be at least 1; got 0"):
+        list(draws.chunks(["mu"], 0))
+    with pytest.raises(ValueError, match="step must be at least 1; got 0"):
+        draws.every(0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones((3, 19)), r"weights must be \[chains, draws\], \[3, 20\]; got \[3, 19\]"),
+        (np.ones(60), r"weights must be .* got \[60\]"),
+        (-np.ones((3, 20)), "at least 0, and not all 0; got values from -1"),
+        (np.zeros((3, 20)), "not all 0"),
+        (np.full((3, 20), np.nan), "finite"),
+    ],
+)
+def test_weights_that_weigh_nothing_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        read_draws(posterior(), weights=weights)
+
+
+def test_corrupt_and_foreign_files_are_refused_by_name(tmp_path):
+    (tmp_path / "text.nc").write_text("mu,sigma\n1,2\n")
+    with pytest.raises(ValueError, match=r"text.nc cannot be read as NetCDF 4 \(HDF5\)"):
+        read_draws(tmp_path / "text.nc")
+    whole = tmp_path / "whole.nc"
+    dataset(posterior(draws=1_000)).to_netcdf(whole, engine="h5netcdf")
+    (tmp_path / "cut.nc").write_bytes(whole.read_bytes()[:3_000])
+    with pytest.raises(ValueError, match="cut.nc cannot be read as NetCDF 4"):
+        read_draws(tmp_path / "cut.nc")
+    xr.Dataset({"t": (("lat", "lon"), np.ones((2, 2)))}).to_netcdf(
+        tmp_path / "climate.nc", engine="h5netcdf"
+    )
+    with pytest.raises(ValueError, match="climate.nc holds no posterior: .* dimensions lat, lon"):
+        read_draws(tmp_path / "climate.nc")
+
+
+def test_what_takes_arviz_says_so_where_it_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "chain.csv").write_text("lp__,mu\n1,2\n")
+    real = builtins.__import__
+
+    def without_arviz(name, *rest):
+        if name == "arviz":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_arviz)
+    sampler = type("EnsembleSampler", (), {"__module__": "emcee.ensemble"})()
+    for source, what in [
+        (tmp_path / "chain.csv", "CmdStan's csv"),
+        ([tmp_path / "chain.csv"] * 2, "CmdStan's csv"),
+        (sampler, "a EnsembleSampler of emcee"),
+    ]:
+        with pytest.raises(ImportError, match=rf"{what} takes ArviZ: pip install 'rkl\[arviz\]'"):
+            read_draws(source)

@@ -1,0 +1,353 @@
+"""The family as it was asked for, read into a map from posterior draws to distributions."""
+
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributions
+from torch import Tensor
+from torch.distributions import Distribution, Independent, TransformedDistribution
+from torch.distributions.constraints import Constraint
+
+from rkl.bayes import families
+from rkl.bayes.draws import Draws
+from rkl.bayes.families import ExponentialFamily, family_of
+from rkl.divergences import parse
+
+PROBE = 16  # draws looked at before the rest is read
+_STRUCTURES = {"Distribution", "ExponentialFamily", "Independent", "TransformedDistribution"}
+
+
+class Theta(Mapping):
+    """Some draws by name, [n, ...] each: theta["mu"] and theta.mu are the same."""
+
+    def __init__(self, drawn: Mapping[str, Tensor]):
+        self._drawn = drawn
+        self._seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._drawn:
+            raise KeyError(f"no variable is called {name!r}; there are {', '.join(self)}")
+        self._seen.add(name)
+        return self._drawn[name]
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._drawn)
+
+    def __len__(self) -> int:
+        return len(self._drawn)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A family of laws, and which of the posterior's variables each of its members takes."""
+
+    text: str
+    names: tuple[str, ...]
+    make: Callable[[Theta], Distribution]
+    settings: Mapping[str, Any] | None = None  # parameter of torch -> variable, or fixed value
+    kind: type[Distribution] | None = None
+    design: Any = None
+
+    def law(self, theta: Mapping[str, Tensor]) -> Distribution:
+        """The laws of n draws, of batch shape [n, *batch].
+
+        Raises:
+            ValueError: The family refuses them, or ignores how many they are.
+            TypeError: It makes no distribution of torch.
+        """
+        return self.check(Theta(theta))
+
+    def check(self, theta: Theta) -> Distribution:
+        """The same, from draws that note which of them are looked at."""
+        rows = len(next(iter(theta._drawn.values())))
+        self._check_domain(theta)
+        try:
+            law = self.make(theta)
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            shapes = ", ".join(f"{k} {list(x.shape[1:])}" for k, x in theta._drawn.items())
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"family {self.text} cannot take {shapes}: {reason}") from error
+        if not isinstance(law, Distribution):
+            raise TypeError(f"family {self.text} must make a distribution of torch; got {law!r}.")
+        if law.batch_shape[:1] != (rows,):
+            raise ValueError(
+                f"family {self.text} must make one law for each of {rows} draws, with the batch "
+                f"shape [{rows}, ...]; got {list(law.batch_shape)}."
+            )
+        return law
+
+    def _check_domain(self, theta: Theta) -> None:
+        if self.kind is None or self.settings is None:
+            return
+        known = _constraints(self.kind)
+        for parameter, name in self.settings.items():
+            if not isinstance(name, str) or parameter not in known:
+                continue
+            inside = known[parameter].check(theta[name]).reshape(len(theta[name]), -1).all(-1)
+            if not inside.all():
+                value = theta[name][~inside][0].tolist()
+                raise ValueError(
+                    f"{name} must satisfy {known[parameter]}, as {parameter} of "
+                    f"{self.kind.__name__}; got {value}."
+                )
+
+    def base(self, theta: Mapping[str, Tensor]) -> Distribution:
+        """The same, rid of Independent and of fixed bijections, which no divergence sees."""
+        return unwrap(self.law(theta)).base
+
+    def free(self, law: Distribution) -> dict[str, str] | None:
+        """Torch's parameter -> variable, where the variables are the law's own parameters.
+
+        None where a parameter is fixed, shared within the batch, or made by a function: such
+        a family may be smaller than the exponential family that it lies in.
+        """
+        if self.settings is None or type(law) is not self.kind:
+            return None
+        given = {k: v for k, v in self.settings.items() if k in _constraints(self.kind)}
+        return given if all(isinstance(v, str) for v in given.values()) else None
+
+
+class Unwrapped(NamedTuple):
+    """A law's innermost part, how many of its batch axes make one event, and the way back."""
+
+    base: Distribution
+    joint: int
+    wrap: Callable[[Distribution], Distribution]
+
+
+def unwrap(law: Distribution) -> Unwrapped:
+    """Take off Independent, and bijections that do not depend on the draw.
+
+    >>> normal = torch.distributions.Normal(torch.zeros(4, 3), 1.0)
+    >>> base, joint, wrap = unwrap(Independent(normal, 1))
+    >>> base, joint, wrap(normal)
+    (Normal(loc: torch.Size([4, 3]), scale: torch.Size([4, 3])), 1, Independent(Normal(loc: torch.Size([4, 3]), scale: torch.Size([4, 3])), 1))
+    """  # noqa: E501
+    if family_in(law) is not None:
+        return Unwrapped(law, 0, lambda base: base)
+    if isinstance(law, Independent):
+        base, joint, wrap = unwrap(law.base_dist)
+        axes = law.reinterpreted_batch_ndims
+        return Unwrapped(base, joint + axes, lambda base: Independent(wrap(base), axes))
+    if isinstance(law, TransformedDistribution) and _fixed(law):
+        base, joint, wrap = unwrap(law.base_dist)
+        transforms = law.transforms
+        if family_in(base) is not None:
+            return Unwrapped(
+                base, joint, lambda base: TransformedDistribution(wrap(base), transforms)
+            )
+    return Unwrapped(law, 0, lambda base: base)
+
+
+def family_in(law: Distribution) -> ExponentialFamily | None:
+    """The exponential family of n laws, or None where there is none that holds them all."""
+    try:
+        return family_of(law)
+    except ValueError:  # what would be fixed in it moves from draw to draw
+        return None
+
+
+def _fixed(law: TransformedDistribution) -> bool:
+    """Whether the transforms are bijections, and the same for every draw."""
+    if not all(transform.bijective for transform in law.transforms):
+        return False
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        x = law.base_dist.sample()
+    x = x[:1].expand(x.shape)
+    for transform in law.transforms:
+        x = torch.as_tensor(transform(x))
+    return bool((x == x[:1]).all())
+
+
+def moving_edge(law: Distribution) -> str | None:
+    """Which edge of the support differs from draw to draw, if one does.
+
+    >>> moving_edge(torch.distributions.Uniform(0.0, torch.tensor([1.0, 2.0])))
+    'upper_bound'
+    """
+    return _moving(law.support)
+
+
+def _moving(support: Constraint | None) -> str | None:
+    for name, value in ({} if support is None else vars(support)).items():
+        if isinstance(value, Tensor) and value.ndim and bool((value != value[:1]).any()):
+            return name.lstrip("_")
+        if isinstance(value, Constraint) and (inner := _moving(value)):
+            return inner
+    return None
+
+
+def read_family(family: Any, draws: Draws, design: Any = None) -> Model:
+    """The model that a text, a class, a partial of one, or a callable stands for.
+
+    Args:
+        family: "normal(loc=mu, scale=sigma)", whose names are variables and whose numbers are
+            fixed; a class, whose parameters are called as the variables are; a callable from
+            theta, n draws by name, to their laws; a callable from theta and the design.
+        draws: The posterior.
+        design: What the callable or the regression is told beside the draws.
+
+    Raises:
+        ValueError: It names no family, or variables that the posterior lacks.
+        TypeError: It is none of these.
+    """
+    if isinstance(family, str) and ":" in family:
+        family = _imported(family, draws, design)
+    if isinstance(family, Model):
+        return family
+    if isinstance(family, str):
+        names = (*draws.names, "design") if design is not None else draws.names
+        kind, settings = parse(family, _catalogue(), names)
+        return _named(family, kind, settings, draws, design)
+    if isinstance(family, functools.partial) and _is_law(family.func) and not family.args:
+        return _from_class(family.func, dict(family.keywords), draws, design)
+    if _is_law(family):
+        return _from_class(family, {}, draws, design)
+    if callable(family):
+        return _from_callable(family, draws, design)
+    raise TypeError(
+        "family must be a text such as 'normal(loc=mu, scale=sigma)', a class of "
+        f"torch.distributions, or a callable from draws to distributions; got {family!r}."
+    )
+
+
+def _is_law(family: Any) -> bool:
+    return isinstance(family, type) and issubclass(family, Distribution)
+
+
+@functools.cache
+def _catalogue() -> dict[str, Callable[..., tuple[type[Distribution], dict[str, Any]]]]:
+    """Every class of torch.distributions and every regression, by its name in kebab case."""
+    found = [*vars(torch.distributions).values(), *vars(families).values()]
+    return {
+        re.sub("(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower(): _binder(cls)
+        for cls in found
+        if _is_law(cls) and cls.__name__ not in _STRUCTURES
+    }
+
+
+def _binder(cls: type[Distribution]) -> Callable[..., tuple[type[Distribution], dict[str, Any]]]:
+    """A maker with the signature of a class, which keeps the settings instead of calling it."""
+
+    def bind(**settings):
+        return cls, settings
+
+    signature = inspect.signature(cls)
+    kept = [p for p in signature.parameters.values() if p.name != "validate_args"]
+    bind.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    bind.__name__ = cls.__name__
+    return bind
+
+
+def _imported(text: str, draws: Draws, design: Any) -> Any:
+    """What package.module:Name stands for; with settings, the model of that class."""
+    path, opening, rest = text.partition("(")
+    module, _, name = path.strip().partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"family {text!r} cannot be imported: {error}.") from None
+    if not opening:
+        return found
+    if not _is_law(found):
+        raise ValueError(f"family {text!r} must name a class of distributions; got {found!r}.")
+    names = (*draws.names, "design") if design is not None else draws.names
+    kind, settings = parse(f"imported({rest}", {"imported": _binder(found)}, names)
+    return _named(text, kind, settings, draws, design)
+
+
+def _from_class(cls, settings: dict[str, Any], draws: Draws, design: Any) -> Model:
+    """Settings for those parameters of a class that are variables of the posterior."""
+    parameters = inspect.signature(cls).parameters
+    found = {name: name for name in parameters if name in draws.names and name not in settings}
+    required = {
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and name not in settings and name != "design"
+    }
+    if not found or required - found.keys():
+        needs = ", ".join(sorted(required) or [n for n in parameters if n != "validate_args"])
+        raise ValueError(
+            f"{cls.__name__} takes {needs}, but the draws have {', '.join(draws.names)}; "
+            "say which is which, as in family='normal(loc=mu, scale=sigma)'."
+        )
+    said = ", ".join(f"{k}={v}" for k, v in (found | settings).items())
+    return _named(f"{cls.__name__}({said})", cls, found | settings, draws, design)
+
+
+def _named(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) -> Model:
+    if design is not None and "design" in inspect.signature(cls).parameters:
+        settings = settings | {"design": design}
+    names = tuple(dict.fromkeys(v for v in settings.values() if isinstance(v, str)))
+    if not names:
+        raise ValueError(f"family {text} must take a variable of the posterior; got none.")
+    fixed = {k: _constant(v) for k, v in settings.items() if not isinstance(v, str)}
+    variables = {k: v for k, v in settings.items() if isinstance(v, str)}
+    known = _constraints(cls)
+    ranks = {k: known[k].event_dim if k in known else 0 for k in variables}
+
+    def make(theta: Theta) -> Distribution:
+        batch = max(theta[v].ndim - ranks[k] for k, v in variables.items())
+        aligned = {k: _aligned(theta[v], ranks[k], batch) for k, v in variables.items()}
+        return cls(**aligned, **fixed, validate_args=None if not known else False)
+
+    for name in names:
+        draws.shape(name)  # an unknown name is refused here, with the names there are
+    return Model(text, names, make, variables | fixed, cls, design)
+
+
+def _constant(value: Any) -> Any:
+    """Lists as tensors; a whole number stays one, for torch insists on it in places."""
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, list | tuple) else value
+
+
+def _constraints(cls) -> Mapping[str, Constraint]:
+    """Those of the parameters, where they do not depend on one another, as Uniform's do."""
+    return cls.arg_constraints if isinstance(cls.arg_constraints, Mapping) else {}
+
+
+def _aligned(x: Tensor, event: int, batch: int) -> Tensor:
+    """Batch axes flush left: sigma [n] beside mu [n, 8] is [n, 1], shared by the eight."""
+    lead = x.ndim - event
+    return x.reshape(*x.shape[:lead], *[1] * (batch - lead), *x.shape[lead:])
+
+
+def _from_callable(family: Callable, draws: Draws, design: Any) -> Model:
+    """The variables that it takes are those it looks at, when shown a few draws."""
+    text = getattr(family, "__qualname__", repr(family)).replace("<locals>.", "")
+
+    def make(theta: Theta) -> Distribution:
+        return family(theta) if design is None else family(theta, design)
+
+    few = Theta(probe(draws, draws.names))
+    Model(text, draws.names, make, design=design).check(few)
+    names = tuple(name for name in draws.names if name in few._seen)
+    if not names:
+        raise ValueError(f"family {text} must look at a variable of the posterior; it saw none.")
+    return Model(text, names, make, design=design)
+
+
+def probe(draws: Draws, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """A few draws, spread over the first chain."""
+    few = draws.every(max(1, draws.draws // PROBE))
+    _, _, first = next(iter(few.chunks(names)))
+    return {name: x[:PROBE] for name, x in first.items()}

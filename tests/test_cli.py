@@ -226,7 +226,7 @@ def test_evaluate_compare_and_report_go_to_the_wing_that_made_the_run(toy_runs, 
 
 def test_the_flags_of_evaluate_are_those_of_the_runs_wing(toy_runs, capsys):
     assert answer("evaluate", toy_runs[0], "--help") == 0
-    assert "--data STR" in capsys.readouterr().out
+    assert "--data DATA" in capsys.readouterr().out
     assert answer("evaluate", toy_runs[0]) == 2
     assert "--data must be given" in complaint(capsys)
     assert answer("evaluate", "no-such-run", "--data", "D") == 2
@@ -238,6 +238,14 @@ def test_the_flags_of_evaluate_are_those_of_the_runs_wing(toy_runs, capsys):
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
+    """Settings of nothing.
+
+    Args:
+        teacher: Whom to imitate, such as
+            ``a friend``.
+        layers: Which ones.
+    """
+
     teacher: str
     learning_rate: float = 1e-4
     max_steps: int | None = None
@@ -270,9 +278,9 @@ def config(tmp_path):
 
 
 def test_the_fields_of_the_settings_are_the_flags():
-    words = "--teacher T --learning-rate 0.5 --layers 1 2 --dtype bfloat16 --compiled --where a/b"
-    expected = Toy("T", 0.5, None, (1, 2), "bfloat16", True, Path("a/b"))
-    assert gathered(*words.split()) == expected
+    words = "--teacher T --learning-rate 0.5 --layers 1 2 --layers 3 --dtype bfloat16 --compiled"
+    expected = Toy("T", 0.5, None, (1, 2, 3), "bfloat16", True, Path("a/b"))
+    assert gathered(*words.split(), "--where", "a/b") == expected
     assert gathered("--teacher", "T", "--no-compiled", "--seed", "7") == Toy("T", seed=7)
 
 
@@ -328,6 +336,9 @@ def test_help_says_defaults_and_takes_percent_signs():
     parser = argparse.ArgumentParser()
     settings.add_flags(parser, Toy)
     shown = " ".join(parser.format_help().split())
+    assert "--teacher TEACHER Whom to imitate, such as a friend. (required)" in shown
     assert "--percent P 100% sure (default: 5%)" in shown
     assert "--learning-rate FLOAT (default: 0.0001)" in shown
-    assert "--dtype {float32,bfloat16}" in shown
+    assert "--dtype {float32,bfloat16} (default: float32)" in shown
+    assert "--compiled, --no-compiled (default: --no-compiled)" in shown
+    assert "--layers INT [INT ...] Which ones." in shown

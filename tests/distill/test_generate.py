@@ -196,7 +196,7 @@ def test_what_cannot_be_replied_to_is_refused(student, tokenizer):
     for nothing in ([], [Prompt([], "", "")]):
         with pytest.raises(ValueError, match="prompts must hold at least one"):
             generate(student, tokenizer, nothing, seeds=[0])
-    with pytest.raises(ValueError, match="count must be a positive integer; got 0"):
+    with pytest.raises(ValueError, match="count must be at least 1; got 0"):
         prompts_of([{"text": TEXT}], tokenizer, count=0)
     with pytest.raises(ValueError, match="no text of 2 tokens or more"):
         prompts_of([{"text": "w1"}], tokenizer)

@@ -111,10 +111,10 @@ READING = [
         [
             fault("rows", "none", [], "no rows", named="data"),
             fault("rows", "too short", [{"text": "x"}], "2 tokens", named="data"),
-            fault("count", "zero", 0, "positive", "0"),
-            fault("count", "a truth value", True, "positive", "True"),
-            fault("prompt_tokens", "zero", 0, "positive", "0"),
-            fault("reply_tokens", "zero", 0, "positive", "0"),
+            fault("count", "zero", 0, "at least 1", "0"),
+            fault("count", "a truth value", True, "at least 1", "True"),
+            fault("prompt_tokens", "zero", 0, "at least 1", "0"),
+            fault("reply_tokens", "zero", 0, "at least 1", "0"),
         ],
     ),
 ]

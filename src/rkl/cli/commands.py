@@ -7,8 +7,8 @@ is imported only here, inside the command that needs it.
 import importlib
 import inspect
 import pkgutil
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,7 @@ def evaluate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
     Examples:
       rkl evaluate RUN --data heldout.jsonl
-      rkl evaluate RUN --help
+      rkl evaluate RUN --data heldout.txt --divergences todi --prompts 0
     """
     return _on_run(parser, words, "evaluate")
 
@@ -219,17 +219,35 @@ def _add_run_flags(parser: ArgumentParser) -> None:
 
 
 def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
-    """A verb on one run, whose flags are settings of the wing that made it: kind by kind."""
+    """A verb on one run, whose flags are settings of the wing that made it: kind by kind.
+
+    Where no run says which kind it is, the help shows the flags of them all.
+    """
     parser.add_argument("run", type=_run, metavar="RUN", help="the folder of a run of any kind")
     named = [word for word in words if Path(word, "run.json").is_file()]
-    wanted: Any = runs.verb(f"{name.capitalize()}Settings", named[0]) if named else None
+    flags = f"{name.capitalize()}Settings"
+    wanted: Any = runs.verb(flags, named[0]) if named else None
     if wanted:
         settings.add_flags(parser, wanted)
+    elif {"-h", "--help"} & set(words):
+        parser.epilog = "\n\n".join([str(parser.epilog), *_flags_by_kind(parser, flags)])
 
     def done(parsed: Namespace) -> None:
         print(runs.verb(f"{name}_run", parsed.run)(parsed.run, settings.gather(wanted, parsed)))
 
     return done
+
+
+def _flags_by_kind(parser: ArgumentParser, name: str) -> Iterator[str]:
+    """The help of the settings of this name, wing by wing, found in their sources."""
+    for source in sorted(HERE.glob("*/__init__.py")):
+        if name in source.read_text("utf-8"):
+            wing = source.parent.name
+            how: Any = {"add_help": False, "formatter_class": parser.formatter_class}
+            alone = ArgumentParser(usage=SUPPRESS, **how)
+            wanted = getattr(importlib.import_module(f"rkl.{wing}"), name)
+            settings.add_flags(alone, wanted, f"settings, where rkl {wing} made RUN")
+            yield alone.format_help().strip()
 
 
 def _run(text: str) -> Path:

@@ -1,12 +1,15 @@
 """Settings, declared once as a frozen dataclass: its fields are the flags and the keys of a file.
 
-The type and the default of a field say how it is read; its metadata may hold ``help`` and
-``metavar``. A field without a default must be given, by a flag or by the file.
+The type and the default of a field say how it is read, and the Args of the docstring what it does;
+its metadata may hold another ``help``, and a ``metavar``. A field without a default must be given,
+by a flag or by the file.
 """
 
 import argparse
 import dataclasses
+import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -17,19 +20,19 @@ COMMON = "seed", "device"  # flags that every command has, settings or not
 Settings = TypeVar("Settings")
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
+def add_flags(parser: argparse.ArgumentParser, settings: type, title: str = "settings") -> None:
     """Give the parser a flag for every setting, and --config for a file that holds them."""
-    group = parser.add_argument_group("settings")
+    group, described = parser.add_argument_group(title), _described(settings)
     for name, (field, kind) in _fields(settings).items():
         if name not in COMMON:
             flag = f"--{name.replace('_', '-')}"
-            how = _reading(kind, field.metadata.get("metavar"))
-            group.add_argument(flag, default=argparse.SUPPRESS, help=_help(field), **how)
+            words, how = _help(field, described.get(name, "")), _reading(field, kind)
+            group.add_argument(flag, default=argparse.SUPPRESS, help=words, **how)
     group.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="settings from YAML, or from an earlier run or its run.json; flags come before it",
+        help="settings from YAML, or from an earlier run or a .json of it; flags come before it",
     )
 
 
@@ -73,11 +76,23 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default if made is dataclasses.MISSING else made()
 
 
-def _help(field: dataclasses.Field) -> str:
-    words, default = field.metadata.get("help", ""), _default(field)
-    if default is not dataclasses.MISSING and default not in (None, False, ()):
-        words = f"{words} (default: {default})"
-    return words.replace("%", "%%")
+def _described(settings: type) -> dict[str, str]:
+    """What the Args of the docstring say of each name, on one line."""
+    listed = (inspect.getdoc(settings) or "").partition("Args:\n")[2]
+    entries = re.findall(r"^ +(\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
+    return {name: " ".join(text.replace("``", "").split()) for name, text in entries}
+
+
+def _help(field: dataclasses.Field, described: str) -> str:
+    """What the field is for, and what it is without the flag."""
+    words, default = [field.metadata.get("help", described)], _default(field)
+    if default is dataclasses.MISSING:
+        words.append("(required)")
+    elif isinstance(default, bool):
+        words.append(f"(default: --{'' if default else 'no-'}{field.name.replace('_', '-')})")
+    elif default is not None and default != ():
+        words.append(f"(default: {default})")
+    return " ".join(words).strip().replace("%", "%%")
 
 
 def _parts(kind: Any) -> tuple[Any, bool]:
@@ -88,17 +103,18 @@ def _parts(kind: Any) -> tuple[Any, bool]:
     return others[0], types.NoneType in typing.get_args(kind)
 
 
-def _reading(kind: Any, metavar: str | None) -> dict[str, Any]:
+def _reading(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
     """How argparse is to read a value of this kind."""
     kind, _optional = _parts(kind)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is Literal:
         return {"choices": typing.get_args(kind)}
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        return {"nargs": "+", "type": item, "metavar": metavar or item.__name__.upper()}
-    return {"type": kind, "metavar": metavar or kind.__name__.upper()}
+    several = typing.get_origin(kind) is tuple
+    kind = typing.get_args(kind)[0] if several else kind
+    named = field.name.rpartition("_")[2] if kind in (str, Path) else kind.__name__
+    how = {"type": kind, "metavar": field.metadata.get("metavar", named.upper())}
+    return how | ({"action": "extend", "nargs": "+"} if several else {})
 
 
 def _read(path: Path, argument: str) -> dict[str, Any]:
@@ -115,8 +131,8 @@ def _read(path: Path, argument: str) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ValueError(f"{argument}: {path} cannot be read: {reason}") from None
     found = {} if found is None else found
-    if isinstance(found, dict) and {"format", "kind", "settings"} <= found.keys():
-        found = found["settings"]
+    if isinstance(found, dict) and isinstance(found.get("settings"), dict):
+        found = found["settings"]  # of a run.json, or of what an evaluation says of itself
     if not isinstance(found, dict):
         raise ValueError(
             f"{argument}: {path} must hold names with their values; got {found!r:.80}."

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +15,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rkl.distill.data import end_of_text, render
 from rkl.distill.heads import inference
-from rkl.distill.limits import check_counts, check_within, device_named
+from rkl.distill.limits import (
+    check_count,
+    check_counts,
+    check_within,
+    context_of,
+    device_named,
+)
 from rkl.distill.progress import quiet
 from rkl.distill.sources import Row, kind_of, read_rows
 from rkl.distill.teachers import load_model, load_tokenizer
@@ -67,32 +73,41 @@ class Generation:
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """What ``rkl generate`` may be told of a distilled student."""
+    """What ``rkl generate`` may be told of a distilled student.
 
-    data: str = field(metadata={"help": "text that gives the prompts", "metavar": "D"})
-    split: str = field(default="test", metadata={"help": "split of a data set that has several"})
-    prompts: int = field(default=16, metadata={"help": "how many prompts at most"})
-    prompt_tokens: int = field(default=32, metadata={"help": "tokens of plain text in a prompt"})
-    seeds: int = field(default=1, metadata={"help": "replies to each prompt, a seed each"})
-    max_new_tokens: int = field(default=64, metadata={"help": "longest reply, in tokens"})
-    temperature: float = field(default=1.0, metadata={"help": "of the logits; 0 is greedy"})
-    top_p: float = field(default=1.0, metadata={"help": "mass that tokens are drawn from"})
-    batch_size: int = field(default=16, metadata={"help": "prompts run together"})
-    out: str | None = field(
-        default=None, metadata={"help": "file to write; by default RUN/replies.jsonl"}
-    )
-    seed: int = field(default=0, metadata={"help": "first seed"})
-    device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
+    Args:
+        data: The text that gives the prompts: a file (.jsonl, .parquet or .txt), a folder of
+            datasets' save_to_disk, or the name of a data set on the Hub.
+        split: Which split of --data is read, where it has several.
+        prompts: Number of prompts, at most, spread evenly over the rows.
+        prompt_tokens: Length of a prompt in tokens, where the rows are plain text.
+        seeds: Replies to each prompt, drawn under --seed and the seeds that follow it.
+        max_new_tokens: Longest reply, in tokens.
+        temperature: What the logits are divided by; 0 takes the likeliest token.
+        top_p: Probability mass of the likeliest tokens that a reply is drawn from, above 0.
+        batch_size: Prompts run together, which decides the memory needed.
+        out: The file of JSON lines to write; by default RUN/replies.jsonl.
+        seed: Of the first reply to each prompt.
+        device: Such as "cpu" or "cuda:1"; by default a GPU if there is one.
+    """
+
+    data: str
+    split: str = "test"
+    prompts: int = 16
+    prompt_tokens: int = 32
+    seeds: int = 1
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 16
+    out: str | None = None
+    seed: int = 0
+    device: str | None = None
 
     def __post_init__(self):
         check_counts(self, "prompts", "prompt_tokens", "seeds", "batch_size")
         device_named(self.device)
-        _ = self.sampling
-
-    @property
-    def sampling(self) -> Sampling:
-        """How tokens are drawn."""
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
+        sampling_of(self)
 
 
 @quiet()
@@ -110,23 +125,42 @@ def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
     rows = read_rows(settings.data, split=settings.split)
     tokenizer, student = load_tokenizer(run.path), load_model(run.path)
     cast(nn.Module, student).to(device_named(settings.device))
-    replies = generate(
-        student,
-        tokenizer,
-        prompts_of(
-            rows,
-            tokenizer,
-            count=settings.prompts,
-            prompt_tokens=settings.prompt_tokens,
-            reply_tokens=settings.max_new_tokens,
-        ),
-        seeds=range(settings.seed, settings.seed + settings.seeds),
-        sampling=settings.sampling,
-        batch_size=settings.batch_size,
-    )
+    how = {"prompt_tokens": settings.prompt_tokens, "batch_size": settings.batch_size}
     out = Path(settings.out) if settings.out else run.path / "replies.jsonl"
-    save(out, replies)
+    save(out, reply_to(rows, student, tokenizer, settings, **how))
     return out
+
+
+def sampling_of(settings: Any) -> Sampling:
+    """How the settings of a verb want replies drawn; it is refused where that means nothing."""
+    return Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
+
+
+def reply_to(
+    rows: Sequence[Row],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Any,
+    *,
+    prompt_tokens: int = 32,
+    batch_size: int = 16,
+) -> list[Generation]:
+    """What a model replies to prompts out of rows, as the settings of a verb want it."""
+    prompts = prompts_of(
+        rows,
+        tokenizer,
+        count=settings.prompts,
+        prompt_tokens=prompt_tokens,
+        reply_tokens=settings.max_new_tokens,
+    )
+    return generate(
+        model,
+        tokenizer,
+        prompts,
+        seeds=range(settings.seed, settings.seed + settings.seeds),
+        sampling=sampling_of(settings),
+        batch_size=batch_size,
+    )
 
 
 def finished(path: str | os.PathLike) -> Run:
@@ -161,13 +195,9 @@ def prompts_of(
         prompt_tokens: Length of a prompt taken from plain text.
         reply_tokens: Length of the reference taken from plain text.
     """
-    for name, value in (
-        ("count", count),
-        ("prompt_tokens", prompt_tokens),
-        ("reply_tokens", reply_tokens),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+    check_count("count", count)
+    check_count("prompt_tokens", prompt_tokens)
+    check_count("reply_tokens", reply_tokens)
     if not rows:
         raise ValueError("data has no rows.")
     kind = kind_of(rows[0], "the first row")
@@ -308,10 +338,8 @@ def _answered(row: Row, tokenizer: PreTrainedTokenizerBase, kind: str) -> Prompt
 def _check_room(model: PreTrainedModel, prompts: Sequence[Prompt], sampling: Sampling) -> None:
     if not prompts or not all(prompt.tokens for prompt in prompts):
         raise ValueError("prompts must hold at least one, and none of them may be empty.")
-    config = model.config.get_text_config(decoder=True)
-    room = getattr(config, "max_position_embeddings", None)
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    if room is not None and longest + sampling.max_new_tokens > room:
+    room, longest = context_of(model), max(len(prompt.tokens) for prompt in prompts)
+    if longest + sampling.max_new_tokens > room:
         raise ValueError(
             f"max_new_tokens={sampling.max_new_tokens} behind a prompt of {longest} tokens passes "
             f"the model's context of {room}."

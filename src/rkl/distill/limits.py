@@ -12,13 +12,16 @@ from rkl.divergences import Divergence, parse
 def check_counts(settings: Any, *names: str, at_least: int = 1) -> None:
     """Refuse settings of these names that are no integers, or too small; None is let through."""
     for name in names:
-        value = getattr(settings, name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer of at least {at_least}; got {value!r}.")
-        if value < at_least:
-            raise ValueError(f"{name} must be at least {at_least}; got {value}.")
+        if (value := getattr(settings, name)) is not None:
+            check_count(name, value, at_least)
+
+
+def check_count(name: str, value: Any, at_least: int = 1) -> None:
+    """Refuse what is no integer, or too small."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least {at_least}; got {value!r}.")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {value}.")
 
 
 def check_within(
@@ -66,11 +69,15 @@ def device_named(name: str | None) -> torch.device:
     return device
 
 
+def context_of(model: PreTrainedModel) -> float:
+    """How many tokens a model can read, as its configuration says; infinite if it does not."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
 def check_context(name: str, model: PreTrainedModel, max_length: int) -> None:
     """Refuse blocks longer than a model can read."""
-    config = model.config.get_text_config(decoder=True)
-    room = getattr(config, "max_position_embeddings", None)
-    if room is not None and max_length > room:
+    if max_length > (room := context_of(model)):
         raise ValueError(
             f"max_length must be at most {room}, the {name}'s context; got {max_length}."
         )

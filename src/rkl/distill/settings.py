@@ -1,94 +1,101 @@
 """What ``rkl distill`` may be told, and what of it can be refused before anything is read."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
-
-from rkl.distill.limits import check_counts, check_one_of, check_within, divergence_named
+from rkl.distill.limits import (
+    check_counts,
+    check_one_of,
+    check_within,
+    device_named,
+    divergence_named,
+)
 from rkl.divergences import Divergence
-
-
-def _help(text: str, metavar: str | None = None) -> dict[str, Any]:
-    return {"help": text} if metavar is None else {"help": text, "metavar": metavar}
 
 
 @dataclass(frozen=True)
 class DistillSettings:
     """Everything that decides what a run of :func:`rkl.distill.run.distill` ends in.
 
-    Args: as the help of each field says; lengths and counts are in tokens, blocks of tokens,
-    or steps, which are updates of the weights.
+    Args:
+        teacher: The model to imitate, with the student's tokenizer: a folder of save_pretrained,
+            a .gguf file, package:NAME for the one in an installed package, or a name on the Hub.
+        data: The text to learn on: a file (.jsonl, .parquet or .txt), a folder of datasets'
+            save_to_disk, or the name of a data set on the Hub.
+        student: The model to train, given as the teacher is, or a config.json for random weights
+            of that architecture; by default the teacher without --drop-layers.
+        drop_layers: Layers that the student loses, counted from 0, both ends included, such as
+            3,5,7-9; none by default.
+        split: Which split of --data is read, where it has several.
+        eval_data: Held-out text, given as --data is; by default a share of --data.
+        eval_split: Which split of --eval-data is read, where it has several.
+        held_out: Share of --data held out where there is no --eval-data, at least 0 and below 1.
+            The student kept is the best one on it, or without any the last.
+        eval_blocks: Held-out blocks looked at in each evaluation, at most.
+        divergence: What is minimised, in nats per token: a name, with settings or in a sum, as
+            rkl divergences lists them.
+        temperature: What the logits of both models are divided by before they are compared,
+            above 0. The loss is not multiplied by its square.
+        hard_label_weight: Weight, beside the divergence, of the cross-entropy on the text itself
+            in nats per token, at least 0; papers often take 0.5.
+        max_steps: Number of steps, which are updates of the weights; by default as many as
+            --epochs takes.
+        epochs: Passes over the data, where --max-steps says nothing.
+        max_length: Longest block, in tokens; no longer than the models' context.
+        packing: Let short rows share a block, where they see the rows before them.
+        batch_size: Blocks run together, which decides the memory needed.
+        gradient_accumulation: Batches in a step, whose loss is that of one large batch.
+        learning_rate: Peak rate of AdamW, which is about how far a weight moves in a step.
+        schedule: How the learning rate goes on from its peak: down to 0, or constant.
+        warmup: Share of the steps in which the learning rate rises to its peak, at least 0 and
+            below 1.
+        weight_decay: Share of itself, times the learning rate, that a weight loses in a step.
+        max_gradient: Norm that a longer gradient is shortened to; 0 shortens none.
+        eval_every: Steps between evaluations on held-out text; by default a tenth of all.
+        save_every: Steps between checkpoints; by default a tenth of all.
+        keep_checkpoints: Checkpoints kept on the disk, 2 or more: the best and the last too.
+        dtype: What is computed in; the weights of the student stay float32.
+        compiled: Compile the loss; by default where the work is worth the minute it takes.
+        gradient_checkpointing: Compute activations twice rather than keep them: less memory, more
+            time.
+        cache_teacher: Run the teacher once over the data, and keep its hidden states on the disk
+            until the run ends: faster from the second epoch on.
+        seed: Of the order of the blocks, and of new weights.
+        device: "cpu" or "cuda"; by default a GPU if there is one.
     """
 
-    teacher: str = field(
-        metadata=_help("folder, .gguf file, package:NAME or name on the Hub", "MODEL")
-    )
-    data: str = field(metadata=_help("text to learn on: a file or a data set", "D"))
-    student: str | None = field(
-        default=None,
-        metadata=_help("as the teacher; or a config.json, for random weights to begin with", "S"),
-    )
-    drop_layers: str | None = field(
-        default=None,
-        metadata=_help("layers left out of the student, or of the teacher to make one", "13-18"),
-    )
-    split: str = field(default="train", metadata=_help("split of a data set that has several"))
-    eval_data: str | None = field(
-        default=None, metadata=_help("held-out text; by default a part of the data", "D")
-    )
-    eval_split: str = field(default="test", metadata=_help("the same for eval_data"))
-    held_out: float = field(
-        default=0.05, metadata=_help("share of the data held out where no eval_data is given")
-    )
-    eval_blocks: int | None = field(
-        default=64, metadata=_help("held-out blocks looked at in each evaluation")
-    )
-    divergence: str = field(
-        default="akl(mu=0.5)", metadata=_help("what is minimised; rkl divergences lists them")
-    )
-    temperature: float = field(default=1.0, metadata=_help("divides the logits of both"))
-    hard_label_weight: float = field(
-        default=0.0, metadata=_help("weight of the cross-entropy on the text itself")
-    )
-    max_steps: int | None = field(
-        default=None, metadata=_help("number of steps; by default as epochs says")
-    )
-    epochs: float = field(default=1.0, metadata=_help("passes over the data"))
-    max_length: int = field(default=512, metadata=_help("tokens in a block"))
-    packing: bool = field(default=True, metadata=_help("let rows share blocks"))
-    batch_size: int = field(default=8, metadata=_help("blocks run together"))
-    gradient_accumulation: int = field(default=1, metadata=_help("batches in a step"))
-    learning_rate: float = field(default=1e-4, metadata=_help("at its peak"))
-    schedule: Literal["cosine", "linear", "constant"] = field(
-        default="cosine", metadata=_help("of the learning rate after the warm-up")
-    )
-    warmup: float = field(default=0.05, metadata=_help("share of the steps it rises in"))
-    weight_decay: float = field(default=0.0, metadata=_help("AdamW's"))
-    max_gradient: float = field(default=1.0, metadata=_help("norm beyond which it is cut; 0: no"))
-    eval_every: int | None = field(
-        default=None, metadata=_help("steps between evaluations; a tenth of all by default")
-    )
-    save_every: int | None = field(
-        default=None, metadata=_help("steps between checkpoints; a tenth of all by default")
-    )
-    keep_checkpoints: int = field(
-        default=2, metadata=_help("how many stay on the disk, the best and the last among them")
-    )
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata=_help("to compute in; the student's weights stay float32")
-    )
-    compiled: bool | None = field(
-        default=None, metadata=_help("compile the loss; by default where the work is worth it")
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata=_help("compute activations twice rather than keep them")
-    )
-    cache_teacher: bool = field(
-        default=False, metadata=_help("run the teacher once over the data, and keep what it says")
-    )
-    seed: int = field(default=0, metadata=_help("of the order of blocks, and of new weights"))
-    device: str | None = field(default=None, metadata=_help("cpu or cuda; the best by default"))
+    teacher: str
+    data: str
+    student: str | None = None
+    drop_layers: str | None = None
+    split: str = "train"
+    eval_data: str | None = None
+    eval_split: str = "test"
+    held_out: float = 0.05
+    eval_blocks: int | None = 64
+    divergence: str = "akl(mu=0.5)"
+    temperature: float = 1.0
+    hard_label_weight: float = 0.0
+    max_steps: int | None = None
+    epochs: float = 1.0
+    max_length: int = 512
+    packing: bool = True
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_gradient: float = 1.0
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep_checkpoints: int = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compiled: bool | None = None
+    gradient_checkpointing: bool = False
+    cache_teacher: bool = False
+    seed: int = 0
+    device: str | None = None
 
     def __post_init__(self):
         if self.student is None and self.drop_layers is None:
@@ -111,31 +118,21 @@ class DistillSettings:
         check_counts(self, "seed", at_least=0)
         if self.seed >= 2**32:
             raise ValueError(f"seed must lie between 0 and 2³² − 1; got {self.seed}.")
-        _check_device(self.device)
+        if self.device not in (None, "cpu", "cuda"):
+            raise ValueError(
+                f"device must be cpu or cuda; got {self.device!r}. CUDA_VISIBLE_DEVICES says "
+                "which GPU."
+            )
+        device_named(self.device)
 
     @property
     def minimised(self) -> Divergence:
         """The divergence that the text means."""
         return divergence_named(self.divergence)
 
-    def batches_per_epoch(self, blocks: int) -> int:
-        """Batches in a pass over so many blocks."""
-        return -(-blocks // self.batch_size)
-
     def steps(self, blocks: int) -> int:
         """Steps of a run on so many blocks."""
         if self.max_steps is not None:
             return self.max_steps
-        per_epoch = -(-self.batches_per_epoch(blocks) // self.gradient_accumulation)
-        return max(1, round(self.epochs * per_epoch))
-
-
-def _check_device(device: str | None) -> None:
-    if device in (None, "cpu"):
-        return
-    if device != "cuda":
-        raise ValueError(
-            f"device must be cpu or cuda; got {device!r}. CUDA_VISIBLE_DEVICES says which GPU."
-        )
-    if not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch finds no GPU; expected cpu.")
+        batches = -(-blocks // self.batch_size)
+        return max(1, round(self.epochs * -(-batches // self.gradient_accumulation)))

@@ -14,6 +14,7 @@ from rkl.distill.compare import Evaluations, compare_runs
 from rkl.distill.data import IGNORED, passages, tokenize
 from rkl.distill.evaluate import EvaluateSettings, evaluate, evaluate_run
 from rkl.distill.sources import read_rows
+from rkl.distill.teachers import load_tokenizer
 from rkl.divergences import AKL, JensenShannon
 from rkl.metrics.precision_recall import SLOPES
 from rkl.runs import Run
@@ -360,8 +361,7 @@ def test_evaluating_a_run_keeps_its_figures_and_replies_and_prints_a_table(run, 
     direct = evaluate(model(1), model(2), dataset)
     js, expected = (it["divergences"]["js"] for it in (kept, direct))
     assert flat(js) == pytest.approx(flat(expected))
-    assert "AKL(mu=0.5, straddle='tail')" in kept["divergences"]
-    assert kept["generations"]["seeds"] == [0, 1]
+    assert kept["divergences"]["akl"]["divergence"] == "AKL(mu=0.5, straddle='tail')"
     replies = (run.path / "generations.jsonl").read_text().splitlines()
     assert len(replies) == 3 * 2
     assert {"seed", "prompt", "reference", "text", "tokens"} == json.loads(replies[0]).keys()
@@ -393,7 +393,7 @@ def test_a_run_that_does_not_say_its_teacher_must_be_told(tmp_path):
         ({"prompts": -1}, "prompts must be at least 0; got -1"),
         ({"top_p": 2.0}, "top_p must lie in"),
         ({"device": "abacus"}, "device must be cpu, cuda, .* got 'abacus'"),
-        ({"divergence": "kll"}, "kll"),
+        ({"divergences": ("kl", "kll")}, "kll"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_and_nothing_is_written(run, wrong, named):
@@ -404,11 +404,27 @@ def test_settings_that_mean_nothing_are_refused_and_nothing_is_written(run, wron
 
 
 def test_evaluation_may_stop_after_some_blocks_and_skip_the_replies(run):
-    found = evaluate_run(run.path, settings(run, max_blocks=2, prompts=0, divergence="todi"))
-    result = found.results["run"]
-    assert result["blocks"] == 2
-    assert "generations" not in result
-    assert list(result["divergences"])[-1] == "ToDi()"
+    found = evaluate_run(run.path, settings(run, max_blocks=2, prompts=0))
+    assert found.results["run"]["blocks"] == 2
+    assert "generations" not in found.results["run"]
+
+
+def test_a_run_is_measured_under_what_it_minimised_and_what_else_is_asked_for(run):
+    run.update(settings=run.settings | {"divergence": "kl + js"})
+    named = ("todi", "akl", "skew-kl(alpha=0.3)")
+    found = evaluate_run(run.path, settings(run, max_blocks=1, prompts=0, divergences=named))
+    others = ["KL() + JensenShannon(beta=0.5)", "ToDi()", "SkewKL(alpha=0.3)"]
+    assert list(found.results["run"]["divergences"]) == [*module.DIVERGENCES, *others]
+
+
+@pytest.mark.parametrize(("said", "length"), [(None, 8), (12, 12)])
+def test_blocks_are_as_long_as_in_training_unless_another_length_is_said(run, said, length):
+    run.update(settings=run.settings | {"max_length": 8})
+    chosen = settings(run, max_length=said, prompts=0)
+    found = evaluate_run(run.path, chosen).results["run"]
+    rows = read_rows(chosen.data)
+    assert found["blocks"] == len(tokenize(rows, load_tokenizer(run.path), max_length=length))
+    assert found["settings"]["max_length"] == length
 
 
 def test_runs_are_compared_column_by_column_and_drawn(run, tmp_path):

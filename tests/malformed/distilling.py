@@ -178,7 +178,10 @@ SETTINGS = [
             fault("seeds", "zero", 0, "at least 1", "0"),
             fault("prompts", "negative", -1, "at least 0", "-1"),
             fault("max_length", "one", 1, "at least 2", "1"),
-            fault("divergence", "unknown", "unheard-of", "unheard-of"),
+            fault(
+                "divergences", "unknown", ("kl", "unheard-of"), "unheard-of", named="divergence"
+            ),
+            fault("divergences", "a name alone", "kl", "tuple", "'kl'"),
             fault("device", "unknown", "abacus", "'abacus'"),
         ],
     ),

@@ -81,7 +81,7 @@ OF_EVALUATE = [
     fault("data", "other columns", "columns.jsonl", "'body'", named="columns.jsonl, line 1"),
     fault("teacher", "no model", "missing", "missing", named="model"),
     fault("teacher", "too narrow", "narrow", "7", "300"),
-    fault("divergence", "unknown", "unheard-of", "unheard-of"),
+    fault("divergences", "unknown", "unheard-of", "unheard-of", named="divergence"),
     fault("max_length", "beyond the context", 64, "at most 32", "64"),
     fault("max_blocks", "zero", 0, "at least 1", "0"),
     fault("batch_size", "a fraction", 1.5, "'1.5'"),

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,17 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rkl.distill.batches import PadRows, shifted
 from rkl.distill.compare import Evaluations
 from rkl.distill.data import TokenDataset, passages, tokenize
-from rkl.distill.generate import (
-    Sampling,
-    finished,
-    generate,
-    measure,
-    prompts_of,
-    save,
-)
+from rkl.distill.generate import finished, measure, reply_to, sampling_of, save
 from rkl.distill.heads import Known, common_vocabulary, logits_of, read_head
 from rkl.distill.limits import check_context, check_counts, device_named, divergence_named
 from rkl.distill.progress import quiet
+from rkl.distill.settings import DistillSettings
 from rkl.distill.sources import Row, read_rows
 from rkl.distill.teachers import ModelTeacher, Teacher, load_model, load_tokenizer
 from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation, parse
@@ -41,6 +35,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
     "reverse-kl": ReverseKL(),
     "js": JensenShannon(),
     "tv": TotalVariation(),
+    "akl": AKL(),
 }
 HEAD = AKL(mu=0.5)  # its rule says which of the teacher's atoms are the head
 NUCLEUS = AKL(mu=0.9, straddle="head")  # the smallest set of likeliest atoms with 90 % or more
@@ -51,46 +46,56 @@ CACHED = 2**19  # of those that are measured together
 Columns = dict[str, Float[Tensor, "tokens *columns"]]
 
 
-def _help(text: str, metavar: str | None = None) -> dict[str, Any]:
-    return {"help": text} if metavar is None else {"help": text, "metavar": metavar}
-
-
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What ``rkl evaluate`` may be told of a distilled student."""
+    """What ``rkl evaluate`` may be told of a distilled student.
 
-    data: str = field(metadata=_help("held-out text: a file or a data set", "D"))
-    split: str = field(default="test", metadata=_help("split of a data set that has several"))
-    teacher: str | None = field(
-        default=None, metadata=_help("folder, .gguf file or name; by default the run's", "T")
-    )
-    divergence: str | None = field(
-        default=None, metadata=_help("another divergence to measure; by default the run's")
-    )
-    max_length: int = field(default=512, metadata=_help("tokens in a block"))
-    max_blocks: int | None = field(default=None, metadata=_help("stop after so many blocks"))
-    batch_size: int = field(default=8, metadata=_help("blocks in a batch"))
-    prompts: int = field(default=16, metadata=_help("prompts to reply to; 0 for none"))
-    seeds: int = field(default=3, metadata=_help("replies to each prompt, a seed each"))
-    max_new_tokens: int = field(default=64, metadata=_help("longest reply, in tokens"))
-    temperature: float = field(default=1.0, metadata=_help("of the replies; 0 is greedy"))
-    top_p: float = field(default=1.0, metadata=_help("mass that replies are drawn from"))
-    seed: int = field(default=0, metadata=_help("first seed of the replies"))
-    device: str | None = field(default=None, metadata=_help("by default a GPU if there is one"))
+    Args:
+        data: The held-out text: a file (.jsonl, .parquet or .txt), a folder of datasets'
+            save_to_disk, or the name of a data set on the Hub.
+        split: Which split of --data is read, where it has several.
+        teacher: The model to compare the student with: a folder, a .gguf file, package:NAME or a
+            name on the Hub; by default the run's teacher.
+        divergences: What to measure beside forward KL, reverse KL, JS, TV, AKL and what the run
+            minimised, such as todi "skew-kl(alpha=0.3)"; nothing else by default.
+        max_length: Longest block, in tokens; by default as long as in training.
+        max_blocks: Number of blocks to measure, from the first on; by default all.
+        batch_size: Blocks run together, which decides the memory needed.
+        prompts: Number of prompts out of the data that the student replies to, at most; 0 leaves
+            the replies out, which take most of the time.
+        seeds: Replies to each prompt, drawn under --seed and the seeds that follow it.
+        max_new_tokens: Longest reply, in tokens.
+        temperature: What the logits of replies are divided by; 0 takes the likeliest token.
+        top_p: Probability mass of the likeliest tokens that a reply is drawn from, above 0.
+        seed: Of the first reply to each prompt.
+        device: Such as "cpu" or "cuda:1"; by default a GPU if there is one.
+    """
+
+    data: str
+    split: str = "test"
+    teacher: str | None = None
+    divergences: tuple[str, ...] = ()
+    max_length: int | None = None
+    max_blocks: int | None = None
+    batch_size: int = 8
+    prompts: int = 16
+    seeds: int = 3
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    device: str | None = None
 
     def __post_init__(self):
         check_counts(self, "max_blocks", "batch_size", "seeds")
         check_counts(self, "prompts", at_least=0)
         check_counts(self, "max_length", at_least=2)
-        if self.divergence is not None:
-            divergence_named(self.divergence)
+        if isinstance(self.divergences, str):
+            raise TypeError(f"divergences must be a tuple of names; got {self.divergences!r}.")
+        for text in self.divergences:
+            divergence_named(text)
         device_named(self.device)
-        _ = self.sampling
-
-    @property
-    def sampling(self) -> Sampling:
-        """How the tokens of replies are drawn."""
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
+        sampling_of(self)
 
 
 @quiet()
@@ -108,14 +113,16 @@ def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluat
         The result, which prints as a table.
     """
     run = finished(path)
+    trained = run.settings.get("max_length", DistillSettings.max_length)
+    max_length: int = settings.max_length or trained
     rows = read_rows(settings.data, split=settings.split)
     _warn_of_seen(run, rows)
     tokenizer = load_tokenizer(run.path)
     student, teacher = load_model(run.path), load_model(_teacher(run, settings))
     for name, model in (("student", student), ("teacher", teacher)):
-        check_context(name, model, settings.max_length)
+        check_context(name, model, max_length)
         cast(nn.Module, model).to(device_named(settings.device))
-    blocks = tokenize(rows, tokenizer, max_length=settings.max_length)
+    blocks = tokenize(rows, tokenizer, max_length=max_length)
     kept = range(min(len(blocks), settings.max_blocks or len(blocks)))
     with _progress() as progress:
         result = evaluate(
@@ -128,16 +135,11 @@ def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluat
             progress=progress,
         )
     result["data"] = {"fingerprint": fingerprint(rows), "rows": len(rows)}
-    result["settings"] = asdict(settings)
+    result["settings"] = asdict(settings) | {"max_length": max_length}
     if settings.prompts:
-        seeds = range(settings.seed, settings.seed + settings.seeds)
-        prompts = prompts_of(
-            rows, tokenizer, count=settings.prompts, reply_tokens=settings.max_new_tokens
-        )
-        replies = generate(student, tokenizer, prompts, seeds=seeds, sampling=settings.sampling)
+        replies = reply_to(rows, student, tokenizer, settings)
         save(run.path / "generations.jsonl", replies)
-        measured = {name: to_json(it) for name, it in measure(replies).items()}
-        result["generations"] = {"seeds": list(seeds), "prompts": len(prompts), **measured}
+        result["generations"] = {name: to_json(it) for name, it in measure(replies).items()}
     write_json(run.path / "evaluation.json", result)
     return Evaluations({Path(path).name or str(path): result})
 
@@ -172,12 +174,10 @@ def _teacher(run: Run, settings: EvaluateSettings) -> str:
 
 
 def _divergences(run: Run, settings: EvaluateSettings) -> dict[str, Divergence]:
-    """The usual ones, and what the run minimised or was asked for, if it is another."""
-    text = settings.divergence or run.settings.get("divergence")
-    wanted = parse(text) if text else None
-    if wanted is None or wanted in DIVERGENCES.values():
-        return dict(DIVERGENCES)
-    return {**DIVERGENCES, repr(wanted): wanted}
+    """The usual ones, what the run minimised, and what else is asked for."""
+    own = run.settings.get("divergence")
+    wanted = [parse(text) for text in (own, *settings.divergences) if text]
+    return {**DIVERGENCES, **{repr(it): it for it in wanted if it not in DIVERGENCES.values()}}
 
 
 def evaluate(
@@ -208,7 +208,7 @@ def evaluate(
         dataset: Blocks with ``input_ids`` and ``labels``, as :func:`rkl.distill.data.tokenize`
             makes them.
         tokenizer: The one both share, needed where their numbers of logits differ.
-        divergences: What to measure, by name; forward KL, reverse KL, JS and TV by default.
+        divergences: What to measure, by name; forward KL, reverse KL, JS, TV, AKL by default.
         batch_size: Blocks in a batch.
         progress: Called with the number of blocks done and of all.
 

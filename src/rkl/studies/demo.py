@@ -152,7 +152,6 @@ def _settings(
     )
     evaluation = EvaluateSettings(
         data=str(folder / HELD_OUT),
-        divergence=DIVERGENCES["akl"],
         max_blocks=plan.held_out_blocks,
         prompts=plan.prompts,
         seeds=plan.seeds,

@@ -136,7 +136,6 @@ def _settings(
     )
     evaluation = EvaluateSettings(
         data=str(folder / HELD_OUT),
-        divergence=DIVERGENCES["akl"],
         max_blocks=plan.held_out_blocks,
         batch_size=2,
         prompts=plan.prompts,

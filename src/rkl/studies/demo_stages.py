@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rkl.distill.data import TokenDataset
 from rkl.distill.evaluate import EvaluateSettings, evaluate_run
-from rkl.distill.generate import Sampling, generate, prompts_of, save
+from rkl.distill.generate import reply_to, save
 from rkl.distill.progress import clock, quiet, say
 from rkl.distill.run import DistillSettings, distill
 from rkl.distill.snapshots import Snapshots, median_token, probabilities
@@ -145,14 +145,6 @@ def evaluate_each(run: Run, names: Sequence[str], settings: EvaluateSettings) ->
 def let_teacher_write(run: Run, teacher: str, settings: EvaluateSettings) -> None:
     """Have the teacher go on from what the students went on from, once."""
     with phase(run, "letting the teacher write"):
-        tokenizer = load_tokenizer(teacher)
-        prompts = prompts_of(
-            read_rows(settings.data),
-            tokenizer,
-            count=settings.prompts,
-            reply_tokens=settings.max_new_tokens,
-        )
-        sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
-        model = load_model(teacher, dtype="float32")
-        replies = generate(model, tokenizer, prompts, seeds=[settings.seed], sampling=sampling)
-        save(run.path / REPLIES, replies)
+        model, tokenizer = load_model(teacher, dtype="float32"), load_tokenizer(teacher)
+        once = dataclasses.replace(settings, seeds=1)
+        save(run.path / REPLIES, reply_to(read_rows(settings.data), model, tokenizer, once))

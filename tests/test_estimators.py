@@ -419,3 +419,14 @@ def test_a_divergence_of_ones_own_is_one_class_and_reaches_everything(capsys):
     assert LeCam().bounded
     main(["divergences"])
     assert "le-cam" in capsys.readouterr().out
+
+
+@every
+def test_a_token_that_is_no_number_leaves_masked_atoms_beside_it_alone(divergence):
+    p, q = pair(2, 5)
+    p[1, :2] = q[1, :2] = -math.inf
+    alone = per_token({"it": divergence}, p=p[1:], q=q[1:])["it"]
+    p[0, 0] = math.nan  # its loss is none, and no mask may hang on it
+    beside = per_token({"it": divergence}, p=p, q=q)["it"]
+    assert alone.isfinite().all()
+    assert torch.equal(beside[1:], alone)

@@ -295,6 +295,11 @@ def occurs(case: Callable[[], Tensor]) -> bool:
     return torch.compiler.is_compiling() or bool(case().any())
 
 
+def vanishes(logp: Float[Tensor, "*shape"]) -> bool:
+    """Whether some mass may be 0, or is no number; also where a compiler asks."""
+    return logp.numel() > 0 and occurs(lambda: ~(logp.amin() > -math.inf))
+
+
 def log_ratio(
     loga: Float[Tensor, "*shape"], logb: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
@@ -306,7 +311,8 @@ def relative_entropy(
     loga: Float[Tensor, "*shape"], logb: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
     """A log(a/b), with 0 log(0/b) = 0 in value and in gradient."""
-    return loga.exp() * torch.where(loga == -math.inf, 0.0, loga - logb)
+    ratio = loga - logb
+    return loga.exp() * (ratio.masked_fill(loga == -math.inf, 0.0) if vanishes(loga) else ratio)
 
 
 def power(

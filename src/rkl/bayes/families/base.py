@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import inspect
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -16,6 +16,15 @@ Natural = tuple[Tensor, ...]  # components, [*batch, *event of the component] ea
 Fixed = float | Tensor  # what a family holds fixed: one number, or one per law of the batch
 CLOSE = 1e-20  # Newton decrement, in nats, below which one more step leaves only rounding
 STEPS, HALVINGS = 200, 60
+
+
+class Terms(NamedTuple):
+    """A draw P_θ beside a reference law P_0, in the terms that both Bayes acts average."""
+
+    natural: Natural
+    mean: Natural
+    from_reference: Tensor  # KL(P_0 ‖ P_θ) in nats, for the reverse-KL act
+    to_reference: Tensor  # KL(P_θ ‖ P_0) in nats, for the forward-KL act
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +55,8 @@ class ExponentialFamily(abc.ABC):
     parameters: ClassVar[tuple[str, ...]]  # of the law, those that log_fisher refers to
 
     @classmethod
-    def of(cls, law: Distribution, draws: bool = True) -> "ExponentialFamily":
-        """The family of a law; along the first axis of ``draws`` nothing fixed may move."""
+    def of(cls, law: Distribution, draws: bool = True) -> "ExponentialFamily | None":
+        """The family of a law, or None where something moves that the family holds fixed."""
         return cls()
 
     def about(self, law: Distribution) -> "ExponentialFamily":
@@ -137,9 +146,11 @@ class ExponentialFamily(abc.ABC):
             - self.inner(self.minus(q, p), self.mean(p))
         )
 
-    def both_kl(self, p: Natural, q: Natural) -> tuple[Tensor, Tensor]:
-        """KL(P_p ‖ P_q) and KL(P_q ‖ P_p), sharing what they can."""
-        return self.kl(p, q), self.kl(q, p)
+    def terms(self, law: Distribution, reference: Natural) -> "Terms":
+        """All that one pass over draws needs of each, sharing what it can."""
+        natural = self.natural(law)
+        to, fro = self.kl(natural, reference), self.kl(reference, natural)
+        return Terms(natural, self.mean(natural), from_reference=fro, to_reference=to)
 
     def dual(self, mean: Natural) -> Tensor:
         """A*(m) = max over η of ⟨η, m⟩ − A(η): minus the entropy, less E log h."""
@@ -211,8 +222,7 @@ class ExponentialFamily(abc.ABC):
     def along(self, natural: Natural, step: Natural, length: Tensor) -> Natural:
         """η + length · step, with one length per law."""
         return tuple(
-            x + length.reshape(*length.shape, *[1] * n) * s
-            for x, s, n in zip(natural, step, self.events, strict=True)
+            x + spread(length, n) * s for x, s, n in zip(natural, step, self.events, strict=True)
         )
 
     def flatten(self, components: Natural) -> Tensor:
@@ -249,13 +259,13 @@ def family_of(law: Distribution, draws: bool = True) -> ExponentialFamily | None
     """The exponential family of a law of torch, or None where it is in none that is known.
 
     Args:
-        law: A distribution; with ``draws``, its first batch axis holds draws of its parameters.
-        draws: Whether what the family holds fixed may differ along the first axis, as between
-            groups, or may not.
+        law: A distribution whose first batch axis, if ``draws``, holds draws of its parameters.
+        draws: Whether what a family holds fixed must be the same along that axis. Along the
+            others, as between groups, it may differ.
 
     Raises:
         TypeError: It is no distribution.
-        ValueError: What the family holds fixed moves from draw to draw.
+        ValueError: Its support moves from draw to draw.
 
     >>> family_of(torch.distributions.Binomial(10, probs=torch.tensor([0.1, 0.2])))
     BinomialFamily(total_count=10.0)
@@ -266,16 +276,14 @@ def family_of(law: Distribution, draws: bool = True) -> ExponentialFamily | None
     return None if kind is None else kind.of(law, draws)
 
 
-def fixed(name: str, value: Tensor, draws: bool, why: str) -> Fixed:
-    """What is fixed, as one number where it is one, else one per law after the axis of draws."""
-    first = value.flatten()[0] if value.numel() else torch.zeros(())
+def fixed(value: Tensor, draws: bool) -> Fixed | None:
+    """What is fixed: one number where it is one, else one per law, or None where it moves."""
+    first = value.flatten()[0]
     if (value == first).all():
         return float(first)
     if not draws:
         return value
-    if value.ndim < 2 or not (value == value[:1]).all():
-        raise ValueError(f"{name} must not move from draw to draw: {why}.")
-    return value[0]
+    return value[0] if value.ndim > 1 and (value == value[:1]).all() else None
 
 
 def jacobian(outputs: Tensor, leaf: Tensor) -> Tensor:
@@ -290,6 +298,11 @@ def jacobian(outputs: Tensor, leaf: Tensor) -> Tensor:
 def sum_of(x: Tensor, axes: int) -> Tensor:
     """Sum over the last axes, none included."""
     return x.sum(tuple(range(-axes, 0))) if axes else x
+
+
+def spread(x: Tensor, axes: int) -> Tensor:
+    """The same with axes of length 1 at its end."""
+    return x[(..., *[None] * axes)]
 
 
 def all_of(x: Tensor, axes: int) -> Tensor:

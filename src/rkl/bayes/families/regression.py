@@ -1,0 +1,344 @@
+"""Regressions given their design: distributions of all its responses, and their families."""
+
+import abc
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import Bernoulli, Distribution, Normal, Poisson, constraints
+from torch.nn.functional import softplus
+
+from rkl.bayes.families.base import ExponentialFamily, Fixed, Natural
+from rkl.bayes.families.matrices import log_det, times
+from rkl.bayes.families.special import bernoulli_kl, log_gap, relative_gap
+from rkl.divergences.base import floats
+
+
+class Regression(Distribution):
+    """The responses of all rows of a design, one event [rows]."""
+
+    # torch's stub declares a property, its own laws have a table of the class
+    arg_constraints = {"coefficients": constraints.real_vector}  # pyright: ignore
+
+    def __init__(
+        self,
+        design: Float[Tensor, "rows columns"],
+        coefficients: Float[Tensor, "*batch columns"],
+        validate_args: bool | None = None,
+    ):
+        floats("design", design)
+        floats("coefficients", coefficients)
+        if design.ndim != 2 or coefficients.shape[-1:] != design.shape[1:]:
+            raise ValueError(
+                "design must be [rows, columns] and coefficients [..., columns]; "
+                f"got {list(design.shape)} and {list(coefficients.shape)}."
+            )
+        if not design.isfinite().all():
+            raise ValueError("design must be finite.")
+        self.design, self.coefficients = design, coefficients
+        super().__init__(coefficients.shape[:-1], design.shape[:1], validate_args=validate_args)
+
+    @property
+    @abc.abstractmethod
+    def rows(self) -> Distribution:
+        """The law of the response of each row, [*batch, rows]."""
+
+    @property
+    def predictor(self) -> Tensor:
+        """The linear predictor, design · coefficients [*batch, rows]."""
+        return times(self.design, self.coefficients)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def support(self):
+        return constraints.independent(self.rows.support, 1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.rows.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.rows.variance
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.rows.log_prob(value).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return self.rows.entropy().sum(-1)
+
+    def sample(self, sample_shape=()) -> Tensor:
+        return self.rows.sample(sample_shape)
+
+    def expand(self, batch_shape, _instance=None):
+        coefficients = self.coefficients.expand(*batch_shape, -1)
+        return type(self)(self.design, coefficients, validate_args=False)
+
+
+class GaussianRegression(Regression):
+    """Linear regression, y ~ Normal(design · coefficients, scale).
+
+    Args:
+        design: Rows of explanatory variables; a column of ones for an intercept.
+        coefficients: One per column, in units of the response.
+        scale: Standard deviation of the noise, in units of the response.
+
+    >>> law = GaussianRegression(torch.ones(2, 1), torch.tensor([3.0]), torch.tensor(1.0))
+    >>> law.log_prob(torch.tensor([3.0, 3.0]))
+    tensor(-1.8379)
+    """
+
+    arg_constraints = {  # pyright: ignore
+        "coefficients": constraints.real_vector,
+        "scale": constraints.positive,
+    }
+
+    def __init__(self, design, coefficients, scale, validate_args=None):
+        scale = torch.as_tensor(scale, dtype=coefficients.dtype, device=coefficients.device)
+        batch = torch.broadcast_shapes(scale.shape, coefficients.shape[:-1])
+        self.scale = scale.expand(batch)
+        super().__init__(design, coefficients.expand(*batch, -1), validate_args)
+
+    @property
+    def rows(self):
+        return Normal(self.predictor, self.scale.unsqueeze(-1), validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        coefficients = self.coefficients.expand(*batch_shape, -1)
+        scale = self.scale.expand(batch_shape)
+        return GaussianRegression(self.design, coefficients, scale, validate_args=False)
+
+
+class PoissonRegression(Regression):
+    """Log-linear regression of counts, y ~ Poisson(exp(design · coefficients)).
+
+    Args:
+        design: Rows of explanatory variables; a column of ones for an intercept.
+        coefficients: One per column, in nats.
+    """
+
+    @property
+    def rows(self):
+        return Poisson(self.predictor.exp(), validate_args=False)
+
+
+class LogisticRegression(Regression):
+    """Regression of yes and no, y ~ Bernoulli(logits=design · coefficients).
+
+    Args:
+        design: Rows of explanatory variables; a column of ones for an intercept.
+        coefficients: One per column, in nats of log odds.
+    """
+
+    @property
+    def rows(self):
+        return Bernoulli(logits=self.predictor, validate_args=False)
+
+
+@dataclass(frozen=True, eq=False)
+class RegressionFamily(ExponentialFamily):
+    """Regressions of canonical link on one design X: T = Xᵀy, η = coefficients, A by rows.
+
+    Source: McCullagh and Nelder (1989), section 2.2.
+    """
+
+    events = (1,)
+    names = ("coefficients",)
+    mean_names = ("design · E y",)
+    parameters = ("coefficients",)
+    design: Tensor
+
+    @classmethod
+    def of(cls, law: Regression, draws: bool = True):
+        return cls(law.design)
+
+    @abc.abstractmethod
+    def row_partition(self, predictor: Tensor) -> Tensor:
+        """A of each row [*batch, rows]."""
+
+    @abc.abstractmethod
+    def row_mean(self, predictor: Tensor) -> Tensor:
+        """E y of each row [*batch, rows]."""
+
+    @abc.abstractmethod
+    def row_variance(self, predictor: Tensor) -> Tensor:
+        """Var y of each row [*batch, rows]."""
+
+    @abc.abstractmethod
+    def row_kl(self, p: Tensor, q: Tensor) -> Tensor:
+        """KL of each row between two linear predictors [*batch, rows]."""
+
+    def natural(self, law: Regression):
+        return (law.coefficients,)
+
+    def from_natural(self, natural):
+        return self.law(self.design, natural[0])
+
+    def statistic(self, x):
+        return (times(self.design.mT, x),)
+
+    def log_partition(self, natural):
+        return self.row_partition(times(self.design, natural[0])).sum(-1)
+
+    def mean(self, natural):
+        return (times(self.design.mT, self.row_mean(times(self.design, natural[0]))),)
+
+    def from_mean(self, mean):
+        full_rank(self.design)
+        return super().from_mean(mean)
+
+    def newton(self, natural, gap):
+        return (torch.linalg.solve(self._information(natural[0]), gap[0]),)
+
+    def kl(self, p, q):
+        return self.row_kl(times(self.design, p[0]), times(self.design, q[0])).sum(-1)
+
+    def log_fisher(self, law: Regression):
+        return log_det(self._information(law.coefficients))
+
+    def _information(self, coefficients: Tensor) -> Tensor:
+        weight = self.row_variance(times(self.design, coefficients)).unsqueeze(-1)
+        return self.design.mT @ (weight * self.design)
+
+
+@dataclass(frozen=True, eq=False)
+class PoissonRegressionFamily(RegressionFamily):
+    """PoissonRegression on one design, A = Σ exp(X · coefficients)."""
+
+    law = PoissonRegression
+
+    def row_partition(self, predictor):
+        return predictor.exp()
+
+    def row_mean(self, predictor):
+        return predictor.exp()
+
+    def row_variance(self, predictor):
+        return predictor.exp()
+
+    def row_kl(self, p, q):
+        return relative_gap(p, q)
+
+
+@dataclass(frozen=True, eq=False)
+class LogisticRegressionFamily(RegressionFamily):
+    """LogisticRegression on one design, A = Σ log(1 + exp(X · coefficients))."""
+
+    law = LogisticRegression
+
+    def row_partition(self, predictor):
+        return softplus(predictor)
+
+    def row_mean(self, predictor):
+        return torch.sigmoid(predictor)
+
+    def row_variance(self, predictor):
+        return torch.sigmoid(predictor) * torch.sigmoid(-predictor)
+
+    def row_kl(self, p, q):
+        return bernoulli_kl(p, q)
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianRegressionFamily(ExponentialFamily):
+    """GaussianRegression on one design X: T = (Xᵀy, ‖y‖²), η = (coefficients, −½) / scale².
+
+    With an origin o of the coefficients, Xo is first taken from y and o from the coefficients.
+    """
+
+    law = GaussianRegression
+    events = (1, 0)
+    names = ("coefficients / scale²", "−1 / (2 scale²)")
+    mean_names = ("design · E y", "E ‖y‖²")
+    parameters = ("coefficients", "scale")
+    design: Tensor
+    origin: Fixed = 0.0
+
+    @classmethod
+    def of(cls, law: GaussianRegression, draws: bool = True):
+        return cls(law.design)
+
+    def about(self, law: GaussianRegression):
+        return dataclasses.replace(self, origin=law.coefficients)
+
+    def natural(self, law: GaussianRegression):
+        precision = 1 / (law.scale * law.scale)
+        return (law.coefficients - self.origin) * precision.unsqueeze(-1), -precision / 2
+
+    def from_natural(self, natural):
+        coefficients, variance = _moments(natural)
+        return GaussianRegression(self.design, coefficients + self.origin, variance.sqrt())
+
+    def statistic(self, x):
+        if isinstance(self.origin, Tensor):
+            x = x - times(self.design, self.origin)
+        return times(self.design.mT, x), x.square().sum(-1)
+
+    def log_partition(self, natural):
+        coefficients, variance = _moments(natural)
+        signal = self._fit(coefficients).square().sum(-1) / variance
+        return (signal + len(self.design) * (2 * math.pi * variance).log()) / 2
+
+    def mean(self, natural):
+        coefficients, variance = _moments(natural)
+        fit = self._fit(coefficients)
+        return times(self.design.mT, fit), fit.square().sum(-1) + len(self.design) * variance
+
+    def from_mean(self, mean):
+        full_rank(self.design)
+        self.check_mean(mean)
+        fit = self._half_solved(mean[0])
+        coefficients = torch.linalg.solve_triangular(
+            self._root(), fit.unsqueeze(-1), upper=True
+        ).squeeze(-1)
+        precision = len(self.design) / (mean[1] - fit.square().sum(-1))
+        return coefficients * precision.unsqueeze(-1), -precision / 2
+
+    def kl(self, p, q):
+        (coefficients_p, variance_p), (coefficients_q, variance_q) = _moments(p), _moments(q)
+        shift = self._fit(coefficients_p - coefficients_q).square().sum(-1) / variance_q
+        excess = (variance_p - variance_q) / variance_q
+        return (len(self.design) * log_gap(excess) + shift) / 2
+
+    def log_fisher(self, law: GaussianRegression):
+        rows, columns = self.design.shape
+        own = log_det(self.design.mT @ self.design)
+        return own + math.log(2 * rows) - 2 * (columns + 1) * law.scale.log()
+
+    def inside(self, natural):
+        return natural[0].isfinite().all(-1), natural[1].isfinite() & (natural[1] < 0)
+
+    def mean_inside(self, mean):
+        least = self._half_solved(mean[0]).square().sum(-1)
+        return mean[0].isfinite().all(-1), mean[1].isfinite() & (mean[1] > least)
+
+    def _fit(self, coefficients: Tensor) -> Tensor:
+        return times(self.design, coefficients)
+
+    def _root(self) -> Tensor:
+        """R of the design's QR: RᵀR = XᵀX, without squaring its condition number."""
+        return torch.linalg.qr(self.design, mode="r").R
+
+    def _half_solved(self, moment: Tensor) -> Tensor:
+        """R⁻ᵀ Xᵀy, as long as the fitted y."""
+        return torch.linalg.solve_triangular(
+            self._root().mT, moment.unsqueeze(-1), upper=False
+        ).squeeze(-1)
+
+
+def full_rank(design: Tensor) -> None:
+    """Refuse a design that does not tell its coefficients apart, with a ValueError."""
+    rank = int(torch.linalg.matrix_rank(design))
+    if rank < design.shape[1]:
+        raise ValueError(
+            f"design must tell its {design.shape[1]} coefficients apart; it has rank {rank}. "
+            "Leave out columns that others determine."
+        )
+
+
+def _moments(natural: Natural) -> tuple[Tensor, Tensor]:
+    """Coefficients less the origin, and variance."""
+    variance = -0.5 / natural[1]
+    return natural[0] * variance.unsqueeze(-1), variance

@@ -2,6 +2,9 @@ import copy
 import inspect
 import json
 import math
+import re
+import shlex
+import shutil
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rkl import plots
+from rkl.cli import main
 from rkl.distill import evaluate as module
 from rkl.distill.compare import Evaluations, compare_runs
 from rkl.distill.data import IGNORED, passages, tokenize
@@ -445,6 +449,25 @@ def test_runs_are_compared_column_by_column_and_drawn(run, tmp_path):
     assert table["ROUGE-L"][2] is None
     html = (tmp_path / "comparison.html").read_text()
     assert html.count("<svg") == 3
+
+
+def test_what_was_measured_of_one_run_alone_can_be_filled_in_by_the_command_that_is_said(
+    run, tmp_path, capsys
+):
+    other = tmp_path / "other"
+    shutil.copytree(run.path, other)
+    run.update(settings=run.settings | {"divergence": "todi"})
+    Run(other).update(settings=run.settings | {"divergence": "skew-kl"})
+    for path in (run.path, other):
+        evaluate_run(path, settings(run, prompts=0, divergences=("jeffreys",)))
+    said = str(compare_runs([run.path, other]))
+    for path, missing in ((run.path, "SkewKL(alpha=0.1)"), (other, "ToDi()")):
+        (command,) = (line for line in said.splitlines() if f"rkl evaluate {path} " in line)
+        assert command.endswith(f"--divergences jeffreys '{missing}'")
+        assert main(shlex.split(command)[1:]) == 0
+    said = str(compare_runs([run.path, other]))
+    assert "rkl evaluate" not in said
+    assert len(re.findall(r"ToDi.* ± .* ± ", said)) == 1
 
 
 def test_the_arrays_of_a_comparison_are_the_arguments_of_its_figures(result):

@@ -5,6 +5,7 @@ import io
 import json
 import operator
 import os
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,9 +47,11 @@ class Evaluations:
 
     Attributes:
         results: Under each run's name, what its ``evaluation.json`` holds.
+        gaps: The commands that measure what was measured of other runs alone.
     """
 
     results: Mapping[str, Mapping[str, Any]]
+    gaps: Sequence[str] = ()
 
     def rows(self) -> list[tuple[Cell, ...]]:
         """The table: what is measured, the teacher's value, and each student's.
@@ -90,7 +93,8 @@ class Evaluations:
             table.add_row(*map(written, row))
         page = io.StringIO()
         Console(file=page, width=44 + 20 * (1 + len(self.results))).print(table)
-        return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+        lines = [line.rstrip() for line in page.getvalue().splitlines()]
+        return "\n".join(lines + (["", _GAPS_SAY, *self.gaps] if self.gaps else []))
 
     def precision_recall(self) -> dict[str, Any]:
         """The arguments of :func:`rkl.plots.precision_recall`, bands of two standard errors."""
@@ -125,7 +129,8 @@ class Evaluations:
         from rkl.report import Section, Table, drawn
 
         columns = ["", "teacher", *self.results]
-        table = Table("Held-out data", columns, self.rows(), _TABLE_SAYS)
+        gaps = [f" {_GAPS_SAY} {'; '.join(self.gaps)}"] if self.gaps else []
+        table = Table("Held-out data", columns, self.rows(), "".join([_TABLE_SAYS, *gaps]))
         curve = plots.precision_recall(**self.precision_recall())
         figures = [drawn("Precision and recall of the students", curve, _CURVE_SAYS)]
         for name in ("forward-kl", "reverse-kl"):
@@ -139,6 +144,7 @@ _TABLE_SAYS = (
     "Means per token over held-out text, with standard errors that take blocks of text as "
     "independent; replies: over prompts, or over seeds where only a whole set has a value."
 )
+_GAPS_SAY = "Not all runs were measured under the same divergences. To fill the gaps:"
 _CURVE_SAYS = (
     "Each point is one slope λ: precision Σ min(λp, q) is the share of what the student says "
     "that the teacher would, recall the share of what the teacher says that the student can."
@@ -160,18 +166,31 @@ def compare_runs(
     """
     if not paths:
         raise ValueError("paths must name at least one run; got none.")
-    results = {name: result_of(path) for name, path in zip(names_of(paths), paths, strict=True)}
-    if len({result["data"]["fingerprint"] for result in results.values()}) > 1:
-        warnings.warn(
-            "The runs were evaluated on different data; their values cannot be compared.",
-            stacklevel=2,
-        )
-    evaluations = Evaluations(results)
+    evaluations = evaluations_of(dict(zip(names_of(paths), paths, strict=True)))
     if out is not None:
         from rkl.report import render, write
 
         write(Path(out), render("Comparison of runs", evaluations.sections()))
     return evaluations
+
+
+def evaluations_of(paths: Mapping[str, str | os.PathLike]) -> Evaluations:
+    """What was measured of runs, each evaluated before, and how to fill in what was not."""
+    results = {name: result_of(path) for name, path in paths.items()}
+    if len({result["data"]["fingerprint"] for result in results.values()}) > 1:
+        warnings.warn(
+            "The runs were evaluated on different data; their values cannot be compared.",
+            stacklevel=3,
+        )
+    measured = dict.fromkeys(it for result in results.values() for it in result["divergences"])
+    gaps = []
+    for name, result in results.items():
+        if missing := [it for it in measured if it not in result["divergences"]]:
+            file = Path(paths[name], "evaluation.json")
+            words = ["rkl", "evaluate", paths[name], "--config", file, "--divergences"]
+            words += [*result["settings"]["divergences"], *missing]
+            gaps.append(shlex.join(map(str, words)))
+    return Evaluations(results, gaps)
 
 
 def names_of(paths: Sequence[str | os.PathLike]) -> list[str]:

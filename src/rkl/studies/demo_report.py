@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from rkl.distill.compare import Evaluations, result_of
+from rkl.distill.compare import Evaluations, evaluations_of, result_of
 from rkl.distill.report import curve_of, replies_section, settings_section, training_section
 from rkl.divergences import parse
 from rkl.report import written
@@ -86,7 +86,7 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
 def results_of(whole: Run) -> Evaluations:
     """The evaluations of a demonstration's runs, the one before distillation last."""
     names = *whole.settings["divergences"], whole.settings["before"]
-    return Evaluations({name: result_of(whole.path / name) for name in names})
+    return evaluations_of({name: whole.path / name for name in names})
 
 
 def verdicts(results: Mapping[str, Mapping[str, Any]], spelt: Mapping[str, str]) -> list[Verdict]:

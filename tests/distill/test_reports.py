@@ -41,6 +41,19 @@ def test_the_report_of_one_run_lies_in_its_folder(run):
     assert "a learned from T under a." in page
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"shape": {"layers": 2}}, "a learned the next token of plain text by cross-entropy."),
+        ({"teacher": "T", "drop_layers": "1-2"}, "a is T without layers 1-2, not trained since."),
+    ],
+)
+def test_a_run_without_a_divergence_says_where_it_comes_from(settings, said, tmp_path):
+    made = Run.create(tmp_path / "a", "distill", settings, seed=0)
+    page = report_runs([made.path]).read_text("utf-8")
+    assert said in page
+
+
 def test_replies_are_of_the_first_seed_beside_the_text_itself_and_escaped(run):
     page = report_runs([run("a")]).read_text("utf-8")
     assert "&lt;b&gt;a3&lt;/b&gt;" in page

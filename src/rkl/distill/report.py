@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rkl.distill.compare import Evaluations, names_of, result_of
+from rkl.distill.compare import Evaluations, evaluations_of, names_of
 from rkl.runs import Run
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ _CURVES = {
 def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
     """Write the report of one run or several, a single HTML file.
 
-    It shows what the runs hold: curves from ``metrics.jsonl``; once they have all been
-    evaluated, the held-out figures; replies where there are any; settings and versions.
+    It shows what the runs hold: curves from ``metrics.jsonl``; the held-out figures of those that
+    have been evaluated; replies where there are any; settings and versions.
 
     Args:
         paths: Folders of runs.
@@ -64,8 +64,9 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
         raise ValueError(f"out must say where the report of {len(paths)} runs goes.")
     runs = dict(zip(names_of(paths), map(Run.open, paths), strict=True))
     out = next(iter(runs.values())).path / "report.html" if out is None else Path(out)
+    evaluated = {n: it.path for n, it in runs.items() if (it.path / "evaluation.json").exists()}
     found = sections(
-        evaluations=_evaluations(runs),
+        evaluations=evaluations_of(evaluated) if evaluated else None,
         metrics={name: run.metrics for name, run in runs.items()},
         replies={name: it for name, run in runs.items() if (it := _replies(run))},
         records={name: run.record for name, run in runs.items()},
@@ -180,16 +181,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _evaluations(runs: Mapping[str, Run]) -> Evaluations | None:
-    """The results of the runs that have been evaluated."""
-    found = {
-        name: result_of(run.path)
-        for name, run in runs.items()
-        if (run.path / "evaluation.json").exists()
-    }
-    return Evaluations(found) if found else None
-
-
 def _replies(run: Run) -> Replies:
     path = run.path / "generations.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -201,8 +192,14 @@ def _title(runs: Mapping[str, Run]) -> str:
 
 
 def _lead(runs: Mapping[str, Run]) -> str:
-    told = [
-        f"{name} learned from {run.settings.get('teacher')} under {run.settings.get('divergence')}"
-        for name, run in runs.items()
-    ]
-    return f"{'; '.join(told)}."
+    return f"{'; '.join(f'{name} {_origin(run.settings)}' for name, run in runs.items())}."
+
+
+def _origin(settings: Mapping[str, Any]) -> str:
+    """Where a model comes from, as the settings of its run say."""
+    teacher = settings.get("teacher")
+    if teacher is None:
+        return "learned the next token of plain text by cross-entropy"
+    if "divergence" in settings:
+        return f"learned from {teacher} under {settings['divergence']}"
+    return f"is {teacher} without layers {settings.get('drop_layers')}, not trained since"

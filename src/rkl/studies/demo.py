@@ -191,6 +191,7 @@ def _school_both(plan: Plan, whole: Run, manual: Manual, *, seed: int, device: s
         with phase(whole, f"the {name}, on the text itself"):
             model = new_model(tokenizer, shape, seed=seed + number)
             settings = {"shape": asdict(shape), "schooling": asdict(schooling), "device": device}
+            settings |= {"max_length": plan.block}
             place = Run.create(whole.path / name, "distill", settings, seed=seed)
             with place.running():
                 place.remember_rows(passages(rows))

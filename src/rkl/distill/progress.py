@@ -18,7 +18,13 @@ from rich.progress import (
     TaskID,
     TextColumn,
 )
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 
@@ -37,12 +43,15 @@ def say(message: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """While this lasts, transformers shows no bars of its own for each file it reads or writes."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """While this lasts, transformers shows no bars of its own for what it reads or writes."""
+    conversion: Any = modeling_gguf_pytorch_utils
+    shown, bar = transformers_logging.is_progress_bar_enabled(), conversion.tqdm
     transformers_logging.disable_progress_bar()
+    conversion.tqdm = lambda tensors, **_: tensors  # no setting of transformers reaches this one
     try:
         yield
     finally:
+        conversion.tqdm = bar
         if shown:
             transformers_logging.enable_progress_bar()
 

@@ -1,0 +1,365 @@
+"""What dependent draws are worth: effective numbers, convergence, and errors of their means."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rkl.divergences.base import floats
+from rkl.metrics import Mean
+
+HALVES = 128  # half batches kept at most, over all chains: their number decides an error's own
+NUMBERS = 2**22  # draws looked at together, lest a Fourier transform of them all fill the memory
+DEPENDENT = 1.4  # three standard errors above 1, the ratio of V for 64 independent batches
+FEWEST = 12  # batches that an error may rest on
+DISAGREE = 3.09  # standard normal quantile of 0.999
+
+
+def autocorrelation_time(
+    x: Float[Tensor, "chains draws *columns"],
+) -> Float[Tensor, "*columns"]:
+    r"""How many dependent draws are worth one independent draw of the mean.
+
+        τ = 1 + 2 Σₜ ρₜ,    Var(mean) = τ Var(x) / (chains · draws)
+
+    The sum stops by Geyer's initial monotone sequence: sums of adjacent pairs ρ₂ₖ + ρ₂ₖ₊₁ of a
+    reversible chain are positive and decrease. Chains are halved and compared, so that a chain
+    that drifts, or sits elsewhere than the others, has a large τ. Below 1 for draws that
+    alternate. A constant has τ = 1.
+
+    Source: Geyer (1992), section 3.3; Vehtari et al. (2021), arXiv 1903.08008, eqs. (10)–(13).
+
+    Args:
+        x: Draws of one or many quantities, at least 4 in each chain.
+
+    Returns:
+        τ in draws.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> noise = torch.randn(4, 10_000, generator=generator, dtype=torch.float64)
+    >>> bool((autocorrelation_time(noise) - 1).abs() < 0.05)
+    True
+    """
+    return _by_columns(_time, _checked(x))
+
+
+def ess(
+    x: Float[Tensor, "chains draws *columns"],
+    weights: Float[Tensor, "chains draws"] | None = None,
+) -> Float[Tensor, "*columns"]:
+    """Effective number of draws for the bulk: of independent draws that would do as well.
+
+    Draws are replaced by normal scores of their ranks, so that it exists for heavy tails, and
+    does not move under monotone maps of x. Weights multiply it by 1 / (n Σ w²), Kish's share:
+    a rule of thumb, exact where weights and draws have nothing to do with each other.
+
+    Source: Vehtari et al. (2021), arXiv 1903.08008, section 4.1; Kish (1965), section 11.2.
+
+    Args:
+        x: Draws of one or many quantities, at least 4 in each chain.
+        weights: Weight of each draw.
+
+    Returns:
+        Effective number of draws; at most n log₁₀ n.
+    """
+    x = _checked(x)
+    count = x.shape[0] * x.shape[1]
+    share = 1.0 if weights is None else _kish(weights.double(), x)
+    return _by_columns(lambda part: share * count / _time(_normal_scores(part)), x)
+
+
+def ess_tail(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*columns"]:
+    """Effective number of draws for the tails: the smaller of those for the 5 % and 95 % quantile.
+
+    Source: Vehtari et al. (2021), arXiv 1903.08008, section 4.3.
+
+    Args:
+        x: Draws of one or many quantities, at least 4 in each chain.
+
+    Returns:
+        Effective number of draws; at most n log₁₀ n.
+    """
+
+    def of_quantiles(part: Tensor) -> Tensor:
+        times = [_time((part <= _quantile(part, at)).double()) for at in (0.05, 0.95)]
+        return part.shape[0] * part.shape[1] / torch.maximum(*times)
+
+    return _by_columns(of_quantiles, _checked(x))
+
+
+def rhat(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*columns"]:
+    """R̂: by what factor chains together are wider than each alone; 1 when all agree.
+
+    The larger of two: for location, from the ranks of the draws, and for scale, from the ranks
+    of their distance to the median. Above 1.01 the chains do not agree yet.
+
+    Source: Vehtari et al. (2021), arXiv 1903.08008, section 4.2.
+
+    Args:
+        x: Draws of one or many quantities, at least 4 in each chain.
+
+    Returns:
+        R̂; 1 for a constant.
+    """
+
+    def larger(part: Tensor) -> Tensor:
+        halves = _halved(part)
+        distance = (halves - _quantile(halves, 0.5)).abs()
+        return torch.maximum(_ratio(_normal_scores(halves)), _ratio(_normal_scores(distance)))
+
+    return _by_columns(larger, _checked(x))
+
+
+class BatchMeans:
+    r"""The mean of dependent draws and its standard error, in one pass and constant memory.
+
+    Draws of each chain are summed in batches long enough to be nearly independent of each
+    other; how batches scatter about the mean of all is how the mean itself scatters. With S and
+    W the sums of w x and of w over a batch, Z = (S − W mean) / Σ W and
+
+        V = Σ Z² / (1 − Σ (W / Σ W)²)
+
+    summed over the batches of all chains. Weights, of importance sampling or SMC, so enter as
+    in any ratio of sums: a batch counts as much as it weighs, and a mean that hangs on a few
+    heavy draws has the error that this deserves.
+
+    V is too small by a share (τ/batch) that halving the batches doubles; the error² is
+    V + max(V − V of half batches, 0), where it has cancelled (a lugsail window). Where V grows
+    by 40 % as batches double they are joined, as long as a dozen remain. Where it grows to the
+    end, or the chains' own means scatter more than 999 in 1,000 mixed runs would, the chains
+    are the batches: then they alone are independent. The number of draws need not be known:
+    when all places are taken, neighbours are joined and batches double. The error is itself
+    uncertain, by about 12 % where τ is short, 25 % where chains have 25 effective draws.
+
+    Source: Vats and Flegal (2022), arXiv 1809.04541, eq. (3), with r = 2, c = 1/2 (for r = 2 the
+    window that leaves no first-order bias); Argon and Andradóttir (2006) for many chains.
+
+    Args:
+        chains: Number of chains.
+        shape: Shape of one draw.
+        length: Number of draws in half a batch, to begin with.
+
+    >>> means = BatchMeans(chains=1, shape=())
+    >>> means.push(0, torch.arange(6.0))
+    >>> means.mean.item()
+    2.5
+    """
+
+    def __init__(self, chains: int, shape: tuple[int, ...] = (), length: int = 1):
+        if chains < 1 or length < 1:
+            raise ValueError(f"chains and length must be at least 1; got {chains} and {length}.")
+        slots = slots_of(chains)
+        self.length = length
+        self.sums = torch.zeros(chains, slots, *shape, dtype=torch.float64)
+        self.weights = torch.zeros(chains, slots, dtype=torch.float64)
+        self._pushed = [0] * chains
+
+    def push(
+        self,
+        chain: int,
+        values: Float[Tensor, "draws *shape"],
+        weights: Float[Tensor, " draws"] | None = None,
+    ) -> None:
+        """Take the next draws of a chain."""
+        if values.shape[1:] != self.sums.shape[2:]:
+            raise ValueError(
+                f"values must be [draws, {', '.join(map(str, self.sums.shape[2:]))}]; "
+                f"got {list(values.shape)}."
+            )
+        values = values.double()
+        weights = values.new_ones(len(values)) if weights is None else weights.double()
+        start = self._pushed[chain]
+        self._pushed[chain] += len(values)
+        self.add(chain, start, 1, values * weights.reshape(-1, *[1] * (values.ndim - 1)), weights)
+
+    def add(
+        self,
+        chain: int,
+        start: int,
+        run: int,
+        sums: Float[Tensor, "runs *shape"],
+        weights: Float[Tensor, " runs"],
+    ) -> None:
+        """Take sums over runs of consecutive draws, the first of which begins at ``start``.
+
+        Each run must lie within half a batch: ``run`` divides ``length``, and ``start``.
+        """
+        places = self.weights.shape[1]
+        while start + len(sums) * run > places * self.length:
+            self._double()
+        slot = torch.arange(start, start + len(sums) * run, run) // self.length
+        self.sums[chain].index_add_(0, slot, sums)
+        self.weights[chain].index_add_(0, slot, weights)
+
+    @property
+    def mean(self) -> Float[Tensor, "*shape"]:
+        """The mean over all draws of all chains."""
+        return self.sums.sum((0, 1)) / self.weights.sum()
+
+    @property
+    def error(self) -> Float[Tensor, "*shape"]:
+        """Standard error of the mean; nan where there are not two batches."""
+        return self._error(self._departures())
+
+    def along(self, slopes: Float[Tensor, "outputs components *columns"]) -> Tensor:
+        """Standard error of linear functions of the mean, [outputs, *columns].
+
+        With the slopes of a smooth function at the mean, that function's error by the delta
+        method.
+
+        Args:
+            slopes: By how much each output moves with each component, the first axis of a draw.
+        """
+        departures = self._departures()
+        return torch.stack([self._error((departures * row).sum(2)) for row in slopes.unbind()])
+
+    def total(self) -> Mean:
+        """The mean with its standard error."""
+        return Mean(self.mean, self.error)
+
+    def _double(self) -> None:
+        for held in (self.sums, self.weights):
+            joined = held[:, 0::2] + held[:, 1::2]
+            held[:, : joined.shape[1]] = joined
+            held[:, joined.shape[1] :] = 0
+        self.length *= 2
+
+    def _departures(self) -> Tensor:
+        """Z of every half batch, [chains, halves, *shape]."""
+        weights = self.weights.reshape(*self.weights.shape, *[1] * (self.sums.ndim - 2))
+        return (self.sums - weights * self.mean) / self.weights.sum()
+
+    def _error(self, departures: Tensor) -> Tensor:
+        share = self.weights / self.weights.sum()
+        flat = departures.reshape(*share.shape, -1)
+        if (chains := len(share)) == 1:
+            variance = _lugsail(flat, share)
+        else:
+            between = _spread(flat.sum(1, keepdim=True), share.sum(1, keepdim=True))
+            variance = _lugsail(flat, share, between)
+            variance = torch.where(between > _excessive(chains - 1) * variance, between, variance)
+        return variance.sqrt().reshape(departures.shape[2:])
+
+
+def slots_of(chains: int) -> int:
+    """How many half batches of each chain are kept."""
+    return max(4, 2 * (HALVES // (2 * chains)))
+
+
+def _joined(halves: Tensor) -> Tensor:
+    return halves[:, 0::2] + halves[:, 1::2]
+
+
+def _lugsail(halves: Tensor, share: Tensor, least: Tensor | None = None) -> Tensor:
+    """Error² of each column, from half batches [chains, halves, columns].
+
+    ``least`` is what it must reach where no batch is long enough.
+    """
+    batches, weight = _joined(halves), _joined(share)
+    half, whole = _spread(halves, share), _spread(batches, weight)
+    variance = whole + (whole - half).clamp_min(0)
+    dependent = whole > DEPENDENT * half
+    if dependent.any():
+        floor = None if least is None else least[dependent]
+        if not batches.shape[1] % 2 and (weight > 0).sum() >= 2 * FEWEST:
+            variance[dependent] = _lugsail(batches[..., dependent], weight, floor)
+        elif floor is not None:
+            variance[dependent] = torch.maximum(variance[dependent], floor)
+    return variance
+
+
+def _spread(departures: Tensor, share: Tensor) -> Tensor:
+    return departures.square().sum((0, 1)) / (1 - share.square().sum())
+
+
+def _excessive(degrees: int) -> float:
+    """The 0.999 quantile of χ² over its degrees of freedom, after Wilson and Hilferty."""
+    step = 2 / (9 * degrees)
+    return (1 - step + DISAGREE * math.sqrt(step)) ** 3
+
+
+def _checked(x: Tensor) -> Tensor:
+    floats("x", x)
+    if x.ndim < 2 or not x.shape[0] or x.shape[1] < 4:
+        raise ValueError(
+            f"x must be [chains, draws, ...] with at least 4 draws each; got {list(x.shape)}."
+        )
+    if not x.isfinite().all():
+        raise ValueError(f"x must be finite; got {int((~x.isfinite()).sum())} that are not.")
+    return x.detach().double()
+
+
+def _by_columns(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of [chains, draws, columns], some columns at a time."""
+    flat = x.flatten(2) if x.ndim > 2 else x[..., None]
+    width = max(1, NUMBERS // (x.shape[0] * x.shape[1]))
+    return torch.cat([function(part) for part in flat.split(width, -1)]).reshape(x.shape[2:])
+
+
+def _kish(weights: Tensor, x: Tensor) -> float:
+    if weights.shape != x.shape[:2]:
+        raise ValueError(f"weights must be {list(x.shape[:2])}; got {list(weights.shape)}.")
+    return float(weights.sum() ** 2 / (weights.numel() * weights.square().sum()))
+
+
+def _halved(x: Tensor) -> Tensor:
+    """First and last halves of every chain as chains of their own."""
+    half = x.shape[1] // 2
+    return torch.cat([x[:, :half], x[:, -half:]])
+
+
+def _time(x: Tensor) -> Tensor:
+    """τ of columns [chains, draws, columns] after halving their chains."""
+    x = _halved(x)
+    chains, draws, columns = x.shape
+    covariance = _autocovariance(x).mean(0)
+    within = covariance[0] * draws / (draws - 1)
+    wide = covariance[0] + (x.mean(1).var(0) if chains > 1 else 0)
+    constant = x.amax((0, 1)) - x.amin((0, 1)) < torch.finfo(x.dtype).resolution
+    correlation = 1 - (within - covariance) / torch.where(constant, 1.0, wide)
+    correlation[0] = 1
+    pairs = correlation[: 2 * max(1, (draws - 1) // 2)].reshape(-1, 2, columns)
+    sums = pairs.sum(1)
+    kept = (sums > 0).long().cumprod(0)
+    kept[-1] = 0
+    time = 2 * (kept * sums.cummin(0).values).sum(0) - 1
+    # of the first pair that is cut off, what is positive still counts, once
+    last = pairs[kept.sum(0), 0, torch.arange(columns)]
+    time = (time + last.clamp_min(0)).clamp_min(1 / math.log10(chains * draws))
+    return torch.where(constant, 1.0, time)
+
+
+def _autocovariance(x: Tensor) -> Tensor:
+    """(1/n) Σ (xᵢ − x̄)(xᵢ₊ₜ − x̄) of every chain, for every lag t."""
+    draws = x.shape[1]
+    padded = 2 ** math.ceil(math.log2(2 * draws))
+    spectrum = torch.fft.rfft(x - x.mean(1, keepdim=True), padded, dim=1)
+    power = spectrum.real.square() + spectrum.imag.square()
+    return torch.fft.irfft(power, padded, dim=1)[:, :draws] / draws
+
+
+def _normal_scores(x: Tensor) -> Tensor:
+    """Normal quantiles of the ranks among all chains, ties at their mean rank."""
+    rows = x.flatten(0, 1).mT.contiguous()
+    ordered = rows.sort(-1).values
+    below, upto = (torch.searchsorted(ordered, rows, right=right) for right in (False, True))
+    rank = (below + upto + 1).double() / 2
+    return torch.special.ndtri((rank - 0.375) / (rows.shape[1] + 0.25)).mT.reshape(x.shape)
+
+
+def _quantile(x: Tensor, at: float) -> Tensor:
+    """Quantile of each column over all chains, interpolated."""
+    ordered = x.flatten(0, 1).sort(0).values
+    place = at * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low + (place - math.floor(place)) * (high - low)
+
+
+def _ratio(x: Tensor) -> Tensor:
+    within = x.var(1).mean(0)
+    between = x.mean(1).var(0) if len(x) > 1 else torch.zeros_like(within)
+    draws = x.shape[1]
+    ratio = ((between / within * draws + draws - 1) / draws).sqrt()
+    return torch.where((within == 0) & (between == 0), 1.0, ratio)

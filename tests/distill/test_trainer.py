@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -253,6 +254,42 @@ def test_a_peft_student_trains_and_resumes(
     trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     trained = weights(half)
     assert all(torch.equal(trained[name], tensor) for name, tensor in weights(whole).items())
+
+
+def fresh_adapters(model):
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's own: it uses what transformers deprecates
+        return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("divergence", [rkl.KL(), rkl.AKL(), rkl.TotalVariation()], ids=repr)
+@pytest.mark.parametrize("teacher", ["base", "copy"])
+def test_a_student_that_is_its_teacher_is_told_why_nothing_moves(
+    teacher, divergence, tiny_model, tiny_rows, tiny_trainer
+):
+    model = tiny_model("Llama", seed=2)
+    student = fresh_adapters(copy.deepcopy(model)) if teacher == "base" else copy.deepcopy(model)
+    before = weights(student)
+    settings = {"divergence": divergence}
+    trainer = tiny_trainer(
+        student, model if teacher == "copy" else "base", tiny_rows(8), settings=settings
+    )
+    with pytest.warns(UserWarning, match="is 0 at the first step.*hard_label_weight") as caught:
+        trainer.train()
+    assert len(caught) == 1
+    if not isinstance(divergence, rkl.TotalVariation):  # which has a kink there
+        assert all(torch.equal(it, before[name]) for name, it in weights(student).items())
+
+
+def test_fresh_adapters_learn_from_hard_labels_without_a_warning(
+    tiny_model, tiny_rows, tiny_trainer
+):
+    student = fresh_adapters(tiny_model("Llama", seed=2))
+    trainer = tiny_trainer(student, "base", tiny_rows(8), hard_label_weight=0.5)
+    before = weights(student)
+    trainer.train()
+    assert not all(torch.equal(it, before[name]) for name, it in weights(student).items())
 
 
 class _Masking(Teacher):

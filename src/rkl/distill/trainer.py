@@ -29,6 +29,8 @@ from rkl.divergences import AKL, KL, Divergence
 from rkl.estimators import LinearHead, TopK, exact, per_token
 from rkl.runs import replacing_files, sweep
 
+_NOTHING = 1e-9  # nats per token below which a divergence is rounding
+
 
 @dataclass
 class DistillConfig(TrainingArguments):
@@ -116,7 +118,7 @@ class DistillTrainer(Trainer):
         # The loss is divided by the tokens of the whole step, counted as `shifted` counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._infinite = 0
-        self._named = False
+        self._named = self._moving = False
         self._staging: str | None = None
         self._scores: list[Tensor] = []
 
@@ -150,7 +152,10 @@ class DistillTrainer(Trainer):
             return self._loss(batch, p, q, count)
 
         outputs = self._in_place_of_head(model, batch, loss, keep_logits=return_outputs)
-        loss_of_step = outputs.loss
+        loss_of_step = cast(Tensor, outputs.loss)
+        if not self._moving and len(batch.targets):
+            self._moving = True
+            self._warn_if_nothing_moves(loss_of_step)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP will average the gradients: undo it, for the count is that of all processes.
             loss_of_step = loss_of_step * (self.accelerator.num_processes // self.get_tp_size())
@@ -354,6 +359,16 @@ class DistillTrainer(Trainer):
             "as infinite_tokens.",
             stacklevel=2,
         )
+
+    def _warn_if_nothing_moves(self, loss: Tensor) -> None:
+        if not self.args.hard_label_weight and loss.abs() <= _NOTHING:
+            warnings.warn(
+                f"{self.divergence} is 0 at the first step: the student says what the teacher "
+                "says, as with fresh PEFT adapters on the teacher itself, so that the gradient is "
+                "0 and nothing will be learned. Begin with a student that differs from its "
+                "teacher, or set hard_label_weight above 0, to learn the text and stay near it.",
+                stacklevel=2,
+            )
 
     def _spell(self, token: Tensor) -> str:
         tokenizer = self.processing_class

@@ -2,6 +2,7 @@
 #   make demo        distil a small language model under four divergences; prints where the report is
 #   make demo-real   heal a pruned pretrained model (a wheel of 100 MB, about 25 minutes)
 #   make test        the default suite;  make test-slow  what it leaves out
+#   make test-tools  rkl with ArviZ, PyMC, NumPyro, emcee, dask and Zarr, which it installs
 #   make lint        ruff and pyright;   make bench      rkl against its peers
 # A machine without a GPU takes PyTorch's CPU wheels, and no gigabytes of CUDA:
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu test
@@ -18,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo demo-real test test-slow coverage lint format bench clean
+.PHONY: demo demo-real test test-slow test-tools coverage lint format bench clean
 .SECONDARY:
 .NOTPARALLEL: # two pips at once would spoil the environment
 .DEFAULT_GOAL := test
@@ -33,7 +34,10 @@ test: $(VENV)/.installed-test
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test
-	$(PYTEST) -rs -m "slow or statistical or kill or real or browser or peers or malformed" $(PYTEST_ARGS)
+	$(PYTEST) -rs -m "slow or statistical or kill or real or browser or peers or malformed or tools" $(PYTEST_ARGS)
+
+test-tools: $(VENV)/.installed-test $(VENV)/.installed-tools
+	$(PYTEST) -rs -m tools $(PYTEST_ARGS)
 
 coverage: $(VENV)/.installed-test
 	$(PYTEST) --cov --cov-report=term-missing $(PYTEST_ARGS)

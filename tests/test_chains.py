@@ -261,7 +261,7 @@ def test_intervals_of_two_errors_hold_the_mean_as_often_as_they_say(chains, draw
 def test_intervals_hold_the_mean_nine_times_in_ten_from_six_effective_draws_a_chain(
     chains, draws, rho
 ):
-    """Fixed batches would hold it 8 times in 10: 0.82 and 0.75."""
+    """Fixed batches would hold it 8 times in 10: 0.82 and 0.77."""
     x = autoregressive(chains, draws, rho, columns=(4_000,), seed=9)
     found = error_of(x)
     assert (found.value.abs() < 1.96 * found.error).double().mean() > 0.9

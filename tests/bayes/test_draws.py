@@ -1,5 +1,6 @@
 import builtins
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -286,3 +287,110 @@ def test_what_takes_arviz_says_so_where_it_is_missing(tmp_path, monkeypatch):
     ]:
         with pytest.raises(ImportError, match=rf"{what} takes ArviZ: pip install 'rkl\[arviz\]'"):
             read_draws(source)
+
+
+# What users hand over, made by the libraries themselves.
+
+CSV = """# stan_version_major = 2
+# num_samples = {draws}
+# num_warmup = 0
+# save_warmup = 0
+# thin = 1
+# id = {chain}
+lp__,accept_stat__,mu,theta.1,theta.2
+"""
+
+
+def arviz():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it announces its next version
+        return pytest.importorskip("arviz")
+
+
+@pytest.mark.tools
+def test_inference_data_of_arviz_is_read_from_memory_and_from_its_file(tmp_path):
+    arrays = posterior()
+    data = arviz().from_dict(posterior=arrays, sample_stats={"lp": arrays["mu"]})
+    data.to_netcdf(tmp_path / "posterior.nc")
+    for source in (data, tmp_path / "posterior.nc"):
+        draws = read_draws(source)
+        assert draws.names == ("mu", "theta", "lp")
+        assert same(draws, arrays)
+
+
+@pytest.mark.tools
+def test_a_posterior_that_netcdf4_wrote_is_read(tmp_path):
+    pytest.importorskip("netCDF4")
+    tree(posterior()).to_netcdf(tmp_path / "posterior.nc", engine="netcdf4")
+    assert same(read_draws(tmp_path / "posterior.nc"), posterior())
+
+
+@pytest.mark.tools
+def test_zarr_is_read_piece_by_piece(tmp_path):
+    pytest.importorskip("zarr")
+    arrays = posterior(draws=200)
+    pieces = {"/posterior": {"mu": {"chunks": (1, 60)}, "theta": {"chunks": (1, 60, 2, 5)}}}
+    tree(arrays).to_zarr(tmp_path / "tree.zarr", encoding=pieces, consolidated=False)
+    draws = read_draws(tmp_path / "tree.zarr")
+    assert same(draws, arrays)
+    parts = [part for chain, part, _ in draws.chunks(["mu"], size=1) if chain == 2]
+    assert parts[0] == slice(0, 60)
+    (tmp_path / "empty.zarr").mkdir()
+    with pytest.raises(ValueError, match="cannot be read as Zarr"):
+        read_draws(tmp_path / "empty.zarr")
+
+
+@pytest.mark.tools
+def test_arrays_of_dask_are_computed_chunk_by_chunk():
+    dask = pytest.importorskip("dask.array")
+    arrays = posterior(draws=200)
+    lazy = {
+        name: dask.from_array(array, chunks=(1, 50, *array.shape[2:]))
+        for name, array in arrays.items()
+    }
+    for source in (lazy, dataset(arrays).chunk(chain=1, draw=50)):
+        draws = read_draws(source)
+        assert same(draws, arrays)
+        assert next(iter(draws.chunks(["theta"], size=1)))[1] == slice(0, 50)
+
+
+@pytest.mark.tools
+def test_walkers_of_emcee_become_chains():
+    emcee = pytest.importorskip("emcee")
+    arviz()
+    sampler = emcee.EnsembleSampler(6, 2, lambda x: -(x**2).sum() / 2)
+    sampler.run_mcmc(np.random.default_rng(0).normal(size=(6, 2)), 30)
+    draws = read_draws(sampler)
+    assert (draws.chains, draws.draws) == (6, 30)
+    np.testing.assert_array_equal(draws[draws.names[1]].numpy(), sampler.get_chain()[..., 1].T)
+    np.testing.assert_array_equal(draws["lp"].numpy(), sampler.get_log_prob().T)
+
+
+@pytest.mark.tools
+def test_csv_of_cmdstan_is_read(tmp_path):
+    arviz()
+    arrays, paths = posterior(chains=2), []
+    for chain in range(2):
+        paths.append(tmp_path / f"chain-{chain}.csv")
+        rows = np.column_stack(
+            [
+                arrays["mu"][chain] * 2,
+                arrays["mu"][chain],
+                arrays["mu"][chain],
+                arrays["theta"][chain, :, 0, :2],
+            ]
+        )
+        lines = [",".join(map(repr, row)) for row in rows.tolist()]
+        paths[-1].write_text(CSV.format(draws=20, chain=chain) + "\n".join(lines) + "\n")
+    draws = read_draws(paths)
+    assert same(
+        draws, {"mu": arrays["mu"], "theta": arrays["theta"][..., 0, :2], "lp": arrays["mu"] * 2}
+    )
+    assert read_draws(paths[0]).chains == 1
+
+
+@pytest.mark.tools
+def test_grouped_samples_of_numpyro_are_a_dict_of_arrays():
+    jnp = pytest.importorskip("jax.numpy")
+    arrays = {name: array.astype(np.float32) for name, array in posterior().items()}
+    assert same(read_draws({name: jnp.asarray(array) for name, array in arrays.items()}), arrays)

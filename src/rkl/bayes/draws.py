@@ -230,8 +230,6 @@ def _variables(source: Any) -> Mapping[str, Any]:
     """The variables of a source, none of them read."""
     if isinstance(source, xr.Dataset):
         return _of_dataset(source, "the Dataset")
-    if isinstance(source, Mapping) and not isinstance(source, xr.DataTree):
-        return source
     if isinstance(source, str | os.PathLike):
         return _of_path(Path(source))
     if isinstance(source, list | tuple):
@@ -239,8 +237,11 @@ def _variables(source: Any) -> Mapping[str, Any]:
     made_by = type(source).__module__.partition(".")[0]
     if made_by in ("cmdstanpy", "emcee"):
         return _by_arviz(f"from_{made_by}", source, f"a {type(source).__name__} of {made_by}")
+    # InferenceData is a mapping too, of groups
     if isinstance(source, xr.DataTree) or getattr(source, "posterior", None) is not None:
         return _of_tree(source)
+    if isinstance(source, Mapping):
+        return source
     raise TypeError(f"draws must be {READABLE}; got {type(source).__name__}.")
 
 
@@ -294,13 +295,10 @@ def _of_path(path: Path) -> Mapping[str, Any]:
 
 def _open(path: Path, engine: str, group: str | None = None) -> xr.Dataset:
     # without a cache, or what was read once would stay in memory
+    own: dict[str, Any] = {"consolidated": False} if engine == "zarr" else {}
     return xr.open_dataset(
-        path,
-        engine=engine,
-        group=group,
-        cache=False,
-        decode_times=False,  # pyright: ignore[reportArgumentType]
-    )
+        path, engine=engine, group=group, cache=False, decode_times=False, **own
+    )  # pyright: ignore[reportArgumentType]
 
 
 def _of_csv(paths: Sequence[Any]) -> Mapping[str, Any]:

@@ -83,7 +83,7 @@ def imports(tree, package):
 def part_of_name(target):
     """The part that "rkl.flows.fit" is in; a name of rkl's own, "rkl.exact", is in its home."""
     name = part(target)
-    return part(rkl._HOME[name]) if name in rkl._HOME else name
+    return part(rkl._home(name) or "") or name
 
 
 def violations(module, source, is_package=False):
@@ -216,9 +216,21 @@ def test_names_known_to_type_checkers_are_the_names_that_resolve():
     stub = ast.parse((SOURCE / "__init__.pyi").read_text())
     imported = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
     homes = {alias.asname: node.module for node in imported for alias in node.names}
+    starred = {home for name, home in homes.items() if name is None}
+    homes = {name: home for name, home in homes.items() if name is not None}
+    homes |= {name: home for home in starred for name in importlib.import_module(home).__all__}
     assert homes.keys() == set(dir(rkl)) == set(rkl.__all__)
     for name, home in homes.items():
         assert getattr(rkl, name) is getattr(importlib.import_module(home), name)
+
+
+@pytest.mark.parametrize("name", rkl.catalogue())
+def test_a_divergence_is_imported_by_its_name(name):
+    cls = rkl.catalogue()[name]
+    if cls.__module__.startswith("rkl."):
+        home = importlib.import_module(cls.__module__)
+        assert cls.__name__ in home.__all__, f"add it to __all__ of {cls.__module__}"
+        assert getattr(rkl, cls.__name__) is getattr(rkl.divergences, cls.__name__) is cls
 
 
 def test_a_name_that_does_not_exist_is_refused():

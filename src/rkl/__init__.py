@@ -2,23 +2,28 @@
 
 import importlib
 
+_DIVERGENCES = "rkl.divergences"  # whose classes are all names of rkl, and listed there alone
 _HOMES = {
-    "divergences": "AKL KL AlphaBeta Amari Divergence FDivergence Jeffreys JensenShannon "
-    "NeymanChiSquare PearsonChiSquare PrecisionHalf PrecisionRecall RecallHalf ReverseKL SkewKL "
-    "SkewReverseKL SquaredHellinger ToDi TotalVariation catalogue parse",
+    "divergences": "Divergence FDivergence catalogue parse",
     "estimators": "LinearHead TopK exact monte_carlo per_token variational_bound",
     "runs": "load",
 }
 _HOME = {name: f"rkl.{module}" for module, names in _HOMES.items() for name in names.split()}
-__all__ = list(_HOME)
 __version__ = "0.1.0"
 
 
+def _home(name: str) -> str | None:
+    """The module in which a name of rkl is at home."""
+    return _HOME.get(name) or (_DIVERGENCES if name[0].isupper() else None)
+
+
 def __getattr__(name: str):
-    if name not in _HOME:
+    if name == "__all__":
+        return __dir__()
+    if (home := _home(name)) is None:
         raise AttributeError(f"module 'rkl' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*_HOME, *importlib.import_module(_DIVERGENCES).__all__})

@@ -1,24 +1,4 @@
-from rkl.divergences import AKL as AKL
-from rkl.divergences import KL as KL
-from rkl.divergences import AlphaBeta as AlphaBeta
-from rkl.divergences import Amari as Amari
-from rkl.divergences import Divergence as Divergence
-from rkl.divergences import FDivergence as FDivergence
-from rkl.divergences import Jeffreys as Jeffreys
-from rkl.divergences import JensenShannon as JensenShannon
-from rkl.divergences import NeymanChiSquare as NeymanChiSquare
-from rkl.divergences import PearsonChiSquare as PearsonChiSquare
-from rkl.divergences import PrecisionHalf as PrecisionHalf
-from rkl.divergences import PrecisionRecall as PrecisionRecall
-from rkl.divergences import RecallHalf as RecallHalf
-from rkl.divergences import ReverseKL as ReverseKL
-from rkl.divergences import SkewKL as SkewKL
-from rkl.divergences import SkewReverseKL as SkewReverseKL
-from rkl.divergences import SquaredHellinger as SquaredHellinger
-from rkl.divergences import ToDi as ToDi
-from rkl.divergences import TotalVariation as TotalVariation
-from rkl.divergences import catalogue as catalogue
-from rkl.divergences import parse as parse
+from rkl.divergences import *  # noqa: F403
 from rkl.estimators import LinearHead as LinearHead
 from rkl.estimators import TopK as TopK
 from rkl.estimators import exact as exact

@@ -22,6 +22,12 @@ from rkl.divergences.base import (
 )
 from rkl.divergences.f_divergences import KL, ReverseKL
 
+__all__ = [
+    "AKL",
+    "AlphaBeta",
+    "ToDi",
+]
+
 FEW = 32  # atoms of p ranked at first; the head is seldom larger
 BLOCK = 32  # atoms whose largest stands for all of them, in the search for the largest
 

@@ -20,6 +20,23 @@ from rkl.divergences.base import (
     relative_entropy,
 )
 
+__all__ = [
+    "Amari",
+    "Jeffreys",
+    "JensenShannon",
+    "KL",
+    "NeymanChiSquare",
+    "PearsonChiSquare",
+    "PrecisionHalf",
+    "PrecisionRecall",
+    "RecallHalf",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "SquaredHellinger",
+    "TotalVariation",
+]
+
 
 @dataclass(frozen=True)
 class KL(FDivergence):

@@ -1,0 +1,228 @@
+"""Unconstrained coordinates for named parameters, so that a minimiser may go anywhere."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import Distribution, biject_to, constraints
+from torch.distributions.transforms import ExpTransform, SigmoidTransform, Transform
+
+LawOf = Callable[[dict[str, Tensor]], Distribution]
+SLACK = 1e-6  # by which draws rounded to single precision may miss a sum, or a symmetry
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter: its shape, its map from coordinates, and their centre and spread."""
+
+    shape: torch.Size
+    free: torch.Size  # shape of its coordinates
+    transform: Transform
+    centre: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    r"""Coordinates t [k] of named parameters: θ = transform(centre + spread · t) for each.
+
+    A minimiser over θ does not depend on the chart, which only decides what is within reach
+    and how fast it is reached. Each parameter has one centre and one spread for all of its
+    elements: permuting the labels of a mixture permutes the coordinates and changes nothing else.
+    """
+
+    parts: Mapping[str, Part]
+
+    @property
+    def size(self) -> int:
+        """The number k of coordinates."""
+        return sum(part.free.numel() for part in self.parts.values())
+
+    def point(self, coordinates: Float[Tensor, "*lead k"]) -> dict[str, Tensor]:
+        """The parameters at these coordinates, [*lead, *shape] each."""
+        pieces = coordinates.split([part.free.numel() for part in self.parts.values()], -1)
+        return {
+            name: part.transform(
+                part.centre + part.spread * piece.reshape(*piece.shape[:-1], *part.free)
+            )
+            for (name, part), piece in zip(self.parts.items(), pieces, strict=True)
+        }
+
+    def coordinates(self, values: Mapping[str, Tensor]) -> Float[Tensor, "*lead k"]:
+        """The coordinates of parameters [*lead, *shape]."""
+        pieces = []
+        for name, part in self.parts.items():
+            lead = values[name].shape[: values[name].ndim - len(part.shape)]
+            free = (part.transform.inv(values[name]) - part.centre) / part.spread
+            pieces.append(free.reshape(*lead, -1))
+        return torch.cat(pieces, -1)
+
+
+def chart_of(
+    values: Mapping[str, Tensor],
+    law: LawOf | None = None,
+    transforms: Mapping[str, Transform] | None = None,
+) -> Chart:
+    r"""The chart for parameters, of which draws are at hand.
+
+    Simplices, triangular, correlation and positive definite matrices are told by their draws.
+    Any other parameter takes the widest of the line, the half-line and the unit interval in
+    which ``law`` still makes a distribution; without a law, the line or the half-line, whichever
+    holds its draws.
+
+    Args:
+        values: Draws by name, [draws, *shape] each, in double precision.
+        law: The map from draws to distributions, asked what it accepts.
+        transforms: Maps from coordinates to parameters, by name, in place of those found here.
+
+    Raises:
+        ValueError: A parameter is a whole number, or its draws are not finite or on the edge.
+
+    >>> chart_of({"scale": torch.tensor([1.0, 2.0, 4.0])}).parts["scale"].transform
+    ExpTransform()
+    """
+    parts = {}
+    for name, drawn in values.items():
+        if not drawn.is_floating_point():
+            raise ValueError(
+                f"{name} must hold real numbers for an act to be found by optimisation; "
+                f"got {drawn.dtype}."
+            )
+        transform = (transforms or {}).get(name) or _transform(name, values, law)
+        free = transform.inv(drawn)
+        if not free.isfinite().all():
+            raise ValueError(f"{name} must lie inside its domain; some draw is on its edge.")
+        centre = free.mean()
+        spread = (free - centre).square().mean().sqrt().item() or 1.0
+        parts[name] = Part(drawn.shape[1:], free.shape[1:], transform, centre.item(), spread)
+    return Chart(parts)
+
+
+def _transform(name: str, values: Mapping[str, Tensor], law: LawOf | None) -> Transform:
+    drawn = values[name]
+    if drawn.ndim > 2 and drawn.shape[-1] == drawn.shape[-2] > 1 and (found := _matrix(drawn)):
+        return found
+    half = (drawn > 0).all()
+    if half and drawn.ndim > 1 < drawn.shape[-1] and ((drawn.sum(-1) - 1).abs() < SLACK).all():
+        return LogRatioTransform(drawn.shape[-1])
+    scalars: list[tuple[bool, Transform, Tensor]] = [
+        (True, biject_to(constraints.real), -1 - drawn.abs()),
+        (bool(half), ExpTransform(), 1 + drawn.abs()),
+        (bool(half & (drawn < 1).all()), SigmoidTransform(), drawn),
+    ]
+    for holds, transform, probe in scalars if law else scalars[bool(half) :]:
+        if holds and (law is None or _accepts(law, dict(values) | {name: probe})):
+            return transform
+    return scalars[0][1]
+
+
+def _matrix(drawn: Tensor) -> Transform | None:
+    """The map onto matrices of the kind that all the draws are, if it is a special one."""
+    size = drawn.shape[-1]
+    diagonal = drawn.diagonal(dim1=-2, dim2=-1)
+    if not (diagonal > 0).all():
+        return None
+    if not drawn.triu(1).any():
+        unit = ((drawn.square().sum(-1) - 1).abs() < SLACK).all()
+        return biject_to(constraints.corr_cholesky) if unit else TriangleTransform(size, False)
+    scale = drawn.abs().amax((-2, -1), keepdim=True)
+    if ((drawn - drawn.mT).abs() > SLACK * scale).any():
+        return None
+    if (torch.linalg.cholesky_ex(drawn).info > 0).any():
+        return None
+    if ((diagonal - 1).abs() < SLACK).all():
+        return CorrelationTransform()
+    return TriangleTransform(size, True)
+
+
+def _accepts(law: LawOf, values: dict[str, Tensor]) -> bool:
+    """Whether a law makes distributions of these values, with parameters where they belong."""
+    try:
+        return _sound(law({name: x[:8] for name, x in values.items()}))
+    except (ValueError, RuntimeError):
+        return False
+
+
+def _sound(law: Distribution) -> bool:
+    inner = ("base_dist", "mixture_distribution", "component_distribution")
+    parts = [vars(law)[key] for key in ("_" + name for name in inner) if key in vars(law)]
+    parts += [vars(law)[key] for key in inner if key in vars(law)]
+    if parts:
+        return all(map(_sound, parts))
+    own = {k: c for k, c in law.arg_constraints.items() if not constraints.is_dependent(c)}
+    return all(bool(c.check(getattr(law, k)).all()) for k, c in own.items())
+
+
+class LogRatioTransform(Transform):
+    r"""Softmax of coordinates along an orthonormal basis of the vectors that sum to 0.
+
+    Permuting the classes turns the coordinates by an orthogonal matrix, so that a minimiser
+    which does not see rotations does not see labels. Source: Egozcue et al. (2003), eq. (18).
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.simplex
+    bijective = True
+
+    def __init__(self, classes: int):
+        super().__init__()
+        full = torch.eye(classes, dtype=torch.float64) - 1 / classes
+        self.basis = torch.linalg.svd(full).U[:, : classes - 1]
+
+    def __eq__(self, other):
+        return isinstance(other, LogRatioTransform) and self.basis.shape == other.basis.shape
+
+    def _call(self, x):
+        return (x @ self.basis.T).softmax(-1)
+
+    def _inverse(self, y):
+        return y.log() @ self.basis
+
+
+class TriangleTransform(Transform):
+    """The lower triangle row by row, its diagonal as logarithms; or that times its transpose."""
+
+    domain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, size: int, squared: bool):
+        super().__init__()
+        self.size, self.squared = size, squared
+        self.codomain = constraints.positive_definite if squared else constraints.lower_cholesky
+
+    def __eq__(self, other):
+        return isinstance(other, TriangleTransform) and vars(self) == vars(other)
+
+    def _call(self, x):
+        lower = x[..., self._places()]
+        lower = lower.tril(-1) + lower.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
+        return lower @ lower.mT if self.squared else lower
+
+    def _inverse(self, y):
+        lower = torch.linalg.cholesky(y) if self.squared else y
+        lower = lower.tril(-1) + lower.diagonal(dim1=-2, dim2=-1).log().diag_embed()
+        rows, columns = torch.tril_indices(self.size, self.size)
+        return lower[..., rows, columns]
+
+    def _places(self):
+        """Where in the coordinates each entry of the lower triangle is."""
+        places = torch.arange(self.size).cumsum(0)[:, None] + torch.arange(self.size)
+        return places.tril()
+
+
+class CorrelationTransform(Transform):
+    """A correlation matrix by the coordinates of its Cholesky factor."""
+
+    domain = constraints.real_vector
+    codomain = constraints.positive_definite
+    bijective = True
+    factor = biject_to(constraints.corr_cholesky)
+
+    def _call(self, x):
+        lower = self.factor(x)
+        return lower @ lower.mT
+
+    def _inverse(self, y):
+        return self.factor.inv(torch.linalg.cholesky(y))

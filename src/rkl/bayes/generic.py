@@ -1,0 +1,315 @@
+"""The Bayes act by optimisation, for any law and any divergence that its support allows."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.distributions.transforms import Transform
+
+from rkl.bayes.charts import Chart, LawOf, chart_of
+from rkl.bayes.losses import (
+    AnyLoss,
+    DirectLoss,
+    Intrinsic,
+    NodeLoss,
+    PosteriorLoss,
+    between,
+    kinked,
+    orders,
+    slopes,
+)
+from rkl.bayes.minimise import Minimum, minimise
+from rkl.bayes.nodes import Laws, Nodes, independent_parts, nodes_for
+from rkl.divergences import Divergence, FDivergence
+
+HELD = 2**24  # log-densities held while a loss that needs every draw is minimised
+QUICK = 2**16  # those of the draws that the several starts look at
+CANDIDATES = 32  # draws of which the best are starts
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How an act was found, and how near it is to the act of these draws."""
+
+    method: str  # closed form, enumeration, quadrature, importance
+    nodes: int  # 0 with a closed form
+    defect: float  # by which the total of some law on the nodes misses 1
+    decrement: float  # nats: estimated excess of the expected loss, from stopping
+    node_excess: float  # nats: estimated excess, from the nodes
+    risk_error: float  # nats: of the risk, from the nodes
+    converged: bool
+    starts: int
+    agreeing: int  # starts that ended at the same expected loss
+    draws: int  # that were minimised over; the losses are of all of them
+
+
+@dataclass(frozen=True)
+class GenericAct:
+    """The act, its law and its losses, with what a Monte Carlo error of it needs."""
+
+    theta: dict[str, Tensor]
+    law: Distribution  # of batch shape [1, *batch]
+    losses: Float[Tensor, " draws"]  # nats
+    risk: float
+    influence: dict[str, Tensor]  # [draws, *shape]: by how much a draw of weight 1 moves the act
+    accuracy: Accuracy
+
+
+def generic_act(
+    theta: Mapping[str, Tensor],
+    law: LawOf,
+    divergence: AnyLoss,
+    *,
+    weights: Float[Tensor, " draws"] | None = None,
+    nodes: Nodes | None = None,
+    transforms: Mapping[str, Transform] | None = None,
+    starts: int = 4,
+    size: int = 4096,
+    seed: int = 0,
+) -> GenericAct:
+    r"""The parameters t that minimise E D(P_θ ‖ P_t) over posterior draws θ.
+
+    The expectation is over the draws as they are, and D a closed form or a sum over nodes that
+    are fixed once: a deterministic function, minimised from the best of the draws. The act's
+    Monte Carlo error is that of the mean of its influences, −H⁻¹ ∇loss for each draw.
+
+    Args:
+        theta: Draws by name, [draws, *shape] each.
+        law: From parameters [n, *shape] to n laws, of batch shape [n, *batch]. Of a batch the
+            losses are added up; of Independent parts the divergence is taken jointly.
+        divergence: The loss. What is no f-divergence needs a finite support, except Intrinsic.
+        weights: Of the draws; equal by default.
+        nodes: Where to integrate; by default a closed form, or :func:`nodes_for`.
+        transforms: Maps from coordinates to parameters, by name, instead of those chosen.
+        starts: How many draws to start from.
+        size: Number of nodes, where they are an importance sample.
+        seed: Of its random numbers.
+
+    Raises:
+        ValueError: The draws or the weights are malformed, or the divergence has no meaning or no
+            finite value between these laws.
+        TypeError: ``divergence`` is no divergence.
+
+    >>> from rkl.divergences import ReverseKL
+    >>> scale = torch.tensor([1.0, 2.0, 4.0]).double()
+    >>> law = lambda t: torch.distributions.Normal(0.0, t["scale"])
+    >>> act = generic_act({"scale": scale}, law, ReverseKL())
+    >>> act.theta["scale"], scale.pow(-2).mean().rsqrt()
+    (tensor(1.5119, dtype=torch.float64), tensor(1.5119, dtype=torch.float64))
+    """
+    laws = laws_of(theta, law, weights)
+    loss = posterior_loss(laws, divergence, nodes=nodes, size=size, seed=seed)
+    chart = chart_of(laws.theta, law, transforms)
+    drawn = chart.coordinates(laws.theta)
+    scale = drawn.std(0, correction=0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    held = _thinned(loss, HELD)
+    minimum = _minimum(loss, held, chart, drawn, scale, starts)
+    return _act(law, loss, held, chart, minimum, starts)
+
+
+def laws_of(theta: Mapping[str, Tensor], law: LawOf, weights: Tensor | None = None) -> Laws:
+    """The laws of posterior draws, in double precision.
+
+    Raises:
+        ValueError: There are none, they are not as many of each parameter, or not finite; or the
+            weights do not go with them.
+    """
+    if not theta:
+        raise ValueError("theta must hold the draws of at least one parameter; got none.")
+    counts = {name: len(x) if x.ndim else 0 for name, x in theta.items()}
+    draws = next(iter(counts.values()))
+    if draws == 0 or set(counts.values()) != {draws}:
+        raise ValueError(f"theta must hold as many draws of each parameter; got {counts}.")
+    for name, x in theta.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{name} must be finite; got {x[~x.isfinite()][0].item()}.")
+    weights = torch.ones(draws) if weights is None else weights
+    if weights.shape != (draws,) or not (weights.isfinite() & (weights >= 0)).all():
+        raise ValueError(f"weights must be {draws} finite numbers, none negative; got {weights}.")
+    if not weights.sum() > 0:
+        raise ValueError("weights must not all be 0.")
+    weights = weights.double() / weights.double().sum()
+    reals = {k: x.double() if x.is_floating_point() else x for k, x in theta.items()}
+    return Laws(reals, law, weights)
+
+
+def posterior_loss(
+    laws: Laws,
+    divergence: AnyLoss,
+    *,
+    nodes: Nodes | None = None,
+    size: int = 4096,
+    seed: int = 0,
+) -> PosteriorLoss:
+    """The posterior expected divergence of a law, by a closed form or on nodes.
+
+    Raises:
+        TypeError: ``divergence`` is none.
+        ValueError: It needs a finite support, or no nodes serve these laws.
+    """
+    if not isinstance(divergence, Divergence | Intrinsic):
+        raise TypeError(f"divergence must be one, such as rkl.KL(); got {divergence!r}.")
+    known = orders(divergence)
+    if known is not None and all(alpha in (0, 1) for _, alpha in known):
+        laws = dataclasses.replace(
+            laws, law=lambda theta, law=laws.law: independent_parts(law(theta))
+        )
+    smooth = not kinked(divergence)
+    one = laws.at(laws.spread(1))
+    if nodes is None and between(divergence, one, one) is not None:
+        return DirectLoss(laws, _Closed(divergence), smooth)
+    if isinstance(divergence, FDivergence | Intrinsic):
+        criterion = divergence if isinstance(divergence, FDivergence) else None
+        nodes = nodes or nodes_for(laws, criterion, size=size, seed=seed)
+        return NodeLoss(laws, divergence, nodes, smooth)
+    nodes = nodes or nodes_for(laws, size=1, seed=seed)
+    if nodes.kind != "enumeration":
+        raise ValueError(
+            f"divergence {divergence} is no f-divergence, and has no meaning beyond a finite "
+            f"support; that of a {type(one).__name__} is not finite."
+        )
+    return DirectLoss(laws, _OverAtoms(divergence, nodes), smooth)
+
+
+@dataclass(frozen=True)
+class _Closed:
+    divergence: AnyLoss
+
+    def __call__(self, p: Distribution, q: Distribution) -> Tensor:
+        value = between(self.divergence, p, q)
+        assert value is not None  # it was asked before
+        return value
+
+
+@dataclass(frozen=True)
+class _OverAtoms:
+    """A divergence that is none of ratios, its coefficients moving with the act."""
+
+    divergence: Divergence
+    nodes: Nodes
+
+    def __call__(self, p: Distribution, q: Distribution) -> Tensor:
+        logp, logq = self.nodes.log_mass(p), self.nodes.log_mass(q)
+        logp, logq = torch.broadcast_tensors(logp, logq)
+        return self.divergence.excess(logp, logq, *self.divergence.held(logp, logq)).sum(-1)
+
+
+def _thinned(loss: PosteriorLoss, numbers: int) -> PosteriorLoss:
+    """The loss over so few of the draws that ``numbers`` log-densities are enough."""
+    if isinstance(loss, NodeLoss) and orders(loss.divergence) is not None:
+        return loss
+    each = loss.nodes.log_weight.numel() if isinstance(loss, NodeLoss) else 1
+    each = (
+        loss.loss.nodes.log_weight.numel()
+        if isinstance(loss, DirectLoss) and isinstance(loss.loss, _OverAtoms)
+        else each
+    )
+    count = max(numbers // each, 64)
+    if count >= len(loss.laws):
+        return loss
+    return dataclasses.replace(loss, laws=loss.laws.thinned(count))
+
+
+def _minimum(loss, held, chart, drawn, scale, starts) -> Minimum:
+    """From the best of many draws on few of them, then on all that are held."""
+    quick = _thinned(held, QUICK)
+
+    def function(of):
+        return lambda t: of.expected(_law(of, chart, t))
+
+    candidates = torch.cat([drawn[loss.laws.spread(CANDIDATES)], drawn.mean(0, keepdim=True)])
+    with torch.no_grad():
+        values = torch.stack([_quiet(function(quick), t) for t in candidates])
+    best = candidates[values.argsort()[:starts]]
+    found = minimise(function(quick), best, scale=scale, smooth=loss.smooth)
+    if quick is held:
+        return found
+    again = minimise(function(held), found.point[None], scale=scale, smooth=loss.smooth)
+    return dataclasses.replace(again, agreeing=found.agreeing)
+
+
+def _quiet(function, point) -> Tensor:
+    """The loss, infinite where it is not defined."""
+    try:
+        return function(point).nan_to_num(math.inf)
+    except ValueError:
+        return torch.tensor(math.inf, dtype=torch.float64)
+
+
+def _law(loss: PosteriorLoss, chart: Chart, coordinates: Tensor) -> Distribution:
+    point = chart.point(coordinates[None])
+    if not all(x.isfinite().all() for x in point.values()):
+        raise ValueError("coordinates must give finite parameters; they overflowed.")
+    return loss.laws.of(point)
+
+
+def _by_draw(loss, chart, point):
+    leaf = point.detach().requires_grad_()
+    with torch.enable_grad():
+        return loss.by_draw(_law(loss, chart, leaf), leaf)
+
+
+def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
+    weights = loss.laws.weights
+    point, decrement = minimum.point, minimum.decrement
+    losses, by_draw = _by_draw(loss, chart, point)
+    for _ in range(5 if held is not loss and loss.smooth else 0):
+        # Newton's method once more, with the slope of all draws and the curvature of some.
+        trial = point - minimum.inverse(weights @ by_draw)
+        new = _by_draw(loss, chart, trial)
+        slope = weights @ new[1]
+        ahead = float(slope @ minimum.inverse(slope)) / 2
+        point, (losses, by_draw), decrement = trial, new, ahead
+        if ahead < 1e-16:
+            break
+    leaf = point.detach().requires_grad_()
+    with torch.enable_grad():
+        values = {name: x[0] for name, x in chart.point(leaf[None]).items()}
+        moves = {name: slopes(x.flatten(), leaf) for name, x in values.items()}
+    theta = {name: x.detach() for name, x in values.items()}
+    influence = -minimum.inverse(by_draw)
+    by_name = {
+        name: (influence @ moves[name].T).reshape(-1, *x.shape) for name, x in theta.items()
+    }
+    excess, risk_error = _node_error(loss, chart, point, minimum)
+    nodes = getattr(loss, "nodes", None)
+    accuracy = Accuracy(
+        method=nodes.kind if nodes else "closed form",
+        nodes=len(nodes) if nodes else 0,
+        defect=nodes.defect if nodes else 0.0,
+        decrement=decrement,
+        node_excess=excess,
+        risk_error=risk_error,
+        converged=minimum.converged,
+        starts=starts,
+        agreeing=minimum.agreeing,
+        draws=len(held.laws),
+    )
+    own = law({name: x[None] for name, x in theta.items()})
+    return GenericAct(theta, own, losses, float(weights @ losses), by_name, accuracy)
+
+
+def _node_error(loss, chart, point, minimum) -> tuple[float, float]:
+    """The estimated excess from the nodes, and the error of the risk, in nats."""
+    if not isinstance(loss, NodeLoss) or loss.nodes.kind == "enumeration":
+        return 0.0, 0.0
+
+    def by_node(of):
+        leaf = point.detach().requires_grad_()
+        with torch.enable_grad():
+            return of.by_node(_law(of, chart, leaf), leaf)
+
+    values, slope = by_node(loss)
+    if loss.nodes.coarse is None:  # independent nodes
+        spread = slope - slope.mean(0)
+        excess = float((minimum.inverse(spread) * spread).sum()) / 2
+        return excess, (values - values.mean()).square().sum().sqrt().item()
+    poorer = by_node(dataclasses.replace(loss, nodes=loss.nodes.coarse))
+    off = poorer[1].sum(0) - slope.sum(0)
+    return float(off @ minimum.inverse(off)) / 2, (poorer[0].sum() - values.sum()).abs().item()

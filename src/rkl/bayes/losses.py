@@ -1,0 +1,336 @@
+"""Posterior expected divergences as functions of the act, and what each draw contributes."""
+
+import abc
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import Distribution
+
+from rkl.bayes.families import family_of
+from rkl.bayes.families.between import divergence_between
+from rkl.bayes.nodes import Laws, Nodes
+from rkl.divergences import (
+    KL,
+    Amari,
+    Divergence,
+    FDivergence,
+    Jeffreys,
+    NeymanChiSquare,
+    PearsonChiSquare,
+    ReverseKL,
+    SquaredHellinger,
+)
+from rkl.divergences.base import _terms
+
+
+@dataclass(frozen=True)
+class Intrinsic:
+    r"""The intrinsic discrepancy, the smaller of KL(p ‖ q) and KL(q ‖ p).
+
+    A loss, not an f-divergence: it compares p and q as wholes, and so is no sum over atoms.
+    Finite where the support of one holds that of the other, as between uniform laws.
+
+    Source: Bernardo and Juárez (2003), definition 1.
+
+    >>> from torch.distributions import Uniform
+    >>> Intrinsic().between(Uniform(0.0, 1.0), Uniform(0.0, 2.0))
+    tensor(0.6931)
+    """
+
+    def held(self, logp: Tensor, logq: Tensor) -> tuple[Tensor]:
+        """Whether the forward divergence is the smaller one, [*batch, 1]."""
+        return ((KL()(logp, logq) <= ReverseKL()(logp, logq))[..., None],)
+
+    def excess(self, logp: Tensor, logq: Tensor, forward: Tensor) -> Tensor:
+        """The terms of the smaller one."""
+        terms = KL().excess(logp, logq), ReverseKL().excess(logp, logq)
+        return torch.where(forward, *terms)
+
+    def between(self, p: Distribution, q: Distribution) -> Float[Tensor, "*batch"]:
+        """The loss in nats, where both divergences have closed forms.
+
+        Raises:
+            NotImplementedError: One of them has none.
+        """
+        return torch.minimum(KL().between(p, q), ReverseKL().between(p, q))
+
+
+AnyLoss = Divergence | Intrinsic
+
+
+def orders(divergence: AnyLoss) -> list[tuple[float, float]] | None:
+    r"""The weights and orders of a sum of Amari divergences; None for anything else.
+
+    Of order 1 is KL, of order 0 reverse KL. Each needs of the draws, node by node, no more than
+    E p^α, or E log p in the limit 0.
+
+    >>> orders(0.5 * KL() + Jeffreys()), orders(PearsonChiSquare())
+    ([(0.5, 1.0), (1.0, 1.0), (1.0, 0.0)], [(2.0, 2.0)])
+    """
+    if not isinstance(divergence, FDivergence):
+        return None
+    found = []
+    for weight, term in _terms(divergence):
+        known = _ORDERS.get(type(term), ())
+        known = [(1.0, term.alpha)] if isinstance(term, Amari) else known
+        if not known:
+            return None
+        found += [(weight * w, alpha) for w, alpha in known]
+    return found
+
+
+_ORDERS = {
+    KL: [(1.0, 1.0)],
+    ReverseKL: [(1.0, 0.0)],
+    Jeffreys: [(1.0, 1.0), (1.0, 0.0)],
+    SquaredHellinger: [(0.25, 0.5)],
+    PearsonChiSquare: [(2.0, 2.0)],
+    NeymanChiSquare: [(2.0, -1.0)],
+}
+
+
+def between(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | None:
+    """D(p ‖ q) in nats of laws, the first axis that of draws, where it has a closed form.
+
+    >>> from torch.distributions import Normal
+    >>> p, q = Normal(torch.zeros(1).double(), 1.0), Normal(torch.ones(1).double(), 1.0)
+    >>> between(Intrinsic(), p, q), between(SquaredHellinger(), p, q)
+    (tensor([0.5000], dtype=torch.float64), tensor([0.1175], dtype=torch.float64))
+    """
+    if isinstance(divergence, Intrinsic):
+        both = between(KL(), p, q), between(ReverseKL(), p, q)
+        return None if both[0] is None or both[1] is None else torch.minimum(both[0], both[1])
+    if orders(divergence) is None:
+        return None
+    with contextlib.suppress(NotImplementedError):
+        return divergence.between(p, q)
+    with contextlib.suppress(NotImplementedError, ValueError):  # what is fixed moves
+        family = family_of(p)
+        if family is not None and type(p) is type(q):
+            natural = family.natural(p), family.natural(q)
+            return divergence_between(family, divergence, *natural)
+    return None
+
+
+def kinked(divergence: AnyLoss) -> bool:
+    """Whether the slope of F jumps, so that second derivatives do not say how E F curves."""
+    if not isinstance(divergence, FDivergence):
+        return True
+    jumps = []
+    for steps in (2_000, 4_000):
+        t = torch.linspace(-7.0, 7.1, steps, dtype=torch.float64).requires_grad_()
+        with torch.enable_grad():
+            total = divergence.integrand(torch.zeros_like(t), t).sum()
+            (slope,) = torch.autograd.grad(total, t)
+        size = 1 + t.detach().exp() + slope.abs()
+        jumps.append((slope.diff().abs() / size[1:]).max())
+    return bool(jumps[1] > 0.75 * jumps[0])
+
+
+class PosteriorLoss(abc.ABC):
+    """E D(P_θ ‖ P_t) over the posterior draws θ, as a function of the law P_t."""
+
+    laws: Laws
+    smooth: bool
+
+    @abc.abstractmethod
+    def expected(self, law: Distribution) -> Tensor:
+        """The expected loss in nats of a law of batch shape [1, *batch], for autograd twice."""
+
+    @abc.abstractmethod
+    def by_draw(
+        self, law: Distribution, leaf: Tensor | None = None
+    ) -> tuple[Float[Tensor, " draws"], Float[Tensor, "draws k"]]:
+        """The loss of each draw, and its slopes in the leaf [k] of which the law was made."""
+
+
+@dataclass(frozen=True)
+class DirectLoss(PosteriorLoss):
+    """The loss by a function of two laws: a closed form, or a sum over few atoms."""
+
+    laws: Laws
+    loss: Callable[[Distribution, Distribution], Tensor]  # [draws, *batch]
+    smooth: bool
+
+    def expected(self, law):
+        return (self._losses(law) * self.laws.weights).sum()
+
+    def by_draw(self, law, leaf=None):
+        with torch.set_grad_enabled(leaf is not None):
+            losses = self._losses(law)
+            return losses.detach(), slopes(losses, leaf)
+
+    def _losses(self, law):
+        losses = self.loss(self.laws.at(slice(None)), law)
+        return losses.reshape(len(losses), -1).sum(-1)
+
+
+@dataclass(frozen=True)
+class NodeLoss(PosteriorLoss):
+    """The loss over nodes: any f-divergence, and the intrinsic loss.
+
+    A sum of Amari divergences is evaluated from moments over the draws, once these are known;
+    any other from every draw.
+    """
+
+    laws: Laws
+    divergence: FDivergence | Intrinsic
+    nodes: Nodes
+    smooth: bool
+
+    def expected(self, law):
+        logq = self.nodes.log_mass(law)[0]
+        known = orders(self.divergence)
+        if known is None:
+            return _Expected.apply(logq, self)
+        return torch.stack([w * self._of_order(alpha, logq) for w, alpha in known]).sum()
+
+    def by_draw(self, law, leaf=None):
+        logq, jacobian = self._jacobian(law, leaf)
+        losses, by_draw = [], []
+        for rows in self.laws.chunks(logq.numel()):
+            terms, slope = self._terms(rows, logq)
+            losses.append(terms.detach().sum((-1, -2)))
+            by_draw.append(slope.flatten(1) @ jacobian.flatten(0, 1))
+        return torch.cat(losses), torch.cat(by_draw)
+
+    def by_node(self, law, leaf=None) -> tuple[Tensor, Tensor]:
+        """What each node adds to the expected loss [m], and to its slopes [m, k]."""
+        logq, jacobian = self._jacobian(law, leaf)
+        total, slope = torch.zeros_like(logq), torch.zeros_like(logq)
+        for rows in self.laws.chunks(logq.numel()):
+            weights = self.laws.weights[rows, None, None]
+            for sums, each in zip((total, slope), self._terms(rows, logq), strict=True):
+                sums += (weights * each.detach()).sum(0)
+        return total.sum(0), (slope[..., None] * jacobian).sum(0)
+
+    def _jacobian(self, law, leaf):
+        """Log w q [members, m] of a law, and its slopes [members, m, k]."""
+        with torch.set_grad_enabled(leaf is not None):
+            logq = self.nodes.log_mass(law)[0]
+            return logq.detach(), slopes(logq.flatten(), leaf).reshape(*logq.shape, -1)
+
+    def _terms(self, rows, logq):
+        """F [n, members, m] of some draws, and dF/dlog q."""
+        logp = self.nodes.log_mass(self.laws.at(rows))
+        leaf = logq.expand_as(logp).clone().requires_grad_()
+        with torch.enable_grad():
+            terms = self._excess(logp, leaf)
+            return terms, torch.autograd.grad(terms.sum(), leaf)[0]
+
+    def _excess(self, logp, logq):
+        with torch.no_grad():
+            held = self.divergence.held(logp, logq)
+        return self.divergence.excess(logp, logq, *held)
+
+    @functools.cached_property
+    def _held(self) -> list[tuple[slice, Tensor]]:
+        rows = list(self.laws.chunks(self.nodes.log_weight.numel()))
+        return [(r, self.nodes.log_mass(self.laws.at(r))) for r in rows]
+
+    def mean(self, logq: Tensor, order: int) -> tuple[Tensor, Tensor]:
+        """The expected loss, and its first or second derivatives [members, m] in log w q."""
+        value, slope = torch.zeros((), dtype=logq.dtype), torch.zeros_like(logq)
+        for rows, logp in self._held:
+            leaf = logq.detach().requires_grad_()
+            with torch.enable_grad():
+                terms = self._excess(logp, leaf.expand_as(logp)).sum((-1, -2))
+                total = (terms * self.laws.weights[rows]).sum()
+                for _ in range(order - 1):
+                    (first,) = torch.autograd.grad(total, leaf, create_graph=True)
+                    total = first.sum()
+                slope += torch.autograd.grad(total, leaf)[0]
+            value += total.detach()
+        return value, slope
+
+    def _of_order(self, alpha, logq):
+        """E D of Amari's order α, from the moment over the draws that it needs."""
+        mass, moment = self._moment(1.0)[0], self._moment(alpha)
+        q = logq.exp()
+        if alpha == 1:
+            return moment[1].sum() + (q - mass - torch.where(mass > 0, mass * logq, 0.0)).sum()
+        if alpha == 0:
+            return (torch.where(q > 0, q * (logq - moment[0]), 0.0) - q + mass).sum()
+        mixed = (moment[0] + (1 - alpha) * logq).exp()
+        return (mixed - alpha * mass - (1 - alpha) * q).sum() / (alpha * (alpha - 1))
+
+    def _moment(self, alpha: float) -> tuple[Tensor, ...]:
+        known = self.__dict__.setdefault("_moments", {})
+        if alpha not in known:
+            known |= _moments(self.laws, self.nodes, {alpha, 1.0} - known.keys())
+        return known[alpha]
+
+
+def _moments(laws: Laws, nodes: Nodes, alphas: set[float]) -> dict[float, tuple[Tensor, ...]]:
+    """By order, in one pass: E p and E p log p; E log p; log E p^α."""
+    zero = torch.zeros_like(nodes.log_weight)
+    start: dict[float, tuple[Tensor, ...]] = {
+        a: (zero - math.inf,) if a not in (0, 1) else (zero, zero) for a in alphas
+    }
+    for rows in laws.chunks(zero.numel()):
+        logp = nodes.log_mass(laws.at(rows))
+        weights = laws.weights[rows, None, None]
+        for alpha, sums in start.items():
+            if alpha == 1:
+                p = logp.exp()
+                entropy = torch.where(p > 0, p * logp, 0.0)
+                new = tuple(
+                    s + (weights * x).sum(0) for s, x in zip(sums, (p, entropy), strict=True)
+                )
+            elif alpha == 0:
+                new = (sums[0] + torch.where(weights > 0, weights * logp, 0.0).sum(0),)
+            else:
+                new = (torch.logaddexp(sums[0], (weights.log() + alpha * logp).logsumexp(0)),)
+            start[alpha] = new
+    return start
+
+
+class _Expected(torch.autograd.Function):
+    """E D as a function of log w q, twice differentiable: it is a sum of functions of one node."""
+
+    @staticmethod
+    def forward(ctx, logq, loss):
+        value, slope = loss.mean(logq, 1)
+        ctx.loss = loss
+        ctx.save_for_backward(logq, slope)
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logq, slope = ctx.saved_tensors
+        return gradient * _Slope.apply(logq, slope, ctx.loss), None
+
+
+class _Slope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logq, slope, loss):
+        ctx.loss = loss
+        ctx.save_for_backward(logq)
+        return slope.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.loss.mean(ctx.saved_tensors[0], 2)[1], None, None
+
+
+def slopes(outputs: Float[Tensor, " n"], leaf: Tensor | None) -> Float[Tensor, "n k"]:
+    """The slopes of many outputs in a leaf [k], at the price of k backward passes.
+
+    The backward pass is linear in what it is given, so its own backward pass goes forwards.
+    """
+    if leaf is None:
+        return outputs.new_zeros(len(outputs), 0)
+    with torch.enable_grad():
+        given = torch.ones_like(outputs).requires_grad_()
+        (pulled,) = torch.autograd.grad(outputs, leaf, given, create_graph=True)
+        columns = [
+            torch.autograd.grad(each, given, retain_graph=True, materialize_grads=True)[0]
+            for each in pulled
+        ]
+    return torch.stack(columns, -1)

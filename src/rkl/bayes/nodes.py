@@ -1,0 +1,285 @@
+"""Points and weights over which a divergence between laws is a sum, chosen once."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import Distribution, Independent, MixtureSameFamily, VonMises, constraints
+from torch.distributions.constraints import Constraint
+
+from rkl.bayes.charts import LawOf
+from rkl.bayes.laws import moving_edge
+from rkl.bayes.panels import COARSE, GONE, ORDER, Panels, line_of, settle
+from rkl.divergences import FDivergence, Jeffreys
+
+NUMBERS = 2**20  # log-densities computed at a time
+PROBES, SAMPLES = 24, 64  # laws that decide where nodes go, and what is drawn of each at first
+ATOMS = 2**13  # of a product of finite sets that is enumerated
+NEVER = -1e4  # a log weight of 0, in arithmetic that infinity would spoil
+CLOSE, OFF = 1e-10, 1e-3  # by which the totals should miss 1 at most, and may not
+
+
+@dataclass(frozen=True)
+class Laws:
+    """Posterior draws, as the laws that they are the parameters of."""
+
+    theta: Mapping[str, Tensor]  # [draws, *shape] each
+    law: LawOf
+    weights: Float[Tensor, " draws"]  # sum 1
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def at(self, index: slice | Tensor) -> Distribution:
+        """The laws of some draws, of batch shape [n, *batch].
+
+        Raises:
+            ValueError: There is not one law for each draw.
+        """
+        return self.of({name: x[index] for name, x in self.theta.items()})
+
+    def of(self, theta: Mapping[str, Tensor]) -> Distribution:
+        """The laws of parameters [n, *shape] each."""
+        law, n = self.law(dict(theta)), len(next(iter(theta.values())))
+        if law.batch_shape[:1] != (n,):
+            raise ValueError(
+                f"law must make one distribution for each of {n} draws, of batch shape "
+                f"[{n}, ...]; got {list(law.batch_shape)}."
+            )
+        return law
+
+    def chunks(self, numbers: int) -> Iterator[slice]:
+        """All draws, so many at a time that ``numbers`` of each stay few."""
+        step = max(1, NUMBERS // max(1, numbers))
+        return (slice(i, min(i + step, len(self))) for i in range(0, len(self), step))
+
+    def thinned(self, count: int) -> "Laws":
+        """So many draws, of equal weights, evenly over the weights of all."""
+        places = (torch.arange(count).double() + 0.5) / count
+        rows = torch.searchsorted(self.weights.cumsum(0), places).clamp_max(len(self) - 1)
+        equal = torch.full((count,), 1 / count, dtype=torch.float64)
+        return replace(self, theta={k: x[rows] for k, x in self.theta.items()}, weights=equal)
+
+    def spread(self, count: int) -> Tensor:
+        """The places of up to ``count`` draws, from the first to the last."""
+        return torch.linspace(0, len(self) - 1, min(count, len(self))).long()
+
+
+@dataclass(frozen=True)
+class Nodes:
+    r"""Points x and weights w with D(p ‖ q) = Σ F(w p(x), w q(x)), F being homogeneous."""
+
+    points: Tensor  # [m, *batch, *event], or 1 in place of an axis of the batch
+    log_weight: Float[Tensor, "members m"]
+    kind: Literal["enumeration", "quadrature", "importance"]
+    defect: float = 0.0  # by which the total of some law misses 1
+    coarse: "Nodes | None" = None  # a poorer rule over the same panels
+
+    def __len__(self) -> int:
+        return self.log_weight.shape[-1]
+
+    def only(self, kept: Tensor) -> "Nodes":
+        """Some of the nodes."""
+        return replace(self, points=self.points[kept], log_weight=self.log_weight[:, kept])
+
+    def log_density(self, law: Distribution) -> Float[Tensor, "lead members m"]:
+        """Log p(x) of laws [lead, *batch], the batch flattened to members."""
+        logs = law.log_prob(self.points.unsqueeze(1))
+        return logs.reshape(len(self), law.batch_shape[0], -1).permute(1, 2, 0)
+
+    def log_mass(self, law: Distribution) -> Float[Tensor, "lead members m"]:
+        """Log w p(x)."""
+        return self.log_density(law) + self.log_weight
+
+
+def nodes_for(
+    laws: Laws, divergence: FDivergence | None = None, *, size: int = 4096, seed: int = 0
+) -> Nodes:
+    r"""The nodes for all of these laws, and for what lies among them.
+
+    - A finite support is enumerated.
+    - A line, half-line, interval, circle or the counts are cut into panels, in a coordinate that
+      reaches the end of the tails, until the totals of some laws and the divergences between
+      them stand; each has nodes that integrate, or sum, polynomials exactly.
+    - Anything else is sampled from the posterior predictive r = E p, with weights 1/(m r).
+
+    Except for the last, whose totals hold on average by construction, every law must have the
+    total 1.
+
+    Args:
+        laws: The laws.
+        divergence: What will be integrated; by default both Kullback–Leibler divergences.
+        size: Number of nodes of an importance sample.
+        seed: Of its random numbers. Nothing else is random, except where panels are begun.
+
+    Raises:
+        ValueError: The support moves from draw to draw, or a law has another total than 1.
+
+    >>> theta = {"loc": torch.tensor([0.0, 1.0, 2.0]).double()}
+    >>> laws = Laws(theta, lambda t: torch.distributions.Normal(t["loc"], 1.0), torch.ones(3) / 3)
+    >>> nodes = nodes_for(laws)
+    >>> nodes.kind, nodes.defect < 1e-12
+    ('quadrature', True)
+    """
+    criterion = divergence or Jeffreys()
+    everything = laws.at(slice(None))
+    if edge := moving_edge(everything):
+        raise ValueError(
+            f"law has a support whose {edge} moves from draw to draw, which no fixed nodes "
+            "follow; Intrinsic() is finite where both of its KLs have closed forms."
+        )
+    first = laws.at(laws.spread(1))
+    atoms = _atoms(first)
+    if atoms is not None:
+        return _checked(laws, *atoms)
+    support = _support(first)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        on_line = support.event_dim == 0 and first.event_shape == ()
+        return _quadrature(laws, criterion) if on_line else _importance(laws, size)
+
+
+def independent_parts(law: Distribution) -> Distribution:
+    """The law rid of Independent: by the chain rule both KLs of a product are sums."""
+    while isinstance(law, Independent):
+        law = law.base_dist
+    return law
+
+
+def _support(law: Distribution) -> Constraint:
+    """The support of a law, or of the components of a mixture."""
+    support = law.support
+    if isinstance(law, MixtureSameFamily):
+        return _support(law.component_distribution)
+    if support is None:
+        raise ValueError(f"law must say its support; {type(law).__name__} says none.")
+    return support
+
+
+def _atoms(law: Distribution) -> tuple[Tensor, Tensor] | None:
+    """The atoms of a finite support [m, *batch, *event], and the log weight that each has."""
+    members = law.batch_shape[1:].numel()
+    support = _support(law)
+    if law.event_shape == () and (range_ := _range(support)) is not None:
+        low, high = (x.expand(law.batch_shape)[0] for x in range_)
+        steps = torch.arange(int((high - low).max()) + 1).double()
+        steps = steps.reshape(-1, *[1] * high.ndim)
+        inside = low + steps <= high  # members may differ in how many atoms they have
+        weight = torch.where(inside, 0.0, NEVER).double().reshape(len(steps), members).T
+        return torch.minimum(low + steps, high), weight
+    if isinstance(support, type(constraints.one_hot)):
+        points = torch.eye(law.event_shape[-1], dtype=torch.float64)
+    elif (axes := _axes(law, support)) is not None:
+        points = torch.cartesian_prod(*axes).reshape(-1, *law.event_shape)
+    else:
+        return None
+    points = points.reshape(len(points), *[1] * (len(law.batch_shape) - 1), *law.event_shape)
+    return points, torch.zeros(members, len(points), dtype=torch.float64)
+
+
+def _range(support) -> tuple[Tensor, Tensor] | None:
+    """The least and the greatest of a run of whole numbers."""
+    if isinstance(support, type(constraints.boolean)):
+        return torch.tensor(0.0).double(), torch.tensor(1.0).double()
+    if isinstance(support, constraints.integer_interval):
+        low, high = support.lower_bound, support.upper_bound
+        return torch.as_tensor(low).double(), torch.as_tensor(high).double()
+    return None
+
+
+def _axes(law: Distribution, support) -> list[Tensor] | None:
+    """The atoms along each coordinate of a product of few finite sets."""
+    base = getattr(support, "base_constraint", None)
+    if base is None or (range_ := _range(base)) is None or law.event_shape.numel() < 2:
+        return None
+    if any(x.numel() > 1 and (x != x.flatten()[0]).any() for x in range_):
+        return None
+    low, high = (x.flatten()[0] for x in range_)
+    axis = torch.arange(int(low), int(high) + 1).double()
+    few = law.event_shape.numel() * math.log(len(axis)) <= math.log(ATOMS)
+    return [axis] * law.event_shape.numel() if few else None
+
+
+def _checked(laws: Laws, points: Tensor, log_weight: Tensor) -> Nodes:
+    nodes = Nodes(points, log_weight, "enumeration")
+    totals, _ = _totals(laws, nodes)
+    return replace(nodes, defect=_refuse(totals))
+
+
+def _refuse(totals: Tensor) -> float:
+    """The worst defect; too large a one is an error."""
+    off = (totals - 1).abs().amax(-1).nan_to_num(math.inf)
+    worst = int(off.argmax())
+    if off[worst] > OFF:
+        total = totals[worst][(totals[worst] - 1).abs().argmax()].item()
+        raise ValueError(
+            f"law must have the total 1 over its support; that of draw {worst} has {total:.6g} "
+            "on the nodes. Is it normalised, and not far narrower than the draws are spread?"
+        )
+    return off[worst].item()
+
+
+def _totals(laws: Laws, nodes: Nodes) -> tuple[Tensor, Tensor]:
+    """The totals [draws, members] on the nodes, and the largest log mass [m] of each node."""
+    totals, peak = [], torch.full((len(nodes),), -math.inf, dtype=torch.float64)
+    for rows in laws.chunks(nodes.log_weight.numel()):
+        logs = nodes.log_mass(laws.at(rows))
+        totals.append(logs.exp().sum(-1))
+        peak = torch.maximum(peak, logs.amax((0, 1)))
+    return torch.cat(totals), peak
+
+
+def _quadrature(laws: Laws, divergence: FDivergence) -> Nodes:
+    probes = laws.spread(PROBES)
+    panels = _settled(laws, probes, divergence)
+    for _ in range(3):
+        off = (_totals(laws, _of_rule(panels, ORDER))[0] - 1).abs().amax(-1).nan_to_num(math.inf)
+        if off.max() < CLOSE:
+            break
+        probes = torch.cat([probes, off.topk(min(PROBES // 3, len(laws))).indices]).unique()
+        panels = _settled(laws, probes, divergence)
+    nodes = _of_rule(panels, ORDER)
+    totals, peak = _totals(laws, nodes)
+    defect, kept = _refuse(totals), peak > GONE
+    u, v = panels.rule(ORDER)[0][kept], panels.rule(COARSE)[0]
+    coarse = _of_rule(panels, COARSE).only((v >= u.min()) & (v <= u.max()))
+    return replace(nodes.only(kept), defect=defect, coarse=coarse)
+
+
+def _settled(laws: Laws, probes: Tensor, divergence: FDivergence) -> Panels:
+    """Panels for some of the laws."""
+    law = laws.at(probes)
+    sample = law.sample(torch.Size([SAMPLES])).double()
+    line = line_of(_support(law), _circular(law), sample.flatten(0, 1))
+    return settle(law, line, sample, divergence)
+
+
+def _of_rule(panels: Panels, order: int) -> Nodes:
+    _, x, log_weight = panels.rule(order)
+    return Nodes(x, log_weight.reshape(len(x), -1).T, "quadrature")
+
+
+def _circular(law: Distribution) -> bool:
+    """Whether a law is one of angles: torch says that they are real numbers."""
+    inner = getattr(law, "component_distribution", getattr(law, "base_dist", None))
+    return isinstance(law, VonMises) or (inner is not None and _circular(inner))
+
+
+def _importance(laws: Laws, size: int) -> Nodes:
+    """A sample of the posterior predictive r, weighted by 1/(m r)."""
+    places = (torch.arange(size) + 0.5) / size
+    drawn = torch.searchsorted(laws.weights.cumsum(0), places.double()).clamp_max(len(laws) - 1)
+    points = laws.at(drawn).sample()
+    members = laws.at(slice(0, 1)).batch_shape[1:].numel()
+    nodes = Nodes(points, torch.zeros(members, size, dtype=torch.float64), "importance")
+    density = torch.full((members, size), -math.inf, dtype=torch.float64)
+    for rows in laws.chunks(size * members):
+        weighted = nodes.log_density(laws.at(rows)) + laws.weights[rows].log()[:, None, None]
+        density = torch.logaddexp(density, weighted.logsumexp(0))
+    nodes = replace(nodes, log_weight=-math.log(size) - density)
+    totals, _ = _totals(laws, nodes)
+    return replace(nodes, defect=(totals - 1).abs().max().item())

@@ -1,0 +1,232 @@
+"""Quadrature over lines, half-lines, intervals, circles and counts, in panels that are halved."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.polynomial import legendre
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.distributions.constraints import Constraint, interval
+
+from rkl.divergences import FDivergence
+
+ORDER, COARSE = 16, 11  # nodes per panel, and those of the poorer rule that tells the error
+FEW = 64  # whole numbers of a panel that are summed one by one
+MOST = 2**13  # nodes in all
+GONE = -745.0  # the logarithm of what is 0 in double precision
+REACH = 340.0  # of a coordinate: the square of its hyperbolic sine must not overflow
+
+
+@dataclass(frozen=True)
+class Line:
+    """A coordinate u of a one-dimensional support, in which tails are short; and the way back."""
+
+    kind: Literal["real", "above", "between", "circle", "counts"]
+    origin: Tensor  # [*batch]
+    length: Tensor
+
+    def point(self, u: Float[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        """The points x and log dx/du, [n, *batch] each."""
+        u = u.reshape(-1, *[1] * self.origin.ndim)
+        logistic = torch.nn.functional.logsigmoid
+        match self.kind:
+            case "real":
+                shape = u.sinh()
+                slope = u.abs() + (-2 * u.abs()).exp().log1p() - math.log(2)
+            case "above":
+                shape, slope = u.exp(), u
+            case "between":
+                shape, slope = u.sigmoid(), logistic(u) + logistic(-u)
+            case _:
+                shape, slope = u, torch.zeros_like(u)
+        return self.origin + self.length * shape, self.length.log() + slope
+
+    def coordinate(self, x: Tensor) -> Tensor:
+        """The coordinates of points [n, *batch]."""
+        scaled = (x - self.origin) / self.length
+        back = {"real": torch.asinh, "above": torch.log, "between": torch.logit}
+        return back[self.kind](scaled).clamp(-REACH, REACH) if self.kind in back else scaled
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """How far u may go: before x is rounded to its limits, or its square overflows."""
+        if self.kind in ("circle", "counts"):
+            return (-math.pi, math.pi) if self.kind == "circle" else (0.0, 2.0**50)
+        rounding = 1e-16 * (self.origin.abs() / self.length).max().item()
+        low = math.log(rounding) if rounding and self.kind != "real" else -REACH
+        return max(low, -REACH), 36.0 if self.kind == "between" else REACH
+
+    @property
+    def noise(self) -> float:
+        """What the rounding of x costs a density, relatively."""
+        continuous = self.kind not in ("circle", "counts")
+        return 4e-16 * (self.origin.abs() / self.length).max().item() if continuous else 0.0
+
+
+def line_of(support: Constraint, circular: bool, sample: Float[Tensor, "n *batch"]) -> Line:
+    """The coordinate for laws with this support, of which a sample of points is at hand."""
+    low, middle, high = torch.quantile(sample, sample.new_tensor([0.25, 0.5, 0.75]), dim=0)
+    zero, tiny = torch.zeros_like(middle), torch.finfo(middle.dtype).tiny
+    if circular:
+        return Line("circle", zero, zero + 1)
+    lower, upper = (_bound(getattr(support, f"{end}_bound", None)) for end in ("lower", "upper"))
+    if support.is_discrete:
+        return Line("counts", zero + lower, zero + 1)
+    if isinstance(support, interval):
+        return Line("between", zero + lower, zero + upper - lower)
+    if lower is not None:
+        return Line("above", zero + lower, (middle - lower).clamp_min(tiny))
+    return Line("real", middle, ((high - low) / 2).clamp_min(tiny))
+
+
+def _bound(bound) -> Tensor | None:
+    """A bound of the support, without the axis of draws."""
+    if bound is None:
+        return None
+    bound = torch.as_tensor(bound).double()
+    return bound[0] if bound.ndim else bound
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Panels of a line, settled: their edges [n, 2] in its coordinate."""
+
+    line: Line
+    edges: Float[Tensor, "n 2"]
+
+    def rule(self, order: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The coordinates, the points x and the log weights [n, *batch] of a rule."""
+        u, weight, _ = _rule(self.line, self.edges, order)
+        x, log_slope = self.line.point(u)
+        return u, x, log_slope + weight.log().reshape(-1, *[1] * (x.ndim - 1))
+
+
+def settle(law: Distribution, line: Line, sample: Tensor, divergence: FDivergence) -> Panels:
+    r"""Panels in which the totals of laws, and the divergences between them, stand.
+
+    A panel is halved until its halves say nothing new. Panels begin between quantiles of the
+    sample [n, laws, *batch], none with more than a quarter of what was drawn of any law.
+    """
+    integrate = functools.partial(_integrals, law, line, divergence)
+    # No more is asked than the rounding of x allows, and of kinks than is worth the nodes.
+    tolerance = max(1e-13 if len(divergence.taylor) > 1 else 1e-11, line.noise)
+    seen = line.coordinate(sample)
+    waiting = _first(line, seen, *_reach(law, line, seen))
+    held, done, settled_nodes = integrate(waiting), [], 0
+    total = held.sum(0).abs().clamp_min(1.0)
+    for _ in range(60):
+        middle = waiting.mean(-1)
+        middle = middle.floor() if line.kind == "counts" else middle
+        halves = torch.stack([waiting[:, 0], middle, middle, waiting[:, 1]], -1).reshape(-1, 2)
+        parts = integrate(halves).unflatten(0, (-1, 2))
+        gap = (parts.sum(1) - held).abs()
+        settled = (gap <= tolerance * total).all(-1) | _exact(line, waiting)
+        done.append(waiting[settled])
+        settled_nodes += ORDER * int(settled.sum())
+        again = (~settled)[:, None].expand(-1, 2).flatten()
+        waiting, held = halves[again], parts.flatten(0, 1)[again]
+        if not len(waiting) or settled_nodes + 2 * ORDER * len(waiting) > MOST:
+            break
+    edges = torch.cat([*done, waiting])
+    return Panels(line, edges[edges[:, 0].argsort()])
+
+
+def _integrals(law: Distribution, line: Line, divergence: FDivergence, edges: Tensor) -> Tensor:
+    """What must stand, over each panel: [panels, tests]. Infinite tests are left out as 0."""
+    u, weight, panel = _rule(line, edges, ORDER)
+    x, log_slope = line.point(u)
+    logs = law.log_prob(x.unsqueeze(1)) + log_slope.unsqueeze(1)
+    logs = (logs + weight.log().reshape(-1, *[1] * (logs.ndim - 1))).transpose(0, 1)
+    tests = [logs.exp()]
+    if len(logs) > 1:
+        other = logs.roll(1, 0)
+        tests += [divergence.excess(logs, other), divergence.excess(other, logs)]
+    every = torch.cat(tests).transpose(0, 1).flatten(1).nan_to_num(0, 0, 0)
+    return every.new_zeros(len(edges), every.shape[1]).index_add_(0, panel, every)
+
+
+def _reach(law: Distribution, line: Line, seen: Tensor) -> tuple[float, float]:
+    """How far in u any of the laws has mass."""
+    low, high = seen.min().item(), seen.max().item()
+    if line.kind == "circle":
+        return line.ends
+    whole = line.kind == "counts"
+    found = []
+    for side, at, limit in zip((-1, 1), (low, high), line.ends, strict=True):
+        step = 1 + (high - low) // 8 if whole else 0.5
+        while side * at < side * limit and _peak(law, line, at) > GONE:
+            at, step = at + side * step, (2 * step if whole else 1.5 * step)
+        found.append(side * min(side * at, side * limit))
+    return found[0], found[1] + whole
+
+
+def _peak(law: Distribution, line: Line, u: float) -> float:
+    x, log_slope = line.point(torch.tensor([u], dtype=torch.float64))
+    logs = law.log_prob(x.unsqueeze(1)) + log_slope.unsqueeze(1)
+    return logs.nan_to_num(-math.inf).max().item()
+
+
+def _first(line: Line, seen: Tensor, low: float, high: float) -> Tensor:
+    """Panels to begin with."""
+    drawn = seen.flatten(1)
+    edges = torch.quantile(drawn.flatten(), torch.linspace(0, 1, 17).double()).clamp(low, high)
+    edges = torch.cat([edges.new_tensor([low, high]), edges])
+    edges = (edges.floor() if line.kind == "counts" else edges).unique()
+    for _ in range(50):
+        place = torch.searchsorted(edges, drawn, right=True).clamp(1, len(edges) - 1) - 1
+        counts = torch.zeros(len(edges) - 1, drawn.shape[1])
+        counts.scatter_add_(0, place, torch.ones(drawn.shape))
+        finest = FEW if line.kind == "counts" else 1e-12
+        crowded = (counts > len(drawn) / 4).any(-1) & (edges.diff() > finest)
+        if not crowded.any() or len(edges) > MOST // ORDER // 2:
+            break
+        middles = (edges[:-1] + edges[1:])[crowded] / 2
+        middles = middles.floor() if line.kind == "counts" else middles
+        edges = torch.cat([edges, middles]).sort().values
+    return torch.stack([edges[:-1], edges[1:]], -1)
+
+
+def _exact(line: Line, edges: Tensor) -> Tensor:
+    """Which panels are summed one by one."""
+    return (edges.diff(dim=-1)[:, 0] <= FEW) & (line.kind == "counts")
+
+
+def _rule(line: Line, edges: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The coordinates, the weights and the panels of all nodes."""
+    if line.kind == "counts":
+        widths = edges.diff(dim=-1)[:, 0].long().tolist()
+        rules = [_summing(width, order) for width in widths]
+        sizes = torch.tensor([len(k) for k, _ in rules])
+        panel = torch.arange(len(edges)).repeat_interleave(sizes)
+        places = torch.cat([k for k, _ in rules]) + edges[panel, 0]
+        return places, torch.cat([w for _, w in rules]), panel
+    nodes, weights = map(torch.from_numpy, legendre.leggauss(order))
+    middle, half = edges.mean(-1, keepdim=True), edges.diff(dim=-1) / 2
+    panel = torch.arange(len(edges)).repeat_interleave(order)
+    return (middle + half * nodes).flatten(), (half * weights).flatten(), panel
+
+
+@functools.lru_cache(4096)
+def _summing(width: int, order: int) -> tuple[Tensor, Tensor]:
+    r"""Whole numbers k and weights w with Σ w f(k) = Σ f over 0 … width − 1 for polynomials.
+
+    The numbers next to the Gauss-Legendre nodes, for polynomials of as many coefficients; their
+    weights come out positive. Few numbers are summed one by one.
+    """
+    if width <= FEW:
+        return torch.arange(width).double(), torch.ones(width, dtype=torch.float64)
+    k = np.round((legendre.leggauss(order)[0] + 1) / 2 * width - 0.5)
+    degree, spacing = np.arange(order), 2 / width
+    if width <= 2**14:
+        every = (2 * np.arange(width) + 1 - width) / width
+        sums = legendre.legvander(every, order - 1).sum(0)
+    else:  # Euler and Maclaurin's: the integral, less h²/24 times the difference of the slopes
+        slopes = degree * (degree + 1) / 2 * (1 - (-1.0) ** (degree + 1))
+        sums = width / 2 * (2.0 * (degree == 0) - spacing**2 / 24 * slopes)
+    at = legendre.legvander((2 * k + 1 - width) / width, order - 1)
+    return torch.from_numpy(k), torch.from_numpy(np.linalg.solve(at.T, sums))

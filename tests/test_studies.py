@@ -223,7 +223,7 @@ def test_the_words_on_top_follow_from_the_figures(tiny, page):
         name: min(results, key=lambda it: results[it]["divergences"][name]["value"])
         for name in ("forward-kl", "reverse-kl")
     }
-    found = {it.measure: it.best for it in demo_report.verdicts(results, {})}
+    found = {it.measure: it.best for it in demo_report.verdicts(results)}
     assert {name: found[f"divergence {name}"] for name in best} == best
     lowest = min(results, key=lambda it: results[it]["entropy"]["student"]["value"])
     assert f"of the students, {lowest} has the lowest" in page
@@ -262,7 +262,7 @@ def test_two_steps_begin_to_heal_the_pruned_model(tmp_path, monkeypatch):
     two = {name: demo_real.DIVERGENCES[name] for name in ("forward-kl", "akl")}
     monkeypatch.setattr(demo_real, "DIVERGENCES", two)
     sizes = {"steps": 2, "characters": 120, "held_out_blocks": 2, "prompts": 2, "reply_tokens": 8}
-    answer = demo_real.real_demo(tmp_path / "real", demo_real.Plan(**sizes), device="cpu")
+    answer = demo_real.real_demo(demo_real.Plan(**sizes), tmp_path / "real", device="cpu")
     values = {
         name: json.loads((tmp_path / "real" / name / "evaluation.json").read_text())["divergences"]
         for name in ("pruned", *two)

@@ -10,19 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rkl.distill.data import passages, tokenize
-from rkl.distill.evaluate import EvaluateSettings
-from rkl.distill.run import DistillSettings
 from rkl.distill.scratch import Schooling, Shape, new_model, new_tokenizer, school
 from rkl.runs import Run
-from rkl.studies.demo_data import HELD_OUT, TRAIN, Manual, read_manual
+from rkl.studies.demo_data import Manual, read_manual
 from rkl.studies.demo_report import report_runs
-from rkl.studies.demo_stages import (
-    distil_each,
-    evaluate_each,
-    let_teacher_write,
-    phase,
-    watch,
-)
+from rkl.studies.demo_stages import begun, distil_and_evaluate, phase, settings_of, watch
 
 __all__ = ["Plan", "distill_demo", "report_runs", "run"]
 
@@ -93,14 +85,15 @@ def run(
     Returns:
         What came out, and where the report is.
     """
-    if name == "real":
-        from rkl.studies.demo_real import real_demo
-
-        return real_demo(out, steps=steps, overwrite=overwrite, seed=seed, device=device)
-    if name != "distill":
+    if name not in ("distill", "real"):
         raise ValueError(f"name must be 'distill' or 'real'; got {name!r}.")
-    plan = Plan() if steps is None else replace(Plan(), steps=steps)
-    return distill_demo(plan, out, overwrite=overwrite, seed=seed, device=device)
+    plan, demonstrate = Plan(), distill_demo
+    if name == "real":
+        from rkl.studies import demo_real
+
+        plan, demonstrate = demo_real.Plan(), demo_real.real_demo
+    sized: Any = plan if steps is None else replace(plan, steps=steps)
+    return demonstrate(sized, out, overwrite=overwrite, seed=seed, device=device)
 
 
 def distill_demo(
@@ -112,54 +105,17 @@ def distill_demo(
     device: str | None = None,
 ) -> str:
     """Make a teacher and a student, and distil one into the other under four divergences."""
-    distillation, evaluation = _settings(plan, Path(out), seed=seed, device=device)
-    settings = {
-        "name": "distill",
-        "divergences": DIVERGENCES,
-        "before": "start",
-        "plan": asdict(plan),
-        "device": device,
-    }
-    whole = Run.create(out, "studies.demo", settings, seed=seed, overwrite=overwrite)
-    with whole.running():
-        manual = read_manual()
-        whole.update(data=manual.record(), done=_done(plan, manual))
-        manual.write(whole.path)
-        held_out = _school_both(plan, whole, manual, seed=seed, device=device)
-        watched = watch(distillation.teacher, held_out, plan.watched_blocks, plan.steps)
-        distil_each(whole, distillation, DIVERGENCES, watched)
-        evaluate_each(whole, [*DIVERGENCES, "start"], evaluation)
-        let_teacher_write(whole, distillation.teacher, evaluation)
-    report = report_runs([whole.path])
-    return f"The report: {report}"
-
-
-def _settings(
-    plan: Plan, folder: Path, *, seed: int, device: str | None
-) -> tuple[DistillSettings, EvaluateSettings]:
-    """Of all distillations and evaluations, which refuse what cannot be."""
-    common: Any = {"teacher": str(folder / "teacher"), "max_length": plan.block, "device": device}
-    distillation = DistillSettings(
-        student=str(folder / "start"),
-        data=str(folder / TRAIN),
-        held_out=0.0,  # so that the last step counts, not the best on what is evaluated
-        max_steps=plan.steps,
-        batch_size=plan.batch_size,
-        learning_rate=plan.learning_rate,
-        compiled=False,
-        seed=seed,
-        **common,
-    )
-    evaluation = EvaluateSettings(
-        data=str(folder / HELD_OUT),
-        max_blocks=plan.held_out_blocks,
-        prompts=plan.prompts,
-        seeds=plan.seeds,
-        max_new_tokens=plan.reply_tokens,
-        seed=seed,
-        **common,
-    )
-    return distillation, evaluation
+    teacher, student = (str(Path(out, name)) for name in ("teacher", "start"))
+    common: Any = {"seed": seed, "device": device}
+    settings = settings_of(plan, Path(out), teacher=teacher, student=student, **common)
+    manual = read_manual()
+    about: Any = {"name": "distill", "divergences": DIVERGENCES, "before": "start"}
+    about |= {"plan": asdict(plan), "device": device, "seed": seed, "overwrite": overwrite}
+    with begun(out, manual, _done(plan, manual), **about) as whole:
+        held_out = _school_both(plan, whole, manual, **common)
+        watched = watch(teacher, held_out, plan.watched_blocks, plan.steps)
+        distil_and_evaluate(whole, *settings, watched)
+    return f"The report: {report_runs([whole.path])}"
 
 
 def _done(plan: Plan, manual: Manual) -> str:

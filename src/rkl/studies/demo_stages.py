@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,65 @@ from rkl.distill.sources import read_rows
 from rkl.distill.teachers import Teacher, load_model, load_tokenizer
 from rkl.divergences import AKL
 from rkl.runs import Run, remove_folder, save_tensors
+from rkl.studies.demo_data import HELD_OUT, TRAIN, Manual
 
 WATCHED = "head-tail.safetensors"
 REPLIES = "teacher-generations.jsonl"
 HEAD = AKL(mu=0.5)  # as in rkl evaluate
+
+
+def settings_of(
+    plan: Any, folder: Path, *, teacher: str, seed: int, device: str | None, **start: Any
+) -> tuple[DistillSettings, EvaluateSettings]:
+    """Of all distillations and evaluations, which refuse what cannot be.
+
+    Args:
+        plan: The sizes of the demonstration.
+        folder: Where it will be.
+        teacher: What ``load_model`` will load.
+        seed: Of the order of the text and of the replies.
+        device: "cpu" or "cuda"; a GPU by default if there is one.
+        **start: The student, or the layers it is to lose.
+    """
+    common: Any = {"teacher": teacher, "max_length": plan.block, "batch_size": plan.batch_size}
+    common |= {"seed": seed, "device": device}
+    distillation = DistillSettings(
+        data=str(folder / TRAIN),
+        held_out=0.0,  # so that the last step counts, not the best on what is evaluated
+        max_steps=plan.steps,
+        save_every=plan.steps,
+        learning_rate=plan.learning_rate,
+        compiled=False,
+        **common,
+        **start,
+    )
+    evaluation = EvaluateSettings(
+        data=str(folder / HELD_OUT),
+        max_blocks=plan.held_out_blocks,
+        prompts=plan.prompts,
+        seeds=plan.seeds,
+        max_new_tokens=plan.reply_tokens,
+        **common,
+    )
+    return distillation, evaluation
+
+
+@contextlib.contextmanager
+def begun(
+    out: str | os.PathLike,
+    manual: Manual,
+    done: str,
+    *,
+    seed: int,
+    overwrite: bool,
+    **settings: Any,
+) -> Iterator[Run]:
+    """The folder of a demonstration, its text in it, running while this lasts."""
+    whole = Run.create(out, "studies.demo", settings, seed=seed, overwrite=overwrite)
+    with whole.running():
+        whole.update(data=manual.record(), done=done)
+        manual.write(whole.path)
+        yield whole
 
 
 @contextlib.contextmanager
@@ -108,43 +164,35 @@ def watch(teacher: str, blocks: TokenDataset, count: int, steps: int) -> Watched
     return Watched(tokens, p, ranking, one, at, context)
 
 
-def distil_each(
+def distil_and_evaluate(
     run: Run,
-    settings: DistillSettings,
-    divergences: Mapping[str, str],
+    distillation: DistillSettings,
+    evaluation: EvaluateSettings,
     watched: Watched,
     teacher: Teacher | None = None,
 ) -> None:
-    """Distil once under every divergence, from the same start on the same batches.
+    """Distil once under every divergence, from one start on the same batches; measure them all.
 
     Args:
-        run: The demonstration.
-        settings: What all distillations share.
-        divergences: The divergence of each, by the name of its run.
+        run: The demonstration, whose settings say under which divergences, and what was before.
+        distillation: What all distillations share.
+        evaluation: How they and what was before are evaluated.
         watched: Where to look at the students meanwhile.
         teacher: The teacher as it is cached; by default the model that the settings name.
     """
     run.update(watched=watched.record())
     taken: dict[str, Snapshots] = {}
-    for name, divergence in divergences.items():
+    for name, divergence in run.settings["divergences"].items():
         with phase(run, f"distilling under {name}"):
             taken[name] = watched.snapshots()
-            changed = dataclasses.replace(settings, divergence=divergence)
+            changed = dataclasses.replace(distillation, divergence=divergence)
             distill(changed, run.path / name, teacher=teacher, callbacks=[taken[name]])
             remove_folder(run.path / name / "checkpoints")  # nothing will go on from them
             watched.save(run.path, taken)
-
-
-def evaluate_each(run: Run, names: Sequence[str], settings: EvaluateSettings) -> None:
-    """Evaluate runs of a demonstration on held-out text."""
-    for name in names:
+    for name in (*taken, run.settings["before"]):
         with phase(run, f"evaluating {name}"):
-            evaluate_run(run.path / name, settings)
-
-
-def let_teacher_write(run: Run, teacher: str, settings: EvaluateSettings) -> None:
-    """Have the teacher go on from what the students went on from, once."""
+            evaluate_run(run.path / name, evaluation)
     with phase(run, "letting the teacher write"):
-        model, tokenizer = load_model(teacher, dtype="float32"), load_tokenizer(teacher)
-        once = dataclasses.replace(settings, seeds=1)
-        save(run.path / REPLIES, reply_to(read_rows(settings.data), model, tokenizer, once))
+        source, once = distillation.teacher, dataclasses.replace(evaluation, seeds=1)
+        model, tokenizer = load_model(source, dtype="float32"), load_tokenizer(source)
+        save(run.path / REPLIES, reply_to(read_rows(once.data), model, tokenizer, once))

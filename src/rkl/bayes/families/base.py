@@ -14,8 +14,8 @@ from torch.distributions import Distribution
 
 Natural = tuple[Tensor, ...]  # components, [*batch, *event of the component] each
 Fixed = float | Tensor  # what a family holds fixed: one number, or one per law of the batch
-CLOSE = 1e-20  # Newton decrement, in nats, below which one more step leaves only rounding
-STEPS, HALVINGS = 200, 60
+CLOSE = 1e-6  # a Newton step, relative to where it starts, after which one more leaves rounding
+STEPS, HALVINGS = 200, 200
 
 
 class Terms(NamedTuple):
@@ -93,22 +93,18 @@ class ExponentialFamily(abc.ABC):
         """
         target = tuple(component.double() for component in mean)
         self.check_mean(target)
-        natural, close = self.start(target), False
+        natural = self.start(target)
         for _ in range(STEPS):
             gap = self.minus(target, self.mean(natural))
             step = self.newton(natural, gap)
             decrement = self.inner(gap, step)
-            if close := bool((decrement < CLOSE).all()):
-                natural = self.along(natural, step, torch.ones_like(decrement))
+            if not decrement.isfinite().all():
                 break
-            length = self._length(natural, target, step, decrement)
-            natural = self.along(natural, step, length)
-        if not close:
-            raise ValueError(
-                f"mean has no natural parameter that Newton's method found in {STEPS} steps; "
-                f"is it on the edge of the means of a {self.law.__name__}?"
-            )
-        return tuple(x.to(m.dtype) for x, m in zip(natural, mean, strict=True))
+            close = self._small(natural, step, CLOSE)
+            natural = self.along(natural, step, self._length(natural, target, step, decrement))
+            if close:
+                return self._resolved(natural, target, mean)
+        raise self._lost()
 
     def start(self, mean: Natural) -> Natural:
         """Where ``from_mean`` starts; inside the domain."""
@@ -125,6 +121,28 @@ class ExponentialFamily(abc.ABC):
             leaf = self.flatten(natural).detach().requires_grad_()
             mean = functools.partial(_differentiable_mean, self)
             return jacobian(self.flatten(mean(self.unflatten(leaf, natural))), leaf)
+
+    def _small(self, natural: Natural, step: Natural, share: float) -> bool:
+        """Whether no step is large beside where it starts; a small decrement would not tell.
+
+        Towards the edge of the means the decrement vanishes while the steps go on for ever.
+        """
+        size, change = self.flatten(natural).abs(), self.flatten(step).abs()
+        least = share / 1000 * size.amax(-1, keepdim=True) + share / 1e6
+        return bool((change <= share * size + least).all())
+
+    def _resolved(self, natural: Natural, target: Natural, mean: Natural) -> Natural:
+        """The solution, unless the rounding of the mean alone could have moved it anywhere."""
+        rounding = tuple(x.abs() * torch.finfo(x.dtype).eps for x in target)
+        if not self._small(natural, self.newton(natural, rounding), 0.1):
+            raise self._lost()
+        return tuple(x.to(m.dtype) for x, m in zip(natural, mean, strict=True))
+
+    def _lost(self) -> ValueError:
+        return ValueError(
+            f"mean has no natural parameter that Newton's method could find in {STEPS} steps; "
+            f"is it on the edge of the means of a {self.law.__name__}?"
+        )
 
     def _length(self, natural, target, step, decrement):
         """Halved until the step stays inside and does not pass the minimum by far."""
@@ -205,9 +223,9 @@ class ExponentialFamily(abc.ABC):
             if not good.all():
                 worst = value[~good.expand(value.shape[: good.ndim])][0].tolist()
                 raise ValueError(
-                    f"{which} must lie inside the {which} parameters of a {self.law.__name__}; "
-                    f"its component {name} is {worst} "
-                    f"(in {int((~good).sum())} of {good.numel()})."
+                    f"{which} must be the {which} parameter of a {self.law.__name__}, but its "
+                    f"component {name} is {worst} in {int((~good).sum())} of {good.numel()}: "
+                    "on the edge of the family, as at a probability of 0 or 1, or beyond it."
                 )
 
     def inner(self, a: Natural, b: Natural) -> Tensor:

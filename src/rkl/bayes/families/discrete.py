@@ -103,7 +103,7 @@ class NegativeBinomialFamily(ExponentialFamily):
         total = fixed(law.total_count, draws)
         return None if total is None else cls(total)
 
-    def natural(self, law: NegativeBinomial):
+    def natural(self, law: NegativeBinomial | Geometric):
         given = _given(law)
         return (logsigmoid(law.logits) if given == "logits" else law.probs.log(),)
 
@@ -130,7 +130,7 @@ class NegativeBinomialFamily(ExponentialFamily):
         coin = relative_gap(p[0], q[0]) + relative_gap(stop_p, stop_q)
         return self.total_count * coin * (-stop_p).exp()
 
-    def log_fisher(self, law: NegativeBinomial):
+    def log_fisher(self, law: NegativeBinomial | Geometric):
         log_probs = self.natural(law)[0]
         total = (0 * log_probs + self.total_count).log()
         return total - log_probs - 2 * log1mexp(log_probs)

@@ -27,7 +27,7 @@ class Regression(Distribution):
         self,
         design: Float[Tensor, "rows columns"],
         coefficients: Float[Tensor, "*batch columns"],
-        validate_args: bool | None = None,
+        validate_args: bool = True,
     ):
         floats("design", design)
         floats("coefficients", coefficients)
@@ -95,7 +95,7 @@ class GaussianRegression(Regression):
         "scale": constraints.positive,
     }
 
-    def __init__(self, design, coefficients, scale, validate_args=None):
+    def __init__(self, design, coefficients, scale, validate_args=True):
         scale = torch.as_tensor(scale, dtype=coefficients.dtype, device=coefficients.device)
         batch = torch.broadcast_shapes(scale.shape, coefficients.shape[:-1])
         self.scale = scale.expand(batch)

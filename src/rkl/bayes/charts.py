@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ class Part:
 
     shape: torch.Size
     free: torch.Size  # shape of its coordinates
-    transform: Transform
+    transform: Any  # a Transform, whose calls torch leaves without types
     centre: float
     spread: float
 
@@ -90,7 +91,7 @@ def chart_of(
                 f"{name} must hold real numbers for an act to be found by optimisation; "
                 f"got {drawn.dtype}."
             )
-        transform = (transforms or {}).get(name) or _transform(name, values, law)
+        transform: Any = (transforms or {}).get(name) or _transform(name, values, law)
         free = transform.inv(drawn)
         if not free.isfinite().all():
             raise ValueError(f"{name} must lie inside its domain; some draw is on its edge.")
@@ -100,7 +101,7 @@ def chart_of(
     return Chart(parts)
 
 
-def _transform(name: str, values: Mapping[str, Tensor], law: LawOf | None) -> Transform:
+def _transform(name: str, values: Mapping[str, Tensor], law: LawOf | None) -> Any:
     drawn = values[name]
     if drawn.ndim > 2 and drawn.shape[-1] == drawn.shape[-2] > 1 and (found := _matrix(drawn)):
         return found

@@ -163,18 +163,18 @@ def posterior_loss(
     smooth = not kinked(divergence)
     one = laws.at(laws.spread(1))
     if nodes is None and between(divergence, one, one) is not None:
-        return DirectLoss(laws, _Closed(divergence), smooth)
+        return DirectLoss(laws, None, smooth, _Closed(divergence))
     if isinstance(divergence, FDivergence | Intrinsic):
         criterion = divergence if isinstance(divergence, FDivergence) else None
         nodes = nodes or nodes_for(laws, criterion, size=size, seed=seed)
-        return NodeLoss(laws, divergence, nodes, smooth)
+        return NodeLoss(laws, nodes, smooth, divergence)
     nodes = nodes or nodes_for(laws, size=1, seed=seed)
     if nodes.kind != "enumeration":
         raise ValueError(
             f"divergence {divergence} is no f-divergence, and has no meaning beyond a finite "
             f"support; that of a {type(one).__name__} is not finite."
         )
-    return DirectLoss(laws, _OverAtoms(divergence, nodes), smooth)
+    return DirectLoss(laws, nodes, smooth, _OverAtoms(divergence, nodes))
 
 
 @dataclass(frozen=True)
@@ -201,19 +201,10 @@ class _OverAtoms:
 
 
 def _thinned(loss: PosteriorLoss, numbers: int) -> PosteriorLoss:
-    """The loss over so few of the draws that ``numbers`` log-densities are enough."""
-    if isinstance(loss, NodeLoss) and orders(loss.divergence) is not None:
-        return loss
-    each = loss.nodes.log_weight.numel() if isinstance(loss, NodeLoss) else 1
-    each = (
-        loss.loss.nodes.log_weight.numel()
-        if isinstance(loss, DirectLoss) and isinstance(loss.loss, _OverAtoms)
-        else each
-    )
-    count = max(numbers // each, 64)
-    if count >= len(loss.laws):
-        return loss
-    return dataclasses.replace(loss, laws=loss.laws.thinned(count))
+    """The loss over so few of the draws that an evaluation needs no more numbers."""
+    count = max(numbers // max(1, loss.numbers), 64)
+    few = loss.numbers == 0 or count >= len(loss.laws)
+    return loss if few else loss.over(loss.laws.thinned(count))
 
 
 def _minimum(loss, held, chart, drawn, scale, starts) -> Minimum:
@@ -278,7 +269,7 @@ def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
         name: (influence @ moves[name].T).reshape(-1, *x.shape) for name, x in theta.items()
     }
     excess, risk_error = _node_error(loss, chart, point, minimum)
-    nodes = getattr(loss, "nodes", None)
+    nodes = loss.nodes
     accuracy = Accuracy(
         method=nodes.kind if nodes else "closed form",
         nodes=len(nodes) if nodes else 0,

@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -133,11 +134,22 @@ def kinked(divergence: AnyLoss) -> bool:
     return bool(jumps[1] > 0.75 * jumps[0])
 
 
+@dataclass(frozen=True)
 class PosteriorLoss(abc.ABC):
     """E D(P_θ ‖ P_t) over the posterior draws θ, as a function of the law P_t."""
 
     laws: Laws
+    nodes: Nodes | None  # None with a closed form
     smooth: bool
+
+    def over(self, laws: Laws) -> "PosteriorLoss":
+        """The same over other draws."""
+        return dataclasses.replace(self, laws=laws)
+
+    @property
+    @abc.abstractmethod
+    def numbers(self) -> int:
+        """How many numbers an evaluation needs of each draw; 0 where moments serve."""
 
     @abc.abstractmethod
     def expected(self, law: Distribution) -> Tensor:
@@ -154,9 +166,11 @@ class PosteriorLoss(abc.ABC):
 class DirectLoss(PosteriorLoss):
     """The loss by a function of two laws: a closed form, or a sum over few atoms."""
 
-    laws: Laws
     loss: Callable[[Distribution, Distribution], Tensor]  # [draws, *batch]
-    smooth: bool
+
+    @property
+    def numbers(self):
+        return self.nodes.log_weight.numel() if self.nodes else 1
 
     def expected(self, law):
         return (self._losses(law) * self.laws.weights).sum()
@@ -179,10 +193,12 @@ class NodeLoss(PosteriorLoss):
     any other from every draw.
     """
 
-    laws: Laws
-    divergence: FDivergence | Intrinsic
     nodes: Nodes
-    smooth: bool
+    divergence: FDivergence | Intrinsic
+
+    @property
+    def numbers(self):
+        return 0 if orders(self.divergence) is not None else self.nodes.log_weight.numel()
 
     def expected(self, law):
         logq = self.nodes.log_mass(law)[0]
@@ -261,10 +277,13 @@ class NodeLoss(PosteriorLoss):
         return (mixed - alpha * mass - (1 - alpha) * q).sum() / (alpha * (alpha - 1))
 
     def _moment(self, alpha: float) -> tuple[Tensor, ...]:
-        known = self.__dict__.setdefault("_moments", {})
-        if alpha not in known:
-            known |= _moments(self.laws, self.nodes, {alpha, 1.0} - known.keys())
-        return known[alpha]
+        if alpha not in self._known:
+            self._known.update(_moments(self.laws, self.nodes, {alpha, 1.0}))
+        return self._known[alpha]
+
+    @functools.cached_property
+    def _known(self) -> dict[float, tuple[Tensor, ...]]:
+        return {}
 
 
 def _moments(laws: Laws, nodes: Nodes, alphas: set[float]) -> dict[float, tuple[Tensor, ...]]:
@@ -310,13 +329,15 @@ class _Expected(torch.autograd.Function):
 class _Slope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logq, slope, loss):
-        ctx.loss = loss
+        ctx.loss, ctx.curvature = loss, None
         ctx.save_for_backward(logq)
         return slope.clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient * ctx.loss.mean(ctx.saved_tensors[0], 2)[1], None, None
+        if ctx.curvature is None:  # once for all rows of a Hessian
+            ctx.curvature = ctx.loss.mean(ctx.saved_tensors[0], 2)[1]
+        return gradient * ctx.curvature, None, None
 
 
 def slopes(outputs: Float[Tensor, " n"], leaf: Tensor | None) -> Float[Tensor, "n k"]:

@@ -74,21 +74,19 @@ def line_of(support: Constraint, circular: bool, sample: Float[Tensor, "n *batch
     zero, tiny = torch.zeros_like(middle), torch.finfo(middle.dtype).tiny
     if circular:
         return Line("circle", zero, zero + 1)
-    lower, upper = (_bound(getattr(support, f"{end}_bound", None)) for end in ("lower", "upper"))
+    if not hasattr(support, "lower_bound"):
+        return Line("real", middle, ((high - low) / 2).clamp_min(tiny))
+    lower = _bound(support, "lower") + zero
     if support.is_discrete:
-        return Line("counts", zero + lower, zero + 1)
+        return Line("counts", lower, zero + 1)
     if isinstance(support, interval):
-        return Line("between", zero + lower, zero + upper - lower)
-    if lower is not None:
-        return Line("above", zero + lower, (middle - lower).clamp_min(tiny))
-    return Line("real", middle, ((high - low) / 2).clamp_min(tiny))
+        return Line("between", lower, _bound(support, "upper") - lower)
+    return Line("above", lower, (middle - lower).clamp_min(tiny))
 
 
-def _bound(bound) -> Tensor | None:
+def _bound(support: Constraint, end: str) -> Tensor:
     """A bound of the support, without the axis of draws."""
-    if bound is None:
-        return None
-    bound = torch.as_tensor(bound).double()
+    bound = torch.as_tensor(getattr(support, f"{end}_bound")).double()
     return bound[0] if bound.ndim else bound
 
 

@@ -109,11 +109,17 @@ class Draws:
         Yields:
             The chain, the draws within it, and every variable's, [draws, ...].
         """
-        rows = self._rows(names, NUMBERS if size is None else size)
+        for chain, part in self.parts(names, size):
+            yield chain, part, {name: self._finite(name, chain, part) for name in names}
+
+    def parts(
+        self, names: Sequence[str], size: int | None = None, multiple: int = 1
+    ) -> Iterator[tuple[int, slice]]:
+        """Chain and draws of every chunk, unread, of a multiple of so many draws if it may."""
+        rows = self._rows(names, NUMBERS if size is None else size, multiple)
         for chain in range(self.chains):
             for start in range(0, self.draws, rows):
-                part = slice(start, min(start + rows, self.draws))
-                yield chain, part, {name: self._finite(name, chain, part) for name in names}
+                yield chain, slice(start, min(start + rows, self.draws))
 
     def every(self, step: int) -> "Draws":
         """Every step-th draw, still unread, with its weight."""
@@ -133,7 +139,7 @@ class Draws:
             raise ValueError(_unfinite(name, values, chains, draws))
         return values
 
-    def _rows(self, names: Sequence[str], size: int) -> int:
+    def _rows(self, names: Sequence[str], size: int, multiple: int) -> int:
         if not names:
             raise ValueError("names must name at least one variable; got none.")
         if size < 1:
@@ -141,7 +147,8 @@ class Draws:
         rows = max(1, size // max(1, sum(math.prod(self.shape(name)) for name in names)))
         # What is stored together is decompressed together: read it once, not once per chunk.
         stored = max(_stored_together(self.variables[name]) for name in names)
-        return min(self.draws, -(-rows // stored) * stored)
+        together = stored if stored > 1 else multiple
+        return min(self.draws, -(-rows // together) * together)
 
     def _normalised(self, weights: Tensor) -> Tensor:
         weights = weights.detach().to("cpu", torch.float64)
@@ -190,7 +197,12 @@ def read(array: xr.DataArray, chains: int | slice, draws: slice) -> Tensor:
     """Some draws of a variable, [chains, draws, ...] or, of one chain, [draws, ...]; float64."""
     part = array.isel(chain=chains, draw=draws)
     part = part.transpose(*(axis for axis in AXES if axis in part.dims), ...)
-    return torch.from_numpy(np.require(part.values, np.float64, ["C", "W"]))
+    return tensor_of(part.values)
+
+
+def tensor_of(values: np.ndarray) -> Tensor:
+    """Numbers as float64, copied only where a tensor cannot share them."""
+    return torch.from_numpy(np.require(values, np.float64, ["C", "W"]))
 
 
 def _held(name: str, value: Any) -> xr.DataArray:

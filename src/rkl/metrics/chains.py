@@ -13,6 +13,7 @@ from rkl.metrics import Mean
 HALVES = 128  # half batches kept at most, over all chains: their number decides an error's own
 NUMBERS = 2**22  # draws looked at together, lest a Fourier transform of them all fill the memory
 DEPENDENT = 1.4  # three standard errors above 1, the ratio of V for 64 independent batches
+CACHED = 2**17  # numbers that stay in a core's cache
 FEWEST = 12  # batches that an error may rest on
 DISAGREE = 3.09  # standard normal quantile of 0.999
 
@@ -199,21 +200,44 @@ class BatchMeans:
         return self.sums.sum((0, 1)) / self.weights.sum()
 
     @property
+    def shifts(self) -> Float[Tensor, "halves *shape"]:
+        """By how much each half batch moves the mean: Z of all chains, which sum to 0."""
+        return self._shifts(self.sums).flatten(0, 1)
+
+    @property
     def error(self) -> Float[Tensor, "*shape"]:
         """Standard error of the mean; nan where there are not two batches."""
-        return self._error(self._departures())
+        return self.error_of(self.shifts)
 
-    def along(self, slopes: Float[Tensor, "outputs components *columns"]) -> Tensor:
-        """Standard error of linear functions of the mean, [outputs, *columns].
+    def error_of(self, shifts: Float[Tensor, "halves *outputs"]) -> Float[Tensor, "*outputs"]:
+        """Standard error of anything, from how much each half batch moves it."""
+        share = self.weights / self.weights.sum()
+        by_chain = shifts.reshape(*share.shape, -1)
+        if (chains := len(share)) == 1:
+            variance = _lugsail(by_chain, share)
+        else:
+            between = _spread(by_chain.sum(1, keepdim=True), share.sum(1, keepdim=True))
+            variance = _lugsail(by_chain, share, between)
+            variance = torch.where(between > _excessive(chains - 1) * variance, between, variance)
+        return variance.sqrt().reshape(shifts.shape[1:])
 
-        With the slopes of a smooth function at the mean, that function's error by the delta
-        method.
+    def along(
+        self, slopes: Float[Tensor, "outputs components *columns"]
+    ) -> Float[Tensor, "outputs *columns"]:
+        """Standard error of functions of the mean that have these slopes there (delta method).
 
         Args:
             slopes: By how much each output moves with each component, the first axis of a draw.
         """
-        departures = self._departures()
-        return torch.stack([self._error((departures * row).sum(2)) for row in slopes.unbind()])
+        columns = slopes.shape[2:]
+        rows = slopes.reshape(*slopes.shape[:2], -1)
+        sums = self.sums.reshape(*self.sums.shape[:3], -1)
+        width = max(1, CACHED // sums[..., 0].numel())
+        found = [
+            self.error_of(torch.einsum("ock,hck->hok", row, self._shifts(part).flatten(0, 1)))
+            for row, part in zip(rows.split(width, -1), sums.split(width, -1), strict=True)
+        ]
+        return torch.cat(found, -1).reshape(len(slopes), *columns)
 
     def total(self) -> Mean:
         """The mean with its standard error."""
@@ -226,21 +250,10 @@ class BatchMeans:
             held[:, joined.shape[1] :] = 0
         self.length *= 2
 
-    def _departures(self) -> Tensor:
-        """Z of every half batch, [chains, halves, *shape]."""
-        weights = self.weights.reshape(*self.weights.shape, *[1] * (self.sums.ndim - 2))
-        return (self.sums - weights * self.mean) / self.weights.sum()
-
-    def _error(self, departures: Tensor) -> Tensor:
-        share = self.weights / self.weights.sum()
-        flat = departures.reshape(*share.shape, -1)
-        if (chains := len(share)) == 1:
-            variance = _lugsail(flat, share)
-        else:
-            between = _spread(flat.sum(1, keepdim=True), share.sum(1, keepdim=True))
-            variance = _lugsail(flat, share, between)
-            variance = torch.where(between > _excessive(chains - 1) * variance, between, variance)
-        return variance.sqrt().reshape(departures.shape[2:])
+    def _shifts(self, sums: Tensor) -> Tensor:
+        weights = self.weights.reshape(*self.weights.shape, *[1] * (sums.ndim - 2))
+        total = self.weights.sum()
+        return (sums - weights * (sums.sum((0, 1)) / total)) / total
 
 
 def slots_of(chains: int) -> int:

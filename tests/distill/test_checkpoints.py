@@ -1,10 +1,6 @@
 """A checkpoint is there whole or not at all; what resumes from it ends in the same weights."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -111,30 +107,3 @@ def test_what_a_killed_process_left_is_removed(run, tmp_path):
     (leftover / "model.safetensors").write_bytes(b"half")
     run(tmp_path)
     assert not leftover.exists()
-
-
-def killed_run(tmp_path, *arguments):
-    script = Path(__file__).with_name("killed_runs.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, script, tmp_path, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=550,
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1])
-
-
-@pytest.mark.kill
-@pytest.mark.parametrize("point", ["os.replace", "os.fsync", "torch.save", "save_file"])
-def test_a_run_killed_while_it_writes_goes_on_to_the_same_bits(point, tmp_path):
-    """Killed at each call of the function in turn, half-way through what it writes."""
-    assert killed_run(tmp_path, point) >= 2
-
-
-@pytest.mark.kill
-def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path):
-    """SIGKILL at random moments, until a run gets to the end between two of them."""
-    assert killed_run(tmp_path, "random") >= 3

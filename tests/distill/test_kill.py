@@ -1,4 +1,4 @@
-"""A run of rkl distill killed at any moment leaves no torn file, and goes on to the same bits."""
+"""A run killed at any moment leaves no torn file, and goes on to the same bits."""
 
 import os
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.kill
+either = pytest.mark.parametrize("what", ["trainer", "run"])
 
 
-def killed(folder, point):
+def killed(*words):
     """How often a run was killed, each time to end as one that was left alone."""
-    script = Path(__file__).with_name("killed_pipelines.py")
     done = subprocess.run(
-        [sys.executable, script, folder, point],
+        [sys.executable, Path(__file__).with_name("killed.py"), *words],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -24,12 +24,14 @@ def killed(folder, point):
     return int(done.stdout.split()[-1])
 
 
+@either
 @pytest.mark.parametrize("point", ["os.replace", "os.fsync", "torch.save", "save_file"])
-def test_a_run_killed_inside_a_write_goes_on_to_the_same_bits(point, tmp_path):
+def test_a_run_killed_inside_a_write_goes_on_to_the_same_bits(what, point, tmp_path):
     """Half-way through what the function writes, at one call of it after another."""
-    assert killed(tmp_path, point) >= 4
+    assert killed(tmp_path, what, point) >= {"trainer": 2, "run": 4}[what]
 
 
-def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(tmp_path):
+@either
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(what, tmp_path):
     """SIGKILL again and again, until a run comes to its end between two of them."""
-    assert killed(tmp_path, "random") >= 3
+    assert killed(tmp_path, what, "random") >= 3

@@ -84,6 +84,22 @@ def test_mean_parameters_lead_back_to_natural_ones(name):
 
 
 @every_family
+def test_maps_may_be_differentiated_there_and_back(name):
+    law = laws(name, 5)
+    family = family_of(law)
+    leaves = tuple(x.requires_grad_() for x in family.natural(law))
+    weight = tuple((x.detach() + 1).sin() for x in leaves)
+    if name in {"Categorical", "OneHotCategorical", "Multinomial"}:  # whose constant is arbitrary
+        weight = (weight[0] - weight[0].mean(-1, keepdim=True),)
+    back = family.from_mean(family.mean(leaves))
+    slopes = torch.autograd.grad(family.inner(weight, back).sum(), leaves)
+    for slope, w, axes in zip(slopes, weight, family.events, strict=True):
+        if axes == 2:  # of a symmetric matrix, of which all but the symmetric part is arbitrary
+            slope = (slope + slope.mT) / 2
+        close([slope], [w], 1e-8)
+
+
+@every_family
 def test_mean_is_the_gradient_of_the_log_partition(name):
     law = laws(name, 20)
     family = family_of(law)

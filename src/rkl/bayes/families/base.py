@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import functools
 import inspect
+import reprlib
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -14,7 +15,7 @@ from torch.distributions import Distribution
 
 Natural = tuple[Tensor, ...]  # components, [*batch, *event of the component] each
 Fixed = float | Tensor  # what a family holds fixed: one number, or one per law of the batch
-CLOSE = 1e-6  # a Newton step, relative to where it starts, after which one more leaves rounding
+CLOSE = 1e-6  # a Newton step, relative to where it starts, that leaves the rounding only
 STEPS, HALVINGS = 200, 200
 
 
@@ -93,6 +94,15 @@ class ExponentialFamily(abc.ABC):
         """
         target = tuple(component.double() for component in mean)
         self.check_mean(target)
+        with torch.no_grad():
+            natural = self._near(target)
+        # The one step that has a graph: so the slope is (∇²A)⁻¹, however the others went.
+        step = self.newton(natural, self.minus(target, self.mean(natural)))
+        found = (x + s for x, s in zip(natural, step, strict=True))
+        return tuple(x.to(m.dtype) for x, m in zip(found, mean, strict=True))
+
+    def _near(self, target: Natural) -> Natural:
+        """The solution, to the square of a small step."""
         natural = self.start(target)
         for _ in range(STEPS):
             gap = self.minus(target, self.mean(natural))
@@ -100,11 +110,17 @@ class ExponentialFamily(abc.ABC):
             decrement = self.inner(gap, step)
             if not decrement.isfinite().all():
                 break
-            close = self._small(natural, step, CLOSE)
+            if self._small(natural, step, CLOSE):
+                # Could the rounding of the mean alone have moved it anywhere?
+                rounding = tuple(x.abs() * torch.finfo(x.dtype).eps for x in target)
+                if not self._small(natural, self.newton(natural, rounding), 0.1):
+                    break
+                return self.along(natural, step, torch.ones_like(decrement))
             natural = self.along(natural, step, self._length(natural, target, step, decrement))
-            if close:
-                return self._resolved(natural, target, mean)
-        raise self._lost()
+        raise ValueError(
+            f"mean has no natural parameter that Newton's method could find in {STEPS} steps; "
+            f"is it on the edge of the means of a {self.law.__name__}?"
+        )
 
     def start(self, mean: Natural) -> Natural:
         """Where ``from_mean`` starts; inside the domain."""
@@ -130,19 +146,6 @@ class ExponentialFamily(abc.ABC):
         size, change = self.flatten(natural).abs(), self.flatten(step).abs()
         least = share / 1000 * size.amax(-1, keepdim=True) + share / 1e6
         return bool((change <= share * size + least).all())
-
-    def _resolved(self, natural: Natural, target: Natural, mean: Natural) -> Natural:
-        """The solution, unless the rounding of the mean alone could have moved it anywhere."""
-        rounding = tuple(x.abs() * torch.finfo(x.dtype).eps for x in target)
-        if not self._small(natural, self.newton(natural, rounding), 0.1):
-            raise self._lost()
-        return tuple(x.to(m.dtype) for x, m in zip(natural, mean, strict=True))
-
-    def _lost(self) -> ValueError:
-        return ValueError(
-            f"mean has no natural parameter that Newton's method could find in {STEPS} steps; "
-            f"is it on the edge of the means of a {self.law.__name__}?"
-        )
 
     def _length(self, natural, target, step, decrement):
         """Halved until the step stays inside and does not pass the minimum by far."""
@@ -182,13 +185,9 @@ class ExponentialFamily(abc.ABC):
         leaf = _flat(tuple(leaves), axes).requires_grad_()
         with torch.enable_grad():
             own = dict(zip(self.parameters, _unflat(leaf, tuple(leaves), axes), strict=True))
-            natural = self.natural(self.remade(own))
+            natural = self.natural(self.law(**own, validate_args=False))
             slope = jacobian(self.flatten(natural), leaf)
         return self.hessian(natural).slogdet()[1] + 2 * slope.slogdet()[1]
-
-    def remade(self, own: dict[str, Tensor]) -> Distribution:
-        """The law with these parameters of its own, and whatever is fixed."""
-        return self.law(**own, validate_args=False)
 
     def inside(self, natural: Natural) -> tuple[Bool[Tensor, "..."], ...]:
         """Per component, whether η is where A is finite [*batch]."""
@@ -224,7 +223,8 @@ class ExponentialFamily(abc.ABC):
                 worst = value[~good.expand(value.shape[: good.ndim])][0].tolist()
                 raise ValueError(
                     f"{which} must be the {which} parameter of a {self.law.__name__}, but its "
-                    f"component {name} is {worst} in {int((~good).sum())} of {good.numel()}: "
+                    f"component {name} is {reprlib.repr(worst)} "
+                    f"in {int((~good).sum())} of {good.numel()}: "
                     "on the edge of the family, as at a probability of 0 or 1, or beyond it."
                 )
 
@@ -341,7 +341,7 @@ def _flat(components: Natural, axes: tuple[int, ...]) -> Tensor:
     )
     return torch.cat(
         [
-            x.expand(*batch, *x.shape[x.ndim - n :]).reshape(*batch, -1)
+            x.expand((*batch, *x.shape[x.ndim - n :])).reshape(*batch, -1)
             for x, n in zip(components, axes, strict=True)
         ],
         -1,
@@ -352,7 +352,7 @@ def _unflat(flat: Tensor, like: Natural, axes: tuple[int, ...]) -> Natural:
     shapes = [x.shape[x.ndim - n :] for x, n in zip(like, axes, strict=True)]
     parts = flat.split([shape.numel() for shape in shapes], -1)
     return tuple(
-        part.reshape(*flat.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)
+        part.reshape((*flat.shape[:-1], *shape)) for part, shape in zip(parts, shapes, strict=True)
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import LogNormal, MultivariateNormal, Normal, VonMises
 
 from rkl.bayes.families.base import ExponentialFamily, Fixed, Natural, Terms
-from rkl.bayes.families.matrices import excess_matrix, log_det, positive_definite, times
+from rkl.bayes.families.matrices import excess_matrix, inverse, log_det, positive_definite, times
 from rkl.bayes.families.special import log_gap
 
 
@@ -134,13 +134,11 @@ class MultivariateNormalFamily(ExponentialFamily):
 
     def mean(self, natural):
         loc = _loc(natural)
-        covariance = torch.cholesky_inverse(torch.linalg.cholesky(-2 * natural[1]))
-        return loc, covariance + _square(loc)
+        return loc, inverse(-2 * natural[1]) + _square(loc)
 
     def from_mean(self, mean):
         self.check_mean(mean)
-        covariance = mean[1] - _square(mean[0])
-        precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        precision = inverse(mean[1] - _square(mean[0]))
         return times(precision, mean[0]), -precision / 2
 
     def kl(self, p, q):

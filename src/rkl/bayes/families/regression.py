@@ -36,9 +36,9 @@ class Regression(Distribution):
                 "design must be [rows, columns] and coefficients [..., columns]; "
                 f"got {list(design.shape)} and {list(coefficients.shape)}."
             )
-        if not design.isfinite().all():
+        if validate_args and not design.isfinite().all():
             raise ValueError("design must be finite.")
-        self.design, self.coefficients = design, coefficients
+        self.design, self.coefficients = design.to(coefficients.dtype), coefficients
         super().__init__(coefficients.shape[:-1], design.shape[:1], validate_args=validate_args)
 
     @property

@@ -46,18 +46,10 @@ def settle(state: TrainerState, staged: Path, path: Path, writes: bool) -> None:
     staged.rmdir()
 
 
-def rotate(folder: str, limit: int | None, best: str | None, *, keep_last: bool = True) -> None:
-    """Remove the oldest checkpoints beyond a number, never the best and the last one.
-
-    Args:
-        folder: Where the checkpoints are.
-        limit: How many to keep; None or 0 keeps all.
-        best: The best checkpoint, if there is one.
-        keep_last: Whether the last one is kept although it is not the best.
-    """
+def rotate(folder: str, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond a number, but never the best and the last one."""
     checkpoints = [Path(path) for path in sort_checkpoints(folder)]
-    kept = {Path(best)} if best else set()
-    kept |= set(checkpoints[-1:]) if keep_last else set()
+    kept = {*checkpoints[-1:], *([Path(best)] if best else [])}
     surplus = len(checkpoints) - max(limit, len(kept)) if limit else 0
     for path in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
         remove_folder(path)

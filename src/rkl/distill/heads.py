@@ -41,13 +41,11 @@ class Head:
     softcap: float | None = None
 
     @contextmanager
-    def tap(
-        self, receive: Callable[[Tensor], None], *, keep_logits: bool = False
-    ) -> Iterator[None]:
+    def tap(self, receive: Callable[[Tensor], None]) -> Iterator[None]:
         """While this lasts, ``receive`` gets what each forward of the model gives its head.
 
         That is the hidden states [rows, positions, width], and the head itself is then run on
-        no position, unless the logits are to be kept; or it is the logits, without a head.
+        no position; or it is the logits, without a head.
         """
         if self.linear is None:
             hook = self.model.register_forward_hook(
@@ -57,7 +55,7 @@ class Head:
 
             def before(module, inputs):
                 receive(inputs[0])
-                return inputs if keep_logits else (inputs[0][:, :0], *inputs[1:])
+                return (inputs[0][:, :0], *inputs[1:])
 
             hook = self.linear.register_forward_pre_hook(before)
         with hook:
@@ -242,9 +240,8 @@ def _compared(head: Head, embedding: nn.Linear) -> tuple[int, str | None]:
         with embedding.register_forward_pre_hook(_stretching(hidden)):
             logits = head.model(**_two_tokens(head.model)).logits
         if len(hidden) != 1:
-            return logits.shape[
-                -1
-            ], f"its output embedding was called {len(hidden)} times, not once"
+            reason = f"its output embedding was called {len(hidden)} times, not once"
+            return logits.shape[-1], reason
         states = torch.cat([hidden[0], hidden[0][:, :1]], 1)  # of the last nothing is asked
         told = logits_of(head.at(states, states.new_ones(1, 2, dtype=torch.bool)))
     return logits.shape[-1], _difference(logits[0], told)

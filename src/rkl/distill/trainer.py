@@ -147,19 +147,14 @@ class DistillTrainer(Trainer):
         batch = shifted(inputs)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
         p = self._observe(batch)
-
-        def loss(q: Known) -> Tensor:
-            return self._loss(batch, p, q, count)
-
-        outputs = self._in_place_of_head(model, batch, loss, keep_logits=return_outputs)
-        loss_of_step = cast(Tensor, outputs.loss)
+        loss = self._in_place_of_head(model, batch, lambda q: self._loss(batch, p, q, count))
         if not self._moving and len(batch.targets):
             self._moving = True
-            self._warn_if_nothing_moves(loss_of_step)
+            self._warn_if_nothing_moves(loss)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP will average the gradients: undo it, for the count is that of all processes.
-            loss_of_step = loss_of_step * (self.accelerator.num_processes // self.get_tp_size())
-        return (loss_of_step, outputs) if return_outputs else loss_of_step
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, CausalLMOutput(loss=cast(Any, loss))) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -169,17 +164,16 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """The mean divergence of a batch, noted down row by row for :meth:`evaluation_loop`."""
-        batch = shifted(self._prepare_inputs(inputs))
+        inputs = self._prepare_inputs(inputs)
+        batch = shifted(inputs)
         with torch.no_grad():
             p = self._observe(batch)
-            output = self._in_place_of_head(model, batch, lambda q: self._score(batch, p, q))
-        scores = cast(Tensor, output.loss)
-        self._scores.append(cast(Tensor, self.accelerator.gather_for_metrics(scores)))
-        loss = scores[:, 0].sum() / scores[:, 2].sum().clamp_min(1)
-        if prediction_loss_only:
-            return loss, None, None
-        _, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        return loss, logits, labels
+            scores = self._in_place_of_head(model, batch, lambda q: self._score(batch, p, q))
+            self._scores.append(cast(Tensor, self.accelerator.gather_for_metrics(scores)))
+            loss = scores[:, 0].sum() / scores[:, 2].sum().clamp_min(1)
+            if prediction_loss_only:
+                return loss, None, None
+            return loss, model(**batch.inputs).logits, inputs["labels"]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's, but every mean is over the tokens of the data set, not over batches.
@@ -238,13 +232,6 @@ class DistillTrainer(Trainer):
         if self.args.should_save:
             rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.args.should_save and self.args.save_total_limit == 1:
-            # The Trainer would do so next, and a kill meanwhile would leave half a checkpoint.
-            only_best = self.state.best_model_checkpoint
-            rotate(self._get_output_dir(None), 1, only_best, keep_last=False)
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The Trainer's, each file whole and without training_args.bin, which is a pickle."""
         if not self.args.should_save:
@@ -260,13 +247,9 @@ class DistillTrainer(Trainer):
             return self._teacher.observe(batch.inputs, batch.predicting, vocab=self._vocab)
 
     def _in_place_of_head(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        measure: Callable[[Known], Tensor],
-        keep_logits: bool = False,
-    ) -> CausalLMOutput:
-        """Run the student; its loss is ``measure`` of what it says of the batch.
+        self, model: nn.Module, batch: Batch, measure: Callable[[Known], Tensor]
+    ) -> Tensor:
+        """Run the student, and give ``measure`` of what it says of the batch as its loss.
 
         That is computed within the forward of the student, where DDP expects the loss, FSDP has
         the head's weights at hand, and a scale or soft cap after the head no longer matters.
@@ -279,12 +262,11 @@ class DistillTrainer(Trainer):
                 measured.append(measure(q))
 
         def finish(module: nn.Module, args: Any, output: Any) -> CausalLMOutput:
-            logits = output.logits if keep_logits else None
-            return CausalLMOutput(loss=measured.pop(), logits=logits)
+            return CausalLMOutput(loss=measured.pop())
 
         hook = self._head.model.register_forward_hook(finish, prepend=True)
-        with hook, self._head.tap(receive, keep_logits=keep_logits):
-            return model(**batch.inputs)
+        with hook, self._head.tap(receive):
+            return model(**batch.inputs).loss
 
     def _loss(self, batch: Batch, p: Known, q: Known, count: Tensor | int) -> Tensor:
         if not len(batch.targets):

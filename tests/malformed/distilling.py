@@ -338,13 +338,13 @@ CACHES = [
             fault("path", "no folder", "missing", "no cache.json"),
             fault("path", "no cache", "nothing", "no cache.json"),
             fault("path", "a file", "text.txt", "no cache.json"),
-            fault("path", "a torn record", "torn-cache", "corrupt"),
+            fault("path", "a torn record", "torn-cache", "cannot be read"),
             fault("path", "too new", "later-cache", "99"),
-            fault("path", "a list", "list-cache", "corrupt"),
-            fault("path", "a hollow record", "hollow-cache", "corrupt"),
-            fault("path", "a torn head", "torn-head", "head.safetensors"),
-            fault("path", "a torn shard", "torn-shard", "rows-00000.safetensors"),
-            fault("path", "a lost shard", "lost-shard", "rows-00000.safetensors"),
+            fault("path", "a list", "list-cache", "cannot be read"),
+            fault("path", "a hollow record", "hollow-cache", "has no data"),
+            fault("path", "a torn head", "torn-head", "cannot be read"),
+            fault("path", "torn states", "torn-hidden", "hidden.bin"),
+            fault("path", "lost states", "lost-hidden", "hidden.bin"),
         ],
     ),
     Subject(
@@ -375,7 +375,7 @@ CACHES = [
         lambda: {"model": load_model("teacher"), "rows": cached_rows(), "path": "cache"},
         [
             fault("rows", "other than are there", ROWS, "another data", named="path"),
-            fault("path", "torn", "torn-cache", "corrupt"),
+            fault("path", "torn", "torn-cache", "cannot be read"),
         ],
     ),
 ]

@@ -114,9 +114,9 @@ def _make_caches(folder: Path) -> None:
         ("list-cache", "cache.json", b"[]"),
         ("hollow-cache", "cache.json", b'{"format": 1}'),
         ("torn-head", "head.safetensors", b"torn"),
-        ("torn-shard", "rows-00000.safetensors", b"torn"),
+        ("torn-hidden", "hidden.bin", b"torn"),
     ):
         shutil.copytree(folder / "cache", folder / name)
         (folder / name / file).write_bytes(content)
-    shutil.copytree(folder / "cache", folder / "lost-shard")
-    (folder / "lost-shard" / "rows-00000.safetensors").unlink()
+    shutil.copytree(folder / "cache", folder / "lost-hidden")
+    (folder / "lost-hidden" / "hidden.bin").unlink()

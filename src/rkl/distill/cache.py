@@ -3,42 +3,35 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
-from jaxtyping import Bool
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from rkl.distill.batches import Batch, PadRows, shifted
-from rkl.distill.heads import Head, read_head
+from rkl.distill.heads import read_head
+from rkl.distill.limits import check_count
 from rkl.distill.teachers import Teacher
 from rkl.estimators import LinearHead
 from rkl.runs import fingerprint, replacing_folder, save_tensors, write_json
 
 FORMAT = 1  # of cache.json; raised when an older rkl could no longer read it
-_ENTRIES = {"teacher", "data", "vocab", "shards", "scale", "softcap"}  # of cache.json
-_DIGEST = 16  # bytes of the digest of a row
-_SHARD = 2**28  # bytes of hidden states in a file
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """What has a length and gives its rows by number: a list, a map-style data set."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+_ENTRIES = {"teacher", "data", "vocab", "scale", "softcap", "rows"}  # of cache.json
+_HEAD, _HIDDEN = "head.safetensors", "hidden.bin"
 
 
 class CachedTeacher(Teacher):
     """A teacher whose hidden states at the trained tokens of known rows are on disk.
 
     Rows are found by what is in them, so they may be shuffled, batched and padded in any way;
-    a row with other tokens or other labels is refused. Files are mapped, not read as a whole.
+    a row with other tokens or other labels is refused. Hidden states are mapped, not read as a
+    whole.
 
     Args:
         path: The folder that :func:`cache_hidden_states` wrote.
@@ -46,21 +39,11 @@ class CachedTeacher(Teacher):
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.record = _read_record(self.path)
+        self.record, self._head, self._hidden = _opened(self.path)
         self.vocab = self.record["vocab"]
-        self._head = _opened(self.path / "head.safetensors", load_file)
-        self._shards = [
-            _opened(self.path / it, lambda file: safe_open(file, "pt"))
-            for it in self.record["shards"]
-        ]
-        self._places = {
-            key: (shard, *bounds)
-            for shard, file in enumerate(self._shards)
-            for key, bounds in _contents(file)
-        }
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.record["rows"])
 
     def observe(
         self,
@@ -73,27 +56,29 @@ class CachedTeacher(Teacher):
         device = predicting.device
         self._head = {name: tensor.to(device) for name, tensor in self._head.items()}
         weight, bias = self._head["weight"][:vocab], self._head.get("bias")
-        hidden = [weight.new_empty(0, weight.shape[-1])]
         keys = enumerate(row_keys(inputs, predicting))
-        hidden += [self._read(row, key).to(device) for row, key in keys if key]
-        scale, softcap = self.record["scale"], self.record["softcap"]
-        bias = None if bias is None else bias[:vocab]
-        return LinearHead(torch.cat(hidden), weight, bias, scale, softcap)
+        hidden = [self._hidden[self._place(row, key)] for row, key in keys if key]
+        return LinearHead(
+            torch.cat([self._hidden[:0], *hidden]).to(device),
+            weight,
+            None if bias is None else bias[:vocab],
+            self.record["scale"],
+            self.record["softcap"],
+        )
 
-    def _read(self, row: int, key: bytes) -> Tensor:
-        if key not in self._places:
+    def _place(self, row: int, key: str) -> slice:
+        if key not in self.record["rows"]:
             raise ValueError(
                 f"row {row} of the batch is not among the {len(self)} rows in the cache "
                 f"{self.path}: its tokens, or which of them are trained on, are others. "
                 "Was it made from other data, or with another max_length?"
             )
-        shard, start, stop = self._places[key]
-        return self._shards[shard].get_slice("hidden")[start:stop]
+        return slice(*self.record["rows"][key])
 
 
 def cache_hidden_states(
     model: nn.Module,
-    rows: Rows,
+    rows: Sequence[Mapping[str, Any]] | Dataset,
     path: str | os.PathLike,
     *,
     batch_size: int = 8,
@@ -115,32 +100,38 @@ def cache_hidden_states(
         device: Where to run the model; by default, where it is.
         progress: Called with the number of rows that are done, and of all.
     """
-    if not len(rows):
+    path, total = Path(path), len(cast(Sequence, rows))
+    if not total:
         raise ValueError("rows must hold at least one row to cache; got none.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be at least 2, or None; got {max_length}.")
+    check_count("batch_size", batch_size)
+    if max_length is not None:
+        check_count("max_length", max_length, at_least=2)
     head = read_head(model if device is None else model.to(device))
     if head.linear is None:
         raise ValueError(
             f"model: the logits of a {type(model).__name__} are no function of hidden states and "
             "an output embedding that could be kept."
         )
-    record = {"teacher": model_fingerprint(model), "data": _data_fingerprint(rows, max_length)}
-    path = Path(path)
+    places = _places(rows, max_length)
+    record = {"teacher": model_fingerprint(model), "data": fingerprint(places)}
     if path.exists():
         return _matching(path, record)
+    weight, bias = head.linear.weight, head.linear.bias
     with replacing_folder(path) as folder:
-        shards: list[str] = []
-        for shard in _shards(_observed(head, rows, batch_size, max_length, progress)):
-            shards.append(f"rows-{len(shards):05}.safetensors")
-            save_tensors(folder / shards[-1], shard)
-        bias = {} if head.linear.bias is None else {"bias": head.linear.bias}
-        save_tensors(folder / "head.safetensors", {"weight": head.linear.weight, **bias})
-        about = {"model": type(model).__name__, "vocab": head.vocab, "shards": shards}
-        about |= {"scale": head.scale, "softcap": head.softcap}
-        write_json(folder / "cache.json", {"format": FORMAT, **record, **about})
+        save_tensors(folder / _HEAD, {"weight": weight} | ({} if bias is None else {"bias": bias}))
+        kept, done = _mapped(folder / _HIDDEN, places, weight, shared=True), 0
+        for inputs, predicting, _ in _batches(rows, batch_size, max_length):
+            moved = {name: value.to(weight.device) for name, value in inputs.items()}
+            known = head.observe(moved, predicting.to(weight.device))
+            hidden = cast(LinearHead, known).hidden.split(predicting.sum(-1).tolist())
+            for key, states in zip(row_keys(inputs, predicting), hidden, strict=True):
+                if key:
+                    kept[slice(*places[key])] = states
+            done += len(hidden)
+            if progress is not None:
+                progress(done, total)
+        about = {"vocab": head.vocab, "scale": head.scale, "softcap": head.softcap}
+        write_json(folder / "cache.json", {"format": FORMAT} | record | about | {"rows": places})
     return CachedTeacher(path)
 
 
@@ -150,7 +141,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return fingerprint(name.encode() + _bytes(tensor) for name, tensor in sorted(state.items()))
 
 
-def row_keys(inputs: Mapping[str, Any], predicting: Bool[Tensor, "rows steps"]) -> list[bytes]:
+def row_keys(inputs: Mapping[str, Any], predicting: Bool[Tensor, "rows steps"]) -> list[str]:
     """A digest of each row up to the last token it is trained on: what the teacher depends on.
 
     Padding on the right has no part in it; a row that is not trained on has the empty key.
@@ -164,10 +155,10 @@ def row_keys(inputs: Mapping[str, Any], predicting: Bool[Tensor, "rows steps"]) 
     keys = []
     for row, trained in enumerate(columns[0]):
         end = int(trained.nonzero().max()) + 1 if trained.any() else 0
-        digest = hashlib.blake2b(",".join(names).encode(), digest_size=_DIGEST)
+        digest = hashlib.blake2b(",".join(names).encode(), digest_size=16)
         for column in columns:
             digest.update(_bytes(column[row, :end]))
-        keys.append(digest.digest() if end else b"")
+        keys.append(digest.hexdigest() if end else "")
     return keys
 
 
@@ -179,65 +170,32 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _batches(rows: Rows, batch_size: int, max_length: int | None) -> Iterator[Batch]:
+def _batches(rows: Any, batch_size: int, max_length: int | None) -> Iterator[Batch]:
     pad, total = PadRows(max_length=max_length), len(rows)
     for start in range(0, total, batch_size):
         yield shifted(pad([rows[row] for row in range(start, min(start + batch_size, total))]))
 
 
-def _data_fingerprint(rows: Rows, max_length: int | None) -> str:
-    batches = _batches(rows, 64, max_length)
-    return fingerprint(key for batch in batches for key in row_keys(*batch[:2]))
-
-
-def _observed(
-    head: Head,
-    rows: Rows,
-    batch_size: int,
-    max_length: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[bytes, Tensor]]:
-    """The key and the hidden states of every row that is another than those before."""
-    device, seen, done = next(head.model.parameters()).device, {b""}, 0
-    for inputs, predicting, _ in _batches(rows, batch_size, max_length):
-        keys = row_keys(inputs, predicting)
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        known = head.observe(inputs, predicting.to(device))
+def _places(rows: Any, max_length: int | None) -> dict[str, tuple[int, int]]:
+    """Where the hidden states of each row begin and end; those of the same row are kept once."""
+    places: dict[str, tuple[int, int]] = {}
+    end = 0
+    for inputs, predicting, _ in _batches(rows, 64, max_length):
         counts = predicting.sum(-1).tolist()
-        for key, hidden in zip(keys, cast(LinearHead, known).hidden.split(counts), strict=True):
-            if key not in seen:
-                seen.add(key)
-                yield key, hidden
-        done += len(keys)
-        if progress is not None:
-            progress(done, len(rows))
+        for key, count in zip(row_keys(inputs, predicting), counts, strict=True):
+            if key and key not in places:
+                places[key] = end, end + count
+                end += count
+    return places
 
 
-def _shards(observed: Iterator[tuple[bytes, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Files' worth of rows: hidden states, where each row's begin and end, its key."""
-    pairs, size = [], 0
-    for key, hidden in observed:
-        pairs.append((key, hidden))
-        size += hidden.nbytes
-        if size >= _SHARD:
-            yield _shard(pairs)
-            pairs, size = [], 0
-    if pairs:
-        yield _shard(pairs)
-
-
-def _shard(pairs: list[tuple[bytes, Tensor]]) -> dict[str, Tensor]:
-    ends = torch.tensor([0, *(len(hidden) for _, hidden in pairs)]).cumsum(0)
-    keys = torch.frombuffer(bytearray(b"".join(key for key, _ in pairs)), dtype=torch.uint8)
-    hidden = torch.cat([hidden for _, hidden in pairs])
-    return {"hidden": hidden, "bounds": ends, "keys": keys.view(-1, _DIGEST)}
-
-
-def _contents(shard: Any) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    """The key of every row in a file, and where its hidden states begin and end."""
-    bounds, keys = shard.get_tensor("bounds").tolist(), shard.get_tensor("keys")
-    for key, *ends in zip(keys, bounds[:-1], bounds[1:], strict=True):
-        yield bytes(key.tolist()), tuple(ends)
+def _mapped(
+    file: Path, places: Mapping[str, Sequence[int]], weight: Tensor, *, shared: bool
+) -> Float[Tensor, "tokens width"]:
+    """The hidden states in a file, as wide and precise as the head; shared, it is written."""
+    tokens, width = max((stop for _, stop in places.values()), default=0), weight.shape[-1]
+    flat = torch.from_file(str(file), shared, tokens * width, dtype=weight.dtype)
+    return flat.view(tokens, width)
 
 
 def _matching(path: Path, record: Mapping[str, str]) -> CachedTeacher:
@@ -252,29 +210,17 @@ def _matching(path: Path, record: Mapping[str, str]) -> CachedTeacher:
     return cached
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+    """The record, the head and the hidden states in a folder, or an error that names it."""
+    if not (path / "cache.json").is_file():
+        raise FileNotFoundError(f"path: {path} is no cache: it has no cache.json.")
     try:
         record = json.loads((path / "cache.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"path: {path} is no cache: it has no cache.json.") from None
-    except ValueError as error:
-        raise ValueError(f"path: {path / 'cache.json'} is corrupt: {error}.") from None
-    if not isinstance(record, dict) or "format" not in record:
-        raise ValueError(f"path: {path / 'cache.json'} is corrupt: it has no format.")
-    if record["format"] != FORMAT:
-        raise ValueError(
-            f"path: {path} has format {record.get('format')}; this rkl reads {FORMAT}."
-        )
-    if missing := _ENTRIES - record.keys():
-        raise ValueError(f"path: {path / 'cache.json'} is corrupt: it has no {min(missing)}.")
-    return record
-
-
-def _opened(file: Path, read: Callable[[Path], Any]) -> Any:
-    """What a file of tensors holds, or an error that names it."""
-    try:
-        return read(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"path: the cache has lost its {file}.") from None
-    except SafetensorError as error:
-        raise ValueError(f"path: {file} is corrupt: {error}.") from None
+        if record["format"] != FORMAT:
+            raise ValueError(f"it has format {record['format']}; this rkl reads {FORMAT}")
+        if missing := _ENTRIES - record.keys():
+            raise ValueError(f"cache.json has no {min(missing)}")
+        head = load_file(path / _HEAD)
+        return record, head, _mapped(path / _HIDDEN, record["rows"], head["weight"], shared=False)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"path: {path} cannot be read: {error}.") from None

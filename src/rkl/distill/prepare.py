@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from rkl.distill.cache import Rows, cache_hidden_states
+from rkl.distill.cache import cache_hidden_states
 from rkl.distill.data import TokenDataset, passages, show_example, tokenize
 from rkl.distill.heads import common_vocabulary
 from rkl.distill.limits import check_context, device_named
@@ -179,7 +179,7 @@ def with_cached_teacher(
         parts.append(held_out)
     cached = cache_hidden_states(
         cast(PreTrainedModel, models.teacher),
-        cast(Rows, ConcatDataset(parts)),
+        ConcatDataset(parts),
         folder,
         batch_size=settings.batch_size,
         max_length=settings.max_length,

@@ -95,7 +95,8 @@ def chart_of(
         free = transform.inv(drawn)
         if not free.isfinite().all():
             raise ValueError(f"{name} must lie inside its domain; some draw is on its edge.")
-        centre = free.mean()
+        # Coordinates of a simplex turn when its classes are permuted, about 0.
+        centre = 0 * free.mean() if isinstance(transform, LogRatioTransform) else free.mean()
         spread = (free - centre).square().mean().sqrt().item() or 1.0
         parts[name] = Part(drawn.shape[1:], free.shape[1:], transform, centre.item(), spread)
     return Chart(parts)

@@ -19,16 +19,18 @@ from rkl.bayes.losses import (
     NodeLoss,
     PosteriorLoss,
     between,
-    kinked,
     orders,
     slopes,
 )
 from rkl.bayes.minimise import Minimum, minimise
 from rkl.bayes.nodes import Laws, Nodes, independent_parts, nodes_for
+from rkl.bayes.panels import kinked
 from rkl.divergences import Divergence, FDivergence
 
-HELD = 2**24  # log-densities held while a loss that needs every draw is minimised
-QUICK = 2**16  # those of the draws that the several starts look at
+QUICK = 2**16  # log-densities that the several starts look at, of a loss that needs every draw
+HELD = 2**18  # those that it is minimised over, before all draws are
+KINKED = 2**23  # the same for a loss with kinks, where no step over all draws follows
+ENOUGH = 1e-18  # decrement in nats at which steps over all draws end
 CANDIDATES = 32  # draws of which the best are starts
 
 
@@ -108,7 +110,7 @@ def generic_act(
     drawn = chart.coordinates(laws.theta)
     scale = drawn.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
-    held = _thinned(loss, HELD)
+    held = _thinned(loss, HELD if loss.smooth else KINKED)
     minimum = _minimum(loss, held, chart, drawn, scale, starts)
     return _act(law, loss, held, chart, minimum, starts)
 
@@ -160,7 +162,7 @@ def posterior_loss(
         laws = dataclasses.replace(
             laws, law=lambda theta, law=laws.law: independent_parts(law(theta))
         )
-    smooth = not kinked(divergence)
+    smooth = isinstance(divergence, FDivergence) and not kinked(divergence)
     one = laws.at(laws.spread(1))
     if nodes is None and between(divergence, one, one) is not None:
         return DirectLoss(laws, None, smooth, _Closed(divergence))
@@ -247,18 +249,10 @@ def _by_draw(loss, chart, point):
 
 
 def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
-    weights = loss.laws.weights
-    point, decrement = minimum.point, minimum.decrement
+    weights, point, decrement = loss.laws.weights, minimum.point, minimum.decrement
     losses, by_draw = _by_draw(loss, chart, point)
-    for _ in range(5 if held is not loss and loss.smooth else 0):
-        # Newton's method once more, with the slope of all draws and the curvature of some.
-        trial = point - minimum.inverse(weights @ by_draw)
-        new = _by_draw(loss, chart, trial)
-        slope = weights @ new[1]
-        ahead = float(slope @ minimum.inverse(slope)) / 2
-        point, (losses, by_draw), decrement = trial, new, ahead
-        if ahead < 1e-16:
-            break
+    if held is not loss:
+        point, losses, by_draw, decrement = _on_all(loss, chart, minimum, losses, by_draw)
     leaf = point.detach().requires_grad_()
     with torch.enable_grad():
         values = {name: x[0] for name, x in chart.point(leaf[None]).items()}
@@ -268,7 +262,8 @@ def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
     by_name = {
         name: (influence @ moves[name].T).reshape(-1, *x.shape) for name, x in theta.items()
     }
-    excess, risk_error = _node_error(loss, chart, point, minimum)
+    totals = weights @ losses, weights @ by_draw
+    excess, risk_error = _node_error(loss, chart, point, minimum.inverse, totals)
     nodes = loss.nodes
     accuracy = Accuracy(
         method=nodes.kind if nodes else "closed form",
@@ -283,24 +278,42 @@ def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
         draws=len(held.laws),
     )
     own = law({name: x[None] for name, x in theta.items()})
-    return GenericAct(theta, own, losses, float(weights @ losses), by_name, accuracy)
+    return GenericAct(theta, own, losses, float(totals[0]), by_name, accuracy)
 
 
-def _node_error(loss, chart, point, minimum) -> tuple[float, float]:
+def _on_all(loss, chart, minimum: Minimum, losses: Tensor, by_draw: Tensor):
+    """Newton's method once more, with the slope of all draws and the curvature of some."""
+    weights, point = loss.laws.weights, minimum.point
+    decrement = _decrement(minimum.inverse, weights @ by_draw)
+    for _ in range(8 if loss.smooth else 0):
+        trial = point - minimum.inverse(weights @ by_draw)
+        new = _by_draw(loss, chart, trial)
+        ahead = _decrement(minimum.inverse, weights @ new[1])
+        if not ahead < decrement:
+            break
+        point, (losses, by_draw), decrement = trial, new, ahead
+        if decrement < ENOUGH:
+            break
+    return point, losses, by_draw, decrement
+
+
+def _decrement(inverse, slope: Tensor) -> float:
+    return float(slope @ inverse(slope)) / 2
+
+
+def _node_error(loss, chart, point, inverse, totals) -> tuple[float, float]:
     """The estimated excess from the nodes, and the error of the risk, in nats."""
     if not isinstance(loss, NodeLoss) or loss.nodes.kind == "enumeration":
         return 0.0, 0.0
-
-    def by_node(of):
-        leaf = point.detach().requires_grad_()
-        with torch.enable_grad():
-            return of.by_node(_law(of, chart, leaf), leaf)
-
-    values, slope = by_node(loss)
-    if loss.nodes.coarse is None:  # independent nodes
-        spread = slope - slope.mean(0)
-        excess = float((minimum.inverse(spread) * spread).sum()) / 2
-        return excess, (values - values.mean()).square().sum().sqrt().item()
-    poorer = by_node(dataclasses.replace(loss, nodes=loss.nodes.coarse))
-    off = poorer[1].sum(0) - slope.sum(0)
-    return float(off @ minimum.inverse(off)) / 2, (poorer[0].sum() - values.sum()).abs().item()
+    if loss.nodes.coarse is not None:
+        poorer = dataclasses.replace(loss, nodes=loss.nodes.coarse)
+        losses, by_draw = _by_draw(poorer, chart, point)
+        weights = loss.laws.weights
+        off = abs(float(weights @ losses - totals[0]))
+        return _decrement(inverse, weights @ by_draw - totals[1]), off
+    leaf = point.detach().requires_grad_()  # independent nodes
+    with torch.enable_grad():
+        values, slope = loss.by_node(_law(loss, chart, leaf), leaf)
+    spread = slope - slope.mean(0)
+    excess = float((inverse(spread) * spread).sum()) / 2
+    return excess, (values - values.mean()).square().sum().sqrt().item()

@@ -119,21 +119,6 @@ def between(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | N
     return None
 
 
-def kinked(divergence: AnyLoss) -> bool:
-    """Whether the slope of F jumps, so that second derivatives do not say how E F curves."""
-    if not isinstance(divergence, FDivergence):
-        return True
-    jumps = []
-    for steps in (2_000, 4_000):
-        t = torch.linspace(-7.0, 7.1, steps, dtype=torch.float64).requires_grad_()
-        with torch.enable_grad():
-            total = divergence.integrand(torch.zeros_like(t), t).sum()
-            (slope,) = torch.autograd.grad(total, t)
-        size = 1 + t.detach().exp() + slope.abs()
-        jumps.append((slope.diff().abs() / size[1:]).max())
-    return bool(jumps[1] > 0.75 * jumps[0])
-
-
 @dataclass(frozen=True)
 class PosteriorLoss(abc.ABC):
     """E D(P_θ ‖ P_t) over the posterior draws θ, as a function of the law P_t."""

@@ -131,6 +131,7 @@ class _Search:
             with torch.enable_grad():
                 value = self.loss(leaf)
                 (gradient,) = torch.autograd.grad(value, leaf, create_graph=hessian)
+                gradient = gradient + 0 * leaf  # for a linear loss has a constant one
                 if not (value.isfinite() and gradient.isfinite().all()):
                     return nowhere
                 for slope in gradient if hessian else ():

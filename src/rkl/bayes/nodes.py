@@ -105,7 +105,8 @@ def nodes_for(
     - A line, half-line, interval, circle or the counts are cut into panels, in a coordinate that
       reaches the end of the tails, until the totals of some laws and the divergences between
       them stand; each has nodes that integrate, or sum, polynomials exactly.
-    - Anything else is sampled from the posterior predictive r = E p, with weights 1/(m r).
+    - Anything else is sampled from the posterior predictive r = E p, with weights 1/(m r); so is
+      a line on which laws are too narrow for where they lie.
 
     Except for the last, whose totals hold on average by construction, every law must have the
     total 1.
@@ -140,7 +141,7 @@ def nodes_for(
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         on_line = support.event_dim == 0 and first.event_shape == ()
-        return _quadrature(laws, criterion) if on_line else _importance(laws, size)
+        return _quadrature(laws, criterion, size) if on_line else _importance(laws, size)
 
 
 def independent_parts(law: Distribution) -> Distribution:
@@ -164,8 +165,8 @@ def _atoms(law: Distribution) -> tuple[Tensor, Tensor] | None:
     """The atoms of a finite support [m, *batch, *event], and the log weight that each has."""
     members = law.batch_shape[1:].numel()
     support = _support(law)
-    if law.event_shape == () and (range_ := _range(support)) is not None:
-        low, high = (x.expand(law.batch_shape)[0] for x in range_)
+    low, high = _ends(law)
+    if law.event_shape == () and support.is_discrete and low is not None and high is not None:
         steps = torch.arange(int((high - low).max()) + 1).double()
         steps = steps.reshape(-1, *[1] * high.ndim)
         inside = low + steps <= high  # members may differ in how many atoms they have
@@ -173,7 +174,7 @@ def _atoms(law: Distribution) -> tuple[Tensor, Tensor] | None:
         return torch.minimum(low + steps, high), weight
     if isinstance(support, type(constraints.one_hot)):
         points = torch.eye(law.event_shape[-1], dtype=torch.float64)
-    elif (axes := _axes(law, support)) is not None:
+    elif (axes := _axes(law)) is not None:
         points = torch.cartesian_prod(*axes).reshape(-1, *law.event_shape)
     else:
         return None
@@ -181,25 +182,37 @@ def _atoms(law: Distribution) -> tuple[Tensor, Tensor] | None:
     return points, torch.zeros(members, len(points), dtype=torch.float64)
 
 
-def _range(support) -> tuple[Tensor, Tensor] | None:
-    """The least and the greatest of a run of whole numbers."""
+def _ends(law: Distribution) -> tuple[Tensor | None, Tensor | None]:
+    """The least and the greatest value [*batch], where there is one; of a mixture, of any part."""
+    if isinstance(law, MixtureSameFamily):
+        low, high = _ends(law.component_distribution)
+        return (
+            None if low is None else low.amin(-1),
+            None if high is None else high.amax(-1),
+        )
+    support = law.support
     if isinstance(support, type(constraints.boolean)):
-        return torch.tensor(0.0).double(), torch.tensor(1.0).double()
-    if isinstance(support, constraints.integer_interval):
-        low, high = support.lower_bound, support.upper_bound
-        return torch.as_tensor(low).double(), torch.as_tensor(high).double()
-    return None
+        found = torch.tensor(0.0), torch.tensor(1.0)
+    else:
+        found = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
+    low, high = (
+        None if x is None else torch.as_tensor(x).double().expand(law.batch_shape)[0]
+        for x in found
+    )
+    return low, high
 
 
-def _axes(law: Distribution, support) -> list[Tensor] | None:
+def _axes(law: Distribution) -> list[Tensor] | None:
     """The atoms along each coordinate of a product of few finite sets."""
-    base = getattr(support, "base_constraint", None)
-    if base is None or (range_ := _range(base)) is None or law.event_shape.numel() < 2:
+    if not isinstance(law, Independent) or law.event_shape.numel() < 2:
         return None
-    if any(x.numel() > 1 and (x != x.flatten()[0]).any() for x in range_):
+    part = independent_parts(law)
+    low, high = (
+        _ends(part) if part.event_shape == () and _support(part).is_discrete else (None, None)
+    )
+    if low is None or high is None or (low != low.min()).any() or (high != high.max()).any():
         return None
-    low, high = (x.flatten()[0] for x in range_)
-    axis = torch.arange(int(low), int(high) + 1).double()
+    axis = torch.arange(int(low.min()), int(high.max()) + 1).double()
     few = law.event_shape.numel() * math.log(len(axis)) <= math.log(ATOMS)
     return [axis] * law.event_shape.numel() if few else None
 
@@ -233,7 +246,7 @@ def _totals(laws: Laws, nodes: Nodes) -> tuple[Tensor, Tensor]:
     return torch.cat(totals), peak
 
 
-def _quadrature(laws: Laws, divergence: FDivergence) -> Nodes:
+def _quadrature(laws: Laws, divergence: FDivergence, size: int) -> Nodes:
     probes = laws.spread(PROBES)
     panels = _settled(laws, probes, divergence)
     for _ in range(3):
@@ -244,6 +257,8 @@ def _quadrature(laws: Laws, divergence: FDivergence) -> Nodes:
         panels = _settled(laws, probes, divergence)
     nodes = _of_rule(panels, ORDER)
     totals, peak = _totals(laws, nodes)
+    if panels.crowded and (totals - 1).abs().max() > OFF:
+        return _importance(laws, size)
     defect, kept = _refuse(totals), peak > GONE
     u, v = panels.rule(ORDER)[0][kept], panels.rule(COARSE)[0]
     coarse = _of_rule(panels, COARSE).only((v >= u.min()) & (v <= u.max()))
@@ -254,7 +269,7 @@ def _settled(laws: Laws, probes: Tensor, divergence: FDivergence) -> Panels:
     """Panels for some of the laws."""
     law = laws.at(probes)
     sample = law.sample(torch.Size([SAMPLES])).double()
-    line = line_of(_support(law), _circular(law), sample.flatten(0, 1))
+    line = line_of(*_ends(law), _kind(law), sample.flatten(0, 1))
     return settle(law, line, sample, divergence)
 
 
@@ -263,10 +278,14 @@ def _of_rule(panels: Panels, order: int) -> Nodes:
     return Nodes(x, log_weight.reshape(len(x), -1).T, "quadrature")
 
 
-def _circular(law: Distribution) -> bool:
-    """Whether a law is one of angles: torch says that they are real numbers."""
+def _kind(law: Distribution) -> Literal["circle", "counts", "line"]:
+    """What a law of numbers is over: of angles, torch says that they are real numbers."""
     inner = getattr(law, "component_distribution", getattr(law, "base_dist", None))
-    return isinstance(law, VonMises) or (inner is not None and _circular(inner))
+    if isinstance(law, VonMises):
+        return "circle"
+    if inner is not None and _kind(inner) == "circle":
+        return "circle"
+    return "counts" if _support(law).is_discrete else "line"
 
 
 def _importance(laws: Laws, size: int) -> Nodes:

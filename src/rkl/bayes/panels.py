@@ -11,13 +11,13 @@ from jaxtyping import Float
 from numpy.polynomial import legendre
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.distributions.constraints import Constraint, interval
 
 from rkl.divergences import FDivergence
 
 ORDER, COARSE = 16, 11  # nodes per panel, and those of the poorer rule that tells the error
 FEW = 64  # whole numbers of a panel that are summed one by one
 MOST = 2**13  # nodes in all
+ROUNDED = 1e-8  # relative error of an integral that may be left to rounding
 GONE = -745.0  # the logarithm of what is 0 in double precision
 REACH = 340.0  # of a coordinate: the square of its hyperbolic sine must not overflow
 
@@ -68,26 +68,24 @@ class Line:
         return 4e-16 * (self.origin.abs() / self.length).max().item() if continuous else 0.0
 
 
-def line_of(support: Constraint, circular: bool, sample: Float[Tensor, "n *batch"]) -> Line:
-    """The coordinate for laws with this support, of which a sample of points is at hand."""
+def line_of(
+    lower: Tensor | None,
+    upper: Tensor | None,
+    kind: Literal["circle", "counts", "line"],
+    sample: Float[Tensor, "n *batch"],
+) -> Line:
+    """The coordinate of a support with these ends [*batch], of which a sample is at hand."""
     low, middle, high = torch.quantile(sample, sample.new_tensor([0.25, 0.5, 0.75]), dim=0)
     zero, tiny = torch.zeros_like(middle), torch.finfo(middle.dtype).tiny
-    if circular:
+    if kind == "circle":
         return Line("circle", zero, zero + 1)
-    if not hasattr(support, "lower_bound"):
+    if lower is None:
         return Line("real", middle, ((high - low) / 2).clamp_min(tiny))
-    lower = _bound(support, "lower") + zero
-    if support.is_discrete:
+    if kind == "counts":
         return Line("counts", lower, zero + 1)
-    if isinstance(support, interval):
-        return Line("between", lower, _bound(support, "upper") - lower)
+    if upper is not None:
+        return Line("between", lower, upper - lower)
     return Line("above", lower, (middle - lower).clamp_min(tiny))
-
-
-def _bound(support: Constraint, end: str) -> Tensor:
-    """A bound of the support, without the axis of draws."""
-    bound = torch.as_tensor(getattr(support, f"{end}_bound")).double()
-    return bound[0] if bound.ndim else bound
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,11 @@ class Panels:
 
     line: Line
     edges: Float[Tensor, "n 2"]
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more of them would have been too many."""
+        return ORDER * len(self.edges) >= MOST
 
     def rule(self, order: int) -> tuple[Tensor, Tensor, Tensor]:
         """The coordinates, the points x and the log weights [n, *batch] of a rule."""
@@ -112,26 +115,49 @@ def settle(law: Distribution, line: Line, sample: Tensor, divergence: FDivergenc
     """
     integrate = functools.partial(_integrals, law, line, divergence)
     # No more is asked than the rounding of x allows, and of kinks than is worth the nodes.
-    tolerance = max(1e-13 if len(divergence.taylor) > 1 else 1e-11, line.noise)
+    smooth = not kinked(divergence)
+    tolerance = max(1e-13 if smooth else 1e-11, line.noise)
     seen = line.coordinate(sample)
     waiting = _first(line, seen, *_reach(law, line, seen))
-    held, done, settled_nodes = integrate(waiting), [], 0
+    held, done = integrate(waiting), []
+    before, rounded = torch.full_like(held, math.inf), torch.zeros_like(held, dtype=torch.bool)
     total = held.sum(0).abs().clamp_min(1.0)
+    room = MOST // ORDER - len(waiting)  # for further panels
     for _ in range(60):
         middle = waiting.mean(-1)
         middle = middle.floor() if line.kind == "counts" else middle
         halves = torch.stack([waiting[:, 0], middle, middle, waiting[:, 1]], -1).reshape(-1, 2)
         parts = integrate(halves).unflatten(0, (-1, 2))
-        gap = (parts.sum(1) - held).abs()
-        settled = (gap <= tolerance * total).all(-1) | _exact(line, waiting)
-        done.append(waiting[settled])
-        settled_nodes += ORDER * int(settled.sum())
-        again = (~settled)[:, None].expand(-1, 2).flatten()
-        waiting, held = halves[again], parts.flatten(0, 1)[again]
-        if not len(waiting) or settled_nodes + 2 * ORDER * len(waiting) > MOST:
+        gap = (parts.sum(1) - held).abs() / total
+        # What no halving makes smaller is rounding, unless it is a kink.
+        rounded |= (gap < ROUNDED * smooth) & (gap > 0.3 * before)
+        settled = ((gap <= tolerance) | rounded).all(-1) | _exact(line, waiting)
+        again = gap.amax(-1).masked_fill(settled, -1.0).topk(min(room, len(gap))).indices
+        again = again[~settled[again]]  # the worst, where there is no room for all
+        kept = torch.ones_like(settled).index_fill(0, again, False)
+        done.append(waiting[kept])
+        waiting = halves.unflatten(0, (-1, 2))[again].flatten(0, 1)
+        held = parts[again].flatten(0, 1)
+        before, rounded = (x[again].repeat_interleave(2, 0) for x in (gap, rounded))
+        room -= len(again)
+        if not len(waiting) or room <= 0:
             break
     edges = torch.cat([*done, waiting])
     return Panels(line, edges[edges[:, 0].argsort()])
+
+
+@functools.cache
+def kinked(divergence: FDivergence) -> bool:
+    """Whether the slope of F jumps, so that second derivatives do not say how E F curves."""
+    jumps = []
+    for steps in (2_000, 4_000):
+        t = torch.linspace(-7.0, 7.1, steps, dtype=torch.float64).requires_grad_()
+        with torch.enable_grad():
+            total = divergence.integrand(torch.zeros_like(t), t).sum()
+            (slope,) = torch.autograd.grad(total, t)
+        size = 1 + t.detach().exp() + slope.abs()
+        jumps.append((slope.diff().abs() / size[1:]).max())
+    return bool(jumps[1] > 0.75 * jumps[0])
 
 
 def _integrals(law: Distribution, line: Line, divergence: FDivergence, edges: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
 import inspect
-import json
 import sys
 import types
 import warnings
@@ -10,7 +9,6 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as token_decoders
 from transformers import PreTrainedTokenizerFast
 
-from rkl.distill import sources
 from rkl.distill.data import IGNORED, passages, show_example, tokenize
 from rkl.distill.sources import read_rows
 
@@ -69,12 +67,6 @@ def test_a_jsonl_file_gives_its_rows_without_foreign_columns_or_blank_lines(tmp_
     assert read_rows(path) == [{"text": "a"}, {"text": "b"}]
 
 
-def test_a_json_file_gives_the_rows_of_its_list(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([{"prompt": "a", "completion": "b"}]))
-    assert read_rows(str(path)) == [{"prompt": "a", "completion": "b"}]
-
-
 def test_a_text_file_is_one_row(tmp_path):
     path = tmp_path / "book.TXT"
     path.write_text("one\n\ntwo\n")
@@ -109,7 +101,7 @@ def test_rows_in_memory_may_come_in_splits():
         (b'{"messages": [{"content": "a"}]}\n', r"line 1: each of messages must be an object"),
         (b'{"messages": [{"role": "user", "content": 3}]}\n', r"line 1: content in messages"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2: expected UTF-8; got the byte 0xff at 10"),
-        (b"[" * 100_000 + b"\n", r"line 1: nested too deeply|line 1: not JSON"),
+        (b"[" * 100_000 + b"\n", r"line 1: not JSON"),
         (b"\n \n", r"rows\.jsonl has no rows"),
     ],
 )
@@ -121,21 +113,12 @@ def test_a_line_that_is_no_row_is_named_with_what_was_expected(tmp_path, content
     assert "\n" not in str(caught.value)
 
 
-def test_a_line_beyond_all_measure_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LONGEST_LINE", 20)
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a"}\n{"text": "much too long a line"}\n')
-    with pytest.raises(ValueError, match="line 2: longer than 20 bytes"):
-        read_rows(path)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        ("a.txt", b"caf\n\xe9", r"a\.txt: expected UTF-8; got the byte 0xe9 at 4, on line 2"),
+        ("a.txt", b"caf\n\xe9", r"a\.txt: expected UTF-8; got the byte 0xe9 at 4"),
         ("a.txt", b" \n", r"a\.txt has no rows"),
-        ("a.json", b'{"text": "a"}', r"a\.json: expected a list of objects"),
-        ("a.csv", b"text\na", r"data must end in \.jsonl, \.json, \.txt, \.parquet"),
+        ("a.csv", b"text\na", r"data must end in \.jsonl, \.txt, \.parquet"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name, content, named):
@@ -152,7 +135,7 @@ def test_what_is_missing_or_no_data_at_all_is_said(tmp_path):
         inspect.unwrap(read_rows)(3)  # without the tests' own check of types
     with pytest.raises(ValueError, match=r"split must be one of \['train'\]; got 'test'"):
         read_rows({"train": [{"text": "a"}]}, split="test")
-    with pytest.raises(ValueError, match="the list given has no rows"):
+    with pytest.raises(ValueError, match="data: list has no rows"):
         read_rows([])
 
 

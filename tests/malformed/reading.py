@@ -35,14 +35,13 @@ OF_DATA = [
     of_file("no-role.jsonl", "a message without role", "line 1", "role"),
     of_file("no-messages.jsonl", "no messages", "line 1", "[]"),
     of_file("tools.jsonl", "tools", "line 1", "tools"),
-    of_file("deep.jsonl", "nested too deeply", "line 1", "nested too deeply"),
+    of_file("deep.jsonl", "nested too deeply", "line 1", "not JSON"),
     of_file("latin.jsonl", "a line not UTF-8", "line 2", "UTF-8", "0xe9"),
     of_file("latin.txt", "a text not UTF-8", "UTF-8", "0xe9"),
     of_file("empty.jsonl", "an empty file", "no rows"),
     of_file("blank.jsonl", "blank lines", "no rows"),
     of_file("blank.txt", "a blank text", "no rows"),
-    of_file("object.json", "an object alone", "list of objects", ".jsonl"),
-    of_file("broken.json", "a broken file", "not JSON"),
+    of_file("rows.json", "a list of rows", ".jsonl"),
     of_file("table.csv", "another format", ".jsonl", ".parquet"),
 ]
 

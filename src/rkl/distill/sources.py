@@ -16,7 +16,6 @@ COLUMNS = {
     "text": ("text",),
 }
 EXPECTED = "expected text, or prompt and completion, or messages"
-LONGEST_LINE = 2**26  # bytes; a line beyond it is a file of another format
 
 
 def read_rows(data: Data, *, split: str = "train") -> list[Row]:
@@ -26,7 +25,6 @@ def read_rows(data: Data, *, split: str = "train") -> list[Row]:
     data                      rows
     ========================  =========================================================
     ``*.jsonl``               one JSON object a line, blank lines apart
-    ``*.json``                a list of objects
     ``*.txt``                 one row, the whole text
     ``*.parquet``             those of the table (extra ``data``)
     a folder                  of a data set saved by ``save_to_disk`` (extra ``data``)
@@ -42,15 +40,16 @@ def read_rows(data: Data, *, split: str = "train") -> list[Row]:
         ValueError: Naming file and line, or row, where something else was expected.
         ImportError: With the line to type, where an extra is missing.
     """
+    named = isinstance(data, str | Path)
     rows, kind = [], None
-    for place, row in _located(data, split):
+    for place, row in _read_named(data, split) if named else _in_memory(data, split):
         found = kind_of(row, place)
         kind = kind or found
         if found != kind:
             raise ValueError(f"{place}: a row of {found} among rows of {kind}; expected one kind.")
         rows.append(_checked(row, found, place))
     if not rows:
-        raise ValueError(f"data: {_name(data)} has no rows.")
+        raise ValueError(f"data: {data if named else type(data).__name__} has no rows.")
     return rows
 
 
@@ -96,13 +95,6 @@ def _messages(value: Any, column: str, place: str) -> list[dict[str, Any]]:
     return [dict(message) for message in value]
 
 
-def _located(data: Any, split: str) -> Iterator[tuple[str, Any]]:
-    """Rows, and where each of them stands."""
-    if isinstance(data, (str, Path)):
-        return _read_named(data, split)
-    return _in_memory(data, split)
-
-
 def _in_memory(data: Any, split: str) -> Iterator[tuple[str, Any]]:
     if isinstance(data, Mapping):
         if split not in data:
@@ -117,41 +109,26 @@ def _read_named(data: str | Path, split: str) -> Iterator[tuple[str, Any]]:
     path = Path(data)
     if path.is_dir():
         return _saved(path, split)
-    if reader := _READERS.get(path.suffix.lower()):
-        if not path.is_file():
-            raise FileNotFoundError(f"data: there is no file {path}.")
-        return reader(path)
-    if path.exists():
-        raise ValueError(f"data must end in {', '.join(_READERS)}; got the file {path}.")
-    return _on_hub(str(data), split)
+    if (reader := _READERS.get(path.suffix.lower())) is None:
+        if path.exists():
+            raise ValueError(f"data must end in {', '.join(_READERS)}; got the file {path}.")
+        return _on_hub(str(data), split)
+    if not path.is_file():
+        raise FileNotFoundError(f"data: there is no file {path}.")
+    return reader(path)
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
-        number = 0
-        while line := file.readline(LONGEST_LINE + 1):
-            number += 1
+        for number, line in enumerate(file, 1):
             place = f"{path}, line {number}"
-            if len(line) > LONGEST_LINE:
-                raise ValueError(
-                    f"{place}: longer than {LONGEST_LINE:,} bytes; expected one JSON object."
-                )
-            text = _utf8(line, place).lstrip("\ufeff")
+            text = _utf8(line, place)
             if text.strip():
                 yield place, _json(text, place)
 
 
-def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    rows = _json(_utf8(path.read_bytes(), str(path)).lstrip("\ufeff"), str(path))
-    if not isinstance(rows, list):
-        raise ValueError(
-            f"{path}: expected a list of objects; got {_short(rows)}. One object a line is .jsonl."
-        )
-    return ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
-
-
 def _txt(path: Path) -> Iterator[tuple[str, Any]]:
-    text = _utf8(path.read_bytes(), str(path)).lstrip("\ufeff")
+    text = _utf8(path.read_bytes(), str(path))
     if text.strip():
         yield str(path), {"text": text}
 
@@ -172,7 +149,6 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _jsonl,
-    ".json": _json_list,
     ".txt": _txt,
     ".parquet": _parquet,
 }
@@ -211,28 +187,19 @@ def _extra(module: str, purpose: str) -> ModuleType:
 
 def _utf8(data: bytes, place: str) -> str:
     try:
-        return data.decode()
+        return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{place}: expected UTF-8; got the byte 0x{data[error.start]:02x} at {error.start:,}, "
-            f"on line {line} of it."
-        ) from None
+        got = f"the byte 0x{data[error.start]:02x} at {error.start:,}"
+        raise ValueError(f"{place}: expected UTF-8; got {got}.") from None
 
 
 def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON ({error}); {EXPECTED}.") from None
-    except RecursionError:
-        raise ValueError(f"{place}: nested too deeply for JSON; {EXPECTED}.") from None
 
 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _name(data: Any) -> str:
-    return str(data) if isinstance(data, (str, Path)) else f"the {type(data).__name__} given"

@@ -68,8 +68,10 @@ def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl demo
       rkl demo distill --out runs/demo
       rkl demo real --out runs/demo-real --steps 60
+      rkl demo neyman-scott --out runs/neyman-scott
     """
-    parser.add_argument("name", nargs="?", default="distill", help="distill (default) or real")
+    known = "distill (default), real or neyman-scott"
+    parser.add_argument("name", nargs="?", default="distill", help=known)
     parser.add_argument("--steps", type=int, metavar="N", help="of each distillation")
     _add_out_flags(parser, Path("runs/demo"))
 
@@ -86,17 +88,19 @@ def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Test what a paper claims, and write the figures.
 
     Examples:
-      rkl study akl --part toy
       rkl study akl --part toy --out runs/akl
+      rkl study neyman-scott
+      rkl study neyman-scott --part errors-in-variables
     """
     parser.add_argument("name", choices=_studies(), help="the paper")
-    parser.add_argument("--part", required=True, help="which of its claims, such as toy")
+    parser.add_argument("--part", help="which of its claims; the first of them by default")
     _add_out_flags(parser, None)
 
     def studied(parsed: Namespace) -> None:
-        module = importlib.import_module(f"rkl.studies.{parsed.name}")
-        out = parsed.out or Path("runs", f"{parsed.name}-{parsed.part}")
-        print(module.study(parsed.part, out, overwrite=parsed.overwrite, **_common(parsed)))
+        module = importlib.import_module(f"rkl.studies.{parsed.name.replace('-', '_')}")
+        part = parsed.part or next(iter(module.PARTS))
+        out = parsed.out or Path("runs", f"{parsed.name}-{part}")
+        print(module.study(part, out, overwrite=parsed.overwrite, **_common(parsed)))
 
     return studied
 
@@ -197,8 +201,11 @@ def _explain(text: str) -> None:
 
 
 def _studies() -> list[str]:
-    names = [module.name for module in pkgutil.iter_modules([str(HERE / "studies")])]
-    return [name.replace("_", "-") for name in names if not name.startswith(("_", "demo"))]
+    """One module each; modules named after a study, with something added, are parts of it."""
+    found = [module.name for module in pkgutil.iter_modules([str(HERE / "studies")])]
+    names = [name for name in found if not name.startswith(("_", "demo"))]
+    parts = {name for name in names for whole in names if name.startswith(f"{whole}_")}
+    return [name.replace("_", "-") for name in names if name not in parts]
 
 
 def _add_out_flags(parser: ArgumentParser, default: Path | None) -> None:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
+from rkl.plots.estimates import estimates
 from rkl.plots.style import (
     HEIGHT,
     INK,
@@ -37,6 +38,7 @@ from rkl.plots.svg import to_svg
 __all__ = [
     "bars",
     "divergence_by_rank",
+    "estimates",
     "head_tail",
     "head_tail_by_step",
     "precision_recall",

@@ -27,6 +27,7 @@ from rkl.runs import Run, write_atomic
 if TYPE_CHECKING:
     from rkl.report import Block, Section
 
+PARTS = ("toy",)
 ATOMS = 80
 STEPS = 400
 REPEATS = 20  # teachers of each kind
@@ -102,7 +103,7 @@ def study(
     Returns:
         The report.
     """
-    if part != "toy":
+    if part not in PARTS:
         raise ValueError(f"part must be 'toy'; got {part!r}.")
     try:
         torch.empty(0, device=device)

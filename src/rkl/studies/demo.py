@@ -1,7 +1,8 @@
 """``rkl demo``: the whole of rkl at work on a problem small enough to watch.
 
 ``rkl demo`` makes a teacher on the spot; ``rkl demo real`` takes a pretrained one. Either ends in
-a folder of ordinary runs beside one report.
+a folder of ordinary runs beside one report. ``rkl demo neyman-scott`` is the first part of that
+study.
 """
 
 import os
@@ -75,7 +76,7 @@ def run(
     """Run a demonstration.
 
     Args:
-        name: "distill", or "real" for a pretrained model.
+        name: "distill", "real" for a pretrained model, or "neyman-scott".
         out: The folder to write.
         overwrite: Whether to replace the run that is there.
         seed: What all random numbers start from.
@@ -85,8 +86,15 @@ def run(
     Returns:
         What came out, and where the report is.
     """
+    if name == "neyman-scott":
+        if steps is not None:
+            raise ValueError(f"steps are of distillations, of which {name} has none; got {steps}.")
+        from rkl.studies import neyman_scott
+
+        how: Any = {"overwrite": overwrite, "seed": seed, "device": device or "cpu"}
+        return f"The report: {neyman_scott.study('variance', out, **how)}"
     if name not in ("distill", "real"):
-        raise ValueError(f"name must be 'distill' or 'real'; got {name!r}.")
+        raise ValueError(f"name must be 'distill', 'real' or 'neyman-scott'; got {name!r}.")
     plan, demonstrate = Plan(), distill_demo
     if name == "real":
         from rkl.studies import demo_real

@@ -306,7 +306,7 @@ def test_data_with_nothing_to_train_on_is_refused(tokenizer):
 
 @pytest.mark.parametrize("max_length", [1, 0, True, 8.0, None])
 def test_a_block_must_have_room_for_a_token_and_the_next(tokenizer, max_length):
-    with pytest.raises(ValueError, match=r"max_length must be an integer of at least 2; got"):
+    with pytest.raises((ValueError, TypeError), match=r"max_length must be .*at least 2; got"):
         # without the tests' own check of types
         inspect.unwrap(tokenize)([{"text": "a b"}], tokenizer, max_length=max_length)
 
@@ -343,4 +343,4 @@ def test_a_text_is_known_again_by_its_paragraphs_and_other_rows_as_a_whole():
 def test_a_token_added_to_the_vocabulary_is_shown_as_it_is(tokenizer):
     tokenizer.add_tokens([AddedToken("<new>")])
     dataset = tokenize([{"prompt": "a", "completion": " <new>"}], tokenizer)
-    assert "<new>" in show_example(dataset, tokenizer, untrained=("", ""))
+    assert "<new>" in show_example(dataset, tokenizer)

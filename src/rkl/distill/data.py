@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from rkl.distill.limits import check_count
 from rkl.distill.sources import Row, kind_of
 
 IGNORED = -100  # the label of a token that is not trained on, in all of transformers
@@ -112,8 +113,7 @@ def tokenize(
     Raises:
         ValueError: If no token would be trained on, or the tokenizer lacks what the rows need.
     """
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
-        raise ValueError(f"max_length must be an integer of at least 2; got {max_length!r}.")
+    check_count("max_length", max_length, at_least=2)
     if not rows:
         raise ValueError("data has no rows.")
     kind = kind_of(rows[0], "the first row")
@@ -122,7 +122,7 @@ def tokenize(
         blocks, cut = _stream(examples, max_length, packing), 0
     else:
         whole = list(examples)
-        blocks = [_first(example, max_length) for example in whole]
+        blocks = [(ids[:max_length], trained[:max_length]) for ids, trained in whole]
         cut = sum(len(ids) for ids, _ in whole) - sum(len(ids) for ids, _ in blocks)
         _warn_of_cut(whole, max_length, cut)
         blocks = [block for block in blocks if any(block[1][1:])]
@@ -134,23 +134,14 @@ def show_example(
     dataset: Dataset | Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     index: int = 0,
-    *,
-    untrained: tuple[str, str] = ("[", "]"),
 ) -> str:
-    """A block as text, what is not trained on between brackets.
-
-    Args:
-        dataset: Anything with ``input_ids`` and ``labels``.
-        tokenizer: What the tokens were made with.
-        index: Which block.
-        untrained: What to put before and after each untrained stretch, such as terminal codes.
-    """
+    """A block as text, what is not trained on between brackets."""
     example = dataset[index]
     pairs = zip(list(example["input_ids"]), list(example["labels"]), strict=True)
     parts = []
     for trained, stretch in itertools.groupby(pairs, lambda pair: int(pair[1]) != IGNORED):
         text = str(tokenizer.decode([int(token) for token, _ in stretch]))
-        parts.append(text if trained else f"{untrained[0]}{text}{untrained[1]}")
+        parts.append(text if trained else f"[{text}]")
     return "".join(parts)
 
 
@@ -189,11 +180,6 @@ def _stream(examples: Iterator[Example], max_length: int, packing: bool) -> list
     return [(ids, [True] * len(ids)) for ids in pieces if len(ids) > 1]
 
 
-def _first(example: Example, max_length: int) -> Example:
-    ids, trained = example
-    return ids[:max_length], trained[:max_length]
-
-
 def _warn_of_cut(examples: Sequence[Example], max_length: int, cut: int) -> None:
     if cut:
         long = sum(len(ids) > max_length for ids, _ in examples)
@@ -223,9 +209,8 @@ def _best_fit(rows: Sequence[Example], max_length: int) -> list[Example]:
 
 def _text_examples(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
     end = end_of_text(tokenizer)
-    for ids in _encode(tokenizer, (row["text"] for row in rows)):
-        ids = ids if ids[-1:] == [end] else [*ids, end]
-        yield ids, [True] * len(ids)
+    for ids in encode(tokenizer, (row["text"] for row in rows)):
+        yield [*ids, end], [True] * (len(ids) + 1)
 
 
 def _completion_examples(
@@ -237,14 +222,12 @@ def _completion_examples(
             yield _chat_by_turns(chat, tokenizer, f"row {number}", len(row["prompt"]))
         return
     end, merged = end_of_text(tokenizer), 0
-    prompts = _encode(tokenizer, (row["prompt"] for row in rows))
-    both = _encode(tokenizer, (row["prompt"] + row["completion"] for row in rows))
+    prompts = encode(tokenizer, (row["prompt"] for row in rows))
+    both = encode(tokenizer, (row["prompt"] + row["completion"] for row in rows))
     for prompt, ids in zip(prompts, both, strict=True):
-        prompt = prompt[:-1] if prompt[-1:] == [end] else prompt
-        ids = ids if ids[-1:] == [end] else [*ids, end]
         known = _agreeing(prompt, ids)
         merged += known < len(prompt)
-        yield ids, _from(known, len(ids))
+        yield [*ids, end], [place >= known for place in range(len(ids) + 1)]
     if merged:
         warnings.warn(
             f"In {merged:,} of {len(rows):,} rows the tokens of the prompt change once the "
@@ -292,7 +275,7 @@ def _chat_by_turns(
 ) -> Example:
     """A chat whose assistant's turns, from message ``since``, are found by what they add to it."""
     whole = render(messages, tokenizer, place)
-    (ids,) = _encode(tokenizer, [whole], special=False)
+    (ids,) = encode(tokenizer, [whole], special=False)
     trained = [False] * len(ids)
     for turn, message in enumerate(messages):
         if turn < since or message["role"] != "assistant":
@@ -311,7 +294,7 @@ def _chat_by_turns(
                 "{% generation %} blocks, or a chat with one assistant turn, the last."
             )
         start, stop = (
-            _agreeing(part, ids) for part in _encode(tokenizer, [before, until], special=False)
+            _agreeing(part, ids) for part in encode(tokenizer, [before, until], special=False)
         )
         trained[start:stop] = [True] * (stop - start)
     return ids, trained
@@ -352,23 +335,27 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     return end
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], special: bool = True
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, special: bool = True
 ) -> Iterator[list[int]]:
-    texts = iter(texts)
+    """The tokens of texts, without the end-of-text token that some tokenizers put behind them.
+
+    Args:
+        tokenizer: Any.
+        texts: Taken a batch at a time.
+        special: Whether the tokenizer puts its special tokens, which a chat in words has already.
+    """
+    texts, end = iter(texts), [tokenizer.eos_token_id]
     while batch := list(itertools.islice(texts, _AT_ONCE)):
         # verbose: no advice on texts longer than the model's context; they are cut below
         encoded: Any = tokenizer(
             batch, add_special_tokens=special, return_attention_mask=False, verbose=False
         )
-        yield from encoded["input_ids"]
+        for ids in encoded["input_ids"]:
+            yield ids[:-1] if special and ids[-1:] == end else ids
 
 
 def _agreeing(ids: Sequence[int], others: Sequence[int]) -> int:
     """How many tokens two sequences have in common before they part."""
     pairs = zip(ids, others, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _from(start: int, length: int) -> list[bool]:
-    return [i >= start for i in range(length)]

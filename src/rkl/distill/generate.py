@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rkl.distill.data import end_of_text, render
+from rkl.distill.data import encode, render
 from rkl.distill.heads import inference
 from rkl.distill.limits import (
     check_count,
@@ -304,9 +304,7 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
 def _windows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, prompt: int, size: int
 ) -> Iterator[list[int]]:
-    for row in rows:
-        ids: Any = tokenizer(row["text"], verbose=False)["input_ids"]
-        ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    for ids in encode(tokenizer, (row["text"] for row in rows)):
         for start in range(0, len(ids), size):
             window = ids[start : start + size]
             if len(window) > prompt or (not start and len(window) >= SHORTEST):
@@ -323,15 +321,14 @@ def _continued(ids: list[int], tokenizer: PreTrainedTokenizerBase, prompt_tokens
 
 def _answered(row: Row, tokenizer: PreTrainedTokenizerBase, kind: str) -> Prompt:
     if kind == "completion" and isinstance(row["prompt"], str):
-        ids: Any = tokenizer(row["prompt"], verbose=False)["input_ids"]
-        ids = ids[:-1] if ids[-1:] == [end_of_text(tokenizer)] else ids
+        (ids,) = encode(tokenizer, [row["prompt"]])
         return Prompt(ids, row["prompt"], row["completion"])
     messages = row["messages"] if kind == "messages" else [*row["prompt"], *row["completion"]]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or not turns[-1]:
         raise ValueError("data: a chat to reply to must have a turn before the assistant's last.")
     text = render(messages[: turns[-1]], tokenizer, "data", reply=True)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    (ids,) = encode(tokenizer, [text], special=False)
     return Prompt(ids, text, str(messages[turns[-1]].get("content") or ""))
 
 

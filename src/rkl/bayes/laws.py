@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributions
 from torch import Tensor
@@ -57,6 +58,7 @@ class Model:
     make: Callable[[Theta], Distribution]
     settings: Mapping[str, Any] | None = None  # parameter of torch -> variable, or fixed value
     kind: type[Distribution] | None = None
+    events: Mapping[str, int] | None = None  # variable -> its event axes, where a text names it
     design: Any = None
 
     def law(self, theta: Mapping[str, Tensor]) -> Distribution:
@@ -109,20 +111,13 @@ class Model:
                     f"{self.kind.__name__}; got {value}."
                 )
 
+    def bare(self, theta: Mapping[str, Tensor]) -> Distribution:
+        """The base laws of draws that were checked before, or will be after."""
+        return unwrap(self.make(Theta(theta))).base
+
     def base(self, theta: Mapping[str, Tensor]) -> Distribution:
         """The same, rid of Independent and of fixed bijections, which no divergence sees."""
         return unwrap(self.law(theta)).base
-
-    def free(self, law: Distribution) -> dict[str, str] | None:
-        """Torch's parameter -> variable, where the variables are the law's own parameters.
-
-        None where a parameter is fixed, shared within the batch, or made by a function: such
-        a family may be smaller than the exponential family that it lies in.
-        """
-        if self.settings is None or type(law) is not self.kind:
-            return None
-        given = {k: v for k, v in self.settings.items() if k in _constraints(self.kind)}
-        return given if all(isinstance(v, str) for v in given.values()) else None
 
 
 class Unwrapped(NamedTuple):
@@ -296,7 +291,7 @@ def _from_class(cls, settings: dict[str, Any], draws: Draws, design: Any) -> Mod
 
 def _named(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) -> Model:
     if design is not None and "design" in inspect.signature(cls).parameters:
-        settings = settings | {"design": design}
+        settings = settings | {"design": torch.as_tensor(np.asarray(design, np.float64))}
     names = tuple(dict.fromkeys(v for v in settings.values() if isinstance(v, str)))
     if not names:
         raise ValueError(f"family {text} must take a variable of the posterior; got none.")
@@ -312,7 +307,8 @@ def _named(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) 
 
     for name in names:
         draws.shape(name)  # an unknown name is refused here, with the names there are
-    return Model(text, names, make, variables | fixed, cls, design)
+    events = {v: ranks[k] for k, v in variables.items()}
+    return Model(text, names, make, variables | fixed, cls, events, design)
 
 
 def _constant(value: Any) -> Any:

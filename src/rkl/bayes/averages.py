@@ -1,0 +1,152 @@
+"""What is averaged over the draws: which of it has a mean, and how well that mean is known."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rkl.bayes.draws import Draws
+from rkl.metrics import Mean
+from rkl.metrics.chains import BatchMeans, ess, rhat
+from rkl.metrics.tails import pareto_k
+
+NUMBERS = 2**23  # values of one quantity that its tails are judged by
+NO_MEAN, NO_ERROR = 1.0, 0.5  # Pareto-k from which there is no mean, and no normal error of it
+FEWEST = 4  # effective draws
+DISAGREE = 1.01  # R-hat above which chains are said not to agree
+APART = 3.0  # mean distance of two components, in its standard deviations, that tells them apart
+SWAPPED = 0.005  # share of draws in which they have changed places
+MANY = 24  # components whose order is looked at
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The worth of the draws for some quantities, by name.
+
+    Attributes:
+        ess: Effective number of draws, the least over all of them.
+        rhat: The largest; nan where there are too few draws.
+        pareto_k: Of every quantity, the largest over its event, [*batch].
+    """
+
+    ess: float
+    rhat: float
+    pareto_k: Mapping[str, Tensor]
+
+
+def thinned(draws: Draws, numbers: int) -> Draws:
+    """Every so many draws, so that few enough of so many numbers each are left."""
+    most = max(1, NUMBERS // max(1, numbers) // draws.chains)
+    return draws.every(-(-draws.draws // most))
+
+
+def judged(
+    values: Mapping[str, Tensor], draws: Draws, events: Mapping[str, int] | None = None
+) -> Judgement:
+    """Judge quantities [chains, draws, *batch, *event] of these draws.
+
+    Raises:
+        ValueError: There are fewer than 4 effective draws.
+    """
+    weights = draws.weights
+    ends = events or {}
+    k = {name: _largest(_tail(x, weights), ends.get(name, 0)) for name, x in values.items()}
+    total = draws.chains * draws.draws
+    kish = total if weights is None else float(1 / weights.square().sum())
+    if kish < FEWEST or total < FEWEST:
+        raise ValueError(_too_few(kish, total))
+    if draws.draws < FEWEST:
+        return Judgement(kish, math.nan, k)
+    worth = min(float(ess(x, weights).min()) for x in values.values() if x.numel())
+    if weights is None and worth < FEWEST:
+        raise ValueError(_too_few(worth, total))
+    return Judgement(worth, max(float(rhat(x).max()) for x in values.values() if x.numel()), k)
+
+
+def _too_few(effective: float, total: int) -> str:
+    return (
+        f"draws must hold at least {FEWEST} effective draws; these {total:,} are worth "
+        f"{effective:.1f}. Run the chains for longer, or check that they mix."
+    )
+
+
+def _tail(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Pareto-k of the terms of the mean."""
+    if weights is not None:
+        x = x * (weights * weights.numel()).reshape(*weights.shape, *[1] * (x.ndim - 2))
+    return pareto_k(x.flatten(0, 1))
+
+
+def _largest(k: Tensor, event: int) -> Tensor:
+    return k.flatten(k.ndim - event).amax(-1) if event else k
+
+
+def mean_of(values: Tensor, draws: Draws) -> Mean:
+    """The posterior mean of values [chains, draws, ...], its error from batch means."""
+    means = BatchMeans(draws.chains, values.shape[2:])
+    for chain in range(draws.chains):
+        weights = None if draws.weights is None else draws.weights[chain]
+        means.push(chain, values[chain], weights)
+    return means.total()
+
+
+def masked(error: Tensor, unsure: Tensor) -> Tensor:
+    """Errors [*batch, ...] where they hold, nan where [*batch] they do not.
+
+    What all of the batch shares has an error where it holds for all.
+    """
+    if error.shape[: unsure.ndim] != unsure.shape:
+        unsure = unsure.any()
+    unsure = unsure.reshape(unsure.shape + (1,) * (error.ndim - unsure.ndim))
+    return torch.where(unsure, torch.nan, error)
+
+
+def weak(k: Mapping[str, Tensor], bound: float) -> dict[str, Tensor]:
+    """Those quantities of which some part has a Pareto-k of at least ``bound``."""
+    return {name: value for name, value in k.items() if bool((value >= bound).any())}
+
+
+def warnings_of(judgement: Judgement, draws: Draws, judged_on: Draws) -> tuple[str, ...]:
+    """What a reader of numbers made of these draws should know."""
+    told = [
+        f"{name} has a Pareto-k of {k.max():.2f}: no error of normal theory holds for its mean"
+        if k.max() < NO_MEAN
+        else f"{name} has a Pareto-k of {k.max():.2f}: its mean is infinite"
+        for name, k in weak(judgement.pareto_k, NO_ERROR).items()
+    ]
+    if judgement.rhat > DISAGREE:
+        told.append(f"the chains do not agree yet: R-hat is {judgement.rhat:.3f}")
+    if judged_on.draws < draws.draws:
+        told.append(f"tails are judged from {judged_on.draws:,} draws of {draws.draws:,} a chain")
+    return tuple(told)
+
+
+def exchanged(draws: Draws, names: tuple[str, ...], batch: torch.Size) -> str | None:
+    """A sentence on label switching, where components of a batch change places.
+
+    Two components do when their difference has both signs, though its size stays well clear of
+    0: it has two modes, one for each labelling.
+    """
+    if not 1 < batch.numel() <= MANY:
+        return None
+    few = thinned(draws, batch.numel() * MANY)
+    for name in names:
+        if draws.shape(name)[: len(batch)] != tuple(batch):
+            continue
+        x = few[name].flatten(0, 1)
+        x = x.reshape(len(x), batch.numel(), -1)[..., 0]
+        gap = x[:, :, None] - x[:, None, :]
+        share = (gap > 0).double().mean(0)
+        share = torch.minimum(share, 1 - share).fill_diagonal_(0)
+        apart = gap.abs().mean(0) > APART * gap.abs().std(0)
+        switched = torch.where(apart, share, 0.0)
+        if switched.max() > SWAPPED:
+            i, j = divmod(int(switched.argmax()), len(switched))
+            return (
+                f"components {i} and {j} of {name} change places between draws (in "
+                f"{100 * switched.max():.0f} % of them): each act averages over labels. Report "
+                "the act of the whole mixture instead: family=lambda theta: MixtureSameFamily(...)"
+            )
+    return None

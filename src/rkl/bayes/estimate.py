@@ -1,0 +1,214 @@
+"""What a Bayes act comes back as: the act, its risk, their errors, and what to ask of it next."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from rkl.bayes.tables import Cell, Table, parenthesised
+from rkl.metrics import Mean, to_json
+
+if TYPE_CHECKING:
+    from rkl.bayes.questions import Question
+    from rkl.bayes.regions import Region
+
+SHOWN = 12  # elements of one parameter that are printed
+
+
+@dataclass(frozen=True, eq=False)
+class Act(Mapping):
+    """The law that is reported: act["scale"], with its Monte Carlo error in act.error["scale"].
+
+    Attributes:
+        parameters: Value and standard error by name, [*batch, ...] each: those of the law, and
+            the variables of the posterior that stand for it.
+        law: The law itself, of batch shape [*batch].
+        natural: Components of its natural parameter, where it has one.
+        mean: Components of its mean parameter, where it has one.
+    """
+
+    parameters: Mapping[str, Mean]
+    law: Distribution
+    natural: tuple[Mean, ...] | None = None
+    mean: tuple[Mean, ...] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._known(name).value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    @property
+    def error(self) -> dict[str, Tensor]:
+        """Monte Carlo standard errors by name; nan where no normal theory holds."""
+        return {name: mean.error for name, mean in self.parameters.items()}
+
+    def _known(self, name: str) -> Mean:
+        if name not in self.parameters:
+            raise KeyError(f"the act has no {name!r}; it has {', '.join(self.parameters)}")
+        return self.parameters[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnostics:
+    """How far the numbers can be trusted.
+
+    Attributes:
+        chains: Number of chains.
+        draws: Number of draws of each.
+        ess: Effective number of draws of what was averaged, the least over its components.
+        rhat: Rank-normalised split R-hat of what was averaged, the largest; nan where unknown.
+        pareto_k: Tail index of every quantity that was averaged, by its name, [*batch]. At 1/2
+            and above its mean has no normal error, at 1 and above there is no mean.
+        method: How the act was found.
+        accuracy: By how much its risk may exceed the least, in nats, as far as the minimiser
+            can tell; 0 for a closed form.
+        warnings: What the reader should know, one sentence each.
+    """
+
+    chains: int
+    draws: int
+    ess: float
+    rhat: float
+    pareto_k: Mapping[str, Tensor]
+    method: str
+    accuracy: float
+    warnings: tuple[str, ...] = ()
+
+    def worst_k(self) -> float:
+        """The largest tail index there is, or nan."""
+        finite = [k.max().item() for k in self.pareto_k.values() if k.numel()]
+        return max(finite, default=math.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A Bayes act, as :func:`rkl.bayes.bayes_act` found it.
+
+    Attributes:
+        family: The family as it was asked for.
+        divergence: The loss.
+        act: The law that is reported, by its parameters.
+        risk: The posterior mean of the loss at the act, in nats, [*batch].
+        diagnostics: How far the numbers can be trusted.
+        question: The posterior, the family and the loss, for what is asked next.
+    """
+
+    family: str
+    divergence: Any
+    act: Act
+    risk: Mean
+    diagnostics: Diagnostics
+    question: "Question" = field(repr=False)
+
+    def compare(
+        self, log_posterior: Callable[[Mapping[str, Tensor]], Tensor] | str | None = None
+    ) -> Table:
+        """The act beside every other common estimate, and what each loses: see ``compare``."""
+        from rkl.bayes.compare import compare
+
+        return compare(self, log_posterior)
+
+    def region(self, prob: float = 0.9) -> "Region":
+        """The draws that are closest to the act, together of posterior probability ``prob``."""
+        from rkl.bayes.regions import region
+
+        return region(self, prob)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the draws, as JSON can hold it."""
+        act = self.act
+        seen = self.diagnostics
+        return {
+            "family": self.family,
+            "design": _plain(self.question.model.design),
+            "divergence": str(self.divergence),
+            "act": {name: to_json(mean) for name, mean in act.parameters.items()},
+            "natural": None if act.natural is None else [to_json(mean) for mean in act.natural],
+            "mean": None if act.mean is None else [to_json(mean) for mean in act.mean],
+            "risk": to_json(self.risk),
+            "diagnostics": vars(seen)
+            | {"pareto_k": {name: k.tolist() for name, k in seen.pareto_k.items()}}
+            | {"warnings": list(seen.warnings)},
+        }
+
+    def to_dataframe(self) -> Any:
+        """Every number of the act and its risk, a data frame of pandas."""
+        return self._table(every=True).to_dataframe()
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self, every: bool = False) -> Table:
+        rows: list[tuple[Cell, ...]] = []
+        said = self.act.parameters if every else self._asked()
+        numbers = {**said, "risk (nats)": self.risk}
+        for name, mean in numbers.items():
+            values, errors = mean.value.flatten().tolist(), mean.error.flatten().tolist()
+            labels = elements(name, mean.value.shape)
+            shown = len(values) if every else SHOWN
+            rows += list(zip(labels, zip(values, errors, strict=True), strict=True))[:shown]
+            if len(values) > shown:
+                rows.append((f"{name}, {len(values) - shown:,} more", None))
+        title = f"Bayes act of {self.family} under {self.divergence}"
+        return Table(title, ("parameter", "value"), rows, self._notes())
+
+    def _asked(self) -> dict[str, Mean]:
+        """The variables of the posterior, which stand for the rest."""
+        return {name: self.act.parameters[name] for name in self.question.model.names}
+
+    def _notes(self) -> tuple[str, ...]:
+        seen = self.diagnostics
+        design = self.question.model.design
+        told = () if design is None else (f"design: {_short(design)}",)
+        total = seen.chains * seen.draws
+        how = (
+            f"{seen.ess:,.0f} effective draws of {total:,}; Pareto-k at most "
+            f"{parenthesised(seen.worst_k())}; {seen.method}"
+        )
+        exact = (
+            () if not seen.accuracy else (f"risk within {seen.accuracy:.1g} nats of the least",)
+        )
+        return (*told, how, *exact, *(f"Warning: {text}" for text in seen.warnings))
+
+
+def elements(name: str, shape: torch.Size) -> list[str]:
+    """The name of every element of a parameter.
+
+    >>> elements("mu", torch.Size([2])), elements("sigma", torch.Size([]))
+    (['mu[0]', 'mu[1]'], ['sigma'])
+    """
+    if not shape:
+        return [name]
+    places = torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape))
+    return [f"{name}[{', '.join(map(str, place))}]" for place in places.tolist()]
+
+
+def _short(design: Any) -> str:
+    shape = getattr(design, "shape", None)
+    return str(design) if shape is None else f"{type(design).__name__} {list(shape)}"
+
+
+def _plain(design: Any) -> Any:
+    """A design as JSON can hold it: numbers and text as they are, arrays as lists."""
+    match design:
+        case None | bool() | int() | float() | str():
+            return design
+        case dict():
+            return {str(key): _plain(value) for key, value in design.items()}
+        case list() | tuple():
+            return [_plain(value) for value in design]
+        case Tensor():
+            return design.tolist()
+    tolist = getattr(design, "tolist", None)
+    return tolist() if callable(tolist) else str(design)

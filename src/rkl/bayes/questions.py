@@ -1,0 +1,189 @@
+"""What is asked: which law to report, of which family, for which posterior, under which loss."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent
+
+from rkl.bayes.closed import Weights, weights_of
+from rkl.bayes.draws import Draws
+from rkl.bayes.families import ExponentialFamily, Natural
+from rkl.bayes.generic import laws_of, posterior_loss
+from rkl.bayes.laws import Model, Unwrapped, family_in, probe, unwrap
+from rkl.bayes.losses import AnyLoss, DirectLoss, Intrinsic, NodeLoss, PosteriorLoss
+
+Variables = dict[str, Tensor]
+SAME = 1e-9  # relative difference of natural parameters at which two laws are one
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A posterior, a family, and the loss under which one law of it is to stand for all."""
+
+    draws: Draws
+    model: Model
+    divergence: AnyLoss
+    compiled: bool | None = None
+    seed: int = 0
+
+    @functools.cached_property
+    def few(self) -> Variables:
+        """Some draws, of which the kind of the laws is told."""
+        return probe(self.draws, self.model.names)
+
+    @functools.cached_property
+    def unwrapped(self) -> Unwrapped:
+        """Their laws, rid of what no divergence sees."""
+        return unwrap(self.model.law(self.few))
+
+    @functools.cached_property
+    def family(self) -> ExponentialFamily | None:
+        """The exponential family that the laws lie in."""
+        return family_in(self.unwrapped.base)
+
+    @property
+    def weights(self) -> Weights | None:
+        """The weights of both KLs, where the act needs nothing of the draws but means."""
+        if self.family is None or isinstance(self.divergence, Intrinsic):
+            return None
+        return weights_of(self.divergence)
+
+    @property
+    def batch(self) -> torch.Size:
+        """Batch shape of the law that is reported."""
+        shape = self.unwrapped.base.batch_shape[1:]
+        return shape[: len(shape) - self.unwrapped.joint]
+
+    def total(self, values: Tensor) -> Tensor:
+        """The loss of one event from those of its parts: their sum over what Independent joins."""
+        joint = self.unwrapped.joint
+        return values.sum(tuple(range(-joint, 0))) if joint else values
+
+    def law(self, variables: Mapping[str, Tensor]) -> Distribution:
+        """The laws of n draws, rid of what no divergence sees, but not of Independent."""
+        base, joint, _ = unwrap(self.model.law(variables))
+        return Independent(base, joint) if joint else base
+
+    def any(self, parts: Tensor) -> Tensor:
+        """Whether it holds of some of what Independent joins."""
+        return parts.flatten(len(self.batch)).any(-1) if self.unwrapped.joint else parts
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of a variable in the act.
+
+        A text speaks of each member of a batch by itself, so that what they share in the
+        posterior they need not share in the act. What Independent joins, they do.
+        """
+        drawn = torch.Size(self.draws.shape(name))
+        if self.model.events is None:
+            return drawn
+        return self.batch + drawn[len(drawn) - self.model.events[name] :]
+
+    @functools.cached_property
+    def origins(self) -> dict[str, str]:
+        """Variable -> parameter of the base law that it is; those that are none are left out."""
+        found = {}
+        for name, drawn in self.few.items():
+            own = [key for key in self._parameters() if _is(drawn, self._parameter(key))]
+            found |= {name: own[0]} if own else {}
+        return found
+
+    def _parameters(self):
+        constraints = self.unwrapped.base.arg_constraints
+        given = [key for key in constraints if key in vars(self.unwrapped.base)]
+        return [*given, *(key for key in constraints if key not in given)]
+
+    def _parameter(self, key: str) -> Tensor:
+        return torch.as_tensor(getattr(self.unwrapped.base, key))
+
+    @functools.cached_property
+    def theta(self) -> Variables:
+        """All draws of the variables [draws, *shape], in the shape that the act has."""
+        batch, found = len(self.batch), {}
+        for name in self.model.names:
+            x, shape = self.draws[name].flatten(0, 1), self.shape(name)
+            event = 0 if self.model.events is None else self.model.events[name]
+            if self.model.events is not None:
+                lead = x.shape[: x.ndim - event]
+                x = x.reshape(lead + (1,) * (1 + batch - len(lead)) + x.shape[x.ndim - event :])
+            found[name] = x.expand(len(x), *shape)
+        return found
+
+    def expected(self, divergence: AnyLoss) -> PosteriorLoss:
+        """The posterior expectation of a loss, over all draws."""
+        weights = None if self.draws.weights is None else self.draws.weights.flatten()
+        laws = laws_of(self.theta, self.law, weights)
+        return posterior_loss(laws, divergence, seed=self.seed)
+
+    def losses(self, loss: PosteriorLoss, variables: Variables) -> Tensor:
+        """The loss of each draw at the law of some variables [chains, draws, *batch]."""
+        with torch.no_grad():
+            law = loss.laws.of({name: x[None] for name, x in variables.items()})
+            each = by_member(loss, law)
+        return each.reshape(self.draws.chains, self.draws.draws, *self.batch, -1).sum(-1)
+
+    def read(self, family: ExponentialFamily, natural: Natural, lead: int = 0) -> Variables:
+        """The variables that a natural parameter [*lead, *batch, ...] is made of, read off it."""
+        law = family.from_natural(natural)
+        return {
+            name: _shrunk(getattr(law, key), self.shape(name), lead)
+            for name, key in self.origins.items()
+        }
+
+    def natural(self, family: ExponentialFamily, variables: Variables) -> Natural:
+        """The natural parameter of the laws of variables [n, ...] each."""
+        return family.natural(self.model.base(variables))
+
+    def holds(self, family: ExponentialFamily, natural: Natural) -> Variables | None:
+        """The variables of the law with this natural parameter, if it is in the family asked for.
+
+        It is not where the family is smaller than the exponential family that it lies in: a
+        parameter is fixed, or shared by what Independent joins.
+        """
+        if self.origins.keys() != set(self.model.names):
+            return None
+        found = self.read(family, natural)
+        try:
+            again = self.natural(family, {name: x[None] for name, x in found.items()})
+        except ValueError:  # outside the domain
+            return None
+        pairs = zip(again, natural, strict=True)
+        good = all(bool(((a[0] - b).abs() <= SAME * b.abs().amax()).all()) for a, b in pairs)
+        return found if good else None
+
+
+def by_member(loss: PosteriorLoss, law: Distribution) -> Tensor:
+    """The loss of each draw, for each member of the batch by itself [draws, *batch]."""
+    parts = []
+    for rows in loss.laws.chunks(law.batch_shape.numel()):
+        match loss:
+            case DirectLoss():
+                parts.append(loss.loss(loss.laws.at(rows), law))
+            case NodeLoss():
+                logp, logq = loss.nodes.log_mass(loss.laws.at(rows)), loss.nodes.log_mass(law)
+                held = loss.divergence.held(logp, logq.expand_as(logp))
+                terms = loss.divergence.excess(logp, logq.expand_as(logp), *held)
+                parts.append(terms.sum(-1).reshape(-1, *law.batch_shape[1:]))
+    return torch.cat(parts)
+
+
+def _is(drawn: Tensor, parameter: Tensor) -> bool:
+    """Whether draws [n, *shape] are a parameter [n, *batch, ...], shared along later axes."""
+    if drawn.ndim > parameter.ndim:
+        return False
+    aligned = drawn.reshape(*drawn.shape, *[1] * (parameter.ndim - drawn.ndim))
+    try:
+        return bool((aligned == parameter).all())
+    except RuntimeError:
+        return False
+
+
+def _shrunk(value: Tensor, shape: torch.Size, lead: int) -> Tensor:
+    """A parameter [*lead, *batch, ...] as the variable [*lead, *shape] that it is shared from."""
+    for axis in range(lead, value.ndim):
+        if axis - lead >= len(shape) or shape[axis - lead] == 1:
+            value = value.narrow(axis, 0, 1)
+    return value.reshape(value.shape[:lead] + shape)

@@ -6,7 +6,20 @@ import mpmath
 import pytest
 import torch
 from catalogued import ALL, F, every, every_f, pair
-from torch.distributions import Categorical, Normal
+from torch.distributions import (
+    Bernoulli,
+    Beta,
+    Binomial,
+    Categorical,
+    Gamma,
+    Geometric,
+    Independent,
+    Normal,
+    Poisson,
+    Uniform,
+    Wishart,
+    kl_divergence,
+)
 
 import rkl
 from rkl.kernels import chunk_step
@@ -342,3 +355,122 @@ def test_what_has_no_closed_form_says_what_to_do():
         rkl.JensenShannon().between(normal, normal)
     with pytest.raises(NotImplementedError, match=r"use rkl\.monte_carlo"):
         rkl.KL().between(normal, torch.distributions.StudentT(3.0))
+
+
+EDGES = [-40.0, -3.0, 0.0, 3.0, 39.0, 40.0]
+
+
+def coin_kl(a, b):
+    """KL between coins of these logits, in as many digits as it takes."""
+    with mpmath.workdps(60):
+        p, q = (1 / (1 + mpmath.exp(-mpmath.mpf(x))) for x in (a, b))
+        return kl([p, 1 - p], [q, 1 - q]), p
+
+
+@pytest.mark.parametrize(
+    ("law", "scale"),
+    [
+        (lambda logits: Bernoulli(logits=logits), lambda p: 1),
+        (lambda logits: Binomial(7, logits=logits), lambda p: 7),
+        (lambda logits: Geometric(logits=logits), lambda p: 1 / p),
+    ],
+    ids=["Bernoulli", "Binomial", "Geometric"],
+)
+def test_between_coins_that_nearly_always_fall_alike_no_digit_is_lost(law, scale):
+    logits = torch.tensor(EDGES, dtype=torch.float64)
+    forward = rkl.KL().between(law(logits[:, None]), law(logits))
+    backward = rkl.ReverseKL().between(law(logits[:, None]), law(logits))
+    for i, a in enumerate(EDGES):
+        for j, b in enumerate(EDGES):
+            value, p = coin_kl(a, b)
+            # 1e-11: between logits of 39 and 40 the excess is a difference of nearly equal terms
+            assert forward[i, j].item() == pytest.approx(float(value * scale(p)), rel=1e-11)
+            assert backward[j, i].item() == forward[i, j].item()
+
+
+@pytest.mark.parametrize("law", [Bernoulli, lambda probs: Binomial(1, probs=probs)])
+def test_coins_that_always_fall_alike_are_infinitely_far_from_those_that_never_do(law):
+    probs = torch.tensor([0.0, 1e-30, 0.5, 1.0], dtype=torch.float64)
+    value = rkl.KL().between(law(probs[:, None]), law(probs))
+    tiny, half = 1e-30 * math.log(1e-30 / 0.5), math.log(2)
+    expected = [
+        [0, 1e-30, half, math.inf],
+        [math.inf, 0, half + tiny, math.inf],
+        [math.inf, 15 * math.log(10) - half, 0, math.inf],
+        [math.inf, 30 * math.log(10), half, 0],
+    ]
+    torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64))
+    assert (value[0, 1] > 0) & (value >= 0).all()
+
+
+def test_more_trials_than_the_other_can_have_are_infinitely_far_unless_none_succeeds():
+    few, many = Binomial(3, probs=torch.tensor(0.5)), Binomial(5, probs=torch.tensor([0.5, 0.0]))
+    assert rkl.KL().between(many, few).tolist() == [math.inf, pytest.approx(3 * math.log(2))]
+    with pytest.raises(NotImplementedError, match=r"use rkl\.monte_carlo"):
+        rkl.KL().between(few, many)
+
+
+def test_classes_that_never_occur_cost_nothing_where_expected_and_everything_where_met():
+    p = Categorical(probs=torch.tensor([0.5, 0.5, 0.0]))
+    q = Categorical(probs=torch.tensor([0.25, 0.25, 0.5]))
+    assert rkl.KL().between(p, q).item() == pytest.approx(math.log(2))
+    assert rkl.KL().between(q, p).item() == math.inf
+    assert rkl.PearsonChiSquare().between(q, p).item() == math.inf
+
+
+def test_a_rate_of_nothing_is_a_law_like_any_other():
+    rate = torch.tensor([0.0, 1.0, 1.0 + 1e-9, 3.0], dtype=torch.float64)
+    value = rkl.KL().between(Poisson(rate[:, None]), Poisson(rate))
+    assert value[0].tolist() == pytest.approx(rate.tolist(), rel=1e-15)
+    assert (value[1:, 0] == math.inf).all()
+    assert value[1, 3].item() == pytest.approx(2 - math.log(3), rel=1e-14)
+    gap = (rate[2] - 1).item()  # to its second and third order
+    assert value[1, 2].item() == pytest.approx(gap**2 / 2 - gap**3 / 3, rel=1e-12)
+
+
+def wisharts(*batch, seed, size=2):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(*batch, size, size, generator=generator, dtype=torch.float64)
+    df = size + torch.rand(batch, generator=generator, dtype=torch.float64)
+    return Wishart(df, covariance_matrix=root @ root.mT + torch.eye(size))
+
+
+def test_a_batch_of_wishart_laws_is_as_far_from_another_as_they_are_one_by_one():
+    p, q = wisharts(4, 1, seed=0), wisharts(3, seed=1)
+    value = rkl.KL().between(p, q)
+
+    def one(law, *index):
+        return Wishart(law.df[index], covariance_matrix=law.covariance_matrix[index])
+
+    # without a batch what torch registers is right
+    alone = [[kl_divergence(one(p, i, 0), one(q, j)) for j in range(3)] for i in range(4)]
+    torch.testing.assert_close(value, torch.stack([torch.stack(row) for row in alone]).detach())
+
+
+def test_a_wishart_law_of_numbers_is_a_gamma_law():
+    p, q = wisharts(4, 1, seed=0, size=1), wisharts(3, seed=1, size=1)
+
+    def gamma(law):
+        return Gamma(law.df / 2, 0.5 / law.covariance_matrix[..., 0, 0])
+
+    torch.testing.assert_close(
+        rkl.KL().between(p, q), kl_divergence(gamma(p), gamma(q)), rtol=1e-12, atol=0
+    )
+
+
+def test_laws_of_two_kinds_broadcast():
+    uniform = Uniform(torch.tensor([[0.2], [0.4]]), torch.tensor([[0.6], [1.5]]))
+    beta = Beta(torch.tensor([1.0, 2.0, 3.0]), 1.0)
+    value = rkl.KL().between(uniform, beta)
+    assert value.shape == (2, 3)
+    assert value[0, 0].item() == pytest.approx(-math.log(0.4))  # to Uniform(0, 1)
+    assert (value[1] == math.inf).all()
+
+
+def test_independent_parts_are_as_far_apart_as_all_of_them_together():
+    rate = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    p, q = Independent(Poisson(rate), 1), Independent(Poisson(rate.flip(0)), 1)
+    parts = rkl.KL().between(Poisson(rate), Poisson(rate.flip(0)))
+    assert torch.equal(rkl.KL().between(p, q), parts.sum(-1))
+    with pytest.raises(NotImplementedError, match=r"use rkl\.monte_carlo"):
+        rkl.KL().between(Independent(p, 1), Independent(Poisson(rate), 2))

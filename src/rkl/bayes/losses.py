@@ -27,7 +27,7 @@ from rkl.divergences import (
     ReverseKL,
     SquaredHellinger,
 )
-from rkl.divergences.base import _terms
+from rkl.divergences.base import weighted_terms
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def orders(divergence: AnyLoss) -> list[tuple[float, float]] | None:
     if not isinstance(divergence, FDivergence):
         return None
     found = []
-    for weight, term in _terms(divergence):
+    for weight, term in weighted_terms(divergence):
         known = _ORDERS.get(type(term), ())
         known = [(1.0, term.alpha)] if isinstance(term, Amari) else known
         if not known:

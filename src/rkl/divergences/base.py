@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution
+from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, Geometric
 from torch.func import grad
 
 NEAR = 0.02  # |log p/q| below which an excess is summed by its series
@@ -95,7 +95,7 @@ class Divergence(abc.ABC):
         tensor(0.4000)
         """
         check_laws(p, q)
-        logp, logq = _atoms(p), _atoms(q)
+        logp, logq = atoms(p), atoms(q)
         if logp is None or logq is None:
             raise NotImplementedError(
                 f"{self} has no closed form between {type(p).__name__} and {type(q).__name__}; "
@@ -116,12 +116,12 @@ class Divergence(abc.ABC):
         return bool(self(logp, logp.flip(0)).isfinite())
 
     def __rmul__(self, weight: float) -> "Divergence":
-        return combine(*((weight * w, term) for w, term in _terms(self)))
+        return combine(*((weight * w, term) for w, term in weighted_terms(self)))
 
     def __add__(self, other: "Divergence") -> "Divergence":
         if not isinstance(other, Divergence):
             return NotImplemented
-        return combine(*_terms(self), *_terms(other))
+        return combine(*weighted_terms(self), *weighted_terms(other))
 
 
 class FDivergence(Divergence):
@@ -213,7 +213,8 @@ class _FCombination(_Combination, FDivergence):
         return ()
 
 
-def _terms(divergence: Divergence) -> tuple[tuple[float, Divergence], ...]:
+def weighted_terms(divergence: Divergence) -> tuple[tuple[float, Divergence], ...]:
+    """The weights wᵢ and divergences Dᵢ of a sum; one of weight 1 for what is none."""
     return divergence.terms if isinstance(divergence, _Combination) else ((1.0, divergence),)
 
 
@@ -271,7 +272,7 @@ def check_laws(p: Distribution, q: Distribution) -> None:
     for name, law in (("p", p), ("q", q)):
         if not isinstance(law, Distribution):
             raise TypeError(f"{name} must be a distribution of torch; got a {type(law).__name__}.")
-    logp, logq = _atoms(p), _atoms(q)
+    logp, logq = atoms(p), atoms(q)
     if logp is not None and logq is not None and logp.shape[-1] != logq.shape[-1]:
         raise ValueError(f"p has {logp.shape[-1]} atoms but q has {logq.shape[-1]}.")
     if p.event_shape != q.event_shape:
@@ -390,14 +391,24 @@ def expansion(integrand, degree: float) -> tuple[float, ...]:
     return (c, *series) if smooth else (c,)
 
 
-def _atoms(distribution: Distribution) -> Tensor | None:
+def atoms(distribution: Distribution) -> Tensor | None:
     """The log-probabilities of a law of finite support."""
     if isinstance(distribution, Categorical):
-        return distribution.logits
-    if isinstance(distribution, Bernoulli):
-        signs = torch.tensor([1.0, -1.0], dtype=distribution.logits.dtype)
-        return torch.nn.functional.logsigmoid(distribution.logits[..., None] * signs)
-    return None
+        by_probs = _made_of_probs(distribution)
+        return distribution.probs.log() if by_probs else distribution.logits
+    return coin(distribution) if isinstance(distribution, Bernoulli) else None
+
+
+def coin(law: Bernoulli | Binomial | Geometric) -> Float[Tensor, "*batch 2"]:
+    """The log-probabilities of success and failure, −∞ at probabilities of 0."""
+    if _made_of_probs(law):
+        return torch.stack([law.probs.log(), torch.log1p(-law.probs)], -1)
+    return torch.nn.functional.logsigmoid(torch.stack([law.logits, -law.logits], -1))
+
+
+def _made_of_probs(law: Distribution) -> bool:
+    """Whether a law was given its probabilities: torch computes, clamps and keeps the other."""
+    return next(name for name in vars(law) if name in ("probs", "logits")) == "probs"
 
 
 @functools.cache

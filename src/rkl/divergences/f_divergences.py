@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.distributions import kl_divergence
 
 from rkl.divergences.base import (
     FDivergence,
@@ -19,6 +18,7 @@ from rkl.divergences.base import (
     power,
     relative_entropy,
 )
+from rkl.divergences.between import closed_kl
 
 __all__ = [
     "Amari",
@@ -405,6 +405,6 @@ def _precision_half(logp, logq, lam):
 def _kl_between(divergence, p, q, *, flipped):
     check_laws(p, q)
     try:
-        return kl_divergence(q, p) if flipped else kl_divergence(p, q)
+        return closed_kl(KL(), q, p) if flipped else closed_kl(KL(), p, q)
     except NotImplementedError:
         return FDivergence.between(divergence, p, q)

@@ -16,7 +16,7 @@ from rkl.divergences import (
     ReverseKL,
     SquaredHellinger,
 )
-from rkl.divergences.base import _terms
+from rkl.divergences.base import weighted_terms
 
 _ORDERS = {
     SquaredHellinger: (0.25, 0.5),
@@ -49,7 +49,7 @@ def divergence_between(
     >>> divergence_between(family, PearsonChiSquare(), family.natural(p), family.natural(q))
     tensor(1.7183)
     """
-    parts = (weight * _one(family, term, p, q) for weight, term in _terms(divergence))
+    parts = (weight * _one(family, term, p, q) for weight, term in weighted_terms(divergence))
     return functools.reduce(torch.add, parts)
 
 

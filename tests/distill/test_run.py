@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import rkl
 from rkl.cli import main
 from rkl.distill import cache, distill, load_model, load_run, load_tokenizer
-from rkl.distill.prepare import load_models, load_tokenizers, read_text
+from rkl.distill.prepare import load, read_text
 from rkl.distill.progress import Display, Stop
 from rkl.runs import Run
 
@@ -300,16 +300,12 @@ def test_a_run_without_held_out_text_keeps_its_last_student(folder, tmp_path):
 
 @pytest.fixture
 def bare(folder, tmp_path):
-    """A folder with the configuration of a student and nothing else."""
-    (tmp_path / "bare").mkdir()
-    shutil.copy(folder / "student" / "config.json", tmp_path / "bare")
-    return tmp_path / "bare"
+    """The configuration of a student and nothing else."""
+    return Path(shutil.copy(folder / "student" / "config.json", tmp_path))
 
 
 def new_student(folder, given, seed):
-    settings = material.settings(folder, student=str(given), seed=seed)
-    tokenizers = load_tokenizers(settings)
-    return load_models(settings, read_text(settings, tokenizers[1]), tokenizers).student
+    return load(material.settings(folder, student=str(given), seed=seed))[1].student
 
 
 def test_a_configuration_alone_gives_a_student_of_new_weights(folder, bare):
@@ -319,7 +315,7 @@ def test_a_configuration_alone_gives_a_student_of_new_weights(folder, bare):
 
 
 def test_a_new_student_is_trained_with_the_tokenizer_of_its_teacher(folder, bare, tmp_path):
-    done = distill(material.settings(folder, student=str(bare / "config.json")), tmp_path / "run")
+    done = distill(material.settings(folder, student=str(bare)), tmp_path / "run")
     assert load_tokenizer(done.path).get_vocab() == material.tokenizer().get_vocab()
 
 

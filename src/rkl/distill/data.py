@@ -145,6 +145,12 @@ def show_example(
     return "".join(parts)
 
 
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most so many of the items, evenly spaced, the first among them."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def passages(rows: Iterable[Row]) -> Iterator[str | Row]:
     """What a run notes down of its rows, to tell later whether it was trained on some of them.
 

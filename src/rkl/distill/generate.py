@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rkl.distill.data import encode, render
+from rkl.distill.data import encode, render, spread
 from rkl.distill.heads import inference
 from rkl.distill.limits import (
     check_count,
@@ -203,9 +203,9 @@ def prompts_of(
     kind = kind_of(rows[0], "the first row")
     if kind == "text":
         found = list(_windows(rows, tokenizer, prompt_tokens, prompt_tokens + reply_tokens))
-        chosen = [_continued(ids, tokenizer, prompt_tokens) for ids in _spread(found, count)]
+        chosen = [_continued(ids, tokenizer, prompt_tokens) for ids in spread(found, count)]
     else:
-        chosen = [_answered(row, tokenizer, kind) for row in _spread(rows, count)]
+        chosen = [_answered(row, tokenizer, kind) for row in spread(rows, count)]
     if not chosen:
         raise ValueError(f"data has no text of {SHORTEST} tokens or more to begin a reply with.")
     return chosen
@@ -293,12 +293,6 @@ def _over_prompts(generations: Sequence[Generation], values: Tensor) -> Mean:
     zeros = torch.zeros(len(number), dtype=torch.float64)
     total = zeros.index_add(0, index[known], values[known].double())
     return clustered_mean(total, zeros.index_add(0, index[known], known[known].double()))
-
-
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most ``count`` of the items, evenly spaced, the first among them."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _windows(

@@ -6,22 +6,15 @@ learning rate of 0; AdamW's two moments are added by arithmetic.
 
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
 from rkl.distill.memory import forget_peak, in_words, peak_memory
-from rkl.distill.prepare import (
-    Models,
-    Text,
-    load_models,
-    load_tokenizers,
-    make_trainer,
-    read_text,
-    with_cached_teacher,
-)
+from rkl.distill.prepare import Models, Text, load, make_trainer, with_cached_teacher
 from rkl.distill.progress import clock, quiet
 from rkl.distill.settings import DistillSettings
 
@@ -35,51 +28,19 @@ class Estimate:
     """What a run would do; prints as a list.
 
     Attributes:
-        text: The data, and the text held out.
-        teacher: Which it is, and how large.
-        student: The same of the student.
-        steps: Number of steps.
-        evaluations: Number of evaluations, the one before the first step included.
-        checkpoints: Number of checkpoints, if every evaluation finds the best student so far.
         memory: Bytes at the peak.
         seconds: From beginning to end.
-        seconds_per_step: Measured, without the time of compiling.
-        tokens_per_step: Tokens that a step goes through, on average.
+        lines: All of it in words, by what it is about.
         example: The first block, as text.
     """
 
-    text: Text
-    teacher: str
-    student: str
-    steps: int
-    evaluations: int
-    checkpoints: int
     memory: float
     seconds: float
-    seconds_per_step: float
-    tokens_per_step: float
+    lines: Mapping[str, str]
     example: str
 
     def __str__(self) -> str:
-        held = 0 if self.text.held_out is None else len(self.text.held_out)
-        tokens = self.tokens_per_step
-        lines = {
-            "data": str(self.text.blocks),
-            "held out": f"{held:,} blocks: {self.text.origin}",
-            "teacher": self.teacher,
-            "student": self.student,
-            "steps": (
-                f"{self.steps:,} of {tokens:,.0f} tokens: "
-                f"{self.steps * tokens / len(self.text.blocks.tokens):.3g} times the data"
-            ),
-            "besides": f"{self.evaluations} evaluations, at most {self.checkpoints} checkpoints",
-            "memory": f"{in_words(self.memory)} at the peak",
-            "time": (
-                f"{clock(self.seconds)}, at {self.seconds_per_step:.3g} s a step "
-                f"({tokens / self.seconds_per_step:,.0f} tokens/s)"
-            ),
-        }
-        listed = "\n".join(f"{name:10}{value}" for name, value in lines.items())
+        listed = "\n".join(f"{name:10}{value}" for name, value in self.lines.items())
         return f"{listed}\nFirst block, [what is not trained on] in brackets:\n{self.example}"
 
 
@@ -87,43 +48,38 @@ class Estimate:
 def estimate(settings: DistillSettings) -> Estimate:
     """What a run with these settings would do, and take; nothing of it is kept."""
     began = time.perf_counter()
-    tokenizers = load_tokenizers(settings)
-    text = read_text(settings, tokenizers[1])
-    models = load_models(settings, text, tokenizers)
-    loading = time.perf_counter() - began
-    teacher, student = (_described(it) for it in (models.teacher, models.student))
+    text, models = load(settings)
+    loading, student = time.perf_counter() - began, models.student
+    described = {"teacher": _described(models.teacher), "student": _described(student)}
     with tempfile.TemporaryDirectory() as folder:
-        measured, models = _measure(settings, Path(folder), text, models)
-    steps = settings.steps(len(text.blocks))
-    every = max(1, steps // 10)
-    looked_at = text.looked_at(settings.eval_blocks)
-    evaluated = 0 if looked_at is None else len(looked_at)
-    saves, looks = settings.save_every or every, settings.eval_every or every
-    looked = {*range(looks, steps, looks), steps} if evaluated else set()
+        measured = _measure(settings, Path(folder), text, models)
+    steps, held = settings.steps(len(text.blocks)), len(text.looked_at(settings.eval_blocks) or ())
+    saves, looks = (it or max(1, steps // 10) for it in (settings.save_every, settings.eval_every))
+    looked = {*range(looks, steps, looks), steps} if held else set()
     checkpoints = len({*range(saves, steps, saves), steps} | looked)
-    weights = 4 * sum(it.numel() for it in models.student.parameters())
-    moments = 2 * 4 * sum(it.numel() for it in models.student.parameters() if it.requires_grad)
+    evaluations = 1 + len(looked) if held else 0
+    weights = 4 * sum(it.numel() for it in student.parameters())
+    moments = 2 * 4 * sum(it.numel() for it in student.parameters() if it.requires_grad)
+    memory = max(measured.loading_peak, measured.peak + moments)
     seconds = loading + measured.first_step + (steps - 1) * measured.step
-    seconds += measured.caching * (len(text.blocks) + evaluated)
-    seconds += (1 + len(looked)) * evaluated * measured.evaluation
+    seconds += measured.caching * (len(text.blocks) + held)
+    seconds += evaluations * held * measured.evaluation
     seconds += checkpoints * (FLUSH + (weights + moments) / DISK)
-    return Estimate(
-        text=text,
-        teacher=teacher,
-        student=student,
-        steps=steps,
-        evaluations=1 + len(looked) if looked else 0,
-        checkpoints=checkpoints,
-        memory=max(measured.loading_peak, measured.peak + moments),
-        seconds=seconds,
-        seconds_per_step=measured.step,
-        tokens_per_step=measured.tokens,
-        example=text.first_block(models.tokenizer),
-    )
+    passes = steps * measured.tokens / len(text.blocks.tokens)
+    speed = f"{measured.step:.3g} s a step ({measured.tokens / measured.step:,.0f} tokens/s)"
+    lines = {
+        "data": str(text.blocks),
+        "held out": f"{len(text.held_out or ()):,} blocks: {text.origin}",
+        **described,
+        "steps": f"{steps:,} of {measured.tokens:,.0f} tokens: {passes:.3g} times the data",
+        "besides": f"{evaluations} evaluations, at most {checkpoints} checkpoints",
+        "memory": f"{in_words(memory)} at the peak",
+        "time": f"{clock(seconds)}, at {speed}",
+    }
+    return Estimate(memory, seconds, lines, text.first_block(models.tokenizer))
 
 
-@dataclass(frozen=True)
-class _Measured:
+class _Measured(NamedTuple):
     """Seconds, of a step, and of a block evaluated or cached; bytes; tokens in a step."""
 
     first_step: float
@@ -149,18 +105,14 @@ class _Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._began)
 
 
-def _measure(
-    settings: DistillSettings, folder: Path, text: Text, models: Models
-) -> tuple[_Measured, Models]:
-    """Take a few steps on the first blocks, and evaluate on some; the models that did so."""
+def _measure(settings: DistillSettings, folder: Path, text: Text, models: Models) -> _Measured:
+    """Take a few steps on the first blocks, and evaluate on some."""
     few = text.beginning(STEPS * settings.batch_size * settings.gradient_accumulation)
-    looked_at = few.looked_at(settings.eval_blocks)
-    evaluated = 0 if looked_at is None else len(looked_at)
-    caching = 0.0
+    held, caching = len(few.looked_at(settings.eval_blocks) or ()), 0.0
     if settings.cache_teacher:
         began = time.perf_counter()
         models = with_cached_teacher(settings, folder / "teacher", few, models)
-        caching = (time.perf_counter() - began) / (len(few.blocks) + evaluated)
+        caching = (time.perf_counter() - began) / (len(few.blocks) + held)
     idle: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.0, "weight_decay": 0.0}
     idle |= {"max_steps": min(STEPS, settings.steps(len(text.blocks))), "save_strategy": "no"}
     idle |= {"eval_strategy": "no", "eval_on_start": False}
@@ -171,19 +123,18 @@ def _measure(
     forget_peak(device)
     trainer.train()
     began = time.perf_counter()
-    if evaluated:
+    if held:
         trainer.evaluate()
     first, *later = ticks.seconds
-    measured = _Measured(
+    return _Measured(
         first_step=first,
         step=sum(later) / len(later) if later else first,
-        evaluation=(time.perf_counter() - began) / max(evaluated, 1),
+        evaluation=(time.perf_counter() - began) / max(held, 1),
         caching=caching,
         loading_peak=loading_peak,
         peak=peak_memory(device),
         tokens=trainer.state.num_input_tokens_seen / len(ticks.seconds),
     )
-    return measured, models
 
 
 def _described(model: Any) -> str:

@@ -1,6 +1,5 @@
 """What a distillation is made of: blocks of text, a tokenizer, a teacher and a student."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from rkl.distill.cache import cache_hidden_states
-from rkl.distill.data import TokenDataset, passages, show_example, tokenize
+from rkl.distill.data import TokenDataset, show_example, spread, tokenize
 from rkl.distill.heads import common_vocabulary
 from rkl.distill.limits import check_context, device_named
 from rkl.distill.settings import DistillSettings
@@ -28,7 +27,6 @@ from rkl.runs import fingerprint
 
 EXAMPLE = 600  # characters of the first block that are shown
 LOGGED = 1000  # rows that a run logs, about
-WEIGHTS = "*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth"
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,6 @@ class Text:
             },
         }
 
-    def passages(self) -> list[Any]:
-        """What a run notes down of the rows trained on."""
-        return list(passages(self.rows))
-
     def beginning(self, count: int) -> "Text":
         """The same with no more than so many blocks, and so many held out."""
         held = None if self.held_out is None else _first(self.held_out, count)
@@ -79,9 +73,8 @@ class Text:
         """At most so many of the blocks held out, evenly spaced."""
         if self.held_out is None:
             return None
-        total = len(self.held_out)
-        count = min(total, count or total)
-        return Subset(self.held_out, [i * total // count for i in range(count)])
+        places = range(len(self.held_out))
+        return Subset(self.held_out, spread(places, count or len(places)))
 
 
 def _first(blocks: TokenDataset, count: int) -> TokenDataset:
@@ -98,6 +91,18 @@ class Models:
     student: PreTrainedModel
     teacher_tokenizer: PreTrainedTokenizerBase
     tokenizer: PreTrainedTokenizerBase
+
+
+def load(settings: DistillSettings) -> tuple[Text, Models]:
+    """All that a run begins with, once it is seen that it goes together."""
+    tokenizers = _load_tokenizers(settings)
+    text = read_text(settings, tokenizers[1])
+    teacher = load_model(settings.teacher, dtype=settings.dtype)
+    student = _load_student(settings)
+    common_vocabulary(_vocab(teacher), _vocab(student), *tokenizers)
+    for name, model in (("teacher", teacher), ("student", student)):
+        _check_fits(name, model, settings, text)
+    return text, Models(teacher, student, *tokenizers)
 
 
 def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -140,34 +145,15 @@ def _beginning_and_end(text: str, share: float) -> tuple[list[Row], list[Row]]:
     return [{"text": begun + "\n"}], [{"text": rest}]
 
 
-def load_tokenizers(
+def _load_tokenizers(
     settings: DistillSettings,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """The teacher's tokenizer and the student's, which is the teacher's if it has none."""
-    teacher = load_tokenizer(settings.teacher)
-    source = settings.student
-    if source is not None and source.endswith(".json") and not Path(source).is_file():
-        raise FileNotFoundError(f"student: there is no file {source}.")
-    if source is None or (Path(source).exists() and not _has_tokenizer(Path(source))):
+    teacher, path = load_tokenizer(settings.teacher), Path(settings.student or "none.json")
+    has_none = path.is_dir() and not any(path.glob("tokenizer*"))
+    if path.suffix == ".json" or has_none:
         return teacher, teacher
-    return teacher, load_tokenizer(source)
-
-
-def _has_tokenizer(path: Path) -> bool:
-    if path.suffix.lower() == ".gguf":
-        return True
-    return path.is_dir() and any(path.glob("tokenizer*"))
-
-
-def load_models(settings: DistillSettings, text: Text, tokenizers: Any) -> Models:
-    """The teacher and the student, once it is seen that they go together and with the text."""
-    teacher = load_model(settings.teacher, dtype=settings.dtype)
-    student = _load_student(settings)
-    models = Models(teacher, student, *tokenizers)
-    common_vocabulary(_vocab(teacher), _vocab(student), *tokenizers)
-    for name, model in (("teacher", teacher), ("student", student)):
-        _check_fits(name, model, settings, text)
-    return models
+    return teacher, load_tokenizer(path)
 
 
 def with_cached_teacher(
@@ -190,29 +176,19 @@ def with_cached_teacher(
 
 def _load_student(settings: DistillSettings) -> PreTrainedModel:
     source = settings.teacher if settings.student is None else settings.student
-    config = _config_alone(source)
-    if config is None:
+    if not source.endswith(".json"):
         # Of its own, not out of the teacher in memory: the two must not share weights.
         return load_model(source, dtype="float32", drop_layers=settings.drop_layers)
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"student: there is no file {source}.")
     torch.manual_seed(settings.seed)
     try:
-        described = AutoConfig.from_pretrained(config)
+        described = AutoConfig.from_pretrained(source)
         student = AutoModelForCausalLM.from_config(described, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"student: {config} describes no causal model: {reason}") from None
+        raise ValueError(f"student: {source} describes no causal model: {reason}") from None
     return without_layers(student, settings.drop_layers) if settings.drop_layers else student
-
-
-def _config_alone(source: str | os.PathLike) -> Path | None:
-    """The config.json of a model without weights, given itself or by its folder."""
-    path = Path(source)
-    if path.suffix == ".json":
-        return path  # which is there: load_tokenizers has looked
-    if not (path / "config.json").is_file():
-        return None
-    has_weights = any(file for pattern in WEIGHTS for file in path.glob(pattern))
-    return None if has_weights else path / "config.json"
 
 
 def _vocab(model: PreTrainedModel) -> int:

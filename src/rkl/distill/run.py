@@ -18,18 +18,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from rkl.distill.card import model_card
+from rkl.distill.data import passages
 from rkl.distill.generate import finished
 from rkl.distill.memory import in_words, peak_memory
 from rkl.distill.plan import Estimate, estimate
-from rkl.distill.prepare import (
-    Models,
-    Text,
-    load_models,
-    load_tokenizers,
-    make_trainer,
-    read_text,
-    with_cached_teacher,
-)
+from rkl.distill.prepare import Models, Text, load, make_trainer, with_cached_teacher
 from rkl.distill.progress import Display, Journal, Stop, clock, quiet, say
 from rkl.distill.settings import DistillSettings
 from rkl.distill.teachers import Teacher, load_model
@@ -99,9 +92,7 @@ def distill(
     """
     began = time.perf_counter()
     _check_place(settings, Path(out))
-    tokenizers = load_tokenizers(settings)
-    text = read_text(settings, tokenizers[1])
-    models = load_models(settings, text, tokenizers)
+    text, models = load(settings)
     models = models if teacher is None else dataclasses.replace(models, teacher=teacher)
     run = Run.create(
         out,
@@ -119,7 +110,7 @@ def distill(
     _check_same_data(run, data := text.record())
     with run.running():
         run.update(data=data)
-        run.remember_rows(text.passages())
+        run.remember_rows(passages(text.rows))
         if settings.cache_teacher:
             models = with_cached_teacher(settings, run.path / CACHE, text, models)
         _train(settings, run, text, models, callbacks)
@@ -151,8 +142,7 @@ def _check_same_data(run: Run, data: dict[str, Any]) -> None:
 
 def _introduce(text: Text, models: Models) -> None:
     """Say what is trained on, and show the first of it."""
-    held = 0 if text.held_out is None else len(text.held_out)
-    say(f"{text.blocks}. Held out: {held:,} blocks, {text.origin}.")
+    say(f"{text.blocks}. Held out: {len(text.held_out or ()):,} blocks, {text.origin}.")
     example = text.first_block(models.tokenizer)
     say(f"The first block, [what is not trained on] in brackets:\n{example}\n")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rkl.distill.data import TokenDataset
+from rkl.distill.data import TokenDataset, spread
 from rkl.distill.evaluate import EvaluateSettings, evaluate_run
 from rkl.distill.generate import reply_to, save
 from rkl.distill.progress import clock, quiet, say
@@ -153,7 +153,7 @@ def watch(teacher: str, blocks: TokenDataset, count: int, steps: int) -> Watched
     """
     full = [it["input_ids"] for it in (blocks[i] for i in range(len(blocks)))]
     full = [ids for ids in full if len(ids) == len(full[0])]
-    tokens = torch.stack([full[i * len(full) // count] for i in range(count)])
+    tokens = torch.stack(spread(full, count))
     p, ranking = probabilities(load_model(teacher, dtype="float32"), tokens).sort(
         descending=True, stable=True
     )

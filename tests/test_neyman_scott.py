@@ -2,6 +2,7 @@
 
 import csv
 import math
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -14,6 +15,7 @@ from rkl.runs import Run
 from rkl.studies import demo
 from rkl.studies import neyman_scott as study
 from rkl.studies import neyman_scott_acts as acts
+from rkl.studies import neyman_scott_draws as draws
 from rkl.studies import neyman_scott_variance as variance
 
 REFERENCE, JEFFREYS, SKEWED, HIERARCHICAL, WRONG = variance.PRIORS
@@ -223,16 +225,6 @@ def full_posterior(x, sizes, tau2, kappa, v):
     return log_p, gain @ x, (prior - gain @ z @ prior).diagonal(dim1=1, dim2=2)
 
 
-def groups_of(x, sizes):
-    """One data set of groups, each a class of its own."""
-    parts = x.split(list(sizes))
-    mean = torch.stack([it.mean() for it in parts])
-    within = sum((it - it.mean()).square().sum() for it in parts)
-    one = torch.ones(len(sizes)).double()
-    size = torch.tensor(sizes).double()
-    return variance.Groups(size, one, within[None], mean[None], mean.square()[None])
-
-
 @pytest.mark.parametrize("prior", [HIERARCHICAL, WRONG])
 def test_acts_are_those_of_the_whole_matrices_on_a_plain_grid(prior):
     """Three groups of unequal size: risks written out and minimised over all four numbers."""
@@ -240,6 +232,7 @@ def test_acts_are_those_of_the_whole_matrices_on_a_plain_grid(prior):
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(10, generator=generator, dtype=torch.float64)
     x = x + torch.tensor([-2.0, 0.5, 2.5]).double().repeat_interleave(torch.tensor(sizes))
+    classes = [it[None, None] for it in x.split(list(sizes))]
     hierarchical = prior == HIERARCHICAL
     log_v = torch.linspace(-3.5, 7, 121).double()
     log_tau2 = torch.linspace(-1.5, 12, 46).double() if hierarchical else torch.zeros(1).double()
@@ -268,12 +261,20 @@ def test_acts_are_those_of_the_whole_matrices_on_a_plain_grid(prior):
         fit.step(closure)
         return at[3].exp().item()
 
-    found = variance.bayesian(groups_of(x, sizes), chosen)
+    found = variance.bayesian(variance.statistics(classes), chosen)
     assert found["reverse KL"].item() == pytest.approx(minimum(lambda f, r: r), rel=1e-5)
     assert found["forward KL"].item() == pytest.approx(minimum(lambda f, r: f), rel=1e-5)
     assert found["symmetric KL"].item() == pytest.approx(minimum(lambda f, r: f + r), rel=1e-5)
     # A grid of 121 jumps where a node passes t: the study's nodes do not, the grid here does.
     assert found["intrinsic"].item() == pytest.approx(minimum(torch.minimum), rel=0.02)
+
+
+def test_the_acts_from_draws_are_those_of_quadrature_within_their_stated_errors():
+    found = draws.compare(seed=10)
+    assert found.keys() == {"forward KL", "symmetric KL", "intrinsic", "reverse KL"}
+    for (value, error), exact in found.values():
+        assert abs(value - exact) < 4 * error
+        assert error < 0.02 * exact
 
 
 # The run
@@ -283,6 +284,7 @@ def test_acts_are_those_of_the_whole_matrices_on_a_plain_grid(prior):
 def small(monkeypatch):
     monkeypatch.setattr(study, "SIZES", (6,))
     monkeypatch.setattr(study, "REPLICATIONS", 4)
+    monkeypatch.setattr(draws, "DRAWS", 40)
 
 
 @pytest.mark.parametrize("part", study.PARTS)
@@ -318,21 +320,32 @@ def test_other_parts_and_devices_are_refused_before_anything_is_written(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_takes_the_first_part_and_lists_no_parts_as_studies(
-    small, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def asked(monkeypatch):
+    """What the study was asked for, which it then does not do."""
+    found = []
+
+    def noted(part, out, **how):
+        found.append((part, Path(out), how))
+        return Path(out) / "report.html"
+
+    monkeypatch.setattr(study, "study", noted)
+    return found
+
+
+def test_the_command_line_takes_the_first_part_and_lists_no_parts_as_studies(asked, capsys):
     assert commands._studies() == ["akl", "neyman-scott"]
     assert cli.main(["study", "neyman-scott", "--seed", "1"]) in (0, None)
-    assert capsys.readouterr().out == "runs/neyman-scott-variance/report.html\n"
+    place = Path("runs", "neyman-scott-variance")
+    assert asked == [("variance", place, {"overwrite": False, "seed": 1})]
+    assert capsys.readouterr().out == f"{place / 'report.html'}\n"
 
 
-def test_the_demonstration_is_the_first_part(small, tmp_path):
-    answer = demo.run("neyman-scott", tmp_path / "demo", seed=1)
-    assert answer == f"The report: {tmp_path / 'demo' / 'report.html'}"
-    assert (tmp_path / "demo" / "variance.csv").exists()
+def test_the_demonstration_is_the_first_part(asked):
+    assert demo.run("neyman-scott", "out", seed=1) == f"The report: {Path('out', 'report.html')}"
+    assert asked[0][:2] == ("variance", Path("out"))
     with pytest.raises(ValueError, match="steps are of distillations"):
-        demo.run("neyman-scott", tmp_path / "demo", overwrite=True, steps=3)
+        demo.run("neyman-scott", "out", steps=3)
 
 
 # The figure

@@ -260,7 +260,8 @@ def _csv(rows: Sequence[Row]) -> str:
 def _report(run: Run, problem: Part, rows: Sequence[Row]) -> None:
     from rkl.report import Section, Settings, render, write
 
-    first = Section("What came out", problem.says)
+    blocks = [_through_draws(run.record["seed"])] if problem is PARTS["variance"] else []
+    first = Section("What came out", problem.says, blocks)
     sections = [
         _section(run, problem, [it for it in rows if [it.design, it.quantity] == chosen])
         for chosen in ([design, it] for design in problem.designs for it in problem.truths)
@@ -334,6 +335,18 @@ def _table(problem: Part, rows: Sequence[Row], size: int) -> "Table":
         for name in dict.fromkeys(it.estimator for it in chosen)
     ]
     return Table(f"Mean estimate at N = {size:,}", ["", *columns], body, _TABLED)
+
+
+def _through_draws(seed: int) -> "Table":
+    """One data set's acts by the library's own verb."""
+    from rkl.report import Table
+    from rkl.studies.neyman_scott_draws import CHAINS, DRAWS, GROUPS, compare
+
+    body = [[name, *found] for name, found in compare(seed).items()]
+    title = f"σ of one data set, N = {GROUPS}, J = 2, reference prior"
+    columns = ["act", "bayes_act, from draws", "quadrature"]
+    caption = f"{CHAINS * DRAWS:,} independent draws; ± is the error that bayes_act states."
+    return Table(title, columns, body, caption)
 
 
 _CAPTION = (

@@ -9,7 +9,7 @@ Source: Neyman and Scott (1948), Econometrica 16; Brand (2017), arXiv 1707.06366
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,21 +59,33 @@ class Groups:
         return Groups(self.size, self.count, *drawn)
 
 
+def observations(
+    size: int, groups: int, replications: int, generator: torch.Generator
+) -> Float[Tensor, "replications groups size"]:
+    """Data sets of groups of one size, from the truth above."""
+    shape = replications, groups, size
+    mu = TAU2**0.5 * torch.randn(*shape[:2], 1, generator=generator, dtype=torch.float64)
+    return mu + SIGMA2**0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def statistics(classes: Sequence[Float[Tensor, "replications _ _"]]) -> Groups:
+    """What data sets say, from the observations of each class."""
+    means = [x.mean(2) for x in classes]
+    scatter = [(x - x.mean(2, keepdim=True)).square().sum((1, 2)) for x in classes]
+    size, count = (
+        torch.tensor([x.shape[axis] for x in classes], dtype=torch.float64) for axis in (2, 1)
+    )
+    total = torch.stack([it.sum(1) for it in means], 1)
+    square = torch.stack([it.square().sum(1) for it in means], 1)
+    return Groups(size, count, torch.stack(scatter).sum(0), total, square)
+
+
 def simulate(sizes: tuple[int, ...], groups: int, replications: int, seed: int) -> Groups:
-    """Data sets of groups whose sizes take turns, from the truth above."""
+    """Data sets of groups whose sizes take turns."""
     generator = torch.Generator().manual_seed(seed)
     counts = [len(range(k, groups, len(sizes))) for k in range(len(sizes))]
-    within, total, square = torch.zeros(replications, dtype=torch.float64), [], []
-    for size, count in zip(sizes, counts, strict=True):
-        shape = replications, count, size
-        mu = TAU2**0.5 * torch.randn(*shape[:2], 1, generator=generator, dtype=torch.float64)
-        x = mu + SIGMA2**0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
-        mean = x.mean(2)
-        within += (x - mean[..., None]).square().sum((1, 2))
-        total.append(mean.sum(1))
-        square.append(mean.square().sum(1))
-    size, count = (torch.tensor(it, dtype=torch.float64) for it in (sizes, counts))
-    return Groups(size, count, within, torch.stack(total, 1), torch.stack(square, 1))
+    pairs = zip(sizes, counts, strict=True)
+    return statistics([observations(*it, replications, generator) for it in pairs])
 
 
 class Level:
@@ -277,17 +289,16 @@ class Hierarchical(Prior):
         return torch.stack([middle, torch.zeros_like(middle)], 1)
 
 
+FLAT = Flat()
+
 # The two that are improper, three that are proper in v, of which one is so in the means too.
 PRIORS: Mapping[str, Prior] = {
-    "reference, 1/σ": Flat(),
+    "reference, 1/σ": FLAT,
     "Jeffreys' rule, σ^-(N+1)": Flat(half=0.5),
     "skewed proper, σ² ~ IG(3, 6)": Flat(power=4.0, scale=6.0),
     "hierarchical, proper": Hierarchical(power=1.01, scale=0.01),
     "proper but wrong, μ ~ N(0, 1)": Fixed(),
 }
-
-
-FLAT = Flat()
 
 
 def classical(data: Groups) -> dict[str, Estimates]:

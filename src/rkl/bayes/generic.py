@@ -31,6 +31,7 @@ QUICK = 2**16  # log-densities that the several starts look at, of a loss that n
 HELD = 2**18  # those that it is minimised over, before all draws are
 KINKED = 2**23  # the same for a loss with kinks, where no step over all draws follows
 ENOUGH = 1e-18  # decrement in nats at which steps over all draws end
+TAIL = 1e-3  # share of the expected loss that tails without mass may have
 CANDIDATES = 32  # draws of which the best are starts
 
 
@@ -111,8 +112,8 @@ def generic_act(
     scale = drawn.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
     held = _thinned(loss, HELD if loss.smooth else KINKED)
-    minimum = _minimum(loss, held, chart, drawn, scale, starts)
-    return _act(law, loss, held, chart, minimum, starts)
+    minimum, tried = _minimum(loss, held, chart, drawn, scale, starts)
+    return _act(law, loss, held, chart, minimum, tried)
 
 
 def laws_of(theta: Mapping[str, Tensor], law: LawOf, weights: Tensor | None = None) -> Laws:
@@ -209,28 +210,37 @@ def _thinned(loss: PosteriorLoss, numbers: int) -> PosteriorLoss:
     return loss if few else loss.over(loss.laws.thinned(count))
 
 
-def _minimum(loss, held, chart, drawn, scale, starts) -> Minimum:
-    """From the best of many draws on few of them, then on all that are held."""
+def _minimum(loss, held, chart, drawn, scale, starts) -> tuple[Minimum, int]:
+    """From the best of many draws on few of them, then on all that are held; and how many."""
     quick = _thinned(held, QUICK)
 
     def function(of):
         return lambda t: of.expected(_law(of, chart, t))
 
-    candidates = torch.cat([drawn[loss.laws.spread(CANDIDATES)], drawn.mean(0, keepdim=True)])
+    # The extremes too: some divergences are finite only at the widest law.
+    outer = [drawn[:, :CANDIDATES].argmax(0), drawn[:, :CANDIDATES].argmin(0)]
+    rows = torch.cat([loss.laws.spread(CANDIDATES), *outer]).unique()
+    candidates = torch.cat([drawn[rows], drawn.mean(0, keepdim=True)])
     with torch.no_grad():
         values = torch.stack([_quiet(function(quick), t) for t in candidates])
-    best = candidates[values.argsort()[:starts]]
+    if not values.isfinite().any():
+        raise ValueError(
+            "divergence must be finite, on average over the draws, at some law; it is infinite "
+            f"at each of {len(candidates)} that were tried."
+        )
+    order = values.argsort()[: min(starts, int(values.isfinite().sum()))]
+    best = candidates[order]
     found = minimise(function(quick), best, scale=scale, smooth=loss.smooth)
     if quick is held:
-        return found
+        return found, len(best)
     again = minimise(function(held), found.point[None], scale=scale, smooth=loss.smooth)
-    return dataclasses.replace(again, agreeing=found.agreeing)
+    return dataclasses.replace(again, agreeing=found.agreeing), len(best)
 
 
 def _quiet(function, point) -> Tensor:
     """The loss, infinite where it is not defined."""
     try:
-        return function(point).nan_to_num(math.inf)
+        return function(point).nan_to_num(math.inf, math.inf)
     except ValueError:
         return torch.tensor(math.inf, dtype=torch.float64)
 
@@ -306,6 +316,7 @@ def _node_error(loss, chart, point, inverse, totals) -> tuple[float, float]:
     if not isinstance(loss, NodeLoss) or loss.nodes.kind == "enumeration":
         return 0.0, 0.0
     if loss.nodes.coarse is not None:
+        _refuse_infinite(loss, _law(loss, chart, point))
         poorer = dataclasses.replace(loss, nodes=loss.nodes.coarse)
         losses, by_draw = _by_draw(poorer, chart, point)
         weights = loss.laws.weights
@@ -317,3 +328,15 @@ def _node_error(loss, chart, point, inverse, totals) -> tuple[float, float]:
     spread = slope - slope.mean(0)
     excess = float((inverse(spread) * spread).sum()) / 2
     return excess, (values - values.mean()).square().sum().sqrt().item()
+
+
+def _refuse_infinite(loss: NodeLoss, law: Distribution) -> None:
+    """Refuse a divergence that lies where there is nothing: its integral has no end."""
+    if isinstance(loss.divergence, Intrinsic) or loss.divergence.bounded or loss.nodes.far is None:
+        return
+    values, _ = loss.by_node(law)
+    if values[loss.nodes.far].sum() > TAIL * values.sum():
+        raise ValueError(
+            f"divergence {loss.divergence} must be finite between the laws of the draws; between "
+            "some it is infinite, or as good as, for it lies in tails that hold no mass."
+        )

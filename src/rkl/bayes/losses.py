@@ -46,11 +46,11 @@ class Intrinsic:
 
     def held(self, logp: Tensor, logq: Tensor) -> tuple[Tensor]:
         """Whether the forward divergence is the smaller one, [*batch, 1]."""
-        return ((KL()(logp, logq) <= ReverseKL()(logp, logq))[..., None],)
+        return ((_FORWARD(logp, logq) <= _REVERSE(logp, logq))[..., None],)
 
     def excess(self, logp: Tensor, logq: Tensor, forward: Tensor) -> Tensor:
         """The terms of the smaller one."""
-        terms = KL().excess(logp, logq), ReverseKL().excess(logp, logq)
+        terms = _FORWARD.excess(logp, logq), _REVERSE.excess(logp, logq)
         return torch.where(forward, *terms)
 
     def between(self, p: Distribution, q: Distribution) -> Float[Tensor, "*batch"]:
@@ -59,9 +59,10 @@ class Intrinsic:
         Raises:
             NotImplementedError: One of them has none.
         """
-        return torch.minimum(KL().between(p, q), ReverseKL().between(p, q))
+        return torch.minimum(_FORWARD.between(p, q), _REVERSE.between(p, q))
 
 
+_FORWARD, _REVERSE = KL(), ReverseKL()  # each finds its series once
 AnyLoss = Divergence | Intrinsic
 
 
@@ -105,7 +106,7 @@ def between(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | N
     (tensor([0.5000], dtype=torch.float64), tensor([0.1175], dtype=torch.float64))
     """
     if isinstance(divergence, Intrinsic):
-        both = between(KL(), p, q), between(ReverseKL(), p, q)
+        both = between(_FORWARD, p, q), between(_REVERSE, p, q)
         return None if both[0] is None or both[1] is None else torch.minimum(both[0], both[1])
     if orders(divergence) is None:
         return None
@@ -146,6 +147,10 @@ class PosteriorLoss(abc.ABC):
     ) -> tuple[Float[Tensor, " draws"], Float[Tensor, "draws k"]]:
         """The loss of each draw, and its slopes in the leaf [k] of which the law was made."""
 
+    @abc.abstractmethod
+    def by_member(self, law: Distribution) -> Float[Tensor, "draws *batch"]:
+        """The loss of each draw for each member of the law's batch, which by_draw adds up."""
+
 
 @dataclass(frozen=True)
 class DirectLoss(PosteriorLoss):
@@ -164,6 +169,10 @@ class DirectLoss(PosteriorLoss):
         with torch.set_grad_enabled(leaf is not None):
             losses = self._losses(law)
             return losses.detach(), slopes(losses, leaf)
+
+    def by_member(self, law):
+        rows = self.laws.chunks(self.numbers)
+        return torch.cat([self.loss(self.laws.at(r), law).detach() for r in rows])
 
     def _losses(self, law):
         losses = self.loss(self.laws.at(slice(None)), law)
@@ -200,6 +209,14 @@ class NodeLoss(PosteriorLoss):
             losses.append(terms.detach().sum((-1, -2)))
             by_draw.append(slope.flatten(1) @ jacobian.flatten(0, 1))
         return torch.cat(losses), torch.cat(by_draw)
+
+    def by_member(self, law):
+        logq = self.nodes.log_mass(law)[0].detach()
+        parts = []
+        for rows in self.laws.chunks(logq.numel()):
+            logp = self.nodes.log_mass(self.laws.at(rows))
+            parts.append(self._excess(logp, logq.expand_as(logp)).sum(-1))
+        return torch.cat(parts).reshape(-1, *law.batch_shape[1:])
 
     def by_node(self, law, leaf=None) -> tuple[Tensor, Tensor]:
         """What each node adds to the expected loss [m], and to its slopes [m, k]."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily, VonMises, constraints
 from torch.distributions.constraints import Constraint
@@ -20,6 +20,7 @@ NUMBERS = 2**20  # log-densities computed at a time
 PROBES, SAMPLES = 24, 64  # laws that decide where nodes go, and what is drawn of each at first
 ATOMS = 2**13  # of a product of finite sets that is enumerated
 NEVER = -1e4  # a log weight of 0, in arithmetic that infinity would spoil
+FAR = -100.0  # a log mass that nothing but an infinite divergence takes notice of
 CLOSE, OFF = 1e-10, 1e-3  # by which the totals should miss 1 at most, and may not
 
 
@@ -78,6 +79,7 @@ class Nodes:
     kind: Literal["enumeration", "quadrature", "importance"]
     defect: float = 0.0  # by which the total of some law misses 1
     coarse: "Nodes | None" = None  # a poorer rule over the same panels
+    far: Bool[Tensor, " m"] | None = None  # nodes at which no law has any mass to speak of
 
     def __len__(self) -> int:
         return self.log_weight.shape[-1]
@@ -262,7 +264,8 @@ def _quadrature(laws: Laws, divergence: FDivergence, size: int) -> Nodes:
     defect, kept = _refuse(totals), peak > GONE
     u, v = panels.rule(ORDER)[0][kept], panels.rule(COARSE)[0]
     coarse = _of_rule(panels, COARSE).only((v >= u.min()) & (v <= u.max()))
-    return replace(nodes.only(kept), defect=defect, coarse=coarse)
+    far = peak[kept] < FAR
+    return replace(nodes.only(kept), defect=defect, coarse=coarse, far=far)
 
 
 def _settled(laws: Laws, probes: Tensor, divergence: FDivergence) -> Panels:
@@ -270,7 +273,7 @@ def _settled(laws: Laws, probes: Tensor, divergence: FDivergence) -> Panels:
     law = laws.at(probes)
     sample = law.sample(torch.Size([SAMPLES])).double()
     line = line_of(*_ends(law), _kind(law), sample.flatten(0, 1))
-    return settle(law, line, sample, divergence)
+    return settle(law, line, sample, divergence, every=len(probes) == len(laws))
 
 
 def _of_rule(panels: Panels, order: int) -> Nodes:

@@ -107,16 +107,19 @@ class Panels:
         return u, x, log_slope + weight.log().reshape(-1, *[1] * (x.ndim - 1))
 
 
-def settle(law: Distribution, line: Line, sample: Tensor, divergence: FDivergence) -> Panels:
+def settle(
+    law: Distribution, line: Line, sample: Tensor, divergence: FDivergence, every: bool
+) -> Panels:
     r"""Panels in which the totals of laws, and the divergences between them, stand.
 
     A panel is halved until its halves say nothing new. Panels begin between quantiles of the
-    sample [n, laws, *batch], none with more than a quarter of what was drawn of any law.
+    sample [n, laws, *batch], none with more than a quarter of what was drawn of any law. Kinks
+    are met to the last only if these are ``every`` law; those of others will lie elsewhere.
     """
     integrate = functools.partial(_integrals, law, line, divergence)
-    # No more is asked than the rounding of x allows, and of kinks than is worth the nodes.
     smooth = not kinked(divergence)
-    tolerance = max(1e-13 if smooth else 1e-11, line.noise)
+    asked = 1e-13 if smooth else 1e-11 if every else 1e-7
+    tolerance = max(asked, line.noise)
     seen = line.coordinate(sample)
     waiting = _first(line, seen, *_reach(law, line, seen))
     held, done = integrate(waiting), []

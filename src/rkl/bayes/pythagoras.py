@@ -20,7 +20,7 @@ from rkl.bayes.averages import (
 )
 from rkl.bayes.charts import Chart, chart_of
 from rkl.bayes.closed import Weights, balanced, swayed
-from rkl.bayes.estimate import Act, Diagnostics, Estimate
+from rkl.bayes.estimate import Act, Diagnostics, Estimate, elements
 from rkl.bayes.families import ExponentialFamily, Natural
 from rkl.bayes.laws import Model
 from rkl.bayes.minimise import Minimum, minimise
@@ -29,6 +29,7 @@ from rkl.bayes.streaming import one_pass
 from rkl.metrics import Mean
 from rkl.metrics.chains import BatchMeans
 
+MANY = 100  # coordinates that are asked one by one whether they matter
 SHIFT = 0.1  # of a batch's share of the mean, for central differences
 
 
@@ -166,6 +167,7 @@ class Solved:
         moved: From a sign to the natural parameters and the variables of the shifted acts.
         accuracy: By how much its risk may exceed the least, in nats.
         method: How it was found.
+        ignored: Numbers among the variables that the family does not look at.
     """
 
     natural: Natural
@@ -173,6 +175,7 @@ class Solved:
     moved: Callable[[int], tuple[Natural, Variables]]
     accuracy: float
     method: str
+    ignored: tuple[str, ...] = ()
 
 
 def solve(question: Question, known: Averages, weights: Weights) -> Solved:
@@ -227,12 +230,31 @@ def nearest(question: Question, model: Model, known: Averages, weights: Weights)
 
     variables = {name: x[0] for name, x in chart.point(at).items()}
     natural = tuple(x[0] for x in naturals(at))
-    return Solved(natural, variables, moved, found.decrement, "minimised within the family")
+    how = "minimised within the family"
+    ignored = _ignored(chart, found)
+    return Solved(natural, variables, moved, found.decrement, how, ignored)
+
+
+def _ignored(chart: Chart, found: Minimum) -> tuple[str, ...]:
+    """Those numbers that turn with coordinates along which nothing curves at all."""
+    if len(found.point) > MANY:
+        return ()
+    inverse = found.inverse(torch.eye(len(found.point), dtype=torch.float64)).abs().amax(-1)
+    flat = inverse <= 1e-14 * inverse.max()
+    sides = chart.point(torch.stack([found.point, found.point + flat]))
+    return tuple(
+        label
+        for name, (here, there) in sides.items()
+        for label, turns in zip(
+            elements(name, here.shape), (here != there).flatten().tolist(), strict=True
+        )
+        if turns
+    )
 
 
 def _starts(question: Question, model: Model) -> tuple[Chart, Tensor]:
     few = thinned(question.draws, 2**13)
-    theta = {name: few[name].flatten(0, 1) for name in model.names}
+    theta = {k: question.aligned(k, few[k].flatten(0, 1), model) for k in model.names}
     chart = chart_of(theta, model.law)
     drawn = chart.coordinates(theta)
     return chart, torch.stack([drawn.mean(0), drawn[0], drawn[-1]])
@@ -349,7 +371,9 @@ def _diagnostics(
 ) -> Diagnostics:
     draws = question.draws
     switching = exchanged(draws, question.model.names, question.batch)
-    switched = () if switching is None else (switching,)
+    told = () if switching is None else (switching,)
+    if found.ignored:
+        told += (f"the family does not look at {', '.join(found.ignored)}",)
     return Diagnostics(
         chains=draws.chains,
         draws=draws.draws,
@@ -358,5 +382,5 @@ def _diagnostics(
         pareto_k=seen.pareto_k,
         method=found.method,
         accuracy=found.accuracy,
-        warnings=(*warnings_of(seen, draws, thinned(draws, _numbers(known))), *switched),
+        warnings=(*warnings_of(seen, draws, thinned(draws, _numbers(known))), *told),
     )

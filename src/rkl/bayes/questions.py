@@ -71,16 +71,15 @@ class Question:
         """Whether it holds of some of what Independent joins."""
         return parts.flatten(len(self.batch)).any(-1) if self.unwrapped.joint else parts
 
-    def shape(self, name: str) -> torch.Size:
-        """Shape of a variable in the act.
+    def shape(self, name: str, model: Model | None = None) -> torch.Size:
+        """Shape of a variable in the act, or in that of a smaller model.
 
         A text speaks of each member of a batch by itself, so that what they share in the
         posterior they need not share in the act. What Independent joins, they do.
         """
+        events = (model or self.model).events
         drawn = torch.Size(self.draws.shape(name))
-        if self.model.events is None:
-            return drawn
-        return self.batch + drawn[len(drawn) - self.model.events[name] :]
+        return drawn if events is None else self.batch + drawn[len(drawn) - events[name] :]
 
     @functools.cached_property
     def origins(self) -> dict[str, str]:
@@ -102,15 +101,18 @@ class Question:
     @functools.cached_property
     def theta(self) -> Variables:
         """All draws of the variables [draws, *shape], in the shape that the act has."""
-        batch, found = len(self.batch), {}
-        for name in self.model.names:
-            x, shape = self.draws[name].flatten(0, 1), self.shape(name)
-            event = 0 if self.model.events is None else self.model.events[name]
-            if self.model.events is not None:
-                lead = x.shape[: x.ndim - event]
-                x = x.reshape(lead + (1,) * (1 + batch - len(lead)) + x.shape[x.ndim - event :])
-            found[name] = x.expand(len(x), *shape)
-        return found
+        return {
+            name: self.aligned(name, self.draws[name].flatten(0, 1)) for name in self.model.names
+        }
+
+    def aligned(self, name: str, drawn: Tensor, model: Model | None = None) -> Tensor:
+        """Draws [n, ...] of a variable, in the shape that the act has."""
+        events = (model or self.model).events
+        if events is not None:
+            lead = drawn.shape[: drawn.ndim - events[name]]
+            missing = (1,) * (1 + len(self.batch) - len(lead))
+            drawn = drawn.reshape(lead + missing + drawn.shape[len(lead) :])
+        return drawn.expand(len(drawn), *self.shape(name, model))
 
     def expected(self, divergence: AnyLoss) -> PosteriorLoss:
         """The posterior expectation of a loss, over all draws."""
@@ -120,8 +122,11 @@ class Question:
 
     def losses(self, loss: PosteriorLoss, variables: Variables) -> Tensor:
         """The loss of each draw at the law of some variables [chains, draws, *batch]."""
+        return self.losses_at(loss, loss.laws.of({name: x[None] for name, x in variables.items()}))
+
+    def losses_at(self, loss: PosteriorLoss, law: Distribution) -> Tensor:
+        """The loss of each draw at a law of batch shape [1, *batch]; [chains, draws, *batch]."""
         with torch.no_grad():
-            law = loss.laws.of({name: x[None] for name, x in variables.items()})
             each = by_member(loss, law)
         return each.reshape(self.draws.chains, self.draws.draws, *self.batch, -1).sum(-1)
 

@@ -1,0 +1,213 @@
+"""Whether an estimate moves when parameters, or data, are given other names: seen, not claimed."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, TransformedDistribution
+from torch.distributions.transforms import Transform
+
+from rkl.bayes.acts import answer
+from rkl.bayes.compare import means_of
+from rkl.bayes.draws import Draws
+from rkl.bayes.estimate import Estimate
+from rkl.bayes.generic import generic_act, laws_of
+from rkl.bayes.laws import Model, Theta
+from rkl.bayes.modes import LogDensity, density_mode
+from rkl.bayes.nodes import nodes_for
+from rkl.bayes.questions import Question, Variables
+from rkl.bayes.tables import Cell, Table
+from rkl.divergences import FDivergence
+
+PROB = 0.9  # of the regions and intervals that are compared
+
+
+def check_invariance(
+    estimate: Estimate,
+    bijection: Mapping[str, Transform] | Transform,
+    log_posterior: LogDensity | None = None,
+) -> Table:
+    """Estimate again under other names, translate back, and say by how much each answer moved.
+
+    Beside the act and its region stand the posterior mean, the interval of highest density of
+    every variable, and with ``log_posterior`` the posterior mode.
+
+    Args:
+        estimate: What is checked.
+        bijection: Of the parameters: by the name of a variable, a transform from its values to
+            their new names, such as {"sigma": ExpTransform().inv} for log sigma. Or of the data:
+            one transform of an observation.
+        log_posterior: As in ``compare``, for the mode.
+
+    Returns:
+        A table of the largest movement of any number, in posterior standard deviations.
+
+    Raises:
+        ValueError: The transform is no bijection, or names no variable.
+        TypeError: It is no transform of torch.
+
+    >>> from rkl.bayes import bayes_act
+    >>> scale = torch.linspace(1, 3, 400, dtype=torch.float64).reshape(4, 100)
+    >>> estimate = bayes_act({"sigma": scale}, "normal(loc=0, scale=sigma)")
+    >>> table = check_invariance(estimate, {"sigma": torch.distributions.ExpTransform()})
+    >>> table.rows[0][1] < 1e-10 < table.rows[2][1]
+    True
+    """
+    question = estimate.question
+    if isinstance(bijection, Transform):
+        _check({"the data": bijection})
+        return _of_data(estimate, bijection)
+    if not isinstance(bijection, Mapping):
+        raise TypeError(
+            "bijection must be a transform of torch, for the data, or a dict of them by the name "
+            f"of a variable; got {bijection!r}."
+        )
+    _check(bijection)
+    for name in bijection:
+        if name not in question.model.names:
+            known = ", ".join(question.model.names)
+            raise ValueError(f"bijection must name variables of {known}; got {name!r}.")
+    return _of_parameters(estimate, bijection, log_posterior)
+
+
+def _check(transforms: Mapping[str, Transform]) -> None:
+    for name, transform in transforms.items():
+        if not isinstance(transform, Transform):
+            raise TypeError(f"bijection must hold transforms of torch; {name} is {transform!r}.")
+        if not transform.bijective:
+            raise ValueError(f"bijection must be one; that of {name}, {transform}, is not.")
+
+
+def _of_parameters(
+    estimate: Estimate, bijection: Mapping[str, Transform], log_posterior: LogDensity | None
+) -> Table:
+    question = estimate.question
+    renamed = _renamed(question, bijection)
+    again = answer(renamed)
+
+    def moved(before: Variables, after: Variables) -> float:
+        return _moved(question, before, {k: _back(bijection, k, x) for k, x in after.items()})
+
+    sides = estimate.region(PROB).inside != again.region(PROB).inside
+    rows: list[tuple[Cell, ...]] = [
+        ("act", moved(_variables(estimate), _variables(again))),
+        ("region of the act (share of draws that change sides)", sides.double().mean().item()),
+        ("posterior mean", moved(means_of(question), means_of(renamed))),
+        ("interval of highest density", moved(*_intervals(question, renamed, bijection))),
+    ]
+    if log_posterior is not None:
+        mode = density_mode(question, log_posterior)
+        other = density_mode(renamed, _carried(log_posterior, bijection))
+        rows.append(("posterior mode", moved(mode, other) if mode and other else None))
+    names = ", ".join(f"{name} by {transform}" for name, transform in bijection.items())
+    return _table(estimate, names, rows)
+
+
+def _renamed(question: Question, bijection: Mapping[str, Transform]) -> Question:
+    """The same question, its variables under their new names."""
+    draws, model = question.draws, question.model
+    variables: dict[str, Tensor] = {name: draws[name] for name in draws.names}
+    for name, transform in bijection.items():
+        variables[name] = torch.as_tensor(transform(variables[name]))
+
+    def make(theta: Theta) -> Distribution:
+        return model.make(Theta({k: _back(bijection, k, theta[k]) for k in model.names}))
+
+    renamed = Model(f"{model.text}, renamed", model.names, make, events=model.events)
+    return dataclasses.replace(question, draws=Draws(variables, draws.weights), model=renamed)
+
+
+def _back(bijection: Mapping[str, Transform], name: str, value: Tensor) -> Tensor:
+    return torch.as_tensor(bijection[name].inv(value)) if name in bijection else value
+
+
+def _carried(log_posterior: LogDensity, bijection: Mapping[str, Transform]) -> LogDensity:
+    """The log density of the new names."""
+
+    def density(theta: Theta) -> Tensor:
+        back = {name: _back(bijection, name, theta._drawn[name]) for name in theta}
+        total = log_posterior(Theta(back))
+        for name, transform in bijection.items():
+            slope = transform.log_abs_det_jacobian(back[name], theta[name])
+            total = total - slope.reshape(len(total), -1).sum(-1)
+        return total
+
+    return density
+
+
+def _intervals(
+    question: Question, renamed: Question, bijection: Mapping[str, Transform]
+) -> tuple[Variables, Variables]:
+    """The shortest intervals before and after, the latter's ends in the order of the former."""
+    before, after = {}, {}
+    for name, x in question.theta.items():
+        before[name] = _shortest(x)
+        ends = _shortest(renamed.theta[name])
+        falls = _back(bijection, name, ends[0]) > _back(bijection, name, ends[1])
+        after[name] = torch.where(falls, ends.flip(0), ends)
+    return before, after
+
+
+def _shortest(x: Tensor) -> Tensor:
+    """Both ends [2, ...] of the shortest interval that holds enough of the draws."""
+    ordered = x.sort(0).values
+    width = math.ceil(PROB * len(x)) - 1
+    at = (ordered[width:] - ordered[: len(x) - width]).argmin(0, keepdim=True)
+    return torch.cat([ordered.gather(0, at), ordered.gather(0, at + width)])
+
+
+def _of_data(estimate: Estimate, transform: Transform) -> Table:
+    question, model = estimate.question, estimate.question.model
+
+    def make(theta: Theta) -> Distribution:
+        return TransformedDistribution(model.make(theta), [transform])
+
+    renamed = dataclasses.replace(
+        question, model=Model(f"{model.text}, renamed", model.names, make, events=model.events)
+    )
+    before, again = _variables(estimate), answer(renamed)
+    sides = estimate.region(PROB).inside != again.region(PROB).inside
+    rows: list[tuple[Cell, ...]] = [
+        ("act", _moved(question, before, _variables(again))),
+        ("region of the act (share of draws that change sides)", sides.double().mean().item()),
+    ]
+    integrated = _integrated(renamed)
+    if integrated is not None:
+        rows.append(("act, integrated over the new data", _moved(question, before, integrated)))
+    return _table(estimate, f"the data by {transform}", rows)
+
+
+def _integrated(question: Question) -> Variables | None:
+    """The act by sums over nodes of the new data, the bijection never taken off."""
+    if not isinstance(question.divergence, FDivergence):
+        return None
+    weights = question.draws.weights
+    weights = None if weights is None else weights.flatten()
+    laws = laws_of(question.theta, question.model.law, weights)
+    nodes = nodes_for(laws, question.divergence, seed=question.seed)
+    if nodes.kind == "importance":
+        return None
+    return generic_act(
+        question.theta, question.model.law, question.divergence, weights=weights, nodes=nodes
+    ).theta
+
+
+def _variables(estimate: Estimate) -> Variables:
+    return {name: estimate.act[name] for name in estimate.question.model.names}
+
+
+def _moved(question: Question, before: Variables, after: Variables) -> float:
+    """The largest change of any number, in its posterior standard deviations."""
+    changes = []
+    for name, x in question.theta.items():
+        spread = x.std(0)
+        change = (after[name] - before[name]).abs() / torch.where(spread > 0, spread, 1.0)
+        changes.append(change.max().item())
+    return max(changes)
+
+
+def _table(estimate: Estimate, names: str, rows: list[tuple[Cell, ...]]) -> Table:
+    title = f"What {estimate.divergence} and others say under other names: {names}"
+    return Table(title, ("estimate", "moved (posterior sd)"), rows)

@@ -1,0 +1,186 @@
+"""Modes of the posterior density, which move with the coordinates, and one that does not."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions.transforms import ExpTransform, SigmoidTransform, Transform
+
+from rkl.bayes.charts import chart_of
+from rkl.bayes.laws import Theta, probe
+from rkl.bayes.minimise import minimise
+from rkl.bayes.questions import Question, Variables
+
+LogDensity = Callable[[Theta], Tensor]
+LOOKED_AT = 2**12  # draws of which the densest are where a maximiser starts
+
+
+class Modes(NamedTuple):
+    """Estimates by name, and what was left out and why."""
+
+    found: dict[str, Variables]
+    notes: tuple[str, ...]
+
+
+def modes(question: Question, log_posterior: LogDensity | str | None) -> Modes:
+    """The posterior mode in two parametrisations, and Wallace and Freeman's estimate.
+
+    Raises:
+        ValueError: ``log_posterior`` names no variable, or gives no log densities.
+    """
+    if log_posterior is None:
+        why = "they need log_posterior=, a function of theta or the name of a variable such as lp"
+        return Modes({}, (f"MAP and Wallace–Freeman are left out: {why}.",))
+    if isinstance(log_posterior, str):
+        return _of_variable(question, log_posterior)
+    return _of_function(question, log_posterior)
+
+
+def _of_variable(question: Question, name: str) -> Modes:
+    draws = question.draws
+    if draws.shape(name):
+        raise ValueError(f"{name} must be one log density a draw; got {list(draws.shape(name))}.")
+    found = _densest(question, name, draws[name].flatten())
+    note = (
+        f"{name} is a density in whichever coordinates it was written, often unconstrained ones; "
+        "its highest draw is near the mode in these alone. Wallace–Freeman is left out: it needs "
+        "log_posterior= as a function of theta."
+    )
+    return Modes(found, (note,))
+
+
+def _densest(question: Question, name: str, density: Tensor | LogDensity) -> dict[str, Variables]:
+    """The draw of highest density, and that of highest density in other coordinates."""
+    if isinstance(density, Tensor):
+        theta = {key: question.draws[key].flatten(0, 1) for key in question.model.names}
+    else:
+        theta, density = _seen(question, density)
+        theta = {key: theta[key] for key in question.model.names}
+    bends = _bends(theta)
+    found = {f"draw of highest {name}": _row(question, theta, density)}
+    if bends:
+        bent = density + _log_slope(bends, theta)
+        found[f"draw of highest {name}, in {_spelt(theta, bends)}"] = _row(question, theta, bent)
+    return found
+
+
+def _row(question: Question, theta: Mapping[str, Tensor], density: Tensor) -> Variables:
+    i = int(density.argmax())
+    return {name: question.aligned(name, x[i : i + 1])[0] for name, x in theta.items()}
+
+
+class _Seen(NamedTuple):
+    """Draws of the variables that a density looks at, and its logarithm at them."""
+
+    theta: dict[str, Tensor]
+    density: Tensor
+
+
+def _seen(question: Question, log_posterior: LogDensity) -> _Seen:
+    draws = question.draws
+    shown = Theta(probe(draws, draws.names))
+    _checked(log_posterior(shown), len(next(iter(shown._drawn.values()))))
+    names = [name for name in draws.names if name in shown._seen | {*question.model.names}]
+    few = draws.every(-(-draws.chains * draws.draws // LOOKED_AT))
+    theta = {name: few[name].flatten(0, 1) for name in names}
+    return _Seen(theta, _checked(log_posterior(Theta(theta)), len(theta[names[0]])).detach())
+
+
+def density_mode(question: Question, log_posterior: LogDensity) -> Variables:
+    """Where the density is highest, in the variables as they are named; empty if nowhere.
+
+    Raises:
+        RuntimeError: Autograd finds no way from the density back to the variables.
+    """
+    seen = _seen(question, log_posterior)
+    return _maximum(question, log_posterior, seen, _bends(seen.theta))
+
+
+def _of_function(question: Question, log_posterior: LogDensity) -> Modes:
+    seen = _seen(question, log_posterior)
+    bends = _bends(seen.theta)
+    targets: dict[str, LogDensity] = {f"MAP in {_spelt(seen.theta, {})}": log_posterior}
+    if bends:
+        bent = lambda t: log_posterior(t) + _log_slope(bends, t)  # noqa: E731
+        targets[f"MAP in {_spelt(seen.theta, bends)}"] = bent
+    fisher, why = _log_fisher(question, list(seen.theta))
+    if fisher is not None:
+        targets["Wallace–Freeman"] = lambda t: log_posterior(t) - fisher(t) / 2
+    notes = [] if why is None else [f"Wallace–Freeman is left out: {why}."]
+    try:
+        found = {name: _maximum(question, f, seen, bends) for name, f in targets.items()}
+    except RuntimeError:  # autograd finds no way back to theta
+        note = "log_posterior is not differentiable: its highest draws stand for its modes."
+        return Modes(_densest(question, "log_posterior", log_posterior), (note,))
+    notes += [f"{name} is left out: there is no mode." for name in found if not found[name]]
+    return Modes({name: at for name, at in found.items() if at}, tuple(notes))
+
+
+def _checked(density: Tensor, rows: int) -> Tensor:
+    if not isinstance(density, Tensor) or density.shape != (rows,) or density.isnan().any():
+        got = list(density.shape) if isinstance(density, Tensor) else repr(density)
+        raise ValueError(
+            f"log_posterior must give {rows} log densities for {rows} draws; got {got}."
+        )
+    return density
+
+
+def _maximum(question: Question, target: LogDensity, seen: _Seen, bends) -> Variables:
+    """The variables of the family at the maximum; none where it runs away."""
+    chart = chart_of(seen.theta, None, bends)
+    drawn = chart.coordinates(seen.theta)
+    starts = drawn[seen.density.topk(min(3, len(drawn))).indices]
+    found = minimise(lambda t: -target(Theta(chart.point(t[None])))[0], starts)
+    if not found.converged or found.point.abs().max() > 1e3:
+        return {}
+    at = chart.point(found.point[None])
+    return {name: question.aligned(name, at[name])[0].detach() for name in question.model.names}
+
+
+def _bends(theta: Mapping[str, Tensor]) -> dict[str, Transform]:
+    """The logarithm or the logit as coordinates of what is positive, or between 0 and 1."""
+    parts = chart_of({name: x.double() for name, x in theta.items()}).parts
+    return {
+        name: SigmoidTransform() if bool((theta[name] < 1).all()) else ExpTransform()
+        for name, part in parts.items()
+        if isinstance(part.transform, ExpTransform)
+    }
+
+
+def _log_slope(bends: Mapping[str, Transform], theta: Mapping[str, Tensor]) -> Tensor:
+    """Log |dθ/du| [n] of the coordinates u: what turns a density of θ into one of u."""
+    each = (
+        bend.log_abs_det_jacobian(bend.inv(theta[name]), theta[name]).reshape(len(theta[name]), -1)
+        for name, bend in bends.items()
+    )
+    return torch.cat(list(each), -1).sum(-1)
+
+
+def _spelt(theta: Mapping[str, Tensor], bends: Mapping[str, Transform]) -> str:
+    words = {ExpTransform: "log ", SigmoidTransform: "logit "}
+    return ", ".join(f"{words[type(bends[k])] if k in bends else ''}{k}" for k in theta)
+
+
+def _log_fisher(question: Question, names: list[str]) -> tuple[LogDensity | None, str | None]:
+    """Log det of the information about the variables [n], or why it is not known."""
+    family, own = question.family, question.origins
+    if family is None:
+        return None, "the Fisher information of this family is not known"
+    if {*names} != {*question.model.names}:
+        return None, "log_posterior looks at variables that the family lacks"
+    if {*own.values()} != {*family.parameters} or own.keys() != {*names}:
+        return None, f"the information is known about {', '.join(family.parameters)} alone"
+    if any(x.shape[1:] != question.shape(name) for name, x in question.few.items()):
+        return None, "a variable is shared within the batch"
+
+    def of(theta: Mapping[str, Tensor]) -> Tensor:
+        law = question.model.base({name: theta[name] for name in names})
+        value = torch.as_tensor(family.log_fisher(law))
+        return value.reshape(len(value), -1).sum(-1)
+
+    leaf = {name: x.requires_grad_() for name, x in question.few.items()}
+    with torch.enable_grad():
+        if not of(leaf).requires_grad:
+            return None, "the Fisher information has no closed form here"
+    return of, None

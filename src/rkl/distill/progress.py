@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -173,6 +173,23 @@ class Display:
             return self._figures
         left = (time.perf_counter() - self._start) / done * (self.total - self._step)
         return f"{self._figures}  {clock(left)} to go"
+
+
+class Watcher(TrainerCallback):
+    """Shows a student to whoever watches, before the first step and after each.
+
+    Args:
+        look: Called with the student and the number of steps done; it takes no part in training.
+    """
+
+    def __init__(self, look: Callable[[Any, int], None]):
+        self.look = look
+
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
+        self.look(model, state.global_step)
+
+    def on_step_end(self, args, state, control, model: Any = None, **kwargs):
+        self.look(model, state.global_step)
 
 
 class Stop(TrainerCallback):

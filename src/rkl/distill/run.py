@@ -9,12 +9,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from rkl.distill.card import model_card
@@ -23,7 +23,7 @@ from rkl.distill.generate import finished
 from rkl.distill.memory import in_words, peak_memory
 from rkl.distill.plan import Estimate, estimate
 from rkl.distill.prepare import Models, Text, load, make_trainer, with_cached_teacher
-from rkl.distill.progress import Display, Journal, Stop, clock, quiet, say
+from rkl.distill.progress import Display, Journal, Stop, Watcher, clock, quiet, say
 from rkl.distill.settings import DistillSettings
 from rkl.distill.teachers import Teacher, load_model
 from rkl.runs import Run, remove_folder, replacing_files, write_atomic
@@ -72,7 +72,7 @@ def distill(
     resume: bool = False,
     overwrite: bool = False,
     teacher: Teacher | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
+    watch: Callable[[Any, int], None] | None = None,
 ) -> Distilled:
     """Train a student to imitate a teacher, in a folder that any program can load it from.
 
@@ -85,7 +85,8 @@ def distill(
         overwrite: Replaces the run there.
         teacher: What to ask in place of the model that the settings name, such as a cache of it
             that several runs share.
-        callbacks: Further watchers of the training, as for transformers.Trainer.
+        watch: Called with the student and the number of steps done, before the first and after
+            each.
 
     Raises:
         KeyboardInterrupt: When Ctrl-C or SIGTERM stopped it, a checkpoint having been saved.
@@ -113,7 +114,7 @@ def distill(
         run.remember_rows(passages(text.rows))
         if settings.cache_teacher:
             models = with_cached_teacher(settings, run.path / CACHE, text, models)
-        _train(settings, run, text, models, callbacks)
+        _train(settings, run, text, models, watch)
         _finish(run, time.perf_counter() - began, peak_memory(models.student.device))
     return Distilled(run.path, run.record["result"])
 
@@ -152,7 +153,7 @@ def _train(
     run: Run,
     text: Text,
     models: Models,
-    callbacks: Sequence[TrainerCallback],
+    watch: Callable[[Any, int], None] | None,
 ) -> None:
     """Train from the last checkpoint on, or from the beginning, to the last step."""
     folder = run.path.resolve() / "checkpoints"
@@ -164,7 +165,7 @@ def _train(
         return
     trainer = make_trainer(settings, folder, text, models, eval_on_start=last is None)
     display, stop = Display(total), Stop()
-    for callback in (Journal(run, display), *callbacks, stop):
+    for callback in (Journal(run, display), *([Watcher(watch)] if watch else []), stop):
         trainer.add_callback(callback)
     with display.shown(), stop.listening():
         trainer.train(resume_from_checkpoint=last)

@@ -2,22 +2,24 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rkl.distill.data import TokenDataset, spread
 from rkl.distill.evaluate import EvaluateSettings, evaluate_run
 from rkl.distill.generate import reply_to, save
+from rkl.distill.heads import inference
 from rkl.distill.progress import clock, quiet, say
 from rkl.distill.run import DistillSettings, distill
-from rkl.distill.snapshots import Snapshots, median_token, probabilities
 from rkl.distill.sources import read_rows
 from rkl.distill.teachers import Teacher, load_model, load_tokenizer
 from rkl.divergences import AKL
@@ -101,13 +103,17 @@ def phase(run: Run, name: str) -> Iterator[None]:
 class Watched:
     """Held-out tokens at which students are looked at while they learn.
 
+    All is told by rank under the teacher: the token that the teacher finds likeliest first.
+
     Attributes:
         tokens: Rows of text; what is looked at is what comes behind each token.
-        p: What the teacher says there, likeliest atom first.
+        p: What the teacher says there.
         ranking: Which atoms these are.
         one: Of all tokens, the one at which the teacher's entropy is the median.
         at: The steps at which to look.
         context: The text up to that one token.
+        seen: What is kept of it: the mean over all tokens and the one token, of the teacher, and
+            of each student at each step.
     """
 
     tokens: Tensor
@@ -116,10 +122,14 @@ class Watched:
     one: int
     at: Sequence[int]
     context: str
+    seen: dict[str, Tensor]
 
-    def snapshots(self) -> Snapshots:
-        """A callback for one student."""
-        return Snapshots(self.tokens, self.ranking, one=self.one, at=self.at)
+    def look(self, name: str, model: Any, step: int) -> None:
+        """Note down what a student says now, if this is a step to do so."""
+        if step in self.at:
+            q = probabilities(model, self.tokens).gather(-1, self.ranking)
+            self.seen[f"{name}.mean.{step}"] = q.mean(0)
+            self.seen[f"{name}.single.{step}"] = q[self.one]
 
     def record(self) -> dict[str, Any]:
         """What ``run.json`` keeps of it; the head is AKL's, in numbers of atoms."""
@@ -132,15 +142,6 @@ class Watched:
             "head": int(chosen.sum()),
         }
 
-    def save(self, folder: Path, taken: Mapping[str, Snapshots]) -> None:
-        """Write all that was seen so far, the mean over tokens and the one token."""
-        tensors = {"teacher.mean": self.p.mean(0), "teacher.single": self.p[self.one]}
-        for name, snapshots in taken.items():
-            for step in snapshots.mean:
-                tensors[f"{name}.mean.{step}"] = snapshots.mean[step]
-                tensors[f"{name}.single.{step}"] = snapshots.single[step]
-        save_tensors(folder / WATCHED, tensors)
-
 
 def watch(teacher: str, blocks: TokenDataset, count: int, steps: int) -> Watched:
     """What the teacher says of some held-out blocks, to be compared with students later.
@@ -152,16 +153,23 @@ def watch(teacher: str, blocks: TokenDataset, count: int, steps: int) -> Watched
         steps: Of the training; it is looked at before, early, half-way and at the end.
     """
     full = [it["input_ids"] for it in (blocks[i] for i in range(len(blocks)))]
-    full = [ids for ids in full if len(ids) == len(full[0])]
-    tokens = torch.stack(spread(full, count))
-    p, ranking = probabilities(load_model(teacher, dtype="float32"), tokens).sort(
-        descending=True, stable=True
-    )
-    one = median_token(p)
+    tokens = torch.stack(spread([ids for ids in full if len(ids) == len(full[0])], count))
+    model = load_model(teacher, dtype="float32")
+    p, ranking = probabilities(model, tokens).sort(descending=True, stable=True)
+    entropy = torch.special.entr(p).sum(-1)
+    one = int((entropy == entropy.median()).nonzero()[0])
     row, place = divmod(one, tokens.shape[1])
     context = str(load_tokenizer(teacher).decode(tokens[row, : place + 1].tolist()))
     at = sorted({0, max(1, steps // 10), steps // 2, steps})
-    return Watched(tokens, p, ranking, one, at, context)
+    seen = {"teacher.mean": p.mean(0), "teacher.single": p[one]}
+    return Watched(tokens, p, ranking, one, at, context, seen)
+
+
+def probabilities(model: Any, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "tokens vocab"]:
+    """What a model says of the token behind each of these, row after row, on the CPU."""
+    with inference(model):
+        logits = model(input_ids=tokens.to(model.device), use_cache=False).logits
+    return logits.float().softmax(-1).flatten(0, 1).cpu()
 
 
 def distil_and_evaluate(
@@ -181,15 +189,15 @@ def distil_and_evaluate(
         teacher: The teacher as it is cached; by default the model that the settings name.
     """
     run.update(watched=watched.record())
-    taken: dict[str, Snapshots] = {}
-    for name, divergence in run.settings["divergences"].items():
+    divergences = run.settings["divergences"]
+    for name, divergence in divergences.items():
         with phase(run, f"distilling under {name}"):
-            taken[name] = watched.snapshots()
             changed = dataclasses.replace(distillation, divergence=divergence)
-            distill(changed, run.path / name, teacher=teacher, callbacks=[taken[name]])
+            look = functools.partial(watched.look, name)
+            distill(changed, run.path / name, teacher=teacher, watch=look)
             remove_folder(run.path / name / "checkpoints")  # nothing will go on from them
-            watched.save(run.path, taken)
-    for name in (*taken, run.settings["before"]):
+            save_tensors(run.path / WATCHED, watched.seen)
+    for name in (*divergences, run.settings["before"]):
         with phase(run, f"evaluating {name}"):
             evaluate_run(run.path / name, evaluation)
     with phase(run, "letting the teacher write"):

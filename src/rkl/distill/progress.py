@@ -1,4 +1,4 @@
-"""What is seen of a run while it lasts: its progress, its metrics, and how it is stopped."""
+"""What is seen of a run while it lasts: progress, metrics, memory; and how it is stopped."""
 
 import contextlib
 import signal
@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,10 +29,10 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 
-from rkl.distill.memory import in_words, peak_memory
 from rkl.runs import Run
 
 PAUSE = 10.0  # seconds between lines where there is no terminal
+_STATUS = Path("/proc/self/status")
 _LOGGED = "loss", "grad_norm", "learning_rate", "infinite_tokens"
 _LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens"
 
@@ -237,3 +238,36 @@ def clock(seconds: float) -> str:
     """
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        # Not ru_maxrss, which after a fork begins with the parent's.
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the peak begin anew at what is held now, where the system can do so."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_words(number: float) -> str:
+    """Bytes, to three digits.
+
+    >>> in_words(1_234_000_000), in_words(56_000_000)
+    ('1.23 GB', '56 MB')
+    """
+    return f"{number / 1e9:.3g} GB" if number >= 1e9 else f"{number / 1e6:.3g} MB"

@@ -20,10 +20,19 @@ from transformers.trainer_utils import get_last_checkpoint
 from rkl.distill.card import model_card
 from rkl.distill.data import passages
 from rkl.distill.generate import finished
-from rkl.distill.memory import in_words, peak_memory
 from rkl.distill.plan import Estimate, estimate
 from rkl.distill.prepare import Models, Text, load, make_trainer, with_cached_teacher
-from rkl.distill.progress import Display, Journal, Stop, Watcher, clock, quiet, say
+from rkl.distill.progress import (
+    Display,
+    Journal,
+    Stop,
+    Watcher,
+    clock,
+    in_words,
+    peak_memory,
+    quiet,
+    say,
+)
 from rkl.distill.settings import DistillSettings
 from rkl.distill.teachers import Teacher, load_model
 from rkl.runs import Run, remove_folder, replacing_files, write_atomic

@@ -195,7 +195,7 @@ def read_draws(source: Any, weights: Any = None) -> Draws:
 
 def read(array: xr.DataArray, chains: int | slice, draws: slice) -> Tensor:
     """Some draws of a variable, [chains, draws, ...] or, of one chain, [draws, ...]; float64."""
-    part = array.isel(chain=chains, draw=draws)
+    part = array.variable.isel(chain=chains, draw=draws)
     part = part.transpose(*(axis for axis in AXES if axis in part.dims), ...)
     return tensor_of(part.values)
 

@@ -1,5 +1,6 @@
 """What dependent draws are worth: effective numbers, convergence, and errors of their means."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -141,6 +142,8 @@ class BatchMeans:
         chains: Number of chains.
         shape: Shape of one draw.
         length: Number of draws in half a batch, to begin with.
+        halves: Number of half batches that are kept, over all chains.
+        draws: Number of draws of each chain, if it is known: no place is kept for more.
 
     >>> means = BatchMeans(chains=1, shape=())
     >>> means.push(0, torch.arange(6.0))
@@ -148,10 +151,19 @@ class BatchMeans:
     2.5
     """
 
-    def __init__(self, chains: int, shape: tuple[int, ...] = (), length: int = 1):
+    def __init__(
+        self,
+        chains: int,
+        shape: tuple[int, ...] = (),
+        length: int = 1,
+        halves: int = HALVES,
+        draws: int | None = None,
+    ):
         if chains < 1 or length < 1:
             raise ValueError(f"chains and length must be at least 1; got {chains} and {length}.")
-        slots = slots_of(chains)
+        slots = slots_of(chains, halves)
+        if draws is not None:
+            slots = min(slots, 2 * -(-draws // (2 * length)))
         self.length = length
         self.sums = torch.zeros(chains, slots, *shape, dtype=torch.float64)
         self.weights = torch.zeros(chains, slots, dtype=torch.float64)
@@ -190,6 +202,11 @@ class BatchMeans:
         places = self.weights.shape[1]
         while start + len(sums) * run > places * self.length:
             self._double()
+        first, last = start // self.length, (start + len(sums) * run - 1) // self.length
+        if last - first + 1 == len(sums):
+            self.sums[chain, first : last + 1] += sums
+            self.weights[chain, first : last + 1] += weights
+            return
         slot = torch.arange(start, start + len(sums) * run, run) // self.length
         self.sums[chain].index_add_(0, slot, sums)
         self.weights[chain].index_add_(0, slot, weights)
@@ -212,32 +229,38 @@ class BatchMeans:
     def error_of(self, shifts: Float[Tensor, "halves *outputs"]) -> Float[Tensor, "*outputs"]:
         """Standard error of anything, from how much each half batch moves it."""
         share = self.weights / self.weights.sum()
-        by_chain = shifts.reshape(*share.shape, -1)
-        if (chains := len(share)) == 1:
-            variance = _lugsail(by_chain, share)
-        else:
-            between = _spread(by_chain.sum(1, keepdim=True), share.sum(1, keepdim=True))
-            variance = _lugsail(by_chain, share, between)
-            variance = torch.where(between > _excessive(chains - 1) * variance, between, variance)
+        flat = shifts.reshape(*share.shape, -1)
+        between = _spread(flat.sum(1, keepdim=True), share.sum(1, keepdim=True))
+        variance = self._bounded(_lugsail(flat, share, between), between)
         return variance.sqrt().reshape(shifts.shape[1:])
 
     def along(
-        self, slopes: Float[Tensor, "outputs components *columns"]
+        self, slopes: Float[Tensor, "outputs components *columns"], compiled: bool = False
     ) -> Float[Tensor, "outputs *columns"]:
         """Standard error of functions of the mean that have these slopes there (delta method).
 
         Args:
             slopes: By how much each output moves with each component, the first axis of a draw.
+            compiled: Whether to compile it, which pays for millions of columns.
         """
-        columns = slopes.shape[2:]
+        share = self.weights / self.weights.sum()
         rows = slopes.reshape(*slopes.shape[:2], -1)
         sums = self.sums.reshape(*self.sums.shape[:3], -1)
-        width = max(1, CACHED // sums[..., 0].numel())
-        found = [
-            self.error_of(torch.einsum("ock,hck->hok", row, self._shifts(part).flatten(0, 1)))
-            for row, part in zip(rows.split(width, -1), sums.split(width, -1), strict=True)
-        ]
-        return torch.cat(found, -1).reshape(len(slopes), *columns)
+        width = sums.shape[-1] if compiled else max(1, CACHED // sums[..., 0].numel())
+        spreads = _compiled_spreads() if compiled else _spreads
+        pairs = zip(rows.split(width, -1), sums.split(width, -1), strict=True)
+        found = [self._along(spreads, row, part, share) for row, part in pairs]
+        return torch.cat(found, -1).reshape(len(slopes), *slopes.shape[2:])
+
+    def _along(self, spreads: Callable, rows: Tensor, sums: Tensor, share: Tensor) -> Tensor:
+        half, whole, between = spreads(rows, sums, self.weights, share)
+        variance = whole + (whole - half).clamp_min(0)
+        output, column = (whole > DEPENDENT * half).nonzero(as_tuple=True)
+        if len(output):
+            # for these few the batches must be looked at again
+            moved = (self._shifts(sums[..., column]) * rows[output, :, column].mT).sum(2)
+            variance[output, column] = _lugsail(moved, share, between[output, column])
+        return self._bounded(variance, between).sqrt()
 
     def total(self) -> Mean:
         """The mean with its standard error."""
@@ -250,37 +273,72 @@ class BatchMeans:
             held[:, joined.shape[1] :] = 0
         self.length *= 2
 
+    def _bounded(self, variance: Tensor, between: Tensor) -> Tensor:
+        """The variance between chains in its place where chains disagree."""
+        if (chains := len(self.weights)) == 1:
+            return variance
+        return torch.where(between > _excessive(chains - 1) * variance, between, variance)
+
     def _shifts(self, sums: Tensor) -> Tensor:
         weights = self.weights.reshape(*self.weights.shape, *[1] * (sums.ndim - 2))
         total = self.weights.sum()
         return (sums - weights * (sums.sum((0, 1)) / total)) / total
 
 
-def slots_of(chains: int) -> int:
-    """How many half batches of each chain are kept."""
-    return max(4, 2 * (HALVES // (2 * chains)))
+def slots_of(chains: int, halves: int = HALVES) -> int:
+    """How many half batches of each chain are kept, for so many in all."""
+    return max(4, 2 * (halves // (2 * chains)))
 
 
 def _joined(halves: Tensor) -> Tensor:
     return halves[:, 0::2] + halves[:, 1::2]
 
 
-def _lugsail(halves: Tensor, share: Tensor, least: Tensor | None = None) -> Tensor:
+def _lugsail(halves: Tensor, share: Tensor, between: Tensor) -> Tensor:
     """Error² of each column, from half batches [chains, halves, columns].
 
-    ``least`` is what it must reach where no batch is long enough.
+    Where no batch is long enough, it is at least that between several chains.
     """
     batches, weight = _joined(halves), _joined(share)
     half, whole = _spread(halves, share), _spread(batches, weight)
     variance = whole + (whole - half).clamp_min(0)
     dependent = whole > DEPENDENT * half
     if dependent.any():
-        floor = None if least is None else least[dependent]
+        rest = between[dependent]
         if not batches.shape[1] % 2 and (weight > 0).sum() >= 2 * FEWEST:
-            variance[dependent] = _lugsail(batches[..., dependent], weight, floor)
-        elif floor is not None:
-            variance[dependent] = torch.maximum(variance[dependent], floor)
+            variance[dependent] = _lugsail(batches[..., dependent], weight, rest)
+        elif len(share) > 1:
+            variance[dependent] = torch.maximum(variance[dependent], rest)
     return variance
+
+
+def _spreads(rows: Tensor, sums: Tensor, weights: Tensor, share: Tensor) -> tuple[Tensor, ...]:
+    """V of half batches, of batches and of chains, of outputs with slopes [outputs, ...]."""
+    total, by_chain = weights.sum(), sums.sum(1)
+    mean = by_chain.sum(0) / total
+    chains = _moved(rows, by_chain, weights.sum(1), mean)
+    first, second = (_moved(rows, sums[:, k::2], weights[:, k::2], mean) for k in (0, 1))
+    found = (
+        (first.square() + second.square()).sum((0, 1)),
+        (first + second).square().sum((0, 1)),
+        chains.square().sum(0),
+    )
+    parts = share, _joined(share), share.sum(1)
+    scaled = (
+        x / (total.square() * (1 - part.square().sum()))
+        for x, part in zip(found, parts, strict=True)
+    )
+    return tuple(scaled)
+
+
+def _moved(rows: Tensor, sums: Tensor, weights: Tensor, mean: Tensor) -> Tensor:
+    """Sums [..., components, columns] about the mean, along rows: [..., outputs, columns]."""
+    return (rows * (sums - weights[..., None, None] * mean)[..., None, :, :]).sum(-2)
+
+
+@functools.cache
+def _compiled_spreads() -> Callable:
+    return torch.compile(_spreads, fullgraph=True)
 
 
 def _spread(departures: Tensor, share: Tensor) -> Tensor:

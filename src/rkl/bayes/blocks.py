@@ -1,0 +1,212 @@
+"""What is done to a block of draws: sums over runs of them of all that the acts average."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, LogNormal, Normal, constraints
+
+from rkl.bayes.draws import tensor_of
+from rkl.bayes.families import ExponentialFamily, Natural
+
+INNER = 8  # rows that are summed together: a core looks ahead in about so many streams of memory
+NARROW = 64  # laws side by side below which, in memory, draws are
+
+Law = Callable[[dict[str, Tensor]], Distribution]
+
+
+class Plan(NamedTuple):
+    """What is done to a chunk of draws: all that a worker elsewhere must know."""
+
+    law: Law
+    family: ExponentialFamily
+    reference: Natural
+    batch: torch.Size
+    directions: tuple[str, ...]
+    unit: int  # draws that are summed to one number
+    rows: int  # draws of a block
+    compiled: bool
+    kernels: bool = True
+
+
+class Sums(NamedTuple):
+    """Sums over runs of consecutive draws."""
+
+    start: int
+    run: int
+    values: dict[str, Tensor]  # by direction, [runs, components + 1, *batch]
+    weights: Tensor
+
+
+def sums_of(
+    plan: Plan, start: int, chunk: dict[str, Any], weights: Tensor | None = None
+) -> list[Sums]:
+    """Sums over some consecutive draws of a chain, the first of which is number ``start``."""
+    drawn = {name: x if isinstance(x, Tensor) else tensor_of(x) for name, x in chunk.items()}
+    found = []
+    for first, last, run in pieces(start, start + len(next(iter(drawn.values()))), plan):
+        part = slice(first - start, last - start)
+        w = None if weights is None else weights[part]
+        block = {name: _laid(x[part]) for name, x in drawn.items()}
+        count = torch.full(((last - first) // run,), float(run), dtype=torch.float64)
+        count = count if w is None else w.unflatten(0, (-1, run)).sum(1)
+        found.append(Sums(first, run, _totals_of(plan, block, run, w), count))
+    return found
+
+
+def _totals_of(
+    plan: Plan, block: dict[str, Tensor], run: int, w: Tensor | None
+) -> dict[str, Tensor]:
+    law, family = plan.law(block), plan.family
+    kernel = (
+        plan.kernels and w is None and run % INNER == 0 and isinstance(law, Normal | LogNormal)
+    )
+    if not kernel:
+        check_domain(law)
+    if not plan.compiled or run != plan.unit:
+        return _totals(plan.batch, plan.directions, run, kernel, family, law, plan.reference, w)
+    own = {name: vars(law)[name] for name in law.arg_constraints if name in vars(law)}
+    own = own or {name: getattr(law, name) for name in family.parameters}
+    for x in [*own.values(), *([] if w is None else [w])]:
+        torch._dynamo.maybe_mark_dynamic(x, 0)  # one graph for every number of runs
+    fixed = {field.name: getattr(family, field.name) for field in dataclasses.fields(family)}
+    tensors = {name: value for name, value in fixed.items() if isinstance(value, Tensor)}
+    numbers = tuple((name, value) for name, value in fixed.items() if name not in tensors)
+    step = _compiled(plan.batch, plan.directions, run, kernel, type(family), numbers)
+    return step(tensors, own, plan.reference, w)
+
+
+@functools.cache
+def _compiled(*settings: Any) -> Callable:
+    # A cache of its own for each, as all share one code object.
+    # Only tensors are worth a guard: the rest is in the key, and guards cost time.
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+    return torch.compile(  # pyright: ignore[reportCallIssue]: its overloads know fewer options
+        functools.partial(_remade_totals, *settings),
+        fullgraph=True,
+        isolate_recompiles=True,
+        options=options,
+    )
+
+
+def _remade_totals(batch, directions, run, kernel, kind, numbers, tensors, own, reference, w):
+    family = kind(**dict(numbers), **tensors)
+    law = family.law(**own, validate_args=False)
+    return _totals(batch, directions, run, kernel, family, law, reference, w)
+
+
+def _totals(
+    batch: torch.Size,
+    directions: tuple[str, ...],
+    run: int,
+    kernel: bool,
+    family: ExponentialFamily,
+    law: Distribution,
+    reference: Natural,
+    w: Tensor | None,
+) -> dict[str, Tensor]:
+    """Sums over runs of draws of what is averaged, [runs, components + 1, *batch]."""
+    if kernel and isinstance(law, Normal | LogNormal):
+        totals = _normal_totals(family, law, reference, run)
+    else:
+        terms = family.terms(law, reference)
+        totals = {}
+        for name, components, divergence in (
+            ("reverse", terms.natural, terms.from_reference),
+            ("forward", terms.mean, terms.to_reference),
+        ):
+            flat = family.flatten(tuple(_over_runs(x, run, w) for x in components))
+            rows = [*flat.unbind(-1), _over_runs(divergence, run, w)]
+            totals[name] = [x.expand(len(x), *batch) for x in rows]
+    return {name: torch.stack(totals[name], 1) for name in directions}
+
+
+def _normal_totals(
+    family: ExponentialFamily, law: Normal | LogNormal, reference: Natural, run: int
+) -> dict[str, list[Tensor]]:
+    """What ``terms`` of a Normal law come to, with one logarithm for eight draws.
+
+    Σ log x = log Π x, and a product of eight ratios of variances stays in range unless each is
+    1e38; what leaves it is averaged again without.
+    """
+    precision_0 = -2 * reference[1]  # and P_0 is at 0, for it is the family's origin
+    loc, scale = law.loc - family.origin, law.scale  # pyright: ignore[reportAttributeAccessIssue]
+    variance = scale * scale
+    precision = variance.reciprocal()
+    scaled = loc * precision
+    eights, inner = _in_eights(variance * precision_0, run)
+    inside = _in_eights(scale, run)[0].amin(inner).amin(1) > 0
+    log_ratio = torch.where(inside, eights.prod(inner).log().sum(1), math.nan)
+    scaled_sum, precision_sum, loc_sum, square_sum, pull = (
+        _over_runs(x, run, None)
+        for x in (scaled, precision, loc, variance.addcmul(loc, loc), loc * scaled)
+    )
+    from_reference = (precision_sum / precision_0 - run + log_ratio + pull) / 2
+    to_reference = (square_sum * precision_0 - run - log_ratio) / 2
+    return {
+        "reverse": [scaled_sum, -precision_sum / 2, from_reference],
+        "forward": [loc_sum, square_sum, to_reference],
+    }
+
+
+def _over_runs(x: Tensor, run: int, w: Tensor | None) -> Tensor:
+    """Sums [runs, ...] of [draws, ...] over runs of draws, with their weights."""
+    if w is not None:
+        x = x * w.reshape(-1, *[1] * (x.ndim - 1))
+    if run % INNER:
+        return x.unflatten(0, (-1, run)).sum(1)
+    eights, inner = _in_eights(x, run)
+    return eights.sum(inner).sum(1)
+
+
+def _in_eights(x: Tensor, run: int) -> tuple[Tensor, int]:
+    """Draws [n, ...] by runs and in eights, and the axis of the eight.
+
+    Rows that lie together belong together; and single numbers do not, lest they be added across
+    the lanes of a vector.
+    """
+    if x[0].numel() < NARROW:
+        return x.unflatten(0, (-1, INNER, run // INNER)), 1
+    return x.unflatten(0, (-1, run // INNER, INNER)), 2
+
+
+def check_domain(law: Distribution) -> None:
+    """Refuse parameters that are not where they may be, as far as each alone tells."""
+    for name, constraint in law.arg_constraints.items():
+        # those on matrices are left to the Cholesky decomposition that follows
+        if (
+            name not in vars(law)
+            or constraints.is_dependent(constraint)
+            or constraint.event_dim > 1
+        ):
+            continue
+        inside = constraint.check(vars(law)[name])
+        if not inside.all():
+            raise ValueError(
+                f"{name} of a {type(law).__name__} must satisfy {constraint}; got "
+                f"{vars(law)[name][~inside][0].tolist()} among the draws."
+            )
+
+
+def _laid(x: Tensor) -> Tensor:
+    """Draws [n, ...] so that in memory the longer of both lies together."""
+    if x.ndim == 1 or x[0].numel() >= NARROW:
+        return x
+    return x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def pieces(start: int, stop: int, plan: Plan) -> Iterator[tuple[int, int, int]]:
+    """Blocks of whole units, and what is left before and after: first, last and run."""
+    while start < stop:
+        lost = start % plan.unit
+        if lost or stop - start < plan.unit:
+            last = min(stop, start - lost + plan.unit)
+            yield start, last, last - start
+        else:
+            last = start + min(plan.rows, (stop - start) // plan.unit * plan.unit)
+            yield start, last, plan.unit
+        start = last

@@ -33,6 +33,7 @@ from rkl.runs import Run
 
 PAUSE = 10.0  # seconds between lines where there is no terminal
 _STATUS = Path("/proc/self/status")
+Watch = Callable[[Any, int], None]
 _LOGGED = "loss", "grad_norm", "learning_rate", "infinite_tokens"
 _LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens"
 
@@ -66,27 +67,32 @@ class Journal(TrainerCallback):
     Args:
         run: The run.
         display: Where to show it.
+        watch: Called with the model and the number of steps done, before the first and after each.
     """
 
-    def __init__(self, run: Run, display: "Display"):
-        self.run, self.display = run, display
+    def __init__(self, run: Run, display: "Display", watch: Watch | None = None):
+        self.run, self.display, self.watch = run, display, watch
         self._seconds = self._began = 0.0  # of training alone, since the last row
         self._tokens = 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         self._tokens = state.num_input_tokens_seen
         if state.best_global_step:  # the run may have been moved since
             name = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
             state.best_model_checkpoint = str(Path(str(args.output_dir)) / name)
-        self.display.begin(state)
+        self.display.begin(state.global_step)
+        if self.watch is not None:
+            self.watch(model, state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model: Any = None, **kwargs):
         self._seconds += time.perf_counter() - self._began
         control.should_log |= control.should_save or control.should_evaluate
         self.display.advance(state.global_step)
+        if self.watch is not None:
+            self.watch(model, state.global_step)
 
     def on_evaluate(self, args, state, control, metrics: Any = None, **kwargs):
         best = state.best_metric
@@ -118,6 +124,9 @@ class Display:
 
     Args:
         total: Number of steps.
+
+    Attributes:
+        bar: Shown while one is within it.
     """
 
     def __init__(self, total: int):
@@ -126,7 +135,7 @@ class Display:
         self._start = self._shown = time.perf_counter()
         self._figures = ""
         console = Console(stderr=True, highlight=False)
-        self._bar = Progress(
+        self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
@@ -134,23 +143,17 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task: TaskID = self._bar.add_task("", total=total, figures="")
+        self._task: TaskID = self.bar.add_task("", total=total, figures="")
 
-    @contextlib.contextmanager
-    def shown(self) -> Iterator["Display"]:
-        """While this lasts, the bar is there."""
-        with self._bar:
-            yield self
-
-    def begin(self, state: TrainerState) -> None:
+    def begin(self, step: int) -> None:
         """Begin to count, at the step that a resumed run goes on from."""
-        self._step = self._first = state.global_step
+        self._step = self._first = step
         self._start = time.perf_counter()
 
     def advance(self, step: int) -> None:
         """Say that a step is done."""
         self._step = step
-        self._bar.update(self._task, completed=step, figures=self._words())
+        self.bar.update(self._task, completed=step, figures=self._words())
 
     def show(self, row: dict[str, Any]) -> None:
         """Show what was logged."""
@@ -161,10 +164,10 @@ class Display:
             self._figures = f"loss {row['loss']:.4g}"
             self._figures += f"  {speed:,.0f} tokens/s" if speed else ""
             self._figures += f"  {in_words(row['peak_memory'])}"
-        self._bar.update(self._task, completed=self._step, figures=self._words())
+        self.bar.update(self._task, completed=self._step, figures=self._words())
         now = time.perf_counter()
         due = "eval_loss" in row or self._step == self.total or now - self._shown > PAUSE
-        if self._bar.disable and due:
+        if self.bar.disable and due:
             self._shown = now
             say(f"step {self._step}/{self.total}  {self._words()}")
 
@@ -174,23 +177,6 @@ class Display:
             return self._figures
         left = (time.perf_counter() - self._start) / done * (self.total - self._step)
         return f"{self._figures}  {clock(left)} to go"
-
-
-class Watcher(TrainerCallback):
-    """Shows a student to whoever watches, before the first step and after each.
-
-    Args:
-        look: Called with the student and the number of steps done; it takes no part in training.
-    """
-
-    def __init__(self, look: Callable[[Any, int], None]):
-        self.look = look
-
-    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
-        self.look(model, state.global_step)
-
-    def on_step_end(self, args, state, control, model: Any = None, **kwargs):
-        self.look(model, state.global_step)
 
 
 class Stop(TrainerCallback):
@@ -215,10 +201,13 @@ class Stop(TrainerCallback):
             return
         before = {it: signal.getsignal(it) for it in (signal.SIGINT, signal.SIGTERM)}
 
-        def heed(number: int, frame: FrameType | None) -> None:
-            self.requested = True
+        def restore() -> None:
             for each, handler in before.items():
                 signal.signal(each, handler)
+
+        def heed(number: int, frame: FrameType | None) -> None:
+            self.requested = True
+            restore()
             say("\nStopping after this step. Once more stops at once.")
 
         try:
@@ -226,8 +215,7 @@ class Stop(TrainerCallback):
                 signal.signal(each, heed)
             yield self
         finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
+            restore()
 
 
 def clock(seconds: float) -> str:

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from rkl.distill.progress import (
     Display,
     Journal,
     Stop,
-    Watcher,
+    Watch,
     clock,
     in_words,
     peak_memory,
@@ -81,7 +80,7 @@ def distill(
     resume: bool = False,
     overwrite: bool = False,
     teacher: Teacher | None = None,
-    watch: Callable[[Any, int], None] | None = None,
+    watch: Watch | None = None,
 ) -> Distilled:
     """Train a student to imitate a teacher, in a folder that any program can load it from.
 
@@ -162,7 +161,7 @@ def _train(
     run: Run,
     text: Text,
     models: Models,
-    watch: Callable[[Any, int], None] | None,
+    watch: Watch | None,
 ) -> None:
     """Train from the last checkpoint on, or from the beginning, to the last step."""
     folder = run.path.resolve() / "checkpoints"
@@ -174,9 +173,9 @@ def _train(
         return
     trainer = make_trainer(settings, folder, text, models, eval_on_start=last is None)
     display, stop = Display(total), Stop()
-    for callback in (Journal(run, display), *([Watcher(watch)] if watch else []), stop):
-        trainer.add_callback(callback)
-    with display.shown(), stop.listening():
+    trainer.add_callback(Journal(run, display, watch))
+    trainer.add_callback(stop)
+    with display.bar, stop.listening():
         trainer.train(resume_from_checkpoint=last)
     if trainer.state.global_step < total:
         say(f"A checkpoint of step {trainer.state.global_step} of {total} is saved.")

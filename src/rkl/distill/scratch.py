@@ -136,7 +136,7 @@ def school(
         callbacks=[Journal(run, display)],
     )
     trainer.remove_callback(PrinterCallback)
-    with display.shown():
+    with display.bar:
         trainer.train()
     with replacing_files(run.path) as folder:
         model.save_pretrained(folder)

@@ -173,7 +173,7 @@ def mixture(t):
     return MixtureSameFamily(Categorical(t["w"]), Normal(t["mu"], t["sigma"]))
 
 
-def components(count=150):
+def components(count=60):
     centre = torch.tensor([-2.0, 0.0, 3.0]).double()
     return {
         "mu": centre + 0.3 * normal(count, 3),
@@ -185,7 +185,7 @@ def components(count=150):
 @pytest.mark.parametrize("divergence", [rkl.ReverseKL(), rkl.KL(), rkl.JensenShannon()], ids=repr)
 def test_labels_switched_draw_by_draw_change_nothing_of_the_act_of_a_mixture(divergence):
     theta = components()
-    order = torch.rand(150, 3, generator=torch.Generator().manual_seed(3)).argsort(-1)
+    order = torch.rand(60, 3, generator=torch.Generator().manual_seed(3)).argsort(-1)
     switched = {name: x.gather(-1, order) for name, x in theta.items()}
     one, other = (generic_act(t, mixture, divergence) for t in (theta, switched))
     x = torch.linspace(-6, 8, 200, dtype=torch.float64)[:, None]
@@ -256,7 +256,7 @@ def test_the_vector_acts_themselves_are_the_closed_ones():
 @pytest.mark.parametrize(("successes", "expected"), [(0, 0.0314), (1, 0.1238), (3, 0.3137)])
 def test_the_intrinsic_estimates_of_a_proportion_are_the_published_ones(successes, expected):
     """Bernardo's table for n = 10 under the reference prior, by quadrature of the posterior."""
-    angle = (torch.arange(4001).double() + 0.5) / 4001 * math.pi / 2
+    angle = (torch.arange(1001).double() + 0.5) / 1001 * math.pi / 2
     p = angle.sin() ** 2  # in which the reference prior is flat
     weights = p**successes * (1 - p) ** (10 - successes)
     found = generic_act({"p": p}, lambda t: Binomial(10, t["p"]), Intrinsic(), weights=weights)
@@ -266,17 +266,17 @@ def test_the_intrinsic_estimates_of_a_proportion_are_the_published_ones(successe
     )
     logit = mpmath.digamma(successes + 0.5) - mpmath.digamma(10 - successes + 0.5)
     exact = 1 / (1 + math.exp(-logit))
-    assert reverse.theta["p"].item() == pytest.approx(exact, abs=3e-5)  # of the quadrature
+    assert reverse.theta["p"].item() == pytest.approx(exact, abs=1e-4)  # of the quadrature
 
 
 def test_the_intrinsic_estimate_of_the_end_of_a_uniform_law_is_known():
     """After n points up to 3 the posterior is Pareto; the act is its median, 3 · 2^(1/n)."""
-    n, quantile = 5, (torch.arange(4001).double() + 0.5) / 4001
+    n, quantile = 5, (torch.arange(2001).double() + 0.5) / 2001
     end = 3 * (1 - quantile) ** (-1 / n)
     found = generic_act({"end": end}, lambda t: Uniform(0.0, t["end"]), Intrinsic())
     assert found.theta["end"].item() == pytest.approx(3 * 2 ** (1 / n), abs=1e-6)
     assert found.accuracy.converged
-    weights = torch.rand(4001, generator=torch.Generator().manual_seed(0)).double()
+    weights = torch.rand(2001, generator=torch.Generator().manual_seed(0)).double()
     weighted = generic_act(
         {"end": end}, lambda t: Uniform(0.0, t["end"]), Intrinsic(), weights=weights
     )
@@ -306,20 +306,20 @@ def test_the_intrinsic_loss_without_closed_forms_is_taken_on_nodes():
 
 
 def test_on_a_finite_support_any_divergence_will_do():
-    theta = {"p": normal(80, 3).softmax(-1)}
+    theta = {"p": normal(40, 3).softmax(-1)}
 
     def law(t):
         return Categorical(t["p"])
 
     for divergence in (rkl.AKL(), rkl.AlphaBeta(0.8, 0.4), 0.5 * rkl.AKL() + rkl.KL()):
         found = generic_act(theta, law, divergence)
-        steps = 0.01 * torch.randn(300, 3, generator=torch.Generator().manual_seed(0)).double()
+        steps = 0.01 * torch.randn(60, 3, generator=torch.Generator().manual_seed(0)).double()
         around = (found.theta["p"].log() + steps).softmax(-1)
         values = [
-            divergence(theta["p"].log(), q.log().expand(80, 3)).mean().item() for q in around
+            divergence(theta["p"].log(), q.log().expand(40, 3)).mean().item() for q in around
         ]
         assert found.risk <= min(values) + 1e-7  # torch rounds Categorical's probabilities
-        assert min(values) - found.risk < 1e-3
+        assert min(values) - found.risk < 3e-3
     # ToDi has the value of Jeffreys' divergence, and so its act; only as a loss to train on,
     # with its weights held, has it another gradient.
     todi, jeffreys = (generic_act(theta, law, d) for d in (rkl.ToDi(), rkl.Jeffreys()))

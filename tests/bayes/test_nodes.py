@@ -292,3 +292,36 @@ def test_reverse_and_forward_exchange_the_laws_on_nodes_too():
     nodes = nodes_for(some)
     p, q = some.at(slice(0, 5)), some.at(slice(5, 10))
     torch.testing.assert_close(on(nodes, KL(), p, q), on(nodes, ReverseKL(), q, p))
+
+
+class Below(Gamma):
+    """Minus a gamma law."""
+
+    support = torch.distributions.constraints.less_than(0.0)
+
+    def sample(self, sample_shape=()):
+        return -super().sample(sample_shape)
+
+    def log_prob(self, value):
+        return super().log_prob(-value)
+
+
+class Silent(torch.distributions.Distribution):
+    """A law that can do nothing but count."""
+
+    arg_constraints = {}
+
+    def __init__(self, loc):
+        super().__init__(loc.shape, validate_args=False)
+
+
+def test_a_half_line_may_end_above():
+    some = laws(drawn(50, a=0.5), lambda t: Below(1 + t["a"].exp(), 1.0, validate_args=False))
+    nodes = nodes_for(some)
+    assert (nodes.points < 0).all()
+    assert nodes.defect < 1e-10
+
+
+def test_a_law_that_cannot_be_sampled_or_says_no_support_is_refused():
+    with pytest.raises(ValueError, match="law must make distributions that say their support"):
+        nodes_for(laws(drawn(9, a=1.0), lambda t: Silent(t["a"])))

@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Distribution, biject_to, constraints
-from torch.distributions.transforms import ExpTransform, SigmoidTransform, Transform
+from torch.distributions import Distribution, constraints
+from torch.distributions.transforms import (
+    CorrCholeskyTransform,
+    ExpTransform,
+    LowerCholeskyTransform,
+    PositiveDefiniteTransform,
+    SigmoidTransform,
+    Transform,
+    identity_transform,
+)
 
 LawOf = Callable[[dict[str, Tensor]], Distribution]
 SLACK = 1e-6  # by which draws rounded to single precision may miss a sum, or a symmetry
@@ -110,51 +118,57 @@ def _transform(name: str, values: Mapping[str, Tensor], law: LawOf | None) -> An
     if half and drawn.ndim > 1 < drawn.shape[-1] and ((drawn.sum(-1) - 1).abs() < SLACK).all():
         return LogRatioTransform(drawn.shape[-1])
     scalars: list[tuple[bool, Transform, Tensor]] = [
-        (True, biject_to(constraints.real), -1 - drawn.abs()),
+        (True, identity_transform, -1 - drawn.abs()),
         (bool(half), ExpTransform(), 1 + drawn.abs()),
         (bool(half & (drawn < 1).all()), SigmoidTransform(), drawn),
     ]
     for holds, transform, probe in scalars if law else scalars[bool(half) :]:
-        if holds and (law is None or _accepts(law, dict(values) | {name: probe})):
+        if holds and (law is None or _accepts(law, values, name, probe)):
             return transform
-    return scalars[0][1]
+    return scalars[0][1]  # the law will say where it ends
 
 
 def _matrix(drawn: Tensor) -> Transform | None:
     """The map onto matrices of the kind that all the draws are, if it is a special one."""
-    size = drawn.shape[-1]
     diagonal = drawn.diagonal(dim1=-2, dim2=-1)
     if not (diagonal > 0).all():
         return None
     if not drawn.triu(1).any():
         unit = ((drawn.square().sum(-1) - 1).abs() < SLACK).all()
-        return biject_to(constraints.corr_cholesky) if unit else TriangleTransform(size, False)
+        return CorrCholeskyTransform() if unit else LowerCholeskyTransform()
     scale = drawn.abs().amax((-2, -1), keepdim=True)
     if ((drawn - drawn.mT).abs() > SLACK * scale).any():
         return None
     if (torch.linalg.cholesky_ex(drawn).info > 0).any():
         return None
-    if ((diagonal - 1).abs() < SLACK).all():
-        return CorrelationTransform()
-    return TriangleTransform(size, True)
+    unit = ((diagonal - 1).abs() < SLACK).all()
+    return CorrelationTransform() if unit else PositiveDefiniteTransform()
 
 
-def _accepts(law: LawOf, values: dict[str, Tensor]) -> bool:
-    """Whether a law makes distributions of these values, with parameters where they belong."""
+def _accepts(law: LawOf, values: Mapping[str, Tensor], name: str, probe: Tensor) -> bool:
+    """Whether a law makes distributions of these values, and densities where there is mass."""
+    few = {key: x[:8] for key, x in values.items()}
     try:
-        return _sound(law({name: x[:8] for name, x in values.items()}))
+        made = law(few | {name: probe[:8]})
+        with torch.random.fork_rng(devices=[]):
+            points = law(few).sample()
+        return _sound(made) and not made.log_prob(points).isnan().any()
     except (ValueError, RuntimeError):
         return False
 
 
 def _sound(law: Distribution) -> bool:
+    """Whether the parameters of a law and of its parts are where they belong."""
     inner = ("base_dist", "mixture_distribution", "component_distribution")
-    parts = [vars(law)[key] for key in ("_" + name for name in inner) if key in vars(law)]
-    parts += [vars(law)[key] for key in inner if key in vars(law)]
+    parts = [getattr(law, key) for key in inner if hasattr(law, key)]
     if parts:
         return all(map(_sound, parts))
-    own = {k: c for k, c in law.arg_constraints.items() if not constraints.is_dependent(c)}
-    return all(bool(c.check(getattr(law, k)).all()) for k, c in own.items())
+    try:
+        own = law.arg_constraints
+    except NotImplementedError:  # nothing is said of them
+        return True
+    checks = (c.check(getattr(law, k)) for k, c in own.items() if not constraints.is_dependent(c))
+    return all(bool(check.all()) for check in checks)
 
 
 class LogRatioTransform(Transform):
@@ -183,44 +197,13 @@ class LogRatioTransform(Transform):
         return y.log() @ self.basis
 
 
-class TriangleTransform(Transform):
-    """The lower triangle row by row, its diagonal as logarithms; or that times its transpose."""
-
-    domain = constraints.real_vector
-    bijective = True
-
-    def __init__(self, size: int, squared: bool):
-        super().__init__()
-        self.size, self.squared = size, squared
-        self.codomain = constraints.positive_definite if squared else constraints.lower_cholesky
-
-    def __eq__(self, other):
-        return isinstance(other, TriangleTransform) and vars(self) == vars(other)
-
-    def _call(self, x):
-        lower = x[..., self._places()]
-        lower = lower.tril(-1) + lower.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
-        return lower @ lower.mT if self.squared else lower
-
-    def _inverse(self, y):
-        lower = torch.linalg.cholesky(y) if self.squared else y
-        lower = lower.tril(-1) + lower.diagonal(dim1=-2, dim2=-1).log().diag_embed()
-        rows, columns = torch.tril_indices(self.size, self.size)
-        return lower[..., rows, columns]
-
-    def _places(self):
-        """Where in the coordinates each entry of the lower triangle is."""
-        places = torch.arange(self.size).cumsum(0)[:, None] + torch.arange(self.size)
-        return places.tril()
-
-
 class CorrelationTransform(Transform):
     """A correlation matrix by the coordinates of its Cholesky factor."""
 
     domain = constraints.real_vector
     codomain = constraints.positive_definite
     bijective = True
-    factor = biject_to(constraints.corr_cholesky)
+    factor: Any = CorrCholeskyTransform()
 
     def _call(self, x):
         lower = self.factor(x)

@@ -128,9 +128,16 @@ def nodes_for(
     >>> nodes.kind, nodes.defect < 1e-12
     ('quadrature', True)
     """
-    criterion = divergence or Jeffreys()
-    everything = laws.at(slice(None))
-    if edge := moving_edge(everything):
+    try:
+        return _nodes(laws, divergence or Jeffreys(), size, seed)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"law must make distributions that say their support and can be sampled; {error}"
+        ) from error
+
+
+def _nodes(laws: Laws, divergence: FDivergence, size: int, seed: int) -> Nodes:
+    if edge := moving_edge(laws.at(slice(None))):
         raise ValueError(
             f"law has a support whose {edge} moves from draw to draw, which no fixed nodes "
             "follow; Intrinsic() is finite where both of its KLs have closed forms."
@@ -139,11 +146,10 @@ def nodes_for(
     atoms = _atoms(first)
     if atoms is not None:
         return _checked(laws, *atoms)
-    support = _support(first)
+    on_line = _support(first).event_dim == 0 and first.event_shape == ()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        on_line = support.event_dim == 0 and first.event_shape == ()
-        return _quadrature(laws, criterion, size) if on_line else _importance(laws, size)
+        return _quadrature(laws, divergence, size) if on_line else _importance(laws, size)
 
 
 def independent_parts(law: Distribution) -> Distribution:
@@ -159,7 +165,7 @@ def _support(law: Distribution) -> Constraint:
     if isinstance(law, MixtureSameFamily):
         return _support(law.component_distribution)
     if support is None:
-        raise ValueError(f"law must say its support; {type(law).__name__} says none.")
+        raise NotImplementedError(f"{type(law).__name__} says none.")
     return support
 
 

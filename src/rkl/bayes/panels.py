@@ -44,7 +44,7 @@ class Line:
                 shape, slope = u.sigmoid(), logistic(u) + logistic(-u)
             case _:
                 shape, slope = u, torch.zeros_like(u)
-        return self.origin + self.length * shape, self.length.log() + slope
+        return self.origin + self.length * shape, self.length.abs().log() + slope
 
     def coordinate(self, x: Tensor) -> Tensor:
         """The coordinates of points [n, *batch]."""
@@ -57,7 +57,7 @@ class Line:
         """How far u may go: before x is rounded to its limits, or its square overflows."""
         if self.kind in ("circle", "counts"):
             return (-math.pi, math.pi) if self.kind == "circle" else (0.0, 2.0**50)
-        rounding = 1e-16 * (self.origin.abs() / self.length).max().item()
+        rounding = 1e-16 * (self.origin / self.length).abs().max().item()
         low = math.log(rounding) if rounding and self.kind != "real" else -REACH
         return max(low, -REACH), 36.0 if self.kind == "between" else REACH
 
@@ -65,7 +65,7 @@ class Line:
     def noise(self) -> float:
         """What the rounding of x costs a density, relatively."""
         continuous = self.kind not in ("circle", "counts")
-        return 4e-16 * (self.origin.abs() / self.length).max().item() if continuous else 0.0
+        return 4e-16 * (self.origin / self.length).abs().max().item() if continuous else 0.0
 
 
 def line_of(
@@ -79,6 +79,8 @@ def line_of(
     zero, tiny = torch.zeros_like(middle), torch.finfo(middle.dtype).tiny
     if kind == "circle":
         return Line("circle", zero, zero + 1)
+    if lower is None and upper is not None:
+        return Line("above", upper, (middle - upper).clamp_max(-tiny))  # u runs downwards
     if lower is None:
         return Line("real", middle, ((high - low) / 2).clamp_min(tiny))
     if kind == "counts":

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rkl.distill import report_runs
-from rkl.distill.report import curve_of, sections, training_section
+from rkl.distill.report import curve_of, training_section
 from rkl.runs import Run
 
 
@@ -87,8 +87,7 @@ def test_what_a_run_lacks_has_no_section(run):
     assert "held-out text" not in page
 
 
-def test_nothing_gives_no_sections():
-    assert sections() == []
+def test_what_is_not_drawn_gives_no_section():
     assert training_section({"a": [{"step": 1, "other": 2}]}) == []
 
 

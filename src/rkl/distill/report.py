@@ -1,7 +1,6 @@
 """The report of one distillation or several: curves, held-out figures, replies, settings.
 
-:func:`sections` builds it out of plain values; whoever has more to show puts further sections
-into the list before rendering it.
+Each section is built out of plain values, for whoever has more to show.
 """
 
 import json
@@ -10,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rkl.distill.compare import Evaluations, evaluations_of, names_of
+from rkl.distill.compare import evaluations_of, names_of
 from rkl.runs import Run
 
 if TYPE_CHECKING:
@@ -65,36 +64,16 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     runs = dict(zip(names_of(paths), map(Run.open, paths), strict=True))
     out = next(iter(runs.values())).path / "report.html" if out is None else Path(out)
     evaluated = {n: it.path for n, it in runs.items() if (it.path / "evaluation.json").exists()}
-    found = sections(
-        evaluations=evaluations_of(evaluated) if evaluated else None,
-        metrics={name: run.metrics for name, run in runs.items()},
-        replies={name: it for name, run in runs.items() if (it := _replies(run))},
-        records={name: run.record for name, run in runs.items()},
-    )
-    write(out, render(_title(runs), found, lead=_lead(runs)))
+    replies = {name: it for name, run in runs.items() if (it := _replies(run))}
+    sections = [
+        *training_section({name: run.metrics for name, run in runs.items()}),
+        *(evaluations_of(evaluated).sections() if evaluated else ()),
+        *(replies_section(replies) if replies else ()),
+        *settings_section({name: run.record for name, run in runs.items()}),
+    ]
+    title = "Distillation" if len(runs) == 1 else f"{len(runs)} distillations"
+    write(out, render(title, sections, lead=_lead(runs)))
     return out
-
-
-def sections(
-    *,
-    evaluations: Evaluations | None = None,
-    metrics: Mapping[str, Logged] | None = None,
-    replies: Mapping[str, Replies] | None = None,
-    records: Mapping[str, Mapping[str, Any]] | None = None,
-) -> list["Section"]:
-    """The sections of a report, in order; what is empty or left out has none.
-
-    Args:
-        evaluations: The held-out results.
-        metrics: Under each run's name, the rows of its ``metrics.jsonl``.
-        replies: Under each run's name, the rows of its ``generations.jsonl``.
-        records: Under each run's name, what its ``run.json`` holds, or any settings.
-    """
-    found = [] if not metrics else training_section(metrics)
-    found += [] if evaluations is None else evaluations.sections()
-    found += [] if not replies else replies_section(replies)
-    found += [] if not records else settings_section(records)
-    return found
 
 
 def training_section(metrics: Mapping[str, Logged]) -> list["Section"]:
@@ -185,10 +164,6 @@ def _replies(run: Run) -> Replies:
     path = run.path / "generations.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
-
-
-def _title(runs: Mapping[str, Run]) -> str:
-    return "Distillation" if len(runs) == 1 else f"{len(runs)} distillations"
 
 
 def _lead(runs: Mapping[str, Run]) -> str:

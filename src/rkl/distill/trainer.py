@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -329,10 +329,12 @@ class DistillTrainer(Trainer):
         self._named = True
         first = int(infinite.nonzero()[0])
         row, position = batch.predicting.nonzero()[first].tolist()
-        p, q = (
-            logits_of(at_temperature(_only(it, first), self.args.temperature)) for it in (p, q)
+        logp, logq = (
+            logits_of(at_temperature(_only(it, first), self.args.temperature)).log_softmax(-1)
+            for it in (p, q)
         )
-        atoms = _infinite_atoms(self.divergence, p.log_softmax(-1)[0], q.log_softmax(-1)[0])
+        terms = self.divergence.integrand(logp, logq, *self.divergence.held(logp, logq))
+        atoms = (~terms.isfinite()).nonzero()[:, 1]
         warnings.warn(
             f"{self.divergence} is infinite at token {position + 1} of row {row} of the batch, "
             f"{self._spell(batch.targets[first])}, because of {len(atoms)} atoms where one of the "
@@ -364,11 +366,6 @@ def _only(known: Known, token: int) -> LinearHead | Float[Tensor, "1 vocab"]:
     if isinstance(known, Tensor):
         return known[token : token + 1]
     return known._replace(hidden=known.hidden[token : token + 1])
-
-
-def _infinite_atoms(divergence: Divergence, logp: Tensor, logq: Tensor) -> Int[Tensor, " atoms"]:
-    terms = divergence.integrand(logp, logq, *divergence.held(logp, logq))
-    return (~terms.isfinite()).nonzero()[:, 0]
 
 
 def _check(

@@ -19,6 +19,7 @@ from rkl.distill.cache import cache_hidden_states
 from rkl.distill.data import TokenDataset, show_example, spread, tokenize
 from rkl.distill.heads import common_vocabulary
 from rkl.distill.limits import check_context, device_named
+from rkl.distill.progress import journaled
 from rkl.distill.settings import DistillSettings
 from rkl.distill.sources import Row, read_rows
 from rkl.distill.teachers import Teacher, load_model, load_tokenizer, without_layers
@@ -232,16 +233,11 @@ def make_trainer(
         "activation_checkpointing": settings.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False},
         "seed": settings.seed,
-        "use_cpu": settings.device == "cpu",
         "save_steps": settings.save_every or tenth,
         "save_total_limit": settings.keep_checkpoints,
         "logging_steps": max(1, total // LOGGED),
         "logging_nan_inf_filter": False,
-        "include_num_input_tokens_seen": "non_padding",
-        "dataloader_pin_memory": torch.cuda.is_available() and settings.device != "cpu",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "log_level": "error",
+        **journaled(settings.device),
     }
     if held_out is None:
         changes |= {"eval_on_start": False}

@@ -119,6 +119,18 @@ class Journal(TrainerCallback):
         }
 
 
+def journaled(device: str | None) -> dict[str, Any]:
+    """What a Trainer on this device must be told, that a journal speaks in its place."""
+    return {
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": torch.cuda.is_available() and device != "cpu",
+        "include_num_input_tokens_seen": "non_padding",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+
+
 class Display:
     """The progress of a run: a bar on a terminal, a line now and then elsewhere.
 

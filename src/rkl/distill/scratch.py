@@ -17,7 +17,7 @@ from transformers import (
 
 from rkl.distill.batches import PadRows
 from rkl.distill.data import TokenDataset, end_of_text
-from rkl.distill.progress import Display, Journal
+from rkl.distill.progress import Display, Journal, journaled
 from rkl.runs import Run, replacing_files
 
 END = "<|endoftext|>"
@@ -119,13 +119,8 @@ def school(
         warmup_steps=schooling.steps // 10,
         logging_steps=max(1, schooling.steps // 50),
         save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
         seed=seed,
-        use_cpu=device == "cpu",
-        include_num_input_tokens_seen="non_padding",
-        dataloader_pin_memory=torch.cuda.is_available() and device != "cpu",
+        **journaled(device),
     )
     display = Display(schooling.steps)
     trainer = Trainer(

@@ -137,7 +137,7 @@ def _optimised(question: Question) -> Estimate:
     for key, name in (question.model.settings or {}).items():
         if isinstance(name, str):
             parameters.setdefault(key, parameters[name])
-    act = Act(parameters, question.model.law({n: x[None] for n, x in found.theta.items()}))
+    act = Act(parameters, question.model.at(found.theta))
     return Estimate(
         question.model.text,
         question.divergence,

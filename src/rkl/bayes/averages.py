@@ -14,6 +14,8 @@ from rkl.metrics.tails import pareto_k
 
 NUMBERS = 2**23  # values of one quantity that its tails are judged by
 NO_MEAN, NO_ERROR = 1.0, 0.5  # Pareto-k from which there is no mean, and no normal error of it
+DOUBTFUL = 0.99  # Pareto-k of what has no error, though its mean is not denied
+TOLD = 225  # draws whose tails can deny a mean
 FEWEST = 4  # effective draws
 DISAGREE = 1.01  # R-hat above which chains are said not to agree
 APART = 3.0  # mean distance of two components, in its standard deviations, that tells them apart
@@ -27,8 +29,10 @@ class Judgement:
 
     Attributes:
         ess: Effective number of draws, the least over all of them.
-        rhat: The largest; nan where there are too few draws.
-        pareto_k: Of every quantity, the largest over its event, [*batch].
+        rhat: The largest; nan where there are too few draws, or weights.
+        pareto_k: Of every quantity, the largest over its event, [*batch]. Of weighted draws also
+            that of the terms of the mean, weights included, up to 0.99: heavy ones take the error
+            away, but may be the weights' fault.
     """
 
     ess: float
@@ -62,6 +66,8 @@ def judged(
     worth = min(float(ess(x, weights).min()) for x in values.values() if x.numel())
     if weights is None and worth < FEWEST:
         raise ValueError(_too_few(worth, total))
+    if weights is not None:
+        return Judgement(worth, math.nan, k)
     return Judgement(worth, max(float(rhat(x).max()) for x in values.values() if x.numel()), k)
 
 
@@ -73,10 +79,21 @@ def _too_few(effective: float, total: int) -> str:
 
 
 def _tail(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Pareto-k of the terms of the mean."""
-    if weights is not None:
-        x = x * (weights * weights.numel()).reshape(*weights.shape, *[1] * (x.ndim - 2))
-    return pareto_k(x.flatten(0, 1))
+    """Pareto-k of the terms of the mean; of weighted draws also of x itself, drawn again."""
+    flat = x.flatten(0, 1)
+    k = pareto_k(flat) if weights is None else pareto_k(flat[_again(weights.flatten())])
+    if len(flat) < TOLD:
+        k = k.clamp_max(DOUBTFUL)
+    if weights is None:
+        return k
+    terms = flat * weights.reshape(-1, *[1] * (flat.ndim - 1)) * len(flat)
+    return torch.maximum(k, pareto_k(terms).clamp_max(DOUBTFUL))
+
+
+def _again(weights: Tensor) -> Tensor:
+    """As many draws of equal weight, by systematic resampling."""
+    places = (torch.arange(len(weights), dtype=torch.float64) + 0.5) / len(weights)
+    return torch.searchsorted(weights.cumsum(0), places).clamp_max(len(weights) - 1)
 
 
 def _largest(k: Tensor, event: int) -> Tensor:

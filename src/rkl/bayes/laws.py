@@ -111,6 +111,15 @@ class Model:
                     f"{self.kind.__name__}; got {value}."
                 )
 
+    def at(self, variables: Mapping[str, Tensor]) -> Distribution:
+        """The law of single values of the variables.
+
+        A callable expects draws, and so makes a law of batch shape [1, *batch].
+        """
+        if self.settings is not None:
+            return self.make(Theta(variables))
+        return self.law({name: x[None] for name, x in variables.items()})
+
     def bare(self, theta: Mapping[str, Tensor]) -> Distribution:
         """The base laws of draws that were checked before, or will be after."""
         return unwrap(self.make(Theta(theta))).base
@@ -324,7 +333,7 @@ def _constraints(cls) -> Mapping[str, Constraint]:
 def _aligned(x: Tensor, event: int, batch: int) -> Tensor:
     """Batch axes flush left: sigma [n] beside mu [n, 8] is [n, 1], shared by the eight."""
     lead = x.ndim - event
-    return x.reshape(*x.shape[:lead], *[1] * (batch - lead), *x.shape[lead:])
+    return x.reshape(x.shape[:lead] + (1,) * (batch - lead) + x.shape[lead:])
 
 
 def _from_callable(family: Callable, draws: Draws, design: Any) -> Model:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions.transforms import ExpTransform, SigmoidTransform, Transform
 
 from rkl.bayes.charts import chart_of
+from rkl.bayes.families import Natural
 from rkl.bayes.laws import Theta, probe
 from rkl.bayes.minimise import minimise
 from rkl.bayes.questions import Question, Variables
@@ -163,24 +164,37 @@ def _spelt(theta: Mapping[str, Tensor], bends: Mapping[str, Transform]) -> str:
 
 
 def _log_fisher(question: Question, names: list[str]) -> tuple[LogDensity | None, str | None]:
-    """Log det of the information about the variables [n], or why it is not known."""
-    family, own = question.family, question.origins
+    """Log det of the Fisher information about the variables, of one row, or why it is unknown."""
+    family, model = question.family, question.model
     if family is None:
         return None, "the Fisher information of this family is not known"
-    if {*names} != {*question.model.names}:
+    if {*names} != {*model.names}:
         return None, "log_posterior looks at variables that the family lacks"
-    if {*own.values()} != {*family.parameters} or own.keys() != {*names}:
-        return None, f"the information is known about {', '.join(family.parameters)} alone"
-    if any(x.shape[1:] != question.shape(name) for name, x in question.few.items()):
-        return None, "a variable is shared within the batch"
+
+    def partition(theta: Mapping[str, Tensor], mean: Natural | None) -> tuple[Tensor, Natural]:
+        """A(η) − ⟨η, m⟩ and ∇A(η): the information is the former's curvature where m = ∇A."""
+        natural = tuple(x * 1.0 for x in family.natural(model.base(theta)))
+        total = family.log_partition(natural).sum()
+        own = torch.autograd.grad(total, natural, create_graph=True, materialize_grads=True)
+        return total if mean is None else total - family.inner(natural, mean).sum(), own
 
     def of(theta: Mapping[str, Tensor]) -> Tensor:
-        law = question.model.base({name: theta[name] for name in names})
-        value = torch.as_tensor(family.log_fisher(law))
-        return value.reshape(len(value), -1).sum(-1)
+        with torch.enable_grad():
+            again = {name: theta[name] * 1.0 for name in names}
+            total, _ = partition(again, partition({k: theta[k] * 1.0 for k in names}, None)[1])
+            leaves = tuple(again.values())
+            slope = _flat(torch.autograd.grad(total, leaves, create_graph=True))
+            rows = [
+                _flat(torch.autograd.grad(x, leaves, create_graph=True, materialize_grads=True))
+                for x in slope
+            ]
+        return torch.stack(rows).slogdet().logabsdet[None]
 
-    leaf = {name: x.requires_grad_() for name, x in question.few.items()}
-    with torch.enable_grad():
-        if not of(leaf).requires_grad:
-            return None, "the Fisher information has no closed form here"
+    one = {name: x[:1].detach().requires_grad_() for name, x in question.few.items()}
+    if not of(one).isfinite().all():
+        return None, f"{', '.join(names)} hold more numbers than the family has parameters"
     return of, None
+
+
+def _flat(parts: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])

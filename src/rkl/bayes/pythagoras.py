@@ -338,7 +338,7 @@ def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) 
             parameters.setdefault(key, parameters[name])
     act = Act(
         parameters,
-        question.unwrapped.wrap(family.from_natural(found.natural)),
+        question.wrapped(family.from_natural(found.natural), found.variables),
         *(
             tuple(m for key, m in means.items() if key[0] == which)
             for which in ("natural", "mean")

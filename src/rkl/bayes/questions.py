@@ -67,6 +67,12 @@ class Question:
         base, joint, _ = unwrap(self.model.law(variables))
         return Independent(base, joint) if joint else base
 
+    def wrapped(self, base: Distribution, variables: Variables) -> Distribution:
+        """The law of the family [*batch] that has this base, its bijections those of one draw."""
+        if self.model.settings is not None:
+            return self.model.at(variables)
+        return unwrap(self.model.at(variables)).wrap(base)
+
     def any(self, parts: Tensor) -> Tensor:
         """Whether it holds of some of what Independent joins."""
         return parts.flatten(len(self.batch)).any(-1) if self.unwrapped.joint else parts

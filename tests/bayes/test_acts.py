@@ -1,0 +1,446 @@
+"""The Bayes act: its value, its risk and its errors, when it exists and when it does not."""
+
+import json
+import math
+
+import mpmath
+import pytest
+import torch
+from bayes.found import FIXED, every_family, laws
+from torch.distributions import (
+    Exponential,
+    ExpTransform,
+    Independent,
+    InverseGamma,
+    Normal,
+    StudentT,
+    TransformedDistribution,
+)
+
+from rkl.bayes import Intrinsic, bayes_act, family_of
+from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
+
+ORDINARY = "normal(loc=mu, scale=sigma)"
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normals(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def draws():
+    """An ordinary posterior: 4 chains of 500 draws of a mean and a standard deviation."""
+    return {"mu": 1 + normals(4, 500) / 3, "sigma": (0.4 * normals(4, 500, seed=1)).exp()}
+
+
+def weighted(grid, log_density):
+    """A grid and its weights as draws [1, n], for posteriors known in closed form."""
+    weights = torch.exp(log_density - log_density.max())
+    return grid[None], weights[None]
+
+
+def test_a_normal_act_averages_precisions_or_variances(draws):
+    mu, variance = draws["mu"], draws["sigma"].square()
+    reverse = bayes_act(draws, ORDINARY).act
+    precision = (1 / variance).mean()
+    torch.testing.assert_close(reverse["sigma"].square(), 1 / precision, rtol=1e-12, atol=0)
+    torch.testing.assert_close(reverse["mu"], (mu / variance).mean() / precision)
+    forward = bayes_act(draws, ORDINARY, KL()).act
+    total = variance.mean() + mu.var(correction=0)
+    torch.testing.assert_close(forward["sigma"].square(), total, rtol=1e-12, atol=0)
+    torch.testing.assert_close(forward["mu"], mu.mean())
+
+
+def test_the_act_goes_by_the_names_of_the_law_and_of_the_posterior(draws):
+    act = bayes_act(draws, ORDINARY).act
+    assert {*act} == {"loc", "scale", "mu", "sigma"}
+    assert act["loc"] == act["mu"]
+    assert act.law.scale == act["sigma"]
+    loc, scale = act["loc"], act["scale"]
+    for natural, value in zip(act.natural, (loc / scale**2, -1 / (2 * scale**2)), strict=True):
+        torch.testing.assert_close(natural.value, value)
+    for mean, value in zip(act.mean, (loc, loc**2 + scale**2), strict=True):
+        torch.testing.assert_close(mean.value, value)
+    with pytest.raises(KeyError, match="the act has no 'tau'; it has loc, scale, mu, sigma"):
+        act["tau"]
+
+
+SPELT = {
+    "text": ORDINARY,
+    "callable": lambda theta: Normal(theta.mu, theta.sigma),
+    "other coordinates": lambda theta: Normal(-theta.down, (theta.log / 2).exp()),
+    "independent": lambda theta: Independent(Normal(theta.mu[:, None], theta.sigma[:, None]), 1),
+    "data renamed": lambda theta: TransformedDistribution(
+        Normal(theta.mu, theta.sigma), [ExpTransform()]
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELT)
+@pytest.mark.parametrize("divergence", [ReverseKL(), KL(), Jeffreys()], ids=repr)
+def test_the_act_does_not_depend_on_how_the_family_is_spelt(draws, spelling, divergence):
+    wanted = bayes_act(draws, ORDINARY, divergence)
+    names = draws | {"down": -draws["mu"], "log": 2 * draws["sigma"].log()}
+    found = bayes_act(names, SPELT[spelling], divergence)
+    for name in ("loc", "scale"):
+        value, error = found.act.parameters[name]
+        torch.testing.assert_close(value.squeeze(), wanted.act[name], rtol=1e-10, atol=0)
+        torch.testing.assert_close(error.squeeze(), wanted.act.error[name], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.risk.value, wanted.risk.value, rtol=1e-10, atol=0)
+    torch.testing.assert_close(found.risk.error, wanted.risk.error, rtol=1e-5, atol=0)
+
+
+@every_family
+@pytest.mark.parametrize("divergence", [ReverseKL(), KL()], ids=repr)
+def test_the_risk_and_its_excess_are_those_of_brute_force(name, divergence):
+    law = laws(name, 60)
+    own = {key: getattr(law, key) for key in family_of(law).parameters}
+    settings = FIXED.get(name, {})
+    made = bayes_act(
+        {key: x.reshape(2, 30, *x.shape[1:]) for key, x in own.items()},
+        lambda theta: type(law)(**{key: theta[key] for key in own}, **settings),
+        divergence,
+    )
+    family = family_of(law)
+    drawn, other = family.natural(law), tuple(x[:1] for x in family.natural(law))
+    act = tuple(mean.value[None] for mean in made.act.natural)
+
+    def risk(t):
+        pair = (t, drawn) if divergence == ReverseKL() else (drawn, t)
+        return family.kl(*pair).mean()
+
+    excess = family.kl(other, act) if divergence == ReverseKL() else family.kl(act, other)
+    torch.testing.assert_close(made.risk.value, risk(act), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(risk(other) - risk(act), excess[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("r", "reverse", "intrinsic"),
+    [(0, 0.01384, 0.0314), (1, 0.10328, 0.1238), (3, 0.30078, 0.3137)],
+)
+def test_the_binomial_acts_are_the_published_ones(r, reverse, intrinsic):
+    # Posterior Beta(r + 1/2, n − r + 1/2) on a grid of logits, fine enough for ten digits.
+    n, u = 10, torch.linspace(-60, 25, 6001, dtype=torch.float64)
+    logs = torch.nn.functional.logsigmoid
+    grid, weights = weighted(u.sigmoid(), (r + 0.5) * logs(u) + (n - r + 0.5) * logs(-u))
+    family = "binomial(total_count=10, probs=p)"
+    act = bayes_act({"p": grid}, family, weights=weights).act["p"].item()
+    exact = 1 / (1 + mpmath.exp(mpmath.psi(0, n - r + 0.5) - mpmath.psi(0, r + 0.5)))
+    assert act == pytest.approx(float(exact), abs=1e-10)
+    assert act == pytest.approx(reverse, abs=5e-6)
+    coarse = weights[:, ::10]
+    least = bayes_act({"p": grid[:, ::10]}, family, Intrinsic(), weights=coarse)
+    assert least.act["p"].item() == pytest.approx(intrinsic, abs=1e-3)
+
+
+def test_the_reverse_act_of_neyman_and_scott_is_that_of_wallace_and_freeman():
+    # σ² given SS is inverse-gamma(N(J − 1)/2, SS/2) under the reference prior 1/σ.
+    scatter, freedom = 37.0, 20
+    u = torch.linspace(-3, 3, 601, dtype=torch.float64)  # log σ
+
+    def log_posterior(theta):
+        return -(freedom + 1) * theta.sigma.log() - scatter / (2 * theta.sigma.square())
+
+    grid, weights = weighted(u.exp(), -freedom * u - scatter / 2 * (-2 * u).exp())
+    estimate = bayes_act({"sigma": grid}, "normal(loc=0, scale=sigma)", weights=weights)
+    assert estimate.act["sigma"].item() ** 2 == pytest.approx(scatter / freedom, rel=1e-12)
+    wallace = estimate.compare(log_posterior).acts["Wallace–Freeman"]["sigma"].item()
+    assert wallace**2 == pytest.approx(scatter / freedom, rel=1e-12)
+
+
+def test_a_joint_law_shares_its_scale_and_a_batch_does_not():
+    mu, sigma = normals(4, 250, 5) * torch.arange(1, 6), 1 + normals(4, 250, seed=1).abs()
+    draws = {"mu": mu, "sigma": sigma}
+    apart = bayes_act(draws, ORDINARY, KL())
+    assert apart.risk.value.shape == apart.act["sigma"].shape == (5,)
+    spread = sigma.square().mean() + mu.flatten(0, 1).var(0, correction=0)
+    torch.testing.assert_close(apart.act["sigma"].square(), spread)
+    joint = bayes_act(
+        draws, lambda theta: Independent(Normal(theta.mu, theta.sigma[:, None]), 1), KL()
+    )
+    assert joint.risk.value.shape == joint.act["sigma"].shape == ()
+    torch.testing.assert_close(joint.act["sigma"].square(), spread.mean())
+    assert joint.risk.value > apart.risk.value.sum()
+
+
+@pytest.mark.parametrize("divergence", [ReverseKL(), KL(), Jeffreys(), Intrinsic()], ids=repr)
+def test_a_batch_has_the_acts_that_its_members_have_alone(divergence):
+    mu = normals(4, 100, 3) + torch.arange(3)
+    sigma = 1 + normals(4, 100, 3, seed=1).abs()
+    together = bayes_act({"mu": mu, "sigma": sigma}, ORDINARY, divergence)
+    for i in range(3):
+        alone = bayes_act({"mu": mu[..., i], "sigma": sigma[..., i]}, ORDINARY, divergence)
+        for name in ("mu", "sigma"):
+            value, error = (x[i] for x in together.act.parameters[name])
+            torch.testing.assert_close(value, alone.act[name], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(error, alone.act.error[name], rtol=1e-2, atol=0)
+        torch.testing.assert_close(together.risk.value[i], alone.risk.value, rtol=1e-8, atol=0)
+
+
+def test_what_is_fixed_stays_fixed(draws):
+    for divergence in (ReverseKL(), KL(), Jeffreys()):
+        estimate = bayes_act(draws, "normal(loc=mu, scale=2)", divergence)
+        assert estimate.act["scale"] == 2
+        torch.testing.assert_close(estimate.act["mu"], draws["mu"].mean())
+        kinds = 2 if divergence == Jeffreys() else 1
+        gap = kinds * draws["mu"].var(correction=0) / 8
+        torch.testing.assert_close(estimate.risk.value, gap)
+
+
+def test_weights_stand_for_repeated_draws(draws):
+    few = {name: x[:1, :100] for name, x in draws.items()}
+    weights = torch.randint(0, 4, (1, 100), generator=generator(3)).double()
+    again = {name: x[0].repeat_interleave(weights[0].long())[None] for name, x in few.items()}
+    for divergence in (ReverseKL(), KL(), Intrinsic()):
+        by_weight = bayes_act(few, ORDINARY, divergence, weights=weights)
+        by_draw = bayes_act(again, ORDINARY, divergence)
+        for name in ("mu", "sigma"):
+            torch.testing.assert_close(by_weight.act[name], by_draw.act[name], rtol=1e-6, atol=0)
+        torch.testing.assert_close(by_weight.risk.value, by_draw.risk.value)
+
+
+def test_a_large_location_costs_no_digits(draws):
+    far = {"mu": draws["mu"] + 1e8, "sigma": draws["sigma"]}
+    for divergence in (ReverseKL(), KL(), Jeffreys()):
+        near, moved = (bayes_act(x, ORDINARY, divergence) for x in (draws, far))
+        torch.testing.assert_close(moved.act["sigma"], near.act["sigma"], rtol=1e-7, atol=0)
+        torch.testing.assert_close(moved.risk.value, near.risk.value, rtol=1e-7, atol=0)
+        torch.testing.assert_close(moved.risk.error, near.risk.error, rtol=1e-3, atol=0)
+
+
+def test_the_act_under_both_kls_has_the_least_sum_of_risks(draws):
+    act = bayes_act(draws, ORDINARY, Jeffreys()).act
+    leaf = torch.stack([act["mu"], act["sigma"]]).requires_grad_()
+    law = Normal(draws["mu"], draws["sigma"])
+    risk = Jeffreys().between(law, Normal(leaf[0], leaf[1])).mean()
+    slope = torch.autograd.grad(risk, leaf)[0]
+    assert slope.abs().max() < 1e-12
+    uneven = bayes_act(draws, ORDINARY, 0.2 * KL() + 0.8 * ReverseKL()).act["sigma"]
+    ends = [bayes_act(draws, ORDINARY, d).act["sigma"] for d in (ReverseKL(), KL())]
+    assert ends[0] < uneven < act["sigma"] < ends[1]
+
+
+# Errors
+
+
+def chain(seed, chains=4, length=1000, correlation=0.8):
+    """A stationary autoregressive chain of standard normal draws."""
+    noise = normals(chains, length, seed=seed) * math.sqrt(1 - correlation**2)
+    x = torch.empty_like(noise)
+    x[:, 0] = noise[:, 0] / math.sqrt(1 - correlation**2)
+    for i in range(1, length):
+        x[:, i] = correlation * x[:, i - 1] + noise[:, i]
+    return x
+
+
+def test_errors_know_that_draws_depend_on_each_other():
+    z = chain(0, length=4000, correlation=0.9)
+    tangled = bayes_act({"sigma": (0.3 * z).exp()}, "normal(loc=0, scale=sigma)")
+    shuffled = z.flatten()[torch.randperm(z.numel(), generator=generator())].reshape(z.shape)
+    free = bayes_act({"sigma": (0.3 * shuffled).exp()}, "normal(loc=0, scale=sigma)")
+    torch.testing.assert_close(tangled.act["sigma"], free.act["sigma"])
+    ratio = (tangled.act.error["sigma"] / free.act.error["sigma"]).item()
+    # √τ is √19 = 4.4 for the chain itself; errors of errors are about 10 % each
+    assert 3 < ratio < 5.5
+    assert tangled.diagnostics.ess < free.diagnostics.ess / 8
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("divergence", [ReverseKL(), KL(), Jeffreys(), Intrinsic()], ids=repr)
+def test_errors_are_as_large_as_repetitions_scatter(divergence):
+    def family(theta):  # without a closed form for its parameters: not even named as they are
+        return Normal(theta.mu, (theta.log / 2).exp())
+
+    found = []
+    for seed in range(100):
+        draws = {"mu": 0.5 * chain(2 * seed), "log": 0.6 * chain(2 * seed + 1)}
+        estimate = bayes_act(draws, family, divergence)
+        numbers = [*estimate.act.parameters.values(), estimate.risk]
+        found.append(torch.stack([torch.stack(mean) for mean in numbers]))
+    values, errors = torch.stack(found).unbind(-1)
+    ratio = values.std(0) / errors.mean(0)
+    # 100 repetitions tell a standard deviation to 7 %, and batch means are 10 % off at most
+    assert ((ratio > 0.75) & (ratio < 1.3)).all(), ratio
+
+
+# Existence
+
+
+@pytest.mark.parametrize("shape", [0.9, 1.5, 3.0])
+def test_only_what_has_a_mean_has_an_act(shape):
+    torch.manual_seed(0)
+    law = InverseGamma(torch.tensor(shape).double(), torch.tensor(1.0).double())
+    variance = law.sample(torch.Size([4, 25_000]))
+    draws, family = {"sigma": variance.sqrt()}, "normal(loc=0, scale=sigma)"
+    reverse = bayes_act(draws, family)
+    assert reverse.act.error["sigma"].isfinite()
+    assert reverse.risk.error.isfinite()
+    if shape < 1:
+        with pytest.raises(ValueError, match=r"does not exist: it averages E x².*Pareto-k 1\."):
+            bayes_act(draws, family, KL())
+        return
+    forward = bayes_act(draws, family, KL())
+    told = [text for text in forward.diagnostics.warnings if "no error of normal theory" in text]
+    assert forward.act.error["sigma"].isnan() == (shape < 2)
+    assert bool(told) == (shape < 2)
+    assert forward.act["sigma"].isfinite()
+
+
+MOVING = {
+    "uniform(low=0, high=theta)": "Uniform",
+    "pareto(scale=theta, alpha=3)": "Pareto",
+    "binomial(total_count=count, probs=0.5)": "Binomial",
+}
+
+
+@pytest.mark.parametrize("family", MOVING)
+@pytest.mark.parametrize("divergence", [ReverseKL(), KL(), Jeffreys()], ids=repr)
+def test_a_support_that_moves_is_refused_with_the_reason_and_the_way_out(family, divergence):
+    theta = 1 + torch.rand(4, 100, generator=generator(), dtype=torch.float64)
+    draws = {"theta": theta, "count": (10 * theta).round()}
+    with pytest.raises(ValueError, match="moves.*edge of the posterior's support.*Intrinsic"):
+        bayes_act(draws, family, divergence)
+
+
+def test_the_intrinsic_act_of_a_uniform_law_is_the_published_one():
+    # Posterior of θ given the largest of n under the prior 1/θ: Pareto(max x, n).
+    n, largest, size = 5, 2.0, 20_000
+    rank = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    theta = largest * (1 - rank) ** (-1 / n)
+    theta = theta[torch.randperm(size, generator=generator())].reshape(4, -1)
+    estimate = bayes_act({"theta": theta}, "uniform(low=0, high=theta)", Intrinsic())
+    assert estimate.act["theta"].item() == pytest.approx(2 ** (1 / n) * largest, rel=1e-3)
+
+
+# What is asked of one experiment is not asked of another
+
+
+def schools():
+    """Draws as of eight schools: effects of old groups about a mean, with a spread."""
+    mu, tau = 5 + normals(4, 500), (1 + 0.5 * normals(4, 500, seed=1)).exp()
+    theta = mu[..., None] + tau[..., None] * normals(4, 500, 8, seed=2) / 2
+    return {"mu": mu, "tau": tau, "theta": theta}
+
+
+def test_new_groups_and_old_groups_have_different_acts():
+    noise = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18], dtype=torch.float64)
+    old = bayes_act(
+        schools(), lambda theta, noise: Independent(Normal(theta.theta, noise), 1), design=noise
+    )
+    new = bayes_act(
+        schools(),
+        lambda theta, noise: Normal(theta.mu, (theta.tau.square() + noise**2).sqrt()),
+        design=12.0,
+    )
+    torch.testing.assert_close(old.act["theta"], schools()["theta"].mean((0, 1)))
+    assert {*new.act} >= {"mu", "tau"}
+    variance = schools()["tau"].square() + 144
+    torch.testing.assert_close(new.act["scale"].square(), 1 / (1 / variance).mean())
+    torch.testing.assert_close(new.act["tau"].square(), 1 / (1 / variance).mean() - 144)
+    assert "design: 12.0" in str(new)
+    assert old.to_dict()["design"] == noise.tolist()
+
+
+def test_switching_labels_are_noticed_and_close_components_are_not():
+    first, second = -2 + normals(4, 500) / 5, 2 + normals(4, 500, seed=1) / 5
+    swap = torch.rand(4, 500, generator=generator(2)) < 0.3
+    mu = torch.stack([torch.where(swap, second, first), torch.where(swap, first, second)], -1)
+    switched = bayes_act({"mu": mu, "sigma": 0 * mu + 1}, ORDINARY).diagnostics.warnings
+    assert any("components 0 and 1 of mu change places" in text for text in switched)
+    for calm in (torch.stack([first, second], -1), normals(4, 500, 8)):
+        told = bayes_act({"mu": calm, "sigma": 0 * calm + 1}, ORDINARY).diagnostics.warnings
+        assert not any("change places" in text for text in told)
+
+
+# How it prints
+
+
+def test_an_estimate_prints_errors_in_units_of_the_last_digit(draws):
+    estimate = bayes_act(draws, ORDINARY)
+    text = str(estimate)
+    value, error = estimate.act["sigma"].item(), estimate.act.error["sigma"].item()
+    assert 0.001 < error < 0.1
+    lines = {line.split()[0]: line.split()[-1] for line in text.splitlines()[2:4]}
+    shown, _, last = lines["sigma"].rstrip(")").partition("(")
+    digits = len(shown.partition(".")[2])
+    assert float(shown) == pytest.approx(value, abs=0.5 * 10**-digits)
+    assert float(last) * 10**-digits == pytest.approx(error, rel=0.3)
+    assert "effective draws of 2,000" in text
+    assert "<table>" in estimate._repr_html_()
+
+
+@pytest.mark.parametrize("divergence", [ReverseKL(), JensenShannon()], ids=repr)
+def test_an_estimate_is_json_and_a_data_frame(draws, divergence):
+    few = {name: x[:, :100] for name, x in draws.items()}
+    estimate = bayes_act(few, ORDINARY, divergence)
+    again = json.loads(json.dumps(estimate.to_dict()))
+    assert again["act"]["sigma"]["value"] == estimate.act["sigma"].item()
+    assert again["family"] == ORDINARY
+    assert again["divergence"] == repr(divergence)
+    frame = estimate.to_dataframe()
+    assert set(frame["parameter"]) >= {"mu", "sigma", "risk (nats)"}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d | {"sigma": -d["sigma"]}, "sigma must satisfy GreaterThan.*got -"),
+        (lambda d: d | {"sigma": 0 * d["sigma"]}, r"sigma must satisfy GreaterThan.*got 0"),
+        (
+            lambda d: d | {"sigma": d["sigma"].clone().index_fill_(1, torch.tensor(7), -1.0)},
+            "scale",
+        ),
+        (lambda d: d | {"mu": d["mu"] / 0}, "mu must be finite"),
+        (lambda d: d | {"mu": d["mu"][:, :9]}, "has 4 chains of 500 draws but mu has 4 of 9"),
+        (lambda d: {k: x[:1, :3] for k, x in d.items()}, "at least 4 effective draws"),
+        (lambda d: {k: x[:1].sort(1).values for k, x in d.items()}, "at least 4 effective draws"),
+        (lambda d: {"mu": d["mu"]}, "sigma"),
+    ],
+)
+def test_draws_that_cannot_be_used_are_refused_in_a_line(draws, change, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        bayes_act(change(draws), ORDINARY)
+    assert "\n" not in str(caught.value)
+
+
+def test_draws_on_the_boundary_are_refused():
+    p = torch.rand(2, 100, generator=generator(), dtype=torch.float64)
+    p[1, 3] = 1.0
+    with pytest.raises(ValueError, match="logit is inf in 1 of 100"):
+        bayes_act({"p": p}, "bernoulli(probs=p)")
+
+
+def test_what_is_no_divergence_is_refused(draws):
+    with pytest.raises(TypeError, match="divergence must be one, such as"):
+        bayes_act(draws, ORDINARY, "reverse-kl")
+
+
+def test_a_law_without_a_closed_form_is_served_all_the_same(draws):
+    few = {name: x[:, :100] for name, x in draws.items()}
+    estimate = bayes_act(few, "student-t(df=4, loc=mu, scale=sigma)")
+    assert estimate.diagnostics.method.startswith("minimised over")
+    assert estimate.act["scale"] == estimate.act["sigma"]
+    assert isinstance(estimate.act.law, StudentT)
+    leaf = torch.stack([estimate.act["mu"], estimate.act["sigma"]]).requires_grad_()
+    x = torch.linspace(-60, 60, 40_001, dtype=torch.float64)[:, None]
+    q = StudentT(4.0, leaf[0], leaf[1]).log_prob(x)
+    p = StudentT(4.0, few["mu"].flatten(), few["sigma"].flatten()).log_prob(x).mean(1)
+    slope = torch.autograd.grad(torch.trapezoid(q.exp()[:, 0] * (q[:, 0] - p), x[:, 0]), leaf)[0]
+    assert slope.abs().max() < 1e-5  # what lies beyond ±60 is missed
+
+
+def test_an_act_of_exponential_laws_is_the_same_before_and_after_a_bijection():
+    rate = 1 + normals(4, 200).abs()
+    plain = bayes_act({"alpha": rate}, lambda theta: Exponential(theta.alpha))
+    pareto = bayes_act({"alpha": rate}, "pareto(scale=1, alpha=alpha)")
+    assert plain.act["alpha"] == pareto.act["alpha"]
+    x = torch.tensor(2.5, dtype=torch.float64)
+    wanted = torch.distributions.Pareto(torch.ones(()).double(), pareto.act["alpha"]).log_prob(x)
+    torch.testing.assert_close(pareto.act.law.log_prob(x), wanted)

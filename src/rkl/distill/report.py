@@ -3,14 +3,13 @@
 Each section is built out of plain values, for whoever has more to show.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rkl.distill.compare import evaluations_of, names_of
-from rkl.runs import Run
+from rkl.runs import Run, read_jsonl
 
 if TYPE_CHECKING:
     from rkl.report import Section
@@ -162,8 +161,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _replies(run: Run) -> Replies:
     path = run.path / "generations.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return read_jsonl(path) if path.exists() else []
 
 
 def _lead(runs: Mapping[str, Run]) -> str:

@@ -15,6 +15,7 @@ from rkl.metrics import Mean, to_json
 if TYPE_CHECKING:
     from rkl.bayes.questions import Question
     from rkl.bayes.regions import Region
+    from rkl.plots import Figure
 
 SHOWN = 12  # elements of one parameter that are printed
 
@@ -26,7 +27,8 @@ class Act(Mapping):
     Attributes:
         parameters: Value and standard error by name, [*batch, ...] each: those of the law, and
             the variables of the posterior that stand for it.
-        law: The law itself, of batch shape [*batch].
+        law: The law itself, of batch shape [*batch]; of what a callable makes and has no closed
+            form, [1, *batch].
         natural: Components of its natural parameter, where it has one.
         mean: Components of its mean parameter, where it has one.
     """
@@ -122,6 +124,12 @@ class Estimate:
 
         return region(self, prob)
 
+    def plot(self, prob: float = 0.9) -> "Figure":
+        """Every marginal posterior with the common estimates marked and the region shaded."""
+        from rkl.bayes.report import posterior_figure
+
+        return posterior_figure(self, self.compare(), self.region(prob))
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the draws, as JSON can hold it."""
         act = self.act
@@ -141,15 +149,16 @@ class Estimate:
 
     def to_dataframe(self) -> Any:
         """Every number of the act and its risk, a data frame of pandas."""
-        return self._table(every=True).to_dataframe()
+        return self.table(every=True).to_dataframe()
 
     def __str__(self) -> str:
-        return str(self._table())
+        return str(self.table())
 
     def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
+        return self.table()._repr_html_()
 
-    def _table(self, every: bool = False) -> Table:
+    def table(self, every: bool = False) -> Table:
+        """The act and its risk, of long parameters the first elements or ``every`` one."""
         rows: list[tuple[Cell, ...]] = []
         said = self.act.parameters if every else self._asked()
         numbers = {**said, "risk (nats)": self.risk}

@@ -58,21 +58,22 @@ class Region:
         return distance(question, self.loss, given, self.estimate) <= self.threshold
 
     def __str__(self) -> str:
-        return str(self._table())
+        return str(self.table())
 
     def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
+        return self.table()._repr_html_()
 
     def to_dataframe(self) -> Any:
         """The ranges, a data frame of pandas."""
-        return self._table().to_dataframe()
+        return self.table().to_dataframe()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the draws, as JSON can hold it."""
         ranges = {name: [end.tolist() for end in ends] for name, ends in self.ranges.items()}
         return {"prob": self.prob, "threshold": self.threshold.tolist(), "ranges": ranges}
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """The least and the greatest value inside of every number."""
         rows: list[tuple[Cell, ...]] = []
         for name, (low, high) in self.ranges.items():
             ends = zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)

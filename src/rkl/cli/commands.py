@@ -6,6 +6,7 @@ is imported only here, inside the command that needs it.
 
 import importlib
 import inspect
+import json
 import pkgutil
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,28 @@ def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     return studied
 
 
+def estimate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
+    """Say which single value to report of a posterior, with its error.
+
+    Examples:
+      rkl estimate posterior.nc --family "normal(loc=mu, scale=sigma)"
+      rkl estimate posterior.nc --family "poisson(rate=lam)" --divergence js --log-posterior lp
+      rkl estimate draws.zarr --family "normal(loc=theta, scale=10)" --prob 0.9 --out RUN
+    """
+    from rkl.bayes import run
+
+    settings.add_flags(parser, run.EstimateSettings)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _add_out_flags(parser, None)
+
+    def estimated(parsed: Namespace) -> None:
+        chosen = settings.gather(run.EstimateSettings, parsed)
+        found = run.estimate(chosen, parsed.out, overwrite=parsed.overwrite)
+        print(json.dumps(found.to_dict(), indent=2) if parsed.json else found)
+
+    return estimated
+
+
 def generate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Let the model of a run write.
 
@@ -147,6 +170,7 @@ def report(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 COMMANDS: dict[str, tuple[Command, str]] = {
     "demo": (demo, "studies.demo"),
     "distill": (distill, "distill.run"),
+    "estimate": (estimate, "bayes.run"),
     "generate": (generate, "distill.run"),
     "evaluate": (evaluate, "runs"),
     "compare": (compare, "runs"),

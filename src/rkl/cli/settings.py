@@ -1,8 +1,8 @@
 """Settings, declared once as a frozen dataclass: its fields are the flags and the keys of a file.
 
 The type and the default of a field say how it is read, and the Args of the docstring what it does;
-its metadata may hold another ``help``, and a ``metavar``. A field without a default must be given,
-by a flag or by the file.
+its metadata may hold another ``help``, a ``metavar``, and ``positional`` for a word without flag.
+A field without a default must be given, on the command line or by the file.
 """
 
 import argparse
@@ -27,6 +27,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: type, title: str = "set
         if name not in COMMON:
             flag = f"--{name.replace('_', '-')}"
             words, how = _help(field, described.get(name, "")), _reading(field, kind)
+            if field.metadata.get("positional"):
+                flag, how["nargs"] = name, "?"  # for --config may say it
             group.add_argument(flag, default=argparse.SUPPRESS, help=words, **how)
     group.add_argument(
         "--config",
@@ -57,12 +59,12 @@ def gather(
         if name in fields
     }
     missing = [
-        f"--{name.replace('_', '-')}"
+        name if field.metadata.get("positional") else f"--{name.replace('_', '-')}"
         for name, (field, _kind) in fields.items()
         if name not in values and _default(field) is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{', '.join(missing)} must be given, by flag or in --config FILE.")
+        raise ValueError(f"{', '.join(missing)} must be given, here or in --config FILE.")
     return settings(**values)
 
 

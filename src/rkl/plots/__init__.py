@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
 from rkl.plots.estimates import estimates
+from rkl.plots.marginals import posterior
 from rkl.plots.style import (
     HEIGHT,
     INK,
@@ -41,6 +42,7 @@ __all__ = [
     "estimates",
     "head_tail",
     "head_tail_by_step",
+    "posterior",
     "precision_recall",
     "to_svg",
     "training_curves",

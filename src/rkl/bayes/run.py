@@ -1,0 +1,203 @@
+"""``rkl estimate``: from a posterior and a family to a table, and to a run with a report."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rkl.bayes.acts import bayes_act
+from rkl.bayes.draws import read_draws
+from rkl.bayes.estimate import Estimate
+from rkl.bayes.losses import Intrinsic
+from rkl.bayes.regions import Region
+from rkl.bayes.tables import Table
+from rkl.divergences import catalogue, parse
+from rkl.runs import Run, write_json
+
+RESULT = "estimate.json"
+
+
+@dataclass(frozen=True)
+class EstimateSettings:
+    """What is estimated, of what posterior, under which loss.
+
+    Args:
+        posterior: Draws: .nc or .zarr as ArviZ writes them, or CmdStan's .csv.
+        family: Law of an experiment given the parameters, which are called as the draws are:
+            "normal(loc=mu, scale=sigma)".
+        divergence: Loss between a draw's law and the reported one: a divergence, or intrinsic.
+        prob: Posterior probability of the credible region.
+        log_posterior: Variable that holds the log posterior density of each draw, such as lp;
+            without it there is no posterior mode to compare with.
+        weights: Variable that holds the weight of each draw, if they are weighted.
+        design: Design matrix of a regression: .npy, or numbers in .csv.
+        seed: Of the random numbers of a family whose divergences need some.
+        device: Where to compute.
+    """
+
+    posterior: Path = field(metadata={"positional": True, "metavar": "POSTERIOR"})
+    family: str = field(metadata={"metavar": "LAW"})
+    divergence: str = field(default="reverse-kl", metadata={"metavar": "D"})
+    prob: float = field(default=0.9, metadata={"metavar": "P"})
+    log_posterior: str | None = field(default=None, metadata={"metavar": "NAME"})
+    weights: str | None = field(default=None, metadata={"metavar": "NAME"})
+    design: Path | None = field(default=None, metadata={"metavar": "FILE"})
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self):
+        if not 0 < self.prob < 1:
+            raise ValueError(f"prob must lie strictly between 0 and 1; got {self.prob}.")
+        if self.device != "cpu":
+            raise ValueError(
+                f"device must be cpu, where double precision is at home; got {self.device!r}."
+            )
+
+    @property
+    def loss(self) -> Any:
+        """The divergence, or the intrinsic loss."""
+        known = {**catalogue(), "intrinsic": Intrinsic}
+        known |= {alias: cls for cls in catalogue().values() for alias in cls.aliases}
+        if self.divergence.partition("(")[0].strip() in ("intrinsic", "Intrinsic"):
+            return parse(self.divergence, known)
+        return parse(self.divergence)
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """What was estimated, which prints as its tables.
+
+    Attributes:
+        estimate: The act with its errors.
+        comparison: The act beside the other common estimates.
+        region: The credible region.
+        report: The report, where a run was asked for.
+    """
+
+    estimate: Estimate
+    comparison: Table
+    region: Region
+    report: Path | None = None
+
+    def __str__(self) -> str:
+        parts = [str(self.estimate), str(self.region), str(self.comparison)]
+        parts += [f"The report: {self.report}"] if self.report else []
+        return "\n\n".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        return {
+            "estimate": self.estimate.to_dict(),
+            "region": self.region.to_dict(),
+            "comparison": self.comparison.to_dict(),
+        }
+
+
+def estimate(
+    settings: EstimateSettings, out: str | os.PathLike | None = None, *, overwrite: bool = False
+) -> Estimated:
+    """Estimate, and with ``out`` write a run folder with ``estimate.json`` and a report.
+
+    Everything is computed before anything is written.
+    """
+    if out is not None:
+        _refuse_folder(Path(out), overwrite)
+    found = answer(settings)
+    if out is None:
+        return found
+    kept = dataclasses.asdict(settings) | {
+        name: None if path is None else str(path.resolve())
+        for name, path in (("posterior", settings.posterior), ("design", settings.design))
+    }
+    run = Run.create(out, "bayes", kept, seed=settings.seed, overwrite=overwrite)
+    with run.running():
+        write_json(run.path / RESULT, found.to_dict())
+    return dataclasses.replace(found, report=_report({run.path.name: found}, run))
+
+
+def answer(settings: EstimateSettings) -> Estimated:
+    """The estimate, compared and with its region; nothing is written."""
+    draws = read_draws(settings.posterior, settings.weights)
+    loss, design = settings.loss, _design(settings.design)
+    made = bayes_act(draws, settings.family, loss, design=design, seed=settings.seed)
+    return Estimated(made, made.compare(settings.log_posterior), made.region(settings.prob))
+
+
+def load_run(path: str | os.PathLike) -> Estimate:
+    """The estimate of a run, made again from its posterior."""
+    return answer(_settings(Run.open(path))).estimate
+
+
+def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> str:
+    """The acts of several runs in one table, and with ``out`` in one report."""
+    results = {str(path): _result(Run.open(path)) for path in paths}
+    names = dict.fromkeys(n for it in results.values() for n in it["estimate"]["act"])
+    rows = []
+    for name in names:
+        cells = [it["estimate"]["act"].get(name) for it in results.values()]
+        if all(cell is None or isinstance(cell["value"], float) for cell in cells):
+            rows.append((name, *(c and (c["value"], c["error"]) for c in cells)))
+    losses = [it["estimate"]["divergence"] for it in results.values()]
+    table = Table("Bayes acts", ("parameter", *results), [("loss", *losses), *rows])
+    if out is None:
+        return str(table)
+    runs = {name: Run.open(name) for name in results}
+    found = {name: answer(_settings(run)) for name, run in runs.items()}
+    return f"{table}\n\nThe report: {_report(found, *runs.values(), out=Path(out))}"
+
+
+def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
+    """Write the report of one run or several, a single HTML file."""
+    if out is None and len(paths) > 1:
+        raise ValueError(f"out must say where the report of {len(paths)} runs goes.")
+    runs = [Run.open(path) for path in paths]
+    found = {str(run.path): answer(_settings(run)) for run in runs}
+    return _report(found, *runs, out=None if out is None else Path(out))
+
+
+def _report(found: dict[str, Estimated], *runs: Run, out: Path | None = None) -> Path:
+    from rkl.bayes.report import page
+    from rkl.report import write
+
+    out = out or runs[0].path / "report.html"
+    write(out, page(found, [run.record for run in runs]))
+    return out
+
+
+def _settings(run: Run) -> EstimateSettings:
+    kept = dict(run.settings)
+    for name in ("posterior", "design"):
+        kept[name] = None if kept[name] is None else Path(kept[name])
+    return EstimateSettings(**kept)
+
+
+def _result(run: Run) -> dict[str, Any]:
+    path = run.path / RESULT
+    if not path.exists():
+        raise FileNotFoundError(f"path: {run.path} has no {RESULT}: the run was not finished.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _refuse_folder(out: Path, overwrite: bool) -> None:
+    """Before minutes are spent: the folder must be new, or a run that may be replaced."""
+    if out.is_file():
+        raise FileExistsError(f"out must be a folder; got {out}, which is a file.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(f"out: {out} exists. Choose another folder, or say --overwrite.")
+
+
+def _design(path: Path | None) -> Any:
+    if path is None:
+        return None
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        return np.loadtxt(path, delimiter=",", ndmin=2)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"design: {path} holds no matrix of numbers: {reason}") from None

@@ -1,0 +1,64 @@
+"""The figure of a posterior and of what is reported of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+from rkl.plots.style import HEIGHT, INK, STYLE, WIDTH, blank, legend, line_style
+
+SHOWN = 0.998  # of the draws; the axis ends where the tails begin
+BINS = 60
+
+
+@rc_context(STYLE)
+def posterior(
+    draws: Mapping[str, ArrayLike],
+    acts: Mapping[str, Mapping[str, float]],
+    *,
+    regions: Mapping[str, tuple[float, float]] | None = None,
+) -> Figure:
+    """The marginal posterior of every parameter, a panel each, with the estimates marked.
+
+    Args:
+        draws: Under each parameter's name, draws of it; the middle 99.8 % are shown.
+        acts: Under each estimate's name, its value of each parameter that it has.
+        regions: Under a parameter's name, the least and the largest value in the credible
+            region, which is shaded.
+    """
+    if not draws:
+        raise ValueError("draws must hold the draws of at least one parameter; got none.")
+    figure = blank(WIDTH, HEIGHT * len(draws) - 70 * (len(draws) - 1))
+    panels = figure.subplots(len(draws), 1, squeeze=False)[:, 0]
+    lines = {}
+    for axes, (name, values) in zip(panels, draws.items(), strict=True):
+        shown = _drawn(axes, name, np.asarray(values, dtype=float).ravel())
+        for i, (act, value) in enumerate(acts.items()):
+            if name in value and shown[0] <= value[name] <= shown[1]:
+                lines[act] = axes.axvline(value[name], **line_style(i))
+        if regions and name in regions:
+            low, high = max(shown[0], regions[name][0]), min(shown[1], regions[name][1])
+            axes.axvspan(low, high, color=INK, alpha=0.08, linewidth=0)
+    if lines:
+        legend(figure, {act: lines[act] for act in acts if act in lines})
+    return figure
+
+
+def _drawn(axes: Axes, name: str, values: NDArray[np.float64]) -> tuple[float, float]:
+    """Draw the density of one parameter, and say over what range."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        raise ValueError(f"draws[{name!r}] must hold finite numbers; got none.")
+    low, high = (float(x) for x in np.quantile(finite, [(1 - SHOWN) / 2, (1 + SHOWN) / 2]))
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    style: dict[str, Any] = {"histtype": "stepfilled", "color": INK, "alpha": 0.22}
+    axes.hist(finite, bins=BINS, range=(low, high), density=True, **style)
+    axes.set(xlabel=name, yticks=[])
+    axes.set_xlim(low, high)
+    axes.set_ylabel("density")
+    return low, high

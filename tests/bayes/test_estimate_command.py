@@ -1,0 +1,126 @@
+"""``rkl estimate``: from a file of draws to a table, JSON and a run with a report."""
+
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import rkl
+from rkl.bayes import bayes_act
+from rkl.bayes.report import posterior_figure
+from rkl.cli import main
+
+FAMILY = "normal(loc=mu, scale=sigma)"
+
+
+@pytest.fixture(scope="module")
+def posterior(tmp_path_factory):
+    """A file as ArviZ writes it, and its draws."""
+    generator = np.random.default_rng(0)
+    sigma = np.sqrt(8 / generator.gamma(6, size=(2, 200)))
+    mu = generator.normal(2, sigma / 3)
+    named = {"mu": mu, "sigma": sigma, "lp": -np.log(sigma)}
+    file = tmp_path_factory.mktemp("posterior") / "posterior.nc"
+    group = xr.Dataset({name: (("chain", "draw"), x) for name, x in named.items()})
+    xr.DataTree.from_dict({"posterior": group}).to_netcdf(file, engine="h5netcdf")
+    return file, named
+
+
+def json_of(arguments, capsys):
+    assert main(["estimate", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_value_is_that_of_the_posterior_mean_of_the_natural_parameter(posterior, capsys):
+    file, drawn = posterior
+    found = json_of([file, "--family", FAMILY], capsys)["estimate"]["act"]
+    precision = (drawn["sigma"] ** -2).mean()
+    assert found["sigma"]["value"] == pytest.approx(precision**-0.5, rel=1e-12)
+    expected = (drawn["mu"] / drawn["sigma"] ** 2).mean() / precision
+    assert found["mu"]["value"] == pytest.approx(expected, rel=1e-12)
+    assert found["mu"]["error"] > 0
+
+
+def test_the_divergence_and_the_probability_are_obeyed(posterior, capsys):
+    file, drawn = posterior
+    chosen = ["--divergence", "kl", "--prob", "0.5"]
+    found = json_of([file, "--family", FAMILY, *chosen], capsys)
+    assert found["estimate"]["divergence"] == "KL()"
+    assert found["estimate"]["act"]["mu"]["value"] == pytest.approx(drawn["mu"].mean(), rel=1e-9)
+    assert found["region"]["prob"] == 0.5
+    low, high = found["region"]["ranges"]["sigma"]
+    assert drawn["sigma"].min() < low < high < drawn["sigma"].max()
+
+
+def test_the_intrinsic_loss_has_a_name(posterior, capsys):
+    found = json_of([posterior[0], "--family", FAMILY, "--divergence", "intrinsic"], capsys)
+    assert found["estimate"]["divergence"] == "Intrinsic()"
+
+
+def test_a_run_is_written_loaded_compared_and_reported(posterior, tmp_path, capsys):
+    runs = [tmp_path / name for name in ("reverse", "forward")]
+    for run, divergence in zip(runs, ("reverse-kl", "kl"), strict=True):
+        settings = ["--family", FAMILY, "--divergence", divergence, "--log-posterior", "lp"]
+        assert main(["estimate", str(posterior[0]), *settings, "--out", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "posterior median" in printed
+    assert "draw of highest lp" in printed
+    again = rkl.load(runs[0])
+    kept = json.loads((runs[0] / "estimate.json").read_text("utf-8"))
+    assert again.act["sigma"].item() == kept["estimate"]["act"]["sigma"]["value"]
+    html = (runs[0] / "report.html").read_text("utf-8")
+    assert "Excess reverse KL" in html
+    assert html.count("<svg") == 6
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "both.html")]) == 0
+    assert "ReverseKL()" in capsys.readouterr().out
+    assert (tmp_path / "both.html").exists()
+    before = html
+    assert main(["report", str(runs[0])]) == 0
+    assert (runs[0] / "report.html").read_text("utf-8") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--family", "normal(loc=mu, scale=tau)"], "tau"),
+        (["--family", "gaussian(loc=mu)"], "gaussian"),
+        (["--family", FAMILY, "--prob", "1.5"], "prob must lie strictly between 0 and 1"),
+        (["--family", FAMILY, "--divergence", "klx"], "klx"),
+        (["--family", FAMILY, "--log-posterior", "density"], "density"),
+        (["--family", FAMILY, "--device", "cuda"], "device must be cpu"),
+        (["--family", FAMILY, "--design", "nowhere.npy"], "nowhere.npy"),
+        ([], "--family"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line_and_leaves_nothing(
+    posterior, tmp_path, words, said, capsys
+):
+    out = tmp_path / "run"
+    assert main(["estimate", str(posterior[0]), *words, "--out", str(out)]) == 2
+    complaint = capsys.readouterr().err
+    assert said in complaint
+    assert complaint.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_file_that_is_no_posterior_is_refused(tmp_path, capsys):
+    file = tmp_path / "posterior.nc"
+    file.write_bytes(b"not a file of draws")
+    assert main(["estimate", str(file), "--family", FAMILY]) == 2
+    assert str(file) in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_computed(posterior, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    words = ["estimate", str(posterior[0]), "--family", FAMILY, "--out", str(tmp_path)]
+    assert main(words) == 2
+    assert "exists" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_figure_has_a_panel_for_each_number(posterior):
+    _, drawn = posterior
+    estimate = bayes_act(drawn, FAMILY)
+    assert len(posterior_figure(estimate).axes) == 2
+    assert len(estimate.plot().axes) == 2

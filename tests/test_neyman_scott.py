@@ -28,6 +28,7 @@ MULTIPLES = {
         "MAP in σ": 0.46279 / 0.48593,
         "MAP in σ²": 0.44176 / 0.48593,
         "MAP in log σ": 1.0,
+        "MAP in 1/σ²": 0.53992 / 0.48593,
         "posterior mean of σ²": 1.21483 / 0.48593,
         "posterior mean of σ, squared": 1.14141 / 0.48593,
         "posterior median": 1.04034 / 0.48593,
@@ -289,7 +290,9 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("part", study.PARTS)
 def test_a_part_writes_every_estimate_and_shows_it(part, small, tmp_path):
+    threads = torch.get_num_threads()
     page = study.study(part, tmp_path / "run", seed=3).read_text()
+    assert torch.get_num_threads() == threads
     problem = study.PARTS[part]
     with open(tmp_path / "run" / f"{part}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -318,6 +321,36 @@ def test_other_parts_and_devices_are_refused_before_anything_is_written(tmp_path
     with pytest.raises(ValueError, match="device must be 'cpu'.*got 'cuda'"):
         study.study("panel", tmp_path / "run", device="cuda")
     assert list(tmp_path.iterdir()) == []
+
+
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+
+
+def written_rows(part):
+    with open(FIGURES / f"neyman-scott-{part}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", study.PARTS)
+def test_the_figures_of_the_page_are_those_of_the_study(part):
+    rows = study.PARTS[part].rows(study.SIZES, study.REPLICATIONS, 0)
+    for row, written in zip(rows, written_rows(part), strict=True):
+        found = dict(zip(study.COLUMNS, row.cells(), strict=True))
+        for name in ("mean", "se", "sd", "rmse"):
+            assert float(found.pop(name)) == pytest.approx(float(written.pop(name)), rel=1e-4)
+        assert found == written
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("part", study.PARTS)
+def test_other_data_give_the_figures_of_the_page_within_their_errors(part):
+    """Some 900 means, of which those of one prior go together: 5 standard errors."""
+    rows = study.PARTS[part].rows(study.SIZES[1:], study.REPLICATIONS, 1)
+    kept = [it for it in written_rows(part) if it["N"] != "10"]
+    for row, written in zip(rows, kept, strict=True):
+        mean, error = row.mean
+        assert abs(mean - float(written["mean"])) < 5 * math.hypot(error, float(written["se"]))
 
 
 @pytest.fixture

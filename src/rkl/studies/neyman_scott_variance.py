@@ -328,6 +328,7 @@ def bayesian(data: Groups, prior: Prior) -> dict[str, Estimates]:
         "MAP in σ": 0.5,
         "MAP in σ²": 0.0,
         "MAP in log σ": 1.0,
+        "MAP in 1/σ²": 2.0,
         "Wallace-Freeman": data.groups / 2 + 1,  # 1 / √det of the Fisher information
     }
     modes = {name: prior.mode(data, it) for name, it in jacobians.items()}

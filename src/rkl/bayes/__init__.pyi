@@ -17,8 +17,8 @@ from rkl.bayes.partitions import partition_act as partition_act
 from rkl.bayes.projection import Projection as Projection
 from rkl.bayes.projection import project as project
 from rkl.bayes.regions import Region as Region
-from rkl.bayes.run import EstimateSettings as EstimateSettings
 from rkl.bayes.run import Estimated as Estimated
+from rkl.bayes.run import EstimateSettings as EstimateSettings
 from rkl.bayes.run import compare_runs as compare_runs
 from rkl.bayes.run import estimate as estimate
 from rkl.bayes.run import load_run as load_run

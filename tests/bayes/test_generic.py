@@ -413,6 +413,13 @@ def test_a_divergence_whose_integral_has_no_end_is_refused_on_nodes():
     assert generic_act(theta, lambda t: StudentT(t["df"]), rkl.PearsonChiSquare()).risk < 1
 
 
+def test_an_act_that_has_mass_beyond_the_nodes_is_refused():
+    theta = {"loc": torch.tensor([-9.0, 9.0]).double(), "scale": torch.ones(2).double()}
+    near = nodes_for(laws_of({k: x[:1] for k, x in theta.items()}, normal_law))
+    with pytest.raises(ValueError, match="nodes must reach as far as the act; .* beyond what"):
+        generic_act(theta, normal_law, rkl.SquaredHellinger(), nodes=near.only(near.points < -9))
+
+
 @pytest.mark.parametrize(
     ("theta", "weights", "message"),
     [

@@ -23,7 +23,7 @@ from rkl.bayes.losses import (
     slopes,
 )
 from rkl.bayes.minimise import Minimum, minimise
-from rkl.bayes.nodes import Laws, Nodes, independent_parts, nodes_for
+from rkl.bayes.nodes import OFF, Laws, Nodes, independent_parts, nodes_for
 from rkl.bayes.panels import kinked
 from rkl.divergences import Divergence, FDivergence
 
@@ -273,12 +273,13 @@ def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
         name: (influence @ moves[name].T).reshape(-1, *x.shape) for name, x in theta.items()
     }
     totals = weights @ losses, weights @ by_draw
+    defect = _defect(loss, _law(loss, chart, point))
     excess, risk_error = _node_error(loss, chart, point, minimum.inverse, totals)
     nodes = loss.nodes
     accuracy = Accuracy(
         method=nodes.kind if nodes else "closed form",
         nodes=len(nodes) if nodes else 0,
-        defect=nodes.defect if nodes else 0.0,
+        defect=defect,
         decrement=decrement,
         node_excess=excess,
         risk_error=risk_error,
@@ -309,6 +310,19 @@ def _on_all(loss, chart, minimum: Minimum, losses: Tensor, by_draw: Tensor):
 
 def _decrement(inverse, slope: Tensor) -> float:
     return float(slope @ inverse(slope)) / 2
+
+
+def _defect(loss: PosteriorLoss, law: Distribution) -> float:
+    """By how much the total of a draw's law, or of the act's, misses 1."""
+    if loss.nodes is None:
+        return 0.0
+    own = (loss.nodes.log_mass(law).exp().sum(-1) - 1).abs().max().item()
+    if own > OFF and loss.nodes.kind != "importance":
+        raise ValueError(
+            f"nodes must reach as far as the act; {own:.2g} of its mass is not on them, beyond "
+            "what the laws of the draws have theirs on."
+        )
+    return max(own, loss.nodes.defect)
 
 
 def _node_error(loss, chart, point, inverse, totals) -> tuple[float, float]:

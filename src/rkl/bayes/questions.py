@@ -13,7 +13,7 @@ from rkl.bayes.draws import Draws
 from rkl.bayes.families import ExponentialFamily, Natural
 from rkl.bayes.generic import laws_of, posterior_loss
 from rkl.bayes.laws import Model, Unwrapped, family_in, probe, unwrap
-from rkl.bayes.losses import AnyLoss, DirectLoss, Intrinsic, NodeLoss, PosteriorLoss
+from rkl.bayes.losses import AnyLoss, Intrinsic, PosteriorLoss
 
 Variables = dict[str, Tensor]
 SAME = 1e-9  # relative difference of natural parameters at which two laws are one
@@ -168,17 +168,7 @@ class Question:
 
 def by_member(loss: PosteriorLoss, law: Distribution) -> Tensor:
     """The loss of each draw, for each member of the batch by itself [draws, *batch]."""
-    parts = []
-    for rows in loss.laws.chunks(law.batch_shape.numel()):
-        match loss:
-            case DirectLoss():
-                parts.append(loss.loss(loss.laws.at(rows), law))
-            case NodeLoss():
-                logp, logq = loss.nodes.log_mass(loss.laws.at(rows)), loss.nodes.log_mass(law)
-                held = loss.divergence.held(logp, logq.expand_as(logp))
-                terms = loss.divergence.excess(logp, logq.expand_as(logp), *held)
-                parts.append(terms.sum(-1).reshape(-1, *law.batch_shape[1:]))
-    return torch.cat(parts)
+    return loss.by_member(law)
 
 
 def _is(drawn: Tensor, parameter: Tensor) -> bool:

@@ -424,6 +424,7 @@ def test_a_rate_of_nothing_is_a_law_like_any_other():
     assert value[0].tolist() == pytest.approx(rate.tolist(), rel=1e-15)
     assert (value[1:, 0] == math.inf).all()
     assert value[1, 3].item() == pytest.approx(2 - math.log(3), rel=1e-14)
+    assert rkl.KL().between(Poisson(rate[1]), Poisson(rate[3])) == value[1, 3]
     gap = (rate[2] - 1).item()  # to its second and third order
     assert value[1, 2].item() == pytest.approx(gap**2 / 2 - gap**3 / 3, rel=1e-12)
 

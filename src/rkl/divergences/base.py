@@ -350,7 +350,7 @@ def near_or_far(
     if not series:
         return far
     small = (logp - logq).abs() < NEAR  # not so where p = q = 0, and the ratio is no number
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not small.ndim:
         return torch.where(small, _near(logp, logq, small, series, degree), far)
     few = small.nonzero(as_tuple=True)
     if 8 * len(few[0]) > small.numel():

@@ -74,27 +74,25 @@ def _totals_of(
     for x in [*own.values(), *([] if w is None else [w])]:
         torch._dynamo.maybe_mark_dynamic(x, 0)  # one graph for every number of runs
     fixed = {field.name: getattr(family, field.name) for field in dataclasses.fields(family)}
-    tensors = {name: value for name, value in fixed.items() if isinstance(value, Tensor)}
-    numbers = tuple((name, value) for name, value in fixed.items() if name not in tensors)
+    numbers = tuple((k, x) for k, x in fixed.items() if not isinstance(x, Tensor))
     step = _compiled(plan.batch, plan.directions, run, kernel, type(family), numbers)
-    return step(tensors, own, plan.reference, w)
+    return step(family, own, plan.reference, w)
 
 
 @functools.cache
-def _compiled(*settings: Any) -> Callable:
-    # A cache of its own for each, as all share one code object.
-    # Only tensors are worth a guard: the rest is in the key, and guards cost time.
+def _compiled(batch, directions, run, kernel, *kind) -> Callable:
+    # A cache of its own for each, as all share one code object. Only tensors are worth a guard:
+    # the rest, of the family too, is in the key, and guards cost time.
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
     return torch.compile(  # pyright: ignore[reportCallIssue]: its overloads know fewer options
-        functools.partial(_remade_totals, *settings),
+        functools.partial(_remade_totals, batch, directions, run, kernel),
         fullgraph=True,
         isolate_recompiles=True,
         options=options,
     )
 
 
-def _remade_totals(batch, directions, run, kernel, kind, numbers, tensors, own, reference, w):
-    family = kind(**dict(numbers), **tensors)
+def _remade_totals(batch, directions, run, kernel, family, own, reference, w):
     law = family.law(**own, validate_args=False)
     return _totals(batch, directions, run, kernel, family, law, reference, w)
 

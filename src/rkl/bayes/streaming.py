@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xarray as xr
@@ -20,7 +21,7 @@ from rkl.metrics import Mean
 from rkl.metrics.chains import HALVES, BatchMeans, slots_of
 
 DIRECTIONS = ("reverse", "forward")
-FIRST = 2**17  # numbers, if not 8 draws, that the reference law is made from
+FIRST = 2**17  # numbers, but 8 to 64 draws, that the reference law is made from
 CACHED, FUSED = 2**16, 2**22  # laws of a block: uncompiled lest it leave the cache, and compiled
 WIDE = 2**12  # laws side by side from which on half as many batches must do
 WORTH_COMPILING = 2**30  # laws: below it, compiling costs more than it saves
@@ -208,10 +209,10 @@ def _averaged(draws: Draws, names: Sequence[str], plan: Plan, length: int) -> Mo
 
 
 def _chunks(draws: Draws, names: Sequence[str], plan: Plan) -> Iterator[tuple[int, list[Sums]]]:
-    parts = draws.parts(names, multiple=plan.rows)
     arrays = {name: draws.of(name) for name in names}
+    parts = draws.parts(names, multiple=plan.rows)
     if any(array.chunks is not None for array in arrays.values()):
-        yield from _by_dask(draws, arrays, list(parts), plan)
+        yield from _by_dask(draws, arrays, [part for chain, part in parts if chain == 0], plan)
         return
     for chain, part in parts:
         chunk = {name: read(array, chain, part) for name, array in arrays.items()}
@@ -219,29 +220,36 @@ def _chunks(draws: Draws, names: Sequence[str], plan: Plan) -> Iterator[tuple[in
 
 
 def _by_dask(
-    draws: Draws, arrays: dict[str, xr.DataArray], parts: list[tuple[int, slice]], plan: Plan
+    draws: Draws, arrays: dict[str, xr.DataArray], parts: list[slice], plan: Plan
 ) -> Iterator[tuple[int, list[Sums]]]:
     """The same, where the chunks live: only sums come back."""
     import dask  # pyright: ignore[reportMissingImports]: lazy arrays brought it
 
-    task, plan = dask.delayed(sums_of, pure=False), dask.delayed(plan, traverse=False)
-    parts.sort(key=lambda at: at[1].start)  # chains that are stored together are read together
-    for k in range(0, len(parts), TASKS):
-        tasks = [
-            task(
-                plan,
-                part.start,
-                {
-                    k: v.isel(chain=chain, draw=part).transpose("draw", ...).data
-                    for k, v in arrays.items()
-                },
-                _weights(draws, chain, part),
-            )
-            for chain, part in parts[k : k + TASKS]
-        ]
-        yield from zip(
-            (chain for chain, _ in parts[k : k + TASKS]), dask.compute(*tasks), strict=True
-        )
+    task, plan = dask.delayed(_of_chains, pure=False), dask.delayed(plan, traverse=False)
+    # a task takes the chains that are stored together, lest it fetches them for each anew
+    together = max(x.chunksizes["chain"][0] for x in arrays.values() if x.chunks is not None)
+    groups = [range(draws.chains)[k : k + together] for k in range(0, draws.chains, together)]
+    places = [(chains, part) for part in parts for chains in groups]
+    for k in range(0, len(places), TASKS):
+        tasks = []
+        for chains, part in places[k : k + TASKS]:
+            chunk = {name: _unread(x, chains, part) for name, x in arrays.items()}
+            weights = {chain: _weights(draws, chain, part) for chain in chains}
+            tasks.append(task(plan, part.start, chunk, weights))
+        for found in dask.compute(*tasks):
+            yield from found
+
+
+def _of_chains(plan: Plan, start: int, chunk: dict[str, Any], weights: dict) -> list:
+    return [
+        (chain, sums_of(plan, start, {name: x[k] for name, x in chunk.items()}, w))
+        for k, (chain, w) in enumerate(weights.items())
+    ]
+
+
+def _unread(array: xr.DataArray, chains: range, part: slice) -> Any:
+    at = slice(chains.start, chains.stop)
+    return array.isel(chain=at, draw=part).transpose("chain", "draw", ...).data
 
 
 def _weights(draws: Draws, chain: int, part: slice) -> Tensor | None:
@@ -253,7 +261,8 @@ def _reference(
 ) -> tuple[ExponentialFamily, Natural, torch.Size]:
     """The family about the act of the first few draws, and that act."""
     numbers = sum(math.prod(draws.shape(name)) for name in names)
-    _, _, chunk = next(draws.chunks(names, max(FIRST, 8 * numbers)))
+    rows = min(64, max(8, FIRST // max(1, numbers)))
+    _, _, chunk = next(draws.chunks(names, rows * numbers))
     first = law(chunk)
     family = family_of(first)
     if family is None:

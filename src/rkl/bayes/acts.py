@@ -1,6 +1,5 @@
 """The Bayes act: the one law of a family that is closest to the posterior on average."""
 
-import functools
 from typing import Any
 
 import torch
@@ -72,6 +71,8 @@ def bayes_act(
     """
     if not isinstance(divergence, Divergence | Intrinsic):
         raise TypeError(f"divergence must be one, such as rkl.ReverseKL(); got {divergence!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer; got {seed!r}.")
     held = read_draws(draws, weights)
     model = read_family(family, held, design)
     return answer(Question(held, model, divergence, compiled, seed))
@@ -115,18 +116,12 @@ def _optimised(question: Question) -> Estimate:
     by_chain = (draws.chains, draws.draws)
     influence = {name: x.unflatten(0, by_chain) for name, x in found.influence.items()}
     losses = question.losses(question.expected(question.divergence), found.theta)
-    batch = len(question.batch)
-    events = {name: x.ndim - 2 - batch for name, x in influence.items() if x.ndim > 2 + batch}
-    seen = judged({**influence, "risk": losses}, draws, events)
+    seen = judged({**influence, "risk": losses}, draws)
     _refuse_without_mean(question, seen)
-    none = torch.zeros(question.batch, dtype=torch.bool)
-    unsure = functools.reduce(
-        torch.logical_or,
-        (k >= NO_ERROR for name, k in seen.pareto_k.items() if name != "risk"),
-        none,
-    )
     parameters = {
-        name: Mean(x, masked(mean_of(influence[name], draws).error, unsure))
+        name: Mean(
+            x, masked(mean_of(influence[name], draws).error, seen.pareto_k[name] >= NO_ERROR)
+        )
         for name, x in found.theta.items()
     }
     k = seen.pareto_k["risk"]

@@ -67,8 +67,9 @@ class Diagnostics:
         draws: Number of draws of each.
         ess: Effective number of draws of what was averaged, the least over its components.
         rhat: Rank-normalised split R-hat of what was averaged, the largest; nan where unknown.
-        pareto_k: Tail index of every quantity that was averaged, by its name, [*batch]. At 1/2
-            and above its mean has no normal error, at 1 and above there is no mean.
+        pareto_k: Tail index of every quantity that was averaged, by its name, [*batch]; where an
+            act was minimised, of the influence that a draw has on each number. At 1/2 and above
+            its mean has no normal error, at 1 and above there is no mean.
         method: How the act was found.
         accuracy: By how much its risk may exceed the least, in nats, as far as the minimiser
             can tell; 0 for a closed form.

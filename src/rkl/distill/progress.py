@@ -114,6 +114,7 @@ class Journal(TrainerCallback):
         self._tokens, self._seconds = state.num_input_tokens_seen, 0.0
         return {
             "tokens": state.num_input_tokens_seen,
+            "seconds": seconds,
             "tokens_per_second": tokens / seconds if seconds else None,
             "peak_memory": peak_memory(args.device),
         }

@@ -199,7 +199,8 @@ def _finish(run: Run, seconds: float, memory: int) -> None:
             "best_step": best,
             "held_out_loss": state["best_metric"],
             "tokens": state["num_input_tokens_seen"],
-            "training_seconds": _training_seconds(run),  # those of earlier sessions too
+            # Steps alone, those of earlier sessions too.
+            "training_seconds": sum(row.get("seconds", 0.0) for row in run.metrics),
             "seconds": seconds,
             "peak_memory": memory,
         }
@@ -207,16 +208,6 @@ def _finish(run: Run, seconds: float, memory: int) -> None:
     write_atomic(run.path / "README.md", model_card(run))
     if (run.path / CACHE).exists():
         remove_folder(run.path / CACHE)
-
-
-def _training_seconds(run: Run) -> float:
-    """How long the steps took, evaluations and checkpoints apart."""
-    seconds, before = 0.0, 0
-    for row in run.metrics:
-        if row.get("tokens_per_second"):
-            seconds += (row["tokens"] - before) / row["tokens_per_second"]
-            before = row["tokens"]
-    return seconds
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:

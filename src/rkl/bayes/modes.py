@@ -35,6 +35,10 @@ def modes(question: Question, log_posterior: LogDensity | str | None) -> Modes:
         return Modes({}, (f"MAP and Wallace–Freeman are left out: {why}.",))
     if isinstance(log_posterior, str):
         return _of_variable(question, log_posterior)
+    if not callable(log_posterior):
+        raise TypeError(
+            f"log_posterior must be a callable or the name of a variable; got {log_posterior!r}."
+        )
     return _of_function(question, log_posterior)
 
 
@@ -81,7 +85,11 @@ class _Seen(NamedTuple):
 def _seen(question: Question, log_posterior: LogDensity) -> _Seen:
     draws = question.draws
     shown = Theta(probe(draws, draws.names))
-    _checked(log_posterior(shown), len(next(iter(shown._drawn.values()))))
+    try:
+        told = log_posterior(shown)
+    except KeyError as error:
+        raise ValueError(f"log_posterior cannot take the draws: {error.args[0]}.") from error
+    _checked(told, len(next(iter(shown._drawn.values()))))
     names = [name for name in draws.names if name in shown._seen | {*question.model.names}]
     few = draws.every(-(-draws.chains * draws.draws // LOOKED_AT))
     theta = {name: few[name].flatten(0, 1) for name in names}
@@ -173,7 +181,11 @@ def _log_fisher(question: Question, names: list[str]) -> tuple[LogDensity | None
 
     def partition(theta: Mapping[str, Tensor], mean: Natural | None) -> tuple[Tensor, Natural]:
         """A(η) − ⟨η, m⟩ and ∇A(η): the information is the former's curvature where m = ∇A."""
-        natural = tuple(x * 1.0 for x in family.natural(model.base(theta)))
+        natural = family.natural(model.base(theta))
+        # what is fixed is constant to autograd, yet has a mean parameter
+        natural = tuple(
+            x * 1.0 if x.requires_grad else x.clone().requires_grad_() for x in natural
+        )
         total = family.log_partition(natural).sum()
         own = torch.autograd.grad(total, natural, create_graph=True, materialize_grads=True)
         return total if mean is None else total - family.inner(natural, mean).sum(), own

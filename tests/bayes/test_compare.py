@@ -1,0 +1,235 @@
+"""The act beside other estimates: what each is, and what each loses under every loss."""
+
+import math
+
+import pandas
+import pytest
+import torch
+from torch.distributions import Independent, Normal, Poisson
+
+from rkl.bayes import Intrinsic, bayes_act, compare
+from rkl.bayes.tables import Table, parenthesised
+from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL, SquaredHellinger
+
+ORDINARY = "normal(loc=mu, scale=sigma)"
+ROWS = ["reverse KL", "forward KL", "Jeffreys", "Jensen–Shannon", "intrinsic"]
+COUNT, MEAN, SCATTER = 10, 0.3, 18.0
+
+
+def log_posterior(theta):
+    """Of a normal sample of COUNT under the prior 1/sigma, up to a constant."""
+    squares = SCATTER + COUNT * (theta["mu"] - MEAN).square()
+    return -(COUNT + 1) * theta["sigma"].log() - squares / (2 * theta["sigma"].square())
+
+
+@pytest.fixture(scope="module")
+def draws():
+    torch.manual_seed(0)
+    half = torch.tensor([(COUNT - 1) / 2, SCATTER / 2], dtype=torch.float64)
+    variance = 1 / torch.distributions.Gamma(*half).sample(torch.Size([4, 250]))
+    mu = MEAN + torch.randn(4, 250, dtype=torch.float64) * (variance / COUNT).sqrt()
+    drawn = {"mu": mu, "sigma": variance.sqrt()}
+    return drawn | {"lp": log_posterior(drawn), "elsewhere": mu.square()}
+
+
+@pytest.fixture(scope="module")
+def table(draws):
+    return bayes_act(draws, ORDINARY).compare(log_posterior)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Only what has a closed form, where the rest is not what is asked about."""
+    monkeypatch.setattr(compare, "LOSSES", {name: compare.LOSSES[name] for name in ROWS[:2]})
+
+
+def column(table, name):
+    place = list(table.columns).index(f"excess {name} (nats)")
+    return {row[0]: row[place] for row in table.rows}
+
+
+def law(act):
+    return Normal(act["mu"], act["sigma"])
+
+
+@pytest.mark.parametrize(
+    ("name", "divergence"),
+    [("reverse KL", ReverseKL()), ("forward KL", KL()), ("Jeffreys", Jeffreys())],
+)
+def test_excess_risks_under_both_kls_are_those_of_brute_force(draws, table, name, divergence):
+    posterior = Normal(draws["mu"], draws["sigma"])
+    risks = {k: divergence.between(posterior, law(act)).mean() for k, act in table.acts.items()}
+    found = column(table, name)
+    assert found.keys() == risks.keys()
+    for row, value in found.items():
+        assert value == pytest.approx((risks[row] - risks[name]).item(), abs=1e-10)
+
+
+def test_excess_risks_elsewhere_are_paired_and_smaller_than_their_parts(draws, table):
+    intrinsic = Intrinsic()
+    posterior = Normal(draws["mu"], draws["sigma"])
+    losses = {k: intrinsic.between(posterior, law(act)) for k, act in table.acts.items()}
+    for row, (value, error) in column(table, "intrinsic").items():
+        gap = losses[row] - losses["intrinsic"]
+        assert value == pytest.approx(gap.mean().item(), abs=1e-10)
+        # the draws are independent, so that the paired error is that of a mean
+        plain = gap.std().item() / math.sqrt(gap.numel())
+        assert error == pytest.approx(plain, rel=0.5, abs=1e-12)
+        apart = math.hypot(*(x.std().item() for x in (losses[row], losses["intrinsic"])))
+        assert error < 0.6 * apart / math.sqrt(gap.numel())
+
+
+def test_the_jensen_shannon_excess_is_that_of_sums_over_a_fine_grid(draws, table):
+    x = torch.linspace(-25, 25, 2001, dtype=torch.float64)
+    logp = Normal(draws["mu"].flatten()[:, None], draws["sigma"].flatten()[:, None]).log_prob(x)
+
+    def risk(act):
+        logq = law(act).log_prob(x)
+        mixed = torch.logaddexp(logp, logq) - math.log(2)
+        terms = logp.exp() * (logp - mixed) + logq.exp() * (logq - mixed)
+        return (terms / 2).sum(-1).mean().item() * 0.025
+
+    for row, (value, _) in column(table, "Jensen–Shannon").items():
+        wanted = risk(table.acts[row]) - risk(table.acts["Jensen–Shannon"])
+        assert value == pytest.approx(wanted, abs=1e-8)
+
+
+def test_each_act_is_best_under_its_own_loss(table):
+    for name in ROWS:
+        excess = {k: v if isinstance(v, float) else v[0] for k, v in column(table, name).items()}
+        assert excess.pop(name) == 0
+        assert min(excess.values()) > 0
+
+
+def test_the_modes_are_those_of_calculus(table):
+    scales = {name: act["sigma"].item() for name, act in table.acts.items()}
+    wanted = {"MAP in mu, sigma": COUNT + 1, "MAP in mu, log sigma": COUNT}
+    wanted["Wallace–Freeman"] = COUNT - 1  # log det of the information is −4 log sigma
+    for name, freedom in wanted.items():
+        assert scales[name] == pytest.approx(math.sqrt(SCATTER / freedom), rel=1e-9)
+        assert table.acts[name]["mu"].item() == pytest.approx(MEAN, rel=1e-9)
+
+
+def test_mean_and_median_are_theirs(draws, table):
+    torch.testing.assert_close(table.acts["posterior mean"]["sigma"], draws["sigma"].mean())
+    half = draws["sigma"].flatten().quantile(0.5)
+    torch.testing.assert_close(table.acts["posterior median"]["sigma"], half)
+
+
+def test_without_a_density_the_modes_are_left_out_with_the_reason(quick, draws):
+    few = {name: x[:, :60] for name, x in draws.items()}
+    table = bayes_act(few, ORDINARY).compare()
+    assert [row[0] for row in table.rows] == [*ROWS[:2], "posterior mean", "posterior median"]
+    assert any("left out: they need log_posterior=" in note for note in table.notes)
+
+
+def test_of_a_variable_the_densest_draws_are_shown_as_what_they_are(quick, draws):
+    few = {name: x[:, :60] for name, x in draws.items()}
+    table = bayes_act(few, ORDINARY).compare("lp")
+    best = few["lp"].argmax()
+    found = table.acts["draw of highest lp"]["sigma"]
+    assert found == few["sigma"].flatten()[best]
+    other = (few["lp"] + few["sigma"].log()).argmax()
+    found = table.acts["draw of highest lp, in mu, log sigma"]["sigma"]
+    assert found == few["sigma"].flatten()[other]
+    assert "Wallace–Freeman" not in table.acts
+
+
+def test_a_density_without_slopes_is_served_by_its_densest_draws(quick, draws):
+    few = {name: x[:, :60] for name, x in draws.items()}
+    table = bayes_act(few, ORDINARY).compare(lambda theta: log_posterior(theta).detach())
+    assert "draw of highest log_posterior" in table.acts
+    assert any("not differentiable" in note for note in table.notes)
+
+
+def test_an_act_that_does_not_exist_is_left_out_with_the_reason(quick):
+    torch.manual_seed(0)
+    half = torch.tensor([0.45, 0.5], dtype=torch.float64)
+    scale = torch.distributions.Gamma(*half).sample(torch.Size([4, 500])).rsqrt()
+    table = bayes_act({"sigma": scale}, "normal(loc=0, scale=sigma)").compare()
+    assert "forward KL" not in table.acts
+    assert any("forward KL is left out" in note and "E x²" in note for note in table.notes)
+    assert "excess forward KL (nats)" not in table.columns
+
+
+def test_a_loss_of_ones_own_has_a_row_and_a_column(quick, draws):
+    few = {name: x[:, :60] for name, x in draws.items()}
+    estimate = bayes_act(few, ORDINARY, SquaredHellinger())
+    table = estimate.compare()
+    assert column(table, "own")["own"][0] == 0
+    assert table.acts["own"]["sigma"] == estimate.act["sigma"]
+
+
+def test_a_batch_has_a_row_for_each_member(quick):
+    generator = torch.Generator().manual_seed(0)
+    rate = torch.rand(2, 40, 2, generator=generator, dtype=torch.float64) + 1
+    table = bayes_act({"rate": rate}, Poisson).compare()
+    assert [row[0] for row in table.rows][:2] == ["reverse KL [0]", "reverse KL [1]"]
+    rates = [row[1] for row in table.rows][:2]
+    assert rates == pytest.approx(rate.log().mean((0, 1)).exp().tolist())
+
+
+def test_a_joint_law_has_one_row_and_leaves_its_many_numbers_to_the_acts(quick):
+    generator = torch.Generator().manual_seed(0)
+    mu = torch.randn(2, 40, 9, generator=generator, dtype=torch.float64)
+    estimate = bayes_act({"mu": mu}, lambda theta: Independent(Normal(theta.mu, 1.0), 1))
+    table = estimate.compare(lambda theta: -theta.mu.square().sum(-1) / 2)
+    assert {row[0] for row in table.rows} >= {"reverse KL", "MAP in mu"}
+    assert table.columns[1].startswith("excess")
+    assert table.acts["MAP in mu"]["mu"].abs().max() < 1e-9
+    assert any("too many parameters" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("density", "error", "words"),
+    [
+        ("nothing", ValueError, "no variable 'nothing'; there are mu, sigma"),
+        ("wide", ValueError, r"wide must be one log density a draw; got \[2\]"),
+        (lambda theta: theta["mu"].sum(), ValueError, r"must give 15 log densities.*got \[\]"),
+        (lambda theta: theta["tau"], ValueError, "there are mu, sigma"),
+        (3.0, TypeError, "log_posterior must be"),
+    ],
+)
+def test_what_is_no_log_density_is_refused(quick, draws, density, error, words):
+    few = {name: x[:, :15] for name, x in draws.items()}
+    few["wide"] = torch.stack([few["mu"], few["mu"]], -1)
+    with pytest.raises(error, match=words):
+        bayes_act(few, ORDINARY).compare(density)
+
+
+# Tables
+
+
+def test_a_table_is_text_html_and_a_data_frame():
+    rows = [("one", 0.5, (0.12345, 0.0042)), ("<two>", None, (12.3, 0.16))]
+    table = Table("Two", ("name", "number", "mean"), rows, ("a note",))
+    lines = str(table).splitlines()
+    assert lines[0] == "Two"
+    assert lines[2].split() == ["one", "0.5", "0.123(4)"]
+    assert lines[-1] == "a note"
+    assert "&lt;two&gt;" in table._repr_html_()
+    frame = table.to_dataframe()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame["mean, error"].tolist() == [0.0042, 0.16]
+    assert table.to_dict()["rows"][0] == ["one", 0.5, [0.12345, 0.0042]]
+
+
+@pytest.mark.parametrize("value", [0.12345, -3.7, 1234.5, 9.96, 1e-7, 0.0995])
+@pytest.mark.parametrize("error", [0.0042, 0.16, 0.096, 25.0, 3e-9, 0.95])
+def test_an_error_in_parentheses_is_that_of_the_last_digits(value, error):
+    text = parenthesised((value, error)).replace("−", "-")
+    shown, _, last = text.rstrip(")").partition("(")
+    unit = 10 ** -len(shown.partition(".")[2])
+    assert float(shown) == pytest.approx(value, abs=0.5001 * max(unit, error / 2))
+    assert float(last) * (unit if unit < 1 else 1) == pytest.approx(error, rel=0.26)
+
+
+def test_long_tables_say_how_much_they_leave_out():
+    table = Table("Many", ("i",), [(i,) for i in range(50)])
+    assert "... and 10 more rows" in str(table)
+    assert str(table).count("\n") == 42
+
+
+def test_jensen_and_shannon_have_the_estimate_of_the_default_table(draws, table):
+    found = bayes_act(draws, ORDINARY, JensenShannon()).act["sigma"]
+    assert table.acts["Jensen–Shannon"]["sigma"] == found

@@ -189,7 +189,13 @@ def read_draws(source: Any, weights: Any = None) -> Draws:
     draws = source if isinstance(source, Draws) else Draws(_variables(source))
     if weights is None:
         return draws
-    weights = weights if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights))
+    if not isinstance(weights, Tensor):
+        try:
+            weights = torch.from_numpy(np.array(weights, np.float64))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"weights must be numbers [chains, draws]; got {weights!r:.60}."
+            ) from error
     return dataclasses.replace(draws, weights=weights)
 
 

@@ -300,7 +300,11 @@ def _from_class(cls, settings: dict[str, Any], draws: Draws, design: Any) -> Mod
 
 def _named(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) -> Model:
     if design is not None and "design" in inspect.signature(cls).parameters:
-        settings = settings | {"design": torch.as_tensor(np.asarray(design, np.float64))}
+        try:
+            matrix = torch.as_tensor(np.asarray(design, np.float64))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"design must hold numbers; got {design!r:.60}.") from error
+        settings = settings | {"design": matrix}
     names = tuple(dict.fromkeys(v for v in settings.values() if isinstance(v, str)))
     if not names:
         raise ValueError(f"family {text} must take a variable of the posterior; got none.")

@@ -98,6 +98,8 @@ def partition_act(
     weight = _weights(weights, len(draws))
     if isinstance(starts, bool) or not isinstance(starts, int) or starts < 1:
         raise ValueError(f"starts must be a positive number of searches; got {starts!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer; got {seed!r}.")
     distinct, which = draws.unique(dim=0, return_inverse=True)
     shared = torch.zeros(len(distinct), dtype=torch.float64).index_add_(0, which, weight)
     found = canonical(_search(distinct, shared, f, starts, seed))
@@ -281,7 +283,10 @@ def _weights(weights: ArrayLike | Tensor | None, draws: int) -> Float[Tensor, " 
     """Weights that sum to 1."""
     if weights is None:
         return torch.full((draws,), 1 / draws, dtype=torch.float64)
-    given = torch.as_tensor(weights, dtype=torch.float64)
+    try:
+        given = torch.as_tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"weights must be numbers; got {weights!r:.60}.") from error
     if given.shape != (draws,):
         raise ValueError(f"weights must hold one for each of {draws} draws; got {[*given.shape]}.")
     total = given.sum()

@@ -44,13 +44,20 @@ class Region:
 
         Raises:
             ValueError: A variable is missing, or has another shape than its draws.
+            TypeError: A variable is no number.
         """
         question, given = self.estimate.question, {}
+        if not isinstance(theta, Mapping):
+            needed = ", ".join(question.model.names)
+            raise TypeError(f"theta must be a mapping with {needed}; got {theta!r:.60}.")
         for name in question.model.names:
             if name not in theta:
                 needed = ", ".join(question.model.names)
                 raise ValueError(f"theta must have {needed}; got {', '.join(theta) or 'nothing'}.")
-            value = torch.as_tensor(theta[name], dtype=torch.float64)
+            try:
+                value = torch.as_tensor(theta[name], dtype=torch.float64)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"{name} must be numbers; got {theta[name]!r:.60}.") from error
             shape = question.shape(name)
             if value.shape not in (shape, torch.Size(question.draws.shape(name))):
                 raise ValueError(f"{name} must be {list(shape)}; got {list(value.shape)}.")

@@ -51,6 +51,11 @@ class EstimateSettings:
     device: str = "cpu"
 
     def __post_init__(self):
+        for name in ("posterior", "design"):
+            path = getattr(self, name)
+            object.__setattr__(self, name, None if path is None else Path(path))
+        if isinstance(self.prob, bool) or not isinstance(self.prob, int | float):
+            raise TypeError(f"prob must be a number; got {self.prob!r}.")
         if not 0 < self.prob < 1:
             raise ValueError(f"prob must lie strictly between 0 and 1; got {self.prob}.")
         if self.device != "cpu":
@@ -122,7 +127,9 @@ def estimate(
 
 def answer(settings: EstimateSettings) -> Estimated:
     """The estimate, compared and with its region; nothing is written."""
-    draws = read_draws(settings.posterior, settings.weights)
+    draws = read_draws(settings.posterior)
+    if settings.weights is not None:
+        draws = read_draws(draws, draws[settings.weights])
     loss, design = settings.loss, _design(settings.design)
     made = bayes_act(draws, settings.family, loss, design=design, seed=settings.seed)
     return Estimated(made, made.compare(settings.log_posterior), made.region(settings.prob))
@@ -135,7 +142,7 @@ def load_run(path: str | os.PathLike) -> Estimate:
 
 def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> str:
     """The acts of several runs in one table, and with ``out`` in one report."""
-    results = {str(path): _result(Run.open(path)) for path in paths}
+    results = {str(run.path): _result(run) for run in _opened(paths)}
     names = dict.fromkeys(n for it in results.values() for n in it["estimate"]["act"])
     rows = []
     for name in names:
@@ -153,9 +160,9 @@ def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | No
 
 def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
     """Write the report of one run or several, a single HTML file."""
-    if out is None and len(paths) > 1:
-        raise ValueError(f"out must say where the report of {len(paths)} runs goes.")
-    runs = [Run.open(path) for path in paths]
+    runs = _opened(paths)
+    if out is None and len(runs) > 1:
+        raise ValueError(f"out must say where the report of {len(runs)} runs goes.")
     found = {str(run.path): answer(_settings(run)) for run in runs}
     return _report(found, *runs, out=None if out is None else Path(out))
 
@@ -169,7 +176,24 @@ def _report(found: dict[str, Estimated], *runs: Run, out: Path | None = None) ->
     return out
 
 
+def _opened(paths: Sequence[str | os.PathLike]) -> list[Run]:
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(f"paths must be a list of folders; got one alone, {str(paths)!r}.")
+    if not paths:
+        raise ValueError("paths must name at least one run; got none.")
+    runs = [Run.open(path) for path in paths]
+    for run in runs:
+        _refuse_others(run)
+    return runs
+
+
+def _refuse_others(run: Run) -> None:
+    if run.kind != "bayes":
+        raise ValueError(f"path: {run.path} is a run of kind {run.kind!r}; expected 'bayes'.")
+
+
 def _settings(run: Run) -> EstimateSettings:
+    _refuse_others(run)
     kept = dict(run.settings)
     for name in ("posterior", "design"):
         kept[name] = None if kept[name] is None else Path(kept[name])
@@ -180,7 +204,10 @@ def _result(run: Run) -> dict[str, Any]:
     path = run.path / RESULT
     if not path.exists():
         raise FileNotFoundError(f"path: {run.path} has no {RESULT}: the run was not finished.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"path: {path} cannot be read as JSON: {error}.") from error
 
 
 def _refuse_folder(out: Path, overwrite: bool) -> None:

@@ -27,9 +27,10 @@ def add_flags(parser: argparse.ArgumentParser, settings: type, title: str = "set
         if name not in COMMON:
             flag = f"--{name.replace('_', '-')}"
             words, how = _help(field, described.get(name, "")), _reading(field, kind)
-            if field.metadata.get("positional"):
-                flag, how["nargs"] = name, "?"  # for --config may say it
-            group.add_argument(flag, default=argparse.SUPPRESS, help=words, **how)
+            if field.metadata.get("positional"):  # --config may say it, so that it may be absent
+                group.add_argument(name, nargs="?", help=words, **how)
+            else:
+                group.add_argument(flag, default=argparse.SUPPRESS, help=words, **how)
     group.add_argument(
         "--config",
         type=Path,
@@ -56,7 +57,7 @@ def gather(
     values |= {
         name: _conform(name, fields[name][1], value)
         for name, value in vars(parsed).items()
-        if name in fields
+        if name in fields and not (value is None and fields[name][0].metadata.get("positional"))
     }
     missing = [
         name if field.metadata.get("positional") else f"--{name.replace('_', '-')}"

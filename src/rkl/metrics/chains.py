@@ -68,7 +68,7 @@ def ess(
     """
     x = _checked(x)
     count = x.shape[0] * x.shape[1]
-    share = 1.0 if weights is None else _kish(weights.double(), x)
+    share = 1.0 if weights is None else _kish(weights, x)
     return _by_columns(lambda part: share * count / _time(_normal_scores(part)), x)
 
 
@@ -176,11 +176,16 @@ class BatchMeans:
         weights: Float[Tensor, " draws"] | None = None,
     ) -> None:
         """Take the next draws of a chain."""
+        floats("values", values)
+        if not 0 <= chain < len(self._pushed):
+            raise ValueError(f"chain must be one of {len(self._pushed)}, from 0; got {chain}.")
         if values.shape[1:] != self.sums.shape[2:]:
             raise ValueError(
                 f"values must be [draws, {', '.join(map(str, self.sums.shape[2:]))}]; "
                 f"got {list(values.shape)}."
             )
+        if weights is not None and weights.shape != values.shape[:1]:
+            raise ValueError(f"weights must be [{len(values)}]; got {list(weights.shape)}.")
         values = values.double()
         weights = values.new_ones(len(values)) if weights is None else weights.double()
         start = self._pushed[chain]
@@ -287,6 +292,8 @@ class BatchMeans:
 
 def slots_of(chains: int, halves: int = HALVES) -> int:
     """How many half batches of each chain are kept, for so many in all."""
+    if chains < 1:
+        raise ValueError(f"chains must be at least 1; got {chains}.")
     return max(4, 2 * (halves // (2 * chains)))
 
 
@@ -370,8 +377,15 @@ def _by_columns(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _kish(weights: Tensor, x: Tensor) -> float:
+    floats("weights", weights)
+    weights = weights.double()
     if weights.shape != x.shape[:2]:
         raise ValueError(f"weights must be {list(x.shape[:2])}; got {list(weights.shape)}.")
+    if not weights.isfinite().all() or weights.min() < 0 or not weights.sum() > 0:
+        raise ValueError(
+            "weights must be finite, at least 0, and not all 0; "
+            f"got values from {weights.min():.4g} to {weights.max():.4g}."
+        )
     return float(weights.sum() ** 2 / (weights.numel() * weights.square().sum()))
 
 

@@ -46,10 +46,7 @@ def estimates(
         logarithmic: Whether that of the estimates is too.
         columns: Panels side by side.
     """
-    if not panels or not all(panels.values()):
-        raise ValueError(
-            "panels is empty, or one of them is; a figure needs an estimator in each."
-        )
+    _refuse(panels, truth, columns)
     names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     rows = -(-len(panels) // columns)
     figure = blank(30 + 290 * columns, 40 + 250 * rows)
@@ -85,10 +82,24 @@ def estimates(
     return figure
 
 
+def _refuse(panels: Mapping, truth: float, columns: int) -> None:
+    if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
+        raise ValueError(f"columns must be an integer of at least 1; got {columns!r}.")
+    if isinstance(truth, bool) or not isinstance(truth, int | float):
+        raise TypeError(f"truth must be a number; got {truth!r}.")
+    if not panels or not all(panels.values()):
+        raise ValueError(
+            "panels is empty, or one of them is; a figure needs an estimator in each."
+        )
+
+
 def _checked(argument: str, series: Series) -> list[np.ndarray]:
     if len(series) != 3:
         raise ValueError(f"{argument} must be sizes, means and bands; got {len(series)} of three.")
-    x, y, band = found = [np.asarray(it, dtype=np.float64) for it in series]
+    try:
+        x, y, band = found = [np.asarray(it, dtype=np.float64) for it in series]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{argument} must hold numbers: {error}.") from error
     if x.ndim != 1 or not x.size or not x.shape == y.shape == band.shape:
         shapes = ", ".join(str(it.shape) for it in found)
         raise ValueError(f"{argument} must hold three vectors of one length; got {shapes}.")

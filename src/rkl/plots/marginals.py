@@ -30,13 +30,23 @@ def posterior(
         regions: Under a parameter's name, the least and the largest value in the credible
             region, which is shaded.
     """
+    if not isinstance(draws, Mapping):
+        raise TypeError(f"draws must be a dict by names; got a {type(draws).__name__}.")
     if not draws:
         raise ValueError("draws must hold the draws of at least one parameter; got none.")
+    for act, values in acts.items():
+        if not isinstance(values, Mapping) or not all(
+            isinstance(value, int | float) for value in values.values()
+        ):
+            raise TypeError(f"acts[{act!r}] must be numbers by parameter; got {values!r:.60}.")
+    for name, ends in (regions or {}).items():
+        if len(ends) != 2:
+            raise ValueError(f"regions[{name!r}] must be two ends; got {ends!r:.60}.")
     figure = blank(WIDTH, HEIGHT * len(draws) - 70 * (len(draws) - 1))
     panels = figure.subplots(len(draws), 1, squeeze=False)[:, 0]
     lines = {}
     for axes, (name, values) in zip(panels, draws.items(), strict=True):
-        shown = _drawn(axes, name, np.asarray(values, dtype=float).ravel())
+        shown = _drawn(axes, name, _numbers(name, values))
         for i, (act, value) in enumerate(acts.items()):
             if name in value and shown[0] <= value[name] <= shown[1]:
                 lines[act] = axes.axvline(value[name], **line_style(i))
@@ -46,6 +56,13 @@ def posterior(
     if lines:
         legend(figure, {act: lines[act] for act in acts if act in lines})
     return figure
+
+
+def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    try:
+        return np.asarray(values, dtype=np.float64).ravel()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"draws[{name!r}] must hold numbers: {error}.") from error
 
 
 def _drawn(axes: Axes, name: str, values: NDArray[np.float64]) -> tuple[float, float]:

@@ -40,6 +40,8 @@ def divergence_between(
     Source: Nielsen and Nock (2011), arXiv 1105.3259, eq. (12).
 
     Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: A natural parameter has too few components, or too many.
         NotImplementedError: There is no closed form; the message says for which divergence.
 
     >>> from torch.distributions import Normal
@@ -49,6 +51,17 @@ def divergence_between(
     >>> divergence_between(family, PearsonChiSquare(), family.natural(p), family.natural(q))
     tensor(1.7183)
     """
+    if not isinstance(family, ExponentialFamily):
+        raise TypeError(f"family must be an ExponentialFamily, as family_of says; got {family!r}.")
+    if not isinstance(divergence, Divergence):
+        raise TypeError(f"divergence must be a Divergence, such as KL(); got {divergence!r}.")
+    for name, natural in (("p", p), ("q", q)):
+        if not isinstance(natural, tuple) or len(natural) != len(family.events):
+            got = len(natural) if isinstance(natural, tuple) else repr(natural)
+            raise ValueError(
+                f"{name} must be the {len(family.events)} components of a natural parameter, "
+                f"as family.natural(law) says; got {got}."
+            )
     parts = (weight * _one(family, term, p, q) for weight, term in weighted_terms(divergence))
     return functools.reduce(torch.add, parts)
 

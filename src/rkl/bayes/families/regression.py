@@ -36,8 +36,9 @@ class Regression(Distribution):
                 "design must be [rows, columns] and coefficients [..., columns]; "
                 f"got {list(design.shape)} and {list(coefficients.shape)}."
             )
-        if validate_args and not design.isfinite().all():
-            raise ValueError("design must be finite.")
+        for name, value in (("design", design), ("coefficients", coefficients)):
+            if validate_args and not value.isfinite().all():
+                raise ValueError(f"{name} must be finite; got {_first(value)}.")
         self.design, self.coefficients = design.to(coefficients.dtype), coefficients
         super().__init__(coefficients.shape[:-1], design.shape[:1], validate_args=validate_args)
 
@@ -96,10 +97,23 @@ class GaussianRegression(Regression):
     }
 
     def __init__(self, design, coefficients, scale, validate_args=True):
-        scale = torch.as_tensor(scale, dtype=coefficients.dtype, device=coefficients.device)
-        batch = torch.broadcast_shapes(scale.shape, coefficients.shape[:-1])
+        floats("coefficients", coefficients)
+        try:
+            scale = torch.as_tensor(scale, dtype=coefficients.dtype, device=coefficients.device)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"scale must be a number or a tensor; got {scale!r}.") from error
+        try:
+            batch = torch.broadcast_shapes(scale.shape, coefficients.shape[:-1])
+        except RuntimeError as error:
+            raise ValueError(
+                f"scale must go with coefficients {list(coefficients.shape)}; "
+                f"got {list(scale.shape)}."
+            ) from error
+        if validate_args and not (scale > 0).all():
+            raise ValueError(f"scale must be positive; got {scale.min():.4g}.")
         self.scale = scale.expand(batch)
-        super().__init__(design, coefficients.expand(*batch, -1), validate_args)
+        wide = coefficients.expand(*batch, -1) if coefficients.ndim else coefficients
+        super().__init__(design, wide, validate_args)
 
     @property
     def rows(self):
@@ -109,6 +123,11 @@ class GaussianRegression(Regression):
         coefficients = self.coefficients.expand(*batch_shape, -1)
         scale = self.scale.expand(batch_shape)
         return GaussianRegression(self.design, coefficients, scale, validate_args=False)
+
+
+def _first(value: Tensor) -> float:
+    """The first number that is not finite."""
+    return value[~value.isfinite()][0].item()
 
 
 class PoissonRegression(Regression):

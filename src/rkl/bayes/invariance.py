@@ -55,6 +55,10 @@ def check_invariance(
     >>> table.rows[0][1] < 1e-10 < table.rows[2][1]
     True
     """
+    if not isinstance(estimate, Estimate):
+        raise TypeError(f"estimate must be an Estimate; got a {type(estimate).__name__}.")
+    if log_posterior is not None and not callable(log_posterior):
+        raise TypeError(f"log_posterior must be a callable; got {log_posterior!r}.")
     question = estimate.question
     if isinstance(bijection, Transform):
         _check({"the data": bijection})
@@ -64,6 +68,8 @@ def check_invariance(
             "bijection must be a transform of torch, for the data, or a dict of them by the name "
             f"of a variable; got {bijection!r}."
         )
+    if not bijection:
+        raise ValueError("bijection must rename at least one variable; got none.")
     _check(bijection)
     for name in bijection:
         if name not in question.model.names:
@@ -111,6 +117,10 @@ def _renamed(question: Question, bijection: Mapping[str, Transform]) -> Question
     variables: dict[str, Tensor] = {name: draws[name] for name in draws.names}
     for name, transform in bijection.items():
         variables[name] = torch.as_tensor(transform(variables[name]))
+        if not variables[name].isfinite().all():
+            raise ValueError(
+                f"bijection must be finite on all draws; {transform} is not on those of {name}."
+            )
 
     def make(theta: Theta) -> Distribution:
         return model.make(Theta({k: _back(bijection, k, theta[k]) for k in model.names}))

@@ -1,5 +1,6 @@
 """Whatever a public function cannot use it refuses, in one line that names the argument."""
 
+import inspect
 import re
 import shutil
 import traceback
@@ -7,21 +8,42 @@ from pathlib import Path
 
 import core
 import distilling
+import estimating
 import folders
 import measures
+import posteriors
 import program
 import pytest
 import reading
+import reporting
+import torch
 import world
 from subjects import DELIBERATE, UsageError
 
+import rkl.bayes
 import rkl.distill
 from rkl import cli
+from rkl.metrics import chains, tails
 
 pytestmark = pytest.mark.malformed
-PARTS = core, measures, folders, reading, distilling, program
+PARTS = (core, measures, folders, reading, distilling, posteriors, estimating, reporting, program)
 SUBJECTS = [it for part in PARTS for it in part.SUBJECTS]
 CASES = [(subject, fault) for subject in SUBJECTS for fault in subject.faults]
+MADE_BY_FUNCTIONS = {  # or without arguments, or to derive from
+    f"bayes.{name}"
+    for name in (
+        "Act",
+        "Diagnostics",
+        "Estimate",
+        "Estimated",
+        "ExponentialFamily",
+        "Intrinsic",
+        "PartitionAct",
+        "Projection",
+        "Region",
+        "Table",
+    )
+}
 SOURCE = str(Path(rkl.__file__).parent)
 
 
@@ -88,6 +110,18 @@ def test_every_case_is_another_one_and_there_are_many():
     assert len(triples) >= 200
 
 
+def test_labels_that_switch_between_draws_are_warned_of_where_components_are_asked_for():
+    x = torch.randn(4, 100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sorted_means = torch.tensor([-9.0, 9.0], dtype=torch.float64) + x
+    switched = sorted_means.clone()
+    switched[:, ::3] = switched[:, ::3].flip(-1)
+    told = [
+        rkl.bayes.bayes_act({"mu": mu}, "normal(loc=mu, scale=1)").diagnostics.warnings
+        for mu in (sorted_means, switched)
+    ]
+    assert [any("change places" in text for text in texts) for texts in told] == [False, True]
+
+
 def test_every_function_and_every_command_is_among_them():
     tested = {subject.function for subject in SUBJECTS}
     without_arguments = {"catalogue"}
@@ -96,3 +130,15 @@ def test_every_function_and_every_command_is_among_them():
     }
     assert public - without_arguments <= tested
     assert {f"rkl {name}" for name in cli.available()} <= tested
+    assert {f"bayes.{name}" for name in dir(rkl.bayes)} - MADE_BY_FUNCTIONS <= tested
+    assert functions_of(chains) | functions_of(tails) <= tested
+
+
+def functions_of(module):
+    """The public functions and classes that a module defines."""
+    return {
+        f"{module.__name__.rpartition('.')[2]}.{name}"
+        for name, it in vars(module).items()
+        if inspect.isfunction(it) or inspect.isclass(it)
+        if it.__module__ == module.__name__ and not name.startswith("_")
+    }

@@ -4,8 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import xarray as xr
 from distill import material
 
+from rkl.bayes.run import EstimateSettings, estimate
 from rkl.distill import cache_hidden_states, distill, evaluate_run, load_model, load_tokenizer
 from rkl.distill.data import tokenize
 from rkl.distill.evaluate import EvaluateSettings
@@ -70,6 +73,7 @@ def built(folder: Path) -> Path:
     _spoil_models(folder)
     _make_runs(folder)
     _make_caches(folder)
+    _make_posteriors(folder)
     return folder
 
 
@@ -119,3 +123,33 @@ def _make_caches(folder: Path) -> None:
         (folder / name / file).write_bytes(content)
     shutil.copytree(folder / "cache", folder / "lost-hidden")
     (folder / "lost-hidden" / "hidden.bin").unlink()
+
+
+def _make_posteriors(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    mu, sigma = generator.normal(size=(2, 40)), np.exp(generator.normal(size=(2, 40)))
+    for name, variables in (
+        ("posterior", {"mu": mu, "sigma": sigma}),
+        ("nan", {"mu": np.where(mu == mu.max(), np.nan, mu), "sigma": sigma}),
+        ("zero", {"mu": mu, "sigma": np.where(sigma == sigma.min(), 0, sigma)}),
+        ("three", {"mu": mu[:1, :3], "sigma": sigma[:1, :3]}),
+    ):
+        arrays = {key: (("chain", "draw"), x) for key, x in variables.items()}
+        path = folder / f"{name}.nc"
+        xr.Dataset(arrays).to_netcdf(path, engine="h5netcdf", group="posterior")
+    flat = xr.Dataset({"temperature": (("lat", "lon"), mu)})
+    flat.to_netcdf(folder / "flat.nc", engine="h5netcdf")
+    (folder / "torn.nc").write_bytes((folder / "posterior.nc").read_bytes()[:1000])
+    (folder / "foreign.nc").write_text("no NetCDF")
+    (folder / "empty.nc").touch()
+    (folder / "torn.npy").write_bytes(b"\x93NUMPY")
+    _make_estimates(folder)
+
+
+def _make_estimates(folder: Path) -> None:
+    settings = EstimateSettings(folder / "posterior.nc", "normal(loc=mu, scale=sigma)")
+    estimate(settings, folder / "estimated")
+    shutil.copytree(folder / "estimated", folder / "unestimated")
+    (folder / "unestimated" / "estimate.json").unlink()
+    shutil.copytree(folder / "estimated", folder / "torn-estimate")
+    (folder / "torn-estimate" / "estimate.json").write_text('{"estimate": ')

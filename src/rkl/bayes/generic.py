@@ -29,7 +29,7 @@ from rkl.divergences import Divergence, FDivergence
 
 QUICK = 2**16  # log-densities that the several starts look at, of a loss that needs every draw
 HELD = 2**18  # those that it is minimised over, before all draws are
-KINKED = 2**23  # the same for a loss with kinks, where no step over all draws follows
+KINKED = 2**20  # the same for a loss with kinks, which only many draws smooth out
 ENOUGH = 1e-18  # decrement in nats at which steps over all draws end
 TAIL = 1e-3  # share of the expected loss that tails without mass may have
 CANDIDATES = 32  # draws of which the best are starts
@@ -272,9 +272,8 @@ def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
     by_name = {
         name: (influence @ moves[name].T).reshape(-1, *x.shape) for name, x in theta.items()
     }
-    totals = weights @ losses, weights @ by_draw
     defect = _defect(loss, _law(loss, chart, point))
-    excess, risk_error = _node_error(loss, chart, point, minimum.inverse, totals)
+    excess, risk_error = _node_error(loss, chart, point, minimum.inverse, losses)
     nodes = loss.nodes
     accuracy = Accuracy(
         method=nodes.kind if nodes else "closed form",
@@ -289,14 +288,14 @@ def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
         draws=len(held.laws),
     )
     own = law({name: x[None] for name, x in theta.items()})
-    return GenericAct(theta, own, losses, float(totals[0]), by_name, accuracy)
+    return GenericAct(theta, own, losses, float(weights @ losses), by_name, accuracy)
 
 
 def _on_all(loss, chart, minimum: Minimum, losses: Tensor, by_draw: Tensor):
     """Newton's method once more, with the slope of all draws and the curvature of some."""
     weights, point = loss.laws.weights, minimum.point
     decrement = _decrement(minimum.inverse, weights @ by_draw)
-    for _ in range(8 if loss.smooth else 0):
+    for _ in range(8):
         trial = point - minimum.inverse(weights @ by_draw)
         new = _by_draw(loss, chart, trial)
         ahead = _decrement(minimum.inverse, weights @ new[1])
@@ -325,31 +324,38 @@ def _defect(loss: PosteriorLoss, law: Distribution) -> float:
     return max(own, loss.nodes.defect)
 
 
-def _node_error(loss, chart, point, inverse, totals) -> tuple[float, float]:
+def _node_error(loss, chart, point, inverse, losses) -> tuple[float, float]:
     """The estimated excess from the nodes, and the error of the risk, in nats."""
     if not isinstance(loss, NodeLoss) or loss.nodes.kind == "enumeration":
         return 0.0, 0.0
-    if loss.nodes.coarse is not None:
-        _refuse_infinite(loss, _law(loss, chart, point))
-        poorer = dataclasses.replace(loss, nodes=loss.nodes.coarse)
-        losses, by_draw = _by_draw(poorer, chart, point)
-        weights = loss.laws.weights
-        off = abs(float(weights @ losses - totals[0]))
-        return _decrement(inverse, weights @ by_draw - totals[1]), off
-    leaf = point.detach().requires_grad_()  # independent nodes
-    with torch.enable_grad():
-        values, slope = loss.by_node(_law(loss, chart, leaf), leaf)
-    spread = slope - slope.mean(0)
-    excess = float((inverse(spread) * spread).sum()) / 2
-    return excess, (values - values.mean()).square().sum().sqrt().item()
+
+    def by_node(of):
+        leaf = point.detach().requires_grad_()
+        with torch.enable_grad():
+            return of.by_node(_law(of, chart, leaf), leaf)
+
+    if loss.nodes.coarse is None:  # independent nodes
+        values, slope = by_node(loss)
+        spread = slope - slope.mean(0)
+        excess = float((inverse(spread) * spread).sum()) / 2
+        return excess, (values - values.mean()).square().sum().sqrt().item()
+    _refuse_infinite(loss, _law(loss, chart, point), losses)
+    few = loss.laws.thinned(max(64, HELD // loss.nodes.log_weight.numel()))
+    few = dataclasses.replace(loss, laws=few)
+    values, slope = by_node(few)
+    poorer = by_node(dataclasses.replace(few, nodes=loss.nodes.coarse))
+    off = poorer[1].sum(0) - slope.sum(0)
+    return _decrement(inverse, off), (poorer[0].sum() - values.sum()).abs().item()
 
 
-def _refuse_infinite(loss: NodeLoss, law: Distribution) -> None:
+def _refuse_infinite(loss: NodeLoss, law: Distribution, losses: Tensor) -> None:
     """Refuse a divergence that lies where there is nothing: its integral has no end."""
     if isinstance(loss.divergence, Intrinsic) or loss.divergence.bounded or loss.nodes.far is None:
         return
-    values, _ = loss.by_node(law)
-    if values[loss.nodes.far].sum() > TAIL * values.sum():
+    weights = loss.laws.weights
+    worst = (weights * losses).topk(min(64, len(losses))).indices
+    values, _ = dataclasses.replace(loss, laws=loss.laws.only(worst)).by_node(law)
+    if values[loss.nodes.far].sum() > TAIL * (weights @ losses):
         raise ValueError(
             f"divergence {loss.divergence} must be finite between the laws of the draws; between "
             "some it is infinite, or as good as, for it lies in tails that hold no mass."

@@ -203,12 +203,14 @@ class NodeLoss(PosteriorLoss):
 
     def by_draw(self, law, leaf=None):
         logq, jacobian = self._jacobian(law, leaf)
-        losses, by_draw = [], []
+        # Filled in place: small tensors kept between large ones would pin the heap.
+        losses = logq.new_empty(len(self.laws))
+        by_draw = logq.new_empty(len(self.laws), jacobian.shape[-1])
         for rows in self.laws.chunks(logq.numel()):
             terms, slope = self._terms(rows, logq)
-            losses.append(terms.detach().sum((-1, -2)))
-            by_draw.append(slope.flatten(1) @ jacobian.flatten(0, 1))
-        return torch.cat(losses), torch.cat(by_draw)
+            losses[rows] = terms.detach().sum((-1, -2))
+            by_draw[rows] = slope.flatten(1) @ jacobian.flatten(0, 1)
+        return losses, by_draw
 
     def by_member(self, law):
         logq = self.nodes.log_mass(law)[0].detach()
@@ -269,7 +271,7 @@ class NodeLoss(PosteriorLoss):
 
     def _of_order(self, alpha, logq):
         """E D of Amari's order α, from the moment over the draws that it needs."""
-        mass, moment = self._moment(1.0)[0], self._moment(alpha)
+        mass, moment = self._moments[1.0][0], self._moments[alpha]
         q = logq.exp()
         if alpha == 1:
             return moment[1].sum() + (q - mass - torch.where(mass > 0, mass * logq, 0.0)).sum()
@@ -278,14 +280,10 @@ class NodeLoss(PosteriorLoss):
         mixed = (moment[0] + (1 - alpha) * logq).exp()
         return (mixed - alpha * mass - (1 - alpha) * q).sum() / (alpha * (alpha - 1))
 
-    def _moment(self, alpha: float) -> tuple[Tensor, ...]:
-        if alpha not in self._known:
-            self._known.update(_moments(self.laws, self.nodes, {alpha, 1.0}))
-        return self._known[alpha]
-
     @functools.cached_property
-    def _known(self) -> dict[float, tuple[Tensor, ...]]:
-        return {}
+    def _moments(self) -> dict[float, tuple[Tensor, ...]]:
+        alphas = {alpha for _, alpha in orders(self.divergence) or ()}
+        return _moments(self.laws, self.nodes, alphas | {1.0})
 
 
 def _moments(laws: Laws, nodes: Nodes, alphas: set[float]) -> dict[float, tuple[Tensor, ...]]:

@@ -71,7 +71,8 @@ def minimise(
     if not found:
         raise ValueError(f"the loss must be finite at one start; it is at none of {len(starts)}.")
     best = min(found, key=lambda minimum: minimum.value)
-    near = max(tolerance, 1e-9 * max(1.0, abs(best.value)))
+    alike = 1e-9 if smooth else 1e-6  # many small kinks are as many small minima
+    near = max(tolerance, alike * max(1.0, abs(best.value)))
     agreeing = sum(minimum.value - best.value <= near for minimum in found)
     return Minimum(**{**vars(best), "agreeing": agreeing})
 

@@ -13,11 +13,11 @@ from torch.distributions.constraints import Constraint
 
 from rkl.bayes.charts import LawOf
 from rkl.bayes.laws import moving_edge
-from rkl.bayes.panels import COARSE, GONE, ORDER, Panels, line_of, settle
+from rkl.bayes.panels import COARSE, GONE, NUMBERS, ORDER, Panels, line_of, settle
 from rkl.divergences import FDivergence, Jeffreys
 
-NUMBERS = 2**20  # log-densities computed at a time
 PROBES, SAMPLES = 24, 64  # laws that decide where nodes go, and what is drawn of each at first
+SOME = 4096  # laws that tell whether the nodes will do, before all are asked
 ATOMS = 2**13  # of a product of finite sets that is enumerated
 NEVER = -1e4  # a log weight of 0, in arithmetic that infinity would spoil
 FAR = -100.0  # a log mass that nothing but an infinite divergence takes notice of
@@ -58,12 +58,16 @@ class Laws:
         step = max(1, NUMBERS // max(1, numbers))
         return (slice(i, min(i + step, len(self))) for i in range(0, len(self), step))
 
+    def only(self, rows: Tensor) -> "Laws":
+        """Some of the draws, with the weights that they have."""
+        return Laws({k: x[rows] for k, x in self.theta.items()}, self.law, self.weights[rows])
+
     def thinned(self, count: int) -> "Laws":
         """So many draws, of equal weights, evenly over the weights of all."""
         places = (torch.arange(count).double() + 0.5) / count
         rows = torch.searchsorted(self.weights.cumsum(0), places).clamp_max(len(self) - 1)
         equal = torch.full((count,), 1 / count, dtype=torch.float64)
-        return replace(self, theta={k: x[rows] for k, x in self.theta.items()}, weights=equal)
+        return replace(self.only(rows), weights=equal)
 
     def spread(self, count: int) -> Tensor:
         """The places of up to ``count`` draws, from the first to the last."""
@@ -255,13 +259,15 @@ def _totals(laws: Laws, nodes: Nodes) -> tuple[Tensor, Tensor]:
 
 
 def _quadrature(laws: Laws, divergence: FDivergence, size: int) -> Nodes:
-    probes = laws.spread(PROBES)
+    probes, some = laws.spread(PROBES), laws.spread(SOME)
     panels = _settled(laws, probes, divergence)
     for _ in range(3):
-        off = (_totals(laws, _of_rule(panels, ORDER))[0] - 1).abs().amax(-1).nan_to_num(math.inf)
+        totals, _ = _totals(laws.only(some), _of_rule(panels, ORDER))
+        off = (totals - 1).abs().amax(-1).nan_to_num(math.inf)
         if off.max() < CLOSE:
             break
-        probes = torch.cat([probes, off.topk(min(PROBES // 3, len(laws))).indices]).unique()
+        worst = some[off.topk(min(PROBES // 3, len(some))).indices]
+        probes = torch.cat([probes, worst]).unique()
         panels = _settled(laws, probes, divergence)
     nodes = _of_rule(panels, ORDER)
     totals, peak = _totals(laws, nodes)

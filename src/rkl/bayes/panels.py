@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 
 from rkl.divergences import FDivergence
 
+NUMBERS = 2**18  # log-densities computed at a time
 ORDER, COARSE = 16, 11  # nodes per panel, and those of the poorer rule that tells the error
 FEW = 64  # whole numbers of a panel that are summed one by one
 MOST = 2**13  # nodes in all
@@ -118,7 +119,12 @@ def settle(
     sample [n, laws, *batch], none with more than a quarter of what was drawn of any law. Kinks
     are met to the last only if these are ``every`` law; those of others will lie elsewhere.
     """
-    integrate = functools.partial(_integrals, law, line, divergence)
+    most = max(1, NUMBERS // (ORDER * law.batch_shape.numel()))  # panels at a time
+
+    def integrate(edges):
+        parts = edges.split(most)
+        return torch.cat([_integrals(law, line, divergence, part) for part in parts])
+
     smooth = not kinked(divergence)
     asked = 1e-13 if smooth else 1e-11 if every else 1e-7
     tolerance = max(asked, line.noise)

@@ -74,7 +74,7 @@ OF_FILES = [
     ("a folder", "nothing", ".nc, .zarr or .csv", "no suffix"),
     ("torn", "torn.nc", "torn.nc", "cannot be read"),
     ("no NetCDF", "foreign.nc", "foreign.nc", "cannot be read"),
-    ("empty", "empty.nc", "empty.nc", "cannot be read"),
+    ("an empty file", "empty.nc", "empty.nc", "cannot be read"),
     ("without chains", "flat.nc", "flat.nc", "no posterior", "chain and draw"),
 ]
 DRAWING = [

@@ -63,7 +63,7 @@ def test_numbers_in_a_text_are_fixed(draws):
         lambda theta: Normal(theta.loc, theta["scale"]),
         lambda theta, design: Normal(design * theta.loc, theta.scale),
     ],
-    ids=str,
+    ids=["text", "class's name", "imported", "class", "partial", "function", "with a design"],
 )
 def test_every_way_of_naming_a_family_makes_the_same_laws(draws, family):
     takes_design = getattr(family, "__name__", "") == "<lambda>" and (

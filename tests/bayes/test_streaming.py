@@ -164,7 +164,7 @@ def test_how_draws_are_cut_into_blocks_changes_nothing(batch, draws, monkeypatch
 def test_one_logarithm_for_eight_draws_is_as_good_as_eight():
     for law in (normal, log_normal):
         draws = posterior(70, draws=320)
-        plan = blocks.Plan(law, *plan_of(draws, law), unit=16, rows=64, compiled=False)
+        plan = blocks.Plan(law, *plan_of(draws, law), unit=16, rest=0, rows=64, compiled=False)
         for chunk in ({"mu": draws["mu"][0], "sigma": draws["sigma"][0]},):
             fast = blocks.sums_of(plan, 0, chunk)
             plain = blocks.sums_of(plan._replace(kernels=False), 0, chunk)

@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     batch: torch.Size
     directions: tuple[str, ...]
     unit: int  # draws that are summed to one number
+    rest: int  # what units leave of a chain, but for less than eight draws
     rows: int  # draws of a block
     compiled: bool
     kernels: bool = True
@@ -67,7 +68,7 @@ def _totals_of(
     )
     if not kernel:
         check_domain(law)
-    if not plan.compiled or run != plan.unit:
+    if not plan.compiled or run not in (plan.unit, plan.rest):
         return _totals(plan.batch, plan.directions, run, kernel, family, law, plan.reference, w)
     own = {name: vars(law)[name] for name in law.arg_constraints if name in vars(law)}
     own = own or {name: getattr(law, name) for name in family.parameters}
@@ -136,9 +137,8 @@ def _normal_totals(
     variance = scale * scale
     precision = variance.reciprocal()
     scaled = loc * precision
-    eights, inner = _in_eights(variance * precision_0, run)
-    inside = _in_eights(scale, run)[0].amin(inner).amin(1) > 0
-    log_ratio = torch.where(inside, eights.prod(inner).log().sum(1), math.nan)
+    eights, inner = _in_eights(torch.where(scale > 0, variance * precision_0, math.nan), run)
+    log_ratio = eights.prod(inner).log().sum(1)
     scaled_sum, precision_sum, loc_sum, square_sum, pull = (
         _over_runs(x, run, None)
         for x in (scaled, precision, loc, variance.addcmul(loc, loc), loc * scaled)
@@ -199,12 +199,15 @@ def _laid(x: Tensor) -> Tensor:
 
 def pieces(start: int, stop: int, plan: Plan) -> Iterator[tuple[int, int, int]]:
     """Blocks of whole units, and what is left before and after: first, last and run."""
+    unit = plan.unit
     while start < stop:
-        lost = start % plan.unit
-        if lost or stop - start < plan.unit:
-            last = min(stop, start - lost + plan.unit)
-            yield start, last, last - start
+        whole, lost = (stop - start) // unit * unit, start % unit
+        if whole and not lost:
+            last, run = start + min(plan.rows, whole), unit
         else:
-            last = start + min(plan.rows, (stop - start) // plan.unit * plan.unit)
-            yield start, last, plan.unit
+            last = min(stop, start - lost + unit)
+            eights = (last - start) // INNER * INNER
+            last = start + (eights or last - start)
+            run = last - start
+        yield start, last, run
         start = last

@@ -22,7 +22,7 @@ from rkl.metrics.chains import HALVES, BatchMeans, slots_of
 
 DIRECTIONS = ("reverse", "forward")
 FIRST = 2**17  # numbers, but 8 to 64 draws, that the reference law is made from
-CACHED, FUSED = 2**16, 2**22  # laws of a block: uncompiled lest it leave the cache, and compiled
+CACHED, FUSED = 2**16, 2**21  # laws of a block: uncompiled lest it leave the cache, and compiled
 WIDE = 2**12  # laws side by side from which on half as many batches must do
 WORTH_COMPILING = 2**30  # laws: below it, compiling costs more than it saves
 TASKS = 64  # chunks that dask works on before their sums are taken in
@@ -158,7 +158,8 @@ def one_pass(
             compiled = draws.chains * draws.draws * laws >= WORTH_COMPILING and _compiler()
         compiled = compiled and not any(family.events)
         unit, rows, length = _layout(draws, max(1, laws), FUSED if compiled else CACHED)
-        plan = Plan(law, family, reference, batch, tuple(directions), unit, rows, compiled)
+        rest = draws.draws % unit // INNER * INNER
+        plan = Plan(law, family, reference, batch, tuple(directions), unit, rest, rows, compiled)
         try:
             moments = _averaged(draws, names, plan, length)
             if not moments.finite:
@@ -177,15 +178,9 @@ def _layout(draws: Draws, laws: int, block: int) -> tuple[int, int, int]:
     rows = max(1, block // (INNER * laws)) * INNER
     half = -(-draws.draws // slots_of(draws.chains, _halves(laws)))
     if half > rows:
-        unit = rows
-    elif half < INNER:
-        unit = half
-    else:
-        # where units fill the chain nothing is left over
-        whole = range(-(-half // INNER) * INNER + 4 * INNER, 2 * INNER, -INNER)
-        fitting = (n for n in whole if draws.draws % n == 0)
-        unit = next(fitting, -(-half // INNER) * INNER)
-    return unit, unit * max(1, rows // unit), unit * -(-half // unit)
+        return rows, rows, rows * -(-half // rows)
+    unit = half if half < INNER else INNER * -(-half // INNER)
+    return unit, unit * max(1, rows // unit), unit
 
 
 def _halves(laws: int) -> int:

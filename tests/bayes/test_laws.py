@@ -142,6 +142,11 @@ def test_supports_that_move_are_seen(draws):
         ("nrmal(loc=mu, scale=sigma)", ValueError, "none is called 'nrmal'; there are bernoulli"),
         ("normal(loc=mu)", ValueError, "missing 1 required"),
         ("normal(loc=0, scale=1)", ValueError, "must take a variable"),
+        (
+            "dirichlet(concentration=sigma)",
+            ValueError,
+            r"sigma must have as many axes .* 1; got \[\]",
+        ),
         ("normal(loc=mu, scale=loc)", ValueError, "loc must satisfy GreaterThan"),
         ("normal(loc=mu, scale=tri)", ValueError, r"cannot take mu \[8\], tri \[3\]"),
         (Gamma, ValueError, "Gamma takes concentration, rate, but the draws have mu, sigma"),

@@ -103,6 +103,11 @@ class Model:
         for parameter, name in self.settings.items():
             if not isinstance(name, str) or parameter not in known:
                 continue
+            if theta[name].ndim <= known[parameter].event_dim:
+                raise ValueError(
+                    f"{name} must have as many axes as {parameter} of {self.kind.__name__}, "
+                    f"{known[parameter].event_dim}; got {list(theta[name].shape[1:])}."
+                )
             inside = known[parameter].check(theta[name]).reshape(len(theta[name]), -1).all(-1)
             if not inside.all():
                 value = theta[name][~inside][0].tolist()

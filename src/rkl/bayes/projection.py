@@ -1,0 +1,260 @@
+"""Simpler families: the member of each that stands for the posterior best, and what it loses."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rkl.bayes.acts import bayes_act
+from rkl.bayes.averages import NO_ERROR, NO_MEAN, judged, masked, mean_of
+from rkl.bayes.closed import Weights
+from rkl.bayes.draws import read_draws
+from rkl.bayes.estimate import Act, Estimate, elements
+from rkl.bayes.families import Natural
+from rkl.bayes.members import best_member
+from rkl.bayes.pythagoras import (
+    Averages,
+    Point,
+    Solved,
+    averages,
+    directions_of,
+    least,
+    nearest,
+    solve,
+    towards,
+)
+from rkl.bayes.questions import Variables
+from rkl.bayes.subfamilies import Subfamily, read_subfamilies
+from rkl.bayes.tables import Cell, Table, parenthesised
+from rkl.divergences import ReverseKL
+from rkl.metrics import Mean
+
+SHOWN = 6  # numbers of an act that are printed
+ROUNDING = 1e-13  # error of a mean of equal numbers, relative to them
+RISK, EXCESS = "risk (nats)", "excess (nats)"
+
+
+@dataclass(frozen=True, eq=False)
+class Submodel:
+    """The member of a simpler family with the least posterior expected divergence.
+
+    Attributes:
+        act: The member, by its parameters. Of a regression, each column has its coefficient, 0
+            where it was left out.
+        risk: The posterior mean of the divergence, in nats, [*batch].
+        excess: By how much that exceeds the risk of the whole family's act, in nats; its error is
+            that of the difference, over the same draws.
+        method: How it was found.
+        accuracy: By how much the risk may exceed the least, in nats.
+    """
+
+    act: Act
+    risk: Mean
+    excess: Mean
+    method: str
+    accuracy: float
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """The act of a family, and that of every simpler one by its name."""
+
+    full: Estimate
+    submodels: Mapping[str, Submodel]
+
+    @functools.cached_property
+    def table(self) -> Table:
+        """A row for each family, and for each member of the batch."""
+        full = self.full
+        none = torch.zeros(full.question.batch, dtype=torch.float64)
+        own = {name: full.act.parameters[name] for name in full.question.model.names}
+        every = {full.family: (Act(own, full.act.law), full.risk, Mean(none, none))}
+        every |= {name: (x.act, x.risk, x.excess) for name, x in self.submodels.items()}
+        return Table(
+            f"Families in place of {full.family} under {full.divergence}",
+            ("family", RISK, EXCESS, "act"),
+            [row for name, found in every.items() for row in self._rows(name, *found)],
+            self._notes(),
+            {name: found[0] for name, found in every.items()},
+        )
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table._repr_html_()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the draws, as JSON can hold it."""
+        return self.table.to_dict()
+
+    def to_dataframe(self) -> Any:
+        """The table, a data frame of pandas."""
+        return self.table.to_dataframe()
+
+    def _rows(self, name: str, act: Act, risk: Mean, excess: Mean) -> list[tuple[Cell, ...]]:
+        batch = self.full.question.batch
+        cells = (
+            zip(*(x.expand(batch).flatten().tolist() for x in mean), strict=True)
+            for mean in (risk, excess)
+        )
+        told = [_told(act, batch, member) for member in range(batch.numel())]
+        labels = elements(f"{name} ", batch)
+        return [(label.strip(), *row) for label, *row in zip(labels, *cells, told, strict=True)]
+
+    def _notes(self) -> tuple[str, ...]:
+        told = [
+            f"{name}: {x.method}" + f", within {x.accuracy:.1g} nats" * (x.accuracy > 1e-9)
+            for name, x in self.submodels.items()
+        ]
+        return (*told, *(f"Warning: {text}" for text in self.full.diagnostics.warnings))
+
+
+def _told(act: Act, batch: torch.Size, member: int) -> str:
+    """The parameters of one member of a batch, as text."""
+    told = []
+    for name, mean in act.parameters.items():
+        value, error = mean
+        if batch and value.shape[: len(batch)] == batch:
+            value, error = (x.flatten(0, len(batch) - 1)[member] for x in mean)
+        pairs = zip(value.flatten().tolist(), error.flatten().tolist(), strict=True)
+        labels = elements(name, value.shape)
+        told += [f"{k} = {parenthesised(pair)}" for k, pair in zip(labels, pairs, strict=True)]
+    return ", ".join(told[:SHOWN] + ["..."] * (len(told) > SHOWN))
+
+
+def project(
+    draws: Any,
+    family: Any,
+    subfamilies: Any,
+    divergence: Any = ReverseKL(),
+    *,
+    weights: Any = None,
+    design: Any = None,
+    seed: int = 0,
+) -> Projection:
+    r"""The member t of each simpler family that minimises E[D(P_θ ‖ P_t) | data].
+
+    The posterior stays that of the whole family: a simpler one is not fitted to the data but to
+    what the whole family predicts. Its excess risk over the whole family's act says what it costs
+    to leave something out. Under both KLs, within one exponential family, it is by Pythagoras the
+    divergence from that act, and no draws are needed again.
+
+    Source: Goutis and Robert (1998); Piironen, Paasiniemi and Vehtari (2020), arXiv 1810.02406,
+    for KL().
+
+    Args:
+        draws: The posterior: whatever :func:`rkl.bayes.read_draws` reads.
+        family: The whole family, as in ``bayes_act``.
+        subfamilies: One simpler family, a list of them, or a dict by their names: a text with
+            fixed numbers such as "normal(loc=0, scale=sigma)"; a class or a callable from theta to
+            laws; or for a regression a list of the columns of the design that are kept, by
+            number, or by name where the design is a data frame.
+        divergence: The loss, D(posterior draw ‖ member).
+        weights: Weight of every draw, [chains, draws].
+        design: As in ``bayes_act``.
+        seed: Of the random numbers of a family whose divergences need some.
+
+    Returns:
+        The act of the whole family, and the members with their risks.
+
+    Raises:
+        ValueError: A family does not go with the draws, with the whole family or the divergence.
+        TypeError: An argument is of the wrong kind.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> mu, z = torch.randn(2, 4, 500, generator=generator, dtype=torch.float64)
+    >>> draws = {"mu": 1 + 0.1 * mu, "sigma": (0.1 * z).exp()}
+    >>> family, simpler = "normal(loc=mu, scale=sigma)", "normal(loc=0, scale=sigma)"
+    >>> result = project(draws, family, simpler)
+    >>> loc, scale = result.full.act["loc"], result.full.act["scale"]
+    >>> torch.allclose(result.submodels[simpler].excess.value, (loc / scale).square() / 2)
+    True
+    """
+    full = bayes_act(read_draws(draws, weights), family, divergence, design=design, seed=seed)
+    asked = read_subfamilies(full.question, subfamilies)
+    kl = full.question.weights
+    near = [one for one in asked if kl is not None and one.within(full.question)]
+    found = _by_pythagoras(full, kl, near) if kl is not None and near else {}
+    return Projection(full, {x.name: found.get(x.name) or _over_draws(full, x) for x in asked})
+
+
+def _by_pythagoras(full: Estimate, weights: Weights, asked: list[Subfamily]):
+    """The submodels by their names, from one pass over the draws."""
+    whole = full.question
+    known = averages(whole, directions_of(weights))
+    best = solve(whole, known, weights)
+    return {one.name: _nearest(full, weights, known, best, one) for one in asked}
+
+
+def _nearest(
+    full: Estimate, weights: Weights, known: Averages, best: Solved, one: Subfamily
+) -> Submodel:
+    """A submodel, its errors those of a function of the averages."""
+    total = full.question.total
+    found = nearest(one.question, one.model, known, weights)
+
+    def outputs(at: Point, act: Natural, member: Natural, variables: Variables):
+        measure = towards(known, at, weights)
+        risk = least(known, at, weights) + measure(member)
+        excess = measure(member) - measure(act)
+        return {RISK: total(risk), EXCESS: total(excess)} | one.placed(variables)
+
+    values = outputs(known.here, best.natural, found.natural, found.variables)
+    ahead, back = (
+        outputs(known.moved(sign), best.moved(sign)[0], *found.moved(sign)) for sign in (1, -1)
+    )
+    unsure = _unsure(full)
+    means = {
+        name: Mean(x, masked(known.error((ahead[name] - back[name]) / 2), unsure))
+        for name, x in values.items()
+    }
+    risk, excess = means.pop(RISK), means.pop(EXCESS)
+    endless, unsure = full.risk.value.isinf(), full.risk.error.isnan()
+    risk = Mean(torch.where(endless, torch.inf, risk.value), masked(risk.error, unsure))
+    law = full.question.unwrapped.wrap(known.family.from_natural(found.natural))
+    return Submodel(Act(means, law), risk, excess, found.method, found.accuracy)
+
+
+def _unsure(full: Estimate) -> Tensor:
+    """Where [*batch] no normal error holds of what the act averages."""
+    batch = full.question.batch
+    errors = (mean.error.isnan().reshape(*batch, -1).any(-1) for mean in full.act.natural or ())
+    return functools.reduce(torch.logical_or, errors, torch.zeros(batch, dtype=torch.bool))
+
+
+def _over_draws(full: Estimate, one: Subfamily) -> Submodel:
+    """A submodel by minimisation of the expected loss over the draws themselves."""
+    whole, draws = full.question, full.question.draws
+    loss, found = best_member(whole, one)
+    risk = whole.losses_at(loss, found.law)
+    excess = risk - whole.losses(loss, {name: full.act[name] for name in whole.model.names})
+    shape = (draws.chains, draws.draws)
+    moved = {name: x.unflatten(0, shape) for name, x in found.influence.items()}
+    events = {name: max(0, x.ndim - 2 - len(whole.batch)) for name, x in moved.items()}
+    k = judged({RISK: risk, EXCESS: excess, **moved}, draws, events).pareto_k
+
+    def averaged(name: str, values: Tensor) -> Mean:
+        mean = mean_of(values, draws)
+        value = torch.where(k[name] >= NO_MEAN, torch.inf, mean.value)
+        rounded = mean.error <= ROUNDING * mean.value.abs()
+        error = torch.where(rounded, 0.0, masked(mean.error, k[name] >= NO_ERROR))
+        return Mean(value, error)
+
+    means = {
+        name: Mean(x, averaged(name, moved[name]).error) for name, x in found.variables.items()
+    }
+    law = one.model.law({name: x[None] for name, x in found.own.items()})
+    how = "in closed form"
+    if loss.nodes is not None:
+        how = f"on {len(loss.nodes):,} nodes ({loss.nodes.kind})"
+    return Submodel(
+        Act(means, law),
+        averaged(RISK, risk),
+        averaged(EXCESS, excess),
+        f"minimised over the draws {how}",
+        found.accuracy,
+    )

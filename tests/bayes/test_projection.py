@@ -150,6 +150,7 @@ def brute(divergence, draws, make, low, high):
     return (low + high) / 2, risk((low + high) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("divergence", "loc"),
     [(rkl.JensenShannon(), 0.7), (rkl.SquaredHellinger(), 0.7), (rkl.JensenShannon(), 6.0)],
@@ -279,6 +280,7 @@ def test_columns_go_by_the_names_of_a_data_frame():
         project(draws, family, [["sex"]], **settings)
 
 
+@pytest.mark.slow
 def test_members_of_a_batch_are_projected_each_by_itself_though_they_share_a_parameter():
     draws = posterior(batch=(3,))
     draws = {"mu": draws["mu"] + torch.arange(3), "sigma": draws["sigma"][..., 0]}
@@ -348,6 +350,7 @@ def test_independent_parts_share_what_a_callable_lets_them_share():
     assert sub.excess.value.shape == ()
 
 
+@pytest.mark.slow
 def test_the_error_of_an_excess_is_how_much_it_scatters_between_posteriors_of_the_same_kind():
     found = [only(FULL, CENTRED, posterior(seed, 60), rkl.ReverseKL())[1] for seed in range(32)]
     scatter = torch.stack([sub.excess.value for sub in found]).std()
@@ -356,10 +359,16 @@ def test_the_error_of_an_excess_is_how_much_it_scatters_between_posteriors_of_th
     assert claimed.item() == pytest.approx(scatter.item(), rel=0.4)
 
 
+@pytest.mark.slow
 def test_the_error_of_a_difference_is_that_of_the_pairs():
     draws = posterior(draws=60)
     sub = only(FULL, lambda t: Normal(t.mu, 1.001 * t.sigma), draws, rkl.JensenShannon())[1]
     assert sub.excess.error < 1e-3 * sub.risk.error
+
+
+def test_a_family_of_infinite_divergence_is_refused_though_a_sample_would_not_show_it():
+    with pytest.raises(ValueError, match="must have its mass where the posterior's laws have"):
+        project(posterior(draws=30), FULL, "cauchy(loc=mu, scale=sigma)", rkl.ReverseKL())
 
 
 def test_the_table_has_a_row_for_every_family_and_member():

@@ -13,7 +13,7 @@ _HOMES = {
     "partitions": "PartitionAct partition_act",
     "projection": "Projection project",
     "regions": "Region",
-    "run": "EstimateSettings Estimated compare_runs estimate load_run report_runs",
+    "run": "EstimateSettings Estimated compare_runs load_run report_runs",
     "tables": "Table",
 }
 _HOME = {

@@ -20,7 +20,6 @@ from rkl.bayes.regions import Region as Region
 from rkl.bayes.run import Estimated as Estimated
 from rkl.bayes.run import EstimateSettings as EstimateSettings
 from rkl.bayes.run import compare_runs as compare_runs
-from rkl.bayes.run import estimate as estimate
 from rkl.bayes.run import load_run as load_run
 from rkl.bayes.run import report_runs as report_runs
 from rkl.bayes.tables import Table as Table

@@ -127,17 +127,21 @@ def estimate(
 
 def answer(settings: EstimateSettings) -> Estimated:
     """The estimate, compared and with its region; nothing is written."""
+    made = _act(settings)
+    return Estimated(made, made.compare(settings.log_posterior), made.region(settings.prob))
+
+
+def _act(settings: EstimateSettings) -> Estimate:
     draws = read_draws(settings.posterior)
     if settings.weights is not None:
         draws = read_draws(draws, draws[settings.weights])
     loss, design = settings.loss, _design(settings.design)
-    made = bayes_act(draws, settings.family, loss, design=design, seed=settings.seed)
-    return Estimated(made, made.compare(settings.log_posterior), made.region(settings.prob))
+    return bayes_act(draws, settings.family, loss, design=design, seed=settings.seed)
 
 
 def load_run(path: str | os.PathLike) -> Estimate:
     """The estimate of a run, made again from its posterior."""
-    return answer(_settings(Run.open(path))).estimate
+    return _act(_settings(Run.open(path)))
 
 
 def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> str:

@@ -81,7 +81,7 @@ def _too_few(effective: float, total: int) -> str:
 def _tail(x: Tensor, weights: Tensor | None) -> Tensor:
     """Pareto-k of the terms of the mean; of weighted draws also of x itself, drawn again."""
     flat = x.flatten(0, 1)
-    k = pareto_k(flat) if weights is None else pareto_k(flat[_again(weights.flatten())])
+    k = pareto_k(flat) if weights is None else pareto_k(flat[equal_weight(weights)])
     if len(flat) < TOLD:
         k = k.clamp_max(DOUBTFUL)
     if weights is None:
@@ -90,8 +90,9 @@ def _tail(x: Tensor, weights: Tensor | None) -> Tensor:
     return torch.maximum(k, pareto_k(terms).clamp_max(DOUBTFUL))
 
 
-def _again(weights: Tensor) -> Tensor:
-    """As many draws of equal weight, by systematic resampling."""
+def equal_weight(weights: Tensor) -> Tensor:
+    """The places of as many draws of equal weight, by systematic resampling."""
+    weights = weights.flatten()
     places = (torch.arange(len(weights), dtype=torch.float64) + 0.5) / len(weights)
     return torch.searchsorted(weights.cumsum(0), places).clamp_max(len(weights) - 1)
 

@@ -10,6 +10,7 @@ from torch.distributions import Distribution, TransformedDistribution
 from torch.distributions.transforms import Transform
 
 from rkl.bayes.acts import answer
+from rkl.bayes.averages import equal_weight
 from rkl.bayes.compare import means_of
 from rkl.bayes.draws import Draws
 from rkl.bayes.estimate import Estimate
@@ -151,10 +152,11 @@ def _intervals(
     question: Question, renamed: Question, bijection: Mapping[str, Transform]
 ) -> tuple[Variables, Variables]:
     """The shortest intervals before and after, the latter's ends in the order of the former."""
-    before, after = {}, {}
+    weights, before, after = question.draws.weights, {}, {}
+    rows = slice(None) if weights is None else equal_weight(weights)
     for name, x in question.theta.items():
-        before[name] = _shortest(x)
-        ends = _shortest(renamed.theta[name])
+        before[name] = _shortest(x[rows])
+        ends = _shortest(renamed.theta[name][rows])
         falls = _back(bijection, name, ends[0]) > _back(bijection, name, ends[1])
         after[name] = torch.where(falls, ends.flip(0), ends)
     return before, after

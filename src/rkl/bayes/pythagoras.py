@@ -1,5 +1,6 @@
 """The act under both KLs from one pass over the draws, with errors by the delta method."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from rkl.bayes.closed import Weights, balanced, swayed
 from rkl.bayes.estimate import Act, Diagnostics, Estimate, elements
 from rkl.bayes.families import ExponentialFamily, Natural
 from rkl.bayes.laws import Model
+from rkl.bayes.losses import slopes
 from rkl.bayes.minimise import Minimum, minimise
 from rkl.bayes.questions import Question, Variables
 from rkl.bayes.streaming import one_pass
@@ -218,14 +220,23 @@ def nearest(question: Question, model: Model, known: Averages, weights: Weights)
         return family.natural(model.base(chart.point(coordinates)))
 
     def excess(at: Point) -> Callable[[Tensor], Tensor]:
-        measure = towards(known, at, weights)
-        return lambda u: measure(tuple(x[0] for x in naturals(u[None]))).sum()
+        """Of the whole batch, as a function of the coordinates; one for each of many points."""
+        measure, lead = towards(known, at, weights), at.to_reference.ndim
+        lead -= known.here.to_reference.ndim
+
+        def of(u: Tensor) -> Tensor:
+            law = naturals(u[None])  # which adds an axis in place of the lead
+            value = measure(law if lead else tuple(x[0] for x in law))
+            return value.reshape(*value.shape[:lead], -1).sum(-1)
+
+        return of
 
     found = minimise(excess(known.here), starts, tolerance=1e-14)
     at = found.point[None]
+    sway = functools.cache(functools.partial(_sway, known, found, excess))
 
     def moved(sign: int) -> tuple[Natural, Variables]:
-        u = found.point + sign * _sway(known, found, excess)
+        u = found.point + sign * sway()
         return naturals(u), chart.point(u)
 
     variables = {name: x[0] for name, x in chart.point(at).items()}
@@ -262,16 +273,23 @@ def _starts(question: Question, model: Model) -> tuple[Chart, Tensor]:
 
 def _sway(known: Averages, found: Minimum, excess) -> Tensor:
     """How the minimum moves with each batch's shift, [batches, k]: −H⁻¹ by the slope's change."""
-    sides = [known.moved(sign) for sign in (1, -1)]
-    batches = range(len(sides[0].to_reference))
-    slopes = [[_slope(excess(side.row(i)), found.point) for i in batches] for side in sides]
-    return found.inverse(torch.stack(slopes[1]) - torch.stack(slopes[0])) / 2
+    ahead, back = (known.moved(sign) for sign in (1, -1))
+    batches = range(len(ahead.to_reference))
+    if len(found.point) <= len(batches):  # one backward pass for each coordinate
+        change = _slopes(excess(ahead), found.point) - _slopes(excess(back), found.point)
+    else:
+        pairs = ((excess(ahead.row(i)), excess(back.row(i))) for i in batches)
+        change = torch.cat([_slopes(a, found.point) - _slopes(b, found.point) for a, b in pairs])
+    return found.inverse(-change) / 2
 
 
-def _slope(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
+def _slopes(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
     leaf = point.detach().requires_grad_()
     with torch.enable_grad():
-        return torch.autograd.grad(function(leaf), leaf)[0]
+        outputs = function(leaf)
+        if outputs.ndim:
+            return slopes(outputs, leaf)
+        return torch.autograd.grad(outputs, leaf)[0][None]
 
 
 def judgement(question: Question, known: Averages) -> Judgement:

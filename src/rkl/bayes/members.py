@@ -76,6 +76,12 @@ def _loss(whole: Question, one: Subfamily, reach: Variables) -> PosteriorLoss:
     mixed = replace(theirs, theta={**theirs.theta, **own}, law=both)
     criterion = divergence if isinstance(divergence, FDivergence) else None
     nodes = nodes_for(mixed, criterion, seed=whole.seed)
+    needed = p.event_shape != () or (loss.nodes is not None and loss.nodes.kind == "importance")
+    if nodes.kind == "importance" and not needed:  # a sample would not show an infinite loss
+        raise ValueError(
+            f"subfamily {one.name} must have its mass where the posterior's laws have theirs; "
+            "no nodes along the line follow the laws of both."
+        )
     return posterior_loss(laws, divergence, nodes=nodes, seed=whole.seed)
 
 

@@ -237,7 +237,8 @@ def test_a_verdict_is_clear_beyond_two_standard_errors_of_the_difference():
 
 
 def test_there_is_no_other_demonstration(tmp_path):
-    with pytest.raises(ValueError, match="name must be 'distill', 'real' or 'neyman-scott'; got 'xy'"):
+    expected = "name must be 'distill', 'real' or 'neyman-scott'; got 'xy'"
+    with pytest.raises(ValueError, match=expected):
         demo.run("xy", tmp_path / "xy")
     assert list(tmp_path.iterdir()) == []
 

@@ -12,6 +12,7 @@ from torch.distributions import (
     Independent,
     MixtureSameFamily,
     MultivariateNormal,
+    NegativeBinomial,
     Normal,
     Pareto,
     StudentT,
@@ -395,6 +396,33 @@ def test_a_divergence_that_is_finite_only_at_wide_laws_is_minimised_among_these(
     found = generic_act(theta, normal_law, rkl.PearsonChiSquare())
     assert math.isfinite(found.risk)
     assert (2 * found.theta["scale"] ** 2 > theta["scale"].square().max()).all()
+
+
+def test_what_a_closed_form_holds_fixed_may_move_from_draw_to_draw():
+    """One draw alone is in the family of a known number of failures, and all together are not."""
+    theta = {
+        "total_count": 4 + normal(50).tanh(),
+        "probs": 0.2 + normal(50, seed=1).tanh() / 20,
+    }
+
+    def law(t):
+        return NegativeBinomial(t["total_count"], t["probs"], validate_args=False)
+
+    found = generic_act(theta, law, rkl.ReverseKL())
+    assert found.accuracy.method != "closed form"
+    x = torch.arange(200.0, dtype=torch.float64)[:, None]
+    logp = law(theta).log_prob(x)
+
+    def risk(t):
+        logq = law(t).log_prob(x)
+        return (logq.exp() * (logq - logp)).sum(0).mean()
+
+    best = risk({k: x[None] for k, x in found.theta.items()})
+    assert found.risk == pytest.approx(best.item(), rel=1e-9)
+    for name, by in (("total_count", 0.05), ("probs", 0.003)):
+        for sign in (1, -1):
+            moved = {k: x[None] + sign * by * (k == name) for k, x in found.theta.items()}
+            assert risk(moved) > best
 
 
 def test_a_divergence_that_is_infinite_everywhere_is_refused():

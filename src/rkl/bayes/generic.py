@@ -33,6 +33,7 @@ KINKED = 2**20  # the same for a loss with kinks, which only many draws smooth o
 ENOUGH = 1e-18  # decrement in nats at which steps over all draws end
 TAIL = 1e-3  # share of the expected loss that tails without mass may have
 CANDIDATES = 32  # draws of which the best are starts
+FEW = 32  # draws that tell whether the laws have a closed form between them
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,8 @@ def posterior_loss(
             laws, law=lambda theta, law=laws.law: independent_parts(law(theta))
         )
     smooth = isinstance(divergence, FDivergence) and not kinked(divergence)
-    one = laws.at(laws.spread(1))
-    if nodes is None and between(divergence, one, one) is not None:
+    one, few = laws.at(laws.spread(1)), laws.at(laws.spread(FEW))  # what is fixed in one may move
+    if nodes is None and between(divergence, few, one) is not None:
         return DirectLoss(laws, None, smooth, _Closed(divergence))
     if isinstance(divergence, FDivergence | Intrinsic):
         criterion = divergence if isinstance(divergence, FDivergence) else None

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import (
@@ -74,6 +75,24 @@ def test_every_way_of_naming_a_family_makes_the_same_laws(draws, family):
     assert set(model.names) == {"loc", "scale"}
     assert torch.equal(law.loc, few["loc"])
     assert torch.equal(law.scale, few["scale"])
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_function_gets_a_design_of_numpy_as_a_tensor_and_keeps_its_slopes(draws, kind):
+    def regression(theta, design):
+        return Independent(Normal(theta.beta @ design.T, theta.sigma[:, None]), 1)
+
+    model = read_family(regression, draws, np.ones((5, 3), kind))
+    theta = {k: x.requires_grad_() for k, x in probe(draws, model.names).items()}
+    model.law(theta).mean.sum().backward()
+    assert (theta["beta"].grad == 5).all()
+
+
+def test_whole_numbers_of_a_design_stay_indices(draws):
+    model, law = laws_of(
+        lambda theta, group: Normal(theta.mu[:, group], 1.0), draws, design=np.array([7, 0])
+    )
+    assert torch.equal(law.loc, probe(draws, ("mu",))["mu"][:, [7, 0]])
 
 
 def test_what_a_partial_holds_is_fixed(draws):

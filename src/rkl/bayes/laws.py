@@ -349,9 +349,13 @@ def _aligned(x: Tensor, event: int, batch: int) -> Tensor:
 def _from_callable(family: Callable, draws: Draws, design: Any) -> Model:
     """The variables that it takes are those it looks at, when shown a few draws."""
     text = getattr(family, "__qualname__", repr(family)).replace("<locals>.", "")
+    # NumPy would take the slopes of what it touches away; whole numbers stay indices
+    numbers = isinstance(design, np.ndarray) and design.dtype.kind in "biuf"
+    told = torch.tensor(design) if numbers else design
+    told = told.double() if isinstance(told, Tensor) and told.is_floating_point() else told
 
     def make(theta: Theta) -> Distribution:
-        return family(theta) if design is None else family(theta, design)
+        return family(theta) if design is None else family(theta, told)
 
     few = Theta(probe(draws, draws.names))
     Model(text, draws.names, make, design=design).check(few)

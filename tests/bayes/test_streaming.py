@@ -20,7 +20,7 @@ from torch.distributions import (
 from rkl.bayes import blocks, streaming
 from rkl.bayes.draws import Draws
 from rkl.bayes.streaming import one_pass
-from rkl.metrics.chains import BatchMeans
+from rkl.metrics.batches import BatchMeans
 
 
 def chains(*shape, seed=0, rho=0.5):

@@ -9,7 +9,7 @@ from subjects import Subject, fault
 
 from rkl import plots
 from rkl.bayes import Draws, read_draws
-from rkl.metrics import chains, tails
+from rkl.metrics import batches, chains, tails
 
 CHAINS, DRAWS = 2, 40
 NORMAL = "normal(loc=mu, scale=sigma)"
@@ -175,14 +175,14 @@ MEASURING = [
         ],
     ),
     Subject(
-        "chains.slots_of",
-        chains.slots_of,
+        "batches.slots_of",
+        batches.slots_of,
         lambda: {"chains": 4},
         [fault("chains", "zero", 0, "at least 1", "0")],
     ),
     Subject(
-        "chains.BatchMeans",
-        chains.BatchMeans,
+        "batches.BatchMeans",
+        batches.BatchMeans,
         lambda: {"chains": 2, "length": 1},
         [
             fault("chains", "zero", 0, "at least 1", "0"),
@@ -191,8 +191,8 @@ MEASURING = [
         ],
     ),
     Subject(
-        "chains.BatchMeans.push",
-        lambda chain, values, weights: chains.BatchMeans(2, (3,)).push(chain, values, weights),
+        "batches.BatchMeans.push",
+        lambda chain, values, weights: batches.BatchMeans(2, (3,)).push(chain, values, weights),
         lambda: {"chain": 1, "values": random(5, 3), "weights": torch.ones(5)},
         [
             fault("chain", "one too many", 2, "2"),

@@ -23,7 +23,7 @@ from subjects import DELIBERATE, UsageError
 import rkl.bayes
 import rkl.distill
 from rkl import cli
-from rkl.metrics import chains, tails
+from rkl.metrics import batches, chains, tails
 
 pytestmark = pytest.mark.malformed
 PARTS = (core, measures, folders, reading, distilling, posteriors, estimating, reporting, program)
@@ -131,7 +131,7 @@ def test_every_function_and_every_command_is_among_them():
     assert public - without_arguments <= tested
     assert {f"rkl {name}" for name in cli.available()} <= tested
     assert {f"bayes.{name}" for name in dir(rkl.bayes)} - MADE_BY_FUNCTIONS <= tested
-    assert functions_of(chains) | functions_of(tails) <= tested
+    assert functions_of(batches) | functions_of(chains) | functions_of(tails) <= tested
 
 
 def functions_of(module):

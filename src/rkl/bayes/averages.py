@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rkl.bayes.draws import Draws
 from rkl.metrics import Mean
-from rkl.metrics.chains import BatchMeans, ess, rhat
+from rkl.metrics.batches import BatchMeans
+from rkl.metrics.chains import ess, rhat
 from rkl.metrics.tails import pareto_k
 
 NUMBERS = 2**23  # values of one quantity that its tails are judged by

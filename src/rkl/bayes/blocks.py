@@ -17,6 +17,7 @@ INNER = 8  # rows that are summed together: a core looks ahead in about so many 
 NARROW = 64  # laws side by side below which, in memory, draws are
 
 Law = Callable[[dict[str, Tensor]], Distribution]
+Totals = dict[str, Tensor]  # by direction, [runs, components + 1, *batch]
 
 
 class Plan(NamedTuple):
@@ -39,49 +40,66 @@ class Sums(NamedTuple):
 
     start: int
     run: int
-    values: dict[str, Tensor]  # by direction, [runs, components + 1, *batch]
+    values: Totals
     weights: Tensor
 
 
 def sums_of(
-    plan: Plan, start: int, chunk: dict[str, Any], weights: Tensor | None = None
+    plan: Plan,
+    start: int,
+    chunk: dict[str, Any],
+    weights: Tensor | None = None,
+    room: Callable[[int, int, int], Totals | None] = lambda start, run, runs: None,
 ) -> list[Sums]:
-    """Sums over some consecutive draws of a chain, the first of which is number ``start``."""
+    """Sums over some consecutive draws of a chain, the first of which is number ``start``.
+
+    Sums that ``room`` has a place for are written there and not returned.
+    """
     drawn = {name: x if isinstance(x, Tensor) else tensor_of(x) for name, x in chunk.items()}
     found = []
     for first, last, run in pieces(start, start + len(next(iter(drawn.values()))), plan):
         part = slice(first - start, last - start)
         w = None if weights is None else weights[part]
         block = {name: _laid(x[part]) for name, x in drawn.items()}
-        count = torch.full(((last - first) // run,), float(run), dtype=torch.float64)
-        count = count if w is None else w.unflatten(0, (-1, run)).sum(1)
-        found.append(Sums(first, run, _totals_of(plan, block, run, w), count))
+        compiled = plan.compiled and run in (plan.unit, plan.rest)
+        place = room(first, run, (last - first) // run) if compiled and w is None else None
+        totals = _totals_of(plan, compiled, block, run, w, place)
+        if place is None:
+            count = torch.full(((last - first) // run,), float(run), dtype=torch.float64)
+            count = count if w is None else w.unflatten(0, (-1, run)).sum(1)
+            found.append(Sums(first, run, totals, count))
     return found
 
 
 def _totals_of(
-    plan: Plan, block: dict[str, Tensor], run: int, w: Tensor | None
-) -> dict[str, Tensor]:
+    plan: Plan,
+    compiled: bool,
+    block: dict[str, Tensor],
+    run: int,
+    w: Tensor | None,
+    place: Totals | None,
+) -> Totals:
     law, family = plan.law(block), plan.family
     kernel = (
         plan.kernels and w is None and run % INNER == 0 and isinstance(law, Normal | LogNormal)
     )
     if not kernel:
         check_domain(law)
-    if not plan.compiled or run not in (plan.unit, plan.rest):
+    if not compiled:
         return _totals(plan.batch, plan.directions, run, kernel, family, law, plan.reference, w)
     own = {name: vars(law)[name] for name in law.arg_constraints if name in vars(law)}
     own = own or {name: getattr(law, name) for name in family.parameters}
-    for x in [*own.values(), *([] if w is None else [w])]:
+    for x in [*own.values(), *([] if w is None else [w]), *(place or {}).values()]:
         torch._dynamo.maybe_mark_dynamic(x, 0)  # one graph for every number of runs
     fixed = {field.name: getattr(family, field.name) for field in dataclasses.fields(family)}
     numbers = tuple((k, x) for k, x in fixed.items() if not isinstance(x, Tensor))
-    step = _compiled(plan.batch, plan.directions, run, kernel, type(family), numbers)
-    return step(family, own, plan.reference, w)
+    into = place is not None
+    step = _compiled(plan.batch, plan.directions, run, kernel, into, type(family), numbers)
+    return step(family, own, plan.reference, w, place)
 
 
 @functools.cache
-def _compiled(batch, directions, run, kernel, *kind) -> Callable:
+def _compiled(batch, directions, run, kernel, *kind) -> Callable[..., Totals]:
     # A cache of its own for each, as all share one code object. Only tensors are worth a guard:
     # the rest, of the family too, is in the key, and guards cost time.
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
@@ -93,9 +111,14 @@ def _compiled(batch, directions, run, kernel, *kind) -> Callable:
     )
 
 
-def _remade_totals(batch, directions, run, kernel, family, own, reference, w):
+def _remade_totals(batch, directions, run, kernel, family, own, reference, w, place):
     law = family.law(**own, validate_args=False)
-    return _totals(batch, directions, run, kernel, family, law, reference, w)
+    totals = _totals(batch, directions, run, kernel, family, law, reference, w)
+    if place is None:
+        return totals
+    for name in directions:
+        place[name].copy_(totals[name])
+    return place
 
 
 def _totals(
@@ -107,8 +130,8 @@ def _totals(
     law: Distribution,
     reference: Natural,
     w: Tensor | None,
-) -> dict[str, Tensor]:
-    """Sums over runs of draws of what is averaged, [runs, components + 1, *batch]."""
+) -> Totals:
+    """Sums over runs of draws of what is averaged."""
     if kernel and isinstance(law, Normal | LogNormal):
         totals = _normal_totals(family, law, reference, run)
     else:

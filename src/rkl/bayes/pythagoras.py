@@ -29,7 +29,7 @@ from rkl.bayes.minimise import Minimum, minimise
 from rkl.bayes.questions import Question, Variables
 from rkl.bayes.streaming import one_pass
 from rkl.metrics import Mean
-from rkl.metrics.chains import BatchMeans
+from rkl.metrics.batches import BatchMeans
 
 MANY = 100  # coordinates that are asked one by one whether they matter
 SHIFT = 0.1  # of a batch's share of the mean, for central differences

@@ -13,12 +13,12 @@ import xarray as xr
 from torch import Tensor
 from torch.distributions import Distribution
 
-from rkl.bayes.blocks import INNER, Law, Plan, Sums, check_domain, sums_of
+from rkl.bayes.blocks import INNER, Law, Plan, Sums, Totals, check_domain, sums_of
 from rkl.bayes.draws import Draws, read
 from rkl.bayes.families import ExponentialFamily, Natural, family_of
 from rkl.bayes.families.base import jacobian
 from rkl.metrics import Mean
-from rkl.metrics.chains import HALVES, BatchMeans, slots_of
+from rkl.metrics.batches import HALVES, BatchMeans, slots_of
 
 DIRECTIONS = ("reverse", "forward")
 FIRST = 2**17  # numbers, but 8 to 64 draws, that the reference law is made from
@@ -195,7 +195,7 @@ def _averaged(draws: Draws, names: Sequence[str], plan: Plan, length: int) -> Mo
         name: BatchMeans(draws.chains, shape, length, halves, draws.draws)
         for name in plan.directions
     }
-    for chain, found in _chunks(draws, names, plan):
+    for chain, found in _chunks(draws, names, plan, means):
         for sums in found:
             for name, held in means.items():
                 held.add(chain, sums.start, sums.run, sums.values[name], sums.weights)
@@ -203,7 +203,10 @@ def _averaged(draws: Draws, names: Sequence[str], plan: Plan, length: int) -> Mo
     return Moments(plan.family, plan.reference, *found, plan.compiled)
 
 
-def _chunks(draws: Draws, names: Sequence[str], plan: Plan) -> Iterator[tuple[int, list[Sums]]]:
+def _chunks(
+    draws: Draws, names: Sequence[str], plan: Plan, means: dict[str, BatchMeans]
+) -> Iterator[tuple[int, list[Sums]]]:
+    """What is to be added of every chain; the rest is written where it belongs."""
     arrays = {name: draws.of(name) for name in names}
     parts = draws.parts(names, multiple=plan.rows)
     if any(array.chunks is not None for array in arrays.values()):
@@ -211,7 +214,18 @@ def _chunks(draws: Draws, names: Sequence[str], plan: Plan) -> Iterator[tuple[in
         return
     for chain, part in parts:
         chunk = {name: read(array, chain, part) for name, array in arrays.items()}
-        yield chain, sums_of(plan, part.start, chunk, _weights(draws, chain, part))
+        room = functools.partial(_room, means, chain)
+        yield chain, sums_of(plan, part.start, chunk, _weights(draws, chain, part), room)
+
+
+def _room(means: dict[str, BatchMeans], chain: int, *runs: int) -> Totals | None:
+    found = {}
+    for name, held in means.items():
+        place = held.room(chain, *runs)
+        if place is None:
+            return None
+        found[name] = place
+    return found
 
 
 def _by_dask(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -115,7 +116,7 @@ def _checked(x: Tensor) -> Tensor:
         )
     if not x.isfinite().all():
         raise ValueError(f"x must be finite; got {int((~x.isfinite()).sum())} that are not.")
-    return x.detach().double()
+    return x.detach().cpu().double()
 
 
 def _by_columns(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def _time(x: Tensor) -> Tensor:
     """τ of columns [chains, draws, columns] after halving their chains."""
     x = _halved(x)
     chains, draws, columns = x.shape
-    covariance = _autocovariance(x).mean(0)
+    covariance = _autocovariance(x)
     within = covariance[0] * draws / (draws - 1)
     wide = covariance[0] + (x.mean(1).var(0) if chains > 1 else 0)
     constant = x.amax((0, 1)) - x.amin((0, 1)) < torch.finfo(x.dtype).resolution
@@ -166,26 +167,41 @@ def _time(x: Tensor) -> Tensor:
 
 
 def _autocovariance(x: Tensor) -> Tensor:
-    """(1/n) Σ (xᵢ − x̄)(xᵢ₊ₜ − x̄) of every chain, for every lag t."""
+    """(1/n) Σ (xᵢ − x̄)(xᵢ₊ₜ − x̄) for every lag t, a mean over chains: [lags, columns]."""
     draws = x.shape[1]
     padded = 2 ** math.ceil(math.log2(2 * draws))
-    spectrum = torch.fft.rfft(x - x.mean(1, keepdim=True), padded, dim=1)
-    power = spectrum.real.square() + spectrum.imag.square()
-    return torch.fft.irfft(power, padded, dim=1)[:, :draws] / draws
+    centred = (x - x.mean(1, keepdim=True)).movedim(1, -1).contiguous()
+    spectrum = torch.fft.rfft(centred, padded)
+    power = (spectrum.real.square() + spectrum.imag.square()).mean(0)
+    return torch.fft.irfft(power, padded)[:, :draws].mT / draws
 
 
 def _normal_scores(x: Tensor) -> Tensor:
     """Normal quantiles of the ranks among all chains, ties at their mean rank."""
-    rows = x.flatten(0, 1).mT.contiguous()
-    ordered = rows.sort(-1).values
-    below, upto = (torch.searchsorted(ordered, rows, right=right) for right in (False, True))
-    rank = (below + upto + 1).double() / 2
-    return torch.special.ndtri((rank - 0.375) / (rows.shape[1] + 0.25)).mT.reshape(x.shape)
+    rows = x.flatten(0, 1).mT.contiguous().numpy()  # NumPy sorts ten times as fast as torch
+    order = np.argsort(rows, -1)
+    rank = np.empty_like(rows)
+    np.put_along_axis(rank, order, _ranks(np.take_along_axis(rows, order, -1)), -1)
+    scores = torch.special.ndtri(torch.from_numpy((rank - 0.375) / (rows.shape[1] + 0.25)))
+    return scores.mT.reshape(x.shape)
+
+
+def _ranks(ordered: np.ndarray) -> np.ndarray:
+    """Ranks, from 1, of rows in rising order; those that tie share the mean of theirs."""
+    count = ordered.shape[1]
+    place = np.broadcast_to(np.arange(1.0, count + 1), ordered.shape)
+    tied = ordered[:, 1:] == ordered[:, :-1]
+    if not tied.any():
+        return place
+    edge = np.zeros((len(ordered), 1), bool)
+    first = np.maximum.accumulate(np.where(np.hstack([edge, tied]), 0, place), -1)
+    last = np.where(np.hstack([tied, edge]), count, place)[:, ::-1]
+    return (first + np.minimum.accumulate(last, -1)[:, ::-1]) / 2
 
 
 def _quantile(x: Tensor, at: float) -> Tensor:
     """Quantile of each column over all chains, interpolated."""
-    ordered = x.flatten(0, 1).sort(0).values
+    ordered = torch.from_numpy(np.sort(x.flatten(0, 1).mT.contiguous().numpy(), -1)).mT
     place = at * (len(ordered) - 1)
     low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
     return low + (place - math.floor(place)) * (high - low)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -47,9 +48,9 @@ def pareto_k(values: Float[Tensor, "draws *columns"]) -> Float[Tensor, "*columns
         raise ValueError(f"values must be numbers; got {int(values.isnan().sum())} nan.")
     columns, count = values.shape[1:], len(values)
     if count < FEWEST:
-        return torch.full(columns, math.nan, dtype=torch.float64, device=values.device)
+        return torch.full(columns, math.nan, dtype=torch.float64)
     length = math.ceil(3 * math.sqrt(count)) if count > 225 else count // 5
-    rows = values.detach().double().reshape(count, -1).mT.contiguous()
+    rows = values.detach().cpu().double().reshape(count, -1).mT.contiguous()
     at_once = max(1, NUMBERS // (length * _points(length)))
     k = [_heavier(part, length) for part in rows.split(at_once)]
     return torch.cat(k).reshape(columns)
@@ -63,13 +64,15 @@ def _heavier(rows: Tensor, length: int) -> Tensor:
     """The larger k of both tails of every row."""
     infinite = rows.isinf().any(-1)
     rows = torch.where(infinite[:, None], 0.0, rows)
-    k = torch.maximum(*(_of_tail(side.topk(length + 1).values) for side in (rows, -rows)))
+    ordered = torch.from_numpy(np.sort(rows.numpy(), -1))  # NumPy sorts faster than torch selects
+    ends = ordered[:, -length - 1 :], -ordered[:, : length + 1].flip(-1)
+    k = torch.maximum(*map(_of_tail, ends))
     return torch.where(infinite, math.inf, k)
 
 
 def _of_tail(top: Tensor) -> Tensor:
-    """K of excesses over the smallest of the top draws, which come in falling order."""
-    excess = (top[:, :-1] - top[:, -1:]).flip(-1)
+    """K of excesses over the smallest of the top draws, which come in rising order."""
+    excess = top[:, 1:] - top[:, :1]
     flat = excess[:, -1] <= 0
     k = _fitted(torch.where(flat[:, None], 1.0, excess))
     return torch.where(flat, -math.inf, k)

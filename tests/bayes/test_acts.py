@@ -288,6 +288,20 @@ def test_only_what_has_a_mean_has_an_act(shape):
     assert forward.act["sigma"].isfinite()
 
 
+def test_among_many_acts_none_is_denied_by_chance_and_one_is_by_its_tail():
+    # The second moment of exp(z) has a mean, though 200 draws each suggest now and then it has not.
+    sigma = normals(4, 75, 2000).exp()
+    family = "normal(loc=0, scale=sigma)"
+    estimate = bayes_act({"sigma": sigma}, family, KL())
+    assert estimate.diagnostics.pareto_k["E x²"].max() > 1
+    wanted = sigma.square().mean((0, 1)).sqrt()
+    torch.testing.assert_close(estimate.act["sigma"], wanted)
+    assert 0 < estimate.act.error["sigma"].isnan().double().mean() < 1
+    sigma[..., 7] = (1 / torch.linspace(1e-4, 1, 300, dtype=torch.float64)[None]).reshape(4, 75)
+    with pytest.raises(ValueError, match="does not exist: it averages E x²"):
+        bayes_act({"sigma": sigma**2}, family, KL())
+
+
 MOVING = {
     "uniform(low=0, high=theta)": "Uniform",
     "pareto(scale=theta, alpha=3)": "Pareto",

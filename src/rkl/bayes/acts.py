@@ -13,7 +13,6 @@ from rkl.bayes.averages import (
     masked,
     mean_of,
     warnings_of,
-    weak,
 )
 from rkl.bayes.draws import read_draws
 from rkl.bayes.estimate import Act, Diagnostics, Estimate
@@ -144,7 +143,7 @@ def _optimised(question: Question) -> Estimate:
 
 
 def _refuse_without_mean(question: Question, seen: Judgement) -> None:
-    for name, k in weak(seen.pareto_k, NO_MEAN).items():
+    for name, k in seen.without_mean().items():
         if name != "risk":
             raise ValueError(
                 f"The act under {question.divergence} does not exist: the influence of a draw on "
@@ -165,6 +164,7 @@ def _diagnostics(question: Question, found: GenericAct, seen: Judgement) -> Diag
     return Diagnostics(
         chains=draws.chains,
         draws=draws.draws,
+        judged=seen.draws,
         ess=seen.ess,
         rhat=seen.rhat,
         pareto_k=seen.pareto_k,

@@ -13,7 +13,8 @@ from rkl.metrics.batches import BatchMeans
 from rkl.metrics.chains import ess, rhat
 from rkl.metrics.tails import pareto_k
 
-NUMBERS = 2**23  # values of one quantity that its tails are judged by
+NUMBERS = 2**24  # values of one quantity that its tails are judged by
+RANKED = 2**20  # those whose ranks tell what the draws are worth
 NO_MEAN, NO_ERROR = 1.0, 0.5  # Pareto-k from which there is no mean, and no normal error of it
 DOUBTFUL = 0.99  # Pareto-k of what has no error, though its mean is not denied
 TOLD = 225  # draws whose tails can deny a mean
@@ -29,16 +30,33 @@ class Judgement:
     """The worth of the draws for some quantities, by name.
 
     Attributes:
-        ess: Effective number of draws, the least over all of them.
+        ess: Effective number of draws, the least over all of them; of many, over some of them.
         rhat: The largest; nan where there are too few draws, or weights.
         pareto_k: Of every quantity, the largest over its event, [*batch]. Of weighted draws also
             that of the terms of the mean, weights included, up to 0.99: heavy ones take the error
             away, but may be the weights' fault.
+        draws: How many draws of all chains were looked at.
     """
 
     ess: float
     rhat: float
     pareto_k: Mapping[str, Tensor]
+    draws: int
+
+    def without_mean(self) -> dict[str, Tensor]:
+        """The quantities of which some have no mean, though one of as many is misjudged at times.
+
+        The largest of many estimates is large by chance: of m, k must exceed 1 by so many of its
+        standard errors as a normal variable does with probability 1 / (2 m).
+        """
+        chance = torch.tensor(0.5, dtype=torch.float64)
+        error = 1 / math.sqrt(3 * math.sqrt(self.draws))
+        found = {}
+        for name, k in self.pareto_k.items():
+            slack = -torch.special.ndtri(chance / max(1, k.numel())) * (1 + k) * error
+            if bool((k - slack >= NO_MEAN).any()):
+                found[name] = k
+        return found
 
 
 def thinned(draws: Draws, numbers: int) -> Draws:
@@ -63,13 +81,20 @@ def judged(
     if kish < FEWEST or total < FEWEST:
         raise ValueError(_too_few(kish, total))
     if draws.draws < FEWEST:
-        return Judgement(kish, math.nan, k)
-    worth = min(float(ess(x, weights).min()) for x in values.values() if x.numel())
+        return Judgement(kish, math.nan, k, total)
+    some = [_some(x) for x in values.values() if x.numel()]
+    worth = min(float(ess(x, weights).min()) for x in some)
     if weights is None and worth < FEWEST:
         raise ValueError(_too_few(worth, total))
     if weights is not None:
-        return Judgement(worth, math.nan, k)
-    return Judgement(worth, max(float(rhat(x).max()) for x in values.values() if x.numel()), k)
+        return Judgement(worth, math.nan, k, total)
+    return Judgement(worth, max(float(rhat(x).max()) for x in some), k, total)
+
+
+def _some(x: Tensor) -> Tensor:
+    """So many columns [chains, draws, columns], evenly spread, that their ranks are soon found."""
+    columns = x.reshape(*x.shape[:2], -1)
+    return columns[..., :: math.ceil(columns.numel() / RANKED)]
 
 
 def _too_few(effective: float, total: int) -> str:

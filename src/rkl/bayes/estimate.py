@@ -65,7 +65,9 @@ class Diagnostics:
     Attributes:
         chains: Number of chains.
         draws: Number of draws of each.
-        ess: Effective number of draws of what was averaged, the least over its components.
+        judged: Number of draws, of all chains, that ess, rhat and pareto_k look at.
+        ess: Effective number of these draws for what was averaged, the least over its components
+            (of very many, over some).
         rhat: Rank-normalised split R-hat of what was averaged, the largest; nan where unknown.
         pareto_k: Tail index of every quantity that was averaged, by its name, [*batch]; where an
             act was minimised, of the influence that a draw has on each number. At 1/2 and above
@@ -78,6 +80,7 @@ class Diagnostics:
 
     chains: int
     draws: int
+    judged: int
     ess: float
     rhat: float
     pareto_k: Mapping[str, Tensor]
@@ -181,9 +184,8 @@ class Estimate:
         seen = self.diagnostics
         design = self.question.model.design
         told = () if design is None else (f"design: {_short(design)}",)
-        total = seen.chains * seen.draws
         how = (
-            f"{seen.ess:,.0f} effective draws of {total:,}; Pareto-k at most "
+            f"{seen.ess:,.0f} effective draws of {seen.judged:,}; Pareto-k at most "
             f"{parenthesised(seen.worst_k())}; {seen.method}"
         )
         exact = (

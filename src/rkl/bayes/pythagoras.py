@@ -17,7 +17,6 @@ from rkl.bayes.averages import (
     masked,
     thinned,
     warnings_of,
-    weak,
 )
 from rkl.bayes.charts import Chart, chart_of
 from rkl.bayes.closed import Weights, balanced, swayed
@@ -264,7 +263,7 @@ def _ignored(chart: Chart, found: Minimum) -> tuple[str, ...]:
 
 
 def _starts(question: Question, model: Model) -> tuple[Chart, Tensor]:
-    few = thinned(question.draws, 2**13)
+    few = thinned(question.draws, 2**14)
     theta = {k: question.aligned(k, few[k].flatten(0, 1), model) for k in model.names}
     chart = chart_of(theta, model.law)
     drawn = chart.coordinates(theta)
@@ -311,11 +310,11 @@ def judgement(question: Question, known: Averages) -> Judgement:
 
 
 def _numbers(known: Averages) -> int:
-    return sum(x.numel() for x in known.reference)
+    return max(x.numel() for x in known.reference)
 
 
 def _refuse_without_mean(question: Question, known: Averages, seen: Judgement) -> None:
-    for name, k in weak(seen.pareto_k, NO_MEAN).items():
+    for name, k in seen.without_mean().items():
         if name.startswith("risk"):
             continue
         other = "ReverseKL() averages the natural parameter instead"
@@ -395,6 +394,7 @@ def _diagnostics(
     return Diagnostics(
         chains=draws.chains,
         draws=draws.draws,
+        judged=seen.draws,
         ess=seen.ess,
         rhat=seen.rhat,
         pareto_k=seen.pareto_k,

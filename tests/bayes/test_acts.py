@@ -118,6 +118,31 @@ def test_the_risk_and_its_excess_are_those_of_brute_force(name, divergence):
     torch.testing.assert_close(risk(other) - risk(act), excess[0], rtol=1e-8, atol=1e-10)
 
 
+@every_family
+def test_under_both_kls_the_sum_of_risks_is_flat_at_the_act(name):
+    law = laws(name, 60)
+    own = {key: getattr(law, key) for key in family_of(law).parameters}
+    settings = FIXED.get(name, {})
+    made = bayes_act(
+        {key: x.reshape(2, 30, *x.shape[1:]) for key, x in own.items()},
+        lambda theta: type(law)(**{key: theta[key] for key in own}, **settings),
+        Jeffreys(),
+    )
+    family = family_of(law)
+    drawn = family.natural(law)
+    act = tuple(mean.value.requires_grad_() for mean in made.act.natural)
+
+    def risk(t):
+        t = tuple(x.expand_as(y) for x, y in zip(t, drawn, strict=True))
+        return (family.kl(t, drawn) + family.kl(drawn, t)).mean()
+
+    value = risk(act)
+    slope = torch.autograd.grad(value, act)
+    torch.testing.assert_close(made.risk.value, value.detach(), rtol=1e-9, atol=1e-12)
+    for pull, component in zip(slope, act, strict=True):
+        assert (pull * (1 + component.abs())).abs().max() < 1e-8 * (1 + value)
+
+
 @pytest.mark.parametrize(
     ("r", "reverse", "intrinsic"),
     [(0, 0.01384, 0.0314), (1, 0.10328, 0.1238), (3, 0.30078, 0.3137)],

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch.distributions import (
     Bernoulli,
     Binomial,
@@ -18,7 +19,7 @@ from torch.distributions import (
 )
 
 from rkl.bayes import blocks, streaming
-from rkl.bayes.draws import Draws
+from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.streaming import one_pass
 from rkl.metrics.batches import BatchMeans
 
@@ -327,6 +328,24 @@ def test_many_laws_and_weights_are_compiled_to_the_same():
 
 
 # Where draws live
+
+
+def test_no_more_is_in_memory_than_a_chunk(tmp_path, monkeypatch):
+    held = posterior(draws=2_000)
+    arrays = {name: (("chain", "draw"), held[name].numpy()) for name in held.names}
+    path = tmp_path / "posterior.nc"
+    xr.Dataset(arrays).to_netcdf(
+        path, engine="h5netcdf", encoding={"mu": {"chunksizes": (1, 300)}}
+    )
+    monkeypatch.setattr("rkl.bayes.draws.NUMBERS", 500)
+    monkeypatch.setattr(streaming, "CACHED", 64)
+    sizes, read = [], streaming.read
+    monkeypatch.setattr(
+        streaming, "read", lambda *where: (sizes.append(where[2]), read(*where))[1]
+    )
+    assert same(one_pass(read_draws(path), normal, held.names), one_pass(held, normal, held.names))
+    # of both variables, what the file keeps in one piece
+    assert max(part.stop - part.start for part in sizes[: 2 * 3 * 7]) == 300
 
 
 @pytest.mark.tools

@@ -314,7 +314,7 @@ def test_only_what_has_a_mean_has_an_act(shape):
 
 
 def test_among_many_acts_none_is_denied_by_chance_and_one_is_by_its_tail():
-    # The second moment of exp(z) has a mean, though 200 draws each suggest now and then it has not.
+    # The second moment of exp(z) has a mean, though some 300 draws now and then deny it.
     sigma = normals(4, 75, 2000).exp()
     family = "normal(loc=0, scale=sigma)"
     estimate = bayes_act({"sigma": sigma}, family, KL())

@@ -85,7 +85,7 @@ of_what_is_positive = st.one_of(
 )
 
 
-@settings(max_examples=12)
+@settings(max_examples=25)
 @given(bijection=st.fixed_dictionaries({"mu": of_the_line, "sigma": of_what_is_positive}))
 def test_the_reverse_act_stays_under_random_bijections_and_modes_and_intervals_do_not(bijection):
     moved = answers(check_invariance(estimate(ReverseKL()), bijection, log_posterior))
@@ -107,7 +107,7 @@ def test_every_act_stays(divergence):
     assert moved["region of the act"] <= (0.01 if divergence == Intrinsic() else 0)
 
 
-@settings(max_examples=8)
+@settings(max_examples=12)
 @given(transform=of_the_line)
 def test_no_act_moves_with_a_bijection_of_the_data(transform):
     moved = answers(check_invariance(estimate(ReverseKL()), transform))

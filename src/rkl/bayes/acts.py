@@ -8,11 +8,11 @@ from rkl.bayes.averages import (
     NO_ERROR,
     NO_MEAN,
     Judgement,
+    diagnosed,
     exchanged,
     judged,
     masked,
     mean_of,
-    warnings_of,
 )
 from rkl.bayes.draws import read_draws
 from rkl.bayes.estimate import Act, Diagnostics, Estimate
@@ -152,23 +152,12 @@ def _refuse_without_mean(question: Question, seen: Judgement) -> None:
 
 
 def _diagnostics(question: Question, found: GenericAct, seen: Judgement) -> Diagnostics:
-    draws, how = question.draws, found.accuracy
-    told = list(warnings_of(seen, draws, draws))
-    switching = exchanged(draws, question.model.names, question.batch)
-    told += [] if switching is None else [switching]
+    draws, how, told = question.draws, found.accuracy, []
     if not how.converged:
         told.append("the minimiser stopped before it came to rest")
     if how.agreeing < how.starts:
         told.append(f"only {how.agreeing} of {how.starts} starts came to the same risk")
     nodes = f" over {how.nodes:,} nodes ({how.method})" if how.nodes else ", in closed form"
-    return Diagnostics(
-        chains=draws.chains,
-        draws=draws.draws,
-        judged=seen.draws,
-        ess=seen.ess,
-        rhat=seen.rhat,
-        pareto_k=seen.pareto_k,
-        method=f"minimised{nodes}",
-        accuracy=how.decrement + how.node_excess,
-        warnings=tuple(told),
-    )
+    switching = exchanged(draws, question.model.names, question.batch)
+    accuracy = how.decrement + how.node_excess
+    return diagnosed(seen, draws, draws, f"minimised{nodes}", accuracy, (switching, *told))

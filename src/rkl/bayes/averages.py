@@ -1,13 +1,14 @@
 """What is averaged over the draws: which of it has a mean, and how well that mean is known."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rkl.bayes.draws import Draws
+from rkl.bayes.estimate import Diagnostics
 from rkl.metrics import Mean
 from rkl.metrics.batches import BatchMeans
 from rkl.metrics.chains import ess, rhat
@@ -152,7 +153,29 @@ def weak(k: Mapping[str, Tensor], bound: float) -> dict[str, Tensor]:
     return {name: value for name, value in k.items() if bool((value >= bound).any())}
 
 
-def warnings_of(judgement: Judgement, draws: Draws, judged_on: Draws) -> tuple[str, ...]:
+def diagnosed(
+    judgement: Judgement,
+    draws: Draws,
+    judged_on: Draws,
+    method: str,
+    accuracy: float,
+    told: Iterable[str | None] = (),
+) -> Diagnostics:
+    """What a reader of an estimate should know: of these draws, and what else is told of it."""
+    return Diagnostics(
+        chains=draws.chains,
+        draws=draws.draws,
+        judged=judgement.draws,
+        ess=judgement.ess,
+        rhat=judgement.rhat,
+        pareto_k=judgement.pareto_k,
+        method=method,
+        accuracy=accuracy,
+        warnings=(*_warnings(judgement, draws, judged_on), *filter(None, told)),
+    )
+
+
+def _warnings(judgement: Judgement, draws: Draws, judged_on: Draws) -> list[str]:
     """What a reader of numbers made of these draws should know."""
     told = [
         f"{name} has a Pareto-k of {k.max():.2f}: no error of normal theory holds for its mean"
@@ -164,7 +187,7 @@ def warnings_of(judgement: Judgement, draws: Draws, judged_on: Draws) -> tuple[s
         told.append(f"the chains do not agree yet: R-hat is {judgement.rhat:.3f}")
     if judged_on.draws < draws.draws:
         told.append(f"tails are judged from {judged_on.draws:,} draws of {draws.draws:,} a chain")
-    return tuple(told)
+    return told
 
 
 def exchanged(draws: Draws, names: tuple[str, ...], batch: torch.Size) -> str | None:

@@ -299,16 +299,16 @@ def _of_path(path: Path) -> Mapping[str, Any]:
         )
     _exists(path)
     engine = engines[path.suffix]
-    posterior = _group(path, engine, "posterior")
-    if posterior is None:
-        try:
-            posterior = _open(path, engine)
-        except Exception as error:  # each library that may read it has its own
-            if "unrecognized engine 'zarr'" in str(error):
-                raise ImportError(f"Reading {path} takes Zarr: pip install zarr.") from error
-            kind = "Zarr" if engine == "zarr" else "NetCDF 4 (HDF5)"
-            raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
-    return _of_dataset(posterior, str(path), _group(path, engine, "sample_stats"))
+    try:
+        posterior = _group(path, engine, "posterior")
+        posterior = _open(path, engine) if posterior is None else posterior
+        stats = _group(path, engine, "sample_stats")
+    except Exception as error:  # each library that may read it has its own
+        if "unrecognized engine 'zarr'" in str(error):
+            raise ImportError(f"Reading {path} takes Zarr: pip install zarr.") from error
+        kind = "Zarr" if engine == "zarr" else "NetCDF 4 (HDF5)"
+        raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
+    return _of_dataset(posterior, str(path), stats)
 
 
 def _open(path: Path, engine: str, group: str | None = None) -> xr.Dataset:
@@ -328,10 +328,10 @@ def _of_csv(paths: Sequence[Any]) -> Mapping[str, Any]:
 
 
 def _group(path: Path, engine: str, name: str) -> xr.Dataset | None:
-    """One group of a file, unread, or None if that fails."""
+    """One group of a file, unread, or None if it has none of this name."""
     try:
         return _open(path, engine, name)
-    except Exception:  # the file's root, opened next, says what is wrong with it
+    except (OSError, KeyError, ValueError):  # of HDF5 and of Zarr; a broken file fails at its root
         return None
 
 

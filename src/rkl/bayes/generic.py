@@ -112,7 +112,7 @@ def generic_act(
     drawn = chart.coordinates(laws.theta)
     scale = drawn.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
-    held = _thinned(loss, HELD if loss.smooth else KINKED)
+    held = over_few(loss, HELD if loss.smooth else KINKED)
     minimum, tried = _minimum(loss, held, chart, drawn, scale, starts)
     return _act(law, loss, held, chart, minimum, tried)
 
@@ -204,7 +204,7 @@ class _OverAtoms:
         return self.divergence.excess(logp, logq, *self.divergence.held(logp, logq)).sum(-1)
 
 
-def _thinned(loss: PosteriorLoss, numbers: int) -> PosteriorLoss:
+def over_few(loss: PosteriorLoss, numbers: int) -> PosteriorLoss:
     """The loss over so few of the draws that an evaluation needs no more numbers."""
     count = max(numbers // max(1, loss.numbers), 64)
     few = loss.numbers == 0 or count >= len(loss.laws)
@@ -213,7 +213,7 @@ def _thinned(loss: PosteriorLoss, numbers: int) -> PosteriorLoss:
 
 def _minimum(loss, held, chart, drawn, scale, starts) -> tuple[Minimum, int]:
     """From the best of many draws on few of them, then on all that are held; and how many."""
-    quick = _thinned(held, QUICK)
+    quick = over_few(held, QUICK)
 
     def function(of):
         return lambda t: of.expected(_law(of, chart, t))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from rkl.bayes.charts import chart_of
-from rkl.bayes.generic import laws_of, posterior_loss
+from rkl.bayes.generic import laws_of, over_few, posterior_loss
 from rkl.bayes.losses import Intrinsic, NodeLoss, PosteriorLoss, between, slopes
 from rkl.bayes.minimise import Minimum, minimise
 from rkl.bayes.nodes import nodes_for
@@ -134,9 +134,7 @@ def _member(loss: PosteriorLoss, one: Subfamily) -> Member:
     theta = one.theta
     chart = chart_of(theta, one.model.law)
     drawn = chart.coordinates(theta)
-    count = max(HELD // max(1, loss.numbers), 64)
-    few = loss.numbers > 0 and count < len(loss.laws)
-    held = loss.over(loss.laws.thinned(count)) if few else loss
+    held = over_few(loss, HELD)
 
     def law(t: Tensor) -> Distribution:
         return loss.laws.of({OWN + name: x for name, x in chart.point(t[None]).items()})
@@ -161,7 +159,7 @@ def _member(loss: PosteriorLoss, one: Subfamily) -> Member:
             f"subfamily {one.name} must have a member of finite divergence from the posterior: "
             f"{error}"
         ) from error
-    point, accuracy, by_draw = _settled(loss, law, least, few and loss.smooth)
+    point, accuracy, by_draw = _settled(loss, law, least, held is not loss and loss.smooth)
     leaf = point.detach().requires_grad_()
     with torch.enable_grad():
         variables = one.placed({name: x[0] for name, x in chart.point(leaf[None]).items()})

@@ -12,11 +12,11 @@ from rkl.bayes.averages import (
     NO_ERROR,
     NO_MEAN,
     Judgement,
+    diagnosed,
     exchanged,
     judged,
     masked,
     thinned,
-    warnings_of,
 )
 from rkl.bayes.charts import Chart, chart_of
 from rkl.bayes.closed import Weights, balanced, swayed
@@ -387,18 +387,8 @@ def _diagnostics(
     question: Question, known: Averages, seen: Judgement, found: Solved
 ) -> Diagnostics:
     draws = question.draws
-    switching = exchanged(draws, question.model.names, question.batch)
-    told = () if switching is None else (switching,)
+    told = [exchanged(draws, question.model.names, question.batch)]
     if found.ignored:
-        told += (f"the family does not look at {', '.join(found.ignored)}",)
-    return Diagnostics(
-        chains=draws.chains,
-        draws=draws.draws,
-        judged=seen.draws,
-        ess=seen.ess,
-        rhat=seen.rhat,
-        pareto_k=seen.pareto_k,
-        method=found.method,
-        accuracy=found.accuracy,
-        warnings=(*warnings_of(seen, draws, thinned(draws, _numbers(known))), *told),
-    )
+        told.append(f"the family does not look at {', '.join(found.ignored)}")
+    few = thinned(draws, _numbers(known))
+    return diagnosed(seen, draws, few, found.method, found.accuracy, told)

@@ -219,7 +219,6 @@ SUBJECTS = [
             fault("_name", "unknown", ["dance"], "akl", named="'dance'"),
             fault("_name", "left out", ABSENT, named="name"),
             fault("part", "unknown", "whole", "'toy'", "'whole'"),
-            fault("part", "left out", ABSENT, "--part"),
             fault("device", "unknown", "abacus", "'abacus'"),
         ],
         costly=True,

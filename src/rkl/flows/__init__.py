@@ -1,0 +1,19 @@
+"""Normalizing flows, fitted to data or to an unnormalised density."""
+
+import importlib
+
+_HOMES: dict[str, str] = {}
+_HOME = {
+    name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -2,7 +2,9 @@
 
 import importlib
 
-_HOMES: dict[str, str] = {}
+_HOMES: dict[str, str] = {
+    "training": "Moment Training train",
+}
 _HOME = {
     name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()
 }

@@ -1,0 +1,369 @@
+"""The one training loop of flows, whatever they are fitted to."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from rkl.divergences.base import number
+from rkl.runs import Run, save_tensors
+
+CHECKPOINT = "checkpoint.safetensors"
+PATIENCE = 10  # steps in succession without a finite gradient, after which training stops
+WARM_UP = 20  # steps over which the learning rate rises to its value
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What is saved with a checkpoint beside the flow: a critic, an optimiser, a schedule."""
+
+    def state_dict(self) -> Any:
+        """All that it would need to go on."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Go on from what ``state_dict`` returned."""
+
+
+@dataclass
+class Moment:
+    """Where training stands, as an objective or a watch is told.
+
+    Attributes:
+        step: Number of steps done.
+        progress: Share of the budget that is spent, in [0, 1); 1 at the end.
+        numbers: What was logged since the last row, by name.
+        stopped: Why training ends now, if it does.
+    """
+
+    step: int = 0
+    progress: float = 0.0
+    numbers: dict[str, list[Any]] = field(default_factory=dict)
+    stopped: str | None = None
+
+    def log(self, **numbers: Any) -> None:
+        """Note numbers down; the next row of the history holds their means."""
+        for name, value in numbers.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.numbers.setdefault(name, []).append(value)
+
+    def stop(self, reason: str) -> None:
+        """End training after this step."""
+        self.stopped = reason
+
+    def flush(self) -> dict[str, float]:
+        """The means of what was logged, and forget it."""
+        row = {name: math.fsum(map(float, it)) / len(it) for name, it in self.numbers.items()}
+        self.numbers.clear()
+        return row
+
+
+Objective = Callable[[Moment], Float[Tensor, ""]]
+Watch = Callable[[Moment], float | None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training did.
+
+    Attributes:
+        history: One row per ``every`` steps: step, seconds, loss, and what was logged.
+        steps: Number of steps done.
+        seconds: How long they took, all interruptions left out.
+        best: The highest score of the watch, whose parameters the flow now has.
+        best_step: Where it was reached.
+        stopped: Why training ended before its budget; None where it did not.
+    """
+
+    history: list[dict[str, Any]]
+    steps: int
+    seconds: float
+    best: float | None
+    best_step: int | None
+    stopped: str | None
+
+
+def train(
+    flow: nn.Module,
+    objective: Objective,
+    *,
+    steps: int | None = None,
+    minutes: float | None = None,
+    lr: float = 1e-3,
+    clip: float = 10.0,
+    ema: float = 0.999,
+    seed: int = 0,
+    also: Mapping[str, Stateful] | None = None,
+    run: Run | None = None,
+    every: int = 100,
+    watch: Watch | None = None,
+) -> Training:
+    """Minimise an objective over the parameters of a flow, within a budget of steps or minutes.
+
+    Adam, with a learning rate that follows half a cosine over the whole budget, behind a short
+    rise. The flow ends with the running average of its parameters, or where a watch gives
+    scores, with the average that scored best. A step without a finite gradient is skipped.
+
+    All randomness comes from torch's global generators, seeded here and put back afterwards.
+    With ``run``, training goes on from the checkpoint there; a budget in steps then leads to
+    the same bits as if it had never been interrupted.
+
+    Args:
+        flow: What is trained; whatever of it requires no gradient stays as it is.
+        objective: Gives the loss of one step; called with the moment.
+        steps: The budget in steps, or
+        minutes: in minutes of wall time, all calls of a resumed run together.
+        lr: Highest learning rate.
+        clip: Greatest norm of the gradient; longer ones are shortened to it.
+        ema: Decay of the running average; less in the first steps.
+        seed: Of all random numbers.
+        also: What is saved and restored with the flow, by name.
+        run: Where to save and to log.
+        every: Number of steps between rows, checkpoints and calls of the watch.
+        watch: Called while the flow has its averaged parameters; it may score them, the
+            highest score being kept, and it may stop training by ``moment.stop``.
+
+    Raises:
+        FloatingPointError: No step had a finite gradient.
+
+    >>> flow = nn.Linear(1, 1, bias=False)
+    >>> done = train(flow, lambda moment: (flow.weight - 2).square().sum(), steps=300, lr=0.1)
+    >>> done.steps, round(flow.weight.item(), 2)
+    (300, 2.0)
+    """
+    _check(steps, minutes, lr, clip, ema, every)
+    loop = _Loop(flow, steps, minutes, lr, clip, ema, dict(also or {}), run)
+    with loop.randomness(seed), _bar() as show:
+        loop.resume()
+        while loop.moment.progress < 1 and not loop.moment.stopped:
+            loop.step(objective)
+            if loop.moment.step % every == 0 or loop.moment.progress >= 1 or loop.moment.stopped:
+                loop.pause(watch, show)
+    return loop.finished()
+
+
+class _Loop:
+    """The state of a training: all of it is in ``state_dict``."""
+
+    def __init__(self, flow, steps, minutes, lr, clip, ema, also, run):
+        self.flow, self.run, self.also = flow, run, also
+        self.steps, self.minutes, self.lr, self.clip, self.ema = steps, minutes, lr, clip, ema
+        self.parameters = [it for it in flow.parameters() if it.requires_grad]
+        if not self.parameters:
+            raise ValueError("flow has no parameters that require a gradient.")
+        self.device = self.parameters[0].device
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr)
+        self.average = [it.detach().clone() for it in self.parameters]
+        self.best: dict[str, Any] = {"score": None, "step": None, "parameters": None}
+        self.moment = Moment()
+        self.history: list[dict[str, Any]] = []
+        self.bad, self.taken = 0, 0
+        self.before, self.began = 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def randomness(self, seed: int) -> Iterator[None]:
+        on_gpu = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(on_gpu):
+            torch.default_generator.manual_seed(seed)
+            for device in on_gpu:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            yield
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.began
+
+    def step(self, objective: Objective) -> None:
+        moment = self.moment
+        rate = 0.5 * self.lr * (1 + math.cos(math.pi * moment.progress))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (moment.step + 1) / WARM_UP)
+        self.optimizer.zero_grad()
+        loss = objective(moment)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        if bool(loss.isfinite() & norm.isfinite()):
+            self.optimizer.step()
+            self.bad, self.taken = 0, self.taken + 1
+            moment.log(loss=loss)
+        else:
+            self._skip(loss.item())
+        decay = min(self.ema, (1 + self.taken) / (10 + self.taken))
+        get_ema_multi_avg_fn(decay)(self.average, self.parameters, None)
+        moment.step += 1
+        spent = self.seconds / (60 * self.minutes) if self.minutes else moment.step / self.steps
+        moment.progress = min(1.0, spent)
+
+    def _skip(self, loss: float) -> None:
+        self.bad += 1
+        if self.bad < PATIENCE:
+            return
+        reason = f"the loss or its gradient was not finite for {PATIENCE} steps, last {loss}"
+        if not self.taken:
+            raise FloatingPointError(f"At the start, {reason}: nothing could be learnt.")
+        self.moment.stop(f"{reason}; the flow has the parameters from before")
+
+    def pause(self, watch: Watch | None, show: Callable[[Moment, dict], None]) -> None:
+        """Look at the averaged parameters, write a row and a checkpoint."""
+        if watch is not None:
+            with self._averaged(), torch.no_grad():
+                score = watch(self.moment)
+            if score is not None:
+                self.moment.log(score=score)
+                self._keep(score)
+        skipped = self.moment.step - self.taken
+        row = {"step": self.moment.step, "seconds": self.seconds} | self.moment.flush()
+        row |= {"skipped": skipped} if skipped else {}
+        self.history.append(row)
+        show(self.moment, row)
+        if self.run is not None:
+            self.run.log(row)
+            save_state(self.run.path / CHECKPOINT, self.state_dict())
+
+    def _keep(self, score: float) -> None:
+        if self.best["score"] is None or score > self.best["score"]:
+            kept = [it.clone() for it in self.average]
+            self.best = {"score": score, "step": self.moment.step, "parameters": kept}
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        own = [it.detach().clone() for it in self.parameters]
+        _copy(self.average, self.parameters)
+        try:
+            yield
+        finally:
+            _copy(own, self.parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        moment, cuda = self.moment, self.device.type == "cuda"
+        return {
+            "flow": self.flow.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "best": self.best,
+            "also": {name: it.state_dict() for name, it in self.also.items()},
+            "moment": [moment.step, moment.progress, moment.stopped],
+            "counts": [self.bad, self.taken],
+            "seconds": self.seconds,
+            "random": torch.get_rng_state(),
+            "random_on_gpu": torch.cuda.get_rng_state(self.device) if cuda else None,
+        }
+
+    def resume(self) -> None:
+        """Go on from the checkpoint of the run, if there is one."""
+        if self.run is None or not (self.run.path / CHECKPOINT).exists():
+            return
+        state = load_state(self.run.path / CHECKPOINT)
+        self.flow.load_state_dict(state["flow"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average = [it.to(self.device) for it in state["average"]]
+        self.best, self.before = state["best"], state["seconds"]
+        for name, it in self.also.items():
+            it.load_state_dict(state["also"][name])
+        self.moment.step, self.moment.progress, self.moment.stopped = state["moment"]
+        self.bad, self.taken = state["counts"]
+        torch.set_rng_state(state["random"])
+        if state["random_on_gpu"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_on_gpu"], self.device)
+        self.run.rewind(self.moment.step)
+        self.history = self.run.metrics
+
+    def finished(self) -> Training:
+        _copy(self.best["parameters"] or self.average, self.parameters)
+        self.optimizer.zero_grad()
+        moment, best = self.moment, self.best
+        return Training(
+            self.history, moment.step, self.seconds, best["score"], best["step"], moment.stopped
+        )
+
+
+def _copy(values: list[Tensor], parameters: list[nn.Parameter]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def save_state(path: str | os.PathLike, state: Any) -> None:
+    """Write nested dictionaries and lists of tensors and JSON values, atomically, in safetensors.
+
+    The structure is in the file's header; nothing that is read can run code.
+    """
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_packed(state, tensors))
+    save_tensors(path, tensors, {"structure": structure})
+
+
+def load_state(path: str | os.PathLike) -> Any:
+    """What :func:`save_state` wrote, with its tensors on the CPU."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            structure = json.loads(file.metadata()["structure"])
+            return _unpacked(structure, file.get_tensor)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: {path} holds no state that rkl wrote: {error}.") from None
+
+
+def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().clone()
+        return {"tensor": name}
+    if isinstance(value, Mapping):  # as pairs: the keys of optimisers are integers
+        return {"pairs": [[key, _packed(it, tensors)] for key, it in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_packed(it, tensors) for it in value]
+    return value
+
+
+def _unpacked(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(it, tensor) for it in value]
+    if isinstance(value, dict) and "tensor" in value:
+        return tensor(value["tensor"])
+    if isinstance(value, dict):
+        return {key: _unpacked(it, tensor) for key, it in value["pairs"]}
+    return value
+
+
+def _check(steps, minutes, lr, clip, ema, every) -> None:
+    if (steps is None) == (minutes is None):
+        raise ValueError(f"one of steps and minutes must be given; got {steps} and {minutes}.")
+    for name, value in (("steps", steps), ("every", every)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an integer; got {value!r}.")
+    for name, value in (("steps", steps), ("minutes", minutes), ("lr", lr), ("clip", clip)):
+        if value is not None:
+            number(name, value, above=0)
+    number("every", every, at_least=1)
+    number("ema", ema, at_least=0, below=1)
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[Moment, dict], None]]:
+    """A live line on a terminal, and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = TextColumn("step {task.fields[step]}"), BarColumn(bar_width=24)
+    columns += TimeRemainingColumn(), TextColumn("{task.fields[figures]}", markup=False)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0, step=0, figures="")
+
+        def show(moment: Moment, row: dict[str, float]) -> None:
+            shown = {name: value for name, value in row.items() if name not in ("step", "seconds")}
+            figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            bar.update(task, completed=moment.progress, step=moment.step, figures=figures)
+
+        yield show

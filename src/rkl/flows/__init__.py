@@ -3,6 +3,8 @@
 import importlib
 
 _HOMES: dict[str, str] = {
+    "architectures": "MAF NSF Architecture Coupling MultiScale draw latent",
+    "targets": "Density Target parse_target",
     "training": "Moment Training train",
 }
 _HOME = {

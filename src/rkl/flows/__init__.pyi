@@ -1,3 +1,13 @@
+from rkl.flows.architectures import MAF as MAF
+from rkl.flows.architectures import NSF as NSF
+from rkl.flows.architectures import Architecture as Architecture
+from rkl.flows.architectures import Coupling as Coupling
+from rkl.flows.architectures import MultiScale as MultiScale
+from rkl.flows.architectures import draw as draw
+from rkl.flows.architectures import latent as latent
 from rkl.flows.training import Moment as Moment
 from rkl.flows.training import Training as Training
 from rkl.flows.training import train as train
+from rkl.flows.targets import Density as Density
+from rkl.flows.targets import Target as Target
+from rkl.flows.targets import parse_target as parse_target

@@ -1,0 +1,110 @@
+"""Affine coupling of the even and the odd coordinates, without a wasted product."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rkl.flows.architectures.base import Architecture, Flow
+from rkl.flows.architectures.splines import check_sizes
+
+STEEPEST = 3.0  # |log scale| of one coupling, so that no step can leave the range of floats
+
+
+@dataclass(frozen=True)
+class Coupling(Architecture):
+    """RealNVP: the odd coordinates are scaled and shifted as the even ones say, then in turn.
+
+    The masks are slices: a network sees only the half it depends on and yields only what the
+    other half needs. Densities and draws cost the same single pass. It starts as the identity.
+
+    Source: Dinh et al. (2017), arXiv 1605.08803.
+
+    Args:
+        transforms: Number of couplings.
+        hidden: Widths of the hidden layers of each.
+        compiled: Whether torch compiles it, which takes a minute and a C++ compiler.
+
+    >>> Coupling(transforms=2).build((3,))().event_shape
+    torch.Size([3])
+    """
+
+    transforms: int = 8
+    hidden: tuple[int, ...] = (64, 64)
+    compiled: bool = False
+
+    def __post_init__(self):
+        check_sizes(transforms=self.transforms, hidden=self.hidden)
+
+    def build(self, event_shape: tuple[int, ...], conditions: int = 0) -> nn.Module:
+        return CouplingFlow(self, event_shape, conditions)
+
+
+class CouplingFlow(Flow):
+    """The flow that :class:`Coupling` builds."""
+
+    places: Tensor
+
+    def __init__(self, chosen: Coupling, event_shape: tuple[int, ...], conditions: int):
+        super().__init__(event_shape, conditions)
+        size = math.prod(event_shape)
+        if size < 2:
+            raise ValueError(
+                f"event_shape must hold two coordinates at least, to couple them; got "
+                f"{list(event_shape)}. For a single one use NSF."
+            )
+        self.halves = (size + 1) // 2, size // 2
+        self.nets = nn.ModuleList(
+            mlp(self.halves[i % 2] + conditions, chosen.hidden, 2 * self.halves[1 - i % 2])
+            for i in range(chosen.transforms)
+        )
+        places = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)])
+        self.register_buffer("places", places.argsort(), persistent=False)
+        if chosen.compiled:
+            self.encode = torch.compile(self.encode, fullgraph=True)
+            self.decode = torch.compile(self.decode, fullgraph=True)
+
+    def encode(self, value, condition):
+        """The latents of events, and log |d latent / d event|."""
+        value = value.flatten(value.ndim - len(self.event_shape))
+        known, moved = value[..., 0::2], value[..., 1::2]
+        total = value.new_zeros(())
+        for net in self.nets:
+            shift, log_scale = _affine(net, known, condition)
+            moved = moved * log_scale.exp() + shift
+            total = total + log_scale.sum(-1)
+            known, moved = moved, known
+        latent = torch.cat([known, moved], -1)
+        return latent.unflatten(-1, self.event_shape), total
+
+    def decode(self, latent, condition):
+        """The events of latents, and log |d event / d latent|."""
+        latent = latent.flatten(latent.ndim - len(self.event_shape))
+        swapped = len(self.nets) % 2
+        known, moved = latent.split(self.halves[::-1] if swapped else self.halves, -1)
+        total = latent.new_zeros(())
+        for net in reversed(self.nets):
+            known, moved = moved, known
+            shift, log_scale = _affine(net, known, condition)
+            moved = (moved - shift) * (-log_scale).exp()
+            total = total - log_scale.sum(-1)
+        value = torch.cat([known, moved], -1)[..., self.places]
+        return value.unflatten(-1, self.event_shape), total
+
+
+def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
+    """A network with SiLU between its layers, which starts as zero."""
+    widths, layers = (inputs, *hidden), []
+    for before, after in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(before, after), nn.SiLU()]
+    last = nn.Linear(widths[-1], outputs)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, last)
+
+
+def _affine(net: nn.Module, known: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    inputs = known if condition is None else torch.cat([known, condition], -1)
+    shift, log_scale = net(inputs).chunk(2, -1)
+    return shift, STEEPEST * torch.tanh(log_scale / STEEPEST)

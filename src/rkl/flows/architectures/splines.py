@@ -1,0 +1,113 @@
+"""Flows of zuko: masked autoregressive ones, affine or of splines, and couplings of the same."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.distributions import Distribution
+from torch.distributions.transforms import ReshapeTransform
+
+from rkl.flows.architectures.base import Architecture
+
+
+@dataclass(frozen=True)
+class NSF(Architecture):
+    """Neural spline flow: monotone rational-quadratic splines, autoregressive or coupled.
+
+    Flexible in few dimensions. It bends only what lies within ± 5, so that data want to be
+    standardised. Autoregressive, it evaluates densities in one pass and draws in one pass per
+    coordinate; coupled, both take two.
+
+    Source: Durkan et al. (2019), arXiv 1906.04032.
+
+    Args:
+        transforms: Number of transformations.
+        hidden: Widths of the hidden layers of each.
+        bins: Pieces of each spline.
+        passes: 2 couples halves; None is fully autoregressive.
+
+    >>> NSF(transforms=2).build((3,))().event_shape
+    torch.Size([3])
+    """
+
+    transforms: int = 5
+    hidden: tuple[int, ...] = (64, 64)
+    bins: int = 8
+    passes: int | None = None
+
+    def __post_init__(self):
+        check_sizes(transforms=self.transforms, bins=self.bins, hidden=self.hidden)
+
+    def build(self, event_shape: tuple[int, ...], conditions: int = 0) -> nn.Module:
+        return _built("NSF", self, event_shape, conditions, bins=self.bins)
+
+
+@dataclass(frozen=True)
+class MAF(Architecture):
+    """Masked autoregressive flow: affine in each coordinate, given those before it.
+
+    Source: Papamakarios et al. (2017), arXiv 1705.07057.
+
+    Args:
+        transforms: Number of transformations.
+        hidden: Widths of the hidden layers of each.
+        passes: 2 couples halves; None is fully autoregressive.
+
+    >>> MAF(transforms=2, passes=2).build((3,))().event_shape
+    torch.Size([3])
+    """
+
+    transforms: int = 5
+    hidden: tuple[int, ...] = (64, 64)
+    passes: int | None = None
+
+    def __post_init__(self):
+        check_sizes(transforms=self.transforms, hidden=self.hidden)
+
+    def build(self, event_shape: tuple[int, ...], conditions: int = 0) -> nn.Module:
+        return _built("MAF", self, event_shape, conditions)
+
+
+def check_sizes(hidden: tuple[int, ...], **counts: int) -> None:
+    """Refuse sizes that are no positive integers.
+
+    Raises:
+        TypeError: One is no integer.
+        ValueError: One is below 1.
+    """
+    if not isinstance(hidden, tuple):
+        raise TypeError(f"hidden must be a tuple of widths such as (64, 64); got {hidden!r}.")
+    for name, value in [*counts.items(), *(("hidden", width) for width in hidden)]:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be of integers; got {value!r}.")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}.")
+
+
+def _built(name: str, chosen: Any, event_shape, conditions: int, **settings) -> nn.Module:
+    zuko = imported_zuko()
+    features = math.prod(event_shape)
+    made = getattr(zuko.flows, name)(
+        features,
+        conditions,
+        transforms=chosen.transforms,
+        hidden_features=chosen.hidden,
+        passes=chosen.passes,
+        **settings,
+    )
+    if len(event_shape) == 1:
+        return made
+    flat = zuko.lazy.UnconditionalTransform(
+        ReshapeTransform, in_shape=tuple(event_shape), out_shape=(features,)
+    )
+    return zuko.flows.Flow([flat, *made.transform.transforms], made.base)
+
+
+def imported_zuko() -> Any:
+    """Zuko, whose import switches off the validation of every distribution; undone here."""
+    validates = Distribution._validate_args
+    import zuko
+
+    Distribution._validate_args = validates
+    return zuko

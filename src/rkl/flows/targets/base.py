@@ -1,0 +1,205 @@
+"""What a target is: an unnormalised density that depends on conditions, with its units."""
+
+import abc
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rkl.divergences.base import floats
+from rkl.divergences.parse import parse
+
+
+class Condition(NamedTuple):
+    """A parameter of a target: its name, the range it is meant for, and its unit."""
+
+    name: str
+    low: float
+    high: float
+    unit: str = ""
+
+
+class Target(abc.ABC):
+    r"""An unnormalised density exp(log_prob(x, c)) for every value of its conditions c.
+
+    To write one, make a frozen dataclass with
+
+    - ``log_prob``, in nats and up to a function of c, from x [*batch, *event] and c [*batch,
+      conditions];
+    - ``event_shape``, ``conditions`` and ``domain``;
+    - ``observables`` and their ``units``, if something is to be measured; ``sample`` and
+      ``log_normaliser``, if they are known.
+
+    Then let :func:`rkl.flows.targets.check_target` judge it. The command line finds it by its
+    name in kebab case, or as ``module:Name``.
+    """
+
+    domain: ClassVar[Literal["line", "circle"]] = "line"
+    conditions: ClassVar[tuple[Condition, ...]] = ()
+    units: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    @abc.abstractmethod
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one x."""
+
+    @abc.abstractmethod
+    def log_prob(
+        self, x: Float[Tensor, "*batch event"], condition: Float[Tensor, "*batch conditions"]
+    ) -> Float[Tensor, "*batch"]:
+        """The log-density of x in nats, up to log Z(c); on the circle, per radian of each."""
+
+    def observables(
+        self, x: Float[Tensor, "*batch event"], condition: Float[Tensor, "*batch conditions"]
+    ) -> dict[str, Float[Tensor, "*batch"]]:
+        """What is measured of each x, by name; ``units`` says in which unit."""
+        return {}
+
+    def sample(
+        self, condition: Float[Tensor, "*batch conditions"], shape: tuple[int, ...] = ()
+    ) -> Float[Tensor, "*shape_and_batch event"]:
+        """Exact independent draws, [*shape, *batch, *event], where they can be had.
+
+        Raises:
+            NotImplementedError: They cannot.
+        """
+        raise NotImplementedError(f"{self} has no exact sampler; run a Markov chain.")
+
+    def log_normaliser(
+        self, condition: Float[Tensor, "*batch conditions"]
+    ) -> Float[Tensor, "*batch"]:
+        """The log of Z(c), the integral of exp(log_prob), in nats, where it is known.
+
+        Raises:
+            NotImplementedError: It is not.
+        """
+        raise NotImplementedError(f"log Z of {self} is not known; estimate it.")
+
+    def check(self, x: Tensor, condition: Tensor) -> None:
+        """Refuse what does not have the shape of this target's x, or of its conditions."""
+        floats("x", x)
+        floats("condition", condition)
+        if tuple(x.shape[x.ndim - len(self.event_shape) :]) != self.event_shape:
+            shape = ", ".join(map(str, self.event_shape))
+            raise ValueError(f"x must be [*batch, {shape}] for {self}; got {list(x.shape)}.")
+        if condition.shape[-1:] != (len(self.conditions),):
+            names = ", ".join(it.name for it in self.conditions) or "no conditions"
+            raise ValueError(
+                f"condition must be [*batch, {len(self.conditions)}], for {names} of {self}; "
+                f"got {list(condition.shape)}."
+            )
+
+
+@dataclass(frozen=True, repr=False)
+class Density(Target):
+    """A target made of any function log_prob(x, condition): nats, up to log Z(c).
+
+    Attributes:
+        function: log_prob(x [*batch, *event], condition [*batch, conditions]) -> [*batch].
+        event_shape: The shape of one x.
+        domain: "line", or "circle" for angles in radians.
+        conditions: The range of each condition by its name.
+        name: How it is spelt on the command line, as "module:function".
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    event_shape: tuple[int, ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
+    domain: Literal["line", "circle"] = "line"  # pyright: ignore[reportIncompatibleVariableOverride]
+    conditions: tuple[Condition, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
+    name: str = ""
+
+    def __post_init__(self):
+        ranges = self.conditions
+        if isinstance(ranges, Mapping):
+            ranges = tuple(Condition(name, *limits) for name, limits in ranges.items())
+            object.__setattr__(self, "conditions", ranges)
+        if not callable(self.function):
+            raise TypeError(f"function must be one of x and condition; got {self.function!r}.")
+        if self.domain not in ("line", "circle"):
+            raise ValueError(f"domain must be 'line' or 'circle'; got {self.domain!r}.")
+        _check_shape(self.event_shape)
+
+    def __repr__(self):
+        ranges = {it.name: (it.low, it.high) for it in self.conditions}
+        name = self.name or f"{self.function.__module__}:{self.function.__qualname__}"
+        return (
+            f"{name}(event_shape={self.event_shape}, domain={self.domain!r}, conditions={ranges})"
+        )
+
+    def log_prob(self, x, condition):
+        self.check(x, condition)
+        return self.function(x, condition)
+
+
+def _check_shape(shape) -> None:
+    whole = isinstance(shape, tuple) and all(type(n) is int and n > 0 for n in shape)
+    if not (whole and shape):
+        raise ValueError(f"event_shape must be a tuple of positive sizes; got {shape!r}.")
+
+
+def catalogue() -> dict[str, type[Target]]:
+    """Every target by its command-line name; a subclass is listed by existing.
+
+    >>> [name for name in catalogue() if name.startswith("mo")]
+    ['mog4', 'mog8']
+    """
+
+    def descendants(cls):
+        return [it for child in cls.__subclasses__() for it in (child, *descendants(child))]
+
+    named = {
+        re.sub("(?<=[a-z])(?=[A-Z][a-z])", "-", cls.__name__).lower(): cls
+        for cls in descendants(Target)
+        if not inspect.isabstract(cls) and cls is not Density
+    }
+    return dict(sorted(named.items()))
+
+
+def parse_target(text: str) -> Target:
+    """A target from its repr, or the same in kebab case, or ``module:Name`` with its settings.
+
+    A plain function log_prob(x, condition) is told its shape, domain and conditions:
+    "my_model:log_prob(event_shape=(16,), domain='circle', conditions={'T': (0.5, 2.0)})".
+
+    Raises:
+        ValueError: It cannot be read, or is no target.
+        TypeError: It is not a string.
+
+    >>> parse_target("xy(side=8)")
+    XY(side=8, coupling=1.0, ring_exchange=0.0)
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"target must be a string such as 'xy(side=8)'; got {text!r}.")
+    name = text.partition("(")[0].strip()
+    known = dict(catalogue())
+    if ":" in name:
+        known = {"own": _imported(name)}
+        text = "own" + text.strip()[len(name) :]
+    target = parse(text, known)
+    if not isinstance(target, Target):
+        raise ValueError(f"target {name} made {target!r}, which is no rkl.flows.targets.Target.")
+    return target
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        found: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"target {name} cannot be imported: {error}.") from None
+    if isinstance(found, Target):
+        return lambda: found
+    if isinstance(found, type) or not callable(found):
+        return found
+
+    function: Any = found
+
+    def density(event_shape, domain: Any = "line", conditions=()):
+        return Density(function, event_shape, domain, conditions, name)
+
+    return density

@@ -51,16 +51,26 @@ def pr_curve(
     (tensor([0.3500, 0.6000, 1.0000]), tensor([0.7000, 0.6000, 0.5000]))
     """
     _check(p, q)
-    slopes = p.new_tensor(SLOPES) if slopes is None else slopes
+    slopes = checked_slopes(slopes).to(p)
+    p, q = p.exp(), q.exp()
+    precision = torch.stack([torch.minimum(lam * p, q).sum(-1) for lam in slopes.unbind()], -1)
+    return Curve(slopes, precision, precision / slopes)
+
+
+def checked_slopes(slopes: Tensor | None) -> Tensor:
+    """The slopes asked for, or the default ones, in double precision.
+
+    Raises:
+        TypeError: They are no tensor of floats.
+        ValueError: They are none, or not all positive and finite.
+    """
+    slopes = torch.tensor(SLOPES, dtype=torch.float64) if slopes is None else slopes
     floats("slopes", slopes)
-    slopes = slopes.to(p)
     if slopes.ndim != 1:
         raise ValueError(f"slopes must be [slopes]; got the shape {list(slopes.shape)}.")
     if not len(slopes) or not ((slopes > 0) & (slopes < math.inf)).all():
         raise ValueError(f"slopes must be positive and finite; got {slopes.tolist()}.")
-    p, q = p.exp(), q.exp()
-    precision = torch.stack([torch.minimum(lam * p, q).sum(-1) for lam in slopes.unbind()], -1)
-    return Curve(slopes, precision, precision / slopes)
+    return slopes.detach().double()
 
 
 def _check(p: Tensor, q: Tensor) -> None:

@@ -1,0 +1,144 @@
+"""The three names of rejection's one knob: its constant, its budget, the precision it buys."""
+
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rkl.divergences.base import number
+from rkl.metrics.precision_recall.sampled import checked_ratio
+
+
+class OperatingPoint(NamedTuple):
+    """One strength of optimal rejection, under its three names.
+
+    Attributes:
+        accept_lam: The constant λ: a sample of ratio r is kept with probability min(1, λr).
+        budget: Draws per accepted sample, K = 1/α(λ), at least 1.
+        target_precision: Precision at slope 1 of the accepted law, α(α(λ))/α(λ).
+    """
+
+    accept_lam: float
+    budget: float
+    target_precision: float
+
+
+def operating_point(
+    log_ratio: Float[Tensor, " samples"],
+    *,
+    accept_lam: float | None = None,
+    budget: float | None = None,
+    target_precision: float | None = None,
+) -> OperatingPoint:
+    r"""Convert the knob of optimal budgeted rejection into its other names.
+
+        K = 1/mean min(1, λr),    precision = mean min(K, r)
+
+    with r = p/q at samples from q. The accepted law is min(λp, q)/α(λ). All three are exact on
+    the ratios given: the equations are solved between neighbouring order statistics, without
+    iteration. A smaller λ costs more draws and buys precision; training's ``lam`` runs the
+    other way.
+
+    K does not hang on a factor common to all ratios, but precision does: ratios known up to a
+    factor must be normalised first, where p has no mass outside q to a mean of 1.
+
+    Source: Verine et al. (2024), arXiv 2311.00460, for the optimality.
+
+    Args:
+        log_ratio: log p(x) − log q(x) in nats at samples x from q; −∞ where p has no mass.
+        accept_lam: The constant λ, positive.
+        budget: Draws per accepted sample, at least 1.
+        target_precision: Precision at slope 1 of the accepted law, in (0, 1].
+
+    Returns:
+        The point under all three names.
+
+    Raises:
+        ValueError: Not exactly one of the three is given, or no rejection reaches it.
+
+    >>> ratio = torch.tensor([0.5, 0.5, 0.5, 2.5], dtype=torch.float64)
+    >>> operating_point(ratio.log(), budget=2.0)
+    OperatingPoint(accept_lam=0.6666666666666666, budget=2.0, target_precision=0.875)
+    """
+    log_ratio = checked_ratio("log_ratio", log_ratio, math.inf)
+    named = {"accept_lam": accept_lam, "budget": budget, "target_precision": target_precision}
+    given = {name: value for name, value in named.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            "exactly one of accept_lam, budget and target_precision must be given; "
+            f"got {', '.join(given) or 'none'}."
+        )
+    if not abs(log_ratio.max().item()) < 700:  # where exp is no longer a number
+        raise ValueError(
+            "log_ratio must have a largest value between −700 and 700; "
+            f"got {log_ratio.max().item():.6g}: either p has no mass where q has, or the "
+            "ratios want a normalisation first."
+        )
+    ratios, ((name, value),) = _Ratios(log_ratio), given.items()
+    number(name, value, above=0)
+    if name == "accept_lam":
+        accept_lam, budget = value, 1 / ratios.accepted(value)
+    else:
+        budget = value if name == "budget" else ratios.budget(value)
+        accept_lam = ratios.constant(budget)
+    return OperatingPoint(accept_lam, budget, ratios.capped(budget))
+
+
+class _Ratios:
+    """The ratios r of the samples that can be accepted, rising, and sums of the smallest.
+
+    Between neighbours mean min(u, r) is linear in u: (sum of the k below u + (m − k) u)/n.
+    """
+
+    def __init__(self, log_ratio: Tensor):
+        self.n = len(log_ratio)
+        self.log_r = log_ratio[log_ratio > -math.inf].sort().values
+        self.r = self.log_r.exp()
+        self.below = self.r.cumsum(0) - self.r
+        self.left = torch.arange(len(self.r), 0, -1, dtype=torch.float64)
+        self.least = self.n / len(self.r)  # the budget of a λ without end
+
+    def capped(self, u: float) -> float:
+        """The mean of min(u, r)."""
+        return self.r.clamp_max(u).sum().item() / self.n
+
+    def accepted(self, lam: float) -> float:
+        """The mean of min(1, λr)."""
+        return (self.log_r + math.log(lam)).clamp_max(0.0).exp().sum().item() / self.n
+
+    def constant(self, budget: float) -> float:
+        """The λ at which 1/K of the draws are accepted."""
+        if budget < self.least * (1 - 1e-12):
+            raise ValueError(
+                f"budget must be at least {self.least:.6g}, for p has no mass at "
+                f"{self.n - len(self.r)} of {self.n} samples; got {budget}."
+            )
+        at_knots = self.n / (self.below / self.r + self.left)
+        k = int((at_knots <= budget).sum())  # at a λ of 1/K so many of the r are below 1/λ
+        if k == 0:
+            return 1 / self.r[0].item()
+        if budget > at_knots[-1] * (1 + 1e-12):
+            warnings.warn(
+                f"budget={budget:.6g} buys nothing beyond {at_knots[-1].item():.6g}: from there "
+                "on the accepted law is p itself, as far as these samples show.",
+                stacklevel=3,
+            )
+        kept = self.n / budget - (len(self.r) - k)
+        u = self.r[:k].sum().item() / kept if kept > 0 else self.r[k - 1].item()
+        return 1 / u
+
+    def budget(self, precision: float) -> float:
+        """The K at which the mean of min(K, r) is the precision."""
+        lowest, highest = self.capped(self.least), self.r.sum().item() / self.n
+        if not lowest <= precision <= highest:
+            raise ValueError(
+                f"target_precision must lie between {lowest:.6g}, of q without rejection, and "
+                f"{highest:.6g}, of rejection without limit; got {precision}."
+            )
+        at_knots = (self.below + self.left * self.r) / self.n
+        k = min(int((at_knots < precision).sum()), len(self.r) - 1)
+        u = (self.n * precision - self.below[k].item()) / self.left[k].item()
+        return max(self.least, u)

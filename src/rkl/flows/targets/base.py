@@ -103,7 +103,7 @@ class Density(Target):
         function: log_prob(x [*batch, *event], condition [*batch, conditions]) -> [*batch].
         event_shape: The shape of one x.
         domain: "line", or "circle" for angles in radians.
-        conditions: The range of each condition by its name.
+        conditions: Its conditions, with their ranges and units.
         name: How it is spelt on the command line, as "module:function".
     """
 
@@ -114,10 +114,6 @@ class Density(Target):
     name: str = ""
 
     def __post_init__(self):
-        ranges = self.conditions
-        if isinstance(ranges, Mapping):
-            ranges = tuple(Condition(name, *limits) for name, limits in ranges.items())
-            object.__setattr__(self, "conditions", ranges)
         if not callable(self.function):
             raise TypeError(f"function must be one of x and condition; got {self.function!r}.")
         if self.domain not in ("line", "circle"):
@@ -199,7 +195,8 @@ def _imported(name: str) -> Callable[..., Any]:
 
     function: Any = found
 
-    def density(event_shape, domain: Any = "line", conditions=()):
-        return Density(function, event_shape, domain, conditions, name)
+    def density(event_shape, domain: Any = "line", conditions: Any = ()):
+        ranges = tuple(Condition(name, *limits) for name, limits in dict(conditions).items())
+        return Density(function, event_shape, domain, ranges, name)
 
     return density

@@ -4,6 +4,7 @@ import importlib
 
 _HOMES: dict[str, str] = {
     "architectures": "MAF NSF Architecture Coupling MultiScale draw latent",
+    "data": "Data read_data",
     "targets": "Density Target parse_target",
     "training": "Moment Training train",
 }

@@ -5,9 +5,11 @@ from rkl.flows.architectures import Coupling as Coupling
 from rkl.flows.architectures import MultiScale as MultiScale
 from rkl.flows.architectures import draw as draw
 from rkl.flows.architectures import latent as latent
-from rkl.flows.training import Moment as Moment
-from rkl.flows.training import Training as Training
-from rkl.flows.training import train as train
+from rkl.flows.data import Data as Data
+from rkl.flows.data import read_data as read_data
 from rkl.flows.targets import Density as Density
 from rkl.flows.targets import Target as Target
 from rkl.flows.targets import parse_target as parse_target
+from rkl.flows.training import Moment as Moment
+from rkl.flows.training import Training as Training
+from rkl.flows.training import train as train

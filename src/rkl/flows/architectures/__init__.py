@@ -1,8 +1,19 @@
 """Architectures of normalizing flows: values that build a flow for a given shape of event."""
 
-from rkl.flows.architectures.base import Architecture, catalogue, draw, latent
+from rkl.flows.architectures.base import Architecture, catalogue, draw
 from rkl.flows.architectures.coupling import Coupling
 from rkl.flows.architectures.images import MultiScale
+from rkl.flows.architectures.scaled import Scaled, latent
 from rkl.flows.architectures.splines import MAF, NSF
 
-__all__ = ["MAF", "NSF", "Architecture", "Coupling", "MultiScale", "catalogue", "draw", "latent"]
+__all__ = [
+    "MAF",
+    "NSF",
+    "Architecture",
+    "Coupling",
+    "MultiScale",
+    "Scaled",
+    "catalogue",
+    "draw",
+    "latent",
+]

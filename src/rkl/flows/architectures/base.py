@@ -1,7 +1,6 @@
 """What an architecture is, the law that a flow of ours returns, and its latent law."""
 
 import abc
-import copy
 import inspect
 import math
 import re
@@ -11,8 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
-
-from rkl.divergences.base import number
 
 
 class Architecture(abc.ABC):
@@ -200,33 +197,3 @@ def draw(
                 return both(shape)
         drawn = law.sample(shape)
         return drawn, law.log_prob(drawn)
-
-
-def latent(law: Distribution, temperature: float = 1.0, bound: float = math.inf) -> Distribution:
-    """The law of a flow with its latents scaled, or cut off: precision bought with recall.
-
-    Args:
-        law: What a flow returned.
-        temperature: Standard deviation of the latents; below 1 the draws keep to the middle.
-        bound: Where the latents are cut off, in their standard deviations.
-
-    Raises:
-        TypeError: The law is none of a flow.
-
-    >>> from rkl.flows import Coupling
-    >>> law = latent(Coupling().build((2,))(), temperature=0.5)
-    >>> torch.manual_seed(0) and round(law.sample((10000,)).std().item(), 2)
-    0.5
-    """
-    number("temperature", temperature, above=0)
-    if math.isnan(bound) or not bound > 0:
-        raise ValueError(f"bound must be above 0; got {bound}.")
-    anyone: Any = law
-    base = getattr(anyone, "base", None)
-    if not isinstance(base, Distribution):
-        raise TypeError(f"law must be what a flow returns; got a {type(law).__name__}.")
-    changed = copy.copy(anyone)
-    like = base.like if isinstance(base, Latent) else base.mean
-    shape = base.batch_shape + base.event_shape
-    changed.base = Latent(shape, len(base.event_shape), like, float(temperature), float(bound))
-    return changed

@@ -75,7 +75,7 @@ def test_laws_at_equal_frechet_distance_may_have_opposite_precision_and_recall()
     tight, loose = (prdc(real=real, fake=it) for it in (narrow, wide))
     assert tight.precision.value > 0.98
     assert tight.recall.value < 0.3
-    assert loose.precision.value < 0.5
+    assert loose.precision.value < 0.6
     assert loose.recall.value > 0.98
 
 

@@ -5,6 +5,7 @@ import importlib
 _HOMES: dict[str, str] = {
     "architectures": "MAF NSF Architecture Coupling MultiScale draw latent",
     "data": "Data read_data",
+    "rejection": "Accepted reject",
     "targets": "Density Target parse_target",
     "training": "Moment Training train",
 }

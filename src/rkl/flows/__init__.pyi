@@ -7,6 +7,8 @@ from rkl.flows.architectures import draw as draw
 from rkl.flows.architectures import latent as latent
 from rkl.flows.data import Data as Data
 from rkl.flows.data import read_data as read_data
+from rkl.flows.rejection import Accepted as Accepted
+from rkl.flows.rejection import reject as reject
 from rkl.flows.targets import Density as Density
 from rkl.flows.targets import Target as Target
 from rkl.flows.targets import parse_target as parse_target

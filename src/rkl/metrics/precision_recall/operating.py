@@ -120,7 +120,7 @@ class _Ratios:
         k = int((at_knots <= budget).sum())  # at a λ of 1/K so many of the r are below 1/λ
         if k == 0:
             return 1 / self.r[0].item()
-        if budget > at_knots[-1] * (1 + 1e-12):
+        if budget > 1.05 * at_knots[-1]:  # nearer than that it may be these samples
             warnings.warn(
                 f"budget={budget:.6g} buys nothing beyond {at_knots[-1].item():.6g}: from there "
                 "on the accepted law is p itself, as far as these samples show.",

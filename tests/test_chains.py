@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from rkl.metrics.chains import autocorrelation_time, ess, ess_tail, rhat
+from rkl.metrics.batches import jackknife
+from rkl.metrics.chains import autocorrelation_time, ess, ess_tail, integrated_time, rhat
 
 
 def autoregressive(chains, draws, rho, columns=(), seed=0):
@@ -26,6 +27,45 @@ def test_the_time_of_an_autoregressive_chain_is_its_closed_form():
     torch.testing.assert_close(
         autocorrelation_time(x), (1 + RHO) / (1 - RHO), rtol=0.15, atol=0.02
     )
+
+
+def test_the_time_of_madras_and_sokal_is_the_closed_form_and_sees_within_chains_alone():
+    x = torch.stack([autoregressive(4, 20_000, rho) for rho in RHO[1:].tolist()], -1)
+    # sqrt(2 (2M + 1) / n) with M = 5 τ: 2 % for the first two, 7 % for the last
+    torch.testing.assert_close(
+        integrated_time(x), ((1 + RHO) / (1 - RHO))[1:], rtol=0.15, atol=0.03
+    )
+    apart = x + torch.arange(4)[:, None, None]
+    torch.testing.assert_close(integrated_time(apart), integrated_time(x), rtol=1e-9, atol=0)
+    assert (autocorrelation_time(apart) > 10 * integrated_time(x)).all()
+    assert integrated_time(torch.ones(2, 10)) == 1
+
+
+def test_the_window_is_that_of_emcee():
+    """emcee 3.1.6, autocorr.integrated_time(x, tol=0) of one chain of lattice(1, 2000, 0.8)."""
+    x = lattice(1, 2000, 0.8, False)
+    assert integrated_time(x).item() == pytest.approx(7.887654693538149, rel=1e-9)
+
+
+def test_the_error_of_a_variance_of_dependent_draws_is_its_scatter():
+    def spread(mean):
+        return mean[..., 1] - mean[..., 0] ** 2
+
+    x = autoregressive(4, 2_000, 0.6, columns=(60,))
+    found = jackknife(spread, torch.stack([x, x.square()], -1))
+    scatter = (found.value - 1 / (1 - 0.6**2)).square().mean().sqrt()
+    # 60 columns tell a scatter to 9 %, and a mean error to less
+    assert found.error.square().mean().sqrt() == pytest.approx(scatter.item(), rel=0.3)
+    blind = (found.value**2 * 2 / (4 * 2_000)).mean().sqrt()  # as of independent draws
+    assert scatter > 1.3 * blind
+
+
+def test_weights_of_one_are_no_weights_to_a_jackknife():
+    x = autoregressive(3, 100, 0.5, columns=(2,))
+    plain, weighted = (
+        jackknife(lambda mean: mean.prod(-1), x, w) for w in (None, torch.ones(3, 100))
+    )
+    torch.testing.assert_close(plain, weighted)
 
 
 # ArviZ 0.23.4 on lattice(chains, draws, rho, ties): ess of method bulk, tail and mean, and rhat.

@@ -4,7 +4,14 @@ import importlib
 
 _HOMES: dict[str, str] = {
     "architectures": "MAF NSF Architecture Coupling MultiScale draw latent",
+    "critic": "Critic",
     "data": "Data read_data",
+    "fit": "Fit Method fit_to_samples",
+    "mcmc": (
+        "HeatBath Metropolis RandomWalk Walk Wolff annealed_importance markov_chain mbar "
+        "thermodynamic_integration"
+    ),
+    "metropolis": "Chain independent_metropolis",
     "rejection": "Accepted reject",
     "targets": "Density Target parse_target",
     "training": "Moment Training train",

@@ -1,0 +1,17 @@
+"""Markov chains for targets: reference draws, and log Z along a ladder of temperatures."""
+
+from rkl.flows.mcmc.kernels import HeatBath, Metropolis, RandomWalk, Wolff
+from rkl.flows.mcmc.log_z import annealed_importance, mbar, thermodynamic_integration
+from rkl.flows.mcmc.walks import Walk, markov_chain
+
+__all__ = [
+    "HeatBath",
+    "Metropolis",
+    "RandomWalk",
+    "Walk",
+    "Wolff",
+    "annealed_importance",
+    "markov_chain",
+    "mbar",
+    "thermodynamic_integration",
+]

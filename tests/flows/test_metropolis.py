@@ -131,6 +131,9 @@ class Half(Independent):
         z = x[..., :1] + torch.randn_like(x[..., 1:])
         return torch.cat([x[..., :1], z], -1)
 
+    def integrates(self, log_prob):
+        return True
+
     def sample(self, sample_shape=()):
         return self.redraw(super().sample(sample_shape))
 

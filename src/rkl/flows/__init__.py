@@ -7,6 +7,7 @@ _HOMES: dict[str, str] = {
     "critic": "Critic",
     "data": "Data read_data",
     "fit": "Fit Method fit_to_samples",
+    "importance": "Importance Thermodynamics expectation reweight thermodynamics",
     "mcmc": (
         "HeatBath Metropolis RandomWalk Walk Wolff annealed_importance markov_chain mbar "
         "thermodynamic_integration"

@@ -11,6 +11,11 @@ from rkl.flows.data import read_data as read_data
 from rkl.flows.fit import Fit as Fit
 from rkl.flows.fit import Method as Method
 from rkl.flows.fit import fit_to_samples as fit_to_samples
+from rkl.flows.importance import Importance as Importance
+from rkl.flows.importance import Thermodynamics as Thermodynamics
+from rkl.flows.importance import expectation as expectation
+from rkl.flows.importance import reweight as reweight
+from rkl.flows.importance import thermodynamics as thermodynamics
 from rkl.flows.mcmc import HeatBath as HeatBath
 from rkl.flows.mcmc import Metropolis as Metropolis
 from rkl.flows.mcmc import RandomWalk as RandomWalk

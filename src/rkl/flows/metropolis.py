@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,7 +26,11 @@ class Redrawing(Protocol):
     """A law some coordinates of which follow the target exactly, given all others."""
 
     def redraw(self, x: Tensor) -> Tensor:
-        """New values of those coordinates, given the others."""
+        """New values of those coordinates, given the others, of x [*draws, *batch, *event]."""
+        ...
+
+    def integrates(self, log_prob: Callable[[Tensor, Tensor], Tensor]) -> bool:
+        """Whether they do follow a target of this log-density."""
         ...
 
 
@@ -260,8 +264,8 @@ def _scanned(target, law, condition, size: tuple[int, int], present: tuple | Non
         present = tuple(it[-1] for it in found)
     taken, x, log_p, log_q = map(torch.cat, zip(*kept, strict=True))
     log_ratio = log_p - log_q
-    if isinstance(law, Redrawing):
-        x = torch.cat([_redrawn(law, part) for part in x.split(block)])
+    if redraw := _redraw(target, law):
+        x = torch.cat([redraw(part) for part in x.split(block)])
         log_p = target.log_prob(x, condition.expand(*x.shape[:2], *condition.shape))
         log_q = log_p - log_ratio
     return x, taken, log_ratio, log_p, log_q
@@ -315,6 +319,7 @@ def _walked(
     draws, chains = size
     block = _block(law, chains)
     each = condition.expand(chains, *condition.shape)
+    redraw = _redraw(target, law)
     kept: list[tuple] = []
     for start in range(0, draws, block):
         proposals = proposed(target, law, condition, (min(block, draws - start), chains))
@@ -323,14 +328,17 @@ def _walked(
             taken = log_p - log_q + torch.empty_like(log_p).exponential_() > old_p - old_q
             x = torch.where(taken.reshape(*taken.shape, *[1] * len(law.event_shape)), new, x)
             x = local.move(target, each, x, 1)
-            x = _redrawn(law, x)
+            x = redraw(x) if redraw else x
             present = x, target.log_prob(x, each), law.log_prob(x)
             kept.append((x, taken, present[1] - present[2], *present[1:]))
     return tuple(map(torch.stack, zip(*kept, strict=True)))
 
 
-def _redrawn(law: Any, x: Tensor) -> Tensor:
-    return law.redraw(x) if isinstance(law, Redrawing) else x
+def _redraw(target: Target, law: Any) -> Callable[[Tensor], Tensor] | None:
+    """How to draw anew what the law takes from this very target, if there is any."""
+    if isinstance(law, Redrawing) and law.integrates(target.log_prob):
+        return law.redraw
+    return None
 
 
 def _batch_first(it: Tensor, batch: int) -> Tensor:

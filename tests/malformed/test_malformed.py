@@ -11,6 +11,7 @@ import distilling
 import estimating
 import folders
 import measures
+import nearness
 import posteriors
 import program
 import pytest
@@ -23,10 +24,21 @@ from subjects import DELIBERATE, UsageError
 import rkl.bayes
 import rkl.distill
 from rkl import cli
-from rkl.metrics import batches, chains, tails
+from rkl.metrics import batches, chains, clusters, frechet, neighbours, tails
 
 pytestmark = pytest.mark.malformed
-PARTS = (core, measures, folders, reading, distilling, posteriors, estimating, reporting, program)
+PARTS = (
+    core,
+    measures,
+    folders,
+    reading,
+    distilling,
+    posteriors,
+    estimating,
+    reporting,
+    program,
+    nearness,
+)
 SUBJECTS = [it for part in PARTS for it in part.SUBJECTS]
 CASES = [(subject, fault) for subject in SUBJECTS for fault in subject.faults]
 MADE_BY_FUNCTIONS = {  # or without arguments, or to derive from
@@ -44,6 +56,7 @@ MADE_BY_FUNCTIONS = {  # or without arguments, or to derive from
         "Table",
     )
 }
+OF_MEASURES = {"neighbours.PRDC", "neighbours.checked_pair"}  # a result, and what serves all
 SOURCE = str(Path(rkl.__file__).parent)
 
 
@@ -131,7 +144,8 @@ def test_every_function_and_every_command_is_among_them():
     assert public - without_arguments <= tested
     assert {f"rkl {name}" for name in cli.available()} <= tested
     assert {f"bayes.{name}" for name in dir(rkl.bayes)} - MADE_BY_FUNCTIONS <= tested
-    assert functions_of(batches) | functions_of(chains) | functions_of(tails) <= tested
+    measured = (batches, chains, clusters, frechet, neighbours, tails)
+    assert set().union(*map(functions_of, measured)) - OF_MEASURES <= tested
 
 
 def functions_of(module):

@@ -74,6 +74,7 @@ def built(folder: Path) -> Path:
     _make_runs(folder)
     _make_caches(folder)
     _make_posteriors(folder)
+    _make_features(folder)
     return folder
 
 
@@ -153,3 +154,18 @@ def _make_estimates(folder: Path) -> None:
     (folder / "unestimated" / "estimate.json").unlink()
     shutil.copytree(folder / "estimated", folder / "torn-estimate")
     (folder / "torn-estimate" / "estimate.json").write_text('{"estimate": ')
+
+
+def _make_features(folder: Path) -> None:
+    draw = np.random.default_rng(0)
+    arrays = {
+        "real": draw.normal(size=(60, 4)),
+        "fake": draw.normal(size=(50, 4)),
+        "narrow": draw.normal(size=(50, 3)),
+        "vector": np.ones(9),
+        "nan": np.full((60, 4), np.nan),
+        "complex": np.ones((60, 4), complex),
+        "objects": np.array([{}, []], dtype=object),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)

@@ -1,15 +1,17 @@
 """Tables of numbers with their errors: as text, as HTML and as a data frame of pandas."""
 
 import html
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-Cell = str | int | float | tuple[float, float] | None
+from rkl.metrics.written import Cell, parenthesised
+
 LONGEST = 40  # rows that are printed
+ROUNDING = 1e-12  # nats, or posterior standard deviations, that are none
 
 
 @dataclass(frozen=True)
@@ -92,40 +94,11 @@ class Table:
         return pandas.DataFrame(wide)
 
 
+def settled(value: Tensor) -> Tensor:
+    """The same, 0 where it is 0 but for rounding."""
+    return torch.where(value.abs() < ROUNDING, 0.0, value)
+
+
 def written(values: Mapping[str, Tensor]) -> dict[str, Any]:
     """Tensors as JSON can hold them."""
     return {name: value.tolist() for name, value in values.items()}
-
-
-def parenthesised(cell: Cell) -> str:
-    """A cell as text, an error given in units of the last digit.
-
-    The last digit is the error's first, or its second if the first is 1.
-
-    >>> parenthesised((0.12345, 0.0042)), parenthesised((12.3, 0.16)), parenthesised((1234.0, 25))
-    ('0.123(4)', '12.30(16)', '1230(20)')
-    >>> parenthesised(0.123456), parenthesised((0.5, math.nan)), parenthesised(None)
-    ('0.1235', '0.5(?)', '–')
-    """
-    match cell:
-        case None:
-            return "–"
-        case (value, error):
-            return _with_error(value, error)
-        case float() if not math.isfinite(cell):
-            return "undefined" if math.isnan(cell) else "∞" if cell > 0 else "−∞"
-        case float():
-            return f"{cell:.4g}".replace("-", "−")
-    return str(cell)
-
-
-def _with_error(value: float, error: float) -> str:
-    if not math.isfinite(value) or error == 0:
-        return parenthesised(value)
-    if not math.isfinite(error):
-        return f"{parenthesised(value)}(?)"
-    leading, exponent = f"{error:.1e}".split("e")
-    digits = -int(exponent) + leading.startswith("1")
-    shown = round(error, digits)
-    in_last = f"{shown:.0f}" if digits <= 0 else f"{shown * 10**digits:.0f}"
-    return f"{round(value, digits):.{max(digits, 0)}f}({in_last})".replace("-", "−")

@@ -128,6 +128,31 @@ def estimate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     return estimated
 
 
+def metrics(parser: ArgumentParser, words: Sequence[str]) -> Runner:
+    """Measure samples against real ones: precision, recall and more, with errors.
+
+    Examples:
+      rkl metrics --real real.npy --fake samples.npy
+      rkl metrics --real real.npy --fake samples.npy --k 3 --inclusive --json
+    """
+    for side, of in (("real", "the target"), ("fake", "the model")):
+        says = f"samples of {of}, [samples, features] (required)"
+        parser.add_argument(f"--{side}", type=Path, required=True, metavar="NPY", help=says)
+    parser.add_argument("--k", type=int, default=5, help="which neighbour (default: 5)")
+    parser.add_argument("--inclusive", action="store_true", help="closed balls, not open ones")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    def measured(parsed: Namespace) -> None:
+        from rkl.metrics import samples
+
+        arrays = {it: samples.read_features(it, getattr(parsed, it)) for it in ("real", "fake")}
+        seed = {name: value for name, value in _common(parsed).items() if name == "seed"}
+        found = samples.measure(**arrays, k=parsed.k, inclusive=parsed.inclusive, **seed)
+        print(json.dumps(found.to_dict(), indent=2) if parsed.json else found)
+
+    return measured
+
+
 def generate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Let the model of a run write.
 
@@ -171,6 +196,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "demo": (demo, "studies.demo"),
     "distill": (distill, "distill.run"),
     "estimate": (estimate, "bayes.run"),
+    "metrics": (metrics, "metrics"),
     "generate": (generate, "distill.run"),
     "evaluate": (evaluate, "runs"),
     "compare": (compare, "runs"),
@@ -216,12 +242,16 @@ def _properties(divergence: "Divergence") -> dict[str, bool]:
 
 
 def _explain(text: str) -> None:
-    from rkl.divergences import parse
+    from rkl.divergences import FDivergence, parse
 
     divergence = parse(text)
     print(f"{divergence!r}\n\n{inspect.getdoc(divergence)}\n")
     for word, holds in _properties(divergence).items():
         print(f"{word:14}{'yes' if holds else 'no'}")
+    if isinstance(divergence, FDivergence):
+        from rkl.metrics.precision_recall.spectrum import described
+
+        print(f"\n{described(divergence)}")
 
 
 def _studies() -> list[str]:

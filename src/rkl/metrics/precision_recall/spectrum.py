@@ -95,6 +95,33 @@ def pr_weight(
     return weight.clamp_min(0.0)  # which only rounding undercuts: f is convex
 
 
+def described(divergence: FDivergence) -> str:
+    """In three lines, the trade-offs at which a divergence looks.
+
+    >>> from rkl import KL
+    >>> print(described(KL()))
+    looks at      1/256 █████████▅▃▂▁▁▁▁▁ 256   (slope λ, an octave each)
+    weight        recall (λ < 1) 80 %, both (λ about 1) 9 %, precision (λ > 1) 10 %
+    atoms         none
+    """
+    octaves = torch.arange(-8.5, 9.0, dtype=torch.float64)
+    weights = pr_weight(divergence, 2.0**octaves)
+    bars = "".join(_bar(it) for it in (weights / weights.max()).tolist())
+    shares = [part.sum() / weights.sum() for part in (weights[:8], weights[8:9], weights[9:])]
+    names = "recall (λ < 1)", "both (λ about 1)", "precision (λ > 1)"
+    told = ", ".join(f"{name} {it:.0%}" for name, it in zip(names, shares, strict=True))
+    pairs = zip(*(it.tolist() for it in _atoms(divergence)), strict=True)
+    atoms = ", ".join(f"{weight:.4g} at λ = {lam:.4g}" for lam, weight in pairs)
+    return (
+        f"looks at      1/256 {bars} 256   (slope λ, an octave each)\n"
+        f"weight        {told.replace('%', ' %')}\natoms         {atoms or 'none'}"
+    )
+
+
+def _bar(share: float) -> str:
+    return " " if share <= 1e-6 else "▁▂▃▄▅▆▇█"[min(int(8 * share), 7)]
+
+
 def _check(divergence: Any) -> None:
     if not isinstance(divergence, FDivergence):
         raise TypeError(

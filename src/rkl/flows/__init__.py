@@ -5,6 +5,7 @@ import importlib
 _HOMES: dict[str, str] = {
     "architectures": "MAF NSF Architecture Coupling MultiScale draw latent",
     "critic": "Critic",
+    "coverage": "Coverage Mode judge_coverage judge_ratios",
     "data": "Data read_data",
     "fit": "Fit Method fit_to_samples",
     "importance": "Importance Thermodynamics expectation reweight thermodynamics",
@@ -13,6 +14,7 @@ _HOMES: dict[str, str] = {
         "thermodynamic_integration"
     ),
     "metropolis": "Chain independent_metropolis",
+    "observables": "averages beside_held_out check_held_out",
     "rejection": "Accepted reject",
     "targets": "Density Target parse_target",
     "training": "Moment Training train",

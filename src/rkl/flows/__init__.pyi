@@ -5,6 +5,10 @@ from rkl.flows.architectures import Coupling as Coupling
 from rkl.flows.architectures import MultiScale as MultiScale
 from rkl.flows.architectures import draw as draw
 from rkl.flows.architectures import latent as latent
+from rkl.flows.coverage import Coverage as Coverage
+from rkl.flows.coverage import Mode as Mode
+from rkl.flows.coverage import judge_coverage as judge_coverage
+from rkl.flows.coverage import judge_ratios as judge_ratios
 from rkl.flows.critic import Critic as Critic
 from rkl.flows.data import Data as Data
 from rkl.flows.data import read_data as read_data
@@ -27,6 +31,9 @@ from rkl.flows.mcmc import mbar as mbar
 from rkl.flows.mcmc import thermodynamic_integration as thermodynamic_integration
 from rkl.flows.metropolis import Chain as Chain
 from rkl.flows.metropolis import independent_metropolis as independent_metropolis
+from rkl.flows.observables import averages as averages
+from rkl.flows.observables import beside_held_out as beside_held_out
+from rkl.flows.observables import check_held_out as check_held_out
 from rkl.flows.rejection import Accepted as Accepted
 from rkl.flows.rejection import reject as reject
 from rkl.flows.targets import Density as Density

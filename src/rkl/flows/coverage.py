@@ -1,0 +1,313 @@
+"""Whether a flow covers its target: what the weights of its own draws cannot show."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from rkl.flows.importance import Importance, check_log_ratio, expectation, reweight
+from rkl.flows.mcmc.kernels import check_condition, check_whole, seeded
+from rkl.flows.metropolis import law_of, proposed
+from rkl.flows.observables import check_held_out
+from rkl.flows.targets.base import Target
+from rkl.flows.targets.lattices import XY
+from rkl.flows.targets.plane import GaussianMixture, MoG4, MoG8, Rings
+from rkl.metrics import Mean, mean, to_json
+
+ERRORS = 4.0  # standard errors that a departure must exceed
+UNREACHED = 0.01  # mass that may go unreached
+RARE = 0.1  # share of its mass below which a mode counts as missing
+FEWEST = 10  # expected draws below which a mode cannot be called missing
+SHARE = 0.5  # share of the flow's own ESS that must remain at draws of the target
+OFF = 0.1  # share by which a reweighted mass may be off, beyond its errors
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The mass of one mode: of the target, of the flow, and of the flow's draws reweighted."""
+
+    name: str
+    target: Mean
+    drawn: Mean
+    reweighted: Mean
+    missing: bool
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Whether a flow reaches all of its target, and what shows it.
+
+    Attributes:
+        weights: What the flow's own draws say; blind to what it never draws.
+        elbo: Mean log-ratio under the flow, in nats: at most log Z.
+        eubo: Mean log-ratio under the target, in nats: at least log Z. None without its draws.
+        target_ess: Effective share, from draws of the target; None without them.
+        reached: Share of the target's mass that the flow's draws account for; None if unknown.
+        modes: Mass of each mode, where the target has any and draws of it are at hand.
+        reasons: Why it fails, a sentence each.
+    """
+
+    weights: Importance
+    elbo: Mean
+    eubo: Mean | None
+    target_ess: Mean | None
+    reached: Mean | None
+    modes: tuple[Mode, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether nothing is missing; None where coverage is unknown."""
+        return None if self.reached is None else not self.reasons
+
+    @property
+    def verdict(self) -> str:
+        """One line: passed, failed and how often, or unknown and what it takes to know."""
+        if self.passed is None:
+            return "coverage unknown: neither draws of the target nor its log Z are at hand"
+        return "covered" if self.passed else f"NOT COVERED: {len(self.reasons)} reasons"
+
+    def table(self) -> str:
+        """The verdict, its reasons, the figures and the modes as lines of text."""
+        figures = {
+            "ESS, from the flow's draws": self.weights.ess,
+            "ESS, from the target's draws": self.target_ess,
+            "ELBO, nats": self.elbo,
+            "log Z, nats": self.weights.log_z,
+            "EUBO, nats": self.eubo,
+            "mass reached": self.reached,
+        }
+        lines = [self.verdict, *(f"- {reason}" for reason in self.reasons)]
+        lines += [f"{name:30}{_written(it)}" for name, it in figures.items() if it is not None]
+        if self.modes:
+            lines.append(f"{'mode':30}{'target':22}{'flow':22}reweighted")
+        for it in self.modes:
+            columns = f"{_written(it.target):22}{_written(it.drawn):22}{_written(it.reweighted)}"
+            lines.append(f"{it.name:30}{columns}{'  MISSING' * it.missing}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        known = {"elbo": self.elbo, "eubo": self.eubo, "target_ess": self.target_ess}
+        known["reached"] = self.reached
+        masses = ("target", "drawn", "reweighted")
+        return {
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "reasons": list(self.reasons),
+            **{name: None if it is None else to_json(it) for name, it in known.items()},
+            "weights": self.weights.to_dict(),
+            "modes": [
+                {"name": it.name, "missing": it.missing}
+                | {name: to_json(getattr(it, name)) for name in masses}
+                for it in self.modes
+            ],
+        }
+
+
+@torch.no_grad()
+def judge_coverage(
+    target: Target,
+    proposal: nn.Module | Distribution,
+    condition: Float[Tensor, " conditions"] | None = None,
+    *,
+    held_out: Float[Tensor, "rows *event"] | None = None,
+    train: Float[Tensor, "others *event"] | None = None,
+    draws: int = 20_000,
+    seed: int = 0,
+) -> Coverage:
+    """Judge under one condition whether a flow covers its target, and say loudly if it does not.
+
+    It takes independent draws of the target: those given, else its exact ones where it has a
+    sampler. Modes are the components of a mixture (each x belongs to the nearest centre), the
+    rings, or the winding sectors of the XY model.
+
+    Args:
+        target: What the flow should cover.
+        proposal: The flow.
+        condition: One condition.
+        held_out: Independent draws of the target that the flow was not trained on.
+        train: What it was trained on, to see that no row of it is held out.
+        draws: Draws of the flow, and of the target where it has an exact sampler.
+        seed: Of all random numbers.
+
+    Raises:
+        ValueError: A row of held_out is in train.
+    """
+    check_whole("draws", draws, 100)
+    condition = check_condition(target, condition)
+    if condition.ndim != 1:
+        raise ValueError(f"condition must be one, [conditions]; got {list(condition.shape)}.")
+    if train is not None and held_out is not None:
+        check_held_out(train, held_out)
+    with seeded(seed, condition.device):
+        law = law_of(proposal, target, condition)
+        x, log_p, log_q = proposed(target, law, condition, (draws,))
+        held_out = _exact_draws(target, condition, draws) if held_out is None else held_out
+    at_target, labels, names = None, None, ()
+    if held_out is not None:
+        each = condition.expand(len(held_out), -1)
+        at_target = target.log_prob(held_out, each) - law.log_prob(held_out)
+        labels, names = _labels(target, torch.cat([x, held_out.to(x)]))
+    return judge_ratios(
+        log_p - log_q,
+        at_target,
+        log_z=_log_z(target, condition),
+        labels=None if labels is None else labels[:draws],
+        target_labels=None if labels is None else labels[draws:],
+        names=names,
+        sites=max(1, math.prod(target.event_shape)),
+    )
+
+
+def judge_ratios(
+    log_ratio: Float[Tensor, " draws"],
+    at_target: Float[Tensor, " rows"] | None = None,
+    *,
+    log_z: float | None = None,
+    labels: Int[Tensor, " draws"] | None = None,
+    target_labels: Int[Tensor, " rows"] | None = None,
+    names: tuple[str, ...] = (),
+    sites: int = 1,
+) -> Coverage:
+    r"""Judge coverage from log-ratios alone, at draws of the flow and at draws of the target.
+
+        mass reached = E_q[w] / Z,    1/Z = E_p[1/w],    ESS = 1 / (E_p[w] E_p[1/w])
+
+    The flow's draws see E_q[w] only where they go; draws of the target see 1/Z whatever the
+    flow misses. Both are finite wherever the flow is wider than the target.
+
+    Args:
+        log_ratio: log p(x) − log q(x) at draws of the flow, in nats.
+        at_target: The same at independent draws of the target.
+        log_z: log Z in nats, where it is known.
+        labels: The mode of each draw of the flow.
+        target_labels: The mode of each draw of the target.
+        names: The name of each mode.
+        sites: Number of sites, for the variance per site.
+
+    >>> half = torch.zeros(1_000)  # q is p on half of its mass, and log Z is 0
+    >>> judge_ratios(half - 0.69315, log_z=0.0).reached.value
+    tensor(0.5000, dtype=torch.float64)
+    """
+    weights = reweight(log_ratio, sites=sites)
+    elbo, eubo, ess, reached = mean(log_ratio), None, None, None
+    if at_target is not None:
+        at_target = _checked_at_target(at_target)
+        eubo, ess = mean(at_target), _ess_of_target(at_target)
+    if log_z is not None:
+        reached = _share(Mean(weights.log_z.value - log_z, weights.log_z.error))
+    elif at_target is not None:
+        inverse = reweight(-at_target).log_z
+        error = torch.hypot(weights.log_z.error, inverse.error)
+        reached = _share(Mean(weights.log_z.value + inverse.value, error))
+    modes = ()
+    if labels is not None and target_labels is not None:
+        modes = tuple(
+            _modes(check_log_ratio("log_ratio", log_ratio), labels, target_labels, names)
+        )
+    found = Coverage(weights, elbo, eubo, ess, reached, modes, ())
+    return Coverage(weights, elbo, eubo, ess, reached, modes, tuple(_reasons(found)))
+
+
+def _reasons(found: Coverage):
+    if found.reached is not None:
+        value, margin = found.reached.value, UNREACHED + ERRORS * found.reached.error
+        if 1 - value > margin:
+            yield f"the flow's draws account for {_written(found.reached)} of the target's mass."
+        if value - 1 > margin:
+            yield f"the flow's weights add up to {_written(found.reached)} of log Z: one is wrong."
+    if found.target_ess is not None and found.eubo is not None:
+        ess, own = found.target_ess, found.weights.ess
+        if ess.value + ERRORS * ess.error < SHARE * (own.value - 2 * own.error):
+            yield (
+                f"the effective share is {_written(ess)} at draws of the target, "
+                f"and {_written(own)} at the flow's own."
+            )
+        width = found.eubo.value - found.elbo.value
+        error = torch.hypot(found.eubo.error, found.elbo.error)
+        spread = found.weights.variance.value
+        if width > 2 * spread + UNREACHED + ERRORS * error:
+            yield (
+                f"EUBO - ELBO is {_written(Mean(width, error))} nats, where the variance of the "
+                f"flow's own log-weights makes for {spread:.3g}."
+            )
+    missing = [it for it in found.modes if it.missing]
+    if missing:
+        named = ", ".join(f"{it.name} with mass {_written(it.target)}" for it in missing)
+        yield f"{len(missing)} of {len(found.modes)} modes are missing: {named}."
+        return  # the masses of all others are too large by as much
+    for it in found.modes:
+        apart = (it.reweighted.value - it.target.value).abs()
+        error = torch.hypot(it.reweighted.error, it.target.error)
+        if apart > OFF * it.target.value + ERRORS * error:
+            yield (
+                f"mode {it.name} has mass {_written(it.target)}, "
+                f"and {_written(it.reweighted)} after reweighting."
+            )
+
+
+def _modes(log_ratio: Tensor, labels: Tensor, target_labels: Tensor, names: tuple[str, ...]):
+    for k, name in enumerate(names):
+        inside, held = (labels == k).double(), (target_labels == k).double()
+        mass, drawn = mean(held), mean(inside)
+        enough = mass.value * min(len(inside), len(held)) >= FEWEST
+        missing = bool(enough & (drawn.value < RARE * mass.value))
+        yield Mode(name, mass, drawn, expectation(inside, log_ratio), missing)
+
+
+def _labels(target: Target, x: Tensor) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Which mode each x is in, and how the modes are called; None where there are none."""
+    if isinstance(target, XY):
+        sectors, labels = target.winding(x).round().long().unique(dim=0, return_inverse=True)
+        return labels, tuple(f"winding ({a}, {b})" for a, b in sectors.tolist())
+    if isinstance(target, GaussianMixture | MoG4 | MoG8):
+        centres = target.modes.to(x)
+        places = [
+            ", ".join(f"{round(c, 3) + 0.0:.3g}" for c in centre) for centre in centres.tolist()
+        ]
+        return torch.cdist(x, centres).argmin(-1), tuple(f"at ({place})" for place in places)
+    if isinstance(target, Rings):
+        apart = (x.norm(dim=-1, keepdim=True) - target.radii.to(x)).abs()
+        return apart.argmin(-1), tuple(f"ring of radius {r:.3g}" for r in target.radii.tolist())
+    return None, ()
+
+
+def _exact_draws(target: Target, condition: Tensor, draws: int) -> Tensor | None:
+    try:
+        return target.sample(condition, (draws,))
+    except NotImplementedError:
+        return None
+
+
+def _log_z(target: Target, condition: Tensor) -> float | None:
+    try:
+        return float(target.log_normaliser(condition))
+    except NotImplementedError:
+        return None
+
+
+def _checked_at_target(at_target: Any) -> Tensor:
+    if isinstance(at_target, Tensor) and at_target.is_floating_point():
+        # where q has no mass at all the ratio is infinite: as good as very large
+        at_target = at_target.double().clamp_max(1e6)
+    return check_log_ratio("at_target", at_target)
+
+
+def _ess_of_target(log_ratio: Tensor) -> Mean:
+    up, down = (it.softmax(0) * len(it) for it in (log_ratio, -log_ratio))
+    log_mean = [it.logsumexp(0) - math.log(len(it)) for it in (log_ratio, -log_ratio)]
+    ess = (-log_mean[0] - log_mean[1]).exp()
+    return Mean(ess, ess * (up + down).std() / math.sqrt(len(up)))
+
+
+def _share(log: Mean) -> Mean:
+    return Mean(log.value.exp(), log.value.exp() * log.error)
+
+
+def _written(it: Mean) -> str:
+    return f"{it.value.item():.4g} ± {it.error.item():.2g}"

@@ -3,10 +3,19 @@ import math
 import pytest
 import torch
 from catalogued import F
-from torch.distributions import Categorical, Gamma, Independent, Normal, Poisson, StudentT, Uniform
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Gamma,
+    Independent,
+    Normal,
+    Poisson,
+    StudentT,
+    Uniform,
+)
 
 import rkl
-from rkl.bayes.generic import laws_of, posterior_loss
+from rkl.bayes.generic import laws_of, posterior_loss, sampled
 from rkl.bayes.losses import DirectLoss, Intrinsic, NodeLoss, between, orders, slopes
 from rkl.bayes.nodes import nodes_for
 from rkl.bayes.panels import kinked
@@ -168,3 +177,24 @@ def test_elsewhere_it_is_refused_with_the_reason(law):
         posterior_loss(laws, rkl.AKL())
     with pytest.raises(TypeError, match="divergence must be one, such as"):
         posterior_loss(laws, "kl")
+
+
+@pytest.mark.parametrize(
+    "divergence", [rkl.SquaredHellinger(), rkl.Amari(0.3), rkl.PearsonChiSquare() + 2 * rkl.KL()]
+)
+def test_the_divergence_of_independent_parts_is_closed_and_that_of_the_sums_of_atoms(divergence):
+    p, q = torch.tensor([[0.2, 0.5, 0.7]]).double(), torch.tensor([[0.3, 0.4, 0.9]]).double()
+    found = between(divergence, *(Independent(Bernoulli(x), 1) for x in (p, q)))
+    atoms = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).double()
+    logs = [Bernoulli(x).log_prob(atoms).sum(-1) for x in (p, q)]
+    torch.testing.assert_close(found, divergence.excess(*logs).sum(-1, keepdim=True))
+
+
+def test_only_joint_laws_without_a_closed_form_take_a_sample():
+    theta = {"loc": torch.linspace(0, 1, 8).double()[:, None].expand(8, 3)}
+    joint = laws_of(theta, lambda t: Independent(Normal(t["loc"], 1.0), 1))
+    line = laws_of(theta, lambda t: Normal(t["loc"], 1.0))
+    assert sampled(joint, rkl.JensenShannon())
+    assert not sampled(line, rkl.JensenShannon())
+    assert not sampled(joint, rkl.Jeffreys())
+    assert not sampled(joint, rkl.SquaredHellinger())

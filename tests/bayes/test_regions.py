@@ -95,7 +95,7 @@ def test_a_region_does_not_move_with_the_names_of_parameters(draws):
 
 def test_a_region_prints_its_ranges_and_is_json(draws):
     region = bayes_act(draws, ORDINARY).region(0.9)
-    assert "90% region of least ReverseKL() from the act" in str(region)
+    assert "The 90% of the draws closest to the act under ReverseKL()" in str(region)
     kept = region.to_dict()
     assert kept["prob"] == 0.9
     assert kept["ranges"]["mu"] == [x.item() for x in region.ranges["mu"]]

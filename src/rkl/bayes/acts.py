@@ -1,12 +1,16 @@
 """The Bayes act: the one law of a family that is closest to the posterior on average."""
 
+import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rkl.bayes.averages import (
     NO_ERROR,
     NO_MEAN,
+    WAYS_OUT,
     Judgement,
     diagnosed,
     exchanged,
@@ -14,14 +18,15 @@ from rkl.bayes.averages import (
     masked,
     mean_of,
 )
-from rkl.bayes.draws import read_draws
+from rkl.bayes.blocks import check_domain
+from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.estimate import Act, Diagnostics, Estimate
-from rkl.bayes.generic import GenericAct, generic_act
-from rkl.bayes.laws import moving_edge, read_family
-from rkl.bayes.losses import Intrinsic
+from rkl.bayes.generic import GenericAct, least_act
+from rkl.bayes.laws import PROBE, Model, family_in, moving_edge, read_family
+from rkl.bayes.losses import Intrinsic, check_loss
 from rkl.bayes.pythagoras import closed_act
 from rkl.bayes.questions import Question
-from rkl.divergences import Divergence, ReverseKL
+from rkl.divergences import ReverseKL
 from rkl.metrics import Mean
 
 
@@ -68,13 +73,18 @@ def bayes_act(
     >>> torch.allclose(estimate.act["sigma"], scale.pow(-2).mean().rsqrt())
     True
     """
-    if not isinstance(divergence, Divergence | Intrinsic):
-        raise TypeError(f"divergence must be one, such as rkl.ReverseKL(); got {divergence!r}.")
+    check_loss(divergence)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer; got {seed!r}.")
     held = read_draws(draws, weights)
     model = read_family(family, held, design)
-    return answer(Question(held, model, divergence, compiled, seed))
+    try:
+        return answer(Question(held, model, divergence, compiled, seed))
+    except ValueError as error:
+        if where := _astray(model, held):
+            first, _, _ = str(error).partition("\n")
+            raise ValueError(f"{first} {where}") from error
+        raise
 
 
 def answer(question: Question) -> Estimate:
@@ -85,6 +95,40 @@ def answer(question: Question) -> Estimate:
         if question.weights is None
         else closed_act(question, question.weights)
     )
+
+
+def _astray(model: Model, draws: Draws) -> str | None:
+    """The first draw that makes no law of the family, where others do."""
+    for chain, part, chunk in draws.chunks(model.names):
+        if _makes(model, chunk):
+            continue
+        first, last = 0, part.stop - part.start
+        if not any(_makes(model, _rows(chunk, i, i + 1)) for i in range(min(last, PROBE))):
+            return None
+        while last - first > 1:
+            middle = (first + last) // 2
+            good = _makes(model, _rows(chunk, first, middle))
+            first, last = (middle, last) if good else (first, middle)
+        values = {name: x.tolist() for name, x in _rows(chunk, first, first + 1).items()}
+        said = ", ".join(f"{name} = {reprlib.repr(x[0])}" for name, x in values.items())
+        return f"See chain {chain}, draw {part.start + first}: {said}."
+    return None
+
+
+def _rows(chunk: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+    return {name: x[first:last] for name, x in chunk.items()}
+
+
+def _makes(model: Model, theta: Mapping[str, Tensor]) -> bool:
+    """Whether these draws make laws that are inside their family."""
+    try:
+        law = model.base(theta)
+        check_domain(law)
+        if family := family_in(law):
+            family.check(family.natural(law))
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _refuse_moving(question: Question) -> None:
@@ -104,17 +148,11 @@ def _refuse_moving(question: Question) -> None:
 
 def _optimised(question: Question) -> Estimate:
     """The act by minimisation, its errors from the influence of each draw."""
-    draws, weights = question.draws, question.draws.weights
-    found = generic_act(
-        question.theta,
-        question.law,
-        question.divergence,
-        weights=None if weights is None else weights.flatten(),
-        seed=question.seed,
-    )
+    draws = question.draws
+    found = least_act(question.loss, question.law)
     by_chain = (draws.chains, draws.draws)
     influence = {name: x.unflatten(0, by_chain) for name, x in found.influence.items()}
-    losses = question.losses(question.expected(question.divergence), found.theta)
+    losses = question.losses(found.theta) if question.batch else found.losses.reshape(by_chain)
     seen = judged({**influence, "risk": losses}, draws)
     _refuse_without_mean(question, seen)
     parameters = {
@@ -147,7 +185,8 @@ def _refuse_without_mean(question: Question, seen: Judgement) -> None:
         if name != "risk":
             raise ValueError(
                 f"The act under {question.divergence} does not exist: the influence of a draw on "
-                f"{name} has no posterior mean (Pareto-k {k.max():.2f}, and 1 is too much)."
+                f"{name} has no posterior mean (Pareto-k {k.max():.2f}, and 1 is too much). "
+                f"{WAYS_OUT}"
             )
 
 

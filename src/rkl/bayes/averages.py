@@ -23,6 +23,10 @@ FEWEST = 4  # effective draws
 DISAGREE = 1.01  # R-hat above which chains are said not to agree
 APART = 3.0  # mean distance of two components, in its standard deviations, that tells them apart
 SWAPPED = 0.005  # share of draws in which they have changed places
+WAYS_OUT = (
+    "Intrinsic() takes the smaller of both, and JensenShannon() is bounded. Or ask about another "
+    "experiment, whose noise a draw cannot undercut, or for a family with fewer parameters."
+)
 MANY = 24  # components whose order is looked at
 
 
@@ -185,6 +189,11 @@ def _warnings(judgement: Judgement, draws: Draws, judged_on: Draws) -> list[str]
     ]
     if judgement.rhat > DISAGREE:
         told.append(f"the chains do not agree yet: R-hat is {judgement.rhat:.3f}")
+    if draws.chains > draws.draws:
+        told.append(
+            f"there are {draws.chains:,} chains of {draws.draws:,} draws: if it should be the "
+            "other way round, as for get_chain() of emcee, swap the first two axes"
+        )
     if judged_on.draws < draws.draws:
         told.append(f"tails are judged from {judged_on.draws:,} draws of {draws.draws:,} a chain")
     return told

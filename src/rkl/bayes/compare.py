@@ -1,7 +1,7 @@
 """The act beside every other common estimate, and what each of them loses."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -10,11 +10,12 @@ from rkl.bayes.acts import answer
 from rkl.bayes.averages import mean_of
 from rkl.bayes.closed import Weights
 from rkl.bayes.estimate import Estimate, elements
-from rkl.bayes.losses import AnyLoss, Intrinsic
+from rkl.bayes.generic import sampled
+from rkl.bayes.losses import AnyLoss, Intrinsic, check_loss
 from rkl.bayes.modes import LogDensity, modes
 from rkl.bayes.pythagoras import averages, directions_of, towards
 from rkl.bayes.questions import Question, Variables
-from rkl.bayes.tables import Cell, Table
+from rkl.bayes.tables import Cell, Table, settled
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
 
 LossOf = Callable[[Variables], tuple[Tensor, Tensor | None]]
@@ -28,7 +29,11 @@ LOSSES: dict[str, AnyLoss] = {
 COLUMNS = 6  # numbers of the parameters that have a column each
 
 
-def compare(estimate: Estimate, log_posterior: LogDensity | str | None = None) -> Table:
+def compare(
+    estimate: Estimate,
+    log_posterior: LogDensity | str | None = None,
+    losses: Iterable[AnyLoss] | None = None,
+) -> Table:
     """Every common estimate by its parameters, and its excess risk under every loss.
 
     The excess over the risk of the loss's own act is exact for the two KLs and their sum, by
@@ -40,29 +45,37 @@ def compare(estimate: Estimate, log_posterior: LogDensity | str | None = None) -
         log_posterior: For the modes: a callable from theta, n draws by name, to n log densities
             with respect to the variables as they are named; or the name of a variable that holds
             the log density of every draw.
+        losses: Those beside the estimate's own; by default the five of ``LOSSES``, without what
+            takes an importance sample between joint laws, and so seconds to minutes.
 
     Raises:
         ValueError: ``log_posterior`` names no such variable, or gives no log densities.
+        TypeError: Some of ``losses`` are none.
     """
     question = estimate.question
-    losses = LOSSES | (
-        {} if estimate.divergence in LOSSES.values() else {"own": estimate.divergence}
-    )
-    candidates, notes = {}, []
-    for name, divergence in losses.items():
+    asked = _named(losses)
+    if estimate.divergence not in asked.values():
+        asked |= {_name_of(estimate.divergence, "own"): estimate.divergence}
+    found, notes = {}, []
+    for name, divergence in asked.items():
+        again = dataclasses.replace(question, divergence=divergence)
         if divergence == estimate.divergence:
-            candidates[name] = _variables(estimate)
-            continue
-        try:
-            candidates[name] = _variables(
-                answer(dataclasses.replace(question, divergence=divergence))
+            found[name] = estimate
+        elif losses is None and sampled(again.some, divergence):
+            notes.append(
+                f"{name} is left out: between joint laws it takes an importance sample, and "
+                f"seconds to minutes. Ask for it by losses=, with {divergence!r}"
             )
-        except ValueError as error:
-            notes.append(f"{name} is left out: {error}")
-    judges = {name: _excess(question, losses[name], act) for name, act in candidates.items()}
+        else:
+            try:
+                found[name] = answer(again)
+            except ValueError as error:
+                notes.append(f"{name} is left out: {error}")
+    candidates = {name: _variables(one) for name, one in found.items()}
+    judges = {name: _excess(one) for name, one in found.items()}
     candidates |= {"posterior mean": means_of(question), "posterior median": _medians(question)}
-    found, told = modes(question, log_posterior)
-    candidates |= found
+    densest, told = modes(question, log_posterior)
+    candidates |= densest
     return _table(question, candidates, judges, (*notes, *told))
 
 
@@ -70,17 +83,32 @@ def _variables(estimate: Estimate) -> Variables:
     return {name: estimate.act[name] for name in estimate.question.model.names}
 
 
-def _excess(question: Question, divergence: AnyLoss, act: Variables) -> LossOf:
+def _named(losses: Iterable[AnyLoss] | None) -> dict[str, AnyLoss]:
+    """Losses by the names of their rows and columns."""
+    if losses is None:
+        return dict(LOSSES)
+    if isinstance(losses, str) or not isinstance(losses, Iterable):
+        raise TypeError(f"losses must be a list such as [rkl.JensenShannon()]; got {losses!r}.")
+    given = list(losses)
+    for divergence in given:
+        check_loss(divergence)
+    return {_name_of(divergence, str(divergence)): divergence for divergence in given}
+
+
+def _name_of(divergence: AnyLoss, other: str) -> str:
+    return next((name for name, known in LOSSES.items() if known == divergence), other)
+
+
+def _excess(estimate: Estimate) -> LossOf:
     """The excess risk [*batch] over that of the act, and its error where it has one."""
-    again = dataclasses.replace(question, divergence=divergence)
-    if again.weights is not None:
-        return _exact_excess(again, again.weights, act)
-    loss = question.expected(divergence)
-    least = question.losses(loss, act)
+    question, act = estimate.question, _variables(estimate)
+    if question.weights is not None:
+        return _exact_excess(question, question.weights, act)
+    least = question.losses(act)
 
     def paired(variables: Variables):
-        found = mean_of(question.losses(loss, variables) - least, question.draws)
-        return found.value, found.error
+        found = mean_of(question.losses(variables) - least, question.draws)
+        return settled(found.value), found.error
 
     return paired
 
@@ -94,7 +122,7 @@ def _exact_excess(question: Question, weights: Weights, act: Variables) -> LossO
         natural = question.natural(known.family, law)
         return question.total(measure(tuple(x[0] for x in natural)))
 
-    return lambda variables: (of(variables) - of(act), None)
+    return lambda variables: (settled(of(variables) - of(act)), None)
 
 
 def means_of(question: Question) -> Variables:

@@ -169,13 +169,14 @@ def read_draws(source: Any, weights: Any = None) -> Draws:
     """Posterior draws from whatever holds them, unread where that can be.
 
     Of a DataTree, an InferenceData or a file, the group ``posterior`` is taken, and beside it
-    ``lp`` of the group ``sample_stats``, which some posteriors need for their mode.
+    ``lp`` of the group ``sample_stats``, which some posteriors need for their mode. What holds
+    no numbers there, such as names, is passed over.
 
     Args:
         source: Draws; a DataTree, InferenceData or Dataset; a dict of arrays
             [chains, draws, ...]; the path of a NetCDF or Zarr store, or of CmdStan's csv (or a
             list of them); a cmdstanpy fit; an emcee sampler or backend, whose walkers become
-            chains. The last three are read by ArviZ.
+            chains. CmdStan's csv and emcee are read by ArviZ.
         weights: Weight of each draw, [chains, draws].
 
     Raises:
@@ -218,9 +219,13 @@ def _held(name: str, value: Any) -> xr.DataArray:
         raise ValueError(
             f"{name} must have the dimensions chain and draw; got {_dimensions(array)}."
         )
-    if array.dtype.kind not in "biuf":
+    if not _real(array):
         raise TypeError(f"{name} must hold real numbers; got {array.dtype}.")
     return array
+
+
+def _real(array: xr.DataArray) -> bool:
+    return array.dtype.kind in "biuf"
 
 
 def _labelled(name: str, value: Any) -> xr.DataArray:
@@ -234,7 +239,8 @@ def _labelled(name: str, value: Any) -> xr.DataArray:
     if value.ndim < 2:
         raise ValueError(
             f"{name} must be [chains, draws, ...]; got {list(value.shape)}. "
-            f"Draws of a single chain are {name}[None]."
+            f"Draws of a single chain are {name}[None]; those of several chains are kept apart by "
+            "get_samples(group_by_chain=True) of NumPyro."
         )
     return xr.DataArray(value, dims=(*AXES, *(f"axis_{i}" for i in range(value.ndim - 2))))
 
@@ -253,8 +259,10 @@ def _variables(source: Any) -> Mapping[str, Any]:
     if isinstance(source, list | tuple):
         return _of_csv(source)
     made_by = type(source).__module__.partition(".")[0]
-    if made_by in ("cmdstanpy", "emcee"):
-        return _by_arviz(f"from_{made_by}", source, f"a {type(source).__name__} of {made_by}")
+    if made_by == "cmdstanpy":
+        return _of_cmdstanpy(source)
+    if made_by == "emcee":
+        return _by_arviz("from_emcee", source, f"a {type(source).__name__} of emcee")
     # InferenceData is a mapping too, of groups
     if isinstance(source, xr.DataTree) or getattr(source, "posterior", None) is not None:
         return _of_tree(source)
@@ -278,15 +286,26 @@ def _of_tree(tree: Any) -> Mapping[str, Any]:
 def _of_dataset(
     dataset: xr.Dataset, what: str, statistics: xr.Dataset | None = None
 ) -> Mapping[str, Any]:
-    found = {str(k): array for k, array in dataset.data_vars.items() if {*AXES} <= {*array.dims}}
+    found = {str(k): x for k, x in dataset.data_vars.items() if {*AXES} <= {*x.dims} and _real(x)}
     if not found:
         raise ValueError(
-            f"{what} holds no posterior: expected a group 'posterior', or variables over the "
+            f"{what} holds no posterior: expected a group 'posterior', or numbers over the "
             f"dimensions chain and draw; got the dimensions {_dimensions(dataset)}."
         )
     if statistics is not None and "lp" in statistics:
         found.setdefault("lp", statistics["lp"])
     return found
+
+
+def _of_cmdstanpy(fit: Any) -> Mapping[str, Any]:
+    """The variables of a fit by MCMC, and its lp__."""
+    if not hasattr(fit, "draws_xr") or not hasattr(fit, "method_variables"):
+        raise TypeError(
+            f"draws must be a CmdStanMCMC where they come from cmdstanpy; got a "
+            f"{type(fit).__name__}, which has no chains."
+        )
+    lp = xr.DataArray(fit.method_variables()["lp__"], dims=("draw", "chain"))
+    return _of_dataset(fit.draws_xr(), "the fit of cmdstanpy", xr.Dataset({"lp": lp}))
 
 
 def _of_path(path: Path) -> Mapping[str, Any]:

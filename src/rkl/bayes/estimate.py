@@ -1,8 +1,8 @@
 """What a Bayes act comes back as: the act, its risk, their errors, and what to ask of it next."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
 SHOWN = 12  # elements of one parameter that are printed
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Act(Mapping):
     """The law that is reported: act["scale"], with its Monte Carlo error in act.error["scale"].
 
     Attributes:
         parameters: Value and standard error by name, [*batch, ...] each: those of the law, and
             the variables of the posterior that stand for it.
-        law: The law itself, of batch shape [*batch]; of what a callable makes and has no closed
-            form, [1, *batch].
+        law: The law itself, of batch shape [*batch].
         natural: Components of its natural parameter, where it has one.
         mean: Components of its mean parameter, where it has one.
     """
@@ -46,6 +45,17 @@ class Act(Mapping):
 
     def __len__(self) -> int:
         return len(self.parameters)
+
+    def __repr__(self) -> str:
+        return f"Act({', '.join(self.told(self.parameters))})"
+
+    def told(self, names: Iterable[str]) -> Iterator[str]:
+        """These parameters as text, of long ones the shape."""
+        for name in names:
+            value, error = self.parameters[name]
+            alone = not value.ndim
+            said = parenthesised((value.item(), error.item())) if alone else list(value.shape)
+            yield f"{name}={said}"
 
     @property
     def error(self) -> dict[str, Tensor]:
@@ -94,7 +104,7 @@ class Diagnostics:
         return max(finite, default=math.nan)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Estimate:
     """A Bayes act, as :func:`rkl.bayes.bayes_act` found it.
 
@@ -112,15 +122,21 @@ class Estimate:
     act: Act
     risk: Mean
     diagnostics: Diagnostics
-    question: "Question" = field(repr=False)
+    question: "Question"
+
+    def __repr__(self) -> str:
+        said = ", ".join(self.act.told(self.question.model.names))
+        return f"Estimate({said}; {self.family} under {self.divergence})"
 
     def compare(
-        self, log_posterior: Callable[[Mapping[str, Tensor]], Tensor] | str | None = None
+        self,
+        log_posterior: Callable[[Mapping[str, Tensor]], Tensor] | str | None = None,
+        losses: Iterable[Any] | None = None,
     ) -> Table:
         """The act beside every other common estimate, and what each loses: see ``compare``."""
         from rkl.bayes.compare import compare
 
-        return compare(self, log_posterior)
+        return compare(self, log_posterior, losses)
 
     def region(self, prob: float = 0.9) -> "Region":
         """The draws that are closest to the act, together of posterior probability ``prob``."""
@@ -142,6 +158,7 @@ class Estimate:
             "family": self.family,
             "design": _plain(self.question.model.design),
             "divergence": str(self.divergence),
+            "variables": list(self.question.model.names),
             "act": {name: to_json(mean) for name, mean in act.parameters.items()},
             "natural": None if act.natural is None else [to_json(mean) for mean in act.natural],
             "mean": None if act.mean is None else [to_json(mean) for mean in act.mean],
@@ -165,10 +182,10 @@ class Estimate:
         """The act and its risk, of long parameters the first elements or ``every`` one."""
         rows: list[tuple[Cell, ...]] = []
         said = self.act.parameters if every else self._asked()
-        numbers = {**said, "risk (nats)": self.risk}
-        for name, mean in numbers.items():
+        for name, mean in {**said, "risk": self.risk}.items():
             values, errors = mean.value.flatten().tolist(), mean.error.flatten().tolist()
-            labels = elements(name, mean.value.shape)
+            unit = " (nats)" * (mean is self.risk)
+            labels = [label + unit for label in elements(name, mean.value.shape)]
             shown = len(values) if every else SHOWN
             rows += list(zip(labels, zip(values, errors, strict=True), strict=True))[:shown]
             if len(values) > shown:

@@ -19,11 +19,12 @@ from rkl.bayes.losses import (
     NodeLoss,
     PosteriorLoss,
     between,
+    check_loss,
     orders,
     slopes,
 )
 from rkl.bayes.minimise import Minimum, minimise
-from rkl.bayes.nodes import OFF, Laws, Nodes, independent_parts, nodes_for
+from rkl.bayes.nodes import OFF, Laws, Nodes, independent_parts, joint, nodes_for
 from rkl.bayes.panels import kinked
 from rkl.divergences import Divergence, FDivergence
 
@@ -108,6 +109,18 @@ def generic_act(
     """
     laws = laws_of(theta, law, weights)
     loss = posterior_loss(laws, divergence, nodes=nodes, size=size, seed=seed)
+    return least_act(loss, law, transforms=transforms, starts=starts)
+
+
+def least_act(
+    loss: PosteriorLoss,
+    law: LawOf,
+    *,
+    transforms: Mapping[str, Transform] | None = None,
+    starts: int = 4,
+) -> GenericAct:
+    """The act under a loss whose nodes are chosen."""
+    laws = loss.laws
     chart = chart_of(laws.theta, law, transforms)
     drawn = chart.coordinates(laws.theta)
     scale = drawn.std(0, correction=0)
@@ -157,17 +170,11 @@ def posterior_loss(
         TypeError: ``divergence`` is none.
         ValueError: It needs a finite support, or no nodes serve these laws.
     """
-    if not isinstance(divergence, Divergence | Intrinsic):
-        raise TypeError(f"divergence must be one, such as rkl.KL(); got {divergence!r}.")
-    known = orders(divergence)
-    if known is not None and all(alpha in (0, 1) for _, alpha in known):
-        laws = dataclasses.replace(
-            laws, law=lambda theta, law=laws.law: independent_parts(law(theta))
-        )
+    check_loss(divergence)
+    laws = _split(laws, divergence)
     smooth = isinstance(divergence, FDivergence) and not kinked(divergence)
-    one, few = laws.at(laws.spread(1)), laws.at(laws.spread(FEW))  # what is fixed in one may move
-    if nodes is None and between(divergence, few, one) is not None:
-        return DirectLoss(laws, None, smooth, _Closed(divergence))
+    if nodes is None and _closed(laws, divergence):
+        return DirectLoss(laws, None, smooth, _InClosedForm(divergence))
     if isinstance(divergence, FDivergence | Intrinsic):
         criterion = divergence if isinstance(divergence, FDivergence) else None
         nodes = nodes or nodes_for(laws, criterion, size=size, seed=seed)
@@ -176,13 +183,32 @@ def posterior_loss(
     if nodes.kind != "enumeration":
         raise ValueError(
             f"divergence {divergence} is no f-divergence, and has no meaning beyond a finite "
-            f"support; that of a {type(one).__name__} is not finite."
+            f"support; that of a {type(laws.at(laws.spread(1))).__name__} is not finite."
         )
     return DirectLoss(laws, nodes, smooth, _OverAtoms(divergence, nodes))
 
 
+def sampled(laws: Laws, divergence: AnyLoss) -> bool:
+    """Whether the loss takes an importance sample, and so draws times nodes log-densities."""
+    laws = _split(laws, divergence)
+    return not _closed(laws, divergence) and joint(laws)
+
+
+def _split(laws: Laws, divergence: AnyLoss) -> Laws:
+    """The laws, in independent parts where the divergence is a sum over these."""
+    known = orders(divergence)
+    if known is None or any(alpha not in (0, 1) for _, alpha in known):
+        return laws
+    return dataclasses.replace(laws, law=lambda theta: independent_parts(laws.law(theta)))
+
+
+def _closed(laws: Laws, divergence: AnyLoss) -> bool:
+    one, few = laws.at(laws.spread(1)), laws.at(laws.spread(FEW))  # what is fixed in one may move
+    return between(divergence, few, one) is not None
+
+
 @dataclass(frozen=True)
-class _Closed:
+class _InClosedForm:
     divergence: AnyLoss
 
     def __call__(self, p: Distribution, q: Distribution) -> Tensor:

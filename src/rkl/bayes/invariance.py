@@ -84,7 +84,9 @@ def _check(transforms: Mapping[str, Transform]) -> None:
         if not isinstance(transform, Transform):
             raise TypeError(f"bijection must hold transforms of torch; {name} is {transform!r}.")
         if not transform.bijective:
-            raise ValueError(f"bijection must be one; that of {name}, {transform}, is not.")
+            raise ValueError(
+                f"bijection must be one; that of {name}, {_spelt(transform)}, is not."
+            )
 
 
 def _of_parameters(
@@ -108,7 +110,7 @@ def _of_parameters(
         mode = density_mode(question, log_posterior)
         other = density_mode(renamed, _carried(log_posterior, bijection))
         rows.append(("posterior mode", moved(mode, other) if mode and other else None))
-    names = ", ".join(f"{name} by {transform}" for name, transform in bijection.items())
+    names = ", ".join(f"{name} by {_spelt(transform)}" for name, transform in bijection.items())
     return _table(estimate, names, rows)
 
 
@@ -188,7 +190,7 @@ def _of_data(estimate: Estimate, transform: Transform) -> Table:
     integrated = _integrated(renamed)
     if integrated is not None:
         rows.append(("act, integrated over the new data", _moved(question, before, integrated)))
-    return _table(estimate, f"the data by {transform}", rows)
+    return _table(estimate, f"the data by {_spelt(transform)}", rows)
 
 
 def _integrated(question: Question) -> Variables | None:
@@ -208,6 +210,12 @@ def _integrated(question: Question) -> Variables | None:
 
 def _variables(estimate: Estimate) -> Variables:
     return {name: estimate.act[name] for name in estimate.question.model.names}
+
+
+def _spelt(transform: Transform) -> str:
+    """A transform in words, where torch has a private name for an inverse."""
+    inverse = type(transform).__name__ == "_InverseTransform"
+    return f"the inverse of {transform.inv}" if inverse else repr(transform)
 
 
 def _moved(question: Question, before: Variables, after: Variables) -> float:

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from torch.distributions import Distribution, Independent, TransformedDistributi
 from torch.distributions.constraints import Constraint
 
 from rkl.bayes import families
+from rkl.bayes.alone import alone
 from rkl.bayes.draws import Draws
 from rkl.bayes.families import ExponentialFamily, family_of
 from rkl.divergences import parse
 
+NOT_TORCH = ("numpy", "all be instances of number", "converted to python scalars")
 PROBE = 16  # draws looked at before the rest is read
 _STRUCTURES = {"Distribution", "ExponentialFamily", "Independent", "TransformedDistribution"}
 
@@ -85,8 +88,9 @@ class Model:
             ValueError,
         ) as error:
             shapes = ", ".join(f"{k} {list(x.shape[1:])}" for k, x in theta._drawn.items())
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"family {self.text} cannot take {shapes}: {reason}") from error
+            raise ValueError(
+                f"family {self.text} cannot take {shapes}: {self._reason(error, theta)}"
+            ) from error
         if not isinstance(law, Distribution):
             raise TypeError(f"family {self.text} must make a distribution of torch; got {law!r}.")
         if law.batch_shape[:1] != (rows,):
@@ -95,6 +99,23 @@ class Model:
                 f"shape [{rows}, ...]; got {list(law.batch_shape)}."
             )
         return law
+
+    def _reason(self, error: Exception, theta: Theta) -> str:
+        """Why no law was made, in the words of whoever wrote the family."""
+        reason = str(error).partition("\n")[0]
+        if any(words in reason.lower() for words in NOT_TORCH):
+            return f"write it in torch, which knows slopes, not in NumPy or math ({reason})"
+        if self.settings is not None and not self._fit(theta):
+            return "their axes must agree, the first of one with the first of the other"
+        return reason
+
+    def _fit(self, theta: Theta) -> bool:
+        """Whether the axes of the variables agree, flush left and but for the events'."""
+        events = self.events or {}
+        batches = [x.shape[: x.ndim - events.get(k, 0)] for k, x in theta._drawn.items()]
+        return all(
+            len({*sizes} - {1}) <= 1 for sizes in itertools.zip_longest(*batches, fillvalue=1)
+        )
 
     def _check_domain(self, theta: Theta) -> None:
         if self.kind is None or self.settings is None:
@@ -119,11 +140,14 @@ class Model:
     def at(self, variables: Mapping[str, Tensor]) -> Distribution:
         """The law of single values of the variables.
 
-        A callable expects draws, and so makes a law of batch shape [1, *batch].
+        A callable expects draws; of one that cannot do without, the law of one draw is wrapped.
         """
         if self.settings is not None:
             return self.make(Theta(variables))
-        return self.law({name: x[None] for name, x in variables.items()})
+        return alone(
+            self.law({name: x[None] for name, x in variables.items()}),
+            lambda: self.make(Theta(variables)),
+        )
 
     def bare(self, theta: Mapping[str, Tensor]) -> Distribution:
         """The base laws of draws that were checked before, or will be after."""
@@ -225,8 +249,7 @@ def read_family(family: Any, draws: Draws, design: Any = None) -> Model:
     if isinstance(family, Model):
         return family
     if isinstance(family, str):
-        names = (*draws.names, "design") if design is not None else draws.names
-        kind, settings = parse(family, _catalogue(), names)
+        kind, settings = _parsed(family, family, _catalogue(), draws, design)
         return _named(family, kind, settings, draws, design)
     if isinstance(family, functools.partial) and _is_law(family.func) and not family.args:
         return _from_class(family.func, dict(family.keywords), draws, design)
@@ -238,6 +261,23 @@ def read_family(family: Any, draws: Draws, design: Any = None) -> Model:
         "family must be a text such as 'normal(loc=mu, scale=sigma)', a class of "
         f"torch.distributions, or a callable from draws to distributions; got {family!r}."
     )
+
+
+def _parsed(text: str, read: str, known: Mapping[str, Callable], draws: Draws, design: Any):
+    """The class and the settings of a text."""
+    names = (*draws.names, "design") if design is not None else draws.names
+    try:
+        return parse(read, known, names)
+    except ValueError as error:
+        reason = str(error).partition(": ")[2].rstrip(".")
+        if "must be a number or a string" in reason:
+            reason += (
+                ". A text names variables and numbers, and computes nothing: write a function, "
+                "lambda theta: Normal(theta.mu, 1 / theta.sigma)"
+            )
+        elif "is called" not in reason and "must be one of" not in reason:
+            reason += ". Write it like normal(loc=mu, scale=sigma)"
+        raise ValueError(f"family {text!r} cannot be read: {reason}.") from None
 
 
 def _is_law(family: Any) -> bool:
@@ -280,8 +320,8 @@ def _imported(text: str, draws: Draws, design: Any) -> Any:
         return found
     if not _is_law(found):
         raise ValueError(f"family {text!r} must name a class of distributions; got {found!r}.")
-    names = (*draws.names, "design") if design is not None else draws.names
-    kind, settings = parse(f"imported({rest}", {"imported": _binder(found)}, names)
+    known = {"imported": _binder(found)}
+    kind, settings = _parsed(text, f"imported({rest}", known, draws, design)
     return _named(text, kind, settings, draws, design)
 
 
@@ -314,6 +354,7 @@ def _named(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) 
     names = tuple(dict.fromkeys(v for v in settings.values() if isinstance(v, str)))
     if not names:
         raise ValueError(f"family {text} must take a variable of the posterior; got none.")
+    _refuse_incomplete(text, cls, settings)
     fixed = {k: _constant(v) for k, v in settings.items() if not isinstance(v, str)}
     variables = {k: v for k, v in settings.items() if isinstance(v, str)}
     known = _constraints(cls)
@@ -328,6 +369,17 @@ def _named(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) 
         draws.shape(name)  # an unknown name is refused here, with the names there are
     events = {v: ranks[k] for k, v in variables.items()}
     return Model(text, names, make, variables | fixed, cls, events, design)
+
+
+def _refuse_incomplete(text: str, cls, settings: Mapping[str, Any]) -> None:
+    """Say which parameters a family needs beside those that it was given."""
+    parameters = inspect.signature(cls).parameters.items()
+    missing = [k for k, p in parameters if p.default is p.empty and k not in settings]
+    if missing:
+        how = "design=X (--design FILE), its matrix" if missing[0] == "design" else "it by name"
+        raise ValueError(
+            f"family {text} must say {' and '.join(missing)} of {cls.__name__}: give {how}."
+        )
 
 
 def _constant(value: Any) -> Any:
@@ -358,11 +410,29 @@ def _from_callable(family: Callable, draws: Draws, design: Any) -> Model:
         return family(theta) if design is None else family(theta, told)
 
     few = Theta(probe(draws, draws.names))
-    Model(text, draws.names, make, design=design).check(few)
+    model = Model(text, draws.names, make, design=design)
+    _check_some(model, few)
     names = tuple(name for name in draws.names if name in few._seen)
     if not names:
         raise ValueError(f"family {text} must look at a variable of the posterior; it saw none.")
     return Model(text, names, make, design=design)
+
+
+def _check_some(model: Model, few: Theta) -> None:
+    """Check all draws, or one, if a draw alone is at fault; with slopes, lest NumPy be used."""
+    drawn = few._drawn
+    rows, failed = range(len(next(iter(drawn.values())))), []
+    with torch.enable_grad():
+        for part in (slice(None), *(slice(i, i + 1) for i in rows)):
+            theta = Theta({name: x[part].clone().requires_grad_() for name, x in drawn.items()})
+            try:
+                model.check(theta)
+            except ValueError as error:
+                failed.append(error)
+            else:
+                few._seen |= theta._seen
+                return
+    raise failed[0]
 
 
 def probe(draws: Draws, names: tuple[str, ...]) -> dict[str, Tensor]:

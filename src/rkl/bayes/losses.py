@@ -7,11 +7,12 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 from rkl.bayes.families import family_of
 from rkl.bayes.families.between import divergence_between
@@ -26,6 +27,7 @@ from rkl.divergences import (
     PearsonChiSquare,
     ReverseKL,
     SquaredHellinger,
+    parse,
 )
 from rkl.divergences.base import weighted_terms
 
@@ -64,6 +66,30 @@ class Intrinsic:
 
 _FORWARD, _REVERSE = KL(), ReverseKL()  # each finds its series once
 AnyLoss = Divergence | Intrinsic
+
+
+def parse_loss(text: str) -> AnyLoss:
+    """A loss from its name: that of a divergence, or intrinsic.
+
+    >>> parse_loss("js"), parse_loss("intrinsic")
+    (JensenShannon(beta=0.5), Intrinsic())
+    """
+    if text.partition("(")[0].strip() in ("intrinsic", "Intrinsic"):
+        return parse(text, {"intrinsic": Intrinsic})
+    return parse(text)
+
+
+def check_loss(divergence: Any) -> None:
+    """Refuse what is no loss, and say what to write for its name."""
+    if isinstance(divergence, Divergence | Intrinsic):
+        return
+    advice = ""
+    with contextlib.suppress(TypeError, ValueError):
+        made = divergence() if isinstance(divergence, type) else parse_loss(divergence)
+        advice = f"; write {made!r}"
+    raise TypeError(
+        f"divergence must be one, such as rkl.ReverseKL(); got {divergence!r}{advice}."
+    )
 
 
 def orders(divergence: AnyLoss) -> list[tuple[float, float]] | None:
@@ -117,7 +143,25 @@ def between(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | N
         if family is not None and type(p) is type(q):
             natural = family.natural(p), family.natural(q)
             return divergence_between(family, divergence, *natural)
-    return None
+    return _joined(divergence, p, q)
+
+
+def _joined(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | None:
+    """That of independent parts: their KLs add up, their affinities 1 + α(α − 1) D multiply."""
+    if not isinstance(p, Independent) or not isinstance(q, Independent):
+        return None
+    axes, total = tuple(range(-p.reinterpreted_batch_ndims, 0)), []
+    for weight, alpha in orders(divergence) or ():
+        one = {0.0: _REVERSE, 1.0: _FORWARD}.get(alpha) or Amari(alpha)
+        parts = between(one, p.base_dist, q.base_dist)
+        if parts is None:
+            return None
+        if alpha in (0, 1):
+            total.append(weight * parts.sum(axes))
+        else:
+            scale = alpha * (alpha - 1)
+            total.append(weight * torch.log1p(scale * parts).sum(axes).expm1() / scale)
+    return sum(total[1:], total[0])
 
 
 @dataclass(frozen=True)

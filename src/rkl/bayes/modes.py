@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.distributions.transforms import ExpTransform, SigmoidTransform, Transform
 
-from rkl.bayes.charts import chart_of
+from rkl.bayes.charts import Chart, chart_of
 from rkl.bayes.families import Natural
 from rkl.bayes.laws import Theta, probe
 from rkl.bayes.minimise import minimise
 from rkl.bayes.questions import Question, Variables
 
 LogDensity = Callable[[Theta], Tensor]
+Bends = Mapping[str, Transform]
 LOOKED_AT = 2**12  # draws of which the densest are where a maximiser starts
 
 
@@ -31,7 +32,10 @@ def modes(question: Question, log_posterior: LogDensity | str | None) -> Modes:
         ValueError: ``log_posterior`` names no variable, or gives no log densities.
     """
     if log_posterior is None:
-        why = "they need log_posterior=, a function of theta or the name of a variable such as lp"
+        why = (
+            "they need log_posterior=, a function of theta or the name of a variable such as lp; "
+            "on the command line --log-posterior lp"
+        )
         return Modes({}, (f"MAP and Wallace–Freeman are left out: {why}.",))
     if isinstance(log_posterior, str):
         return _of_variable(question, log_posterior)
@@ -46,33 +50,31 @@ def _of_variable(question: Question, name: str) -> Modes:
     draws = question.draws
     if draws.shape(name):
         raise ValueError(f"{name} must be one log density a draw; got {list(draws.shape(name))}.")
-    found = _densest(question, name, draws[name].flatten())
+    theta = {key: draws[key].flatten(0, 1) for key in question.model.names}
     note = (
-        f"{name} is a density in whichever coordinates it was written, often unconstrained ones; "
-        "its highest draw is near the mode in these alone. Wallace–Freeman is left out: it needs "
-        "log_posterior= as a function of theta."
+        f"{name} is a density in whichever coordinates it was written (of Stan, PyMC and NumPyro "
+        "unconstrained ones); its highest draw is near the mode in these alone. For the mode in "
+        "two parametrisations, and Wallace–Freeman, log_posterior= must be a function of theta."
     )
-    return Modes(found, (note,))
+    return Modes(
+        {f"draw of highest {name}": _row(question, theta, draws[name].flatten())}, (note,)
+    )
 
 
-def _densest(question: Question, name: str, density: Tensor | LogDensity) -> dict[str, Variables]:
+def _densest(question: Question, seen: "_Seen", bends: Bends) -> dict[str, Variables]:
     """The draw of highest density, and that of highest density in other coordinates."""
-    if isinstance(density, Tensor):
-        theta = {key: question.draws[key].flatten(0, 1) for key in question.model.names}
-    else:
-        theta, density = _seen(question, density)
-        theta = {key: theta[key] for key in question.model.names}
-    bends = _bends(theta)
-    found = {f"draw of highest {name}": _row(question, theta, density)}
+    name, theta = "draw of highest log_posterior", seen.theta
+    found = {name: _row(question, theta, seen.density)}
     if bends:
-        bent = density + _log_slope(bends, theta)
-        found[f"draw of highest {name}, in {_spelt(theta, bends)}"] = _row(question, theta, bent)
+        bent = seen.density + _log_slope(bends, theta)
+        found[f"{name}, in {_spelt(theta, bends)}"] = _row(question, theta, bent)
     return found
 
 
 def _row(question: Question, theta: Mapping[str, Tensor], density: Tensor) -> Variables:
     i = int(density.argmax())
-    return {name: question.aligned(name, x[i : i + 1])[0] for name, x in theta.items()}
+    names = question.model.names
+    return {name: question.aligned(name, theta[name][i : i + 1])[0] for name in names}
 
 
 class _Seen(NamedTuple):
@@ -103,12 +105,12 @@ def density_mode(question: Question, log_posterior: LogDensity) -> Variables:
         RuntimeError: Autograd finds no way from the density back to the variables.
     """
     seen = _seen(question, log_posterior)
-    return _maximum(question, log_posterior, seen, _bends(seen.theta))
+    return _maximum(question, log_posterior, seen)
 
 
 def _of_function(question: Question, log_posterior: LogDensity) -> Modes:
     seen = _seen(question, log_posterior)
-    bends = _bends(seen.theta)
+    bends = _bends(question, seen.theta)
     targets: dict[str, LogDensity] = {f"MAP in {_spelt(seen.theta, {})}": log_posterior}
     if bends:
         bent = lambda t: log_posterior(t) + _log_slope(bends, t)  # noqa: E731
@@ -118,10 +120,10 @@ def _of_function(question: Question, log_posterior: LogDensity) -> Modes:
         targets["Wallace–Freeman"] = lambda t: log_posterior(t) - fisher(t) / 2
     notes = [] if why is None else [f"Wallace–Freeman is left out: {why}."]
     try:
-        found = {name: _maximum(question, f, seen, bends) for name, f in targets.items()}
+        found = {name: _maximum(question, f, seen) for name, f in targets.items()}
     except RuntimeError:  # autograd finds no way back to theta
         note = "log_posterior is not differentiable: its highest draws stand for its modes."
-        return Modes(_densest(question, "log_posterior", log_posterior), (note,))
+        return Modes(_densest(question, seen, bends), (note,))
     notes += [f"{name} is left out: there is no mode." for name in found if not found[name]]
     return Modes({name: at for name, at in found.items() if at}, tuple(notes))
 
@@ -135,9 +137,9 @@ def _checked(density: Tensor, rows: int) -> Tensor:
     return density
 
 
-def _maximum(question: Question, target: LogDensity, seen: _Seen, bends) -> Variables:
+def _maximum(question: Question, target: LogDensity, seen: _Seen) -> Variables:
     """The variables of the family at the maximum; none where it runs away."""
-    chart = chart_of(seen.theta, None, bends)
+    chart = _chart(question, seen.theta)
     drawn = chart.coordinates(seen.theta)
     starts = drawn[seen.density.topk(min(3, len(drawn))).indices]
     found = minimise(lambda t: -target(Theta(chart.point(t[None])))[0], starts)
@@ -147,17 +149,25 @@ def _maximum(question: Question, target: LogDensity, seen: _Seen, bends) -> Vari
     return {name: question.aligned(name, at[name])[0].detach() for name in question.model.names}
 
 
-def _bends(theta: Mapping[str, Tensor]) -> dict[str, Transform]:
+def _chart(question: Question, theta: Mapping[str, Tensor]) -> Chart:
+    """Coordinates of what a density looks at: the family knows its own, draws tell of the rest."""
+    own = {name: theta[name] for name in question.model.names}
+    rest = {name: x for name, x in theta.items() if name not in own}
+    found = {**chart_of(own, question.law).parts, **chart_of(rest).parts}
+    return Chart({name: found[name] for name in theta})
+
+
+def _bends(question: Question, theta: Mapping[str, Tensor]) -> Bends:
     """The logarithm or the logit as coordinates of what is positive, or between 0 and 1."""
-    parts = chart_of({name: x.double() for name, x in theta.items()}).parts
+    parts = _chart(question, theta).parts
     return {
-        name: SigmoidTransform() if bool((theta[name] < 1).all()) else ExpTransform()
+        name: part.transform
         for name, part in parts.items()
-        if isinstance(part.transform, ExpTransform)
+        if isinstance(part.transform, ExpTransform | SigmoidTransform)
     }
 
 
-def _log_slope(bends: Mapping[str, Transform], theta: Mapping[str, Tensor]) -> Tensor:
+def _log_slope(bends: Bends, theta: Mapping[str, Tensor]) -> Tensor:
     """Log |dθ/du| [n] of the coordinates u: what turns a density of θ into one of u."""
     each = (
         bend.log_abs_det_jacobian(bend.inv(theta[name]), theta[name]).reshape(len(theta[name]), -1)
@@ -166,7 +176,7 @@ def _log_slope(bends: Mapping[str, Transform], theta: Mapping[str, Tensor]) -> T
     return torch.cat(list(each), -1).sum(-1)
 
 
-def _spelt(theta: Mapping[str, Tensor], bends: Mapping[str, Transform]) -> str:
+def _spelt(theta: Mapping[str, Tensor], bends: Bends) -> str:
     words = {ExpTransform: "log ", SigmoidTransform: "logit "}
     return ", ".join(f"{words[type(bends[k])] if k in bends else ''}{k}" for k in theta)
 

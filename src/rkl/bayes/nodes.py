@@ -150,10 +150,19 @@ def _nodes(laws: Laws, divergence: FDivergence, size: int, seed: int) -> Nodes:
     atoms = _atoms(first)
     if atoms is not None:
         return _checked(laws, *atoms)
-    on_line = _support(first).event_dim == 0 and first.event_shape == ()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        return _quadrature(laws, divergence, size) if on_line else _importance(laws, size)
+        return _quadrature(laws, divergence, size) if _on_line(first) else _importance(laws, size)
+
+
+def joint(laws: Laws) -> bool:
+    """Whether the laws are over so many coordinates that their nodes are an importance sample."""
+    law = laws.at(laws.spread(1))
+    return _atoms(law) is None and not _on_line(law)
+
+
+def _on_line(law: Distribution) -> bool:
+    return _support(law).event_dim == 0 and law.event_shape == ()
 
 
 def independent_parts(law: Distribution) -> Distribution:

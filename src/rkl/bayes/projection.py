@@ -231,7 +231,7 @@ def _over_draws(full: Estimate, one: Subfamily) -> Submodel:
     whole, draws = full.question, full.question.draws
     loss, found = best_member(whole, one)
     risk = whole.losses_at(loss, found.law)
-    excess = risk - whole.losses(loss, {name: full.act[name] for name in whole.model.names})
+    excess = risk - whole.losses({name: full.act[name] for name in whole.model.names}, loss)
     shape = (draws.chains, draws.draws)
     moved = {name: x.unflatten(0, shape) for name, x in found.influence.items()}
     events = {name: max(0, x.ndim - 2 - len(whole.batch)) for name, x in moved.items()}
@@ -247,7 +247,7 @@ def _over_draws(full: Estimate, one: Subfamily) -> Submodel:
     means = {
         name: Mean(x, averaged(name, moved[name]).error) for name, x in found.variables.items()
     }
-    law = one.model.law({name: x[None] for name, x in found.own.items()})
+    law = one.model.at(found.own)
     how = "in closed form"
     if loss.nodes is not None:
         how = f"on {len(loss.nodes):,} nodes ({loss.nodes.kind})"

@@ -11,6 +11,7 @@ from torch import Tensor
 from rkl.bayes.averages import (
     NO_ERROR,
     NO_MEAN,
+    WAYS_OUT,
     Judgement,
     diagnosed,
     exchanged,
@@ -317,11 +318,12 @@ def _refuse_without_mean(question: Question, known: Averages, seen: Judgement) -
     for name, k in seen.without_mean().items():
         if name.startswith("risk"):
             continue
-        other = "ReverseKL() averages the natural parameter instead"
-        advice = f" {other}." if name in known.family.mean_names else ""
+        forward = name in known.family.mean_names
+        other = ("ReverseKL()", "natural") if forward else ("KL()", "mean")
         raise ValueError(
             f"The act under {question.divergence} does not exist: it averages {name}, whose "
-            f"posterior mean is infinite (Pareto-k {k.max():.2f}, and 1 is too much).{advice}"
+            f"posterior mean is infinite (Pareto-k {k.max():.2f}, and 1 is too much). {other[0]} "
+            f"averages the {other[1]} parameter instead; {WAYS_OUT}"
         )
 
 
@@ -350,6 +352,8 @@ def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) 
     risk = means["risk", ""]
     risk = Mean(torch.where(endless, torch.inf, risk.value), risk.error)
     parameters = {key[1]: mean for key, mean in means.items() if key[0] == "parameter"}
+    for name in {label.partition("[")[0] for label in found.ignored}:
+        parameters[name] = _without_ignored(name, parameters[name], found.ignored)
     for key, name in (question.model.settings or {}).items():
         if isinstance(name, str):
             parameters.setdefault(key, parameters[name])
@@ -369,6 +373,13 @@ def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) 
         _diagnostics(question, known, seen, found),
         question,
     )
+
+
+def _without_ignored(name: str, mean: Mean, ignored: tuple[str, ...]) -> Mean:
+    """No error of what the family does not look at: its value is any."""
+    labels = elements(name, mean.value.shape)
+    unsure = torch.tensor([label in ignored for label in labels]).reshape(mean.value.shape)
+    return Mean(mean.value, mean.error.masked_fill(unsure, torch.nan))
 
 
 def _unsure(question: Question, seen: Judgement) -> tuple[tuple[Tensor, Tensor], Tensor]:

@@ -14,6 +14,7 @@ from rkl.bayes.families import ExponentialFamily, Natural
 from rkl.bayes.generic import laws_of, posterior_loss
 from rkl.bayes.laws import Model, Unwrapped, family_in, probe, unwrap
 from rkl.bayes.losses import AnyLoss, Intrinsic, PosteriorLoss
+from rkl.bayes.nodes import Laws
 
 Variables = dict[str, Tensor]
 SAME = 1e-9  # relative difference of natural parameters at which two laws are one
@@ -71,7 +72,7 @@ class Question:
         """The law of the family [*batch] that has this base, its bijections those of one draw."""
         if self.model.settings is not None:
             return self.model.at(variables)
-        return unwrap(self.model.at(variables)).wrap(base)
+        return unwrap(self.model.law({name: x[None] for name, x in variables.items()})).wrap(base)
 
     def any(self, parts: Tensor) -> Tensor:
         """Whether it holds of some of what Independent joins."""
@@ -120,14 +121,26 @@ class Question:
             drawn = drawn.reshape(lead + missing + drawn.shape[len(lead) :])
         return drawn.expand(len(drawn), *self.shape(name, model))
 
-    def expected(self, divergence: AnyLoss) -> PosteriorLoss:
-        """The posterior expectation of a loss, over all draws."""
-        weights = None if self.draws.weights is None else self.draws.weights.flatten()
-        laws = laws_of(self.theta, self.law, weights)
-        return posterior_loss(laws, divergence, seed=self.seed)
+    @functools.cached_property
+    def laws(self) -> Laws:
+        """The laws of all draws."""
+        weights = self.draws.weights
+        return laws_of(self.theta, self.law, None if weights is None else weights.flatten())
 
-    def losses(self, loss: PosteriorLoss, variables: Variables) -> Tensor:
+    @property
+    def some(self) -> Laws:
+        """The laws of some draws."""
+        theta = {name: self.aligned(name, x) for name, x in self.few.items()}
+        return laws_of(theta, self.law)
+
+    @functools.cached_property
+    def loss(self) -> PosteriorLoss:
+        """The posterior expected loss, over all draws."""
+        return posterior_loss(self.laws, self.divergence, seed=self.seed)
+
+    def losses(self, variables: Variables, loss: PosteriorLoss | None = None) -> Tensor:
         """The loss of each draw at the law of some variables [chains, draws, *batch]."""
+        loss = loss or self.loss
         return self.losses_at(loss, loss.laws.of({name: x[None] for name, x in variables.items()}))
 
     def losses_at(self, loss: PosteriorLoss, law: Distribution) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from rkl.bayes.estimate import Estimate, elements
-from rkl.bayes.losses import PosteriorLoss
 from rkl.bayes.questions import Question, by_member
 from rkl.bayes.tables import Cell, Table
 from rkl.divergences.base import number
@@ -37,7 +36,6 @@ class Region:
     inside: Tensor
     ranges: Mapping[str, tuple[Tensor, Tensor]]
     estimate: Estimate = field(repr=False)
-    loss: PosteriorLoss = field(repr=False)
 
     def contains(self, theta: Mapping[str, Any]) -> Tensor:
         """Whether these values of the variables are in the region, [*batch].
@@ -62,7 +60,7 @@ class Region:
             if value.shape not in (shape, torch.Size(question.draws.shape(name))):
                 raise ValueError(f"{name} must be {list(shape)}; got {list(value.shape)}.")
             given[name] = value.expand(shape)[None] if value.ndim else value.expand(1, *shape)
-        return distance(question, self.loss, given, self.estimate) <= self.threshold
+        return distance(self.estimate, given) <= self.threshold
 
     def __str__(self) -> str:
         return str(self.table())
@@ -86,8 +84,15 @@ class Region:
             ends = zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)
             names = elements(name, low.shape)
             rows += [(label, *pair) for label, pair in zip(names, ends, strict=True)]
-        title = f"{self.prob:.0%} region of least {self.estimate.divergence} from the act"
-        return Table(title, ("variable", "from", "to"), rows)
+        title = (
+            f"The {self.prob:.0%} of the draws closest to the act under {self.estimate.divergence}"
+        )
+        told = (
+            "One region in all variables together: each range is its shadow on one of them, and "
+            f"holds more than {self.prob:.0%} of the draws by itself."
+        )
+        joint = len(rows) > max(1, self.estimate.question.batch.numel())
+        return Table(title, ("variable", "from", "to"), rows, (told,) if joint else ())
 
 
 def region(estimate: Estimate, prob: float = 0.9) -> Region:
@@ -98,19 +103,17 @@ def region(estimate: Estimate, prob: float = 0.9) -> Region:
     """
     number("prob", prob, above=0, below=1)
     question = estimate.question
-    loss = question.expected(estimate.divergence)
-    variables = {name: estimate.act[name] for name in question.model.names}
-    losses = question.losses(loss, variables)
+    losses = question.losses({name: estimate.act[name] for name in question.model.names})
     threshold = _quantile(losses.flatten(0, 1), prob, question.draws.weights)
     inside = losses <= threshold
     ranges = {name: _range(question, name, inside) for name in question.model.names}
-    return Region(prob, threshold, inside, ranges, estimate, loss)
+    return Region(prob, threshold, inside, ranges, estimate)
 
 
-def distance(
-    question: Question, loss: PosteriorLoss, theta: Mapping[str, Tensor], estimate: Estimate
-) -> Tensor:
+def distance(estimate: Estimate, theta: Mapping[str, Tensor]) -> Tensor:
     """D(P_θ ‖ P_act) of one θ [1, ...], [*batch]."""
+    question = estimate.question
+    loss = question.loss
     act = {name: estimate.act[name][None] for name in question.model.names}
     laws = dataclasses.replace(loss.laws, theta=theta, weights=torch.ones(1, dtype=torch.float64))
     at = dataclasses.replace(loss, laws=laws)

@@ -13,10 +13,9 @@ import numpy as np
 from rkl.bayes.acts import bayes_act
 from rkl.bayes.draws import read_draws
 from rkl.bayes.estimate import Estimate
-from rkl.bayes.losses import Intrinsic
+from rkl.bayes.losses import AnyLoss, parse_loss
 from rkl.bayes.regions import Region
 from rkl.bayes.tables import Table
-from rkl.divergences import catalogue, parse
 from rkl.runs import Run, write_json
 
 RESULT = "estimate.json"
@@ -64,13 +63,9 @@ class EstimateSettings:
             )
 
     @property
-    def loss(self) -> Any:
+    def loss(self) -> AnyLoss:
         """The divergence, or the intrinsic loss."""
-        known = {**catalogue(), "intrinsic": Intrinsic}
-        known |= {alias: cls for cls in catalogue().values() for alias in cls.aliases}
-        if self.divergence.partition("(")[0].strip() in ("intrinsic", "Intrinsic"):
-            return parse(self.divergence, known)
-        return parse(self.divergence)
+        return parse_loss(self.divergence)
 
 
 @dataclass(frozen=True)

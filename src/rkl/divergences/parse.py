@@ -129,7 +129,8 @@ class _Reader:
                 return self._made(self._spelt(name), keywords)
             case ast.Call(ast.Name(name)):
                 spelt = self._spelt(name)
-                raise ValueError(f"{spelt} takes its settings by name, as in akl(mu=0.5).")
+                example = "akl(mu=0.5)" if self.summed else f"{spelt}(setting=value)"
+                raise ValueError(f"{spelt} takes its settings by name, as in {example}.")
         expected = "names, weights and sums, as in 0.5*kl + 0.5*akl(mu=0.5)"
         raise ValueError(f"expected {expected if self.summed else 'name(setting=value)'}.")
 

@@ -84,16 +84,8 @@ def prdc(
     """
     real, fake = checked_pair(real, fake)
     _check_counts(real, fake, k, subsamples)
-    if real.shape == fake.shape and torch.equal(real, fake):
-        warnings.warn("real and fake are the same samples: no score means anything.", stacklevel=2)
     values, dimension = _scores(real, fake, k, inclusive)
-    if dimension >= HIGH:
-        warnings.warn(
-            f"in high dimension (about {dimension:.0f}, of {real.shape[1]} features) precision "
-            "and recall are not alike: samples slightly inside the others lose recall "
-            "alone, slightly outside them precision alone (arXiv 2306.09618).",
-            stacklevel=2,
-        )
+    _warn(real, fake, dimension)
     error = _errors(real, fake, k, inclusive, subsamples, seed)
     return PRDC(*(Mean(*both) for both in zip(values, error, strict=True)))
 
@@ -170,6 +162,18 @@ def _check_counts(real: Tensor, fake: Tensor, k: int, subsamples: int) -> None:
         raise ValueError("subsamples must be 0, or 2 at least to have a spread; got 1.")
 
 
+def _warn(real: Tensor, fake: Tensor, dimension: float) -> None:
+    if real.shape == fake.shape and torch.equal(real, fake):
+        warnings.warn("real and fake are the same samples: no score means anything.", stacklevel=3)
+    if dimension >= HIGH:
+        warnings.warn(
+            f"in high dimension (about {dimension:.0f}, of {real.shape[1]} features) precision "
+            "and recall are not alike: samples slightly inside the others lose recall "
+            "alone, slightly outside them precision alone (arXiv 2306.09618).",
+            stacklevel=3,
+        )
+
+
 def _errors(real, fake, k: int, inclusive: bool, subsamples: int, seed: int) -> Tensor:
     """The spread of the scores of quarters: (1/n − 1/N) σ², which is three times σ²/N."""
     quarters = [len(it) // 4 for it in (real, fake)]
@@ -196,17 +200,16 @@ def _scores(real: Tensor, fake: Tensor, k: int, inclusive: bool) -> tuple[Tensor
     near_real, near_fake = _nearest(real, norm_real, k), _nearest(fake, norm_fake, k)
     reach_real, reach_fake = near_real[:, -1], near_fake[:, -1]
     within = torch.le if inclusive else torch.lt
-    balls = torch.zeros_like(norm_fake)
-    reached, covered = [], []
-    for start, rows in _blocks(real, len(fake)):
-        mine = slice(start, start + len(rows))
-        block = torch.addmm(norm_fake, rows, fake.T, alpha=-2)
-        covered.append(within(block.amin(1), reach_real[mine]))
-        inside = torch.empty_like(block)  # as floats, which sum faster than truth values
-        balls += within(block, reach_real[mine, None], out=inside).sum(0)
+    balls, inside = torch.zeros_like(norm_fake), None
+    reached, covered = torch.zeros_like(norm_real), torch.zeros_like(norm_real)
+    for mine, block in _products(real, fake, norm_fake):
+        covered[mine] = within(block.amin(1), reach_real[mine]).to(real)
+        inside = torch.empty_like(block) if inside is None else inside[: len(block)]
+        within(block, reach_real[mine, None], out=inside)  # floats sum faster than truth values
+        balls += inside.sum(0)
         block -= norm_fake + reach_fake
-        reached.append(within(block.amin(1), -norm_real[mine]))
-    parts = [balls > 0, torch.cat(reached), balls / k, torch.cat(covered)]
+        reached[mine] = within(block.amin(1), -norm_real[mine]).to(real)
+    parts = [balls > 0, reached, balls / k, covered]
     scores = torch.stack([part.double().mean() for part in parts]).cpu()
     return scores, _dimension(near_real + norm_real[:, None])
 
@@ -216,25 +219,30 @@ def _centred(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
 
     By a multiple of a power of two, so that distances between integers remain exact.
     """
-    spread = real.double().std(0, correction=0).clamp_min(torch.finfo(torch.float32).tiny)
+    spread = real.std(0, correction=0).clamp_min(torch.finfo(torch.float32).tiny)
     unit = 2.0 ** spread.log2().floor()
-    centre = ((real.double().mean(0) / unit).round() * unit).to(real)
+    centre = (real.mean(0) / unit).round() * unit
     return real - centre, fake - centre
 
 
-def _blocks(x: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
-    size = max(16, BLOCK // columns)
-    return ((start, x[start : start + size]) for start in range(0, len(x), size))
+def _products(x: Tensor, y: Tensor, norms: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """|y|² − 2xy, some rows of x at a time, in memory that the next rows will take."""
+    size = max(16, BLOCK // len(y))
+    block = x.new_empty(min(size, len(x)), len(y))
+    for start in range(0, len(x), size):
+        rows = x[start : start + size]
+        part = block[: len(rows)]
+        torch.addmm(norms, rows, y.T, alpha=-2, out=part)
+        yield slice(start, start + len(rows)), part
 
 
 def _nearest(x: Tensor, norms: Tensor, k: int) -> Tensor:
     """|y|² − 2xy of the k nearest other rows y of each row x, rising."""
-    found = []
-    for start, rows in _blocks(x, len(x)):
-        block = torch.addmm(norms, rows, x.T, alpha=-2)
-        block.diagonal(offset=start).fill_(math.inf)
-        found.append(_smallest(block, k))
-    return torch.cat(found)
+    found = x.new_empty(len(x), k)
+    for mine, block in _products(x, x, norms):
+        block.diagonal(offset=mine.start).fill_(math.inf)
+        found[mine] = _smallest(block, k)
+    return found
 
 
 def _smallest(block: Tensor, k: int) -> Tensor:

@@ -1,0 +1,130 @@
+r"""Laws of one angle in closed form: a von Mises law bent by splines, and von Mises itself.
+
+The spline law lives on a circle warped by φ ↦ θ, tan(θ/2) = ρ tan(φ/2), so that its knots stand
+where the mass is. In φ its density is a mixture of cubic B-splines, one on each of ``knots``
+equidistant knots: normalised by construction, twice differentiable everywhere, and drawn by
+picking a knot and adding four uniform numbers. Its log-weights are those of a von Mises law of
+concentration κ with 1/ρ² = 1 + 2κ, plus what a network adds.
+
+Angles are written as a pair (cos, sin), which no seam divides.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Angles = Float[Tensor, " angles"]
+Knots = Float[Tensor, "knots angles"]
+
+
+class Bent(NamedTuple):
+    """The mass on each knot, and the square of the warp ρ."""
+
+    weight: Knots
+    warp: Angles
+
+
+def bent(correction: Knots, kappa: Angles) -> Bent:
+    """The law whose log-weights are those of von Mises of concentration κ and a correction."""
+    warp = 1 / (1 + 2 * kappa)
+    half = (torch.arange(len(correction)) / len(correction) - 0.5).to(correction)[
+        :, None
+    ] * math.pi
+    far = half.sin().square()
+    spread = half.cos().square() + far * warp
+    # κ (cos θ − 1) and log dθ/dφ at the knots; what does not depend on the knot drops out
+    logits = correction - (2 * kappa * warp) * (far / spread) - spread.log()
+    return Bent(logits.softmax(0), warp)
+
+
+def draw(law: Bent) -> Angles:
+    """Positions in units of the spacing of knots, from 0 at θ = −π; no gradient."""
+    weight = law.weight.detach()
+    uniform = torch.rand(5, weight.shape[1], dtype=weight.dtype)
+    knot = (weight.cumsum(0)[:-1] < uniform[:1]).sum(0)
+    return torch.remainder(knot + uniform[1:].sum(0) - 2, len(weight))
+
+
+def moved(law: Bent, position: Angles) -> Angles:
+    """Positions that follow the parameters as draws do, by the implicit function theorem.
+
+    dt = −dF(t)/q(t), with F the distribution function, from an origin that rides along.
+
+    Source: M. Figurnov, S. Mohamed, A. Mnih (2018), arXiv 1805.08498, eq. (6).
+    """
+    weight = law.weight.detach()
+    with torch.no_grad():
+        slope = _mass_before(position, weight) / _density(position, weight)
+    return position - ((law.weight - weight) * slope).sum(0)
+
+
+def angles(law: Bent, position: Angles) -> tuple[Angles, Angles]:
+    """The cosine and sine of θ at positions."""
+    half = position * (math.pi / len(law.weight)) - math.pi / 2
+    a, b = half.cos(), law.warp.sqrt() * half.sin()
+    square = a * a + b * b
+    return (a * a - b * b) / square, 2 * a * b / square
+
+
+def log_density(law: Bent, cosine: Angles, sine: Angles) -> Angles:
+    """Log-density per radian of θ, in nats."""
+    ahead = cosine >= 0  # 1 − cos or 1 + cos, whichever is small, without cancellation
+    large = 1 + cosine.abs()
+    small = sine * sine / large
+    near, far = torch.where(ahead, large, small), torch.where(ahead, small, large)
+    knots, rho = len(law.weight), law.warp.sqrt()
+    # tan(θ/2) is sin/(1 + cos) and (1 − cos)/sin; a half turn too much is a whole round
+    half = torch.atan2(torch.where(ahead, sine, large), rho * torch.where(ahead, large, sine))
+    density = _density(half * (knots / math.pi) + knots / 2, law.weight)
+    return (density * rho / (law.warp * near + far)).log() + math.log(knots / math.pi)
+
+
+def _away(position: Angles, weight: Knots) -> Knots:
+    return position - torch.arange(len(weight)).to(position)[:, None]
+
+
+def _density(position: Angles, weight: Knots) -> Angles:
+    knots = len(weight)
+    away = torch.remainder(_away(position, weight) + knots / 2, knots) - knots / 2
+    wide, narrow = ((n - away.abs()).clamp_min(0) for n in (2, 1))
+    return (weight * (wide * wide * wide - 4 * (narrow * narrow * narrow))).sum(0) / 6
+
+
+def _mass_before(position: Angles, weight: Knots) -> Knots:
+    """Of each knot's B-spline, the mass before a position; a knot passed by counts on."""
+    away = _away(position, weight)
+    rounds = (away / len(weight)).round()
+    away = away - rounds * len(weight)
+    wide, narrow = ((n - away.abs()).clamp_min(0).square().square() for n in (2, 1))
+    return (away > 0).to(away) - away.sign() * (wide - 4 * narrow) / 24 + rounds
+
+
+def log_bessel(kappa: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Log of 2π I₀(κ) exp(−κ), the normaliser of exp(κ cos θ − κ)."""
+    return torch.special.i0e(kappa).log() + math.log(2 * math.pi)
+
+
+def von_mises(kappa: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Draws of density proportional to exp(κ cos θ), in [−π, π].
+
+    Source: D. J. Best, N. I. Fisher (1979), Applied Statistics 28(2), p. 152.
+    """
+    # Below 1e-7 the law is uniform in double precision.
+    flat = kappa.detach().double().flatten().clamp_min(1e-7)
+    root = 1 + (1 + 4 * flat.square()).sqrt()
+    rho = (root - (2 * root).sqrt()) / (2 * flat)
+    peak = torch.where(flat < 1e-4, 1 / flat + flat, (1 + rho * rho) / (2 * rho))
+    drawn, left = torch.empty_like(flat), torch.arange(len(flat))
+    while len(left):
+        r, k = peak[left], flat[left]
+        u = torch.rand(3, len(left), dtype=flat.dtype)
+        z = (math.pi * u[0]).cos()
+        cosine = ((1 + r * z) / (r + z)).clamp(-1, 1)
+        c = k * (r - cosine)
+        taken = (c * (2 - c) > u[1]) | ((c / u[1]).log() + 1 - c >= 0)
+        drawn[left[taken]] = (cosine.acos() * (u[2] - 0.5).sign())[taken]
+        left = left[~taken]
+    return drawn.to(kappa).reshape(kappa.shape)

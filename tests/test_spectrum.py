@@ -20,6 +20,8 @@ from rkl.divergences import (
     TotalVariation,
 )
 from rkl.metrics.precision_recall import pr_curve, pr_spectrum, pr_weight
+from rkl.plots import to_svg
+from rkl.plots.trade_offs import spectrum
 
 BUT_KL = [0.5 * KL() + 0.5 * TotalVariation(), PrecisionRecall(0.3) + 2.0 * PrecisionRecall(4.0)]
 SLOPES = torch.tensor([0.01, 0.3, 1.0, 2.0, 50.0], dtype=torch.float64)
@@ -177,3 +179,16 @@ def test_what_is_no_f_divergence_has_no_spectrum():
 def test_edges_are_rising_slopes(edges):
     with pytest.raises(ValueError, match="edges must be two slopes at least, rising; got"):
         pr_weight(KL(), torch.tensor(edges))
+
+
+def test_the_picture_has_a_line_for_each_divergence_and_a_needle_for_each_atom():
+    slopes, names = [0.25, 1.0, 4.0], ["kl", "tv"]
+    weights = {"kl": [1.0, 0.5, 0.1], "tv": [0.0, 1.0, 0.0]}
+    figure = spectrum(slopes, weights, atoms={"tv": [(1.0, 0.5)]})
+    (axes,) = figure.axes
+    drawn = [line.get_ydata() for line in axes.lines]
+    assert [list(it) for it in drawn[:2]] == [weights["kl"], weights["tv"]]
+    assert list(drawn[2]) == [0, 1]  # the needle, as high as the largest
+    svg = to_svg(figure, "spectrum")
+    assert all(name in svg for name in names)
+    assert "precision" in svg

@@ -6,6 +6,7 @@ import shutil
 import traceback
 from pathlib import Path
 
+import chains_of_flows
 import core
 import distilling
 import estimating
@@ -38,6 +39,7 @@ PARTS = (
     reporting,
     program,
     nearness,
+    chains_of_flows,
 )
 SUBJECTS = [it for part in PARTS for it in part.SUBJECTS]
 CASES = [(subject, fault) for subject in SUBJECTS for fault in subject.faults]

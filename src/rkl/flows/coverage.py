@@ -9,10 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from rkl.divergences.base import number
 from rkl.flows.importance import Importance, check_log_ratio, expectation, reweight
 from rkl.flows.mcmc.kernels import check_condition, check_whole, seeded
 from rkl.flows.metropolis import law_of, proposed
-from rkl.flows.observables import check_held_out
+from rkl.flows.observables import check_draws, check_held_out
 from rkl.flows.targets.base import Target
 from rkl.flows.targets.lattices import XY
 from rkl.flows.targets.plane import GaussianMixture, MoG4, MoG8, Rings
@@ -142,6 +143,8 @@ def judge_coverage(
     condition = check_condition(target, condition)
     if condition.ndim != 1:
         raise ValueError(f"condition must be one, [conditions]; got {list(condition.shape)}.")
+    if held_out is not None:
+        check_draws("held_out", target, held_out, 2)
     if train is not None and held_out is not None:
         check_held_out(train, held_out)
     with seeded(seed, condition.device):
@@ -194,12 +197,17 @@ def judge_ratios(
     >>> judge_ratios(half - 0.69315, log_z=0.0).reached.value
     tensor(0.5000, dtype=torch.float64)
     """
+    _check_labels("labels", labels, log_ratio, names)
+    _check_labels("target_labels", target_labels, at_target, names)
     weights = reweight(log_ratio, sites=sites)
+    if weights.log_z.value.ndim:
+        raise ValueError(f"log_ratio must be [draws]; got {list(log_ratio.shape)}.")
     elbo, eubo, ess, reached = mean(log_ratio), None, None, None
     if at_target is not None:
         at_target = _checked_at_target(at_target)
         eubo, ess = mean(at_target), _ess_of_target(at_target)
     if log_z is not None:
+        number("log_z", log_z)
         reached = _share(Mean(weights.log_z.value - log_z, weights.log_z.error))
     elif at_target is not None:
         inverse = reweight(-at_target).log_z
@@ -291,11 +299,31 @@ def _log_z(target: Target, condition: Tensor) -> float | None:
         return None
 
 
+def _check_labels(name: str, labels: Any, at: Any, names: tuple[str, ...]) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(
+            f"{name} must be a tensor of whole numbers; got a {type(labels).__name__}."
+        )
+    shape = list(at.shape) if isinstance(at, Tensor) else at
+    if list(labels.shape) != shape:
+        raise ValueError(f"{name} must be as the log-ratios, {shape}; got {list(labels.shape)}.")
+    if labels.numel() and not 0 <= labels.min() <= labels.max() < len(names):
+        raise ValueError(
+            f"{name} must lie in [0, {len(names)}), one of names; "
+            f"got {labels.min()} to {labels.max()}."
+        )
+
+
 def _checked_at_target(at_target: Any) -> Tensor:
     if isinstance(at_target, Tensor) and at_target.is_floating_point():
         # where q has no mass at all the ratio is infinite: as good as very large
         at_target = at_target.double().clamp_max(1e6)
-    return check_log_ratio("at_target", at_target)
+    at_target = check_log_ratio("at_target", at_target)
+    if at_target.ndim != 1:
+        raise ValueError(f"at_target must be [rows]; got {list(at_target.shape)}.")
+    return at_target
 
 
 def _ess_of_target(log_ratio: Tensor) -> Mean:

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from rkl.divergences.base import floats
 from rkl.flows.architectures import draw
-from rkl.flows.mcmc.kernels import Kernel, check_condition, check_whole, seeded
+from rkl.flows.mcmc.kernels import Kernel, check_condition, check_kernel, check_whole, seeded
 from rkl.flows.targets.base import Target
 from rkl.metrics.chains import ess, ess_tail, integrated_time, rhat
 
@@ -171,6 +171,7 @@ def independent_metropolis(
     check_whole("draws", draws, 1)
     check_whole("chains", chains, 1)
     size = draws, chains
+    local = None if local is None else check_kernel("local", local)
     with seeded(seed, condition.device):
         law = law_of(proposal, target, condition)
         present = _present(target, law, condition, chains, start)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rkl.divergences.base import floats
 from rkl.flows.mcmc.kernels import check_condition
 from rkl.flows.metropolis import Chain, law_of
 from rkl.flows.targets.base import Target
@@ -39,9 +40,13 @@ def averages(
         Mean and standard error of each, [\*batch], in the unit of ``target.units``.
     """
     condition = check_condition(target, condition)
+    if not isinstance(values, Mapping) or not values:
+        raise TypeError(
+            f"values must map names to observables, one at least; got a {type(values).__name__}."
+        )
     names = list(values)
-    if not names:
-        raise ValueError("values must hold one observable at least; got none.")
+    for name in names:
+        floats(f"values[{name!r}]", values[name])
     rows = torch.stack([values[name].movedim((-2, -1), (0, 1)) for name in names], -1)
     if rows.shape[2:-1] != condition.shape[:-1]:
         raise ValueError(
@@ -102,6 +107,9 @@ def beside_held_out(
         nll, −⟨log q⟩ in nats; acceptance, the first draw of a chain not counted; overlap of
         energies per site in [-2, 0] and [-3, 0]; emd of each observable in its unit; floors.
     """
+    if not isinstance(chain, Chain):
+        raise TypeError(f"chain must be a Chain; got a {type(chain).__name__}.")
+    check_draws("held_out", target, held_out, 4)
     if chain.condition.ndim != 1:
         raise ValueError(
             f"chain must have one condition; got a batch {list(chain.condition.shape[:-1])}."
@@ -129,6 +137,8 @@ def check_held_out(
     train: Float[Tensor, "rows *event"], held_out: Float[Tensor, "others *event"]
 ) -> None:
     """Refuse held-out rows that were trained on, compared by their fingerprints."""
+    floats("train", train)
+    floats("held_out", held_out)
     seen = {row_fingerprint(row.tobytes()) for row in train.cpu().float().numpy()}
     rows = [row_fingerprint(row.tobytes()) for row in held_out.cpu().float().numpy()]
     shared = sum(row in seen for row in rows)
@@ -136,3 +146,15 @@ def check_held_out(
         raise ValueError(
             f"held_out shares {shared} of its {len(rows)} rows with train; it must share none."
         )
+
+
+def check_draws(name: str, target: Target, x: Tensor, least: int) -> None:
+    """Refuse what are not draws [rows, *event] of a target, finite and so many at least."""
+    floats(name, x)
+    if x.shape[1:] != target.event_shape or len(x) < least:
+        expected = ", ".join(["rows", *map(str, target.event_shape)])
+        raise ValueError(
+            f"{name} must be [{expected}], {least} rows at least; got {list(x.shape)}."
+        )
+    if not x.isfinite().all():
+        raise ValueError(f"{name} must be finite; got {int((~x.isfinite()).sum())} not so.")

@@ -300,8 +300,14 @@ def jackknife(
     floats("x", x)
     if x.ndim < 2 or not x.shape[0] or not x.shape[1]:
         raise ValueError(f"x must be [chains, draws, ...], not empty; got {list(x.shape)}.")
-    if weights is not None and weights.shape != x.shape[:2]:
-        raise ValueError(f"weights must be {list(x.shape[:2])}; got {list(weights.shape)}.")
+    if weights is not None:
+        floats("weights", weights)
+        if weights.shape != x.shape[:2]:
+            raise ValueError(f"weights must be {list(x.shape[:2])}; got {list(weights.shape)}.")
+        if not (weights >= 0).all() or not weights.sum() > 0:
+            raise ValueError(f"weights must be at least 0, not all 0; got {weights.min():.4g}.")
+    if not callable(function):
+        raise TypeError(f"function must be one of means; got {function!r}.")
     means = BatchMeans(x.shape[0], tuple(x.shape[2:]), draws=x.shape[1])
     for chain in range(len(x)):
         means.push(chain, x[chain], None if weights is None else weights[chain])

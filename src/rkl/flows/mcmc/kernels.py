@@ -282,6 +282,13 @@ def check_condition(target: Any, condition: Tensor | None) -> Tensor:
     return condition
 
 
+def check_kernel(name: str, kernel: Any) -> Kernel:
+    """Refuse what is no move of a Markov chain."""
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"{name} must be a kernel such as HeatBath(); got {kernel!r}.")
+    return kernel
+
+
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's global generators begin from a seed here, and are put back afterwards."""

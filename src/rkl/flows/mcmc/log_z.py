@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.flows.mcmc.kernels import HeatBath, Kernel, check_condition, check_whole, seeded
-from rkl.flows.mcmc.walks import markov_chain
+from rkl.flows.mcmc.kernels import Kernel, check_condition, check_whole, seeded
+from rkl.flows.mcmc.walks import chosen_kernel, markov_chain
 from rkl.flows.targets.base import Target
 from rkl.flows.targets.lattices import XY
 from rkl.metrics import Mean
@@ -186,7 +186,7 @@ def annealed_importance(
     check_whole("islands", islands, 2)
     check_whole("sweeps", sweeps, 1)
     ladder, place = _ladder(beta, rungs)
-    kernel = HeatBath() if kernel is None else kernel
+    kernel = chosen_kernel(lattice, kernel)
     with seeded(seed, condition.device):
         path = _cooled(lattice, condition, ladder, (islands, particles, sweeps), kernel)
     by_island = path[:, place]

@@ -7,11 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rkl.divergences.base import floats
 from rkl.flows.mcmc.kernels import (
     HeatBath,
     Kernel,
     RandomWalk,
     check_condition,
+    check_kernel,
     check_whole,
     seeded,
 )
@@ -85,7 +87,7 @@ def markov_chain(
         ("warm_up", warm_up, 0),
     ):
         check_whole(name, value, least)
-    kernel = default_kernel(target) if kernel is None else kernel
+    kernel = chosen_kernel(target, kernel)
     each = condition[..., None, :].expand(*condition.shape[:-1], chains, condition.shape[-1])
     with seeded(seed, condition.device):
         x = _begun(target, each) if start is None else _checked_start(target, each, start)
@@ -99,9 +101,11 @@ def markov_chain(
     return Walk(None if measure else found.pop("x"), found, x)
 
 
-def default_kernel(target: Target) -> Kernel:
-    """A heat bath where there is one."""
-    return HeatBath() if isinstance(target, XY) else RandomWalk()
+def chosen_kernel(target: Target, kernel: Kernel | None) -> Kernel:
+    """The kernel given, or else a heat bath where there is one."""
+    if kernel is None:
+        return HeatBath() if isinstance(target, XY) else RandomWalk()
+    return check_kernel("kernel", kernel)
 
 
 def _begun(target: Target, each: Tensor) -> Tensor:
@@ -112,6 +116,7 @@ def _begun(target: Target, each: Tensor) -> Tensor:
 
 def _checked_start(target: Target, each: Tensor, start: Tensor) -> Tensor:
     shape = (*each.shape[:-1], *target.event_shape)
+    floats("start", start)
     if tuple(start.shape) != shape or not start.isfinite().all():
         raise ValueError(
             f"start must be finite states {list(shape)}: [*batch, chains, *event]; "

@@ -355,6 +355,14 @@ def test_monte_carlo_is_unbiased_where_supports_differ(divergence, sampled_from)
         assert torch.allclose(torch.dot(weight[seen], terms), value)
 
 
+def test_monte_carlo_counts_mass_that_weighs_less_than_nothing():
+    logp, logq = torch.tensor([[0.7, 0.3, 0.0], [0.5, 0.2, 0.3]]).log()
+    divergence = rkl.RecallHalf(lam=2.0)  # F(0, 1) = -1/2
+    terms = rkl.monte_carlo(divergence, (logp - logq)[:2], sampled_from="p")
+    value = divergence(logp, logq)
+    assert torch.allclose(torch.dot(logp[:2].exp(), terms), value)
+
+
 def test_monte_carlo_of_a_kl_knows_nothing_of_the_normaliser():
     log_ratio = torch.randn(100)
     for divergence, sign in ((rkl.ReverseKL(), -1), (rkl.KL(), 1)):

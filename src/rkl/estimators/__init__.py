@@ -228,8 +228,8 @@ def monte_carlo(
         log_ratio = -log_ratio
         terms = divergence.integrand(one, log_ratio)
         missed = divergence.integrand(nothing, one[:1])
-    corrected = terms - missed * log_ratio.expm1()
-    return torch.where((missed > 0) & (missed < math.inf), corrected, terms)
+    missed = missed.masked_fill(~missed.isfinite(), 0.0)  # before the product: its gradient is nan
+    return torch.where(missed != 0, terms - missed * log_ratio.expm1(), terms)
 
 
 def variational_bound(

@@ -1,0 +1,319 @@
+"""Fit a flow to data under the divergence of your choice."""
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rkl.divergences import KL, FDivergence
+from rkl.flows.architectures import Architecture, Scaled, draw
+from rkl.flows.critic import Critic, Ratio, ScaledCritic
+from rkl.flows.data import Data, read_data
+from rkl.flows.guard import Guard, LogProb, annealed, slope_of
+from rkl.flows.training import Moment, Training, train
+from rkl.flows.weights import along_path, bounded_on_data, is_likelihood, on_data, on_draws
+from rkl.runs import Run
+
+Estimator = Literal["data", "draws", "path", "both"]
+CRITIC_BEGINS = 0.8  # share of the maximum-likelihood phase after which the critic learns too
+WIDEST = 10.0  # log-ratios are cut off at ± log(WIDEST · max(λ, 1/λ))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted flow, and how it came about.
+
+    Attributes:
+        flow: A density in the user's units: ``flow()``, or ``flow(condition)``, has ``log_prob``
+            in nats and ``sample``.
+        critic: log p/q at [*batch, *event] in the user's units; None where none was trained.
+        training: Its history, how many steps it took, and why it stopped early, if it did.
+        held_out: Rows that were not trained on.
+        classes: Names of the conditions, if the data had labels.
+    """
+
+    flow: Scaled
+    critic: ScaledCritic | None
+    training: Training
+    held_out: Data
+    classes: tuple[str, ...] = ()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One row per so many steps: step, seconds, loss and what else was logged."""
+        return self.training.history
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a flow is fitted beside its divergence; the defaults are stable.
+
+    A fit begins with maximum likelihood. Then the slope λ of the divergence, if it has one, goes
+    from 1 to its value; plain likelihood keeps a share of the loss; and precision at the slope,
+    measured against the start of this phase, decides which parameters are kept: the fit ends
+    no lower than maximum likelihood left it.
+
+    Args:
+        estimator: "data" (reweighted maximum likelihood), "draws" (score function), "path"
+            (reparameterised), "both" (the mean of the first two); None chooses: "data" where no
+            datum can weigh more than 1, "draws" elsewhere.
+        critic: How log p/q is learnt where the log-density of the data is not known.
+        start: Share of the budget for maximum likelihood.
+        anchor: Weight of plain likelihood after it.
+        batch: Rows in a step.
+        lr: Highest learning rate.
+        clip: Greatest norm of the gradient.
+        ema: Decay of the average of the parameters.
+        held_out: Share of the rows to hold out.
+        draws: Draws from which precision is measured during training.
+    """
+
+    estimator: Estimator | None = None
+    critic: Critic = field(default_factory=Critic)
+    start: float = 0.5
+    anchor: float = 0.1
+    batch: int = 512
+    lr: float = 2e-3
+    clip: float = 10.0
+    ema: float = 0.999
+    held_out: float = 0.1
+    draws: int = 2048
+
+    def __post_init__(self):
+        if self.estimator not in (None, "data", "draws", "path", "both"):
+            expected = "'data', 'draws', 'path', 'both' or None"
+            raise ValueError(f"estimator must be {expected}; got {self.estimator!r}.")
+        for name in ("start", "anchor", "held_out"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number; got {value!r}.")
+            if not 0 <= value < 1 or (name != "anchor" and not value):
+                raise ValueError(f"{name} must be a share between 0 and 1; got {value}.")
+        for name in ("batch", "draws"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer; got {value!r}.")
+            if value < 2:
+                raise ValueError(f"{name} must be at least 2; got {value}.")
+
+
+def fit_to_samples(
+    flow: Architecture | nn.Module,
+    data: Any,
+    divergence: FDivergence = KL(),
+    *,
+    steps: int | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    labels: Any = None,
+    dequantise: bool | None = None,
+    log_prob: LogProb | None = None,
+    method: Method | None = None,
+    with_critic: bool = False,
+    run: Run | None = None,
+    every: int | None = None,
+) -> Fit:
+    """Minimise D(data ‖ flow) over a flow, for any f-divergence.
+
+    KL is maximum likelihood. Others weigh each datum or draw by p/q, exact where the density of
+    the data is known, else learnt by a critic. PrecisionHalf(lam) and RecallHalf(lam) trade
+    precision for recall with weights in [0, 1], so that the flow stays a density model.
+
+    Args:
+        flow: An architecture, built here, or a flow over events of the shape of a row.
+        data: Whatever :func:`read_data` reads, or rows that it has read.
+        divergence: Any f-divergence.
+        steps: The budget in steps, or
+        minutes: in minutes.
+        seed: Of all random numbers.
+        labels: Class of each row, which conditions the flow.
+        dequantise: Whether to spread quantised values, such as grey levels, over one step.
+        log_prob: Log-density of the data in nats, if known, at events [batch, *event], conditions.
+        method: All that can be tuned.
+        with_critic: Whether to train a critic in the end where none is needed on the way.
+        run: Where to save and to log; a fit that was interrupted goes on from there.
+        every: Steps between looks at the held-out rows; by default 1/25 of all, 25 at least.
+
+    Returns:
+        The flow in the user's units, with its critic and its history.
+
+    Raises:
+        TypeError, ValueError: The data cannot be learnt from, or settings make no sense.
+        FloatingPointError: No step had a finite gradient.
+
+    >>> from rkl.flows import Coupling
+    >>> fitted = fit_to_samples(Coupling(2, (8,)), 5 + torch.randn(500, 2), steps=100)
+    >>> fitted.flow().sample((1000,)).mean().round().item()
+    5.0
+    """
+    if not isinstance(divergence, FDivergence):
+        raise TypeError(f"divergence must be an f-divergence; got {divergence!r}.")
+    method = Method() if method is None else method
+    rows = data if isinstance(data, Data) else read_data(data, labels, dequantise=dequantise)
+    training, held_out = rows.split(method.held_out, seed)
+    scaled = _scaled(flow, rows, training, seed)
+    problem = _Problem(scaled, training, held_out, divergence, method, log_prob, seed)
+    done = problem.train(steps, minutes, run, every)
+    learnt = with_critic or (problem.guided and log_prob is None)
+    critic = problem.final_critic(done.steps) if learnt else None
+    return Fit(scaled, critic, done, held_out, rows.classes)
+
+
+def _scaled(flow: Architecture | nn.Module, rows: Data, training: Data, seed: int) -> Scaled:
+    if isinstance(flow, Architecture):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            flow = flow.build(rows.event_shape, rows.conditions)
+    if not isinstance(flow, nn.Module):
+        raise TypeError(f"flow must be an architecture or a module; got {flow!r}.")
+    shift, scale = training.centre_and_spread()
+    device = next(flow.parameters()).device
+    return Scaled(flow, shift, scale).to(device)
+
+
+class _Draws(NamedTuple):
+    """Events of the flow, standardised, with their log-density and conditions."""
+
+    value: Tensor
+    log_q: Tensor
+    condition: Tensor | None
+
+
+class _Problem:
+    """One fit: its loss, and what is looked at between."""
+
+    def __init__(self, scaled, rows, held_out, divergence, method, log_prob, seed):
+        self.scaled, self.method, self.divergence = scaled, method, divergence
+        self.flow, self.seed, self.log_prob = scaled.flow, seed, log_prob
+        self.device = scaled.shift.device
+        self.rows, self.held_out = rows.to(self.device), held_out.to(self.device)
+        self.guided = not is_likelihood(divergence)
+        self.lam = slope_of(divergence)
+        self.estimator = method.estimator or ("data" if bounded_on_data(divergence) else "draws")
+        bound = math.log(WIDEST * max(self.lam, 1 / self.lam))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            shape = rows.event_shape
+            self.ratio: Ratio = method.critic.build(shape, rows.conditions, bound)
+            self.ratio.to(self.device, scaled.dtype)
+        exact = None if log_prob is None else self._exact
+        self.guard = Guard(self.flow, self.ratio, divergence, exact)
+        self.frozen = copy.deepcopy(self.flow).requires_grad_(False)
+        self.also = {"critic": self.ratio, "optimizer": self.ratio.optimizer, "guard": self.guard}
+        self.also = self.also if self.guided else {}
+
+    def train(
+        self, steps: int | None, minutes: float | None, run: Run | None, every: int | None
+    ) -> Training:
+        """Spend the budget."""
+        method = self.method
+        how: dict[str, Any] = {"lr": method.lr, "clip": method.clip, "ema": method.ema}
+        every = every if every is not None else max(25, (steps or 2500) // 25)
+        how |= {"seed": self.seed, "also": self.also, "run": run, "every": every}
+        how |= {"steps": steps, "minutes": minutes, "watch": self.watch}
+        return train(self.flow, self.objective, **how)
+
+    def _batch(self) -> tuple[Tensor, Tensor | None]:
+        """Standardised rows with their conditions."""
+        batch = self.rows.batch(self.method.batch)
+        return self.scaled.standardise(batch.values), batch.condition
+
+    def _draws(self, condition: Tensor | None, count: int) -> _Draws:
+        value, log_q = draw(self._law(condition), () if condition is not None else (count,))
+        return _Draws(value, log_q, condition)
+
+    def _law(self, condition: Tensor | None) -> Any:
+        return self.flow() if condition is None else self.flow(condition)
+
+    def _exact(self, value: Tensor, condition: Tensor | None) -> Tensor:
+        """The log-density of the data in standardised units."""
+        assert self.log_prob is not None
+        given = () if condition is None else (condition,)
+        found = self.log_prob(self.scaled.restore(value), *given)
+        return found.to(value.dtype) + self.scaled.scale.log().sum().to(value.dtype)
+
+    def _log_ratio(self, value: Tensor, log_q: Tensor, condition: Tensor | None) -> Tensor:
+        """Log p/q as the critic or the exact density says, cut off."""
+        if self.log_prob is None:
+            return self.ratio(value, condition)
+        return self.ratio.cut(self._exact(value, condition) - log_q)
+
+    def objective(self, moment: Moment) -> Tensor:
+        """The loss of one step."""
+        value, condition = self._batch()
+        log_q = self._law(condition).log_prob(value)
+        likelihood = -log_q.mean()
+        if not self.guided:
+            return likelihood
+        learning = self.log_prob is None and moment.progress > CRITIC_BEGINS * self.method.start
+        if not self.guard.begun and not learning:
+            return likelihood
+        draws = self._draws(condition, len(value))
+        for _ in range(self.method.critic.updates if learning else 0):
+            rate = 1 - moment.progress / 2
+            moment.log(critic=self.ratio.update(value, draws.value, condition, rate))
+        if not self.guard.begun:
+            return likelihood
+        since = (moment.progress - self.method.start) / (1 - self.method.start)
+        guided = self._guided(annealed(self.divergence, 2 * since), value, log_q, draws, moment)
+        anchor = 1 - (1 - self.method.anchor) * min(1.0, 4 * since)
+        return anchor * likelihood + (1 - anchor) * guided
+
+    def _guided(
+        self, divergence: FDivergence, value: Tensor, log_q: Tensor, draws: _Draws, moment: Moment
+    ) -> Tensor:
+        if self.estimator == "path":
+            return self._along_path(divergence, draws.condition, len(value))
+        parts, ratio = [], log_q
+        if self.estimator in ("data", "both"):
+            with torch.no_grad():
+                ratio = self._log_ratio(value, log_q, draws.condition)
+            parts.append(on_data(divergence, ratio, log_q).mean())
+        if self.estimator in ("draws", "both"):
+            with torch.no_grad():
+                ratio = self._log_ratio(draws.value, draws.log_q, draws.condition)
+            again = self._law(draws.condition).log_prob(draws.value)
+            parts.append(on_draws(divergence, ratio, again).mean())
+        moment.log(cut_off=(ratio.abs() >= self.ratio.bound).to(log_q.dtype).mean())
+        return torch.stack(parts).mean()
+
+    def _along_path(self, divergence: FDivergence, condition: Tensor | None, count: int) -> Tensor:
+        """The gradient through the draws alone; the density of the flow, if it enters, is held."""
+        value = self._law(condition).rsample(() if condition is not None else (count,))
+        log_q = value.new_zeros(len(value))
+        if self.log_prob is not None:
+            self.frozen.load_state_dict(self.flow.state_dict())
+            law = self.frozen() if condition is None else self.frozen(condition)
+            log_q = law.log_prob(value)
+        return along_path(divergence, self._log_ratio(value, log_q, condition)).mean()
+
+    def watch(self, moment: Moment) -> float | None:
+        """Held-out likelihood; and, once the divergence is followed, what was gained by it."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed + 2)  # the same draws of latents every time
+            rows = self.held_out.rows(torch.arange(min(len(self.held_out), self.method.draws)))
+            value = self.scaled.standardise(rows.spread().values)
+            scale = float(self.scaled.scale.log().sum())
+            held_out = self._law(rows.condition).log_prob(value).mean().item() - scale
+            moment.log(held_out=held_out)
+            if not self.guided:
+                return held_out
+            if not self.guard.begun and moment.progress < self.method.start:
+                return None
+            index = torch.randint(len(self.rows), (self.method.draws,), device=self.device)
+            condition = self.rows.rows(index).condition
+            return self.guard.score(moment, condition, self.method.draws)
+
+    def final_critic(self, steps: int) -> ScaledCritic:
+        """The critic of the flow that was kept, trained on for a tenth of the steps."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed + 3)
+            count = max(200, steps // 10)
+            for step in range(count):
+                value, condition = self._batch()
+                drawn = self._draws(condition, len(value))
+                self.ratio.update(value, drawn.value, condition, 0.5 * (1 - step / count))
+        return ScaledCritic(self.ratio.requires_grad_(False), self.scaled)

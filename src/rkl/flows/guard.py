@@ -1,0 +1,157 @@
+"""What keeps a fit from ending below maximum likelihood on its own objective."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rkl.divergences import FDivergence, PrecisionHalf, PrecisionRecall, RecallHalf
+from rkl.divergences.base import combine, weighted_terms
+from rkl.estimators import monte_carlo
+from rkl.flows.architectures import draw
+from rkl.flows.critic import Ratio
+from rkl.flows.training import Moment
+
+LogProb = Callable[..., Tensor]
+LOST = 0.5  # share of log-ratios cut off, from which on a critic is said to have collapsed
+SLOPED = PrecisionRecall, PrecisionHalf, RecallHalf
+
+
+def slope_of(divergence: FDivergence) -> float:
+    """The slope λ of the divergence; of a sum, the one farthest from 1; 1 without any.
+
+    >>> slope_of(PrecisionHalf(lam=10.0))
+    10.0
+    """
+    slopes = [term.lam for _, term in weighted_terms(divergence) if isinstance(term, SLOPED)]
+    return float(max(slopes, key=lambda lam: abs(math.log(lam)), default=1.0))
+
+
+def annealed(divergence: FDivergence, progress: float) -> FDivergence:
+    """The divergence with λ on its way from 1, geometrically, to its value at progress 1.
+
+    >>> annealed(PrecisionHalf(lam=100.0), 0.5)
+    PrecisionHalf(lam=10.0)
+    """
+    share = min(max(progress, 0.0), 1.0)
+    terms: list[tuple[float, Any]] = [
+        (weight, dataclasses.replace(term, lam=float(term.lam**share)))
+        if isinstance(term, SLOPED)
+        else (weight, term)
+        for weight, term in weighted_terms(divergence)
+    ]
+    changed: Any = combine(*terms)
+    return changed
+
+
+def measured(divergence: FDivergence) -> FDivergence:
+    """The divergence by which a fit is judged: PrecisionRecall(λ) for what has a slope λ."""
+    if any(isinstance(term, SLOPED) for _, term in weighted_terms(divergence)):
+        return PrecisionRecall(lam=slope_of(divergence))
+    return divergence
+
+
+class Guard:
+    """Compares a flow with what maximum likelihood made of it, by the divergence itself.
+
+    Both are judged by the same density of the data: the exact one, or as one critic has it, which
+    is its ratio times the flow it was trained against. Two critics serve, that of the start and
+    the present one, and the smaller gain counts, with its standard error taken off: a critic
+    that the flow has learnt to please would have to have pleased both.
+
+    Args:
+        flow: The flow, which is trained.
+        ratio: Its critic, which is trained too.
+        divergence: What is minimised.
+        exact: The log-density of the data, if known.
+    """
+
+    def __init__(
+        self, flow: nn.Module, ratio: Ratio, divergence: FDivergence, exact: LogProb | None
+    ):
+        self.flow, self.ratio, self.exact = flow, ratio, exact
+        self.divergence = measured(divergence)
+        self.start_flow = copy.deepcopy(flow).requires_grad_(False)
+        self.start_ratio = copy.deepcopy(ratio).requires_grad_(False)
+        self.begun = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The flow and the critic of the start."""
+        return {
+            "begun": self.begun,
+            "flow": self.start_flow.state_dict(),
+            "ratio": self.start_ratio.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from them."""
+        self.begun = state_dict["begun"]
+        self.start_flow.load_state_dict(state_dict["flow"])
+        self.start_ratio.load_state_dict(state_dict["ratio"])
+
+    def score(self, moment: Moment, condition: Tensor | None, count: int) -> float | None:
+        """By how much D fell since maximum likelihood ended; 0 when asked first."""
+        if not self.begun:
+            self.begun = True
+            self.start_flow.load_state_dict(self.flow.state_dict())
+            self.start_ratio.load_state_dict(self.ratio.state_dict())
+            self._judge(moment, condition, count)
+            return 0.0
+        return self._judge(moment, condition, count)
+
+    def _judge(self, moment: Moment, condition: Tensor | None, count: int) -> float:
+        start = self._drawn(self.start_flow, condition, count)
+        now = self._drawn(self.flow, condition, count)
+        gains, after = [], start[1]
+        for density in self._densities():
+            before, after = (
+                self._terms(density(value, condition) - log_q) for value, log_q in (start, now)
+            )
+            gain = before - after
+            gains.append((gain.mean() - gain.std() / math.sqrt(count)).item())
+        cut = (self._log_ratio(now, condition).abs() >= self.ratio.bound).double().mean().item()
+        if cut > LOST and self.exact is None:
+            moment.stop(
+                f"the critic collapsed: it tells {cut:.0%} of the draws from data beyond "
+                f"{self.ratio.bound:.1f} nats; the flow has the best parameters from before"
+            )
+        moment.log(divergence=after.mean(), cut_off_draws=cut)
+        return min(gains)
+
+    def _log_ratio(self, drawn: tuple[Tensor, Tensor], condition: Tensor | None) -> Tensor:
+        value, log_q = drawn
+        return (
+            self.ratio(value, condition)
+            if self.exact is None
+            else (self.exact(value, condition) - log_q)
+        )
+
+    def _terms(self, log_ratio: Tensor) -> Tensor:
+        """Terms of D at draws, the ratio normalised where it is a critic's."""
+        if self.exact is None:
+            log_ratio = log_ratio - log_ratio.logsumexp(0) + math.log(len(log_ratio))
+        return monte_carlo(self.divergence, self.ratio.cut(log_ratio), sampled_from="q")
+
+    def _densities(self) -> list[LogProb]:
+        """The log-density of the data, up to a constant, in each way that it is known."""
+        if self.exact is not None:
+            return [self.exact]
+
+        def by(flow: nn.Module, ratio: Ratio) -> LogProb:
+            def log_p(value: Tensor, condition: Tensor | None) -> Tensor:
+                law = flow() if condition is None else flow(condition)
+                return ratio.score(value, condition) + law.log_prob(value)
+
+            return log_p
+
+        return [by(self.start_flow, self.start_ratio), by(self.flow, self.ratio)]
+
+    @staticmethod
+    def _drawn(flow: nn.Module, condition: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+        with torch.random.fork_rng():  # the same latents for each, so that they are compared well
+            law = flow() if condition is None else flow(condition)
+            return draw(law, () if condition is not None else (count,))

@@ -153,6 +153,43 @@ def metrics(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     return measured
 
 
+def fit(parser: ArgumentParser, words: Sequence[str]) -> Runner:
+    """Fit a normalizing flow to data under a divergence.
+
+    Examples:
+      rkl fit --data data.npy --out RUN
+      rkl fit --data data.npy --divergence "precision-half(lam=10)" --minutes 5 --out RUN
+      rkl fit --data images/ --flow "multi-scale(scales=2)" --critic --out RUN
+      rkl fit --out RUN --resume
+    """
+    from rkl.flows import run
+
+    settings.add_flags(parser, run.FitSettings)
+    _add_run_flags(parser)
+
+    def fitted(parsed: Namespace) -> None:
+        earlier = parsed.out if parsed.resume and (parsed.out / "run.json").exists() else None
+        chosen = settings.gather(run.FitSettings, parsed, earlier)
+        if parsed.dry_run:
+            print(run.estimate(chosen))
+        else:
+            how = {"resume": parsed.resume, "overwrite": parsed.overwrite}
+            print(run.fit(chosen, parsed.out, **how))
+
+    return fitted
+
+
+def sample(parser: ArgumentParser, words: Sequence[str]) -> Runner:
+    """Draw samples of the flow of a run, at the trade-off of your choice.
+
+    Examples:
+      rkl sample RUN -n 10000 --out samples.npy
+      rkl sample RUN -n 10000 --budget 4 --out samples.npy
+      rkl sample RUN --latent-temperature 0.8 --out samples.csv
+    """
+    return _on_run(parser, words, "sample")
+
+
 def generate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Let the model of a run write.
 
@@ -197,6 +234,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "distill": (distill, "distill.run"),
     "estimate": (estimate, "bayes.run"),
     "metrics": (metrics, "metrics"),
+    "fit": (fit, "flows.run"),
+    "sample": (sample, "flows.run"),
     "generate": (generate, "distill.run"),
     "evaluate": (evaluate, "runs"),
     "compare": (compare, "runs"),

@@ -30,7 +30,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: type, title: str = "set
             if field.metadata.get("positional"):  # --config may say it, so that it may be absent
                 group.add_argument(name, nargs="?", help=words, **how)
             else:
-                group.add_argument(flag, default=argparse.SUPPRESS, help=words, **how)
+                flags = [f"-{name}", flag] if len(name) == 1 else [flag]
+                group.add_argument(*flags, default=argparse.SUPPRESS, help=words, **how)
     group.add_argument(
         "--config",
         type=Path,

@@ -9,6 +9,7 @@ _HOMES: dict[str, str] = {
     "data": "Data read_data",
     "fit": "Fit Method fit_to_samples",
     "importance": "Importance Thermodynamics expectation reweight thermodynamics",
+    "lattice": "CoarseToFine",
     "mcmc": (
         "HeatBath Metropolis RandomWalk Walk Wolff annealed_importance markov_chain mbar "
         "thermodynamic_integration"
@@ -16,6 +17,8 @@ _HOMES: dict[str, str] = {
     "metropolis": "Chain independent_metropolis",
     "observables": "averages beside_held_out check_held_out",
     "rejection": "Accepted reject",
+    "run": "EvaluateSettings FitSettings SampleSettings "
+    "compare_runs evaluate_run load_critic load_run sample_run",
     "targets": "Density Target parse_target",
     "training": "Moment Training train",
 }

@@ -20,6 +20,7 @@ from rkl.flows.importance import Thermodynamics as Thermodynamics
 from rkl.flows.importance import expectation as expectation
 from rkl.flows.importance import reweight as reweight
 from rkl.flows.importance import thermodynamics as thermodynamics
+from rkl.flows.lattice import CoarseToFine as CoarseToFine
 from rkl.flows.mcmc import HeatBath as HeatBath
 from rkl.flows.mcmc import Metropolis as Metropolis
 from rkl.flows.mcmc import RandomWalk as RandomWalk
@@ -36,6 +37,14 @@ from rkl.flows.observables import beside_held_out as beside_held_out
 from rkl.flows.observables import check_held_out as check_held_out
 from rkl.flows.rejection import Accepted as Accepted
 from rkl.flows.rejection import reject as reject
+from rkl.flows.run import EvaluateSettings as EvaluateSettings
+from rkl.flows.run import FitSettings as FitSettings
+from rkl.flows.run import SampleSettings as SampleSettings
+from rkl.flows.run import compare_runs as compare_runs
+from rkl.flows.run import evaluate_run as evaluate_run
+from rkl.flows.run import load_critic as load_critic
+from rkl.flows.run import load_run as load_run
+from rkl.flows.run import sample_run as sample_run
 from rkl.flows.targets import Density as Density
 from rkl.flows.targets import Target as Target
 from rkl.flows.targets import parse_target as parse_target

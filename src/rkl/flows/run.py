@@ -1,0 +1,397 @@
+"""``rkl fit`` and ``rkl sample``: from data to a run with a flow, and from the run to samples."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rkl.divergences import FDivergence, parse
+from rkl.flows.architectures import Architecture, Scaled, catalogue, latent
+from rkl.flows.critic import ScaledCritic
+from rkl.flows.data import Data, read_data
+from rkl.flows.files import write_samples
+from rkl.flows.fit import Fit, Method, fit_to_samples
+from rkl.flows.rejection import reject
+from rkl.flows.training import load_state, save_state
+from rkl.flows.weights import bounded_on_data, is_likelihood
+from rkl.metrics import mean, to_json
+from rkl.runs import Run, fingerprint
+
+WEIGHTS = "flow.safetensors"
+MINUTES = 2.0  # of training where no budget is given
+BATCH = 10_000  # samples made at a time
+TRIED = 20  # steps from which --dry-run foretells the time
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What is fitted to what, under which divergence, within which budget.
+
+    Args:
+        data: Rows: .npy, .npz, .csv, .parquet, IDX or IDX.gz, or a folder of images.
+        divergence: What is minimised, an f-divergence: "precision-half(lam=10)".
+        flow: Architecture: coupling, nsf, maf or multi-scale, with settings in brackets.
+        labels: Class of each row: a file of them, or the name of a column or an array.
+        dequantise: Spread quantised values over one step; image files always are.
+        steps: The budget in steps.
+        minutes: The budget in minutes; 2 where none is given.
+        estimator: How the gradient is estimated; auto chooses.
+        start: Share of the budget for maximum likelihood, with which a fit begins.
+        anchor: Weight of plain likelihood after that.
+        batch: Rows in a step.
+        lr: Highest learning rate.
+        held_out: Share of the rows to hold out.
+        critic: Train a critic at the end even where none is needed, to reject samples by.
+        seed: Of all random numbers.
+        device: Where to compute.
+    """
+
+    data: Path = field(metadata={"metavar": "DATA"})
+    divergence: str = field(default="kl", metadata={"metavar": "D"})
+    flow: str = "coupling"
+    labels: str | None = None
+    dequantise: bool = False
+    steps: int | None = field(default=None, metadata={"metavar": "N"})
+    minutes: float | None = field(default=None, metadata={"metavar": "M"})
+    estimator: Literal["auto", "data", "draws", "path", "both"] = "auto"
+    start: float = 0.5
+    anchor: float = 0.1
+    batch: int = 512
+    lr: float = 2e-3
+    held_out: float = 0.1
+    critic: bool = False
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self):
+        object.__setattr__(self, "data", Path(self.data))
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError(f"one of steps and minutes; got {self.steps} and {self.minutes}.")
+        _ = self.method, self.architecture, self.chosen
+
+    @property
+    def method(self) -> Method:
+        """How it is fitted."""
+        names = "start", "anchor", "batch", "lr", "held_out"
+        estimator = None if self.estimator == "auto" else self.estimator
+        return Method(estimator=estimator, **{name: getattr(self, name) for name in names})
+
+    @property
+    def architecture(self) -> Architecture:
+        """What is built."""
+        return parse(self.flow, catalogue())
+
+    @property
+    def chosen(self) -> FDivergence:
+        """What is minimised."""
+        divergence = parse(self.divergence)
+        if not isinstance(divergence, FDivergence):
+            raise ValueError(f"divergence must be an f-divergence; got {divergence!r}.")
+        return divergence
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """In steps, or in minutes."""
+        if self.steps is not None:
+            return {"steps": self.steps}
+        return {"minutes": MINUTES if self.minutes is None else self.minutes}
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How many samples, of which flow, at which trade-off.
+
+    Args:
+        n: Number of samples.
+        out: File to write, .npy or .csv.
+        condition: Class to draw from, where the flow was fitted to labelled rows.
+        latent_temperature: Standard deviation of the latents; below 1 for the middle alone.
+        truncation: Where the latents are cut off, in standard deviations.
+        budget: Draws per sample in optimal rejection by the critic; 1 rejects none.
+        target_precision: Precision that rejection is to reach, instead of a budget.
+        seed: Of all random numbers.
+        device: Where to compute.
+    """
+
+    n: int = field(default=1000, metadata={"metavar": "N"})
+    out: Path = Path("samples.npy")
+    condition: str | None = None
+    latent_temperature: float = field(default=1.0, metadata={"metavar": "T"})
+    truncation: float | None = field(default=None, metadata={"metavar": "BOUND"})
+    budget: float | None = field(default=None, metadata={"metavar": "K"})
+    target_precision: float | None = field(default=None, metadata={"metavar": "P"})
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self):
+        object.__setattr__(self, "out", Path(self.out))
+        if isinstance(self.n, bool) or not isinstance(self.n, int):
+            raise TypeError(f"n must be an integer; got {self.n!r}.")
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1; got {self.n}.")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Which rows a flow is measured on.
+
+    Args:
+        data: Rows that it was not fitted to.
+        labels: Class of each, as for the fit.
+        dequantise: Spread quantised values over one step; image files always are.
+        seed: Of the noise.
+        device: Where to compute.
+    """
+
+    data: Path = field(metadata={"metavar": "DATA"})
+    labels: str | None = None
+    dequantise: bool = False
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished fit, which prints what there is to know of it."""
+
+    path: Path
+    fit: Fit
+
+    def __str__(self) -> str:
+        done, row = self.fit.training, self.fit.history[-1]
+        lines = [f"{done.steps:,} steps in {done.seconds:.0f} s"]
+        lines += [f"held-out log-density {row['held_out']:.4f} nats per row, at the end"]
+        if self.fit.critic is not None and done.best is not None:
+            lines += [f"the divergence fell by {done.best:.4f} below maximum likelihood's"]
+        lines += [f"Stopped early: {done.stopped}"] if done.stopped else []
+        return "\n".join([*lines, f"The run: {self.path}"])
+
+
+def fit(
+    settings: FitSettings,
+    out: str | os.PathLike,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Fitted:
+    """Fit a flow to data in a run folder; a resumed run comes to the same bits.
+
+    Args:
+        settings: What is fitted to what.
+        out: The folder.
+        resume: Goes on with the run there.
+        overwrite: Replaces it.
+    """
+    data = _read(settings)
+    kept = asdict(settings) | {"data": str(settings.data.resolve())}
+    how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
+    run = Run.create(out, "flows", kept, may_change=("device",), **how)
+    _check_same_data(run, data)
+    with run.running():
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            flow = settings.architecture.build(data.event_shape, data.conditions)
+        fitted = fit_to_samples(
+            flow.to(settings.device),
+            data,
+            settings.chosen,
+            **settings.budget,
+            seed=settings.seed,
+            method=settings.method,
+            with_critic=settings.critic,
+            run=run,
+        )
+        _save(run, fitted, data)
+    return Fitted(run.path, fitted)
+
+
+def estimate(settings: FitSettings) -> str:
+    """What a fit would do and how long it would take, from a few steps; nothing is written."""
+    data = _read(settings)
+    how = {"seed": settings.seed, "method": settings.method}
+    flow, divergence = settings.architecture, settings.chosen
+    tried = fit_to_samples(flow, data, divergence, steps=TRIED, **how)
+    size = sum(it.numel() for it in tried.flow.parameters())
+    per_step = tried.training.seconds / TRIED
+    estimator = settings.estimator
+    if is_likelihood(divergence):
+        estimator = "maximum likelihood"
+    elif estimator == "auto":
+        estimator = "data" if bounded_on_data(divergence) else "draws"
+    steps = settings.budget.get("steps") or round(60 * settings.budget["minutes"] / per_step)
+    lines = [f"{len(data):,} rows of shape {list(data.event_shape)}, {data.conditions} conditions"]
+    lines += [f"{flow}: {size:,} parameters, {size * 4 * 6 / 1e6:.3g} MB with what Adam keeps"]
+    lines += [f"{divergence} by the estimator: {estimator}"]
+    lines += [f"about {steps:,} steps in {steps * per_step / 60:.2g} minutes"]
+    return "\n".join(lines)
+
+
+def load_run(path: str | os.PathLike) -> Scaled:
+    """The flow of a run, in the user's units: ``flow()`` has ``log_prob`` and ``sample``."""
+    return _load(path)[0]
+
+
+def load_critic(path: str | os.PathLike) -> ScaledCritic:
+    """The critic of a run: log p/q of events in the user's units.
+
+    Raises:
+        ValueError: The run has none.
+    """
+    critic = _load(path)[1]
+    if critic is None:
+        raise ValueError(
+            f"path: {path} has no critic, since maximum likelihood needs none. Fit with --critic."
+        )
+    return critic
+
+
+def sample_run(path: str | os.PathLike, settings: SampleSettings) -> str:
+    """Draw samples of the flow of a run and write them, in the user's units.
+
+    Returns:
+        What was written, and what it cost.
+    """
+    flow, _critic, classes = _load(path)
+    if settings.out.suffix not in (".npy", ".csv"):
+        raise ValueError(f"out must end in .npy or .csv; got {settings.out}.")
+    condition = _condition(settings.condition, classes)
+    flow.to(settings.device)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(settings.seed)
+        bound = math.inf if settings.truncation is None else settings.truncation
+        law = flow() if condition is None else flow(condition.to(settings.device))
+        law = latent(law, settings.latent_temperature, bound)
+        if settings.budget is None and settings.target_precision is None:
+            counts = [min(BATCH, settings.n - i) for i in range(0, settings.n, BATCH)]
+            samples, cost = torch.cat([law.sample(torch.Size([it])) for it in counts]), ""
+        else:
+            _refuse_changed_latents(settings)
+            samples, cost = _rejected(law, load_critic(path), condition, settings)
+    write_samples(settings.out, samples.cpu().numpy())
+    return f"{settings.n:,} samples in {settings.out}{cost}"
+
+
+def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> dict[str, Any]:
+    """The mean log-density of rows in nats, with its error, and how many were trained on."""
+    flow, _critic, classes = _load(path)
+    data = read_data(settings.data, settings.labels, dequantise=settings.dequantise or None)
+    if data.event_shape != tuple(flow.shift.shape) or data.conditions != len(classes):
+        raise ValueError(
+            f"data must have rows of shape {list(flow.shift.shape)} and {len(classes)} classes; "
+            f"got {list(data.event_shape)} and {data.conditions}."
+        )
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(settings.seed)
+        spread = data.spread()
+        parts = [spread.rows(index) for index in torch.arange(len(data)).split(BATCH)]
+        laws = [flow() if it.condition is None else flow(it.condition) for it in parts]
+        log_q = torch.cat([law.log_prob(it.values) for law, it in zip(laws, parts, strict=True)])
+    seen = Run.open(path).count_seen(_rows(data))
+    return {"rows": len(data), "rows_seen": seen, "log_density": to_json(mean(log_q))}
+
+
+def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> str:
+    """Held-out log-density of several runs, in one table."""
+    if out is not None:
+        raise NotImplementedError("out: runs of kind 'flows' are compared in a table alone.")
+    lines = [f"{'run':30} {'divergence':32} {'flow':24} held-out, nats per row"]
+    for path in paths:
+        run = Run.open(path)
+        held_out = run.metrics[-1]["held_out"] if run.metrics else math.nan
+        settings = run.settings
+        lines += [f"{path!s:30} {settings['divergence']:32} {settings['flow']:24} {held_out:.4f}"]
+    return "\n".join(lines)
+
+
+def _read(settings: FitSettings) -> Data:
+    return read_data(settings.data, settings.labels, dequantise=settings.dequantise or None)
+
+
+def _rows(data: Data) -> list[bytes]:
+    return [row.tobytes() for row in data.values.numpy()]
+
+
+def _check_same_data(run: Run, data: Data) -> None:
+    found = fingerprint([data.values.numpy().tobytes()])
+    before = run.record["data"]
+    if before is not None and before["fingerprint"] != found:
+        raise ValueError(
+            f"resume: the data are not those that {run.path} was begun with: their fingerprint "
+            f"is {found}, and was {before['fingerprint']}."
+        )
+    run.update(data={"fingerprint": found, "rows": len(data), "classes": list(data.classes)})
+
+
+def _save(run: Run, fitted: Fit, data: Data) -> None:
+    training, _held_out = data.split(len(fitted.held_out) / len(data), run.record["seed"])
+    run.remember_rows(_rows(training))
+    critic = fitted.critic
+    state = {
+        "shift": fitted.flow.shift,
+        "flow": fitted.flow.state_dict(),
+        "critic": None if critic is None else critic.state_dict(),
+        "bound": None if critic is None else critic.ratio.bound,
+        "classes": list(fitted.classes),
+    }
+    save_state(run.path / WEIGHTS, state)
+    done = fitted.training
+    run.update(result={"steps": done.steps, "gain": done.best, "stopped": done.stopped})
+
+
+def _load(path: str | os.PathLike) -> tuple[Scaled, ScaledCritic | None, tuple[str, ...]]:
+    run = Run.open(path)
+    if run.kind != "flows":
+        raise ValueError(f"path: {path} is a run of kind {run.kind!r}; expected 'flows'.")
+    if not (run.path / WEIGHTS).exists():
+        raise FileNotFoundError(f"path: {path} has no {WEIGHTS}: the run was not finished.")
+    state, settings = load_state(run.path / WEIGHTS), FitSettings(**run.settings)
+    shape, classes = tuple(state["shift"].shape), tuple(state["classes"])
+    inner = settings.architecture.build(shape, len(classes))
+    flow = Scaled(inner, state["shift"], torch.ones_like(state["shift"]))
+    flow.load_state_dict(state["flow"])
+    flow.requires_grad_(False)
+    if state["critic"] is None:
+        return flow, None, classes
+    ratio = settings.method.critic.build(shape, len(classes), state["bound"])
+    critic = ScaledCritic(ratio.requires_grad_(False), flow)
+    critic.load_state_dict(state["critic"])
+    return flow, critic, classes
+
+
+def _condition(named: str | None, classes: tuple[str, ...]) -> Tensor | None:
+    if not classes:
+        if named is not None:
+            raise ValueError(f"condition: the flow has no classes; got {named!r}.")
+        return None
+    if named not in classes:
+        raise ValueError(f"condition must be one of {', '.join(classes)}; got {named!r}.")
+    return torch.nn.functional.one_hot(torch.tensor(classes.index(named)), len(classes)).float()
+
+
+def _refuse_changed_latents(settings: SampleSettings) -> None:
+    if settings.latent_temperature != 1 or settings.truncation is not None:
+        raise ValueError(
+            "budget and target_precision go with the flow's own latents, which the critic knows; "
+            f"got latent_temperature={settings.latent_temperature}, "
+            f"truncation={settings.truncation}."
+        )
+
+
+def _rejected(
+    law: Any, critic: ScaledCritic, condition: Tensor | None, settings: SampleSettings
+) -> tuple[Tensor, str]:
+    critic.to(settings.device)
+    kept = reject(
+        law,
+        lambda value: critic(value, condition),
+        n=settings.n,
+        budget=settings.budget,
+        target_precision=settings.target_precision,
+    )
+    accepted = f"{kept.acceptance.value:.3f} ± {kept.acceptance.error:.3f}"
+    return kept.samples, f", {kept.cost:.3g} draws each (accepted: {accepted})"

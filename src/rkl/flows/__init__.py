@@ -15,10 +15,12 @@ _HOMES: dict[str, str] = {
         "thermodynamic_integration"
     ),
     "metropolis": "Chain independent_metropolis",
+    "objectives": "Objective Term parse_objective",
     "observables": "averages beside_held_out check_held_out",
     "rejection": "Accepted reject",
     "run": "EvaluateSettings FitSettings SampleSettings "
     "compare_runs evaluate_run load_critic load_run sample_run",
+    "target_fit": "TargetFit fit_to_target",
     "targets": "Density Target parse_target",
     "training": "Moment Training train",
 }

@@ -51,3 +51,8 @@ from rkl.flows.targets import parse_target as parse_target
 from rkl.flows.training import Moment as Moment
 from rkl.flows.training import Training as Training
 from rkl.flows.training import train as train
+from rkl.flows.objectives import Objective as Objective
+from rkl.flows.objectives import Term as Term
+from rkl.flows.objectives import parse_objective as parse_objective
+from rkl.flows.target_fit import TargetFit as TargetFit
+from rkl.flows.target_fit import fit_to_target as fit_to_target

@@ -1,0 +1,359 @@
+"""Fit a flow to an unnormalised density, at all its conditions at once."""
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.func import functional_call
+
+from rkl.divergences import FDivergence, ReverseKL
+from rkl.divergences.base import floats
+from rkl.flows.architectures import Architecture, draw
+from rkl.flows.critic import Critic, Ratio
+from rkl.flows.lattice import CoarseToFine, LatticeLaw
+from rkl.flows.objectives import Objective, Term, parse_objective
+from rkl.flows.targets import XY, Target
+from rkl.flows.training import Moment, Training, train
+from rkl.flows.weights import along_path, is_likelihood, on_data, on_draws
+from rkl.runs import Run
+
+COLDEST = 0.02  # inverse temperature at which annealing begins
+ANNEALED = 0.6  # share of the budget after which it has ended
+ENOUGH = 0.5  # share of effective draws at which it goes on
+FASTER = 1.03  # by this factor
+MARGIN = 0.005  # share of its range by which a condition is trained beyond either end
+WIDEST = math.log(100)  # log-ratios of a critic are cut off there
+
+LogProb = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TargetFit:
+    """A flow fitted to a target, and how it came about.
+
+    Attributes:
+        flow: ``flow(condition)`` has ``log_prob`` in nats and ``sample``.
+        training: One row per so many steps, with ``free_energy_bound``, E_q[log q − log p] in
+            nats and no KL, as log Z is unknown; ``v``, the variance of log p/q per coordinate;
+            ``ess`` and ``acceptance`` of the draws of a step; ``beta`` while it is annealed.
+    """
+
+    flow: nn.Module
+    training: Training
+
+
+def fit_to_target(
+    flow: Architecture | nn.Module,
+    target: Target,
+    conditions: Float[Tensor, "strata conditions"] | None = None,
+    objective: Objective | FDivergence | str = ReverseKL(),  # noqa: B008
+    *,
+    data: tuple[Tensor, Tensor] | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    batch: int = 512,
+    strata: int = 32,
+    anneal: bool | None = None,
+    critic: Critic | None = None,
+    lr: float = 5e-3,
+    clip: float = 10.0,
+    ema: float = 0.998,
+    run: Run | None = None,
+    every: int = 100,
+) -> TargetFit:
+    """Minimise a sum of divergences D(target ‖ flow), averaged over conditions.
+
+    Every step sees every stratum of the conditions equally often: as many values as there are
+    strata, each with batch/strata draws. The gradient of a term on the target runs along the
+    path of the draws where these follow the parameters, else it is the score function's.
+
+    Args:
+        flow: An architecture, built here, or a flow over the events of the target.
+        target: The density, up to log Z of each condition.
+        conditions: The values to train at; by default strata of the target's own ranges, each
+            step a random value in each.
+        objective: A divergence, a sum of terms, its text, or the name of a variant of AdvNF.
+        data: Draws of the target [rows, *event] and their conditions [rows, conditions].
+        steps: The budget in steps, or
+        minutes: in minutes.
+        seed: Of all random numbers.
+        batch: Draws of a step, all conditions together.
+        strata: Number of strata of each condition, in Latin squares where there are several.
+        anneal: Whether the target is p^β at first, β rising from 0.02 to 1 as fast as the
+            effective draws allow; by default on the line without data, where modes are lost.
+        critic: How a term on the critic learns its ratio.
+        lr, clip, ema, run, every: As in :func:`rkl.flows.train`.
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; the message names it.
+    """
+    chosen = _chosen(objective, target, data)
+    given = _Conditions(target, conditions, strata)
+    fitted = _built(flow, target, seed)
+    if anneal is None:
+        anneal = target.domain == "line" and data is None
+    draws = _draws(batch, given.count)
+    fitting = _Fitting(fitted, target, chosen, given, draws, anneal, data, critic)
+    budget: dict[str, Any] = {"steps": steps, "minutes": minutes, "seed": seed, "every": every}
+    also = fitting.stateful()
+    done = train(fitted, fitting, lr=lr, clip=clip, ema=ema, also=also, run=run, **budget)
+    return TargetFit(fitted, done)
+
+
+def _built(flow: Architecture | nn.Module, target: Target, seed: int) -> nn.Module:
+    if not isinstance(flow, Architecture):
+        return flow
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return flow.build(target.event_shape, len(target.conditions))
+
+
+def _draws(batch: int, conditions: int) -> int:
+    """Draws of one condition in a step."""
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 2 * conditions:
+        raise ValueError(
+            f"batch must be at least two draws for each of {conditions} conditions; got {batch!r}."
+        )
+    return batch // conditions
+
+
+def _chosen(objective, target: Target, data) -> Objective:
+    if not isinstance(target, Target):
+        raise TypeError(f"target must be a Target such as XY(side=8); got {target!r}.")
+    if isinstance(objective, str):
+        objective = parse_objective(objective)
+    if isinstance(objective, FDivergence):
+        objective = Objective((Term(1.0, objective),))
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be a divergence or a sum of terms; got {objective!r}.")
+    for term in objective.terms:
+        if term.estimator != "target" and data is None:
+            raise ValueError(f"data must be given for the term {term} of the objective; got None.")
+        if term.estimator == "target" and not (term.divergence.scale_free or _known(target)):
+            raise ValueError(
+                f"objective: log Z of {target} is unknown, and it moves the minimiser of "
+                f"{term.divergence}. Take a scale-free divergence, such as ReverseKL() or KL()."
+            )
+    return objective
+
+
+def _known(target: Target) -> bool:
+    try:
+        target.log_normaliser(torch.tensor([[it.low for it in target.conditions]]))
+    except NotImplementedError:
+        return False
+    return True
+
+
+class _Conditions:
+    """The values of the conditions that a step sees, one for each stratum."""
+
+    def __init__(self, target: Target, values: Tensor | None, strata: int):
+        self.values, self.ranges = values, target.conditions
+        if values is not None:
+            floats("conditions", values)
+            if values.ndim != 2 or values.shape[1] != len(self.ranges) or not len(values):
+                names = ", ".join(it.name for it in self.ranges)
+                raise ValueError(
+                    f"conditions must be [strata, {len(self.ranges)}], for {names}; "
+                    f"got {list(values.shape)}."
+                )
+        if isinstance(strata, bool) or not isinstance(strata, int) or strata < 1:
+            raise ValueError(f"strata must be a positive whole number; got {strata!r}.")
+        self.count = strata if values is None else len(values)
+
+    def draw(self) -> Float[Tensor, "strata conditions"]:
+        """One value in each stratum."""
+        if self.values is not None:
+            return self.values
+        columns = []
+        for k, it in enumerate(self.ranges):
+            order = torch.randperm(self.count) if k else torch.arange(self.count)
+            share = (order + torch.rand(self.count)) / self.count
+            width = it.high - it.low
+            columns.append(it.low - MARGIN * width + (1 + 2 * MARGIN) * width * share)
+        return torch.stack(columns, -1) if columns else torch.empty(self.count, 0)
+
+
+class _Rows:
+    """Draws of the target, handed out equally from every condition."""
+
+    def __init__(self, target: Target, data: tuple[Tensor, Tensor]):
+        if not isinstance(data, tuple) or len(data) != 2:
+            raise TypeError("data must be a pair: the draws, and their conditions.")
+        self.x, self.condition = data
+        target.check(self.x, self.condition)
+        if len(self.x) != len(self.condition) or not len(self.x):
+            raise ValueError(
+                f"data must be as many draws as conditions; got {len(self.x)} "
+                f"and {len(self.condition)}."
+            )
+        _, group, counts = self.condition.unique(dim=0, return_inverse=True, return_counts=True)
+        self.order, self.counts = group.argsort(stable=True), counts
+        self.starts = counts.cumsum(0) - counts
+
+    def draw(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Rows [groups, each] of all conditions, as many of each as the batch has room for."""
+        each = max(2, batch // len(self.counts))
+        share = torch.rand(len(self.counts), each)
+        picked = (share * self.counts[:, None]).long() + self.starts[:, None]
+        rows = self.order[picked]
+        return self.x[rows], self.condition[rows]
+
+
+class _Fitting:
+    """The loss of a step, and the inverse temperature β that it is at."""
+
+    def __init__(self, flow, target, objective, conditions, draws, anneal, data, critic):
+        self.flow, self.target, self.objective = flow, target, objective
+        self.conditions, self.draws, self.anneal = conditions, draws, anneal
+        self.beta = COLDEST if anneal else 1.0
+        self.rows = None if data is None else _Rows(target, data)
+        self.critic: Ratio | None = None
+        self.dtype = next(flow.parameters()).dtype
+        if objective.uses("critic"):
+            size = math.prod(target.event_shape) * (2 if target.domain == "circle" else 1)
+            critic = critic or Critic()
+            self.critic = critic.build((size,), len(target.conditions), WIDEST)
+        law = self.law(conditions.draw().to(self.dtype))
+        if law.event_shape != torch.Size(target.event_shape):
+            raise ValueError(
+                f"flow must have events of shape {list(target.event_shape)}, as {target} has; "
+                f"got {list(law.event_shape)}."
+            )
+        if isinstance(law, LatticeLaw):
+            _check_integrated(law, target)
+
+    def stateful(self) -> dict[str, Any]:
+        """What is saved beside the flow."""
+        own: dict[str, Any] = {"annealing": self}
+        if self.critic is None:
+            return own
+        return own | {"critic": self.critic, "critic_optimizer": self.critic.optimizer}
+
+    def state_dict(self) -> dict[str, float]:
+        return {"beta": self.beta}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.beta = state_dict["beta"]
+
+    def law(self, condition: Tensor, held: bool = False) -> Any:
+        """What the flow returns; ``held``, its parameters have no gradient."""
+        arguments = (condition,) if self.target.conditions else ()
+        if not held:
+            return self.flow(*arguments)
+        values = {name: it.detach() for name, it in self.flow.named_parameters()}
+        return functional_call(self.flow, values, arguments)
+
+    def log_prob(self, x: Tensor, condition: Tensor) -> Tensor:
+        log_p = self.target.log_prob(x, condition)
+        return log_p if self.beta == 1 else self.beta * log_p
+
+    def __call__(self, moment: Moment) -> Tensor:
+        terms = []
+        for term in self.objective.terms:
+            loss = {"target": self.on_target, "data": self.on_data, "critic": self.on_critic}
+            terms.append(term.weight * loss[term.estimator](term.divergence, moment))
+        return functools.reduce(operator.add, terms)
+
+    def on_target(self, divergence: FDivergence, moment: Moment) -> Tensor:
+        condition = self.conditions.draw().to(self.dtype)
+        law = self.law(condition)
+        log_ratio, log_q = _log_ratio(self, law, condition)
+        held = log_ratio.detach()
+        self.tell(moment, held)
+        if not _known(self.target) or self.beta < 1:
+            log_ratio = log_ratio - (held.logsumexp(0) - math.log(len(held)))
+        if log_q is None:
+            return along_path(divergence, log_ratio.flatten()).mean()
+        losses = [on_draws(divergence, *it) for it in zip(log_ratio.T, log_q.T, strict=True)]
+        return torch.stack(losses).mean()
+
+    def tell(self, moment: Moment, log_ratio: Float[Tensor, "draws strata"]) -> None:
+        """Log how good the draws are, and let β rise if they are good enough."""
+        draws = len(log_ratio)
+        ess = (2 * log_ratio.logsumexp(0) - (2 * log_ratio).logsumexp(0)).exp().mean() / draws
+        first, other = log_ratio[: draws // 2], log_ratio[draws // 2 : 2 * (draws // 2)]
+        moment.log(
+            free_energy_bound=-log_ratio.mean(),
+            v=log_ratio.var(0).mean() / math.prod(self.target.event_shape),
+            ess=ess,
+            acceptance=(other - first).clamp_max(0).exp().mean(),
+        )
+        if not self.anneal:
+            return
+        moment.log(beta=self.beta)
+        floor = COLDEST ** max(0.0, 1 - moment.progress / ANNEALED)
+        risen = self.beta * (FASTER if float(ess) > ENOUGH else 1.0)
+        self.beta = min(1.0, max(floor, risen))
+
+    def on_data(self, divergence: FDivergence, moment: Moment) -> Tensor:
+        x, condition = self._data()
+        log_q = self.law(condition).log_prob(x)
+        moment.log(nll=-log_q.detach().mean())
+        if is_likelihood(divergence):
+            return on_data(divergence, torch.zeros_like(log_q).flatten(), log_q.flatten()).mean()
+        log_ratio = self.log_prob(x, condition) - log_q.detach()
+        if not _known(self.target):  # E_p[q/p] = 1
+            log_ratio = log_ratio + ((-log_ratio).logsumexp(1) - math.log(x.shape[1]))[:, None]
+        return on_data(divergence, log_ratio.flatten(), log_q.flatten()).mean()
+
+    def _data(self) -> tuple[Tensor, Tensor]:
+        assert self.rows is not None
+        x, condition = self.rows.draw(self.draws * self.conditions.count)
+        return x.to(self.dtype), condition.to(self.dtype)
+
+    def on_critic(self, divergence: FDivergence, moment: Moment) -> Tensor:
+        assert self.critic is not None
+        x, condition = self._data()
+        flat = condition.flatten(0, 1)
+        law = self.law(flat)
+        drawn = law.rsample() if law.has_rsample else draw(law)[0]
+        p, q = self.seen(x.flatten(0, 1)), self.seen(drawn)
+        given = flat if self.target.conditions else None
+        share = 1 - moment.progress
+        moment.log(critic=self.critic.update(p, q.detach(), given, share))
+        log_ratio = self.critic(q, given)
+        if law.has_rsample:
+            return along_path(divergence, log_ratio).mean()
+        return on_draws(divergence, log_ratio, law.log_prob(drawn)).mean()
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What a critic sees of events: angles as points of the circle."""
+        x = x.flatten(1)
+        return torch.cat([x.cos(), x.sin()], 1) if self.target.domain == "circle" else x
+
+
+def _log_ratio(fitting: _Fitting, law: Distribution, condition: Tensor):
+    """Log p − log q [draws, strata]; and log q, where the draws do not follow the parameters."""
+    shape = (fitting.draws,)
+    if isinstance(law, LatticeLaw):
+        return law.path_log_ratio(fitting.log_prob, shape), None
+    batch = (fitting.draws, *condition.shape)
+    if not fitting.target.conditions:
+        shape = (fitting.draws, len(condition))
+    if law.has_rsample:
+        x = law.rsample(torch.Size(shape))
+        held = fitting.law(condition, held=True).log_prob(x)
+        return fitting.log_prob(x, condition.expand(batch)) - held, None
+    x, _ = draw(law, shape)
+    log_q = law.log_prob(x)
+    return fitting.log_prob(x, condition.expand(batch)) - log_q.detach(), log_q
+
+
+def _check_integrated(law: LatticeLaw, target: Target) -> None:
+    if law.integrates(target.log_prob):
+        return
+    remedy = CoarseToFine.of(target) if isinstance(target, XY) else CoarseToFine(integrate="none")
+    raise ValueError(
+        f"flow draws a part of the sites exactly for {law.flow.architecture}, which {target} is "
+        f"not; build it from {remedy}."
+    )

@@ -10,9 +10,11 @@ import torch
 from torch.distributions import Independent, Normal, Uniform
 
 from rkl.flows import metropolis
-from rkl.flows.mcmc import RandomWalk
+from rkl.flows.lattice import CoarseToFine
+from rkl.flows.mcmc import RandomWalk, markov_chain
 from rkl.flows.metropolis import independent_metropolis
-from rkl.flows.targets import Density, GaussianMixture
+from rkl.flows.observables import averages
+from rkl.flows.targets import XY, Density, GaussianMixture
 
 TARGET = GaussianMixture(means=((-1.0,), (2.0,)), weights=(1.0, 3.0))
 ONE = torch.ones(1, dtype=torch.float64)
@@ -161,6 +163,38 @@ def test_what_the_flow_integrates_is_drawn_anew_even_where_a_proposal_is_rejecte
     torch.testing.assert_close(chain.log_q, law.log_prob(chain.x), rtol=1e-9, atol=1e-9)
     error = z.square().mean(1).std() / math.sqrt(10)
     assert abs(z.square().mean() - 2) < 5 * error
+
+
+@pytest.mark.parametrize("ring", [0.0, 1.0])
+def test_a_lattice_flow_redraws_the_sites_that_it_integrates_and_averages_stay_exact(ring):
+    model, condition = XY(side=4, ring_exchange=ring), torch.tensor([[1.5], [2.0]])
+    flow = CoarseToFine.of(model).build((16,), 1)
+    redrawn = [0.0]
+
+    class Watched(type(flow(condition))):
+        def redraw(self, x):
+            new = super().redraw(x)
+            redrawn[0] = (new != x).float().mean().item()
+            return new
+
+    law = Watched(flow, condition)
+    chain = independent_metropolis(model, law, condition, draws=600, chains=16)
+    assert redrawn[0] == pytest.approx(0.25 if ring else 0.5, abs=0.01)
+    log_q = law.log_prob(chain.x.movedim(0, 2)).movedim(2, 0)
+    torch.testing.assert_close(chain.log_q, log_q, rtol=0, atol=2e-3)
+    found = averages(model, chain.measure(model), condition)["energy"]
+    walk = markov_chain(model, condition, draws=200, chains=32, measure=model.observables)
+    exact = averages(model, walk.values, condition)["energy"]
+    z = (found.value - exact.value) / torch.hypot(found.error, exact.error)
+    assert z.abs().max() < 4.5
+
+
+def test_a_lattice_flow_made_for_another_target_redraws_nothing():
+    flow = CoarseToFine.of(XY(side=4)).build((16,), 1)
+    law = flow(torch.ones(1))
+    assert metropolis._redraw(XY(side=4), law) is not None
+    assert metropolis._redraw(XY(side=4, ring_exchange=0.5), law) is None
+    assert metropolis._redraw(XY(side=4, coupling=2.0), law) is None
 
 
 def test_the_longest_sojourn_and_acceptance_are_counted():

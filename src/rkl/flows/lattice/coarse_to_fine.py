@@ -265,6 +265,25 @@ class LatticeLaw(Distribution):
             log_q = log_q + terms.sum(0)
         return log_q
 
+    @torch.no_grad()
+    def redraw(self, x: Float[Tensor, "*draws sites"]) -> Float[Tensor, "*draws sites"]:
+        """The integrated sites drawn anew, given the others: an exact heat bath."""
+        count = self.flow.ordering.integrated
+        if not count:
+            return x
+        condition = self.condition.expand(*x.shape[:-1], self.condition.shape[-1])
+        pairs = zip(
+            x.flatten(0, -2).split(AT_ONCE), condition.flatten(0, -2).split(AT_ONCE), strict=True
+        )
+        parts = []
+        for part, given in pairs:
+            rows = part[:, self.flow.ordering.site].T
+            centre, kappa = self.flow.field(rows.cos(), rows.sin(), given)
+            drawn = centre + circle.von_mises(kappa)
+            drawn = torch.remainder(drawn + math.pi, 2 * math.pi) - math.pi
+            parts.append(torch.cat([rows[:-count], drawn])[self.place].T)
+        return torch.cat(parts).reshape(x.shape)
+
     def path_log_ratio(self, log_prob: Callable[[Tensor, Tensor], Tensor], shape: Any = ()):
         """Log p − log q at fresh draws, which follow the parameters; the density does not.
 
@@ -288,12 +307,12 @@ class LatticeLaw(Distribution):
     def integrates(self, log_prob: Callable[[Tensor, Tensor], Tensor]) -> bool:
         """Whether the laws of the integrated sites are those of p: redrawing changes no weight."""
         with torch.no_grad(), torch.random.fork_rng():
-            condition = self.condition.reshape(-1, self.condition.shape[-1])[:4].double()
+            condition = self.condition.reshape(-1, self.condition.shape[-1]).double()
+            condition = condition[torch.arange(4) % len(condition)]
             x = math.pi * (2 * torch.rand(4, *self.event_shape, dtype=torch.float64) - 1)
             other = x.clone()
             sites = self.flow.ordering.site[len(self.place) - self.flow.ordering.integrated :]
             other[:, sites] = math.pi * (2 * torch.rand(4, len(sites), dtype=torch.float64) - 1)
-            condition = condition.expand(4, -1)
             change = [
                 log_prob(it, condition) - self._exact_part(it, condition) for it in (x, other)
             ]

@@ -14,7 +14,6 @@ import pytest
 
 from rkl import cli
 from rkl.distill.scratch import Shape, new_model, new_tokenizer
-from rkl.runs import Run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,12 +88,11 @@ def test_links_lead_somewhere(page):
 
 
 @every_page
-def test_commands_and_their_flags_exist(page, tmp_path, capsys):
-    made = Run.create(tmp_path / "run", "distill", {}, seed=0).path
+def test_commands_and_their_flags_exist(page, capsys):
     for command, *rest in commands(page, {"sh", "text"}):
         assert command in cli.available()
         with contextlib.suppress(SystemExit):
-            cli.main([command, *[str(made)] * (command in ("evaluate", "generate")), "--help"])
+            cli.main([command, "--help"])  # of a verb on a run, the flags of every kind of run
         known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
         assert {word for word in rest if word.startswith("--")} <= known, command
 

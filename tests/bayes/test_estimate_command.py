@@ -75,6 +75,65 @@ def test_a_run_is_written_loaded_and_reported(posterior, tmp_path, capsys):
     assert (run / "report.html").read_text("utf-8") == html
 
 
+def test_a_report_is_made_of_what_the_run_kept(posterior, tmp_path, monkeypatch):
+    estimates = [tmp_path / name for name in ("one", "two")]
+    for run in estimates:
+        assert main(["estimate", str(posterior[0]), "--family", FAMILY, "--out", str(run)]) == 0
+
+    def computed(*_):
+        raise AssertionError("estimated again")
+
+    monkeypatch.setattr("rkl.bayes.run.bayes_act", computed)
+    paths = [*map(str, estimates)]
+    assert main(["compare", *paths, "--out", str(tmp_path / "both.html")]) == 0
+    assert (tmp_path / "both.html").read_text("utf-8").count("posterior median") > 2
+    (estimates[1] / "marginals.npz").write_bytes(b"torn")
+    assert main(["report", *paths, "--out", str(tmp_path / "torn.html")]) == 2
+    (estimates[1] / "report.json").unlink()
+    assert main(["report", *paths, "--out", str(tmp_path / "torn.html")]) == 2
+    assert not (tmp_path / "torn.html").exists()
+
+
+def test_two_runs_are_compared_by_the_variables_and_not_by_their_aliases(
+    posterior, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    assert main(["estimate", str(posterior[0]), "--family", FAMILY, "--out", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(run)]) == 0
+    words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    assert words == ["Bayes", "parameter", "loss", "mu", "sigma"]
+
+
+def test_a_run_is_judged_by_other_draws(posterior, tmp_path, capsys):
+    file, drawn = posterior
+    run, other = tmp_path / "run", tmp_path / "other.nc"
+    assert main(["estimate", str(file), "--family", FAMILY, "--out", str(run)]) == 0
+    shifted = {"mu": drawn["mu"] + 1, "sigma": drawn["sigma"]}
+    named = {name: (("chain", "draw"), x) for name, x in shifted.items()}
+    xr.Dataset(named).to_netcdf(other, engine="h5netcdf")
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--posterior", str(other)]) == 0
+    said = {x.split()[0]: x.split() for x in capsys.readouterr().out.splitlines() if x}
+    precision = (drawn["sigma"] ** -2).mean()  # the act's, so that a shift of 1 costs half of it
+    assert float(said["as"][-1]) == pytest.approx(precision / 2, rel=1e-3)
+    assert float(said["of"][-1]) == 0
+    assert main(["evaluate", str(run)]) == 2
+    assert "--posterior must be given" in capsys.readouterr().err
+
+
+def test_the_losses_of_the_comparison_are_chosen(posterior, capsys):
+    found = json_of(
+        [posterior[0], "--family", FAMILY, "--losses", "squared-hellinger", "kl"], capsys
+    )
+    excess = [name for name in found["comparison"]["columns"] if name.startswith("excess")]
+    assert excess == [
+        "excess SquaredHellinger() (nats)",
+        "excess forward KL (nats)",
+        "excess reverse KL (nats)",
+    ]
+
+
 @pytest.mark.slow
 def test_runs_under_two_divergences_are_compared(posterior, tmp_path, capsys):
     runs = [tmp_path / name for name in ("reverse-kl", "kl")]

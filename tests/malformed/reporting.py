@@ -1,6 +1,7 @@
 """What runs that estimate, and the command that makes them, must refuse."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from folders import of_runs
@@ -9,7 +10,9 @@ from subjects import ABSENT, Subject, command, fault
 
 from rkl.bayes import (
     EstimateSettings,
+    EvaluateSettings,
     compare_runs,
+    evaluate_run,
     load_run,
     report_runs,
 )
@@ -40,6 +43,7 @@ OF_ESTIMATE = [
     fault("settings.family", "unknown", "abnormal(loc=mu)", named="'abnormal"),
     fault("settings.family", "an unknown variable", "poisson(rate=tau)", "sigma", named="tau"),
     fault("settings.divergence", "unknown", "unheard-of", named="unheard-of"),
+    fault("settings.losses", "unknown", ("unheard-of",), named="unheard-of"),
     fault("settings.divergence", "of settings", "intrinsic(a=1)", named="'a'"),
     fault("settings.log_posterior", "unknown", "lp", "mu, sigma", named="'lp'"),
     fault("settings.weights", "unknown", "w", "mu, sigma", named="'w'"),
@@ -79,6 +83,26 @@ RUNNING = [
         load_run,
         lambda: {"path": "estimated"},
         [*of_runs(), fault("path", "of another kind", "run", "'distill'")],
+    ),
+    Subject(
+        "bayes.EvaluateSettings",
+        lambda posterior: EvaluateSettings(Path(posterior)),
+        lambda: {"posterior": "posterior.nc"},
+        [],
+    ),
+    Subject(
+        "bayes.evaluate_run",
+        lambda path, posterior: evaluate_run(path, EvaluateSettings(Path(posterior))),
+        lambda: {"path": "estimated", "posterior": "posterior.nc"},
+        [
+            *of_runs(),
+            fault("path", "of another kind", "run", "'distill'"),
+            fault("path", "not finished", "unestimated", "not finished"),
+            *(
+                fault("posterior", kind, path, *says, named=says[0])
+                for kind, path, *says in OF_FILES
+            ),
+        ],
     ),
     Subject(
         "bayes.compare_runs",

@@ -13,7 +13,8 @@ _HOMES = {
     "partitions": "PartitionAct partition_act",
     "projection": "Projection project",
     "regions": "Region",
-    "run": "EstimateSettings Estimated compare_runs load_run report_runs",
+    "run": "EstimateSettings Estimated EvaluateSettings compare_runs evaluate_run load_run "
+    "report_runs",
     "tables": "Table",
 }
 _HOME = {

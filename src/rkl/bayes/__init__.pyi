@@ -19,7 +19,9 @@ from rkl.bayes.projection import project as project
 from rkl.bayes.regions import Region as Region
 from rkl.bayes.run import Estimated as Estimated
 from rkl.bayes.run import EstimateSettings as EstimateSettings
+from rkl.bayes.run import EvaluateSettings as EvaluateSettings
 from rkl.bayes.run import compare_runs as compare_runs
+from rkl.bayes.run import evaluate_run as evaluate_run
 from rkl.bayes.run import load_run as load_run
 from rkl.bayes.run import report_runs as report_runs
 from rkl.bayes.tables import Table as Table

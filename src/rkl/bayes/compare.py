@@ -71,15 +71,16 @@ def compare(
                 found[name] = answer(again)
             except ValueError as error:
                 notes.append(f"{name} is left out: {error}")
-    candidates = {name: _variables(one) for name, one in found.items()}
-    judges = {name: _excess(one) for name, one in found.items()}
+    candidates = {name: variables_of(one) for name, one in found.items()}
+    judges = {name: excess_over(one) for name, one in found.items()}
     candidates |= {"posterior mean": means_of(question), "posterior median": _medians(question)}
     densest, told = modes(question, log_posterior)
     candidates |= densest
-    return _table(question, candidates, judges, (*notes, *told))
+    return side_by_side(question, candidates, judges, (*notes, *told))
 
 
-def _variables(estimate: Estimate) -> Variables:
+def variables_of(estimate: Estimate) -> Variables:
+    """The variables of the posterior at the act."""
     return {name: estimate.act[name] for name in estimate.question.model.names}
 
 
@@ -99,9 +100,9 @@ def _name_of(divergence: AnyLoss, other: str) -> str:
     return next((name for name, known in LOSSES.items() if known == divergence), other)
 
 
-def _excess(estimate: Estimate) -> LossOf:
+def excess_over(estimate: Estimate) -> LossOf:
     """The excess risk [*batch] over that of the act, and its error where it has one."""
-    question, act = estimate.question, _variables(estimate)
+    question, act = estimate.question, variables_of(estimate)
     if question.weights is not None:
         return _exact_excess(question, question.weights, act)
     least = question.losses(act)
@@ -147,11 +148,11 @@ def _medians(question: Question) -> Variables:
     return found
 
 
-def _table(
+def side_by_side(
     question: Question,
     candidates: dict[str, Variables],
     judges: dict[str, LossOf],
-    notes: tuple[str, ...],
+    notes: tuple[str, ...] = (),
 ) -> Table:
     """One row for each estimate, and for each member of the batch."""
     batch = question.batch

@@ -11,7 +11,7 @@ from torch.distributions.transforms import Transform
 
 from rkl.bayes.acts import answer
 from rkl.bayes.averages import equal_weight
-from rkl.bayes.compare import means_of
+from rkl.bayes.compare import means_of, variables_of
 from rkl.bayes.draws import Draws
 from rkl.bayes.estimate import Estimate
 from rkl.bayes.generic import generic_act, laws_of
@@ -101,7 +101,7 @@ def _of_parameters(
 
     sides = estimate.region(PROB).inside != again.region(PROB).inside
     rows: list[tuple[Cell, ...]] = [
-        ("act", moved(_variables(estimate), _variables(again))),
+        ("act", moved(variables_of(estimate), variables_of(again))),
         ("region of the act (share of draws that change sides)", sides.double().mean().item()),
         ("posterior mean", moved(means_of(question), means_of(renamed))),
         ("interval of highest density", moved(*_intervals(question, renamed, bijection))),
@@ -181,10 +181,10 @@ def _of_data(estimate: Estimate, transform: Transform) -> Table:
     renamed = dataclasses.replace(
         question, model=Model(f"{model.text}, renamed", model.names, make, events=model.events)
     )
-    before, again = _variables(estimate), answer(renamed)
+    before, again = variables_of(estimate), answer(renamed)
     sides = estimate.region(PROB).inside != again.region(PROB).inside
     rows: list[tuple[Cell, ...]] = [
-        ("act", _moved(question, before, _variables(again))),
+        ("act", _moved(question, before, variables_of(again))),
         ("region of the act (share of draws that change sides)", sides.double().mean().item()),
     ]
     integrated = _integrated(renamed)
@@ -206,10 +206,6 @@ def _integrated(question: Question) -> Variables | None:
     return generic_act(
         question.theta, question.model.law, question.divergence, weights=weights, nodes=nodes
     ).theta
-
-
-def _variables(estimate: Estimate) -> Variables:
-    return {name: estimate.act[name] for name in estimate.question.model.names}
 
 
 def _spelt(transform: Transform) -> str:

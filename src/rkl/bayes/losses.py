@@ -85,7 +85,7 @@ def check_loss(divergence: Any) -> None:
         return
     advice = ""
     with contextlib.suppress(TypeError, ValueError):
-        made = divergence() if isinstance(divergence, type) else parse_loss(divergence)
+        made = divergence() if isinstance(divergence, type) else parse_loss(str(divergence))
         advice = f"; write {made!r}"
     raise TypeError(
         f"divergence must be one, such as rkl.ReverseKL(); got {divergence!r}{advice}."

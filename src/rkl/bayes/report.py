@@ -1,25 +1,87 @@
 """The report of one estimate or several: the posterior, what is reported of it, what it costs."""
 
+import io
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rkl.bayes.estimate import Estimate, elements
 from rkl.bayes.tables import Table
+from rkl.runs import write_atomic, write_json
 
 if TYPE_CHECKING:
-    from rkl.bayes.run import Estimated
     from rkl.plots import Figure
     from rkl.report import Block, Section
 
 PANELS = 6  # marginals that are drawn
 DRAWN = 20_000  # draws that a histogram is made of
+KEPT, MARGINALS = "report.json", "marginals.npz"
+TABLES = ("act", "region", "comparison")
 
 
-def page(found: Mapping[str, "Estimated"], records: Sequence[Mapping[str, Any]]) -> str:
+@dataclass(frozen=True)
+class Shown:
+    """What a report shows of an estimate, and what a run keeps of it for that.
+
+    Attributes:
+        lead: The family and the loss.
+        act: The act and its risk.
+        region: The ranges of the region.
+        comparison: The act beside other estimates.
+        marginals: Some draws of some numbers, by name.
+    """
+
+    lead: str
+    act: Table
+    region: Table
+    comparison: Table
+    marginals: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, estimate: Estimate, region: Table, comparison: Table) -> "Shown":
+        """What is shown of an estimate."""
+        lead = f"{estimate.family} under {estimate.divergence}."
+        return cls(lead, estimate.table(), region, comparison, _marginals(estimate))
+
+    def write(self, folder: Path) -> None:
+        """Keep it in a run."""
+        tables = {name: getattr(self, name).to_dict() for name in TABLES}
+        write_json(folder / KEPT, {"lead": self.lead, **tables})
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **self.marginals)
+        write_atomic(folder / MARGINALS, buffer.getvalue())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Shown":
+        """What a run kept.
+
+        Raises:
+            FileNotFoundError: It kept nothing, for it was not finished.
+            ValueError: A file cannot be read.
+        """
+        for path in (folder / KEPT, folder / MARGINALS):
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"path: {folder} has no {path.name}: the run was not finished."
+                )
+        try:
+            kept = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+            tables = {name: Table.of(kept[name]) for name in TABLES}
+            with np.load(folder / MARGINALS, allow_pickle=False) as arrays:
+                return cls(lead=kept["lead"], marginals=dict(arrays), **tables)
+        except (BadZipFile, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"path: what {folder} kept cannot be read: {error}.") from error
+
+
+def page(found: Mapping[str, Shown], records: Sequence[Mapping[str, Any]]) -> str:
     """The report as HTML."""
     from rkl.report import Section, Settings, render
 
@@ -30,8 +92,7 @@ def page(found: Mapping[str, "Estimated"], records: Sequence[Mapping[str, Any]])
     kept = {name: dict(record) for name, record in zip(found, records, strict=True)}
     values = next(iter(kept.values())) if len(kept) == 1 else kept
     sections.append(Section("Settings", blocks=[Settings(values)]))
-    first = next(iter(found.values())).estimate
-    lead = f"{first.family} under {first.divergence}." if len(found) == 1 else ""
+    lead = next(iter(found.values())).lead if len(found) == 1 else ""
     return render("Which number to report", sections, lead=lead)
 
 
@@ -39,13 +100,17 @@ def posterior_figure(
     estimate: Estimate, comparison: Table | None = None, region: Any = None
 ) -> "Figure":
     """Every marginal posterior, up to six, with the acts marked and the region shaded."""
+    acts = {"act": estimate.act} if comparison is None else comparison.acts
+    return _figure(_marginals(estimate), acts, None if region is None else region.table())
+
+
+def _figure(marginals: Mapping[str, Any], acts: Mapping[str, Any], region: Table | None):
     from rkl.plots import posterior
 
-    shown = dict(list(_marginals(estimate).items())[:PANELS])
-    acts = {"act": estimate.act} if comparison is None else comparison.acts
+    shown = dict(list(marginals.items())[:PANELS])
     marks = {name: _numbers(values) for name, values in acts.items()}
-    ranges = {} if region is None else _ranges(region, shown)
-    return posterior(shown, marks, regions=ranges)
+    ends: Any = {} if region is None else {row[0]: row[1:] for row in region.rows}
+    return posterior(shown, marks, regions={name: ends[name] for name in shown if name in ends})
 
 
 def _marginals(estimate: Estimate) -> dict[str, Any]:
@@ -70,24 +135,19 @@ def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
     return found
 
 
-def _ranges(region: Any, shown: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    low, high = (_numbers({name: ends[i] for name, ends in region.ranges.items()}) for i in (0, 1))
-    return {name: (low[name], high[name]) for name in shown if name in low and name in high}
-
-
-def _section(title: str, it: "Estimated") -> "Section":
+def _section(title: str, it: Shown) -> "Section":
     from rkl.report import Section, drawn
 
     blocks: list[Block] = [
-        _table(it.estimate.table()),
+        _table(it.act),
         drawn(
             "The posterior, and what is reported of it",
-            posterior_figure(it.estimate, it.comparison, it.region),
+            _figure(it.marginals, it.comparison.acts, it.region),
             "Grey: the draws of each parameter. Lines: the estimates. Shaded: the values that "
             "occur in the credible region, which holds the draws whose laws are closest to the "
             "reported one; it is the same region in every parametrisation.",
         ),
-        _table(it.region.table()),
+        _table(it.region),
         _table(it.comparison),
         *_bars(it.comparison),
     ]

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rkl.bayes.acts import bayes_act
+from rkl.bayes.compare import excess_over, side_by_side, variables_of
 from rkl.bayes.draws import read_draws
 from rkl.bayes.estimate import Estimate
 from rkl.bayes.losses import AnyLoss, parse_loss
 from rkl.bayes.regions import Region
+from rkl.bayes.report import Shown, page
 from rkl.bayes.tables import Table
 from rkl.runs import Run, write_json
 
@@ -31,6 +34,8 @@ class EstimateSettings:
             "normal(loc=mu, scale=sigma)".
         divergence: Loss between a draw's law and the reported one: a divergence, or intrinsic.
         prob: Posterior probability of the credible region.
+        losses: Losses of the comparison, such as js intrinsic; by default five, without what takes
+            minutes.
         log_posterior: Variable that holds the log posterior density of each draw, such as lp;
             without it there is no posterior mode to compare with.
         weights: Variable that holds the weight of each draw, if they are weighted.
@@ -43,6 +48,7 @@ class EstimateSettings:
     family: str = field(metadata={"metavar": "LAW"})
     divergence: str = field(default="reverse-kl", metadata={"metavar": "D"})
     prob: float = field(default=0.9, metadata={"metavar": "P"})
+    losses: tuple[str, ...] = field(default=(), metadata={"metavar": "D"})
     log_posterior: str | None = field(default=None, metadata={"metavar": "NAME"})
     weights: str | None = field(default=None, metadata={"metavar": "NAME"})
     design: Path | None = field(default=None, metadata={"metavar": "FILE"})
@@ -116,14 +122,17 @@ def estimate(
     }
     run = Run.create(out, "bayes", kept, seed=settings.seed, overwrite=overwrite)
     with run.running():
+        Shown.of(found.estimate, found.region.table(), found.comparison).write(run.path)
         write_json(run.path / RESULT, found.to_dict())
-    return dataclasses.replace(found, report=_report({run.path.name: found}, run))
+    return dataclasses.replace(found, report=report_runs([run.path]))
 
 
 def answer(settings: EstimateSettings) -> Estimated:
     """The estimate, compared and with its region; nothing is written."""
+    losses = [parse_loss(text) for text in settings.losses] or None
     made = _act(settings)
-    return Estimated(made, made.compare(settings.log_posterior), made.region(settings.prob))
+    compared = made.compare(settings.log_posterior, losses)
+    return Estimated(made, compared, made.region(settings.prob))
 
 
 def _act(settings: EstimateSettings) -> Estimate:
@@ -139,10 +148,45 @@ def load_run(path: str | os.PathLike) -> Estimate:
     return _act(_settings(Run.open(path)))
 
 
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What ``rkl evaluate`` is told of an estimate.
+
+    Args:
+        posterior: Other draws of the same variables: of another model, or of later data.
+    """
+
+    posterior: Path
+    seed: int = 0
+    device: str = "cpu"
+
+
+def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Table:
+    """What was reported, judged by other draws: by how much their own act would be better."""
+    run = Run.open(path)
+    there = dataclasses.replace(
+        _settings(run), posterior=settings.posterior, seed=settings.seed, device=settings.device
+    )
+    kept = _result(run)["estimate"]["act"]
+    own = _act(there)
+    reported = {
+        name: torch.tensor(kept[name]["value"], dtype=torch.float64)
+        for name in own.question.model.names
+    }
+    for name, value in reported.items():
+        if value.shape != own.act[name].shape:
+            raise ValueError(
+                f"posterior must hold {name} as the run's did, {list(value.shape)}; "
+                f"got {list(own.act[name].shape)}."
+            )
+    candidates = {"as reported": reported, "of these draws": variables_of(own)}
+    return side_by_side(own.question, candidates, {str(own.divergence): excess_over(own)})
+
+
 def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> str:
     """The acts of several runs in one table, and with ``out`` in one report."""
     results = {str(run.path): _result(run) for run in _opened(paths)}
-    names = dict.fromkeys(n for it in results.values() for n in it["estimate"]["act"])
+    names = dict.fromkeys(n for it in results.values() for n in it["estimate"]["variables"])
     rows = []
     for name in names:
         cells = [it["estimate"]["act"].get(name) for it in results.values()]
@@ -152,27 +196,20 @@ def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | No
     table = Table("Bayes acts", ("parameter", *results), [("loss", *losses), *rows])
     if out is None:
         return str(table)
-    runs = {name: Run.open(name) for name in results}
-    found = {name: answer(_settings(run)) for name, run in runs.items()}
-    return f"{table}\n\nThe report: {_report(found, *runs.values(), out=Path(out))}"
+    return f"{table}\n\nThe report: {report_runs(paths, out)}"
 
 
 def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
-    """Write the report of one run or several, a single HTML file."""
+    """Write the report of one run or several, a single HTML file, of what they kept."""
+    from rkl.report import write
+
     runs = _opened(paths)
     if out is None and len(runs) > 1:
         raise ValueError(f"out must say where the report of {len(runs)} runs goes.")
-    found = {str(run.path): answer(_settings(run)) for run in runs}
-    return _report(found, *runs, out=None if out is None else Path(out))
-
-
-def _report(found: dict[str, Estimated], *runs: Run, out: Path | None = None) -> Path:
-    from rkl.bayes.report import page
-    from rkl.report import write
-
-    out = out or runs[0].path / "report.html"
-    write(out, page(found, [run.record for run in runs]))
-    return out
+    found = {str(run.path): Shown.read(run.path) for run in runs}
+    place = runs[0].path / "report.html" if out is None else Path(out)
+    write(place, page(found, [run.record for run in runs]))
+    return place
 
 
 def _opened(paths: Sequence[str | os.PathLike]) -> list[Run]:
@@ -196,6 +233,7 @@ def _settings(run: Run) -> EstimateSettings:
     kept = dict(run.settings)
     for name in ("posterior", "design"):
         kept[name] = None if kept[name] is None else Path(kept[name])
+    kept["losses"] = tuple(kept["losses"])
     return EstimateSettings(**kept)
 
 

@@ -73,6 +73,16 @@ class Table:
             "acts": {name: written(act) for name, act in self.acts.items()},
         }
 
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> "Table":
+        """The table that ``to_dict`` was made of."""
+        rows = [tuple(tuple(c) if isinstance(c, list) else c for c in row) for row in kept["rows"]]
+        acts = {
+            name: {key: torch.tensor(x, dtype=torch.float64) for key, x in act.items()}
+            for name, act in kept["acts"].items()
+        }
+        return cls(kept["title"], kept["columns"], rows, kept["notes"], acts)
+
     def to_dataframe(self) -> Any:
         """A data frame of pandas; a value with an error becomes two columns.
 

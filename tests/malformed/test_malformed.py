@@ -10,6 +10,7 @@ import chains_of_flows
 import core
 import distilling
 import estimating
+import fitting
 import folders
 import measures
 import nearness
@@ -18,6 +19,7 @@ import program
 import pytest
 import reading
 import reporting
+import targets
 import torch
 import world
 from subjects import DELIBERATE, UsageError
@@ -40,6 +42,7 @@ PARTS = (
     program,
     nearness,
     chains_of_flows,
+    fitting,
 )
 SUBJECTS = [it for part in PARTS for it in part.SUBJECTS]
 CASES = [(subject, fault) for subject in SUBJECTS for fault in subject.faults]

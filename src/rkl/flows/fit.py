@@ -308,10 +308,10 @@ class _Problem:
             return self.guard.score(moment, condition, self.method.draws)
 
     def final_critic(self, steps: int) -> ScaledCritic:
-        """The critic of the flow that was kept, trained on for a tenth of the steps."""
+        """The critic of the flow that was kept, trained on for a tenth of the steps, or more."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed + 3)
-            count = max(200, steps // 10)
+            count = max(50, steps // (10 if self.guided else 3))
             for step in range(count):
                 value, condition = self._batch()
                 drawn = self._draws(condition, len(value))

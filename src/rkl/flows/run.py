@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rkl.divergences import FDivergence, parse
+from rkl.divergences.base import number
 from rkl.flows.architectures import Architecture, Scaled, catalogue, latent
 from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data, read_data
@@ -72,6 +73,9 @@ class FitSettings:
         object.__setattr__(self, "data", Path(self.data))
         if self.steps is not None and self.minutes is not None:
             raise ValueError(f"one of steps and minutes; got {self.steps} and {self.minutes}.")
+        for name in ("steps", "minutes", "lr"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), above=0)
         _ = self.method, self.architecture, self.chosen
 
     @property
@@ -349,7 +353,9 @@ def _load(path: str | os.PathLike) -> tuple[Scaled, ScaledCritic | None, tuple[s
         raise ValueError(f"path: {path} is a run of kind {run.kind!r}; expected 'flows'.")
     if not (run.path / WEIGHTS).exists():
         raise FileNotFoundError(f"path: {path} has no {WEIGHTS}: the run was not finished.")
-    state, settings = load_state(run.path / WEIGHTS), FitSettings(**run.settings)
+    state = load_state(run.path / WEIGHTS)
+    kept: dict[str, Any] = run.settings | {"data": Path(run.settings["data"])}
+    settings = FitSettings(**kept)
     shape, classes = tuple(state["shift"].shape), tuple(state["classes"])
     inner = settings.architecture.build(shape, len(classes))
     flow = Scaled(inner, state["shift"], torch.ones_like(state["shift"]))

@@ -260,7 +260,11 @@ class _Loop:
 
     def resume(self) -> None:
         """Go on from the checkpoint of the run, if there is one."""
-        if self.run is None or not (self.run.path / CHECKPOINT).exists():
+        if self.run is None:
+            return
+        if not (self.run.path / CHECKPOINT).exists():
+            if self.run.metrics:  # a row is written before its checkpoint
+                self.run.rewind(0)
             return
         state = load_state(self.run.path / CHECKPOINT)
         self.flow.load_state_dict(state["flow"])

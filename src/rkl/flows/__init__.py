@@ -9,7 +9,7 @@ _HOMES: dict[str, str] = {
     "data": "Data read_data",
     "fit": "Fit Method fit_to_samples",
     "importance": "Importance Thermodynamics expectation reweight thermodynamics",
-    "lattice": "CoarseToFine",
+    "lattice": "CheckerboardRealNVP CoarseToFine",
     "mcmc": (
         "HeatBath Metropolis RandomWalk Walk Wolff annealed_importance markov_chain mbar "
         "thermodynamic_integration"

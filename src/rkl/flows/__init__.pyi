@@ -20,6 +20,7 @@ from rkl.flows.importance import Thermodynamics as Thermodynamics
 from rkl.flows.importance import expectation as expectation
 from rkl.flows.importance import reweight as reweight
 from rkl.flows.importance import thermodynamics as thermodynamics
+from rkl.flows.lattice import CheckerboardRealNVP as CheckerboardRealNVP
 from rkl.flows.lattice import CoarseToFine as CoarseToFine
 from rkl.flows.mcmc import HeatBath as HeatBath
 from rkl.flows.mcmc import Metropolis as Metropolis

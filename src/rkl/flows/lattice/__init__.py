@@ -1,5 +1,6 @@
-"""Flows of angles on periodic square lattices."""
+"""Flows of fields and angles on periodic square lattices."""
 
 from rkl.flows.lattice.coarse_to_fine import CoarseToFine, LatticeFlow, LatticeLaw
+from rkl.flows.lattice.realnvp import CheckerboardRealNVP
 
-__all__ = ["CoarseToFine", "LatticeFlow", "LatticeLaw"]
+__all__ = ["CheckerboardRealNVP", "CoarseToFine", "LatticeFlow", "LatticeLaw"]

@@ -1,0 +1,123 @@
+"""The RealNVP on checkerboards of AdvNF, the baseline that our lattice flow is compared with."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from rkl.divergences.base import number
+from rkl.flows.architectures import Architecture
+from rkl.flows.architectures.base import Flow
+
+
+@dataclass(frozen=True)
+class CheckerboardRealNVP(Architecture):
+    """Affine couplings by periodic convolutions, in turn on the two colours of a checkerboard.
+
+    As AdvNF has it, angles are the sigmoid of the latents: the circle is cut open, and no
+    rotation is a symmetry. With 64 filters it has 314,384 parameters, and took its authors more
+    steps than 300 hours of two cores hold; with 16 it has 23,312. On the line, as for φ⁴, the
+    sigmoid is left out.
+
+    Source: V. Kanaujia et al. (2024), arXiv 2401.15948, section 3, and the code beside it.
+
+    Args:
+        couplings: Number of couplings.
+        filters: Channels of each of two hidden convolutions.
+        circle: Whether the events are angles.
+
+    >>> flow = CheckerboardRealNVP(filters=16).build((64,), conditions=1)
+    >>> sum(p.numel() for p in flow.parameters())
+    23312
+    """
+
+    couplings: int = 8
+    filters: int = 64
+    circle: bool = True
+
+    def __post_init__(self):
+        number("couplings", self.couplings, at_least=1)
+        number("filters", self.filters, at_least=1)
+
+    def build(self, event_shape: tuple[int, ...], conditions: int = 0) -> "Checkerboards":
+        side = math.isqrt(math.prod(event_shape))
+        if len(event_shape) != 1 or side**2 != event_shape[0] or side % 2:
+            raise ValueError(
+                "event_shape must be (side²,) of an even side, for a checkerboard; "
+                f"got {tuple(event_shape)}."
+            )
+        return Checkerboards(self, side, conditions)
+
+
+class Checkerboards(Flow):
+    """What :class:`CheckerboardRealNVP` builds."""
+
+    parity: Tensor
+
+    def __init__(self, architecture: CheckerboardRealNVP, side: int, conditions: int):
+        super().__init__((side**2,), conditions)
+        self.side, self.circle = side, architecture.circle
+        places = torch.arange(side)
+        self.register_buffer("parity", ((places[:, None] + places) % 2).float()[None, None])
+        self.couplings = nn.ModuleList(
+            _convolutions(1 + conditions, architecture.filters)
+            for _ in range(architecture.couplings)
+        )
+
+    def encode(self, value, condition):
+        if not self.circle:
+            return self._encode(value, condition)
+        share = torch.remainder(value + math.pi, 2 * math.pi) / (2 * math.pi)
+        opened = torch.logit(share, eps=torch.finfo(value.dtype).eps)  # finite at the cut
+        latent, log_jacobian = self._encode(opened, condition)
+        return latent, log_jacobian - self._log_slope(opened)
+
+    def decode(self, latent, condition):
+        field, total = self._field(latent), 0.0
+        for k, coupling in enumerate(self.couplings):
+            frozen, scale, shift = self._step(k, coupling, field, condition)
+            field = frozen * field + (1 - frozen) * (field * scale.exp() + shift)
+            total = total + scale.sum((1, 2, 3))
+        value, log_jacobian = self._shaped(field, total, latent.shape)
+        if not self.circle:
+            return value, log_jacobian
+        log_jacobian = log_jacobian + self._log_slope(value)
+        return 2 * math.pi * torch.sigmoid(value) - math.pi, log_jacobian
+
+    def _encode(self, value, condition):
+        field, total = self._field(value), 0.0
+        for k in reversed(range(len(self.couplings))):
+            frozen, scale, shift = self._step(k, self.couplings[k], field, condition)
+            field = frozen * field + (1 - frozen) * (field - shift) * (-scale).exp()
+            total = total - scale.sum((1, 2, 3))
+        return self._shaped(field, total, value.shape)
+
+    def _log_slope(self, opened: Tensor) -> Tensor:
+        """Log of dθ/dy for θ = 2π sigmoid(y) − π, over all sites."""
+        return (logsigmoid(opened) + logsigmoid(-opened) + math.log(2 * math.pi)).sum(-1)
+
+    def _field(self, value: Tensor) -> Tensor:
+        return value.reshape(-1, 1, self.side, self.side)
+
+    def _shaped(self, field, total, shape):
+        return field.reshape(shape), total.reshape(shape[:-1])
+
+    def _step(self, k: int, coupling: nn.Module, field: Tensor, condition: Tensor | None):
+        """Which sites stay, and by how much the others are scaled (in logs) and shifted."""
+        frozen = self.parity if k % 2 else 1 - self.parity
+        seen = [frozen * field]
+        if condition is not None:
+            flat = condition.reshape(len(field), -1, 1, 1)
+            seen.append(flat.expand(-1, -1, self.side, self.side))
+        scale, shift = coupling(torch.cat(seen, 1)).chunk(2, 1)
+        return frozen, (1 - frozen) * scale.tanh(), shift
+
+
+def _convolutions(channels: int, filters: int) -> nn.Sequential:
+    def convolution(before, after):
+        return nn.Conv2d(before, after, 3, padding=1, padding_mode="circular")
+
+    layers = convolution(channels, filters), nn.ReLU(), convolution(filters, filters), nn.ReLU()
+    return nn.Sequential(*layers, convolution(filters, 2))

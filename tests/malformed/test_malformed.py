@@ -43,6 +43,7 @@ PARTS = (
     nearness,
     chains_of_flows,
     fitting,
+    targets,
 )
 SUBJECTS = [it for part in PARTS for it in part.SUBJECTS]
 CASES = [(subject, fault) for subject in SUBJECTS for fault in subject.faults]

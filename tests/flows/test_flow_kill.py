@@ -1,0 +1,22 @@
+"""A fit killed inside any of its writes leaves nothing torn, and goes on to the same bits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("function", ["replace", "fsync"])
+def test_a_fit_killed_inside_a_write_goes_on_to_the_same_bits(function, tmp_path):
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("killed_fit.py"), tmp_path, function],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=580,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert int(done.stdout.split()[-1]) >= 5

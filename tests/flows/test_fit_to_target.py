@@ -1,7 +1,7 @@
 """Fitting to a target: gradients against closed forms, conditions, annealing, and refusals."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
@@ -16,6 +16,7 @@ from rkl.flows.objectives import Objective, Term
 from rkl.flows.target_fit import COLDEST, _Conditions, _Fitting, _Rows, fit_to_target
 from rkl.flows.targets import XY, Condition, GaussianMixture, MoG4, Target
 from rkl.flows.training import Moment
+from rkl.runs import Run
 
 
 class Gaussian(nn.Module):
@@ -215,3 +216,44 @@ def test_what_does_not_fit_is_refused(kind):
 def test_a_divergence_that_needs_log_z_is_taken_where_it_is_known():
     target = GaussianMixture(means=((0.0,), (1.0,)))
     fit_to_target(NSF(), target, objective=JensenShannon(), steps=1, batch=64)
+
+
+class StoppedError(Exception):
+    """Stands for whatever may interrupt a fit."""
+
+
+@dataclass(frozen=True)
+class Failing(MoG4):
+    """Stops everything at the call before which it is told to."""
+
+    calls: list = field(default_factory=list, compare=False)
+    stop_at: int | None = None
+
+    def log_prob(self, x, condition):
+        self.calls.append(None)
+        if len(self.calls) == self.stop_at:
+            raise StoppedError
+        return super().log_prob(x, condition)
+
+
+def test_an_interrupted_fit_goes_on_to_the_same_bits(tmp_path):
+    """With its critic and its inverse temperature."""
+    condition = torch.full((200, 1), 0.5)
+    torch.manual_seed(0)
+    data = (MoG4().sample(condition), condition)
+
+    def fitted(name, stop_at=None, resume=False):
+        run = Run.create(tmp_path / name, "flows", {}, seed=0, resume=resume)
+        settings = {"data": data, "anneal": True, "steps": 8, "batch": 64, "every": 2, "run": run}
+        flow = NSF(transforms=1, hidden=(8,))
+        return fit_to_target(flow, Failing(stop_at=stop_at), condition[:1], "advnf", **settings)
+
+    whole = fitted("whole")
+    with pytest.raises(StoppedError):
+        fitted("cut", stop_at=5)
+    resumed = fitted("cut", resume=True)
+    for a, b in zip(whole.flow.parameters(), resumed.flow.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [it["beta"] for it in whole.training.history] == [
+        it["beta"] for it in resumed.training.history
+    ]

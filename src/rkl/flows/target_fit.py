@@ -97,23 +97,23 @@ def fit_to_target(
     """
     chosen = _chosen(objective, target, data)
     given = _Conditions(target, conditions, strata)
-    fitted = _built(flow, target, seed)
     if anneal is None:
         anneal = target.domain == "line" and data is None
     draws = _draws(batch, given.count)
-    fitting = _Fitting(fitted, target, chosen, given, draws, anneal, data, critic)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fitted = _built(flow, target)
+        fitting = _Fitting(fitted, target, chosen, given, draws, anneal, data, critic)
     budget: dict[str, Any] = {"steps": steps, "minutes": minutes, "seed": seed, "every": every}
     also = fitting.stateful()
     done = train(fitted, fitting, lr=lr, clip=clip, ema=ema, also=also, run=run, **budget)
     return TargetFit(fitted, done)
 
 
-def _built(flow: Architecture | nn.Module, target: Target, seed: int) -> nn.Module:
+def _built(flow: Architecture | nn.Module, target: Target) -> nn.Module:
     if not isinstance(flow, Architecture):
         return flow
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return flow.build(target.event_shape, len(target.conditions))
+    return flow.build(target.event_shape, len(target.conditions))
 
 
 def _draws(batch: int, conditions: int) -> int:

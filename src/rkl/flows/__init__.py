@@ -7,6 +7,8 @@ _HOMES: dict[str, str] = {
     "critic": "Critic",
     "coverage": "Coverage Mode judge_coverage judge_ratios",
     "data": "Data read_data",
+    "evaluate": "condition_grid evaluate_on_target",
+    "evaluation": "Evaluation Reference",
     "fit": "Fit Method fit_to_samples",
     "importance": "Importance Thermodynamics expectation reweight thermodynamics",
     "lattice": "CheckerboardRealNVP CoarseToFine",

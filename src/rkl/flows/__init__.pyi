@@ -12,6 +12,10 @@ from rkl.flows.coverage import judge_ratios as judge_ratios
 from rkl.flows.critic import Critic as Critic
 from rkl.flows.data import Data as Data
 from rkl.flows.data import read_data as read_data
+from rkl.flows.evaluate import condition_grid as condition_grid
+from rkl.flows.evaluate import evaluate_on_target as evaluate_on_target
+from rkl.flows.evaluation import Evaluation as Evaluation
+from rkl.flows.evaluation import Reference as Reference
 from rkl.flows.fit import Fit as Fit
 from rkl.flows.fit import Method as Method
 from rkl.flows.fit import fit_to_samples as fit_to_samples
@@ -33,6 +37,9 @@ from rkl.flows.mcmc import mbar as mbar
 from rkl.flows.mcmc import thermodynamic_integration as thermodynamic_integration
 from rkl.flows.metropolis import Chain as Chain
 from rkl.flows.metropolis import independent_metropolis as independent_metropolis
+from rkl.flows.objectives import Objective as Objective
+from rkl.flows.objectives import Term as Term
+from rkl.flows.objectives import parse_objective as parse_objective
 from rkl.flows.observables import averages as averages
 from rkl.flows.observables import beside_held_out as beside_held_out
 from rkl.flows.observables import check_held_out as check_held_out
@@ -46,14 +53,11 @@ from rkl.flows.run import evaluate_run as evaluate_run
 from rkl.flows.run import load_critic as load_critic
 from rkl.flows.run import load_run as load_run
 from rkl.flows.run import sample_run as sample_run
+from rkl.flows.target_fit import TargetFit as TargetFit
+from rkl.flows.target_fit import fit_to_target as fit_to_target
 from rkl.flows.targets import Density as Density
 from rkl.flows.targets import Target as Target
 from rkl.flows.targets import parse_target as parse_target
 from rkl.flows.training import Moment as Moment
 from rkl.flows.training import Training as Training
 from rkl.flows.training import train as train
-from rkl.flows.objectives import Objective as Objective
-from rkl.flows.objectives import Term as Term
-from rkl.flows.objectives import parse_objective as parse_objective
-from rkl.flows.target_fit import TargetFit as TargetFit
-from rkl.flows.target_fit import fit_to_target as fit_to_target

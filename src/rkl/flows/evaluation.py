@@ -1,0 +1,235 @@
+"""What is known of a flow beside its target: figures with their errors, as text and as JSON."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rkl.flows.coverage import Coverage
+from rkl.flows.importance import Importance, Thermodynamics
+from rkl.flows.metropolis import Chain
+from rkl.flows.targets import Target
+from rkl.metrics import Mean, to_json
+from rkl.metrics.chains import ess
+from rkl.metrics.written import parenthesised
+
+REASONS = 12  # of failed coverage that are printed
+UNITS = {"specific_heat": "k_B per site", "susceptibility": "per J and site"}
+
+Values = dict[str, Float[Tensor, "rows chains draws"]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Draws of the target that owe nothing to the flow, [rows, chains, draws].
+
+    Attributes:
+        x: The draws.
+        values: The observables of each.
+        averages: Their means, with errors.
+        source: Where they come from.
+        seconds: What they took.
+    """
+
+    x: Float[Tensor, "rows chains draws *event"]
+    values: Values
+    averages: dict[str, Mean]
+    source: str
+    seconds: float
+
+    @property
+    def effective(self) -> dict[str, Tensor]:
+        """Effective number of draws for each observable, [rows]."""
+        return _effective(self.values)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A flow beside its target, under several conditions.
+
+    Attributes:
+        target: The target.
+        condition: The conditions, one a row.
+        weights: What the log-ratios of independent draws say, never pooled over conditions.
+        thermodynamics: log Z, F, S and ⟨E⟩; for targets without a temperature T = 1, E = −log p.
+        chain: What independent Metropolis made of the flow.
+        values: The observables along the chain.
+        averages: Their means after the correction, with errors.
+        coverage: Whether the flow reaches all of the target, row by row.
+        beside: AdvNF's figures beside draws that the flow has not seen, row by row; else empty.
+        reference: Draws that owe nothing to the flow, if they were asked for.
+        seconds: What the chain took.
+    """
+
+    target: Target
+    condition: Float[Tensor, "rows conditions"]
+    weights: Importance
+    thermodynamics: Thermodynamics
+    chain: Chain
+    values: Values
+    averages: dict[str, Mean]
+    coverage: tuple[Coverage, ...]
+    beside: tuple[dict[str, Mean], ...]
+    reference: Reference | None
+    seconds: float
+
+    @property
+    def effective(self) -> dict[str, Tensor]:
+        """Effective number of draws of the chain for each observable, [rows]."""
+        return _effective(self.values)
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the target is covered under every condition; None where it is not known."""
+        verdicts = {it.passed for it in self.coverage}
+        return False if False in verdicts else None if None in verdicts else True
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why coverage failed, each with its condition."""
+        pairs = zip(self.conditions(), self.coverage, strict=True)
+        return [f"{at}: {reason}" for at, it in pairs for reason in it.reasons]
+
+    def conditions(self) -> list[str]:
+        """Each condition as text: T = 0.9 J."""
+        named = self.target.conditions
+        return [
+            ", ".join(
+                f"{it.name} = {value:.4g} {it.unit}".rstrip()
+                for it, value in zip(named, row, strict=True)
+            )
+            for row in self.condition.tolist()
+        ] or ["all"]
+
+    def deviations(self) -> dict[str, Float[Tensor, " rows"]]:
+        """By how many standard errors each average differs from the reference's."""
+        if self.reference is None:
+            return {}
+        pairs = {name: (it, self.reference.averages[name]) for name, it in self.averages.items()}
+        found = {}
+        for name, (a, b) in pairs.items():
+            apart, error = a.value - b.value, torch.hypot(a.error, b.error)
+            found[name] = torch.where(apart == 0, 0.0, apart / error)
+        return found
+
+    def units(self) -> dict[str, str]:
+        """The unit of each average that has one."""
+        return {**self.target.units, **UNITS}
+
+    def __str__(self) -> str:
+        return "\n".join(_written(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as JSON can hold them."""
+        thermal = self.thermodynamics
+        named = "log_z", "energy", "free_energy", "entropy", "heat_capacity"
+        return {
+            "target": repr(self.target),
+            "conditions": [it._asdict() for it in self.target.conditions],
+            "condition": self.condition.tolist(),
+            "passed": self.passed,
+            "weights": self.weights.to_dict(),
+            "thermodynamics": {name: to_json(getattr(thermal, name)) for name in named},
+            "averages": {name: to_json(it) for name, it in self.averages.items()},
+            "acceptance": self.chain.acceptance.tolist(),
+            "longest_sojourn": self.chain.sojourn.tolist(),
+            "failed": self.chain.failed.tolist(),
+            "effective": {name: it.tolist() for name, it in self.effective.items()},
+            "seconds": self.seconds,
+            "coverage": [it.to_dict() for it in self.coverage],
+            "beside": [{name: to_json(it) for name, it in row.items()} for row in self.beside],
+            "reference": None if self.reference is None else _of_reference(self),
+        }
+
+
+def _effective(values: Values) -> dict[str, Tensor]:
+    return {name: ess(it.movedim(0, -1)) for name, it in values.items()}
+
+
+def _of_reference(found: Evaluation) -> dict[str, Any]:
+    drawn = found.reference
+    assert drawn is not None
+    return {
+        "source": drawn.source,
+        "averages": {name: to_json(it) for name, it in drawn.averages.items()},
+        "effective": {name: it.tolist() for name, it in drawn.effective.items()},
+        "seconds": drawn.seconds,
+        "deviations": {name: it.tolist() for name, it in found.deviations().items()},
+    }
+
+
+def _written(found: Evaluation) -> Iterator[str]:
+    chains, draws = found.chain.accepted.shape[-2:]
+    yield f"{found.target}: {chains} chains of {draws:,} draws under each condition"
+    yield "\nAfter Metropolis; errors in units of the last digit"
+    units = found.units()
+    heads = [f"{it} ({units[it]})" if it in units else it for it in found.averages]
+    yield from _columns(found, heads, list(found.averages.values()))
+    yield "\nThe flow itself, and what the weights of its draws give"
+    weights = found.weights
+    own = {"acceptance": weights.acceptance, "ESS": weights.ess, "v per site": weights.v}
+    own |= thermal_columns(found)
+    yield from _columns(found, list(own), list(own.values()))
+    yield ""
+    yield from _verdicts(found)
+
+
+def thermal_columns(found: Evaluation) -> dict[str, Mean]:
+    """Log Z, and with F and S per site, under names that say the unit."""
+    thermal, sites = found.thermodynamics, found.weights.sites
+    columns = {"log Z (nats)": thermal.log_z}
+    each = {"log Z/N (nats)": thermal.log_z}
+    if has_temperature(found.target):
+        unit = found.target.conditions[0].unit
+        each[f"F/N ({unit})" if unit else "F/N"] = thermal.free_energy
+    each["S/N (nats)"] = thermal.entropy
+    return columns | {name: Mean(it.value / sites, it.error / sites) for name, it in each.items()}
+
+
+def has_temperature(target: Target) -> bool:
+    """Whether p = exp(−E/T), as a target says that calls its first condition T."""
+    return bool(target.conditions) and target.conditions[0].name == "T"
+
+
+def _verdicts(found: Evaluation) -> Iterator[str]:
+    rows = len(found.coverage)
+    if found.passed is None:
+        yield found.coverage[0].verdict + "; --reference or --data gives some"
+    elif found.passed:
+        yield f"Covered under all {rows} conditions."
+    else:
+        failed = sum(it.passed is False for it in found.coverage)
+        yield f"NOT COVERED under {failed} of {rows} conditions:"
+        yield from (f"- {it}" for it in found.reasons[:REASONS])
+        if len(found.reasons) > REASONS:
+            yield f"- and {len(found.reasons) - REASONS} more."
+    yield from (f"Warning: {it}" for it in found.weights.warnings)
+    stuck = int(found.chain.failed.sum())
+    if stuck:
+        yield f"Warning: {stuck} conditions have a chain that never moved; they are no result."
+    for name, z in found.deviations().items():
+        rms = z.square().mean().sqrt().item()
+        assert found.reference is not None
+        yield f"{name} against {found.reference.source}: rms z = {rms:.2f}"
+
+
+def _columns(found: Evaluation, heads: list[str], means: list[Mean]) -> Iterator[str]:
+    cells = [
+        [parenthesised((v, e)) for v, e in zip(it.value.tolist(), it.error.tolist(), strict=True)]
+        for it in means
+    ]
+    above, below = zip(("", ""), *map(_over_unit, heads), strict=True)
+    columns = [found.conditions(), *cells]
+    lines = [above, below, *zip(*columns, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cut = [it.rjust(w) for it, w in zip(line[1:], widths[1:], strict=True)]
+        yield "  ".join([line[0].ljust(widths[0]), *cut]).rstrip()
+
+
+def _over_unit(head: str) -> tuple[str, str]:
+    name, _, unit = head.partition(" (")
+    return name, unit.rstrip(")")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rkl.bayes.families import ExponentialFamily, Natural
 from rkl.bayes.families.base import jacobian
-from rkl.divergences import KL, Divergence, Jeffreys, ReverseKL
-from rkl.divergences.base import weighted_terms
+from rkl.bayes.families.between import orders
+from rkl.divergences import Divergence
 
 CLOSE = 1e-22  # Newton decrement in nats at which an act is found
 STEPS, HALVINGS = 500, 40
@@ -30,14 +30,14 @@ class Weights(NamedTuple):
 def weights_of(divergence: Divergence) -> Weights | None:
     """The weights of a sum of KLs; None for any other divergence.
 
+    >>> from rkl.divergences import KL, Jeffreys
     >>> weights_of(0.25 * KL() + 0.5 * Jeffreys())
     Weights(reverse=0.5, forward=0.75)
     """
-    each = {ReverseKL: (1, 0), KL: (0, 1), Jeffreys: (1, 1)}
-    terms = [(weight, each.get(type(term))) for weight, term in weighted_terms(divergence)]
-    if any(kind is None for _, kind in terms):
+    known = orders(divergence)
+    if known is None or any(alpha not in (0, 1) for _, alpha in known):
         return None
-    return Weights(*(float(sum(w * k[i] for w, k in terms if k)) for i in (0, 1)))
+    return Weights(*(float(sum(w for w, alpha in known if alpha == i)) for i in (0, 1)))
 
 
 def balanced(

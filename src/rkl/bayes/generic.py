@@ -1,9 +1,11 @@
 """The Bayes act by optimisation, for any law and any divergence that its support allows."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -31,9 +33,10 @@ from rkl.divergences import Divergence, FDivergence
 QUICK = 2**16  # log-densities that the several starts look at, of a loss that needs every draw
 HELD = 2**18  # those that it is minimised over, before all draws are
 KINKED = 2**20  # the same for a loss with kinks, which only many draws smooth out
-ENOUGH = 1e-18  # decrement in nats at which steps over all draws end
+NEWTON, ENOUGH = 8, 1e-18  # steps over all draws, and the decrement in nats at which they end
 TAIL = 1e-3  # share of the expected loss that tails without mass may have
 CANDIDATES = 32  # draws of which the best are starts
+LawAt = Callable[[Tensor], Distribution]
 FEW = 32  # draws that tell whether the laws have a closed form between them
 
 
@@ -279,26 +282,12 @@ def _law(loss: PosteriorLoss, chart: Chart, coordinates: Tensor) -> Distribution
     return loss.laws.of(point)
 
 
-def _by_draw(loss, chart, point):
-    leaf = point.detach().requires_grad_()
-    with torch.enable_grad():
-        return loss.by_draw(_law(loss, chart, leaf), leaf)
-
-
 def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
-    weights, point, decrement = loss.laws.weights, minimum.point, minimum.decrement
-    losses, by_draw = _by_draw(loss, chart, point)
-    if held is not loss:
-        point, losses, by_draw, decrement = _on_all(loss, chart, minimum, losses, by_draw)
-    leaf = point.detach().requires_grad_()
-    with torch.enable_grad():
-        values = {name: x[0] for name, x in chart.point(leaf[None]).items()}
-        moves = {name: slopes(x.flatten(), leaf) for name, x in values.items()}
-    theta = {name: x.detach() for name, x in values.items()}
-    influence = -minimum.inverse(by_draw)
-    by_name = {
-        name: (influence @ moves[name].T).reshape(-1, *x.shape) for name, x in theta.items()
-    }
+    found = on_all(loss, functools.partial(_law, loss, chart), minimum, held is not loss)
+    point, losses = found.point, found.losses
+    theta, by_name = influences(
+        lambda t: {name: x[0] for name, x in chart.point(t[None]).items()}, found, minimum
+    )
     defect = _defect(loss, _law(loss, chart, point))
     excess, risk_error = _node_error(loss, chart, point, minimum.inverse, losses)
     nodes = loss.nodes
@@ -306,7 +295,7 @@ def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
         method=nodes.kind if nodes else "closed form",
         nodes=len(nodes) if nodes else 0,
         defect=defect,
-        decrement=decrement,
+        decrement=found.decrement,
         node_excess=excess,
         risk_error=risk_error,
         converged=minimum.converged,
@@ -315,23 +304,54 @@ def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
         draws=len(held.laws),
     )
     own = law({name: x[None] for name, x in theta.items()})
-    return GenericAct(theta, own, losses, float(weights @ losses), by_name, accuracy)
+    return GenericAct(theta, own, losses, float(loss.laws.weights @ losses), by_name, accuracy)
 
 
-def _on_all(loss, chart, minimum: Minimum, losses: Tensor, by_draw: Tensor):
-    """Newton's method once more, with the slope of all draws and the curvature of some."""
-    weights, point = loss.laws.weights, minimum.point
-    decrement = _decrement(minimum.inverse, weights @ by_draw)
-    for _ in range(8):
-        trial = point - minimum.inverse(weights @ by_draw)
-        new = _by_draw(loss, chart, trial)
-        ahead = _decrement(minimum.inverse, weights @ new[1])
-        if not ahead < decrement:
+class OnAll(NamedTuple):
+    """A minimum over all draws: where, and the loss of each draw there with its slopes."""
+
+    point: Tensor
+    losses: Float[Tensor, " draws"]
+    by_draw: Float[Tensor, "draws k"]
+    decrement: float
+
+
+def on_all(loss: PosteriorLoss, law: LawAt, minimum: Minimum, again: bool) -> OnAll:
+    """The minimum; ``again``, of few draws, with Newton's method over all and their curvature."""
+    weights = loss.laws.weights
+
+    def at(point: Tensor, decrement: float | None = None) -> OnAll:
+        leaf = point.detach().requires_grad_()
+        with torch.enable_grad():
+            losses, slope = loss.by_draw(law(leaf), leaf)
+        if decrement is None:
+            decrement = _decrement(minimum.inverse, weights @ slope)
+        return OnAll(point, losses, slope, decrement)
+
+    if not again:
+        return at(minimum.point, minimum.decrement)
+    found = at(minimum.point)
+    for _ in range(NEWTON):
+        if found.decrement < ENOUGH:
             break
-        point, (losses, by_draw), decrement = trial, new, ahead
-        if decrement < ENOUGH:
+        trial = at(found.point - minimum.inverse(weights @ found.by_draw))
+        if not trial.decrement < found.decrement:
             break
-    return point, losses, by_draw, decrement
+        found = trial
+    return found
+
+
+def influences(
+    values: Callable[[Tensor], dict[str, Tensor]], found: OnAll, minimum: Minimum
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Values [*shape] at a minimum, and by how much a draw of weight 1 moves them."""
+    leaf = found.point.detach().requires_grad_()
+    with torch.enable_grad():
+        here = values(leaf)
+        moves = {name: slopes(x.flatten(), leaf) for name, x in here.items()}
+    steps = -minimum.inverse(found.by_draw)
+    moved = {k: (steps @ moves[k].T).reshape(-1, *x.shape) for k, x in here.items()}
+    return {name: x.detach() for name, x in here.items()}, moved
 
 
 def _decrement(inverse, slope: Tensor) -> float:

@@ -15,21 +15,16 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from rkl.bayes.families import family_of
-from rkl.bayes.families.between import divergence_between
+from rkl.bayes.families.between import divergence_between, orders
 from rkl.bayes.nodes import Laws, Nodes
 from rkl.divergences import (
     KL,
     Amari,
     Divergence,
     FDivergence,
-    Jeffreys,
-    NeymanChiSquare,
-    PearsonChiSquare,
     ReverseKL,
-    SquaredHellinger,
     parse,
 )
-from rkl.divergences.base import weighted_terms
 
 
 @dataclass(frozen=True)
@@ -92,40 +87,10 @@ def check_loss(divergence: Any) -> None:
     )
 
 
-def orders(divergence: AnyLoss) -> list[tuple[float, float]] | None:
-    r"""The weights and orders of a sum of Amari divergences; None for anything else.
-
-    Of order 1 is KL, of order 0 reverse KL. Each needs of the draws, node by node, no more than
-    E p^α, or E log p in the limit 0.
-
-    >>> orders(0.5 * KL() + Jeffreys()), orders(PearsonChiSquare())
-    ([(0.5, 1.0), (1.0, 1.0), (1.0, 0.0)], [(2.0, 2.0)])
-    """
-    if not isinstance(divergence, FDivergence):
-        return None
-    found = []
-    for weight, term in weighted_terms(divergence):
-        known = _ORDERS.get(type(term), ())
-        known = [(1.0, term.alpha)] if isinstance(term, Amari) else known
-        if not known:
-            return None
-        found += [(weight * w, alpha) for w, alpha in known]
-    return found
-
-
-_ORDERS = {
-    KL: [(1.0, 1.0)],
-    ReverseKL: [(1.0, 0.0)],
-    Jeffreys: [(1.0, 1.0), (1.0, 0.0)],
-    SquaredHellinger: [(0.25, 0.5)],
-    PearsonChiSquare: [(2.0, 2.0)],
-    NeymanChiSquare: [(2.0, -1.0)],
-}
-
-
 def between(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | None:
     """D(p ‖ q) in nats of laws, the first axis that of draws, where it has a closed form.
 
+    >>> from rkl.divergences import SquaredHellinger
     >>> from torch.distributions import Normal
     >>> p, q = Normal(torch.zeros(1).double(), 1.0), Normal(torch.ones(1).double(), 1.0)
     >>> between(Intrinsic(), p, q), between(SquaredHellinger(), p, q)

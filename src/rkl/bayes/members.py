@@ -1,7 +1,7 @@
 """The member of a simpler family with the least expected loss over the posterior's draws."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from rkl.bayes.charts import chart_of
-from rkl.bayes.generic import laws_of, over_few, posterior_loss
-from rkl.bayes.losses import Intrinsic, NodeLoss, PosteriorLoss, between, slopes
-from rkl.bayes.minimise import Minimum, minimise
+from rkl.bayes.generic import influences, laws_of, on_all, over_few, posterior_loss
+from rkl.bayes.losses import Intrinsic, NodeLoss, PosteriorLoss, between
+from rkl.bayes.minimise import minimise
 from rkl.bayes.nodes import nodes_for
 from rkl.bayes.questions import Question, Variables
 from rkl.bayes.subfamilies import Subfamily
@@ -19,11 +19,9 @@ from rkl.divergences import FDivergence
 
 HELD = 2**20  # log-densities over which a loss that needs every draw is minimised
 STARTS = 4  # draws that a minimiser starts from
-NEWTON = 8  # steps over all draws after a minimum over some
 ASTRAY = 1e-6  # mass of a law that may lie beyond the nodes
 ROUNDS, BEYOND, DEAR = 6, 1.5, 1e3  # of choosing nodes; how far past a member; nats
 OWN = "of the subfamily: "  # before its variables, where they stand beside those of the family
-LawAt = Callable[[Tensor], Distribution]
 
 
 def best_member(whole: Question, one: Subfamily) -> tuple[PosteriorLoss, "Member"]:
@@ -159,50 +157,17 @@ def _member(loss: PosteriorLoss, one: Subfamily) -> Member:
             f"subfamily {one.name} must have a member of finite divergence from the posterior: "
             f"{error}"
         ) from error
-    point, accuracy, by_draw = _settled(loss, law, least, held is not loss and loss.smooth)
-    leaf = point.detach().requires_grad_()
-    with torch.enable_grad():
-        variables = one.placed({name: x[0] for name, x in chart.point(leaf[None]).items()})
-        moves = {name: slopes(x.flatten(), leaf) for name, x in variables.items()}
-    steps = -least.inverse(by_draw)
-    influence = {k: (steps @ moves[k].T).reshape(-1, *x.shape) for k, x in variables.items()}
-    values = {k: x.detach() for k, x in variables.items()}
+    settled = on_all(loss, law, least, held is not loss and loss.smooth)
+    values, influence = influences(
+        lambda t: one.placed({name: x[0] for name, x in chart.point(t[None]).items()}),
+        settled,
+        least,
+    )
+    point = settled.point
     own = {k: x[0] for k, x in chart.point(point[None]).items()}
     far = torch.linspace(0, BEYOND, len(drawn), dtype=torch.float64)[:, None]
     reach = chart.point(starts[0] + far * (point - starts[0]))
-    return Member(law(point), values, own, influence, accuracy, reach)
-
-
-def _settled(
-    loss: PosteriorLoss, law: LawAt, least: Minimum, few: bool
-) -> tuple[Tensor, float, Tensor]:
-    """The minimum, its accuracy, and the slope of every draw's loss there.
-
-    After a minimum over few of the draws, Newton's method goes on over all with its curvature.
-    """
-    point, slope = least.point, _slopes(loss, law, least.point)
-    if not few:
-        return point, least.decrement, slope
-    accuracy = _decrement(loss, least, slope)
-    for _ in range(NEWTON):
-        trial = point - least.inverse(loss.laws.weights @ slope)
-        new = _slopes(loss, law, trial)
-        ahead = _decrement(loss, least, new)
-        if not ahead < accuracy:
-            break
-        point, slope, accuracy = trial, new, ahead
-    return point, accuracy, slope
-
-
-def _slopes(loss: PosteriorLoss, law: LawAt, point: Tensor) -> Tensor:
-    leaf = point.detach().requires_grad_()
-    with torch.enable_grad():
-        return loss.by_draw(law(leaf), leaf)[1]
-
-
-def _decrement(loss: PosteriorLoss, least: Minimum, slope: Tensor) -> float:
-    mean = loss.laws.weights @ slope
-    return float(mean @ least.inverse(mean)) / 2
+    return Member(law(point), values, own, influence, settled.decrement, reach)
 
 
 def _missed(loss: PosteriorLoss, law: Distribution) -> Tensor:

@@ -10,6 +10,7 @@ from rkl.divergences import (
     KL,
     Amari,
     Divergence,
+    FDivergence,
     Jeffreys,
     NeymanChiSquare,
     PearsonChiSquare,
@@ -18,10 +19,35 @@ from rkl.divergences import (
 )
 from rkl.divergences.base import weighted_terms
 
+
+def orders(divergence: object) -> list[tuple[float, float]] | None:
+    r"""The weights and orders of a sum of Amari divergences; None for anything else.
+
+    Of order 1 is KL, of order 0 reverse KL. Each needs of the draws, node by node, no more than
+    E p^α, or E log p in the limit 0.
+
+    >>> orders(0.5 * KL() + Jeffreys()), orders(PearsonChiSquare())
+    ([(0.5, 1.0), (1.0, 1.0), (1.0, 0.0)], [(2.0, 2.0)])
+    """
+    if not isinstance(divergence, FDivergence):
+        return None
+    found = []
+    for weight, term in weighted_terms(divergence):
+        known = _ORDERS.get(type(term), ())
+        known = [(1.0, term.alpha)] if isinstance(term, Amari) else known
+        if not known:
+            return None
+        found += [(weight * w, alpha) for w, alpha in known]
+    return found
+
+
 _ORDERS = {
-    SquaredHellinger: (0.25, 0.5),
-    PearsonChiSquare: (2.0, 2.0),
-    NeymanChiSquare: (2.0, -1.0),
+    KL: [(1.0, 1.0)],
+    ReverseKL: [(1.0, 0.0)],
+    Jeffreys: [(1.0, 1.0), (1.0, 0.0)],
+    SquaredHellinger: [(0.25, 0.5)],
+    PearsonChiSquare: [(2.0, 2.0)],
+    NeymanChiSquare: [(2.0, -1.0)],
 }
 
 
@@ -62,28 +88,21 @@ def divergence_between(
                 f"{name} must be the {len(family.events)} components of a natural parameter, "
                 f"as family.natural(law) says; got {got}."
             )
-    parts = (weight * _one(family, term, p, q) for weight, term in weighted_terms(divergence))
+    known = orders(divergence)
+    if known is None:
+        raise NotImplementedError(
+            f"{divergence} has no closed form within an exponential family; KL, ReverseKL, "
+            "Jeffreys, Amari, SquaredHellinger, PearsonChiSquare, NeymanChiSquare and sums of "
+            "them have."
+        )
+    parts = (weight * _of_order(family, alpha, p, q) for weight, alpha in known)
     return functools.reduce(torch.add, parts)
 
 
-def _one(family, divergence, p, q):
-    match divergence:
-        case KL():
-            return family.kl(p, q)
-        case ReverseKL():
-            return family.kl(q, p)
-        case Jeffreys():
-            return family.kl(p, q) + family.kl(q, p)
-        case Amari(alpha=alpha):
-            return _amari(family, alpha, p, q)
-    if type(divergence) in _ORDERS:
-        scale, order = _ORDERS[type(divergence)]
-        return scale * _amari(family, order, p, q)
-    raise NotImplementedError(
-        f"{divergence} has no closed form within an exponential family; KL, ReverseKL, "
-        "Jeffreys, Amari, SquaredHellinger, PearsonChiSquare, NeymanChiSquare and sums of "
-        "them have."
-    )
+def _of_order(family: ExponentialFamily, alpha: float, p: Natural, q: Natural) -> Tensor:
+    if alpha in (0, 1):
+        return family.kl(p, q) if alpha else family.kl(q, p)
+    return _amari(family, alpha, p, q)
 
 
 def _amari(family: ExponentialFamily, alpha: float, p: Natural, q: Natural) -> Tensor:

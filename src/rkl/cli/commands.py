@@ -70,8 +70,9 @@ def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl demo distill --out runs/demo
       rkl demo real --out runs/demo-real --steps 60
       rkl demo neyman-scott --out runs/neyman-scott
+      rkl demo precision-recall --out runs/precision-recall
     """
-    known = "distill (default), real or neyman-scott"
+    known = "distill (default), real, neyman-scott or precision-recall"
     parser.add_argument("name", nargs="?", default="distill", help=known)
     parser.add_argument("--steps", type=int, metavar="N", help="of each distillation")
     _add_out_flags(parser, Path("runs/demo"))
@@ -92,16 +93,23 @@ def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl study akl --part toy --out runs/akl
       rkl study neyman-scott
       rkl study neyman-scott --part errors-in-variables
+      rkl study precision-recall --part mnist --data t10k-images-idx3-ubyte.gz
     """
     parser.add_argument("name", choices=_studies(), help="the paper")
     parser.add_argument("--part", help="which of its claims; the first of them by default")
+    parser.add_argument("--data", type=Path, help="what a part reads that rkl does not have")
     _add_out_flags(parser, None)
 
     def studied(parsed: Namespace) -> None:
         module = importlib.import_module(f"rkl.studies.{parsed.name.replace('-', '_')}")
         part = parsed.part or next(iter(module.PARTS))
         out = parsed.out or Path("runs", f"{parsed.name}-{part}")
-        print(module.study(part, out, overwrite=parsed.overwrite, **_common(parsed)))
+        how = {"overwrite": parsed.overwrite, **_common(parsed)}
+        if parsed.data is not None:
+            if "data" not in inspect.signature(module.study).parameters:
+                raise ValueError(f"data: the study {parsed.name} reads none; got {parsed.data}.")
+            how["data"] = parsed.data
+        print(module.study(part, out, **how))
 
     return studied
 
@@ -154,27 +162,36 @@ def metrics(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
 
 def fit(parser: ArgumentParser, words: Sequence[str]) -> Runner:
-    """Fit a normalizing flow to data under a divergence.
+    """Fit a normalizing flow to data, or to an unnormalised density.
 
     Examples:
       rkl fit --data data.npy --out RUN
+      rkl fit --target "xy(side=8)" --out RUN
+      rkl fit --target "mine:log_prob(event_shape=(2,))" --divergence reverse-kl --out RUN
       rkl fit --data data.npy --divergence "precision-half(lam=10)" --minutes 5 --out RUN
       rkl fit --data images/ --flow "multi-scale(scales=2)" --critic --out RUN
       rkl fit --out RUN --resume
     """
-    from rkl.flows import run
+    from rkl.flows import run, target_run
 
-    settings.add_flags(parser, run.FitSettings)
+    wanted, estimate_fit, run_fit = run.FitSettings, run.estimate, run.fit
+    if settings.is_set("target", words):
+        wanted = target_run.TargetSettings
+        estimate_fit, run_fit = target_run.estimate_target, target_run.fit_target
+    elif {"-h", "--help"} & set(words):
+        flags = _help_of(parser, target_run.TargetSettings, "settings, with --target")
+        parser.epilog = f"{parser.epilog}\n\n{flags}"
+    settings.add_flags(parser, wanted)
     _add_run_flags(parser)
 
     def fitted(parsed: Namespace) -> None:
         earlier = parsed.out if parsed.resume and (parsed.out / "run.json").exists() else None
-        chosen = settings.gather(run.FitSettings, parsed, earlier)
+        chosen: Any = settings.gather(wanted, parsed, earlier)
         if parsed.dry_run:
-            print(run.estimate(chosen))
+            print(estimate_fit(chosen))
         else:
             how = {"resume": parsed.resume, "overwrite": parsed.overwrite}
-            print(run.fit(chosen, parsed.out, **how))
+            print(run_fit(chosen, parsed.out, **how))
 
     return fitted
 
@@ -186,6 +203,7 @@ def sample(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl sample RUN -n 10000 --out samples.npy
       rkl sample RUN -n 10000 --budget 4 --out samples.npy
       rkl sample RUN --latent-temperature 0.8 --out samples.csv
+      rkl sample RUN --condition T=0.9 -n 100000 --out chains.nc
     """
     return _on_run(parser, words, "sample")
 
@@ -343,11 +361,16 @@ def _flags_by_kind(parser: ArgumentParser, name: str) -> Iterator[str]:
     for source in sorted(HERE.glob("*/__init__.py")):
         if name in source.read_text("utf-8"):
             wing = source.parent.name
-            how: Any = {"add_help": False, "formatter_class": parser.formatter_class}
-            alone = ArgumentParser(usage=SUPPRESS, **how)
             wanted = getattr(importlib.import_module(f"rkl.{wing}"), name)
-            settings.add_flags(alone, wanted, f"settings, where rkl {wing} made RUN")
-            yield alone.format_help().strip()
+            yield _help_of(parser, wanted, f"settings, where rkl {wing} made RUN")
+
+
+def _help_of(parser: ArgumentParser, wanted: type, title: str) -> str:
+    """The help of the flags of these settings alone."""
+    how: Any = {"add_help": False, "formatter_class": parser.formatter_class}
+    alone = ArgumentParser(usage=SUPPRESS, **how)
+    settings.add_flags(alone, wanted, title)
+    return alone.format_help().strip()
 
 
 def _run(text: str) -> Path:

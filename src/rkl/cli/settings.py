@@ -12,7 +12,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -68,6 +68,27 @@ def gather(
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given, here or in --config FILE.")
     return settings(**values)
+
+
+def is_set(name: str, words: Sequence[str]) -> bool:
+    """Whether words set this by its flag, by --config, or by the run in --out that they resume."""
+    said = {flag: _said(flag, words) for flag in (f"--{name}", "--config", "--out")}
+    if said[f"--{name}"] is not None:
+        return True
+    resumed = said["--out"] if "--resume" in words else None
+    earlier = Path(said["--config"] or resumed or "")
+    source = earlier / "run.json" if earlier.is_dir() else earlier
+    return source.is_file() and _read(source, "config").get(name) is not None
+
+
+def _said(flag: str, words: Sequence[str]) -> str | None:
+    """What follows a flag."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
 
 
 def _fields(settings: type) -> dict[str, tuple[dataclasses.Field, Any]]:

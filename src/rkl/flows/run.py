@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rkl.divergences import FDivergence, parse
 from rkl.divergences.base import number
@@ -18,15 +18,21 @@ from rkl.flows.data import Data, read_data
 from rkl.flows.files import write_samples
 from rkl.flows.fit import Fit, Method, fit_to_samples
 from rkl.flows.rejection import reject
+from rkl.flows.target_run import (
+    CHAINS,
+    MINUTES,
+    TRIED,
+    WEIGHTS,
+    check_same_data,
+    load_target_run,
+    sample_target,
+)
 from rkl.flows.training import load_state, save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
 from rkl.metrics import mean, to_json
 from rkl.runs import Run, fingerprint
 
-WEIGHTS = "flow.safetensors"
-MINUTES = 2.0  # of training where no budget is given
 BATCH = 10_000  # samples made at a time
-TRIED = 20  # steps from which --dry-run foretells the time
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,9 @@ class SampleSettings:
 
     Args:
         n: Number of samples.
-        out: File to write, .npy or .csv.
-        condition: Class to draw from, where the flow was fitted to labelled rows.
+        out: File to write: .npy or .csv; for draws of a target .nc, .npz or .npy.
+        condition: Class to draw, where rows had labels; or, of a target, such as "T=0.9".
+        chains: Of draws of a target, 4 by default: each is corrected by Metropolis.
         latent_temperature: Standard deviation of the latents; below 1 for the middle alone.
         truncation: Where the latents are cut off, in standard deviations.
         budget: Draws per sample in optimal rejection by the critic; 1 rejects none.
@@ -125,6 +132,7 @@ class SampleSettings:
     n: int = field(default=1000, metadata={"metavar": "N"})
     out: Path = Path("samples.npy")
     condition: str | None = None
+    chains: int | None = None
     latent_temperature: float = field(default=1.0, metadata={"metavar": "T"})
     truncation: float | None = field(default=None, metadata={"metavar": "BOUND"})
     budget: float | None = field(default=None, metadata={"metavar": "K"})
@@ -195,7 +203,8 @@ def fit(
     kept = asdict(settings) | {"data": str(settings.data.resolve())}
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
     run = Run.create(out, "flows", kept, may_change=("device",), **how)
-    _check_same_data(run, data)
+    found = fingerprint([data.values.numpy().tobytes()])
+    check_same_data(run, found, rows=len(data), classes=list(data.classes))
     with run.running():
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
@@ -235,8 +244,13 @@ def estimate(settings: FitSettings) -> str:
     return "\n".join(lines)
 
 
-def load_run(path: str | os.PathLike) -> Scaled:
-    """The flow of a run, in the user's units: ``flow()`` has ``log_prob`` and ``sample``."""
+def load_run(path: str | os.PathLike) -> nn.Module:
+    """The flow of a run, in the user's units: ``flow()`` has ``log_prob`` and ``sample``.
+
+    That of a target is called with a condition, [*batch, conditions].
+    """
+    if "target" in Run.open(path).settings:
+        return load_target_run(path).flow
     return _load(path)[0]
 
 
@@ -260,7 +274,11 @@ def sample_run(path: str | os.PathLike, settings: SampleSettings) -> str:
     Returns:
         What was written, and what it cost.
     """
+    if "target" in Run.open(path).settings:
+        return _sample_target(path, settings)
     flow, _critic, classes = _load(path)
+    if settings.chains is not None:
+        raise ValueError(f"chains go with a flow fitted to a target; got {settings.chains}.")
     if settings.out.suffix not in (".npy", ".csv"):
         raise ValueError(f"out must end in .npy or .csv; got {settings.out}.")
     condition = _condition(settings.condition, classes)
@@ -303,12 +321,16 @@ def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | No
     """Held-out log-density of several runs, in one table."""
     if out is not None:
         raise NotImplementedError("out: runs of kind 'flows' are compared in a table alone.")
-    lines = [f"{'run':30} {'divergence':32} {'flow':24} held-out, nats per row"]
+    lines = []
     for path in paths:
         run = Run.open(path)
-        held_out = run.metrics[-1]["held_out"] if run.metrics else math.nan
-        settings = run.settings
-        lines += [f"{path!s:30} {settings['divergence']:32} {settings['flow']:24} {held_out:.4f}"]
+        row, settings = (run.metrics or [{}])[-1], run.settings
+        of_target = "target" in settings
+        minimised = settings["objective"] or "" if of_target else ""
+        minimised = minimised or settings["divergence"] or "by default"
+        named = {"ess": "ESS", "v": "v"} if of_target else {"held_out": "held-out nats per row"}
+        figures = ", ".join(f"{said} {row.get(it, math.nan):.4g}" for it, said in named.items())
+        lines += [f"{path!s:30} {minimised:32} {settings['flow']:24} {figures}"]
     return "\n".join(lines)
 
 
@@ -318,17 +340,6 @@ def _read(settings: FitSettings) -> Data:
 
 def _rows(data: Data) -> list[bytes]:
     return [row.tobytes() for row in data.values.numpy()]
-
-
-def _check_same_data(run: Run, data: Data) -> None:
-    found = fingerprint([data.values.numpy().tobytes()])
-    before = run.record["data"]
-    if before is not None and before["fingerprint"] != found:
-        raise ValueError(
-            f"resume: the data are not those that {run.path} was begun with: their fingerprint "
-            f"is {found}, and was {before['fingerprint']}."
-        )
-    run.update(data={"fingerprint": found, "rows": len(data), "classes": list(data.classes)})
 
 
 def _save(run: Run, fitted: Fit, data: Data) -> None:
@@ -367,6 +378,15 @@ def _load(path: str | os.PathLike) -> tuple[Scaled, ScaledCritic | None, tuple[s
     critic = ScaledCritic(ratio.requires_grad_(False), flow)
     critic.load_state_dict(state["critic"])
     return flow, critic, classes
+
+
+def _sample_target(path: str | os.PathLike, settings: SampleSettings) -> str:
+    for name in ("latent_temperature", "truncation", "budget", "target_precision"):
+        if getattr(settings, name) not in (None, 1.0):
+            raise ValueError(f"{name} goes with a flow fitted to data; {path} has a target.")
+    names = "n", "out", "condition", "seed", "device"
+    how: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    return sample_target(path, chains=settings.chains or CHAINS, **how)
 
 
 def _condition(named: str | None, classes: tuple[str, ...]) -> Tensor | None:

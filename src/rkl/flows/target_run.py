@@ -1,0 +1,429 @@
+"""``rkl fit --target`` and what follows: exact draws of a density, by the flow fitted to it."""
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rkl.divergences import parse
+from rkl.divergences.base import number
+from rkl.flows.architectures import NSF, Architecture, Coupling, catalogue
+from rkl.flows.files import TORN, write_chain
+from rkl.flows.lattice import CheckerboardRealNVP, CoarseToFine
+from rkl.flows.metropolis import independent_metropolis
+from rkl.flows.objectives import Objective, parse_objective
+from rkl.flows.target_fit import MARGIN, TargetFit, fit_to_target
+from rkl.flows.targets import XY, Phi4, Target, parse_target
+from rkl.flows.targets.base import Condition
+from rkl.flows.training import load_state, save_state
+from rkl.runs import Run, fingerprint
+
+WEIGHTS = "flow.safetensors"
+MINUTES = 2.0  # of training where no budget is given
+TRIED = 20  # steps from which --dry-run foretells the time
+CHAINS = 4
+FEW = 8  # coordinates up to which a flow draws them one by one, by splines
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """Which density is fitted, under which conditions and objective, within which budget.
+
+    Args:
+        target: Unnormalised density: "xy(side=8)", or "module:function(event_shape=(2,))".
+        objective: Terms "1.0*source:divergence", joined by +, on the sources target, data and
+            critic; or a variant of AdvNF. Default: reverse KL, and with data KL on them too.
+        divergence: Instead of an objective, one divergence on the target.
+        data: Draws of the target: .npz with x and condition, such as rkl sample writes; or
+            .npy where the target has no conditions.
+        condition: Where to train: "T=0.5:1.5" or "T=0.9"; else all of the target's range.
+        flow: Architecture, with settings in brackets; by default what suits the target.
+        start_from: A run on a lattice of another side, whose weights to begin with.
+        steps: The budget in steps.
+        minutes: The budget in minutes; 2 where none is given.
+        batch: Draws in a step, all conditions together.
+        strata: Conditions in a step.
+        anneal: Whether the target is flattened at first; by default on the line, without data.
+        lr: Highest learning rate.
+        seed: Of all random numbers.
+    """
+
+    target: str = field(metadata={"metavar": "TARGET"})
+    objective: str | None = None
+    divergence: str | None = field(default=None, metadata={"metavar": "D"})
+    data: Path | None = field(default=None, metadata={"metavar": "DRAWS"})
+    condition: str | None = field(default=None, metadata={"metavar": "RANGES"})
+    flow: str | None = None
+    start_from: Path | None = field(default=None, metadata={"metavar": "RUN"})
+    steps: int | None = field(default=None, metadata={"metavar": "N"})
+    minutes: float | None = field(default=None, metadata={"metavar": "M"})
+    batch: int = 512
+    strata: int = 32
+    anneal: bool | None = None
+    lr: float = 5e-3
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("data", "start_from"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        for name, one, other in (
+            ("steps and minutes", self.steps, self.minutes),
+            ("objective and divergence", self.objective, self.divergence),
+        ):
+            if one is not None and other is not None:
+                raise ValueError(f"one of {name}; got {one} and {other}.")
+        for name in ("steps", "minutes", "lr"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), above=0)
+        object.__setattr__(self, "target", repr(self.aim))
+        object.__setattr__(self, "flow", repr(self.architecture))
+        _ = self.chosen, self.ranges
+
+    @property
+    def aim(self) -> Target:
+        """The density."""
+        return parse_target(self.target)
+
+    @property
+    def architecture(self) -> Architecture:
+        """What is built."""
+        return suited(self.aim) if self.flow is None else parse(self.flow, catalogue())
+
+    @property
+    def chosen(self) -> Objective:
+        """What is minimised."""
+        if self.divergence is not None:
+            return parse_objective(f"target:{self.divergence}")
+        if self.objective is not None:
+            return parse_objective(self.objective)
+        return parse_objective("reverse-kl" if self.data is None else "fkl-rkl")
+
+    @property
+    def ranges(self) -> tuple[Condition, ...]:
+        """The conditions, each with the range that is trained."""
+        return parse_ranges(self.condition, self.aim)
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """In steps, or in minutes."""
+        if self.steps is not None:
+            return {"steps": self.steps}
+        return {"minutes": MINUTES if self.minutes is None else self.minutes}
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The rest of what :func:`fit_to_target` is told."""
+        names = "seed", "batch", "strata", "anneal", "lr"
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class TargetRun:
+    """A run with a flow fitted to a target.
+
+    Attributes:
+        flow: ``flow(condition)`` has ``log_prob`` in nats and ``sample``.
+        target: What it was fitted to.
+        ranges: The conditions, each with the range that was trained.
+        settings: All settings of the fit.
+    """
+
+    flow: nn.Module
+    target: Target
+    ranges: tuple[Condition, ...]
+    settings: TargetSettings
+
+
+@dataclass(frozen=True)
+class FittedToTarget:
+    """A finished fit, which prints what there is to know of it."""
+
+    path: Path
+    fit: TargetFit
+
+    def __str__(self) -> str:
+        done = self.fit.training
+        row = done.history[-1]
+        named = {"ess": "share of effective draws", "acceptance": "acceptance", "nll": "NLL, nats"}
+        figures = [f"{said} {row[name]:.4g}" for name, said in named.items() if name in row]
+        lines = [f"{done.steps:,} steps in {done.seconds:.0f} s"]
+        lines += [f"In the last of them, all conditions together: {', '.join(figures)}"]
+        lines += [f"Stopped early: {done.stopped}"] if done.stopped else []
+        return "\n".join([*lines, f"The run: {self.path}"])
+
+
+def suited(target: Target) -> Architecture:
+    """The architecture that a target is fitted with where none is named.
+
+    Raises:
+        ValueError: It has angles that are no square lattice of an even side.
+
+    >>> suited(XY(side=4)) == CoarseToFine.of(XY(side=4))
+    True
+    """
+    side = math.isqrt(math.prod(target.event_shape))
+    checkered = side**2 == math.prod(target.event_shape) and side % 2 == 0
+    if isinstance(target, XY):
+        return CoarseToFine.of(target)
+    if checkered and (target.domain == "circle" or isinstance(target, Phi4)):
+        return CheckerboardRealNVP(filters=16, circle=target.domain == "circle")
+    if target.domain == "circle":
+        raise ValueError(
+            f"flow must be named for {target}: there is none for angles that are no square "
+            f"lattice of an even side; got {math.prod(target.event_shape)} angles."
+        )
+    return NSF() if math.prod(target.event_shape) <= FEW else Coupling()
+
+
+def parse_ranges(text: str | None, target: Target) -> tuple[Condition, ...]:
+    """The conditions of a target, with ranges from a text such as "T=0.5:1.5, K=0".
+
+    Raises:
+        ValueError: It cannot be read, or names what is no condition.
+
+    >>> parse_ranges("T=0.5:1.5", XY(side=2))
+    (Condition(name='T', low=0.5, high=1.5, unit='J'),)
+    """
+    known = {it.name: it for it in target.conditions}
+    for part in [] if text is None else text.split(","):
+        name, _, limits = (it.strip() for it in part.partition("="))
+        if name not in known:
+            has = ", ".join(known) or "none"
+            raise ValueError(f"condition: those of {target} are {has}; got {part.strip()!r}.")
+        low, colon, high = limits.partition(":")
+        try:
+            one, other = float(low), float(high if colon else low)
+        except ValueError:
+            one = other = math.nan
+        if not -math.inf < one <= other < math.inf:
+            raise ValueError(
+                f"condition: {part.strip()!r} cannot be read; expected a value such as "
+                f"{name}=0.9, or a range such as {name}=0.5:1.5."
+            )
+        known[name] = known[name]._replace(low=one, high=other)
+    return tuple(known.values())
+
+
+def fit_target(
+    settings: TargetSettings,
+    out: str | os.PathLike,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> FittedToTarget:
+    """Fit a flow to a target in a run folder; a resumed run comes to the same bits.
+
+    Args:
+        settings: What is fitted to what.
+        out: The folder.
+        resume: Goes on with the run there.
+        overwrite: Replaces it.
+    """
+    data = _data(settings)
+    flow = _begun(settings)
+    kept = asdict(settings)
+    for name in ("data", "start_from"):
+        kept[name] = None if kept[name] is None else str(kept[name].resolve())
+    how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
+    run = Run.create(out, "flows", kept, **how)
+    rows = [] if data is None else [row.tobytes() for row in data[0].numpy()]
+    check_same_data(run, fingerprint(rows), rows=len(rows))
+    with run.running():
+        fitted = _fitted(settings, flow, data, settings.budget, run)
+        run.remember_rows(rows)
+        save_state(run.path / WEIGHTS, {"flow": flow.state_dict()})
+        done = fitted.training
+        run.update(result={"steps": done.steps, "stopped": done.stopped})
+    return FittedToTarget(run.path, fitted)
+
+
+def estimate_target(settings: TargetSettings) -> str:
+    """What a fit would do and how long it would take, from a few steps; nothing is written."""
+    data, flow = _data(settings), _begun(settings)
+    tried = _fitted(settings, flow, data, {"steps": TRIED})
+    per_step, budget = tried.training.seconds / TRIED, settings.budget
+    steps = budget.get("steps") or round(60 * budget["minutes"] / per_step)
+    size = sum(it.numel() for it in flow.parameters())
+    ranges = [f"{it.name} in [{it.low:g}, {it.high:g}] {it.unit}" for it in settings.ranges]
+    lines = [f"{settings.target}, {', '.join(ranges).rstrip() or 'without conditions'}"]
+    lines += [f"{settings.flow}: {size:,} parameters", f"{settings.chosen}"]
+    lines += [f"{len(data[0]):,} draws"] if data is not None else []
+    return "\n".join([*lines, f"about {steps:,} steps in {steps * per_step / 60:.2g} minutes"])
+
+
+def load_target_run(path: str | os.PathLike) -> TargetRun:
+    """The flow of a run, what it was fitted to, and where.
+
+    Raises:
+        FileNotFoundError: There is no finished run.
+        ValueError: The flow there was fitted to data.
+    """
+    run = Run.open(path)
+    if run.kind != "flows" or "target" not in run.settings:
+        raise ValueError(f"path: {path} is no run of rkl fit --target.")
+    if not (run.path / WEIGHTS).exists():
+        raise FileNotFoundError(f"path: {path} has no {WEIGHTS}: the run was not finished.")
+    settings = TargetSettings(**run.settings)
+    target = settings.aim
+    flow = settings.architecture.build(target.event_shape, len(target.conditions))
+    flow.load_state_dict(load_state(run.path / WEIGHTS)["flow"])
+    return TargetRun(flow.requires_grad_(False), target, settings.ranges, settings)
+
+
+def sample_target(
+    path: str | os.PathLike,
+    *,
+    n: int,
+    out: Path,
+    condition: str | None = None,
+    chains: int = CHAINS,
+    seed: int = 0,
+    device: str = "cpu",
+) -> str:
+    """Write draws of the target of a run: chains with proposals of its flow, exact in the limit.
+
+    Args:
+        path: The run.
+        n: Number of draws, all chains together; rounded up to the same for each.
+        out: .nc, as ArviZ has it; .npz with the same by name; .npy for the states alone.
+        condition: A value of every condition: "T=0.9".
+        chains: Number of chains.
+        seed: Of all random numbers.
+        device: Where to compute.
+
+    Returns:
+        What was written, and how the chains moved.
+
+    Raises:
+        RuntimeError: A chain never moved: it is no result, and nothing is written.
+    """
+    if out.suffix not in (".nc", ".npz", ".npy"):
+        raise ValueError(f"out must end in .nc, .npz or .npy for draws of a target; got {out}.")
+    found = load_target_run(path)
+    at = _values(condition, found).to(device)
+    number("chains", chains, at_least=1)
+    draws = math.ceil(n / chains)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*they are no result")  # said below
+        flow = found.flow.to(device)
+        how: dict[str, Any] = {"draws": draws, "chains": chains, "seed": seed}
+        chain = independent_metropolis(found.target, flow, at, **how)
+    if draws > 1 and bool(chain.failed):
+        raise RuntimeError(
+            f"a chain took none of its {draws - 1:,} proposals: the flow is too far from the "
+            "target for a result, and nothing was written. Train it longer."
+        )
+    observed = chain.measure(found.target)
+    write_chain(out, chain, observed, found.target)
+    said = f"{chains} chains of {draws:,} draws in {out}; accepted: {chain.acceptance:.3f}"
+    said += f"; longest sojourn: {int(chain.sojourn)} draws"
+    judged = chain.diagnose({"log p": chain.log_p, **observed}) if draws >= 4 else {}
+    lines = [
+        f"{name}: R-hat {it['rhat']:.3f}, {it['ess_bulk']:,.0f} effective draws in the bulk, "
+        f"{it['ess_tail']:,.0f} in the tails"
+        for name, it in judged.items()
+    ]
+    return "\n".join([said, *lines])
+
+
+def check_same_data(run: Run, found: str, **others: Any) -> None:
+    """Note down the fingerprint of the data; refuse others than those that a run began with."""
+    before = run.record["data"]
+    if before is not None and before["fingerprint"] != found:
+        raise ValueError(
+            f"resume: the data are not those that {run.path} was begun with: their fingerprint "
+            f"is {found}, and was {before['fingerprint']}."
+        )
+    run.update(data={"fingerprint": found, **others})
+
+
+def _begun(settings: TargetSettings) -> nn.Module:
+    """The flow as it is before the first step."""
+    target = settings.aim
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        flow = settings.architecture.build(target.event_shape, len(target.conditions))
+    if settings.start_from is not None:
+        begin: Any = getattr(flow, "start_from", None)
+        if begin is None:
+            raise ValueError(f"start_from goes with coarse-to-fine flows; got {settings.flow}.")
+        begin(load_target_run(settings.start_from).flow)
+    return flow
+
+
+def _fitted(
+    settings: TargetSettings,
+    flow: nn.Module,
+    data: tuple[Tensor, Tensor] | None,
+    budget: dict[str, Any],
+    run: Run | None = None,
+) -> TargetFit:
+    ranges = settings.ranges or None
+    aim, chosen = settings.aim, settings.chosen
+    return fit_to_target(flow, aim, ranges, chosen, data=data, run=run, **budget, **settings.how)
+
+
+def _data(settings: TargetSettings) -> tuple[Tensor, Tensor] | None:
+    return None if settings.data is None else read_draws(settings.data, settings.aim)
+
+
+def read_draws(
+    path: Path, target: Target
+) -> tuple[Float[Tensor, "rows *event"], Float[Tensor, "rows conditions"]]:
+    """Draws of a target with their conditions, from .npz with x and condition, or from .npy.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read, or does not hold draws of this target.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"data: there is no file {path}.")
+    event, count = target.event_shape, len(target.conditions)
+    try:
+        with path.open("rb") as file:
+            read: Any = np.load(file, allow_pickle=False)
+            arrays = {"x": read} if isinstance(read, np.ndarray) else {k: read[k] for k in read}
+            x = np.asarray(arrays["x"], np.float32)
+            lead = x.shape[: x.ndim - len(event)]
+            if x.shape[len(lead) :] != event or not lead:
+                raise ValueError(f"x must be [rows, {', '.join(map(str, event))}]; got {x.shape}")
+            condition = np.asarray(arrays["condition"] if count else np.zeros((0,)), np.float32)
+            condition = np.broadcast_to(condition, (*lead, count))
+    except KeyError as error:
+        raise ValueError(f"data: {path} must hold x and condition; it lacks {error}.") from None
+    except (OSError, EOFError, ValueError, *TORN) as error:
+        raise ValueError(f"data: {path} cannot be read: {error}".rstrip(".") + ".") from None
+    if not (np.isfinite(x).all() and np.isfinite(condition).all()):
+        raise ValueError(f"data: {path} must hold finite numbers; it has nan or infinities.")
+    flat = x.reshape(-1, *event), condition.reshape(-1, count)
+    return torch.from_numpy(flat[0].copy()), torch.from_numpy(flat[1].copy())
+
+
+def _values(text: str | None, found: TargetRun) -> Float[Tensor, " conditions"]:
+    """One value for each condition; beyond what was trained, with a warning."""
+    given = {part.partition("=")[0].strip() for part in (text or "").split(",")}
+    asked = parse_ranges(text, found.target)
+    lacking: Sequence[str] = [it.name for it in asked if it.name not in given or it.low < it.high]
+    if lacking:
+        raise ValueError(
+            f"condition must give one value of {', '.join(lacking)}, such as {lacking[0]}=0.9; "
+            f"got {text!r}."
+        )
+    for it, trained in zip(asked, found.ranges, strict=True):
+        margin = MARGIN * (trained.high - trained.low) + 1e-9
+        if not trained.low - margin <= it.low <= trained.high + margin:
+            warnings.warn(
+                f"condition: {it.name}={it.low:g} is beyond the range that the flow was trained "
+                f"on, {trained.low:g} to {trained.high:g}; look at the acceptance.",
+                stacklevel=3,
+            )
+    return torch.tensor([it.low for it in asked])

@@ -34,7 +34,8 @@ def folder():
 def values(text):
     """The numbers of each line by its first word, without their Monte Carlo errors."""
     lines = (line.split(maxsplit=1) for line in text.splitlines() if " " in line)
-    return {first: re.findall(r"[\d.]+(?=$|\(|\s)", rest) for first, rest in lines}
+    found = {first: re.findall(r"\d[\d.]*(?=$|\(|\s)", rest) for first, rest in lines}
+    return {first: numbers for first, numbers in found.items() if numbers}
 
 
 def test_the_first_command_prints_what_the_page_shows(folder, monkeypatch, capsys):

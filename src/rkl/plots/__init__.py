@@ -181,6 +181,7 @@ def precision_recall(
     students: Mapping[str, tuple[ArrayLike, ArrayLike]],
     *,
     bands: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    between: tuple[str, str] = ("teacher", "student"),
 ) -> Figure:
     """The precision-recall curve of each student; a perfect one goes through (1, 1).
 
@@ -188,6 +189,7 @@ def precision_recall(
         students: Under each student's name, its precision alpha and its recall beta, one
             pair per slope.
         bands: Lower and upper precision at the same slopes, where known.
+        between: What the two laws are called, the target first.
     """
     _refuse_empty("students", students)
     figure, axes = one_panel(height=365)
@@ -202,8 +204,8 @@ def precision_recall(
             low, high = (_array(f"bands[{name!r}]", it, length=len(recall)) for it in band)
             axes.fill_between(recall, low, high, color=colour(i), alpha=0.18, linewidth=0)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes.set_xlabel("recall β: share of the teacher covered")
-    axes.set_ylabel("precision α: share of the student kept")
+    axes.set_xlabel(f"recall β: share of the {between[0]} covered")
+    axes.set_ylabel(f"precision α: share of the {between[1]} kept")
     legend(figure, lines)
     return figure
 

@@ -2,7 +2,7 @@
 
 ``rkl demo`` makes a teacher on the spot; ``rkl demo real`` takes a pretrained one. Either ends in
 a folder of ordinary runs beside one report. ``rkl demo neyman-scott`` is the first part of that
-study.
+study, and ``rkl demo precision-recall`` a small part of that one.
 """
 
 import os
@@ -76,7 +76,7 @@ def run(
     """Run a demonstration.
 
     Args:
-        name: "distill", "real" for a pretrained model, or "neyman-scott".
+        name: "distill", "real" for a pretrained model, "neyman-scott" or "precision-recall".
         out: The folder to write.
         overwrite: Whether to replace the run that is there.
         seed: What all random numbers start from.
@@ -86,15 +86,13 @@ def run(
     Returns:
         What came out, and where the report is.
     """
-    if name == "neyman-scott":
+    if name in ("neyman-scott", "precision-recall"):
         if steps is not None:
             raise ValueError(f"steps are of distillations, of which {name} has none; got {steps}.")
-        from rkl.studies import neyman_scott
-
-        how: Any = {"overwrite": overwrite, "seed": seed, "device": device or "cpu"}
-        return f"The report: {neyman_scott.study('variance', out, **how)}"
+        return f"The report: {_of_study(name, out, overwrite, seed, device or 'cpu')}"
     if name not in ("distill", "real"):
-        raise ValueError(f"name must be 'distill', 'real' or 'neyman-scott'; got {name!r}.")
+        known = "'distill', 'real', 'neyman-scott' or 'precision-recall'"
+        raise ValueError(f"name must be {known}; got {name!r}.")
     plan, demonstrate = Plan(), distill_demo
     if name == "real":
         from rkl.studies import demo_real
@@ -102,6 +100,21 @@ def run(
         plan, demonstrate = demo_real.Plan(), demo_real.real_demo
     sized: Any = plan if steps is None else replace(plan, steps=steps)
     return demonstrate(sized, out, overwrite=overwrite, seed=seed, device=device)
+
+
+def _of_study(name: str, out: str | os.PathLike, overwrite: bool, seed: int, device: str) -> Path:
+    """The first part of a study, or as much of it as three minutes hold."""
+    if name == "neyman-scott":
+        from rkl.studies import neyman_scott
+
+        how: Any = {"overwrite": overwrite, "seed": seed, "device": device}
+        return neyman_scott.study("variance", out, **how)
+    from rkl.studies import precision_recall
+
+    if device != "cpu":
+        raise ValueError(f"device must be 'cpu', for which this is made; got {device!r}.")
+    plan = precision_recall.SMALL
+    return precision_recall.conducted("ring", plan, out, overwrite=overwrite, seed=seed)
 
 
 def distill_demo(

@@ -1,0 +1,382 @@
+"""Digits: precision and recall by neighbours, in the pixels and in features no critic has seen."""
+
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from rkl.divergences import (
+    KL,
+    FDivergence,
+    JensenShannon,
+    PearsonChiSquare,
+    PrecisionHalf,
+    PrecisionRecall,
+    RecallHalf,
+    ReverseKL,
+)
+from rkl.flows import (
+    Coupling,
+    Critic,
+    Fit,
+    Method,
+    MultiScale,
+    fit_to_samples,
+    latent,
+    reject,
+)
+from rkl.flows.architectures import Architecture
+from rkl.flows.critic import Ratio
+from rkl.flows.files import read_file
+from rkl.metrics.neighbours import PRDC, prdc, prdc_ceiling
+from rkl.studies.precision_recall_ring import Way
+from rkl.studies.precision_recall_rows import ML, Pair, Seed
+
+SETS = 3  # of draws of each law, as many in each as there are real ones
+SHOWN = 36  # pictures kept
+COMPONENTS = 20  # principal ones, of the pixels
+OF_FEATURES = "critic of features"
+OF_PIXELS = "critic"
+K = 3  # neighbour that a ball reaches to
+AXES = {
+    f"{space}: precision and recall": (f"{space}: recall", f"{space}: precision")
+    for space in ("features", "components")
+}
+DRAWN = (
+    (ML, "none"),
+    ("latent temperature 0.7", "none"),
+    ("rejection, budget 10", OF_FEATURES),
+    ("PrecisionHalf(1)", "critic"),
+    ("ReverseKL", "critic"),
+    ("distilled, budget 10", OF_FEATURES),
+)
+SAYS = (
+    "Precision is the share of draws inside a ball about a real picture, recall the share of "
+    "real pictures inside a ball about a draw: once in the last hidden layer of a classifier, "
+    "once in the first principal components of the pixels. A critic of pixels has not seen the "
+    "former, a critic of features not the latter. “Real against real” is one half of the real "
+    "pictures against the other.\n\n"
+    "Fits take the same number of steps. What is distilled was fitted anew by maximum likelihood "
+    "to draws of the flow of maximum likelihood that its critic accepted, with real pictures "
+    "among them; at budget 1 nothing was rejected, which shows what fitting twice does."
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of the part.
+
+    Args:
+        data: IDX file of images, or none for the digits of scikit-learn.
+        flow: What is fitted.
+        ways: How, beside maximum likelihood.
+        critic: How ratios are learnt.
+        critic_steps: Of the critic of features.
+        seeds: How many fits of each.
+        steps: Of every fit.
+        batch: Pictures in a step.
+        lr: Highest learning rate.
+        most: Real pictures that draws are compared with; as many draws.
+        budgets: Draws per sample accepted of the flow of maximum likelihood.
+        temperatures: Of its latents.
+        bounds: At which its latents are cut off, in standard deviations.
+        distilled: Budgets from which it is distilled.
+        anchor: Share of real pictures in what is distilled from.
+    """
+
+    data: str | None = None
+    flow: Architecture = Coupling(transforms=8, hidden=(128, 128))  # noqa: RUF009
+    ways: tuple[Way, ...] = tuple(
+        Way(it, exact=False)
+        for it in (
+            PrecisionHalf(lam=1.0),
+            PrecisionRecall(lam=3.0),
+            RecallHalf(lam=1.0),
+            ReverseKL(),
+            JensenShannon(),
+            PearsonChiSquare(),
+        )
+    )
+    critic: Critic = Critic(hidden=(128, 128), lr=1e-3)  # noqa: RUF009
+    critic_steps: int = 600
+    seeds: int = 3
+    steps: int = 800
+    batch: int = 256
+    lr: float = 2e-3
+    most: int = 1700
+    budgets: tuple[float, ...] = (2.0, 4.0, 10.0)
+    temperatures: tuple[float, ...] = (0.85, 0.7)
+    bounds: tuple[float, ...] = (2.0,)
+    distilled: tuple[float, ...] = (1.0, 4.0, 10.0)
+    anchor: float = 0.2
+
+
+MNIST = Plan(
+    flow=MultiScale(scales=2, couplings=6, hidden=32),
+    critic=Critic(hidden=(64, 64), lr=1e-3),
+    ways=tuple(Way(it, exact=False) for it in (PrecisionHalf(lam=1.0), ReverseKL())),
+    steps=1000,
+    batch=64,
+    most=2000,
+    budgets=(4.0, 10.0),
+    temperatures=(0.85, 0.7),
+)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures in whole grey levels, with their classes.
+
+    Attributes:
+        values: The pictures, or the pixels of them that vary.
+        classes: Of each.
+        side: Of a picture, in pixels.
+        places: Which pixels of a picture the values are.
+    """
+
+    values: Int[Tensor, "rows *event"]
+    classes: Int[Tensor, " rows"]
+    side: int
+    places: Int[Tensor, " pixels"]
+
+    def shown(self, values: Tensor) -> list:
+        """A few of them as pictures."""
+        canvas = torch.zeros(min(SHOWN, len(values)), self.side**2)
+        canvas[:, self.places] = values[:SHOWN].flatten(1)
+        return canvas.reshape(-1, self.side, self.side).tolist()
+
+
+def read(plan: Plan) -> Pictures:
+    """The pictures of a plan.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        FileNotFoundError: There is no such IDX file, or none of its labels beside it.
+    """
+    return _digits() if plan.data is None else _idx(Path(plan.data))
+
+
+@cache
+def _digits() -> Pictures:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ImportError(
+            "the digits are those of scikit-learn, which is not there: pip install scikit-learn"
+        ) from None
+    found: Any = load_digits()
+    values = torch.from_numpy(found.data).long()
+    places = (values.amin(0) < values.amax(0)).nonzero().flatten()  # the others are always 0
+    return Pictures(values[:, places], torch.from_numpy(found.target).long(), 8, places)
+
+
+@cache
+def _idx(path: Path) -> Pictures:
+    labels = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+    if labels == path or not labels.is_file():
+        raise FileNotFoundError(
+            f"data: {path} must be named ...images-idx3..., with ...labels-idx1... beside it."
+        )
+    values, classes = (
+        torch.from_numpy(read_file(it).values.astype("int64")) for it in (path, labels)
+    )
+    if values.ndim != 3 or values.shape[1] != values.shape[2] or len(classes) != len(values):
+        raise ValueError(
+            f"data: {path} must hold square pictures, each with its label; got "
+            f"{list(values.shape)} and {len(classes)} labels."
+        )
+    side = values.shape[-1]
+    return Pictures(values, classes, side, torch.arange(side**2))
+
+
+class Spaces:
+    """Real pictures in both spaces of features, and how others compare with them.
+
+    Args:
+        pictures: The real ones.
+        most: How many of them to compare with.
+        seed: Of which, of their noise and of the classifier.
+    """
+
+    def __init__(self, pictures: Pictures, most: int, seed: int):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            chosen = torch.randperm(len(pictures.values))[:most]
+            self.real = spread(pictures.values[chosen])
+            self.levels = float(pictures.values.max()) + 1
+            self.features = self._classifier(pictures)
+        pixels = self.real.flatten(1)
+        self.centre = pixels.mean(0)
+        self.axes = torch.linalg.svd(pixels - self.centre, full_matrices=False)[2][:COMPONENTS]
+
+    def _classifier(self, pictures: Pictures) -> nn.Module:
+        """All but the last layer of one that tells the classes."""
+        size, classes = len(pictures.places), int(pictures.classes.max()) + 1
+        hidden = nn.Linear(size, 64), nn.SiLU(), nn.Linear(64, 32), nn.SiLU()
+        model = nn.Sequential(nn.Flatten(1), *hidden, nn.Linear(32, classes))
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+        for _ in range(500):
+            rows = torch.randint(len(pictures.values), (256,))
+            x = spread(pictures.values[rows]) / self.levels
+            loss = nn.functional.cross_entropy(model(x), pictures.classes[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return model[:-1].requires_grad_(False)
+
+    def seen(self, values: Tensor) -> dict[str, Tensor]:
+        """In features and in components."""
+        components = (values.flatten(1) - self.centre) @ self.axes.T
+        return {"features": self.of(values), "components": components}
+
+    def of(self, values: Tensor) -> Tensor:
+        """The features, on a scale of about 1."""
+        return self.features(values / self.levels)
+
+    def critic(self, plan: Plan, pictures: Pictures, law: Distribution, seed: int) -> Ratio:
+        """One that tells pictures from draws by their features."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            drawn = self.of(law.sample(torch.Size([4 * len(pictures.values)])).detach())
+            ratio = plan.critic.build(drawn.shape[1:], 0, math.log(100))
+            for step in range(plan.critic_steps):
+                rows = torch.randint(len(pictures.values), (plan.batch,))
+                real = self.of(spread(pictures.values[rows]))
+                fake = drawn[torch.randint(len(drawn), (plan.batch,))]
+                ratio.update(real, fake, lr=1 - step / plan.critic_steps)
+        return ratio.requires_grad_(False)
+
+    def compare(self, sets: list[Tensor]) -> dict[str, Pair]:
+        """Precision and recall of sets of draws of one law, averaged."""
+        return self._scores([(self.real, it) for it in sets], prdc)
+
+    def ceiling(self) -> dict[str, Pair]:
+        """The same of one half of the real ones against the other."""
+        return self._scores(
+            [(self.real, self.real)], lambda real, fake, k: prdc_ceiling(real=real, k=k)
+        )
+
+    def _scores(
+        self, pairs: list[tuple[Tensor, Tensor]], score: Callable[..., PRDC]
+    ) -> dict[str, Pair]:
+        found: dict[str, list[Pair]] = {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "in high dimension")
+            for real, fake in pairs:
+                seen = self.seen(fake)
+                for space, mine in self.seen(real).items():
+                    it = score(real=mine, fake=seen[space], k=K)
+                    for name in ("precision", "recall"):
+                        value, error = getattr(it, name)
+                        found.setdefault(f"{space}: {name}", []).append(
+                            (value.item(), error.item())
+                        )
+        mean = statistics.fmean  # the real ones are common to the sets: errors do not average out
+        return {
+            name: (mean(v for v, _ in it), mean(e for _, e in it)) for name, it in found.items()
+        }
+
+
+def spread(values: Int[Tensor, "rows *event"]) -> Float[Tensor, "rows *event"]:
+    """Grey levels with uniform noise of one level, as flows are fitted to them."""
+    return values + torch.rand(values.shape)
+
+
+def run(plan: Plan, seed: int) -> Iterator[Seed]:
+    """All laws of one seed, each judged; maximum likelihood comes first."""
+    pictures = read(plan)
+    spaces = Spaces(pictures, plan.most, seed)
+    judge = _Judge(plan, pictures, spaces, seed)
+    fitted = _fit(plan, pictures.values, KL(), seed)
+    yield judge.law((ML, "none"), fitted.flow(), fitted.history)
+    yield Seed(
+        "real against real, halves",
+        "none",
+        seed,
+        spaces.ceiling(),
+        samples=pictures.shown(spaces.real),
+    )
+    for t in plan.temperatures:
+        yield judge.law((f"latent temperature {t:g}", "none"), latent(fitted.flow(), t), [])
+    for bound in plan.bounds:
+        cut = latent(fitted.flow(), bound=bound)
+        yield judge.law((f"truncation at {bound:g}", "none"), cut, [])
+    of_features = spaces.critic(plan, pictures, fitted.flow(), seed)
+    critics = {OF_PIXELS: fitted.critic, OF_FEATURES: lambda x: of_features(spaces.of(x))}
+    for name, critic in critics.items():
+        for budget in plan.budgets:
+            yield judge.rejected(fitted.flow(), critic, budget, name)
+    for budget in plan.distilled:
+        again = distil(plan, pictures, fitted.flow(), critics[OF_FEATURES], budget, seed)
+        name = f"distilled, budget {budget:g}", OF_FEATURES
+        yield judge.law(name, again.flow(), again.history)
+    for way in plan.ways:
+        fitted = _fit(plan, pictures.values, way.divergence, seed)
+        yield judge.law((way.method, way.ratio), fitted.flow(), fitted.history)
+
+
+def _fit(plan: Plan, values: Tensor, divergence: FDivergence, seed: int) -> Fit:
+    method = Method(critic=plan.critic, batch=plan.batch, lr=plan.lr, draws=1024)
+    how: dict[str, Any] = {"steps": plan.steps, "seed": seed, "method": method}
+    how |= {"dequantise": not values.is_floating_point(), "with_critic": divergence == KL()}
+    return fit_to_samples(plan.flow, values, divergence, **how)
+
+
+def distil(
+    plan: Plan, pictures: Pictures, law: Distribution, critic: Any, budget: float, seed: int
+) -> Fit:
+    """A flow fitted by maximum likelihood to accepted draws of another, real pictures among them.
+
+    Its expected gradient is that of real pictures weighed by min(1, 1/(λr)), plus an anchor.
+    """
+    count = 5 * len(pictures.values)
+    real = int(count * plan.anchor / (1 - plan.anchor))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 5000)
+        drawn = _accepted(law, critic, budget, count)[0]
+        some = spread(pictures.values[torch.randint(len(pictures.values), (real,))])
+    return _fit(plan, torch.cat([drawn, some]), KL(), seed + 5000)
+
+
+def _accepted(law: Distribution, critic: Any, budget: float, count: int) -> tuple[Tensor, float]:
+    if budget == 1:
+        return law.sample(torch.Size([count])).detach(), 1.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "budget=.* buys nothing")  # then it costs less
+        found = reject(law, critic, n=count, budget=budget)
+    return found.samples, found.cost
+
+
+class _Judge:
+    """Draws from a law, compared with the real pictures."""
+
+    def __init__(self, plan: Plan, pictures: Pictures, spaces: Spaces, seed: int):
+        self.plan, self.pictures, self.spaces, self.seed = plan, pictures, spaces, seed
+
+    def law(self, way: tuple[str, str], law: Distribution, history: list) -> Seed:
+        """At one draw per sample."""
+        size = len(self.spaces.real)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(self.seed)
+            return self._told(way, law.sample(torch.Size([SETS * size])), 1.0, history)
+
+    def rejected(self, law: Distribution, critic: Any, budget: float, ratio: str) -> Seed:
+        """Sifted by a critic, at the cost of the budget."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            drawn, cost = _accepted(law, critic, budget, SETS * len(self.spaces.real))
+        return self._told((f"rejection, budget {budget:g}", ratio), drawn, cost, [])
+
+    def _told(self, way: tuple[str, str], drawn: Tensor, cost: float, history: list) -> Seed:
+        found = self.spaces.compare(list(drawn.tensor_split(SETS)))
+        found["cost"] = cost, 0.0
+        return Seed(*way, self.seed, found, samples=self.pictures.shown(drawn), history=history)

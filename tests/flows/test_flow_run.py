@@ -79,7 +79,7 @@ def test_rejection_keeps_to_its_budget_and_cooled_latents_to_the_middle(folder):
 def test_an_evaluation_counts_the_rows_that_were_trained_on(folder, capsys):
     assert main(["evaluate", str(folder / "plain"), "--data", str(folder / "data.npy")]) == 0
     said = capsys.readouterr().out
-    assert "'rows_seen': 270" in said
+    assert "270 of the rows were fitted" in said
     assert main(["compare", str(folder / "plain"), str(folder / "classes")]) == 0
     assert "precision-half(lam=3)" in capsys.readouterr().out
 

@@ -20,8 +20,8 @@ _HOMES: dict[str, str] = {
     "objectives": "Objective Term parse_objective",
     "observables": "averages beside_held_out check_held_out",
     "rejection": "Accepted reject",
-    "run": "EvaluateSettings FitSettings SampleSettings "
-    "compare_runs evaluate_run load_critic load_run sample_run",
+    "run": "FitSettings SampleSettings compare_runs load_critic load_run sample_run",
+    "run_evaluation": "DataEvaluation EvaluateSettings NotCoveredError evaluate_run report_runs",
     "target_fit": "TargetFit fit_to_target",
     "targets": "Density Target parse_target",
     "training": "Moment Training train",

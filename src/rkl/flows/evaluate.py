@@ -25,6 +25,7 @@ VALUES = 8  # of the first condition, where none are given
 FEWEST = 400  # draws on which coverage is judged, at least
 JUDGED = 4_000  # and at most
 MIXED = 2  # sweeps from one reference draw to the next
+LADDERS = 16  # chains at each rung of thermodynamic integration
 MANY = 128  # chains of a reference, at most, of 50 draws or more
 
 

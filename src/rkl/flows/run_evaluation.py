@@ -1,0 +1,238 @@
+"""``rkl evaluate`` and ``rkl report`` for a run of a flow: what it is worth, as JSON and pages."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rkl.flows.data import read_data
+from rkl.flows.evaluate import VALUES, condition_grid, evaluate_on_target
+from rkl.flows.evaluation import Evaluation
+from rkl.flows.mcmc.kernels import check_whole
+from rkl.flows.run import load_run
+from rkl.flows.target_run import TargetRun, load_target_run, parse_ranges, read_draws
+from rkl.metrics import Mean, mean, to_json
+from rkl.metrics.samples import Measured, measure
+from rkl.metrics.written import parenthesised
+from rkl.runs import Run, write_json
+
+KEPT = "evaluation.json"
+MEASURED = 5_000  # rows that are measured by their neighbours, at most
+AT_ONCE = 10_000
+
+
+class NotCoveredError(RuntimeError):
+    """A flow lacks a part of its target, or nothing shows that it does not."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What a flow is measured on.
+
+    Args:
+        data: What it was not fitted to: rows, needed for a flow of data; or draws of a target
+            with their conditions, as rkl sample writes them (.npz).
+        labels: Class of each row, as for the fit.
+        dequantise: Spread quantised values over one step; image files always are.
+        condition: Where to measure a flow of a target, "T=0.9" or "T=0.5:1.5"; by default
+            wherever it was trained.
+        values: How many values of the first condition.
+        draws: Draws of each chain.
+        chains: Chains under each condition.
+        reference: Draw the target without the flow too, by a heat bath, say, and compare.
+        strict: Fail where the flow lacks a part of its target, or this is not known.
+        seed: Of all random numbers.
+        device: Where to compute.
+    """
+
+    data: Path | None = field(default=None, metadata={"metavar": "DATA"})
+    labels: str | None = None
+    dequantise: bool = False
+    condition: str | None = field(default=None, metadata={"metavar": "RANGES"})
+    values: int = field(default=VALUES, metadata={"metavar": "N"})
+    draws: int = field(default=2_000, metadata={"metavar": "N"})
+    chains: int = field(default=8, metadata={"metavar": "N"})
+    reference: bool = False
+    strict: bool = False
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self):
+        if self.data is not None:
+            object.__setattr__(self, "data", Path(self.data))
+        for name, least in (("values", 1), ("draws", 2), ("chains", 1)):
+            check_whole(name, getattr(self, name), least)
+
+
+@dataclass(frozen=True)
+class DataEvaluation:
+    """What rows that a flow was not fitted to say of it.
+
+    Attributes:
+        rows: Their number.
+        rows_seen: How many of them it was fitted to after all.
+        log_density: Mean log-density of the rows, in nats.
+        samples: The flow's samples beside the rows, and these beside one another.
+    """
+
+    rows: int
+    rows_seen: int
+    log_density: Mean
+    samples: Measured | None
+
+    def __str__(self) -> str:
+        density = parenthesised((self.log_density.value.item(), self.log_density.error.item()))
+        lines = [f"log-density  {density} nats per row, over {self.rows:,} rows"]
+        if self.rows_seen:
+            lines.append(f"{self.rows_seen:,} of the rows were fitted: that is no held-out figure")
+        return "\n".join([*lines, *(["", str(self.samples)] if self.samples else [])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as JSON can hold them."""
+        measured = None if self.samples is None else self.samples.to_dict()
+        kept = {"rows": self.rows, "rows_seen": self.rows_seen, "samples": measured}
+        return kept | {"log_density": to_json(self.log_density)}
+
+
+def evaluate_run(
+    path: str | os.PathLike, settings: EvaluateSettings
+) -> Evaluation | DataEvaluation:
+    """Measure the flow of a run; the run keeps the result as ``evaluation.json``.
+
+    Raises:
+        NotCoveredError: Under ``strict``, a part of the target is missing or may be.
+        ValueError: The held-out draws were trained on, or a setting does not fit the run.
+    """
+    run = Run.open(path)
+    if "target" not in run.settings:
+        rows = _evaluate_on_rows(run, settings)
+        write_json(run.path / KEPT, rows.to_dict())
+        return rows
+    found = evaluate_target_run(path, settings)
+    write_json(run.path / KEPT, found.to_dict())
+    if settings.strict and (not found.passed or bool(found.chain.failed.any())):
+        print(found, flush=True)  # a table, which an error has no room for
+        reasons = found.reasons or [it.verdict for it in found.coverage if it.passed is None][:1]
+        stuck = [] if not found.chain.failed.any() else ["a chain never moved"]
+        raise NotCoveredError("; ".join([*reasons, *stuck]))
+    return found
+
+
+def evaluate_target_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluation:
+    """Measure the flow of a run on its target; nothing is written."""
+    found = load_target_run(path)
+    condition, held_out = _where(found, settings, Run.open(path))
+    how: dict[str, Any] = {name: getattr(settings, name) for name in ("draws", "chains", "seed")}
+    return evaluate_on_target(
+        found.flow.to(settings.device),
+        found.target,
+        condition.to(settings.device),
+        held_out=held_out,
+        reference=settings.reference,
+        **how,
+    )
+
+
+def _where(
+    found: TargetRun, settings: EvaluateSettings, run: Run
+) -> tuple[Tensor, list[Tensor] | None]:
+    """The conditions, and the held-out draws under each of them if there are any."""
+    ranges = found.ranges
+    if settings.condition is not None:
+        ranges = parse_ranges(settings.condition, found.target)
+    if settings.data is None:
+        return condition_grid(ranges, settings.values), None
+    x, condition = read_draws(settings.data, found.target)
+    seen = run.count_seen([row.tobytes() for row in x.numpy()])
+    if seen:
+        raise ValueError(
+            f"data: {seen:,} of the {len(x):,} draws in {settings.data} were trained on; held-out "
+            "draws must share none."
+        )
+    inside = torch.ones(len(x), dtype=torch.bool)
+    for column, it in zip(condition.T, ranges, strict=True):
+        inside &= (column >= it.low - 1e-6) & (column <= it.high + 1e-6)
+    if not inside.any():
+        raise ValueError(f"data: none of the draws in {settings.data} is under these conditions.")
+    x, condition = (it[inside].to(settings.device) for it in (x, condition))
+    rows, group = (
+        condition.unique(dim=0, return_inverse=True)
+        if found.ranges
+        else (
+            condition[:1],
+            torch.zeros(len(x), dtype=torch.long),
+        )
+    )
+    return rows, [x[group == k] for k in range(len(rows))]
+
+
+@torch.no_grad()
+def _evaluate_on_rows(run: Run, settings: EvaluateSettings) -> DataEvaluation:
+    if settings.data is None:
+        raise ValueError(f"data must be given: rows that {run.path} was not fitted to.")
+    for name in ("condition", "reference", "strict"):
+        if getattr(settings, name):
+            raise ValueError(f"{name} goes with a flow of a target; {run.path} has one of data.")
+    flow: Any = load_run(run.path)
+    data = read_data(settings.data, settings.labels, dequantise=settings.dequantise or None)
+    classes = run.record["data"]["classes"]
+    if data.event_shape != tuple(flow.shift.shape) or data.conditions != len(classes):
+        raise ValueError(
+            f"data must have rows of shape {list(flow.shift.shape)} and {len(classes)} classes; "
+            f"got {list(data.event_shape)} and {data.conditions}."
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        spread = data.spread()
+        parts = [spread.rows(index) for index in torch.arange(len(data)).split(AT_ONCE)]
+        laws = [flow() if it.condition is None else flow(it.condition) for it in parts]
+        log_q = torch.cat([law.log_prob(it.values) for law, it in zip(laws, parts, strict=True)])
+        chosen = spread.rows(torch.randperm(len(data))[:MEASURED])
+        law = flow() if chosen.condition is None else flow(chosen.condition)
+        drawn = law.sample(() if chosen.condition is not None else (len(chosen.values),))
+    samples = _measured(chosen.values.flatten(1), drawn.flatten(1), settings.seed)
+    seen = run.count_seen([row.tobytes() for row in data.values.numpy()])
+    return DataEvaluation(len(data), seen, mean(log_q), samples)
+
+
+def _measured(real: Tensor, fake: Tensor, seed: int) -> Measured | None:
+    """Precision, recall and the like, where there are rows enough for neighbours."""
+    if len(real) < 20:
+        warnings.warn(f"{len(real)} rows are too few to measure samples by.", stacklevel=4)
+        return None
+    return measure(real=real.float(), fake=fake.float(), seed=seed)
+
+
+def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
+    """Write the report of one run, a single HTML file.
+
+    A flow of a target is measured for it, beside a reference.
+
+    Args:
+        paths: The folder of the run.
+        out: The file; ``report.html`` in the folder of the run by default.
+    """
+    if len(paths) != 1:
+        raise ValueError(
+            f"runs: flows are reported one by one; got {len(paths)}. See rkl compare."
+        )
+    run = Run.open(paths[0])
+    if "target" in run.settings:
+        found = evaluate_target_run(run.path, EvaluateSettings(draws=1_000, reference=True))
+        return report_on(run, found, out)
+    raise NotImplementedError("paths: runs of rkl fit --data have no report yet.")
+
+
+def report_on(run: Run, found: Evaluation, out: str | os.PathLike | None = None) -> Path:
+    """Write the report of a run whose flow has been measured."""
+    from rkl.flows.report import target_page
+    from rkl.report import write
+
+    place = run.path / "report.html" if out is None else Path(out)
+    write(place, target_page(found, run.metrics, run.record))
+    return place

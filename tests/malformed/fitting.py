@@ -146,6 +146,23 @@ SUBJECTS = [
         costly=True,
     ),
     Subject(
+        "rkl fit --target",
+        command("fit"),
+        lambda: {"target": "mog4", "out": "aimed", "steps": 1, "flow": "maf", "batch": 64},
+        [
+            fault("target", "unknown", "mog5", "'mog5'", named="mog5"),
+            fault("target", "no module", "nowhere:law(event_shape=(2,))", "nowhere"),
+            fault("objective", "no divergence", "data:nothing", "nothing"),
+            fault("objective", "data that are not there", "1.0*data:kl", "data"),
+            fault("data", "no file", "nowhere.npz", "nowhere.npz"),
+            fault("condition", "one it lacks", "K=1", "K=1"),
+            fault("flow", "a lattice's", "coarse-to-fine", "side", named="event_shape"),
+            fault("batch", "one", 1, "1"),
+            fault("anchor", "of a fit to data", 0.1, "unrecognized"),
+        ],
+        costly=True,
+    ),
+    Subject(
         "rkl sample",
         command("sample"),
         lambda: {"_run": ["a-run"], "n": 3, "out": "samples.npy"},

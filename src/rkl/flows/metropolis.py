@@ -73,7 +73,8 @@ class Chain:
 
     def measure(self, target: Target) -> dict[str, Float[Tensor, "*batch chains draws"]]:
         """The observables of every state, by name."""
-        return target.observables(self.x, self.condition[..., None, None, :])
+        each = self.condition[..., None, None, :].expand(*self.accepted.shape, -1)
+        return target.observables(self.x, each)
 
     def diagnose(
         self, values: Mapping[str, Float[Tensor, "*batch chains draws"]]

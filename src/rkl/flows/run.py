@@ -386,7 +386,8 @@ def _sample_target(path: str | os.PathLike, settings: SampleSettings) -> str:
             raise ValueError(f"{name} goes with a flow fitted to data; {path} has a target.")
     names = "n", "out", "condition", "seed", "device"
     how: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    return sample_target(path, chains=settings.chains or CHAINS, **how)
+    chains = CHAINS if settings.chains is None else settings.chains
+    return sample_target(path, chains=chains, **how)
 
 
 def _condition(named: str | None, classes: tuple[str, ...]) -> Tensor | None:

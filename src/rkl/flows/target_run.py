@@ -1,5 +1,6 @@
 """``rkl fit --target`` and what follows: exact draws of a density, by the flow fitted to it."""
 
+import copy
 import math
 import os
 import warnings
@@ -30,6 +31,8 @@ WEIGHTS = "flow.safetensors"
 MINUTES = 2.0  # of training where no budget is given
 TRIED = 20  # steps from which --dry-run foretells the time
 CHAINS = 4
+FEWEST = 20  # draws of a chain, of which more than this must have moved
+PATHS = "data", "start_from"  # settings that run.json keeps as text
 FEW = 8  # coordinates up to which a flow draws them one by one, by splines
 
 
@@ -72,9 +75,6 @@ class TargetSettings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("data", "start_from"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)))
         for name, one, other in (
             ("steps and minutes", self.steps, self.minutes),
             ("objective and divergence", self.objective, self.divergence),
@@ -230,8 +230,11 @@ def fit_target(
     """
     data = _data(settings)
     flow = _begun(settings)
+    _fitted(
+        settings, copy.deepcopy(flow), data, {"steps": 1}
+    )  # refuses before anything is written
     kept = asdict(settings)
-    for name in ("data", "start_from"):
+    for name in PATHS:
         kept[name] = None if kept[name] is None else str(kept[name].resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
     run = Run.create(out, "flows", kept, **how)
@@ -272,7 +275,9 @@ def load_target_run(path: str | os.PathLike) -> TargetRun:
         raise ValueError(f"path: {path} is no run of rkl fit --target.")
     if not (run.path / WEIGHTS).exists():
         raise FileNotFoundError(f"path: {path} has no {WEIGHTS}: the run was not finished.")
-    settings = TargetSettings(**run.settings)
+    kept: dict[str, Any] = run.settings
+    kept |= {name: Path(kept[name]) for name in PATHS if kept[name] is not None}
+    settings = TargetSettings(**kept)
     target = settings.aim
     flow = settings.architecture.build(target.event_shape, len(target.conditions))
     flow.load_state_dict(load_state(run.path / WEIGHTS)["flow"])
@@ -313,11 +318,12 @@ def sample_target(
     number("chains", chains, at_least=1)
     draws = math.ceil(n / chains)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*they are no result")  # said below
+        if draws > FEWEST:
+            warnings.filterwarnings("ignore", message=".*they are no result")  # said below
         flow = found.flow.to(device)
         how: dict[str, Any] = {"draws": draws, "chains": chains, "seed": seed}
         chain = independent_metropolis(found.target, flow, at, **how)
-    if draws > 1 and bool(chain.failed):
+    if draws > FEWEST and bool(chain.failed):
         raise RuntimeError(
             f"a chain took none of its {draws - 1:,} proposals: the flow is too far from the "
             "target for a result, and nothing was written. Train it longer."

@@ -1,0 +1,251 @@
+"""A fit to a target from the command line resumes, loads, and gives exact draws."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import rkl
+from rkl.cli import main
+from rkl.flows import CoarseToFine, Coupling, independent_metropolis
+from rkl.flows.architectures import NSF
+from rkl.flows.lattice import CheckerboardRealNVP
+from rkl.flows.target_run import (
+    TargetSettings,
+    fit_target,
+    load_target_run,
+    parse_ranges,
+    read_draws,
+    sample_target,
+    suited,
+)
+from rkl.flows.targets import XY, Phi4, parse_target
+from rkl.runs import Run
+
+MODULE = """
+import torch
+
+def log_prob(x, condition):
+    return -(x / condition).square().sum(-1) / 2
+
+def far(x, condition):
+    return -(x - 40).square().sum(-1) * 50
+"""
+XY4 = ["--flow", "coarse-to-fine(width=8)", "--batch", "128", "--target", "xy(side=4)"]
+OWN = "my_law:log_prob(event_shape=(2,), conditions={'s': (1.0, 2.0)})"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With a module of one's own, and a run on the XY model."""
+    path = tmp_path_factory.mktemp("targets")
+    (path / "my_law.py").write_text(MODULE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(path))
+        words = ["fit", *XY4, "--steps", "60", "--condition", "T=0.5:1.5"]
+        assert main([*words, "--out", str(path / "xy")]) == 0
+        yield path
+    sys.modules.pop("my_law", None)
+
+
+def test_a_run_records_what_was_fitted_and_gives_its_flow_back(folder):
+    run = Run.open(folder / "xy")
+    assert run.record["status"] == "finished"
+    assert parse_target(run.settings["target"]) == XY(side=4)
+    assert run.settings["flow"].startswith("CoarseToFine(coupling=1.0")
+    x = rkl.load(folder / "xy")(torch.tensor([0.9])).sample((500,))
+    assert x.shape == (500, 16)
+    assert load_target_run(folder / "xy").ranges[0][:3] == ("T", 0.5, 1.5)
+
+
+def test_chains_are_written_with_all_that_judges_them(folder, capsys):
+    for name in ("chains.nc", "chains.npz", "chains.npy"):
+        words = ["sample", str(folder / "xy"), "--condition", "T=0.9", "-n", "2000"]
+        assert main([*words, "--out", str(folder / name), "--seed", "3"]) == 0
+    assert "R-hat" in capsys.readouterr().out
+    with np.load(folder / "chains.npz") as file:
+        arrays = {name: file[name] for name in file}
+    assert arrays["x"].shape == (4, 500, 16)
+    np.testing.assert_allclose(arrays["log_ratio"], arrays["lp"] - arrays["log_q"], atol=1e-4)
+    x, condition = torch.from_numpy(arrays["x"]), torch.tensor([0.9])
+    log_p = XY(side=4).log_prob(x, condition.expand(4, 500, 1)).numpy()
+    np.testing.assert_allclose(arrays["lp"], log_p, atol=1e-4)
+    for group, names in (("posterior", ["x", "energy"]), ("sample_stats", ["accepted", "lp"])):
+        with xr.open_dataset(folder / "chains.nc", group=group, engine="h5netcdf") as found:
+            for name in names:
+                np.testing.assert_array_equal(found[name].values, arrays[name])
+            assert found.attrs["T"] == pytest.approx(0.9)
+    assert np.array_equal(np.load(folder / "chains.npy"), arrays["x"].reshape(-1, 16))
+
+
+def test_draws_are_those_of_independent_metropolis(folder):
+    sample_target(folder / "xy", n=400, out=folder / "a.npz", condition="T=1.2", chains=2, seed=5)
+    found, at = load_target_run(folder / "xy"), torch.tensor([1.2])
+    chain = independent_metropolis(found.target, found.flow, at, draws=200, chains=2, seed=5)
+    with np.load(folder / "a.npz") as file:
+        assert np.array_equal(file["x"], chain.x.numpy())
+        assert np.array_equal(file["accepted"], chain.accepted.numpy())
+
+
+def test_a_condition_beyond_the_trained_range_warns(folder):
+    with pytest.warns(UserWarning, match=r"T=1.9 is beyond .* 0.5 to 1.5"):
+        sample_target(folder / "xy", n=400, out=folder / "b.npy", condition="T=1.9")
+
+
+def test_draws_written_by_one_run_are_data_for_another(folder):
+    sample_target(folder / "xy", n=400, out=folder / "c.npz", condition="T=0.9")
+    words = ["fit", *XY4, "--steps", "2", "--data", str(folder / "c.npz"), "--strata", "4"]
+    assert main([*words, "--out", str(folder / "data")]) == 0
+    run = Run.open(folder / "data")
+    assert run.record["data"]["rows"] == 400
+    with np.load(folder / "c.npz") as file:
+        rows = [row.tobytes() for row in file["x"].reshape(-1, 16)]
+    assert run.count_seen(rows) == 400
+    assert run.metrics[-1].keys() >= {"nll", "ess"}  # both terms of the default objective
+
+
+def test_a_function_of_ones_own_is_fitted_and_drawn_from(folder, monkeypatch):
+    """The standard deviation of 4,000 draws has an error of 0.05 at most: 5 of them."""
+    words = ["fit", "--target", OWN, "--divergence", "reverse-kl", "--lr", "0.01"]
+    words += ["--flow", "coupling(transforms=2, hidden=(16,))", "--batch", "256", "--steps", "250"]
+    monkeypatch.chdir(folder)
+    assert main([*words, "--out", "own"]) == 0
+    sample_target(folder / "own", n=4000, out=folder / "own.npy", condition="s=1.5")
+    assert np.load(folder / "own.npy").std() == pytest.approx(1.5, abs=0.2)
+
+
+def test_a_chain_that_never_moves_is_no_result(folder, capsys):
+    """Of 300 chains of 25 draws, far from the target, one in 25 begins at the best of them."""
+    words = ["fit", "--target", "my_law:far(event_shape=(2,))", "--steps", "1", "--lr", "1e-9"]
+    words += ["--flow", "coupling(transforms=2, hidden=(4,))", "--out", str(folder / "far")]
+    assert main(words) == 0
+    out = folder / "far.npz"
+    words = ["sample", str(folder / "far"), "-n", "7500", "--chains", "300", "--out", str(out)]
+    assert main(words) == 1
+    assert "a chain took none of its 24 proposals" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_fit_cut_off_between_two_steps_goes_on_to_the_same_bits(folder, monkeypatch):
+    from rkl.flows.target_fit import _Fitting
+
+    settings = TargetSettings(
+        "xy(side=2)", flow="coarse-to-fine(width=8)", batch=64, strata=8, steps=130, anneal=True
+    )
+    fit_target(settings, folder / "whole")
+    original, calls = _Fitting.__call__, []
+
+    def objective(self, moment):
+        calls.append(moment.step)
+        if len(calls) == 116:  # one step is tried before anything is written
+            raise KeyboardInterrupt
+        return original(self, moment)
+
+    monkeypatch.setattr(_Fitting, "__call__", objective)
+    with pytest.raises(KeyboardInterrupt):
+        fit_target(settings, folder / "cut")
+    fit_target(settings, folder / "cut", resume=True)
+    assert calls[117] == 100  # it went on from the checkpoint
+    weights = [(folder / name / "flow.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    rows = [Run.open(folder / name).metrics for name in ("whole", "cut")]
+    for row in (*rows[0], *rows[1]):
+        del row["seconds"]
+    assert rows[0] == rows[1]
+
+
+def test_a_run_on_a_small_lattice_starts_one_on_a_larger(folder):
+    flow = "coarse-to-fine(width=8)"
+    settings = TargetSettings(
+        "xy(side=8)", flow=flow, start_from=folder / "xy", steps=1, lr=1e-9, batch=64
+    )
+    fit_target(settings, folder / "larger")
+    small, large = (rkl.load(folder / name).state_dict() for name in ("xy", "larger"))
+    shared = [name for name, it in small.items() if large[name].shape == it.shape]
+    assert any(torch.allclose(small[name], large[name], atol=1e-6) for name in shared)
+
+
+def test_a_dry_run_of_a_target_foretells_and_writes_nothing(folder, capsys):
+    out = folder / "dry"
+    assert main(["fit", *XY4, "--minutes", "5", "--out", str(out), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "T in [0.05, 2.05] J" in said
+    assert "1.0*target:ReverseKL()" in said
+    assert "in 5 minutes" in said
+    assert not out.exists()
+
+
+def test_each_kind_of_target_has_an_architecture_that_suits_it():
+    assert suited(XY(side=4, ring_exchange=None)) == CoarseToFine(ring_exchange=None)
+    assert suited(Phi4(side=4)) == CheckerboardRealNVP(filters=16, circle=False)
+    assert suited(Phi4(side=5)) == Coupling()
+    assert suited(parse_target("mog4")) == NSF()
+    with pytest.raises(ValueError, match="flow must be named"):
+        suited(parse_target("math:gcd(event_shape=(3,), domain='circle')"))
+
+
+def test_ranges_are_read_and_what_is_none_is_refused():
+    both = XY(side=2, ring_exchange=None)
+    assert [it[1:3] for it in parse_ranges("K=0.5, T=1:2", both)] == [(1.0, 2.0), (0.5, 0.5)]
+    assert parse_ranges(None, both) == both.conditions
+    for text in ("T=2:1", "T", "T=hot", "T=nan", "T=1:inf"):
+        with pytest.raises(ValueError, match="condition: .* cannot be read"):
+            parse_ranges(text, both)
+    with pytest.raises(ValueError, match="those of XY.* are T, K; got 'L=3'"):
+        parse_ranges("T=1,L=3", both)
+
+
+def test_draws_that_are_none_of_the_target_are_refused(tmp_path):
+    np.savez(tmp_path / "wide.npz", x=np.zeros((5, 9)), condition=np.ones((5, 1)))
+    np.savez(tmp_path / "bare.npz", x=np.zeros((5, 4)))
+    np.savez(tmp_path / "nan.npz", x=np.full((5, 4), math.nan), condition=np.ones(1))
+    np.savez(tmp_path / "odd.npz", x=np.zeros((5, 4)), condition=np.ones((3, 1)))
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04")
+    for name, said in (
+        ("wide", r"x must be \[rows, 4\]"),
+        ("bare", "lacks 'condition'"),
+        ("nan", "finite"),
+        ("odd", "cannot be read"),
+        ("torn", "cannot be read"),
+        ("none", "no file"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"data: .*{said}"):
+            read_draws(tmp_path / f"{name}.npz", XY(side=2))
+
+
+def test_what_a_target_cannot_have_is_one_line_and_writes_nothing(folder, capsys):
+    out = folder / "nothing"
+
+    def refused(*words):
+        assert main([str(word) for word in words]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("rkl: error: ")
+        assert said.count("\n") == 1
+        return said
+
+    begin = ["fit", "--out", out, "--target"]
+    assert "xz" in refused(*begin, "xz(side=4)")
+    assert "cannot be imported" in refused(*begin, "no_module:law(event_shape=(2,))")
+    assert "side must be" in refused(*begin, "xy(side=1)")
+    own = [*begin, "xy(side=4)"]
+    assert "data must be given" in refused(*own, "--objective", "data:kl", "--steps", "1")
+    assert "one of objective and divergence" in refused(
+        *own, "--objective", "kl", "--divergence", "kl"
+    )
+    assert "steps and minutes" in refused(*own, "--steps", "5", "--minutes", "1")
+    assert "scale-free" in refused(*own, "--divergence", "js")
+    assert "unrecognized arguments: --anchor" in refused(*own, "--anchor", "0.1")
+    assert "start_from goes with" in refused(
+        *own, "--flow", "coupling", "--start-from", folder / "xy"
+    )
+    assert not out.exists()
+    draw = ["sample", folder / "xy", "--out", folder / "x.npz"]
+    assert "one value of T" in refused(*draw)
+    assert "one value of T" in refused(*draw, "--condition", "T=0.5:1")
+    named = [*draw, "--condition", "T=1"]
+    assert "budget goes with" in refused(*named, "--budget", "2")
+    assert "chains must be" in refused(*named, "--chains", "0")
+    assert "must end in .nc" in refused(*named, "--out", folder / "x.csv")

@@ -19,6 +19,7 @@ _HOMES: dict[str, str] = {
     "metropolis": "Chain independent_metropolis",
     "objectives": "Objective Term parse_objective",
     "observables": "averages beside_held_out check_held_out",
+    "operating": "Reached distil_rejection",
     "rejection": "Accepted reject",
     "run": "FitSettings SampleSettings compare_runs load_critic load_run sample_run",
     "run_evaluation": "DataEvaluation EvaluateSettings NotCoveredError evaluate_run report_runs",

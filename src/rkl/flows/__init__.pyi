@@ -43,6 +43,8 @@ from rkl.flows.objectives import parse_objective as parse_objective
 from rkl.flows.observables import averages as averages
 from rkl.flows.observables import beside_held_out as beside_held_out
 from rkl.flows.observables import check_held_out as check_held_out
+from rkl.flows.operating import Reached as Reached
+from rkl.flows.operating import distil_rejection as distil_rejection
 from rkl.flows.rejection import Accepted as Accepted
 from rkl.flows.rejection import reject as reject
 from rkl.flows.run import FitSettings as FitSettings
@@ -51,13 +53,13 @@ from rkl.flows.run import compare_runs as compare_runs
 from rkl.flows.run import load_critic as load_critic
 from rkl.flows.run import load_run as load_run
 from rkl.flows.run import sample_run as sample_run
-from rkl.flows.target_fit import TargetFit as TargetFit
-from rkl.flows.target_fit import fit_to_target as fit_to_target
 from rkl.flows.run_evaluation import DataEvaluation as DataEvaluation
 from rkl.flows.run_evaluation import EvaluateSettings as EvaluateSettings
 from rkl.flows.run_evaluation import NotCoveredError as NotCoveredError
 from rkl.flows.run_evaluation import evaluate_run as evaluate_run
 from rkl.flows.run_evaluation import report_runs as report_runs
+from rkl.flows.target_fit import TargetFit as TargetFit
+from rkl.flows.target_fit import fit_to_target as fit_to_target
 from rkl.flows.targets import Density as Density
 from rkl.flows.targets import Target as Target
 from rkl.flows.targets import parse_target as parse_target

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,12 +13,14 @@ from rkl.flows.architectures import Architecture, Scaled, draw
 from rkl.flows.critic import Critic, Ratio, ScaledCritic
 from rkl.flows.data import Data, read_data
 from rkl.flows.guard import Guard, LogProb, annealed, slope_of
+from rkl.flows.operating import Reached, check_point, reach
 from rkl.flows.training import Moment, Training, train
 from rkl.flows.weights import along_path, bounded_on_data, is_likelihood, on_data, on_draws
 from rkl.runs import Run
 
 Estimator = Literal["data", "draws", "path", "both"]
 CRITIC_BEGINS = 0.8  # share of the maximum-likelihood phase after which the critic learns too
+LEAST = 3000  # steps of a critic that samples are rejected by
 WIDEST = 10.0  # log-ratios are cut off at ± log(WIDEST · max(λ, 1/λ))
 
 
@@ -32,14 +34,18 @@ class Fit:
         critic: log p/q at [*batch, *event] in the user's units; None where none was trained.
         training: Its history, how many steps it took, and why it stopped early, if it did.
         held_out: Rows that were not trained on.
+        trained_on: Rows that were.
         classes: Names of the conditions, if the data had labels.
+        reached: How near it came to the operating point that was asked for, if one was.
     """
 
     flow: Scaled
     critic: ScaledCritic | None
     training: Training
     held_out: Data
+    trained_on: Data
     classes: tuple[str, ...] = ()
+    reached: Reached | None = None
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -113,6 +119,8 @@ def fit_to_samples(
     log_prob: LogProb | None = None,
     method: Method | None = None,
     with_critic: bool = False,
+    target_precision: float | None = None,
+    budget: float | None = None,
     run: Run | None = None,
     every: int | None = None,
 ) -> Fit:
@@ -134,11 +142,13 @@ def fit_to_samples(
         log_prob: Log-density of the data in nats, if known, at events [batch, *event], conditions.
         method: All that can be tuned.
         with_critic: Whether to train a critic in the end where none is needed on the way.
+        target_precision: Precision at slope 1 for rejection to reach, in 20 draws at most, or
+        budget: in so many draws per sample; alone, all are spent.
         run: Where to save and to log; a fit that was interrupted goes on from there.
         every: Steps between looks at the held-out rows; by default 1/25 of all, 25 at least.
 
     Returns:
-        The flow in the user's units, with its critic and its history.
+        The flow in the user's units, its critic and history; ``reached``, if asked for a point.
 
     Raises:
         TypeError, ValueError: The data cannot be learnt from, or settings make no sense.
@@ -149,17 +159,13 @@ def fit_to_samples(
     >>> fitted.flow().sample((1000,)).mean().round().item()
     5.0
     """
+    check_point(target_precision, budget)
     if not isinstance(divergence, FDivergence):
         raise TypeError(f"divergence must be an f-divergence; got {divergence!r}.")
-    method = Method() if method is None else method
     rows = data if isinstance(data, Data) else read_data(data, labels, dequantise=dequantise)
-    training, held_out = rows.split(method.held_out, seed)
-    scaled = _scaled(flow, rows, training, seed)
-    problem = _Problem(scaled, training, held_out, divergence, method, log_prob, seed)
+    problem = _Problem(flow, rows, divergence, method or Method(), log_prob, seed)
     done = problem.train(steps, minutes, run, every)
-    learnt = with_critic or (problem.guided and log_prob is None)
-    critic = problem.final_critic(done.steps) if learnt else None
-    return Fit(scaled, critic, done, held_out, rows.classes)
+    return problem.finished(done, with_critic, target_precision, budget)
 
 
 def _scaled(flow: Architecture | nn.Module, rows: Data, training: Data, seed: int) -> Scaled:
@@ -185,8 +191,10 @@ class _Draws(NamedTuple):
 class _Problem:
     """One fit: its loss, and what is looked at between."""
 
-    def __init__(self, scaled, rows, held_out, divergence, method, log_prob, seed):
-        self.scaled, self.method, self.divergence = scaled, method, divergence
+    def __init__(self, flow, data, divergence, method, log_prob, seed):
+        rows, held_out = data.split(method.held_out, seed)
+        self.classes, self.method, self.divergence = data.classes, method, divergence
+        self.scaled = scaled = _scaled(flow, data, rows, seed)
         self.flow, self.seed, self.log_prob = scaled.flow, seed, log_prob
         self.device = scaled.shift.device
         self.rows, self.held_out = rows.to(self.device), held_out.to(self.device)
@@ -307,11 +315,27 @@ class _Problem:
             condition = self.rows.rows(index).condition
             return self.guard.score(moment, condition, self.method.draws)
 
-    def final_critic(self, steps: int) -> ScaledCritic:
+    def finished(
+        self,
+        done: Training,
+        with_critic: bool,
+        target_precision: float | None,
+        budget: float | None,
+    ) -> Fit:
+        """The fit, with a critic where one is wanted, and at its operating point."""
+        aimed = target_precision is not None or budget is not None
+        learnt = with_critic or aimed or (self.guided and self.log_prob is None)
+        critic = self.final_critic(done.steps, LEAST if aimed else 50) if learnt else None
+        rows = self.held_out, self.rows, self.classes
+        fitted = Fit(self.scaled, critic, done, *rows)
+        aim = self.method.critic, target_precision, budget, self.seed
+        return replace(fitted, reached=reach(fitted, *aim)) if aimed else fitted
+
+    def final_critic(self, steps: int, least: int) -> ScaledCritic:
         """The critic of the flow that was kept, trained on for a tenth of the steps, or more."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed + 3)
-            count = max(50, steps // (10 if self.guided else 3))
+            count = max(least, steps // (10 if self.guided else 3))
             for step in range(count):
                 value, condition = self._batch()
                 drawn = self._draws(condition, len(value))

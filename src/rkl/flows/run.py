@@ -17,6 +17,7 @@ from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data, read_data
 from rkl.flows.files import write_samples
 from rkl.flows.fit import Fit, Method, fit_to_samples
+from rkl.flows.operating import check_point
 from rkl.flows.rejection import reject
 from rkl.flows.target_run import (
     CHAINS,
@@ -54,6 +55,8 @@ class FitSettings:
         lr: Highest learning rate.
         held_out: Share of the rows to hold out.
         critic: Train a critic at the end even where none is needed, to reject samples by.
+        target_precision: Precision that rejection is to reach; the fit says how near it came.
+        budget: Draws per sample that rejection may take.
         seed: Of all random numbers.
         device: Where to compute.
     """
@@ -72,10 +75,13 @@ class FitSettings:
     lr: float = 2e-3
     held_out: float = 0.1
     critic: bool = False
+    target_precision: float | None = field(default=None, metadata={"metavar": "P"})
+    budget: float | None = field(default=None, metadata={"metavar": "K"})
     seed: int = 0
     device: str = "cpu"
 
     def __post_init__(self):
+        check_point(self.target_precision, self.budget)
         object.__setattr__(self, "data", Path(self.data))
         if self.steps is not None and self.minutes is not None:
             raise ValueError(f"one of steps and minutes; got {self.steps} and {self.minutes}.")
@@ -105,8 +111,8 @@ class FitSettings:
         return divergence
 
     @property
-    def budget(self) -> dict[str, Any]:
-        """In steps, or in minutes."""
+    def allowance(self) -> dict[str, Any]:
+        """The budget of training: in steps, or in minutes."""
         if self.steps is not None:
             return {"steps": self.steps}
         return {"minutes": MINUTES if self.minutes is None else self.minutes}
@@ -181,6 +187,8 @@ class Fitted:
         if self.fit.critic is not None and done.best is not None:
             lines += [f"the divergence fell by {done.best:.4f} below maximum likelihood's"]
         lines += [f"Stopped early: {done.stopped}"] if done.stopped else []
+        if self.fit.reached is not None:
+            lines += [f"With rejection: {self.fit.reached}"]
         return "\n".join([*lines, f"The run: {self.path}"])
 
 
@@ -213,13 +221,15 @@ def fit(
             flow.to(settings.device),
             data,
             settings.chosen,
-            **settings.budget,
+            **settings.allowance,
             seed=settings.seed,
             method=settings.method,
             with_critic=settings.critic,
+            target_precision=settings.target_precision,
+            budget=settings.budget,
             run=run,
         )
-        _save(run, fitted, data)
+        _save(run, fitted)
     return Fitted(run.path, fitted)
 
 
@@ -236,7 +246,7 @@ def estimate(settings: FitSettings) -> str:
         estimator = "maximum likelihood"
     elif estimator == "auto":
         estimator = "data" if bounded_on_data(divergence) else "draws"
-    steps = settings.budget.get("steps") or round(60 * settings.budget["minutes"] / per_step)
+    steps = settings.allowance.get("steps") or round(60 * settings.allowance["minutes"] / per_step)
     lines = [f"{len(data):,} rows of shape {list(data.event_shape)}, {data.conditions} conditions"]
     lines += [f"{flow}: {size:,} parameters, {size * 4 * 6 / 1e6:.3g} MB with what Adam keeps"]
     lines += [f"{divergence} by the estimator: {estimator}"]
@@ -342,9 +352,8 @@ def _rows(data: Data) -> list[bytes]:
     return [row.tobytes() for row in data.values.numpy()]
 
 
-def _save(run: Run, fitted: Fit, data: Data) -> None:
-    training, _held_out = data.split(len(fitted.held_out) / len(data), run.record["seed"])
-    run.remember_rows(_rows(training))
+def _save(run: Run, fitted: Fit) -> None:
+    run.remember_rows(_rows(fitted.trained_on))
     critic = fitted.critic
     state = {
         "shift": fitted.flow.shift,
@@ -355,7 +364,11 @@ def _save(run: Run, fitted: Fit, data: Data) -> None:
     }
     save_state(run.path / WEIGHTS, state)
     done = fitted.training
-    run.update(result={"steps": done.steps, "gain": done.best, "stopped": done.stopped})
+    result = {"steps": done.steps, "gain": done.best, "stopped": done.stopped}
+    if fitted.reached is not None:
+        result["reached"] = to_json(fitted.reached.precision)
+        result["budget"] = fitted.reached.point.budget
+    run.update(result=result)
 
 
 def _load(path: str | os.PathLike) -> tuple[Scaled, ScaledCritic | None, tuple[str, ...]]:

@@ -1,0 +1,234 @@
+"""From a fitted flow to the operating point that was asked for, judged by rows held out."""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rkl.divergences.base import number
+from rkl.flows.architectures import draw
+from rkl.flows.critic import Critic
+from rkl.flows.data import Data
+from rkl.flows.training import Moment, train
+from rkl.metrics import Mean, mean
+from rkl.metrics.precision_recall import OperatingPoint, operating_point
+from rkl.runs import Run
+
+if TYPE_CHECKING:
+    from rkl.flows.fit import Fit
+
+DRAWS = 20_000  # on which a constant is fitted
+KEPT = 10_000  # accepted draws that are told from data
+LESSONS, BATCH = 1_500, 512  # of the critic that tells them
+MOST = 20.0  # draws per sample, beyond which rejection is not tried
+DEARER = 1.4  # by this factor, where the precision is not reached
+WIDEST = math.log(100)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How near a flow came to the operating point that was asked for.
+
+    Attributes:
+        asked: The precision asked for; None where a budget was.
+        precision: That of what rejection keeps, at slope 1, with its standard error: the least
+            that either critic finds. It is a bound from above, as all that is learnt from
+            samples: a critic with more to learn from may tell them from data better.
+        point: Rejection's constant, its draws per sample, and the precision as the critic has it.
+    """
+
+    asked: float | None
+    precision: Mean
+    point: OperatingPoint
+
+    @property
+    def met(self) -> bool:
+        """Whether the precision asked for is reached, within two standard errors."""
+        value, error = self.precision.value.item(), self.precision.error.item()
+        return self.asked is None or value + 2 * error >= self.asked
+
+    def __str__(self) -> str:
+        value, error = self.precision.value.item(), self.precision.error.item()
+        got = f"precision {value:.3f} ± {error:.3f} at {self.point.budget:.3g} draws per sample"
+        if self.met:
+            return got
+        return (
+            f"{got}: that is as far as this model gets; target_precision={self.asked} is out of "
+            "its reach. Give it more transforms, steps or rows."
+        )
+
+
+def check_point(target_precision: float | None, budget: float | None) -> None:
+    """Refuse an operating point that there is not."""
+    if target_precision is not None:
+        number("target_precision", target_precision, above=0, below=1)
+    if budget is not None:
+        number("budget", budget, at_least=1)
+
+
+def reach(
+    fitted: "Fit", chosen: Critic, target: float | None, budget: float | None, seed: int
+) -> Reached:
+    """The mildest rejection of a fit that has a precision, or what a budget buys.
+
+    Where the critic that rejects is wrong, it does not see what it let through. So a second
+    critic learns to tell what was kept from data, and rows that neither has seen say how well it
+    does: P(A) − Q(A) of the set A that it finds, which precision at slope 1 is 1 less of. As
+    long as it finds more amiss than was asked for, more draws are spent.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 4)
+        judge, most = _Judge(fitted, chosen), MOST if budget is None else budget
+        if target is None:
+            return Reached(None, judge.precision(most), judge.point(most))
+        spent, best = 1.0, None
+        while True:
+            found = Reached(target, judge.precision(spent), judge.point(spent))
+            value = found.precision.value.item()
+            best = found if best is None or value > best.precision.value.item() else best
+            if value >= target or spent >= min(most, judge.useful):
+                return found if value >= target else best
+            spent = min(most, judge.useful, spent * DEARER)
+
+
+class _Judge:
+    """A critic that learns to tell what rejection keeps of a flow from data."""
+
+    def __init__(self, fitted: "Fit", chosen: Critic):
+        assert fitted.critic is not None
+        self.scaled, self.rejects = fitted.flow, fitted.critic
+        device = fitted.flow.shift.device
+        self.rows = fitted.trained_on.to(device)
+        self.held_out = fitted.held_out.to(device).spread()
+        shape, conditions = self.rows.event_shape, self.rows.conditions
+        self.ratio = chosen.build(shape, conditions, WIDEST).to(device, fitted.flow.dtype)
+        log_ratio = self._drawn(DRAWS)[2].double().cpu()
+        self.normaliser = (log_ratio.logsumexp(0) - math.log(DRAWS)).item()
+        self.log_ratio = log_ratio - self.normaliser
+        self.useful = max(1.0, self.log_ratio.max().exp().item())  # then all that is left is p
+
+    def point(self, budget: float) -> OperatingPoint:
+        return operating_point(self.log_ratio, budget=min(budget, self.useful))
+
+    def _drawn(self, count: int) -> tuple[Data, Tensor, Tensor]:
+        """Rows; draws under their conditions; and what the critic that rejects says of these."""
+        rows = self.rows.batch(count)
+        law = self.scaled() if rows.condition is None else self.scaled(rows.condition)
+        value, _ = draw(law, (count,) if rows.condition is None else ())
+        with torch.no_grad():
+            return rows, value, self.rejects(value, rows.condition)
+
+    def _kept(self, point: OperatingPoint) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows, accepted draws under their conditions, and these."""
+        rows, value, log_ratio = self._drawn(math.ceil(KEPT * point.budget))
+        log_keep = log_ratio - self.normaliser + math.log(point.accept_lam)
+        keep = torch.rand_like(log_keep).log() < log_keep
+        given = None if rows.condition is None else rows.condition[keep]
+        return self._inner(rows.values[keep]), self._inner(value[keep]), given
+
+    def _inner(self, value: Tensor) -> Tensor:
+        return self.scaled.standardise(value)
+
+    def precision(self, budget: float) -> Mean:
+        """What held-out rows say of it, once the judge has learnt."""
+        point = self.point(budget)
+        p, q, given = self._kept(point)
+        for step in range(LESSONS):
+            index = torch.randint(len(q), (BATCH,), device=q.device)
+            condition = None if given is None else given[index]
+            self.ratio.update(p[index], q[index], condition, 1 - step / LESSONS)
+        _, q, given = self._kept(point)
+        with torch.no_grad():
+            found = self.ratio(q, given) > 0
+            own = self.ratio(self._inner(self.held_out.values), self.held_out.condition) > 0
+        seen, taken = mean(own.double().cpu()), mean(found.double().cpu())
+        least = (1 - seen.value + taken.value).clamp(max=point.target_precision)
+        return Mean(least, torch.hypot(seen.error, taken.error))
+
+
+def distil_rejection(
+    fitted: "Fit",
+    *,
+    budget: float | None = None,
+    accept_lam: float | None = None,
+    target_precision: float | None = None,
+    anchor: float = 0.5,
+    steps: int | None = None,
+    minutes: float | None = None,
+    batch: int = 512,
+    lr: float = 1e-3,
+    seed: int = 0,
+    run: Run | None = None,
+) -> "Fit":
+    r"""Train a flow to draw, at one draw each, what rejection keeps of it at K.
+
+    Maximum likelihood on accepted draws, E_q[min(1, λr) ∇log q′]/α(λ), each weighed instead of
+    thrown away, beside an anchor of maximum likelihood on the data. In expectation the first is
+    maximum likelihood on data weighed by min(1, 1/(λr)); but draws never run out, data do.
+
+    Source: Verine et al. (2024), arXiv 2311.00460, for what is kept.
+
+    Args:
+        fitted: A fit with a critic; it stays as it is.
+        budget: Rejection's strength as K draws per sample, or
+        accept_lam: as its constant λ, or
+        target_precision: as the precision of what is kept, as the critic has it.
+        anchor: Share of the likelihood of the data in the loss.
+        steps: The budget in steps, or
+        minutes: in minutes.
+        batch: Draws, and rows, in a step.
+        lr: Highest learning rate.
+        seed: Of all random numbers.
+        run: Where to save and to log.
+
+    Returns:
+        The new flow, without a critic: the old one knows the ratio of the old flow.
+    """
+    if fitted.critic is None:
+        raise ValueError("fitted has no critic to reject by; fit with_critic=True.")
+    number("anchor", anchor, at_least=0, below=1)
+    knob = {"budget": budget, "accept_lam": accept_lam, "target_precision": target_precision}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 5)
+        lesson = _Lesson(fitted, anchor, batch)
+        lesson.point = operating_point(lesson.drawn(DRAWS)[1].double().cpu(), **knob)
+    how: dict[str, Any] = {"steps": steps, "minutes": minutes, "lr": lr, "seed": seed, "run": run}
+    done = train(lesson.student, lesson, **how)
+    rest = fitted.held_out, fitted.trained_on, fitted.classes
+    return type(fitted)(lesson.student, None, done, *rest)
+
+
+class _Lesson:
+    """The loss of a step of distillation."""
+
+    point: OperatingPoint
+
+    def __init__(self, fitted: "Fit", anchor: float, batch: int):
+        assert fitted.critic is not None
+        self.teacher, self.critic = fitted.flow, fitted.critic
+        self.anchor, self.batch = anchor, batch
+        self.student = copy.deepcopy(fitted.flow)
+        self.student.flow.requires_grad_(True)
+        self.rows = fitted.trained_on.to(fitted.flow.shift.device)
+
+    def drawn(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draws of the teacher under the conditions of rows, with their log-ratio."""
+        condition = self.rows.batch(count).condition
+        law = self.teacher() if condition is None else self.teacher(condition)
+        value, _ = draw(law, (count,) if condition is None else ())
+        with torch.no_grad():
+            return value, self.critic(value, condition), condition
+
+    def __call__(self, moment: Moment) -> Tensor:
+        real = self.rows.batch(self.batch)
+        value, log_ratio, condition = self.drawn(self.batch)
+        weight = (log_ratio + math.log(self.point.accept_lam)).clamp(max=0).exp()
+        given = real.condition, condition
+        laws = [self.student() if it is None else self.student(it) for it in given]
+        likelihood = laws[0].log_prob(real.values).mean()
+        accepted = (self.point.budget * weight * laws[1].log_prob(value)).mean()
+        moment.log(accepted=-accepted, likelihood=likelihood)
+        return -self.anchor * likelihood - (1 - self.anchor) * accepted

@@ -1,0 +1,106 @@
+"""A fit asked for an operating point reaches it or says so, and rejection is distilled away."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from rkl.flows import Coupling, Method, draw, fit_to_samples
+from rkl.flows.operating import DEARER, Reached, check_point, distil_rejection
+from rkl.metrics import Mean
+from rkl.metrics.precision_recall import OperatingPoint
+
+SMALL = Coupling(transforms=2, hidden=(8,))
+
+
+@pytest.fixture(scope="module")
+def crossed():
+    """Points on two crossing lines, which two couplings of eight units cannot meet."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        along, across = torch.randn(2, 3000)
+        rows = torch.stack([along, 0.15 * across + along.sign() * along.abs()], 1)
+        rows[::2, 1] *= -1
+    return rows
+
+
+@pytest.fixture(scope="module")
+def fitted(crossed):
+    how = {"steps": 150, "method": Method(batch=256)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rkl.flows.operating.LESSONS", 300)
+        patch.setattr("rkl.flows.fit.LEAST", 500)
+        bought = fit_to_samples(SMALL, crossed, budget=2.0, **how)
+        aimed = fit_to_samples(SMALL, crossed, target_precision=0.75, **how)
+        beyond = fit_to_samples(SMALL, crossed, target_precision=0.999, budget=1.2, **how)
+    return bought, aimed, beyond
+
+
+def test_a_budget_is_spent_and_its_precision_told(fitted):
+    bought = fitted[0].reached
+    assert bought.met
+    assert bought.point.budget == pytest.approx(2.0)
+    assert 0.5 < bought.precision.value.item() < 1
+    assert 0 < bought.precision.error.item() < 0.06
+    assert "at 2 draws per sample" in str(bought)
+
+
+def test_a_precision_is_reached_at_less_cost_than_all_of_it(fitted):
+    aimed = fitted[1].reached
+    assert aimed.met
+    assert aimed.precision.value.item() >= 0.75
+    assert aimed.point.budget < 20
+
+
+def test_what_is_out_of_reach_is_said_with_how_far_it_got(fitted):
+    beyond = fitted[2].reached
+    assert not beyond.met
+    assert beyond.point.budget <= 1.2 * DEARER
+    assert "out of its reach" in str(beyond)
+
+
+def test_an_operating_point_counts_as_met_within_two_standard_errors():
+    point = OperatingPoint(1.0, 1.0, 0.9)
+    for value, met in ((0.86, False), (0.89, True)):
+        mean = Mean(torch.tensor(value), torch.tensor(0.01))
+        assert Reached(0.9, mean, point).met is met
+
+
+@pytest.mark.parametrize("wrong", [{"target_precision": 1.2}, {"budget": 0.5}], ids=str)
+def test_points_that_there_are_not_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        check_point(**{"target_precision": None, "budget": None} | wrong)
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        fit_to_samples(SMALL, torch.randn(100, 2), steps=1, **wrong)
+
+
+def test_a_flow_distilled_from_rejection_draws_what_it_keeps():
+    """A flow of the wrong scale, σ = 2: what rejection keeps at K = 2 is the data, σ = 1."""
+
+    class Known(torch.nn.Module):
+        def forward(self, value, condition=None):
+            p, q = Normal(0.0, 1.0), Normal(0.0, 2**0.5)
+            return (p.log_prob(value) - q.log_prob(value)).sum(-1)
+
+    torch.manual_seed(0)
+    rows = torch.randn(2000, 2) * 2**0.5
+    fitted = fit_to_samples(SMALL, rows, steps=300, with_critic=True, method=Method(batch=256))
+    object.__setattr__(fitted, "critic", Known())
+    distilled = distil_rejection(fitted, budget=1.99, anchor=0.0, steps=400, lr=5e-3, batch=256)
+    value, _ = draw(distilled.flow(), (5000,))
+    assert value.std().item() == pytest.approx(1.0, abs=0.06)
+    assert draw(fitted.flow(), (5000,))[0].std().item() == pytest.approx(2**0.5, abs=0.1)
+    assert distilled.critic is None
+    assert distilled.training.history[-1].keys() >= {"accepted", "likelihood"}
+
+
+def test_what_has_no_critic_or_no_knob_cannot_be_distilled(crossed):
+    plain = fit_to_samples(SMALL, crossed, steps=2, method=Method(batch=64))
+    with pytest.raises(ValueError, match="fitted has no critic"):
+        distil_rejection(plain, budget=2.0, steps=1)
+    critic = fit_to_samples(SMALL, crossed, steps=2, with_critic=True, method=Method(batch=64))
+    with pytest.raises(ValueError, match="exactly one of accept_lam, budget"):
+        distil_rejection(critic, steps=1)
+    with pytest.raises(ValueError, match="anchor must be"):
+        distil_rejection(critic, budget=2.0, anchor=math.nan, steps=1)

@@ -185,6 +185,14 @@ def test_excesses_that_are_rounding_alone_are_shown_as_none(quick):
     assert column(table, "forward KL")["posterior mean"] == 0
 
 
+def test_of_a_paired_excess_that_is_rounding_the_error_is_none_too(draws):
+    batch = {"mu": torch.stack([draws["mu"][:, :60]] * 2, -1)}
+    estimate = bayes_act(batch, "normal(loc=mu, scale=10)")
+    found = column(estimate.compare(losses=[Intrinsic()]), "intrinsic")
+    # with one scale for all, both KLs have one act, and so has the smaller of them
+    assert found["posterior mean [0]"] == (0, 0)
+
+
 def test_an_act_that_does_not_exist_is_left_out_with_the_reason(quick):
     torch.manual_seed(0)
     half = torch.tensor([0.45, 0.5], dtype=torch.float64)

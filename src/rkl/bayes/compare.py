@@ -64,7 +64,7 @@ def compare(
         elif losses is None and sampled(again.some, divergence):
             notes.append(
                 f"{name} is left out: between joint laws it takes an importance sample, and "
-                f"seconds to minutes. Ask for it by losses=, with {divergence!r}"
+                f"seconds to minutes. Ask by losses=[{divergence!r}], or --losses and its name"
             )
         else:
             try:
@@ -109,7 +109,7 @@ def excess_over(estimate: Estimate) -> LossOf:
 
     def paired(variables: Variables):
         found = mean_of(question.losses(variables) - least, question.draws)
-        return settled(found.value), found.error
+        return settled(found.value), settled(found.error)
 
     return paired
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from rkl.flows import Coupling, Method, draw, fit_to_samples
+from rkl.flows import Coupling, Critic, Method, draw, fit_to_samples
 from rkl.flows.operating import DEARER, Reached, check_point, distil_rejection
 from rkl.metrics import Mean
 from rkl.metrics.precision_recall import OperatingPoint
@@ -27,13 +27,10 @@ def crossed():
 
 @pytest.fixture(scope="module")
 def fitted(crossed):
-    how = {"steps": 150, "method": Method(batch=256)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rkl.flows.operating.LESSONS", 300)
-        patch.setattr("rkl.flows.fit.LEAST", 500)
-        bought = fit_to_samples(SMALL, crossed, budget=2.0, **how)
-        aimed = fit_to_samples(SMALL, crossed, target_precision=0.75, **how)
-        beyond = fit_to_samples(SMALL, crossed, target_precision=0.999, budget=1.2, **how)
+    how = {"steps": 150, "method": Method(batch=256, critic=Critic(lessons=150))}
+    bought = fit_to_samples(SMALL, crossed, budget=2.0, **how)
+    aimed = fit_to_samples(SMALL, crossed, target_precision=0.75, **how)
+    beyond = fit_to_samples(SMALL, crossed, target_precision=0.999, budget=1.2, **how)
     return bought, aimed, beyond
 
 

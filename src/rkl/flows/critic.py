@@ -33,6 +33,8 @@ class Critic:
         divergence: Auxiliary f-divergence whose bound is maximised.
         lr: Learning rate.
         updates: Steps of the critic for each step of the flow.
+        lessons: Steps at the end of a fit that is asked for an operating point; half as many
+            for the second critic, which judges the first.
         flat: Whether to allow a divergence whose bound has no slope at some ratios.
     """
 
@@ -40,10 +42,11 @@ class Critic:
     divergence: FDivergence = JensenShannon()  # noqa: RUF009
     lr: float = 3e-3
     updates: int = 1
+    lessons: int = 3000
     flat: bool = False
 
     def __post_init__(self):
-        check_sizes(self.hidden, updates=self.updates)
+        check_sizes(self.hidden, updates=self.updates, lessons=self.lessons)
         number("lr", self.lr, above=0)
         if not isinstance(self.divergence, FDivergence):
             raise TypeError(f"divergence must be an f-divergence; got {self.divergence!r}.")

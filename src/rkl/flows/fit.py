@@ -20,7 +20,6 @@ from rkl.runs import Run
 
 Estimator = Literal["data", "draws", "path", "both"]
 CRITIC_BEGINS = 0.8  # share of the maximum-likelihood phase after which the critic learns too
-LEAST = 3000  # steps of a critic that samples are rejected by
 WIDEST = 10.0  # log-ratios are cut off at ± log(WIDEST · max(λ, 1/λ))
 
 
@@ -325,7 +324,8 @@ class _Problem:
         """The fit, with a critic where one is wanted, and at its operating point."""
         aimed = target_precision is not None or budget is not None
         learnt = with_critic or aimed or (self.guided and self.log_prob is None)
-        critic = self.final_critic(done.steps, LEAST if aimed else 50) if learnt else None
+        least = self.method.critic.lessons if aimed else 50
+        critic = self.final_critic(done.steps, least) if learnt else None
         rows = self.held_out, self.rows, self.classes
         fitted = Fit(self.scaled, critic, done, *rows)
         aim = self.method.critic, target_precision, budget, self.seed

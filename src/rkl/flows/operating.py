@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DRAWS = 20_000  # on which a constant is fitted
 KEPT = 10_000  # accepted draws that are told from data
-LESSONS, BATCH = 1_500, 512  # of the critic that tells them
+BATCH = 512  # of them in a step
 MOST = 20.0  # draws per sample, beyond which rejection is not tried
 DEARER = 1.4  # by this factor, where the precision is not reached
 WIDEST = math.log(100)
@@ -99,6 +99,7 @@ class _Judge:
 
     def __init__(self, fitted: "Fit", chosen: Critic):
         assert fitted.critic is not None
+        self.lessons = max(1, chosen.lessons // 2)
         self.scaled, self.rejects = fitted.flow, fitted.critic
         device = fitted.flow.shift.device
         self.rows = fitted.trained_on.to(device)
@@ -136,10 +137,10 @@ class _Judge:
         """What held-out rows say of it, once the judge has learnt."""
         point = self.point(budget)
         p, q, given = self._kept(point)
-        for step in range(LESSONS):
+        for step in range(self.lessons):
             index = torch.randint(len(q), (BATCH,), device=q.device)
             condition = None if given is None else given[index]
-            self.ratio.update(p[index], q[index], condition, 1 - step / LESSONS)
+            self.ratio.update(p[index], q[index], condition, 1 - step / self.lessons)
         _, q, given = self._kept(point)
         with torch.no_grad():
             found = self.ratio(q, given) > 0

@@ -237,9 +237,9 @@ def test_a_verdict_is_clear_beyond_two_standard_errors_of_the_difference():
 
 
 def test_there_is_no_other_demonstration(tmp_path):
-    expected = "name must be 'distill', 'real', 'neyman-scott' or 'precision-recall'; got 'xy'"
-    with pytest.raises(ValueError, match=expected):
-        demo.run("xy", tmp_path / "xy")
+    known = "'distill', 'real', 'neyman-scott', 'precision-recall' or 'xy'"
+    with pytest.raises(ValueError, match=f"name must be {known}; got 'yx'"):
+        demo.run("yx", tmp_path / "yx")
     assert list(tmp_path.iterdir()) == []
 
 

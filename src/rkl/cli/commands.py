@@ -71,8 +71,9 @@ def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl demo real --out runs/demo-real --steps 60
       rkl demo neyman-scott --out runs/neyman-scott
       rkl demo precision-recall --out runs/precision-recall
+      rkl demo xy --out runs/xy
     """
-    known = "distill (default), real, neyman-scott or precision-recall"
+    known = "distill (default), real, neyman-scott, precision-recall or xy"
     parser.add_argument("name", nargs="?", default="distill", help=known)
     parser.add_argument("--steps", type=int, metavar="N", help="of each distillation")
     _add_out_flags(parser, Path("runs/demo"))
@@ -218,11 +219,12 @@ def generate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
 
 def evaluate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
-    """Measure a run on data held out from it.
+    """Measure a run on data held out from it, or on its target.
 
     Examples:
       rkl evaluate RUN --data heldout.jsonl
       rkl evaluate RUN --data heldout.txt --divergences todi --prompts 0
+      rkl evaluate RUN --reference --strict
     """
     return _on_run(parser, words, "evaluate")
 

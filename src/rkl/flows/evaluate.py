@@ -64,20 +64,7 @@ def evaluate_on_target(
     >>> abs(found.thermodynamics.log_z.value.item()) < 0.1  # the target is normalised
     True
     """
-    if condition is None:
-        condition = condition_grid(target.conditions)
-    condition = check_condition(target, condition)
-    if condition.ndim != 2:
-        raise ValueError(
-            f"condition must be [rows, {len(target.conditions)}]; got {list(condition.shape)}."
-        )
-    check_whole("draws", draws, 2)
-    check_whole("chains", chains, 1)
-    if held_out is not None and len(held_out) != len(condition):
-        raise ValueError(
-            f"held_out must be draws under each of {len(condition)} conditions; "
-            f"got {len(held_out)}."
-        )
+    condition = _checked(target, condition, draws, chains, held_out)
     began = time.perf_counter()
     chain = independent_metropolis(target, flow, condition, draws=draws, chains=chains, seed=seed)
     seconds = time.perf_counter() - began
@@ -104,6 +91,24 @@ def evaluate_on_target(
         seconds,
         weights_seconds,
     )
+
+
+def _checked(target: Target, condition: Tensor | None, draws, chains, held_out) -> Tensor:
+    if condition is None:
+        condition = condition_grid(target.conditions)
+    condition = check_condition(target, condition)
+    if condition.ndim != 2:
+        raise ValueError(
+            f"condition must be [rows, {len(target.conditions)}]; got {list(condition.shape)}."
+        )
+    check_whole("draws", draws, 2)
+    check_whole("chains", chains, 1)
+    if held_out is not None and len(held_out) != len(condition):
+        raise ValueError(
+            f"held_out must be draws under each of {len(condition)} conditions; "
+            f"got {len(held_out)}."
+        )
+    return condition
 
 
 def condition_grid(

@@ -29,6 +29,7 @@ from rkl.runs import Run, fingerprint
 
 WEIGHTS = "flow.safetensors"
 MINUTES = 2.0  # of training where no budget is given
+EVERY = 25  # steps from one row, and one checkpoint, to the next
 TRIED = 20  # steps from which --dry-run foretells the time
 CHAINS = 4
 FEWEST = 20  # draws of a chain, of which more than this must have moved
@@ -375,7 +376,8 @@ def _fitted(
 ) -> TargetFit:
     ranges = settings.ranges or None
     aim, chosen = settings.aim, settings.chosen
-    return fit_to_target(flow, aim, ranges, chosen, data=data, run=run, **budget, **settings.how)
+    how = budget | settings.how
+    return fit_to_target(flow, aim, ranges, chosen, data=data, run=run, every=EVERY, **how)
 
 
 def _data(settings: TargetSettings) -> tuple[Tensor, Tensor] | None:

@@ -76,7 +76,8 @@ def run(
     """Run a demonstration.
 
     Args:
-        name: "distill", "real" for a pretrained model, "neyman-scott" or "precision-recall".
+        name: "distill", "real" for a pretrained model, "neyman-scott", "precision-recall" or
+            "xy".
         out: The folder to write.
         overwrite: Whether to replace the run that is there.
         seed: What all random numbers start from.
@@ -86,12 +87,16 @@ def run(
     Returns:
         What came out, and where the report is.
     """
-    if name in ("neyman-scott", "precision-recall"):
+    if name in ("neyman-scott", "precision-recall", "xy"):
         if steps is not None:
             raise ValueError(f"steps are of distillations, of which {name} has none; got {steps}.")
+        if name == "xy":
+            from rkl.studies import demo_xy
+
+            return demo_xy.xy_demo(out, overwrite=overwrite, seed=seed, device=device or "cpu")
         return f"The report: {_of_study(name, out, overwrite, seed, device or 'cpu')}"
     if name not in ("distill", "real"):
-        known = "'distill', 'real', 'neyman-scott' or 'precision-recall'"
+        known = "'distill', 'real', 'neyman-scott', 'precision-recall' or 'xy'"
         raise ValueError(f"name must be {known}; got {name!r}.")
     plan, demonstrate = Plan(), distill_demo
     if name == "real":

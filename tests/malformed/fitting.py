@@ -3,7 +3,7 @@
 import math
 
 import torch
-from subjects import ABSENT, Subject, command, fault
+from subjects import ABSENT, Lazy, Subject, command, fault
 
 from rkl import KL, PrecisionRecall, flows
 from rkl.flows import architectures
@@ -20,6 +20,11 @@ def objective_of(flow):
 def training():
     flow = torch.nn.Linear(1, 1)
     return {"flow": flow, "objective": objective_of(flow), "steps": 2}
+
+
+def a_fit(with_critic):
+    how = {"steps": 1, "with_critic": with_critic, "method": flows.Method(batch=4)}
+    return flows.fit_to_samples(flows.Coupling(2, (4,)), rows(), **how)
 
 
 def a_law():
@@ -54,6 +59,8 @@ SUBJECTS = [
             "steps": 1,
             "minutes": None,
             "method": flows.Method(batch=4),
+            "target_precision": None,
+            "budget": None,
         },
         [
             fault("flow", "a string", "nsf", "'nsf'"),
@@ -61,7 +68,21 @@ SUBJECTS = [
             fault("steps", "none", 0, "0"),
             fault("steps", "a fraction", 0.5, "0.5"),
             fault("minutes", "both budgets", 1.0, "steps"),
+            fault("target_precision", "above one", 1.5, "1.5"),
+            fault("budget", "below one draw", 0.5, "0.5"),
             fault("data", "nan", rows() * math.nan, "finite"),
+        ],
+    ),
+    Subject(
+        "flows.distil_rejection",
+        flows.distil_rejection,
+        lambda: {"fitted": a_fit(True), "budget": 1.1, "anchor": 0.5, "steps": 1},
+        [
+            fault("fitted", "without a critic", Lazy(lambda: a_fit(False)), "with_critic"),
+            fault("budget", "below one draw", 0.5, "0.5"),
+            fault("budget", "missing", ABSENT, "accept_lam"),
+            fault("anchor", "one", 1.0, "1.0"),
+            fault("steps", "none", 0, "0"),
         ],
     ),
     Subject(

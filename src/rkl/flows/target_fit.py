@@ -161,7 +161,8 @@ def _of_target(target: Target, ranges: Any) -> tuple[Condition, ...]:
     expected = [it.name for it in target.conditions]
     if named != expected:
         raise ValueError(
-            f"conditions must be a tensor, or ranges of {', '.join(expected)}; got {named}."
+            f"conditions must be a tensor, or ranges of {', '.join(expected)}; got a "
+            f"{type(ranges).__name__} with {named}."
         )
     return tuple(ranges)
 

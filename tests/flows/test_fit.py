@@ -159,6 +159,22 @@ def test_a_critic_that_tells_everything_apart_is_said_to_have_collapsed():
     assert fitted.flow().log_prob(rows).isfinite().all()
 
 
+def test_without_the_guard_the_last_parameters_are_kept():
+    """Steps so long that they lead away from where maximum likelihood was."""
+    rows = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    how = {"steps": 40, "every": 10, "seed": 0}
+    kept, last = (
+        fit_to_samples(
+            Coupling(2, (8,)), rows, rkl.ReverseKL(), method=Method(batch=64, guard=guard), **how
+        )
+        for guard in (True, False)
+    )
+    assert kept.training.best_step is not None
+    assert last.training.best_step is None
+    assert [it["step"] for it in last.history] == [it["step"] for it in kept.history]
+    assert last.history[-1]["divergence"] == kept.history[-1]["divergence"]  # one and the same
+
+
 def test_a_critic_is_trained_in_the_end_where_it_is_asked_for():
     fitted = fit_to_samples(SMALL, ring(500), steps=20, with_critic=True)
     assert fitted.critic(ring(5)).shape == (5,)

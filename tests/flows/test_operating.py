@@ -92,6 +92,23 @@ def test_a_flow_distilled_from_rejection_draws_what_it_keeps():
     assert distilled.training.history[-1].keys() >= {"accepted", "likelihood"}
 
 
+def test_any_ratio_can_be_distilled_from(crossed):
+    """One that lets nothing of the left half through moves the flow to the right."""
+    fitted = fit_to_samples(SMALL, crossed, steps=60, method=Method(batch=128))
+    right = distil_rejection(
+        fitted,
+        budget=1.9,
+        anchor=0.0,
+        steps=60,
+        lr=1e-2,
+        critic=lambda x, condition: torch.where(x[:, 0] > 0, 0.0, -20.0),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        before, after = (it.flow().sample((2000,))[:, 0].mean() for it in (fitted, right))
+    assert after > before + 0.3
+
+
 def test_what_has_no_critic_or_no_knob_cannot_be_distilled(crossed):
     plain = fit_to_samples(SMALL, crossed, steps=2, method=Method(batch=64))
     with pytest.raises(ValueError, match="fitted has no critic"):

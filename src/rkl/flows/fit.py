@@ -74,6 +74,8 @@ class Method:
         ema: Decay of the average of the parameters.
         held_out: Share of the rows to hold out.
         draws: Draws from which precision is measured during training.
+        guard: Whether the guard chooses which parameters are kept; else the last ones are. In
+            many dimensions two fits share so little that it takes every change for a loss.
     """
 
     estimator: Estimator | None = None
@@ -86,8 +88,11 @@ class Method:
     ema: float = 0.999
     held_out: float = 0.1
     draws: int = 2048
+    guard: bool = True
 
     def __post_init__(self):
+        if not isinstance(self.guard, bool):
+            raise TypeError(f"guard must be True or False; got {self.guard!r}.")
         if self.estimator not in (None, "data", "draws", "path", "both"):
             expected = "'data', 'draws', 'path', 'both' or None"
             raise ValueError(f"estimator must be {expected}; got {self.estimator!r}.")
@@ -312,7 +317,8 @@ class _Problem:
                 return None
             index = torch.randint(len(self.rows), (self.method.draws,), device=self.device)
             condition = self.rows.rows(index).condition
-            return self.guard.score(moment, condition, self.method.draws)
+            score = self.guard.score(moment, condition, self.method.draws)
+            return score if self.method.guard else None
 
     def finished(
         self,

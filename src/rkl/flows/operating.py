@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,7 @@ def distil_rejection(
     batch: int = 512,
     lr: float = 1e-3,
     seed: int = 0,
+    critic: Callable[..., Tensor] | None = None,
     run: Run | None = None,
 ) -> "Fit":
     r"""Train a flow to draw, at one draw each, what rejection keeps of it at K.
@@ -173,7 +175,7 @@ def distil_rejection(
     Source: Verine et al. (2024), arXiv 2311.00460, for what is kept.
 
     Args:
-        fitted: A fit with a critic; it stays as it is.
+        fitted: A fit, which stays as it is.
         budget: Rejection's strength as K draws per sample, or
         accept_lam: as its constant λ, or
         target_precision: as the precision of what is kept, as the critic has it.
@@ -183,18 +185,21 @@ def distil_rejection(
         batch: Draws, and rows, in a step.
         lr: Highest learning rate.
         seed: Of all random numbers.
+        critic: log p/q at draws [batch, *event] under conditions, or None of them; by default
+            the critic of the fit. One of features may serve better than one of pixels.
         run: Where to save and to log.
 
     Returns:
         The new flow, without a critic: the old one knows the ratio of the old flow.
     """
-    if fitted.critic is None:
+    critic = fitted.critic if critic is None else critic
+    if critic is None:
         raise ValueError("fitted has no critic to reject by; fit with_critic=True.")
     number("anchor", anchor, at_least=0, below=1)
     knob = {"budget": budget, "accept_lam": accept_lam, "target_precision": target_precision}
     with torch.random.fork_rng():
         torch.manual_seed(seed + 5)
-        lesson = _Lesson(fitted, anchor, batch)
+        lesson = _Lesson(fitted, critic, anchor, batch)
         lesson.point = operating_point(lesson.drawn(DRAWS)[1].double().cpu(), **knob)
     how: dict[str, Any] = {"steps": steps, "minutes": minutes, "lr": lr, "seed": seed, "run": run}
     done = train(lesson.student, lesson, **how)
@@ -207,9 +212,8 @@ class _Lesson:
 
     point: OperatingPoint
 
-    def __init__(self, fitted: "Fit", anchor: float, batch: int):
-        assert fitted.critic is not None
-        self.teacher, self.critic = fitted.flow, fitted.critic
+    def __init__(self, fitted: "Fit", critic: Callable[..., Tensor], anchor: float, batch: int):
+        self.teacher, self.critic = fitted.flow, critic
         self.anchor, self.batch = anchor, batch
         self.student = copy.deepcopy(fitted.flow)
         self.student.flow.requires_grad_(True)

@@ -39,7 +39,7 @@ def operating_points(
     """
     if not points:
         raise ValueError("points is empty; a figure needs at least one model.")
-    figure, axes = one_panel(width=520, height=360)
+    figure, axes = one_panel(width=760, height=380)
     lines = {}
     for i, (name, ((x, x_error), (y, y_error))) in enumerate(points.items()):
         if not all(map(math.isfinite, (x, y))):

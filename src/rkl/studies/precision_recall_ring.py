@@ -42,18 +42,21 @@ class Way:
         exact: Whether p/q is known, else it is a critic's.
         estimator: Of the gradient; None is the default one.
         published: Whether to follow the paper, without what makes fits stable.
+        guard: Whether the guard of the fit chooses which parameters are kept.
     """
 
     divergence: FDivergence
     exact: bool = True
     estimator: Estimator | None = None
     published: bool = False
+    guard: bool = True
 
     @property
     def method(self) -> str:
         """What the rows call it."""
         told = {None: "", "path": ", path"}.get(self.estimator, f", {self.estimator}")
-        return f"{named(self.divergence)}{told}{', as published' if self.published else ''}"
+        told += ", as published" if self.published else ""
+        return f"{named(self.divergence)}{told}{'' if self.guard else ', no guard'}"
 
     @property
     def ratio(self) -> str:
@@ -81,6 +84,10 @@ WAYS = (
     Way(RecallHalf(lam=0.3)),
     Way(RecallHalf(lam=0.3), exact=False),
     Way(PrecisionRecall(lam=0.3)),
+    Way(PrecisionRecall(lam=10.0), guard=False),
+    Way(PrecisionRecall(lam=10.0), exact=False, guard=False),
+    Way(PrecisionHalf(lam=10.0), guard=False),
+    Way(RecallHalf(lam=0.3), guard=False),
     Way(ReverseKL()),
     Way(JensenShannon()),
     Way(PearsonChiSquare()),
@@ -169,7 +176,7 @@ class Grid:
         at = dict(zip(slopes, precision, strict=True))
         found = {"precision(10)": at[HIGH], "precision(3)": at[3.0], "both(1)": at[1.0]}
         found |= {"recall(0.3)": at[0.3] / 0.3, "recall(0.1)": at[LOW] / LOW, "cost": cost}
-        exactly = {name: (value, 0.0) for name, value in found.items()}
+        exactly = {name: (round(value, 9), 0.0) for name, value in found.items()}
         return {"found": exactly, "curve": (slopes, precision)}
 
     def accepted(self, log_q: Tensor, log_ratio: Tensor, budget: float) -> tuple[Tensor, float]:
@@ -201,7 +208,7 @@ def run(plan: Plan, seed: int) -> Iterator[Seed]:
 
 def _fit(plan: Plan, data: Tensor, way: Way, seed: int) -> Fit:
     how: dict[str, Any] = {"steps": plan.steps, "seed": seed}
-    how |= {"method": Method(batch=plan.batch, estimator=way.estimator)}
+    how |= {"method": Method(batch=plan.batch, estimator=way.estimator, guard=way.guard)}
     how |= {"log_prob": log_prob if way.exact else None, "with_critic": way.divergence == KL()}
     return fit_to_samples(plan.flow, data, way.divergence, **how)
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,11 +21,16 @@ from rkl.flows.observables import averages, beside_held_out
 from rkl.flows.targets import XY, Target
 from rkl.flows.targets.base import Condition
 from rkl.metrics import Mean
+from rkl.metrics.chains import rhat
 
 VALUES = 8  # of the first condition, where none are given
 FEWEST = 400  # draws on which coverage is judged, at least
 JUDGED = 4_000  # and at most
-MIXED = 2  # sweeps from one reference draw to the next
+SWEEPS = {  # before the first draw of a reference, and from one draw to the next
+    "heat bath": {"warm_up": 200, "every": 2},
+    "random walk": {"warm_up": 4_000, "every": 40},
+}
+UNMIXED = 1.1  # R-hat above which a reference is none
 LADDERS = 16  # chains at each rung of thermodynamic integration
 MANY = 128  # chains of a reference, at most, of 50 draws or more
 
@@ -73,10 +79,9 @@ def evaluate_on_target(
     log_ratio, log_p = _weighed(flow, target, condition, draws * chains, seed + 1)
     weights_seconds = time.perf_counter() - began
     drawn = _reference(target, condition, draws * chains, seed + 2) if reference else None
-    if drawn is not None and held_out is None:
+    if drawn is not None and drawn.mixed and held_out is None:
         flat = drawn.x.flatten(1, 2)
         held_out = list(flat[:, :: -(-flat.shape[1] // JUDGED)])
-    one_by_one = _coverage(flow, target, condition, log_ratio, held_out, train, seed + 3)
     return Evaluation(
         target,
         condition,
@@ -85,7 +90,7 @@ def evaluate_on_target(
         chain,
         values,
         averages(target, values, condition),
-        tuple(one_by_one),
+        tuple(_coverage(flow, target, condition, log_ratio, held_out, train, seed + 3)),
         tuple(_beside(flow, target, chain, held_out)) if held_out is not None else (),
         drawn,
         seconds,
@@ -158,14 +163,22 @@ def _reference(target, condition, draws: int, seed: int) -> Reference:
             x = target.sample(condition, (math.prod(shape[1:]),))
         x, source = x.movedim(0, 1).reshape(*shape, *target.event_shape), "exact draws"
     except NotImplementedError:
-        how: dict[str, Any] = {"draws": shape[2], "chains": chains, "every": MIXED, "seed": seed}
-        x = markov_chain(target, condition, **how).x
         source = "heat bath" if isinstance(target, XY) else "random walk"
-    assert x is not None
+        how: dict[str, Any] = {"draws": shape[2], "chains": chains, "seed": seed, **SWEEPS[source]}
+        x = markov_chain(target, condition, **how).x
+        assert x is not None
     seconds = time.perf_counter() - began
     values = _observed(target, x, condition)
     means = averages(target, values, condition)
-    return Reference(x, values, means, source, seconds, *_log_z(target, condition, seed))
+    worst = max(rhat(it.movedim(0, -1)).nan_to_num(1.0).max().item() for it in values.values())
+    if worst > UNMIXED:
+        warnings.warn(
+            f"reference: the chains of the {source} have an R-hat of up to {worst:.2f}; they have "
+            "not mixed, and coverage is not judged by them.",
+            stacklevel=3,
+        )
+    log_z = _log_z(target, condition, seed)
+    return Reference(x, values, means, source, seconds, worst <= UNMIXED, *log_z)
 
 
 def _log_z(target, condition, seed: int) -> tuple[Mean | None, str, float]:

@@ -10,6 +10,7 @@ import chains_of_flows
 import core
 import distilling
 import estimating
+import evaluating_flows
 import fitting
 import folders
 import measures
@@ -43,6 +44,7 @@ PARTS = (
     nearness,
     chains_of_flows,
     fitting,
+    evaluating_flows,
     targets,
 )
 SUBJECTS = [it for part in PARTS for it in part.SUBJECTS]

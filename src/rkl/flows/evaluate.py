@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rkl.flows.coverage import Coverage, judge_coverage, judge_ratios
 from rkl.flows.evaluation import Evaluation, Reference, Values, has_temperature
 from rkl.flows.importance import Thermodynamics, reweight, thermodynamics
-from rkl.flows.mcmc import markov_chain, thermodynamic_integration
+from rkl.flows.mcmc import RandomWalk, markov_chain, thermodynamic_integration
 from rkl.flows.mcmc.kernels import check_condition, check_whole, seeded
 from rkl.flows.metropolis import Chain, independent_metropolis, law_of, proposed
 from rkl.flows.observables import averages, beside_held_out
@@ -165,6 +165,8 @@ def _reference(target, condition, draws: int, seed: int) -> Reference:
     except NotImplementedError:
         source = "heat bath" if isinstance(target, XY) else "random walk"
         how: dict[str, Any] = {"draws": shape[2], "chains": chains, "seed": seed, **SWEEPS[source]}
+        if source == "random walk":
+            how["kernel"] = RandomWalk(step=1 / math.sqrt(math.prod(target.event_shape)))
         x = markov_chain(target, condition, **how).x
         assert x is not None
     seconds = time.perf_counter() - began
@@ -174,8 +176,8 @@ def _reference(target, condition, draws: int, seed: int) -> Reference:
     if worst > UNMIXED:
         warnings.warn(
             f"reference: the chains of the {source} have an R-hat of up to {worst:.2f}; they have "
-            "not mixed, and coverage is not judged by them.",
-            stacklevel=3,
+            "not mixed, and nothing is judged by them.",
+            stacklevel=4,  # past the decorator
         )
     log_z = _log_z(target, condition, seed)
     return Reference(x, values, means, source, seconds, worst <= UNMIXED, *log_z)

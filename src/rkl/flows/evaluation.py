@@ -32,6 +32,7 @@ class Reference:
         averages: Their means, with errors.
         source: Where they come from.
         seconds: What they took.
+        mixed: Whether its chains agree with one another.
         log_z: In nats: known, or of thermodynamic integration; None where neither can be had.
         log_z_source: Where it comes from.
         log_z_seconds: What it took.
@@ -42,6 +43,7 @@ class Reference:
     averages: dict[str, Mean]
     source: str
     seconds: float
+    mixed: bool = True
     log_z: Mean | None = None
     log_z_source: str = ""
     log_z_seconds: float = 0.0
@@ -113,8 +115,8 @@ class Evaluation:
         ] or ["all"]
 
     def deviations(self) -> dict[str, Float[Tensor, " rows"]]:
-        """By how many standard errors each average differs from the reference's."""
-        if self.reference is None:
+        """By how many standard errors each average differs from a mixed reference's."""
+        if self.reference is None or not self.reference.mixed:
             return {}
         pairs = {name: (it, self.reference.averages[name]) for name, it in self.averages.items()}
         if self.reference.log_z is not None:
@@ -165,6 +167,7 @@ def _of_reference(found: Evaluation) -> dict[str, Any]:
     assert drawn is not None
     return {
         "source": drawn.source,
+        "mixed": drawn.mixed,
         "averages": {name: to_json(it) for name, it in drawn.averages.items()},
         "effective": {name: it.tolist() for name, it in drawn.effective.items()},
         "seconds": drawn.seconds,

@@ -221,7 +221,7 @@ def _training(metrics: Rows) -> list["Section"]:
         for name in names:
             pairs = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
             if pairs:
-                curves[name] = tuple(zip(*pairs, strict=True))
+                curves[name] = [it[0] for it in pairs], [it[1] for it in pairs]
         if curves:
             drawing = training_curves(curves, label=label, logarithmic=logarithmic)
             blocks.append(drawn(title, drawing))
@@ -272,12 +272,13 @@ def _judgement(found: Evaluation, trained: float, own: float, theirs: float) -> 
     drawn = found.reference
     assert drawn is not None
     first, second = (drawn.source, "the flow") if theirs > own else ("the flow", drawn.source)
+    mixing = "Averages belong to Markov chains where these mix well, as they do here."
+    mixing = mixing if theirs > own else "The chains mix slowly here."
     said = [
         f"Plain averages: {first} is {max(own, theirs) / min(own, theirs):.3g} times faster than "
         f"{second} ({theirs:,.0f} effective draws per second by {drawn.source}, {own:,.0f} by the "
-        f"flow, its {trained:.0f} s of training not counted). Averages belong to Markov chains "
-        "where these mix well, as they do here; what the flow adds are independent draws at any "
-        "condition, without burn-in, and log Z."
+        f"flow, its {trained:.0f} s of training not counted). {mixing} What the flow adds are "
+        "independent draws at any condition, without burn-in, and log Z."
     ]
     if drawn.log_z is not None and drawn.log_z_seconds:
         error, of = (it.error.max().item() for it in (found.thermodynamics.log_z, drawn.log_z))
@@ -335,14 +336,13 @@ def _words(name: str) -> str:
 
 
 _TRACES = (
-    ("What was minimised", ("free_energy_bound",), "E[log q − log p] (nats)", False),
     ("Variance of the log-weights", ("v",), "v, per site", True),
     ("Shares", ("ess", "acceptance", "beta"), "share", False),
     ("On data", ("nll",), "−log q (nats)", False),
 )
 _TRAINING = (
-    "The bound lies above −log Z, averaged over conditions, by the reverse KL divergence, and is "
-    "no divergence itself, as log Z is unknown. All conditions together."
+    "What was seen of the draws of single steps, all conditions together. The bound on −log Z "
+    "that is minimised is not drawn: it follows the temperatures that a step happens to draw."
 )
 _GIVES = {
     "flow": "averages, at any condition, no burn-in",

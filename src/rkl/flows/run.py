@@ -30,7 +30,7 @@ from rkl.flows.target_run import (
 )
 from rkl.flows.training import load_state, save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
-from rkl.metrics import mean, to_json
+from rkl.metrics import to_json
 from rkl.runs import Run, fingerprint
 
 BATCH = 10_000  # samples made at a time
@@ -152,25 +152,6 @@ class SampleSettings:
             raise TypeError(f"n must be an integer; got {self.n!r}.")
         if self.n < 1:
             raise ValueError(f"n must be at least 1; got {self.n}.")
-
-
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """Which rows a flow is measured on.
-
-    Args:
-        data: Rows that it was not fitted to.
-        labels: Class of each, as for the fit.
-        dequantise: Spread quantised values over one step; image files always are.
-        seed: Of the noise.
-        device: Where to compute.
-    """
-
-    data: Path = field(metadata={"metavar": "DATA"})
-    labels: str | None = None
-    dequantise: bool = False
-    seed: int = 0
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -306,25 +287,6 @@ def sample_run(path: str | os.PathLike, settings: SampleSettings) -> str:
             samples, cost = _rejected(law, load_critic(path), condition, settings)
     write_samples(settings.out, samples.cpu().numpy())
     return f"{settings.n:,} samples in {settings.out}{cost}"
-
-
-def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> dict[str, Any]:
-    """The mean log-density of rows in nats, with its error, and how many were trained on."""
-    flow, _critic, classes = _load(path)
-    data = read_data(settings.data, settings.labels, dequantise=settings.dequantise or None)
-    if data.event_shape != tuple(flow.shift.shape) or data.conditions != len(classes):
-        raise ValueError(
-            f"data must have rows of shape {list(flow.shift.shape)} and {len(classes)} classes; "
-            f"got {list(data.event_shape)} and {data.conditions}."
-        )
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(settings.seed)
-        spread = data.spread()
-        parts = [spread.rows(index) for index in torch.arange(len(data)).split(BATCH)]
-        laws = [flow() if it.condition is None else flow(it.condition) for it in parts]
-        log_q = torch.cat([law.log_prob(it.values) for law, it in zip(laws, parts, strict=True)])
-    seen = Run.open(path).count_seen(_rows(data))
-    return {"rows": len(data), "rows_seen": seen, "log_density": to_json(mean(log_q))}
 
 
 def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> str:

@@ -14,7 +14,7 @@ from rkl.flows.data import read_data
 from rkl.flows.evaluate import VALUES, condition_grid, evaluate_on_target
 from rkl.flows.evaluation import Evaluation
 from rkl.flows.mcmc.kernels import check_whole
-from rkl.flows.run import load_run
+from rkl.flows.run import FitSettings, load_run
 from rkl.flows.target_run import TargetRun, load_target_run, parse_ranges, read_draws
 from rkl.metrics import Mean, mean, to_json
 from rkl.metrics.samples import Measured, measure
@@ -211,7 +211,8 @@ def _measured(real: Tensor, fake: Tensor, seed: int) -> Measured | None:
 def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
     """Write the report of one run, a single HTML file.
 
-    A flow of a target is measured for it, beside a reference.
+    A flow of a target is measured for it, beside a reference; one of data, beside the rows that
+    its fit held out.
 
     Args:
         paths: The folder of the run.
@@ -219,13 +220,13 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     """
     if len(paths) != 1:
         raise ValueError(
-            f"runs: flows are reported one by one; got {len(paths)}. See rkl compare."
+            f"paths: flows are reported one by one; got {len(paths)}. See rkl compare."
         )
     run = Run.open(paths[0])
     if "target" in run.settings:
         found = evaluate_target_run(run.path, EvaluateSettings(draws=1_000, reference=True))
         return report_on(run, found, out)
-    raise NotImplementedError("paths: runs of rkl fit --data have no report yet.")
+    return _report_on_rows(run, out)
 
 
 def report_on(run: Run, found: Evaluation, out: str | os.PathLike | None = None) -> Path:
@@ -235,4 +236,30 @@ def report_on(run: Run, found: Evaluation, out: str | os.PathLike | None = None)
 
     place = run.path / "report.html" if out is None else Path(out)
     write(place, target_page(found, run.metrics, run.record))
+    return place
+
+
+def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
+    from rkl.flows.data_report import data_page
+    from rkl.report import write
+
+    flow, settings = load_run(run.path), run.settings
+    real, condition = None, None
+    if Path(settings["data"]).exists():
+        given: dict[str, Any] = settings | {"data": Path(settings["data"])}
+        kept = FitSettings(**given)
+        data = read_data(kept.data, kept.labels, dequantise=kept.dequantise or None)
+        held_out = data.split(kept.held_out, kept.seed)[1]
+        chosen = held_out.spread().rows(torch.arange(min(len(held_out), MEASURED)))
+        real, condition = chosen.values, chosen.condition
+    elif run.record["data"]["classes"]:
+        raise FileNotFoundError(f"data: {settings['data']} is gone, and with it the classes.")
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(run.record["seed"])
+        shape = () if condition is not None else (MEASURED if real is None else len(real),)
+        fake = (flow() if condition is None else flow(condition)).sample(shape).flatten(1)
+    real = None if real is None else real.flatten(1)
+    measured = None if real is None else _measured(real, fake, run.record["seed"])
+    place = run.path / "report.html" if out is None else Path(out)
+    write(place, data_page(real, fake, measured, run.metrics, run.record))
     return place

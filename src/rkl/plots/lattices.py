@@ -165,7 +165,7 @@ def planes(
     figure, grid = _grid("panels", panels, columns, (200, 200))
     points = {name: _points(f"panels[{name!r}]", it) for name, it in panels.items()}
     every = np.concatenate([*points.values(), *map(np.asarray, (marks or {}).values())])
-    low, high = np.quantile(every, 0.0005), np.quantile(every, 0.9995)
+    low, high = np.quantile(every, 0.002), np.quantile(every, 0.998)
     margin = 0.06 * (high - low)
     for i, (axes, (title, it)) in enumerate(zip(grid, points.items(), strict=True)):
         hue_of = INK if i == 0 else colour(i - 1)
@@ -186,10 +186,10 @@ def hue(angle: ArrayLike) -> NDArray[np.float64]:
     Source: B. Ottosson (2020), "A perceptual color space for image processing".
 
     >>> hue(0.0).round(2).tolist()
-    [0.93, 0.53, 0.66]
+    [0.91, 0.54, 0.66]
     """
     theta = np.asarray(angle, dtype=np.float64)
-    lab = np.stack([np.full_like(theta, 0.74), 0.13 * np.cos(theta), 0.13 * np.sin(theta)], -1)
+    lab = np.stack([np.full_like(theta, 0.74), 0.12 * np.cos(theta), 0.12 * np.sin(theta)], -1)
     cone = (lab @ _TO_CONE.T) ** 3
     linear = np.clip(cone @ _TO_RGB.T, 0, 1)
     return np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)

@@ -1,0 +1,124 @@
+"""The report of a flow fitted to data: its samples, precision against recall, and training."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rkl.divergences import FDivergence, parse
+from rkl.metrics.clusters import prd_curve
+from rkl.metrics.samples import Measured
+
+if TYPE_CHECKING:
+    from rkl.report import Block, Section
+
+Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
+
+
+def data_page(
+    real: Tensor | None,
+    fake: Tensor,
+    measured: Measured | None,
+    metrics: Rows,
+    settings: Mapping[str, Any],
+) -> str:
+    """The report as HTML.
+
+    Args:
+        real: Held-out rows, [rows, features]; None where the data are no longer there.
+        fake: Samples of the flow, [samples, features].
+        measured: The one beside the other.
+        metrics: What was logged in training.
+        settings: What is written at the end: run.json.
+    """
+    from rkl.report import Section, Settings, render
+
+    divergence = settings["settings"]["divergence"]
+    sections = [_samples(real, fake, measured), _training(metrics)]
+    looked = parse(divergence)
+    if isinstance(looked, FDivergence):
+        sections.append(_spectrum(divergence, looked))
+    sections.append(Section("Settings", blocks=[Settings(settings)]))
+    lead = f"A flow fitted under {divergence}."
+    return render("Samples of a flow", [it for it in sections if it.blocks], lead=lead)
+
+
+def _samples(real: Tensor | None, fake: Tensor, measured: Measured | None) -> "Section":
+    from rkl import plots
+    from rkl.plots.lattices import planes
+    from rkl.report import Section, Table, drawn
+
+    sides = {"held out": real, "flow": fake}
+    blocks: list[Block] = []
+    if fake.shape[1] == 2:
+        panels = {name: it.numpy() for name, it in sides.items() if it is not None}
+        blocks.append(drawn("Samples", planes(panels, columns=2), "On one scale."))
+    if real is None or measured is None:
+        return Section("Samples", _GONE if real is None else "", blocks)
+    curve = prd_curve(real=real, fake=fake, clusters=min(20, len(real) + len(fake)))
+    precision, recall = curve.precision, curve.recall
+    low, high = (
+        (precision.value + sign * precision.error).clamp(0, 1).numpy() for sign in (-2, 2)
+    )
+    drawing = plots.precision_recall(
+        {"flow": (precision.value.numpy(), recall.value.numpy())},
+        bands={"flow": (low, high)},
+        between=("data", "flow"),
+    )
+    rows = [
+        [name, _pair(it), _pair(measured.ceiling[name]) if name in measured.ceiling else None]
+        for name, it in measured.scores.items()
+    ]
+    notes = " ".join([f"{measured.about}.", *measured.notes])
+    return Section(
+        "Samples",
+        blocks=[
+            *blocks,
+            drawn("Precision against recall, over all slopes", drawing, _CURVE_SAYS),
+            Table("Scores", ["score", "flow", "real against real"], rows, notes),
+        ],
+    )
+
+
+def _training(metrics: Rows) -> "Section":
+    from rkl import plots
+    from rkl.report import Section, drawn
+
+    blocks = []
+    for name, (title, label) in _TRACES.items():
+        pairs = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+        if pairs:
+            curve = [it[0] for it in pairs], [it[1] for it in pairs]
+            blocks.append(drawn(title, plots.training_curves({name: curve}, label=label)))
+    return Section("Training", blocks=blocks)
+
+
+def _spectrum(name: str, divergence: FDivergence) -> "Section":
+    from rkl.metrics.precision_recall import pr_spectrum
+    from rkl.plots.trade_offs import spectrum
+    from rkl.report import Section, drawn
+
+    slopes = torch.logspace(-2, 2, 81, dtype=torch.float64)
+    found = pr_spectrum(divergence, slopes)
+    weights = (found.density * slopes * slopes.clamp_max(1.0)).numpy()
+    atoms = list(zip(found.atom_slopes.tolist(), found.atom_weights.tolist(), strict=True))
+    figure = spectrum(slopes.numpy(), {name: weights}, atoms={name: atoms})
+    return Section("Where the divergence looks", blocks=[drawn("Its spectrum", figure, _LOOKS)])
+
+
+def _pair(it: Any) -> tuple[float, float]:
+    return it.value.item(), it.error.item()
+
+
+_TRACES = {
+    "loss": ("What was minimised", "loss (nats)"),
+    "held_out": ("Likelihood of what was held out", "log-density (nats per row)"),
+    "divergence": ("The divergence, by the critic", "D (nats)"),
+}
+_GONE = "The data that the flow was fitted to are no longer where they were: nothing is compared."
+_CURVE_SAYS = (
+    "From the shares of 20 clusters, with a band of two standard errors; a cluster does not see "
+    "what differs within, so that the curve can only be too high. Up is precise, right is diverse."
+)
+_LOOKS = "Weight left of 1 is on recall, right of 1 on precision; needles are single slopes."

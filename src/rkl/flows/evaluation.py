@@ -103,6 +103,19 @@ class Evaluation:
         pairs = zip(self.conditions(), self.coverage, strict=True)
         return [f"{at}: {reason}" for at, it in pairs for reason in it.reasons]
 
+    @property
+    def why(self) -> str:
+        """Why coverage failed under the worst condition, the plainest reason first."""
+        failed = [it for it in self.coverage if it.passed is False]
+        if not failed:
+            return ""
+        worst = max(
+            failed, key=lambda it: (sum(mode.missing for mode in it.modes), len(it.reasons))
+        )
+        at = self.conditions()[self.coverage.index(worst)]
+        count = f"{len(failed)} of {len(self.coverage)} conditions"
+        return f"not covered under {count}. At {at}: {' '.join(reversed(worst.reasons))}"
+
     def conditions(self) -> list[str]:
         """Each condition as text: T = 0.9 J."""
         named = self.target.conditions

@@ -115,7 +115,9 @@ def _agreement(found: Evaluation) -> "Block":
         for name, it in found.deviations().items()
     ]
     columns = ["quantity", "rms z over conditions", "largest |z|"]
-    return Table("Agreement with the reference", columns, rows, _AGREEMENT_SAYS)
+    assert found.reference is not None
+    together = _TOGETHER if found.reference.log_z_seconds else ""
+    return Table("Agreement with the reference", columns, rows, _AGREEMENT_SAYS + together)
 
 
 def _figures(found: Evaluation, title: str, named: Mapping[str, Mean]) -> "Block":
@@ -153,7 +155,7 @@ def _trust(found: Evaluation) -> "Section":
     if len(modes) > 1:
         columns = ["mode", "target", "flow", "flow, reweighted", "missing"]
         blocks.append(Table(f"Masses of the modes at {at}", columns, modes, _MODES_SAYS))
-    said = [worst.verdict] if found.passed is None else found.reasons or ["nothing is missing."]
+    said = [worst.verdict if found.passed is None else found.why or "nothing is missing."]
     text = "\n\n".join(it[:1].upper() + it[1:] for it in [*said, *found.weights.warnings])
     return Section("Whether to trust it", text, blocks)
 
@@ -357,14 +359,14 @@ _AVERAGES_SAYS = (
 )
 _THERMAL_SAYS = (
     "From the weights of independent draws. log Z is with respect to dx, or dθ in radians; N is "
-    "the number of sites, F = −T log Z, S = log Z + ⟨E⟩/T; the differential entropy of angles "
-    "may be negative."
+    "the number of sites or coordinates, F = −T log Z, S = log Z + ⟨E⟩/T; the differential "
+    "entropy of angles may be negative."
 )
 _AGREEMENT_SAYS = (
     "z is the difference over its standard error: rms z is about 1 where the two agree, and its "
-    "own error is about 1/√(2 conditions). The errors of log Z by integration go "
-    "together, for it begins at T = ∞."
+    "own error is about 1/√(2 conditions)."
 )
+_TOGETHER = " The errors of log Z by integration go together, for it begins at T = ∞."
 _FIGURES_SAYS = "With standard errors; k_B = 1."
 _NEAR_SAYS = (
     "Acceptance and effective share against what s², the variance of the log-weights, foretells "

@@ -117,10 +117,16 @@ def evaluate_run(
     write_json(run.path / KEPT, found.to_dict())
     if settings.strict and (not found.passed or bool(found.chain.failed.any())):
         print(found, flush=True)  # a table, which an error has no room for
-        reasons = found.reasons or [it.verdict for it in found.coverage if it.passed is None][:1]
-        stuck = [] if not found.chain.failed.any() else ["a chain never moved"]
-        raise NotCoveredError("; ".join([*reasons, *stuck]))
+        raise NotCoveredError(_why(found))
     return found
+
+
+def _why(found: Evaluation) -> str:
+    """The worst condition, in one line."""
+    if bool(found.chain.failed.any()):
+        return f"a chain never moved under {int(found.chain.failed.sum())} conditions."
+    unknown = [it.verdict for it in found.coverage if it.passed is None]
+    return found.why or unknown[0]
 
 
 def evaluate_target_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluation:

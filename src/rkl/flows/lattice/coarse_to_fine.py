@@ -1,7 +1,7 @@
 """A circular flow for periodic square lattices that draws from coarse to fine."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from rkl.flows.architectures import Architecture
 from rkl.flows.lattice import circle
 from rkl.flows.lattice.network import Site
 from rkl.flows.lattice.ordering import Ordering, Pass, ordering
+from rkl.flows.lattice.spin_waves import Wave, spin_waves
 from rkl.flows.targets import XY
 
 AT_ONCE = 8192  # configurations drawn or judged at one time
@@ -85,6 +86,12 @@ class CoarseToFine(Architecture):
         return LatticeFlow(self, side)
 
 
+def _ratio(architecture: CoarseToFine) -> float:
+    """K/J, by which spin waves differ; the middle of its range where K is a condition."""
+    ring = 0.5 if architecture.ring_exchange is None else architecture.ring_exchange
+    return max(0.0, ring / abs(architecture.coupling or 1.0))
+
+
 class LatticeFlow(nn.Module):
     """What :class:`CoarseToFine` builds for one side."""
 
@@ -96,6 +103,7 @@ class LatticeFlow(nn.Module):
             integrate = "half" if architecture.ring_exchange == 0 else "quarter"
         self.ordering: Ordering = ordering(side, integrate)
         self.conditions = 2 if architecture.ring_exchange is None else 1
+        self.waves = spin_waves(self.ordering, _ratio(architecture))
         per_colour = {it.colour: len(it.near) for it in self.ordering.passes}
         self.sites = nn.ModuleList(
             Site(2 * per_colour[c] + self.conditions + 2, architecture, self.ordering.levels)
@@ -131,22 +139,30 @@ class LatticeFlow(nn.Module):
         """
         temperature = condition[:, 0] / abs(self.architecture.coupling or 1.0)
         scale = (temperature / (temperature + 6)).sqrt()
-        beta = 1 / temperature
-        kappa = beta.square() / (1 + 2 * beta)  # of sites at both ends of one that is integrated
         features = [temperature, temperature.log() / 2, temperature.sqrt(), *condition.T[1:]]
-        return torch.stack([0.5 / scale, 0.25 / scale.square(), kappa, *features])
+        return torch.stack([0.5 / scale, 0.25 / scale.square(), *features])
 
-    def inputs(self, step: Pass, cosine: Tensor, sine: Tensor, context: Tensor):
-        """What a pass knows: features, the frame of its sites, and their concentration."""
+    def passes(self) -> Iterator[tuple[Pass, Wave]]:
+        """The passes in their order, and what is known of each at low temperature."""
+        return zip(self.ordering.passes, self.waves, strict=True)
+
+    def inputs(self, step: Pass, wave: Wave, cosine: Tensor, sine: Tensor, context: Tensor):
+        """What a pass knows: features, the frame of its sites, and their concentration.
+
+        The frame and the concentration are exact at low temperature; at high temperature, the
+        concentration is that of sites at both ends of one that is integrated.
+        """
         near = [it.index_select(0, step.near.flatten().to(it.device)) for it in (cosine, sine)]
         c, s = (it.reshape(len(step.near), -1) for it in near)
-        x, y = c[:4].sum(0), s[:4].sum(0)
+        weights = wave.weights.to(c)
+        x, y = weights @ c, weights @ s
         square = x * x + y * y
         length, lost = square.clamp_min(TINY).sqrt(), square < TINY
         x, y = torch.where(lost, 1.0, x / length), torch.where(lost, 0.0, y / length)
         scales = context.repeat(1, step.sites)
         along, across = (1 - (c * x + s * y)) * scales[1], (s * x - c * y) * scales[0]
-        return torch.cat([along, across, scales[3:]]), (x, y), length * scales[2]
+        kappa = length / (scales[2] * (wave.variance + scales[2] / 4))
+        return torch.cat([along, across, scales[2:]]), (x, y), kappa
 
     def law(self, output: Tensor, kappa: Tensor) -> circle.Bent:
         """The circular laws that a network's output stands for."""
@@ -160,8 +176,8 @@ class LatticeFlow(nn.Module):
         context = self.context(condition)
         cosine, sine = torch.ones_like(context[:1]), torch.zeros_like(context[:1])
         log_q = torch.full_like(context[0], -math.log(2 * math.pi))
-        for step in self.ordering.passes:
-            features, (x, y), kappa = self.inputs(step, cosine, sine, context)
+        for step, wave in self.passes():
+            features, (x, y), kappa = self.inputs(step, wave, cosine, sine, context)
             output, held = self.sites[step.colour](features, step, path)
             law = self.law(output, kappa)
             position = circle.draw(law)
@@ -178,8 +194,8 @@ class LatticeFlow(nn.Module):
         """Log-density of all rows but the integrated ones."""
         context, at = self.context(condition), 1
         log_q = torch.full_like(context[0], -math.log(2 * math.pi))
-        for step in self.ordering.passes:
-            features, (x, y), kappa = self.inputs(step, cosine[:at], sine[:at], context)
+        for step, wave in self.passes():
+            features, (x, y), kappa = self.inputs(step, wave, cosine[:at], sine[:at], context)
             output, _ = self.sites[step.colour](features, step, False)
             c, s = (it[at : at + step.sites].reshape(-1) for it in (cosine, sine))
             terms = circle.log_density(self.law(output, kappa), c * x + s * y, s * x - c * y)

@@ -168,10 +168,10 @@ def _colours(side: int, basis: tuple, left: set[int], regular: bool):
         for s in new:
             known = [at(s, 2 * a + 1, 2 * b + 1) for a, b in (*KNOWN, *FURTHER)]
             same = [at(s, 2 * a, 2 * b) for a, b in DRAWN[c]]
-            same = [
-                it if colour[it] < c and it not in left else known[k % 4]
-                for k, it in enumerate(same)
-            ]
+            earlier = [it for it in place if colour[it] < c and it not in left]
+            if not regular and earlier:
+                same = [earlier[k % len(earlier)] for k in range(len(same))]
+            same = [it if it in earlier else known[k % 4] for k, it in enumerate(same)]
             near.append(known + same)
         if new:
             yield c, new, near

@@ -171,6 +171,8 @@ def test_without_the_guard_the_last_parameters_are_kept():
     )
     assert kept.training.best_step is not None
     assert last.training.best_step is None
+    likely = fit_to_samples(Coupling(2, (8,)), rows, method=Method(batch=64, guard=False), **how)
+    assert likely.training.best_step is None
     assert [it["step"] for it in last.history] == [it["step"] for it in kept.history]
     assert last.history[-1]["divergence"] == kept.history[-1]["divergence"]  # one and the same
 

@@ -74,8 +74,9 @@ class Method:
         ema: Decay of the average of the parameters.
         held_out: Share of the rows to hold out.
         draws: Draws from which precision is measured during training.
-        guard: Whether the guard chooses which parameters are kept; else the last ones are. In
-            many dimensions two fits share so little that it takes every change for a loss.
+        guard: Whether held-out likelihood, and after it the guard, choose which parameters are
+            kept; else the last ones are. In many dimensions two fits share so little that the
+            guard takes every change for a loss.
     """
 
     estimator: Estimator | None = None
@@ -312,7 +313,7 @@ class _Problem:
             held_out = self._law(rows.condition).log_prob(value).mean().item() - scale
             moment.log(held_out=held_out)
             if not self.guided:
-                return held_out
+                return held_out if self.method.guard else None
             if not self.guard.begun and moment.progress < self.method.start:
                 return None
             index = torch.randint(len(self.rows), (self.method.draws,), device=self.device)

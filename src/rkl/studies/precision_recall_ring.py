@@ -54,8 +54,8 @@ class Way:
     @property
     def method(self) -> str:
         """What the rows call it."""
-        told = {None: "", "path": ", path"}.get(self.estimator, f", {self.estimator}")
-        told += ", as published" if self.published else ""
+        told = "" if self.estimator is None else f", {self.estimator}"
+        told = ", as published" if self.published else told
         return f"{named(self.divergence)}{told}{'' if self.guard else ', no guard'}"
 
     @property
@@ -94,7 +94,7 @@ WAYS = (
     Way(PrecisionRecall(lam=3.0)),
     Way(RecallHalf(lam=0.1)),
 )
-FIRST = "PrecisionRecall(10)", "RecallHalf(0.3)", "PrecisionRecall(10), path, as published"
+FIRST = "PrecisionRecall(10)", "RecallHalf(0.3)", "PrecisionRecall(10), as published"
 
 
 @dataclass(frozen=True)

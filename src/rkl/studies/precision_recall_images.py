@@ -182,7 +182,7 @@ def read(plan: Plan) -> Pictures:
 @cache
 def _digits() -> Pictures:
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError(
             "the digits are those of scikit-learn, which is not there: pip install scikit-learn"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, TransformedDistribution
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import ExpTransform, Transform
 
 from rkl.bayes.acts import answer
 from rkl.bayes.averages import equal_weight
@@ -210,7 +210,7 @@ def _integrated(question: Question) -> Variables | None:
 
 def _spelt(transform: Transform) -> str:
     """A transform in words, where torch has a private name for an inverse."""
-    inverse = type(transform).__name__ == "_InverseTransform"
+    inverse = isinstance(transform, type(ExpTransform().inv))  # zuko renames the class
     return f"the inverse of {transform.inv}" if inverse else repr(transform)
 
 

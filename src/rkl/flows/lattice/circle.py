@@ -13,7 +13,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 STEEP = 1.05  # of log-weights, by trial: nearest to von Mises laws with 12 to 24 knots
@@ -92,24 +92,32 @@ def log_density(law: Bent, cosine: Angles, sine: Angles) -> Angles:
     return (density * rho / (law.warp * near + far)).log() + math.log(knots / math.pi)
 
 
-def _away(position: Angles, weight: Knots) -> Knots:
-    return position - torch.arange(len(weight)).to(position)[:, None]
+def _splines(position: Angles, knots: int) -> tuple[Int[Tensor, "4 angles"], Tensor, Tensor]:
+    """The four knots about a position, how far it is from the second, and from the third."""
+    floor = position.detach().floor()
+    at = floor.long() + torch.arange(-1, 3, device=position.device)[:, None]
+    away = position - floor
+    return at, away, 1 - away
 
 
 def _density(position: Angles, weight: Knots) -> Angles:
     knots = len(weight)
-    away = torch.remainder(_away(position, weight) + knots / 2, knots) - knots / 2
-    wide, narrow = ((n - away.abs()).clamp_min(0) for n in (2, 1))
-    return (weight * (wide * wide * wide - 4 * (narrow * narrow * narrow))).sum(0) / 6
+    at, t, u = _splines(position, knots)
+    square, other = t * t, u * u
+    splines = other * u, (3 * t - 6) * square + 4, (3 * u - 6) * other + 4, square * t
+    return (weight.gather(0, at.remainder(knots)) * torch.stack(splines)).sum(0) / 6
 
 
 def _mass_before(position: Angles, weight: Knots) -> Knots:
     """Of each knot's B-spline, the mass before a position; a knot passed by counts on."""
-    away = _away(position, weight)
-    rounds = (away / len(weight)).round()
-    away = away - rounds * len(weight)
-    wide, narrow = ((n - away.abs()).clamp_min(0).square().square() for n in (2, 1))
-    return (away > 0).to(away) - away.sign() * (wide - 4 * narrow) / 24 + rounds
+    knots = len(weight)
+    at, t, u = _splines(position, knots)
+    square, other = t * t, u * u
+    # mass behind a spline's centre is that of its mirror image ahead of it
+    inner = 12 + t * (16 - square * (8 - 3 * t)), 12 - u * (16 - other * (8 - 3 * u))
+    mass = torch.stack([24 - other * other, *inner, square * square]) / 24 - (at < 0).to(t)
+    passed = (torch.arange(knots, device=position.device)[:, None] < at[0]).to(t)
+    return passed.scatter_add(0, at.remainder(knots), mass)
 
 
 def log_bessel(kappa: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -237,6 +237,7 @@ def test_what_a_target_cannot_have_is_one_line_and_writes_nothing(folder, capsys
     )
     assert "steps and minutes" in refused(*own, "--steps", "5", "--minutes", "1")
     assert "scale-free" in refused(*own, "--divergence", "js")
+    assert "device must be 'cpu'" in refused(*own, "--steps", "1", "--device", "cuda")
     assert "unrecognized arguments: --anchor" in refused(*own, "--anchor", "0.1")
     assert "start_from goes with" in refused(
         *own, "--flow", "coupling", "--start-from", folder / "xy"

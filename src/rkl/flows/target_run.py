@@ -58,6 +58,7 @@ class TargetSettings:
         anneal: Whether the target is flattened at first; by default on the line, without data.
         lr: Highest learning rate.
         seed: Of all random numbers.
+        device: The cpu, where targets and their chains are computed.
     """
 
     target: str = field(metadata={"metavar": "TARGET"})
@@ -74,8 +75,13 @@ class TargetSettings:
     anneal: bool | None = None
     lr: float = 5e-3
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self):
+        if self.device != "cpu":
+            raise ValueError(
+                f"device must be 'cpu', where targets are computed; got {self.device!r}."
+            )
         for name, one, other in (
             ("steps and minutes", self.steps, self.minutes),
             ("objective and divergence", self.objective, self.divergence),

@@ -75,7 +75,8 @@ class Training:
     """What a training did.
 
     Attributes:
-        history: One row per ``every`` steps: step, seconds, loss, and what was logged.
+        history: One row per ``every`` steps: step, seconds, loss, gradient (its norm before it
+            is shortened), and what the objective logged.
         steps: Number of steps done.
         seconds: How long they took, all interruptions left out.
         best: The highest score of the watch, whose parameters the flow now has.
@@ -194,7 +195,7 @@ class _Loop:
         if bool(loss.isfinite() & norm.isfinite()):
             self.optimizer.step()
             self.bad, self.taken = 0, self.taken + 1
-            moment.log(loss=loss)
+            moment.log(loss=loss, gradient=norm)
         else:
             self._skip(loss.item())
         decay = min(self.ema, (1 + self.taken) / (10 + self.taken))

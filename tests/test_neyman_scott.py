@@ -367,7 +367,7 @@ def asked(monkeypatch):
 
 
 def test_the_command_line_takes_the_first_part_and_lists_no_parts_as_studies(asked, capsys):
-    assert commands._studies() == ["akl", "neyman-scott", "precision-recall"]
+    assert commands._studies() == ["advnf", "akl", "neyman-scott", "precision-recall"]
     assert cli.main(["study", "neyman-scott", "--seed", "1"]) in (0, None)
     place = Path("runs", "neyman-scott-variance")
     assert asked == [("variance", place, {"overwrite": False, "seed": 1})]

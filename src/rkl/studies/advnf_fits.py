@@ -1,0 +1,217 @@
+"""One fit of the study of AdvNF: a flow, an objective, so many draws of the target, a budget."""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rkl.divergences import KL, ReverseKL
+from rkl.flows import Architecture, fit_to_target, independent_metropolis, markov_chain
+from rkl.flows.coverage import Coverage, judge_coverage
+from rkl.flows.objectives import VARIANTS, Objective, Term
+from rkl.flows.observables import beside_held_out
+from rkl.flows.targets import Target
+
+NO_DATA, WITH_DATA = "ours, no data", "ours, with data"
+OURS = {
+    NO_DATA: Objective((Term(1.0, ReverseKL()),)),
+    WITH_DATA: Objective((Term(1.0, ReverseKL()), Term(1.0, KL(), "data"))),
+}
+QUANTITIES = (
+    "acceptance", "acceptance_error", "ess", "ess_at_target", "v", "bracket", "reached", "missing",
+    "overlap", "overlap_floor",
+)  # fmt: skip
+WARM, TIMED = 3, 10  # steps before the clock, and on it
+CHAINS, APART, UNTIL = 50, 10, 500  # chains at a temperature, sweeps between draws and before them
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of one part.
+
+    Args:
+        target: What is sampled.
+        baseline: The affine flow of the seven variants.
+        ours: The flow of the other two.
+        cpu_s: CPU seconds of each fit, with all that it takes.
+        values: Conditions of the draws of the target, equally far apart, and of the figures.
+        ensembles: Draws of the target that are trained on, all conditions together.
+        batch: Draws of a step.
+        lr: Learning rate of the variants.
+        draws: Draws at each condition that a figure is taken from.
+        seeds: Number of them.
+    """
+
+    target: Target
+    baseline: Architecture
+    ours: Architecture
+    cpu_s: float
+    values: int = 8
+    ensembles: tuple[int, ...] = (100, 1_000, 10_000)
+    batch: int = 256
+    lr: float = 2e-3
+    draws: int = 2_000
+    seeds: int = 3
+
+    @property
+    def conditions(self) -> Tensor:
+        """[values, 1], over the whole range of the target."""
+        (it,) = self.target.conditions
+        return torch.linspace(it.low, it.high, self.values)[:, None]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a flow is fitted.
+
+    Attributes:
+        name: Of a variant of AdvNF, or of ours.
+        ensemble: Draws of the target that it is given; 0, none.
+    """
+
+    name: str
+    ensemble: int
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return OURS.get(self.name) or VARIANTS[self.name]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one fit came to.
+
+    Attributes:
+        way: How it was made.
+        seed: Of the draws of the target, the flow and its training.
+        steps: How many the budget bought.
+        cpu_s: CPU seconds that it took.
+        gradient: Norm of the gradient of a step at its end, where its mean is next to nothing:
+            what is left is noise.
+        conditions: Where it was judged.
+        found: Under each quantity its value at each condition.
+        samples: A few draws at the first condition.
+    """
+
+    way: Way
+    seed: int
+    steps: int
+    cpu_s: float
+    gradient: float
+    conditions: list[float]
+    found: dict[str, list[float]]
+    samples: list[Any] = field(default_factory=list)
+
+
+def ways(plan: Plan) -> Iterator[Way]:
+    """All of them; those that read data, once for each ensemble."""
+    for name, objective in {**VARIANTS, **OURS}.items():
+        reads = objective.uses("data") or objective.uses("critic")
+        for ensemble in plan.ensembles if reads else (0,):
+            yield Way(name, ensemble)
+
+
+def fit(plan: Plan, way: Way, seed: int) -> Fit:
+    """Fit once, and judge by draws of the target that were not trained on."""
+    target, conditions = plan.target, plan.conditions
+    ours = way.name in OURS
+    each = max(math.ceil(max(plan.ensembles) / plan.values), 1)
+    trained, held_out = (
+        exact_draws(plan, each, 2 * seed),
+        exact_draws(plan, plan.draws, 2 * seed + 1),
+    )
+    how: dict[str, Any] = {"objective": way.objective, "seed": seed}
+    if way.ensemble:
+        how["data"] = _chosen(trained, conditions, way.ensemble, seed)
+    if not ours:
+        how |= {"anneal": False, "lr": plan.lr, "batch": plan.batch, "strata": plan.values}
+    began = time.process_time()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        flow = (plan.ours if ours else plan.baseline).build(target.event_shape, 1)
+    steps = _affordable(plan, flow, how)
+    done = fit_to_target(flow, target, steps=steps, every=max(1, steps // 20), **how).training
+    spent = time.process_time() - began
+    found = [
+        _judged(plan, flow, k, held_out[k], None if way.ensemble == 0 else how["data"][0], seed)
+        for k in range(plan.values)
+    ]
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        samples = flow(conditions[0]).sample((1_000,)).tolist() if seed == 0 else []
+    return Fit(
+        way,
+        seed,
+        done.steps,
+        spent,
+        done.history[-1].get("gradient", math.nan),
+        conditions[:, 0].tolist(),
+        {name: [it[name] for it in found] for name in QUANTITIES},
+        samples,
+    )
+
+
+def exact_draws(plan: Plan, each: int, seed: int) -> Tensor:
+    """Independent draws of the target [conditions, each, *event]: exact ones, or a heat bath's."""
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return plan.target.sample(plan.conditions, (each,)).transpose(0, 1)
+    except NotImplementedError:
+        draws = math.ceil(each / CHAINS)
+        how = {"chains": CHAINS, "every": APART, "warm_up": UNTIL, "seed": seed}
+        x = markov_chain(plan.target, plan.conditions, draws=draws, **how).x
+        assert x is not None
+        return x.flatten(1, 2)[:, :each]
+
+
+def _chosen(x: Tensor, conditions: Tensor, ensemble: int, seed: int) -> tuple[Tensor, Tensor]:
+    """As many draws of every condition as make up an ensemble, and their conditions."""
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(seed))
+    rows = x[:, order].transpose(0, 1).flatten(0, 1)[:ensemble]  # conditions take turns
+    return rows, conditions.repeat(x.shape[1], 1)[:ensemble]
+
+
+def _affordable(plan: Plan, flow: nn.Module, how: dict[str, Any]) -> int:
+    """Steps that the rest of the budget buys, from the time of a few on a copy."""
+    began, trial = time.process_time(), copy.deepcopy(flow)
+    fit_to_target(trial, plan.target, steps=WARM, **how)
+    warm = time.process_time()
+    fit_to_target(trial, plan.target, steps=TIMED, **how)
+    now = time.process_time()
+    return max(1, int((plan.cpu_s - (now - began)) / (now - warm) * TIMED))
+
+
+def _judged(plan: Plan, flow: nn.Module, k: int, held_out: Tensor, train, seed: int):
+    """The figures under one condition."""
+    target, condition = plan.target, plan.conditions[k]
+    found = judge_coverage(
+        target, flow, condition, held_out=held_out, train=train, draws=plan.draws, seed=seed
+    )
+    assert found.eubo is not None
+    assert found.target_ess is not None
+    figures = {
+        "acceptance": found.weights.acceptance.value,
+        "acceptance_error": found.weights.acceptance.error,
+        "ess": found.weights.ess.value,
+        "ess_at_target": found.target_ess.value,
+        "v": found.weights.v.value,
+        "bracket": found.eubo.value - found.elbo.value,
+        "reached": math.nan if found.reached is None else found.reached.value,
+        "missing": _missing(found),
+    }
+    chain = independent_metropolis(target, flow, condition, draws=plan.draws, chains=1, seed=seed)
+    beside = beside_held_out(target, flow, chain, held_out)
+    for name, key in (("overlap", "overlap[-2, 0]"), ("overlap_floor", "overlap[-2, 0]_floor")):
+        figures[name] = beside[key].value if key in beside else math.nan
+    return {name: float(it) for name, it in figures.items()}
+
+
+def _missing(found: Coverage) -> float:
+    return sum(it.missing for it in found.modes) if found.modes else math.nan

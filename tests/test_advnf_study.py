@@ -1,0 +1,119 @@
+"""The study of AdvNF: its arithmetic on figures made up, and itself in miniature."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from rkl.flows import NSF, CheckerboardRealNVP, CoarseToFine, Coupling
+from rkl.flows.objectives import VARIANTS
+from rkl.flows.observables import check_held_out
+from rkl.flows.targets import XY, MoG8
+from rkl.studies import advnf as study
+from rkl.studies import advnf_fits as fits
+
+SMALL = fits.Plan(
+    MoG8(),
+    Coupling(transforms=2, hidden=(8,)),
+    NSF(transforms=1, hidden=(8,)),
+    cpu_s=0.2,
+    values=2,
+    ensembles=(8, 40),
+    batch=32,
+    draws=100,
+    seeds=2,
+)
+
+
+def made_up(way, seed, **found):
+    gradient = found.pop("gradient", 1.0)
+    return fits.Fit(way, seed, 10, 1.0, gradient, [0.1, 1.0], found)
+
+
+def test_every_variant_and_ours_meet_every_ensemble_that_they_read():
+    found = list(fits.ways(SMALL))
+    assert {it.name for it in found} == {*VARIANTS, *fits.OURS}
+    without = {"rkl", fits.NO_DATA}
+    assert {it.name for it in found if not it.ensemble} == without
+    for name in {*VARIANTS, *fits.OURS} - without:
+        assert [it.ensemble for it in found if it.name == name] == [8, 40]
+
+
+def test_orders_of_size_are_averaged_geometrically_and_compared_as_factors():
+    one, other = fits.Way("fkl", 8), fits.Way("advnf-fkl", 8)
+    of = [
+        made_up(one, 0, v=[1.0, 100.0], acceptance=[0.2, 0.4]),
+        made_up(one, 1, v=[1.0, 100.0], acceptance=[0.2, 0.4]),
+        made_up(other, 0, v=[2.0, 200.0], acceptance=[0.3, 0.4]),
+        made_up(other, 1, v=[8.0, 800.0], acceptance=[0.5, 0.4]),
+    ]
+    assert study.over_seeds(of, one, "v") == pytest.approx((10.0, 0.0))
+    assert study.over_seeds(of, one, "acceptance") == pytest.approx((0.3, 0.0))
+    factor, error = study.added(of, one, other, "v")
+    assert factor == pytest.approx(4.0)  # of 2 and 8
+    assert error == pytest.approx(4.0 * math.log(2))  # half their distance, in logarithms
+    assert study.added(of, one, other, "acceptance") == pytest.approx((0.1, 0.05))
+    assert study.added(of, one, other, "gradient") == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("target", [MoG8(), XY(side=2)], ids=["exact", "heat bath"])
+def test_ensembles_are_shared_out_over_conditions_and_never_judge(target):
+    plan = fits.Plan(target, SMALL.baseline, SMALL.ours, cpu_s=1, values=4)
+    x, held_out = fits.exact_draws(plan, 30, 0), fits.exact_draws(plan, 30, 1)
+    assert x.shape == (4, 30, *target.event_shape)
+    check_held_out(x.flatten(0, 1), held_out.flatten(0, 1))
+    rows, condition = fits._chosen(x, plan.conditions, 22, seed=0)
+    values, counts = condition.unique(return_counts=True)
+    assert torch.equal(values, plan.conditions[:, 0])
+    assert counts.tolist() == [6, 6, 5, 5]
+    for value, own in zip(plan.conditions[:, 0], x, strict=True):
+        for row in rows[condition[:, 0] == value]:
+            assert (row == own).all(-1).any()  # under the condition that it was drawn under
+
+
+def test_the_study_in_miniature(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "WORKERS", 1)
+    page = study.conducted("mog-8", SMALL, tmp_path / "run")
+    with open(tmp_path / "run" / "mog-8.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = list(fits.ways(SMALL))
+    assert len(rows) == len(found) * SMALL.seeds * SMALL.values
+    assert tuple(rows[0]) == study.COLUMNS
+    for row in rows:
+        assert int(row["steps"]) >= 1
+        assert 0 <= float(row["acceptance"]) <= 1
+        assert 0 <= float(row["missing"]) <= 8
+        assert float(row["bracket"]) > 0  # the symmetrised divergence
+        assert math.isnan(float(row["overlap"]))  # an energy is the XY model's
+    text = page.read_text(encoding="utf-8")
+    for words in ("advnf over fkl-rkl (40 draws)", "modes missing", "Coupling(transforms=2"):
+        assert words in text
+    assert (tmp_path / "run" / "draws.svg").exists()
+
+
+def test_the_xy_model_is_compared_by_energies():
+    target = XY(side=2)
+    baseline = CheckerboardRealNVP(couplings=2, filters=4)
+    plan = fits.Plan(
+        target,
+        baseline,
+        CoarseToFine.of(target, width=8),
+        cpu_s=0.2,
+        values=2,
+        batch=16,
+        draws=200,
+    )
+    for name in ("advnf", fits.NO_DATA):
+        way = next(it for it in fits.ways(plan) if it.name == name)
+        done = fits.fit(plan, way, 0)
+        for overlap in done.found["overlap"] + done.found["overlap_floor"]:
+            assert 0 <= overlap <= 100
+
+
+def test_what_it_refuses(tmp_path):
+    with pytest.raises(ValueError, match="part must be one of mog-4, mog-8, rings, xy; got 'a'"):
+        study.study("a", tmp_path / "run")
+    with pytest.raises(ValueError, match="device must be 'cpu'"):
+        study.study("xy", tmp_path / "run", device="cuda")
+    assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ _HOMES: dict[str, str] = {
     "evaluation": "Evaluation Reference",
     "fit": "Fit Method fit_to_samples",
     "importance": "Importance Thermodynamics expectation reweight thermodynamics",
-    "lattice": "CheckerboardRealNVP CoarseToFine",
+    "lattice": "CheckerboardRealNVP CoarseToFine CoarseToFineField",
     "mcmc": (
         "HeatBath Metropolis RandomWalk Walk Wolff annealed_importance markov_chain mbar "
         "thermodynamic_integration"

@@ -26,6 +26,7 @@ from rkl.flows.importance import reweight as reweight
 from rkl.flows.importance import thermodynamics as thermodynamics
 from rkl.flows.lattice import CheckerboardRealNVP as CheckerboardRealNVP
 from rkl.flows.lattice import CoarseToFine as CoarseToFine
+from rkl.flows.lattice import CoarseToFineField as CoarseToFineField
 from rkl.flows.mcmc import HeatBath as HeatBath
 from rkl.flows.mcmc import Metropolis as Metropolis
 from rkl.flows.mcmc import RandomWalk as RandomWalk

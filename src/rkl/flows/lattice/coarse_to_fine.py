@@ -53,6 +53,8 @@ class CoarseToFine(Architecture):
     width: int = 64
     knots: int = 16
 
+    own_units = True
+
     def __post_init__(self):
         number("coupling", self.coupling)
         number("width", self.width, at_least=1)

@@ -37,6 +37,8 @@ class CheckerboardRealNVP(Architecture):
     filters: int = 64
     circle: bool = True
 
+    own_units = True
+
     def __post_init__(self):
         number("couplings", self.couplings, at_least=1)
         number("filters", self.filters, at_least=1)

@@ -10,11 +10,22 @@ from torch import nn
 from torch.distributions import Distribution, Independent, Normal
 
 from rkl import KL, JensenShannon, ReverseKL
-from rkl.flows import NSF
+from rkl.flows import NSF, Coupling, judge_coverage
 from rkl.flows.lattice import CoarseToFine
 from rkl.flows.objectives import Objective, Term
+from rkl.flows.particles import LADDER, MOVES
 from rkl.flows.target_fit import COLDEST, _Conditions, _Fitting, _Rows, fit_to_target
-from rkl.flows.targets import XY, Condition, GaussianMixture, MoG4, Target
+from rkl.flows.target_run import suited
+from rkl.flows.targets import (
+    XY,
+    Condition,
+    Density,
+    GaussianMixture,
+    MoG4,
+    MoG8,
+    Rings,
+    Target,
+)
 from rkl.flows.training import Moment
 from rkl.runs import Run
 
@@ -146,7 +157,13 @@ def test_a_lattice_is_learnt_and_what_is_logged_is_no_kl():
     assert "beta" not in last
 
 
-def test_annealing_is_never_faster_than_its_ceiling():
+@pytest.fixture
+def many(monkeypatch):
+    """Any number of coordinates is too many for particles."""
+    monkeypatch.setattr("rkl.flows.target_fit.FEW", 0)
+
+
+def test_annealing_is_never_faster_than_its_ceiling(many):
     """The draws of a flow that has lost modes look effective."""
     step = fitting(Gaussian(1.0, math.log(0.8)), Term(1.0, ReverseKL()), anneal=True)
     for k in range(100):
@@ -164,7 +181,7 @@ def test_two_fits_of_one_seed_are_alike_to_the_bit():
         assert torch.equal(a, b)
 
 
-def test_annealing_ends_in_time_and_is_saved():
+def test_annealing_ends_in_time_and_is_saved(many):
     flow = Gaussian(0.0, 0.0)
     step = fitting(flow, Term(1.0, ReverseKL()), anneal=True)
     assert step.beta == COLDEST
@@ -177,16 +194,66 @@ def test_annealing_ends_in_time_and_is_saved():
     assert other.beta == 1
 
 
-@pytest.mark.slow
-def test_annealing_finds_every_mode_without_data():
-    target, scale = MoG4(), torch.tensor([[0.5]])
-    flow = NSF(transforms=3, hidden=(32, 32))
-    fit = fit_to_target(flow, target, scale, steps=800, batch=128, lr=2e-3)
+def test_the_objective_joins_the_likelihood_of_particles():
+    """Which are fitted first, and go on to be."""
     torch.manual_seed(0)
-    x = fit.flow(scale[0]).sample((4000,))
-    nearest = torch.cdist(x, target.modes.float()).argmin(1)
-    assert nearest.bincount(minlength=4).min() > 0.05 * 4000
-    assert fit.training.history[-1]["beta"] == 1
+    flow = Gaussian(1.0, math.log(0.8))
+    step, first, last = fitting(flow, Term(1.0, ReverseKL()), anneal=True), Moment(), Moment()
+    step(first)
+    last.progress = 1.0
+    step(last)
+    assert first.numbers.keys() == {"nll"}
+    assert last.numbers.keys() >= {"nll", "free_energy_bound", "ess"}
+    entropy = 0.5 * math.log(2 * math.pi * math.e * 0.8**2)
+    assert abs(first.flush()["nll"] - entropy) < 0.1
+
+
+def test_events_and_conditions_are_standardised_where_a_flow_is_built():
+    target = GaussianMixture(means=((30.0, 0.0), (36.0, 0.0)))
+    flow = fit_to_target(NSF(), target, steps=1, batch=64, lr=1e-9).flow
+    assert (flow.shift - torch.tensor([33.0, 0.0])).abs().max() < 0.5
+    assert (flow.scale - torch.tensor([3.05, 0.6])).abs().max() < 0.2
+    given = flow.flow.standardise(torch.tensor([[0.1], [0.1**0.5], [1.0]]))
+    assert torch.allclose(given, torch.tensor([[-1.0], [0.0], [1.0]]), atol=1e-6)
+    before = flow.shift.clone()  # a flow that was placed once stays there
+    fit_to_target(flow, MoG4(), steps=1, batch=64)
+    assert torch.equal(flow.shift, before)
+
+
+def test_a_flow_warns_where_it_was_not_trained():
+    flow = fit_to_target(NSF(), MoG4(), torch.tensor([[0.4], [0.6]]), steps=1, batch=8).flow
+    flow(torch.tensor([0.4]))
+    for scale in (0.3, 0.7):
+        with pytest.warns(UserWarning, match=rf"{scale} is beyond .* \[0.4.*\] to \[0.6"):
+            flow(torch.tensor([scale]))
+
+
+def test_flows_of_several_coordinates_and_no_condition_are_begun_by_particles():
+    law = Density(lambda x, condition: -x.square().sum((-1, -2)) / 2, event_shape=(2, 2))
+    flow = fit_to_target(Coupling(transforms=2, hidden=(8,)), law, steps=60, batch=128).flow
+    assert flow().sample((7,)).shape == (7, 2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.statistical
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("target", [MoG8(), Rings()], ids=["mog8", "rings"])
+def test_all_modes_are_found_without_data_and_have_their_masses(target, seed):
+    """Within 5 % of the truth after reweighting: 4 standard errors and more, from 50,000 draws.
+
+    The effective share is 0.5 at least, so that a mass of 1/8 has an error below 1.7 %, the
+    errors of particles and of the flow left out; those that are furthest off in 3 seeds of
+    benchmarks/modes.py are 2 %, from twice the draws.
+    """
+    flow = fit_to_target(suited(target), target, steps=1000, seed=seed).flow
+    (it,) = target.conditions
+    mass = 1 / (8 if isinstance(target, MoG8) else 4)
+    for scale in torch.linspace(it.low, it.high, 4).tolist():
+        found = judge_coverage(target, flow, torch.tensor([scale]), draws=50_000)
+        assert found.passed, found.table()
+        for mode in found.modes:
+            assert not mode.missing
+            assert abs(mode.reweighted.value.item() / mass - 1) < 0.05, found.table()
 
 
 def test_the_terms_of_the_paper_train_together():
@@ -247,6 +314,8 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(tmp_path):
     torch.manual_seed(0)
     data = (MoG4().sample(condition), condition)
 
+    cooled = 1 + MOVES * len(LADDER)  # calls before the first step, which makes two
+
     def fitted(name, stop_at=None, resume=False):
         run = Run.create(tmp_path / name, "flows", {}, seed=0, resume=resume)
         settings = {"data": data, "anneal": True, "steps": 8, "batch": 64, "every": 2, "run": run}
@@ -255,10 +324,11 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(tmp_path):
 
     whole = fitted("whole")
     with pytest.raises(StoppedError):
-        fitted("cut", stop_at=5)
+        fitted("cut", stop_at=cooled + 6)
     resumed = fitted("cut", resume=True)
     for a, b in zip(whole.flow.parameters(), resumed.flow.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert [it["beta"] for it in whole.training.history] == [
-        it["beta"] for it in resumed.training.history
+    assert len(whole.training.history) == 4
+    assert [it["nll"] for it in whole.training.history] == [
+        it["nll"] for it in resumed.training.history
     ]

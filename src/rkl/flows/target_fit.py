@@ -15,10 +15,12 @@ from torch.func import functional_call
 
 from rkl.divergences import FDivergence, ReverseKL
 from rkl.divergences.base import floats
-from rkl.flows.architectures import Architecture, draw
+from rkl.flows.architectures import Architecture, Conditioned, Scaled, draw
+from rkl.flows.architectures.scaled import MARGIN
 from rkl.flows.critic import Critic, Ratio
-from rkl.flows.lattice import CoarseToFine, LatticeLaw
+from rkl.flows.lattice import CoarseToFine, FieldLaw, LatticeLaw
 from rkl.flows.objectives import Objective, Term, parse_objective
+from rkl.flows.particles import Particles
 from rkl.flows.targets import XY, Target
 from rkl.flows.targets.base import Condition
 from rkl.flows.training import Moment, Training, train
@@ -29,7 +31,8 @@ COLDEST = 0.02  # inverse temperature at which annealing begins
 FASTEST, SLOWEST = 0.4, 0.7  # shares of the budget between which it ends
 ENOUGH = 0.5  # share of effective draws at which it goes on
 STEP = 1.03  # by this factor
-MARGIN = 0.005  # share of its range by which a condition is trained beyond either end
+FEW = 8  # coordinates up to which particles are cooled
+GROUPS = 128  # conditions of the particles
 WIDEST = math.log(100)  # log-ratios of a critic are cut off there
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
@@ -43,7 +46,8 @@ class TargetFit:
         flow: ``flow(condition)`` has ``log_prob`` in nats and ``sample``.
         training: One row per so many steps, with ``free_energy_bound``, E_q[log q − log p] in
             nats and no KL, as log Z is unknown; ``v``, the variance of log p/q per coordinate;
-            ``ess`` and ``acceptance`` of the draws of a step; ``beta`` while it is annealed.
+            ``ess`` and ``acceptance`` of the draws of a step; ``beta`` while it is annealed, or
+            ``nll`` of particles, in nats.
     """
 
     flow: nn.Module
@@ -73,7 +77,7 @@ def fit_to_target(
     """Minimise a sum of divergences D(target ‖ flow), averaged over conditions.
 
     Every step sees every stratum of the conditions equally often. The gradient on a target runs
-    along the path of the draws where these follow the parameters; else it is the score function's.
+    along the path of draws that follow the parameters; else, or with particles, it is the score's.
 
     Args:
         flow: An architecture, built here, or a flow over the events of the target.
@@ -87,8 +91,8 @@ def fit_to_target(
         seed: Of all random numbers.
         batch: Draws of a step, all conditions together.
         strata: Number of strata of each condition, in Latin squares where there are several.
-        anneal: Whether the target is p^β at first, β rising from 0.02 to 1 as the effective draws
-            allow; by default on the line without data, where modes are lost.
+        anneal: By default on the line without data: up to 8 coordinates the objective joins the
+            likelihood of particles cooled to the target; else that is p^β, β rising from 0.02.
         critic: How a term on the critic learns its ratio.
         lr: Highest learning rate.
         clip: Greatest norm of the gradient.
@@ -105,17 +109,28 @@ def fit_to_target(
     draws = _draws(batch, given.count)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fitted = _built(flow, target)
+        fitted = flow if isinstance(flow, nn.Module) else built(flow, target, given.limits)
         fitting = _Fitting(fitted, target, chosen, given, draws, anneal, data, critic)
     budget: dict[str, Any] = {"steps": steps, "minutes": minutes, "seed": seed, "every": every}
     budget |= {"lr": lr, "clip": clip, "ema": ema, "run": run, "also": fitting.stateful()}
     return TargetFit(fitted, train(fitted, fitting, **budget))
 
 
-def _built(flow: Architecture | nn.Module, target: Target) -> nn.Module:
-    if not isinstance(flow, Architecture):
+def built(
+    architecture: Architecture, target: Target, limits: Float[Tensor, "2 conditions"]
+) -> nn.Module:
+    """A flow for a target, conditions within these limits; events are standardised in the fit."""
+    count = len(target.conditions)
+    flow = architecture.build(target.event_shape, count)
+    if architecture.own_units or target.domain == "circle":
         return flow
-    return flow.build(target.event_shape, len(target.conditions))
+    flow = Conditioned(flow, *limits) if count else flow
+    return Scaled(flow, torch.zeros(target.event_shape), torch.ones(target.event_shape))
+
+
+def limits_of(ranges: Sequence[Condition]) -> Float[Tensor, "2 conditions"]:
+    """The lower and the upper ends of ranges."""
+    return torch.tensor([[it.low for it in ranges], [it.high for it in ranges]])
 
 
 def _draws(batch: int, conditions: int) -> int:
@@ -187,17 +202,25 @@ class _Conditions:
             raise ValueError(f"strata must be a positive whole number; got {strata!r}.")
         self.count = strata if values is None else len(values)
 
-    def draw(self) -> Float[Tensor, "strata conditions"]:
-        """One value in each stratum."""
+    @property
+    def limits(self) -> Float[Tensor, "2 conditions"]:
+        """Least and greatest values."""
+        if self.values is None:
+            return limits_of(self.ranges)
+        return torch.stack([self.values.amin(0), self.values.amax(0)]).float()
+
+    def draw(self, count: int | None = None) -> Float[Tensor, "strata conditions"]:
+        """One value in each stratum, or in each of so many."""
+        count = self.count if count is None else count
         if self.values is not None:
-            return self.values
+            return self.values[torch.arange(count) % self.count]
         columns = []
         for k, it in enumerate(self.ranges):
-            order = torch.randperm(self.count) if k else torch.arange(self.count)
-            share = (order + torch.rand(self.count)) / self.count
+            order = torch.randperm(count) if k else torch.arange(count)
+            share = (order + torch.rand(count)) / count
             width = it.high - it.low
             columns.append(it.low - MARGIN * width + (1 + 2 * MARGIN) * width * share)
-        return torch.stack(columns, -1) if columns else torch.empty(self.count, 0)
+        return torch.stack(columns, -1) if columns else torch.empty(count, 0)
 
 
 class _Rows:
@@ -231,11 +254,16 @@ class _Fitting:
 
     def __init__(self, flow, target, objective, conditions, draws, anneal, data, critic):
         self.flow, self.target, self.objective = flow, target, objective
-        self.conditions, self.draws, self.anneal = conditions, draws, anneal
-        self.beta = COLDEST if anneal else 1.0
-        self.rows = None if data is None else _Rows(target, data)
-        self.critic: Ratio | None = None
+        self.conditions, self.draws = conditions, draws
         self.dtype = next(flow.parameters()).dtype
+        self.rows = None if data is None else _Rows(target, data)
+        self.particles: Particles | None = None
+        if anneal and target.domain == "line" and math.prod(target.event_shape) <= FEW:
+            self.particles = Particles(target, conditions.draw(GROUPS).to(self.dtype))
+        self.anneal = anneal and self.particles is None
+        self.beta = COLDEST if self.anneal else 1.0
+        self.place()
+        self.critic: Ratio | None = None
         if objective.uses("critic"):
             size = math.prod(target.event_shape) * (2 if target.domain == "circle" else 1)
             critic = critic or Critic()
@@ -249,9 +277,22 @@ class _Fitting:
         if isinstance(law, LatticeLaw):
             _check_integrated(law, target)
 
+    def place(self) -> None:
+        """Give a flow that was never placed the mean and the width of the events at hand."""
+        flow, seen = self.flow, self.particles or self.rows
+        fresh = isinstance(flow, Scaled) and bool(
+            (flow.scale == 1).all() & (flow.shift == 0).all()
+        )
+        if not fresh or seen is None:
+            return
+        x = seen.x.reshape(-1, *self.target.event_shape)
+        flow.shift.copy_(x.mean(0))
+        flow.scale.copy_(torch.where(x.std(0) > 0, x.std(0), 1.0))
+
     def stateful(self) -> dict[str, Any]:
         """What is saved beside the flow."""
         own: dict[str, Any] = {"annealing": self}
+        own |= {} if self.particles is None else {"particles": self.particles}
         if self.critic is None:
             return own
         return own | {"critic": self.critic, "critic_optimizer": self.critic.optimizer}
@@ -275,11 +316,22 @@ class _Fitting:
         return log_p if self.beta == 1 else self.beta * log_p
 
     def __call__(self, moment: Moment) -> Tensor:
-        terms = []
-        for term in self.objective.terms:
+        terms, share = [], 1.0
+        if self.particles is not None:
+            terms.append(self.on_particles(self.particles, moment))
+            share = min(1.0, (moment.progress - FASTEST) / (SLOWEST - FASTEST))
+        for term in self.objective.terms if share > 0 else ():
             loss = {"target": self.on_target, "data": self.on_data, "critic": self.on_critic}
-            terms.append(term.weight * loss[term.estimator](term.divergence, moment))
+            value = loss[term.estimator](term.divergence, moment)
+            terms.append(share * term.weight * value)
         return functools.reduce(operator.add, terms)
+
+    def on_particles(self, particles: Particles, moment: Moment) -> Tensor:
+        """Minus the mean log-likelihood of particles."""
+        x, condition = particles.draw(self.conditions.count, self.draws)
+        nll = -self.law(condition).log_prob(x).mean()
+        moment.log(nll=nll)
+        return nll
 
     def on_target(self, divergence: FDivergence, moment: Moment) -> Tensor:
         condition = self.conditions.draw().to(self.dtype)
@@ -355,12 +407,14 @@ class _Fitting:
 def _log_ratio(fitting: _Fitting, law: Distribution, condition: Tensor):
     """Log p − log q [draws, strata]; and log q, where the draws do not follow the parameters."""
     shape = (fitting.draws,)
-    if isinstance(law, LatticeLaw):
+    if isinstance(law, LatticeLaw | FieldLaw):
         return law.path_log_ratio(fitting.log_prob, shape), None
     batch = (fitting.draws, *condition.shape)
     if not fitting.target.conditions:
         shape = (fitting.draws, len(condition))
-    if law.has_rsample:
+    # Along the path log p − log q changes within modes; how it differs between modes, only the
+    # score function sees, and it is quiet where particles have led the flow near p.
+    if law.has_rsample and fitting.particles is None:
         x = law.rsample(torch.Size(shape))
         held = fitting.law(condition, held=True).log_prob(x)
         return fitting.log_prob(x, condition.expand(batch)) - held, None

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from rkl.divergences import parse
 from rkl.divergences.base import number
-from rkl.flows.architectures import NSF, Architecture, Coupling, catalogue
+from rkl.flows.architectures import NSF, Architecture, Coupling, Scaled, catalogue
+from rkl.flows.architectures.scaled import MARGIN
 from rkl.flows.files import TORN, write_chain
-from rkl.flows.lattice import CheckerboardRealNVP, CoarseToFine
+from rkl.flows.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
 from rkl.flows.metropolis import independent_metropolis
 from rkl.flows.objectives import Objective, parse_objective
-from rkl.flows.target_fit import MARGIN, TargetFit, fit_to_target
+from rkl.flows.target_fit import FEW, TargetFit, built, fit_to_target, limits_of
 from rkl.flows.targets import XY, Phi4, Target, parse_target
 from rkl.flows.targets.base import Condition
 from rkl.flows.training import load_state, save_state
@@ -34,7 +35,7 @@ TRIED = 20  # steps from which --dry-run foretells the time
 CHAINS = 4
 FEWEST = 20  # draws of a chain, of which more than this must have moved
 PATHS = "data", "start_from"  # settings that run.json keeps as text
-FEW = 8  # coordinates up to which a flow draws them one by one, by splines
+SPLINES = NSF(transforms=3, hidden=(128, 128), bins=16)  # of few coordinates
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class TargetSettings:
         minutes: The budget in minutes; 2 where none is given.
         batch: Draws in a step, all conditions together.
         strata: Conditions in a step.
-        anneal: Whether the target is flattened at first; by default on the line, without data.
+        anneal: Whether it begins with particles cooled to the target, or with many coordinates
+            with the target flattened; by default on the line, without data.
         lr: Highest learning rate.
         seed: Of all random numbers.
         device: The cpu, where targets and their chains are computed.
@@ -181,6 +183,8 @@ def suited(target: Target) -> Architecture:
     checkered = side**2 == math.prod(target.event_shape) and side % 2 == 0
     if isinstance(target, XY):
         return CoarseToFine.of(target)
+    if isinstance(target, Phi4) and target.side & (target.side - 1) == 0:
+        return CoarseToFineField()
     if checkered and (target.domain == "circle" or isinstance(target, Phi4)):
         return CheckerboardRealNVP(filters=16, circle=target.domain == "circle")
     if target.domain == "circle":
@@ -188,7 +192,7 @@ def suited(target: Target) -> Architecture:
             f"flow must be named for {target}: there is none for angles that are no square "
             f"lattice of an even side; got {math.prod(target.event_shape)} angles."
         )
-    return NSF() if math.prod(target.event_shape) <= FEW else Coupling()
+    return SPLINES if math.prod(target.event_shape) <= FEW else Coupling()
 
 
 def parse_ranges(text: str | None, target: Target) -> tuple[Condition, ...]:
@@ -286,7 +290,7 @@ def load_target_run(path: str | os.PathLike) -> TargetRun:
     kept |= {name: Path(kept[name]) for name in PATHS if kept[name] is not None}
     settings = TargetSettings(**kept)
     target = settings.aim
-    flow = settings.architecture.build(target.event_shape, len(target.conditions))
+    flow = built(settings.architecture, target, limits_of(settings.ranges))
     flow.load_state_dict(load_state(run.path / WEIGHTS)["flow"])
     return TargetRun(flow.requires_grad_(False), target, settings.ranges, settings)
 
@@ -364,7 +368,7 @@ def _begun(settings: TargetSettings) -> nn.Module:
     target = settings.aim
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        flow = settings.architecture.build(target.event_shape, len(target.conditions))
+        flow = built(settings.architecture, target, limits_of(settings.ranges))
     if settings.start_from is not None:
         begin: Any = getattr(flow, "start_from", None)
         if begin is None:
@@ -432,7 +436,8 @@ def _values(text: str | None, found: TargetRun) -> Float[Tensor, " conditions"]:
             f"condition must give one value of {', '.join(lacking)}, such as {lacking[0]}=0.9; "
             f"got {text!r}."
         )
-    for it, trained in zip(asked, found.ranges, strict=True):
+    warns = isinstance(found.flow, Scaled)  # by itself
+    for it, trained in zip(() if warns else asked, found.ranges, strict=not warns):
         margin = MARGIN * (trained.high - trained.low) + 1e-9
         if not trained.low - margin <= it.low <= trained.high + margin:
             warnings.warn(

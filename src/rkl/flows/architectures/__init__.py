@@ -3,13 +3,14 @@
 from rkl.flows.architectures.base import Architecture, catalogue, draw
 from rkl.flows.architectures.coupling import Coupling
 from rkl.flows.architectures.images import MultiScale
-from rkl.flows.architectures.scaled import Scaled, latent
+from rkl.flows.architectures.scaled import Conditioned, Scaled, latent
 from rkl.flows.architectures.splines import MAF, NSF
 
 __all__ = [
     "MAF",
     "NSF",
     "Architecture",
+    "Conditioned",
     "Coupling",
     "MultiScale",
     "Scaled",

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +12,59 @@ from torch.distributions import Distribution, constraints
 
 from rkl.divergences.base import number
 from rkl.flows.architectures.base import Latent
+
+MARGIN = 0.005  # share of its range by which a condition is trained beyond either end
+
+
+class Conditioned(nn.Module):
+    """A flow that sees each condition on a scale from -1 to 1 over the range it is trained on.
+
+    Conditions above 0 are seen by their logarithm. Beyond the range it warns.
+
+    Args:
+        flow: The flow of standardised conditions.
+        low: Least value of each condition.
+        high: Their greatest values.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self,
+        flow: nn.Module,
+        low: Float[Tensor, " conditions"],
+        high: Float[Tensor, " conditions"],
+    ):
+        super().__init__()
+        self.flow = flow
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def forward(self, condition: Float[Tensor, "*batch conditions"]) -> Distribution:
+        """The law of events, given the conditions in their own units."""
+        margin = MARGIN * (self.high - self.low) + 1e-6 * self.high.abs()
+        beyond = (condition < self.low - margin) | (condition > self.high + margin)
+        if beyond.any():
+            found = condition.expand(beyond.shape)[beyond][0].item()
+            warnings.warn(
+                f"condition: {found:g} is beyond what the flow was trained on, "
+                f"{self.low.tolist()} to {self.high.tolist()}; look at the acceptance.",
+                stacklevel=3,
+            )
+        return self.flow(self.standardise(condition))
+
+    def standardise(
+        self, condition: Float[Tensor, "*batch conditions"]
+    ) -> Float[Tensor, "*batch conditions"]:
+        """Conditions as the inner flow sees them."""
+        positive, tiny = self.low > 0, torch.finfo(condition.dtype).tiny
+        low, high, at = (
+            torch.where(positive, it.clamp_min(tiny).log(), it)
+            for it in (self.low, self.high, condition)
+        )
+        half = (high - low) / 2
+        return (at - (low + high) / 2) / torch.where(half > 0, half, 1.0)
 
 
 class Scaled(nn.Module):

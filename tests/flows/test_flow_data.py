@@ -62,6 +62,29 @@ def test_rows_and_labels_come_out_of_a_file_as_they_went_in(kind, tmp_path):
     assert data.step == 0
 
 
+@pytest.mark.parametrize("kind", ["npz", "csv", "parquet"])
+def test_labels_that_a_file_does_not_have_are_named_beside_those_it_has(kind, tmp_path):
+    path, _labels = written(kind, tmp_path)
+    with pytest.raises(ValueError, match="it has no (column|array) 'species'; it has (a, b|data)"):
+        read_data(path, "species")
+
+
+@pytest.mark.parametrize("change", ["cut", "null", "words"])
+def test_a_parquet_file_without_numbers_is_refused_by_its_place(change, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    path, _labels = written("parquet", tmp_path)
+    cells = {"null": [None, *ROWS[1:, 0]], "words": ["x", *ROWS[1:, 0].astype(str)]}
+    if change == "cut":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        parquet.write_table(pyarrow.table({"a": cells[change], "b": ROWS[:, 1]}), path)
+    told = "Parquet" if change == "cut" else "column a, row 1, holds"
+    with pytest.raises(ValueError, match=f"data.parquet cannot be read: .*{told}"):
+        read_data(path)
+
+
 def test_a_csv_without_a_header_is_all_numbers(tmp_path):
     path = tmp_path / "data.csv"
     np.savetxt(path, ROWS, delimiter=",", fmt="%.18g")

@@ -76,6 +76,73 @@ def test_rejection_keeps_to_its_budget_and_cooled_latents_to_the_middle(folder):
     assert spread[0.5] < 0.7 * spread[1.0]
 
 
+def test_rejection_by_a_critic_of_classes_keeps_to_the_class(folder):
+    fitted = ["fit", "--data", folder / "labelled.npz", "--flow", FLOW, "--batch", "64"]
+    fitted += ["--steps", "200", "--lr", "0.02", "--critic", "--out", folder / "judged"]
+    assert main([str(word) for word in fitted]) == 0
+    critic, rows = load_critic(folder / "judged"), np.load(folder / "labelled.npz")
+    x, classes = torch.from_numpy(rows["data"]), torch.eye(2)[torch.from_numpy(rows["labels"])]
+    own, other = critic(x, classes), critic(x, classes.flip(1))
+    assert not torch.allclose(own, other)  # the ratio is one under the class
+    for name, centre in (("0", 10.0), ("1", 60.0)):
+        how = {"condition": name, "budget": 1.3, "out": folder / "kept.npy"}
+        said = sample_run(folder / "judged", SampleSettings(n=3000, **how))
+        assert float(said.split(", ")[-1].split()[0]) == pytest.approx(1.3, rel=0.05)
+        assert np.load(folder / "kept.npy")[:, 0].mean() == pytest.approx(centre, abs=15)
+
+
+def test_rejection_is_distilled_into_a_run_of_its_own(folder, capsys):
+    words = ["fit", "--start-from", folder / "plain", "--distil-budget", "1.1", "--minutes", "1"]
+    assert main([str(it) for it in [*words, "--dry-run", "--out", folder / "no"]]) == 0
+    assert "rejection at 1.1 by the estimator: distilling" in capsys.readouterr().out
+    assert not (folder / "no").exists()
+    words[-2:] = ["--steps", "30", "--out", folder / "distilled"]
+    assert main([str(it) for it in words]) == 0
+    assert "held-out log-density" in capsys.readouterr().out
+    record = Run.open(folder / "distilled").record
+    assert (record["result"]["steps"], record["settings"]["flow"]) == (30, FLOW)
+    value = torch.tensor([[10.0, 0.0]], dtype=torch.float64)
+    before, after = (rkl.load(folder / it)().log_prob(value) for it in ("plain", "distilled"))
+    assert before.item() != after.item()
+    assert main(["sample", str(folder / "distilled"), "--out", str(folder / "d.npy")]) == 0
+    assert main(["evaluate", str(folder / "distilled"), "--data", str(folder / "data.npy")]) == 0
+    assert "270 of the rows were fitted" in capsys.readouterr().out
+
+
+def test_what_cannot_be_distilled_is_refused_and_writes_nothing(folder, capsys):
+    out = ["--steps", "5", "--out", folder / "nothing"]
+    begin = ["fit", "--start-from", folder / "plain"]
+    apart = [*begin, "--data", folder / "data.npy"]
+    assert "go together" in refused(capsys, *apart, *out)
+    without = ["fit", "--start-from", folder / "classes", "--distil-budget", "2"]
+    assert "has no critic" in refused(capsys, *without, *out)
+    assert "at least 1" in refused(capsys, *begin, "--distil-budget", "0.5", *out)
+    begin += ["--distil-budget", "2"]
+    assert "flow must be that of" in refused(capsys, *begin, "--flow", "nsf", *out)
+    np.save(folder / "others.npy", np.load(folder / "data.npy") + 1)
+    assert "data must be that of" in refused(capsys, *begin, "--data", folder / "others.npy", *out)
+    assert "does not go with" in refused(capsys, *begin, "--budget", "2", *out)
+    alone = ["fit", "--data", folder / "data.npy", "--distil-budget", "2"]
+    assert "go together" in refused(capsys, *alone, *out)
+    assert not (folder / "nothing").exists()
+
+
+def test_rows_that_changed_under_a_run_are_not_distilled(folder, capsys):
+    rows = np.load(folder / "data.npy")
+    np.save(folder / "moving.npy", rows)
+    how = {"flow": FLOW, "batch": 64, "steps": 2, "critic": True}
+    fit(FitSettings(folder / "moving.npy", **how), folder / "moved")
+    np.save(folder / "moving.npy", rows + 1)
+    words = ["fit", "--start-from", folder / "moved", "--distil-budget", "2"]
+    assert "no longer holds" in refused(capsys, *words, "--out", folder / "nothing")
+
+
+def test_likelihood_with_a_critic_claims_no_divergence(folder):
+    how = {"flow": FLOW, "batch": 64, "steps": 2, "critic": True}
+    said = str(fit(FitSettings(folder / "data.npy", **how), folder / "critic-alone"))
+    assert "divergence fell" not in said
+
+
 def test_an_evaluation_counts_the_rows_that_were_trained_on(folder, capsys):
     assert main(["evaluate", str(folder / "plain"), "--data", str(folder / "data.npy")]) == 0
     said = capsys.readouterr().out
@@ -131,6 +198,9 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(folder, capsys):
     assert "no file" in refused(capsys, "fit", "--data", folder / "no.npy", "--out", out)
     assert "lam must be" in refused(capsys, *begin, "--divergence", "precision-recall(lam=0)")
     assert "steps and minutes" in refused(capsys, *begin, "--steps", "5", "--minutes", "1")
+    flat = ["--flow", "multi-scale(scales=2)"]
+    assert "sides divisible by 4" in refused(capsys, *begin, *flat)
+    assert "device must be" in refused(capsys, *begin, "--device", "nonsense")
     assert not out.exists()
     draw = ["sample", folder / "classes"]
     assert "condition must be one of 0, 1" in refused(capsys, *draw)
@@ -140,6 +210,7 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(folder, capsys):
     assert "must end in .npy" in refused(capsys, *named, "--out", folder / "samples.txt")
     cooled = ["sample", folder / "plain", "--budget", "2", "--latent-temperature", "0.5"]
     assert "own latents" in refused(capsys, *cooled)
+    assert "device must be" in refused(capsys, *named, "--device", "nonsense")
 
 
 def test_other_data_are_refused_by_a_run_that_is_resumed(folder):

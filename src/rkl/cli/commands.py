@@ -171,6 +171,7 @@ def fit(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl fit --target "mine:log_prob(event_shape=(2,))" --divergence reverse-kl --out RUN
       rkl fit --data data.npy --divergence "precision-half(lam=10)" --minutes 5 --out RUN
       rkl fit --data images/ --flow "multi-scale(scales=2)" --critic --out RUN
+      rkl fit --start-from RUN --distil-budget 4 --steps 500 --out RUN2
       rkl fit --out RUN --resume
     """
     from rkl.flows import run, target_run
@@ -186,7 +187,8 @@ def fit(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     _add_run_flags(parser)
 
     def fitted(parsed: Namespace) -> None:
-        earlier = parsed.out if parsed.resume and (parsed.out / "run.json").exists() else None
+        begun = parsed.resume and (parsed.out / "run.json").exists()
+        earlier = parsed.out if begun else _distilled(wanted, parsed)
         chosen: Any = settings.gather(wanted, parsed, earlier)
         if parsed.dry_run:
             print(estimate_fit(chosen))
@@ -195,6 +197,18 @@ def fit(parser: ArgumentParser, words: Sequence[str]) -> Runner:
             print(run_fit(chosen, parsed.out, **how))
 
     return fitted
+
+
+def _distilled(wanted: type, parsed: Namespace) -> Path | None:
+    """The run that a flow of data starts from, whose settings serve where no flag says others."""
+    if not hasattr(parsed, "distil_budget") or not hasattr(wanted, "distil_budget"):
+        return None
+    for name in ("budget", "target_precision", "critic"):
+        if hasattr(parsed, name):
+            raise ValueError(
+                f"{name} does not go with distil_budget: what is distilled rejects none."
+            )
+    return getattr(parsed, "start_from", None)
 
 
 def sample(parser: ArgumentParser, words: Sequence[str]) -> Runner:

@@ -1,7 +1,8 @@
 """Settings, declared once as a frozen dataclass: its fields are the flags and the keys of a file.
 
 The type and the default of a field say how it is read, and the Args of the docstring what it does;
-its metadata may hold another ``help``, a ``metavar``, and ``positional`` for a word without flag.
+its metadata may hold another ``help``, a ``metavar``, ``positional`` for a word without flag, and
+``instead_of``, a setting of the file that the flag replaces beside its own.
 A field without a default must be given, on the command line or by the file.
 """
 
@@ -55,11 +56,14 @@ def gather(
     if unknown:
         raise ValueError(f"config: {config} sets {unknown[0]!r}; known are {', '.join(fields)}.")
     values = {name: _conform(name, fields[name][1], value) for name, value in given.items()}
-    values |= {
+    flags = {
         name: _conform(name, fields[name][1], value)
         for name, value in vars(parsed).items()
         if name in fields and not (value is None and fields[name][0].metadata.get("positional"))
     }
+    for name in flags:
+        values.pop(fields[name][0].metadata.get("instead_of", ""), None)
+    values |= flags
     missing = [
         name if field.metadata.get("positional") else f"--{name.replace('_', '-')}"
         for name, (field, _kind) in fields.items()

@@ -128,6 +128,20 @@ def read_data(
     return Data(values, condition, classes, step)
 
 
+def check_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # the latter where torch is built without CUDA
+        raise ValueError(
+            f"device must be one that torch finds here, as cpu; got {name!r}."
+        ) from None
+
+
 def _read(source: Any, labels: Any) -> tuple[Any, Any, bool]:
     """The values, the labels that came with them, and whether they are files of pictures."""
     if isinstance(source, str | os.PathLike):
@@ -170,7 +184,7 @@ def _as_tensor(values: Any) -> Tensor:
 
 
 def _check_rows(values: Tensor) -> None:
-    if values.ndim < 2 or not values[0:1].numel():
+    if values.ndim < 2 or not math.prod(values.shape[1:]):
         raise ValueError(f"data must be [rows, *event]; got the shape {list(values.shape)}.")
     if len(values) < FEWEST:
         raise ValueError(f"data must have at least {FEWEST} rows; got {len(values)}.")
@@ -206,8 +220,9 @@ def _step(values: Tensor, wanted: bool | None) -> float:
     if not wanted:
         raise ValueError(
             f"data holds levels {spacing:.4g} apart ({str(values.dtype).removeprefix('torch.')}), "
-            "which have no density: say dequantise=True to spread each over one step, or, if "
-            "they are as good as continuous, turn them into floats and say dequantise=False."
+            "which have no density: say dequantise=True (--dequantise) to spread each over one "
+            "step, or, if they are as good as continuous, turn them into floats and say "
+            "dequantise=False (--no-dequantise)."
         )
     return spacing
 

@@ -119,6 +119,8 @@ def _npz(path: Path, column: str | None) -> Contents:
     """The array called data, x or values, or the only one beside the labels."""
     with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
+    if column and column not in arrays:
+        raise ValueError(f"it has no array {column!r}; it has {', '.join(arrays)}")
     names = [column] if column else [name for name in ("labels", "label", "y") if name in arrays]
     labels = arrays.pop(names[0]) if names else None
     known = [name for name in ("data", "x", "values") if name in arrays] or list(arrays)
@@ -154,6 +156,8 @@ def _parquet(path: Path, column: str | None) -> Contents:
 
 
 def _columns(columns: dict[str, list[Any]], labels: str | None) -> Contents:
+    if labels and labels not in columns:
+        raise ValueError(f"it has no column {labels!r}; it has {', '.join(columns)}")
     chosen = columns.pop(labels) if labels else None
     numbers = []
     for name, cells in columns.items():

@@ -202,6 +202,7 @@ def distil_rejection(
         lesson = _Lesson(fitted, critic, anchor, batch)
         lesson.point = operating_point(lesson.drawn(DRAWS)[1].double().cpu(), **knob)
     how: dict[str, Any] = {"steps": steps, "minutes": minutes, "lr": lr, "seed": seed, "run": run}
+    how["watch"] = lesson.watch
     done = train(lesson.student, lesson, **how)
     rest = fitted.held_out, fitted.trained_on, fitted.classes
     return type(fitted)(lesson.student, None, done, *rest)
@@ -217,7 +218,9 @@ class _Lesson:
         self.anchor, self.batch = anchor, batch
         self.student = copy.deepcopy(fitted.flow)
         self.student.flow.requires_grad_(True)
-        self.rows = fitted.trained_on.to(fitted.flow.shift.device)
+        self.rows, self.held_out = (
+            it.to(fitted.flow.shift.device) for it in (fitted.trained_on, fitted.held_out)
+        )
 
     def drawn(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draws of the teacher under the conditions of rows, with their log-ratio."""
@@ -237,3 +240,11 @@ class _Lesson:
         accepted = (self.point.budget * weight * laws[1].log_prob(value)).mean()
         moment.log(accepted=-accepted, likelihood=likelihood)
         return -self.anchor * likelihood - (1 - self.anchor) * accepted
+
+    def watch(self, moment: Moment) -> None:
+        """Note down the held-out likelihood, by which nothing is chosen."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same noise every time
+            rows = self.held_out.rows(torch.arange(min(len(self.held_out), BATCH))).spread()
+        law = self.student() if rows.condition is None else self.student(rows.condition)
+        moment.log(held_out=law.log_prob(rows.values).mean())

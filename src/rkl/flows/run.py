@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from rkl.divergences import FDivergence, parse
 from rkl.divergences.base import number
 from rkl.flows.architectures import Architecture, Scaled, catalogue, latent
 from rkl.flows.critic import ScaledCritic
-from rkl.flows.data import Data, read_data
+from rkl.flows.data import Data, check_device, read_data
 from rkl.flows.files import write_samples
 from rkl.flows.fit import Fit, Method, fit_to_samples
 from rkl.flows.operating import check_point
@@ -45,7 +46,8 @@ class FitSettings:
         divergence: What is minimised, an f-divergence: "precision-half(lam=10)".
         flow: Architecture: coupling, nsf, maf or multi-scale, with settings in brackets.
         labels: Class of each row: a file of them, or the name of a column or an array.
-        dequantise: Spread quantised values over one step; image files always are.
+        dequantise: Spread quantised values over one step, as image files are; --no-dequantise
+            takes floats on a grid as they are.
         steps: The budget in steps.
         minutes: The budget in minutes; 2 where none is given.
         estimator: How the gradient is estimated; auto chooses.
@@ -54,9 +56,14 @@ class FitSettings:
         batch: Rows in a step.
         lr: Highest learning rate.
         held_out: Share of the rows to hold out.
+        guard: Keep the parameters that held-out rows judge best, not the last.
         critic: Train a critic at the end even where none is needed, to reject samples by.
         target_precision: Precision that rejection is to reach; the fit says how near it came.
         budget: Draws per sample that rejection may take.
+        start_from: Run with a critic, of which --distil-budget distils; all that is not said here
+            is as it was there.
+        distil_budget: Draws per sample of the rejection to train into the flow of that run, so
+            that a sample takes one draw.
         seed: Of all random numbers.
         device: Where to compute.
     """
@@ -65,24 +72,38 @@ class FitSettings:
     divergence: str = field(default="kl", metadata={"metavar": "D"})
     flow: str = "coupling"
     labels: str | None = None
-    dequantise: bool = False
-    steps: int | None = field(default=None, metadata={"metavar": "N"})
-    minutes: float | None = field(default=None, metadata={"metavar": "M"})
+    dequantise: bool | None = None
+    steps: int | None = field(default=None, metadata={"metavar": "N", "instead_of": "minutes"})
+    minutes: float | None = field(default=None, metadata={"metavar": "M", "instead_of": "steps"})
     estimator: Literal["auto", "data", "draws", "path", "both"] = "auto"
     start: float = 0.5
     anchor: float = 0.1
     batch: int = 512
     lr: float = 2e-3
     held_out: float = 0.1
+    guard: bool = True
     critic: bool = False
     target_precision: float | None = field(default=None, metadata={"metavar": "P"})
     budget: float | None = field(default=None, metadata={"metavar": "K"})
+    start_from: Path | None = field(default=None, metadata={"metavar": "RUN"})
+    distil_budget: float | None = field(default=None, metadata={"metavar": "K"})
     seed: int = 0
     device: str = "cpu"
 
     def __post_init__(self):
         check_point(self.target_precision, self.budget)
         object.__setattr__(self, "data", Path(self.data))
+        if (self.start_from is None) != (self.distil_budget is None):
+            raise ValueError(
+                "start_from and distil_budget go together; got "
+                f"{self.start_from} and {self.distil_budget}."
+            )
+        if self.start_from is not None and self.distil_budget is not None:
+            number("distil_budget", self.distil_budget, at_least=1)
+            object.__setattr__(self, "start_from", Path(self.start_from))
+            for name in ("target_precision", "budget"):  # of the run that it starts from
+                object.__setattr__(self, name, None)
+            object.__setattr__(self, "critic", False)
         if self.steps is not None and self.minutes is not None:
             raise ValueError(f"one of steps and minutes; got {self.steps} and {self.minutes}.")
         for name in ("steps", "minutes", "lr"):
@@ -93,7 +114,7 @@ class FitSettings:
     @property
     def method(self) -> Method:
         """How it is fitted."""
-        names = "start", "anchor", "batch", "lr", "held_out"
+        names = "start", "anchor", "batch", "lr", "held_out", "guard"
         estimator = None if self.estimator == "auto" else self.estimator
         return Method(estimator=estimator, **{name: getattr(self, name) for name in names})
 
@@ -156,16 +177,24 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A finished fit, which prints what there is to know of it."""
+    """A finished fit, which prints what there is to know of it.
+
+    Attributes:
+        path: The folder of its run.
+        fit: What was fitted.
+        followed: Whether a divergence was, after maximum likelihood.
+    """
 
     path: Path
     fit: Fit
+    followed: bool = False
 
     def __str__(self) -> str:
         done, row = self.fit.training, self.fit.history[-1]
         lines = [f"{done.steps:,} steps in {done.seconds:.0f} s"]
-        lines += [f"held-out log-density {row['held_out']:.4f} nats per row, at the end"]
-        if self.fit.critic is not None and done.best is not None:
+        if "held_out" in row:
+            lines += [f"held-out log-density {row['held_out']:.4f} nats per row, at the end"]
+        if self.followed and done.best is not None:
             lines += [f"the divergence fell by {done.best:.4f} below maximum likelihood's"]
         lines += [f"Stopped early: {done.stopped}"] if done.stopped else []
         if self.fit.reached is not None:
@@ -189,41 +218,49 @@ def fit(
         overwrite: Replaces it.
     """
     data = _read(settings)
+    begun = _begun(settings, data)
     kept = asdict(settings) | {"data": str(settings.data.resolve())}
+    if settings.start_from is not None:
+        kept["start_from"] = str(settings.start_from.resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
     run = Run.create(out, "flows", kept, may_change=("device",), **how)
     found = fingerprint([data.values.numpy().tobytes()])
     check_same_data(run, found, rows=len(data), classes=list(data.classes))
     with run.running():
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            flow = settings.architecture.build(data.event_shape, data.conditions)
-        fitted = fit_to_samples(
-            flow.to(settings.device),
-            data,
-            settings.chosen,
-            **settings.allowance,
-            seed=settings.seed,
-            method=settings.method,
-            with_critic=settings.critic,
-            target_precision=settings.target_precision,
-            budget=settings.budget,
-            run=run,
-        )
+        fitted = begun(run=run, **settings.allowance)
         _save(run, fitted)
-    return Fitted(run.path, fitted)
+    followed = settings.start_from is None and not is_likelihood(settings.chosen)
+    return Fitted(run.path, fitted, followed)
+
+
+def _begun(settings: FitSettings, data: Data) -> Callable[..., Fit]:
+    """All that can be refused has been; what is left to say is how long, and in which run."""
+    if settings.start_from is not None:
+        from rkl.flows.distil_run import distillation
+
+        return distillation(settings, data)
+    device = check_device(settings.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        flow = settings.architecture.build(data.event_shape, data.conditions)
+    how: dict[str, Any] = {"seed": settings.seed, "method": settings.method}
+    how |= {"with_critic": settings.critic, "budget": settings.budget}
+    how |= {"target_precision": settings.target_precision}
+    return partial(fit_to_samples, flow.to(device), data, settings.chosen, **how)
 
 
 def estimate(settings: FitSettings) -> str:
     """What a fit would do and how long it would take, from a few steps; nothing is written."""
     data = _read(settings)
-    how = {"seed": settings.seed, "method": settings.method}
     flow, divergence = settings.architecture, settings.chosen
-    tried = fit_to_samples(flow, data, divergence, steps=TRIED, **how)
+    aimless = replace(settings, critic=False, budget=None, target_precision=None)
+    tried = _begun(aimless, data)(steps=TRIED)
     size = sum(it.numel() for it in tried.flow.parameters())
     per_step = tried.training.seconds / TRIED
     estimator = settings.estimator
-    if is_likelihood(divergence):
+    if settings.start_from is not None:
+        divergence, estimator = f"rejection at {settings.distil_budget:g}", "distilling"
+    elif is_likelihood(divergence):
         estimator = "maximum likelihood"
     elif estimator == "auto":
         estimator = "data" if bounded_on_data(divergence) else "draws"
@@ -254,7 +291,8 @@ def load_critic(path: str | os.PathLike) -> ScaledCritic:
     critic = _load(path)[1]
     if critic is None:
         raise ValueError(
-            f"path: {path} has no critic, since maximum likelihood needs none. Fit with --critic."
+            f"path: {path} has no critic: neither maximum likelihood nor distilling needs one. "
+            "Fit with --critic."
         )
     return critic
 
@@ -273,11 +311,12 @@ def sample_run(path: str | os.PathLike, settings: SampleSettings) -> str:
     if settings.out.suffix not in (".npy", ".csv"):
         raise ValueError(f"out must end in .npy or .csv; got {settings.out}.")
     condition = _condition(settings.condition, classes)
-    flow.to(settings.device)
+    device = check_device(settings.device)
+    flow.to(device)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(settings.seed)
         bound = math.inf if settings.truncation is None else settings.truncation
-        law = flow() if condition is None else flow(condition.to(settings.device))
+        law = flow() if condition is None else flow(condition.to(device))
         law = latent(law, settings.latent_temperature, bound)
         if settings.budget is None and settings.target_precision is None:
             counts = [min(BATCH, settings.n - i) for i in range(0, settings.n, BATCH)]
@@ -300,6 +339,8 @@ def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | No
         of_target = "target" in settings
         minimised = settings["objective"] or "" if of_target else ""
         minimised = minimised or settings["divergence"] or "by default"
+        if settings.get("distil_budget"):
+            minimised += f", distilled at {settings['distil_budget']:g}"
         named = {"ess": "ESS", "v": "v"} if of_target else {"held_out": "held-out nats per row"}
         figures = ", ".join(f"{said} {row.get(it, math.nan):.4g}" for it, said in named.items())
         lines += [f"{path!s:30} {minimised:32} {settings['flow']:24} {figures}"]
@@ -307,15 +348,16 @@ def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | No
 
 
 def _read(settings: FitSettings) -> Data:
-    return read_data(settings.data, settings.labels, dequantise=settings.dequantise or None)
+    return read_data(settings.data, settings.labels, dequantise=settings.dequantise)
 
 
-def _rows(data: Data) -> list[bytes]:
+def rows_of(data: Data) -> list[bytes]:
+    """The rows, as a run remembers them."""
     return [row.tobytes() for row in data.values.numpy()]
 
 
 def _save(run: Run, fitted: Fit) -> None:
-    run.remember_rows(_rows(fitted.trained_on))
+    run.remember_rows(rows_of(fitted.trained_on))
     critic = fitted.critic
     state = {
         "shift": fitted.flow.shift,
@@ -333,6 +375,12 @@ def _save(run: Run, fitted: Fit) -> None:
     run.update(result=result)
 
 
+def settings_of(run: Run) -> FitSettings:
+    """What a run was fitted with."""
+    paths = {name: Path(it) for name in ("data", "start_from") if (it := run.settings.get(name))}
+    return FitSettings(**{**run.settings, **paths})
+
+
 def _load(path: str | os.PathLike) -> tuple[Scaled, ScaledCritic | None, tuple[str, ...]]:
     run = Run.open(path)
     if run.kind != "flows":
@@ -340,8 +388,7 @@ def _load(path: str | os.PathLike) -> tuple[Scaled, ScaledCritic | None, tuple[s
     if not (run.path / WEIGHTS).exists():
         raise FileNotFoundError(f"path: {path} has no {WEIGHTS}: the run was not finished.")
     state = load_state(run.path / WEIGHTS)
-    kept: dict[str, Any] = run.settings | {"data": Path(run.settings["data"])}
-    settings = FitSettings(**kept)
+    settings = settings_of(run)
     shape, classes = tuple(state["shift"].shape), tuple(state["classes"])
     inner = settings.architecture.build(shape, len(classes))
     flow = Scaled(inner, state["shift"], torch.ones_like(state["shift"]))

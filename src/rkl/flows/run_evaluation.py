@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rkl.flows.data import read_data
+from rkl.flows.data import check_device, read_data
 from rkl.flows.evaluate import VALUES, condition_grid, evaluate_on_target
 from rkl.flows.evaluation import Evaluation
 from rkl.flows.mcmc.kernels import check_whole
-from rkl.flows.run import FitSettings, load_run
+from rkl.flows.run import load_run, settings_of
 from rkl.flows.target_run import TargetRun, load_target_run, parse_ranges, read_draws
 from rkl.metrics import Mean, mean, to_json
 from rkl.metrics.samples import Measured, measure
@@ -38,7 +38,7 @@ class EvaluateSettings:
         data: What it was not fitted to: rows, needed for a flow of data; or draws of a target
             with their conditions, as rkl sample writes them (.npz).
         labels: Class of each row, as for the fit.
-        dequantise: Spread quantised values over one step; image files always are.
+        dequantise: Spread quantised values over one step, as image files are.
         condition: Where to measure a flow of a target, "T=0.9" or "T=0.5:1.5"; by default
             wherever it was trained.
         values: How many values of the first condition.
@@ -52,7 +52,7 @@ class EvaluateSettings:
 
     data: Path | None = field(default=None, metadata={"metavar": "DATA"})
     labels: str | None = None
-    dequantise: bool = False
+    dequantise: bool | None = None
     condition: str | None = field(default=None, metadata={"metavar": "RANGES"})
     values: int = field(default=VALUES, metadata={"metavar": "N"})
     draws: int = field(default=2_000, metadata={"metavar": "N"})
@@ -108,7 +108,7 @@ def evaluate_run(
         NotCoveredError: Under ``strict``, a part of the target is missing or may be.
         ValueError: The held-out draws were trained on, or a setting does not fit the run.
     """
-    run = Run.open(path)
+    run, _device = Run.open(path), check_device(settings.device)
     if "target" not in run.settings:
         rows = _evaluate_on_rows(run, settings)
         write_json(run.path / KEPT, rows.to_dict())
@@ -185,7 +185,7 @@ def _evaluate_on_rows(run: Run, settings: EvaluateSettings) -> DataEvaluation:
         if getattr(settings, name):
             raise ValueError(f"{name} goes with a flow of a target; {run.path} has one of data.")
     flow: Any = load_run(run.path)
-    data = read_data(settings.data, settings.labels, dequantise=settings.dequantise or None)
+    data = read_data(settings.data, settings.labels, dequantise=settings.dequantise)
     classes = run.record["data"]["classes"]
     if data.event_shape != tuple(flow.shift.shape) or data.conditions != len(classes):
         raise ValueError(
@@ -252,9 +252,8 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
     flow, settings = load_run(run.path), run.settings
     real, condition = None, None
     if Path(settings["data"]).exists():
-        given: dict[str, Any] = settings | {"data": Path(settings["data"])}
-        kept = FitSettings(**given)
-        data = read_data(kept.data, kept.labels, dequantise=kept.dequantise or None)
+        kept = settings_of(run)
+        data = read_data(kept.data, kept.labels, dequantise=kept.dequantise)
         held_out = data.split(kept.held_out, kept.seed)[1]
         chosen = held_out.spread().rows(torch.arange(min(len(held_out), MEASURED)))
         real, condition = chosen.values, chosen.condition

@@ -1,0 +1,46 @@
+"""``rkl fit --start-from RUN --distil-budget K``: rejection of a run's flow, trained into it."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rkl.flows.data import Data, check_device
+from rkl.flows.fit import Fit
+from rkl.flows.operating import distil_rejection
+from rkl.flows.run import FitSettings, load_critic, load_run, rows_of, settings_of
+from rkl.flows.training import Training
+from rkl.runs import Run
+
+SAME = "data", "flow", "labels", "dequantise", "held_out", "seed"  # they say which rows were seen
+
+
+def distillation(settings: FitSettings, data: Data) -> Callable[..., Fit]:
+    """What trains the flow of ``settings.start_from`` to draw what rejection keeps of it.
+
+    Raises:
+        ValueError: That run has no critic, or was fitted to other rows.
+    """
+    fitted = _fit_of(settings, data)
+    how: dict[str, Any] = {"batch": settings.batch, "lr": settings.lr, "seed": settings.seed}
+    return partial(distil_rejection, fitted, budget=settings.distil_budget, **how)
+
+
+def _fit_of(settings: FitSettings, data: Data) -> Fit:
+    """The flow and the critic of the run, with the rows that they were fitted to."""
+    path: Any = settings.start_from
+    run = Run.open(path)
+    if run.kind != "flows" or "target" in run.settings:
+        raise ValueError(f"start_from: {path} holds no flow that was fitted to data.")
+    flow, critic, earlier = load_run(path), load_critic(path), settings_of(run)
+    for name in SAME:
+        was, now = getattr(earlier, name), getattr(settings, name)
+        if (now.resolve() if isinstance(now, Path) else now) != was:
+            raise ValueError(f"start_from: {name} must be that of {path}, {was}; got {now}.")
+    trained_on, held_out = data.split(earlier.held_out, earlier.seed)
+    if run.count_seen(rows_of(trained_on)) < len(trained_on):
+        raise ValueError(f"start_from: {settings.data} no longer holds the rows of {path}.")
+    device, untrained = check_device(settings.device), Training([], 0, 0.0, None, None, None)
+    scaled: Any = flow.to(device)
+    rows = held_out, trained_on, data.classes
+    return Fit(scaled, critic.to(device), untrained, *rows)

@@ -192,7 +192,7 @@ def precision_recall(
         between: What the two laws are called, the target first.
     """
     _refuse_empty("students", students)
-    figure, axes = one_panel(height=365)
+    figure, axes = one_panel(height=402)
     lines = {}
     for i, (name, curve) in enumerate(students.items()):
         alpha, beta = _pair(f"students[{name!r}]", curve)

@@ -245,8 +245,11 @@ def _tables(rows: Sequence[Row]) -> "list[Block]":
             for name in names
         ]
 
+    def value(it: Row) -> Any:
+        return it.mean[0] if it.quantity == "cost" else it.mean
+
     them = quantities
-    first = Table("Every method", ["", *them], body(lambda it: it.mean), _TABLED)
+    first = Table("Every method", ["", *them], body(value), _TABLED)
     them = [it for it in quantities if it != "cost"]
     second = Table("Gain over maximum likelihood", ["", *them], body(lambda it: it.gain), _GAINED)
     return [first, second]
@@ -300,7 +303,7 @@ def _spectrum() -> "Block":
     from rkl.report import drawn
 
     wanted = {ring.named(it): it for it in _LOOKING}
-    slopes = torch.logspace(-2, 2, 81, dtype=torch.float64)
+    slopes = torch.logspace(-2, 2, 401, dtype=torch.float64)
     found = {name: pr_spectrum(it, slopes) for name, it in wanted.items()}
     weights = {
         name: (it.density * slopes * slopes.clamp_max(1.0)).numpy() for name, it in found.items()

@@ -328,7 +328,9 @@ class _Fitting:
 
     def on_particles(self, particles: Particles, moment: Moment) -> Tensor:
         """Minus the mean log-likelihood of particles."""
-        x, condition = particles.draw(self.conditions.count, self.draws)
+        batch = self.draws * self.conditions.count
+        strata = max(self.conditions.count, math.ceil(batch / particles.each))
+        x, condition = particles.draw(strata, batch // strata)
         nll = -self.law(condition).log_prob(x).mean()
         moment.log(nll=nll)
         return nll

@@ -30,6 +30,7 @@ from rkl.flows import (  # noqa: E402
     CoarseToFine,
     HeatBath,
     annealed_importance,
+    averages,
     fit_to_target,
     independent_metropolis,
     markov_chain,
@@ -55,7 +56,7 @@ PEERS = {
 FIELDS = (
     "side", "ring_exchange", "seed", "what", "effort", "temperature", "trained_s", "cpu_s", "load",
     "log_z", "log_z_error", "v", "ess", "ess_normal", "acceptance", "acceptance_normal",
-    "effective_per_s", "draws_per_s",
+    "effective_per_s", "draws_per_s", "z",
 )  # fmt: skip
 
 
@@ -93,6 +94,27 @@ def of_flow(flow, target, at, args):
             "acceptance_normal": math.erfc(s / 2),
             "effective_per_s": found.ess.value[k].item() * log_ratio.numel() / drawing,
         }
+
+
+def of_reference(flow, target, args):
+    """How many standard errors the chains' means lie from those of a file."""
+    with open(args.reference, newline="", encoding="utf-8") as file:
+        known = list(csv.DictReader(file))
+    at = torch.tensor([[float(row["T"])] for row in known])
+    chain = independent_metropolis(target, flow, at, draws=args.draws, chains=4, seed=args.seed)
+    found = averages(target, chain.measure(target), at)
+    for name, column, error in (
+        ("energy", "energy_per_site", "energy_err"),
+        ("magnetization", "abs_m", "abs_m_err"),
+        ("specific_heat", "specific_heat_per_site", "specific_heat_err"),
+    ):
+        scores = []
+        for k, row in enumerate(known):
+            width = math.hypot(found[name].error[k].item(), float(row[error]))
+            scores.append((found[name].value[k].item() - float(row[column])) / width)
+            yield {"what": f"reference: {name}", "temperature": at[k].item(), "z": scores[-1]}
+        rms = math.sqrt(sum(z**2 for z in scores) / len(scores))
+        print(f"{name}: rms z {rms:.2f}, largest {max(map(abs, scores)):.1f}", flush=True)
 
 
 def of_clock(flow, target, at, rounds=5):
@@ -188,6 +210,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=16_384, help="of the flow, a temperature")
     parser.add_argument("--most", type=float, default=60, help="CPU seconds of a peer; 0: none")
+    parser.add_argument("--reference", help="csv of means of 8 x 8 at K = 0, to be compared with")
     parser.add_argument("--out", required=True, help="csv")
     args = parser.parse_args()
     with open(args.out, "w", newline="", encoding="utf-8") as file:
@@ -206,6 +229,8 @@ def main():
                 *of_clock(flow, target, TEMPERATURES[:, None]),
             ]
             rows = [row | {"trained_s": trained} for row in rows]
+            if args.reference and (side, args.ring_exchange) == (8, 0):
+                rows += of_reference(flow, target, args)
             if args.most:
                 rows += of_peers(target, TEMPERATURES[:, None], args)
                 rows += of_chains(target, TEMPERATURES[:, None], args)

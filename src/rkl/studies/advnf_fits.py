@@ -1,6 +1,5 @@
 """One fit of the study of AdvNF: a flow, an objective, so many draws of the target, a budget."""
 
-import copy
 import math
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ QUANTITIES = (
     "acceptance", "acceptance_error", "ess", "ess_at_target", "v", "bracket", "reached", "missing",
     "overlap", "overlap_floor",
 )  # fmt: skip
-WARM, TIMED = 3, 10  # steps before the clock, and on it
+WARM, TIMED = 3, 10  # steps that show what a beginning costs, and what a step
 CHAINS, APART, UNTIL = 50, 10, 500  # chains at a temperature, sweeps between draws and before them
 
 
@@ -38,7 +37,7 @@ class Plan:
         target: What is sampled.
         baseline: The affine flow of the seven variants.
         ours: The flow of the other two.
-        cpu_s: CPU seconds of each fit, with all that it takes.
+        cpu_s: CPU seconds of each fit.
         values: Conditions of the draws of the target, equally far apart, and of the figures.
         ensembles: Draws of the target that are trained on, all conditions together.
         batch: Draws of a step.
@@ -131,12 +130,11 @@ def fit(plan: Plan, way: Way, seed: int) -> Fit:
         how["data"] = _chosen(trained, conditions, way.ensemble, seed)
     if not ours:
         how |= {"anneal": False, "lr": plan.lr, "batch": plan.batch, "strata": plan.values}
+    architecture = plan.ours if ours else plan.baseline
+    steps = _affordable(plan, architecture, how)
     began = time.process_time()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        flow = (plan.ours if ours else plan.baseline).build(target.event_shape, 1)
-    steps = _affordable(plan, flow, how)
-    done = fit_to_target(flow, target, steps=steps, every=max(1, steps // 20), **how).training
+    fitted = fit_to_target(architecture, target, steps=steps, every=max(1, steps // 20), **how)
+    flow, done = fitted.flow, fitted.training
     spent = time.process_time() - began
     found = [
         _judged(plan, flow, k, held_out[k], None if way.ensemble == 0 else how["data"][0], seed)
@@ -165,7 +163,7 @@ def exact_draws(plan: Plan, each: int, seed: int) -> Tensor:
             return plan.target.sample(plan.conditions, (each,)).transpose(0, 1)
     except NotImplementedError:
         draws = math.ceil(each / CHAINS)
-        how = {"chains": CHAINS, "every": APART, "warm_up": UNTIL, "seed": seed}
+        how: dict[str, Any] = {"chains": CHAINS, "every": APART, "warm_up": UNTIL, "seed": seed}
         x = markov_chain(plan.target, plan.conditions, draws=draws, **how).x
         assert x is not None
         return x.flatten(1, 2)[:, :each]
@@ -178,14 +176,15 @@ def _chosen(x: Tensor, conditions: Tensor, ensemble: int, seed: int) -> tuple[Te
     return rows, conditions.repeat(x.shape[1], 1)[:ensemble]
 
 
-def _affordable(plan: Plan, flow: nn.Module, how: dict[str, Any]) -> int:
-    """Steps that the rest of the budget buys, from the time of a few on a copy."""
-    began, trial = time.process_time(), copy.deepcopy(flow)
-    fit_to_target(trial, plan.target, steps=WARM, **how)
-    warm = time.process_time()
-    fit_to_target(trial, plan.target, steps=TIMED, **how)
-    now = time.process_time()
-    return max(1, int((plan.cpu_s - (now - began)) / (now - warm) * TIMED))
+def _affordable(plan: Plan, architecture: Architecture, how: dict[str, Any]) -> int:
+    """Steps that the budget buys, from the time of a few, which is not charged."""
+    spent = []
+    for steps in (WARM, WARM, WARM + TIMED):  # the first for what torch sets up once
+        began = time.process_time()
+        fit_to_target(architecture, plan.target, steps=steps, **how)
+        spent.append(time.process_time() - began)
+    each = max(spent[2] - spent[1], 1e-3) / TIMED
+    return max(1, int((plan.cpu_s - spent[1]) / each) + WARM)
 
 
 def _judged(plan: Plan, flow: nn.Module, k: int, held_out: Tensor, train, seed: int):

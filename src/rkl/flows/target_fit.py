@@ -15,8 +15,9 @@ from torch.func import functional_call
 
 from rkl.divergences import FDivergence, ReverseKL
 from rkl.divergences.base import floats
-from rkl.flows.architectures import Architecture, Conditioned, Scaled, draw
+from rkl.flows.architectures import Architecture, Scaled, draw
 from rkl.flows.architectures.scaled import MARGIN
+from rkl.flows.built import built
 from rkl.flows.critic import Critic, Ratio
 from rkl.flows.lattice import CoarseToFine, FieldLaw, LatticeLaw
 from rkl.flows.objectives import Objective, Term, parse_objective
@@ -109,28 +110,11 @@ def fit_to_target(
     draws = _draws(batch, given.count)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fitted = flow if isinstance(flow, nn.Module) else built(flow, target, given.limits)
+        fitted = flow if isinstance(flow, nn.Module) else built(flow, target, given.trained)
         fitting = _Fitting(fitted, target, chosen, given, draws, anneal, data, critic)
     budget: dict[str, Any] = {"steps": steps, "minutes": minutes, "seed": seed, "every": every}
     budget |= {"lr": lr, "clip": clip, "ema": ema, "run": run, "also": fitting.stateful()}
     return TargetFit(fitted, train(fitted, fitting, **budget))
-
-
-def built(
-    architecture: Architecture, target: Target, limits: Float[Tensor, "2 conditions"]
-) -> nn.Module:
-    """A flow for a target, conditions within these limits; events are standardised in the fit."""
-    count = len(target.conditions)
-    flow = architecture.build(target.event_shape, count)
-    if architecture.own_units or target.domain == "circle":
-        return flow
-    flow = Conditioned(flow, *limits) if count else flow
-    return Scaled(flow, torch.zeros(target.event_shape), torch.ones(target.event_shape))
-
-
-def limits_of(ranges: Sequence[Condition]) -> Float[Tensor, "2 conditions"]:
-    """The lower and the upper ends of ranges."""
-    return torch.tensor([[it.low for it in ranges], [it.high for it in ranges]])
 
 
 def _draws(batch: int, conditions: int) -> int:
@@ -203,11 +187,12 @@ class _Conditions:
         self.count = strata if values is None else len(values)
 
     @property
-    def limits(self) -> Float[Tensor, "2 conditions"]:
-        """Least and greatest values."""
+    def trained(self) -> tuple[Condition, ...]:
+        """Each condition with its least and its greatest value."""
         if self.values is None:
-            return limits_of(self.ranges)
-        return torch.stack([self.values.amin(0), self.values.amax(0)]).float()
+            return tuple(self.ranges)
+        columns = zip(self.ranges, self.values.T, strict=True)
+        return tuple(it._replace(low=float(v.min()), high=float(v.max())) for it, v in columns)
 
     def draw(self, count: int | None = None) -> Float[Tensor, "strata conditions"]:
         """One value in each stratum, or in each of so many."""

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from rkl.divergences import parse
 from rkl.divergences.base import number
-from rkl.flows.architectures import NSF, Architecture, Coupling, Scaled, catalogue
-from rkl.flows.architectures.scaled import MARGIN
+from rkl.flows.architectures import NSF, Architecture, Coupling, catalogue
+from rkl.flows.built import built
 from rkl.flows.files import TORN, write_chain
 from rkl.flows.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
 from rkl.flows.metropolis import independent_metropolis
 from rkl.flows.objectives import Objective, parse_objective
-from rkl.flows.target_fit import FEW, TargetFit, built, fit_to_target, limits_of
+from rkl.flows.target_fit import FEW, TargetFit, fit_to_target
 from rkl.flows.targets import XY, Phi4, Target, parse_target
 from rkl.flows.targets.base import Condition
 from rkl.flows.training import load_state, save_state
@@ -290,7 +290,7 @@ def load_target_run(path: str | os.PathLike) -> TargetRun:
     kept |= {name: Path(kept[name]) for name in PATHS if kept[name] is not None}
     settings = TargetSettings(**kept)
     target = settings.aim
-    flow = built(settings.architecture, target, limits_of(settings.ranges))
+    flow = built(settings.architecture, target, settings.ranges)
     flow.load_state_dict(load_state(run.path / WEIGHTS)["flow"])
     return TargetRun(flow.requires_grad_(False), target, settings.ranges, settings)
 
@@ -368,7 +368,7 @@ def _begun(settings: TargetSettings) -> nn.Module:
     target = settings.aim
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        flow = built(settings.architecture, target, limits_of(settings.ranges))
+        flow = built(settings.architecture, target, settings.ranges)
     if settings.start_from is not None:
         begin: Any = getattr(flow, "start_from", None)
         if begin is None:
@@ -427,7 +427,7 @@ def read_draws(
 
 
 def _values(text: str | None, found: TargetRun) -> Float[Tensor, " conditions"]:
-    """One value for each condition; beyond what was trained, with a warning."""
+    """One value for each condition."""
     given = {part.partition("=")[0].strip() for part in (text or "").split(",")}
     asked = parse_ranges(text, found.target)
     lacking: Sequence[str] = [it.name for it in asked if it.name not in given or it.low < it.high]
@@ -436,13 +436,4 @@ def _values(text: str | None, found: TargetRun) -> Float[Tensor, " conditions"]:
             f"condition must give one value of {', '.join(lacking)}, such as {lacking[0]}=0.9; "
             f"got {text!r}."
         )
-    warns = isinstance(found.flow, Scaled)  # by itself
-    for it, trained in zip(() if warns else asked, found.ranges, strict=not warns):
-        margin = MARGIN * (trained.high - trained.low) + 1e-9
-        if not trained.low - margin <= it.low <= trained.high + margin:
-            warnings.warn(
-                f"condition: {it.name}={it.low:g} is beyond the range that the flow was trained "
-                f"on, {trained.low:g} to {trained.high:g}; look at the acceptance.",
-                stacklevel=3,
-            )
     return torch.tensor([it.low for it in asked])

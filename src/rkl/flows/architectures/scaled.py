@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ MARGIN = 0.005  # share of its range by which a condition is trained beyond eith
 class Conditioned(nn.Module):
     """A flow that sees each condition on a scale from -1 to 1 over the range it is trained on.
 
-    Conditions above 0 are seen by their logarithm. Beyond the range it warns.
+    Conditions above 0 are seen by their logarithm.
 
     Args:
         flow: The flow of standardised conditions.
@@ -43,15 +42,6 @@ class Conditioned(nn.Module):
 
     def forward(self, condition: Float[Tensor, "*batch conditions"]) -> Distribution:
         """The law of events, given the conditions in their own units."""
-        margin = MARGIN * (self.high - self.low) + 1e-6 * self.high.abs()
-        beyond = (condition < self.low - margin) | (condition > self.high + margin)
-        if beyond.any():
-            found = condition.expand(beyond.shape)[beyond][0].item()
-            warnings.warn(
-                f"condition: {found:g} is beyond what the flow was trained on, "
-                f"{self.low.tolist()} to {self.high.tolist()}; look at the acceptance.",
-                stacklevel=3,
-            )
         return self.flow(self.standardise(condition))
 
     def standardise(

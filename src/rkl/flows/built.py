@@ -1,0 +1,58 @@
+"""A flow for a target, as it is before it is fitted: standardised, and knowing its ranges."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rkl.flows.architectures import Architecture, Conditioned, Scaled
+from rkl.flows.architectures.scaled import MARGIN
+from rkl.flows.targets import Condition, Target
+
+
+def built(architecture: Architecture, target: Target, ranges: Sequence[Condition]) -> nn.Module:
+    """A flow that warns beyond these ranges of the conditions, where it is not trained.
+
+    Unless the architecture has units of its own, or events are angles, it sees conditions on a
+    standard scale, and the fit will place and scale its events.
+
+    >>> from rkl.flows import NSF
+    >>> from rkl.flows.targets import MoG8
+    >>> built(NSF(transforms=1), MoG8(), MoG8().conditions)(torch.tensor([0.5])).event_shape
+    torch.Size([2])
+    """
+    count = len(target.conditions)
+    flow = architecture.build(target.event_shape, count)
+    if not architecture.own_units and target.domain == "line":
+        if count:
+            low, high = torch.tensor([[it.low, it.high] for it in ranges]).T
+            flow = Conditioned(flow, low.clone(), high.clone())
+        flow = Scaled(flow, torch.zeros(target.event_shape), torch.ones(target.event_shape))
+    if count:
+        flow.register_forward_pre_hook(Within(tuple(ranges)))
+    return flow
+
+
+class Within:
+    """Warns where a flow is asked for conditions beyond those that it was trained on.
+
+    Args:
+        ranges: Those.
+    """
+
+    def __init__(self, ranges: tuple[Condition, ...]):
+        self.ranges = ranges
+
+    def __call__(self, flow: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """What torch calls before the flow."""
+        for k, it in enumerate(self.ranges):
+            values = arguments[0].detach()[..., k].flatten()
+            margin = MARGIN * (it.high - it.low) + 1e-6 * max(abs(it.low), abs(it.high))
+            beyond = values[(values < it.low - margin) | (values > it.high + margin)]
+            if len(beyond):
+                warnings.warn(
+                    f"condition: {it.name}={beyond[0].item():g} is beyond the range that the flow "
+                    f"was trained on, {it.low:g} to {it.high:g}; look at the acceptance.",
+                    stacklevel=4,
+                )

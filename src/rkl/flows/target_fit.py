@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -69,6 +69,7 @@ def fit_to_target(
     strata: int = 32,
     anneal: bool | None = None,
     critic: Critic | None = None,
+    log_z: Literal["learned"] | None = None,
     lr: float = 5e-3,
     clip: float = 10.0,
     ema: float = 0.998,
@@ -95,6 +96,9 @@ def fit_to_target(
         anneal: By default on the line without data: up to 8 coordinates the objective joins the
             likelihood of particles cooled to the target; else that is p^β, β rising from 0.02.
         critic: How a term on the critic learns its ratio.
+        log_z: "learned" allows terms on the target that are not scale-free although its log Z is
+            unknown: it is then the log of the mean weight of a step's draws, condition by
+            condition, which is as good as these draws are.
         lr: Highest learning rate.
         clip: Greatest norm of the gradient.
         ema: Decay of the average of the parameters.
@@ -104,7 +108,7 @@ def fit_to_target(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
     """
-    chosen = _chosen(objective, target, data)
+    chosen = _chosen(objective, target, data, log_z)
     given = _Conditions(target, conditions, strata)
     anneal = target.domain == "line" and data is None if anneal is None else anneal
     draws = _draws(batch, given.count)
@@ -126,7 +130,7 @@ def _draws(batch: int, conditions: int) -> int:
     return batch // conditions
 
 
-def _chosen(objective, target: Target, data) -> Objective:
+def _chosen(objective, target: Target, data, log_z) -> Objective:
     if not isinstance(target, Target):
         raise TypeError(f"target must be a Target such as XY(side=8); got {target!r}.")
     if isinstance(objective, str):
@@ -135,13 +139,17 @@ def _chosen(objective, target: Target, data) -> Objective:
         objective = Objective((Term(1.0, objective),))
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a divergence or a sum of terms; got {objective!r}.")
+    if log_z not in (None, "learned"):
+        raise ValueError(f"log_z must be 'learned' or None; got {log_z!r}.")
     for term in objective.terms:
         if term.estimator != "target" and data is None:
             raise ValueError(f"data must be given for the term {term} of the objective; got None.")
-        if term.estimator == "target" and not (term.divergence.scale_free or _known(target)):
+        free = term.divergence.scale_free or log_z == "learned" or _known(target)
+        if term.estimator == "target" and not free:
             raise ValueError(
                 f"objective: log Z of {target} is unknown, and it moves the minimiser of "
-                f"{term.divergence}. Take a scale-free divergence, such as ReverseKL() or KL()."
+                f"{term.divergence}. Take a scale-free divergence, such as ReverseKL() or KL(), "
+                "or log_z='learned' (--log-z learned)."
             )
     return objective
 
@@ -326,7 +334,9 @@ class _Fitting:
         log_ratio, log_q = _log_ratio(self, law, condition)
         held = log_ratio.detach()
         self.tell(moment, held)
-        if not _known(self.target) or self.beta < 1:
+        if _known(self.target) and self.beta == 1:
+            log_ratio = log_ratio - self.target.log_normaliser(condition)
+        else:
             log_ratio = log_ratio - (held.logsumexp(0) - math.log(len(held)))
         if log_q is None:
             return along_path(divergence, log_ratio.flatten()).mean()
@@ -361,7 +371,9 @@ class _Fitting:
         if is_likelihood(divergence):
             return on_data(divergence, torch.zeros_like(log_q).flatten(), log_q.flatten()).mean()
         log_ratio = self.log_prob(x, condition) - log_q.detach()
-        if not _known(self.target):  # E_p[q/p] = 1
+        if _known(self.target):
+            log_ratio = log_ratio - self.target.log_normaliser(condition)
+        else:  # E_p[q/p] = 1
             log_ratio = log_ratio + ((-log_ratio).logsumexp(1) - math.log(x.shape[1]))[:, None]
         return on_data(divergence, log_ratio.flatten(), log_q.flatten()).mean()
 

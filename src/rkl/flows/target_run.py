@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ class TargetSettings:
         strata: Conditions in a step.
         anneal: Whether it begins with particles cooled to the target, or with many coordinates
             with the target flattened; by default on the line, without data.
+        log_z: "learned" allows divergences that are not scale-free where log Z is unknown.
         lr: Highest learning rate.
         seed: Of all random numbers.
         device: The cpu, where targets and their chains are computed.
@@ -75,6 +76,7 @@ class TargetSettings:
     batch: int = 512
     strata: int = 32
     anneal: bool | None = None
+    log_z: Literal["learned"] | None = None
     lr: float = 5e-3
     seed: int = 0
     device: str = "cpu"
@@ -131,7 +133,7 @@ class TargetSettings:
     @property
     def how(self) -> dict[str, Any]:
         """The rest of what :func:`fit_to_target` is told."""
-        names = "seed", "batch", "strata", "anneal", "lr"
+        names = "seed", "batch", "strata", "anneal", "log_z", "lr"
         return {name: getattr(self, name) for name in names}
 
 

@@ -94,6 +94,7 @@ def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl study akl --part toy --out runs/akl
       rkl study neyman-scott
       rkl study neyman-scott --part errors-in-variables
+      rkl study advnf --part xy
       rkl study precision-recall --part mnist --data t10k-images-idx3-ubyte.gz
     """
     parser.add_argument("name", choices=_studies(), help="the paper")

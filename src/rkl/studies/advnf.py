@@ -64,9 +64,9 @@ _MODES = {"acceptance": "acceptance", "missing": "modes missing", "reached": "ma
 _PLANE = Coupling(transforms=6, hidden=(32, 32))
 _SPLINES = NSF(transforms=3, hidden=(128, 128), bins=16)  # what rkl fit takes by default
 PARTS: Mapping[str, Part] = {
-    "mog-4": Part("AdvNF: four Gaussians", Plan(MoG4(), _PLANE, _SPLINES, cpu_s=8), _MODES),
-    "mog-8": Part("AdvNF: eight Gaussians", Plan(MoG8(), _PLANE, _SPLINES, cpu_s=16), _MODES),
-    "rings": Part("AdvNF: four rings", Plan(Rings(), _PLANE, _SPLINES, cpu_s=16), _MODES),
+    "mog-4": Part("AdvNF: four Gaussians", Plan(MoG4(), _PLANE, _SPLINES, cpu_s=6), _MODES),
+    "mog-8": Part("AdvNF: eight Gaussians", Plan(MoG8(), _PLANE, _SPLINES, cpu_s=10), _MODES),
+    "rings": Part("AdvNF: four rings", Plan(Rings(), _PLANE, _SPLINES, cpu_s=10), _MODES),
     "xy": Part(
         "AdvNF: the XY model, 8 × 8",
         Plan(

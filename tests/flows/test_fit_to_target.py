@@ -265,6 +265,19 @@ def test_the_terms_of_the_paper_train_together():
     assert {"critic", "nll", "free_energy_bound", "ess"} <= fit.training.history[-1].keys()
 
 
+def test_particles_serve_terms_on_data_where_there_are_none():
+    """Alpha = 2, chi-square, which punishes a lost mode as no other does."""
+    target = GaussianMixture(means=((-3.0,), (3.0,)), weights=(1.0, 3.0))
+    flow, scale = NSF(transforms=2, hidden=(16,)), torch.tensor([[0.4], [0.5]])
+    fit = fit_to_target(
+        flow, target, scale, "data:pearson-chi-square", steps=150, batch=256, lr=1e-2
+    )
+    assert "nll" in fit.training.history[-1]
+    found = judge_coverage(target, fit.flow, scale[0], draws=4_000)
+    assert found.passed, found.table()
+    assert found.weights.ess.value > 0.6
+
+
 BAD = {
     "no scale": ({"objective": JensenShannon()}, "log Z .* unknown"),
     "no such log Z": ({"log_z": "given"}, "log_z must be 'learned' or None"),

@@ -94,7 +94,8 @@ def fit_to_target(
         batch: Draws of a step, all conditions together.
         strata: Number of strata of each condition, in Latin squares where there are several.
         anneal: By default on the line without data: up to 8 coordinates the objective joins the
-            likelihood of particles cooled to the target; else that is p^β, β rising from 0.02.
+            likelihood of particles cooled to the target, which also serve its terms on data,
+            such as PearsonChiSquare, of α = 2; else that is p^β, β rising from 0.02.
         critic: How a term on the critic learns its ratio.
         log_z: "learned" allows terms on the target that are not scale-free although its log Z is
             unknown: it is then the log of the mean weight of a step's draws, condition by
@@ -108,9 +109,11 @@ def fit_to_target(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
     """
-    chosen = _chosen(objective, target, data, log_z)
-    given = _Conditions(target, conditions, strata)
+    if not isinstance(target, Target):
+        raise TypeError(f"target must be a Target such as XY(side=8); got {target!r}.")
     anneal = target.domain == "line" and data is None if anneal is None else anneal
+    chosen = _chosen(objective, target, data is not None or _cools(target, anneal), log_z)
+    given = _Conditions(target, conditions, strata)
     draws = _draws(batch, given.count)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -130,9 +133,12 @@ def _draws(batch: int, conditions: int) -> int:
     return batch // conditions
 
 
-def _chosen(objective, target: Target, data, log_z) -> Objective:
-    if not isinstance(target, Target):
-        raise TypeError(f"target must be a Target such as XY(side=8); got {target!r}.")
+def _cools(target: Target, anneal: bool) -> bool:
+    """Whether particles are cooled to the target."""
+    return anneal and target.domain == "line" and math.prod(target.event_shape) <= FEW
+
+
+def _chosen(objective, target: Target, drawn: bool, log_z) -> Objective:
     if isinstance(objective, str):
         objective = parse_objective(objective)
     if isinstance(objective, FDivergence):
@@ -142,7 +148,7 @@ def _chosen(objective, target: Target, data, log_z) -> Objective:
     if log_z not in (None, "learned"):
         raise ValueError(f"log_z must be 'learned' or None; got {log_z!r}.")
     for term in objective.terms:
-        if term.estimator != "target" and data is None:
+        if term.estimator != "target" and not drawn:
             raise ValueError(f"data must be given for the term {term} of the objective; got None.")
         free = term.divergence.scale_free or log_z == "learned" or _known(target)
         if term.estimator == "target" and not free:
@@ -251,7 +257,7 @@ class _Fitting:
         self.dtype = next(flow.parameters()).dtype
         self.rows = None if data is None else _Rows(target, data)
         self.particles: Particles | None = None
-        if anneal and target.domain == "line" and math.prod(target.event_shape) <= FEW:
+        if _cools(target, anneal):
             self.particles = Particles(target, conditions.draw(GROUPS).to(self.dtype))
         self.anneal = anneal and self.particles is None
         self.beta = COLDEST if self.anneal else 1.0
@@ -321,9 +327,7 @@ class _Fitting:
 
     def on_particles(self, particles: Particles, moment: Moment) -> Tensor:
         """Minus the mean log-likelihood of particles."""
-        batch = self.draws * self.conditions.count
-        strata = max(self.conditions.count, math.ceil(batch / particles.each))
-        x, condition = particles.draw(strata, batch // strata)
+        x, condition = self._drawn(particles)
         nll = -self.law(condition).log_prob(x).mean()
         moment.log(nll=nll)
         return nll
@@ -377,8 +381,17 @@ class _Fitting:
             log_ratio = log_ratio + ((-log_ratio).logsumexp(1) - math.log(x.shape[1]))[:, None]
         return on_data(divergence, log_ratio.flatten(), log_q.flatten()).mean()
 
+    def _drawn(self, particles: Particles) -> tuple[Tensor, Tensor]:
+        batch = self.draws * self.conditions.count
+        strata = max(self.conditions.count, math.ceil(batch / particles.each))
+        return particles.draw(strata, batch // strata)
+
     def _data(self) -> tuple[Tensor, Tensor]:
-        assert self.rows is not None
+        """Data or particles [conditions, each, *event], with their conditions."""
+        if self.rows is None:
+            assert self.particles is not None
+            x, condition = self._drawn(self.particles)
+            return x.transpose(0, 1), condition[:, None].expand(-1, len(x), -1)
         x, condition = self.rows.draw(self.draws * self.conditions.count)
         return x.to(self.dtype), condition.to(self.dtype)
 

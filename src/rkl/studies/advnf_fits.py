@@ -1,5 +1,6 @@
 """One fit of the study of AdvNF: a flow, an objective, so many draws of the target, a budget."""
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -155,6 +156,7 @@ def fit(plan: Plan, way: Way, seed: int) -> Fit:
     )
 
 
+@functools.lru_cache(maxsize=2)
 def exact_draws(plan: Plan, each: int, seed: int) -> Tensor:
     """Independent draws of the target [conditions, each, *event]: exact ones, or a heat bath's."""
     try:

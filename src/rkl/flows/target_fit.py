@@ -78,28 +78,23 @@ def fit_to_target(
 ) -> TargetFit:
     """Minimise a sum of divergences D(target ‖ flow), averaged over conditions.
 
-    Every step sees every stratum of the conditions equally often. The gradient on a target runs
-    along the path of draws that follow the parameters; else, or with particles, it is the score's.
+    A target's gradient is the path's, but the score's beside particles or where there is none.
 
     Args:
         flow: An architecture, built here, or a flow over the events of the target.
         target: The density, up to log Z of each condition.
-        conditions: The values to train at; or the ranges, by default the target's own, each
-            step having a random value in each of their strata.
+        conditions: Values to train at; or ranges, by default the target's, seen at random.
         objective: A divergence, a sum of terms, its text, or the name of a variant of AdvNF.
         data: Draws of the target [rows, *event], and their conditions.
         steps: The budget in steps, or
         minutes: in minutes.
         seed: Of all random numbers.
         batch: Draws of a step, all conditions together.
-        strata: Number of strata of each condition, in Latin squares where there are several.
-        anneal: By default on the line without data: up to 8 coordinates the objective joins the
-            likelihood of particles cooled to the target, which also serve its terms on data,
-            such as PearsonChiSquare, of α = 2; else that is p^β, β rising from 0.02.
+        strata: Of each condition, all seen equally by every step; of several, in Latin squares.
+        anneal: By default on the line without data: to 8 coordinates the objective joins the
+            likelihood of particles, which are its data too; else the target is p^β, β rising.
         critic: How a term on the critic learns its ratio.
-        log_z: "learned" allows terms on the target that are not scale-free although its log Z is
-            unknown: it is then the log of the mean weight of a step's draws, condition by
-            condition, which is as good as these draws are.
+        log_z: "learned" has each step estimate it where terms that are not scale-free need it.
         lr: Highest learning rate.
         clip: Greatest norm of the gradient.
         ema: Decay of the average of the parameters.
@@ -109,16 +104,14 @@ def fit_to_target(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
     """
-    if not isinstance(target, Target):
-        raise TypeError(f"target must be a Target such as XY(side=8); got {target!r}.")
-    anneal = target.domain == "line" and data is None if anneal is None else anneal
+    anneal = _anneals(target, data, anneal)
     chosen = _chosen(objective, target, data is not None or _cools(target, anneal), log_z)
     given = _Conditions(target, conditions, strata)
-    draws = _draws(batch, given.count)
+    each = _draws(batch, given.count)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fitted = flow if isinstance(flow, nn.Module) else built(flow, target, given.trained)
-        fitting = _Fitting(fitted, target, chosen, given, draws, anneal, data, critic)
+        fitting = _Fitting(fitted, target, chosen, given, each, anneal, data, critic)
     budget: dict[str, Any] = {"steps": steps, "minutes": minutes, "seed": seed, "every": every}
     budget |= {"lr": lr, "clip": clip, "ema": ema, "run": run, "also": fitting.stateful()}
     return TargetFit(fitted, train(fitted, fitting, **budget))
@@ -131,6 +124,12 @@ def _draws(batch: int, conditions: int) -> int:
             f"batch must be at least two draws for each of {conditions} conditions; got {batch!r}."
         )
     return batch // conditions
+
+
+def _anneals(target: Target, data, anneal: bool | None) -> bool:
+    if not isinstance(target, Target):
+        raise TypeError(f"target must be a Target such as XY(side=8); got {target!r}.")
+    return target.domain == "line" and data is None if anneal is None else anneal
 
 
 def _cools(target: Target, anneal: bool) -> bool:

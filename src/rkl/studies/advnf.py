@@ -200,7 +200,7 @@ def _says(plan: Plan) -> str:
         "target is the effective share from draws of the target; v = var(log w)/sites; EUBO − "
         "ELBO is the symmetrised KL divergence in nats (both are geometric means over "
         "conditions); gradient is the norm of the last steps' gradients, which is noise; overlap, "
-        "of the XY model, is that of energies after Metropolis with held-out ones, in percent."
+        "of the XY model, is that of energies after Metropolis with held-out ones, 1 at most."
     )
 
 

@@ -1,7 +1,9 @@
 """The study of AdvNF: its arithmetic on figures made up, and itself in miniature."""
 
 import csv
+import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ from rkl.flows.targets import XY, MoG8
 from rkl.studies import advnf as study
 from rkl.studies import advnf_fits as fits
 
+DOCS = Path(__file__).parents[1] / "docs"
 SMALL = fits.Plan(
     MoG8(),
     Coupling(transforms=2, hidden=(8,)),
-    NSF(transforms=1, hidden=(8,)),
     cpu_s=0.2,
+    ours=NSF(transforms=1, hidden=(8,)),
     values=2,
     ensembles=(8, 40),
     batch=32,
@@ -59,7 +62,7 @@ def test_orders_of_size_are_averaged_geometrically_and_compared_as_factors():
 
 @pytest.mark.parametrize("target", [MoG8(), XY(side=2)], ids=["exact", "heat bath"])
 def test_ensembles_are_shared_out_over_conditions_and_never_judge(target):
-    plan = fits.Plan(target, SMALL.baseline, SMALL.ours, cpu_s=1, values=4)
+    plan = fits.Plan(target, SMALL.baseline, cpu_s=1, values=4)
     x, held_out = fits.exact_draws(plan, 30, 0), fits.exact_draws(plan, 30, 1)
     assert x.shape == (4, 30, *target.event_shape)
     check_held_out(x.flatten(0, 1), held_out.flatten(0, 1))
@@ -74,7 +77,7 @@ def test_ensembles_are_shared_out_over_conditions_and_never_judge(target):
 
 def test_the_study_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WORKERS", 1)
-    page = study.conducted("mog-8", SMALL, tmp_path / "run")
+    page = study.conducted("mog-8", SMALL, tmp_path / "run", seed=3)
     with open(tmp_path / "run" / "mog-8.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     found = list(fits.ways(SMALL))
@@ -89,21 +92,39 @@ def test_the_study_in_miniature(tmp_path, monkeypatch):
     text = page.read_text(encoding="utf-8")
     for words in ("advnf over fkl-rkl (40 draws)", "modes missing", "Coupling(transforms=2"):
         assert words in text
-    assert (tmp_path / "run" / "draws.svg").exists()
+    drawn = (tmp_path / "run" / "draws.svg").read_text(encoding="utf-8")
+    assert all(name in drawn for name in ("target", "advnf-rkl", fits.NO_DATA))
+
+
+def test_the_figures_of_the_page_are_those_of_the_csv():
+    """What is accepted and v, of each way; and that the ensembles took equal time."""
+    with open(DOCS / "figures" / "advnf-xy.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    grouped = itertools.groupby(rows, lambda it: (it["flow"], int(it["ensemble"]), it["seed"]))
+    found = []
+    for (name, ensemble, seed), group in grouped:
+        mine = list(group)
+        values = {it: [float(row[it]) for row in mine] for it in ("acceptance", "v")}
+        found.append(made_up(fits.Way(name, ensemble), int(seed), **values))
+        assert float(mine[0]["cpu_s"]) == pytest.approx(study.PARTS["xy"].plan.cpu_s, rel=0.25)
+    page = (DOCS / "studies" / "advnf.md").read_text(encoding="utf-8")
+    for name in {*VARIANTS, *fits.OURS}:
+        (line,) = (it for it in page.splitlines() if it.startswith(f"| {name} |"))
+        cells = [it.strip() for it in line.split("|")]
+        ways = dict.fromkeys(it.way for it in found if it.way.name == name)
+        for way, cell in zip(ways, cells[2:], strict=False):
+            assert "{:.3f} ± {:.3f}".format(*study.over_seeds(found, way, "acceptance")) == cell
+        largest = max(ways, key=lambda it: it.ensemble)
+        stated, error = map(float, cells[5].split(" ± "))
+        value, spread = study.over_seeds(found, largest, "v")
+        assert (stated, error) == (pytest.approx(value, rel=0.05), pytest.approx(spread, rel=0.5))
 
 
 def test_the_xy_model_is_compared_by_energies():
     target = XY(side=2)
     baseline = CheckerboardRealNVP(couplings=2, filters=4)
-    plan = fits.Plan(
-        target,
-        baseline,
-        CoarseToFine.of(target, width=8),
-        cpu_s=0.2,
-        values=2,
-        batch=16,
-        draws=200,
-    )
+    ours = CoarseToFine.of(target, width=8)
+    plan = fits.Plan(target, baseline, cpu_s=0.2, ours=ours, values=2, batch=16, draws=200)
     for name in ("advnf", fits.NO_DATA):
         way = next(it for it in fits.ways(plan) if it.name == name)
         done = fits.fit(plan, way, 0)

@@ -19,7 +19,7 @@ from rkl.flows.architectures import Architecture, Scaled, draw
 from rkl.flows.architectures.scaled import MARGIN
 from rkl.flows.built import built
 from rkl.flows.critic import Critic, Ratio
-from rkl.flows.lattice import CoarseToFine, FieldLaw, LatticeLaw
+from rkl.flows.lattice import CoarseToFine, LatticeLaw, SitesLaw
 from rkl.flows.objectives import Objective, Term, parse_objective
 from rkl.flows.particles import Particles
 from rkl.flows.targets import XY, Target
@@ -418,7 +418,7 @@ class _Fitting:
 def _log_ratio(fitting: _Fitting, law: Distribution, condition: Tensor):
     """Log p − log q [draws, strata]; and log q, where the draws do not follow the parameters."""
     shape = (fitting.draws,)
-    if isinstance(law, LatticeLaw | FieldLaw):
+    if isinstance(law, SitesLaw):
         return law.path_log_ratio(fitting.log_prob, shape), None
     batch = (fitting.draws, *condition.shape)
     if not fitting.target.conditions:

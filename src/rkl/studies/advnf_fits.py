@@ -15,6 +15,7 @@ from rkl.flows import Architecture, fit_to_target, independent_metropolis, marko
 from rkl.flows.coverage import Coverage, judge_coverage
 from rkl.flows.objectives import VARIANTS, Objective, Term
 from rkl.flows.observables import beside_held_out
+from rkl.flows.target_run import suited
 from rkl.flows.targets import Target
 
 NO_DATA, WITH_DATA = "ours, no data", "ours, with data"
@@ -37,8 +38,8 @@ class Plan:
     Args:
         target: What is sampled.
         baseline: The affine flow of the seven variants.
-        ours: The flow of the other two.
         cpu_s: CPU seconds of each fit.
+        ours: The flow of the other two; by default what suits the target.
         values: Conditions of the draws of the target, equally far apart, and of the figures.
         ensembles: Draws of the target that are trained on, all conditions together.
         batch: Draws of a step.
@@ -49,8 +50,8 @@ class Plan:
 
     target: Target
     baseline: Architecture
-    ours: Architecture
     cpu_s: float
+    ours: Architecture | None = None
     values: int = 8
     ensembles: tuple[int, ...] = (100, 1_000, 10_000)
     batch: int = 256
@@ -63,6 +64,15 @@ class Plan:
         """[values, 1], over the whole range of the target."""
         (it,) = self.target.conditions
         return torch.linspace(it.low, it.high, self.values)[:, None]
+
+    @property
+    def flat(self) -> bool:
+        """Whether draws are points of the plane."""
+        return self.target.event_shape == (2,)
+
+    def flow(self, name: str) -> Architecture:
+        """What is fitted under the name of a way."""
+        return (self.ours or suited(self.target)) if name in OURS else self.baseline
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ class Fit:
             what is left is noise.
         conditions: Where it was judged.
         found: Under each quantity its value at each condition.
-        samples: A few draws at the first condition.
+        samples: A few draws at the first condition, of a law in the plane.
     """
 
     way: Way
@@ -120,30 +130,27 @@ def ways(plan: Plan) -> Iterator[Way]:
 def fit(plan: Plan, way: Way, seed: int) -> Fit:
     """Fit once, and judge by draws of the target that were not trained on."""
     target, conditions = plan.target, plan.conditions
-    ours = way.name in OURS
-    each = max(math.ceil(max(plan.ensembles) / plan.values), 1)
-    trained, held_out = (
-        exact_draws(plan, each, 2 * seed),
-        exact_draws(plan, plan.draws, 2 * seed + 1),
-    )
+    each = math.ceil(max(plan.ensembles) / plan.values)
+    trained = exact_draws(plan, each, 2 * seed)
+    held_out = exact_draws(plan, plan.draws, 2 * seed + 1)
     how: dict[str, Any] = {"objective": way.objective, "seed": seed}
     if way.ensemble:
         how["data"] = _chosen(trained, conditions, way.ensemble, seed)
-    if not ours:
+    if way.name not in OURS:
         how |= {"anneal": False, "lr": plan.lr, "batch": plan.batch, "strata": plan.values}
-    architecture = plan.ours if ours else plan.baseline
+    architecture = plan.flow(way.name)
     steps = _affordable(plan, architecture, how)
     began = time.process_time()
     fitted = fit_to_target(architecture, target, steps=steps, every=max(1, steps // 20), **how)
     flow, done = fitted.flow, fitted.training
     spent = time.process_time() - began
     found = [
-        _judged(plan, flow, k, held_out[k], None if way.ensemble == 0 else how["data"][0], seed)
+        _judged(plan, flow, k, held_out[k], how["data"][0] if way.ensemble else None, seed)
         for k in range(plan.values)
     ]
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        samples = flow(conditions[0]).sample((1_000,)).tolist() if seed == 0 else []
+        samples = flow(conditions[0]).sample((1_000,)).tolist() if plan.flat else []
     return Fit(
         way,
         seed,

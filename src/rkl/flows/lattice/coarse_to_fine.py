@@ -8,17 +8,16 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
 
 from rkl.divergences.base import number
 from rkl.flows.architectures import Architecture
 from rkl.flows.lattice import circle
+from rkl.flows.lattice.law import SitesLaw
 from rkl.flows.lattice.network import Site
 from rkl.flows.lattice.ordering import Ordering, Pass, ordering
 from rkl.flows.lattice.spin_waves import Wave, spin_waves
 from rkl.flows.targets import XY
 
-AT_ONCE = 8192  # configurations drawn or judged at one time
 TINY = 1e-10  # squared length of a sum of spins below which it has no direction
 TOO_STRONG = 4.0  # nats by which a network may change the log of a concentration
 
@@ -218,37 +217,10 @@ class LatticeFlow(nn.Module):
         return torch.atan2(y, x), kappa
 
 
-class LatticeLaw(Distribution):
-    """Angles of a lattice: independent draws, and their density per radian of each."""
+class LatticeLaw(SitesLaw):
+    """Angles of a lattice; densities are per radian of each."""
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, flow: LatticeFlow, condition: Float[Tensor, "*batch conditions"]):
-        shape = torch.Size([flow.side**2])
-        super().__init__(condition.shape[:-1], shape, validate_args=False)
-        self.flow, self.condition = flow, condition
-        self.place = flow.ordering.site.argsort()
-
-    @property
-    def support(self) -> Any:
-        """Angles; any multiple of 2π may be added."""
-        return constraints.independent(constraints.real, 1)
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        return self.sample_and_log_prob(sample_shape)[0]
-
-    @torch.no_grad()
-    def sample_and_log_prob(self, shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """Draws in [−π, π], and their log-density in nats."""
-        batch, parts = self._flat(shape)
-        both = [self._draw(part) for part in parts]
-        x, log_q = (torch.cat(it) for it in zip(*both, strict=True))
-        return x.reshape(*batch, -1), log_q.reshape(batch)
-
-    def _flat(self, shape):
-        batch = (*shape, *self.batch_shape)
-        condition = self.condition.expand(*batch, self.condition.shape[-1])
-        return batch, condition.reshape(-1, condition.shape[-1]).split(AT_ONCE)
+    at_once = 8192
 
     def _draw(self, condition):
         cosine, sine, log_q = self.flow.drawn(condition)
@@ -261,15 +233,6 @@ class LatticeLaw(Distribution):
         turn = 2 * math.pi * torch.rand_like(log_q)
         theta = torch.remainder(theta + turn + math.pi, 2 * math.pi) - math.pi
         return theta[self.place].T, log_q
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        condition = self.condition.expand(*batch, self.condition.shape[-1])
-        rows = value.expand(*batch, value.shape[-1]).reshape(-1, value.shape[-1])
-        pairs = zip(
-            rows.split(AT_ONCE), condition.reshape(len(rows), -1).split(AT_ONCE), strict=True
-        )
-        return torch.cat([self._judge(x, given) for x, given in pairs]).reshape(batch)
 
     def _judge(self, x, condition):
         rows = x[:, self.flow.ordering.site].T
@@ -290,9 +253,8 @@ class LatticeLaw(Distribution):
         if not count:
             return x
         condition = self.condition.expand(*x.shape[:-1], self.condition.shape[-1])
-        pairs = zip(
-            x.flatten(0, -2).split(AT_ONCE), condition.flatten(0, -2).split(AT_ONCE), strict=True
-        )
+        flat = x.flatten(0, -2), condition.flatten(0, -2)
+        pairs = zip(*(it.split(self.at_once) for it in flat), strict=True)
         parts = []
         for part, given in pairs:
             rows = part[:, self.flow.ordering.site].T
@@ -302,18 +264,12 @@ class LatticeLaw(Distribution):
             parts.append(torch.cat([rows[:-count], drawn])[self.place].T)
         return torch.cat(parts).reshape(x.shape)
 
-    def path_log_ratio(self, log_prob: Callable[[Tensor, Tensor], Tensor], shape: Any = ()):
-        """Log p − log q at fresh draws, which follow the parameters; the density does not.
+    def path_log_ratio(self, log_prob, shape=()):
+        """As of any such law; the integrated sites stand at the modes of their laws.
 
-        So minus its mean has the path gradient of the reverse KL, whose noise vanishes where
-        q = p. The integrated sites stand at the modes of their laws: log p − log q does not
-        depend on where they are, provided that their laws are those of p.
-
-        Source: G. Roeder, Y. Wu, D. Duvenaud (2017), arXiv 1703.09194, eq. (8).
+        Log p − log q does not depend on where they are, provided that their laws are those of p.
         """
-        batch = (*shape, *self.batch_shape)
-        condition = self.condition.expand(*batch, self.condition.shape[-1])
-        condition = condition.reshape(-1, condition.shape[-1])
+        batch, condition = self._flat(shape)
         cosine, sine, log_q = self.flow.drawn(condition, path=True)
         theta = torch.atan2(sine, cosine)
         if self.flow.ordering.integrated:

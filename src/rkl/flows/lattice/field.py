@@ -1,22 +1,20 @@
 """A flow of a real field on periodic square lattices that draws from coarse to fine."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
 
 from rkl.divergences.base import number
 from rkl.flows.architectures import Architecture
 from rkl.flows.architectures.splines import imported_zuko
+from rkl.flows.lattice.law import SitesLaw
 from rkl.flows.lattice.network import Site
 from rkl.flows.lattice.ordering import Ordering, ordering
 
-AT_ONCE = 1024  # configurations drawn or judged at one time
 BOUND = 5.0  # standard deviations within which a spline bends
 PULL = 0.6  # share of the mean of four neighbours that a site begins with
 WIDTH = 0.5  # standard deviation that it begins with
@@ -176,59 +174,18 @@ def _folded(output: Tensor, field: Tensor) -> Float[Tensor, " draws"]:
     return torch.logaddexp(law.log_prob(field), law.log_prob(-field))
 
 
-class FieldLaw(Distribution):
-    """Fields of a lattice: independent draws, and their density."""
+class FieldLaw(SitesLaw):
+    """Fields of a lattice, of either sign."""
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, flow: FieldFlow, condition: Float[Tensor, "*batch conditions"]):
-        shape = torch.Size([flow.side**2])
-        super().__init__(condition.shape[:-1], shape, validate_args=False)
-        self.flow, self.condition = flow, condition
-        self.place = flow.ordering.site.argsort()
-
-    @property
-    def support(self) -> Any:
-        """All fields."""
-        return constraints.independent(constraints.real, 1)
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        return self.sample_and_log_prob(sample_shape)[0]
-
-    @torch.no_grad()
-    def sample_and_log_prob(self, shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """Draws, and their log-density in nats."""
-        batch, condition = self._flat(shape)
-        both = [self._draw(part, False) for part in condition.split(AT_ONCE)]
-        x, log_q = (torch.cat(it) for it in zip(*both, strict=True))
-        return x.reshape(*batch, -1), log_q.reshape(batch)
-
-    def _flat(self, shape) -> tuple[tuple[int, ...], Tensor]:
-        batch = (*shape, *self.batch_shape)
-        condition = self.condition.expand(*batch, self.condition.shape[-1])
-        return batch, condition.reshape(-1, condition.shape[-1])
-
-    def _draw(self, condition: Tensor, path: bool) -> tuple[Tensor, Tensor]:
+    def _draw(self, condition, path=False):
         rows, log_q = self.flow.drawn(condition, path)
         sign = torch.randint(2, log_q.shape, device=log_q.device).to(log_q) * 2 - 1
         return (sign * rows)[self.place].T, log_q
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        condition = self.condition.expand(*batch, self.condition.shape[-1])
-        rows = value.expand(*batch, value.shape[-1]).reshape(-1, value.shape[-1])
-        pairs = zip(
-            rows.split(AT_ONCE), condition.reshape(len(rows), -1).split(AT_ONCE), strict=True
-        )
-        order = self.flow.ordering.site
-        parts = [self.flow.log_density(x[:, order].T, given) for x, given in pairs]
-        return torch.cat(parts).reshape(batch)
+    def _judge(self, x, condition):
+        return self.flow.log_density(x[:, self.flow.ordering.site].T, condition)
 
-    def path_log_ratio(self, log_prob: Callable[[Tensor, Tensor], Tensor], shape: Any = ()):
-        """Log p − log q at fresh draws, which follow the parameters; the density does not.
-
-        Source: G. Roeder, Y. Wu, D. Duvenaud (2017), arXiv 1703.09194, eq. (8).
-        """
+    def path_log_ratio(self, log_prob, shape=()):
         batch, condition = self._flat(shape)
-        x, log_q = self._draw(condition, True)
+        x, log_q = self._draw(condition, path=True)
         return (log_prob(x, condition) - log_q).reshape(batch)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rkl.plots import Figure as Drawing
 
 Cell = str | bool | int | float | tuple[float, float] | None
+SMALL = 1e-4  # values and errors below it are written by their order of size
+TINY = 1e-300  # an error that is none
 NARROW = 460  # units of an SVG up to which two of them share a row
 _jinja = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -190,8 +192,10 @@ def write(path: Path, html: str) -> None:
 def written(cell: Cell) -> str:
     """A cell as text: a value with an error to the error's leading digit, others to four.
 
-    >>> written((0.12345, 0.0042)), written((12.3, 0.16)), written(12345), written(0.123456)
-    ('0.123 ± 0.004', '12.30 ± 0.16', '12,345', '0.1235')
+    >>> written((0.12345, 0.0042)), written((12.3, 0.16)), written((2.5e-9, 4e-10))
+    ('0.123 ± 0.004', '12.30 ± 0.16', '(2.5 ± 0.4)e−9')
+    >>> written(12345), written(0.123456)
+    ('12,345', '0.1235')
     """
     if cell is None:
         return "–"
@@ -225,8 +229,12 @@ def _number(value: float) -> str:
 
 def _with_error(value: float, error: float) -> str:
     """The last digit printed is the error's first, or its second if the first is 1."""
-    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
+    if not (math.isfinite(value) and math.isfinite(error) and error > TINY):
         return _number(value)
+    greatest = max(abs(value), error)
+    if greatest < SMALL:
+        power = math.floor(math.log10(greatest))
+        return f"({_with_error(value / 10**power, error / 10**power)})e{power}".replace("-", "−")
     leading, exponent = f"{error:.1e}".split("e")
     digits = max(0, -int(exponent) + leading.startswith("1"))
     return f"{value:,.{digits}f} ± {error:,.{digits}f}".replace("-", "−")

@@ -208,6 +208,26 @@ def test_the_objective_joins_the_likelihood_of_particles():
     assert abs(first.flush()["nll"] - entropy) < 0.1
 
 
+def test_particles_lead_beside_data_too_but_not_where_nothing_else_is_read():
+    target = MoG8()
+    scale = torch.full((64, 1), 0.5)
+    settings = {"data": (target.sample(scale), scale), "steps": 4, "batch": 64, "every": 1}
+
+    def history(objective, **changes):
+        arguments = {"objective": objective} | settings | changes
+        flow = Coupling(transforms=2, hidden=(8,))
+        return fit_to_target(flow, target, scale[:1], **arguments).training.history
+
+    both = "target:reverse-kl + data:kl"
+    first, *_, last = history(both)
+    assert "free_energy_bound" not in first
+    assert "free_energy_bound" in last
+    assert "free_energy_bound" in history(both, anneal=False)[0]
+    likelihood, plain = history("data:kl"), history("data:kl", anneal=False)
+    assert [it["nll"] for it in likelihood] == [it["nll"] for it in plain]
+    assert likelihood[0]["nll"] != history("data:kl", anneal=True)[0]["nll"]
+
+
 def test_events_and_conditions_are_standardised_where_a_flow_is_built():
     target = GaussianMixture(means=((30.0, 0.0), (36.0, 0.0)))
     flow = fit_to_target(NSF(), target, steps=1, batch=64, lr=1e-9).flow

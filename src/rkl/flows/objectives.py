@@ -97,6 +97,17 @@ def parse_objective(text: str, default: Source = "target") -> Objective:
     return Objective(tuple(_term(it, default) for it in re.split(r"\+(?![^(]*\))", text)))
 
 
+def as_objective(objective: Objective | FDivergence | str) -> Objective:
+    """An objective as such: a divergence is from the target, and a text is parsed."""
+    if isinstance(objective, str):
+        objective = parse_objective(objective)
+    if isinstance(objective, FDivergence):
+        objective = Objective((Term(1.0, objective),))
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be a divergence or a sum of terms; got {objective!r}.")
+    return objective
+
+
 def _term(text: str, default: Source) -> Term:
     match = _TERM.fullmatch(text)
     if match is None:

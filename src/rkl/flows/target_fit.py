@@ -20,7 +20,7 @@ from rkl.flows.architectures.scaled import MARGIN
 from rkl.flows.built import built
 from rkl.flows.critic import Critic, Ratio
 from rkl.flows.lattice import CoarseToFine, LatticeLaw, SitesLaw
-from rkl.flows.objectives import Objective, Term, parse_objective
+from rkl.flows.objectives import Objective, as_objective
 from rkl.flows.particles import Particles
 from rkl.flows.targets import XY, Target
 from rkl.flows.targets.base import Condition
@@ -91,8 +91,9 @@ def fit_to_target(
         seed: Of all random numbers.
         batch: Draws of a step, all conditions together.
         strata: Of each condition, all seen equally by every step; of several, in Latin squares.
-        anneal: By default on the line without data: to 8 coordinates the objective joins the
-            likelihood of particles, which are its data too; else the target is p^β, β rising.
+        anneal: By default on the line. To 8 coordinates a target's terms join the likelihood of
+            particles, which are data where none are given; beyond, and then by default without
+            data only, the target is p^β, β rising.
         critic: How a term on the critic learns its ratio.
         log_z: "learned" has each step estimate it where terms that are not scale-free need it.
         lr: Highest learning rate.
@@ -104,8 +105,9 @@ def fit_to_target(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
     """
-    anneal = _anneals(target, data, anneal)
-    chosen = _chosen(objective, target, data is not None or _cools(target, anneal), log_z)
+    chosen = as_objective(objective)
+    anneal = _anneals(target, chosen, data, anneal)
+    _check_terms(chosen, target, data is not None or _cools(target, anneal), log_z)
     given = _Conditions(target, conditions, strata)
     each = _draws(batch, given.count)
     with torch.random.fork_rng():
@@ -126,10 +128,13 @@ def _draws(batch: int, conditions: int) -> int:
     return batch // conditions
 
 
-def _anneals(target: Target, data, anneal: bool | None) -> bool:
+def _anneals(target: Target, objective: Objective, data, anneal: bool | None) -> bool:
     if not isinstance(target, Target):
         raise TypeError(f"target must be a Target such as XY(side=8); got {target!r}.")
-    return target.domain == "line" and data is None if anneal is None else anneal
+    if anneal is not None or target.domain != "line":
+        return bool(anneal)
+    # Draws alone do not keep the target's terms from losing modes; particles beside them do.
+    return data is None or (_cools(target, True) and objective.uses("target"))
 
 
 def _cools(target: Target, anneal: bool) -> bool:
@@ -137,13 +142,7 @@ def _cools(target: Target, anneal: bool) -> bool:
     return anneal and target.domain == "line" and math.prod(target.event_shape) <= FEW
 
 
-def _chosen(objective, target: Target, drawn: bool, log_z) -> Objective:
-    if isinstance(objective, str):
-        objective = parse_objective(objective)
-    if isinstance(objective, FDivergence):
-        objective = Objective((Term(1.0, objective),))
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be a divergence or a sum of terms; got {objective!r}.")
+def _check_terms(objective: Objective, target: Target, drawn: bool, log_z) -> None:
     if log_z not in (None, "learned"):
         raise ValueError(f"log_z must be 'learned' or None; got {log_z!r}.")
     for term in objective.terms:
@@ -156,7 +155,6 @@ def _chosen(objective, target: Target, drawn: bool, log_z) -> Objective:
                 f"{term.divergence}. Take a scale-free divergence, such as ReverseKL() or KL(), "
                 "or log_z='learned' (--log-z learned)."
             )
-    return objective
 
 
 def _known(target: Target) -> bool:

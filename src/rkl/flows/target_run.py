@@ -56,8 +56,8 @@ class TargetSettings:
         minutes: The budget in minutes; 2 where none is given.
         batch: Draws in a step, all conditions together.
         strata: Conditions in a step.
-        anneal: Whether it begins with particles cooled to the target, or with many coordinates
-            with the target flattened; by default on the line, without data.
+        anneal: Whether it begins with particles cooled to the target, by default on the line; or
+            with many coordinates with the target flattened, by default without data too.
         log_z: "learned" allows divergences that are not scale-free where log Z is unknown.
         lr: Highest learning rate.
         seed: Of all random numbers.

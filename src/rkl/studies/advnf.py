@@ -73,9 +73,9 @@ _MODES = {"acceptance": "acceptance", "missing": "modes missing", "reached": "ma
 }
 _PLANE = Coupling(transforms=6, hidden=(32, 32))
 PARTS: Mapping[str, Part] = {
-    "mog-4": Part("AdvNF: four Gaussians", Plan(MoG4(), _PLANE, cpu_s=6), _MODES),
-    "mog-8": Part("AdvNF: eight Gaussians", Plan(MoG8(), _PLANE, cpu_s=10), _MODES),
-    "rings": Part("AdvNF: four rings", Plan(Rings(), _PLANE, cpu_s=10), _MODES),
+    "mog-4": Part("AdvNF: four Gaussians", Plan(MoG4(), _PLANE, cpu_s=20), _MODES),
+    "mog-8": Part("AdvNF: eight Gaussians", Plan(MoG8(), _PLANE, cpu_s=30), _MODES),
+    "rings": Part("AdvNF: four rings", Plan(Rings(), _PLANE, cpu_s=30), _MODES),
     "xy": Part(
         "AdvNF: the XY model, 8 × 8",
         Plan(

@@ -69,7 +69,7 @@ def main() -> None:
             side, steps, batch = map(int, stage.split(":"))
             target = Phi4(side)
             torch.manual_seed(args.seed)
-            flow = CoarseToFineField().build((side**2,), 1)
+            flow = CoarseToFineField.of(target).build((side**2,), 1)
             if smaller is not None:
                 flow.start_from(smaller)
             how = {"steps": steps, "batch": batch, "lr": 5e-3 if smaller is None else 2e-3}

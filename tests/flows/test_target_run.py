@@ -181,7 +181,7 @@ def test_a_dry_run_of_a_target_foretells_and_writes_nothing(folder, capsys):
 
 def test_each_kind_of_target_has_an_architecture_that_suits_it():
     assert suited(XY(side=4, ring_exchange=None)) == CoarseToFine(ring_exchange=None)
-    assert suited(Phi4(side=4)) == CoarseToFineField()
+    assert suited(Phi4(side=4)) == CoarseToFineField(mass_squared=-4.0)
     assert suited(Phi4(side=6)) == CheckerboardRealNVP(filters=16, circle=False)
     assert suited(Phi4(side=5)) == Coupling()
     assert suited(parse_target("mog4")) == SPLINES

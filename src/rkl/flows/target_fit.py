@@ -1,4 +1,7 @@
-"""Fit a flow to an unnormalised density, at all its conditions at once."""
+"""Fit a flow to an unnormalised density, at all its conditions at once.
+
+A target's gradient is the path's, but the score's beside particles or where there is no path.
+"""
 
 import functools
 import math
@@ -19,10 +22,10 @@ from rkl.flows.architectures import Architecture, Scaled, draw
 from rkl.flows.architectures.scaled import MARGIN
 from rkl.flows.built import built
 from rkl.flows.critic import Critic, Ratio
-from rkl.flows.lattice import CoarseToFine, LatticeLaw, SitesLaw
+from rkl.flows.lattice import CoarseToFine, CoarseToFineField, SitesLaw
 from rkl.flows.objectives import Objective, as_objective
 from rkl.flows.particles import Particles
-from rkl.flows.targets import XY, Target
+from rkl.flows.targets import XY, Phi4, Target
 from rkl.flows.targets.base import Condition
 from rkl.flows.training import Moment, Training, train
 from rkl.flows.weights import along_path, is_likelihood, on_data, on_draws
@@ -78,8 +81,6 @@ def fit_to_target(
 ) -> TargetFit:
     """Minimise a sum of divergences D(target ‖ flow), averaged over conditions.
 
-    A target's gradient is the path's, but the score's beside particles or where there is none.
-
     Args:
         flow: An architecture, built here, or a flow over the events of the target.
         target: The density, up to log Z of each condition.
@@ -91,9 +92,8 @@ def fit_to_target(
         seed: Of all random numbers.
         batch: Draws of a step, all conditions together.
         strata: Of each condition, all seen equally by every step; of several, in Latin squares.
-        anneal: By default on the line. To 8 coordinates a target's terms join the likelihood of
-            particles, which are data where none are given; beyond, and then by default without
-            data only, the target is p^β, β rising.
+        anneal: By default on the line: to 8 coordinates a target's terms join the likelihood of
+            particles, which also stand in for data; beyond, without data, the β of p^β rises.
         critic: How a term on the critic learns its ratio.
         log_z: "learned" has each step estimate it where terms that are not scale-free need it.
         lr: Highest learning rate.
@@ -270,7 +270,7 @@ class _Fitting:
                 f"flow must have events of shape {list(target.event_shape)}, as {target} has; "
                 f"got {list(law.event_shape)}."
             )
-        if isinstance(law, LatticeLaw):
+        if isinstance(law, SitesLaw):
             _check_integrated(law, target)
 
     def place(self) -> None:
@@ -417,7 +417,7 @@ def _log_ratio(fitting: _Fitting, law: Distribution, condition: Tensor):
     """Log p − log q [draws, strata]; and log q, where the draws do not follow the parameters."""
     shape = (fitting.draws,)
     if isinstance(law, SitesLaw):
-        return law.path_log_ratio(fitting.log_prob, shape), None
+        return law.path_log_ratio(fitting.log_prob, shape, fitting.beta), None
     batch = (fitting.draws, *condition.shape)
     if not fitting.target.conditions:
         shape = (fitting.draws, len(condition))
@@ -432,10 +432,15 @@ def _log_ratio(fitting: _Fitting, law: Distribution, condition: Tensor):
     return fitting.log_prob(x, condition.expand(batch)) - log_q.detach(), log_q
 
 
-def _check_integrated(law: LatticeLaw, target: Target) -> None:
+def _check_integrated(law: SitesLaw, target: Target) -> None:
     if law.integrates(target.log_prob):
         return
-    remedy = CoarseToFine.of(target) if isinstance(target, XY) else CoarseToFine(integrate="none")
+    circular = target.domain == "circle"
+    remedy = CoarseToFine(integrate="none") if circular else CoarseToFineField()
+    if isinstance(target, XY):
+        remedy = CoarseToFine.of(target)
+    elif isinstance(target, Phi4):
+        remedy = CoarseToFineField.of(target)
     raise ValueError(
         f"flow draws a part of the sites exactly for {law.flow.architecture}, which {target} is "
         f"not; build it from {remedy}."

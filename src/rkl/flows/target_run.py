@@ -186,7 +186,7 @@ def suited(target: Target) -> Architecture:
     if isinstance(target, XY):
         return CoarseToFine.of(target)
     if isinstance(target, Phi4) and target.side & (target.side - 1) == 0:
-        return CoarseToFineField()
+        return CoarseToFineField.of(target)
     if checkered and (target.domain == "circle" or isinstance(target, Phi4)):
         return CheckerboardRealNVP(filters=16, circle=target.domain == "circle")
     if target.domain == "circle":

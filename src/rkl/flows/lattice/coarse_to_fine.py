@@ -1,7 +1,7 @@
 """A circular flow for periodic square lattices that draws from coarse to fine."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -228,8 +228,8 @@ class LatticeLaw(SitesLaw):
         if self.flow.ordering.integrated:
             centre, kappa = self.flow.field(cosine, sine, condition)
             away = circle.von_mises(kappa)
-            terms = -2 * kappa * (away / 2).sin().square() - circle.log_bessel(kappa)
-            theta, log_q = torch.cat([theta, centre + away]), log_q + terms.sum(0)
+            theta = torch.cat([theta, centre + away])
+            log_q = log_q + _von_mises(away, kappa)
         turn = 2 * math.pi * torch.rand_like(log_q)
         theta = torch.remainder(theta + turn + math.pi, 2 * math.pi) - math.pi
         return theta[self.place].T, log_q
@@ -240,62 +240,30 @@ class LatticeLaw(SitesLaw):
         cosine, sine = rows.cos(), rows.sin()
         log_q = self.flow.log_density(cosine, sine, condition)
         if self.flow.ordering.integrated:
-            centre, kappa = self.flow.field(cosine, sine, condition)
-            away = rows[-self.flow.ordering.integrated :] - centre
-            terms = -2 * kappa * (away / 2).sin().square() - circle.log_bessel(kappa)
-            log_q = log_q + terms.sum(0)
+            log_q = log_q + self._exact_log_prob(rows, condition)
         return log_q
 
-    @torch.no_grad()
-    def redraw(self, x: Float[Tensor, "*draws sites"]) -> Float[Tensor, "*draws sites"]:
-        """The integrated sites drawn anew, given the others: an exact heat bath."""
-        count = self.flow.ordering.integrated
-        if not count:
-            return x
-        condition = self.condition.expand(*x.shape[:-1], self.condition.shape[-1])
-        flat = x.flatten(0, -2), condition.flatten(0, -2)
-        pairs = zip(*(it.split(self.at_once) for it in flat), strict=True)
-        parts = []
-        for part, given in pairs:
-            rows = part[:, self.flow.ordering.site].T
-            centre, kappa = self.flow.field(rows.cos(), rows.sin(), given)
-            drawn = centre + circle.von_mises(kappa)
-            drawn = torch.remainder(drawn + math.pi, 2 * math.pi) - math.pi
-            parts.append(torch.cat([rows[:-count], drawn])[self.place].T)
-        return torch.cat(parts).reshape(x.shape)
-
-    def path_log_ratio(self, log_prob, shape=()):
-        """As of any such law; the integrated sites stand at the modes of their laws.
-
-        Log p − log q does not depend on where they are, provided that their laws are those of p.
-        """
+    def path_log_ratio(self, log_prob, shape=(), beta=1.0):
+        """As of any such law; the integrated sites stand at the modes of their laws."""
         batch, condition = self._flat(shape)
         cosine, sine, log_q = self.flow.drawn(condition, path=True)
         theta = torch.atan2(sine, cosine)
         if self.flow.ordering.integrated:
             centre, kappa = self.flow.field(cosine, sine, condition)
             theta = torch.cat([theta, centre.detach()])
-            log_q = log_q - circle.log_bessel(kappa).sum(0)
+            log_q = log_q - circle.log_bessel(beta * kappa).sum(0)
         return (log_prob(theta[self.place].T, condition) - log_q).reshape(batch)
 
-    def integrates(self, log_prob: Callable[[Tensor, Tensor], Tensor]) -> bool:
-        """Whether the laws of the integrated sites are those of p: redrawing changes no weight."""
-        with torch.no_grad(), torch.random.fork_rng():
-            condition = self.condition.reshape(-1, self.condition.shape[-1]).double()
-            condition = condition[torch.arange(4) % len(condition)]
-            x = math.pi * (2 * torch.rand(4, *self.event_shape, dtype=torch.float64) - 1)
-            other = x.clone()
-            sites = self.flow.ordering.site[len(self.place) - self.flow.ordering.integrated :]
-            other[:, sites] = math.pi * (2 * torch.rand(4, len(sites), dtype=torch.float64) - 1)
-            change = [
-                log_prob(it, condition) - self._exact_part(it, condition) for it in (x, other)
-            ]
-        return bool((change[0] - change[1]).abs().max() < 1e-6 * (1 + change[0].abs().max()))
-
-    def _exact_part(self, x, condition):
-        rows = x[:, self.flow.ordering.site].T
-        if not self.flow.ordering.integrated:
-            return x.new_zeros(len(x))
+    def _exact(self, rows, condition):
         centre, kappa = self.flow.field(rows.cos(), rows.sin(), condition)
-        away = rows[-self.flow.ordering.integrated :] - centre
-        return (kappa * away.cos() - kappa - circle.log_bessel(kappa)).sum(0)
+        drawn = centre + circle.von_mises(kappa)
+        return torch.remainder(drawn + math.pi, 2 * math.pi) - math.pi
+
+    def _exact_log_prob(self, rows, condition):
+        centre, kappa = self.flow.field(rows.cos(), rows.sin(), condition)
+        return _von_mises(rows[-self.flow.ordering.integrated :] - centre, kappa)
+
+
+def _von_mises(away: Float[Tensor, "sites draws"], kappa: Float[Tensor, "sites draws"]):
+    """The log-density of independent angles, away from their centres [draws]."""
+    return (-2 * kappa * (away / 2).sin().square() - circle.log_bessel(kappa)).sum(0)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from rkl.divergences.base import number
 from rkl.flows.architectures import Architecture
 from rkl.flows.architectures.splines import imported_zuko
+from rkl.flows.lattice import quartic
 from rkl.flows.lattice.law import SitesLaw
 from rkl.flows.lattice.network import Site
 from rkl.flows.lattice.ordering import Ordering, ordering
+from rkl.flows.targets import Phi4
 
 BOUND = 5.0  # standard deviations within which a spline bends
 PULL = 0.6  # share of the mean of four neighbours that a site begins with
@@ -27,11 +29,13 @@ class CoarseToFineField(Architecture):
     Each site has a normal law bent by a monotone spline, moved and scaled; all of it is made by a
     small network, shared by all places and levels, of the fields nearest that are drawn before.
     The field is drawn up to its sign, at which the law is symmetric, φ → −φ; translations are
-    learnt. Drawing takes 8 log2(side) passes.
+    learnt. Drawing takes 8 log2(side) passes. Of φ⁴ half of the sites is drawn exactly, given
+    the other half, with λ the first condition.
 
     Source: the order of :class:`CoarseToFine`; splines of Durkan et al. (2019), arXiv 1906.04032.
 
     Args:
+        mass_squared: m² of φ⁴, as in :class:`Phi4`; None, the flow draws all sites of any field.
         width: Units of each of two hidden layers.
         bins: Pieces of each spline.
 
@@ -40,6 +44,7 @@ class CoarseToFineField(Architecture):
     torch.Size([5, 16])
     """
 
+    mass_squared: float | None = None
     width: int = 64
     bins: int = 8
 
@@ -48,6 +53,13 @@ class CoarseToFineField(Architecture):
     def __post_init__(self):
         number("width", self.width, at_least=1)
         number("bins", self.bins, at_least=2)
+        if self.mass_squared is not None:
+            number("mass_squared", self.mass_squared)
+
+    @classmethod
+    def of(cls, target: Phi4, **settings: Any) -> "CoarseToFineField":
+        """The architecture that draws half of the sites of a target exactly."""
+        return cls(target.mass_squared, **settings)
 
     @property
     def knots(self) -> int:
@@ -60,6 +72,8 @@ class CoarseToFineField(Architecture):
             raise ValueError(
                 f"event_shape must be (side²,), a square lattice; got {tuple(event_shape)}."
             )
+        if self.mass_squared is not None and conditions < 1:
+            raise ValueError(f"conditions must begin with λ for {self}; got none.")
         return FieldFlow(self, side, conditions)
 
 
@@ -69,7 +83,8 @@ class FieldFlow(nn.Module):
     def __init__(self, architecture: CoarseToFineField, side: int, conditions: int):
         super().__init__()
         self.architecture, self.side, self.conditions = architecture, side, conditions
-        self.ordering: Ordering = ordering(side, "none")
+        integrate = "none" if architecture.mass_squared is None else "half"
+        self.ordering: Ordering = ordering(side, integrate)
         per_colour = {it.colour: len(it.near) for it in self.ordering.passes}
         self.sites = nn.ModuleList(
             Site(per_colour[c] + conditions, architecture, self.ordering.levels)
@@ -107,7 +122,7 @@ class FieldFlow(nn.Module):
         return torch.addmm(self.origin[:, -1:], self.origin[:, :-1], condition)
 
     def drawn(self, condition: Float[Tensor, "draws conditions"], path: bool = False):
-        """Fields [sites, draws] in their order, and their log-density.
+        """Fields of all rows but the integrated ones [sites, draws], and their log-density.
 
         On a ``path`` both follow the parameters, but the density only where the fields do.
         """
@@ -128,7 +143,7 @@ class FieldFlow(nn.Module):
         return rows, log_q - math.log(2)
 
     def log_density(self, rows: Float[Tensor, "sites draws"], condition: Tensor) -> Tensor:
-        """Log-density of fields in their order, of either sign."""
+        """Log-density of all rows but the integrated ones, of either sign."""
         given, rows = condition.T, torch.where(rows[:1] < 0, -rows, rows)
         log_q, at = _folded(self.first(given), rows[:1]), 1
         for step in self.ordering.passes:
@@ -140,6 +155,12 @@ class FieldFlow(nn.Module):
             )
             log_q, at = log_q + terms.reshape(step.sites, -1).sum(0), at + step.sites
         return log_q - math.log(2)
+
+    def exact(self, rows: Tensor, condition: Tensor) -> tuple[Tensor, float, Tensor]:
+        """h, a and λ of the laws exp(hφ − aφ² − λφ⁴) of the integrated sites."""
+        assert self.architecture.mass_squared is not None
+        around = rows[self.ordering.bonds].sum(0)
+        return 2 * around, 4 + self.architecture.mass_squared, condition[:, 0]
 
     def near(self, rows: Tensor, near: Tensor) -> Float[Tensor, "near sites_and_draws"]:
         """The fields that the sites of a pass look at."""
@@ -177,15 +198,37 @@ def _folded(output: Tensor, field: Tensor) -> Float[Tensor, " draws"]:
 class FieldLaw(SitesLaw):
     """Fields of a lattice, of either sign."""
 
-    def _draw(self, condition, path=False):
-        rows, log_q = self.flow.drawn(condition, path)
+    def _draw(self, condition):
+        rows, log_q = self.flow.drawn(condition)
+        if self.flow.ordering.integrated:
+            rows = torch.cat([rows, self._exact(rows, condition)])
+            log_q = log_q + self._exact_log_prob(rows, condition)
         sign = torch.randint(2, log_q.shape, device=log_q.device).to(log_q) * 2 - 1
         return (sign * rows)[self.place].T, log_q
 
     def _judge(self, x, condition):
-        return self.flow.log_density(x[:, self.flow.ordering.site].T, condition)
+        rows = x[:, self.flow.ordering.site].T
+        log_q = self.flow.log_density(rows, condition)
+        if self.flow.ordering.integrated:
+            log_q = log_q + self._exact_log_prob(rows, condition)
+        return log_q
 
-    def path_log_ratio(self, log_prob, shape=()):
+    def path_log_ratio(self, log_prob, shape=(), beta=1.0):
         batch, condition = self._flat(shape)
-        x, log_q = self._draw(condition, path=True)
-        return (log_prob(x, condition) - log_q).reshape(batch)
+        rows, log_q = self.flow.drawn(condition, path=True)
+        if self.flow.ordering.integrated:
+            law = [beta * it for it in self.flow.exact(rows, condition)]
+            rows = torch.cat([rows, quartic.mean(*law)])
+            log_q = log_q + self._density(rows, *law)
+        return (log_prob(rows[self.place].T, condition) - log_q).reshape(batch)
+
+    def _exact(self, rows, condition):
+        return quartic.draw(*self.flow.exact(rows, condition))
+
+    def _exact_log_prob(self, rows, condition):
+        return self._density(rows, *self.flow.exact(rows, condition))
+
+    def _density(self, rows, field, square, lam):
+        phi = rows[-self.flow.ordering.integrated :]
+        terms = quartic.log_density(phi, field, square, lam)
+        return (terms - quartic.log_normaliser(field, square, lam)).sum(0)

@@ -1,6 +1,7 @@
 """What the laws of coarse-to-fine flows share: draws and densities, so many at a time."""
 
 import abc
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -51,20 +52,63 @@ class SitesLaw(Distribution, abc.ABC):
 
     @abc.abstractmethod
     def path_log_ratio(
-        self, log_prob: Callable[[Tensor, Tensor], Tensor], shape: Any = ()
+        self, log_prob: Callable[[Tensor, Tensor], Tensor], shape: Any = (), beta: float = 1.0
     ) -> Tensor:
         """Log p − log q at fresh draws, which follow the parameters; the density does not.
 
         So minus its mean has the path gradient of the reverse KL, whose noise vanishes where
-        q = p.
+        q = p. ``beta`` is that of ``log_prob``, β log p, whose sites are then integrated. It
+        does not depend on where these are, provided that their laws are those of p.
 
         Source: G. Roeder, Y. Wu, D. Duvenaud (2017), arXiv 1703.09194, eq. (8).
         """
+
+    @torch.no_grad()
+    def redraw(self, x: Float[Tensor, "*draws sites"]) -> Float[Tensor, "*draws sites"]:
+        """The integrated sites drawn anew, given the others: an exact heat bath."""
+        count = self.flow.ordering.integrated
+        if not count:
+            return x
+        condition = self.condition.expand(*x.shape[:-1], self.condition.shape[-1])
+        flat = x.flatten(0, -2), condition.flatten(0, -2)
+        parts = []
+        for part, given in zip(*(it.split(self.at_once) for it in flat), strict=True):
+            rows = part[:, self.flow.ordering.site].T[:-count]
+            parts.append(torch.cat([rows, self._exact(rows, given)])[self.place].T)
+        return torch.cat(parts).reshape(x.shape)
+
+    def integrates(self, log_prob: Callable[[Tensor, Tensor], Tensor]) -> bool:
+        """Whether the laws of the integrated sites are those of p: redrawing changes no weight."""
+        with torch.no_grad(), torch.random.fork_rng():
+            condition = self.condition.reshape(-1, self.condition.shape[-1]).double()
+            condition = condition[torch.arange(4) % len(condition)]
+            x = math.pi * (2 * torch.rand(4, *self.event_shape, dtype=torch.float64) - 1)
+            other = x.clone()
+            sites = self.flow.ordering.site[len(self.place) - self.flow.ordering.integrated :]
+            other[:, sites] = math.pi * (2 * torch.rand(4, len(sites), dtype=torch.float64) - 1)
+            change = [
+                log_prob(it, condition) - self._exact_part(it, condition) for it in (x, other)
+            ]
+        return bool((change[0] - change[1]).abs().max() < 1e-6 * (1 + change[0].abs().max()))
+
+    def _exact_part(self, x: Tensor, condition: Tensor) -> Tensor:
+        """The log-density of the integrated sites of configurations, given the others."""
+        if not self.flow.ordering.integrated:
+            return x.new_zeros(len(x))
+        return self._exact_log_prob(x[:, self.flow.ordering.site].T, condition)
 
     def _flat(self, shape) -> tuple[tuple[int, ...], Tensor]:
         batch = (*shape, *self.batch_shape)
         condition = self.condition.expand(*batch, self.condition.shape[-1])
         return batch, condition.reshape(-1, condition.shape[-1])
+
+    @abc.abstractmethod
+    def _exact(self, rows: Tensor, condition: Tensor) -> Tensor:
+        """The integrated rows, drawn given all others."""
+
+    @abc.abstractmethod
+    def _exact_log_prob(self, rows: Tensor, condition: Tensor) -> Tensor:
+        """The log-density of the integrated rows, the last ones, given all others."""
 
     @abc.abstractmethod
     def _draw(self, condition: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ import pytest
 
 @pytest.mark.kill
 @pytest.mark.parametrize("function", ["replace", "fsync"])
-def test_a_fit_killed_inside_a_write_goes_on_to_the_same_bits(function, tmp_path):
+@pytest.mark.parametrize("what", ["data", "target"])
+def test_a_fit_killed_inside_a_write_goes_on_to_the_same_bits(what, function, tmp_path):
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("killed_fit.py"), tmp_path, function],
+        [sys.executable, Path(__file__).with_name("killed_fit.py"), tmp_path, function, what],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -27,7 +27,7 @@ QUANTITIES = (
     "acceptance", "acceptance_error", "ess", "ess_at_target", "v", "bracket", "reached", "missing",
     "overlap", "overlap_floor",
 )  # fmt: skip
-WARM, TIMED = 3, 10  # steps that show what a beginning costs, and what a step
+WARM, TIMED = 3, 50  # steps that show what a beginning costs, and what a step
 CHAINS, APART, UNTIL = 50, 10, 500  # chains at a temperature, sweeps between draws and before them
 
 

@@ -14,6 +14,7 @@ from rkl.flows.architectures import (
     NSF,
     Coupling,
     MultiScale,
+    Scaled,
     catalogue,
     draw,
     latent,
@@ -81,6 +82,18 @@ def test_the_density_of_a_draw_is_that_of_evaluating_it(architecture, conditions
     law = law_of(flow_of(architecture, (3,), conditions), conditions)
     value, log_q = draw(law, (50,))
     assert value.shape == (50, *law.batch_shape, 3)
+    torch.testing.assert_close(law.log_prob(value), log_q, atol=1e-9, rtol=0)
+
+
+@vectors
+@pytest.mark.parametrize("conditions", [0, 2])
+def test_an_expanded_law_is_the_same_for_each_of_a_batch(architecture, conditions):
+    flow = Scaled(flow_of(architecture, (3,), conditions), torch.ones(3), 2 * torch.ones(3))
+    law = law_of(flow, conditions)
+    wide = law.expand((5, *law.batch_shape))
+    assert wide.batch_shape == (5, *law.batch_shape)
+    value, log_q = draw(wide, (4,))
+    assert value.shape == (4, 5, *law.batch_shape, 3)
     torch.testing.assert_close(law.log_prob(value), log_q, atol=1e-9, rtol=0)
 
 

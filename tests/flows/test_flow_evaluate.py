@@ -15,9 +15,12 @@ from torch.distributions import (
 
 from rkl.cli import main
 from rkl.flows import (
+    NSF,
     CoarseToFine,
+    Coupling,
     condition_grid,
     evaluate_on_target,
+    fit_to_target,
     run_evaluation,
 )
 from rkl.flows.run_evaluation import EvaluateSettings, NotCoveredError, evaluate_run
@@ -160,6 +163,15 @@ def test_a_density_of_ones_own_needs_no_observables_and_no_conditions():
         np.log(2 * np.pi * np.e), abs=0.1
     )
     assert "coverage unknown" in str(found)
+
+
+@pytest.mark.parametrize("architecture", [NSF(transforms=1, hidden=(8,)), Coupling(1, (8,))])
+def test_a_flow_fitted_without_conditions_is_evaluated(architecture):
+    target = Density(lambda x, _: -x.square().sum(-1) / 2, (2,))
+    flow = fit_to_target(architecture, target, steps=2, batch=64).flow
+    found = evaluate_on_target(flow, target, draws=200)
+    assert found.conditions() == ["all"]
+    assert abs(found.thermodynamics.log_z.value.item() - np.log(2 * np.pi)) < 0.2
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from rkl.flows import (
     CoarseToFine,
+    Coupling,
     evaluate_on_target,
     report_runs,
     thermodynamic_integration,
@@ -17,7 +18,7 @@ from rkl.flows import (
 from rkl.flows.report import target_page
 from rkl.flows.run import FitSettings, fit
 from rkl.flows.target_run import TargetSettings, fit_target
-from rkl.flows.targets import XY, MoG8
+from rkl.flows.targets import XY, Density, MoG8
 from rkl.plots.lattices import against, histograms, hue, planes, wheels
 
 
@@ -51,6 +52,31 @@ def test_the_report_of_a_lattice_shows_figures_trust_draws_training_and_cost():
     assert "specific heat (k_B per site)" in page
     shown = f"<td>{found.thermodynamics.log_z.value[1].item():.1f}"
     assert shown in page
+
+
+class Quartic(Density):
+    """A field in two wells so far apart that no random walk goes from one to the other."""
+
+    def __init__(self):
+        super().__init__(lambda x, _: -4 * (x.square() - 9).square().sum(-1), event_shape=(4,))
+
+    def observables(self, x, condition):
+        return {"first": x[..., 0]}
+
+
+def test_a_reference_that_has_not_mixed_judges_nothing_and_the_report_says_so():
+    flow = Coupling(transforms=1, hidden=(8,)).build((4,), 0)
+    with pytest.warns(UserWarning, match="random walk have an R-hat"):
+        found = evaluate_on_target(flow, Quartic(), draws=100, chains=4, reference=True)
+    assert found.deviations() == {}
+    says = "he chains of the random walk have not mixed, and nothing is judged by them."
+    assert says in str(found)
+    page = target_page(found, LOGGED, {"seed": 0})
+    assert says in page
+    assert "Agreement with the reference" not in page
+    _mixed, page = lattice_page()
+    assert "have not mixed" not in page
+    assert "Agreement with the reference" in page
 
 
 def test_each_ring_exchange_has_a_line_of_its_own():

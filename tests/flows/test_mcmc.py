@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from rkl.flows.mcmc import (
     HeatBath,
     Metropolis,
+    Phi4HeatBath,
     RandomWalk,
     Wolff,
     annealed_importance,
@@ -18,6 +20,7 @@ from rkl.flows.mcmc import (
     mbar,
     thermodynamic_integration,
 )
+from rkl.flows.mcmc.walks import chosen_kernel
 from rkl.flows.targets import XY, GaussianMixture, MoG8, Phi4
 from rkl.metrics.batches import jackknife
 
@@ -74,9 +77,9 @@ def test_an_odd_lattice_agrees_with_the_kernel_that_knows_no_sites():
 
 
 def test_a_colouring_that_forgets_plaquettes_is_found_out(monkeypatch):
-    colours = kernels._colours
+    colours = kernels.colours
     monkeypatch.setattr(
-        kernels, "_colours", lambda side, ring, device: colours(side, False, device)
+        kernels, "colours", lambda side, ring, device: colours(side, False, device)
     )
     model = XY(side=2, coupling=0.5, ring_exchange=1.0)
     assert deviations(model, HeatBath(over_relaxation=0)).max() > 7
@@ -84,7 +87,7 @@ def test_a_colouring_that_forgets_plaquettes_is_found_out(monkeypatch):
 
 @pytest.mark.parametrize(("side", "ring"), list(itertools.product(range(2, 7), (False, True))))
 def test_sites_of_one_colour_share_no_bond_and_with_ring_exchange_no_plaquette(side, ring):
-    colours = kernels._colours(side, ring, torch.device("cpu"))
+    colours = kernels.colours(side, ring, torch.device("cpu"))
     assert sorted(torch.cat([it.sites for it in colours]).tolist()) == list(range(side**2))
     for it in colours:
         near = [it.neighbours, it.plaquettes.flatten(1)][: 1 + ring]
@@ -98,7 +101,7 @@ def test_the_field_of_a_site_is_that_which_its_energy_feels():
     x = (torch.rand(16, dtype=torch.float64) * 6).requires_grad_()
     (slope,) = torch.autograd.grad(model.energy(x, 0.4), x)
     z = torch.polar(torch.ones_like(x), x.detach())[:, None]
-    for it in kernels._colours(4, True, x.device):
+    for it in kernels.colours(4, True, x.device):
         field = 0.7 * z[it.neighbours].sum(1) + 0.4 * kernels._of_plaquettes(z, it.plaquettes)
         turned = (field.conj() * 1j * z[it.sites]).real
         torch.testing.assert_close(-turned[:, 0], slope[it.sites])
@@ -253,3 +256,41 @@ def test_moves_refuse_targets_that_they_would_falsify():
         markov_chain(XY(side=2, ring_exchange=None), torch.ones(2), draws=1, kernel=Wolff())
     with pytest.raises(TypeError, match=r"target must be XY\(...\) for this move; got Phi4"):
         markov_chain(Phi4(side=2), torch.ones(1), draws=1, kernel=HeatBath())
+
+
+def dyson(target, kernel):
+    """z of E[φ ∂S/∂φ] − 1 at each λ, which vanishes, by parts, in any law exp(−S)."""
+    lam = torch.tensor([[1.0], [4.572], [8.0]])
+    x = markov_chain(target, lam, draws=60, chains=200, kernel=kernel, every=2, warm_up=100).x
+    assert x is not None
+    phi = x.double().unflatten(-1, (target.side, target.side))
+    around = sum(phi.roll(way, axis) for way in (1, -1) for axis in (-1, -2))
+    cubic = lam.double()[:, None, None, :, None] * phi.pow(3)
+    slope = 2 * (4 + target.mass_squared) * phi + 4 * cubic - 2 * around
+    per_chain = ((phi * slope).mean((-1, -2)) - 1).mean(-1)
+    error = per_chain.std(-1) / math.sqrt(per_chain.shape[-1])
+    return (per_chain.mean(-1) / error).abs()
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """The heat bath of another mass."""
+
+    def move(self, target, condition, x, sweeps):
+        other = Phi4(target.side, target.mass_squared + 0.1)
+        return Phi4HeatBath().move(other, condition, x, sweeps)
+
+
+@pytest.mark.parametrize("side", [2, 3, 8])
+@pytest.mark.parametrize("mass_squared", [-4.0, -6.0])
+def test_the_heat_bath_of_phi4_samples_its_law(side, mass_squared):
+    """A z of 4.5 is exceeded once in 150,000. The heat bath of another mass must fail."""
+    target = Phi4(side, mass_squared)
+    assert dyson(target, Phi4HeatBath()).max() < 4.5
+    assert dyson(target, Unlike()).max() > 6
+
+
+def test_the_heat_bath_of_phi4_is_the_default_and_for_phi4_alone():
+    assert isinstance(chosen_kernel(Phi4(side=4), None), Phi4HeatBath)
+    with pytest.raises(TypeError, match=r"target must be Phi4\(...\) for this move; got XY"):
+        markov_chain(XY(side=2), torch.ones(1), draws=1, kernel=Phi4HeatBath())

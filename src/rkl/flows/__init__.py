@@ -13,8 +13,8 @@ _HOMES: dict[str, str] = {
     "importance": "Importance Thermodynamics expectation reweight thermodynamics",
     "lattice": "CheckerboardRealNVP CoarseToFine CoarseToFineField",
     "mcmc": (
-        "HeatBath Metropolis RandomWalk Walk Wolff annealed_importance markov_chain mbar "
-        "thermodynamic_integration"
+        "HeatBath Metropolis Phi4HeatBath RandomWalk Walk Wolff annealed_importance markov_chain "
+        "mbar thermodynamic_integration"
     ),
     "metropolis": "Chain independent_metropolis",
     "objectives": "Objective Term parse_objective",

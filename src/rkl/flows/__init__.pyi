@@ -29,6 +29,7 @@ from rkl.flows.lattice import CoarseToFine as CoarseToFine
 from rkl.flows.lattice import CoarseToFineField as CoarseToFineField
 from rkl.flows.mcmc import HeatBath as HeatBath
 from rkl.flows.mcmc import Metropolis as Metropolis
+from rkl.flows.mcmc import Phi4HeatBath as Phi4HeatBath
 from rkl.flows.mcmc import RandomWalk as RandomWalk
 from rkl.flows.mcmc import Walk as Walk
 from rkl.flows.mcmc import Wolff as Wolff

@@ -18,7 +18,7 @@ from rkl.flows.mcmc import RandomWalk, markov_chain, thermodynamic_integration
 from rkl.flows.mcmc.kernels import check_condition, check_whole, seeded
 from rkl.flows.metropolis import Chain, independent_metropolis, law_of, proposed
 from rkl.flows.observables import averages, beside_held_out
-from rkl.flows.targets import XY, Target
+from rkl.flows.targets import XY, Phi4, Target
 from rkl.flows.targets.base import Condition
 from rkl.metrics import Mean
 from rkl.metrics.chains import rhat
@@ -59,7 +59,7 @@ def evaluate_on_target(
         held_out: Independent draws of the target under each condition, not trained on.
         train: What it was trained on, to see that no row of it is held out.
         reference: Whether to draw the target without the flow as well: exactly where it has a
-            sampler, else by a Markov chain, a heat bath for the XY model.
+            sampler, else by a Markov chain, a heat bath for XY and Phi4.
         seed: Of all random numbers.
 
     >>> from rkl.flows.targets import GaussianMixture
@@ -163,7 +163,7 @@ def _reference(target, condition, draws: int, seed: int) -> Reference:
             x = target.sample(condition, (math.prod(shape[1:]),))
         x, source = x.movedim(0, 1).reshape(*shape, *target.event_shape), "exact draws"
     except NotImplementedError:
-        source = "heat bath" if isinstance(target, XY) else "random walk"
+        source = "heat bath" if isinstance(target, XY | Phi4) else "random walk"
         how: dict[str, Any] = {"draws": shape[2], "chains": chains, "seed": seed, **SWEEPS[source]}
         if source == "random walk":
             how["kernel"] = RandomWalk(step=1 / math.sqrt(math.prod(target.event_shape)))

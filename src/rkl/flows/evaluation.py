@@ -124,8 +124,17 @@ class Evaluation:
                 f"{it.name} = {value:.4g} {it.unit}".rstrip()
                 for it, value in zip(named, row, strict=True)
             )
+            or "all"
             for row in self.condition.tolist()
-        ] or ["all"]
+        ]
+
+    @property
+    def unmixed(self) -> list[str]:
+        """What is to be said of a reference whose chains have not mixed; of another, nothing."""
+        if self.reference is None or self.reference.mixed:
+            return []
+        source = self.reference.source
+        return [f"the chains of the {source} have not mixed, and nothing is judged by them."]
 
     def deviations(self) -> dict[str, Float[Tensor, " rows"]]:
         """By how many standard errors each average differs from a mixed reference's."""
@@ -240,6 +249,7 @@ def _verdicts(found: Evaluation) -> Iterator[str]:
     stuck = int(found.chain.failed.sum())
     if stuck:
         yield f"Warning: {stuck} conditions have a chain that never moved; they are no result."
+    yield from (f"Warning: {it}" for it in found.unmixed)
     for name, z in found.deviations().items():
         rms = z.square().mean().sqrt().item()
         assert found.reference is not None

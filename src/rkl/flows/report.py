@@ -83,7 +83,8 @@ def _results(found: Evaluation) -> "Section":
         _figures(found, "Averages, after Metropolis", named),
         _figures(found, "Thermodynamics, from the weights", thermal_columns(found)),
     ]
-    agreement = [_agreement(found)] if found.reference is not None else []
+    judged = found.reference is not None and found.reference.mixed
+    agreement = [_agreement(found)] if judged else []
     return Section("What it gives", blocks=[*blocks, *agreement, *tables])
 
 
@@ -156,7 +157,8 @@ def _trust(found: Evaluation) -> "Section":
         columns = ["mode", "target", "flow", "flow, reweighted", "missing"]
         blocks.append(Table(f"Masses of the modes at {at}", columns, modes, _MODES_SAYS))
     said = [worst.verdict if found.passed is None else found.why or "nothing is missing."]
-    text = "\n\n".join(it[:1].upper() + it[1:] for it in [*said, *found.weights.warnings])
+    said += [*found.unmixed, *found.weights.warnings]
+    text = "\n\n".join(it[:1].upper() + it[1:] for it in said)
     return Section("Whether to trust it", text, blocks)
 
 

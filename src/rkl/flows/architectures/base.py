@@ -77,6 +77,10 @@ class Latent(Distribution):
         super().__init__(shape[:split], shape[split:], validate_args=False)
         self.like, self.scale, self.bound = like, scale, bound
 
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Latent":
+        shape = torch.Size((*batch_shape, *self.event_shape))
+        return Latent(shape, len(self.event_shape), self.like, self.scale, self.bound)
+
     @property
     def support(self) -> Any:
         """All events, or those within the bound."""
@@ -118,6 +122,10 @@ class Pushforward(Distribution):
     def __init__(self, flow: Any, base: Latent, condition: Tensor | None):
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
         self.flow, self.base, self.condition = flow, base, condition
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Pushforward":
+        condition = self._condition(torch.Size(batch_shape))
+        return Pushforward(self.flow, self.base.expand(batch_shape), condition)
 
     @property
     def support(self) -> Any:

@@ -106,6 +106,9 @@ class ScaledLaw(Distribution):
         self.law, self.shift, self.scale, self.dtype = law, shift, scale, dtype
         self.log_scale = scale.log().sum()
 
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "ScaledLaw":
+        return ScaledLaw(self.law.expand(batch_shape), self.shift, self.scale, self.dtype)
+
     @property
     def support(self) -> Any:
         """All events."""

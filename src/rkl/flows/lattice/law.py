@@ -23,6 +23,9 @@ class SitesLaw(Distribution, abc.ABC):
         self.flow, self.condition = flow, condition
         self.place = flow.ordering.site.argsort()
 
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "SitesLaw":
+        return type(self)(self.flow, self.condition.expand(*batch_shape, -1))
+
     @property
     def support(self) -> Any:
         """Any number on each site; to angles any multiple of 2π may be added."""

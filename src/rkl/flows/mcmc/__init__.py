@@ -2,11 +2,13 @@
 
 from rkl.flows.mcmc.kernels import HeatBath, Metropolis, RandomWalk, Wolff
 from rkl.flows.mcmc.log_z import annealed_importance, mbar, thermodynamic_integration
+from rkl.flows.mcmc.phi4 import Phi4HeatBath
 from rkl.flows.mcmc.walks import Walk, markov_chain
 
 __all__ = [
     "HeatBath",
     "Metropolis",
+    "Phi4HeatBath",
     "RandomWalk",
     "Walk",
     "Wolff",

@@ -151,7 +151,7 @@ class RandomWalk:
         return _wrapped(x) if target.domain == "circle" else x
 
 
-class _Colour(NamedTuple):
+class Colour(NamedTuple):
     """Sites no two of which share a bond or a plaquette, and where their neighbours are."""
 
     sites: Int[Tensor, " sites"]
@@ -165,8 +165,8 @@ def _lattice(target: Target) -> XY:
     return target
 
 
-def _colours(side: int, ring: bool, device: torch.device) -> list[_Colour]:
-    """Two colours where bonds alone matter and the side is even; else four, or nine."""
+def colours(side: int, ring: bool, device: torch.device) -> list[Colour]:
+    """Sites to be drawn together: two colours for bonds on an even side; else four, or nine."""
     line = torch.arange(side, device=device)
     stripe = line % 2
     stripe[-1] += 2 * (side % 2)  # the last of an odd side touches the first
@@ -185,7 +185,7 @@ def _colours(side: int, ring: bool, device: torch.device) -> list[_Colour]:
         [torch.stack([beside(i, 0), beside(0, j), beside(i, j)], -1) for i, j in corners], -2
     )
     found = [(colour == it).nonzero().squeeze(-1) for it in colour.unique()]
-    return [_Colour(sites, neighbours[sites], plaquettes[sites]) for sites in found]
+    return [Colour(sites, neighbours[sites], plaquettes[sites]) for sites in found]
 
 
 def _swept(target: Target, condition: Tensor, x: Tensor, updates: list[Callable]) -> Tensor:
@@ -199,9 +199,9 @@ def _swept(target: Target, condition: Tensor, x: Tensor, updates: list[Callable]
     theta = x.reshape(-1, shape[-1]).mT.contiguous()
     z = torch.polar(torch.ones_like(theta), theta)
     rings = isinstance(ring, Tensor) or ring != 0
-    colours = _colours(lattice.side, rings, x.device)
+    classes = colours(lattice.side, rings, x.device)
     for update in updates:
-        for colour in colours:
+        for colour in classes:
             near = colour.neighbours
             field = z[near[:, 0]] + z[near[:, 1]] + z[near[:, 2]] + z[near[:, 3]]
             field *= lattice.coupling

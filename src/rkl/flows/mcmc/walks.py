@@ -17,8 +17,9 @@ from rkl.flows.mcmc.kernels import (
     check_whole,
     seeded,
 )
+from rkl.flows.mcmc.phi4 import Phi4HeatBath
 from rkl.flows.targets.base import Target
-from rkl.flows.targets.lattices import XY
+from rkl.flows.targets.lattices import XY, Phi4
 
 Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -63,7 +64,7 @@ def markov_chain(
         condition: One condition or a batch of them.
         draws: Number of draws kept of each chain.
         chains: Number of chains for each condition.
-        kernel: How they move: by default HeatBath() for the XY model, else RandomWalk().
+        kernel: How they move: by default a heat bath for XY and Phi4, else RandomWalk().
         every: Sweeps from one draw to the next.
         warm_up: Sweeps before the first draw.
         seed: Of all random numbers.
@@ -71,7 +72,7 @@ def markov_chain(
         measure: Measures states x under a condition, as ``target.observables`` does; then
             what it returns is kept and the states are not.
 
-    >>> from rkl.flows.targets import XY
+    >>> from rkl.flows.targets import XY, Phi4
     >>> model = XY(side=2)
     >>> walk = markov_chain(
     ...     model, torch.ones(1), draws=50, chains=100, measure=model.observables
@@ -104,6 +105,8 @@ def markov_chain(
 def chosen_kernel(target: Target, kernel: Kernel | None) -> Kernel:
     """The kernel given, or else a heat bath where there is one."""
     if kernel is None:
+        if isinstance(target, Phi4):
+            return Phi4HeatBath()
         return HeatBath() if isinstance(target, XY) else RandomWalk()
     return check_kernel("kernel", kernel)
 

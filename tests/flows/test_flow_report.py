@@ -170,3 +170,12 @@ def test_vortices_are_marked_where_the_angle_turns():
 def test_what_cannot_be_drawn_is_refused(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+def test_lines_beyond_the_palette_are_dashed():
+    series = [0.0, 1.0], [1.0, 2.0], [0.1, 0.1]
+    figure = against({"a": {f"line {k}": series for k in range(9)}}, label="x")
+    lines = [it[0] for it in figure.axes[0].containers]
+    pairs = [(it.get_color(), it.get_linestyle()) for it in lines]
+    assert len(set(pairs)) == 9
+    assert [it for _, it in pairs].count("-") == 7

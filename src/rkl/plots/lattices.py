@@ -12,13 +12,14 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from rkl.plots.style import (
+    DASHES,
     INK,
     MARKERS,
+    PALETTE,
     STYLE,
     blank,
     colour,
     legend,
-    line_style,
     make_logarithmic,
 )
 
@@ -55,7 +56,8 @@ def against(
                 axes.fill_between(x, y - 2 * error, y + 2 * error, color=INK, alpha=0.15, lw=0)
                 (lines[name],) = axes.plot(x, y, color=INK, linewidth=1.2)
             else:
-                style = line_style(i) | {"linestyle": "none" if band else "-", "linewidth": 1.2}
+                dash = "none" if band else DASHES[i // len(PALETTE) % len(DASHES)]
+                style: dict[str, Any] = {"color": colour(i), "linestyle": dash, "linewidth": 1.2}
                 lines[name] = axes.errorbar(x, y, error, marker=MARKERS[i % 6], **style)
         axes.set_title(title)
         if title in logarithmic:

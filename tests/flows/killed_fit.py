@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rkl.flows.run import FitSettings, fit
+from rkl.flows.data_run import FitSettings
+from rkl.flows.run import fit
 from rkl.flows.target_run import TargetSettings, fit_target
 from rkl.runs import Run
 

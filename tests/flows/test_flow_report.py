@@ -15,8 +15,9 @@ from rkl.flows import (
     report_runs,
     thermodynamic_integration,
 )
+from rkl.flows.data_run import FitSettings
 from rkl.flows.report import target_page
-from rkl.flows.run import FitSettings, fit
+from rkl.flows.run import fit
 from rkl.flows.target_run import TargetSettings, fit_target
 from rkl.flows.targets import XY, Density, MoG8
 from rkl.plots.lattices import against, histograms, hue, planes, wheels

@@ -9,7 +9,8 @@ import torch
 import rkl
 from rkl.cli import main
 from rkl.flows import load_critic
-from rkl.flows.run import FitSettings, SampleSettings, estimate, fit, sample_run
+from rkl.flows.data_run import FitSettings
+from rkl.flows.run import SampleSettings, estimate, fit, sample_run
 from rkl.runs import Run
 
 FLOW = "coupling(transforms=2, hidden=(8,))"

@@ -7,7 +7,8 @@ import torch
 from torch.distributions import Normal
 
 from rkl.flows import Coupling, Critic, Method, draw, fit_to_samples
-from rkl.flows.operating import DEARER, Reached, check_point, distil_rejection
+from rkl.flows.fitted import Reached
+from rkl.flows.operating import DEARER, check_point, distil_rejection
 from rkl.metrics import Mean
 from rkl.metrics.precision_recall import OperatingPoint
 

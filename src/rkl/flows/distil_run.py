@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rkl.flows.data import Data, check_device
-from rkl.flows.fit import Fit
+from rkl.flows.data_run import FitSettings, load_critic, load_run, rows_of, settings_of
+from rkl.flows.fitted import Fit
 from rkl.flows.operating import distil_rejection
-from rkl.flows.run import FitSettings, load_critic, load_run, rows_of, settings_of
 from rkl.flows.training import Training
 from rkl.runs import Run
 

@@ -12,8 +12,9 @@ from rkl.divergences import KL, FDivergence
 from rkl.flows.architectures import Architecture, Scaled, draw
 from rkl.flows.critic import Critic, Ratio, ScaledCritic
 from rkl.flows.data import Data, read_data
+from rkl.flows.fitted import Fit
 from rkl.flows.guard import Guard, LogProb, annealed, slope_of
-from rkl.flows.operating import Reached, check_point, reach
+from rkl.flows.operating import check_point, reach
 from rkl.flows.training import Moment, Training, train
 from rkl.flows.weights import along_path, bounded_on_data, is_likelihood, on_data, on_draws
 from rkl.runs import Run
@@ -21,35 +22,6 @@ from rkl.runs import Run
 Estimator = Literal["data", "draws", "path", "both"]
 CRITIC_BEGINS = 0.8  # share of the maximum-likelihood phase after which the critic learns too
 WIDEST = 10.0  # log-ratios are cut off at ± log(WIDEST · max(λ, 1/λ))
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A fitted flow, and how it came about.
-
-    Attributes:
-        flow: A density in the user's units: ``flow()``, or ``flow(condition)``, has ``log_prob``
-            in nats and ``sample``.
-        critic: log p/q at [*batch, *event] in the user's units; None where none was trained.
-        training: Its history, how many steps it took, and why it stopped early, if it did.
-        held_out: Rows that were not trained on.
-        trained_on: Rows that were.
-        classes: Names of the conditions, if the data had labels.
-        reached: How near it came to the operating point that was asked for, if one was.
-    """
-
-    flow: Scaled
-    critic: ScaledCritic | None
-    training: Training
-    held_out: Data
-    trained_on: Data
-    classes: tuple[str, ...] = ()
-    reached: Reached | None = None
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """One row per so many steps: step, seconds, loss and what else was logged."""
-        return self.training.history
 
 
 @dataclass(frozen=True)

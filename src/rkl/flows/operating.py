@@ -3,8 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +12,11 @@ from rkl.divergences.base import number
 from rkl.flows.architectures import draw
 from rkl.flows.critic import Critic
 from rkl.flows.data import Data
+from rkl.flows.fitted import Fit, Reached
 from rkl.flows.training import Moment, train
 from rkl.metrics import Mean, mean
 from rkl.metrics.precision_recall import OperatingPoint, operating_point
 from rkl.runs import Run
-
-if TYPE_CHECKING:
-    from rkl.flows.fit import Fit
 
 DRAWS = 20_000  # on which a constant is fitted
 KEPT = 10_000  # accepted draws that are told from data
@@ -27,39 +24,6 @@ BATCH = 512  # of them in a step
 MOST = 20.0  # draws per sample, beyond which rejection is not tried
 DEARER = 1.4  # by this factor, where the precision is not reached
 WIDEST = math.log(100)
-
-
-@dataclass(frozen=True)
-class Reached:
-    """How near a flow came to the operating point that was asked for.
-
-    Attributes:
-        asked: The precision asked for; None where a budget was.
-        precision: That of what rejection keeps, at slope 1, with its standard error: the least
-            that either critic finds. It is a bound from above, as all that is learnt from
-            samples: a critic with more to learn from may tell them from data better.
-        point: Rejection's constant, its draws per sample, and the precision as the critic has it.
-    """
-
-    asked: float | None
-    precision: Mean
-    point: OperatingPoint
-
-    @property
-    def met(self) -> bool:
-        """Whether the precision asked for is reached, within two standard errors."""
-        value, error = self.precision.value.item(), self.precision.error.item()
-        return self.asked is None or value + 2 * error >= self.asked
-
-    def __str__(self) -> str:
-        value, error = self.precision.value.item(), self.precision.error.item()
-        got = f"precision {value:.3f} ± {error:.3f} at {self.point.budget:.3g} draws per sample"
-        if self.met:
-            return got
-        return (
-            f"{got}: that is as far as this model gets; target_precision={self.asked} is out of "
-            "its reach. Give it more transforms, steps or rows."
-        )
 
 
 def check_point(target_precision: float | None, budget: float | None) -> None:
@@ -71,7 +35,7 @@ def check_point(target_precision: float | None, budget: float | None) -> None:
 
 
 def reach(
-    fitted: "Fit", chosen: Critic, target: float | None, budget: float | None, seed: int
+    fitted: Fit, chosen: Critic, target: float | None, budget: float | None, seed: int
 ) -> Reached:
     """The mildest rejection of a fit that has a precision, or what a budget buys.
 
@@ -98,7 +62,7 @@ def reach(
 class _Judge:
     """A critic that learns to tell what rejection keeps of a flow from data."""
 
-    def __init__(self, fitted: "Fit", chosen: Critic):
+    def __init__(self, fitted: Fit, chosen: Critic):
         assert fitted.critic is not None
         self.lessons = max(1, chosen.lessons // 2)
         self.scaled, self.rejects = fitted.flow, fitted.critic
@@ -152,7 +116,7 @@ class _Judge:
 
 
 def distil_rejection(
-    fitted: "Fit",
+    fitted: Fit,
     *,
     budget: float | None = None,
     accept_lam: float | None = None,
@@ -165,7 +129,7 @@ def distil_rejection(
     seed: int = 0,
     critic: Callable[..., Tensor] | None = None,
     run: Run | None = None,
-) -> "Fit":
+) -> Fit:
     r"""Train a flow to draw, at one draw each, what rejection keeps of it at K.
 
     Maximum likelihood on accepted draws, E_q[min(1, λr) ∇log q′]/α(λ), each weighed instead of
@@ -213,7 +177,7 @@ class _Lesson:
 
     point: OperatingPoint
 
-    def __init__(self, fitted: "Fit", critic: Callable[..., Tensor], anchor: float, batch: int):
+    def __init__(self, fitted: Fit, critic: Callable[..., Tensor], anchor: float, batch: int):
         self.teacher, self.critic = fitted.flow, critic
         self.anchor, self.batch = anchor, batch
         self.student = copy.deepcopy(fitted.flow)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from rkl.flows.data import check_device, read_data
+from rkl.flows.data_run import load_run, settings_of
 from rkl.flows.evaluate import VALUES, condition_grid, evaluate_on_target
 from rkl.flows.evaluation import Evaluation
 from rkl.flows.mcmc.kernels import check_whole
-from rkl.flows.run import load_run, settings_of
 from rkl.flows.target_run import TargetRun, load_target_run, parse_ranges, read_draws
 from rkl.metrics import Mean, mean, to_json
 from rkl.metrics.samples import Measured, measure

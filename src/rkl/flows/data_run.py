@@ -1,0 +1,180 @@
+"""What a flow is fitted to data with, and the flow and the critic of such a run."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from rkl.divergences import FDivergence, parse
+from rkl.divergences.base import number
+from rkl.flows.architectures import Architecture, Scaled, catalogue
+from rkl.flows.critic import ScaledCritic
+from rkl.flows.data import Data
+from rkl.flows.fit import Method
+from rkl.flows.operating import check_point
+from rkl.flows.target_run import MINUTES, WEIGHTS, load_target_run
+from rkl.flows.training import load_state
+from rkl.runs import Run
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What is fitted to what, under which divergence, within which budget.
+
+    Args:
+        data: Rows: .npy, .npz, .csv, .parquet, IDX or IDX.gz, or a folder of images.
+        divergence: What is minimised, an f-divergence: "precision-half(lam=10)".
+        flow: Architecture: coupling, nsf, maf or multi-scale, with settings in brackets.
+        labels: Class of each row: a file of them, or the name of a column or an array.
+        dequantise: Spread quantised values over one step, as image files are; --no-dequantise
+            takes floats on a grid as they are.
+        steps: The budget in steps.
+        minutes: The budget in minutes; 2 where none is given.
+        estimator: How the gradient is estimated; auto chooses.
+        start: Share of the budget for maximum likelihood, with which a fit begins.
+        anchor: Weight of plain likelihood after that.
+        batch: Rows in a step.
+        lr: Highest learning rate.
+        held_out: Share of the rows to hold out.
+        guard: Keep the parameters that held-out rows judge best, not the last.
+        critic: Train a critic at the end even where none is needed, to reject samples by.
+        target_precision: Precision that rejection is to reach; the fit says how near it came.
+        budget: Draws per sample that rejection may take.
+        start_from: Run with a critic, of which --distil-budget distils; all that is not said here
+            is as it was there.
+        distil_budget: Draws per sample of the rejection to train into the flow of that run, so
+            that a sample takes one draw.
+        seed: Of all random numbers.
+        device: Where to compute.
+    """
+
+    data: Path = field(metadata={"metavar": "DATA"})
+    divergence: str = field(default="kl", metadata={"metavar": "D"})
+    flow: str = "coupling"
+    labels: str | None = None
+    dequantise: bool | None = None
+    steps: int | None = field(default=None, metadata={"metavar": "N", "instead_of": "minutes"})
+    minutes: float | None = field(default=None, metadata={"metavar": "M", "instead_of": "steps"})
+    estimator: Literal["auto", "data", "draws", "path", "both"] = "auto"
+    start: float = 0.5
+    anchor: float = 0.1
+    batch: int = 512
+    lr: float = 2e-3
+    held_out: float = 0.1
+    guard: bool = True
+    critic: bool = False
+    target_precision: float | None = field(default=None, metadata={"metavar": "P"})
+    budget: float | None = field(default=None, metadata={"metavar": "K"})
+    start_from: Path | None = field(default=None, metadata={"metavar": "RUN"})
+    distil_budget: float | None = field(default=None, metadata={"metavar": "K"})
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self):
+        check_point(self.target_precision, self.budget)
+        object.__setattr__(self, "data", Path(self.data))
+        if (self.start_from is None) != (self.distil_budget is None):
+            raise ValueError(
+                "start_from and distil_budget go together; got "
+                f"{self.start_from} and {self.distil_budget}."
+            )
+        if self.start_from is not None and self.distil_budget is not None:
+            number("distil_budget", self.distil_budget, at_least=1)
+            object.__setattr__(self, "start_from", Path(self.start_from))
+            for name in ("target_precision", "budget"):  # of the run that it starts from
+                object.__setattr__(self, name, None)
+            object.__setattr__(self, "critic", False)
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError(f"one of steps and minutes; got {self.steps} and {self.minutes}.")
+        for name in ("steps", "minutes", "lr"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), above=0)
+        _ = self.method, self.architecture, self.chosen
+
+    @property
+    def method(self) -> Method:
+        """How it is fitted."""
+        names = "start", "anchor", "batch", "lr", "held_out", "guard"
+        estimator = None if self.estimator == "auto" else self.estimator
+        return Method(estimator=estimator, **{name: getattr(self, name) for name in names})
+
+    @property
+    def architecture(self) -> Architecture:
+        """What is built."""
+        return parse(self.flow, catalogue())
+
+    @property
+    def chosen(self) -> FDivergence:
+        """What is minimised."""
+        divergence = parse(self.divergence)
+        if not isinstance(divergence, FDivergence):
+            raise ValueError(f"divergence must be an f-divergence; got {divergence!r}.")
+        return divergence
+
+    @property
+    def allowance(self) -> dict[str, Any]:
+        """The budget of training: in steps, or in minutes."""
+        if self.steps is not None:
+            return {"steps": self.steps}
+        return {"minutes": MINUTES if self.minutes is None else self.minutes}
+
+
+def load_run(path: str | os.PathLike) -> nn.Module:
+    """The flow of a run, in the user's units: ``flow()`` has ``log_prob`` and ``sample``.
+
+    That of a target is called with a condition, [*batch, conditions].
+    """
+    if "target" in Run.open(path).settings:
+        return load_target_run(path).flow
+    return load_fit(path)[0]
+
+
+def load_critic(path: str | os.PathLike) -> ScaledCritic:
+    """The critic of a run: log p/q of events in the user's units.
+
+    Raises:
+        ValueError: The run has none.
+    """
+    critic = load_fit(path)[1]
+    if critic is None:
+        raise ValueError(
+            f"path: {path} has no critic: neither maximum likelihood nor distilling needs one. "
+            "Fit with --critic."
+        )
+    return critic
+
+
+def settings_of(run: Run) -> FitSettings:
+    """What a run was fitted with."""
+    paths = {name: Path(it) for name in ("data", "start_from") if (it := run.settings.get(name))}
+    return FitSettings(**{**run.settings, **paths})
+
+
+def load_fit(path: str | os.PathLike) -> tuple[Scaled, ScaledCritic | None, tuple[str, ...]]:
+    """The flow of a run fitted to data, its critic if it has one, and its classes."""
+    run = Run.open(path)
+    if run.kind != "flows":
+        raise ValueError(f"path: {path} is a run of kind {run.kind!r}; expected 'flows'.")
+    if not (run.path / WEIGHTS).exists():
+        raise FileNotFoundError(f"path: {path} has no {WEIGHTS}: the run was not finished.")
+    state = load_state(run.path / WEIGHTS)
+    settings = settings_of(run)
+    shape, classes = tuple(state["shift"].shape), tuple(state["classes"])
+    inner = settings.architecture.build(shape, len(classes))
+    flow = Scaled(inner, state["shift"], torch.ones_like(state["shift"]))
+    flow.load_state_dict(state["flow"])
+    flow.requires_grad_(False)
+    if state["critic"] is None:
+        return flow, None, classes
+    ratio = settings.method.critic.build(shape, len(classes), state["bound"])
+    critic = ScaledCritic(ratio.requires_grad_(False), flow)
+    critic.load_state_dict(state["critic"])
+    return flow, critic, classes
+
+
+def rows_of(data: Data) -> list[bytes]:
+    """The rows, as a run remembers them."""
+    return [row.tobytes() for row in data.values.numpy()]

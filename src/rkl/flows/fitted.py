@@ -1,0 +1,73 @@
+"""A flow fitted to data, and how near it came to what was asked."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rkl.flows.architectures import Scaled
+from rkl.flows.critic import ScaledCritic
+from rkl.flows.data import Data
+from rkl.flows.training import Training
+from rkl.metrics import Mean
+from rkl.metrics.precision_recall import OperatingPoint
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How near a flow came to the operating point that was asked for.
+
+    Attributes:
+        asked: The precision asked for; None where a budget was.
+        precision: That of what rejection keeps, at slope 1, with its standard error: the least
+            that either critic finds. It is a bound from above, as all that is learnt from
+            samples: a critic with more to learn from may tell them from data better.
+        point: Rejection's constant, its draws per sample, and the precision as the critic has it.
+    """
+
+    asked: float | None
+    precision: Mean
+    point: OperatingPoint
+
+    @property
+    def met(self) -> bool:
+        """Whether the precision asked for is reached, within two standard errors."""
+        value, error = self.precision.value.item(), self.precision.error.item()
+        return self.asked is None or value + 2 * error >= self.asked
+
+    def __str__(self) -> str:
+        value, error = self.precision.value.item(), self.precision.error.item()
+        got = f"precision {value:.3f} ± {error:.3f} at {self.point.budget:.3g} draws per sample"
+        if self.met:
+            return got
+        return (
+            f"{got}: that is as far as this model gets; target_precision={self.asked} is out of "
+            "its reach. Give it more transforms, steps or rows."
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted flow, and how it came about.
+
+    Attributes:
+        flow: A density in the user's units: ``flow()``, or ``flow(condition)``, has ``log_prob``
+            in nats and ``sample``.
+        critic: log p/q at [*batch, *event] in the user's units; None where none was trained.
+        training: Its history, how many steps it took, and why it stopped early, if it did.
+        held_out: Rows that were not trained on.
+        trained_on: Rows that were.
+        classes: Names of the conditions, if the data had labels.
+        reached: How near it came to the operating point that was asked for, if one was.
+    """
+
+    flow: Scaled
+    critic: ScaledCritic | None
+    training: Training
+    held_out: Data
+    trained_on: Data
+    classes: tuple[str, ...] = ()
+    reached: Reached | None = None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One row per so many steps: step, seconds, loss and what else was logged."""
+        return self.training.history

@@ -123,6 +123,8 @@ def test_what_cannot_be_met_is_said():
         finite(n=10, budget=8.0)
     with pytest.raises(ValueError, match="exactly one of .*; got accept_lam, budget"):
         finite(budget=2.0, accept_lam=1.0)
+    with pytest.raises(ValueError, match=r"budget must be at most the 500 draws .* got 1e\+09"):
+        reject(Normal(0.0, 1.0), lambda x: x, n=1, budget=1e9, pilot=500)
 
 
 def test_a_ratio_that_changes_its_mind_is_noticed():

@@ -78,7 +78,7 @@ def reject(
 
     Raises:
         ValueError: Not exactly one of the three is given, none of the pilot's ratios allows it,
-            or a ratio is no number.
+            the budget exceeds the pilot, or a ratio is no number.
         RuntimeError: Draws are accepted a hundred times less often than the pilot said.
 
     >>> from torch.distributions import Normal
@@ -90,6 +90,11 @@ def reject(
     (1.8, 1.0)
     """
     _check(law, n, pilot)
+    if budget is not None and budget > pilot:
+        raise ValueError(
+            f"budget must be at most the {pilot:,} draws of the pilot, on which the constant is "
+            f"fitted; got {budget:g}."
+        )
     knob = {"budget": budget, "accept_lam": accept_lam, "target_precision": target_precision}
     with torch.no_grad():
         point = operating_point(_drawn(law, log_ratio, pilot)[1].double(), **knob)

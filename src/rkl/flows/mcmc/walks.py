@@ -72,7 +72,7 @@ def markov_chain(
         measure: Measures states x under a condition, as ``target.observables`` does; then
             what it returns is kept and the states are not.
 
-    >>> from rkl.flows.targets import XY, Phi4
+    >>> from rkl.flows.targets import XY
     >>> model = XY(side=2)
     >>> walk = markov_chain(
     ...     model, torch.ones(1), draws=50, chains=100, measure=model.observables

@@ -44,6 +44,7 @@ ALLOWED = CORE | ALONE | WINGS
 ALLOWED["studies"] = FOR_WINGS | WINGS.keys()
 ALLOWED["cli"] = ALLOWED["studies"] | {"studies", "testing"}
 ALLOWED[""] = set()  # rkl itself resolves its names lazily
+ALLOWED["__main__"] = {"cli"}
 
 HOMES = {
     "transformers": {"distill"},

@@ -1,8 +1,8 @@
 """The command line: it reads what was asked, calls the verb, and says in one line what failed."""
 
 import argparse
+import contextlib
 import importlib.metadata
-import inspect
 import os
 import shlex
 import sys
@@ -11,7 +11,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NoReturn
 
-from rkl.cli import commands
+from rkl.cli import commands, terminal
+from rkl.cli.documentation import documentation
+from rkl.runs import DiskFullError, full_disk
 
 BAD_USAGE = ValueError, TypeError, NotImplementedError, FileExistsError, FileNotFoundError
 
@@ -43,24 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Ctrl-C stopped it.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
+    terminal.prepare_streams()
     if os.getcwd() not in sys.path:  # where the module of "module:function" may be
         sys.path.append(os.getcwd())
     try:
-        parsed = _parser(words).parse_args(words)
-        parsed.command(parsed)
-        sys.stdout.flush()
+        with terminal.one_line_warnings():
+            parsed = _parser(words).parse_args(words)
+            parsed.command(parsed)
+            return _flush()
     except KeyboardInterrupt:
         print(f"\nrkl: interrupted. {_how_to_go_on(words)}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has read enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        terminal.discard(sys.stdout)
         return 141
     except Exception as error:
-        if debug:
+        if "--debug" in words:
             raise
-        return _explain(error)
-    return 0
+        return (isinstance(error, OSError) and _flush()) or _explain(error, words)
 
 
 def available() -> dict[str, Callable]:
@@ -86,7 +88,7 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     asked_for = next((word for word in words if not word.startswith("-")), None)
     for name, command in available().items():
-        summary, examples = inspect.cleandoc(command.__doc__ or "").split("\n", 1)
+        summary, _line, examples = documentation(command).partition("\n")
         subparser = subparsers.add_parser(
             name,
             help=summary,
@@ -122,18 +124,38 @@ def _exists(module: str) -> bool:
     return spec is not None and spec.origin is not None  # a folder without code has none
 
 
-def _explain(error: Exception) -> int:
-    message = " ".join(str(error).split())
+def _explain(error: Exception, words: list[str]) -> int:
+    message = terminal.one_line(error)
+    if full_disk(error):
+        message = message if isinstance(error, DiskFullError) else f"the disk is full: {message}."
+        return _complain(f"{message} {_how_to_go_on(words)}", 1)
     if isinstance(error, BAD_USAGE) and message:
         return _complain(message, 2)
+    cause = terminal.root_cause(error)
     if isinstance(error, ImportError):
-        return _complain(message, 1)
-    what = f"{type(error).__name__}{': ' * bool(message)}{message}"
-    return _complain(f"{what} (--debug shows where)", 1)
+        because = f" The cause: {terminal.in_words(cause)}" * (cause is not error)
+        return _complain(message + because, 1)
+    if isinstance(error, OSError) and error.filename is not None:
+        return _complain(f"{error.filename}: {error.strerror}", 1)
+    because = f", caused by {terminal.in_words(cause)}" * (cause is not error)
+    return _complain(f"{terminal.in_words(error)}{because} (--debug shows where)", 1)
+
+
+def _flush() -> int:
+    """Write out what was printed; a full disk behind it is told from a failure of the command."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        terminal.discard(sys.stdout)
+        return _complain(f"standard output: {error.strerror}", 1)
+    return 0
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"rkl: error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # a stderr that is full or closed
+        print(f"rkl: error: {terminal.one_line(message)}", file=sys.stderr, flush=True)
     return code
 
 

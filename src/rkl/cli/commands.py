@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from rkl import runs
 from rkl.cli import settings
+from rkl.cli.documentation import documentation
+from rkl.cli.terminal import in_words, root_cause
 
 if TYPE_CHECKING:
     from rkl.divergences import Divergence
@@ -298,7 +300,7 @@ def _list() -> None:
 
 
 def _sentence(described: Any) -> str:
-    return (inspect.getdoc(described) or "").partition("\n")[0]
+    return documentation(described).partition("\n")[0]
 
 
 def _properties(divergence: "Divergence") -> dict[str, bool]:
@@ -319,7 +321,7 @@ def _explain(text: str) -> None:
     from rkl.divergences import FDivergence, parse
 
     divergence = parse(text)
-    print(f"{divergence!r}\n\n{inspect.getdoc(divergence)}\n")
+    print(f"{divergence!r}\n\n{documentation(divergence)}\n")
     for word, holds in _properties(divergence).items():
         print(f"{word:14}{'yes' if holds else 'no'}")
     if isinstance(divergence, FDivergence):
@@ -378,8 +380,13 @@ def _flags_by_kind(parser: ArgumentParser, name: str) -> Iterator[str]:
     for source in sorted(HERE.glob("*/__init__.py")):
         if name in source.read_text("utf-8"):
             wing = source.parent.name
-            wanted = getattr(importlib.import_module(f"rkl.{wing}"), name)
-            yield _help_of(parser, wanted, f"settings, where rkl {wing} made RUN")
+            title = f"settings, where rkl {wing} made RUN"
+            try:
+                wanted = getattr(importlib.import_module(f"rkl.{wing}"), name)
+            except Exception as error:  # a broken package of one wing leaves the help of the rest
+                yield f"{title}:\n  not shown: {in_words(root_cause(error))}"
+            else:
+                yield _help_of(parser, wanted, title)
 
 
 def _help_of(parser: ArgumentParser, wanted: type, title: str) -> str:

@@ -8,7 +8,6 @@ A field without a default must be given, on the command line or by the file.
 
 import argparse
 import dataclasses
-import inspect
 import json
 import re
 import types
@@ -16,6 +15,8 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
+
+from rkl.cli.documentation import documentation
 
 COMMON = "seed", "device"  # flags that every command has, settings or not
 Settings = TypeVar("Settings")
@@ -107,7 +108,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _described(settings: type) -> dict[str, str]:
     """What the Args of the docstring say of each name, on one line."""
-    listed = (inspect.getdoc(settings) or "").partition("Args:\n")[2]
+    listed = documentation(settings).partition("Args:\n")[2]
     entries = re.findall(r"^ +(\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
     return {name: " ".join(text.replace("``", "").split()) for name, text in entries}
 

@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from rkl.runs.files import (
+    DiskFullError,
     append_jsonl,
     as_json,
+    full_disk,
     is_leftover,
+    needing_room,
     read_jsonl,
     remove,
     remove_folder,
@@ -37,10 +40,13 @@ from rkl.runs.files import (
 )
 
 __all__ = [
+    "DiskFullError",
     "Run",
     "append_jsonl",
     "fingerprint",
+    "full_disk",
     "load",
+    "needing_room",
     "read_jsonl",
     "remove_folder",
     "replacing",

@@ -1,31 +1,92 @@
 """Files and folders that are whole at any moment, whenever the process may be killed."""
 
 import contextlib
+import errno
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
+_FULL = {
+    errno.EFBIG: "files of this size are not allowed here (see ulimit -f)",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.ENOSPC: "the disk is full",
+}
+# What safetensors, torch, numpy and HDF5 say, whose exceptions have no errno of their own.
+_FULL_WORDS = {
+    r"file too large|os error 27\b": _FULL[errno.EFBIG],
+    r"disk quota exceeded|os error 122\b": _FULL[errno.EDQUOT],
+    r"no space left|os error 28\b": _FULL[errno.ENOSPC],
+    r"basic_ios::clear|unexpected pos \d+ vs \d+|PytorchStreamWriter failed"
+    r"|\d+ requested and \d+ written": "the disk is full, or a quota or limit is reached",
+}
+
+
+class DiskFullError(OSError):
+    """A file that could not be written, as there was no room for it; says which and where."""
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """The limit of a disk that an exception, or one that led to it, ran into, in words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return _FULL[error.errno]
+        for pattern, words in _FULL_WORDS.items():
+            if re.search(pattern, str(error), re.IGNORECASE):
+                return words
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def needing_room(path: str | os.PathLike, size: int | None = None) -> Iterator[None]:
+    """Tell a full disk from other failures of the block, which writes to ``path``.
+
+    Args:
+        path: The file or folder that is written.
+        size: Bytes that it takes, if known.
+
+    Raises:
+        DiskFullError: The block ran out of room; names the path, the free and the needed bytes.
+    """
+    try:
+        yield
+    except Exception as error:
+        limit = full_disk(error)
+        if limit is None or isinstance(error, DiskFullError):
+            raise
+        with contextlib.suppress(OSError):
+            folder = next(it for it in Path(path).absolute().parents if it.exists())
+            limit += f", with {shutil.disk_usage(folder).free / 1e6:,.1f} MB free on the disk"
+        needed = "" if size is None else f"; {size / 1e6:,.1f} MB were needed"
+        raise DiskFullError(f"{path} could not be written: {limit}{needed}.") from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, size: int | None = None) -> Iterator[Path]:
     """A temporary name for the block to write a file to, which then takes the name ``path``.
 
     Whoever reads ``path``, at whatever moment, finds the old file or the new one. If the block
     raises, the old one stays and nothing of the new one is left.
+
+    Args:
+        path: The file.
+        size: Its bytes, if known, for the message of a full disk.
     """
     path = Path(path)
     _check_place(path)
     temporary = _beside(path, "tmp")
     try:
-        yield temporary
-        _sync(temporary)
+        with needing_room(path, size):
+            yield temporary
+            _permit(temporary)
+            _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -43,10 +104,12 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary, aside = _beside(path, "tmp"), _beside(path, "old")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for inside in (*temporary.rglob("*"), temporary):
-            _sync(inside)
+        with needing_room(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for inside in (*temporary.rglob("*"), temporary):
+                _permit(inside)
+                _sync(inside)
         if path.exists():
             os.replace(path, aside)
         os.replace(temporary, path)
@@ -64,11 +127,13 @@ def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
     """The same for files that join the others in a folder: each of them is whole at any moment."""
     temporary = _beside(Path(folder) / "files", "tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        files = [inside for inside in temporary.rglob("*") if inside.is_file()]
-        for file in files:
-            _sync(file)
+        with needing_room(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            files = [inside for inside in temporary.rglob("*") if inside.is_file()]
+            for file in files:
+                _permit(file)
+                _sync(file)
         for file in files:
             place = Path(folder, file.relative_to(temporary))
             place.parent.mkdir(exist_ok=True)
@@ -99,8 +164,9 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
     """Write a file so that a crash leaves the old one or the new one, never half of one."""
     if not isinstance(data, bytes | str):
         raise TypeError(f"data must be text or bytes; got a {type(data).__name__}.")
-    with replacing(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    content = data.encode() if isinstance(data, str) else data
+    with replacing(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -112,7 +178,7 @@ def append_jsonl(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
     """Append one row to a file of JSON lines, in the place of a line torn by an earlier crash."""
     line = as_json("row", row).encode() + b"\n"
     _check_place(Path(path))
-    with Path(path).open("a+b") as file:
+    with needing_room(path, len(line)), Path(path).open("a+b") as file:
         if file.tell() and _last_byte(file) != b"\n":
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
@@ -149,7 +215,7 @@ def save_tensors(
             got = type(tensor).__name__
             raise TypeError(f"tensors[{name!r}] must be a tensor; got a {got}.")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
+    with replacing(path, sum(it.nbytes for it in contiguous.values())) as temporary:
         save_file(contiguous, temporary, metadata)
 
 
@@ -184,6 +250,19 @@ def _beside(path: Path, ending: str) -> Path:
 def is_leftover(path: Path) -> bool:
     """Whether a killed process left this: no name of ours looks so."""
     return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def _permit(path: Path) -> None:
+    """Give a file or folder the permissions that the umask leaves, as safetensors does not."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    is_folder = path.is_dir()
+    if path.is_symlink() or os.name == "nt":
+        return
+    mode = stat.S_IMODE(path.stat().st_mode)
+    wanted = mode | (0o777 if is_folder else 0o666) & ~umask
+    if wanted != mode:
+        path.chmod(wanted)
 
 
 def _sync(path: Path) -> None:

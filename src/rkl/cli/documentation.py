@@ -1,0 +1,34 @@
+"""Docstrings, also where Python runs with -OO and has stripped them."""
+
+import ast
+import inspect
+import sys
+import textwrap
+from typing import Any
+
+
+def documentation(described: Any) -> str:
+    """The docstring of a function, a class or an object, with its indentation removed.
+
+    With -OO it is read from the source; it is empty where there is none.
+    """
+    if sys.flags.optimize < 2:
+        return inspect.getdoc(described) or ""
+    if inspect.isroutine(described):
+        return _from_source(described)
+    kind = described if isinstance(described, type) else type(described)
+    for base in kind.__mro__[:-1]:
+        if found := _from_source(base):
+            return found
+    return ""
+
+
+def _from_source(described: Any) -> str:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(described)))
+    except (OSError, TypeError, SyntaxError):  # made at run time, or installed without source
+        return ""
+    node = tree.body[0] if tree.body else None
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return ""
+    return ast.get_docstring(node) or ""

@@ -21,7 +21,8 @@ MODULES = {
 
 CORE = {
     "checks": set(),
-    "divergences": {"checks"},
+    "importing": set(),
+    "divergences": {"checks", "importing"},
     "kernels": {"divergences", "checks"},
     "estimators": {"divergences", "kernels", "checks"},
     "testing": {"divergences", "kernels", "estimators", "checks"},
@@ -32,11 +33,11 @@ CORE = {
 ALONE = {
     "readers": {"checks"},
     "tables": {"checks"},
-    "runs": {"checks"},
+    "runs": {"checks", "importing"},
     "plots": {"checks"},
     "report": {"runs", "plots", "tables", "checks"},
 }
-FOR_WINGS = {"checks", "divergences", "estimators", "stats", "metrics", *ALONE}
+FOR_WINGS = {"checks", "importing", "divergences", "estimators", "stats", "metrics", *ALONE}
 # flows holds what fit and sample share.
 WINGS = dict.fromkeys(("distill", "flows", "bayes"), FOR_WINGS)
 WINGS |= dict.fromkeys(("fit", "sample"), FOR_WINGS | {"flows"})

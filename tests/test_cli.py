@@ -210,6 +210,7 @@ def toy_runs(monkeypatch, tmp_path):
     toy.compare_runs = lambda paths, **options: f"compared {len(paths)} {options}"
     toy.report_runs = lambda paths, **options: f"reported {len(paths)} {options}"
     monkeypatch.setitem(sys.modules, "rkl.toy", toy)
+    monkeypatch.setattr("rkl.runs.KINDS", ("toy",))
     return [str(Run.create(tmp_path / name, "toy", {}, seed=0).path) for name in "ab"]
 
 

@@ -36,6 +36,7 @@ def wing(monkeypatch):
     module = types.ModuleType("rkl.toy")
     module.load_run = lambda path: ("loaded", Path(path).name)
     monkeypatch.setitem(sys.modules, "rkl.toy", module)
+    monkeypatch.setattr(runs, "KINDS", (*runs.KINDS, "toy"))
     return module
 
 
@@ -353,7 +354,7 @@ def test_a_wing_or_a_verb_that_does_not_exist_is_named(tmp_path, wing):
 
 
 def test_a_package_that_a_wing_lacks_is_not_taken_for_a_missing_wing(tmp_path, monkeypatch):
-    run = Run.create(tmp_path, "toy", {}, seed=0)
+    run = Run.create(tmp_path, "distill", {}, seed=0)
 
     def lacking(name):
         raise ModuleNotFoundError("No module named 'datasets'", name="datasets")

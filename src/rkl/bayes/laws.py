@@ -1,12 +1,12 @@
 """The family as it was asked for, read into a map from posterior draws to distributions."""
 
 import functools
-import importlib
 import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from rkl.bayes.alone import alone
 from rkl.bayes.draws import Draws
 from rkl.bayes.families import ExponentialFamily, family_of
 from rkl.divergences import parse
+from rkl.importing import imported
 
 NOT_TORCH = ("numpy", "all be instances of number", "converted to python scalars")
 PROBE = 16  # draws looked at before the rest is read
@@ -244,7 +245,7 @@ def read_family(family: Any, draws: Draws, design: Any = None) -> Model:
         ValueError: It names no family, or variables that the posterior lacks.
         TypeError: It is none of these.
     """
-    if isinstance(family, str) and ":" in family:
+    if isinstance(family, str) and ":" in family.partition("(")[0]:
         family = _imported(family, draws, design)
     if isinstance(family, Model):
         return family
@@ -311,16 +312,20 @@ def _binder(cls: type[Distribution]) -> Callable[..., tuple[type[Distribution], 
 def _imported(text: str, draws: Draws, design: Any) -> Any:
     """What package.module:Name stands for; with settings, the model of that class."""
     path, opening, rest = text.partition("(")
-    module, _, name = path.strip().partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"family {text!r} cannot be imported: {error}.") from None
+        found = imported(path.strip())
+    except ValueError as error:
+        raise ValueError(f"family {text!r}: {error}") from error
+    made: Any = found.func if isinstance(found, functools.partial) else found
+    function = callable(made) and not isinstance(made, type | BuiltinFunctionType)
+    if not (_is_law(found) if opening else _is_law(made) or function or isinstance(made, Model)):
+        wanted = "a class of distributions"
+        wanted += "" if opening else ", or a function from draws to distributions"
+        raise ValueError(f"family {text!r} must name {wanted}; got {found!r}.")
     if not opening:
         return found
-    if not _is_law(found):
-        raise ValueError(f"family {text!r} must name a class of distributions; got {found!r}.")
-    known = {"imported": _binder(found)}
+    law: Any = found
+    known = {"imported": _binder(law)}
     kind, settings = _parsed(text, f"imported({rest}", known, draws, design)
     return _named(text, kind, settings, draws, design)
 

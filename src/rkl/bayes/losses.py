@@ -80,7 +80,8 @@ def check_loss(divergence: Any) -> None:
         return
     advice = ""
     with contextlib.suppress(TypeError, ValueError):
-        made = divergence() if isinstance(divergence, type) else parse_loss(str(divergence))
+        ours = isinstance(divergence, type) and issubclass(divergence, Divergence | Intrinsic)
+        made = divergence() if ours else parse_loss(divergence)
         advice = f"; write {made!r}"
     raise TypeError(
         f"divergence must be one, such as rkl.ReverseKL(); got {divergence!r}{advice}."

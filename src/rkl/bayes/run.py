@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rkl.bayes.losses import AnyLoss, parse_loss
 from rkl.bayes.regions import Region
 from rkl.bayes.report import Shown, page
 from rkl.bayes.tables import Table
+from rkl.importing import only
 from rkl.runs import Run, write_json
 
 RESULT = "estimate.json"
@@ -143,9 +144,16 @@ def _act(settings: EstimateSettings) -> Estimate:
     return bayes_act(draws, settings.family, loss, design=design, seed=settings.seed)
 
 
-def load_run(path: str | os.PathLike) -> Estimate:
-    """The estimate of a run, made again from its posterior."""
-    return _act(_settings(Run.open(path)))
+def load_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> Estimate:
+    """The estimate of a run, made again from its posterior.
+
+    Args:
+        path: The folder of the run.
+        allow: What its ``run.json`` may have imported, each "module:name".
+    """
+    run = Run.open(path)
+    with only(allow, source=run.path / "run.json"):
+        return _act(_settings(run))
 
 
 @dataclass(frozen=True)
@@ -161,14 +169,23 @@ class EvaluateSettings:
     device: str = "cpu"
 
 
-def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Table:
-    """What was reported, judged by other draws: by how much their own act would be better."""
+def evaluate_run(
+    path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
+) -> Table:
+    """What was reported, judged by other draws: by how much their own act would be better.
+
+    Args:
+        path: The folder of the run.
+        settings: The other draws.
+        allow: What its ``run.json`` may have imported, each "module:name".
+    """
     run = Run.open(path)
     there = dataclasses.replace(
         _settings(run), posterior=settings.posterior, seed=settings.seed, device=settings.device
     )
     kept = _result(run)["estimate"]["act"]
-    own = _act(there)
+    with only(allow, source=run.path / "run.json"):
+        own = _act(there)
     reported = {
         name: torch.tensor(kept[name]["value"], dtype=torch.float64)
         for name in own.question.model.names

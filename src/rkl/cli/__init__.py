@@ -1,11 +1,19 @@
 """The command line: it reads what was asked, calls the verb, and says in one line what failed."""
+# ruff: noqa: E402
+
+import sys
+
+_MAIN = getattr(sys.modules["__main__"], "__spec__", None)
+_AS_MODULE = sys.argv[:1] == ["-m"] or (_MAIN is not None and _MAIN.name.startswith("rkl."))
+if _AS_MODULE and not sys.flags.safe_path:
+    # python -m looks in the working folder first, where a triton.py of anybody's may lie.
+    del sys.path[0]
 
 import argparse
 import contextlib
 import importlib.metadata
 import os
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -13,8 +21,11 @@ from typing import NoReturn
 
 from rkl.cli import commands, terminal
 from rkl.cli.documentation import documentation
+from rkl.importing import check_name, names_in, only
 from rkl.runs import DiskFullError, full_disk
 
+# Flags, and the word of rkl divergences, whose text may name what is to be imported.
+NAMING = ["target", "flow", "objective", "divergence", "divergences", "family", "losses", "name"]
 BAD_USAGE = ValueError, TypeError, NotImplementedError, FileExistsError, FileNotFoundError
 
 
@@ -46,12 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     terminal.prepare_streams()
-    if os.getcwd() not in sys.path:  # where the module of "module:function" may be
-        sys.path.append(os.getcwd())
     try:
-        with terminal.one_line_warnings():
+        with terminal.one_line_warnings(), only():
             parsed = _parser(words).parse_args(words)
-            parsed.command(parsed)
+            with only(_allowed(parsed), folder=_working_folder()):
+                _run(parsed)
             return _flush()
     except KeyboardInterrupt:
         print(f"\nrkl: interrupted. {_how_to_go_on(words)}", file=sys.stderr)
@@ -63,6 +73,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             raise
         return (isinstance(error, OSError) and _flush()) or _explain(error, words)
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    try:
+        parsed.command(parsed)
+    except SystemExit as error:  # of somebody's own target, say; rkl itself never does
+        raise RuntimeError(f"what was run ended the program, with code {error.code!r}.") from error
+
+
+def _allowed(parsed: argparse.Namespace) -> list[str]:
+    """What may be imported: what --allow or a flag that may name one's own code says itself."""
+    said = [getattr(parsed, name, None) for name in NAMING]
+    texts = [text for it in said for text in (it if isinstance(it, list | tuple) else [it])]
+    return [*getattr(parsed, "allow", []), *names_in(*texts)]
+
+
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
 
 
 def available() -> dict[str, Callable]:
@@ -113,7 +144,22 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="such as cpu, cuda or cuda:1; the best by default",
     )
+    common.add_argument(
+        "--allow",
+        type=_name,
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="MODULE:NAME",
+        help="import this where a run or a file of settings names it; it runs that code",
+    )
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _name(text: str) -> str:
+    try:
+        return check_name("it", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _exists(module: str) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from rkl.distill.progress import quiet
 from rkl.distill.settings import DistillSettings
 from rkl.distill.sources import Row, read_rows
 from rkl.distill.teachers import ModelTeacher, Teacher, load_model, load_tokenizer
-from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation, parse
+from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation
 from rkl.estimators import LinearHead
+from rkl.importing import names_in, only
 from rkl.metrics import Mean, clustered_mean, to_json
 from rkl.metrics.precision_recall import SLOPES, pr_curve
 from rkl.runs import Run, fingerprint, write_json
@@ -99,7 +100,9 @@ class EvaluateSettings:
 
 
 @quiet()
-def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluations:
+def evaluate_run(
+    path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
+) -> Evaluations:
     """Evaluate the student of a run on held-out data, and let it write.
 
     The run keeps the result as ``evaluation.json`` and the replies as ``generations.jsonl``.
@@ -108,6 +111,7 @@ def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluat
     Args:
         path: The folder of the run.
         settings: What to evaluate, and how.
+        allow: What its ``run.json`` may have imported, each "module:name".
 
     Returns:
         The result, which prints as a table.
@@ -115,6 +119,7 @@ def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluat
     run = finished(path)
     trained = run.settings.get("max_length", DistillSettings.max_length)
     max_length: int = settings.max_length or trained
+    divergences = _divergences(run, settings, allow)
     rows = read_rows(settings.data, split=settings.split)
     _warn_of_seen(run, rows)
     tokenizer = load_tokenizer(run.path)
@@ -130,7 +135,7 @@ def evaluate_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluat
             teacher,
             Subset(blocks, kept),
             tokenizer=tokenizer,
-            divergences=_divergences(run, settings),
+            divergences=divergences,
             batch_size=settings.batch_size,
             progress=progress,
         )
@@ -173,10 +178,15 @@ def _teacher(run: Run, settings: EvaluateSettings) -> str:
     return name
 
 
-def _divergences(run: Run, settings: EvaluateSettings) -> dict[str, Divergence]:
+def _divergences(
+    run: Run, settings: EvaluateSettings, allow: Collection[str]
+) -> dict[str, Divergence]:
     """The usual ones, what the run minimised, and what else is asked for."""
-    own = run.settings.get("divergence")
-    wanted = [parse(text) for text in (own, *settings.divergences) if text]
+    wanted = [divergence_named(text) for text in settings.divergences]
+    if text := run.settings.get("divergence"):
+        said = names_in(*settings.divergences)
+        with only([*allow, *said], source=run.path / "run.json"):
+            wanted.insert(0, divergence_named(text))
     return {**DIVERGENCES, **{repr(it): it for it in wanted if it not in DIVERGENCES.values()}}
 
 

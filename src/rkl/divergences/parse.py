@@ -3,12 +3,13 @@
 import ast
 import dataclasses
 import functools
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from rkl.divergences.base import Divergence
+from rkl.importing import imported
 
 _STRING = r"'[^']*'|\"[^\"]*\""
 _NAME = r"(?<![\w.])[A-Za-z_][\w-]*(?:\.[A-Za-z_]\w*)*(?::[A-Za-z_]\w*)?"
@@ -41,14 +42,16 @@ def parse(
 ):
     """A value from its repr, or from the same in kebab case; nothing else is accepted.
 
-    A name that is not in the catalogue may be ``package.module:Name``, which is imported.
+    A name that is not in the catalogue may be ``package.module:Name``, which is imported where
+    a ``kind`` says what it must be; out of a file, only where it is allowed
+    (:mod:`rkl.importing`).
 
     Args:
         text: Such as "akl(mu=0.3)", or a sum such as "0.5*kl + 0.5*my_package.losses:Mine".
         catalogue: The values that may be made, by name; by default every divergence.
         names: Identifiers allowed as settings, kept as strings: ("mu",) in normal(loc=mu).
-        kind: The class that a name must be a subclass of; by default Divergence, or whatever
-            the given catalogue holds. Nothing else that is imported is ever called.
+        kind: The class that a name must be a subclass of, which is looked at before anything
+            is called; Divergence for the default catalogue. Without one nothing is imported.
 
     Raises:
         ValueError: The text cannot be read; the message names the part at fault.
@@ -64,7 +67,7 @@ def parse(
         return _Reader(text, catalogue, names, kind).value()
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(f"Cannot read {text[:200]!r}: {reason}") from None
+        raise ValueError(f"Cannot read {text[:200]!r}: {reason}") from error
 
 
 def _check(text, catalogue, names, kind) -> None:
@@ -135,7 +138,7 @@ class _Reader:
         raise ValueError(f"expected {expected if self.summed else 'name(setting=value)'}.")
 
     def _made(self, name: str, keywords: list[ast.keyword]):
-        make = _imported(name) if ":" in name else self._found(name)
+        make = self._found(name)
         if self.kind and not (isinstance(make, type) and issubclass(make, self.kind)):
             raise ValueError(f"{name} is {make!r}, not a {self.kind.__name__}.")
         settings = {}
@@ -149,8 +152,10 @@ class _Reader:
 
     def _found(self, name: str) -> Callable:
         for kebab, make in self.known.items():
-            if name in (kebab, getattr(make, "__name__", kebab)):
+            if name in (kebab, getattr(make, "__name__", kebab), full_name(make)):
                 return make
+        if ":" in name and self.kind is not None:
+            return imported(name)
         raise ValueError(f"none is called {name!r}; there are {', '.join(self.known)}.")
 
     def _setting(self, setting: str, node: ast.expr):
@@ -169,17 +174,25 @@ class _Reader:
             raise ValueError(f"{setting} must be a number or a string; got {got}.") from None
 
 
+def full_name(make: Any) -> str | None:
+    """What a class or a function is imported by, as "module:name"; None for what has no name."""
+    module, name = (getattr(make, it, None) for it in ("__module__", "__qualname__"))
+    return f"{module}:{name}" if module and name else None
+
+
+def with_module(value: Any) -> str:
+    """The repr of a value, with the module in front where its class is not of rkl.
+
+    >>> with_module(parse("akl"))
+    "AKL(mu=0.5, straddle='tail')"
+    """
+    module = type(value).__module__
+    return repr(value) if module.partition(".")[0] == "rkl" else f"{module}:{value!r}"
+
+
 def _divergences() -> dict[str, type[Divergence]]:
     known = catalogue()
     return known | {alias: cls for cls in known.values() for alias in cls.aliases}
-
-
-def _imported(name: str) -> Callable:
-    module, attribute = name.split(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name} cannot be imported: {error}.") from None
 
 
 def _refuse_unknown(make: Callable, name: str, settings: dict) -> None:

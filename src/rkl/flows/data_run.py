@@ -1,6 +1,7 @@
 """What a flow is fitted to data with, and the flow and the critic of such a run."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +11,14 @@ from torch import nn
 
 from rkl.divergences import FDivergence, parse
 from rkl.divergences.base import number
-from rkl.flows.architectures import Architecture, Scaled, catalogue
+from rkl.flows.architectures import Architecture, Scaled, parse_architecture
 from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data
 from rkl.flows.fit import Method
 from rkl.flows.operating import check_point
 from rkl.flows.target_run import MINUTES, WEIGHTS, load_target_run
 from rkl.flows.training import load_state
+from rkl.importing import only
 from rkl.runs import Run
 
 
@@ -104,7 +106,7 @@ class FitSettings:
     @property
     def architecture(self) -> Architecture:
         """What is built."""
-        return parse(self.flow, catalogue())
+        return parse_architecture(self.flow)
 
     @property
     def chosen(self) -> FDivergence:
@@ -122,23 +124,31 @@ class FitSettings:
         return {"minutes": MINUTES if self.minutes is None else self.minutes}
 
 
-def load_run(path: str | os.PathLike) -> nn.Module:
+def load_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> nn.Module:
     """The flow of a run, in the user's units: ``flow()`` has ``log_prob`` and ``sample``.
 
     That of a target is called with a condition, [*batch, conditions].
+
+    Args:
+        path: The folder of the run.
+        allow: What its ``run.json`` may have imported, each "module:name".
     """
     if "target" in Run.open(path).settings:
-        return load_target_run(path).flow
-    return load_fit(path)[0]
+        return load_target_run(path, allow=allow).flow
+    return load_fit(path, allow=allow)[0]
 
 
-def load_critic(path: str | os.PathLike) -> ScaledCritic:
+def load_critic(path: str | os.PathLike, *, allow: Collection[str] = ()) -> ScaledCritic:
     """The critic of a run: log p/q of events in the user's units.
+
+    Args:
+        path: The folder of the run.
+        allow: What its ``run.json`` may have imported, each "module:name".
 
     Raises:
         ValueError: The run has none.
     """
-    critic = load_fit(path)[1]
+    critic = load_fit(path, allow=allow)[1]
     if critic is None:
         raise ValueError(
             f"path: {path} has no critic: neither maximum likelihood nor distilling needs one. "
@@ -147,13 +157,16 @@ def load_critic(path: str | os.PathLike) -> ScaledCritic:
     return critic
 
 
-def settings_of(run: Run) -> FitSettings:
-    """What a run was fitted with."""
+def settings_of(run: Run, *, allow: Collection[str] = ()) -> FitSettings:
+    """What a run was fitted with; nothing is imported for it but what ``allow`` names."""
     paths = {name: Path(it) for name in ("data", "start_from") if (it := run.settings.get(name))}
-    return FitSettings(**{**run.settings, **paths})
+    with only(allow, source=run.path / "run.json"):
+        return FitSettings(**{**run.settings, **paths})
 
 
-def load_fit(path: str | os.PathLike) -> tuple[Scaled, ScaledCritic | None, tuple[str, ...]]:
+def load_fit(
+    path: str | os.PathLike, *, allow: Collection[str] = ()
+) -> tuple[Scaled, ScaledCritic | None, tuple[str, ...]]:
     """The flow of a run fitted to data, its critic if it has one, and its classes."""
     run = Run.open(path)
     if run.kind != "flows":
@@ -161,7 +174,7 @@ def load_fit(path: str | os.PathLike) -> tuple[Scaled, ScaledCritic | None, tupl
     if not (run.path / WEIGHTS).exists():
         raise FileNotFoundError(f"path: {path} has no {WEIGHTS}: the run was not finished.")
     state = load_state(run.path / WEIGHTS)
-    settings = settings_of(run)
+    settings = settings_of(run, allow=allow)
     shape, classes = tuple(state["shift"].shape), tuple(state["classes"])
     inner = settings.architecture.build(shape, len(classes))
     flow = Scaled(inner, state["shift"], torch.ones_like(state["shift"]))

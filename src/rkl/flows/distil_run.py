@@ -10,6 +10,7 @@ from rkl.flows.data_run import FitSettings, load_critic, load_run, rows_of, sett
 from rkl.flows.fitted import Fit
 from rkl.flows.operating import distil_rejection
 from rkl.flows.training import Training
+from rkl.importing import names_in
 from rkl.runs import Run
 
 SAME = "data", "flow", "labels", "dequantise", "held_out", "seed"  # they say which rows were seen
@@ -32,7 +33,9 @@ def _fit_of(settings: FitSettings, data: Data) -> Fit:
     run = Run.open(path)
     if run.kind != "flows" or "target" in run.settings:
         raise ValueError(f"start_from: {path} holds no flow that was fitted to data.")
-    flow, critic, earlier = load_run(path), load_critic(path), settings_of(run)
+    allow = names_in(settings.flow, settings.divergence)  # which whoever calls has said
+    flow, critic = load_run(path, allow=allow), load_critic(path, allow=allow)
+    earlier = settings_of(run, allow=allow)
     for name in SAME:
         was, now = getattr(earlier, name), getattr(settings, name)
         if (now.resolve() if isinstance(now, Path) else now) != was:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -166,15 +166,22 @@ def estimate(settings: FitSettings) -> str:
     return "\n".join(lines)
 
 
-def sample_run(path: str | os.PathLike, settings: SampleSettings) -> str:
+def sample_run(
+    path: str | os.PathLike, settings: SampleSettings, *, allow: Collection[str] = ()
+) -> str:
     """Draw samples of the flow of a run and write them, in the user's units.
+
+    Args:
+        path: The folder of the run.
+        settings: How many, at which trade-off.
+        allow: What its ``run.json`` may have imported, each "module:name".
 
     Returns:
         What was written, and what it cost.
     """
     if "target" in Run.open(path).settings:
-        return _sample_target(path, settings)
-    flow, _critic, classes = load_fit(path)
+        return _sample_target(path, settings, allow)
+    flow, _critic, classes = load_fit(path, allow=allow)
     if settings.chains is not None:
         raise ValueError(f"chains go with a flow fitted to a target; got {settings.chains}.")
     if settings.out.suffix not in (".npy", ".csv"):
@@ -192,7 +199,7 @@ def sample_run(path: str | os.PathLike, settings: SampleSettings) -> str:
             samples, cost = torch.cat([law.sample(torch.Size([it])) for it in counts]), ""
         else:
             _refuse_changed_latents(settings)
-            samples, cost = _rejected(law, load_critic(path), condition, settings)
+            samples, cost = _rejected(law, load_critic(path, allow=allow), condition, settings)
     write_samples(settings.out, samples.cpu().numpy())
     return f"{settings.n:,} samples in {settings.out}{cost}"
 
@@ -239,14 +246,16 @@ def _save(run: Run, fitted: Fit) -> None:
     run.update(result=result)
 
 
-def _sample_target(path: str | os.PathLike, settings: SampleSettings) -> str:
+def _sample_target(
+    path: str | os.PathLike, settings: SampleSettings, allow: Collection[str]
+) -> str:
     for name in ("latent_temperature", "truncation", "budget", "target_precision"):
         if getattr(settings, name) not in (None, 1.0):
             raise ValueError(f"{name} goes with a flow fitted to data; {path} has a target.")
     names = "n", "out", "condition", "seed", "device"
     how: dict[str, Any] = {name: getattr(settings, name) for name in names}
     chains = CHAINS if settings.chains is None else settings.chains
-    return sample_target(path, chains=chains, **how)
+    return sample_target(path, chains=chains, allow=allow, **how)
 
 
 def _condition(named: str | None, classes: tuple[str, ...]) -> Tensor | None:

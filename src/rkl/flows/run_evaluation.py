@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rkl.flows.evaluate import VALUES, condition_grid, evaluate_on_target
 from rkl.flows.evaluation import Evaluation
 from rkl.flows.mcmc.kernels import check_whole
 from rkl.flows.target_run import TargetRun, load_target_run, parse_ranges, read_draws
+from rkl.importing import only
 from rkl.metrics import Mean, mean, to_json
 from rkl.metrics.samples import Measured, measure
 from rkl.metrics.written import parenthesised
@@ -100,9 +101,14 @@ class DataEvaluation:
 
 
 def evaluate_run(
-    path: str | os.PathLike, settings: EvaluateSettings
+    path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
 ) -> Evaluation | DataEvaluation:
     """Measure the flow of a run; the run keeps the result as ``evaluation.json``.
+
+    Args:
+        path: The folder of the run.
+        settings: What it is measured on.
+        allow: What its ``run.json`` may have imported, each "module:name".
 
     Raises:
         NotCoveredError: Under ``strict``, a part of the target is missing or may be.
@@ -110,10 +116,10 @@ def evaluate_run(
     """
     run, _device = Run.open(path), check_device(settings.device)
     if "target" not in run.settings:
-        rows = _evaluate_on_rows(run, settings)
+        rows = _evaluate_on_rows(run, settings, allow)
         write_json(run.path / KEPT, rows.to_dict())
         return rows
-    found = evaluate_target_run(path, settings)
+    found = evaluate_target_run(path, settings, allow=allow)
     write_json(run.path / KEPT, found.to_dict())
     if settings.strict and (not found.passed or bool(found.chain.failed.any())):
         print(found, flush=True)  # a table, which an error has no room for
@@ -129,9 +135,11 @@ def _why(found: Evaluation) -> str:
     return found.why or unknown[0]
 
 
-def evaluate_target_run(path: str | os.PathLike, settings: EvaluateSettings) -> Evaluation:
+def evaluate_target_run(
+    path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
+) -> Evaluation:
     """Measure the flow of a run on its target; nothing is written."""
-    found = load_target_run(path)
+    found = load_target_run(path, allow=allow)
     condition, held_out = _where(found, settings, Run.open(path))
     how: dict[str, Any] = {name: getattr(settings, name) for name in ("draws", "chains", "seed")}
     return evaluate_on_target(
@@ -178,13 +186,15 @@ def _where(
 
 
 @torch.no_grad()
-def _evaluate_on_rows(run: Run, settings: EvaluateSettings) -> DataEvaluation:
+def _evaluate_on_rows(
+    run: Run, settings: EvaluateSettings, allow: Collection[str]
+) -> DataEvaluation:
     if settings.data is None:
         raise ValueError(f"data must be given: rows that {run.path} was not fitted to.")
     for name in ("condition", "reference", "strict"):
         if getattr(settings, name):
             raise ValueError(f"{name} goes with a flow of a target; {run.path} has one of data.")
-    flow: Any = load_run(run.path)
+    flow: Any = load_run(run.path, allow=allow)
     data = read_data(settings.data, settings.labels, dequantise=settings.dequantise)
     classes = run.record["data"]["classes"]
     if data.event_shape != tuple(flow.shift.shape) or data.conditions != len(classes):
@@ -214,7 +224,12 @@ def _measured(real: Tensor, fake: Tensor, seed: int) -> Measured | None:
     return measure(real=real.float(), fake=fake.float(), seed=seed)
 
 
-def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
+def report_runs(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    allow: Collection[str] = (),
+) -> Path:
     """Write the report of one run, a single HTML file.
 
     A flow of a target is measured for it, beside a reference; one of data, beside the rows that
@@ -223,6 +238,7 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     Args:
         paths: The folder of the run.
         out: The file; ``report.html`` in the folder of the run by default.
+        allow: What the ``run.json`` may have imported, each "module:name".
     """
     if len(paths) != 1:
         raise ValueError(
@@ -230,9 +246,10 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
         )
     run = Run.open(paths[0])
     if "target" in run.settings:
-        found = evaluate_target_run(run.path, EvaluateSettings(draws=1_000, reference=True))
-        return report_on(run, found, out)
-    return _report_on_rows(run, out)
+        wanted = EvaluateSettings(draws=1_000, reference=True)
+        return report_on(run, evaluate_target_run(run.path, wanted, allow=allow), out)
+    with only(allow, source=run.path / "run.json"):
+        return _report_on_rows(run, out)
 
 
 def report_on(run: Run, found: Evaluation, out: str | os.PathLike | None = None) -> Path:

@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rkl.divergences import parse
 from rkl.divergences.base import number
-from rkl.flows.architectures import NSF, Architecture, Coupling, catalogue
+from rkl.divergences.parse import with_module
+from rkl.flows.architectures import NSF, Architecture, Coupling, parse_architecture
 from rkl.flows.built import built
 from rkl.flows.files import TORN, write_chain
 from rkl.flows.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
@@ -24,8 +24,9 @@ from rkl.flows.metropolis import independent_metropolis
 from rkl.flows.objectives import Objective, parse_objective
 from rkl.flows.target_fit import FEW, TargetFit, fit_to_target
 from rkl.flows.targets import XY, Phi4, Target, parse_target
-from rkl.flows.targets.base import Condition
+from rkl.flows.targets.base import Condition, spelt
 from rkl.flows.training import load_state, save_state
+from rkl.importing import names_in, only
 from rkl.runs import Run, fingerprint
 
 WEIGHTS = "flow.safetensors"
@@ -95,8 +96,8 @@ class TargetSettings:
         for name in ("steps", "minutes", "lr"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), above=0)
-        object.__setattr__(self, "target", repr(self.aim))
-        object.__setattr__(self, "flow", repr(self.architecture))
+        object.__setattr__(self, "target", spelt(self.aim, self.target))
+        object.__setattr__(self, "flow", with_module(self.architecture))
         _ = self.chosen, self.ranges
 
     @property
@@ -107,7 +108,7 @@ class TargetSettings:
     @property
     def architecture(self) -> Architecture:
         """What is built."""
-        return suited(self.aim) if self.flow is None else parse(self.flow, catalogue())
+        return suited(self.aim) if self.flow is None else parse_architecture(self.flow)
 
     @property
     def chosen(self) -> Objective:
@@ -276,8 +277,12 @@ def estimate_target(settings: TargetSettings) -> str:
     return "\n".join([*lines, f"about {steps:,} steps in {steps * per_step / 60:.2g} minutes"])
 
 
-def load_target_run(path: str | os.PathLike) -> TargetRun:
+def load_target_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> TargetRun:
     """The flow of a run, what it was fitted to, and where.
+
+    Args:
+        path: The folder of the run.
+        allow: What its ``run.json`` may have imported, each "module:name".
 
     Raises:
         FileNotFoundError: There is no finished run.
@@ -290,7 +295,8 @@ def load_target_run(path: str | os.PathLike) -> TargetRun:
         raise FileNotFoundError(f"path: {path} has no {WEIGHTS}: the run was not finished.")
     kept: dict[str, Any] = run.settings
     kept |= {name: Path(kept[name]) for name in PATHS if kept[name] is not None}
-    settings = TargetSettings(**kept)
+    with only(allow, source=run.path / "run.json"):
+        settings = TargetSettings(**kept)
     target = settings.aim
     flow = built(settings.architecture, target, settings.ranges)
     flow.load_state_dict(load_state(run.path / WEIGHTS)["flow"])
@@ -306,6 +312,7 @@ def sample_target(
     chains: int = CHAINS,
     seed: int = 0,
     device: str = "cpu",
+    allow: Collection[str] = (),
 ) -> str:
     """Write draws of the target of a run: chains with proposals of its flow, exact in the limit.
 
@@ -317,6 +324,7 @@ def sample_target(
         chains: Number of chains.
         seed: Of all random numbers.
         device: Where to compute.
+        allow: What the ``run.json`` may have imported, each "module:name".
 
     Returns:
         What was written, and how the chains moved.
@@ -326,7 +334,7 @@ def sample_target(
     """
     if out.suffix not in (".nc", ".npz", ".npy"):
         raise ValueError(f"out must end in .nc, .npz or .npy for draws of a target; got {out}.")
-    found = load_target_run(path)
+    found = load_target_run(path, allow=allow)
     at = _values(condition, found).to(device)
     number("chains", chains, at_least=1)
     draws = math.ceil(n / chains)
@@ -375,7 +383,8 @@ def _begun(settings: TargetSettings) -> nn.Module:
         begin: Any = getattr(flow, "start_from", None)
         if begin is None:
             raise ValueError(f"start_from goes with coarse-to-fine flows; got {settings.flow}.")
-        begin(load_target_run(settings.start_from).flow)
+        said = settings.target, settings.flow, settings.objective, settings.divergence
+        begin(load_target_run(settings.start_from, allow=names_in(*said)).flow)
     return flow
 
 

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rkl.importing import only
 from rkl.runs.files import (
     DiskFullError,
     append_jsonl,
@@ -62,6 +63,10 @@ __all__ = [
 ]
 
 FORMAT = 1  # of run.json; raised when an older rkl could no longer read it
+KINDS = (  # of runs: no other module is imported because a run.json names it
+    *("distill", "flows", "bayes", "studies.demo", "studies.akl", "studies.advnf"),
+    *("studies.neyman_scott", "studies.precision_recall"),
+)
 RECORDED = "rkl", "torch", "transformers"  # distributions whose versions a run notes down
 ROW_BYTES = 8  # of the fingerprint of a row: two of 10^6 rows collide once in 4 * 10^7 runs
 _KIND = re.compile(r"[a-z_]+(\.[a-z_]+)*")
@@ -231,30 +236,35 @@ class Run:
         return self
 
 
-def load(path: str | os.PathLike) -> Any:
-    """What a run made, as its wing gives it back: the student of a distillation, say."""
-    return verb("load_run", path)(path)
+def load(path: str | os.PathLike, *, allow: Collection[str] = ()) -> Any:
+    """What a run made, as its wing gives it back: the student of a distillation, say.
+
+    Args:
+        path: The folder of the run.
+        allow: What its ``run.json`` may have imported, each "module:name", such as a target of
+            your own; nothing by default, for importing a module runs its code.
+    """
+    with only(allow):
+        return verb("load_run", path)(path)
 
 
 def verb(name: str, *paths: str | os.PathLike) -> Any:
     """What has this name in the wing that made the runs in these folders.
 
     A run of kind "distill" is loaded by ``rkl.distill.load_run``, evaluated by
-    ``rkl.distill.evaluate_run``: the name says where to look, and no list is kept.
+    ``rkl.distill.evaluate_run``: the name says where to look.
     """
     kinds = {path: Run.open(path).kind for path in paths}
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{path} is of kind {kind!r}" for path, kind in kinds.items())
         raise ValueError(f"paths must be runs of one kind; got: {found}.")
     path, kind = kinds.popitem()
-    try:
-        wing = importlib.import_module(f"rkl.{kind}")
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"rkl.{kind}.".startswith(f"{error.name}."):
-            raise  # the wing is there, and something that it needs is missing
+    if kind not in KINDS:
         raise ValueError(
-            f"path: {path} is a run of kind {kind!r}, which this rkl does not know."
-        ) from None
+            f"path: {path} is a run of kind {kind!r}, which this rkl does not know; there are "
+            f"{', '.join(KINDS)}."
+        )
+    wing = importlib.import_module(f"rkl.{kind}")
     try:
         return getattr(wing, name)
     except AttributeError:

@@ -1,6 +1,6 @@
 """Architectures of normalizing flows: values that build a flow for a given shape of event."""
 
-from rkl.flows.architectures.base import Architecture, catalogue, draw
+from rkl.flows.architectures.base import Architecture, catalogue, draw, parse_architecture
 from rkl.flows.architectures.coupling import Coupling
 from rkl.flows.architectures.images import MultiScale
 from rkl.flows.architectures.scaled import Conditioned, Scaled, latent
@@ -17,4 +17,5 @@ __all__ = [
     "catalogue",
     "draw",
     "latent",
+    "parse_architecture",
 ]

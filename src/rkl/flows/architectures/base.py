@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from rkl.divergences import parse
+
 
 class Architecture(abc.ABC):
     """Which flow to build, as a value whose repr can be parsed.
@@ -49,6 +51,18 @@ def catalogue() -> dict[str, type[Architecture]]:
         if not inspect.isabstract(cls)
     }
     return dict(sorted(named.items()))
+
+
+def parse_architecture(text: str) -> Architecture:
+    """An architecture from its repr, or the same in kebab case, or ``module:Name(k=v)``.
+
+    Raises:
+        ValueError: It cannot be read, or is no architecture.
+
+    >>> parse_architecture("nsf(transforms=2)").transforms
+    2
+    """
+    return parse(text, catalogue(), kind=Architecture)
 
 
 class Latent(Distribution):

@@ -1,18 +1,19 @@
 """What a target is: an unnormalised density that depends on conditions, with its units."""
 
 import abc
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rkl.divergences.base import floats
-from rkl.divergences.parse import parse
+from rkl.divergences.parse import full_name, parse, with_module
+from rkl.importing import imported
 
 
 class Condition(NamedTuple):
@@ -172,26 +173,40 @@ def parse_target(text: str) -> Target:
     if not isinstance(text, str):
         raise TypeError(f"target must be a string such as 'xy(side=8)'; got {text!r}.")
     name = text.partition("(")[0].strip()
-    known = dict(catalogue())
-    if ":" in name:
-        known = {"own": _imported(name)}
+    known: dict[str, Callable[..., Target]] = dict(catalogue())
+    if ":" in name and name not in map(full_name, known.values()):
+        known = {"own": _maker(name)}
         text = "own" + text.strip()[len(name) :]
-    target = parse(text, known)
-    if not isinstance(target, Target):
-        raise ValueError(f"target {name} made {target!r}, which is no rkl.flows.targets.Target.")
-    return target
+    return parse(text, known)
 
 
-def _imported(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
+def spelt(target: Target, text: str) -> str:
+    """The text from which another process makes the same target: its repr with its module.
+
+    >>> spelt(parse_target("mog4"), "mog4")
+    'MoG4()'
+    """
+    name, _, settings = text.partition("(")
+    if isinstance(target, Density) or (":" in name and name.strip() != full_name(type(target))):
+        return text.strip()  # a function, an instance, or a class by the name it is given by
+    return with_module(target)
+
+
+def _maker(name: str) -> Callable[..., Target]:
+    """What makes a target of "module:name": a class of them, a target, or a log-density."""
     try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"target {name} cannot be imported: {error}.") from None
+        found: Any = imported(name)
+    except ValueError as error:
+        raise ValueError(f"target: {error}") from error
     if isinstance(found, Target):
         return lambda: found
-    if isinstance(found, type) or not callable(found):
+    if isinstance(found, type) and issubclass(found, Target):
         return found
+    if isinstance(found, type | BuiltinFunctionType) or not callable(found):
+        raise ValueError(
+            f"target {name} must be a Target, a class of them, or a function "
+            f"log_prob(x, condition); got {found!r}."
+        )
 
     function: Any = found
 

@@ -113,7 +113,10 @@ def test_a_function_of_ones_own_is_fitted_and_drawn_from(folder, monkeypatch):
     words += ["--flow", "coupling(transforms=2, hidden=(16,))", "--batch", "256", "--steps", "250"]
     monkeypatch.chdir(folder)
     assert main([*words, "--out", "own"]) == 0
-    sample_target(folder / "own", n=4000, out=folder / "own.npy", condition="s=1.5")
+    how = {"n": 4000, "out": folder / "own.npy", "condition": "s=1.5"}
+    with pytest.raises(ValueError, match="say --allow my_law:log_prob"):
+        sample_target(folder / "own", **how)
+    sample_target(folder / "own", **how, allow=["my_law:log_prob"])
     assert np.load(folder / "own.npy").std() == pytest.approx(1.5, abs=0.2)
 
 
@@ -125,7 +128,9 @@ def test_a_chain_that_never_moves_is_no_result(folder, capsys):
     assert main(words) == 0
     out = folder / "far.npz"
     words = ["sample", str(folder / "far"), "-n", "7500", "--chains", "300", "--out", str(out)]
-    assert main(words) == 1
+    assert main(words) == 2
+    assert "say --allow my_law:far" in capsys.readouterr().err
+    assert main([*words, "--allow", "my_law:far"]) == 1
     assert "a chain took none of its 24 proposals" in capsys.readouterr().err
     assert not out.exists()
 
@@ -186,7 +191,7 @@ def test_each_kind_of_target_has_an_architecture_that_suits_it():
     assert suited(Phi4(side=5)) == Coupling()
     assert suited(parse_target("mog4")) == SPLINES
     with pytest.raises(ValueError, match="flow must be named"):
-        suited(parse_target("math:gcd(event_shape=(3,), domain='circle')"))
+        suited(parse_target("textwrap:wrap(event_shape=(3,), domain='circle')"))
 
 
 def test_ranges_are_read_and_what_is_none_is_refused():

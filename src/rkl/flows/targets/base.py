@@ -184,7 +184,7 @@ def spelt(target: Target, text: str) -> str:
     """The text from which another process makes the same target: its repr with its module.
 
     >>> spelt(parse_target("mog4"), "mog4")
-    'MoG4()'
+    'MoG4(radius=2.0)'
     """
     name, _, settings = text.partition("(")
     if isinstance(target, Density) or (":" in name and name.strip() != full_name(type(target))):

@@ -341,12 +341,19 @@ def test_a_batch_of_infinite_tokens_has_no_gradient(tiny_model, tiny_rows, tiny_
     assert all((it.grad == 0).all() for it in student.parameters())
 
 
-def test_evaluation_counts_infinite_tokens(tiny_model, tiny_rows, tiny_trainer):
-    settings = {"divergence": rkl.ReverseKL(), "eval_dataset": tiny_rows(4)}
-    trainer = tiny_trainer(tiny_model(seed=2), _Masking([0, 1]), settings=settings)
-    metrics = trainer.evaluate()
+def test_an_evaluation_with_infinite_tokens_is_infinite_and_counts_them(
+    tiny_model, tiny_rows, tiny_trainer
+):
+    student, rows = tiny_model(seed=2), tiny_rows(4)
+    settings = {"divergence": rkl.ReverseKL(), "eval_dataset": rows}
+    metrics = tiny_trainer(student, _Masking([0, 1]), settings=settings).evaluate()
+    assert metrics["eval_loss"] == math.inf
     assert metrics["eval_infinite_tokens"] == 2
-    assert math.isfinite(metrics["eval_loss"])
+    batch = shifted(PadRows()(rows))
+    with torch.no_grad():
+        logq = student(**batch.inputs).logits[:, :-1][batch.predicting].double().log_softmax(-1)
+    others = (logq.exp() * (logq + math.log(40))).sum(-1)[2:].mean().item()
+    assert metrics["eval_finite_loss"] == pytest.approx(others, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ _HOMES = {
     "generate": "GenerateSettings Sampling generate_run",
     "heads": "Head read_head",
     "report": "report_runs",
+    "selection": "DivergedError",
     "run": "DistillSettings Distilled distill estimate load_run",
     "teachers": "Teacher load_model load_tokenizer",
     "trainer": "DistillConfig DistillTrainer",

@@ -1,6 +1,8 @@
 """The model card of a distilled student: what it was made of, what came out, how to use it."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from rkl.runs import Run
 
@@ -36,8 +38,20 @@ How it was measured against its teacher on other text is in `evaluation.json`, o
 - Versions: {versions}.
 """
 _BEST = """
-- Divergence on held-out text: {held_out_loss:.4g} nats per token, the smallest of all
+- Divergence on held-out text: {value}, the smallest of all
   evaluations, at step {best_step:,}, which is this model."""
+_DIVERGED = """
+- **The run ended early:** {diverged} This is the model of step {best_step:,}."""
+
+
+def held_out_loss(result: Mapping[str, Any]) -> str:
+    """The divergence on held-out text of the student that was kept, in words."""
+    loss, infinite = result["held_out_loss"], result.get("held_out_infinite_tokens")
+    if not infinite:
+        return f"{loss:.4g} nats per token on held-out text"
+    elsewhere = result.get("held_out_finite_loss")
+    rest = "which are all" if elsewhere is None else f"{elsewhere:.4g} nats per token elsewhere"
+    return f"infinite at {infinite:,.0f} held-out tokens, {rest}"
 
 
 def model_card(run: Run) -> str:
@@ -53,7 +67,7 @@ def model_card(run: Run) -> str:
         path=json.dumps(name, ensure_ascii=False),  # and of Python
         name=name,
         student=student + without,
-        best="" if result["held_out_loss"] is None else _BEST.format(**result),
+        best=_outcome(result),
         held=f"{data['held_out']['blocks']:,} blocks, {data['held_out']['origin']}",
         settings=", ".join(f"{key} {value}" for key, value in given.items()),
         versions=", ".join(f"{key} {number}" for key, number in record["versions"].items()),
@@ -62,3 +76,13 @@ def model_card(run: Run) -> str:
         **{key: data[key] for key in ("rows", "blocks", "fingerprint")},
         **{key: result[key] for key in ("steps", "tokens")},
     )
+
+
+def _outcome(result: Mapping[str, Any]) -> str:
+    """How the model was chosen, and whether the run ended as it should."""
+    words = ""
+    if result["held_out_loss"] is not None:
+        words = _BEST.format(value=held_out_loss(result), **result)
+    if result.get("diverged"):
+        words += _DIVERGED.format(**result)
+    return words

@@ -264,6 +264,8 @@ def _stretching(seen: list[Tensor]) -> Callable[[nn.Module, tuple], tuple]:
 def _difference(logits: Tensor, told: Tensor) -> str | None:
     if logits.shape != told.shape:
         return f"it gives {logits.shape[-1]} logits, but its output embedding {told.shape[-1]}"
+    if logits.isnan().any():
+        return "its logits are NaN, as weights that are NaN or too large make them"
     eps = max(torch.finfo(logits.dtype).eps, torch.finfo(told.dtype).eps)
     difference = (logits - told).abs().amax(-1) / logits.abs().amax(-1)
     if (difference <= eps**0.5 / 4).all():  # a few roundings, in any precision; false for NaN

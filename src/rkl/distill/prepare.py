@@ -192,6 +192,12 @@ def _load_student(settings: DistillSettings) -> PreTrainedModel:
     return without_layers(student, settings.drop_layers) if settings.drop_layers else student
 
 
+def save_student(settings: DistillSettings, folder: Path) -> None:
+    """Write the student as a run begins with it, and its tokenizer."""
+    _load_student(settings).save_pretrained(folder)
+    _load_tokenizers(settings)[1].save_pretrained(folder)
+
+
 def _vocab(model: PreTrainedModel) -> int:
     return model.config.get_text_config(decoder=True).vocab_size
 

@@ -29,13 +29,14 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 
+from rkl.distill.selection import improves
 from rkl.runs import Run
 
 PAUSE = 10.0  # seconds between lines where there is no terminal
 _STATUS = Path("/proc/self/status")
 Watch = Callable[[Any, int], None]
 _LOGGED = "loss", "grad_norm", "learning_rate", "infinite_tokens"
-_LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens"
+_LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens", "eval_finite_loss"
 
 
 def say(message: str) -> None:
@@ -95,8 +96,7 @@ class Journal(TrainerCallback):
             self.watch(model, state.global_step)
 
     def on_evaluate(self, args, state, control, metrics: Any = None, **kwargs):
-        best = state.best_metric
-        if state.global_step and (best is None or metrics["eval_loss"] < best):
+        if state.global_step and improves(metrics, state):
             control.should_save = True
 
     def on_log(self, args, state, control, logs: Any = None, **kwargs):
@@ -172,6 +172,8 @@ class Display:
         """Show what was logged."""
         if "eval_loss" in row:
             self._figures = f"held-out loss {row['eval_loss']:.4g}"
+            if infinite := row.get("eval_infinite_tokens"):
+                self._figures += f" ({infinite:,.0f} tokens are infinite)"
         else:
             speed = row["tokens_per_second"]
             self._figures = f"loss {row['loss']:.4g}"

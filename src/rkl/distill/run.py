@@ -6,6 +6,7 @@ The folder is what ``save_pretrained`` writes, beside the run's own files (:mod:
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -14,13 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from rkl.distill.card import model_card
+from rkl.distill.card import held_out_loss, model_card
 from rkl.distill.data import passages
 from rkl.distill.generate import finished
 from rkl.distill.plan import Estimate, estimate
-from rkl.distill.prepare import Models, Text, load, make_trainer, with_cached_teacher
+from rkl.distill.prepare import (
+    Models,
+    Text,
+    load,
+    make_trainer,
+    save_student,
+    with_cached_teacher,
+)
 from rkl.distill.progress import (
     Display,
     Journal,
@@ -32,6 +40,7 @@ from rkl.distill.progress import (
     quiet,
     say,
 )
+from rkl.distill.selection import DivergedError
 from rkl.distill.settings import DistillSettings
 from rkl.distill.teachers import Teacher, load_model
 from rkl.runs import Run, remove_folder, replacing_files, write_atomic
@@ -62,10 +71,7 @@ class Distilled:
             f"{in_words(it['peak_memory'])}"
         ]
         if it["held_out_loss"] is not None:
-            words.append(
-                f"best at step {it['best_step']:,}: {it['held_out_loss']:.4g} nats per token "
-                f"on held-out text"
-            )
+            words.append(f"best at step {it['best_step']:,}: {held_out_loss(it)}")
         return (
             f"{self.path}: {'; '.join(words)}.\n"
             f"Measure it with: rkl evaluate {self.path} --data HELDOUT"
@@ -98,6 +104,8 @@ def distill(
 
     Raises:
         KeyboardInterrupt: When Ctrl-C or SIGTERM stopped it, a checkpoint having been saved.
+        DivergedError: When a loss, a gradient or an evaluation was NaN. The folder then holds the
+            best student on held-out text, or else the last good one, and ``run.json`` says so.
     """
     began = time.perf_counter()
     _check_place(settings, Path(out))
@@ -117,13 +125,20 @@ def distill(
         return Distilled(run.path, run.record["result"])
     _introduce(text, models)
     _check_same_data(run, data := text.record())
-    with run.running():
-        run.update(data=data)
-        run.remember_rows(passages(text.rows))
-        if settings.cache_teacher:
-            models = with_cached_teacher(settings, run.path / CACHE, text, models)
-        _train(settings, run, text, models, watch)
-        _finish(run, time.perf_counter() - began, peak_memory(models.student.device))
+    try:
+        with run.running():
+            run.update(data=data)
+            run.remember_rows(passages(text.rows))
+            if settings.cache_teacher:
+                models = with_cached_teacher(settings, run.path / CACHE, text, models)
+            diverged = _train(settings, run, text, models, watch)
+            memory = peak_memory(models.student.device)
+            _finish(run, settings, time.perf_counter() - began, memory, diverged)
+            if diverged is not None:
+                raise DivergedError(diverged.step, f"{run.path}: {diverged.reason}", _kept(run))
+    except DivergedError:
+        run.update(status="diverged")
+        raise
     return Distilled(run.path, run.record["result"])
 
 
@@ -162,43 +177,87 @@ def _train(
     text: Text,
     models: Models,
     watch: Watch | None,
-) -> None:
-    """Train from the last checkpoint on, or from the beginning, to the last step."""
+) -> DivergedError | None:
+    """Train from the last checkpoint on, or from the beginning, to the last step or to a NaN."""
     folder = run.path.resolve() / "checkpoints"
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     done = -1 if last is None else _state(Path(last))["global_step"]
     total = settings.steps(len(text.blocks))
     run.rewind(done)
     if done == total:
-        return
+        return None
     trainer = make_trainer(settings, folder, text, models, eval_on_start=last is None)
     display, stop = Display(total), Stop()
     trainer.add_callback(Journal(run, display, watch))
     trainer.add_callback(stop)
-    with display.bar, stop.listening():
-        trainer.train(resume_from_checkpoint=last)
+    try:
+        with display.bar, stop.listening():
+            trainer.train(resume_from_checkpoint=last)
+    except DivergedError as error:
+        if error.sound:
+            trainer.keep_weights()
+        return error
     if trainer.state.global_step < total:
         say(f"A checkpoint of step {trainer.state.global_step} of {total} is saved.")
         raise KeyboardInterrupt
+    return None
 
 
-def _finish(run: Run, seconds: float, memory: int) -> None:
+def _kept(run: Run) -> str:
+    """Which student the folder of a diverged run holds, in words."""
+    result = run.record["result"]
+    step, loss = result["best_step"], result["held_out_loss"]
+    student = f"the student of step {step:,}" if step else "the student it began with"
+    found = "" if loss is None else f", the best on held-out text ({held_out_loss(result)})"
+    return (
+        f"{run.path} holds {student}{found}. Try a smaller --learning-rate, or "
+        "--max-gradient 1, and see that no weight of the teacher is NaN."
+    )
+
+
+def _last_good(folder: Path, diverged: DivergedError | None) -> tuple[int, dict[str, Any]]:
+    """The step whose student is kept, 0 for the one at the beginning, and the Trainer's state.
+
+    It is the best one on held-out text, or else the last. If the loss was NaN at step t, the
+    weights of step t - 1 made it so, and those of t - 2 are the last known to be good.
+    """
+    found = [Path(it) for it in sort_checkpoints(str(folder))] if folder.is_dir() else []
+    states = {int(path.name.rpartition("-")[2]): _state(path) for path in found}
+    if not states and diverged is None:
+        raise FileNotFoundError(f"out: {folder.parent} has lost its checkpoints.")
+    last = states.get(max(states, default=0), {})
+    if last.get("best_global_step"):
+        return last["best_global_step"], last
+    limit = math.inf if diverged is None else diverged.step - (1 if diverged.sound else 2)
+    good = max((step for step in states if step <= limit), default=0)
+    return good, states.get(good, {})
+
+
+def _finish(
+    run: Run,
+    settings: DistillSettings,
+    seconds: float,
+    memory: int,
+    diverged: DivergedError | None,
+) -> None:
     """Put the best student, or else the last, into the folder of the run, with its card."""
-    last = get_last_checkpoint(str(run.path / "checkpoints"))
-    if last is None:
-        raise FileNotFoundError(f"out: {run.path} has lost its checkpoints.")
-    state = _state(Path(last))
-    best = state["best_global_step"] or state["global_step"]
+    best, state = _last_good(run.path / "checkpoints", diverged)
+    evaluated = next((row for row in run.metrics if best and _is_of(row, best)), {})
     with replacing_files(run.path) as folder:
-        for file in (run.path / "checkpoints" / f"checkpoint-{best}").iterdir():
+        if not best:
+            save_student(settings, folder)
+        for file in (run.path / "checkpoints" / f"checkpoint-{best}").glob("*"):
             if file.name not in OF_TRAINER:
                 shutil.copyfile(file, folder / file.name)
     run.update(
         result={
-            "steps": state["global_step"],
+            "steps": state.get("global_step", 0),
             "best_step": best,
-            "held_out_loss": state["best_metric"],
-            "tokens": state["num_input_tokens_seen"],
+            "held_out_loss": evaluated.get("eval_loss"),
+            "held_out_infinite_tokens": evaluated.get("eval_infinite_tokens", 0),
+            "held_out_finite_loss": evaluated.get("eval_finite_loss"),
+            "diverged": None if diverged is None else str(diverged),
+            "tokens": state.get("num_input_tokens_seen", 0),
             # Steps alone, those of earlier sessions too.
             "training_seconds": sum(row.get("seconds", 0.0) for row in run.metrics),
             "seconds": seconds,
@@ -208,6 +267,10 @@ def _finish(run: Run, seconds: float, memory: int) -> None:
     write_atomic(run.path / "README.md", model_card(run))
     if (run.path / CACHE).exists():
         remove_folder(run.path / CACHE)
+
+
+def _is_of(row: dict[str, Any], step: int) -> bool:
+    return row["step"] == step and "eval_loss" in row
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:

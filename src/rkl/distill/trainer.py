@@ -1,5 +1,6 @@
 """Distillation as a transformers.Trainer: D(teacher ‖ student) at every labelled token."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -24,6 +25,7 @@ from rkl.distill.heads import (
     read_head,
 )
 from rkl.distill.limits import check_counts, check_within
+from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
 from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher
 from rkl.divergences import AKL, KL, Divergence
 from rkl.estimators import LinearHead, TopK, exact, per_token
@@ -74,6 +76,9 @@ class DistillTrainer(Trainer):
     tokens trained on in a whole step, over all processes and accumulated batches, however the
     rows are split among them.
 
+    A NaN in a loss, a gradient or an evaluation raises :class:`DivergedError` before it reaches
+    the weights; so do steps in a row whose divergence is infinite at every token.
+
     Args:
         model: The student.
         args: Its settings.
@@ -121,6 +126,10 @@ class DistillTrainer(Trainer):
         self._named = self._moving = False
         self._staging: str | None = None
         self._scores: list[Tensor] = []
+        self._losses: list[Tensor] = []  # of the step that is being taken
+        self._endless = 0  # steps in a row whose loss was infinite
+        self._batch: Batch | None = None  # the last one
+        self.add_callback(_Guard(self._check_step))
 
     def _student(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
@@ -144,7 +153,7 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The batch's share of the loss of a whole step, in nats per token trained on."""
-        batch = shifted(inputs)
+        self._batch = batch = shifted(inputs)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
         p = self._observe(batch)
         loss = self._in_place_of_head(model, batch, lambda q: self._loss(batch, p, q, count))
@@ -170,7 +179,8 @@ class DistillTrainer(Trainer):
             p = self._observe(batch)
             scores = self._in_place_of_head(model, batch, lambda q: self._score(batch, p, q))
             self._scores.append(cast(Tensor, self.accelerator.gather_for_metrics(scores)))
-            loss = scores[:, 0].sum() / scores[:, 2].sum().clamp_min(1)
+            loss = scores[:, 0].sum() / scores[:, 3].sum().clamp_min(1)
+            loss = loss.masked_fill(scores[:, 2].sum() > 0, math.inf)
             if prediction_loss_only:
                 return loss, None, None
             return loss, model(**batch.inputs).logits, inputs["labels"]
@@ -179,16 +189,22 @@ class DistillTrainer(Trainer):
         """The Trainer's, but every mean is over the tokens of the data set, not over batches.
 
         ``eval_loss`` is the divergence and ``eval_cross_entropy`` that of the labels, both in
-        nats per token; tokens whose divergence is infinite are left out of it and counted.
+        nats per token. If the divergence is infinite at any token, so is ``eval_loss``;
+        ``eval_infinite_tokens`` then counts these tokens, and ``eval_finite_loss`` is the mean
+        over the others. A NaN anywhere makes it NaN.
         """
         self._scores = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if not self._scores:
             return output
-        value, entropy, finite, tokens = torch.cat(self._scores).sum(0).tolist()
-        means = {"loss": value / max(finite, 1), "cross_entropy": entropy / max(tokens, 1)}
-        if finite < tokens:
-            means["infinite_tokens"] = tokens - finite
+        value, entropy, infinite, tokens = torch.cat(self._scores).double().sum(0).tolist()
+        means = {"loss": value / max(tokens, 1), "cross_entropy": entropy / max(tokens, 1)}
+        if infinite:
+            means["infinite_tokens"] = infinite
+            if infinite < tokens:
+                means["finite_loss"] = value / (tokens - infinite)
+            if not math.isnan(value):
+                means["loss"] = math.inf
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics=(output.metrics or {}) | metrics)
 
@@ -203,11 +219,100 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, once what a killed process had begun to write is removed."""
+        """The Trainer's, once what a killed process had begun to write is removed.
+
+        Raises:
+            DivergedError: At a NaN; the student then has the weights from before that step, or
+                with ``load_best_model_at_end`` those of the best evaluation.
+        """
         if self.args.should_save:
             sweep(Path(str(self.args.output_dir)))
         self.accelerator.wait_for_everyone()
-        return super().train(*args, **kwargs)
+        self._losses, self._endless = [], 0
+        try:
+            return super().train(*args, **kwargs)
+        except DivergedError:
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+                self._load_best_model()
+            raise
+
+    def keep_weights(self) -> None:
+        """Save a checkpoint of the student as it is, unless there is one of this step."""
+        path = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if not path.exists():
+            self._save_checkpoint(cast(nn.Module, self.model), None)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's, which notes the loss for the check before the update."""
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def _check_step(self) -> None:
+        """End the training before an update that would make the weights NaN."""
+        losses = torch.stack(self._losses)
+        gradients = (it.grad for it in self._student().parameters() if it.grad is not None)
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # which skips such steps
+        bad = not_finite(() if scaled else gradients).to(losses.device)
+        flags = torch.stack([losses.isnan().any(), bad, losses.isinf().all()]).long()
+        if self.accelerator.num_processes > 1:
+            flags = cast(Tensor, self.accelerator.reduce(flags, reduction="sum"))
+        lost, bad, infinite = flags.tolist()
+        self._losses, step = [], self.state.global_step + 1
+        self._endless = self._endless + 1 if infinite == self.accelerator.num_processes else 0
+        if lost or bad:
+            what = "loss" if lost else "gradient"
+            raise DivergedError(
+                step,
+                f"the {what} is NaN{' or infinite' * (not lost)}{self._cause()}",
+                sound=not lost or self._student_is_finite(),
+            )
+        if self._endless == PATIENCE:
+            raise DivergedError(
+                step,
+                f"{self.divergence} is infinite at every token of {PATIENCE} steps in a row, so "
+                "that nothing is learned,",
+                sound=True,
+            )
+
+    def _student_is_finite(self) -> bool:
+        """True if the student's weights, and what it gives its head on the last batch, are."""
+        if self._batch is None or bad_weights(self._student()) is not None:
+            return False
+        q = self._head.observe(self._batch.inputs, self._batch.predicting, vocab=self._vocab)
+        states = q.hidden if isinstance(q, LinearHead) else q
+        return bool(states.isfinite().all())
+
+    def _cause(self) -> str:
+        """Which of the two models is not finite itself."""
+        models = {"student": self._student()}
+        if isinstance(self._teacher, ModelTeacher):
+            models["teacher"] = self._teacher.head.model
+        for name, model in models.items():
+            if (weight := bad_weights(model)) is not None:
+                return f" (the {name}'s weight {weight} is not finite)"
+        return ""
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super()._evaluate(*args, **kwargs)
+        for name, value in metrics.items():
+            if name.endswith("_loss") and math.isnan(value):
+                raise DivergedError(self.state.global_step, f"{name} is NaN{self._cause()}")
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """The Trainer's, but of infinite losses the one with fewer infinite tokens is better."""
+        name = self.args.metric_for_best_model
+        name = name if name is None or name.startswith("eval_") else f"eval_{name}"
+        if name is None or not name.endswith("_loss") or self.args.greater_is_better:
+            return super()._determine_best_metric(metrics=metrics, trial=trial)
+        if name in metrics and not improves(metrics, self.state, name):
+            return False
+        self.state.best_metric = None
+        better = super()._determine_best_metric(metrics=metrics, trial=trial)
+        if not better:  # infinite, and yet the best so far
+            self.state.best_global_step = self.state.global_step
+        return True
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
@@ -310,15 +415,18 @@ class DistillTrainer(Trainer):
         return per_token({"loss": self.divergence}, p=p, q=q)["loss"]
 
     def _score(self, batch: Batch, p: Known, q: Known) -> Tensor:
-        """Of each row: the sums of finite divergences and of cross-entropies, and their counts."""
+        """Of each row: the sums of finite divergences and of cross-entropies, two counts.
+
+        Those are of tokens with an infinite divergence, and of all tokens.
+        """
         totals = torch.zeros(len(batch.predicting), 4, device=batch.predicting.device)
         if not len(batch.targets):
             return totals
         value = self._values(p, q)
         label = TopK(torch.zeros_like(value)[:, None], batch.targets[:, None])
         entropy = per_token({"label": KL()}, p=label, q=q)["label"]
-        finite = value.isfinite()
-        scores = [value.where(finite, 0.0), entropy, finite, torch.ones_like(value)]
+        infinite = value.isinf()
+        scores = [value.masked_fill(infinite, 0.0), entropy, infinite, torch.ones_like(value)]
         row = batch.predicting.nonzero()[:, 0]
         return totals.index_add_(0, row, torch.stack(scores, 1).to(totals.dtype))
 
@@ -359,6 +467,16 @@ class DistillTrainer(Trainer):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             return str(int(token))
         return f"{int(token)} {tokenizer.decode([int(token)])!r}"
+
+
+class _Guard(TrainerCallback):
+    """Has a step checked between its gradient and its update."""
+
+    def __init__(self, check: Callable[[], None]):
+        self._check = check
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._check()
 
 
 def _only(known: Known, token: int) -> LinearHead | Float[Tensor, "1 vocab"]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 import sys
 import types
 from pathlib import Path
@@ -82,6 +83,67 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *it: (calls.append("replace"), replace(*it)))
     runs.write_atomic(tmp_path / "file", b"new")
     assert calls == ["fsync", "replace", "fsync"]  # the file; its name; the folder's entry
+
+
+def record_of_disk(monkeypatch):
+    """What is flushed and renamed, in order: an inode with its content then, or two names."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def flush(descriptor):
+        fsync(descriptor)
+        found = os.fstat(descriptor)
+        folder = stat.S_ISDIR(found.st_mode)
+        content = None if folder else os.pread(descriptor, found.st_size, 0)
+        events.append((found.st_ino, content))
+
+    def rename(old, new):
+        replace(old, new)
+        events.append(("renamed to", Path(new)))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
+    return events
+
+
+def test_a_folder_is_on_the_disk_with_its_contents_before_it_takes_its_name(tmp_path, monkeypatch):
+    """A power cut keeps what was flushed, and the names may reach the disk before the rest."""
+    events = record_of_disk(monkeypatch)
+    with runs.replacing_folder(tmp_path / "checkpoint-1") as folder:
+        (folder / "weights").write_bytes(b"weights")
+        (folder / "part").mkdir()
+        (folder / "part" / "optimizer.pt").write_bytes(b"moments")
+    place = tmp_path / "checkpoint-1"
+    named = events.index(("renamed to", place))
+    before, after = events[:named], events[named + 1 :]
+    for file in (place / "weights", place / "part" / "optimizer.pt"):
+        assert (file.stat().st_ino, file.read_bytes()) in before
+    for inside in (place / "part", place):
+        assert (inside.stat().st_ino, None) in before
+    assert (tmp_path.stat().st_ino, None) in after
+
+
+def test_files_that_join_a_folder_are_on_the_disk_before_they_take_their_names(
+    tmp_path, monkeypatch
+):
+    events = record_of_disk(monkeypatch)
+    with runs.replacing_files(tmp_path) as folder:
+        (folder / "weights").write_bytes(b"weights")
+        (folder / "tokenizer").write_bytes(b"words")
+    for name in ("weights", "tokenizer"):
+        file = tmp_path / name
+        named = events.index(("renamed to", file))
+        assert (file.stat().st_ino, file.read_bytes()) in events[:named]
+        assert (tmp_path.stat().st_ino, None) in events[named + 1 :]
+
+
+def test_a_row_is_on_the_disk_once_it_is_appended(tmp_path, monkeypatch):
+    events, file = record_of_disk(monkeypatch), tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        events.clear()
+        runs.append_jsonl(file, {"step": step})
+        content = file.read_bytes()
+        assert content.endswith(b'{"step": %d}\n' % step)
+        assert events == [(file.stat().st_ino, content)]
 
 
 @pytest.mark.parametrize("failing_call", [1, 2])

@@ -105,6 +105,24 @@ def test_events_of_any_shape_and_as_many_as_asked_for():
     assert found.draws >= 17
 
 
+@pytest.mark.parametrize("n", [1, 2, 17, 5_000])
+def test_draws_are_counted_up_to_the_last_accepted_one(n):
+    """Every third draw has the ratio 3 and is kept for certain, the others have no mass."""
+    drawn = [0]
+
+    def ratio(x):
+        places = torch.arange(drawn[0], drawn[0] + len(x))
+        drawn[0] += len(x)
+        return torch.where(places % 3 == 2, math.log(3.0), -math.inf).double()
+
+    found = reject(Normal(0.0, 1.0), ratio, n=n, accept_lam=1.0, pilot=9_999)
+    assert len(found.samples) == len(found.log_ratio) == n
+    assert found.draws == 3 * n
+    assert found.cost == 3.0
+    equal = reject(Normal(0.0, 1.0), torch.zeros_like, n=n, accept_lam=1.0)
+    assert equal.draws == n  # p is q: nothing is refused
+
+
 def test_the_constant_is_fitted_exactly_on_the_pilot():
     law = Normal(0.0, 1.0)
     torch.manual_seed(3)

@@ -1,11 +1,15 @@
 """Every divergence through every estimator: the same number, whatever is known of p and q."""
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 from catalogued import ALL, every, every_f, pair
+from torch._inductor.exc import InductorError
 from torch.nn.functional import cross_entropy
 
 import rkl
@@ -264,6 +268,57 @@ def test_compiling_is_chosen_by_the_size_of_the_work_and_said_once(caplog, monke
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not kernels.compiles(2**26, cpu)
     assert "No C++ compiler" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("not executable"), InductorError(OSError("no g++"), None)]
+)
+def test_a_compiler_that_does_not_work_is_said_once_and_done_without(error, caplog, monkeypatch):
+    from rkl import kernels
+
+    asked = []
+
+    def fail(function, step):
+        asked.append(step)
+        raise error
+
+    kernels._say.cache_clear()
+    monkeypatch.setattr(kernels, "_FAILED", set())
+    monkeypatch.setattr(kernels, "_compiled", fail)
+    p, q = torch.randn(7, 50), torch.randn(7, 50)
+    values = [exact(rkl.KL(), p=p, q=q, compiled=it) for it in (True, True, False)]
+    assert values[0] == values[1] == values[2]
+    assert len(asked) == len(caplog.records) == 1
+    reason = str(error).partition("\n")[0]
+    assert caplog.records[0].message.endswith(f"compiling failed: {reason}")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("a bug")])
+def test_what_fails_in_a_compiled_step_is_not_taken_for_the_compiler(error, monkeypatch):
+    from rkl import kernels
+
+    def failing(*arguments):
+        raise error
+
+    monkeypatch.setattr(kernels, "_compiled", lambda function, step: failing)
+    with pytest.raises(type(error), match=str(error)):
+        exact(rkl.KL(), p=torch.randn(7, 50), q=torch.randn(7, 50), compiled=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment", [{"CXX": "/bin/false"}, {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/cache"}]
+)
+def test_a_machine_that_cannot_compile_computes_the_same(environment, tmp_path):
+    script = (
+        "import torch, rkl; torch.manual_seed(0); p, q = torch.randn(2, 7, 50)\n"
+        "one, other = (rkl.exact(rkl.KL(), p=p, q=q, compiled=it) for it in (True, False))\n"
+        "assert one == other"
+    )
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | environment
+    probe = [sys.executable, "-c", script]
+    done = subprocess.run(probe, env=environment, capture_output=True, text=True, check=True)
+    assert "runs uncompiled" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch.distributions import Distribution, LogNormal, Normal, constraints
 
 from rkl.bayes.draws import tensor_of
 from rkl.bayes.families import ExponentialFamily, Natural
+from rkl.estimators import compiled_or_eager
 
 INNER = 8  # rows that are summed together: a core looks ahead in about so many streams of memory
 NARROW = 64  # laws side by side below which, in memory, draws are
@@ -89,13 +90,19 @@ def _totals_of(
         return _totals(plan.batch, plan.directions, run, kernel, family, law, plan.reference, w)
     own = {name: vars(law)[name] for name in law.arg_constraints if name in vars(law)}
     own = own or {name: getattr(law, name) for name in family.parameters}
-    for x in [*own.values(), *([] if w is None else [w]), *(place or {}).values()]:
-        torch._dynamo.maybe_mark_dynamic(x, 0)  # one graph for every number of runs
     fixed = {field.name: getattr(family, field.name) for field in dataclasses.fields(family)}
     numbers = tuple((k, x) for k, x in fixed.items() if not isinstance(x, Tensor))
     into = place is not None
-    step = _compiled(plan.batch, plan.directions, run, kernel, into, type(family), numbers)
-    return step(family, own, plan.reference, w, place)
+    how = plan.batch, plan.directions, run, kernel
+    key = (*how, into, type(family), numbers)
+    eager = functools.partial(_remade_totals, *how)
+
+    def compile_step():
+        for x in [*own.values(), *([] if w is None else [w]), *(place or {}).values()]:
+            torch._dynamo.maybe_mark_dynamic(x, 0)  # one graph for every number of runs
+        return _compiled(*key)
+
+    return compiled_or_eager(key, compile_step, eager, family, own, plan.reference, w, place)
 
 
 @functools.cache

@@ -2,8 +2,6 @@
 
 import functools
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +15,7 @@ from rkl.bayes.blocks import INNER, Law, Plan, Sums, Totals, check_domain, sums_
 from rkl.bayes.draws import Draws, read
 from rkl.bayes.families import ExponentialFamily, Natural, family_of
 from rkl.bayes.families.base import jacobian
+from rkl.estimators import has_compiler
 from rkl.metrics import Mean
 from rkl.metrics.batches import HALVES, BatchMeans, slots_of
 
@@ -155,7 +154,7 @@ def one_pass(
         family, reference, batch = _reference(draws, law, names)
         laws = math.prod(batch)
         if compiled is None:
-            compiled = draws.chains * draws.draws * laws >= WORTH_COMPILING and _compiler()
+            compiled = draws.chains * draws.draws * laws >= WORTH_COMPILING and has_compiler()
         compiled = compiled and not any(family.events)
         unit, rows, length = _layout(draws, max(1, laws), FUSED if compiled else CACHED)
         rest = draws.draws % unit // INNER * INNER
@@ -292,7 +291,3 @@ def _refuse(draws: Draws, law: Law, names: Sequence[str], family: ExponentialFam
 def _check(law: Distribution, family: ExponentialFamily) -> None:
     check_domain(law)
     family.check(family.natural(law))
-
-
-def _compiler() -> bool:
-    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang")))

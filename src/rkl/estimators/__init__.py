@@ -33,6 +33,8 @@ from rkl.estimators.known import (
     vocabulary,
 )
 from rkl.kernels import Shape, Step, comparable, compiles, step_
+from rkl.kernels import compiled_or_eager as compiled_or_eager  # for the wings
+from rkl.kernels import has_compiler as has_compiler
 
 __all__ = ["LinearHead", "TopK", "exact", "monte_carlo", "per_token", "variational_bound"]
 

@@ -31,6 +31,7 @@ CORE = {
 }
 # Parts that any other may use, and that use nothing of rkl but what stands here.
 ALONE = {
+    "text": set(),
     "readers": {"checks"},
     "tables": {"checks"},
     "runs": {"checks", "importing"},

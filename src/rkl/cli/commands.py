@@ -17,6 +17,7 @@ from rkl import runs
 from rkl.cli import settings
 from rkl.cli.documentation import documentation
 from rkl.cli.terminal import in_words, root_cause
+from rkl.text import printable
 
 if TYPE_CHECKING:
     from rkl.divergences import Divergence
@@ -56,10 +57,10 @@ def distill(parser: ArgumentParser, words: Sequence[str]) -> Runner:
         earlier = parsed.out if parsed.resume and (parsed.out / "run.json").exists() else None
         chosen = settings.gather(run.DistillSettings, parsed, earlier)
         if parsed.dry_run:
-            print(run.estimate(chosen))
+            _show(run.estimate(chosen))
         else:
             how = {"resume": parsed.resume, "overwrite": parsed.overwrite}
-            print(run.distill(chosen, parsed.out, **how))
+            _show(run.distill(chosen, parsed.out, **how))
 
     return distilled
 
@@ -84,7 +85,7 @@ def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
         from rkl.studies import demo
 
         how = {"steps": parsed.steps, "overwrite": parsed.overwrite, **_common(parsed)}
-        print(demo.run(parsed.name, parsed.out, **how))
+        _show(demo.run(parsed.name, parsed.out, **how))
 
     return demonstrated
 
@@ -113,7 +114,7 @@ def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
             if "data" not in inspect.signature(module.study).parameters:
                 raise ValueError(f"data: the study {parsed.name} reads none; got {parsed.data}.")
             how["data"] = parsed.data
-        print(module.study(part, out, **how))
+        _show(module.study(part, out, **how))
 
     return studied
 
@@ -135,7 +136,7 @@ def estimate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     def estimated(parsed: Namespace) -> None:
         chosen = settings.gather(run.EstimateSettings, parsed)
         found = run.estimate(chosen, parsed.out, overwrite=parsed.overwrite)
-        print(json.dumps(found.to_dict(), indent=2) if parsed.json else found)
+        _show(json.dumps(found.to_dict(), indent=2) if parsed.json else found)
 
     return estimated
 
@@ -160,7 +161,7 @@ def metrics(parser: ArgumentParser, words: Sequence[str]) -> Runner:
         arrays = {it: samples.read_features(it, getattr(parsed, it)) for it in ("real", "fake")}
         seed = {name: value for name, value in _common(parsed).items() if name == "seed"}
         found = samples.measure(**arrays, k=parsed.k, inclusive=parsed.inclusive, **seed)
-        print(json.dumps(found.to_dict(), indent=2) if parsed.json else found)
+        _show(json.dumps(found.to_dict(), indent=2) if parsed.json else found)
 
     return measured
 
@@ -194,10 +195,10 @@ def fit(parser: ArgumentParser, words: Sequence[str]) -> Runner:
         earlier = parsed.out if begun else _distilled(wanted, parsed)
         chosen: Any = settings.gather(wanted, parsed, earlier)
         if parsed.dry_run:
-            print(estimate_fit(chosen))
+            _show(estimate_fit(chosen))
         else:
             how = {"resume": parsed.resume, "overwrite": parsed.overwrite}
-            print(run_fit(chosen, parsed.out, **how))
+            _show(run_fit(chosen, parsed.out, **how))
 
     return fitted
 
@@ -370,7 +371,7 @@ def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
         parser.epilog = "\n\n".join([str(parser.epilog), *_flags_by_kind(parser, flags)])
 
     def done(parsed: Namespace) -> None:
-        print(runs.verb(f"{name}_run", parsed.run)(parsed.run, settings.gather(wanted, parsed)))
+        _show(runs.verb(f"{name}_run", parsed.run)(parsed.run, settings.gather(wanted, parsed)))
 
     return done
 
@@ -408,7 +409,12 @@ def _run(text: str) -> Path:
 def _across_runs(parser: ArgumentParser, name: str) -> Runner:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the HTML file")
-    return lambda parsed: print(runs.verb(name, *parsed.runs)(parsed.runs, out=parsed.out))
+    return lambda parsed: _show(runs.verb(name, *parsed.runs)(parsed.runs, out=parsed.out))
+
+
+def _show(result: Any) -> None:
+    """Print what a verb gives back, in which a name may hold what a terminal would obey."""
+    print(printable(result))
 
 
 def _common(parsed: Namespace) -> dict[str, Any]:

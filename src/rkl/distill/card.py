@@ -1,10 +1,12 @@
 """The model card of a distilled student: what it was made of, what came out, how to use it."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from rkl.runs import Run
+from rkl.text import markdown, markdown_code
 
 _CARD = """\
 ---
@@ -15,7 +17,7 @@ tags: [distillation, rkl]
 ---
 # {name}
 
-A student that learned to imitate **{teacher}** by minimising the divergence `{divergence}`,
+A student that learned to imitate **{teacher}** by minimising the divergence {divergence},
 D(teacher ‖ student) per token, with rkl {rkl}. It began as **{student}**.
 
 ```python
@@ -32,7 +34,7 @@ How it was measured against its teacher on other text is in `evaluation.json`, o
 `rkl evaluate` has been run on this folder.
 
 ## What it was made of
-- Data: {data}, {rows:,} rows in {blocks:,} blocks; fingerprint `{fingerprint}`.
+- Data: {data}, {rows:,} rows in {blocks:,} blocks; fingerprint {fingerprint}.
 - Held out: {held}.
 - Settings: {settings}.
 - Versions: {versions}.
@@ -63,17 +65,19 @@ def model_card(run: Run) -> str:
     name = run.path.resolve().name
     given = {"seed": record["seed"]} | {key: it for key, it in settings.items() if it is not None}
     return _CARD.format(
-        base=json.dumps(student, ensure_ascii=False),  # a string of JSON is one of YAML too
-        path=json.dumps(name, ensure_ascii=False),  # and of Python
-        name=name,
-        student=student + without,
+        base=_quoted(student),  # a string of JSON is one of YAML too
+        path=_quoted(name),  # and of Python
+        name=markdown(name),
+        student=markdown(student + without),
         best=_outcome(result),
-        held=f"{data['held_out']['blocks']:,} blocks, {data['held_out']['origin']}",
-        settings=", ".join(f"{key} {value}" for key, value in given.items()),
-        versions=", ".join(f"{key} {number}" for key, number in record["versions"].items()),
-        rkl=record["versions"].get("rkl", "unknown"),
-        **{key: settings[key] for key in ("teacher", "divergence", "data")},
-        **{key: data[key] for key in ("rows", "blocks", "fingerprint")},
+        held=f"{data['held_out']['blocks']:,} blocks, {markdown(data['held_out']['origin'])}",
+        settings=", ".join(f"{key} {markdown(value)}" for key, value in given.items()),
+        versions=", ".join(f"{key} {markdown(it)}" for key, it in record["versions"].items()),
+        rkl=markdown(record["versions"].get("rkl", "unknown")),
+        divergence=markdown_code(settings["divergence"]),
+        fingerprint=markdown_code(data["fingerprint"]),
+        **{key: markdown(settings[key]) for key in ("teacher", "data")},
+        **{key: data[key] for key in ("rows", "blocks")},
         **{key: result[key] for key in ("steps", "tokens")},
     )
 
@@ -86,3 +90,9 @@ def _outcome(result: Mapping[str, Any]) -> str:
     if result.get("diverged"):
         words += _DIVERGED.format(**result)
     return words
+
+
+def _quoted(value: str) -> str:
+    """A string of JSON that opens no tag and ends no block of code."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[<>&`\x7f-\x9f\u2028\u2029]", lambda it: f"\\u{ord(it[0]):04x}", text)

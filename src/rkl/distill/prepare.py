@@ -1,5 +1,6 @@
 """What a distillation is made of: blocks of text, a tokenizer, a teacher and a student."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any, cast
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_callback import PrinterCallback
 
 from rkl.distill.cache import cache_hidden_states
@@ -184,9 +186,10 @@ def _load_student(settings: DistillSettings) -> PreTrainedModel:
         raise FileNotFoundError(f"student: there is no file {source}.")
     torch.manual_seed(settings.seed)
     try:
-        described = AutoConfig.from_pretrained(source)
-        student = AutoModelForCausalLM.from_config(described, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+        student = AutoModelForCausalLM.from_config(
+            _described(Path(source)), dtype=torch.float32, trust_remote_code=False
+        )
+    except (OSError, TypeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"student: {source} describes no causal model: {reason}") from None
     return without_layers(student, settings.drop_layers) if settings.drop_layers else student
@@ -196,6 +199,17 @@ def save_student(settings: DistillSettings, folder: Path) -> None:
     """Write the student as a run begins with it, and its tokenizer."""
     _load_student(settings).save_pretrained(folder)
     _load_tokenizers(settings)[1].save_pretrained(folder)
+
+
+def _described(path: Path) -> PretrainedConfig:
+    """The configuration in a file, which a name on the Hub is never taken for."""
+    described = json.loads(path.read_text(encoding="utf-8"))
+    kind = described.get("model_type") if isinstance(described, dict) else None
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        code = " Code that lies beside it (auto_map) is never run." * ("auto_map" in described)
+        raise ValueError(f"transformers knows no model_type {kind!r}.{code}")
+    described.pop("auto_map", None)
+    return CONFIG_MAPPING[kind].from_dict(described)
 
 
 def _vocab(model: PreTrainedModel) -> int:

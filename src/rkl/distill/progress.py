@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from rkl.distill.selection import improves
 from rkl.runs import Run
+from rkl.text import printable
 
 PAUSE = 10.0  # seconds between lines where there is no terminal
 _STATUS = Path("/proc/self/status")
@@ -41,7 +42,7 @@ _LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens", "eval_fini
 
 def say(message: str) -> None:
     """A line for whoever watches, apart from the result."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

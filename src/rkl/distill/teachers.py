@@ -143,11 +143,16 @@ def _loaded(auto: Any, name: str | os.PathLike, what: str, **how: Any) -> Any:
     folder, file = _locate(name)
     how |= {} if file is None else {"gguf_file": file}
     try:
-        return auto.from_pretrained(folder, **how)
-    except (OSError, ValueError, SafetensorError) as error:
+        return auto.from_pretrained(folder, trust_remote_code=False, **how)
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        if "custom code" in str(error):
+            raise ValueError(
+                f"model: {name} needs code that lies beside it (auto_map), which rkl never runs; "
+                "expected a model that transformers itself knows."
+            ) from error
         raise ValueError(
             f"model: {name} is neither a folder with a {what}, nor a .gguf file, nor a name on "
-            f"the Hub that can be reached: {str(error).splitlines()[0]}"
+            f"the Hub that can be reached: {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
 
 
@@ -213,6 +218,7 @@ def without_layers(model: PreTrainedModel, layers: str) -> PreTrainedModel:
         state_dict=state,
         dtype=model.dtype,
         output_loading_info=True,
+        trust_remote_code=False,
     )
     pruned, loading = loaded
     astray = loading["missing_keys"] | loading["unexpected_keys"] | loading["mismatched_keys"]

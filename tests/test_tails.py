@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rkl.metrics.tails import pareto_k
+from rkl.metrics.tails import pareto_k, tail
 
 
 def even(draws):
@@ -100,3 +100,48 @@ def test_the_estimate_is_as_uncertain_as_it_says():
     for k in (0.5, 1.0):
         spread = pareto_k(u**-k).std().item()
         assert spread == pytest.approx((1 + k) / math.sqrt(3 * math.sqrt(4_000)), rel=0.15)
+
+
+def clusters(draws, share, generator):
+    """A normal body, and a tight cluster far off that holds a share of the draws."""
+    body = torch.randn(draws, generator=generator, dtype=torch.float64) / 10
+    return torch.where(torch.rand(draws, generator=generator) < share, 4.0, 0.0) + body
+
+
+def spikes(draws, share, generator):
+    """An atom at 0 that holds all but a share of the draws."""
+    slab = 1 + torch.randn(draws, generator=generator, dtype=torch.float64) / 5
+    return torch.where(torch.rand(draws, generator=generator) < share, slab, 0.0)
+
+
+def counts(draws, share, generator):
+    """Squares of rounded normal variables: levels whose distances grow."""
+    z = torch.randn(draws, generator=generator, dtype=torch.float64)
+    return (0.6 * z).round().square() / (1 + share * z.roll(1)).square()
+
+
+@pytest.mark.parametrize("kind", [clusters, spikes, counts])
+@pytest.mark.parametrize("share", [0.01, 0.02, 0.05])
+@pytest.mark.parametrize("draws", [800, 4000])
+def test_atoms_and_clusters_do_not_speak_for_an_infinite_mean(kind, share, draws):
+    # in 100 replicates pareto_k exceeds 1 in up to all of them; here none may conclude so
+    generator = torch.Generator().manual_seed(0)
+    values = torch.stack([kind(draws, share, generator) for _ in range(30)], -1)
+    assert not tail(values).infinite_mean.any()
+
+
+@pytest.mark.parametrize(("shape", "least", "most"), [(0.6, 0.9, 1), (0.8, 0.6, 1), (1.5, 0, 0.1)])
+def test_a_tail_without_a_mean_is_still_recognised(shape, least, most):
+    # 1 / Gamma(a) has k = 1/a; of 300 replicates of 1,000 draws 0.99, 0.77 and 0.01 are concluded
+    generator = torch.Generator().manual_seed(0)
+    gammas = torch._standard_gamma(torch.full((1000, 100), shape).double(), generator)
+    assert least <= tail(1 / gammas).infinite_mean.double().mean() <= most
+
+
+def test_a_continuous_tail_keeps_its_shape_and_a_tied_one_has_none():
+    x = even(10_000) ** -0.7
+    torch.testing.assert_close(tail(x).k, pareto_k(x))
+    assert tail(torch.cat([x, torch.full((150,), 1e4)])).k.isnan()
+    assert tail(torch.zeros(100)).k == -math.inf
+    assert tail(torch.zeros(10)).k.isnan()
+    assert tail(torch.tensor([math.inf] + 99 * [0.0])).infinite_mean

@@ -314,15 +314,15 @@ def test_only_what_has_a_mean_has_an_act(shape):
 
 
 def test_among_many_acts_none_is_denied_by_chance_and_one_is_by_its_tail():
-    # The second moment of exp(z) has a mean, though some 300 draws now and then deny it.
-    sigma = normals(4, 75, 2000).exp()
+    # The second moment of exp(z) has a mean, though some 600 draws now and then deny it.
+    sigma = normals(4, 150, 2000).exp()
     family = "normal(loc=0, scale=sigma)"
     estimate = bayes_act({"sigma": sigma}, family, KL())
     assert estimate.diagnostics.pareto_k["E x²"].max() > 1
     wanted = sigma.square().mean((0, 1)).sqrt()
     torch.testing.assert_close(estimate.act["sigma"], wanted)
     assert 0 < estimate.act.error["sigma"].isnan().double().mean() < 1
-    sigma[..., 7] = (1 / torch.linspace(1e-4, 1, 300, dtype=torch.float64)[None]).reshape(4, 75)
+    sigma[..., 7] = (1 / torch.linspace(1e-4, 1, 600, dtype=torch.float64)[None]).reshape(4, 150)
     with pytest.raises(ValueError, match="does not exist: it averages E x²"):
         bayes_act({"sigma": sigma**2}, family, KL())
 
@@ -481,3 +481,32 @@ def test_an_act_of_exponential_laws_is_the_same_before_and_after_a_bijection():
     x = torch.tensor(2.5, dtype=torch.float64)
     wanted = torch.distributions.Pareto(torch.ones(()).double(), pareto.act["alpha"]).log_prob(x)
     torch.testing.assert_close(pareto.act.law.log_prob(x), wanted)
+
+
+def atoms(generator):
+    """Posteriors whose draws lie on atoms or in clusters; all their moments are finite."""
+    z = torch.randn(3, 4, 500, generator=generator, dtype=torch.float64)
+    u = torch.rand(4, 500, generator=generator)
+    narrow = (2 + 0.1 * z[0]).abs()
+    return {
+        "rounded": {"mu": (10 + 0.6 * z[1]).round(), "sigma": narrow},
+        "two modes": {"mu": torch.where(u < 0.05, 14.0, 10.0) + 0.1 * z[1], "sigma": narrow},
+        "spike and slab": {
+            "mu": torch.where(u < 0.02, 1 + 0.2 * z[1], 0.0),
+            "sigma": (0.2 * z[0]).exp(),
+        },
+        "an indicator": {"mu": (u < 0.3).double(), "sigma": (0.2 * z[0]).exp()},
+    }
+
+
+@pytest.mark.parametrize("kind", atoms(generator()))
+@pytest.mark.parametrize("seed", range(3))
+def test_draws_on_atoms_and_in_clusters_have_an_act_and_a_risk(kind, seed):
+    draws = atoms(generator(seed))[kind]
+    estimate = bayes_act(draws, ORDINARY)
+    mu, precision = draws["mu"], draws["sigma"].pow(-2)
+    scale = precision.mean().rsqrt()
+    act = Normal((mu * precision).mean() / precision.mean(), scale)
+    losses = torch.distributions.kl_divergence(act, Normal(mu, draws["sigma"]))
+    torch.testing.assert_close(estimate.risk.value, losses.mean())
+    torch.testing.assert_close(estimate.act["sigma"], scale)

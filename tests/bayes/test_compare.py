@@ -236,7 +236,7 @@ def test_a_joint_law_has_one_row_and_leaves_its_many_numbers_to_the_acts(quick):
     [
         ("nothing", ValueError, "no variable 'nothing'; there are mu, sigma"),
         ("wide", ValueError, r"wide must be one log density a draw; got \[2\]"),
-        (lambda theta: theta["mu"].sum(), ValueError, r"must give 15 log densities.*got \[\]"),
+        (lambda theta: theta["mu"].sum(), ValueError, r"must give \d+ log densities.*got \[\]"),
         (lambda theta: theta["tau"], ValueError, "there are mu, sigma"),
         (3.0, TypeError, "log_posterior must be"),
     ],

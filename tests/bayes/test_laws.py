@@ -44,7 +44,7 @@ def test_batch_axes_are_aligned_with_the_draws_and_not_with_the_last_axis(draws)
     model, law = laws_of("normal(loc=mu, scale=sigma)", draws)
     assert model.names == ("mu", "sigma")
     assert law.batch_shape[1:] == (8,)
-    sigma = probe(draws, ("sigma",))["sigma"]
+    sigma = probe(draws, model.names)["sigma"]
     assert torch.equal(law.scale, sigma[:, None].expand(-1, 8))
 
 
@@ -124,7 +124,7 @@ def test_independent_and_fixed_bijections_are_taken_off_and_put_back(draws):
         return Independent(TransformedDistribution(normal, [ExpTransform()]), 1)
 
     _, law = laws_of(family, draws)
-    base, joint, wrap = unwrap(law)
+    base, joint, wrap, _ = unwrap(law)
     assert type(base) is Normal
     assert joint == 1
     x = torch.full((8,), 1.7, dtype=torch.float64)
@@ -173,7 +173,7 @@ def test_supports_that_move_are_seen(draws):
         ("json:dumps(x=mu)", ValueError, "must name a class of distributions"),
         (lambda theta: theta.tau, ValueError, "no variable is called 'tau'; there are mu, sigma"),
         (lambda theta: 3, TypeError, "must make a distribution of torch; got 3"),
-        (lambda theta: Normal(0, 1), ValueError, r"one law for each of 16 draws.*got \[\]"),
+        (lambda theta: Normal(0, 1), ValueError, r"one law for each of 33 draws.*got \[\]"),
         (3, TypeError, "family must be a text"),
     ],
 )

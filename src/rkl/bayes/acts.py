@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rkl.bayes.averages import (
     NO_ERROR,
-    NO_MEAN,
     WAYS_OUT,
     Judgement,
     diagnosed,
@@ -164,7 +163,8 @@ def _optimised(question: Question) -> Estimate:
     k = seen.pareto_k["risk"]
     risk = mean_of(losses, draws)
     risk = Mean(
-        torch.where(k >= NO_MEAN, torch.inf, risk.value), masked(risk.error, k >= NO_ERROR)
+        torch.where(seen.surely_infinite("risk"), torch.inf, risk.value),
+        masked(risk.error, k >= NO_ERROR),
     )
     for key, name in (question.model.settings or {}).items():
         if isinstance(name, str):
@@ -185,7 +185,8 @@ def _refuse_without_mean(question: Question, seen: Judgement) -> None:
         if name != "risk":
             raise ValueError(
                 f"The act under {question.divergence} does not exist: the influence of a draw on "
-                f"{name} has no posterior mean (Pareto-k {k.max():.2f}, and 1 is too much). "
+                f"{name} has no posterior mean, as far as {seen.draws:,} draws show (Pareto-k "
+                f"{k.nan_to_num(0).max():.2f}, and 1 is too much). "
                 f"{WAYS_OUT}"
             )
 

@@ -12,13 +12,12 @@ from rkl.bayes.estimate import Diagnostics
 from rkl.metrics import Mean
 from rkl.metrics.batches import BatchMeans
 from rkl.metrics.chains import ess, rhat
-from rkl.metrics.tails import pareto_k
+from rkl.metrics.tails import NO_ERROR, NO_MEAN, Tail, pareto_k, tail
 
 NUMBERS = 2**24  # values of one quantity that its tails are judged by
 RANKED = 2**20  # those whose ranks tell what the draws are worth
-NO_MEAN, NO_ERROR = 1.0, 0.5  # Pareto-k from which there is no mean, and no normal error of it
 DOUBTFUL = 0.99  # Pareto-k of what has no error, though its mean is not denied
-TOLD = 225  # draws whose tails can deny a mean
+MIN_DRAWS_OF_TAIL = 600  # from which tails may deny a mean: fewer hide a cluster of draws
 FEWEST = 4  # effective draws
 DISAGREE = 1.01  # R-hat above which chains are said not to agree
 APART = 3.0  # mean distance of two components, in its standard deviations, that tells them apart
@@ -40,12 +39,15 @@ class Judgement:
         pareto_k: Of every quantity, the largest over its event, [*batch]. Of weighted draws also
             that of the terms of the mean, weights included, up to 0.99: heavy ones take the error
             away, but may be the weights' fault.
+            It is nan where no tail can be fitted: draws are tied, or lie in clusters.
+        infinite: Where the draws speak for an infinite mean, [*batch]; not by Pareto-k alone.
         draws: How many draws of all chains were looked at.
     """
 
     ess: float
     rhat: float
     pareto_k: Mapping[str, Tensor]
+    infinite: Mapping[str, Tensor]
     draws: int
 
     def without_mean(self) -> dict[str, Tensor]:
@@ -54,14 +56,21 @@ class Judgement:
         The largest of many estimates is large by chance: of m, k must exceed 1 by so many of its
         standard errors as a normal variable does with probability 1 / (2 m).
         """
-        chance = torch.tensor(0.5, dtype=torch.float64)
-        error = 1 / math.sqrt(3 * math.sqrt(self.draws))
         found = {}
         for name, k in self.pareto_k.items():
-            slack = -torch.special.ndtri(chance / max(1, k.numel())) * (1 + k) * error
-            if bool((k - slack >= NO_MEAN).any()):
+            chance = torch.tensor(0.5 / max(1, k.numel()), dtype=torch.float64)
+            beyond = k - self._error(k) * -torch.special.ndtri(chance) >= NO_MEAN
+            if bool((beyond & self.infinite[name]).any()):
                 found[name] = k
         return found
+
+    def surely_infinite(self, name: str) -> Tensor:
+        """Where a mean is infinite by two standard errors of the tail's shape, [*batch]."""
+        k = self.pareto_k[name]
+        return self.infinite[name] & (k - 2 * self._error(k) >= NO_MEAN)
+
+    def _error(self, k: Tensor) -> Tensor:
+        return (1 + k) / math.sqrt(3 * math.sqrt(self.draws))
 
 
 def thinned(draws: Draws, numbers: int) -> Draws:
@@ -80,20 +89,22 @@ def judged(
     """
     weights = draws.weights
     ends = events or {}
-    k = {name: _largest(_tail(x, weights), ends.get(name, 0)) for name, x in values.items()}
+    tails = {name: _tail(x, weights) for name, x in values.items()}
+    k = {name: _largest(one.k, ends.get(name, 0)) for name, one in tails.items()}
+    infinite = {name: _any(one.infinite_mean, ends.get(name, 0)) for name, one in tails.items()}
     total = draws.chains * draws.draws
     kish = total if weights is None else float(1 / weights.square().sum())
     if kish < FEWEST or total < FEWEST:
         raise ValueError(_too_few(kish, total))
     if draws.draws < FEWEST:
-        return Judgement(kish, math.nan, k, total)
+        return Judgement(kish, math.nan, k, infinite, total)
     some = [_some(x) for x in values.values() if x.numel()]
     worth = min(float(ess(x, weights).min()) for x in some)
     if weights is None and worth < FEWEST:
         raise ValueError(_too_few(worth, total))
     if weights is not None:
-        return Judgement(worth, math.nan, k, total)
-    return Judgement(worth, max(float(rhat(x).max()) for x in some), k, total)
+        return Judgement(worth, math.nan, k, infinite, total)
+    return Judgement(worth, max(float(rhat(x).max()) for x in some), k, infinite, total)
 
 
 def _some(x: Tensor) -> Tensor:
@@ -109,16 +120,16 @@ def _too_few(effective: float, total: int) -> str:
     )
 
 
-def _tail(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Pareto-k of the terms of the mean; of weighted draws also of x itself, drawn again."""
+def _tail(x: Tensor, weights: Tensor | None) -> Tail:
+    """The tails of the terms of the mean; of weighted draws also of x itself, resampled."""
     flat = x.flatten(0, 1)
-    k = pareto_k(flat) if weights is None else pareto_k(flat[equal_weight(weights)])
-    if len(flat) < TOLD:
-        k = k.clamp_max(DOUBTFUL)
+    own = tail(flat if weights is None else flat[equal_weight(weights).unique()])
+    if len(flat) < MIN_DRAWS_OF_TAIL:
+        own = Tail(own.k.clamp_max(DOUBTFUL), torch.zeros_like(own.infinite_mean))
     if weights is None:
-        return k
+        return own
     terms = flat * weights.reshape(-1, *[1] * (flat.ndim - 1)) * len(flat)
-    return torch.maximum(k, pareto_k(terms).clamp_max(DOUBTFUL))
+    return Tail(torch.fmax(own.k, pareto_k(terms).clamp_max(DOUBTFUL)), own.infinite_mean)
 
 
 def equal_weight(weights: Tensor) -> Tensor:
@@ -129,7 +140,16 @@ def equal_weight(weights: Tensor) -> Tensor:
 
 
 def _largest(k: Tensor, event: int) -> Tensor:
-    return k.flatten(k.ndim - event).amax(-1) if event else k
+    """The largest over the event axes; nan where one is unknown and no other is large."""
+    if not event:
+        return k
+    parts = k.flatten(k.ndim - event)
+    known = parts.where(~parts.isnan(), -math.inf).amax(-1)
+    return torch.where(parts.isnan().any(-1) & (known < NO_ERROR), math.nan, known)
+
+
+def _any(parts: Tensor, event: int) -> Tensor:
+    return parts.flatten(parts.ndim - event).any(-1) if event else parts
 
 
 def mean_of(values: Tensor, draws: Draws) -> Mean:
@@ -181,12 +201,19 @@ def diagnosed(
 
 def _warnings(judgement: Judgement, draws: Draws, judged_on: Draws) -> list[str]:
     """What a reader of numbers made of these draws should know."""
-    told = [
-        f"{name} has a Pareto-k of {k.max():.2f}: no error of normal theory holds for its mean"
-        if k.max() < NO_MEAN
-        else f"{name} has a Pareto-k of {k.max():.2f}: its mean is infinite"
-        for name, k in weak(judgement.pareto_k, NO_ERROR).items()
-    ]
+    told = []
+    for name, k in weak(judgement.pareto_k, NO_ERROR).items():
+        worst, beyond = k[k >= NO_ERROR].max(), "no error of normal theory holds for its mean"
+        if worst >= NO_MEAN:
+            sure = bool(judgement.surely_infinite(name).any())
+            beyond = "its mean is infinite" if sure else f"its mean may be infinite, and {beyond}"
+        told.append(f"{name} has a Pareto-k of {worst:.2f}: {beyond}")
+    unknown = [name for name, k in judgement.pareto_k.items() if bool(k.isnan().any())]
+    if unknown and judgement.draws >= MIN_DRAWS_OF_TAIL:
+        told.append(
+            f"the tails of {', '.join(unknown)} cannot be judged: extreme draws are tied, or lie "
+            "in a cluster apart; errors hold if every such cluster is visited many times"
+        )
     if judgement.rhat > DISAGREE:
         told.append(f"the chains do not agree yet: R-hat is {judgement.rhat:.3f}")
     if draws.chains > draws.draws:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 NUMBERS = 2**22  # in one chunk of draws: 32 MiB
+ELEMENTS = 64  # of one variable, whose extremes are looked for
 AXES = ("chain", "draw")
 READABLE = (
     "a DataTree or InferenceData with a group 'posterior', an xarray Dataset, a dict of arrays "
@@ -95,6 +96,31 @@ class Draws:
     def __getitem__(self, name: str) -> Float[Tensor, "chains draws *event"]:
         """All draws of a variable, read into memory."""
         return self._finite(name, slice(None), slice(None))
+
+    def some(self, name: str, chains: slice, draws: slice) -> Float[Tensor, "chains draws *event"]:
+        """Some draws of a variable, read into memory."""
+        return self._finite(name, chains, draws)
+
+    def extremes(self, name: str) -> Integer[Tensor, "places two"]:
+        """Where the elements of a variable are least and greatest, chain and draw; [0, 2] if lazy.
+
+        A file is not read twice for it; of many elements, some are looked at.
+        """
+        array = self.of(name)
+        width = math.prod(self.shape(name))
+        if not isinstance(array.variable._data, np.ndarray) or not width:
+            return torch.empty(0, 2, dtype=torch.int64)
+        flat = read(array, slice(None), slice(None)).reshape(-1, width)
+        flat = flat[:, :: math.ceil(width / ELEMENTS)]
+        rows = torch.cat([flat.argmin(0), flat.argmax(0)]).unique()
+        return torch.stack([rows // self.draws, rows % self.draws], -1)
+
+    def at(
+        self, name: str, places: Integer[Tensor, "places two"]
+    ) -> Float[Tensor, "places *event"]:
+        """Single draws of a variable, each by chain and draw."""
+        rows = [self._finite(name, c, slice(d, d + 1)) for c, d in places.tolist()]
+        return torch.cat(rows)
 
     def chunks(
         self, names: Sequence[str], size: int | None = None

@@ -81,7 +81,8 @@ class Diagnostics:
         rhat: Rank-normalised split R-hat of what was averaged, the largest; nan where unknown.
         pareto_k: Tail index of every quantity that was averaged, by its name, [*batch]; where an
             act was minimised, of the influence that a draw has on each number. At 1/2 and above
-            its mean has no normal error, at 1 and above there is no mean.
+            its mean has no normal error, at 1 and above perhaps no mean at all; nan where no
+            tail can be fitted, as where draws are tied.
         method: How the act was found.
         accuracy: By how much its risk may exceed the least, in nats, as far as the minimiser
             can tell; 0 for a closed form.
@@ -100,8 +101,8 @@ class Diagnostics:
 
     def worst_k(self) -> float:
         """The largest tail index there is, or nan."""
-        finite = [k.max().item() for k in self.pareto_k.values() if k.numel()]
-        return max(finite, default=math.nan)
+        known = (k[~k.isnan()] for k in self.pareto_k.values())
+        return max((k.max().item() for k in known if k.numel()), default=math.nan)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

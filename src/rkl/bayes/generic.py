@@ -26,7 +26,7 @@ from rkl.bayes.losses import (
     slopes,
 )
 from rkl.bayes.minimise import Minimum, minimise
-from rkl.bayes.nodes import OFF, Laws, Nodes, independent_parts, joint, nodes_for
+from rkl.bayes.nodes import OFF, Laws, Nodes, independent_parts, joint, nodes_for, with_slopes
 from rkl.bayes.panels import kinked
 from rkl.divergences import Divergence, FDivergence
 
@@ -181,7 +181,7 @@ def posterior_loss(
     if isinstance(divergence, FDivergence | Intrinsic):
         criterion = divergence if isinstance(divergence, FDivergence) else None
         nodes = nodes or nodes_for(laws, criterion, size=size, seed=seed)
-        return NodeLoss(laws, nodes, smooth, divergence)
+        return NodeLoss(laws, with_slopes(laws, nodes), smooth, divergence)
     nodes = nodes or nodes_for(laws, size=1, seed=seed)
     if nodes.kind != "enumeration":
         raise ValueError(

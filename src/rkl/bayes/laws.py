@@ -3,8 +3,9 @@
 import functools
 import inspect
 import itertools
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
@@ -13,8 +14,22 @@ import numpy as np
 import torch
 import torch.distributions
 from torch import Tensor
-from torch.distributions import Distribution, Independent, TransformedDistribution
+from torch.distributions import (
+    Cauchy,
+    Distribution,
+    Independent,
+    Laplace,
+    Normal,
+    StudentT,
+    TransformedDistribution,
+    constraints,
+)
 from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import (
+    AffineTransform,
+    IndependentTransform,
+    Transform,
+)
 
 from rkl.bayes import families
 from rkl.bayes.alone import alone
@@ -64,6 +79,7 @@ class Model:
     kind: type[Distribution] | None = None
     events: Mapping[str, int] | None = None  # variable -> its event axes, where a text names it
     design: Any = None
+    few: Mapping[str, Tensor] | None = None  # draws that show what the distributions are made of
 
     def law(self, theta: Mapping[str, Tensor]) -> Distribution:
         """The laws of n draws, of batch shape [n, *batch].
@@ -150,43 +166,82 @@ class Model:
             lambda: self.make(Theta(variables)),
         )
 
+    @functools.cached_property
+    def layers(self) -> int | None:
+        """How many wrappers to take off every distribution of the family.
+
+        The draws decide, once: a bijection that moves from draw to draw is constant in the one
+        row of a candidate act, and must stay there as it stays on the draws.
+        """
+        if self.few is None:
+            return None
+        try:
+            return unwrap(simplified(self.law(self.few))).layers
+        except ValueError:  # a draw is at fault, and will be named where it is met
+            return None
+
+    def unwrapped(self, law: Distribution) -> "Unwrapped":
+        """A distribution of the family without ``Independent`` and fixed bijections."""
+        return unwrap(simplified(law), self.layers)
+
     def bare(self, theta: Mapping[str, Tensor]) -> Distribution:
-        """The base laws of draws that were checked before, or will be after."""
-        return unwrap(self.make(Theta(theta))).base
+        """The base distributions of draws that are checked elsewhere."""
+        return self.unwrapped(self.make(Theta(theta))).base
 
     def base(self, theta: Mapping[str, Tensor]) -> Distribution:
-        """The same, rid of Independent and of fixed bijections, which no divergence sees."""
-        return unwrap(self.law(theta)).base
+        """The distributions without what leaves divergences unchanged."""
+        return self.unwrapped(self.law(theta)).base
 
 
 class Unwrapped(NamedTuple):
-    """A law's innermost part, how many of its batch axes make one event, and the way back."""
+    """The innermost part of a distribution, and the way back.
+
+    Attributes:
+        base: The innermost part.
+        joint: How many of its batch axes make one event.
+        wrap: From a base to a distribution like the one it was taken from.
+        layers: How many wrappers were taken off.
+    """
 
     base: Distribution
     joint: int
     wrap: Callable[[Distribution], Distribution]
+    layers: int = 0
 
 
-def unwrap(law: Distribution) -> Unwrapped:
+def unwrap(law: Distribution, layers: int | None = None) -> Unwrapped:
     """Take off Independent, and bijections that do not depend on the draw.
 
+    Args:
+        law: The distributions of many draws, [draws, *batch].
+        layers: How many wrappers to take off; by default as many as ``law`` allows. Of one row
+            nothing can be seen to move: give the number found on the draws.
+
     >>> normal = torch.distributions.Normal(torch.zeros(4, 3), 1.0)
-    >>> base, joint, wrap = unwrap(Independent(normal, 1))
-    >>> base, joint, wrap(normal)
-    (Normal(loc: torch.Size([4, 3]), scale: torch.Size([4, 3])), 1, Independent(Normal(loc: torch.Size([4, 3]), scale: torch.Size([4, 3])), 1))
+    >>> base, joint, wrap, layers = unwrap(Independent(normal, 1))
+    >>> base, joint, layers, wrap(normal)
+    (Normal(loc: torch.Size([4, 3]), scale: torch.Size([4, 3])), 1, 1, Independent(Normal(loc: torch.Size([4, 3]), scale: torch.Size([4, 3])), 1))
     """  # noqa: E501
-    if family_in(law) is not None:
+    if layers == 0 or (layers is None and family_in(law) is not None):
         return Unwrapped(law, 0, lambda base: base)
     if isinstance(law, Independent):
-        base, joint, wrap = unwrap(law.base_dist)
-        axes = law.reinterpreted_batch_ndims
-        return Unwrapped(base, joint + axes, lambda base: Independent(wrap(base), axes))
-    if isinstance(law, TransformedDistribution) and _fixed(law):
-        base, joint, wrap = unwrap(law.base_dist)
-        transforms = law.transforms
-        if family_in(base) is not None:
+        inner = unwrap(law.base_dist, layers and layers - 1)
+        axes, wrap = law.reinterpreted_batch_ndims, inner.wrap
+        return Unwrapped(
+            inner.base,
+            inner.joint + axes,
+            lambda base: Independent(wrap(base), axes),
+            inner.layers + 1,
+        )
+    if isinstance(law, TransformedDistribution) and (layers is not None or _fixed(law)):
+        inner = unwrap(law.base_dist, layers and layers - 1)
+        transforms, wrap = law.transforms, inner.wrap
+        if layers is not None or family_in(inner.base) is not None:
             return Unwrapped(
-                base, joint, lambda base: TransformedDistribution(wrap(base), transforms)
+                inner.base,
+                inner.joint,
+                lambda base: TransformedDistribution(wrap(base), transforms),
+                inner.layers + 1,
             )
     return Unwrapped(law, 0, lambda base: base)
 
@@ -213,13 +268,109 @@ def _fixed(law: TransformedDistribution) -> bool:
     return torch.allclose(x, x[:1].expand_as(x), rtol=1e-12, atol=1e-14)
 
 
+def simplified(law: Distribution) -> Distribution:
+    """The same distribution, with elementwise transforms inside ``Independent`` and affine maps
+    of a symmetric location-scale family absorbed: closed forms know these.
+
+    >>> from torch.distributions.transforms import AffineTransform
+    >>> simplified(TransformedDistribution(Normal(0.0, 1.0), [AffineTransform(3.0, -2.0)]))
+    Normal(loc: 3.0, scale: 2.0)
+    """
+    if type(law) is Independent:
+        base = simplified(law.base_dist)
+        same = base is law.base_dist
+        return law if same else Independent(base, law.reinterpreted_batch_ndims)
+    if type(law) is not TransformedDistribution:
+        return law
+    base, transforms = simplified(law.base_dist), list(law.transforms)
+    inner = [_elementwise(transform) for transform in transforms]
+    if type(base) is Independent and None not in inner:
+        axes = base.reinterpreted_batch_ndims
+        moved = TransformedDistribution(base.base_dist, [x for x in inner if x is not None])
+        return Independent(simplified(moved), axes)
+    while transforms and type(base) in _LOCATION_SCALE and _is_affine(transforms[0]):
+        loc, scale = transforms[0].loc, torch.as_tensor(transforms[0].scale)
+        parts = {k: getattr(base, k) for k in base.arg_constraints}
+        parts |= {"loc": loc + scale * base.loc, "scale": scale.abs() * base.scale}
+        base = type(base)(**parts, validate_args=False)
+        transforms = transforms[1:]
+    if base is law.base_dist:
+        return law
+    return TransformedDistribution(base, transforms) if transforms else base
+
+
+_LOCATION_SCALE = Normal, Laplace, Cauchy, StudentT
+
+
+def _is_affine(transform: Transform) -> bool:
+    return type(transform) is AffineTransform and transform.event_dim == 0
+
+
+def _elementwise(transform: Transform) -> Transform | None:
+    """The transform of single numbers that this one applies to each; None where it mixes them."""
+    if isinstance(transform, IndependentTransform):
+        return _elementwise(transform.base_transform)
+    if type(transform) is AffineTransform:
+        return AffineTransform(transform.loc, transform.scale)
+    return transform if transform.domain.event_dim == transform.codomain.event_dim == 0 else None
+
+
+def support_of(law: Distribution) -> Constraint | None:
+    """The support of a distribution; torch says "real" of an affine image of a half-line.
+
+    >>> from torch.distributions.transforms import AffineTransform
+    >>> half = torch.distributions.Exponential(torch.tensor(1.0))
+    >>> half = TransformedDistribution(half, AffineTransform(2.0, -1.0))
+    >>> half.support, support_of(half)
+    (Real(), Interval(lower_bound=-inf, upper_bound=2.0))
+    """
+    if isinstance(law, Independent):
+        inner = support_of(law.base_dist)
+        axes = law.reinterpreted_batch_ndims
+        return inner if inner is None or not axes else constraints.independent(inner, axes)
+    if type(law) is not TransformedDistribution or law.event_shape:
+        return law.support
+    support = support_of(law.base_dist)
+    if support is None or support.is_discrete:
+        return law.support
+    points = _bounds(support)
+    for transform in law.transforms:
+        points = [_image(transform, x) for x in points]
+    low, high = torch.minimum(*points), torch.maximum(*points)
+    if bool(low.isinf().all() & high.isinf().all()):
+        return constraints.real
+    if bool(high.isinf().all()):
+        return constraints.greater_than(low)
+    return constraints.interval(low, high)
+
+
+def _image(transform: Transform, end: Tensor) -> Tensor:
+    """Where a monotone transform takes the end of a support.
+
+    The end of its domain goes to an end of its codomain: torch clamps what it computes there.
+    """
+    sides = [_bounds(transform.domain), _bounds(transform.codomain)]
+    rising = torch.as_tensor(transform.sign, dtype=end.dtype) > 0
+    image = torch.as_tensor(transform(end)).to(end.dtype)
+    for i in range(2):
+        there = torch.where(rising, sides[1][i], sides[1][1 - i])
+        image = torch.where(end == sides[0][i], there, image)
+    return image
+
+
+def _bounds(support: Constraint) -> list[Tensor]:
+    """The ends of an interval, infinite where there are none."""
+    ends = (getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf))
+    return [torch.as_tensor(end, dtype=torch.float64) for end in ends]
+
+
 def moving_edge(law: Distribution) -> str | None:
     """Which edge of the support differs from draw to draw, if one does.
 
     >>> moving_edge(torch.distributions.Uniform(0.0, torch.tensor([1.0, 2.0])))
     'upper_bound'
     """
-    return _moving(law.support)
+    return _moving(support_of(law))
 
 
 def _moving(support: Constraint | None) -> str | None:
@@ -373,7 +524,8 @@ def _named(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) 
     for name in names:
         draws.shape(name)  # an unknown name is refused here, with the names there are
     events = {v: ranks[k] for k, v in variables.items()}
-    return Model(text, names, make, variables | fixed, cls, events, design)
+    few = probe(draws, names)
+    return Model(text, names, make, variables | fixed, cls, events, design, few)
 
 
 def _refuse_incomplete(text: str, cls, settings: Mapping[str, Any]) -> None:
@@ -420,7 +572,7 @@ def _from_callable(family: Callable, draws: Draws, design: Any) -> Model:
     names = tuple(name for name in draws.names if name in few._seen)
     if not names:
         raise ValueError(f"family {text} must look at a variable of the posterior; it saw none.")
-    return Model(text, names, make, design=design)
+    return Model(text, names, make, design=design, few=few._drawn)
 
 
 def _check_some(model: Model, few: Theta) -> None:
@@ -440,8 +592,23 @@ def _check_some(model: Model, few: Theta) -> None:
     raise failed[0]
 
 
-def probe(draws: Draws, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """A few draws, spread over the first chain."""
-    few = draws.every(max(1, draws.draws // PROBE))
-    _, _, first = next(iter(few.chunks(names)))
-    return {name: x[:PROBE] for name, x in first.items()}
+def probe(draws: Draws, names: Sequence[str]) -> dict[str, Tensor]:
+    """A few draws by name, [n, *shape]: some of every chain, and the extremes of each variable.
+
+    They decide what kind of distributions the family makes, and what moves from draw to draw:
+    what is constant in most of the draws, such as an indicator, must be seen to move.
+    """
+    chains = slice(None, None, -(-draws.chains // PROBE))
+    step = max(1, draws.draws * len(range(draws.chains)[chains]) // PROBE)
+    try:
+        few = {name: draws.some(name, chains, slice(None, None, step)) for name in names}
+    except ValueError:
+        for _ in draws.chunks(names):  # raises too, and says where the draw is
+            pass
+        raise
+    places = torch.cat([draws.extremes(name) for name in names]).unique(dim=0)
+    found = {}
+    for name, x in few.items():
+        more = draws.at(name, places) if len(places) else x[:0, 0]
+        found[name] = torch.cat([x.flatten(0, 1), more])
+    return found

@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Independent, MixtureSameFamily, Vo
 from torch.distributions.constraints import Constraint
 
 from rkl.bayes.charts import LawOf
-from rkl.bayes.laws import moving_edge
+from rkl.bayes.laws import moving_edge, support_of
 from rkl.bayes.panels import COARSE, GONE, NUMBERS, ORDER, Panels, line_of, settle
 from rkl.divergences import FDivergence, Jeffreys
 
@@ -21,6 +21,7 @@ SOME = 4096  # laws that tell whether the nodes will do, before all are asked
 ATOMS = 2**13  # of a product of finite sets that is enumerated
 NEVER = -1e4  # a log weight of 0, in arithmetic that infinity would spoil
 FAR = -100.0  # a log mass that nothing but an infinite divergence takes notice of
+NEGLIGIBLE = -69.0  # a log mass, 1e-30, that an act cannot depend on
 CLOSE, OFF = 1e-10, 1e-3  # by which the totals should miss 1 at most, and may not
 
 
@@ -90,16 +91,35 @@ class Nodes:
 
     def only(self, kept: Tensor) -> "Nodes":
         """Some of the nodes."""
-        return replace(self, points=self.points[kept], log_weight=self.log_weight[:, kept])
+        far = None if self.far is None else self.far[kept]
+        weight = self.log_weight[:, kept]
+        return replace(self, points=self.points[kept], log_weight=weight, far=far)
 
     def log_density(self, law: Distribution) -> Float[Tensor, "lead members m"]:
         """Log p(x) of laws [lead, *batch], the batch flattened to members."""
-        logs = law.log_prob(self.points.unsqueeze(1))
+        logs = _log_prob(law, self.points.unsqueeze(1))
         return logs.reshape(len(self), law.batch_shape[0], -1).permute(1, 2, 0)
 
     def log_mass(self, law: Distribution) -> Float[Tensor, "lead members m"]:
         """Log w p(x)."""
         return self.log_density(law) + self.log_weight
+
+
+def _log_prob(law: Distribution, points: Tensor) -> Tensor:
+    """Log p(x) of points [m, 1, *batch, *event], with slopes that are finite.
+
+    Far out densities overflow on the way to 0: they become nan, or -inf with a slope of nan.
+    Such points are moved to where the law has mass, and take no part in slopes. A law that is
+    nan elsewhere misses its total, and is refused for that.
+    """
+    logs = law.log_prob(points)
+    lost = ~logs.detach().isfinite()
+    if law.event_shape or not lost.any():
+        return logs
+    values = torch.where(logs.isnan(), NEVER, logs.detach())
+    best = values.argmax(0, keepdim=True)
+    mass = torch.take_along_dim(points.expand_as(logs), best, 0)
+    return torch.where(lost, values, law.log_prob(torch.where(lost, mass, points)))
 
 
 def nodes_for(
@@ -155,6 +175,78 @@ def _nodes(laws: Laws, divergence: FDivergence, size: int, seed: int) -> Nodes:
         return _quadrature(laws, divergence, size) if _on_line(first) else _importance(laws, size)
 
 
+def with_slopes(laws: Laws, nodes: Nodes) -> Nodes:
+    """The nodes without those of next to no mass at which a log-density has no finite slopes.
+
+    There a slope or a curvature of the log-density overflows to nan, and one nan would be the
+    slope of the whole loss.
+
+    Raises:
+        ValueError: The log-density has none where some law has mass.
+    """
+    if nodes.kind == "importance":
+        return nodes
+    rows = laws.spread(PROBES // 4).tolist()
+    rows += [int(i) for x in laws.theta.values() for i in _extremes(x)]
+    coarse = nodes.coarse and replace(nodes.coarse, coarse=None)
+    found = []
+    for rule in (nodes, coarse):
+        if rule is None:
+            continue
+        lost = torch.zeros(len(rule), dtype=torch.bool)
+        for row in dict.fromkeys(rows):
+            theta = {name: x[row : row + 1] for name, x in laws.theta.items()}
+            lost[_without_slopes(laws, rule, theta, (~lost).nonzero()[:, 0])] = True
+        found.append(lost)
+    if not any(lost.any() for lost in found):
+        return nodes
+    _, peak = _totals(laws, nodes)
+    if bool((peak[found[0]] > NEGLIGIBLE).any()):
+        at = nodes.points[found[0] & (peak > NEGLIGIBLE)][0].flatten()[0].item()
+        raise ValueError(
+            f"the log-density of the family has no finite slope at {at:.6g}, where it has mass."
+        )
+    kept = nodes.only(~found[0])
+    return kept if coarse is None else replace(kept, coarse=coarse.only(~found[1]))
+
+
+def _extremes(x: Tensor) -> Tensor:
+    flat = x.reshape(len(x), -1)[:, :4]
+    return torch.cat([flat.argmin(0), flat.argmax(0)])
+
+
+def _without_slopes(
+    laws: Laws, nodes: Nodes, theta: Mapping[str, Tensor], places: Tensor
+) -> Tensor:
+    """Those of some nodes at which the log-density of one draw has no finite slopes.
+
+    Nodes are halved until a half is sound: one nan spoils every sum that it is in.
+    """
+    if not len(places) or _slopes_are_finite(laws, nodes.only(places), theta):
+        return places[:0]
+    if len(places) == 1:
+        return places
+    halves = places.chunk(2)
+    return torch.cat([_without_slopes(laws, nodes, theta, half) for half in halves])
+
+
+def _slopes_are_finite(laws: Laws, nodes: Nodes, theta: Mapping[str, Tensor]) -> bool:
+    """True if the first and second derivatives of the log-masses of one draw are finite."""
+    leaves = {k: x.detach().requires_grad_() for k, x in theta.items() if x.is_floating_point()}
+    with torch.enable_grad():
+        total = nodes.log_mass(laws.of({**theta, **leaves})).sum()
+        if not leaves or not total.requires_grad:
+            return True
+        first = torch.autograd.grad(
+            total, list(leaves.values()), create_graph=True, materialize_grads=True
+        )
+        flat = torch.cat([x.flatten() for x in first])
+        if not flat.isfinite().all() or not flat.requires_grad:
+            return bool(flat.isfinite().all())
+        second = torch.autograd.grad(flat.sum(), list(leaves.values()), materialize_grads=True)
+    return all(bool(x.isfinite().all()) for x in second)
+
+
 def joint(laws: Laws) -> bool:
     """Whether the laws are over so many coordinates that their nodes are an importance sample."""
     law = laws.at(laws.spread(1))
@@ -174,9 +266,9 @@ def independent_parts(law: Distribution) -> Distribution:
 
 def _support(law: Distribution) -> Constraint:
     """The support of a law, or of the components of a mixture."""
-    support = law.support
     if isinstance(law, MixtureSameFamily):
         return _support(law.component_distribution)
+    support = support_of(law)
     if support is None:
         raise NotImplementedError(f"{type(law).__name__} says none.")
     return support
@@ -211,7 +303,7 @@ def _ends(law: Distribution) -> tuple[Tensor | None, Tensor | None]:
             None if low is None else low.amin(-1),
             None if high is None else high.amax(-1),
         )
-    support = law.support
+    support = support_of(law)
     if isinstance(support, type(constraints.boolean)):
         found = torch.tensor(0.0), torch.tensor(1.0)
     else:
@@ -252,7 +344,8 @@ def _refuse(totals: Tensor) -> float:
         total = totals[worst][(totals[worst] - 1).abs().argmax()].item()
         raise ValueError(
             f"law must have the total 1 over its support; that of draw {worst} has {total:.6g} "
-            "on the nodes. Is it normalised, and not far narrower than the draws are spread?"
+            "on the nodes. Is it normalised, not far narrower than the draws are spread, and its "
+            "log-density a number wherever it has mass?"
         )
     return off[worst].item()
 

@@ -19,7 +19,7 @@ ORDER, COARSE = 16, 11  # nodes per panel, and those of the poorer rule that tel
 FEW = 64  # whole numbers of a panel that are summed one by one
 MOST = 2**13  # nodes in all
 ROUNDED = 1e-8  # relative error of an integral that may be left to rounding
-GONE = -745.0  # the logarithm of what is 0 in double precision
+GONE = -690.0  # logarithm of a mass, 1e-300, of which second derivatives may overflow
 REACH = 340.0  # of a coordinate: the square of its hyperbolic sine must not overflow
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rkl.bayes.acts import bayes_act
-from rkl.bayes.averages import NO_ERROR, NO_MEAN, judged, masked, mean_of
+from rkl.bayes.averages import NO_ERROR, judged, masked, mean_of
 from rkl.bayes.closed import Weights
 from rkl.bayes.draws import read_draws
 from rkl.bayes.estimate import Act, Estimate, elements
@@ -235,13 +235,13 @@ def _over_draws(full: Estimate, one: Subfamily) -> Submodel:
     shape = (draws.chains, draws.draws)
     moved = {name: x.unflatten(0, shape) for name, x in found.influence.items()}
     events = {name: max(0, x.ndim - 2 - len(whole.batch)) for name, x in moved.items()}
-    k = judged({RISK: risk, EXCESS: excess, **moved}, draws, events).pareto_k
+    seen = judged({RISK: risk, EXCESS: excess, **moved}, draws, events)
 
     def averaged(name: str, values: Tensor) -> Mean:
         mean = mean_of(values, draws)
-        value = torch.where(k[name] >= NO_MEAN, torch.inf, mean.value)
+        value = torch.where(seen.surely_infinite(name), torch.inf, mean.value)
         rounded = mean.error <= ROUNDING * mean.value.abs()
-        error = torch.where(rounded, 0.0, masked(mean.error, k[name] >= NO_ERROR))
+        error = torch.where(rounded, 0.0, masked(mean.error, seen.pareto_k[name] >= NO_ERROR))
         return Mean(value, error)
 
     means = {

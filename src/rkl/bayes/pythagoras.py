@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rkl.bayes.averages import (
     NO_ERROR,
-    NO_MEAN,
     WAYS_OUT,
     Judgement,
     diagnosed,
@@ -322,8 +321,9 @@ def _refuse_without_mean(question: Question, known: Averages, seen: Judgement) -
         other = ("ReverseKL()", "natural") if forward else ("KL()", "mean")
         raise ValueError(
             f"The act under {question.divergence} does not exist: it averages {name}, whose "
-            f"posterior mean is infinite (Pareto-k {k.max():.2f}, and 1 is too much). {other[0]} "
-            f"averages the {other[1]} parameter instead; {WAYS_OUT}"
+            f"posterior mean is infinite, as far as {seen.draws:,} draws show (Pareto-k "
+            f"{k.nan_to_num(0).max():.2f}, and 1 is too much). {other[0]} averages the "
+            f"{other[1]} parameter instead; {WAYS_OUT}"
         )
 
 
@@ -388,7 +388,7 @@ def _unsure(question: Question, seen: Judgement) -> tuple[tuple[Tensor, Tensor],
     for name, k in seen.pareto_k.items():
         if name.startswith("risk"):
             risk = risk | question.any(k >= NO_ERROR)
-            endless = endless | question.any(k >= NO_MEAN)
+            endless = endless | question.any(seen.surely_infinite(name))
         else:
             act = act | question.any(k >= NO_ERROR)
     return (act, risk | act), endless

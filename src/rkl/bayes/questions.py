@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from rkl.bayes.closed import Weights, weights_of
 from rkl.bayes.draws import Draws
 from rkl.bayes.families import ExponentialFamily, Natural
 from rkl.bayes.generic import laws_of, posterior_loss
-from rkl.bayes.laws import Model, Unwrapped, family_in, probe, unwrap
+from rkl.bayes.laws import Model, Unwrapped, family_in, probe
 from rkl.bayes.losses import AnyLoss, Intrinsic, PosteriorLoss
 from rkl.bayes.nodes import Laws
 
@@ -30,15 +30,21 @@ class Question:
     compiled: bool | None = None
     seed: int = 0
 
+    def __post_init__(self):
+        if self.model.few is None:
+            few = probe(self.draws, self.model.names)
+            object.__setattr__(self, "model", replace(self.model, few=few))
+
     @functools.cached_property
     def few(self) -> Variables:
-        """Some draws, of which the kind of the laws is told."""
-        return probe(self.draws, self.model.names)
+        """A few draws, used to detect the distribution type."""
+        few = self.model.few or {}
+        return {name: few[name] for name in self.model.names}
 
     @functools.cached_property
     def unwrapped(self) -> Unwrapped:
-        """Their laws, rid of what no divergence sees."""
-        return unwrap(self.model.law(self.few))
+        """Their distributions, without what leaves divergences unchanged."""
+        return self.model.unwrapped(self.model.law(self.few))
 
     @functools.cached_property
     def family(self) -> ExponentialFamily | None:
@@ -65,14 +71,15 @@ class Question:
 
     def law(self, variables: Mapping[str, Tensor]) -> Distribution:
         """The laws of n draws, rid of what no divergence sees, but not of Independent."""
-        base, joint, _ = unwrap(self.model.law(variables))
+        base, joint, *_ = self.model.unwrapped(self.model.law(variables))
         return Independent(base, joint) if joint else base
 
     def wrapped(self, base: Distribution, variables: Variables) -> Distribution:
         """The law of the family [*batch] that has this base, its bijections those of one draw."""
         if self.model.settings is not None:
             return self.model.at(variables)
-        return unwrap(self.model.law({name: x[None] for name, x in variables.items()})).wrap(base)
+        law = self.model.law({name: x[None] for name, x in variables.items()})
+        return self.model.unwrapped(law).wrap(base)
 
     def any(self, parts: Tensor) -> Tensor:
         """Whether it holds of some of what Independent joins."""

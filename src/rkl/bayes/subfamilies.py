@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from rkl.bayes.draws import Draws
 from rkl.bayes.families.regression import Regression
-from rkl.bayes.laws import Model, Theta, family_in, probe, read_family, unwrap
+from rkl.bayes.laws import Model, Theta, family_in, probe, read_family, support_of
 from rkl.bayes.questions import Question, Variables
 
 
@@ -47,7 +47,7 @@ class Subfamily:
     def within(self, whole: Question) -> bool:
         """Whether it lies in the exponential family of the whole, under the same wrappings."""
         law = self.model.law(probe(self.question.draws, self.model.names))
-        base = unwrap(law).base
+        base = self.model.unwrapped(law).base
         if whole.family is None or family_in(base) != whole.family:
             return False
         again = whole.unwrapped.wrap(base)
@@ -129,7 +129,8 @@ def _refuse_unlike(found: Subfamily) -> None:
 
 
 def _counts(law: Distribution) -> bool:
-    return law.support is not None and law.support.is_discrete
+    support = support_of(law)
+    return support is not None and support.is_discrete
 
 
 def _of_columns(whole: Question, name: str | None, columns: list) -> Subfamily:
@@ -151,8 +152,10 @@ def _of_columns(whole: Question, name: str | None, columns: list) -> Subfamily:
     shorter = {k: whole.draws[k] for k in model.names}
     shorter[variable] = shorter[variable][..., kept]
     name = name or f"columns {', '.join(map(str, columns))}"
-    reduced = Model(name, model.names, make, events=model.events, design=model.design)
-    question = replace(whole, draws=Draws(shorter, whole.draws.weights), model=reduced)
+    draws = Draws(shorter, whole.draws.weights)
+    few = probe(draws, model.names)
+    reduced = Model(name, model.names, make, events=model.events, design=model.design, few=few)
+    question = replace(whole, draws=draws, model=reduced)
     return Subfamily(name, reduced, question, {variable: places})
 
 

@@ -1,10 +1,12 @@
 """How heavy tails are: which moments exist, judged from draws."""
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rkl.divergences.base import floats
@@ -13,6 +15,10 @@ PRIOR, GRID = 3, 30  # of Zhang and Stephens
 WEIGHT, TOWARDS = 10, 0.5  # the fit is drawn to 0.5 as if by ten more draws
 FEWEST = 25  # draws, for a tail of five
 NUMBERS = 2**22  # terms of the fit held at a time
+NO_MEAN, NO_ERROR = 1.0, 0.5  # shapes from which there is no mean, and no normal error of it
+SHORTER = 1, 2, 4  # parts of the tail that are fitted too
+MAX_DISTANCE = 1.2  # √n times Kolmogorov's distance to the fit: 0.1 % of Pareto tails exceed it
+Z_CLUSTER = -3.719  # normal quantile of 1e-4, for the spacings of one length
 
 
 def pareto_k(values: Float[Tensor, "draws *columns"]) -> Float[Tensor, "*columns"]:
@@ -41,6 +47,63 @@ def pareto_k(values: Float[Tensor, "draws *columns"]) -> Float[Tensor, "*columns
     >>> pareto_k(uniform**-0.7)
     tensor(0.6900, dtype=torch.float64)
     """
+    columns, length, rows = _rows(values)
+    if not length:
+        return torch.full(columns, math.nan, dtype=torch.float64)
+    k = [torch.maximum(*(_of_tail(top) for top in _ends(part, length))) for part in rows]
+    return torch.cat(k).where(~_infinite(values), math.inf).reshape(columns)
+
+
+class Tail(NamedTuple):
+    """What the draws of a quantity say about its moments.
+
+    Attributes:
+        k: Shape of the longest part of the tail that a generalised Pareto law fits, of the
+            heavier side; nan where none does, as where draws are tied or lie in clusters.
+        infinite_mean: True where the draws speak for an infinite mean.
+    """
+
+    k: Float[Tensor, "*columns"]
+    infinite_mean: Bool[Tensor, "*columns"]
+
+
+def tail(values: Float[Tensor, "draws *columns"]) -> Tail:
+    r"""The shape of the tails, and whether they speak for an infinite mean.
+
+    A generalised Pareto law fitted to ties, or to a cluster of draws that lies apart, has a large
+    shape that says nothing about moments. So its fit is tested (Kolmogorov's distance), and an
+    infinite mean is concluded only where the whole tail is fitted with k ≥ 1, its outer half and
+    quarter agree, and no number of the largest draws lie closer together than Pareto draws do:
+    above the r-th largest of them the mean of log x exceeds its least by Gamma(r, r) times k.
+
+    Source: as :func:`pareto_k`; Hill (1975), Annals of Statistics 3, 1163, for the spacings.
+
+    Args:
+        values: Independent draws of one or many quantities. Correlated ones are fitted worse, so
+            that an infinite mean is concluded less often.
+
+    >>> cluster = torch.cat([torch.linspace(-1, 1, 3960), torch.linspace(14, 15, 40)]).double()
+    >>> pareto_k(cluster).item() > 1, tail(cluster).infinite_mean.item()
+    (True, False)
+    """
+    columns, length, rows = _rows(values)
+    if not length:
+        unknown = torch.full(columns, math.nan, dtype=torch.float64)
+        return Tail(unknown, torch.zeros(columns, dtype=torch.bool))
+    k, infinite = [], []
+    for part in rows:
+        middle = part.median(-1, keepdim=True).values
+        sides = [_side(top) for top in _ends(part - middle, length)]
+        both = torch.stack([side.k for side in sides])
+        known = both.where(~both.isnan(), -math.inf).amax(0)
+        k.append(torch.where(both.isnan().any(0) & (known < NO_ERROR), math.nan, known))
+        infinite.append(sides[0].infinite_mean | sides[1].infinite_mean)
+    shape = torch.cat(k).where(~_infinite(values), math.inf).reshape(columns)
+    return Tail(shape, (torch.cat(infinite) | _infinite(values)).reshape(columns))
+
+
+def _rows(values: Tensor) -> tuple[torch.Size, int, Iterator[Tensor]]:
+    """The shape of the columns, the length of a tail (0 for too few draws), and rows of draws."""
     floats("values", values)
     if not values.ndim:
         raise ValueError("values must be [draws, ...]; got a single number.")
@@ -48,26 +111,62 @@ def pareto_k(values: Float[Tensor, "draws *columns"]) -> Float[Tensor, "*columns
         raise ValueError(f"values must be numbers; got {int(values.isnan().sum())} nan.")
     columns, count = values.shape[1:], len(values)
     if count < FEWEST:
-        return torch.full(columns, math.nan, dtype=torch.float64)
+        return columns, 0, iter(())
     length = math.ceil(3 * math.sqrt(count)) if count > 225 else count // 5
     rows = values.detach().cpu().double().reshape(count, -1).mT.contiguous()
-    at_once = max(1, NUMBERS // (length * _points(length)))
-    k = [_heavier(part, length) for part in rows.split(at_once)]
-    return torch.cat(k).reshape(columns)
+    rows = torch.where(rows.isinf().any(-1, keepdim=True), 0.0, rows)
+    return columns, length, iter(rows.split(max(1, NUMBERS // (length * _points(length)))))
+
+
+def _infinite(values: Tensor) -> Tensor:
+    return values.detach().cpu().isinf().reshape(len(values), -1).any(0)
+
+
+def _ends(rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The largest values of every row, and its smallest with their sign changed, rising."""
+    ordered = torch.from_numpy(np.sort(rows.numpy(), -1))  # NumPy sorts faster than torch selects
+    return ordered[:, -length - 1 :], -ordered[:, : length + 1].flip(-1)
+
+
+def _side(top: Tensor) -> Tail:
+    """The verdict on one side, from its largest values less the median, rising."""
+    length = top.shape[1] - 1
+    k = torch.full(top.shape[:1], math.nan, dtype=torch.float64)
+    infinite = ~_clustered(top, NO_MEAN)
+    for i, part in enumerate(SHORTER):
+        size = max(length // part, 5)
+        outer = top[:, -size - 1 :]
+        shape, distance = _of_tail(outer), _distance(outer)
+        slack = 2 * (1 + NO_MEAN) / math.sqrt(size) if i else 0.0
+        infinite &= (shape >= NO_MEAN - slack) & ((distance <= MAX_DISTANCE) | bool(i))
+        k = torch.where(k.isnan() & (distance <= MAX_DISTANCE), shape, k)
+    k = torch.where((k >= NO_ERROR) & _clustered(top, NO_ERROR), math.nan, k)
+    return Tail(torch.where(top[:, -1] <= top[:, 0], -math.inf, k), infinite)
+
+
+def _clustered(top: Tensor, k: float) -> Tensor:
+    """True where some of the largest values lie closer together than in a tail of shape k."""
+    logs = top.clamp_min(torch.finfo(top.dtype).tiny).log().flip(-1)
+    counts = torch.arange(1, logs.shape[1], dtype=top.dtype)
+    above = logs[:, :-1].cumsum(-1) / counts - logs[:, 1:]  # a mean of r exponentials, times k
+    # Wilson and Hilferty's quantile of Gamma(r) / r, which errs towards 0 here
+    least = (1 - 1 / (9 * counts) + Z_CLUSTER / (3 * counts.sqrt())).clamp_min(0).pow(3)
+    return (above < k * least)[:, 3:].any(-1)
+
+
+def _distance(top: Tensor) -> Tensor:
+    """√n times Kolmogorov's distance of the excesses from their fit."""
+    excess = top[:, 1:] - top[:, :1]
+    count = excess.shape[1]
+    excess = torch.where(excess[:, -1:] <= 0, 1.0, excess)
+    logs = _logs(excess)
+    below = -torch.expm1(-logs / logs.mean(-1, keepdim=True))
+    middles = (torch.arange(count, dtype=excess.dtype) + 0.5) / count
+    return ((below - middles).abs().amax(-1) + 0.5 / count) * math.sqrt(count)
 
 
 def _points(length: int) -> int:
     return GRID + math.isqrt(length)
-
-
-def _heavier(rows: Tensor, length: int) -> Tensor:
-    """The larger k of both tails of every row."""
-    infinite = rows.isinf().any(-1)
-    rows = torch.where(infinite[:, None], 0.0, rows)
-    ordered = torch.from_numpy(np.sort(rows.numpy(), -1))  # NumPy sorts faster than torch selects
-    ends = ordered[:, -length - 1 :], -ordered[:, : length + 1].flip(-1)
-    k = torch.maximum(*map(_of_tail, ends))
-    return torch.where(infinite, math.inf, k)
 
 
 def _of_tail(top: Tensor) -> Tensor:
@@ -79,7 +178,13 @@ def _of_tail(top: Tensor) -> Tensor:
 
 
 def _fitted(excess: Tensor) -> Tensor:
-    """K of a generalised Pareto law, from rising excesses [rows, draws].
+    """K of a generalised Pareto law, from rising excesses [rows, draws]."""
+    count = excess.shape[1]
+    return (count * _logs(excess).mean(-1) + WEIGHT * TOWARDS) / (count + WEIGHT)
+
+
+def _logs(excess: Tensor) -> Tensor:
+    """Log(1 − θ x) at the estimate of θ; their mean is k.
 
     With θ = −k/σ and k(θ) = mean log(1 − θ x), the profile log-likelihood of θ is
     n (log(−θ/k) − k − 1); θ is averaged over it on a grid.
@@ -94,5 +199,4 @@ def _fitted(excess: Tensor) -> Tensor:
     scale = torch.where(theta == 0, excess.mean(-1, keepdim=True), -shape / theta)
     likelihood = -count * (scale.log() + shape + 1)
     mean = (theta * likelihood.softmax(-1)).sum(-1, keepdim=True)
-    k = torch.log1p(-mean * excess).mean(-1)
-    return (count * k + WEIGHT * TOWARDS) / (count + WEIGHT)
+    return torch.log1p(-mean * excess)

@@ -10,6 +10,7 @@ import json
 import pkgutil
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +151,7 @@ def metrics(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """
     for side, of in (("real", "the target"), ("fake", "the model")):
         says = f"samples of {of}, [samples, features] (required)"
-        parser.add_argument(f"--{side}", type=Path, required=True, metavar="NPY", help=says)
+        parser.add_argument(f"--{side}", type=Path, required=True, metavar="FILE", help=says)
     parser.add_argument("--k", type=int, default=5, help="which neighbour (default: 5)")
     parser.add_argument("--inclusive", action="store_true", help="closed balls, not open ones")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -158,9 +159,10 @@ def metrics(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     def measured(parsed: Namespace) -> None:
         from rkl.metrics import samples
 
-        arrays = {it: samples.read_features(it, getattr(parsed, it)) for it in ("real", "fake")}
+        arrays, notes = samples.read_both(parsed.real, parsed.fake)
         seed = {name: value for name, value in _common(parsed).items() if name == "seed"}
         found = samples.measure(**arrays, k=parsed.k, inclusive=parsed.inclusive, **seed)
+        found = replace(found, notes=[*found.notes, *notes])
         _show(json.dumps(found.to_dict(), indent=2) if parsed.json else found)
 
     return measured

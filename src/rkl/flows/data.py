@@ -13,7 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rkl.flows.files import read_file
+from rkl.readers import (
+    Contents,
+    as_floats,
+    as_numbers,
+    class_names,
+    natural_order,
+    place_of_nan,
+    read,
+    read_labels,
+)
 
 FEWEST = 20  # rows, below which a fit says nothing
 LEVELS = 256  # so few distinct values among many numbers are levels of a grid
@@ -29,12 +38,16 @@ class Data:
         classes: Their names.
         step: Spacing of the levels of quantised values, over which a batch is spread; 0 for
             continuous ones.
+        columns: Names of the columns, where the data have some.
+        notes: What a user should know of how the data were read.
     """
 
     values: Float[Tensor, "rows *event"]
     condition: Float[Tensor, "rows conditions"] | None = None
     classes: tuple[str, ...] = ()
     step: float = 0.0
+    columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.values)
@@ -91,6 +104,7 @@ def read_data(
     labels: Any = None,
     *,
     dequantise: bool | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Data:
     """Rows from wherever they are, looked at before anything is learnt from them.
 
@@ -99,12 +113,15 @@ def read_data(
     and minus the log-density then bounds the code length of the levels, in nats.
 
     Args:
-        source: A tensor or an array [rows, *event]; a file .npy, .npz, .csv, .parquet, IDX or
-            IDX.gz; a folder of images, of which sub-folders are classes; a Dataset or a
-            DataLoader of torch, which is read once, labels beside the values included.
+        source: A tensor, an array or a data frame [rows, *event]; a file or a folder of images
+            that :func:`rkl.readers.read` reads; a Dataset or a DataLoader of torch, which is
+            read once, labels beside the values included. Integers of more than 16 bits become
+            float64.
         labels: Class of each row: an array, a file of one, or the name of a column.
         dequantise: Whether to spread quantised values. By default image files are, and other
             quantised values are refused.
+        classes: Names of all classes, in the order of their columns; the rows may lack some. By
+            default those of the labels, in natural order.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -116,16 +133,19 @@ def read_data(
     >>> data.event_shape, data.classes
     ((2,), ('a', 'b'))
     """
-    values, found, pictures = _read(source, labels)
-    chosen = found if found is not None else labels
-    values = _as_tensor(values)
-    _check_rows(values)
-    step = _step(values, True if pictures and dequantise is None else dequantise)
-    if not values.is_floating_point():
-        values = values.float()
+    found = _read(source, labels)
+    notes, columns = found.notes, found.columns
+    array = found.values
+    _check_rows(array, columns)
+    step = _step(array, True if found.images and dequantise is None else dequantise)
+    try:
+        values = torch.from_numpy(np.require(as_floats(array), requirements=["C", "W"]))
+    except ValueError as error:
+        raise ValueError(f"data: {error}.") from None
     _check_spread(values)
-    condition, classes = _one_hot(chosen, len(values))
-    return Data(values, condition, classes, step)
+    unasked = labels is None and classes is not None and not len(classes)
+    condition, names = _one_hot(None if unasked else found.labels, len(values), classes)
+    return Data(values, condition, names, step, columns, notes)
 
 
 def check_device(name: str) -> torch.device:
@@ -142,21 +162,66 @@ def check_device(name: str) -> torch.device:
         ) from None
 
 
-def _read(source: Any, labels: Any) -> tuple[Any, Any, bool]:
-    """The values, the labels that came with them, and whether they are files of pictures."""
+def _read(source: Any, labels: Any) -> Contents:
+    """The values, and the labels that came with them or were given."""
+    named = labels if isinstance(labels, str | os.PathLike) else None
     if isinstance(source, str | os.PathLike):
-        found = read_file(Path(source), labels if isinstance(labels, str) else None)
-        if found.labels is None and isinstance(labels, str | os.PathLike):
-            return found.values, read_file(Path(labels), None).values, found.pictures
-        return found.values, found.labels, found.pictures
+        found, given = _read_file(Path(source), named)
+    else:
+        found, given = _read_object(source), None
+    if named is not None and given is None:
+        given = read_labels(named, rows=len(found.values))
+    elif labels is not None and named is None:
+        given = labels
+    return found if given is None else replace(found, labels=given)
+
+
+def _read_file(path: Path, labels: str | os.PathLike | None) -> tuple[Contents, Any]:
+    """A file with the labels in it: those of the column or array of this name, if it has it."""
+    if labels is None or isinstance(labels, os.PathLike):
+        found = read(path)
+        return found, None if labels is not None else found.labels
+    try:
+        found = read(path, labels=labels)
+    except ValueError as error:
+        if not Path(labels).is_file():
+            raise
+        try:
+            return read(path), None
+        except ValueError:
+            raise error from None
+    return found, found.labels
+
+
+def _read_object(source: Any) -> Contents:
     if isinstance(source, DataLoader | Dataset):
-        values, found = _collected(source)
-        return values, found, False
-    if isinstance(source, Tensor | np.ndarray):
-        return source, None, False
-    raise TypeError(
-        f"data must be an array, a path, a Dataset or a DataLoader; got a {type(source).__name__}."
-    )
+        values, labels = _collected(source)
+        found = replace(_numbers(values), labels=labels)
+    elif isinstance(source, Tensor | np.ndarray) or type(source).__module__.startswith("pandas"):
+        found = _numbers(source)
+    else:
+        raise TypeError(
+            "data must be an array, a path, a Dataset or a DataLoader; got a "
+            f"{type(source).__name__}."
+        )
+    return found
+
+
+def _numbers(source: Any) -> Contents:
+    if isinstance(source, Tensor):
+        if source.is_complex() or source.dtype == torch.bool:
+            raise TypeError(f"data must hold real numbers; got {source.dtype}.")
+        source = source.detach().cpu()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+    names = tuple(map(str, getattr(source, "columns", ())))
+    if len(set(names)) < len(names):
+        raise ValueError(f"data: columns must have names of their own; got {', '.join(names)}.")
+    if isinstance(source, np.ndarray) and source.dtype == bool:
+        raise TypeError(f"data must hold real numbers; got {source.dtype}.")
+    try:
+        return as_numbers(source if isinstance(source, np.ndarray) else np.asarray(source), names)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"data: {error}.") from None
 
 
 def _collected(source: Any) -> tuple[Tensor, Tensor | None]:
@@ -173,30 +238,14 @@ def _collected(source: Any) -> tuple[Tensor, Tensor | None]:
     return values, join([torch.as_tensor(item[1]) for item in items])
 
 
-def _as_tensor(values: Any) -> Tensor:
-    if isinstance(values, Tensor):
-        return values.detach().cpu()
-    if values.dtype.kind not in "fiub":
-        raise TypeError(f"data must hold numbers; got an array of {values.dtype}.")
-    if values.dtype.kind == "u" and values.dtype.itemsize > 1:
-        values = values.astype(np.int64)
-    return torch.from_numpy(np.ascontiguousarray(values))
-
-
-def _check_rows(values: Tensor) -> None:
+def _check_rows(values: np.ndarray, columns: Sequence[str]) -> None:
     if values.ndim < 2 or not math.prod(values.shape[1:]):
         raise ValueError(f"data must be [rows, *event]; got the shape {list(values.shape)}.")
     if len(values) < FEWEST:
         raise ValueError(f"data must have at least {FEWEST} rows; got {len(values)}.")
-    if values.is_complex() or values.dtype == torch.bool:
-        raise TypeError(f"data must hold real numbers; got {values.dtype}.")
-    if values.is_floating_point():
-        bad = (~values.isfinite()).flatten(1).any(1)
-        if bad.any():
-            raise ValueError(
-                f"data must be finite; {int(bad.sum())} of {len(values)} rows are not, "
-                f"the first of them row {int(bad.nonzero()[0])}."
-            )
+    where = place_of_nan(values, columns)
+    if where is not None:
+        raise ValueError(f"data must be finite; {where}.")
 
 
 def _check_spread(values: Tensor) -> None:
@@ -212,14 +261,14 @@ def _check_spread(values: Tensor) -> None:
         )
 
 
-def _step(values: Tensor, wanted: bool | None) -> float:
+def _step(values: np.ndarray, wanted: bool | None) -> float:
     """The spacing of levels to spread values over; 0 where they are continuous."""
     spacing = _spacing(values)
-    if spacing is None or (wanted is False and values.is_floating_point()):
+    if spacing is None or (wanted is False and values.dtype.kind == "f"):
         return 0.0
     if not wanted:
         raise ValueError(
-            f"data holds levels {spacing:.4g} apart ({str(values.dtype).removeprefix('torch.')}), "
+            f"data holds levels {spacing:.4g} apart ({values.dtype}), "
             "which have no density: say dequantise=True (--dequantise) to spread each over one "
             "step, or, if they are as good as continuous, turn them into floats and say "
             "dequantise=False (--no-dequantise)."
@@ -227,32 +276,41 @@ def _step(values: Tensor, wanted: bool | None) -> float:
     return spacing
 
 
-def _spacing(values: Tensor) -> float | None:
+def _spacing(values: np.ndarray) -> float | None:
     """The distance between levels, where the values are integers or few beside their number."""
-    if not values.is_floating_point():
+    if values.dtype.kind != "f":
         return 1.0
-    levels = values.flatten()[: 512 * LEVELS].unique()
-    if 2 <= len(levels) <= LEVELS and 16 * len(levels) <= min(values.numel(), 512 * LEVELS):
-        return float(levels.double().diff().min())
-    return 1.0 if bool((values == values.round()).all()) else None
+    levels = np.unique(values.reshape(-1)[: 512 * LEVELS])
+    if 2 <= len(levels) <= LEVELS and 16 * len(levels) <= min(values.size, 512 * LEVELS):
+        return float(np.diff(levels.astype(np.float64)).min())
+    # All floats from 2**23 on, or 2**52 in double precision, are integers: that says nothing.
+    small = np.abs(values) < 2.0 ** np.finfo(values.dtype).nmant
+    return 1.0 if small.any() and bool((values[small] == values[small].round()).all()) else None
 
 
-def _one_hot(labels: Any, rows: int) -> tuple[Tensor | None, tuple[str, ...]]:
-    if labels is None:
+def _one_hot(
+    labels: Any, rows: int, classes: Sequence[str] | None
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """A column for each class, and the names of the classes."""
+    if labels is None and not classes:
         return None, ()
-    if isinstance(labels, str) or not isinstance(labels, Sequence | Tensor | np.ndarray):
-        raise TypeError(f"labels must be one class for each row; got {labels!r}.")
-    listed = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
-    if len(listed) != rows:
-        raise ValueError(f"labels must be one for each of {rows} rows; got {len(listed)}.")
-    if any(
-        isinstance(it, list) or (isinstance(it, float) and not it.is_integer()) for it in listed
-    ):
-        raise ValueError("labels must be classes, one whole number or word for each row.")
-    listed = [int(it) if isinstance(it, float) else it for it in listed]
-    classes = sorted(set(listed), key=lambda it: (isinstance(it, str), it))
-    if len(classes) > math.sqrt(rows) * 4:
-        raise ValueError(f"labels name {len(classes)} classes for {rows} rows; too many to learn.")
-    place = {name: i for i, name in enumerate(classes)}
-    index = torch.tensor([place[it] for it in listed])
-    return torch.nn.functional.one_hot(index, len(classes)).float(), tuple(map(str, classes))
+    if labels is None:
+        raise ValueError(f"labels must be given, of the classes {_some(classes or ())}.")
+    if isinstance(labels, Tensor):
+        labels = labels.cpu().numpy()
+    names = class_names(labels, rows=rows)
+    known = sorted(set(names), key=natural_order) if classes is None else list(classes)
+    place = {name: i for i, name in enumerate(known)}
+    others = sorted(set(names) - place.keys(), key=natural_order)
+    if others:
+        raise ValueError(
+            f"labels must be of the classes {_some(known) or 'none'}; got {_some(others)}."
+        )
+    if len(known) > math.sqrt(rows) * 4 and classes is None:
+        raise ValueError(f"labels name {len(known)} classes for {rows} rows; too many to learn.")
+    index = torch.tensor([place[name] for name in names])
+    return torch.nn.functional.one_hot(index, len(known)).float(), tuple(known)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + ", ..." * (len(names) > 8)

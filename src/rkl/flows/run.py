@@ -79,11 +79,13 @@ class Fitted:
         path: The folder of its run.
         fit: What was fitted.
         followed: Whether a divergence was, after maximum likelihood.
+        notes: What a user should know of how the data were read.
     """
 
     path: Path
     fit: Fit
     followed: bool = False
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         done, row = self.fit.training, self.fit.history[-1]
@@ -95,6 +97,7 @@ class Fitted:
         lines += [f"Stopped early: {done.stopped}"] if done.stopped else []
         if self.fit.reached is not None:
             lines += [f"With rejection: {self.fit.reached}"]
+        lines += [f"data: {note}" for note in self.notes]
         return "\n".join([*lines, f"The run: {self.path}"])
 
 
@@ -121,12 +124,16 @@ def fit(
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
     run = Run.create(out, "flows", kept, may_change=("device",), **how)
     found = fingerprint([data.values.numpy().tobytes()])
-    check_same_data(run, found, rows=len(data), classes=list(data.classes))
+    check_same_data(run, found, rows=len(data), **_names(data))
     with run.running():
         fitted = begun(run=run, **settings.allowance)
         _save(run, fitted)
     followed = settings.start_from is None and not is_likelihood(settings.chosen)
-    return Fitted(run.path, fitted, followed)
+    return Fitted(run.path, fitted, followed, data.notes)
+
+
+def _names(data: Data) -> dict[str, list[str]]:
+    return {"classes": list(data.classes), "columns": list(data.columns)}
 
 
 def _begun(settings: FitSettings, data: Data) -> Callable[..., Fit]:
@@ -160,6 +167,7 @@ def estimate(settings: FitSettings) -> str:
         estimator = "data" if bounded_on_data(divergence) else "draws"
     steps = settings.allowance.get("steps") or round(60 * settings.allowance["minutes"] / per_step)
     lines = [f"{len(data):,} rows of shape {list(data.event_shape)}, {data.conditions} conditions"]
+    lines += [f"data: {note}" for note in data.notes]
     lines += [f"{flow}: {size:,} parameters, {size * 4 * 6 / 1e6:.3g} MB with what Adam keeps"]
     lines += [f"{divergence} by the estimator: {estimator}"]
     lines += [f"about {steps:,} steps in {steps * per_step / 60:.2g} minutes"]
@@ -200,7 +208,8 @@ def sample_run(
         else:
             _refuse_changed_latents(settings)
             samples, cost = _rejected(law, load_critic(path, allow=allow), condition, settings)
-    write_samples(settings.out, samples.cpu().numpy())
+    columns = (Run.open(path).record["data"] or {}).get("columns", ())
+    write_samples(settings.out, samples.cpu().numpy(), columns)
     return f"{settings.n:,} samples in {settings.out}{cost}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rkl.flows.data import check_device, read_data
+from rkl.flows.data import Data, check_device, read_data
 from rkl.flows.data_run import load_run, settings_of
 from rkl.flows.evaluate import VALUES, condition_grid, evaluate_on_target
 from rkl.flows.evaluation import Evaluation
@@ -79,24 +79,28 @@ class DataEvaluation:
         rows_seen: How many of them it was fitted to after all.
         log_density: Mean log-density of the rows, in nats.
         samples: The flow's samples beside the rows, and these beside one another.
+        notes: What a user should know of how the rows were read.
     """
 
     rows: int
     rows_seen: int
     log_density: Mean
     samples: Measured | None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         density = parenthesised((self.log_density.value.item(), self.log_density.error.item()))
         lines = [f"log-density  {density} nats per row, over {self.rows:,} rows"]
         if self.rows_seen:
             lines.append(f"{self.rows_seen:,} of the rows were fitted: that is no held-out figure")
+        lines += [f"data: {note}" for note in self.notes]
         return "\n".join([*lines, *(["", str(self.samples)] if self.samples else [])])
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as JSON can hold them."""
         measured = None if self.samples is None else self.samples.to_dict()
         kept = {"rows": self.rows, "rows_seen": self.rows_seen, "samples": measured}
+        kept |= {"notes": list(self.notes)}
         return kept | {"log_density": to_json(self.log_density)}
 
 
@@ -195,12 +199,13 @@ def _evaluate_on_rows(
         if getattr(settings, name):
             raise ValueError(f"{name} goes with a flow of a target; {run.path} has one of data.")
     flow: Any = load_run(run.path, allow=allow)
-    data = read_data(settings.data, settings.labels, dequantise=settings.dequantise)
     classes = run.record["data"]["classes"]
-    if data.event_shape != tuple(flow.shift.shape) or data.conditions != len(classes):
+    how: dict[str, Any] = {"dequantise": settings.dequantise, "classes": classes}
+    data = read_data(settings.data, settings.labels, **how)
+    _check_columns(run, data)
+    if data.event_shape != tuple(flow.shift.shape):
         raise ValueError(
-            f"data must have rows of shape {list(flow.shift.shape)} and {len(classes)} classes; "
-            f"got {list(data.event_shape)} and {data.conditions}."
+            f"data must have rows of shape {list(flow.shift.shape)}; got {list(data.event_shape)}."
         )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -213,7 +218,17 @@ def _evaluate_on_rows(
         drawn = law.sample(() if chosen.condition is not None else (len(chosen.values),))
     samples = _measured(chosen.values.flatten(1), drawn.flatten(1), settings.seed)
     seen = run.count_seen([row.tobytes() for row in data.values.numpy()])
-    return DataEvaluation(len(data), seen, mean(log_q), samples)
+    return DataEvaluation(len(data), seen, mean(log_q), samples, data.notes)
+
+
+def _check_columns(run: Run, data: Data) -> None:
+    """Refuse columns of other names, or in another order, than those of the fit."""
+    fitted = tuple(run.record["data"].get("columns", ()))
+    if fitted and data.columns and data.columns != fitted:
+        raise ValueError(
+            f"data must have the columns {', '.join(fitted[:8])}, in this order; got "
+            f"{', '.join(data.columns[:8])}."
+        )
 
 
 def _measured(real: Tensor, fake: Tensor, seed: int) -> Measured | None:
@@ -221,7 +236,7 @@ def _measured(real: Tensor, fake: Tensor, seed: int) -> Measured | None:
     if len(real) < 20:
         warnings.warn(f"{len(real)} rows are too few to measure samples by.", stacklevel=4)
         return None
-    return measure(real=real.float(), fake=fake.float(), seed=seed)
+    return measure(real=real, fake=fake.to(real.dtype), seed=seed)
 
 
 def report_runs(
@@ -270,7 +285,8 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
     real, condition = None, None
     if Path(settings["data"]).exists():
         kept = settings_of(run)
-        data = read_data(kept.data, kept.labels, dequantise=kept.dequantise)
+        classes = run.record["data"]["classes"]
+        data = read_data(kept.data, kept.labels, dequantise=kept.dequantise, classes=classes)
         held_out = data.split(kept.held_out, kept.seed)[1]
         chosen = held_out.spread().rows(torch.arange(min(len(held_out), MEASURED)))
         real, condition = chosen.values, chosen.condition

@@ -18,7 +18,7 @@ from rkl.divergences.base import number
 from rkl.divergences.parse import with_module
 from rkl.flows.architectures import NSF, Architecture, Coupling, parse_architecture
 from rkl.flows.built import built
-from rkl.flows.files import TORN, write_chain
+from rkl.flows.files import write_chain
 from rkl.flows.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
 from rkl.flows.metropolis import independent_metropolis
 from rkl.flows.objectives import Objective, parse_objective
@@ -27,6 +27,7 @@ from rkl.flows.targets import XY, Phi4, Target, parse_target
 from rkl.flows.targets.base import Condition, spelt
 from rkl.flows.training import load_state, save_state
 from rkl.importing import names_in, only
+from rkl.readers import place_of_nan, read_arrays
 from rkl.runs import Run, fingerprint
 
 WEIGHTS = "flow.safetensors"
@@ -408,31 +409,38 @@ def _data(settings: TargetSettings) -> tuple[Tensor, Tensor] | None:
 def read_draws(
     path: Path, target: Target
 ) -> tuple[Float[Tensor, "rows *event"], Float[Tensor, "rows conditions"]]:
-    """Draws of a target with their conditions, from .npz with x and condition, or from .npy.
+    """Draws of a target with their conditions, from .npz with x and condition, or x alone.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It cannot be read, or does not hold draws of this target.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"data: there is no file {path}.")
     event, count = target.event_shape, len(target.conditions)
+    arrays = {name: it.values for name, it in read_arrays(path).items()}
+    needed = ("x", "condition") if count else ("x",)
+    lacking = [name for name in needed if name not in arrays]
+    if lacking:
+        raise ValueError(
+            f"data: {path} must hold {' and '.join(needed)}; it lacks {' and '.join(lacking)}."
+        )
+    for name in needed:
+        where = place_of_nan(arrays[name])
+        if where is not None:
+            raise ValueError(f"data: {name} in {path} must be finite; {where}.")
+    x = np.asarray(arrays["x"], np.float32)
+    lead = x.shape[: max(0, x.ndim - len(event))]
+    if x.shape[len(lead) :] != event or not lead:
+        raise ValueError(
+            f"data: x in {path} must be [rows, {', '.join(map(str, event))}]; got {x.shape}."
+        )
+    condition = np.asarray(arrays["condition"] if count else np.zeros((0,)), np.float32)
     try:
-        with path.open("rb") as file:
-            read: Any = np.load(file, allow_pickle=False)
-            arrays = {"x": read} if isinstance(read, np.ndarray) else {k: read[k] for k in read}
-            x = np.asarray(arrays["x"], np.float32)
-            lead = x.shape[: x.ndim - len(event)]
-            if x.shape[len(lead) :] != event or not lead:
-                raise ValueError(f"x must be [rows, {', '.join(map(str, event))}]; got {x.shape}")
-            condition = np.asarray(arrays["condition"] if count else np.zeros((0,)), np.float32)
-            condition = np.broadcast_to(condition, (*lead, count))
-    except KeyError as error:
-        raise ValueError(f"data: {path} must hold x and condition; it lacks {error}.") from None
-    except (OSError, EOFError, ValueError, *TORN) as error:
-        raise ValueError(f"data: {path} cannot be read: {error}".rstrip(".") + ".") from None
-    if not (np.isfinite(x).all() and np.isfinite(condition).all()):
-        raise ValueError(f"data: {path} must hold finite numbers; it has nan or infinities.")
+        condition = np.broadcast_to(condition, (*lead, count))
+    except ValueError:
+        raise ValueError(
+            f"data: condition in {path} must be {[*lead, count]}, for each row of x; "
+            f"got {list(condition.shape)}."
+        ) from None
     flat = x.reshape(-1, *event), condition.reshape(-1, count)
     return torch.from_numpy(flat[0].copy()), torch.from_numpy(flat[1].copy())
 

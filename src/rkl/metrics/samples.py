@@ -17,6 +17,7 @@ from rkl.metrics.clusters import prd_curve
 from rkl.metrics.frechet import frechet_distance
 from rkl.metrics.neighbours import prdc, prdc_ceiling
 from rkl.metrics.written import parenthesised
+from rkl.readers import Contents, as_floats, place_of_nan, read
 
 CLUSTERS = 20
 SLOPES = (0.25, 1.0, 4.0)
@@ -143,25 +144,51 @@ def _numbers(score: Mean) -> dict[str, float | None]:
 
 
 def read_features(name: str, path: Path) -> Float[Tensor, "samples features"]:
-    """The rows of an array of NumPy in a file, flattened to features and floating-point.
+    """The rows of a file of numbers, flattened to features and floating-point.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It holds no array of numbers with samples along its first axis.
+        ValueError: It holds no finite numbers with samples along its first axis.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: there is no file {path}.")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"{name}: {path} holds no array of NumPy: {reason}.") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        kind = array.dtype if isinstance(array, np.ndarray) else "several arrays"
-        raise ValueError(f"{name}: {path} must hold one array of real numbers; got {kind}.")
+    return torch.from_numpy(_features(name, read(path, name=name), path))
+
+
+def read_both(real: Path, fake: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The features of both files in one precision, and notes on how they were read.
+
+    Columns that both files name are compared by name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: One cannot be read, or their columns are called otherwise.
+    """
+    places = {"real": real, "fake": fake}
+    found = {name: read(path, name=name) for name, path in places.items()}
+    arrays = {name: _features(name, it, places[name]) for name, it in found.items()}
+    one, other = found["real"].columns, found["fake"].columns
+    if one and other and one != other:
+        if set(one) != set(other):
+            raise ValueError(
+                f"fake: {fake} must have the columns of {real}, {', '.join(one[:8])}; got "
+                f"{', '.join(other[:8])}."
+            )
+        arrays["fake"] = arrays["fake"][:, [other.index(name) for name in one]]
+    kind = np.result_type(*(it.dtype for it in arrays.values()))
+    tensors = {name: torch.from_numpy(it.astype(kind)) for name, it in arrays.items()}
+    notes = [f"{places[name]}: {note}." for name, it in found.items() for note in it.notes]
+    return tensors, notes
+
+
+def _features(name: str, found: Contents, path: Path) -> np.ndarray:
+    array = found.values
     if array.ndim < 2 or not array.size:
         raise ValueError(
             f"{name}: {path} must hold [samples, features], not empty; got {list(array.shape)}."
         )
-    kept = array if array.dtype == np.float64 else array.astype(np.float32)
-    return torch.from_numpy(kept.reshape(len(array), -1))
+    where = place_of_nan(array, found.columns)
+    if where is not None:
+        raise ValueError(f"{name}: {path} must hold finite numbers; {where}.")
+    try:
+        return np.require(as_floats(array).reshape(len(array), -1), requirements=["C", "W"])
+    except ValueError as error:
+        raise ValueError(f"{name}: {path}: {error}.") from None

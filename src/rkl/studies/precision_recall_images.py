@@ -36,8 +36,8 @@ from rkl.flows import (
 )
 from rkl.flows.architectures import Architecture
 from rkl.flows.critic import Ratio
-from rkl.flows.files import read_file
 from rkl.metrics.neighbours import prdc
+from rkl.readers import read as read_file
 from rkl.studies.precision_recall_ring import Way
 from rkl.studies.precision_recall_rows import ML, Pair, Seed
 

@@ -5,14 +5,16 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, Geometric
 from torch.func import grad
 
+_FAR, _END = 16.0, 600.0  # log-ratios between which a control variate is integrated
 NEAR = 0.02  # |log p/q| below which an excess is summed by its series
 
 
@@ -133,6 +135,32 @@ class FDivergence(Divergence):
     and samples from p, E_p[F(1, q/p)].
     """
 
+    def terms_q(self, log_ratio: Float[Tensor, " samples"]) -> Float[Tensor, " samples"]:
+        """F(r, 1) − F(1, 0) (r − 1) at samples of q, from log r = log p/q in float64.
+
+        The second part is left out where F(1, 0) is infinite. Both may exceed the floating-point
+        range and their difference not: override this with the difference in closed form.
+        """
+        return _controlled(self.integrand, log_ratio, self.unseen[0])
+
+    def terms_p(self, log_ratio: Float[Tensor, " samples"]) -> Float[Tensor, " samples"]:
+        """F(1, u) − F(0, 1) (u − 1) at samples of p, from log u = log q/p in float64.
+
+        As :meth:`terms_q`, with p and q exchanged.
+        """
+
+        def exchanged(logq, logp):
+            return self.integrand(logp, logq)
+
+        return _controlled(exchanged, log_ratio, self.unseen[1])
+
+    @functools.cached_property
+    def unseen(self) -> tuple[float, float]:
+        """F(1, 0) and F(0, 1), the price of mass that the other has none of; may be infinite."""
+        one = torch.zeros(1, dtype=torch.float64)
+        none = torch.full_like(one, -math.inf)
+        return self.integrand(one, none).item(), self.integrand(none, one).item()
+
     def excess(self, logp, logq):
         """F(p, q) − c (p − q), F over its tangent plane at p = q: at least 0.
 
@@ -211,6 +239,28 @@ class _FCombination(_Combination, FDivergence):
 
     def held(self, logp, logq, *found):
         return ()
+
+    def terms_q(self, log_ratio):
+        return self._terms(log_ratio, 0)
+
+    def terms_p(self, log_ratio):
+        return self._terms(log_ratio, 1)
+
+    def _terms(self, log_ratio, side):
+        controlled = math.isfinite(self.unseen[side])
+
+        def total(x):
+            parts = (w * _one_sided(term, x, side, controlled) for w, term in self.terms)
+            return functools.reduce(torch.add, parts)
+
+        # Terms that overflow with opposite signs have no sum: the one that wins 40 nats from
+        # agreement, where all are finite, wins further out too.
+        undecided = total(log_ratio.detach()).isnan() & ~log_ratio.isnan()
+        winner = total(log_ratio.detach().clamp(-40.0, 40.0)).sign() * log_ratio.detach().sign()
+        decided = torch.where(undecided, log_ratio, 1.0) * torch.where(
+            undecided, math.inf * winner, 1.0
+        )
+        return torch.where(undecided, decided, total(torch.where(undecided, 1.0, log_ratio)))
 
 
 def weighted_terms(divergence: Divergence) -> tuple[tuple[float, Divergence], ...]:
@@ -332,6 +382,78 @@ def log_mixture(
     m = weight * logp.exp() + (1 - weight) * logq.exp()
     # Only where both masses underflow is this not the logarithm, and there they add nothing.
     return m.clamp_min(torch.finfo(m.dtype).tiny).log()
+
+
+def exp_less_1(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """exp(x) − 1, all of whose digits are right, and those of its derivative."""
+    return torch.where(x < -1, x.clamp_max(0.0).exp() - 1, x.clamp_min(-1.0).expm1())
+
+
+def slope_from_terms(divergence: FDivergence, x: Tensor, *, in_p: bool) -> Tensor:
+    """∂F/∂q at p = eˣ and q = 1, or ∂F/∂p at q = eˣ and p = 1, in the dtype of x.
+
+    With F = g(eˣ) it is g − g'(x), for F is homogeneous.
+    """
+    terms, unseen = _side(divergence, in_p)
+    wide = x.to(widest(x))
+    value, slope = terms(wide), grad(lambda at: terms(at).sum())(wide)
+    finite = value.isfinite()
+    found = torch.where(finite, value, 0.0) - torch.where(finite, slope, 0.0)
+    if math.isfinite(unseen):
+        found = found - unseen
+    # F is convex: where g has overflown, its tangent lies above or below everything.
+    beyond = torch.where(wide > 0, -math.inf, math.inf)
+    return torch.where(finite, found, beyond).to(x.dtype)
+
+
+def widest(x: Tensor) -> torch.dtype:
+    """Double precision, where the device has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _side(divergence: FDivergence, from_p: bool) -> tuple[Callable, float]:
+    terms = divergence.terms_p if from_p else divergence.terms_q
+    return terms, divergence.unseen[from_p]
+
+
+def _one_sided(divergence: Any, x: Tensor, side: int, controlled: bool) -> Tensor:
+    """The terms of one summand, with the unseen mass put back if the sum has no control."""
+    terms, unseen = _side(divergence, bool(side))
+    if controlled or not math.isfinite(unseen) or unseen == 0:
+        return terms(x)
+    return terms(x) + unseen * exp_less_1(x)
+
+
+def _controlled(integrand: Callable, x: Tensor, unseen: float) -> Tensor:
+    """F(eˣ, 1) − c (eˣ − 1) of any homogeneous integrand, c being F(1, 0) or, if infinite, 0.
+
+    Far out the two cancel. There it is c + ∫ exp(−y) k(x + y) dy over y > 0, with k = ∂F/∂q
+    at p/q = exp(x + y), as two integrations by parts show; beyond the range of exponentials,
+    the straight line that this ends in.
+    """
+    if unseen == 0 or not math.isfinite(unseen):
+        return integrand(x, torch.zeros_like(x))
+    near = x.clamp_max(_FAR)
+    direct = integrand(near, torch.zeros_like(x)) - unseen * exp_less_1(near)
+    far = _integrated(integrand, x.clamp(_FAR, _END), unseen)
+    end = x.new_tensor([_END, _END - 1])
+    last, before = _integrated(integrand, end, unseen)
+    straight = last + (x.clamp_min(_END) - _END) * (last - before)
+    return torch.where(x < _FAR, direct, torch.where(x < _END, far, straight))
+
+
+def _integrated(integrand: Callable, x: Tensor, unseen: float) -> Tensor:
+    nodes, weights = (x.new_tensor(it) for it in _laguerre())
+    at = x[..., None] + nodes
+    slope = grad(lambda log1: integrand(at, log1).sum())(torch.zeros_like(at))
+    return unseen + slope @ weights
+
+
+@functools.cache
+def _laguerre() -> tuple[list[float], list[float]]:
+    """The nodes and weights of Gauss and Laguerre, for the mean over exp(−y)."""
+    nodes, weights = np.polynomial.laguerre.laggauss(24)
+    return nodes.tolist(), weights.tolist()
 
 
 def near_or_far(

@@ -12,6 +12,7 @@ import torch
 from rkl.divergences.base import (
     FDivergence,
     check_laws,
+    exp_less_1,
     log_mixture,
     log_ratio,
     number,
@@ -62,6 +63,12 @@ class KL(FDivergence):
     def between(self, p, q):
         return _kl_between(self, p, q, flipped=False)
 
+    def terms_q(self, log_ratio):
+        return _x_exp_x(log_ratio)
+
+    def terms_p(self, log_ratio):
+        return -log_ratio
+
 
 @dataclass(frozen=True)
 class ReverseKL(FDivergence):
@@ -83,6 +90,12 @@ class ReverseKL(FDivergence):
 
     def between(self, p, q):
         return _kl_between(self, p, q, flipped=True)
+
+    def terms_q(self, log_ratio):
+        return -log_ratio
+
+    def terms_p(self, log_ratio):
+        return _x_exp_x(log_ratio)
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,13 @@ class Jeffreys(FDivergence):
 
     def between(self, p, q):
         return KL().between(p, q) + ReverseKL().between(p, q)
+
+    def terms_q(self, log_ratio):
+        gone = log_ratio < _GONE
+        x = torch.where(gone, 0.0, log_ratio)
+        return torch.where(gone, -log_ratio, x * exp_less_1(x))
+
+    terms_p = terms_q
 
 
 @dataclass(frozen=True)
@@ -140,6 +160,12 @@ class JensenShannon(FDivergence):
         p_to_m, q_to_m = relative_entropy(logp, logm), relative_entropy(logq, logm)
         return self.beta * p_to_m + (1 - self.beta) * q_to_m
 
+    def terms_q(self, log_ratio):
+        return _jensen_shannon(log_ratio, self.beta)
+
+    def terms_p(self, log_ratio):
+        return _jensen_shannon(log_ratio, 1 - self.beta)
+
 
 @dataclass(frozen=True)
 class SkewKL(FDivergence):
@@ -167,6 +193,12 @@ class SkewKL(FDivergence):
 
     def integrand(self, logp, logq):
         return relative_entropy(logp, log_mixture(logp, logq, self.alpha))
+
+    def terms_q(self, log_ratio):
+        return _skew(log_ratio, self.alpha)
+
+    def terms_p(self, log_ratio):
+        return -_log_mean(log_ratio, 1 - self.alpha)
 
 
 @dataclass(frozen=True)
@@ -196,6 +228,12 @@ class SkewReverseKL(FDivergence):
     def integrand(self, logp, logq):
         return relative_entropy(logq, log_mixture(logp, logq, 1 - self.alpha))
 
+    def terms_q(self, log_ratio):
+        return -_log_mean(log_ratio, 1 - self.alpha)
+
+    def terms_p(self, log_ratio):
+        return _skew(log_ratio, self.alpha)
+
 
 @dataclass(frozen=True)
 class TotalVariation(FDivergence):
@@ -216,6 +254,12 @@ class TotalVariation(FDivergence):
     def integrand(self, logp, logq):
         return (logp.exp() - logq.exp()).abs() / 2
 
+    def terms_q(self, log_ratio):
+        below = exp_less_1(log_ratio.clamp_max(1.0))
+        return (below.abs() - below) / 2
+
+    terms_p = terms_q
+
 
 @dataclass(frozen=True)
 class SquaredHellinger(FDivergence):
@@ -234,6 +278,11 @@ class SquaredHellinger(FDivergence):
 
     def integrand(self, logp, logq):
         return ((logp / 2).exp() - (logq / 2).exp()).square() / 2
+
+    def terms_q(self, log_ratio):
+        return -exp_less_1(log_ratio / 2)
+
+    terms_p = terms_q
 
 
 @dataclass(frozen=True)
@@ -255,6 +304,12 @@ class PearsonChiSquare(FDivergence):
     def integrand(self, logp, logq):
         return power(logp, logq, 2, -1) - 2 * logp.exp() + logq.exp()
 
+    def terms_q(self, log_ratio):
+        return exp_less_1(log_ratio).square()
+
+    def terms_p(self, log_ratio):
+        return exp_less_1(-log_ratio)
+
 
 @dataclass(frozen=True)
 class NeymanChiSquare(FDivergence):
@@ -274,6 +329,12 @@ class NeymanChiSquare(FDivergence):
 
     def integrand(self, logp, logq):
         return power(logp, logq, -1, 2) - 2 * logq.exp() + logp.exp()
+
+    def terms_q(self, log_ratio):
+        return exp_less_1(-log_ratio)
+
+    def terms_p(self, log_ratio):
+        return exp_less_1(log_ratio).square()
 
 
 @dataclass(frozen=True)
@@ -306,6 +367,17 @@ class Amari(FDivergence):
         a = self.alpha
         return (power(logp, logq, a, 1 - a) - logq.exp()) / (a * (a - 1))
 
+    def terms_q(self, log_ratio):
+        a = self.alpha
+        return exp_less_1(a * log_ratio) / (a * (a - 1))
+
+    def terms_p(self, log_ratio):
+        a = self.alpha
+        if a > 0:
+            return exp_less_1((1 - a) * log_ratio) / (a * (a - 1))
+        x = log_ratio.clamp_min(_GONE)
+        return x.exp() * exp_less_1(-a * x) / (a * (a - 1))
+
 
 @dataclass(frozen=True)
 class PrecisionRecall(FDivergence):
@@ -336,6 +408,12 @@ class PrecisionRecall(FDivergence):
         excess = logq.exp() - self.lam * logp.exp()
         return torch.relu(excess if self.lam >= 1 else -excess)
 
+    def terms_q(self, log_ratio):
+        return _beyond(log_ratio, self.lam)
+
+    def terms_p(self, log_ratio):
+        return _beyond(log_ratio, 1 / self.lam) * self.lam
+
 
 @dataclass(frozen=True)
 class PrecisionHalf(FDivergence):
@@ -364,6 +442,20 @@ class PrecisionHalf(FDivergence):
 
     def integrand(self, logp, logq):
         return _precision_half(logp, logq, self.lam)
+
+    def terms_q(self, log_ratio):
+        lam, log_lam = self.lam, math.log(self.lam)
+        if lam < 1:
+            x = log_ratio.clamp(_GONE, -log_lam)
+            return x * x.exp() + (log_lam - 1) * exp_less_1(x)
+        s = (log_ratio + log_lam).clamp(_GONE, 0.0)
+        return (s * s.exp() - exp_less_1(s)) / lam
+
+    def terms_p(self, log_ratio):
+        lam, log_lam = self.lam, math.log(self.lam)
+        inside, at_one = log_ratio > log_lam, _at_one(lam)
+        rest = -exp_less_1(log_ratio.clamp_max(log_lam)) / lam - at_one
+        return torch.where(inside, log_lam - log_ratio - 1 + 1 / lam - at_one, rest)
 
 
 @dataclass(frozen=True)
@@ -394,12 +486,76 @@ class RecallHalf(FDivergence):
     def integrand(self, logp, logq):
         return relative_entropy(logp, logq) - _precision_half(logp, logq, self.lam)
 
+    def terms_q(self, log_ratio):
+        lam, log_lam = self.lam, math.log(self.lam)
+        at_one, gap = _at_one(lam), log_lam - 1 + 1 / lam
+        low = (1 - log_lam) * exp_less_1(log_ratio.clamp_max(-log_lam)) - (gap - at_one)
+        return torch.where(log_ratio < -log_lam, low, _x_exp_x(log_ratio) + at_one)
+
+    def terms_p(self, log_ratio):
+        lam = self.lam
+        x = log_ratio.clamp_max(math.log(lam))
+        return exp_less_1(x) / lam - x + _at_one(lam)
+
+
+_GONE = -800.0  # the logarithm of what is 0 even in double precision
+
+
+def _x_exp_x(x):
+    """The product x eˣ, which is 0 at −∞."""
+    x = x.clamp_min(_GONE)
+    return x * x.exp()
+
+
+def _log_mean(x, weight):
+    """log(w eˣ + 1 − w), with all digits near x = 0."""
+    near = torch.log1p(weight * exp_less_1(x.clamp(-1.0, 1.0)))
+    far = torch.logaddexp(x + math.log(weight), x.new_tensor(math.log1p(-weight)))
+    return torch.where(x.abs() < 1, near, far)
+
+
+def _exp_times_log1p(x, c):
+    """eˣ log(1 + c e⁻ˣ), which ends in c."""
+    end = 40 + max(0.0, math.log(c))
+    inner = x.clamp(_GONE, end)
+    log1p = torch.logaddexp(math.log(c) - inner, torch.zeros_like(inner))
+    return torch.where(x < end, inner.exp() * log1p, c)
+
+
+def _jensen_shannon(x, beta):
+    """β r log(r/m) − (1 − β) log m + β log β (r − 1) at r = eˣ, with m = βr + 1 − β."""
+    log_m, log_beta, inner = _log_mean(x, beta), math.log(beta), x.clamp(-1.0, 1.0)
+    near = inner.exp() * (inner - _log_mean(inner, beta)) + log_beta * exp_less_1(inner)
+    far = -_exp_times_log1p(x, (1 - beta) / beta) - log_beta
+    return beta * torch.where(x.abs() < 1, near, far) - (1 - beta) * log_m
+
+
+def _skew(x, alpha):
+    """The skew KL r log(r/m) + log α (r − 1) at r = eˣ, with m = αr + 1 − α."""
+    log_alpha, inner = math.log(alpha), x.clamp(-1.0, 1.0)
+    near = inner.exp() * (inner - _log_mean(inner, alpha)) + log_alpha * exp_less_1(inner)
+    far = -_exp_times_log1p(x, (1 - alpha) / alpha) - log_alpha
+    return torch.where(x.abs() < 1, near, far)
+
+
+def _beyond(x, lam):
+    """max(1 − λeˣ, 0) for λ ≥ 1, and else what is left of max(λeˣ − 1, 0) less λ (eˣ − 1)."""
+    log_lam = math.log(lam)
+    if lam >= 1:
+        below = exp_less_1((x + log_lam).clamp_max(1.0))
+        return (below.abs() - below) / 2
+    return -lam * exp_less_1(x.clamp_max(-log_lam))
+
+
+def _at_one(lam):
+    """f(1) of the precision half as it is before it is taken off."""
+    return math.log(lam) - 1 + 1 / lam if lam < 1 else 0.0
+
 
 def _precision_half(logp, logq, lam):
     s = (log_ratio(logp, logq) + math.log(lam)).clamp_max(0.0)  # log λr, where below 0
     s_exp_s = torch.where(s == -math.inf, 0.0, s) * s.exp()
-    at_one = math.log(lam) - 1 + 1 / lam if lam < 1 else 0.0  # f(1), which must be 0
-    return logq.exp() * ((s_exp_s - s.expm1()) / lam - at_one)
+    return logq.exp() * ((s_exp_s - s.expm1()) / lam - _at_one(lam))
 
 
 def _kl_between(divergence, p, q, *, flipped):

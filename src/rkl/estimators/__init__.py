@@ -18,11 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.func import grad
 from torch.nn.functional import linear
 
 from rkl.divergences import KL, Divergence, FDivergence
-from rkl.divergences.base import floats
+from rkl.divergences.base import floats, slope_from_terms, widest
 from rkl.estimators.known import (
     LinearHead,
     Logits,
@@ -222,16 +221,10 @@ def monte_carlo(
     _check_sampled(divergence, log_ratio=log_ratio)
     if sampled_from not in ("p", "q"):
         raise ValueError(f"sampled_from must be 'p' or 'q'; got {sampled_from!r}.")
-    one, nothing = torch.zeros_like(log_ratio), torch.full_like(log_ratio[:1], -math.inf)
-    if sampled_from == "q":
-        terms = divergence.integrand(log_ratio, one)
-        missed = divergence.integrand(one[:1], nothing)
-    else:
-        log_ratio = -log_ratio
-        terms = divergence.integrand(one, log_ratio)
-        missed = divergence.integrand(nothing, one[:1])
-    missed = missed.masked_fill(~missed.isfinite(), 0.0)  # before the product: its gradient is nan
-    return torch.where(missed != 0, terms - missed * log_ratio.expm1(), terms)
+    # In double precision, so that what overflows on the way need not overflow at the end.
+    wide = log_ratio.to(widest(log_ratio))
+    terms = divergence.terms_q(wide) if sampled_from == "q" else divergence.terms_p(-wide)
+    return terms.to(log_ratio.dtype)
 
 
 def variational_bound(
@@ -259,10 +252,9 @@ def variational_bound(
         ValueError: There are no samples from p, or none from q.
     """
     _check_sampled(divergence, score_p=score_p, score_q=score_q)
-    slope_in_p = grad(lambda logp: divergence.integrand(logp, -score_p).sum())
-    slope_in_q = grad(lambda logq: divergence.integrand(score_q, logq).sum())
-    one_p, one_q = torch.zeros_like(score_p), torch.zeros_like(score_q)
-    return slope_in_p(one_p).mean() + slope_in_q(one_q).mean()
+    in_p = slope_from_terms(divergence, -score_p, in_p=True)
+    in_q = slope_from_terms(divergence, score_q, in_p=False)
+    return in_p.mean() + in_q.mean()
 
 
 def _check_sampled(divergence: Any, **at_samples: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import grad
 
 from rkl.divergences import FDivergence
+from rkl.divergences.base import slope_from_terms
 from rkl.estimators import monte_carlo
 
 RANGE = torch.linspace(-6.0, 6.0, 241, dtype=torch.float64)  # log-ratios at which to look
@@ -86,8 +87,7 @@ def slope(
     divergence: FDivergence, log_ratio: Float[Tensor, " samples"]
 ) -> Float[Tensor, " samples"]:
     """h(r) = f(r) − r f'(r), the slope of F in q at p = r and q = 1."""
-    at_one = torch.zeros_like(log_ratio)
-    return grad(lambda log_q: divergence.integrand(log_ratio, log_q).sum())(at_one)
+    return slope_from_terms(divergence, log_ratio, in_p=False)
 
 
 def data_weight(

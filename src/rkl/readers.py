@@ -976,7 +976,7 @@ def _header(rows: Sequence[Sequence[str]], dialect: _Dialect) -> tuple[bool, str
 
 
 def _is_name(cell: str) -> bool:
-    return (cell[0].isalpha() or cell[0] in "_$<([{#@") and cell.lower() not in TRUE | FALSE
+    return bool(re.match(r"[._$<(\[{@]?[^\W\d]|_", cell)) and cell.lower() not in TRUE | FALSE
 
 
 def _numeric_names(

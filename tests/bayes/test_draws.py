@@ -2,7 +2,9 @@ import builtins
 import types
 import warnings
 
+import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -196,7 +198,7 @@ REFUSED = {
     ),
     "something else": (3, TypeError, "draws must be a DataTree .* got int"),
     "a list": ([1.0, 2.0], TypeError, "list of draws must hold paths of CmdStan's csv"),
-    "a suffix": ("posterior.txt", ValueError, r"must end in .nc, .zarr or .csv; got .txt"),
+    "a pattern of nothing": ("chain_*.csv", FileNotFoundError, "no file matches chain_"),
     "a missing file": ("nowhere.nc", FileNotFoundError, "No draws at nowhere.nc"),
 }
 
@@ -269,8 +271,7 @@ def test_corrupt_and_foreign_files_are_refused_by_name(tmp_path):
         read_draws(tmp_path / "climate.nc")
 
 
-def test_what_takes_arviz_says_so_where_it_is_missing(tmp_path, monkeypatch):
-    (tmp_path / "chain.csv").write_text("lp__,mu\n1,2\n")
+def test_what_takes_arviz_says_so_where_it_is_missing(monkeypatch):
     real = builtins.__import__
 
     def without_arviz(name, *rest):
@@ -280,13 +281,9 @@ def test_what_takes_arviz_says_so_where_it_is_missing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_arviz)
     sampler = type("EnsembleSampler", (), {"__module__": "emcee.ensemble"})()
-    for source, what in [
-        (tmp_path / "chain.csv", "CmdStan's csv"),
-        ([tmp_path / "chain.csv"] * 2, "CmdStan's csv"),
-        (sampler, "a EnsembleSampler of emcee"),
-    ]:
-        with pytest.raises(ImportError, match=rf"{what} takes ArviZ: pip install 'rkl\[arviz\]'"):
-            read_draws(source)
+    what = "a EnsembleSampler of emcee"
+    with pytest.raises(ImportError, match=rf"{what} takes ArviZ: pip install 'rkl\[arviz\]'"):
+        read_draws(sampler)
 
 
 # What users hand over, made by the libraries themselves.
@@ -366,9 +363,7 @@ def test_walkers_of_emcee_become_chains():
     np.testing.assert_array_equal(draws["lp"].numpy(), sampler.get_log_prob().T)
 
 
-@pytest.mark.tools
 def test_csv_of_cmdstan_is_read(tmp_path):
-    arviz()
     arrays, paths = posterior(chains=2), []
     for chain in range(2):
         paths.append(tmp_path / f"chain-{chain}.csv")
@@ -394,3 +389,93 @@ def test_grouped_samples_of_numpyro_are_a_dict_of_arrays():
     jnp = pytest.importorskip("jax.numpy")
     arrays = {name: array.astype(np.float32) for name, array in posterior().items()}
     assert same(read_draws({name: jnp.asarray(array) for name, array in arrays.items()}), arrays)
+
+
+def cmdstan_file(path, warm_up, draws, seed, saved=True):
+    """A chain as CmdStan writes it, its warm-up a thousand off; the draws of mu, and of m."""
+    generator = np.random.default_rng(seed)
+    mu, m = generator.normal(size=draws), generator.normal(size=(draws, 2, 3))
+    lines = [
+        "# stan_version_major = 2",
+        "# method = sample (Default)",
+        f"#     num_samples = {draws}",
+        f"#     num_warmup = {warm_up} (Default)",
+        f"#     save_warmup = {int(saved)}",
+        "#     thin = 1 (Default)",
+        "lp__,accept_stat__,mu," + ",".join(f"m.{i}.{j}" for j in (1, 2, 3) for i in (1, 2)),
+    ]
+    rows = [[0, 0.9, 1000, *[1000] * 6]] * (warm_up if saved else 0)
+    lines += [",".join(map(repr, row)) for row in rows]
+    lines += ["# Adaptation terminated", "# Step size = 0.9", "# 1, 1, 1"]
+    for value, matrix in zip(mu.tolist(), m, strict=True):
+        lines.append(",".join(map(repr, [-value, 0.9, value, *matrix.T.ravel().tolist()])))
+    path.write_text("\n".join([*lines, "# ", "#  Elapsed Time: 0.1 seconds (Warm-up)", ""]))
+    return mu, m
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["warm-up saved", "no warm-up"])
+def test_chains_of_cmdstan_are_read_by_pattern_and_by_list_without_their_warm_up(tmp_path, saved):
+    chains = [
+        cmdstan_file(tmp_path / f"c_{k}.csv", 15, 20, k, saved) for k in range(1, 12)
+    ]  # c_2 comes before c_10
+    names = [str(tmp_path / f"c_{k}.csv") for k in range(1, 12)]
+    for source in (str(tmp_path / "c_*.csv"), names):
+        draws = read_draws(source)
+        assert draws.names == ("mu", "m", "lp")
+        mu, m = (np.stack(part) for part in zip(*chains, strict=True))
+        np.testing.assert_array_equal(draws["mu"], mu)
+        np.testing.assert_array_equal(draws["m"], m)
+        np.testing.assert_array_equal(draws["lp"], -mu)
+        assert any("warm-up" in note for note in draws.notes) == saved
+
+
+def test_a_table_of_r_is_read_by_chain_and_iteration_in_any_order(tmp_path):
+    generator = np.random.default_rng(0)
+    arrays = {"mu": generator.normal(size=(3, 20)), "theta": generator.normal(size=(3, 20, 2, 2))}
+    columns = {"mu": arrays["mu"].ravel()}
+    for i, j in np.ndindex(2, 2):
+        columns[f"theta[{i + 1},{j + 1}]"] = arrays["theta"][:, :, i, j].ravel()
+    marks = {
+        ".chain": np.repeat([1, 2, 3], 20),
+        ".iteration": np.tile(np.arange(1, 21), 3),
+        ".draw": np.arange(1, 61),
+    }
+    frame = pd.DataFrame(columns | marks).sample(frac=1, random_state=0)
+    frame.to_csv(tmp_path / "wide.csv")  # with row names, as write.csv of R
+    frame.to_csv(tmp_path / "excel.csv", sep=";", decimal=",", index=False)
+    long = frame.melt(id_vars=list(marks), var_name=".variable", value_name=".value")
+    long.to_csv(tmp_path / "long.csv", index=False)
+    for source in (tmp_path / "wide.csv", tmp_path / "excel.csv", tmp_path / "long.csv", frame):
+        draws = read_draws(source)
+        assert (draws.chains, draws.draws) == (3, 20)
+        assert set(draws.names) == {"mu", "theta"}
+        assert same(draws, arrays)
+
+
+def test_tables_of_draws_that_are_not_whole_are_refused(tmp_path):
+    def refused(text, said):
+        (tmp_path / "t.csv").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            read_draws(tmp_path / "t.csv")
+
+    refused("mu,.chain,.iteration\n1,1,1\n2,1,2\n3,2,1\n", r"chains of one length; got \[2, 1\]")
+    refused("mu,.chain,.iteration\n1,1,1\n2,1,1\n", "iteration 1 more than once in chain 1")
+    refused("# method = optimize\nlp__,mu\n1,2\n", "one optimum")
+    refused(
+        "# num_warmup = 9\n# save_warmup = 1\nlp__,mu\n1,2\n1,2\n",
+        "2 draws of the warm-up, and none",
+    )
+    (tmp_path / "u.csv").write_text("lp__,mu\n1,2\n1,3\n")
+    (tmp_path / "t.csv").write_text("lp__,nu\n1,2\n1,3\n")
+    with pytest.raises(ValueError, match=r"u\.csv and .*t\.csv differ in the variable mu"):
+        read_draws([tmp_path / "t.csv", tmp_path / "u.csv"])
+
+
+def test_arrays_of_numpy_are_read_and_links_to_other_files_are_not(tmp_path):
+    np.savez(tmp_path / "draws.npz", **posterior())
+    assert same(read_draws(tmp_path / "draws.npz"), posterior())
+    dataset(posterior()).to_netcdf(tmp_path / "secret.nc", engine="h5netcdf")
+    with h5py.File(tmp_path / "linked.nc", "w") as file:
+        file["mu"] = h5py.ExternalLink(str(tmp_path / "secret.nc"), "mu")
+    with pytest.raises(ValueError, match=r"linked\.nc .*/mu is a link to another file"):
+        read_draws(tmp_path / "linked.nc")

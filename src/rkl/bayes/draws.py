@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,21 @@ import xarray as xr
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from rkl.readers import Columns, matching_files, read_arrays, read_columns, refuse_external
+
 NUMBERS = 2**22  # in one chunk of draws: 32 MiB
 ELEMENTS = 64  # of one variable, whose extremes are looked for
 AXES = ("chain", "draw")
 READABLE = (
     "a DataTree or InferenceData with a group 'posterior', an xarray Dataset, a dict of arrays "
-    "[chains, draws, ...], a path ending in .nc, .zarr or .csv, a cmdstanpy fit, or an emcee "
-    "sampler"
+    "[chains, draws, ...], a data frame, a path of .nc, .zarr, .npz or a table, a cmdstanpy fit, "
+    "or an emcee sampler"
 )
+CHAIN = ".chain", "chain", "Chain", "chain__"
+ITERATION = ".iteration", "iteration", "Iteration", ".iter", "iter__", "iter"
+DRAW = ".draw", "draw", "Draw", "draw__"
+PARAMETER = ".variable", "variable", "Parameter", "parameter", "name"
+VALUE = ".value", "value", "Value"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +44,7 @@ class Draws:
             dimensions chain and draw, wherever they stand.
         weights: Weight of every draw, for draws of importance sampling or SMC; at least 0. They
             are normalised to sum to 1. Weights of PSIS come as logarithms: take their softmax.
+        notes: What a user should know of how they were read.
 
     Raises:
         ValueError: If shapes disagree, an axis is missing, or a weight is negative.
@@ -48,6 +57,7 @@ class Draws:
 
     variables: Mapping[str, Any]
     weights: Float[Tensor, "chains draws"] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not self.variables:
@@ -153,7 +163,8 @@ class Draws:
             raise ValueError(f"step must be at least 1; got {step}.")
         thin = slice(None, None, step)
         taken = {name: array.isel(draw=thin) for name, array in self.variables.items()}
-        return Draws(taken, None if self.weights is None else self.weights[:, thin])
+        weights = None if self.weights is None else self.weights[:, thin]
+        return Draws(taken, weights, self.notes)
 
     def _size(self) -> Mapping[Any, int]:
         return next(iter(self.variables.values())).sizes
@@ -200,9 +211,12 @@ def read_draws(source: Any, weights: Any = None) -> Draws:
 
     Args:
         source: Draws; a DataTree, InferenceData or Dataset; a dict of arrays
-            [chains, draws, ...]; the path of a NetCDF or Zarr store, or of CmdStan's csv (or a
-            list of them); a cmdstanpy fit; an emcee sampler or backend, whose walkers become
-            chains. CmdStan's csv and emcee are read by ArviZ.
+            [chains, draws, ...]; the path of a NetCDF or Zarr store, or of an .npz of such
+            arrays; the path or pattern ("chain_*.csv") of CmdStan's csv, or a list of them, one
+            chain each; the path of a table, or a data frame, with columns .chain, .iteration or
+            .draw as R's posterior, brms and rstan write them, wide or long; a cmdstanpy fit; an
+            emcee sampler or backend, whose walkers become chains, read by ArviZ. Columns mu[1],
+            mu[2] are put together as mu.
         weights: Weight of each draw, [chains, draws].
 
     Raises:
@@ -213,7 +227,11 @@ def read_draws(source: Any, weights: Any = None) -> Draws:
     >>> read_draws({"mu": torch.zeros(4, 1000), "theta": torch.zeros(4, 1000, 8)}).names
     ('mu', 'theta')
     """
-    draws = source if isinstance(source, Draws) else Draws(_variables(source))
+    notes: list[str] = []
+    draws = source
+    if not isinstance(source, Draws):
+        found = _variables(source, notes)
+        draws = Draws(found, notes=tuple(notes))
     if weights is None:
         return draws
     if not isinstance(weights, Tensor):
@@ -276,15 +294,18 @@ def _dimensions(data: xr.Dataset | xr.DataArray) -> str:
     return f"{names} (unstack sample first)" if "sample" in data.sizes else names
 
 
-def _variables(source: Any) -> Mapping[str, Any]:
-    """The variables of a source, none of them read."""
+def _variables(source: Any, notes: list[str]) -> Mapping[str, Any]:
+    """The variables of a source, none of them read but those of tables."""
     if isinstance(source, xr.Dataset):
         return _of_dataset(source, "the Dataset")
     if isinstance(source, str | os.PathLike):
-        return _of_path(Path(source))
+        return _of_path(Path(source), notes)
     if isinstance(source, list | tuple):
-        return _of_csv(source)
+        return _of_files(source, notes)
     made_by = type(source).__module__.partition(".")[0]
+    if made_by == "pandas" and hasattr(source, "columns"):
+        columns = {str(name): source[name].to_numpy() for name in source.columns}
+        return _of_tables([Columns(columns)], ["the data frame"], notes)
     if made_by == "cmdstanpy":
         return _of_cmdstanpy(source)
     if made_by == "emcee":
@@ -334,17 +355,15 @@ def _of_cmdstanpy(fit: Any) -> Mapping[str, Any]:
     return _of_dataset(fit.draws_xr(), "the fit of cmdstanpy", xr.Dataset({"lp": lp}))
 
 
-def _of_path(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".csv":
-        return _of_csv([path])
+def _of_path(path: Path, notes: list[str]) -> Mapping[str, Any]:
     engines = {".nc": "h5netcdf", ".netcdf": "h5netcdf", ".h5": "h5netcdf", ".zarr": "zarr"}
     if path.suffix not in engines:
-        raise ValueError(
-            f"{path} must end in .nc, .zarr or .csv; got {path.suffix or 'no suffix'}."
-        )
+        return _of_files(matching_files(path, "draws"), notes)
     _exists(path)
     engine = engines[path.suffix]
     try:
+        if engine == "h5netcdf" and path.is_file():
+            refuse_external(path)
         posterior = _group(path, engine, "posterior")
         posterior = _open(path, engine) if posterior is None else posterior
         stats = _group(path, engine, "sample_stats")
@@ -364,12 +383,160 @@ def _open(path: Path, engine: str, group: str | None = None) -> xr.Dataset:
     )  # pyright: ignore[reportArgumentType]
 
 
-def _of_csv(paths: Sequence[Any]) -> Mapping[str, Any]:
-    if not paths or not all(str(path).endswith(".csv") for path in paths):
+def _of_files(paths: Sequence[Any], notes: list[str]) -> Mapping[str, Any]:
+    """The variables of an .npz, or of tables, of which several are a chain each."""
+    if not paths or not all(isinstance(path, str | os.PathLike) for path in paths):
         raise TypeError(f"a list of draws must hold paths of CmdStan's csv; got {paths!r:.60}.")
     for path in paths:
         _exists(Path(path))
-    return _by_arviz("from_cmdstan", [str(path) for path in paths], "CmdStan's csv")
+    if len(paths) == 1 and Path(paths[0]).suffix == ".npz":
+        return {name: it.values for name, it in read_arrays(paths[0], name="draws").items()}
+    if Path(paths[0]).suffix in (".npy", ".pkl", ".pickle"):
+        raise ValueError(
+            f"{paths[0]} must end in .nc, .zarr, .npz or be a table, of .csv or .parquet, which "
+            "hold the names of their variables."
+        )
+    tables = [read_columns(path, name="draws") for path in paths]
+    return _of_tables(tables, [str(path) for path in paths], notes)
+
+
+def _of_tables(
+    tables: Sequence[Columns], places: Sequence[str], notes: list[str]
+) -> Mapping[str, Any]:
+    """The variables of tables of draws by CmdStan, where each is a chain, or from R."""
+    parts = []
+    for table, place in zip(tables, places, strict=True):
+        notes += [f"{place}: {note}." for note in table.notes]
+        cmdstan = "lp__" in table.columns
+        columns = _after_warm_up(table, place, notes) if cmdstan else dict(table.columns)
+        columns = _widened(columns, place)
+        chains = _by_chain(columns, place)
+        if len(tables) > 1 and len(chains) > 1:
+            raise ValueError(f"{place} holds {len(chains)} chains; read it alone.")
+        if not cmdstan and len(tables) == 1 and not any(name in columns for name in CHAIN):
+            notes.append(f"{place} has no column .chain: its draws were taken as one chain.")
+        numbers = {n: [it[n] for it in chains] for n in chains[0] if n not in _MARKS}
+        parts.append(_vectors(numbers, cmdstan))
+    for part, place in zip(parts, places, strict=True):
+        if part.keys() != parts[0].keys():
+            others = sorted(part.keys() ^ parts[0].keys())
+            raise ValueError(f"{place} and {places[0]} differ in the variable {others[0]}.")
+        rows = len(next(iter(part.values()))[0])
+        if rows != len(next(iter(parts[0].values()))[0]):
+            raise ValueError(
+                f"{place} has {rows} draws but {places[0]} has "
+                f"{len(next(iter(parts[0].values()))[0])}."
+            )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+_MARKS = {*CHAIN, *ITERATION, *DRAW}
+
+
+def _after_warm_up(table: Columns, place: str, notes: list[str]) -> dict[str, np.ndarray]:
+    """The draws in a file of CmdStan, with lp__ as lp, without what the sampler says of itself."""
+    told = {}
+    for _row, text in table.comments:
+        if found := re.match(r"#\s*(\w+)\s*=\s*(\S+)", text):
+            told.setdefault(found[1], found[2])
+    if told.get("method") == "optimize":
+        raise ValueError(f"{place} holds one optimum of CmdStan, no posterior draws.")
+    skipped = 0
+    if told.get("save_warmup", "0").lower() in ("1", "true"):
+        ends = [row for row, text in table.comments if "Adaptation terminated" in text]
+        counted = math.ceil(int(told.get("num_warmup", 0)) / int(told.get("thin", 1)))
+        skipped = ends[0] if ends and ends[0] else counted
+    if told.get("method") == "variational":
+        skipped = 1  # the mean, which CmdStan writes above the draws
+    rows = len(table.columns["lp__"])
+    if skipped >= rows:
+        raise ValueError(f"{place} holds {rows} draws of the warm-up, and none after it.")
+    if skipped:
+        what = "the mean" if told.get("method") == "variational" else "warm-up"
+        notes.append(f"{place}: its first {skipped} rows, {what}, were left out.")
+    kept = {n: it[skipped:] for n, it in table.columns.items() if not n.endswith("__")}
+    return kept | {"lp": table.columns["lp__"][skipped:]}
+
+
+def _widened(columns: dict[str, np.ndarray], place: str) -> dict[str, np.ndarray]:
+    """A long table, one row for each parameter and draw, with one column for each parameter."""
+    name = next((it for it in PARAMETER if it in columns), None)
+    value = next((it for it in VALUE if it in columns), None)
+    if name is None or value is None or columns[name].dtype.kind != "O":
+        return columns
+    marks = {it: columns[it] for it in columns if it in _MARKS}
+    if not marks:
+        raise ValueError(f"{place} is a long table, and must have a column .draw or .iteration.")
+    names = columns[name]
+    widened: dict[str, np.ndarray] = {}
+    for each in dict.fromkeys(names.tolist()):
+        chosen = names == each
+        own = {it: cells[chosen] for it, cells in marks.items()}
+        order = np.lexsort(tuple(own.values()))
+        for it, cells in own.items():
+            if it in widened and not np.array_equal(widened[it], cells[order]):
+                raise ValueError(f"{place} lacks {each} in some draws, or has it twice.")
+            widened[it] = cells[order]
+        widened[each] = columns[value][chosen][order]
+    return widened
+
+
+def _by_chain(columns: Mapping[str, np.ndarray], place: str) -> list[dict[str, np.ndarray]]:
+    """The columns of numbers of each chain, in the order of the iterations."""
+    numbers = {name: it for name, it in columns.items() if it.dtype.kind in "biuf"}
+    if not numbers.keys() - _MARKS:
+        raise ValueError(f"{place} holds no draws: none of its columns has numbers under a name.")
+    chain = next((it for it in CHAIN if it in columns), None)
+    step = next((it for it in (*ITERATION, *DRAW) if it in numbers), None)
+    every = np.zeros(len(next(iter(columns.values())))) if chain is None else columns[chain]
+    chains = []
+    for each in sorted(set(every.tolist())):
+        own = {name: it[every == each] for name, it in numbers.items()}
+        if step is not None:
+            order = np.argsort(own[step], kind="stable")
+            if len(np.unique(own[step])) < len(order):
+                raise ValueError(
+                    f"{place} has {step} {_repeated(own[step])} more than once"
+                    + ("." if chain is None else f" in chain {each}.")
+                )
+            own = {name: it[order] for name, it in own.items()}
+        chains.append(own)
+    sizes = [len(next(iter(it.values()))) for it in chains]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"{place} must have chains of one length; got {sizes}.")
+    return chains
+
+
+def _repeated(values: np.ndarray) -> Any:
+    known, counts = np.unique(values, return_counts=True)
+    return known[counts > 1][0]
+
+
+def _vectors(columns: Mapping[str, Sequence[np.ndarray]], cmdstan: bool) -> dict[str, np.ndarray]:
+    """Columns mu[1], mu[2] (or mu.1, mu.2 of CmdStan) put together as mu, [chains, draws, ...].
+
+    Elements that do not fill their array, such as half a matrix, keep names of their own.
+    """
+    grouped: dict[str, dict[tuple[int, ...], str]] = {}
+    pattern = r"(.+?)((?:[.:]\d+)+)" if cmdstan else r"(.+?)(?:\[([\d, ]+)\]|\.((?:\d+\.)+))"
+    for name in columns:
+        found = re.fullmatch(pattern, name)
+        at = () if not found else tuple(map(int, re.findall(r"\d+", name[len(found[1]) :])))
+        grouped.setdefault(found[1] if found else name, {})[at] = name
+    arrays = {}
+    for name, places in grouped.items():
+        lengths = {len(at) for at in places}
+        axes = list(zip(*places, strict=False))
+        low = [min(axis) for axis in axes]
+        shape = [max(axis) + 1 - start for axis, start in zip(axes, low, strict=True)]
+        whole = len(lengths) == 1 and math.prod(shape) == len(places)
+        if not whole or any(start not in (0, 1) for start in low):
+            arrays |= {it: np.stack(columns[it]) for it in places.values()}
+            continue
+        ordered = [np.stack(columns[places[at]]) for at in sorted(places)]
+        stacked = np.stack(ordered, -1)
+        arrays[name] = stacked.reshape(*stacked.shape[:2], *shape)
+    return arrays
 
 
 def _group(path: Path, engine: str, name: str) -> xr.Dataset | None:

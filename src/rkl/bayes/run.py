@@ -13,13 +13,14 @@ import torch
 
 from rkl.bayes.acts import bayes_act
 from rkl.bayes.compare import excess_over, side_by_side, variables_of
-from rkl.bayes.draws import read_draws
+from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.estimate import Estimate
 from rkl.bayes.losses import AnyLoss, parse_loss
 from rkl.bayes.regions import Region
 from rkl.bayes.report import Shown, page
 from rkl.bayes.tables import Table
 from rkl.importing import only
+from rkl.readers import place_of_nan, read
 from rkl.runs import Run, write_json
 
 RESULT = "estimate.json"
@@ -30,7 +31,8 @@ class EstimateSettings:
     """What is estimated, of what posterior, under which loss.
 
     Args:
-        posterior: Draws: .nc or .zarr as ArviZ writes them, or CmdStan's .csv.
+        posterior: Draws: .nc or .zarr as ArviZ writes them, an .npz, a table from R with .chain
+            and .iteration, or CmdStan's .csv, several or a pattern.
         family: Law of an experiment given the parameters, which are called as the draws are:
             "normal(loc=mu, scale=sigma)".
         divergence: Loss between a draw's law and the reported one: a divergence, or intrinsic.
@@ -40,7 +42,8 @@ class EstimateSettings:
         log_posterior: Variable that holds the log posterior density of each draw, such as lp;
             without it there is no posterior mode to compare with.
         weights: Variable that holds the weight of each draw, if they are weighted.
-        design: Design matrix of a regression: .npy, or numbers in .csv.
+        design: Design matrix of a regression: .npy, .csv, or another table of numbers.
+        further: More files of CmdStan, each one chain more.
         seed: Of the random numbers of a family whose divergences need some.
         device: Where to compute.
     """
@@ -53,6 +56,7 @@ class EstimateSettings:
     log_posterior: str | None = field(default=None, metadata={"metavar": "NAME"})
     weights: str | None = field(default=None, metadata={"metavar": "NAME"})
     design: Path | None = field(default=None, metadata={"metavar": "FILE"})
+    further: tuple[Path, ...] = field(default=(), metadata={"metavar": "FILE"})
     seed: int = 0
     device: str = "cpu"
 
@@ -60,6 +64,7 @@ class EstimateSettings:
         for name in ("posterior", "design"):
             path = getattr(self, name)
             object.__setattr__(self, name, None if path is None else Path(path))
+        object.__setattr__(self, "further", tuple(map(Path, self.further)))
         if isinstance(self.prob, bool) or not isinstance(self.prob, int | float):
             raise TypeError(f"prob must be a number; got {self.prob!r}.")
         if not 0 < self.prob < 1:
@@ -84,15 +89,18 @@ class Estimated:
         comparison: The act beside the other common estimates.
         region: The credible region.
         report: The report, where a run was asked for.
+        notes: What a user should know of how the posterior was read.
     """
 
     estimate: Estimate
     comparison: Table
     region: Region
     report: Path | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [str(self.estimate), str(self.region), str(self.comparison)]
+        parts = ["\n".join(self.notes)] if self.notes else []
+        parts += [str(self.estimate), str(self.region), str(self.comparison)]
         parts += [f"The report: {self.report}"] if self.report else []
         return "\n\n".join(parts)
 
@@ -102,6 +110,7 @@ class Estimated:
             "estimate": self.estimate.to_dict(),
             "region": self.region.to_dict(),
             "comparison": self.comparison.to_dict(),
+            "notes": list(self.notes),
         }
 
 
@@ -121,6 +130,7 @@ def estimate(
         name: None if path is None else str(path.resolve())
         for name, path in (("posterior", settings.posterior), ("design", settings.design))
     }
+    kept["further"] = [str(path.resolve()) for path in settings.further]
     run = Run.create(out, "bayes", kept, seed=settings.seed, overwrite=overwrite)
     with run.running():
         Shown.of(found.estimate, found.region.table(), found.comparison).write(run.path)
@@ -131,13 +141,19 @@ def estimate(
 def answer(settings: EstimateSettings) -> Estimated:
     """The estimate, compared and with its region; nothing is written."""
     losses = [parse_loss(text) for text in settings.losses] or None
-    made = _act(settings)
+    draws = _draws(settings)
+    made = _act(settings, draws)
     compared = made.compare(settings.log_posterior, losses)
-    return Estimated(made, compared, made.region(settings.prob))
+    return Estimated(made, compared, made.region(settings.prob), notes=draws.notes)
 
 
-def _act(settings: EstimateSettings) -> Estimate:
-    draws = read_draws(settings.posterior)
+def _draws(settings: EstimateSettings) -> Draws:
+    files = [settings.posterior, *settings.further]
+    return read_draws(files if settings.further else settings.posterior)
+
+
+def _act(settings: EstimateSettings, draws: Draws | None = None) -> Estimate:
+    draws = _draws(settings) if draws is None else draws
     if settings.weights is not None:
         draws = read_draws(draws, draws[settings.weights])
     loss, design = settings.loss, _design(settings.design)
@@ -181,7 +197,11 @@ def evaluate_run(
     """
     run = Run.open(path)
     there = dataclasses.replace(
-        _settings(run), posterior=settings.posterior, seed=settings.seed, device=settings.device
+        _settings(run),
+        posterior=settings.posterior,
+        further=(),
+        seed=settings.seed,
+        device=settings.device,
     )
     kept = _result(run)["estimate"]["act"]
     with only(allow, source=run.path / "run.json"):
@@ -251,6 +271,7 @@ def _settings(run: Run) -> EstimateSettings:
     for name in ("posterior", "design"):
         kept[name] = None if kept[name] is None else Path(kept[name])
     kept["losses"] = tuple(kept["losses"])
+    kept["further"] = tuple(kept.get("further", ()))
     return EstimateSettings(**kept)
 
 
@@ -275,10 +296,8 @@ def _refuse_folder(out: Path, overwrite: bool) -> None:
 def _design(path: Path | None) -> Any:
     if path is None:
         return None
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
-        return np.loadtxt(path, delimiter=",", ndmin=2)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"design: {path} holds no matrix of numbers: {reason}") from None
+    found = read(path, name="design")
+    where = place_of_nan(found.values, found.columns)
+    if where is not None:
+        raise ValueError(f"design: {path} must hold finite numbers; {where}.")
+    return np.asarray(found.values, np.float64)

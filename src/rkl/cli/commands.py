@@ -127,14 +127,20 @@ def estimate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl estimate posterior.nc --family "normal(loc=mu, scale=sigma)"
       rkl estimate posterior.nc --family "poisson(rate=lam)" --divergence js --log-posterior lp
       rkl estimate draws.zarr --family "normal(loc=theta, scale=10)" --prob 0.9 --out RUN
+      rkl estimate chain_*.csv --family "normal(loc=mu, scale=sigma)"
     """
     from rkl.bayes import run
 
     settings.add_flags(parser, run.EstimateSettings)
+    parser.add_argument(  # the chains of CmdStan, which a shell lists behind the first
+        "chains", type=Path, nargs="*", default=[], metavar="FILE", help="more chains of CmdStan"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     _add_out_flags(parser, None)
 
     def estimated(parsed: Namespace) -> None:
+        if parsed.chains:
+            parsed.further = [*getattr(parsed, "further", ()), *parsed.chains]
         chosen = settings.gather(run.EstimateSettings, parsed)
         found = run.estimate(chosen, parsed.out, overwrite=parsed.overwrite)
         _show(json.dumps(found.to_dict(), indent=2) if parsed.json else found)

@@ -332,19 +332,150 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
 def test_overwriting_empties_the_run_before(tmp_path):
     run = create(tmp_path)
     run.log({"step": 1})
-    (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "checkpoint-1" / "weights").write_text("old")
-    create(tmp_path, overwrite=True)
+    with runs.replacing_folder(tmp_path / "checkpoint-1") as folder:
+        (folder / "weights").write_text("old")
+    again = create(tmp_path, overwrite=True)
+    again.release()
     assert os.listdir(tmp_path) == ["run.json"]
 
 
-def test_a_link_in_a_run_is_unlinked_and_not_followed(tmp_path):
+def fill(run):
+    """Write into a run by every way there is."""
+    run.log({"step": 1})
+    run.remember_rows(["a"])
+    runs.write_json(run.path / "evaluation.json", {})
+    runs.save_tensors(run.path / "model.safetensors", {"w": torch.ones(1)})
+    with runs.replacing_folder(run.path / "checkpoints" / "checkpoint-1") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "weights").write_text("old")
+    with runs.replacing_files(run.path) as folder:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+FILLED = {
+    *("run.json", "metrics.jsonl", "rows.bin", "evaluation.json", "model.safetensors"),
+    *("checkpoints/checkpoint-1/inner/weights", "tokenizer.json"),
+}
+
+
+def test_a_run_lists_every_file_that_is_written_into_it(tmp_path):
+    run = create(tmp_path / "run")
+    with run.running():
+        fill(run)
+        assert run.files.keys() == FILLED
+    assert run.files == dict.fromkeys(FILLED, {"sha256": None, "size": None})
+    assert set(everything_in(run.path)) == FILLED
+
+
+def test_a_file_is_listed_before_it_takes_its_name(tmp_path, monkeypatch):
+    run, replace = create(tmp_path / "run"), os.replace
+
+    def killed(source, target):
+        if Path(target).name == "rows.bin":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    pytest.raises(KeyboardInterrupt, run.remember_rows, ["a"])
+    assert "rows.bin" in run.files
+    monkeypatch.undo()
+    create(run.path, resume=True)
+    assert "rows.bin" not in run.files  # it never came to be
+
+
+def test_a_digest_holds_until_the_file_is_written_again(tmp_path):
+    run, measured = create(tmp_path / "run"), {"sha256": "0" * 64, "size": 3}
+    runs.write_atomic(run.path / "weights", "one")
+    run.record_files({"weights": measured})
+    assert run.files["weights"] == measured
+    run.log({"step": 1})
+    run.update(result={"steps": 1})
+    assert run.files["weights"] == measured
+    runs.write_atomic(run.path / "weights", "two")
+    assert run.files["weights"] == {"sha256": None, "size": None}
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.md", "my-notes/deep/thesis.tex", ".git/HEAD", "checkpoints/mine.py", "link"]
+)
+def test_overwriting_refuses_what_rkl_did_not_write_and_removes_nothing(tmp_path, name):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "thesis.tex").write_text("precious")
     run = create(tmp_path / "run")
-    (run.path / "link").symlink_to(tmp_path / "elsewhere")
+    fill(run)
+    run.release()
+    place = run.path / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if name == "link":
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        place.write_text("precious")
+    before = everything_in(tmp_path)
+    with pytest.raises(FileExistsError, match=f"1 file that rkl did not write: {name}"):
+        create(run.path, overwrite=True)
+    assert everything_in(tmp_path) == before
+
+
+def test_many_foreign_files_are_counted(tmp_path):
+    run = create(tmp_path)
+    for number in range(12):
+        (run.path / f"note-{number:02}").write_text("precious")
+    with pytest.raises(FileExistsError, match="12 files.*note-00, note-01, note-02 and 9 more"):
+        create(run.path, overwrite=True)
+
+
+def test_the_link_of_a_user_in_the_place_of_a_file_of_a_run_is_foreign(tmp_path):
+    run = create(tmp_path / "run")
+    runs.write_atomic(run.path / "weights", "large")
+    os.replace(run.path / "weights", tmp_path / "elsewhere")
+    (run.path / "weights").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match="did not write: weights"):
+        create(run.path, overwrite=True)
+    assert (tmp_path / "elsewhere").read_text() == "large"
+
+
+def test_a_list_with_names_outside_of_the_folder_removes_nothing_there(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    run = create(tmp_path / "run")
+    run.record_files(["../thesis.tex", str(tmp_path / "thesis.tex"), "a/../../thesis.tex"])
     create(run.path, overwrite=True)
-    assert (tmp_path / "elsewhere" / "thesis.tex").exists()
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_run_that_was_made_within_another_is_overwritten_with_it(tmp_path):
+    whole = create(tmp_path / "whole")
+    with whole.running():
+        inner = create(whole.path / "inner")
+        with inner.running():
+            fill(inner)
+    create(whole.path, overwrite=True).release()
+    assert os.listdir(whole.path) == ["run.json"]
+
+
+def test_a_run_that_a_user_made_within_another_is_foreign(tmp_path):
+    whole = create(tmp_path / "whole")
+    whole.release()
+    create(whole.path / "mine").release()
+    with pytest.raises(FileExistsError, match=r"did not write: mine/run\.json"):
+        create(whole.path, overwrite=True)
+
+
+def test_a_run_of_before_files_were_listed_is_overwritten_but_not_what_lies_beside_it(tmp_path):
+    run = create(tmp_path / "run")
+    with run.running():
+        fill(run)
+    record = run.record
+    del record["files"]
+    (run.path / "run.json").write_text(json.dumps(record))
+    inner = "checkpoints/checkpoint-1/inner/weights"  # no Trainer writes folders there
+    (run.path / inner).rename(run.path / "checkpoints" / "checkpoint-1" / "optimizer.pt")
+    assert run.files.keys() == FILLED - {inner} | {"checkpoints/checkpoint-1/optimizer.pt"}
+    (run.path / "thesis.tex").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
+        create(run.path, overwrite=True)
+    (run.path / "thesis.tex").unlink()
+    create(run.path, overwrite=True).release()
+    assert everything_in(run.path).keys() == {"run.json"}
 
 
 def test_resuming_goes_on_in_the_folder_as_it_is(tmp_path):
@@ -376,14 +507,14 @@ def test_resuming_sweeps_up_after_a_killed_process(tmp_path):
     (tmp_path / ".checkpoint-1.0123abcd.old").mkdir()
     (tmp_path / ".checkpoint-1.89abcdef.tmp").mkdir()
     (tmp_path / ".mine.tmp").write_text("not a name that rkl gives")
-    create(run.path, resume=True)
+    create(run.path, resume=True).release()
     names = [".mine.tmp", "checkpoint-1", "checkpoint-2", "run.json"]
     assert sorted(os.listdir(tmp_path)) == names
 
 
 def test_a_run_killed_before_its_first_file_can_be_begun_again(tmp_path):
     (tmp_path / ".run.json.0123abcd.tmp").write_text('{"kin')
-    create(tmp_path)
+    create(tmp_path).release()
     assert os.listdir(tmp_path) == ["run.json"]
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from rkl.runs import write_atomic
+from rkl.runs import Run, write_atomic
 
 if TYPE_CHECKING:
     from rkl.plots import Figure as Drawing
@@ -139,7 +139,9 @@ class Settings(Block):
     title: str = "Settings and versions"
 
     def html(self, number: int) -> Markup:
-        return _render(_SETTINGS, block=self, items=list(_flat(self.values)))
+        # The list of files in a run.json is left out.
+        shown = {k: it for k, it in self.values.items() if k.partition(".")[0] != "files"}
+        return _render(_SETTINGS, block=self, items=list(_flat(shown)))
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ def render(title: str, sections: Sequence[Section], *, lead: str = "") -> str:
 
 def write(path: Path, html: str) -> None:
     """Write a rendered report; a reader sees the old file or the new one, never half."""
+    if path.name == "report.html" and (path.parent / "run.json").is_file():
+        Run.open(path.parent).record_files([path.name])
     write_atomic(path, html)
 
 

@@ -21,7 +21,7 @@ from rkl.bayes.report import Shown, page
 from rkl.bayes.tables import Table
 from rkl.importing import only
 from rkl.readers import place_of_nan, read
-from rkl.runs import Run, write_json
+from rkl.runs import Run, check_out, write_json
 
 RESULT = "estimate.json"
 
@@ -122,7 +122,8 @@ def estimate(
     Everything is computed before anything is written.
     """
     if out is not None:
-        _refuse_folder(Path(out), overwrite)
+        inputs = {"posterior": settings.posterior, "design": settings.design}
+        check_out(out, overwrite=overwrite, resumable=False, inputs=inputs)
     found = answer(settings)
     if out is None:
         return found
@@ -283,14 +284,6 @@ def _result(run: Run) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"path: {path} cannot be read as JSON: {error}.") from error
-
-
-def _refuse_folder(out: Path, overwrite: bool) -> None:
-    """Before minutes are spent: the folder must be new, or a run that may be replaced."""
-    if out.is_file():
-        raise FileExistsError(f"out must be a folder; got {out}, which is a file.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(f"out: {out} exists. Choose another folder, or say --overwrite.")
 
 
 def _design(path: Path | None) -> Any:

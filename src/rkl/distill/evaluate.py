@@ -143,8 +143,10 @@ def evaluate_run(
     result["settings"] = asdict(settings) | {"max_length": max_length}
     if settings.prompts:
         replies = reply_to(rows, student, tokenizer, settings)
+        run.record_files(["generations.jsonl"])
         save(run.path / "generations.jsonl", replies)
         result["generations"] = {name: to_json(it) for name, it in measure(replies).items()}
+    run.record_files(["evaluation.json"])
     write_json(run.path / "evaluation.json", result)
     return Evaluations({Path(path).name or str(path): result})
 

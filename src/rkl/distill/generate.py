@@ -127,6 +127,8 @@ def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
     cast(nn.Module, student).to(device_named(settings.device))
     how = {"prompt_tokens": settings.prompt_tokens, "batch_size": settings.batch_size}
     out = Path(settings.out) if settings.out else run.path / "replies.jsonl"
+    if settings.out is None:
+        run.record_files([out.name])
     save(out, reply_to(rows, student, tokenizer, settings, **how))
     return out
 

@@ -43,11 +43,12 @@ from rkl.distill.progress import (
 from rkl.distill.selection import DivergedError
 from rkl.distill.settings import DistillSettings
 from rkl.distill.teachers import Teacher, load_model
-from rkl.runs import Run, remove_folder, replacing_files, write_atomic
+from rkl.runs import Run, check_out, remove_folder, replacing_files, write_atomic
 
 __all__ = ["DistillSettings", "Distilled", "Estimate", "distill", "estimate", "load_run"]
 
 MAY_CHANGE = "device", "save_every", "keep_checkpoints"  # in a run that is resumed
+INPUTS = "teacher", "student", "data", "eval_data"  # settings that may be files or folders
 CACHE = "teacher"  # folder of its hidden states, there while the run lasts
 OF_TRAINER = "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "trainer_state.json"
 
@@ -108,51 +109,50 @@ def distill(
             best student on held-out text, or else the last good one, and ``run.json`` says so.
     """
     began = time.perf_counter()
-    _check_place(settings, Path(out))
+    inputs = {name: getattr(settings, name) for name in INPUTS}
+    check_out(out, overwrite=overwrite, resume=resume, inputs=inputs)
     text, models = load(settings)
     models = models if teacher is None else dataclasses.replace(models, teacher=teacher)
-    run = Run.create(
-        out,
-        "distill",
-        dataclasses.asdict(settings),
-        seed=settings.seed,
-        overwrite=overwrite,
-        resume=resume,
-        may_change=MAY_CHANGE,
-    )
-    if run.record["status"] == "finished":
-        say(f"{run.path} was finished before; nothing is left to do.")
-        return Distilled(run.path, run.record["result"])
-    _introduce(text, models)
-    _check_same_data(run, data := text.record())
-    try:
-        with run.running():
-            run.update(data=data)
-            run.remember_rows(passages(text.rows))
-            if settings.cache_teacher:
-                models = with_cached_teacher(settings, run.path / CACHE, text, models)
-            diverged = _train(settings, run, text, models, watch)
-            memory = peak_memory(models.student.device)
-            _finish(run, settings, time.perf_counter() - began, memory, diverged)
-            if diverged is not None:
-                raise DivergedError(diverged.step, f"{run.path}: {diverged.reason}", _kept(run))
-    except DivergedError:
-        run.update(status="diverged")
-        raise
+    how: Any = {"overwrite": overwrite, "resume": resume, "may_change": MAY_CHANGE}
+    with Run.create(
+        out, "distill", dataclasses.asdict(settings), seed=settings.seed, **how
+    ) as run:
+        if run.record["status"] == "finished":
+            say(f"{run.path} was finished before; nothing is left to do.")
+            return Distilled(run.path, run.record["result"])
+        _introduce(text, models)
+        _check_same_data(run, text.record())
+        try:
+            return _distill(settings, run, text, models, watch, began)
+        except DivergedError:
+            run.update(status="diverged")
+            raise
+
+
+def _distill(
+    settings: DistillSettings,
+    run: Run,
+    text: Text,
+    models: Models,
+    watch: Watch | None,
+    began: float,
+) -> Distilled:
+    with run.running():
+        run.update(data=text.record())
+        run.remember_rows(passages(text.rows))
+        if settings.cache_teacher:
+            models = with_cached_teacher(settings, run.path / CACHE, text, models)
+        diverged = _train(settings, run, text, models, watch)
+        memory = peak_memory(models.student.device)
+        _finish(run, settings, time.perf_counter() - began, memory, diverged)
+        if diverged is not None:
+            raise DivergedError(diverged.step, f"{run.path}: {diverged.reason}", _kept(run))
     return Distilled(run.path, run.record["result"])
 
 
 def load_run(path: str | os.PathLike) -> PreTrainedModel:
     """The student of a run."""
     return load_model(finished(path).path)
-
-
-def _check_place(settings: DistillSettings, out: Path) -> None:
-    """Refuse a folder that holds what the run reads, which it might overwrite."""
-    for name in ("teacher", "student", "data", "eval_data"):
-        source = getattr(settings, name)
-        if source is not None and Path(source).resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"out: {out} holds the {name}, {source}; choose another folder.")
 
 
 def _check_same_data(run: Run, data: dict[str, Any]) -> None:

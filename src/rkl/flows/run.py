@@ -30,7 +30,7 @@ from rkl.flows.target_run import (
 from rkl.flows.training import save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
 from rkl.metrics import to_json
-from rkl.runs import Run, fingerprint
+from rkl.runs import Run, check_out, fingerprint
 
 BATCH = 10_000  # samples made at a time
 
@@ -116,18 +116,20 @@ def fit(
         resume: Goes on with the run there.
         overwrite: Replaces it.
     """
+    inputs = {name: getattr(settings, name) for name in ("data", "labels", "start_from")}
+    check_out(out, overwrite=overwrite, resume=resume, inputs=inputs)
     data = _read(settings)
     begun = _begun(settings, data)
     kept = asdict(settings) | {"data": str(settings.data.resolve())}
     if settings.start_from is not None:
         kept["start_from"] = str(settings.start_from.resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
-    run = Run.create(out, "flows", kept, may_change=("device",), **how)
-    found = fingerprint([data.values.numpy().tobytes()])
-    check_same_data(run, found, rows=len(data), **_names(data))
-    with run.running():
-        fitted = begun(run=run, **settings.allowance)
-        _save(run, fitted)
+    with Run.create(out, "flows", kept, may_change=("device",), **how) as run:
+        found = fingerprint([data.values.numpy().tobytes()])
+        check_same_data(run, found, rows=len(data), **_names(data))
+        with run.running():
+            fitted = begun(run=run, **settings.allowance)
+            _save(run, fitted)
     followed = settings.start_from is None and not is_likelihood(settings.chosen)
     return Fitted(run.path, fitted, followed, data.notes)
 

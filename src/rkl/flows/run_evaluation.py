@@ -121,9 +121,11 @@ def evaluate_run(
     run, _device = Run.open(path), check_device(settings.device)
     if "target" not in run.settings:
         rows = _evaluate_on_rows(run, settings, allow)
+        run.record_files([KEPT])
         write_json(run.path / KEPT, rows.to_dict())
         return rows
     found = evaluate_target_run(path, settings, allow=allow)
+    run.record_files([KEPT])
     write_json(run.path / KEPT, found.to_dict())
     if settings.strict and (not found.passed or bool(found.chain.failed.any())):
         print(found, flush=True)  # a table, which an error has no room for

@@ -28,7 +28,7 @@ from rkl.flows.targets.base import Condition, spelt
 from rkl.flows.training import load_state, save_state
 from rkl.importing import names_in, only
 from rkl.readers import place_of_nan, read_arrays
-from rkl.runs import Run, fingerprint
+from rkl.runs import Run, check_out, fingerprint
 
 WEIGHTS = "flow.safetensors"
 MINUTES = 2.0  # of training where no budget is given
@@ -243,6 +243,8 @@ def fit_target(
         resume: Goes on with the run there.
         overwrite: Replaces it.
     """
+    inputs = {name: getattr(settings, name) for name in ("data", "start_from")}
+    check_out(out, overwrite=overwrite, resume=resume, inputs=inputs)
     data = _data(settings)
     flow = _begun(settings)
     _fitted(
@@ -252,15 +254,15 @@ def fit_target(
     for name in PATHS:
         kept[name] = None if kept[name] is None else str(kept[name].resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
-    run = Run.create(out, "flows", kept, **how)
-    rows = [] if data is None else [row.tobytes() for row in data[0].numpy()]
-    check_same_data(run, fingerprint(rows), rows=len(rows))
-    with run.running():
-        fitted = _fitted(settings, flow, data, settings.budget, run)
-        run.remember_rows(rows)
-        save_state(run.path / WEIGHTS, {"flow": flow.state_dict()})
-        done = fitted.training
-        run.update(result={"steps": done.steps, "stopped": done.stopped})
+    with Run.create(out, "flows", kept, **how) as run:
+        rows = [] if data is None else [row.tobytes() for row in data[0].numpy()]
+        check_same_data(run, fingerprint(rows), rows=len(rows))
+        with run.running():
+            fitted = _fitted(settings, flow, data, settings.budget, run)
+            run.remember_rows(rows)
+            save_state(run.path / WEIGHTS, {"flow": flow.state_dict()})
+            done = fitted.training
+            run.update(result={"steps": done.steps, "stopped": done.stopped})
     return FittedToTarget(run.path, fitted)
 
 

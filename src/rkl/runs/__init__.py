@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rkl.importing import only
+from rkl.runs import writers
 from rkl.runs.files import (
     DiskFullError,
     append_jsonl,
@@ -29,7 +30,6 @@ from rkl.runs.files import (
     is_leftover,
     needing_room,
     read_jsonl,
-    remove,
     remove_folder,
     replacing,
     replacing_files,
@@ -39,16 +39,30 @@ from rkl.runs.files import (
     write_atomic,
     write_json,
 )
+from rkl.runs.ownership import (
+    foreign_files,
+    listed,
+    refuse_foreign,
+    refuse_inputs,
+    remove_written,
+    unmeasured,
+    written_files,
+)
+from rkl.runs.writers import LOCK, RunBusyError
 
 __all__ = [
     "DiskFullError",
     "Run",
+    "RunBusyError",
     "append_jsonl",
+    "check_out",
     "fingerprint",
+    "foreign_files",
     "full_disk",
     "load",
     "needing_room",
     "read_jsonl",
+    "refuse_inputs",
     "remove_folder",
     "replacing",
     "replacing_files",
@@ -60,6 +74,7 @@ __all__ = [
     "versions",
     "write_atomic",
     "write_json",
+    "written_files",
 ]
 
 FORMAT = 1  # of run.json; raised when an older rkl could no longer read it
@@ -67,6 +82,7 @@ KINDS = (  # of runs: no other module is imported because a run.json names it
     *("distill", "flows", "bayes", "studies.demo", "studies.akl", "studies.advnf"),
     *("studies.neyman_scott", "studies.precision_recall"),
 )
+RESUMABLE = "distill", "flows"  # kinds whose verbs take --resume
 RECORDED = "rkl", "torch", "transformers"  # distributions whose versions a run notes down
 ROW_BYTES = 8  # of the fingerprint of a row: two of 10^6 rows collide once in 4 * 10^7 runs
 _KIND = re.compile(r"[a-z_]+(\.[a-z_]+)*")
@@ -132,25 +148,38 @@ class Run:
         """
         path = Path(out)
         record = _new_record(kind, settings, seed)
-        if overwrite and resume:
-            raise ValueError("overwrite and resume exclude one another; got both.")
-        above = next((it for it in (path, *path.parents) if it.exists()), path)
-        if above.exists() and not above.is_dir():
-            raise FileExistsError(f"out must be a folder; got {path}, and {above} is a file.")
-        begun = path.is_dir() and not all(is_leftover(entry) for entry in path.iterdir())
-        if begun and resume:
-            return cls.open(path)._resumed(record, may_change)
-        if begun and not overwrite:
-            raise FileExistsError(
-                f"out: {path} exists. Choose another folder, or say --resume to go on with the "
-                "run in it, --overwrite to replace it."
-            )
-        if begun:
-            _empty(path)
+        how: dict[str, Any] = {"overwrite": overwrite, "resume": resume}
+        how["resumable"] = kind in RESUMABLE
+        check_out(path, **how)
         path.mkdir(parents=True, exist_ok=True)
-        sweep(path)
-        write_json(path / "run.json", record)
-        return cls(path)
+        run = cls(path)
+        if (whole := writers.writer_of(path)) is not None:  # of which this run is a part
+            whole.claim([path.resolve() / "run.json"])
+        writers.acquire(path, run.record_files)
+        try:
+            # Again, now that nobody else can change it.
+            begun = check_out(path, **how)
+            if begun and resume:
+                return cls.open(path)._resumed(record, may_change)
+            if begun:
+                remove_written(path)
+            sweep(path)
+            write_json(path / "run.json", record)
+        except BaseException:
+            run.release()
+            raise
+        return run
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let other processes write the run; :meth:`create` took its lock."""
+        if (writer := self._writer) is not None:
+            writer.release()
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Run":
@@ -180,9 +209,58 @@ class Run:
         path = self.path / "metrics.jsonl"
         return read_jsonl(path) if path.exists() else []
 
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """What rkl wrote into the folder: ``{name: {"sha256": ..., "size": ...}}``.
+
+        The names are relative to the folder, with slashes. Both values are None where nobody has
+        measured the file since it was written. Of a run from before run.json listed its files,
+        the names are those that rkl is known to write.
+        """
+        found = listed(self.record)
+        return dict.fromkeys(written_files(self.path), unmeasured()) if found is None else found
+
     def update(self, **entries: Any) -> None:
-        """Set entries of run.json, atomically."""
-        write_json(self.path / "run.json", self.record | entries)
+        """Set entries of run.json, atomically, and leave what others set meanwhile."""
+        with writers.updating(self.path):
+            write_json(self.path / "run.json", self.record | entries)
+
+    def record_files(self, files: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> None:
+        """List files in run.json as written by rkl, so that --overwrite may remove them.
+
+        Whoever writes into a run that this process created need not call it: the helpers of
+        :mod:`rkl.runs` list each file before it takes its name, without a digest. Call it for a
+        file that is written beside a run, as an evaluation is, before the file is written; and
+        with digests, once a file is there to stay.
+
+        Args:
+            files: Names relative to the folder, with slashes; or for each name what is known of
+                the file, ``{"sha256": hexadecimal digits, "size": bytes}``, which holds until it
+                is written again.
+        """
+        known = files if isinstance(files, Mapping) else {}
+        entries = {str(name): {**unmeasured(), **known.get(name, {})} for name in files}
+        with writers.updating(self.path):
+            merged = self.files | entries
+            record = self.record | {"files": dict(sorted(merged.items()))}
+            write_json(self.path / "run.json", record)
+        if (writer := self._writer) is not None:
+            writer.names -= known.keys()
+
+    def forget_missing_files(self) -> None:
+        """Take from the list in run.json whatever is no longer in the folder."""
+        with writers.updating(self.path):
+            there = {name: it for name, it in self.files.items() if (self.path / name).is_file()}
+            if there != listed(self.record):
+                write_json(self.path / "run.json", self.record | {"files": there})
+        if (writer := self._writer) is not None:
+            writer.names &= there.keys()
+
+    @property
+    def _writer(self) -> writers.Writer | None:
+        """The lock on this run, if this process holds it."""
+        writer = writers.writer_of(self.path / "run.json")
+        return writer if writer and writer.folder == self.path.resolve() else None
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
@@ -196,14 +274,26 @@ class Run:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Keeps the status in run.json: running, then finished, or interrupted if this raises."""
-        self.update(status="running", ended=None)
+        """Keeps the status in run.json: running, then finished, or interrupted if this raises.
+
+        Then other processes may write the run again.
+        """
+        if (writer := self._writer) is not None:
+            writer.active = True
         try:
-            yield
-        except BaseException:
-            self.update(status="interrupted", ended=_now())
-            raise
-        self.update(status="finished", ended=_now())
+            self.update(status="running", ended=None)
+            try:
+                yield
+            except BaseException:
+                self._end("interrupted")
+                raise
+            self._end("finished")
+        finally:
+            self.release()
+
+    def _end(self, status: str) -> None:
+        self.forget_missing_files()
+        self.update(status=status, ended=_now())
 
     def remember_rows(self, rows: Iterable[Any]) -> None:
         """Note down which rows were trained on, eight bytes each, for :meth:`count_seen`."""
@@ -233,7 +323,59 @@ class Run:
         if changed:
             raise ValueError(f"resume: settings of {self.path} differ: {'; '.join(changed)}.")
         sweep(self.path)
+        self.forget_missing_files()
         return self
+
+
+def check_out(
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    resumable: bool = True,
+    inputs: Mapping[str, Any] | None = None,
+) -> bool:
+    """Refuse a folder that no run can be written to as asked; nothing is written.
+
+    Args:
+        out: The folder.
+        overwrite: Whether a run there is to be replaced.
+        resume: Whether it is to go on.
+        resumable: Whether the verb has --resume, which a refusal may then propose.
+        inputs: What the run will read, by the name of the argument. None of it may lie in the
+            folder, nor may the folder lie in one of these; a run that goes on harms neither.
+
+    Returns:
+        Whether there is something in the folder.
+
+    Raises:
+        FileExistsError: It is no folder, holds a run and nothing says what to do with it, holds
+            files that rkl did not write, or is being written by another process.
+        FileNotFoundError: It holds something, but no run.
+        ValueError: It holds an input, or lies in one.
+    """
+    path = Path(out)
+    if overwrite and resume:
+        raise ValueError("overwrite and resume exclude one another; got both.")
+    above = next((it for it in (path, *path.parents) if it.exists()), path)
+    if above.exists() and not above.is_dir():
+        raise FileExistsError(f"out must be a folder; got {path}, and {above} is a file.")
+    begun = path.is_dir() and not all(_is_nothing(entry) for entry in path.iterdir())
+    if not (begun and resume):
+        refuse_inputs(path, inputs or {})
+    if path.is_dir():
+        writers.check_free(path)
+    if begun and not (overwrite or resume):
+        going_on = "--resume to go on with the run in it, " if resumable else ""
+        raise FileExistsError(
+            f"out: {path} exists. Choose another folder, or say {going_on}--overwrite to replace "
+            f"{'it' if resumable else 'the run in it'}."
+        )
+    if begun:
+        _read_record(path)  # any other folder is not ours
+    if begun and overwrite:
+        refuse_foreign(path)
+    return begun
 
 
 def load(path: str | os.PathLike, *, allow: Collection[str] = ()) -> Any:
@@ -289,6 +431,7 @@ def _new_record(kind: str, settings: Mapping[str, Any], seed: int) -> dict[str, 
         "versions": versions(),
         "started": _now(),
         "ended": None,
+        "files": {"run.json": unmeasured()},
     }
 
 
@@ -325,12 +468,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _empty(folder: Path) -> None:
-    """Remove what is in a folder, which must hold a run: any other is not ours to empty."""
-    _read_record(folder)
-    inside = sorted(folder.iterdir(), key=lambda entry: entry.name == "run.json")
-    for entry in inside:  # run.json last: killed before, the folder can still be overwritten
-        remove(entry)
+def _is_nothing(entry: Path) -> bool:
+    """Whether an entry of a folder is only what a killed process left."""
+    return is_leftover(entry) or entry.name == LOCK
 
 
 def _canonical(row: Any) -> bytes:

@@ -1,18 +1,34 @@
-"""Files and folders that are whole at any moment, whenever the process may be killed."""
+"""Files and folders that are whole at any moment, whenever the process may be killed.
+
+What is written within a run that this process is writing is listed in its run.json before it
+takes its name, so that rkl always knows which files there are its own.
+"""
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import socket
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
+from rkl.runs.writers import claim, writer_of
+
+# .NAME.TOKEN.tmp, where TOKEN is MACHINE-PID-PROCESS-RANDOM; of earlier versions 8 random digits.
+_LEFTOVER = re.compile(
+    r"\..+\.((?P<machine>[0-9a-f]{6})-(?P<pid>\d+)-(?P<process>[0-9a-f]{6})-[0-9a-f]{6}"
+    r"|[0-9a-f]{8})\.(tmp|old)"
+)
+_IN_USE: set[str] = set()  # temporary names that this process is writing
+_FOREIGN_AGE = 24 * 3600  # seconds after which a temporary file of another machine is abandoned
 _FULL = {
     errno.EFBIG: "files of this size are not allowed here (see ulimit -f)",
     errno.EDQUOT: "the disk quota is used up",
@@ -81,13 +97,16 @@ def replacing(path: str | os.PathLike, size: int | None = None) -> Iterator[Path
     """
     path = Path(path)
     _check_place(path)
+    if writer_of(path) is None:  # a run sweeps its own folder when it begins
+        _sweep_beside(path)
     temporary = _beside(path, "tmp")
     try:
-        with needing_room(path, size):
+        with _in_use(temporary), needing_room(path, size):
             yield temporary
             _permit(temporary)
             _sync(temporary)
-        os.replace(temporary, path)
+            claim(path)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -104,12 +123,13 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary, aside = _beside(path, "tmp"), _beside(path, "old")
     try:
-        with needing_room(path):
+        with _in_use(temporary), needing_room(path):
             temporary.mkdir(parents=True)
             yield temporary
             for inside in (*temporary.rglob("*"), temporary):
                 _permit(inside)
                 _sync(inside)
+        claim(*(path / inside.relative_to(temporary) for inside in _files_in(temporary)))
         if path.exists():
             os.replace(path, aside)
         os.replace(temporary, path)
@@ -127,13 +147,14 @@ def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
     """The same for files that join the others in a folder: each of them is whole at any moment."""
     temporary = _beside(Path(folder) / "files", "tmp")
     try:
-        with needing_room(folder):
+        with _in_use(temporary), needing_room(folder):
             temporary.mkdir(parents=True)
             yield temporary
-            files = [inside for inside in temporary.rglob("*") if inside.is_file()]
+            files = _files_in(temporary)
             for file in files:
                 _permit(file)
                 _sync(file)
+            claim(*(Path(folder, file.relative_to(temporary)) for file in files))
         for file in files:
             place = Path(folder, file.relative_to(temporary))
             place.parent.mkdir(exist_ok=True)
@@ -151,9 +172,15 @@ def remove_folder(path: str | os.PathLike) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process had begun to write, and bring back what had stepped aside."""
+    """Remove what a killed process had begun to write, and bring back what had stepped aside.
+
+    Temporary files of processes that are alive stay, those of an evaluation beside a training
+    for instance; on another machine all are taken for alive for a day.
+    """
     for leftover in [path for path in folder.rglob(".*") if is_leftover(path)]:
         name, _token, ending = leftover.name[1:].rsplit(".", 2)
+        if _is_in_use(leftover, ending):
+            continue
         if ending == "old" and not leftover.with_name(name).exists():
             os.replace(leftover, leftover.with_name(name))
         else:
@@ -178,6 +205,7 @@ def append_jsonl(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
     """Append one row to a file of JSON lines, in the place of a line torn by an earlier crash."""
     line = as_json("row", row).encode() + b"\n"
     _check_place(Path(path))
+    claim(Path(path))
     with needing_room(path, len(line)), Path(path).open("a+b") as file:
         if file.tell() and _last_byte(file) != b"\n":
             file.seek(0)
@@ -243,8 +271,92 @@ def remove(entry: Path) -> None:
         entry.unlink(missing_ok=True)
 
 
+def _files_in(folder: Path) -> list[Path]:
+    return [inside for inside in folder.rglob("*") if inside.is_file()]
+
+
 def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
+    pid = os.getpid()
+    token = f"{_machine()}-{pid}-{_process(pid)}-{secrets.token_hex(3)}"
+    return path.with_name(f".{path.name}.{token}.{ending}")
+
+
+@contextlib.contextmanager
+def _in_use(temporary: Path) -> Iterator[None]:
+    """Keep this process, too, from sweeping a file that it is writing, in another thread say."""
+    name = os.path.abspath(temporary)
+    _IN_USE.add(name)
+    try:
+        yield
+    finally:
+        _IN_USE.discard(name)
+
+
+def _sweep_beside(path: Path) -> None:
+    """Remove what killed processes had begun to write under this very name."""
+    start = f".{path.name}."
+    with os.scandir(path.parent) as entries:
+        found = [
+            it.name for it in entries if it.name.startswith(start) and it.name.endswith("tmp")
+        ]
+    for leftover in map(path.with_name, found):
+        ours = is_leftover(leftover) and leftover.name[1:].rsplit(".", 2)[0] == path.name
+        if ours and leftover.is_file() and not _is_in_use(leftover, "tmp"):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+
+def _is_in_use(leftover: Path, ending: str) -> bool:
+    """Whether the process that made a temporary file may still be writing it."""
+    match = _LEFTOVER.fullmatch(leftover.name)
+    if match is None or match["pid"] is None:
+        return False
+    if match["machine"] == _machine() and int(match["pid"]) == os.getpid():
+        return os.path.abspath(leftover) in _IN_USE
+    if match["machine"] == _machine():
+        return _process(int(match["pid"])) == match["process"]
+    if ending == "old":  # two renamings apart, no time to be met in
+        return False
+    with contextlib.suppress(OSError):
+        return time.time() - leftover.lstat().st_mtime < _FOREIGN_AGE
+    return False
+
+
+def _machine() -> str:
+    return _digits(socket.gethostname())
+
+
+@functools.lru_cache(maxsize=8)
+def _digits(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
+
+
+def _process(pid: int) -> str | None:
+    """Tells a process from an earlier one of the same number by its start; None: it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        fields = stat.rpartition(")")[2].split()
+        if fields[0] in "ZX":  # killed, and not yet waited for
+            return None
+        return _digits(f"{_boot()} {fields[19]}")
+    except (OSError, IndexError):
+        if Path("/proc/self/stat").exists():
+            return None
+    try:  # a system without /proc
+        os.kill(pid, 0)
+    except PermissionError:
+        pass
+    except (OSError, OverflowError):
+        return None
+    return _digits("alive")
+
+
+@functools.cache
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def is_leftover(path: Path) -> bool:

@@ -196,6 +196,7 @@ def distil_and_evaluate(
             look = functools.partial(watched.look, name)
             distill(changed, run.path / name, teacher=teacher, watch=look)
             remove_folder(run.path / name / "checkpoints")  # nothing will go on from them
+            Run(run.path / name).forget_missing_files()
             save_tensors(run.path / WATCHED, watched.seen)
     for name in (*divergences, run.settings["before"]):
         with phase(run, f"evaluating {name}"):

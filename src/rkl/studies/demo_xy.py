@@ -74,6 +74,7 @@ def xy_demo(
         fitted = fit_target(settings, out, overwrite=overwrite)
         found = evaluate_target_run(out, EvaluateSettings(**how, reference=True, seed=seed + 1))
     run = Run.open(out)
+    run.record_files([KEPT])
     write_json(run.path / KEPT, found.to_dict())
     report = report_on(run, found)
     done = fitted.fit.training

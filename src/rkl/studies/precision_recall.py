@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rkl.runs import Run, write_atomic
+from rkl.runs import Run, check_out, write_atomic
 from rkl.studies import precision_recall_images as images
 from rkl.studies import precision_recall_ring as ring
 from rkl.studies.precision_recall_rows import ML, Row, Seed, rows_of, to_csv
@@ -133,6 +133,8 @@ def study(
         raise ValueError(f"data {told}, in part {part!r}; got {data}.")
     if isinstance(plan, images.Plan):
         plan = replace(plan, data=None if data is None else os.fspath(data))
+        inputs = {"data": data}
+        check_out(out, overwrite=overwrite, resumable=False, inputs=inputs)
         images.read(plan)  # refused before anything is written
     return conducted(part, plan, out, overwrite=overwrite, seed=seed)
 

@@ -1,0 +1,216 @@
+"""Which files of a run folder rkl wrote, and what must not lie where rkl is going to write.
+
+Overwriting a run removes what its run.json lists under ``files``, and nothing else.
+"""
+
+import fnmatch
+import glob
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rkl.runs.files import is_leftover, remove
+from rkl.runs.writers import LOCK
+
+MAX_NAMED = 3  # foreign files named in a refusal; the others are counted
+_FOR_ALL = "run.json", "metrics.jsonl", "rows.bin", "evaluation.json", "report.html"
+_MODEL = (
+    "README.md",
+    "adapter_config.json",
+    "adapter_model*.safetensors",
+    "added_tokens.json",
+    "chat_template.*",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.*",
+)
+# What the runs of each kind hold that were written before run.json listed it.
+_UNLISTED: Mapping[str, tuple[str, ...]] = {
+    "distill": (
+        *_MODEL,
+        "generations.jsonl",
+        "replies.jsonl",
+        "checkpoints/checkpoint-*/*",
+        "teacher/head.safetensors",
+        "teacher/hidden.bin",
+        "teacher/cache.json",
+    ),
+    "flows": ("flow.safetensors", "checkpoint.safetensors"),
+    "bayes": ("estimate.json", "report.json", "marginals.npz"),
+    "studies": (
+        "*.svg",
+        "*.csv",
+        "data/train.jsonl",
+        "data/held-out.jsonl",
+        "head-tail.safetensors",
+        "teacher-generations.jsonl",
+        "cache/head.safetensors",
+        "cache/hidden.bin",
+        "cache/cache.json",
+    ),
+}
+
+
+def listed(record: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """The files in a run.json, if it lists them: ``{name: {"sha256": ..., "size": ...}}``."""
+    found = record.get("files")
+    if not isinstance(found, dict):
+        return None
+    return {name: it if isinstance(it, dict) else unmeasured() for name, it in found.items()}
+
+
+def unmeasured() -> dict[str, Any]:
+    """The entry of a file of which no digest is known."""
+    return {"sha256": None, "size": None}
+
+
+def written_files(folder: Path) -> list[str]:
+    """The files in a run folder that rkl wrote, by name relative to it; those of runs within too.
+
+    Links are never followed, and no link is a file of rkl's.
+    """
+    return sorted(_split(folder)[0])
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Whatever else is in a run folder, but for what killed processes of rkl left."""
+    return sorted(_split(folder)[1])
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse to overwrite a run in whose folder there is anything that rkl did not write.
+
+    Raises:
+        FileExistsError: There is, and some of it is named.
+    """
+    foreign = foreign_files(folder)
+    if not foreign:
+        return
+    named = ", ".join(foreign[:MAX_NAMED])
+    more = f" and {len(foreign) - MAX_NAMED:,} more" if len(foreign) > MAX_NAMED else ""
+    count = "1 file" if len(foreign) == 1 else f"{len(foreign):,} files"
+    raise FileExistsError(
+        f"out: {folder} holds {count} that rkl did not write: {named}{more}. Move them away, or "
+        "choose another folder. Nothing was removed."
+    )
+
+
+def remove_written(folder: Path) -> None:
+    """Remove what rkl wrote into a run folder, run.json last, and folders that this empties."""
+    written = written_files(folder)
+    for name in [it for it in written if it != "run.json"]:
+        remove(folder / name)
+    for entry in [it for it in _walk(folder) if is_leftover(it)]:
+        remove(entry)
+    parents = {parent for name in written for parent in (folder / name).parents}
+    below = [it for it in parents if it != folder and it.is_relative_to(folder)]
+    for parent in sorted(below, key=lambda it: len(it.parts), reverse=True):
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+    remove(folder / "run.json")
+
+
+def _split(folder: Path) -> tuple[set[str], set[str]]:
+    """The names of the files of rkl's, and of all others."""
+    entries = list(_walk(folder))
+    names = {it.relative_to(folder).as_posix(): it for it in entries if not is_leftover(it)}
+    names.pop(LOCK, None)
+    owned: set[str] = set()
+    _add_owned(folder, "", names, owned)
+    ours = {name for name in names if name in owned and not names[name].is_symlink()}
+    return ours, names.keys() - ours
+
+
+def _add_owned(folder: Path, within: str, names: Iterable[str], owned: set[str]) -> None:
+    """Add the files of the run in ``within``, and of the runs that it lists or must hold."""
+    try:
+        record = json.loads((folder / within / "run.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return
+    if not isinstance(record, dict):
+        return
+    inside = [name.removeprefix(within) for name in names if name.startswith(within)]
+    files = listed(record)
+    if files is None:
+        patterns = (*_FOR_ALL, *_unlisted(record))
+        files = [name for name in inside if any(_matches(name, it) for it in patterns)]
+        if str(record.get("kind")).startswith("studies."):
+            files += [it for it in inside if it.count("/") == 1 and it.endswith("/run.json")]
+    owned |= {within + name for name in [*files, "run.json"]}
+    for name in set(files) & set(inside):
+        if name.endswith("/run.json"):
+            owned.add(within + name.removesuffix("run.json") + LOCK)
+            _add_owned(folder, within + name.removesuffix("run.json"), names, owned)
+
+
+def _unlisted(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return _UNLISTED.get(str(record.get("kind")).partition(".")[0], ())
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name has a pattern's form, folder by folder."""
+    one, other = name.split("/"), pattern.split("/")
+    return len(one) == len(other) and all(map(fnmatch.fnmatchcase, one, other))
+
+
+def _walk(folder: Path) -> Iterable[Path]:
+    """Files, links and what else there is below a folder; of a leftover folder itself alone."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink() and not is_leftover(entry):
+            yield from _walk(entry)
+        else:
+            yield entry
+
+
+def refuse_inputs(out: str | os.PathLike, inputs: Mapping[str, Any]) -> None:
+    """Refuse a folder to write that holds an input, or that lies in a folder that is one.
+
+    Args:
+        out: The folder to be written.
+        inputs: The files and folders that are read, by the name of the argument; None and what
+            is no file, such as the name of a model on a hub, are passed over.
+
+    Raises:
+        ValueError: The folder holds one of them, also by way of links, or lies in one.
+    """
+    place = Path(out)
+    places = {place.resolve(), Path(os.path.abspath(place))}
+    for name, source in _existing(inputs):
+        ways = _ways_to(Path(source))
+        if any(way.is_relative_to(it) for way in ways for it in places):
+            raise ValueError(
+                f"out: {out} holds the {name}, {source}; choose another folder, or move the "
+                f"{name} out of it."
+            )
+        if Path(source).is_dir() and any(it.is_relative_to(way) for way in ways for it in places):
+            raise ValueError(f"out: {out} lies in the {name}, {source}; choose another folder.")
+
+
+def _existing(inputs: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """The inputs that are there, a pattern such as chain-*.csv as all that it fits."""
+    for name, source in inputs.items():
+        if source is not None and os.path.lexists(source):
+            yield name, os.fspath(source)
+        elif source is not None:
+            yield from ((name, it) for it in glob.glob(os.fspath(source)))
+
+
+def _ways_to(path: Path) -> set[Path]:
+    """The absolute names of a file: as it is written, link by link, and without links."""
+    ways, name = {path.resolve()}, Path(os.path.abspath(path))
+    for _ in range(40):  # of links, which may be a circle
+        ways |= {name, name.parent.resolve() / name.name}
+        if not name.is_symlink():
+            break
+        name = Path(os.path.abspath(name.parent.resolve() / os.readlink(name)))
+    return ways

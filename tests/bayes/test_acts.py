@@ -510,3 +510,39 @@ def test_draws_on_atoms_and_in_clusters_have_an_act_and_a_risk(kind, seed):
     losses = torch.distributions.kl_divergence(act, Normal(mu, draws["sigma"]))
     torch.testing.assert_close(estimate.risk.value, losses.mean())
     torch.testing.assert_close(estimate.act["sigma"], scale)
+
+
+@pytest.mark.parametrize("digits", [3, 6])
+@pytest.mark.parametrize("classes", [3, 10])
+def test_a_simplex_written_with_few_digits_is_renormalised_and_said(classes, digits):
+    exact = torch.distributions.Dirichlet(torch.arange(2.0, 2.0 + classes).double())
+    torch.manual_seed(0)
+    exact = exact.sample(torch.Size([4, 200]))
+    rounded = exact.round(decimals=digits).clamp_min(10.0**-digits)
+    wanted = bayes_act({"p": rounded / rounded.sum(-1, keepdim=True)}, "categorical(probs=p)")
+    for family in ("categorical(probs=p)", lambda t: torch.distributions.Categorical(t.p)):
+        found = bayes_act({"p": rounded}, family)
+        torch.testing.assert_close(found.act["p"], wanted.act["p"])
+        assert any("p was divided by its sums" in text for text in found.diagnostics.warnings)
+    single = bayes_act({"p": exact.float()}, "categorical(probs=p)")
+    assert not any("divided" in text for text in single.diagnostics.warnings)
+
+
+def test_what_is_no_simplex_is_not_divided():
+    draws = {"p": torch.tensor([0.5, 0.52]).repeat(4, 100, 1)}
+    with pytest.raises(ValueError, match="p must satisfy Simplex"):
+        bayes_act(draws, "categorical(probs=p)")
+
+
+@pytest.mark.parametrize("components", [2, 3, 5, 8])
+@pytest.mark.parametrize("column", [0, 1])
+def test_label_switching_is_noticed_among_any_number_of_components(components, column):
+    m = 4.0 * torch.arange(components) ** 1.3 + normals(4, 250, components) / 4
+    order = torch.rand(m.shape, generator=generator()).argsort(-1)
+    other = normals(4, 250, components, seed=1)
+    family = lambda t: Independent(Normal(t.m, 1.0), 1)  # noqa: E731
+    for switched, x in ((False, m), (True, m.gather(-1, order)), (False, other)):
+        pair = [other, other]
+        pair[column] = x
+        estimate = bayes_act({"m": torch.stack(pair, -1)}, family)
+        assert switched == any("change places" in text for text in estimate.diagnostics.warnings)

@@ -12,13 +12,13 @@ from rkl.bayes.averages import (
     WAYS_OUT,
     Judgement,
     diagnosed,
-    exchanged,
     judged,
+    label_switching,
     masked,
     mean_of,
 )
 from rkl.bayes.blocks import check_domain
-from rkl.bayes.draws import Draws, read_draws
+from rkl.bayes.draws import Draws, read_draws, with_exact_simplexes
 from rkl.bayes.estimate import Act, Diagnostics, Estimate
 from rkl.bayes.generic import GenericAct, least_act
 from rkl.bayes.laws import PROBE, Model, family_in, moving_edge, read_family
@@ -75,7 +75,7 @@ def bayes_act(
     check_loss(divergence)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer; got {seed!r}.")
-    held = read_draws(draws, weights)
+    held = with_exact_simplexes(read_draws(draws, weights))
     model = read_family(family, held, design)
     try:
         return answer(Question(held, model, divergence, compiled, seed))
@@ -198,6 +198,6 @@ def _diagnostics(question: Question, found: GenericAct, seen: Judgement) -> Diag
     if how.agreeing < how.starts:
         told.append(f"only {how.agreeing} of {how.starts} starts came to the same risk")
     nodes = f" over {how.nodes:,} nodes ({how.method})" if how.nodes else ", in closed form"
-    switching = exchanged(draws, question.model.names, question.batch)
+    switching = label_switching(draws, question.model.names, question.batch)
     accuracy = how.decrement + how.node_excess
     return diagnosed(seen, draws, draws, f"minimised{nodes}", accuracy, (switching, *told))

@@ -20,7 +20,7 @@ DOUBTFUL = 0.99  # Pareto-k of what has no error, though its mean is not denied
 MIN_DRAWS_OF_TAIL = 600  # from which tails may deny a mean: fewer hide a cluster of draws
 FEWEST = 4  # effective draws
 DISAGREE = 1.01  # R-hat above which chains are said not to agree
-APART = 3.0  # mean distance of two components, in its standard deviations, that tells them apart
+APART = 2.5  # mean distance of two components, in its standard deviations, that tells them apart
 SWAPPED = 0.005  # share of draws in which they have changed places
 WAYS_OUT = (
     "Intrinsic() takes the smaller of both, and JensenShannon() is bounded. Or ask about another "
@@ -195,7 +195,7 @@ def diagnosed(
         pareto_k=judgement.pareto_k,
         method=method,
         accuracy=accuracy,
-        warnings=(*_warnings(judgement, draws, judged_on), *filter(None, told)),
+        warnings=(*_warnings(judgement, draws, judged_on), *draws.notes, *filter(None, told)),
     )
 
 
@@ -226,11 +226,11 @@ def _warnings(judgement: Judgement, draws: Draws, judged_on: Draws) -> list[str]
     return told
 
 
-def exchanged(draws: Draws, names: tuple[str, ...], batch: torch.Size) -> str | None:
-    """A sentence on label switching, where components of a batch change places.
+def label_switching(draws: Draws, names: tuple[str, ...], batch: torch.Size) -> str | None:
+    """A sentence on label switching, where components of a batch change places between draws.
 
-    Two components do when their difference has both signs, though its size stays well clear of
-    0: it has two modes, one for each labelling.
+    In every draw the components are sorted. Where a gap between neighbours in that order stays
+    clear of 0, the components on one side of it should be the same in all draws.
     """
     if not 1 < batch.numel() <= MANY:
         return None
@@ -239,17 +239,28 @@ def exchanged(draws: Draws, names: tuple[str, ...], batch: torch.Size) -> str | 
         if draws.shape(name)[: len(batch)] != tuple(batch):
             continue
         x = few[name].flatten(0, 1)
-        x = x.reshape(len(x), batch.numel(), -1)[..., 0]
-        gap = x[:, :, None] - x[:, None, :]
-        share = (gap > 0).double().mean(0)
-        share = torch.minimum(share, 1 - share).fill_diagonal_(0)
-        apart = gap.abs().mean(0) > APART * gap.abs().std(0)
-        switched = torch.where(apart, share, 0.0)
-        if switched.max() > SWAPPED:
-            i, j = divmod(int(switched.argmax()), len(switched))
-            return (
-                f"components {i} and {j} of {name} change places between draws (in "
-                f"{100 * switched.max():.0f} % of them): each act averages over labels. Report "
-                "the act of the whole mixture instead: family=lambda theta: MixtureSameFamily(...)"
-            )
+        for column in x.reshape(len(x), batch.numel(), -1).unbind(-1):
+            share, i, j = _most_exchanged(column)
+            if share > SWAPPED:
+                return (
+                    f"components {i} and {j} of {name} change places between draws (in "
+                    f"{100 * share:.0f} % of them): each act averages over labels. Report the "
+                    "act of the whole mixture instead: "
+                    "family=lambda theta: MixtureSameFamily(...)"
+                )
     return None
+
+
+def _most_exchanged(x: Tensor) -> tuple[float, int, int]:
+    """The pair of components [draws, k] that is exchanged most often, and in what share."""
+    ordered, order = x.sort(-1)
+    gaps = ordered.diff(dim=-1)
+    clear = (gaps.mean(0) > APART * gaps.std(0)).nonzero()[:, 0]
+    most = (0.0, 0, 0)
+    for boundary in clear.tolist():
+        below = torch.zeros_like(x, dtype=torch.bool).scatter_(1, order[:, : boundary + 1], True)
+        first = (below[:, :, None] & ~below[:, None, :]).double().mean(0)
+        share = torch.minimum(first, first.T)
+        i, j = divmod(int(share.argmax()), len(share))
+        most = max(most, (share[i, j].item(), min(i, j), max(i, j)))
+    return most

@@ -18,6 +18,9 @@ from torch import Tensor
 from rkl.readers import Columns, matching_files, read_arrays, read_columns, refuse_external
 
 NUMBERS = 2**22  # in one chunk of draws: 32 MiB
+SOME = 64  # draws of each chain that show whether a variable is a simplex
+SINGLE = 1e-6  # by which sums of single precision, or torch, may miss 1
+ROUNDED = 5.1e-4  # of an element of a simplex that was written with three digits
 ELEMENTS = 64  # of one variable, whose extremes are looked for
 AXES = ("chain", "draw")
 READABLE = (
@@ -242,6 +245,46 @@ def read_draws(source: Any, weights: Any = None) -> Draws:
                 f"weights must be numbers [chains, draws]; got {weights!r:.60}."
             ) from error
     return dataclasses.replace(draws, weights=weights)
+
+
+def with_exact_simplexes(draws: Draws) -> Draws:
+    """The draws, with rounded simplexes renormalised, and a note for each of these variables.
+
+    A table with three digits has sums that are off by up to half a unit of the third digit for
+    each element, and torch accepts 1e-6 in all.
+    """
+    exact, notes = {}, []
+    for name, array in draws.variables.items():
+        size = draws.shape(name)[-1] if draws.shape(name) else 0
+        if size < 2 or array.dtype.kind != "f":
+            continue
+        step = max(1, draws.draws // SOME)
+        off = _simplex_error(array.isel(draw=slice(None, None, step)), size)
+        if not 0 < off <= ROUNDED * size:
+            continue
+        whole = array.load()
+        worst = _simplex_error(whole, size)
+        if worst <= ROUNDED * size:
+            exact[name] = whole / whole.sum(whole.dims[-1])
+            if worst <= SINGLE:
+                continue
+            notes.append(
+                f"{name} was divided by its sums, which differ from 1 by up to {worst:.1g}: it "
+                "looks like a simplex that was rounded when it was written"
+            )
+    if not exact:
+        return draws
+    variables = {**draws.variables, **exact}
+    return dataclasses.replace(draws, variables=variables, notes=(*draws.notes, *notes))
+
+
+def _simplex_error(array: xr.DataArray, size: int) -> float:
+    """How far sums are from 1: 0 if by rounding in double precision, inf if it is no simplex."""
+    values = np.asarray(array.values, np.float64)
+    if values.shape[-1] != size or not np.isfinite(values).all() or (values < 0).any():
+        return math.inf
+    off = float(np.abs(values.sum(-1) - 1).max())
+    return 0.0 if off <= 1e-14 * size else off
 
 
 def read(array: xr.DataArray, chains: int | slice, draws: slice) -> Tensor:

@@ -289,17 +289,21 @@ def simplified(law: Distribution) -> Distribution:
         moved = TransformedDistribution(base.base_dist, [x for x in inner if x is not None])
         return Independent(simplified(moved), axes)
     while transforms and type(base) in _LOCATION_SCALE and _is_affine(transforms[0]):
-        loc, scale = transforms[0].loc, torch.as_tensor(transforms[0].scale)
-        parts = {k: getattr(base, k) for k in base.arg_constraints}
-        parts |= {"loc": loc + scale * base.loc, "scale": scale.abs() * base.scale}
-        base = type(base)(**parts, validate_args=False)
-        transforms = transforms[1:]
+        base = _moved(base, transforms.pop(0))
     if base is law.base_dist:
         return law
     return TransformedDistribution(base, transforms) if transforms else base
 
 
-_LOCATION_SCALE = Normal, Laplace, Cauchy, StudentT
+_LOCATION_SCALE = Normal, Laplace, Cauchy, StudentT  # symmetric: a scale below 0 is one above
+
+
+def _moved(base: Any, transform: Any) -> Distribution:
+    """The image of a location-scale distribution under an affine transform."""
+    parts = {key: getattr(base, key) for key in base.arg_constraints}
+    parts["loc"] = transform.loc + transform.scale * base.loc
+    parts["scale"] = torch.as_tensor(transform.scale).abs() * base.scale
+    return type(base)(**parts, validate_args=False)
 
 
 def _is_affine(transform: Transform) -> bool:

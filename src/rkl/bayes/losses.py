@@ -81,7 +81,7 @@ def check_loss(divergence: Any) -> None:
     advice = ""
     with contextlib.suppress(TypeError, ValueError):
         ours = isinstance(divergence, type) and issubclass(divergence, Divergence | Intrinsic)
-        made = divergence() if ours else parse_loss(divergence)
+        made: Any = divergence() if ours else parse_loss(str(divergence))
         advice = f"; write {made!r}"
     raise TypeError(
         f"divergence must be one, such as rkl.ReverseKL(); got {divergence!r}{advice}."

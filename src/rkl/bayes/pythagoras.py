@@ -13,8 +13,8 @@ from rkl.bayes.averages import (
     WAYS_OUT,
     Judgement,
     diagnosed,
-    exchanged,
     judged,
+    label_switching,
     masked,
     thinned,
 )
@@ -398,7 +398,7 @@ def _diagnostics(
     question: Question, known: Averages, seen: Judgement, found: Solved
 ) -> Diagnostics:
     draws = question.draws
-    told = [exchanged(draws, question.model.names, question.batch)]
+    told = [label_switching(draws, question.model.names, question.batch)]
     if found.ignored:
         told.append(f"the family does not look at {', '.join(found.ignored)}")
     few = thinned(draws, _numbers(known))

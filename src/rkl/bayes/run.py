@@ -89,18 +89,15 @@ class Estimated:
         comparison: The act beside the other common estimates.
         region: The credible region.
         report: The report, where a run was asked for.
-        notes: What a user should know of how the posterior was read.
     """
 
     estimate: Estimate
     comparison: Table
     region: Region
     report: Path | None = None
-    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = ["\n".join(self.notes)] if self.notes else []
-        parts += [str(self.estimate), str(self.region), str(self.comparison)]
+        parts = [str(self.estimate), str(self.region), str(self.comparison)]
         parts += [f"The report: {self.report}"] if self.report else []
         return "\n\n".join(parts)
 
@@ -110,7 +107,6 @@ class Estimated:
             "estimate": self.estimate.to_dict(),
             "region": self.region.to_dict(),
             "comparison": self.comparison.to_dict(),
-            "notes": list(self.notes),
         }
 
 
@@ -145,7 +141,7 @@ def answer(settings: EstimateSettings) -> Estimated:
     draws = _draws(settings)
     made = _act(settings, draws)
     compared = made.compare(settings.log_posterior, losses)
-    return Estimated(made, compared, made.region(settings.prob), notes=draws.notes)
+    return Estimated(made, compared, made.region(settings.prob))
 
 
 def _draws(settings: EstimateSettings) -> Draws:

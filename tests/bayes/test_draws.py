@@ -479,3 +479,27 @@ def test_arrays_of_numpy_are_read_and_links_to_other_files_are_not(tmp_path):
         file["mu"] = h5py.ExternalLink(str(tmp_path / "secret.nc"), "mu")
     with pytest.raises(ValueError, match=r"linked\.nc .*/mu is a link to another file"):
         read_draws(tmp_path / "linked.nc")
+
+
+@pytest.mark.parametrize("reference", ["link", "a link deep inside", "storage", "virtual"])
+def test_a_file_whose_draws_lie_in_another_file_is_refused(reference, tmp_path):
+    rows = np.random.default_rng(0).standard_normal((2, 50))
+    with h5py.File(tmp_path / "secret.h5", "w") as secret:
+        secret["mu"] = rows
+    rows.tofile(tmp_path / "secret.bin")
+    path = tmp_path / "gift.nc"
+    with h5py.File(path, "w") as file:
+        group = file.create_group("posterior")
+        if reference == "link":
+            group["mu"] = h5py.ExternalLink("secret.h5", "mu")
+        elif reference == "a link deep inside":
+            group.create_group("a")["b"] = h5py.ExternalLink("secret.h5", "/")
+        elif reference == "storage":
+            place = [(str(tmp_path / "secret.bin"), 0, rows.nbytes)]
+            group.create_dataset("mu", (2, 50), float, external=place)
+        else:
+            layout = h5py.VirtualLayout((2, 50), float)
+            layout[:] = h5py.VirtualSource("secret.h5", "mu", (2, 50))
+            group.create_virtual_dataset("mu", layout)
+    with pytest.raises(ValueError, match="another file"):
+        read_draws(path)

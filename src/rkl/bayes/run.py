@@ -22,6 +22,7 @@ from rkl.bayes.tables import Table
 from rkl.importing import only
 from rkl.readers import place_of_nan, read
 from rkl.runs import Run, check_out, write_json
+from rkl.runs.typed import settings_from
 
 RESULT = "estimate.json"
 
@@ -264,12 +265,7 @@ def _refuse_others(run: Run) -> None:
 
 def _settings(run: Run) -> EstimateSettings:
     _refuse_others(run)
-    kept = dict(run.settings)
-    for name in ("posterior", "design"):
-        kept[name] = None if kept[name] is None else Path(kept[name])
-    kept["losses"] = tuple(kept["losses"])
-    kept["further"] = tuple(kept.get("further", ()))
-    return EstimateSettings(**kept)
+    return settings_from(EstimateSettings, run.settings, run.path / "run.json")
 
 
 def _result(run: Run) -> dict[str, Any]:

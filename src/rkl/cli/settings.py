@@ -10,13 +10,13 @@ import argparse
 import dataclasses
 import json
 import re
-import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar
 
 from rkl.cli.documentation import documentation
+from rkl.runs.typed import conform, without_none
 
 COMMON = "seed", "device"  # flags that every command has, settings or not
 Settings = TypeVar("Settings")
@@ -56,9 +56,9 @@ def gather(
     unknown = sorted(given.keys() - fields.keys())
     if unknown:
         raise ValueError(f"config: {config} sets {unknown[0]!r}; known are {', '.join(fields)}.")
-    values = {name: _conform(name, fields[name][1], value) for name, value in given.items()}
+    values = {name: conform(name, fields[name][1], value) for name, value in given.items()}
     flags = {
-        name: _conform(name, fields[name][1], value)
+        name: conform(name, fields[name][1], value)
         for name, value in vars(parsed).items()
         if name in fields and not (value is None and fields[name][0].metadata.get("positional"))
     }
@@ -125,17 +125,9 @@ def _help(field: dataclasses.Field, described: str) -> str:
     return " ".join(words).strip().replace("%", "%%")
 
 
-def _parts(kind: Any) -> tuple[Any, bool]:
-    """What a kind is apart from None, and whether it may be None."""
-    if typing.get_origin(kind) not in (Union, types.UnionType):
-        return kind, False
-    others = [part for part in typing.get_args(kind) if part is not types.NoneType]
-    return others[0], types.NoneType in typing.get_args(kind)
-
-
 def _reading(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
     """How argparse is to read a value of this kind."""
-    kind, _optional = _parts(kind)
+    kind, _optional = without_none(kind)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is Literal:
@@ -168,49 +160,3 @@ def _read(path: Path, argument: str) -> dict[str, Any]:
             f"{argument}: {path} must hold names with their values; got {found!r:.80}."
         )
     return {str(name).replace("-", "_"): value for name, value in found.items()}
-
-
-def _conform(name: str, kind: Any, value: Any) -> Any:
-    """The value as its field wants it, or an error that says what was expected."""
-    inner, optional = _parts(kind)
-    if value is None and optional:
-        return None
-    if typing.get_origin(inner) is Literal:
-        if value in typing.get_args(inner):
-            return value
-        expected = "one of " + ", ".join(map(str, typing.get_args(inner)))
-        raise ValueError(f"{name} must be {expected}; got {value!r}.")
-    if typing.get_origin(inner) is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_conform(name, typing.get_args(inner)[0], item) for item in items)
-    read = _READERS.get(inner)
-    if read is None:
-        return value
-    try:
-        return read(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be of type {inner.__name__}; got {value!r}.") from None
-
-
-def _exactly(kind: type) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if type(value) is not kind:
-            raise TypeError
-        return value
-
-    return read
-
-
-def _float(value: Any) -> float:
-    if isinstance(value, bool):
-        raise TypeError
-    return float(value)  # from a string too: YAML takes 1e-4, without a dot, for one
-
-
-_READERS: dict[Any, Callable[[Any], Any]] = {
-    bool: _exactly(bool),
-    int: _exactly(int),
-    str: _exactly(str),
-    float: _float,
-    Path: Path,
-}

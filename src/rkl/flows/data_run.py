@@ -20,6 +20,7 @@ from rkl.flows.target_run import MINUTES, WEIGHTS, load_target_run
 from rkl.flows.training import load_state
 from rkl.importing import only
 from rkl.runs import Run
+from rkl.runs.typed import settings_from
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,9 @@ def load_critic(path: str | os.PathLike, *, allow: Collection[str] = ()) -> Scal
 
 def settings_of(run: Run, *, allow: Collection[str] = ()) -> FitSettings:
     """What a run was fitted with; nothing is imported for it but what ``allow`` names."""
-    paths = {name: Path(it) for name in ("data", "start_from") if (it := run.settings.get(name))}
-    with only(allow, source=run.path / "run.json"):
-        return FitSettings(**{**run.settings, **paths})
+    source = run.path / "run.json"
+    with only(allow, source=source):
+        return settings_from(FitSettings, run.settings, source)
 
 
 def load_fit(

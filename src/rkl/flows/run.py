@@ -224,6 +224,9 @@ def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | No
         run = Run.open(path)
         row, settings = (run.metrics or [{}])[-1], run.settings
         of_target = "target" in settings
+        for name in ("flow", "objective" if of_target else "data", "divergence"):
+            if name not in settings:
+                raise ValueError(f"path: the run.json of {path} lacks the setting {name!r}.")
         minimised = settings["objective"] or "" if of_target else ""
         minimised = minimised or settings["divergence"] or "by default"
         if settings.get("distil_budget"):

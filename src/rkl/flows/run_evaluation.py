@@ -283,7 +283,7 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
     from rkl.flows.data_report import data_page
     from rkl.report import write
 
-    flow, settings = load_run(run.path), run.settings
+    flow, settings, seed = load_run(run.path), run.settings, run.record["seed"]
     real, condition = None, None
     if Path(settings["data"]).exists():
         kept = settings_of(run)
@@ -295,11 +295,11 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
     elif run.record["data"]["classes"]:
         raise FileNotFoundError(f"data: {settings['data']} is gone, and with it the classes.")
     with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(run.record["seed"])
+        torch.manual_seed(seed)
         shape = () if condition is not None else (MEASURED if real is None else len(real),)
         fake = (flow() if condition is None else flow(condition)).sample(shape).flatten(1)
     real = None if real is None else real.flatten(1)
-    measured = None if real is None else _measured(real, fake, run.record["seed"])
+    measured = None if real is None else _measured(real, fake, seed)
     place = run.path / "report.html" if out is None else Path(out)
     write(place, data_page(real, fake, measured, run.metrics, run.record))
     return place

@@ -29,6 +29,7 @@ from rkl.flows.training import load_state, save_state
 from rkl.importing import names_in, only
 from rkl.readers import place_of_nan, read_arrays
 from rkl.runs import Run, check_out, fingerprint
+from rkl.runs.typed import settings_from
 
 WEIGHTS = "flow.safetensors"
 MINUTES = 2.0  # of training where no budget is given
@@ -296,10 +297,9 @@ def load_target_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> 
         raise ValueError(f"path: {path} is no run of rkl fit --target.")
     if not (run.path / WEIGHTS).exists():
         raise FileNotFoundError(f"path: {path} has no {WEIGHTS}: the run was not finished.")
-    kept: dict[str, Any] = run.settings
-    kept |= {name: Path(kept[name]) for name in PATHS if kept[name] is not None}
-    with only(allow, source=run.path / "run.json"):
-        settings = TargetSettings(**kept)
+    source = run.path / "run.json"
+    with only(allow, source=source):
+        settings = settings_from(TargetSettings, run.settings, source)
     target = settings.aim
     flow = built(settings.architecture, target, settings.ranges)
     flow.load_state_dict(load_state(run.path / WEIGHTS)["flow"])

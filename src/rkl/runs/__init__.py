@@ -85,6 +85,13 @@ KINDS = (  # of runs: no other module is imported because a run.json names it
 RESUMABLE = "distill", "flows"  # kinds whose verbs take --resume
 RECORDED = "rkl", "torch", "transformers"  # distributions whose versions a run notes down
 ROW_BYTES = 8  # of the fingerprint of a row: two of 10^6 rows collide once in 4 * 10^7 runs
+_ENTRIES: dict[str, Any] = {  # what else run.json holds of which type, where it is there
+    "seed": int,
+    "data": dict | None,
+    "versions": dict | None,
+    "result": dict | None,
+    "status": str | None,
+}
 _KIND = re.compile(r"[a-z_]+(\.[a-z_]+)*")
 
 
@@ -463,6 +470,10 @@ def _read_record(folder: Path) -> dict[str, Any]:
             f"path: {path} has format {record['format']}; this rkl reads up to {FORMAT}. "
             "Install a newer rkl."
         )
+    for name, kinds in _ENTRIES.items():
+        value = record.get(name)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ValueError(f"path: {path} is damaged: its {name} is {value!r:.80}.")
     if not isinstance(record["kind"], str) or not _KIND.fullmatch(record["kind"]):
         raise ValueError(f"path: {path} has no such kind of run: {record['kind']!r}.")
     return record

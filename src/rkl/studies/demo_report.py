@@ -66,6 +66,7 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     if len(paths) != 1:
         raise ValueError(f"paths must be the folder of one demonstration; got {len(paths)}.")
     whole = Run.open(paths[0])
+    _refuse_others(whole)
     students, before = list(whole.settings["divergences"]), whole.settings["before"]
     evaluations = results_of(whole)
     found = verdicts({name: evaluations.results[name] for name in students})
@@ -80,6 +81,19 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     title = f"One student, {len(students)} divergences"
     write(place, render(title, sections, lead=lead(whole, found)))
     return place
+
+
+def _refuse_others(whole: Run) -> None:
+    """Refuse a record that names no runs within its own folder."""
+    names, before = (whole.settings.get(it) for it in ("divergences", "before"))
+    named = [*names, before] if isinstance(names, dict | list) and names else [None]
+    if not all(isinstance(it, str) and Path(it).name == it for it in named):
+        raise ValueError(
+            f"path: {whole.path} is no demonstration to report: the settings in its run.json must "
+            "name the runs in it, as divergences and before."
+        )
+    if not isinstance(whole.record.get("done"), str):
+        raise ValueError(f"path: {whole.path} has no account of what was done: it was not begun.")
 
 
 def results_of(whole: Run) -> Evaluations:

@@ -1,0 +1,93 @@
+"""Settings as ``run.json`` keeps them, made again: every value of the type that is declared."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+Settings = TypeVar("Settings")
+
+
+def settings_from(
+    settings: type[Settings], values: Mapping[str, Any], source: str | Path
+) -> Settings:
+    """The settings of a dataclass that a file holds.
+
+    Args:
+        settings: The dataclass.
+        values: What the file says, by name.
+        source: The file, for the message of a refusal.
+
+    Raises:
+        ValueError: A name is unknown, a value is missing, or one has the wrong type.
+    """
+    kinds = typing.get_type_hints(settings)
+    fields: Any = dataclasses.fields(settings)  # pyright: ignore[reportArgumentType]
+    known = {it.name: it for it in fields}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{source} sets {name!r}; known are {', '.join(known)}.")
+    for name, it in known.items():
+        missing = it.default is it.default_factory is dataclasses.MISSING
+        if name not in values and missing:
+            raise ValueError(f"{source} lacks the setting {name!r}.")
+    try:
+        return settings(**{name: conform(name, kinds[name], it) for name, it in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def conform(name: str, kind: Any, value: Any) -> Any:
+    """The value as its field wants it, or an error that says what was expected."""
+    inner, optional = without_none(kind)
+    if value is None and optional:
+        return None
+    if typing.get_origin(inner) is Literal:
+        if value in typing.get_args(inner):
+            return value
+        expected = "one of " + ", ".join(map(str, typing.get_args(inner)))
+        raise ValueError(f"{name} must be {expected}; got {value!r}.")
+    if typing.get_origin(inner) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(conform(name, typing.get_args(inner)[0], item) for item in items)
+    read = _READERS.get(inner)
+    if read is None:
+        return value
+    try:
+        return read(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be of type {inner.__name__}; got {value!r}.") from None
+
+
+def without_none(kind: Any) -> tuple[Any, bool]:
+    """What a kind is apart from None, and whether it may be None."""
+    if typing.get_origin(kind) not in (Union, types.UnionType):
+        return kind, False
+    others = [part for part in typing.get_args(kind) if part is not types.NoneType]
+    return others[0], types.NoneType in typing.get_args(kind)
+
+
+def _exactly(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is not kind:
+            raise TypeError
+        return value
+
+    return read
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)  # from a string too: YAML takes 1e-4, without a dot, for one
+
+
+_READERS: dict[Any, Callable[[Any], Any]] = {
+    bool: _exactly(bool),
+    int: _exactly(int),
+    str: _exactly(str),
+    float: _float,
+    Path: Path,
+}

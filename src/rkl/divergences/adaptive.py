@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rkl.divergences.base import (
+    POLE,
     Divergence,
     expansion,
     log_ratio,
@@ -18,6 +19,7 @@ from rkl.divergences.base import (
     number,
     occurs,
     power,
+    power_excess,
     relative_entropy,
 )
 from rkl.divergences.f_divergences import KL, ReverseKL
@@ -69,13 +71,14 @@ class AKL(Divergence):
         """The likeliest atoms, and which of them are the head; all of it is among them."""
         maxima = block_maxima(logits)
         top = maxima.amax(-1, keepdim=True)
-        normaliser = top + (logits - top).exp_().sum(-1, keepdim=True).log()
+        # The two parts of the normaliser apart: their sum would lose digits at a large offset.
+        normaliser = torch.cat([top, (logits - top).exp_().sum(-1, keepdim=True).log()], -1)
         return self._head(logits, maxima, normaliser, FEW)
 
     def _head(self, logits, maxima, normaliser, k: int):
         k = min(k, logits.shape[-1])
         index = largest(logits, maxima, k)
-        mass = (logits.gather(-1, index) - normaliser).exp()
+        mass = (logits.gather(-1, index) - normaliser[..., :1] - normaliser[..., 1:]).exp()
         total = mass.cumsum(-1)
         head = total <= self.mu if self.straddle == "tail" else total - mass < self.mu
         head[..., 0] = True
@@ -174,6 +177,8 @@ class AlphaBeta(Divergence):
 
     def excess(self, logp, logq):
         """F itself, which touches 0 at p = q, by its series there: no digits are lost."""
+        if min(abs(self.alpha), abs(self.beta), self.alpha + self.beta) < POLE:
+            return power_excess(logp, logq, self.alpha, self.beta)
         _, *series = self.taylor
         far = self.integrand(logp, logq)
         return near_or_far(logp, logq, far, series, degree=self.alpha + self.beta)

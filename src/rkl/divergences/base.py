@@ -15,6 +15,8 @@ from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, 
 from torch.func import grad
 
 _FAR, _END = 16.0, 600.0  # log-ratios between which a control variate is integrated
+_NO_MASS = -745.0  # the logarithm of what is 0 in double precision
+POLE = 0.13  # distance of a parameter from its limits within which forms without poles are used
 NEAR = 0.02  # |log p/q| below which an excess is summed by its series
 
 
@@ -347,8 +349,9 @@ def occurs(case: Callable[[], Tensor]) -> bool:
 
 
 def vanishes(logp: Float[Tensor, "*shape"]) -> bool:
-    """Whether some mass may be 0, or is no number; also where a compiler asks."""
-    return logp.numel() > 0 and occurs(lambda: ~(logp.amin() > -math.inf))
+    """True if a mass may be 0 in this dtype or is nan, and while compiling."""
+    smallest = math.log(torch.finfo(logp.dtype).tiny)
+    return logp.numel() > 0 and occurs(lambda: ~(logp.amin() > smallest))
 
 
 def log_ratio(
@@ -361,18 +364,63 @@ def log_ratio(
 def relative_entropy(
     loga: Float[Tensor, "*shape"], logb: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """A log(a/b), with 0 log(0/b) = 0 in value and in gradient."""
-    ratio = loga - logb
-    return loga.exp() * (ratio.masked_fill(loga == -math.inf, 0.0) if vanishes(loga) else ratio)
+    """A log(a/b), with 0 log(0/b) = 0 in value and in gradient, whatever the mask that says 0."""
+    mass, ratio = loga.exp(), loga - logb
+    return mass * (ratio.masked_fill(mass == 0, 0.0) if vanishes(loga) else ratio)
 
 
 def power(
     logp: Float[Tensor, "*shape"], logq: Float[Tensor, "*shape"], a: float, b: float
 ) -> Float[Tensor, "*shape"]:
-    """p^a q^b, and 0 where p = q = 0, silent in value and in gradient."""
-    nowhere = (logp == -math.inf) & (logq == -math.inf)
+    """p^a q^b, and 0 where p = q = 0, silent in value and in gradient.
+
+    The exponent knows masses that underflow. So p = q = 0 is taken to hold where neither has a
+    mass in this dtype, and one of them none in double precision either: it is a mask.
+    """
+    low = torch.minimum(logp, logq)
+    if not vanishes(low):
+        return (a * logp + b * logq).exp()
+    smallest = math.log(torch.finfo(low.dtype).smallest_normal * torch.finfo(low.dtype).eps)
+    nowhere = (low < _NO_MASS) & (torch.maximum(logp, logq) < smallest)
     exponent = a * logp.masked_fill(nowhere, 0.0) + b * logq.masked_fill(nowhere, 0.0)
     return exponent.exp().masked_fill(nowhere, 0.0)
+
+
+def power_excess(
+    logp: Float[Tensor, "*shape"], logq: Float[Tensor, "*shape"], a: float, b: float
+) -> Float[Tensor, "*shape"]:
+    """(a p^d + b q^d − d p^a q^b)/(abd) with d = a + b, for any of a, b and d near 0.
+
+    It is q^d t² times the divided difference of exp at 0, at and dt, with t = log p/q: summed
+    as a series where these are small, and elsewhere in the form whose small divisor divides
+    what is as small.
+    """
+    d, t = a + b, log_ratio(logp, logq)
+    reach = 1.5 / max(abs(a), abs(b), d)
+    of_p, of_q, mixed = (d * logp).exp(), (d * logq).exp(), power(logp, logq, a, b)
+
+    def gap(high, low, exponent):  # high − low, where high = low exp(exponent t)
+        inner = (exponent * t).clamp(-1.0, 1.0)
+        return torch.where((exponent * t).abs() < 1, low * inner.expm1(), high - low)
+
+    if d < min(abs(a), abs(b)):
+        far = (gap(of_p, of_q, d) / d - gap(mixed, of_q, a) / a) / b
+    elif abs(a) <= abs(b):
+        far = (of_p - of_q) / (b * d) - gap(mixed, of_q, a) / (a * b)
+    else:
+        far = (of_q - of_p) / (a * d) - gap(mixed, of_p, -b) / (a * b)
+    inner = t.clamp(-reach, reach)
+    series = torch.zeros_like(inner)
+    for coefficient in reversed(_divided_differences(a, d)):
+        series = coefficient + inner * series
+    return torch.where(t.abs() < reach, of_q * inner.square() * series, far)
+
+
+def _divided_differences(a: float, d: float) -> list[float]:
+    """Coefficients in t of that of exp, over t²: Σ aⁱ dʲ over i + j = n, by (n + 2)!"""
+    return [
+        sum(a**i * d ** (n - i) for i in range(n + 1)) / math.factorial(n + 2) for n in range(20)
+    ]
 
 
 def log_mixture(

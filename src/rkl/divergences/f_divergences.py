@@ -10,14 +10,18 @@ from dataclasses import dataclass
 import torch
 
 from rkl.divergences.base import (
+    POLE,
     FDivergence,
     check_laws,
     exp_less_1,
     log_mixture,
     log_ratio,
+    near_or_far,
     number,
     power,
+    power_excess,
     relative_entropy,
+    vanishes,
 )
 from rkl.divergences.between import closed_kl
 
@@ -114,9 +118,10 @@ class Jeffreys(FDivergence):
     """
 
     def integrand(self, logp, logq):
-        nowhere = (logp == -math.inf) & (logq == -math.inf)
-        ratio = (logp - logq.masked_fill(nowhere, 0.0)).masked_fill(nowhere, 0.0)
-        return (logp.exp() - logq.exp()) * ratio
+        p, q, ratio = logp.exp(), logq.exp(), logp - logq
+        if vanishes(torch.minimum(logp, logq)):
+            ratio = ratio.masked_fill((p == 0) & (q == 0), 0.0)
+        return (p - q) * ratio
 
     def between(self, p, q):
         return KL().between(p, q) + ReverseKL().between(p, q)
@@ -160,6 +165,15 @@ class JensenShannon(FDivergence):
         p_to_m, q_to_m = relative_entropy(logp, logm), relative_entropy(logq, logm)
         return self.beta * p_to_m + (1 - self.beta) * q_to_m
 
+    def excess(self, logp, logq):
+        if self.beta < POLE:
+            far = _slight_mixture(logp, logq, self.beta, self.integrand(logp, logq))
+        elif self.beta > 1 - POLE:
+            far = _slight_mixture(logq, logp, 1 - self.beta, self.integrand(logp, logq))
+        else:
+            return super().excess(logp, logq)
+        return near_or_far(logp, logq, far, self.taylor[1:])
+
     def terms_q(self, log_ratio):
         return _jensen_shannon(log_ratio, self.beta)
 
@@ -194,6 +208,10 @@ class SkewKL(FDivergence):
     def integrand(self, logp, logq):
         return relative_entropy(logp, log_mixture(logp, logq, self.alpha))
 
+    def excess(self, logp, logq):
+        plain = super().excess(logp, logq)
+        return _skew_excess(logp, logq, self.alpha, plain) if self.alpha > 1 - POLE else plain
+
     def terms_q(self, log_ratio):
         return _skew(log_ratio, self.alpha)
 
@@ -227,6 +245,10 @@ class SkewReverseKL(FDivergence):
 
     def integrand(self, logp, logq):
         return relative_entropy(logq, log_mixture(logp, logq, 1 - self.alpha))
+
+    def excess(self, logp, logq):
+        plain = super().excess(logp, logq)
+        return _skew_excess(logq, logp, self.alpha, plain) if self.alpha > 1 - POLE else plain
 
     def terms_q(self, log_ratio):
         return -_log_mean(log_ratio, 1 - self.alpha)
@@ -367,6 +389,11 @@ class Amari(FDivergence):
         a = self.alpha
         return (power(logp, logq, a, 1 - a) - logq.exp()) / (a * (a - 1))
 
+    def excess(self, logp, logq):
+        if min(abs(self.alpha), abs(1 - self.alpha)) < POLE:
+            return power_excess(logp, logq, self.alpha, 1 - self.alpha)
+        return super().excess(logp, logq)
+
     def terms_q(self, log_ratio):
         a = self.alpha
         return exp_less_1(a * log_ratio) / (a * (a - 1))
@@ -417,7 +444,7 @@ class PrecisionRecall(FDivergence):
 
 @dataclass(frozen=True)
 class PrecisionHalf(FDivergence):
-    r"""Precision half of KL, f(r) = r log(λr) − r + 1/λ below r = 1/λ and 0 above.
+    r"""Precision half of KL, f(r) = r log(λr) − r + 1/λ below r = 1/λ, 0 above, less its f(1).
 
     The mixture of PrecisionRecall(l) over l ≥ λ with weight 1/l², as in KL: it asks of q
     that it put no mass where p has less than 1/λ of it. Its gradient is that of maximum
@@ -443,6 +470,12 @@ class PrecisionHalf(FDivergence):
     def integrand(self, logp, logq):
         return _precision_half(logp, logq, self.lam)
 
+    def excess(self, logp, logq):
+        if self.lam >= 1:
+            return super().excess(logp, logq)
+        inside = log_ratio(logp, logq) < -math.log(self.lam)
+        return torch.where(inside, KL().excess(logp, logq), _linear(logp, logq, self.lam))
+
     def terms_q(self, log_ratio):
         lam, log_lam = self.lam, math.log(self.lam)
         if lam < 1:
@@ -460,7 +493,7 @@ class PrecisionHalf(FDivergence):
 
 @dataclass(frozen=True)
 class RecallHalf(FDivergence):
-    r"""Recall half of KL, f(r) = r(1 − log λ) − 1/λ below r = 1/λ and r log r above.
+    r"""Recall half of KL, f(r) = r(1 − log λ) − 1/λ below r = 1/λ, r log r above, less its f(1).
 
     The mixture of PrecisionRecall(l) over l ≤ λ with weight 1/l², as in KL: it asks of q
     that it cover what p has more than 1/λ of, and is blind to what q invents. Its gradient
@@ -485,6 +518,14 @@ class RecallHalf(FDivergence):
 
     def integrand(self, logp, logq):
         return relative_entropy(logp, logq) - _precision_half(logp, logq, self.lam)
+
+    def excess(self, logp, logq):
+        lam, log_lam = self.lam, math.log(self.lam)
+        inside = log_ratio(logp, logq) < -log_lam
+        if lam >= 1:
+            return torch.where(inside, _linear(logp, logq, lam), KL().excess(logp, logq))
+        above = relative_entropy(logp, logq) + (log_lam - 1) * logp.exp() + logq.exp() / lam
+        return torch.where(inside, 0.0, above)
 
     def terms_q(self, log_ratio):
         lam, log_lam = self.lam, math.log(self.lam)
@@ -545,6 +586,32 @@ def _beyond(x, lam):
         below = exp_less_1((x + log_lam).clamp_max(1.0))
         return (below.abs() - below) / 2
     return -lam * exp_less_1(x.clamp_max(-log_lam))
+
+
+def _slight_mixture(logp, logq, beta, plain):
+    """β p log(p/m) + (1 − β) q log(q/m) for a small β, in log m/q: no digits of β are lost."""
+    ratio = log_ratio(logp, logq)
+    x = ratio.clamp(-200.0, 80.0)
+    p, log_m = logp.exp(), torch.log1p(beta * x.expm1())
+    mixed = beta * p * x - (beta * p + (1 - beta) * logq.exp()) * log_m
+    return torch.where(ratio < 80, mixed, plain)
+
+
+def _skew_excess(logp, logq, alpha, plain):
+    """The excess p log(p/m) − (1 − α)(p − q) for m near p: p (y − log(1 + y)), 1 + y = m/p."""
+    ratio = log_ratio(logp, logq)
+    y = (1 - alpha) * (-ratio.clamp(-80.0, 200.0)).expm1()
+    small = y.clamp(-0.05, 0.05)
+    series = torch.zeros_like(small)
+    for n in range(8, 1, -1):
+        series = (-1) ** n / n + small * series
+    less = torch.where(y.abs() < 0.05, small.square() * series, y - y.log1p())
+    return torch.where(ratio > -80, logp.exp() * less, plain)
+
+
+def _linear(logp, logq, lam):
+    """−p log λ + q (1 − 1/λ): what one half of KL has of its excess where it is blind."""
+    return (1 - 1 / lam) * logq.exp() - math.log(lam) * logp.exp()
 
 
 def _at_one(lam):

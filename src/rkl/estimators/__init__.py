@@ -11,13 +11,13 @@ that both belong to a parametric family     :meth:`Divergence.between`
 """
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from rkl.divergences import KL, Divergence, FDivergence
@@ -37,6 +37,8 @@ from rkl.kernels import has_compiler as has_compiler
 
 __all__ = ["LinearHead", "TopK", "exact", "monte_carlo", "per_token", "variational_bound"]
 
+HALF = torch.float16, torch.bfloat16
+UPCAST = 2**22  # numbers of a head in half precision that are held in single at a time
 BUDGET = 2**28  # bytes of logits that exist at one time, teacher's and student's together
 
 
@@ -83,6 +85,7 @@ def exact(
     >>> exact(ReverseKL(), p=teacher, q=student)
     tensor(0.3681)
     """
+    _refuse_transforms()
     tokens = check_pair(divergence, p, q)
     kept, weight = _kept(weight, tokens, by_token(q))
     labels = _check_labels(labels, hard_label_weight, kept, q)
@@ -116,45 +119,63 @@ class _Exact(torch.autograd.Function):
     def forward(ctx, work: _Work, *parameters):
         wanted = [wants and work.tracked for wants in ctx.needs_input_grad[1:]]
         totals = [None] * len(parameters)
-        unit = _unit(work.weight, parameters[0])
-        value = torch.zeros((), dtype=_at_least_single(parameters[0]), device=work.weight.device)
-        for rows in work.rows:
-            a, b = _pair(work.p, parameters, rows)
-            w = work.weight[rows].to(b.dtype)
-            labels = None if work.labels is None else work.labels[rows]
-            value += w @ step_(work.step, a, b, w / unit, labels, work.compiled)
-            _pull_back(totals, wanted, parameters, rows, b)
+        like = parameters[0]
+        value = torch.zeros((), dtype=_at_least_single(like), device=like.device)
+        with torch.autocast(like.device.type, enabled=False):  # it would round the products
+            for rows in work.rows:
+                a, b = _pair(work.p, parameters, rows)
+                w = work.weight[rows].to(b.dtype)
+                labels = None if work.labels is None else work.labels[rows]
+                value += w @ step_(work.step, a, b, w, labels, work.compiled)
+                _pull_back(totals, wanted, parameters, rows, b)
         ctx.save_for_backward(*(x for x in totals if x is not None))
         ctx.likes = [
             x.dtype if wants else None for x, wants in zip(parameters, wanted, strict=True)
         ]
-        ctx.unit = unit
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *upstream):
         saved = iter(ctx.saved_tensors)
-        factor = upstream[0] * ctx.unit
+        factor = upstream[0].detach()
         alone = factor.device.type == "cpu" and bool(factor == 1)  # elsewhere it costs more to ask
-        return None, *(
-            None if dtype is None else _times(factor, next(saved), alone).to(dtype)
-            for dtype in ctx.likes
-        )
+        with torch.no_grad():
+            gradients = [
+                None if dtype is None else _times(factor, next(saved), alone).to(dtype)
+                for dtype in ctx.likes
+            ]
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = [x if x is None else _Once.apply(x.requires_grad_()) for x in gradients]
+        return None, *gradients
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that has none itself, and says so when it is asked for."""
+
+    @staticmethod
+    def forward(ctx, gradient):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        raise NotImplementedError(_ONCE)
+
+
+_ONCE = (
+    "rkl.exact is once-differentiable: it computes its gradient with its value, and has no second "
+    "derivative and no torch.func transforms (grad, jacrev, vmap). Use loss.backward() or "
+    "torch.autograd.grad, or call the divergence itself on log-probabilities over full logits."
+)
+
+
+def _refuse_transforms() -> None:
+    functorch: Any = torch._C  # torch has no public way to ask
+    if functorch._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(_ONCE)
 
 
 def _times(factor: Tensor, total: Tensor, alone: bool) -> Tensor:
     return total if alone else factor * total
-
-
-def _unit(weight: Tensor, like: Tensor) -> float:
-    """What weights are divided by, and gradients multiplied with at the end.
-
-    Products in half precision lose gradients that are small, and keep them at weights near 1.
-    """
-    if like.dtype not in (torch.float16, torch.bfloat16):
-        return 1.0
-    return 2.0 ** math.ceil(math.log2(weight.max().item()))
 
 
 def per_token(
@@ -179,10 +200,12 @@ def per_token(
         raise TypeError(
             f"divergences must map names to one divergence at least; got {divergences!r}."
         )
+    _refuse_transforms()
     tokens = max(check_pair(divergence, p, q) for divergence in divergences.values())
     parts = {name: [] for name in divergences}
     everything = torch.arange(tokens, device=by_token(q).device)
-    with torch.no_grad():
+    device = everything.device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):  # it would round the products
         for rows in everything.split(_chunk(chunk, p, q)):
             logp, logq = _log_probabilities(p, q, rows)
             for name, divergence in divergences.items():
@@ -274,8 +297,14 @@ def _check_sampled(divergence: Any, **at_samples: Any) -> None:
 def _kept(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens that have a weight, and the weights of all."""
     if weight is None:
-        weight = torch.full((tokens,), 1 / max(tokens, 1), device=like.device)
+        dtype = _at_least_single(like)
+        weight = torch.full((tokens,), 1 / max(tokens, 1), dtype=dtype, device=like.device)
     else:
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            raise TypeError(
+                f"weight must hold floating-point numbers; got {weight.dtype}. Of a mask, "
+                "mask / mask.sum() gives the mean over what it keeps, mask.float() their sum."
+            )
         floats("weight", weight)
         if weight.shape != (tokens,) or weight.device != like.device:
             raise ValueError(
@@ -286,6 +315,12 @@ def _kept(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
     if not ((weight >= 0) & (weight < math.inf)).all():
         raise ValueError("weight must be at least 0 and finite for every token.")
     kept = weight.nonzero().squeeze(-1)
+    if 1 < len(kept) < tokens and bool((weight[kept] == 1).all()):
+        warnings.warn(
+            f"weight is a mask of 0 and 1, so the result is the sum over {len(kept)} tokens; "
+            "give weight = mask / mask.sum() for their mean.",
+            stacklevel=3,
+        )
     if not len(kept):
         raise ValueError(f"None of the {tokens} tokens has a weight: there is nothing to compare.")
     return kept, weight
@@ -311,7 +346,8 @@ def _check_labels(labels, hard_label_weight: float, kept: Tensor, q) -> Tensor |
     if seen.min() < 0 or seen.max() >= vocabulary(q):
         raise ValueError(
             f"labels must lie in [0, {vocabulary(q)}) wherever there is a weight; "
-            f"got {seen.min().item()} to {seen.max().item()}."
+            f"got {seen.min().item()} to {seen.max().item()}. Give ignored tokens, such as those "
+            "labelled -100, the weight 0."
         )
     return labels if hard_label_weight else None
 
@@ -332,8 +368,29 @@ def _shape(x) -> Shape:
 def _products(parameters, rows: Tensor) -> Logits:
     """A fresh tensor, in single precision or better: it may be written over."""
     by_token, *head = parameters
-    products = linear(by_token[rows], *head) if head else by_token[rows]
-    return products.to(_at_least_single(products))
+    if not head:
+        return by_token[rows].to(_at_least_single(by_token))
+    if by_token.dtype in HALF:
+        return _single_products(by_token[rows], *head)
+    return linear(by_token[rows], *head)
+
+
+def _single_products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Logits:
+    """Products of a head in half precision that are never rounded to it."""
+    if hidden.device.type == "cuda":
+        products = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        hidden = hidden.float()
+        products = hidden.new_empty(len(hidden), len(weight))
+        for atoms in _blocks(weight):
+            torch.mm(hidden, weight[atoms].float().T, out=products[:, atoms])
+    return products if bias is None else products.add_(bias)
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """Parts of the vocabulary, few enough rows of the head each to hold them twice."""
+    size = max(1, UPCAST // weight.shape[1])
+    return (slice(start, start + size) for start in range(0, len(weight), size))
 
 
 def _log_probabilities(p, q, rows: Tensor) -> tuple[Logits, Logits]:
@@ -357,21 +414,41 @@ def _pull_back(totals, wanted, parameters, rows, gradient):
     if wanted[0]:
         if totals[0] is None:
             totals[0] = torch.zeros_like(by_token, dtype=gradient.dtype)
-        pulled = (gradient.to(hidden.dtype) @ head[0]).to(gradient.dtype) if head else gradient
-        totals[0][rows] = pulled
+        totals[0][rows] = _in_hidden(gradient, head[0]) if head else gradient
     if wanted[1:] and wanted[1]:
         totals[1] = _add_product(totals[1], gradient, hidden)
     if wanted[2:] and wanted[2]:
         totals[2] = gradient.sum(0) if totals[2] is None else totals[2] + gradient.sum(0)
 
 
+def _in_hidden(gradient: Logits, weight: Tensor) -> Tensor:
+    """The gradient in the hidden states, from that in the products."""
+    if weight.dtype not in HALF:
+        return gradient @ weight
+    if gradient.device.type == "cuda":
+        scaled, factor = _scaled(gradient, weight.dtype)
+        return torch.mm(scaled, weight, out_dtype=torch.float32) * factor
+    total = gradient.new_zeros(len(gradient), weight.shape[1])
+    for atoms in _blocks(weight):
+        total.addmm_(gradient[:, atoms], weight[atoms].float())
+    return total
+
+
 def _add_product(total: Tensor | None, gradient: Tensor, hidden: Tensor) -> Tensor:
-    """Total + gradient.T @ hidden, multiplied in the precision of hidden."""
-    if total is None:
-        return (gradient.T.to(hidden.dtype) @ hidden).to(gradient.dtype)
-    if hidden.dtype == total.dtype:
-        return total.addmm_(gradient.T, hidden)
-    return total.add_(gradient.T.to(hidden.dtype) @ hidden)
+    """Total + gradient.T @ hidden, added up in single precision or better."""
+    if hidden.dtype in HALF and gradient.device.type == "cuda":
+        scaled, factor = _scaled(gradient, hidden.dtype)
+        product = torch.mm(scaled.T, hidden, out_dtype=torch.float32) * factor
+        return product if total is None else total.add_(product)
+    hidden = hidden.to(gradient.dtype)
+    return gradient.T @ hidden if total is None else total.addmm_(gradient.T, hidden)
+
+
+def _scaled(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The gradient in half precision, times a power of two that keeps it from underflow."""
+    largest = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    factor = (largest.log2().ceil() - 12).exp2()
+    return (gradient / factor).to(dtype), factor
 
 
 def _at_least_single(x: Tensor) -> torch.dtype:

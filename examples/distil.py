@@ -39,4 +39,6 @@ def main(out: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/distil.py RUN")
     main(sys.argv[1])

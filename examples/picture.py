@@ -75,4 +75,6 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/picture.py FILE")
     main(Path(sys.argv[1]))

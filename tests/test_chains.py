@@ -38,7 +38,7 @@ def test_the_time_of_madras_and_sokal_is_the_closed_form_and_sees_within_chains_
     apart = x + torch.arange(4)[:, None, None]
     torch.testing.assert_close(integrated_time(apart), integrated_time(x), rtol=1e-9, atol=0)
     assert (autocorrelation_time(apart) > 10 * integrated_time(x)).all()
-    assert integrated_time(torch.ones(2, 10)) == 1
+    assert integrated_time(torch.ones(2, 10)).isnan()
 
 
 def test_the_window_is_that_of_emcee():
@@ -150,9 +150,24 @@ def test_chains_that_disagree_in_location_or_in_scale_alone_are_noticed():
     assert ess(apart) < 50 < 1_000 < ess(x)
 
 
-def test_a_constant_is_as_good_as_independent_draws():
-    x = torch.full((2, 100), 3.0)
-    assert (autocorrelation_time(x), ess(x), rhat(x)) == (1, 200, 1)
+@pytest.mark.parametrize("statistic", [autocorrelation_time, integrated_time, ess, ess_tail, rhat])
+def test_of_a_sampler_that_never_moved_nothing_is_known(statistic):
+    x = torch.stack([torch.full((4, 100), 0.1), autoregressive(4, 100, 0.0)], -1)
+    assert statistic(x).isnan().tolist() == [True, False]
+
+
+def test_chains_stuck_at_different_places_are_worth_no_more_than_their_number():
+    x = torch.tensor([[0.1], [0.2], [0.3], [0.7]]).expand(4, 1000)
+    assert rhat(x) == math.inf
+    assert ess(x) <= 8  # halves of chains count as chains
+    assert integrated_time(x).isnan()
+
+
+def test_the_unit_of_a_quantity_does_not_matter():
+    x = autoregressive(4, 1000, 0.5)
+    for statistic in (autocorrelation_time, integrated_time, ess, ess_tail, rhat):
+        scaled = statistic(1e-30 * x.double())
+        torch.testing.assert_close(scaled, statistic(x.double()), rtol=1e-9, atol=0)
 
 
 def test_weights_of_half_the_draws_leave_half_the_effective_number():

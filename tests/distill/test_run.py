@@ -415,6 +415,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(config, folder, tmp
     said = capsys.readouterr().out
     assert "4 of 32 tokens" in said
     assert "5 evaluations, at most 4 checkpoints" in said
+    assert re.search(r"disk +up to [\d.]+ [MG]B: \d checkpoints", said)
     assert re.search(r"\d [MG]B at the peak", said)  # of this process, whatever ran in it before
     assert 'The] "assert" statement' in said or '[T]he "assert" statement' in said
 

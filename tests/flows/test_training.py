@@ -1,12 +1,15 @@
 """The loop learns within its budget, keeps the best, and goes on after a stop to the same bits."""
 
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
-from rkl.flows.training import CHECKPOINT, Moment, load_state, save_state, train
+from rkl.flows.training import CHECKPOINT, Moment, load_state, one_at_a_time, save_state, train
 from rkl.runs import Run
 
 
@@ -261,3 +264,36 @@ def test_a_budget_that_makes_no_sense_is_refused(settings, said):
 def test_a_flow_without_parameters_is_refused():
     with pytest.raises(ValueError, match="no parameters"):
         train(nn.Identity(), lambda moment: torch.zeros(()), steps=1)
+
+
+def noisy_mean(seed):
+    """The parameters after a training whose loss draws random numbers."""
+    flow = Location()
+
+    def objective(moment):
+        time.sleep(1e-4)  # let the other thread come in
+        return (flow.mean - torch.randn(3)).square().sum()
+
+    train(flow, objective, steps=50, seed=seed)
+    return flow.mean.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:another fit is running")
+def test_two_fits_in_two_threads_are_those_of_their_seeds():
+    alone = [noisy_mean(seed) for seed in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(noisy_mean, (0, 1))) == alone
+
+
+def test_a_fit_that_waits_for_another_says_so():
+    thread = threading.Thread(target=noisy_mean, args=(0,))
+
+    def begin_while_another_runs():
+        with one_at_a_time():
+            thread.start()
+            thread.join(0.3)
+            assert thread.is_alive()
+        thread.join()
+
+    with pytest.warns(UserWarning, match="this one waits for it"):
+        begin_while_another_runs()

@@ -35,7 +35,7 @@ class Judgement:
 
     Attributes:
         ess: Effective number of draws, the least over all of them; of many, over some of them.
-        rhat: The largest; nan where there are too few draws, or weights.
+        rhat: The largest; nan where there are too few draws, or weights, or all are alike.
         pareto_k: Of every quantity, the largest over its event, [*batch]. Of weighted draws also
             that of the terms of the mean, weights included, up to 0.99: heavy ones take the error
             away, but may be the weights' fault.
@@ -99,12 +99,19 @@ def judged(
     if draws.draws < FEWEST:
         return Judgement(kish, math.nan, k, infinite, total)
     some = [_some(x) for x in values.values() if x.numel()]
-    worth = min(float(ess(x, weights).min()) for x in some)
+    worth = _least(torch.cat([ess(x, weights) for x in some]))
     if weights is None and worth < FEWEST:
         raise ValueError(_too_few(worth, total))
     if weights is not None:
         return Judgement(worth, math.nan, k, infinite, total)
-    return Judgement(worth, max(float(rhat(x).max()) for x in some), k, infinite, total)
+    ratio = -_least(-torch.cat([rhat(x) for x in some]))
+    return Judgement(worth, ratio, k, infinite, total)
+
+
+def _least(values: Tensor) -> float:
+    """The smallest number, without the nan of constants; nan if all are."""
+    known = values[~values.isnan()]
+    return float(known.min()) if known.numel() else math.nan
 
 
 def _some(x: Tensor) -> Tensor:
@@ -214,6 +221,8 @@ def _warnings(judgement: Judgement, draws: Draws, judged_on: Draws) -> list[str]
             f"the tails of {', '.join(unknown)} cannot be judged: extreme draws are tied, or lie "
             "in a cluster apart; errors hold if every such cluster is visited many times"
         )
+    if math.isnan(judgement.ess):
+        told.append("all draws are the same: the chains never moved, or nothing is uncertain")
     if judgement.rhat > DISAGREE:
         told.append(f"the chains do not agree yet: R-hat is {judgement.rhat:.3f}")
     if draws.chains > draws.draws:

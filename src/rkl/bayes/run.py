@@ -19,6 +19,7 @@ from rkl.bayes.losses import AnyLoss, parse_loss
 from rkl.bayes.regions import Region
 from rkl.bayes.report import Shown, page
 from rkl.bayes.tables import Table
+from rkl.checks import LARGEST_SEED, integer
 from rkl.importing import only
 from rkl.readers import place_of_nan, read
 from rkl.runs import Run, check_out, write_json
@@ -70,6 +71,7 @@ class EstimateSettings:
             raise TypeError(f"prob must be a number; got {self.prob!r}.")
         if not 0 < self.prob < 1:
             raise ValueError(f"prob must lie strictly between 0 and 1; got {self.prob}.")
+        integer("seed", self.seed, at_most=LARGEST_SEED)
         if self.device != "cpu":
             raise ValueError(
                 f"device must be cpu, where double precision is at home; got {self.device!r}."

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import os
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from importlib.machinery import PathFinder
@@ -23,9 +24,11 @@ from rkl.cli import commands, terminal
 from rkl.cli.documentation import documentation
 from rkl.importing import check_name, names_in, only
 from rkl.runs import DiskFullError, full_disk
+from rkl.text import one_line
 
 # Flags, and the word of rkl divergences, whose text may name what is to be imported.
 NAMING = ["target", "flow", "objective", "divergence", "divergences", "family", "losses", "name"]
+LONGEST = 800  # letters of an error; what is between its beginning and its end is left out
 BAD_USAGE = ValueError, TypeError, NotImplementedError, FileExistsError, FileNotFoundError
 
 
@@ -171,10 +174,12 @@ def _exists(module: str) -> bool:
 
 
 def _explain(error: Exception, words: list[str]) -> int:
-    message = terminal.one_line(error)
+    message = one_line(error)
     if full_disk(error):
         message = message if isinstance(error, DiskFullError) else f"the disk is full: {message}."
         return _complain(f"{message} {_how_to_go_on(words)}", 1)
+    if terminal.out_of_memory(error):
+        return _complain(f"out of memory: {message}. {_sizes(words)}", 1)
     if isinstance(error, BAD_USAGE) and message:
         return _complain(message, 2)
     cause = terminal.root_cause(error)
@@ -185,6 +190,16 @@ def _explain(error: Exception, words: list[str]) -> int:
         return _complain(f"{error.filename}: {error.strerror}", 1)
     because = f", caused by {terminal.in_words(cause)}" * (cause is not error)
     return _complain(f"{terminal.in_words(error)}{because} (--debug shows where)", 1)
+
+
+def _sizes(words: list[str]) -> str:
+    """The largest numbers of a command line, which decide how much memory it takes."""
+    text = " ".join(words)
+    numbers = re.findall(r"-{1,2}[a-z][a-z_-]*[= ]\d{4,}|\w+=\d{3,}", text)
+    largest = sorted(numbers, key=lambda it: -int(re.findall(r"\d+$", it)[0]))[:3]
+    if largest:
+        return f"Choose smaller numbers: {', '.join(largest)}"
+    return "Choose a smaller batch, fewer draws, or less data"
 
 
 def _flush() -> int:
@@ -200,8 +215,11 @@ def _flush() -> int:
 
 
 def _complain(message: str, code: int) -> int:
+    line = one_line(message)
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     with contextlib.suppress(OSError, ValueError):  # a stderr that is full or closed
-        print(f"rkl: error: {terminal.one_line(message)}", file=sys.stderr, flush=True)
+        print(f"rkl: error: {line}", file=sys.stderr, flush=True)
     return code
 
 

@@ -149,6 +149,8 @@ def _read(path: Path, argument: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError(f"{argument}: {path} is nested too deeply to be settings.") from None
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{argument}: {path} cannot be read: {reason}") from None

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from rkl.text import one_line
+
 PLAIN = {
     "−": "-",
     "–": "-",
@@ -104,15 +106,6 @@ def one_line_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def one_line(text: object) -> str:
-    """The text on one line, with control characters escaped."""
-    words = " ".join(str(text).split())
-    return "".join(
-        it.encode("unicode_escape").decode() if unicodedata.category(it) == "Cc" else it
-        for it in words
-    )
-
-
 def root_cause(error: BaseException) -> BaseException:
     """The first exception of the chain that ended in this one."""
     seen = {id(error)}
@@ -123,6 +116,14 @@ def root_cause(error: BaseException) -> BaseException:
             return error
         seen.add(id(cause))
         error = cause
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True where Python, NumPy or torch could not get the memory that they asked for."""
+    words = "can't allocate memory", "out of memory", "Unable to allocate", "Storage size"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(it in str(error) for it in words)
+    )
 
 
 def in_words(error: BaseException) -> str:

@@ -144,7 +144,8 @@ def read_head(model: nn.Module) -> Head:
     else:
         with inference(model):
             vocab = model(**_two_tokens(model)).logits.shape[-1]
-        reason = f"its output embedding is no plain linear layer; got {type(embedding).__name__}"
+        kind = f"{type(embedding).__module__}.{type(embedding).__qualname__}"
+        reason = f"its output embedding is no plain linear layer; got a {kind}"
     warnings.warn(
         f"{type(model).__name__}: {reason}. Its full logits will be computed instead, which takes "
         "more memory and gives the same loss.",

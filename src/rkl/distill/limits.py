@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from rkl.checks import LARGEST_COUNT, LARGEST_SEED, integer
 from rkl.divergences import Divergence, parse
 
 
@@ -22,6 +23,7 @@ def check_count(name: str, value: Any, at_least: int = 1) -> None:
         raise TypeError(f"{name} must be an integer of at least {at_least}; got {value!r}.")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}; got {value}.")
+    integer(name, value, at_most=LARGEST_SEED if name == "seed" else LARGEST_COUNT)
 
 
 def check_within(

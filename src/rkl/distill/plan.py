@@ -66,6 +66,9 @@ def estimate(settings: DistillSettings) -> Estimate:
     seconds += checkpoints * (FLUSH + (weights + moments) / DISK)
     passes = steps * measured.tokens / len(text.blocks.tokens)
     speed = f"{measured.step:.3g} s a step ({measured.tokens / measured.step:,.0f} tokens/s)"
+    kept = min(settings.keep_checkpoints, checkpoints)
+    # A new checkpoint is written before the oldest is removed; the student itself at the end.
+    disk = (kept + 1) * (weights + moments) + weights
     lines = {
         "data": str(text.blocks),
         "held out": f"{len(text.held_out or ()):,} blocks: {text.origin}",
@@ -73,6 +76,7 @@ def estimate(settings: DistillSettings) -> Estimate:
         "steps": f"{steps:,} of {measured.tokens:,.0f} tokens: {passes:.3g} times the data",
         "besides": f"{evaluations} evaluations, at most {checkpoints} checkpoints",
         "memory": f"{in_words(memory)} at the peak",
+        "disk": f"up to {in_words(disk)}: {kept} checkpoints, one being written, and the student",
         "time": f"{clock(seconds)}, at {speed}",
     }
     return Estimate(memory, seconds, lines, text.first_block(models.tokenizer))

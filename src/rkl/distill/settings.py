@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from rkl.checks import LARGEST_RATE, number
 from rkl.distill.limits import (
     check_counts,
     check_one_of,
@@ -113,6 +114,7 @@ class DistillSettings:
         check_within(self, "held_out", "warmup", high=1, ends="[)")
         check_within(self, "hard_label_weight", "weight_decay", "max_gradient", ends="[)")
         check_within(self, "temperature", "epochs", "learning_rate")
+        number("learning_rate", self.learning_rate, at_most=LARGEST_RATE)
         check_one_of(self, "schedule", "cosine", "linear", "constant")
         check_one_of(self, "dtype", "float32", "bfloat16")
         check_counts(self, "seed", at_least=0)

@@ -2,16 +2,20 @@
 
 import abc
 import copy
+import importlib.metadata
 import importlib.util
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Bool
+from packaging.version import Version
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -22,9 +26,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.import_utils import is_peft_available
 
 from rkl.distill.heads import Head, Known, read_head
+
+UNREADABLE = (  # what readers of damaged models raise
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
+    *(ArithmeticError, EOFError, struct.error, SafetensorError),
+)
 
 
 class Teacher(abc.ABC):
@@ -87,6 +97,21 @@ class AdapterBase(Teacher):
             return self.head.observe(inputs, predicting, vocab=vocab)
 
 
+def check_peft() -> None:
+    """Refuse a peft that is older than what transformers saves adapters with.
+
+    Raises:
+        ImportError: It is; names both versions. A training would end at its first checkpoint.
+    """
+    found = importlib.metadata.version("peft")
+    if Version(found) < Version(MIN_PEFT_VERSION):
+        raise ImportError(
+            f"model: transformers {transformers.__version__} saves the adapters of a student with "
+            f"peft {MIN_PEFT_VERSION} or newer; got peft {found}. "
+            f"Type: pip install 'peft>={MIN_PEFT_VERSION}'"
+        )
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Whether a model is PEFT's wrapper around another one."""
     if not is_peft_available():
@@ -144,7 +169,9 @@ def _loaded(auto: Any, name: str | os.PathLike, what: str, **how: Any) -> Any:
     how |= {} if file is None else {"gguf_file": file}
     try:
         return auto.from_pretrained(folder, trust_remote_code=False, **how)
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
         if "custom code" in str(error):
             raise ValueError(
                 f"model: {name} needs code that lies beside it (auto_map), which rkl never runs; "

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, Geometric
 from torch.func import grad
 
+from rkl.checks import number as number
+
 _FAR, _END = 16.0, 600.0  # log-ratios between which a control variate is integrated
 _NO_MASS = -745.0  # the logarithm of what is 0 in double precision
 POLE = 0.13  # distance of a parameter from its limits within which forms without poles are used
@@ -276,34 +278,6 @@ def combine(*terms: tuple[float, Divergence]) -> Divergence:
         return terms[0][1]
     every_f = all(isinstance(term, FDivergence) for _, term in terms)
     return (_FCombination if every_f else _Combination)(terms)
-
-
-def number(
-    name: str,
-    value: float,
-    *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    below: float = math.inf,
-    unequal: tuple[float, ...] = (),
-    what: str = "",
-) -> None:
-    """Refuse a parameter that is not a finite number in its range.
-
-    Raises:
-        TypeError: It is not a number.
-        ValueError: It is out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number; got {value!r}{what}.")
-    limits = [f"above {above}"] * (above > -math.inf)
-    limits += [f"at least {at_least}"] * (at_least > -math.inf)
-    limits += [f"below {below}"] * (below < math.inf)
-    limits += [f"other than {' and '.join(map(str, unequal))}"] * bool(unequal)
-    inside = above < value < below and value >= at_least and value not in unequal
-    if not (math.isfinite(value) and inside):
-        expected = ", ".join(["finite", *limits])
-        raise ValueError(f"{name} must be {expected}; got {value}{what}.")
 
 
 def floats(name: str, value: Tensor) -> None:

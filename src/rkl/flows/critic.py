@@ -15,6 +15,7 @@ from rkl.flows.architectures.splines import check_sizes
 from rkl.flows.weights import bends_everywhere
 
 FORGETS = 0.9  # decay of the running normaliser
+FEWEST_LESSONS = 300  # from which a critic in a few coordinates begins to be of use
 SMALLEST_IMAGE = 8  # sides below which an image is read as a vector
 FEW = 8  # coordinates up to which waves of them help, and do not yet overfit
 WAVES = 2.0, 4.0  # per standard deviation: a plain network learns narrow modes ten times slower
@@ -33,8 +34,9 @@ class Critic:
         divergence: Auxiliary f-divergence whose bound is maximised.
         lr: Learning rate.
         updates: Steps of the critic for each step of the flow.
-        lessons: Steps at the end of a fit that is asked for an operating point; half as many
-            for the second critic, which judges the first.
+        lessons: Steps at the end of a fit that is asked for an operating point, or three times
+            those of the fit where they are fewer, but at least 300; half as many for the second
+            critic, which judges the first.
         flat: Whether to allow a divergence whose bound has no slope at some ratios.
     """
 
@@ -57,6 +59,13 @@ class Critic:
                 "it on another, such as JensenShannon(), which serves any divergence of the "
                 "flow; or say flat=True."
             )
+
+    def lessons_after(self, steps: int) -> int:
+        """Steps at the end of a fit of so many: no more than three times those, or a few hundred.
+
+        A fit that was given seconds is not to spend a minute on its critic.
+        """
+        return min(self.lessons, max(FEWEST_LESSONS, 3 * steps))
 
     def build(self, event_shape: tuple[int, ...], conditions: int, bound: float) -> "Ratio":
         """A critic of events of this shape, its log-ratios cut off at ± bound nats."""

@@ -87,6 +87,10 @@ class Data:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self), generator=generator)
         held_out = max(1, round(share * len(self)))
+        if held_out >= len(self) - 1:
+            raise ValueError(
+                f"held_out must leave two rows to learn from; got {share} of {len(self):,} rows."
+            )
         return self.rows(order[held_out:]), self.rows(order[:held_out])
 
     def centre_and_spread(self) -> tuple[Tensor, Tensor]:

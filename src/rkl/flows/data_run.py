@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer
 from rkl.divergences import FDivergence, parse
 from rkl.divergences.base import number
 from rkl.flows.architectures import Architecture, Scaled, parse_architecture
@@ -92,9 +93,11 @@ class FitSettings:
             object.__setattr__(self, "critic", False)
         if self.steps is not None and self.minutes is not None:
             raise ValueError(f"one of steps and minutes; got {self.steps} and {self.minutes}.")
-        for name in ("steps", "minutes", "lr"):
+        limits = {"steps": LARGEST_COUNT, "minutes": LARGEST_COUNT, "lr": LARGEST_RATE}
+        for name, most in limits.items():
             if getattr(self, name) is not None:
-                number(name, getattr(self, name), above=0)
+                number(name, getattr(self, name), above=0, at_most=most)
+        integer("seed", self.seed, at_most=LARGEST_SEED)
         _ = self.method, self.architecture, self.chosen
 
     @property

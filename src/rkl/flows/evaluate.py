@@ -172,7 +172,9 @@ def _reference(target, condition, draws: int, seed: int) -> Reference:
     seconds = time.perf_counter() - began
     values = _observed(target, x, condition)
     means = averages(target, values, condition)
-    worst = max(rhat(it.movedim(0, -1)).nan_to_num(1.0).max().item() for it in values.values())
+    ratios = torch.stack([rhat(it.movedim(0, -1)) for it in values.values()])
+    stuck = bool(ratios.isnan().all(0).any())  # one quantity may be constant, not all of them
+    worst = math.inf if stuck else ratios.nan_to_num(1.0).max().item()
     if worst > UNMIXED:
         warnings.warn(
             f"reference: the chains of the {source} have an R-hat of up to {worst:.2f}; they have "

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rkl.checks import LARGEST_COUNT, integer
 from rkl.divergences import KL, FDivergence
 from rkl.flows.architectures import Architecture, Scaled, draw
 from rkl.flows.critic import Critic, Ratio, ScaledCritic
@@ -15,7 +16,7 @@ from rkl.flows.data import Data, read_data
 from rkl.flows.fitted import Fit
 from rkl.flows.guard import Guard, LogProb, annealed, slope_of
 from rkl.flows.operating import check_point, reach
-from rkl.flows.training import Moment, Training, train
+from rkl.flows.training import Moment, Training, one_at_a_time, train
 from rkl.flows.weights import along_path, bounded_on_data, is_likelihood, on_data, on_draws
 from rkl.runs import Run
 
@@ -77,12 +78,10 @@ class Method:
                 raise ValueError(f"{name} must be a share between 0 and 1; got {value}.")
         for name in ("batch", "draws"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer; got {value!r}.")
-            if value < 2:
-                raise ValueError(f"{name} must be at least 2; got {value}.")
+            integer(name, value, at_least=2, at_most=LARGEST_COUNT)
 
 
+@one_at_a_time()
 def fit_to_samples(
     flow: Architecture | nn.Module,
     data: Any,
@@ -303,7 +302,7 @@ class _Problem:
         """The fit, with a critic where one is wanted, and at its operating point."""
         aimed = target_precision is not None or budget is not None
         learnt = with_critic or aimed or (self.guided and self.log_prob is None)
-        least = self.method.critic.lessons if aimed else 50
+        least = self.method.critic.lessons_after(done.steps) if aimed else 50
         critic = self.final_critic(done.steps, least) if learnt else None
         rows = self.held_out, self.rows, self.classes
         fitted = Fit(self.scaled, critic, done, *rows)

@@ -13,7 +13,7 @@ from rkl.flows.architectures import draw
 from rkl.flows.critic import Critic
 from rkl.flows.data import Data
 from rkl.flows.fitted import Fit, Reached
-from rkl.flows.training import Moment, train
+from rkl.flows.training import Moment, one_at_a_time, train
 from rkl.metrics import Mean, mean
 from rkl.metrics.precision_recall import OperatingPoint, operating_point
 from rkl.runs import Run
@@ -64,7 +64,7 @@ class _Judge:
 
     def __init__(self, fitted: Fit, chosen: Critic):
         assert fitted.critic is not None
-        self.lessons = max(1, chosen.lessons // 2)
+        self.lessons = max(1, chosen.lessons_after(fitted.training.steps) // 2)
         self.scaled, self.rejects = fitted.flow, fitted.critic
         device = fitted.flow.shift.device
         self.rows = fitted.trained_on.to(device)
@@ -115,6 +115,7 @@ class _Judge:
         return Mean(least, torch.hypot(seen.error, taken.error))
 
 
+@one_at_a_time()
 def distil_rejection(
     fitted: Fit,
     *,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rkl.checks import LARGEST_COUNT, LARGEST_SEED, integer
 from rkl.flows.architectures import latent
 from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data, check_device, read_data
@@ -65,10 +66,8 @@ class SampleSettings:
 
     def __post_init__(self):
         object.__setattr__(self, "out", Path(self.out))
-        if isinstance(self.n, bool) or not isinstance(self.n, int):
-            raise TypeError(f"n must be an integer; got {self.n!r}.")
-        if self.n < 1:
-            raise ValueError(f"n must be at least 1; got {self.n}.")
+        integer("n", self.n, at_least=1, at_most=LARGEST_COUNT)
+        integer("seed", self.seed, at_most=LARGEST_SEED)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rkl.checks import LARGEST_SEED, integer
 from rkl.flows.data import Data, check_device, read_data
 from rkl.flows.data_run import load_run, settings_of
 from rkl.flows.evaluate import VALUES, condition_grid, evaluate_on_target
@@ -66,6 +67,7 @@ class EvaluateSettings:
     def __post_init__(self):
         if self.data is not None:
             object.__setattr__(self, "data", Path(self.data))
+        integer("seed", self.seed, at_most=LARGEST_SEED)
         for name, least in (("values", 1), ("draws", 2), ("chains", 1)):
             check_whole(name, getattr(self, name), least)
 

@@ -27,7 +27,7 @@ from rkl.flows.objectives import Objective, as_objective
 from rkl.flows.particles import Particles
 from rkl.flows.targets import XY, Phi4, Target
 from rkl.flows.targets.base import Condition
-from rkl.flows.training import Moment, Training, train
+from rkl.flows.training import Moment, Training, one_at_a_time, train
 from rkl.flows.weights import along_path, is_likelihood, on_data, on_draws
 from rkl.runs import Run
 
@@ -58,6 +58,7 @@ class TargetFit:
     training: Training
 
 
+@one_at_a_time()
 def fit_to_target(
     flow: Architecture | nn.Module,
     target: Target,

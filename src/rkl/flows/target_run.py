@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer
 from rkl.divergences.base import number
 from rkl.divergences.parse import with_module
 from rkl.flows.architectures import NSF, Architecture, Coupling, parse_architecture
@@ -95,9 +96,13 @@ class TargetSettings:
         ):
             if one is not None and other is not None:
                 raise ValueError(f"one of {name}; got {one} and {other}.")
-        for name in ("steps", "minutes", "lr"):
+        limits = {"steps": LARGEST_COUNT, "minutes": LARGEST_COUNT, "lr": LARGEST_RATE}
+        for name, most in limits.items():
             if getattr(self, name) is not None:
-                number(name, getattr(self, name), above=0)
+                number(name, getattr(self, name), above=0, at_most=most)
+        integer("seed", self.seed, at_most=LARGEST_SEED)
+        for name in ("batch", "strata"):
+            integer(name, getattr(self, name), at_most=LARGEST_COUNT)
         object.__setattr__(self, "target", spelt(self.aim, self.target))
         object.__setattr__(self, "flow", with_module(self.architecture))
         _ = self.chosen, self.ranges

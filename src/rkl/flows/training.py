@@ -4,7 +4,9 @@ import contextlib
 import json
 import math
 import os
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from rkl.checks import LARGEST_COUNT, LARGEST_RATE
 from rkl.divergences.base import number
 from rkl.runs import Run, save_tensors
 
@@ -92,6 +95,30 @@ class Training:
     stopped: str | None
 
 
+_RUNNING = threading.RLock()
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Let one fit of this process go on at a time; a second one, in another thread, waits.
+
+    Flows draw from torch's global random numbers, which a fit seeds and puts back afterwards. Two
+    fits side by side would take numbers from one another, and neither would be its seed's.
+    """
+    if not _RUNNING.acquire(blocking=False):
+        warnings.warn(
+            "another fit is running in this process: this one waits for it, as both draw from "
+            "torch's global random numbers. Start a process for each to run them side by side.",
+            stacklevel=3,
+        )
+        _RUNNING.acquire()
+    try:
+        yield
+    finally:
+        _RUNNING.release()
+
+
+@one_at_a_time()
 def train(
     flow: nn.Module,
     objective: Objective,
@@ -113,7 +140,8 @@ def train(
     rise. The flow ends with the running average of its parameters, or where a watch gives
     scores, with the average that scored best. A step without a finite gradient is skipped.
 
-    All randomness comes from torch's global generators, seeded here and put back afterwards.
+    All randomness comes from torch's global generators, seeded here and put back afterwards; so
+    one training of a process goes on at a time, and one in another thread waits, with a warning.
     With ``run``, training goes on from the checkpoint there; a budget in steps then leads to
     the same bits as if it had never been interrupted.
 
@@ -347,9 +375,10 @@ def _check(steps, minutes, lr, clip, ema, every) -> None:
     for name, value in (("steps", steps), ("every", every)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name} must be an integer; got {value!r}.")
+    limits = {"steps": LARGEST_COUNT, "lr": LARGEST_RATE}
     for name, value in (("steps", steps), ("minutes", minutes), ("lr", lr), ("clip", clip)):
         if value is not None:
-            number(name, value, above=0)
+            number(name, value, above=0, at_most=limits.get(name, math.inf))
     number("every", every, at_least=1)
     number("ema", ema, at_least=0, below=1)
 

@@ -23,7 +23,7 @@ def autocorrelation_time(
     The sum stops by Geyer's initial monotone sequence: sums of adjacent pairs ρ₂ₖ + ρ₂ₖ₊₁ of a
     reversible chain are positive and decrease. Chains are halved and compared, so that a chain
     that drifts, or sits elsewhere than the others, has a large τ. Below 1 for draws that
-    alternate. A constant has τ = 1.
+    alternate; nan for a constant, of which draws tell nothing.
 
     Source: Geyer (1992), section 3.3; Vehtari et al. (2021), arXiv 1903.08008, eqs. (10)–(13).
 
@@ -38,7 +38,7 @@ def autocorrelation_time(
     >>> bool((autocorrelation_time(noise) - 1).abs() < 0.05)
     True
     """
-    return _by_columns(_time, _checked(x))
+    return _by_columns(lambda part: _where_moving(_time(part), part), _checked(x))
 
 
 def integrated_time(
@@ -50,7 +50,7 @@ def integrated_time(
 
     What physicists of lattices report, so that figures can be compared: twice their τ_int. It
     looks within chains alone, each about its own mean, and so does not see that they disagree;
-    :func:`autocorrelation_time` does. A constant has τ = 1.
+    :func:`autocorrelation_time` does; nan where no chain moves.
 
     Source: Madras and Sokal (1988), J. Stat. Phys. 50, 109, appendix C.
 
@@ -70,13 +70,13 @@ def integrated_time(
 
     def windowed(part: Tensor) -> Tensor:
         covariance = _autocovariance(part)
-        still = covariance[0] <= torch.finfo(part.dtype).tiny
+        still = (part.amax(1) == part.amin(1)).all(0)
         time = 2 * (covariance / torch.where(still, 1.0, covariance[0])).cumsum(0) - 1
         lag = torch.arange(len(time))[:, None]
         closed = lag >= window * time
         closed[-1] = True
         first = closed.long().argmax(0)
-        return torch.where(still, 1.0, time[first, torch.arange(time.shape[1])])
+        return torch.where(still, torch.nan, time[first, torch.arange(time.shape[1])])
 
     return _by_columns(windowed, _checked(x))
 
@@ -98,12 +98,15 @@ def ess(
         weights: Weight of each draw.
 
     Returns:
-        Effective number of draws; at most n log₁₀ n.
+        Effective number of draws; at most n log₁₀ n. It is nan for a constant: chains that
+        never moved cannot be told from a quantity that does not vary.
     """
     x = _checked(x)
     count = x.shape[0] * x.shape[1]
     share = 1.0 if weights is None else _kish(weights, x)
-    return _by_columns(lambda part: share * count / _time(_normal_scores(part)), x)
+    return _by_columns(
+        lambda part: _where_moving(share * count / _time(_normal_scores(part)), part), x
+    )
 
 
 def ess_tail(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*columns"]:
@@ -115,12 +118,12 @@ def ess_tail(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*colum
         x: Draws of one or many quantities, at least 4 in each chain.
 
     Returns:
-        Effective number of draws; at most n log₁₀ n.
+        Effective number of draws; at most n log₁₀ n; nan for a constant.
     """
 
     def of_quantiles(part: Tensor) -> Tensor:
         times = [_time((part <= _quantile(part, at)).double()) for at in (0.05, 0.95)]
-        return part.shape[0] * part.shape[1] / torch.maximum(*times)
+        return _where_moving(part.shape[0] * part.shape[1] / torch.maximum(*times), part)
 
     return _by_columns(of_quantiles, _checked(x))
 
@@ -137,15 +140,25 @@ def rhat(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*columns"]
         x: Draws of one or many quantities, at least 4 in each chain.
 
     Returns:
-        R̂; 1 for a constant.
+        R̂; nan for a constant, as a sampler that never moved is one too.
     """
 
     def larger(part: Tensor) -> Tensor:
         halves = _halved(part)
         distance = (halves - _quantile(halves, 0.5)).abs()
-        return torch.maximum(_ratio(_normal_scores(halves)), _ratio(_normal_scores(distance)))
+        ratios = _ratio(_normal_scores(halves)), _ratio(_normal_scores(distance))
+        return _where_moving(torch.maximum(*ratios), part)
 
     return _by_columns(larger, _checked(x))
+
+
+def _where_moving(value: Tensor, x: Tensor) -> Tensor:
+    """The value of each column of [chains, draws, columns]; nan where the column is constant."""
+    return torch.where(_constant(x), torch.nan, value)
+
+
+def _constant(x: Tensor) -> Tensor:
+    return x.amax((0, 1)) == x.amin((0, 1))
 
 
 def _checked(x: Tensor) -> Tensor:
@@ -192,7 +205,7 @@ def _time(x: Tensor) -> Tensor:
     covariance = _autocovariance(x)
     within = covariance[0] * draws / (draws - 1)
     wide = covariance[0] + (x.mean(1).var(0) if chains > 1 else 0)
-    constant = x.amax((0, 1)) - x.amin((0, 1)) < torch.finfo(x.dtype).resolution
+    constant = _constant(x)
     correlation = 1 - (within - covariance) / torch.where(constant, 1.0, wide)
     correlation[0] = 1
     pairs = correlation[: 2 * max(1, (draws - 1) // 2)].reshape(-1, 2, columns)

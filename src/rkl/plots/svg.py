@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import warnings
 from html import escape
 from io import StringIO
 
@@ -24,7 +25,9 @@ def to_svg(figure: Figure, title: str) -> str:
     """
     buffer = StringIO()
     salt = hashlib.sha256(title.encode()).hexdigest()
-    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}), warnings.catch_warnings():
+        # text stays text, and the reader's fonts have the glyphs that matplotlib's lacks
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     width, height = (72 * inches for inches in figure.get_size_inches())
     return (

@@ -457,6 +457,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"path: {folder} is not a run: it has no run.json.") from None
+    except RecursionError:
+        raise ValueError(f"path: {path} is corrupt: it is nested too deeply.") from None
     except ValueError as error:
         raise ValueError(f"path: {path} is corrupt: {error}.") from None
     known = isinstance(record, dict) and {"format", "kind", "settings", "seed"} <= record.keys()

@@ -223,9 +223,16 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
+        except RecursionError:
+            raise ValueError(f"{path}, line {number}, is nested too deeply.") from None
         except ValueError as error:
             raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path}, line {number}, must hold names and values; got {row!r:.50}."
+            )
+        rows.append(row)
     return rows
 
 

@@ -1,11 +1,14 @@
 """Settings as ``run.json`` keeps them, made again: every value of the type that is declared."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
+
+from rkl import checks
 
 Settings = TypeVar("Settings")
 
@@ -56,9 +59,24 @@ def conform(name: str, kind: Any, value: Any) -> Any:
     if read is None:
         return value
     try:
-        return read(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be of type {inner.__name__}; got {value!r}.") from None
+        found = read(value)
+    except (TypeError, ValueError, OverflowError):
+        got = checks.shown(value)
+        raise ValueError(f"{name} must be of type {inner.__name__}; got {got}.") from None
+    _refuse_unusable(name, found)
+    return found
+
+
+def _refuse_unusable(name: str, value: Any) -> None:
+    """Refuse what no setting of its type may be: a number beyond 64 bits, nan, an empty text."""
+    if isinstance(value, Path):
+        checks.path(name, value)
+    elif isinstance(value, str):
+        checks.text(name, value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        checks.integer(name, value)
+    elif isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{name} must be a number; got {value}.")
 
 
 def without_none(kind: Any) -> tuple[Any, bool]:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributions import Distribution
 from torch.distributions.transforms import ReshapeTransform
 
+from rkl.checks import LARGEST_COUNT, integer
 from rkl.flows.architectures.base import Architecture
 
 
@@ -83,6 +84,7 @@ def check_sizes(hidden: tuple[int, ...], **counts: int) -> None:
             raise TypeError(f"{name} must be of integers; got {value!r}.")
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}.")
+        integer(name, value, at_most=LARGEST_COUNT)
 
 
 def _built(name: str, chosen: Any, event_shape, conditions: int, **settings) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
+from rkl.checks import LARGEST_COUNT, integer
 from rkl.divergences.base import floats, number
 from rkl.flows.targets.base import Target
 from rkl.flows.targets.lattices import XY
@@ -259,9 +260,10 @@ def _wrapped(x: Tensor) -> Tensor:
 
 
 def check_whole(name: str, value: int, least: int) -> None:
-    """Refuse what is not a whole number, or too small."""
+    """Refuse what is not a whole number, too small, or beyond any use."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of {least} or more; got {value!r}.")
+    integer(name, value, at_most=LARGEST_COUNT)
 
 
 def check_condition(target: Any, condition: Tensor | None) -> Tensor:

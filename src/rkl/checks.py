@@ -1,0 +1,121 @@
+"""Refusals of arguments: each names the argument, what was got and what was expected."""
+
+import math
+import os
+from collections.abc import Collection
+from typing import Any
+
+LARGEST_INTEGER = 2**63 - 1  # that torch and numpy hold
+LARGEST_COUNT = 10**9  # of steps, rows or draws: beyond it lies a slip of the hand
+LARGEST_SEED = 2**62  # to which parts of a run may add
+LARGEST_RATE = 1e3  # of learning
+SHOWN = 80  # characters of a value in a message
+
+
+def shown(value: Any) -> str:
+    """The value as a message shows it: on one line, and not longer than that.
+
+    >>> shown("a" * 1000)[60:]
+    'aaaaaaaaaa... (1,000 letters)'
+    """
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        return f"an integer of {value.bit_length():,} bits"
+    text = repr(value)
+    if len(text) <= SHOWN:
+        return text
+    size = f" ({len(value):,} letters)" if isinstance(value, str) else ""
+    return f"{text[: SHOWN - 10].rstrip(chr(92))}...{size}"
+
+
+def number(
+    name: str,
+    value: float,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+    at_most: float = math.inf,
+    unequal: tuple[float, ...] = (),
+    what: str = "",
+) -> None:
+    """Refuse a parameter that is not a finite number in its range.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; got {shown(value)}{what}.")
+    limits = [f"above {above}"] * (above > -math.inf)
+    limits += [f"at least {at_least}"] * (at_least > -math.inf)
+    limits += [f"below {below}"] * (below < math.inf)
+    limits += [f"at most {at_most:g}"] * (at_most < math.inf)
+    limits += [f"other than {' and '.join(map(str, unequal))}"] * bool(unequal)
+    inside = above < value < below and at_least <= value <= at_most and value not in unequal
+    finite = abs(value) <= LARGEST_INTEGER if isinstance(value, int) else math.isfinite(value)
+    if not (finite and inside):
+        got = shown(value) if isinstance(value, int) else value
+        raise ValueError(f"{name} must be {', '.join(['finite', *limits])}; got {got}{what}.")
+
+
+def integer(
+    name: str, value: int, *, at_least: int | None = None, at_most: int = LARGEST_INTEGER
+) -> None:
+    """Refuse what is not an integer in its range.
+
+    Raises:
+        TypeError: It is not an integer.
+        ValueError: It is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {shown(value)}.")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {shown(value)}.")
+    if not -LARGEST_INTEGER <= value <= at_most:
+        raise ValueError(f"{name} must be at most {at_most:,}; got {shown(value)}.")
+
+
+def choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Refuse what is none of these, with a ValueError."""
+    if value not in choices:
+        listed = ", ".join(map(str, choices))
+        raise ValueError(f"{name} must be one of {listed}; got {shown(value)}.")
+
+
+def text(name: str, value: str) -> None:
+    """Refuse what is not a text that a file can hold.
+
+    Raises:
+        TypeError: It is not a text.
+        ValueError: It is empty, or holds a null character or half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a text; got {shown(value)}.")
+    if not value.strip():
+        raise ValueError(f"{name} must not be empty; got {shown(value)}.")
+    if "\0" in value:
+        raise ValueError(f"{name} must not hold a null character; got {shown(value)}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be Unicode; got {shown(value)}, with half of a surrogate pair at "
+            f"character {error.start + 1}. A name with other bytes must be renamed."
+        ) from None
+
+
+def path(name: str, value: str | os.PathLike) -> None:
+    """Refuse what cannot be the name of a file or folder.
+
+    Raises:
+        TypeError: It is not a path.
+        ValueError: It is empty, too long, not Unicode, or holds a null character.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a path; got {shown(value)}.")
+    words = os.fspath(value)
+    if isinstance(words, bytes):
+        raise TypeError(f"{name} must be a path in letters; got {shown(value)}.")
+    text(name, words)
+    if any(len(os.fsencode(part)) > 255 for part in words.split(os.sep)):
+        raise ValueError(f"{name} is longer than the name of a file may be; got {shown(words)}.")

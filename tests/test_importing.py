@@ -1,5 +1,6 @@
 """What a text may have imported: the class it must be, from where, and what is never imported."""
 
+import json
 import os
 import re
 import subprocess
@@ -285,3 +286,28 @@ def test_the_cause_is_shown_with_debug(folder):
     while cause is not None:
         causes, cause = [*causes, type(cause)], cause.__cause__
     assert ZeroDivisionError in causes
+
+
+@pytest.mark.parametrize(
+    ("target", "kept"),
+    [
+        ("mine:Mine(side=2)", "mine:Mine(side=2)"),
+        ("mine:model", "mine:model"),
+        ("mine:log_prob(event_shape=(2,))", "mine:log_prob(event_shape=(2,))"),
+    ],
+)
+def test_a_run_of_ones_own_classes_names_their_module_and_is_read_again(
+    target, kept, folder, capsys
+):
+    words = ["fit", "--target", target, "--flow", "mine:Wide(units=4)", "--steps", "1"]
+    assert main([*words, "--batch", "64", "--no-anneal", "--out", "R"]) == 0
+    settings = json.loads(Path("R/run.json").read_text())["settings"]
+    assert settings["target"].replace("\n", "").startswith(kept.removesuffix(")"))
+    assert settings["flow"] == "mine:Wide(units=4)"
+    names = names_in(settings["target"], settings["flow"])
+    drawn = ["sample", "R", "-n", "8", "--chains", "1", "--out", "s.npy"]
+    sys.modules.pop("mine")
+    assert main([*drawn, *(word for name in names for word in ("--allow", name))]) in (0, 1)
+    assert "not imported" not in capsys.readouterr().err
+    sys.path.append(str(folder))
+    assert rkl.load("R", allow=names)().sample((3,)).shape[0] == 3

@@ -25,6 +25,7 @@ from rkl.distill.limits import (
 from rkl.distill.progress import quiet
 from rkl.distill.sources import Row, kind_of, read_rows
 from rkl.distill.teachers import load_model, load_tokenizer
+from rkl.importing import names_in
 from rkl.metrics import Mean, clustered_mean, mean
 from rkl.metrics.text import distinct_n, distinct_n_together, rouge_l, self_bleu
 from rkl.runs import Run, write_atomic
@@ -169,9 +170,10 @@ def finished(path: str | os.PathLike) -> Run:
     """The run in a folder that must hold its student."""
     run = Run.open(path)
     if not (run.path / "config.json").exists():
+        own = "".join(f" --allow {it}" for it in names_in(run.settings.get("divergence")))
         raise FileNotFoundError(
             f"path: {path} is not finished, and holds no student yet. Go on with: "
-            f"rkl distill --out {path} --resume"
+            f"rkl distill --out {path} --resume{own}"
         )
     return run
 

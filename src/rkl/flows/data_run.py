@@ -29,7 +29,7 @@ class FitSettings:
     """What is fitted to what, under which divergence, within which budget.
 
     Args:
-        data: Rows: .npy, .npz, .csv, .parquet, IDX or IDX.gz, or a folder of images.
+        data: Rows: .csv or another table, .npy, .npz, .parquet, .nc, IDX, or a folder of images.
         divergence: What is minimised, an f-divergence: "precision-half(lam=10)".
         flow: Architecture: coupling, nsf, maf or multi-scale, with settings in brackets.
         labels: Class of each row: a file of them, or the name of a column or an array.

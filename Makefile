@@ -2,6 +2,8 @@
 #   make demo        distil a small language model under four divergences; prints where the report is
 #   make demo-real   heal a pruned pretrained model (a wheel of 100 MB, about 25 minutes)
 #   make test        the default suite;  make test-slow  what it leaves out
+#   make test-portable  doctests and numerical tests under every vector width of this processor, with
+#                    1 and with 2 threads; ALL=1 runs all tests so
 #   make test-tools  rkl with ArviZ, PyMC, NumPyro, emcee, dask and Zarr, which it installs
 #   make lint        ruff and pyright;   make bench      rkl against its peers
 # A machine without a GPU takes PyTorch's CPU wheels, and no gigabytes of CUDA:
@@ -19,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo demo-real test test-slow test-tools coverage lint format bench clean
+.PHONY: demo demo-real test test-portable test-slow test-tools coverage lint format bench clean
 .SECONDARY:
 .NOTPARALLEL: # two pips at once would spoil the environment
 .DEFAULT_GOAL := test
@@ -32,6 +34,9 @@ demo-real: $(VENV)/.installed-test $(VENV)/.installed-real
 
 test: $(VENV)/.installed-test
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-portable: $(VENV)/.installed-test
+	$(BIN)/python tests/portable.py $(if $(ALL),--all) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test
 	$(PYTEST) -rs -m "slow or statistical or kill or real or browser or peers or malformed or tools" $(PYTEST_ARGS)

@@ -8,6 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from patience import HANGS
 
 from rkl import plots
 from rkl.report import Generations, Section, Settings, Table, drawn, render, write
@@ -104,7 +105,7 @@ class Browser:
 
     def close(self):
         self.call("Browser.close")
-        self._process.wait(timeout=20)
+        self._process.wait(timeout=HANGS)
         os.close(self._commands)
         os.close(self._replies)
 

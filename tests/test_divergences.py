@@ -421,10 +421,11 @@ def test_classes_that_never_occur_cost_nothing_where_expected_and_everything_whe
 def test_a_rate_of_nothing_is_a_law_like_any_other():
     rate = torch.tensor([0.0, 1.0, 1.0 + 1e-9, 3.0], dtype=torch.float64)
     value = rkl.KL().between(Poisson(rate[:, None]), Poisson(rate))
-    assert value[0].tolist() == pytest.approx(rate.tolist(), rel=1e-15)
+    assert value[0].tolist() == pytest.approx(rate.tolist(), rel=1e-14)
     assert (value[1:, 0] == math.inf).all()
     assert value[1, 3].item() == pytest.approx(2 - math.log(3), rel=1e-14)
-    assert rkl.KL().between(Poisson(rate[1]), Poisson(rate[3])) == value[1, 3]
+    alone = rkl.KL().between(Poisson(rate[1]), Poisson(rate[3]))
+    assert alone.item() == pytest.approx(value[1, 3].item(), rel=1e-14)
     gap = (rate[2] - 1).item()  # to its second and third order
     assert value[1, 2].item() == pytest.approx(gap**2 / 2 - gap**3 / 3, rel=1e-12)
 
@@ -472,6 +473,6 @@ def test_independent_parts_are_as_far_apart_as_all_of_them_together():
     rate = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
     p, q = Independent(Poisson(rate), 1), Independent(Poisson(rate.flip(0)), 1)
     parts = rkl.KL().between(Poisson(rate), Poisson(rate.flip(0)))
-    assert torch.equal(rkl.KL().between(p, q), parts.sum(-1))
+    torch.testing.assert_close(rkl.KL().between(p, q), parts.sum(-1))
     with pytest.raises(NotImplementedError, match=r"use rkl\.monte_carlo"):
         rkl.KL().between(Independent(p, 1), Independent(Poisson(rate), 2))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import HANGS
 
 from rkl import cli
 from rkl.distill.scratch import Shape, new_model, new_tokenizer
@@ -41,7 +42,7 @@ def run(*words, cwd=ROOT, **environment):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from rkl import cli, plots
-from rkl.cli import commands
+from rkl import plots
 from rkl.runs import Run
 from rkl.studies import demo
 from rkl.studies import neyman_scott as study
@@ -367,6 +366,9 @@ def asked(monkeypatch):
 
 
 def test_the_command_line_takes_the_first_part_and_lists_no_parts_as_studies(asked, capsys):
+    from rkl import cli
+    from rkl.cli import commands
+
     assert commands._studies() == ["advnf", "akl", "neyman-scott", "precision-recall"]
     assert cli.main(["study", "neyman-scott", "--seed", "1"]) in (0, None)
     place = Path("runs", "neyman-scott-variance")

@@ -26,7 +26,6 @@ def hostile(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = np.random.default_rng(0).normal(size=(40, 2))
     np.save("good.npy", good)
-    np.savez("draws.npz", x=np.random.default_rng(1).normal(size=(4, 100)))
     np.save("objects.npy", objects(), allow_pickle=True)
     np.savez("objects.npz", x=objects(), allow_pickle=True)
     np.savez("condition.npz", x=good, condition=objects(), allow_pickle=True)
@@ -45,7 +44,6 @@ LINES = {
     "metrics --real {} --fake good.npy": NAMES,
     "metrics --real good.npy --fake {}": NAMES,
     "estimate {} --family normal(loc=x,scale=1)": NAMES,
-    "estimate draws.npz --family normal(loc=x,scale=1) --design {}": ["objects.npy", "bare.npy"],
 }
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from rkl import cli
 from rkl.divergences import PrecisionHalf, PrecisionRecall
 from rkl.flows import Coupling, Critic
 from rkl.runs import Run
@@ -212,6 +211,8 @@ def test_an_idx_file_is_read_with_the_labels_beside_it(tmp_path):
 
 
 def test_only_studies_that_read_data_take_them(capsys, tmp_path):
+    from rkl import cli
+
     words = ["study", "neyman-scott", "--data", "here", "--out", str(tmp_path / "run")]
     assert cli.main(words) == 1 or "reads none" in capsys.readouterr().err
 

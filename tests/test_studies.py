@@ -258,7 +258,6 @@ def test_the_demonstration_says_what_to_install_for_the_real_model(tmp_path, mon
 
 
 @pytest.mark.real
-@pytest.mark.timeout(1800)
 def test_two_steps_begin_to_heal_the_pruned_model(tmp_path, monkeypatch):
     two = {name: demo_real.DIVERGENCES[name] for name in ("forward-kl", "akl")}
     monkeypatch.setattr(demo_real, "DIVERGENCES", two)

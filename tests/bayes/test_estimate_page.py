@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import HANGS
 
 from rkl import cli
 from rkl.bayes import read_draws
@@ -63,7 +64,7 @@ def run(*words):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout

@@ -362,11 +362,13 @@ def test_acts_are_where_a_numerical_minimiser_ends(name, direction):
     posterior = [family.from_natural(one(natural, i)) for i in range(3)]
     found = torch.zeros(size_of(name), dtype=torch.float64, requires_grad=True)
     kl = QUICKER.get(name, functools.partial(summed_kl, name))
+    # A gradient g leaves g²/2 over the curvature, in nats: 1e-7 is far below what is asked for,
+    # and far above the rounding among which a line search would find no way down.
     steps = torch.optim.LBFGS(
         [found],
         max_iter=60,
-        tolerance_grad=1e-9,
-        tolerance_change=0,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
     )
 
@@ -494,5 +496,6 @@ def test_one_pass_compiles_in_one_graph(name, monkeypatch):
     torch.compiler.reset()
     compiled = torch.compile(one_pass, backend="eager", fullgraph=True)(own)
     expected = one_pass(own)
-    close([*compiled.natural, *compiled.mean], [*expected.natural, *expected.mean], 1e-15)
-    close(compiled[2:], expected[2:], 1e-15)
+    # the same few operations, which a compiler may fuse: some last digits
+    close([*compiled.natural, *compiled.mean], [*expected.natural, *expected.mean], 1e-13)
+    close(compiled[2:], expected[2:], 1e-13)

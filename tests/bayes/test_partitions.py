@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from collections import Counter
 
 import numpy as np
@@ -120,7 +121,7 @@ def triangles_broken(distance, seed=4):
     labels = noisy(torch.Generator().manual_seed(seed), 24, 8, 3, 0.7)
     d = torch.stack([distance(it, labels) for it in labels])
     assert torch.allclose(d, d.T)
-    assert (d.diagonal() == 0).all()
+    assert d.diagonal().abs().max() < 1e-13  # a difference of entropies of a few nats
     return int((d[:, None, :] > d[:, :, None] + d[None, :, :] + 1e-12).sum())
 
 
@@ -202,9 +203,10 @@ def test_a_partition_of_other_items_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
 @every_loss
 def test_a_thousand_draws_of_two_hundred_items_take_seconds(loss):
-    """2.8 s on one core: the bound leaves room for a busy machine."""
+    """2.8 s of one core; what other programs take of it is not counted."""
     labels = noisy(torch.Generator().manual_seed(9), 1000, 200, 8, 0.3)
+    began = time.process_time()
     assert partition_act(labels, loss).partition.tolist() == [item % 8 for item in range(200)]
+    assert time.process_time() - began < 60

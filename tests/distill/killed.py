@@ -6,9 +6,9 @@ Either a trainer alone, or the whole of rkl distill around it.
 import json
 import os
 import random
+import resource
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -80,6 +80,12 @@ def forked(function, *arguments) -> int:
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def time_of_children() -> float:
+    """Seconds of a processor that the copies have used which have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def status_of(child: int) -> int:
@@ -158,17 +164,24 @@ def kill_at_every(run, point: str, folder: Path, expected: list) -> int:
     raise AssertionError(f"{point} was called ten thousand times")
 
 
+def run_for(run, seconds: float, folder: Path, out: Path) -> None:
+    """The run, until it has used so many seconds of a processor: then the kernel ends it."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends a process at once, as SIGKILL does
+    signal.setitimer(signal.ITIMER_PROF, max(seconds, 1e-3))
+    run(folder, out)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+
 def kill_at_random(run, folder: Path, expected: list, seconds: float) -> int:
-    """Kill runs at moments of up to a whole run's duration and a half."""
+    """Kill runs at moments of up to a whole run's processor time and a half."""
     kills, moments = 0, random.Random(0)
     for number in range(6):
         out = folder / f"random-{number}"
         while True:
-            child = forked(run, folder, out)
-            time.sleep(moments.uniform(0.0, 1.5 * seconds))
-            os.kill(child, signal.SIGKILL)
-            if status_of(child) == 0:
+            moment = moments.uniform(0.0, 1.5 * seconds)
+            if (status := status_of(forked(run_for, run, moment, folder, out))) == 0:
                 break
+            assert status == -signal.SIGPROF, status
             kills += 1
             check_whole(out)
         check_goes_on(run, folder, out, expected)
@@ -181,9 +194,9 @@ def main(folder: Path, what: str, point: str) -> None:
     material.write(folder)
     run = {"trainer": Trainer, "run": Pipeline}[what]()
     for whole in (folder / "first", folder / "whole"):  # the second tells how long one takes
-        began = time.perf_counter()
+        began = time_of_children()
         assert status_of(forked(run, folder, whole)) == 0
-    seconds, expected = time.perf_counter() - began, run.left(whole)
+    seconds, expected = time_of_children() - began, run.left(whole)
     if point == "random":
         print(kill_at_random(run, folder, expected, seconds))
     else:

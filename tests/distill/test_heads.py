@@ -59,7 +59,10 @@ def assert_same(model, loss, expected):
     ours, reference = gradients(model, loss), gradients(model, expected)
     assert ours.keys() == reference.keys()
     for name, gradient in reference.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+        # An entry is a sum that may cancel: what is known of it is a share of the largest. Some
+        # 1e3 roundings of 1e-16, which norms and soft caps enlarge a hundredfold, come to 1e-11.
+        known = 1e-10 * gradient.abs().max().item()
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=known, msg=name)
 
 
 @every_architecture

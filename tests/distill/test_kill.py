@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import HANGS
 
 pytestmark = pytest.mark.kill
 either = pytest.mark.parametrize("what", ["trainer", "run"])
@@ -18,7 +19,7 @@ def killed(*words):
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=580,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return int(done.stdout.split()[-1])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANGS
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import TrainingArguments
@@ -99,7 +100,9 @@ def test_a_batch_without_labels_changes_nothing(tiny_model, tiny_rows, tiny_trai
     expected, _ = one_step(tiny_trainer, student, teacher, rows, 1)
     trained, _ = one_step(tiny_trainer, student, teacher, [*rows, silent], 1)
     for name in expected:
-        torch.testing.assert_close(trained[name], expected[name], rtol=1e-12, atol=0)
+        # other shapes, other sums: an entry that cancels is known to a share of the largest
+        known = 1e-12 * expected[name].abs().max().item()
+        torch.testing.assert_close(trained[name], expected[name], rtol=1e-12, atol=known)
 
 
 @pytest.mark.parametrize("accumulation", [2, pytest.param(1, marks=pytest.mark.slow)])
@@ -143,7 +146,7 @@ def run_two_processes(folder):
         for rank in "01"
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=HANGS)
         assert process.returncode == 0, errors
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import HANGS
 
 
 @pytest.mark.kill
@@ -17,7 +18,7 @@ def test_a_fit_killed_inside_a_write_goes_on_to_the_same_bits(what, function, tm
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=580,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert int(done.stdout.split()[-1]) >= 5

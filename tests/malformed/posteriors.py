@@ -214,6 +214,17 @@ MEASURING = [
         ],
     ),
     Subject(
+        "tails.tail",
+        tails.tail,
+        lambda: {"values": random(100)},
+        [
+            fault("values", "a list", [1.0], "tensor", "list"),
+            fault("values", "integers", torch.ones(30).long(), "floating-point", "int64"),
+            fault("values", "a single number", random(), "[draws, ...]", "single number"),
+            fault("values", "nan", random(100) * math.nan, "100 nan"),
+        ],
+    ),
+    Subject(
         "posterior",
         plots.posterior,
         lambda: {"draws": {"mu": MU}, "acts": {"mean": {"mu": 0.0}}, "regions": {"mu": (-1, 1)}},

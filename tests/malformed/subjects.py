@@ -28,6 +28,7 @@ class Fault(NamedTuple):
 
     ``says`` are further words of the message: what was got, or what was expected. ``named`` is
     the argument's name in it, where the message has another for it, such as a file and a line.
+    ``needs`` is a package that rkl does not install, without which the message is another.
     """
 
     argument: str
@@ -35,6 +36,7 @@ class Fault(NamedTuple):
     value: Any
     says: tuple[str, ...] = ()
     named: str | None = None
+    needs: str | None = None
 
 
 class Subject(NamedTuple):
@@ -56,8 +58,8 @@ class Subject(NamedTuple):
         return self.call(**spoilt(self.good(), fault))
 
 
-def fault(argument, kind, value, *says, named=None):
-    return Fault(argument, kind, value, says, named)
+def fault(argument, kind, value, *says, named=None, needs=None):
+    return Fault(argument, kind, value, says, named, needs)
 
 
 def spoilt(arguments, fault):

@@ -1,9 +1,11 @@
 """Whatever a public function cannot use it refuses, in one line that names the argument."""
 
+import importlib.util
 import inspect
 import re
 import shutil
 import traceback
+import zlib
 from pathlib import Path
 
 import chains_of_flows
@@ -30,7 +32,7 @@ import rkl.distill
 from rkl import cli
 from rkl.metrics import batches, chains, clusters, frechet, neighbours, tails
 
-pytestmark = pytest.mark.malformed
+malformed = pytest.mark.malformed
 PARTS = (
     core,
     measures,
@@ -64,12 +66,23 @@ MADE_BY_FUNCTIONS = {  # or without arguments, or to derive from
         "Table",
     )
 }
-OF_MEASURES = {"neighbours.PRDC", "neighbours.checked_pair"}  # a result, and what serves all
+OF_MEASURES = {
+    "neighbours.PRDC",
+    "neighbours.checked_pair",
+    "tails.Tail",
+}  # results, and what serves all
 SOURCE = str(Path(rkl.__file__).parent)
 
 
 def spelt(subject, fault):
     return f"{subject.function}: {fault.argument}, {fault.kind}"
+
+
+def case(subject, fault):
+    """A tenth of the cases, chosen by a hash of their names, is in the default suite."""
+    name = spelt(subject, fault)
+    marks = malformed if zlib.crc32(name.encode()) % 10 else ()
+    return pytest.param(subject, fault, id=name, marks=marks)
 
 
 @pytest.fixture(scope="session")
@@ -104,8 +117,10 @@ def names(fault, message):
     return any(re.search(rf"(?<![\w.]){re.escape(it)}(?!\w)", message) for it in spellings)
 
 
-@pytest.mark.parametrize(("subject", "fault"), CASES, ids=[spelt(*case) for case in CASES])
+@pytest.mark.parametrize(("subject", "fault"), [case(*it) for it in CASES])
 def test_a_malformed_argument_is_refused_in_one_line_that_names_it(subject, fault, here):
+    if fault.needs and importlib.util.find_spec(fault.needs) is None:
+        pytest.skip(f"needs the package {fault.needs}")
     before = contents(here)
     with pytest.raises(DELIBERATE) as caught:
         subject.refuse(fault)
@@ -118,6 +133,7 @@ def test_a_malformed_argument_is_refused_in_one_line_that_names_it(subject, faul
     assert contents(here) == before
 
 
+@malformed
 @pytest.mark.parametrize(
     "subject", [it for it in SUBJECTS if not it.costly], ids=lambda it: it.function
 )
@@ -131,6 +147,7 @@ def test_every_case_is_another_one_and_there_are_many():
     assert len(triples) >= 200
 
 
+@malformed
 def test_labels_that_switch_between_draws_are_warned_of_where_components_are_asked_for():
     x = torch.randn(4, 100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sorted_means = torch.tensor([-9.0, 9.0], dtype=torch.float64) + x

@@ -145,8 +145,8 @@ def expectation(
         values: What is averaged, at independent draws of q.
         log_ratio: log p(x) − log q(x) there in nats, p up to log Z.
 
-    >>> expectation(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0])).value
-    tensor(2., dtype=torch.float64)
+    >>> expectation(torch.tensor([1.0, 4.0]), torch.tensor([0.0, 0.0])).value
+    tensor(2.5000, dtype=torch.float64)
     """
     floats("values", values)
     weight = _weights(check_log_ratio("log_ratio", log_ratio))[0]

@@ -59,9 +59,9 @@ def clustered_mean(
         Mean and standard error per member, in double precision; the error of a single cluster
         is nan, and so is that of an infinite mean.
 
-    >>> rows = torch.tensor([[1.0, 3.0], [4.0, 8.0]])
+    >>> rows = torch.tensor([[1.0, 3.0], [4.0, 9.0]])
     >>> clustered_mean(rows.sum(1), torch.tensor([2.0, 2.0]))
-    Mean(value=tensor(4., dtype=torch.float64), error=tensor(2., dtype=torch.float64))
+    Mean(value=tensor(4.2500, dtype=torch.float64), error=tensor(2.2500, dtype=torch.float64))
     """
     clusters = _clusters(total, count)
     total, count = total.double(), count.double()
@@ -94,7 +94,7 @@ def _clusters(total: Tensor, count: Tensor) -> int:
 def to_json(mean: Mean) -> dict[str, Any]:
     """A mean as JSON can hold it: numbers, or lists of them.
 
-    >>> to_json(mean(torch.tensor([1.0, 3.0])))
+    >>> {name: round(x, 6) for name, x in to_json(mean(torch.tensor([1.0, 3.0]))).items()}
     {'value': 2.0, 'error': 1.0}
     """
     return {"value": mean.value.tolist(), "error": mean.error.tolist()}

@@ -37,8 +37,8 @@ def frechet_distance(
             fewer than two samples of a kind.
 
     >>> x = torch.tensor([[-1.0], [1.0]])
-    >>> frechet_distance(real=x, fake=2 * x + 1).value
-    tensor(3.0000, dtype=torch.float64)
+    >>> frechet_distance(real=x, fake=1.5 * x + 1).value
+    tensor(1.5000, dtype=torch.float64)
     """
     real, fake = (it.double() for it in checked_pair(real, fake))
     for name, features in (("real", real), ("fake", fake)):

@@ -60,8 +60,9 @@ def operating_point(
         ValueError: Not exactly one of the three is given, or no rejection reaches it.
 
     >>> ratio = torch.tensor([0.5, 0.5, 0.5, 2.5], dtype=torch.float64)
-    >>> operating_point(ratio.log(), budget=2.0)
-    OperatingPoint(accept_lam=0.6666666666666666, budget=2.0, target_precision=0.875)
+    >>> point = operating_point(ratio.log(), budget=2.0)
+    >>> round(point.accept_lam, 6), round(point.target_precision, 6)
+    (0.666667, 0.875)
     """
     log_ratio = checked_ratio("log_ratio", log_ratio, math.inf)
     named = {"accept_lam": accept_lam, "budget": budget, "target_precision": target_precision}

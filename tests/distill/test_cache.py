@@ -175,3 +175,47 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path):
     (tmp_path / "cache.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="has format 99; this rkl reads 1"):
         CachedTeacher(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda it: it.update(vocab=10**9), "vocab must be the number of rows"),
+        (lambda it: it.update(scale="x"), "scale must be a finite number"),
+        (lambda it: it.update(softcap=True), "softcap must be a finite number"),
+        (lambda it: it["rows"].update({next(iter(it["rows"])): [-3, 2]}), "lies at"),
+        (lambda it: it["rows"].update({next(iter(it["rows"])): [0, 10**9]}), "lies at"),
+        (
+            lambda it: it.update(
+                rows=dict(zip(it["rows"], [*it["rows"].values()][::-1], strict=True))
+            ),
+            "lies at",
+        ),
+        (
+            lambda it: it.update(
+                rows=dict(zip([*it["rows"]][::-1], it["rows"].values(), strict=True))
+            ),
+            "rows, or their order",
+        ),
+        (lambda it: it.update(softcap=30.0), "cache.json was changed"),
+    ],
+)
+def test_a_changed_cache_json_is_refused_by_name(tiny_model, tiny_rows, tmp_path, change, named):
+    cache_hidden_states(tiny_model(), tiny_rows(), tmp_path / "cache")
+    file = tmp_path / "cache" / "cache.json"
+    record = json.loads(file.read_text("utf-8"))
+    change(record)
+    file.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ValueError, match=named):
+        CachedTeacher(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["hidden.bin", "head.safetensors"])
+def test_a_flipped_bit_of_a_cache_is_named(tiny_model, tiny_rows, tmp_path, name):
+    cache_hidden_states(tiny_model(), tiny_rows(), tmp_path / "cache")
+    file = tmp_path / "cache" / name
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 64
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name} is damaged: its sha256 was"):
+        CachedTeacher(tmp_path / "cache")

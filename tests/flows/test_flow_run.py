@@ -220,6 +220,6 @@ def test_other_data_are_refused_by_a_run_that_is_resumed(folder):
     settings = FitSettings(folder / "changing.npy", flow=FLOW, batch=64, steps=2)
     fit(settings, folder / "changed")
     np.save(folder / "changing.npy", rows + 1)
-    with pytest.raises(ValueError, match="not those that"):
+    with pytest.raises(ValueError, match="the inputs are not those that"):
         fit(settings, folder / "changed", resume=True)
     assert json.loads((folder / "changed" / "run.json").read_text())["data"]["rows"] == 300

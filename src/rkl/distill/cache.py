@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from rkl.distill.limits import check_count
 from rkl.distill.teachers import Teacher
 from rkl.estimators import LinearHead
 from rkl.runs import fingerprint, replacing_folder, save_tensors, write_json
+from rkl.runs.integrity import difference, first_not_finite, measure, values_of
 
 FORMAT = 1  # of cache.json; raised when an older rkl could no longer read it
 _ENTRIES = {"teacher", "data", "vocab", "scale", "softcap", "rows"}  # of cache.json
@@ -131,7 +133,9 @@ def cache_hidden_states(
             if progress is not None:
                 progress(done, total)
         about = {"vocab": head.vocab, "scale": head.scale, "softcap": head.softcap}
-        write_json(folder / "cache.json", {"format": FORMAT} | record | about | {"rows": places})
+        files = {"files": {name: measure(folder / name) for name in (_HEAD, _HIDDEN)}}
+        kept = {"format": FORMAT} | record | about | files | {"rows": places}
+        write_json(folder / "cache.json", kept | {"sha256": _sealed(kept)})
     return CachedTeacher(path)
 
 
@@ -210,6 +214,53 @@ def _matching(path: Path, record: Mapping[str, str]) -> CachedTeacher:
     return cached
 
 
+def _sealed(record: Mapping[str, Any]) -> str:
+    """The digest of what cache.json says."""
+    said = {name: value for name, value in record.items() if name != "sha256"}
+    return values_of(None, [said])["sha256"]
+
+
+def _check_record(record: Mapping[str, Any], head: Mapping[str, Tensor]) -> None:
+    """Refuse a cache.json that does not belong to this head, or was not written so."""
+    vocab, scale, softcap, rows = (record[it] for it in ("vocab", "scale", "softcap", "rows"))
+    weight, bias = head["weight"], head.get("bias")
+    if type(vocab) is not int or weight.ndim != 2 or vocab != len(weight):
+        has = f"{_HEAD} is {list(weight.shape)}"
+        raise ValueError(
+            f"cache.json: vocab must be the number of rows of the head; got {vocab!r}, and {has}"
+        )
+    if bias is not None and list(bias.shape) != [vocab]:
+        raise ValueError(f"{_HEAD}: bias must be [{vocab}]; got {list(bias.shape)}")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value)) and not (name == "softcap" and value is None):
+            raise ValueError(f"cache.json: {name} must be a finite number; got {value!r}")
+    if not isinstance(rows, dict):
+        raise ValueError(f"cache.json: rows must map digests to places; got {rows!r:.60}")
+    end = 0
+    for key, place in rows.items():
+        pair = isinstance(place, list) and [type(it) for it in place] == [int, int]
+        if not pair or place[0] != end or place[1] <= end:
+            raise ValueError(
+                f"cache.json: row {key} lies at {place!r}; expected [{end}, more], behind the row "
+                "before it"
+            )
+        end = place[1]
+    if fingerprint(rows) != record["data"]:
+        raise ValueError("cache.json: its rows, or their order, are not those that data names")
+    if "sha256" in record and _sealed(record) != record["sha256"]:
+        raise ValueError(
+            f"cache.json was changed: its sha256 is {_sealed(record)}, and was {record['sha256']}"
+        )
+
+
+def _check_size(file: Path, rows: Mapping[str, Sequence[int]], weight: Tensor) -> None:
+    tokens = max((stop for _, stop in rows.values()), default=0)
+    expected, size = tokens * weight.shape[-1] * weight.element_size(), file.stat().st_size
+    if size != expected:
+        raise ValueError(f"{file.name} has {size:,} bytes; expected {expected:,}")
+
+
 def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
     """The record, the head and the hidden states in a folder, or an error that names it."""
     if not (path / "cache.json").is_file():
@@ -221,6 +272,13 @@ def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
         if missing := _ENTRIES - record.keys():
             raise ValueError(f"cache.json has no {min(missing)}")
         head = load_file(path / _HEAD)
+        _check_record(record, head)
+        _check_size(path / _HIDDEN, record["rows"], head["weight"])
+        for name in (_HEAD, _HIDDEN) if "files" in record else ():
+            if (found := measure(path / name)) != (kept := record["files"][name]):
+                raise ValueError(f"{name} is damaged: its {difference(kept, found)}")
+        if (bad := first_not_finite(head.items())) is not None:
+            raise ValueError(f"{_HEAD} holds numbers that are NaN or infinite, in {bad}")
         return record, head, _mapped(path / _HIDDEN, record["rows"], head["weight"], shared=False)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"path: {path} cannot be read: {error}.") from None

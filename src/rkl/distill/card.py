@@ -1,8 +1,10 @@
 """The model card of a distilled student: what it was made of, what came out, how to use it."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rkl.runs import Run
@@ -59,7 +61,12 @@ def held_out_loss(result: Mapping[str, Any]) -> str:
 def model_card(run: Run) -> str:
     """The card of a finished run, as Markdown, out of what its ``run.json`` says."""
     record = run.record
-    settings, data, result = record["settings"], record["data"], record["result"]
+    settings, data, result = dict(record["settings"]), record["data"], record["result"]
+    origin = str(data["held_out"]["origin"])
+    for key in ("teacher", "student", "data", "eval_data"):
+        if os.path.isabs(path := settings.get(key) or ""):  # a card is read elsewhere
+            settings[key] = Path(path).name
+            origin = origin.replace(path, settings[key])
     student = settings["student"] or settings["teacher"]
     without = f", without layers {settings['drop_layers']}" if settings["drop_layers"] else ""
     name = run.path.resolve().name
@@ -70,7 +77,7 @@ def model_card(run: Run) -> str:
         name=markdown(name),
         student=markdown(student + without),
         best=_outcome(result),
-        held=f"{data['held_out']['blocks']:,} blocks, {markdown(data['held_out']['origin'])}",
+        held=f"{data['held_out']['blocks']:,} blocks, {markdown(origin)}",
         settings=", ".join(f"{key} {markdown(value)}" for key, value in given.items()),
         versions=", ".join(f"{key} {markdown(it)}" for key, it in record["versions"].items()),
         rkl=markdown(record["versions"].get("rkl", "unknown")),

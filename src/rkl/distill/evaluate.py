@@ -23,13 +23,21 @@ from rkl.distill.limits import check_context, check_counts, device_named, diverg
 from rkl.distill.progress import quiet
 from rkl.distill.settings import DistillSettings
 from rkl.distill.sources import Row, read_rows
-from rkl.distill.teachers import ModelTeacher, Teacher, load_model, load_tokenizer
+from rkl.distill.teachers import (
+    ModelTeacher,
+    Teacher,
+    in_hub_cache,
+    load_model,
+    load_tokenizer,
+    model_input,
+)
 from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation
 from rkl.estimators import LinearHead
 from rkl.importing import names_in, only
 from rkl.metrics import Mean, clustered_mean, to_json
 from rkl.metrics.precision_recall import SLOPES, pr_curve
 from rkl.runs import Run, fingerprint, write_json
+from rkl.runs.integrity import check_inputs, hub_name, inputs_before, local_path
 
 DIVERGENCES: Mapping[str, Divergence] = {
     "forward-kl": KL(),
@@ -123,7 +131,7 @@ def evaluate_run(
     rows = read_rows(settings.data, split=settings.split)
     _warn_of_seen(run, rows)
     tokenizer = load_tokenizer(run.path)
-    student, teacher = load_model(run.path), load_model(_teacher(run, settings))
+    student, teacher = load_model(run.path), _load_teacher(run, settings)
     for name, model in (("student", student), ("teacher", teacher)):
         check_context(name, model, max_length)
         cast(nn.Module, model).to(device_named(settings.device))
@@ -173,11 +181,38 @@ def _warn_of_seen(run: Run, rows: Sequence[Row]) -> None:
         )
 
 
-def _teacher(run: Run, settings: EvaluateSettings) -> str:
-    name = settings.teacher or run.settings.get("teacher")
+def _load_teacher(run: Run, settings: EvaluateSettings) -> PreTrainedModel:
+    """The model that is asked for, or the very one that the run learned from."""
+    if settings.teacher is not None:
+        return load_model(settings.teacher)
+    name = run.settings.get("teacher")
     if not isinstance(name, str):
         raise ValueError(f"teacher must be given: {run.path} does not say which it had.")
-    return name
+    hint = f"Say where it is now: rkl evaluate {run.path} --data DATA --teacher FOLDER"
+    known = inputs_before(run.path).get("teacher")
+    if known is None:  # of an older run: whether the name is one of the Hub, nobody noted
+        if local_path(name) is None and not name.startswith(("package:", "hub:")):
+            hub_name("teacher", name)
+            if not in_hub_cache(name):
+                raise FileNotFoundError(
+                    f"teacher: {run.path} learned from {name!r}, which is no folder here. {hint}, "
+                    f"or, if it is a name on the Hub, --teacher hub:{name}"
+                )
+        return load_model(name)
+    if known["local"] and local_path(known["path"]) is None:
+        raise FileNotFoundError(
+            f"teacher: {run.path} learned from {known['path']}, which is no longer there. {hint}"
+        )
+    name = f"hub:{known['hub']}" if "hub" in known else known.get("package", known["path"])
+    teacher = load_model(name, revision=known.get("commit"))
+    check_inputs(
+        run.path,
+        {"teacher": known},
+        {"teacher": model_input(name, revision=known.get("commit"))},
+        argument="teacher",
+        advice="Put it back, or compare with what is there on purpose: --teacher FOLDER",
+    )
+    return teacher
 
 
 def _divergences(
@@ -276,6 +311,13 @@ def _chunks(p: Known, q: Known) -> Iterator[tuple[slice, Tensor, Tensor]]:
     for start in range(0, tokens, size):
         with torch.no_grad():
             logits = [_logits(known, slice(start, start + size)) for known in (p, q)]
+        for name, it in zip(("teacher", "student"), logits, strict=True):
+            if bool(it.isnan().any()):
+                count = int(it.isnan().any(-1).sum())
+                raise FloatingPointError(
+                    f"{name}: its logits are NaN at {count:,} of {len(it):,} tokens, so that no "
+                    "divergence can be measured. Compute in float32, or take another checkpoint."
+                )
         block = max(1, CACHED // vocab) if logits[0].device.type == "cpu" else size
         for few in zip(*(it.split(block) for it in logits), strict=True):
             stop = start + len(few[0])

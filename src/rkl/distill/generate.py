@@ -374,10 +374,23 @@ def _sample(model: PreTrainedModel, prompts: Sequence[Prompt], settings: Any) ->
     mask = [[0] * n + [1] * (longest - n) for n in padding]
     inputs, attended = torch.tensor([ids, mask], device=model.device)
     found = cast(Any, model).generate(
-        inputs=inputs, attention_mask=attended, generation_config=settings
+        inputs=inputs,
+        attention_mask=attended,
+        generation_config=settings,
+        logits_processor=[_refuse_nan],
     )
     replies = found[:, longest:].tolist()
     return [list(itertools.takewhile(lambda id: id not in ends, reply)) for reply in replies]
+
+
+def _refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
+    """What transformers calls with the logits of the next token."""
+    if bool((bad := logits.isnan().any(-1)).any()):
+        raise FloatingPointError(
+            f"model: its logits are NaN in {int(bad.sum()):,} of {len(bad):,} replies. Compute in "
+            "float32, or take another checkpoint."
+        )
+    return logits
 
 
 @contextmanager

@@ -109,6 +109,9 @@ class Head:
             return self.at(received.pop(), predicting, vocab=vocab)
 
 
+_NAN = "its logits are NaN, as weights that are NaN or too large make them"
+
+
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients for a while; every module then has its own mode again."""
@@ -143,14 +146,18 @@ def read_head(model: nn.Module) -> Head:
             return head
     else:
         with inference(model):
-            vocab = model(**_two_tokens(model)).logits.shape[-1]
+            logits = model(**_two_tokens(model)).logits
+        vocab = logits.shape[-1]
         kind = f"{type(embedding).__module__}.{type(embedding).__qualname__}"
         reason = f"its output embedding is no plain linear layer; got a {kind}"
-    warnings.warn(
-        f"{type(model).__name__}: {reason}. Its full logits will be computed instead, which takes "
-        "more memory and gives the same loss.",
-        stacklevel=2,
-    )
+        reason = _NAN if bool(logits.isnan().any()) else reason
+    instead = "Nothing can be computed with it."
+    if reason != _NAN:
+        instead = (
+            "Its full logits will be computed instead, which takes more memory and gives the same "
+            "loss."
+        )
+    warnings.warn(f"{type(model).__name__}: {reason}. {instead}", stacklevel=2)
     return Head(model, vocab)
 
 
@@ -266,7 +273,7 @@ def _difference(logits: Tensor, told: Tensor) -> str | None:
     if logits.shape != told.shape:
         return f"it gives {logits.shape[-1]} logits, but its output embedding {told.shape[-1]}"
     if logits.isnan().any():
-        return "its logits are NaN, as weights that are NaN or too large make them"
+        return _NAN
     eps = max(torch.finfo(logits.dtype).eps, torch.finfo(told.dtype).eps)
     difference = (logits - told).abs().amax(-1) / logits.abs().amax(-1)
     if (difference <= eps**0.5 / 4).all():  # a few roundings, in any precision; false for NaN

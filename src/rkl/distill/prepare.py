@@ -17,16 +17,23 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_callback import PrinterCallback
 
-from rkl.distill.cache import cache_hidden_states
+from rkl.distill.cache import CachedTeacher, cache_hidden_states
 from rkl.distill.data import TokenDataset, show_example, spread, tokenize
 from rkl.distill.heads import common_vocabulary
 from rkl.distill.limits import check_context, device_named
 from rkl.distill.progress import journaled
 from rkl.distill.settings import DistillSettings
 from rkl.distill.sources import Row, read_rows
-from rkl.distill.teachers import Teacher, load_model, load_tokenizer, without_layers
+from rkl.distill.teachers import (
+    Teacher,
+    load_model,
+    load_tokenizer,
+    model_input,
+    without_layers,
+)
 from rkl.distill.trainer import DistillConfig, DistillTrainer
 from rkl.runs import fingerprint
+from rkl.runs.integrity import Input, files_of, values_of
 
 EXAMPLE = 600  # characters of the first block that are shown
 LOGGED = 1000  # rows that a run logs, about
@@ -41,12 +48,14 @@ class Text:
         blocks: The same as blocks of tokens.
         held_out: Blocks of other rows; None where there are none.
         origin: Where those come from, in words.
+        rows_held_out: The rows of them.
     """
 
     rows: Sequence[Row]
     blocks: TokenDataset
     held_out: TokenDataset | None
     origin: str
+    rows_held_out: Sequence[Row] = ()
 
     def record(self) -> dict[str, Any]:
         """What run.json keeps of it."""
@@ -61,6 +70,21 @@ class Text:
                 "blocks": 0 if self.held_out is None else len(self.held_out),
             },
         }
+
+    def inputs(self, settings: DistillSettings) -> dict[str, Input]:
+        """The digests of the rows, of those held out, and of the tokens that they come to."""
+        source = settings.data if settings.eval_data is None else settings.eval_data
+        held, more = self.held_out, {"rows": len(self.rows)}
+        blocks = [self.blocks] if held is None else [self.blocks, held]
+        parts = [it for block in blocks for it in (block.tokens, block.trained, block.bounds)]
+        found = {
+            "data": values_of(settings.data, self.rows, **more),
+            "tokens of data": values_of(None, parts, of="tokenizer, chat template, max_length"),
+        }
+        if self.rows_held_out:
+            more = {"rows": len(self.rows_held_out)}
+            found["held-out text"] = values_of(source, self.rows_held_out, **more)
+        return found
 
     def beginning(self, count: int) -> "Text":
         """The same with no more than so many blocks, and so many held out."""
@@ -108,6 +132,29 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     return text, Models(teacher, student, *tokenizers)
 
 
+def inputs_of(
+    settings: DistillSettings, text: Text, teacher: Teacher | None = None
+) -> dict[str, Input]:
+    """The digests of all that a run begins with, as its ``run.json`` keeps them.
+
+    Args:
+        settings: Which models.
+        text: What is read from the data.
+        teacher: What is asked in place of the model; of a cache, its files count.
+    """
+    found = text.inputs(settings)
+    if teacher is None:
+        found["teacher"] = model_input(settings.teacher)
+    elif isinstance(teacher, CachedTeacher):
+        files = {file.name: file for file in sorted(teacher.path.iterdir()) if file.is_file()}
+        found["teacher"] = files_of(teacher.path, files)
+    if settings.student is not None:
+        found["student"] = model_input(settings.student)
+    elif teacher is not None:
+        found["student"] = model_input(settings.teacher)
+    return found
+
+
 def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> Text:
     """Read the data, and hold some of it out if nothing else is given for that."""
     rows = read_rows(settings.data, split=settings.split)
@@ -119,7 +166,8 @@ def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> 
         origin = f"{settings.held_out:.0%} of {settings.data}" if held else "nothing"
     shape: Any = {"max_length": settings.max_length, "packing": settings.packing}
     blocks = tokenize(rows, tokenizer, **shape)
-    return Text(rows, blocks, tokenize(held, tokenizer, **shape) if held else None, origin)
+    held_out = tokenize(held, tokenizer, **shape) if held else None
+    return Text(rows, blocks, held_out, origin, held)
 
 
 def _apart(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:

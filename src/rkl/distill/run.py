@@ -24,6 +24,7 @@ from rkl.distill.plan import Estimate, estimate
 from rkl.distill.prepare import (
     Models,
     Text,
+    inputs_of,
     load,
     make_trainer,
     save_student,
@@ -42,8 +43,9 @@ from rkl.distill.progress import (
 )
 from rkl.distill.selection import DivergedError
 from rkl.distill.settings import DistillSettings
-from rkl.distill.teachers import Teacher, load_model
+from rkl.distill.teachers import Teacher, load_model, resolved
 from rkl.runs import Run, check_out, remove_folder, replacing_files, write_atomic
+from rkl.runs.integrity import check_inputs, inputs_before
 
 __all__ = ["DistillSettings", "Distilled", "Estimate", "distill", "estimate", "load_run"]
 
@@ -109,19 +111,25 @@ def distill(
             best student on held-out text, or else the last good one, and ``run.json`` says so.
     """
     began = time.perf_counter()
-    inputs = {name: getattr(settings, name) for name in INPUTS}
-    check_out(out, overwrite=overwrite, resume=resume, inputs=inputs)
+    named = {name: getattr(settings, name) for name in INPUTS}
+    check_out(out, overwrite=overwrite, resume=resume, inputs=named)
+    found = {name: resolved(it) for name, it in named.items() if it is not None}
+    settings = dataclasses.replace(settings, **found)
     text, models = load(settings)
+    inputs = inputs_of(settings, text, teacher)
     models = models if teacher is None else dataclasses.replace(models, teacher=teacher)
-    how: Any = {"overwrite": overwrite, "resume": resume, "may_change": MAY_CHANGE}
-    with Run.create(
-        out, "distill", dataclasses.asdict(settings), seed=settings.seed, **how
-    ) as run:
+    before = inputs_before(out) if resume else {}
+    how: Any = {"overwrite": overwrite, "resume": resume, "seed": settings.seed}
+    how["may_change"] = (*MAY_CHANGE, *(INPUTS if before else ()))
+    with Run.create(out, "distill", dataclasses.asdict(settings), **how) as run:
+        check_inputs(run.path, before, inputs)
         if run.record["status"] == "finished":
             say(f"{run.path} was finished before; nothing is left to do.")
             return Distilled(run.path, run.record["result"])
         _introduce(text, models)
-        _check_same_data(run, text.record())
+        if not before:
+            _check_same_data(run, text.record())
+        run.update(inputs=inputs, settings=run.settings | found)
         try:
             return _distill(settings, run, text, models, watch, began)
         except DivergedError:
@@ -156,12 +164,14 @@ def load_run(path: str | os.PathLike) -> PreTrainedModel:
 
 
 def _check_same_data(run: Run, data: dict[str, Any]) -> None:
+    """Of a run from before run.json had the digests of its inputs."""
     before = run.record["data"]
-    if before is not None and before != data:
-        raise ValueError(
-            f"resume: the data are not those that {run.path} was begun with: their fingerprint "
-            f"was {before['fingerprint']} and is {data['fingerprint']}."
-        )
+    for name in before or ():
+        if before[name] != data[name]:
+            raise ValueError(
+                f"resume: the data are not those that {run.path} was begun with: their {name} "
+                f"was {before[name]} and is {data[name]}."
+            )
 
 
 def _introduce(text: Text, models: Models) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rkl.runs.integrity import hub_name
+
 Row = dict[str, Any]
 Data = str | Path | Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
 
@@ -28,7 +30,8 @@ def read_rows(data: Data, *, split: str = "train") -> list[Row]:
     ``*.txt``                 one row, the whole text
     ``*.parquet``             those of the table (extra ``data``)
     a folder                  of a data set saved by ``save_to_disk`` (extra ``data``)
-    any other name            a data set on the Hub, ``name`` or ``name:config`` (extra ``data``)
+    any other name            a data set on the Hub, ``name`` or ``name:config``, or
+                              ``hub:name`` where a folder has that name (extra ``data``)
     list, datasets.Dataset    their own
     ========================  =========================================================
 
@@ -112,7 +115,7 @@ def _read_named(data: str | Path, split: str) -> Iterator[tuple[str, Any]]:
     if (reader := _READERS.get(path.suffix.lower())) is None:
         if path.exists():
             raise ValueError(f"data must end in {', '.join(_READERS)}; got the file {path}.")
-        return _on_hub(str(data), split)
+        return _on_hub(_data_set(str(data)), split)
     if not path.is_file():
         raise FileNotFoundError(f"data: there is no file {path}.")
     return reader(path)
@@ -163,6 +166,13 @@ def _saved(path: Path, split: str) -> Iterator[tuple[str, Any]]:
             f"data: the folder {path} holds no data set saved by datasets' save_to_disk."
         ) from None
     return _in_memory(found, split)
+
+
+def _data_set(text: str) -> str:
+    """The name of a data set on the Hub, with its configuration; a path is refused."""
+    prefix = "hub:" if text.startswith("hub:") else ""
+    name, colon, config = text.removeprefix("hub:").partition(":")
+    return hub_name("data", prefix + name) + colon + config
 
 
 def _on_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:

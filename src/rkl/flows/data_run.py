@@ -21,6 +21,7 @@ from rkl.flows.target_run import MINUTES, WEIGHTS, load_target_run
 from rkl.flows.training import load_state
 from rkl.importing import only
 from rkl.runs import Run
+from rkl.runs.integrity import check_finite
 from rkl.runs.typed import settings_from
 
 
@@ -184,11 +185,13 @@ def load_fit(
     flow = Scaled(inner, state["shift"], torch.ones_like(state["shift"]))
     flow.load_state_dict(state["flow"])
     flow.requires_grad_(False)
+    check_finite(flow.named_parameters(), run.path / WEIGHTS, "flow")
     if state["critic"] is None:
         return flow, None, classes
     ratio = settings.method.critic.build(shape, len(classes), state["bound"])
     critic = ScaledCritic(ratio.requires_grad_(False), flow)
     critic.load_state_dict(state["critic"])
+    check_finite(critic.named_parameters(), run.path / WEIGHTS, "critic")
     return flow, critic, classes
 
 

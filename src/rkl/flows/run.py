@@ -23,15 +23,20 @@ from rkl.flows.fitted import Fit
 from rkl.flows.rejection import reject
 from rkl.flows.target_run import (
     CHAINS,
+    PATHS,
     TRIED,
     WEIGHTS,
     check_same_data,
+    check_samples,
+    moved,
+    run_input,
     sample_target,
 )
 from rkl.flows.training import save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
 from rkl.metrics import to_json
 from rkl.runs import Run, check_out, fingerprint
+from rkl.runs.integrity import Input, local_path, values_of
 
 BATCH = 10_000  # samples made at a time
 
@@ -123,9 +128,14 @@ def fit(
     if settings.start_from is not None:
         kept["start_from"] = str(settings.start_from.resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
-    with Run.create(out, "flows", kept, may_change=("device",), **how) as run:
+    places = moved(out, resume)
+    if (labels := _labels_file(settings)) is not None:
+        kept["labels"] = str(labels)
+        places = (*places, "labels") if places else ()
+    with Run.create(out, "flows", kept, may_change=("device", *places), **how) as run:
         found = fingerprint([data.values.numpy().tobytes()])
-        check_same_data(run, found, rows=len(data), **_names(data))
+        check_same_data(run, found, _inputs(settings, data), rows=len(data), **_names(data))
+        run.update(settings=run.settings | {name: kept[name] for name in (*PATHS, "labels")})
         with run.running():
             fitted = begun(run=run, **settings.allowance)
             _save(run, fitted)
@@ -135,6 +145,23 @@ def fit(
 
 def _names(data: Data) -> dict[str, list[str]]:
     return {"classes": list(data.classes), "columns": list(data.columns)}
+
+
+def _labels_file(settings: FitSettings) -> Path | None:
+    """The file that the labels are in, if they name none of the columns of the data."""
+    path = None if settings.labels is None else local_path(settings.labels)
+    return path if path is not None and path.is_file() and path.suffix else None
+
+
+def _inputs(settings: FitSettings, data: Data) -> dict[str, Input]:
+    """The digests of rows, labels, and of the run that the fit starts from."""
+    found = {"data": values_of(settings.data, [data.values, data.step])}
+    if data.condition is not None:
+        source = settings.data if settings.labels is None else settings.labels
+        found["labels"] = values_of(source, [data.condition, list(data.classes)])
+    if settings.start_from is not None:
+        found["start_from"] = run_input(settings.start_from)
+    return found
 
 
 def _begun(settings: FitSettings, data: Data) -> Callable[..., Fit]:
@@ -210,6 +237,7 @@ def sample_run(
             _refuse_changed_latents(settings)
             samples, cost = _rejected(law, load_critic(path, allow=allow), condition, settings)
     columns = (Run.open(path).record["data"] or {}).get("columns", ())
+    check_samples(samples)
     write_samples(settings.out, samples.cpu().numpy(), columns)
     return f"{settings.n:,} samples in {settings.out}{cost}"
 

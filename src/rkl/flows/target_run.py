@@ -30,6 +30,14 @@ from rkl.flows.training import load_state, save_state
 from rkl.importing import names_in, only
 from rkl.readers import place_of_nan, read_arrays
 from rkl.runs import Run, check_out, fingerprint
+from rkl.runs.integrity import (
+    Input,
+    check_finite,
+    check_inputs,
+    files_of,
+    inputs_before,
+    values_of,
+)
 from rkl.runs.typed import settings_from
 
 WEIGHTS = "flow.safetensors"
@@ -260,9 +268,10 @@ def fit_target(
     for name in PATHS:
         kept[name] = None if kept[name] is None else str(kept[name].resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
-    with Run.create(out, "flows", kept, **how) as run:
+    with Run.create(out, "flows", kept, may_change=moved(out, resume), **how) as run:
         rows = [] if data is None else [row.tobytes() for row in data[0].numpy()]
-        check_same_data(run, fingerprint(rows), rows=len(rows))
+        check_same_data(run, fingerprint(rows), _inputs(settings, data), rows=len(rows))
+        run.update(settings=run.settings | {name: kept[name] for name in PATHS})
         with run.running():
             fitted = _fitted(settings, flow, data, settings.budget, run)
             run.remember_rows(rows)
@@ -308,6 +317,7 @@ def load_target_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> 
     target = settings.aim
     flow = built(settings.architecture, target, settings.ranges)
     flow.load_state_dict(load_state(run.path / WEIGHTS)["flow"])
+    check_finite(flow.named_parameters(), run.path / WEIGHTS, "flow")
     return TargetRun(flow.requires_grad_(False), target, settings.ranges, settings)
 
 
@@ -357,6 +367,7 @@ def sample_target(
             f"a chain took none of its {draws - 1:,} proposals: the flow is too far from the "
             "target for a result, and nothing was written. Train it longer."
         )
+    check_samples(chain.x.flatten(0, 1))
     observed = chain.measure(found.target)
     write_chain(out, chain, observed, found.target)
     said = f"{chains} chains of {draws:,} draws in {out}; accepted: {chain.acceptance:.3f}"
@@ -370,15 +381,55 @@ def sample_target(
     return "\n".join([said, *lines])
 
 
-def check_same_data(run: Run, found: str, **others: Any) -> None:
-    """Note down the fingerprint of the data; refuse others than those that a run began with."""
+def check_samples(samples: Float[Tensor, "rows *event"]) -> None:
+    """Refuse samples of which some are NaN or infinite, which no file should hold.
+
+    Raises:
+        FloatingPointError: Saying how many of how many.
+    """
+    bad = int((~samples.isfinite()).reshape(len(samples), -1).any(1).sum())
+    if bad:
+        raise FloatingPointError(
+            f"{bad:,} of {len(samples):,} samples are NaN or infinite, and nothing was written. "
+            "The flow gives no numbers there: fit it again, with a smaller --lr."
+        )
+
+
+def check_same_data(run: Run, found: str, inputs: dict[str, Input], **others: Any) -> None:
+    """Note down what a run reads; refuse other inputs than those that it began with."""
+    check_inputs(run.path, inputs_before(run.path), inputs)
     before = run.record["data"]
     if before is not None and before["fingerprint"] != found:
         raise ValueError(
             f"resume: the data are not those that {run.path} was begun with: their fingerprint "
             f"is {found}, and was {before['fingerprint']}."
         )
-    run.update(data={"fingerprint": found, **others})
+    run.update(data={"fingerprint": found, **others}, inputs=inputs)
+
+
+def _inputs(settings: TargetSettings, data: tuple[Tensor, Tensor] | None) -> dict[str, Input]:
+    """The digests of the draws, their conditions, and of the run that the fit starts from."""
+    found = {}
+    if data is not None:
+        found["data"] = values_of(settings.data, [data[0]])
+        found["conditions of data"] = values_of(settings.data, [data[1]])
+    if settings.start_from is not None:
+        found["start_from"] = run_input(settings.start_from)
+    return found
+
+
+def moved(out: str | os.PathLike, resume: bool) -> tuple[str, ...]:
+    """The settings that name files, which a resumed run may find in other places.
+
+    They may only where run.json has the digests by which their contents are compared.
+    """
+    return PATHS if resume and inputs_before(out) else ()
+
+
+def run_input(path: str | os.PathLike) -> Input:
+    """The digest of the weights of a run that another one starts from."""
+    weights = Path(path, WEIGHTS)
+    return files_of(path, {WEIGHTS: weights})
 
 
 def _begun(settings: TargetSettings) -> nn.Module:

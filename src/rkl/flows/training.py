@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE
 from rkl.divergences.base import number
 from rkl.runs import Run, save_tensors
+from rkl.runs.integrity import values_of
 
 CHECKPOINT = "checkpoint.safetensors"
 PATIENCE = 10  # steps in succession without a finite gradient, after which training stops
@@ -332,7 +333,8 @@ def save_state(path: str | os.PathLike, state: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_packed(state, tensors))
-    save_tensors(path, tensors, {"structure": structure})
+    digest = _digest(structure, tensors.__getitem__, list(tensors))
+    save_tensors(path, tensors, {"structure": structure, "sha256": digest})
 
 
 def load_state(path: str | os.PathLike) -> Any:
@@ -341,10 +343,20 @@ def load_state(path: str | os.PathLike) -> Any:
 
     try:
         with safe_open(path, "pt") as file:
-            structure = json.loads(file.metadata()["structure"])
-            return _unpacked(structure, file.get_tensor)
+            about = file.metadata()
+            text, kept = about["structure"], about.get("sha256")
+            found = kept and _digest(text, file.get_tensor, list(file.keys()))
+            if found != kept:
+                raise ValueError(f"it is damaged: its sha256 is {found}, and was {kept}")
+            return _unpacked(json.loads(text), file.get_tensor)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path: {path} holds no state that rkl wrote: {error}.") from None
+
+
+def _digest(structure: str, tensor: Callable[[str], Any], names: Collection[str]) -> str:
+    """The sha256 of a state: a file that can be read need not be the one that was written."""
+    ordered = sorted(names)
+    return values_of(None, [structure, ordered, *map(tensor, ordered)])["sha256"]
 
 
 def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:

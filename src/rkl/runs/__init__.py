@@ -311,7 +311,13 @@ class Run:
         """How many of these rows the run was trained on."""
         path = self.path / "rows.bin"
         stored = path.read_bytes() if path.exists() else b""
-        seen = {stored[i : i + ROW_BYTES] for i in range(0, len(stored), ROW_BYTES)}
+        digests = [stored[i : i + ROW_BYTES] for i in range(0, len(stored), ROW_BYTES)]
+        seen = set(digests)
+        if len(stored) % ROW_BYTES or digests != sorted(seen):
+            raise ValueError(
+                f"path: {path} is damaged: expected digests of {ROW_BYTES} bytes in ascending "
+                f"order; got {len(stored):,} bytes. Which rows were trained on is unknown."
+            )
         return sum(row_fingerprint(row) in seen for row in rows)
 
     def _resumed(self, record: dict[str, Any], may_change: Collection[str]) -> "Run":

@@ -1,5 +1,6 @@
 """The family as it was asked for, read into a map from posterior draws to distributions."""
 
+import difflib
 import functools
 import inspect
 import itertools
@@ -40,7 +41,56 @@ from rkl.importing import imported
 
 NOT_TORCH = ("numpy", "all be instances of number", "converted to python scalars")
 PROBE = 16  # draws looked at before the rest is read
-_STRUCTURES = {"Distribution", "ExponentialFamily", "Independent", "TransformedDistribution"}
+# Classes that no text can describe, or of which torch has neither a density nor a KL to work with.
+_STRUCTURES = {
+    "Distribution",
+    "ExponentialFamily",
+    "Independent",
+    "LKJCholesky",
+    "LogisticNormal",
+    "MixtureSameFamily",
+    "RelaxedBernoulli",
+    "RelaxedOneHotCategorical",
+    "TransformedDistribution",
+    "Wishart",
+}
+_ALIASES = {
+    "beta-bin": "beta-binomial",
+    "chi-squared": "chi2",
+    "chisquare": "chi2",
+    "gaussian": "normal",
+    "gpd": "generalized-pareto",
+    "inv-gamma": "inverse-gamma",
+    "mvn": "multivariate-normal",
+    "neg-binomial": "negative-binomial",
+    "neg-binomial-2": "negative-binomial2",
+    "student": "student-t",
+    "t": "student-t",
+    "zinb": "zero-inflated-negative-binomial",
+    "zip": "zero-inflated-poisson",
+}
+_PARAMETERS = {  # as Stan, PyMC and brms call them
+    "a": ("concentration1",),
+    "alpha": ("concentration1", "concentration"),
+    "b": ("concentration0",),
+    "beta": ("concentration0", "rate"),
+    "chol": ("scale_tril",),
+    "cov": ("covariance_matrix",),
+    "kappa": ("concentration",),
+    "lam": ("rate",),
+    "lower": ("low",),
+    "mu": ("loc", "mean"),
+    "n": ("total_count",),
+    "nu": ("df",),
+    "p": ("probs",),
+    "phi": ("concentration",),
+    "psi": ("gate",),
+    "sd": ("scale",),
+    "sigma": ("scale",),
+    "upper": ("high",),
+    "xi": ("concentration",),
+    "zi": ("gate",),
+}
 
 
 class Theta(Mapping):
@@ -276,6 +326,8 @@ def simplified(law: Distribution) -> Distribution:
     >>> simplified(TransformedDistribution(Normal(0.0, 1.0), [AffineTransform(3.0, -2.0)]))
     Normal(loc: 3.0, scale: 2.0)
     """
+    if type(law) in _REPLACED:
+        return _REPLACED[type(law)](law)
     if type(law) is Independent:
         base = simplified(law.base_dist)
         same = base is law.base_dist
@@ -295,6 +347,19 @@ def simplified(law: Distribution) -> Distribution:
     return TransformedDistribution(base, transforms) if transforms else base
 
 
+# torch's log-densities of these are nan or -inf where there is mass.
+_REPLACED: dict[type, Callable[[Any], Distribution]] = {
+    torch.distributions.Kumaraswamy: lambda x: families.Kumaraswamy(
+        x.concentration1, x.concentration0, validate_args=False
+    ),
+    torch.distributions.Weibull: lambda x: families.Weibull(
+        x.scale, x.concentration, validate_args=False
+    ),
+}
+if hasattr(torch.distributions, "GeneralizedPareto"):
+    _REPLACED[torch.distributions.GeneralizedPareto] = lambda x: families.GeneralizedPareto(
+        x.loc, x.scale, x.concentration, validate_args=False
+    )
 _LOCATION_SCALE = Normal, Laplace, Cauchy, StudentT  # symmetric: a scale below 0 is one above
 
 
@@ -423,7 +488,7 @@ def _parsed(text: str, read: str, known: Mapping[str, Callable], draws: Draws, d
     """The class and the settings of a text."""
     names = (*draws.names, "design") if design is not None else draws.names
     try:
-        return parse(read, known, names)
+        return parse(_renamed(read, known), known, names)
     except ValueError as error:
         reason = str(error).partition(": ")[2].rstrip(".")
         if "must be a number or a string" in reason:
@@ -434,6 +499,22 @@ def _parsed(text: str, read: str, known: Mapping[str, Callable], draws: Draws, d
         elif "is called" not in reason and "must be one of" not in reason:
             reason += ". Write it like normal(loc=mu, scale=sigma)"
         raise ValueError(f"family {text!r} cannot be read: {reason}.") from None
+
+
+def _renamed(text: str, known: Mapping[str, Callable]) -> str:
+    """The text with the name of the family as torch has it."""
+    name, opening, rest = text.partition("(")
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    names = {re.sub(r"[^a-z0-9]", "", k): v for k, v in _ALIASES.items()}
+    names |= {re.sub(r"[^a-z0-9]", "", k): k for k in known}
+    found = names.get(plain)
+    if found is None and opening and ":" not in name and plain:
+        near = difflib.get_close_matches(plain, names, 1, 0.75)
+        meant = f" (did you mean {names[near[0]]}?)" if near else ""
+        raise ValueError(f"{text}: none is called {name!r}{meant}; there are {', '.join(known)}")
+    if found == "negative-binomial" and re.search(r"\b(mu|mean|phi)\s*=", rest):
+        found = "negative-binomial2"
+    return f"{found}{opening}{rest}" if found in known else text
 
 
 def _is_law(family: Any) -> bool:
@@ -453,12 +534,24 @@ def _catalogue() -> dict[str, Callable[..., tuple[type[Distribution], dict[str, 
 
 def _binder(cls: type[Distribution]) -> Callable[..., tuple[type[Distribution], dict[str, Any]]]:
     """A maker with the signature of a class, which keeps the settings instead of calling it."""
-
-    def bind(**settings):
-        return cls, settings
-
     signature = inspect.signature(cls)
     kept = [p for p in signature.parameters.values() if p.name != "validate_args"]
+    own = {p.name for p in kept}
+    others = {
+        alias: next(name for name in names if name in own)
+        for alias, names in _PARAMETERS.items()
+        if alias not in own and own & {*names}
+    }
+
+    def bind(**settings):
+        named = [others.get(name, name) for name in settings]
+        if twice := [name for name in named if named.count(name) > 1]:
+            raise ValueError(f"{cls.__name__} is given {twice[0]} twice.")
+        return cls, dict(zip(named, settings.values(), strict=True))
+
+    kept += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in others
+    ]
     bind.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     bind.__name__ = cls.__name__
     return bind

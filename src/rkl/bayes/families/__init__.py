@@ -5,15 +5,37 @@ from rkl.bayes.families import gamma as gamma
 from rkl.bayes.families import normal as normal
 from rkl.bayes.families.base import ExponentialFamily, Natural, Terms, families, family_of
 from rkl.bayes.families.between import divergence_between
+from rkl.bayes.families.named import (
+    BetaBinomial,
+    GeneralizedPareto,
+    HurdlePoisson,
+    Kumaraswamy,
+    NegativeBinomial2,
+    OrderedLogistic,
+    TruncatedNormal,
+    Weibull,
+    ZeroInflatedNegativeBinomial,
+    ZeroInflatedPoisson,
+)
 from rkl.bayes.families.regression import GaussianRegression, LogisticRegression, PoissonRegression
 
 __all__ = [
+    "BetaBinomial",
     "ExponentialFamily",
     "GaussianRegression",
+    "GeneralizedPareto",
+    "HurdlePoisson",
+    "Kumaraswamy",
     "LogisticRegression",
     "Natural",
+    "NegativeBinomial2",
+    "OrderedLogistic",
     "PoissonRegression",
     "Terms",
+    "TruncatedNormal",
+    "Weibull",
+    "ZeroInflatedNegativeBinomial",
+    "ZeroInflatedPoisson",
     "divergence_between",
     "families",
     "family_of",

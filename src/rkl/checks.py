@@ -8,7 +8,7 @@ from typing import Any
 LARGEST_INTEGER = 2**63 - 1  # that torch and numpy hold
 LARGEST_COUNT = 10**9  # of steps, rows or draws: beyond it lies a slip of the hand
 LARGEST_SEED = 2**62  # to which parts of a run may add
-LARGEST_RATE = 1e3  # of learning
+LARGEST_RATE = 1e3  # of learning, and of what is counted in standard deviations
 SHOWN = 80  # characters of a value in a message
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rkl.checks import LARGEST_COUNT, LARGEST_SEED, integer
+from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer, number
 from rkl.flows.architectures import latent
 from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data, check_device, read_data
@@ -73,6 +73,9 @@ class SampleSettings:
         object.__setattr__(self, "out", Path(self.out))
         integer("n", self.n, at_least=1, at_most=LARGEST_COUNT)
         integer("seed", self.seed, at_most=LARGEST_SEED)
+        for name in ("latent_temperature", "truncation"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), above=0, at_most=LARGEST_RATE)
 
 
 @dataclass(frozen=True)

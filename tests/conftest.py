@@ -3,6 +3,7 @@
 import inspect
 import os
 
+import fuzzing
 import hypothesis
 import jaxtyping
 import pytest
@@ -10,6 +11,10 @@ import pytest
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_report_header():
+    return f"random inputs: RKL_FUZZ_SEED={fuzzing.SEED} RKL_FUZZ_EXAMPLES={fuzzing.EXAMPLES}"
 
 
 @pytest.fixture(autouse=True)

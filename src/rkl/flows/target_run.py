@@ -479,7 +479,7 @@ def read_draws(
     lacking = [name for name in needed if name not in arrays]
     if lacking:
         raise ValueError(
-            f"data: {path} must hold {' and '.join(needed)}; it lacks {' and '.join(lacking)}."
+            f"data: {path} must hold {' and '.join(needed)}; it lacks {lacking[0]!r}."
         )
     for name in needed:
         where = place_of_nan(arrays[name])
@@ -489,14 +489,15 @@ def read_draws(
     lead = x.shape[: max(0, x.ndim - len(event))]
     if x.shape[len(lead) :] != event or not lead:
         raise ValueError(
-            f"data: x in {path} must be [rows, {', '.join(map(str, event))}]; got {x.shape}."
+            f"data: {path} cannot be read: x must be [rows, {', '.join(map(str, event))}]; "
+            f"got {x.shape}."
         )
     condition = np.asarray(arrays["condition"] if count else np.zeros((0,)), np.float32)
     try:
         condition = np.broadcast_to(condition, (*lead, count))
     except ValueError:
         raise ValueError(
-            f"data: condition in {path} must be {[*lead, count]}, for each row of x; "
+            f"data: {path} cannot be read: condition must be {[*lead, count]}, for each row of x; "
             f"got {list(condition.shape)}."
         ) from None
     flat = x.reshape(-1, *event), condition.reshape(-1, count)

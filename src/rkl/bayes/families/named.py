@@ -63,6 +63,8 @@ def log1mexp(x: Tensor) -> Tensor:
 class Weibull(_Named):
     """Weibull, log p(x) = log(k/s) + (k − 1) log(x/s) − (x/s)^k."""
 
+    scale: Tensor
+    concentration: Tensor
     arg_constraints = {"scale": C.positive, "concentration": C.positive}
     support = C.positive  # pyright: ignore
 
@@ -82,6 +84,8 @@ class Weibull(_Named):
 class Kumaraswamy(_Named):
     """Kumaraswamy, log p(x) = log(a b) + (a − 1) log x + (b − 1) log(1 − x^a) on (0, 1)."""
 
+    concentration1: Tensor
+    concentration0: Tensor
     arg_constraints = {"concentration1": C.positive, "concentration0": C.positive}
     support = C.unit_interval  # pyright: ignore
 
@@ -102,6 +106,9 @@ class Kumaraswamy(_Named):
 class GeneralizedPareto(_Named):
     """Generalised Pareto, log p(x) = −log s − (1 + 1/ξ) log(1 + ξ z), z = (x − loc)/s."""
 
+    loc: Tensor
+    scale: Tensor
+    concentration: Tensor
     arg_constraints = {"loc": C.real, "scale": C.positive, "concentration": C.real}
 
     def __init__(self, loc, scale, concentration, validate_args=None):
@@ -134,6 +141,8 @@ class GeneralizedPareto(_Named):
 class TruncatedNormal(_Named):
     """A normal distribution given that it lies between low and high, which are fixed."""
 
+    loc: Tensor
+    scale: Tensor
     arg_constraints = {"loc": C.real, "scale": C.positive}
 
     def __init__(self, loc, scale, low=-math.inf, high=math.inf, validate_args=None):
@@ -182,6 +191,8 @@ class TruncatedNormal(_Named):
 class NegativeBinomial2(_Named):
     """Negative binomial by its mean m and concentration φ; its variance is m + m²/φ."""
 
+    _mean: Tensor
+    concentration: Tensor
     arg_constraints = {"mean": C.positive, "concentration": C.positive}
     support = C.nonnegative_integer  # pyright: ignore
 
@@ -209,6 +220,7 @@ class NegativeBinomial2(_Named):
 class _ZeroInflated(_Named):
     """Counts that are 0 with probability ``gate``, and else those of another distribution."""
 
+    gate: Tensor
     support = C.nonnegative_integer  # pyright: ignore
 
     @property
@@ -229,6 +241,7 @@ class _ZeroInflated(_Named):
 class ZeroInflatedPoisson(_ZeroInflated):
     """Poisson counts with additional zeros, of probability ``gate``."""
 
+    rate: Tensor
     arg_constraints = {"gate": C.unit_interval, "rate": C.positive}
 
     def __init__(self, gate, rate, validate_args=None):
@@ -242,6 +255,8 @@ class ZeroInflatedPoisson(_ZeroInflated):
 class ZeroInflatedNegativeBinomial(_ZeroInflated):
     """Negative binomial counts of a mean and a concentration, with additional zeros."""
 
+    _mean: Tensor
+    concentration: Tensor
     arg_constraints = {"gate": C.unit_interval, "mean": C.positive, "concentration": C.positive}
 
     def __init__(self, gate, mean, concentration, validate_args=None):
@@ -259,6 +274,8 @@ class ZeroInflatedNegativeBinomial(_ZeroInflated):
 class HurdlePoisson(_Named):
     """Zero with probability ``gate``, and else a Poisson count that is at least 1."""
 
+    gate: Tensor
+    rate: Tensor
     arg_constraints = {"gate": C.unit_interval, "rate": C.positive}
     support = C.nonnegative_integer  # pyright: ignore
 
@@ -281,6 +298,8 @@ class HurdlePoisson(_Named):
 class BetaBinomial(_Named):
     """Binomial of a fixed number of trials, its probability drawn from a beta distribution."""
 
+    concentration1: Tensor
+    concentration0: Tensor
     arg_constraints = {"concentration1": C.positive, "concentration0": C.positive}
 
     def __init__(self, concentration1, concentration0, total_count=1, validate_args=None):

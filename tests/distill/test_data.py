@@ -1,4 +1,5 @@
 import inspect
+import json
 import sys
 import types
 import warnings
@@ -95,8 +96,24 @@ def test_rows_in_memory_may_come_in_splits():
         ),
         (b'{"messages": "hello"}\n', r"line 1: messages must be a list of messages; got 'hello'"),
         (
-            b'{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}\n',
-            r"line 1: tools are not put into the chat template",
+            b'{"messages": [{"role": "user", "content": "a"}], "tools": "f("}\n',
+            r"line 1: tools are not JSON",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}], "tools": [3]}\n',
+            r"line 1: tools must be a list of objects; got \[3\]",
+        ),
+        (
+            b'{"text": "a"}\n{"text": "half an emoji \\ud83d here"}\n',
+            r"line 2: text must be text that UTF-8 can write; .*'\\ud83d', at character 15",
+        ),
+        (
+            b'{"messages": [{"role": "u", "content": [{"type": "text", "text": "\\udc00"}]}]}\n',
+            r"line 1: messages must be text that UTF-8 can write",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": ["a"]}]}\n',
+            r"line 1: a part of content in messages must be an object with a type; got 'a'",
         ),
         (b'{"messages": [{"content": "a"}]}\n', r"line 1: each of messages must be an object"),
         (b'{"messages": [{"role": "user", "content": 3}]}\n', r"line 1: content in messages"),
@@ -270,12 +287,91 @@ def test_of_a_prompt_in_messages_no_turn_is_trained_on(tokenizer):
     assert text == "[<user> a b <end> <assistant> c <end> <user> d <end> <assistant>]e f <end>"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_rather_than_mismasked(tokenizer):
+def test_a_template_that_rewrites_earlier_turns_gives_a_text_for_each_of_them(tokenizer):
     tokenizer.chat_template = FORGETFUL
-    with pytest.raises(ValueError, match=r"row 1: .* renders message 2 differently"):
-        tokenize([{"messages": TALK}], tokenizer)
+    dataset = tokenize([{"messages": TALK}], tokenizer, packing=False)
+    assert shown(dataset, tokenizer) == [
+        "[<user> a b <end> <assistant>]c <end>",
+        "[<user> a b <end> <assistant> <end> <user> d <end> <assistant>]e f <end>",
+    ]
     (text,) = shown(tokenize([{"messages": TALK[:2]}], tokenizer), tokenizer)
     assert text == "[<user> a b <end> <assistant>]c <end>"
+
+
+def test_rows_with_nothing_to_train_on_are_counted_and_named_with_their_reason(
+    tokenizer, tmp_path
+):
+    tokenizer.chat_template = CHAT
+    path, roles = tmp_path / "rows.jsonl", ("assistant", "Assistant", "gpt")
+    chats = [{"messages": [TALK[0], {"role": it, "content": "c"}]} for it in roles]
+    path.write_text("".join(json.dumps(it) + "\n\n" for it in chats))
+    said = r"no message has the role assistant \(found: Assistant, gpt\): .*line 3.*line 5"
+    with pytest.warns(UserWarning, match=f"2 of 3 rows have nothing to train on .*{said}"):
+        dataset = tokenize(read_rows(path), tokenizer)
+    assert str(dataset).startswith("1 of 3 rows of messages in 1 blocks: 7 tokens, 2 of them")
+    assert "2 rows left out (no message" in str(dataset)
+    longer = [{"prompt": "a b c d", "completion": " e"}, {"prompt": "a", "completion": " b"}]
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 rows have nothing .*max_length=4 tokens: data, row 1"
+    ):
+        dataset = tokenize(longer, tokenizer, max_length=4)
+    assert (dataset.rows, dataset.left_out) == (2, 1)
+    with pytest.warns(
+        UserWarning, match="1 of 2 rows have nothing .*the text is empty: data, row 2"
+    ):
+        assert len(tokenize([{"text": "a b"}, {"text": ""}], tokenizer)[0]["input_ids"]) == 3
+
+
+def test_a_beginning_that_the_tokenizer_adds_is_warned_of_where_the_text_has_it(tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<bos> $A", special_tokens=[("<bos>", begin)]
+    )
+    for rows in ([{"text": "<bos> a b"}], [{"prompt": "<bos> a", "completion": " b"}]):
+        with pytest.warns(UserWarning, match="1 of 1 rows begin with <bos>.* is there twice"):
+            tokenize(rows, tokenizer)
+    tokenize([{"text": "a b"}], tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT
+    dataset = tokenize([{"messages": TALK[:2]}], tokenizer)
+    assert dataset.tokens.tolist().count(begin) == 1
+
+
+def test_text_that_a_chat_template_wrote_is_warned_of(tokenizer):
+    tokenizer.chat_template = CHAT
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<end>"]})
+    with pytest.warns(UserWarning, match="begin with <user>, as if a chat template"):
+        tokenize([{"text": "<user> a <end>"}], tokenizer)
+
+
+def test_line_ends_of_other_systems_are_line_feeds(tmp_path):
+    for name, end in (("crlf.txt", "\r\n"), ("cr.txt", "\r"), ("lf.txt", "\n")):
+        (tmp_path / name).write_bytes(end.join(["one", "", "two", ""]).encode())
+        assert read_rows(tmp_path / name) == [{"text": "one\n\ntwo\n"}]
+
+
+def test_nulls_that_arrow_fills_in_are_not_trained_on(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+
+    def asked(arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+        told = [{"type": "function", "function": {"name": "f", "parameters": arguments}}]
+        return {"messages": [TALK[0], answer], "tools": told}
+
+    rows = [asked({"a": 1}), asked({"b": 2})]
+    table = datasets.Dataset.from_list(rows)
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "rows.parquet")
+    for data in (table, tmp_path / "saved", tmp_path / "rows.parquet"):
+        with pytest.warns(UserWarning, match="in 2 of 2 rows null values below tool_calls or"):
+            read = read_rows(data)
+        for row, expected in zip(read, rows, strict=True):
+            found = row["messages"][1]["tool_calls"][0]["function"]["arguments"]
+            assert found == expected["messages"][1]["tool_calls"][0]["function"]["arguments"]
+            assert row["tools"] == expected["tools"]
+    null = [asked({"a": None})]
+    assert read_rows(null)[0]["tools"] == null[0]["tools"]  # a null that somebody wrote
 
 
 def test_chats_that_a_template_cannot_place_are_refused_by_row(tokenizer):

@@ -37,6 +37,11 @@ def shifted(inputs: Mapping[str, Any]) -> Batch:
 class PadRows:
     """A collator: rows of tokens cut to one length, then padded on the right.
 
+    Rows with ``position_ids``, or with ``seq_lengths`` as TRL packs them, hold several texts that
+    must not see one another: models of transformers tell them apart by positions that begin anew,
+    but only where there is no attention mask. So they get none (padding at the right end is
+    seen by nothing that counts), and the first token of each text is not trained on.
+
     Args:
         pad_token_id: What stands where a row has ended; it is neither attended nor trained on.
         max_length: Tokens that are kept of each row; None keeps all.
@@ -47,7 +52,12 @@ class PadRows:
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
         filling = {"input_ids": self.pad_token_id, "labels": IGNORED}
-        rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
+        rows = [_with_positions(row) for row in rows]
+        packed = any("position_ids" in row for row in rows)
+        if packed:  # a row without positions is one text
+            rows = [{"position_ids": range(len(row["input_ids"])), **row} for row in rows]
+        if not packed or any("attention_mask" in row for row in rows):
+            rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
         return {
             name: pad_sequence(
                 [torch.as_tensor(row[name])[: self.max_length] for row in rows],
@@ -56,3 +66,20 @@ class PadRows:
             )
             for name in rows[0]
         }
+
+
+def _with_positions(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose texts are told apart by positions alone, and are not predicted from another."""
+    row = dict(row)
+    lengths = row.pop("seq_lengths", None)
+    if lengths is not None and "position_ids" not in row:
+        total, tokens = int(sum(lengths)), len(row["input_ids"])
+        if total != tokens:
+            raise ValueError(
+                f"seq_lengths must add up to the {tokens} tokens of the row; got {total}."
+            )
+        row["position_ids"] = torch.cat([torch.arange(int(it)) for it in lengths])
+    if "position_ids" in row and "labels" in row and "attention_mask" not in row:
+        first = torch.as_tensor(row["position_ids"]) == 0
+        row["labels"] = torch.as_tensor(row["labels"]).masked_fill(first, IGNORED)
+    return row

@@ -8,7 +8,7 @@ import os
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from rkl.runs import Run
 if TYPE_CHECKING:
     from rkl.report import Section
 
+BY_BLOCK = "evaluation-blocks.safetensors"
 Cell = str | int | float | tuple[float, float] | None
 
 # What the table says, and where a result holds it: of teacher and student, or of the student.
@@ -48,10 +49,12 @@ class Evaluations:
     Attributes:
         results: Under each run's name, what its ``evaluation.json`` holds.
         gaps: The commands that measure what was measured of other runs alone.
+        by_block: Under each run's name, sums over the blocks of text that it was measured on.
     """
 
     results: Mapping[str, Mapping[str, Any]]
     gaps: Sequence[str] = ()
+    by_block: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[Cell, ...]]:
         """The table: what is measured, the teacher's value, and each student's.
@@ -79,6 +82,58 @@ class Evaluations:
                 table.append((words, None, *cells))
         return table
 
+    def paired(self) -> bool:
+        """True if all runs were measured on the same tokens in the same blocks."""
+        import torch
+
+        found = [self.by_block.get(name) for name in self.results]
+        keys = "tokens", "digest"
+        return len(found) > 1 and all(
+            it is not None and all(torch.equal(it[key], (found[0] or {})[key]) for key in keys)
+            for it in found
+        )
+
+    def difference(self, name: str, run: str, other: str) -> tuple[float, float] | None:
+        """One run's mean of something less another's, with the error of paired blocks.
+
+        What makes a block of text hard for one student makes it hard for the other, so that
+        their difference varies less from block to block than either of them.
+
+        Args:
+            name: A column of ``by_block``, such as "forward-kl:all" or "student.cross_entropy".
+            run: A run.
+            other: The run that is subtracted.
+
+        Returns:
+            The difference and its standard error; None where it was not measured of both.
+        """
+        from rkl.metrics import clustered_mean
+
+        a, b = (self.by_block.get(it, {}) for it in (run, other))
+        if not self.paired() or name not in a or name not in b:
+            return None
+        kept = a["tokens"] > 0
+        found = clustered_mean((a[name] - b[name])[kept], a["tokens"][kept])
+        return found.value.item(), found.error.item()
+
+    def differences(self) -> list[tuple[Cell, ...]]:
+        """A table of each run's differences from the first one; empty where none are paired."""
+        first, *others = self.results
+        if not self.paired():
+            return []
+        names = dict(_PAIRED)
+        for result in self.results.values():
+            units = {
+                it: "share of mass" if it == "tv" else "nats/token" for it in result["divergences"]
+            }
+            names |= {f"{it} ({unit})": f"{it}:all" for it, unit in units.items()}
+        rows: list[tuple[Cell, ...]] = []
+        for words, name in names.items():
+            cells = [self.difference(name, other, first) for other in others]
+            if any(cell is not None for cell in cells):
+                rows.append((words, *cells))
+        return rows
+
     def __str__(self) -> str:
         from rich.console import Console
         from rich.table import Table
@@ -92,7 +147,20 @@ class Evaluations:
         for row in self.rows():
             table.add_row(*map(written, row))
         page = io.StringIO()
-        Console(file=page, width=44 + 20 * (1 + len(self.results))).print(table)
+        console = Console(file=page, width=44 + 20 * (1 + len(self.results)))
+        console.print(table)
+        first, *others = self.results
+        if rows := self.differences():
+            beside = Table(box=None, header_style="bold", pad_edge=False)
+            beside.add_column(f"less {first} ± error, paired by block")
+            for name in others:
+                beside.add_column(name, justify="right")
+            for row in rows:
+                beside.add_row(*map(written, row))
+            console.print()
+            console.print(beside)
+        elif others:
+            console.print(f"\n{_NOT_PAIRED}")
         lines = [line.rstrip() for line in page.getvalue().splitlines()]
         return "\n".join(lines + (["", _GAPS_SAY, *self.gaps] if self.gaps else []))
 
@@ -131,15 +199,34 @@ class Evaluations:
         columns = ["", "teacher", *self.results]
         gaps = [f" {_GAPS_SAY} {'; '.join(self.gaps)}"] if self.gaps else []
         table = Table("Held-out data", columns, self.rows(), "".join([_TABLE_SAYS, *gaps]))
+        tables = [table]
+        if rows := self.differences():
+            first, *others = self.results
+            tables.append(Table(f"Difference from {first}", ["", *others], rows, _PAIRED_SAYS))
         curve = plots.precision_recall(**self.precision_recall())
         figures = [drawn("Precision and recall of the students", curve, _CURVE_SAYS)]
         for name in ("forward-kl", "reverse-kl"):
             if all(name in result["divergences"] for result in self.results.values()):
                 drawing = plots.divergence_by_rank(**self.divergence_by_rank(name))
                 figures.append(drawn(f"{name} by rank under the teacher", drawing, _RANKS_SAY))
-        return [Section("Held-out evaluation", blocks=[table, *figures])]
+        return [Section("Held-out evaluation", blocks=[*tables, *figures])]
 
 
+# What is compared in pairs beside divergences, and the column that has it block by block.
+_PAIRED = {
+    "cross-entropy (nats/token)": "student.cross_entropy",
+    "top-1 agreement": "top1",
+    "student's mass in the teacher's nucleus": "student.in_nucleus",
+    "teacher's mass in the student's nucleus": "teacher.in_nucleus",
+}
+_PAIRED_SAYS = (
+    "Each run's mean less that of the first one, with the standard error of their difference: "
+    "they were measured on the same blocks of text, and vary together from block to block."
+)
+_NOT_PAIRED = (
+    "The runs were not measured on the same blocks of text, or by an older rkl: their differences "
+    "have no paired errors."
+)
 _TABLE_SAYS = (
     "Means per token over held-out text, with standard errors that take blocks of text as "
     "independent; replies: over prompts, or over seeds where only a whole set has a value."
@@ -177,6 +264,7 @@ def compare_runs(
 def evaluations_of(paths: Mapping[str, str | os.PathLike]) -> Evaluations:
     """What was measured of runs, each evaluated before, and how to fill in what was not."""
     results = {name: result_of(path) for name, path in paths.items()}
+    by_block = {name: it for name, path in paths.items() if (it := _by_block(path)) is not None}
     if len({result["data"]["fingerprint"] for result in results.values()}) > 1:
         warnings.warn(
             "The runs were evaluated on different data; their values cannot be compared.",
@@ -190,7 +278,19 @@ def evaluations_of(paths: Mapping[str, str | os.PathLike]) -> Evaluations:
             words = ["rkl", "evaluate", paths[name], "--config", file, "--divergences"]
             words += [*result["settings"]["divergences"], *missing]
             gaps.append(shlex.join(map(str, words)))
-    return Evaluations(results, gaps)
+    return Evaluations(results, gaps, by_block)
+
+
+def _by_block(path: str | os.PathLike) -> dict[str, Any] | None:
+    """Sums over the blocks that a run was measured on, where they were kept."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = Path(path, BY_BLOCK)
+    try:
+        return load_file(file) if file.exists() else None
+    except SafetensorError as error:
+        raise ValueError(f"path: {file} is corrupt: {error}.") from None
 
 
 def names_of(paths: Sequence[str | os.PathLike]) -> list[str]:

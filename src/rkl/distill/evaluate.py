@@ -2,11 +2,12 @@
 
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -15,14 +16,22 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl.distill.batches import PadRows, shifted
-from rkl.distill.compare import Evaluations
+from rkl.distill.compare import BY_BLOCK, Evaluations
 from rkl.distill.data import TokenDataset, passages, tokenize
-from rkl.distill.generate import finished, measure, reply_to, sampling_of, save
+from rkl.distill.generate import (
+    Prompt,
+    choose_prompts,
+    finished,
+    measure,
+    reply_to,
+    sampling_of,
+    save,
+)
 from rkl.distill.heads import Known, common_vocabulary, logits_of, read_head
 from rkl.distill.limits import check_context, check_counts, device_named, divergence_named
 from rkl.distill.progress import quiet
 from rkl.distill.settings import DistillSettings
-from rkl.distill.sources import Row, read_rows
+from rkl.distill.sources import Row, Rows, read_rows
 from rkl.distill.teachers import (
     ModelTeacher,
     Teacher,
@@ -32,11 +41,11 @@ from rkl.distill.teachers import (
     model_input,
 )
 from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation
-from rkl.estimators import LinearHead
+from rkl.estimators import LinearHead, TopK
 from rkl.importing import names_in, only
 from rkl.metrics import Mean, clustered_mean, to_json
 from rkl.metrics.precision_recall import SLOPES, pr_curve
-from rkl.runs import Run, fingerprint, write_json
+from rkl.runs import Run, fingerprint, save_tensors, write_json
 from rkl.runs.integrity import check_inputs, hub_name, inputs_before, local_path
 
 DIVERGENCES: Mapping[str, Divergence] = {
@@ -68,6 +77,8 @@ class EvaluateSettings:
         divergences: What to measure beside forward KL, reverse KL, JS, TV, AKL and what the run
             minimised, such as todi "skew-kl(alpha=0.3)"; nothing else by default.
         max_length: Longest block, in tokens; by default as long as in training.
+        packing: Let short rows share a block; by default as in training.
+        train_on: Of a chat, all turns of the assistant or the last; by default as in training.
         max_blocks: Number of blocks to measure, from the first on; by default all.
         batch_size: Blocks run together, which decides the memory needed.
         prompts: Number of prompts out of the data that the student replies to, at most; 0 leaves
@@ -85,6 +96,8 @@ class EvaluateSettings:
     teacher: str | None = None
     divergences: tuple[str, ...] = ()
     max_length: int | None = None
+    packing: bool | None = None
+    train_on: Literal["all", "last"] | None = None
     max_blocks: int | None = None
     batch_size: int = 8
     prompts: int = 16
@@ -113,8 +126,10 @@ def evaluate_run(
 ) -> Evaluations:
     """Evaluate the student of a run on held-out data, and let it write.
 
-    The run keeps the result as ``evaluation.json`` and the replies as ``generations.jsonl``.
-    Rows that the run was trained on are warned of, for on them it is not held to anything.
+    The run keeps the result as ``evaluation.json`` and the replies as ``generations.jsonl``; the
+    comparison is kept before the replies are drawn. Rows are cut and packed as in training. Rows
+    that the run was trained on are warned of, for on them it is not held to anything, and so are
+    rows that give no prompt, which are passed over.
 
     Args:
         path: The folder of the run.
@@ -135,7 +150,12 @@ def evaluate_run(
     for name, model in (("student", student), ("teacher", teacher)):
         check_context(name, model, max_length)
         cast(nn.Module, model).to(device_named(settings.device))
-    blocks = tokenize(rows, tokenizer, max_length=max_length)
+    shape: dict[str, Any] = {"max_length": max_length}
+    for name in ("packing", "train_on"):
+        chosen, default = getattr(settings, name), getattr(DistillSettings, name)
+        shape[name] = run.settings.get(name, default) if chosen is None else chosen
+    blocks = tokenize(rows, tokenizer, **shape)
+    prompts, passed_over = _prompts(rows, tokenizer, student, settings)
     kept = range(min(len(blocks), settings.max_blocks or len(blocks)))
     with _progress() as progress:
         result = evaluate(
@@ -148,15 +168,41 @@ def evaluate_run(
             progress=progress,
         )
     result["data"] = {"fingerprint": fingerprint(rows), "rows": len(rows)}
-    result["settings"] = asdict(settings) | {"max_length": max_length}
-    if settings.prompts:
-        replies = reply_to(rows, student, tokenizer, settings)
+    result["data"] |= {"left_out": blocks.left_out, "reasons": blocks.reasons}
+    result["settings"] = asdict(settings) | shape
+    by_block = {
+        name: torch.tensor(it, dtype=torch.float64) for name, it in result.pop("by_block").items()
+    }
+    run.record_files([BY_BLOCK, "evaluation.json"])
+    save_tensors(run.path / BY_BLOCK, by_block)
+    write_json(run.path / "evaluation.json", result)  # before the replies, which may fail
+    if prompts:
+        replies = reply_to(prompts, student, tokenizer, settings)
         run.record_files(["generations.jsonl"])
         save(run.path / "generations.jsonl", replies)
         result["generations"] = {name: to_json(it) for name, it in measure(replies).items()}
-    run.record_files(["evaluation.json"])
-    write_json(run.path / "evaluation.json", result)
+        result["prompts"] = {"count": len(prompts), "passed_over": passed_over}
+        write_json(run.path / "evaluation.json", result)
     return Evaluations({Path(path).name or str(path): result})
+
+
+def _prompts(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    student: PreTrainedModel,
+    settings: EvaluateSettings,
+) -> tuple[list[Prompt], str]:
+    """What the student is to reply to; warns of rows that give no prompt, or if none does."""
+    if not settings.prompts:
+        return [], ""
+    try:
+        prompts, passed_over = choose_prompts(rows, tokenizer, student, settings)
+    except ValueError as error:
+        prompts, passed_over = [], str(error)
+    if passed_over:
+        what = "Rows that give no prompt are passed over" if prompts else "No replies are measured"
+        warnings.warn(f"{what}: {passed_over.rstrip('.')}.", stacklevel=3)
+    return prompts, passed_over
 
 
 @contextmanager
@@ -261,6 +307,8 @@ def evaluate(
 
     Returns:
         What JSON can hold; a mean is ``{"value", "error"}``, numbers or lists of them.
+        ``by_block`` has the sums over each block, its number of tokens, and a digest of these:
+        students measured on the same blocks are compared by their differences.
     """
     divergences = DIVERGENCES if divergences is None else divergences
     teacher = teacher if isinstance(teacher, Teacher) else ModelTeacher(teacher)
@@ -271,11 +319,11 @@ def evaluate(
     for padded in DataLoader(blocks, batch_size, collate_fn=PadRows()):
         batch = shifted({name: values.to(student.device) for name, values in padded.items()})
         rows = batch.predicting.nonzero()[:, 0] + first
-        p, q = (
-            side.observe(batch.inputs, batch.predicting, vocab=vocab) for side in (teacher, head)
-        )
+        p = teacher.observe(batch.inputs, batch.predicting, vocab=vocab)
+        q = head.observe(batch.inputs, batch.predicting, vocab=vocab)
         for part, logp, logq in _chunks(p, q):
             sums.add(rows[part], _columns(logp, logq, batch.targets[part], divergences))
+        sums.sign(rows, batch.targets)
         first += len(batch.predicting)
         if progress is not None:
             progress(first, sums.rows)
@@ -289,6 +337,7 @@ class _Sums:
         self.rows = rows
         self.count = torch.zeros(rows, dtype=torch.float64)
         self.total: dict[str, Tensor] = {}
+        self.digest = torch.zeros(rows, dtype=torch.int64)
 
     def add(self, rows: Int[Tensor, " tokens"], columns: Columns) -> None:
         rows = rows.cpu()
@@ -299,14 +348,29 @@ class _Sums:
             self.total.setdefault(name, torch.zeros(shape, dtype=torch.float64))
             self.total[name].index_add_(0, rows, values)
 
+    def sign(self, rows: Int[Tensor, " tokens"], targets: Int[Tensor, " tokens"]) -> None:
+        """Keep a digest of the tokens of each row, to know the same row again."""
+        rows, targets = rows.cpu(), targets.cpu().to(torch.int32)
+        for row in rows.unique().tolist():
+            self.digest[row] = zlib.crc32(targets[rows == row].numpy().tobytes())
+
+    def by_block(self) -> dict[str, list[float]]:
+        """Sums over each block of what has one number a token, for paired comparisons."""
+        sums = {name: total for name, total in self.total.items() if total.ndim == 1}
+        columns = {"tokens": self.count, "digest": self.digest} | sums
+        return {name: column.tolist() for name, column in columns.items()}
+
     def mean(self, name: str) -> Mean:
         kept = self.count > 0
         return clustered_mean(self.total[name][kept], self.count[kept])
 
 
-def _chunks(p: Known, q: Known) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _chunks(p: Known | TopK, q: Known) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """The log-probabilities of some tokens at a time, few enough to stay in a core's cache."""
-    tokens, vocab = (len(q.hidden), len(q.weight)) if isinstance(q, LinearHead) else q.shape
+    if isinstance(q, LinearHead):
+        tokens, vocab = len(q.hidden), len(q.weight)
+    else:
+        tokens, vocab = logits_of(q).shape
     size = max(1, ELEMENTS // vocab)
     for start in range(0, tokens, size):
         with torch.no_grad():
@@ -325,11 +389,11 @@ def _chunks(p: Known, q: Known) -> Iterator[tuple[slice, Tensor, Tensor]]:
             start = stop
 
 
-def _logits(known: Known, part: slice) -> Float[Tensor, "chunk vocab"]:
+def _logits(known: Known | TopK, part: slice) -> Float[Tensor, "chunk vocab"]:
     if isinstance(known, LinearHead):
         logits = logits_of(known._replace(hidden=known.hidden[part]))
     else:
-        logits = known[part]
+        logits = logits_of(known)[part]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -401,6 +465,7 @@ def _result(sums: _Sums, divergences: Mapping[str, Divergence], vocab: int) -> d
     precision, slopes = sums.mean("precision"), torch.tensor(SLOPES)
     recall = Mean(*(part / slopes for part in precision))
     return {
+        "by_block": sums.by_block(),
         "tokens": int(sums.count.sum()),
         "blocks": int((sums.count > 0).sum()),
         "perplexity": {side: to_json(_exponential(it)) for side, it in entropy.items()},

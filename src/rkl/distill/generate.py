@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rkl.distill.data import encode, render, spread
+from rkl.distill.chats import ChatTemplate, NothingToTrainOnError, text_of
+from rkl.distill.data import LeftOut, encode, holds_chats
 from rkl.distill.heads import inference
 from rkl.distill.limits import (
     check_count,
@@ -23,7 +26,7 @@ from rkl.distill.limits import (
     device_named,
 )
 from rkl.distill.progress import quiet
-from rkl.distill.sources import Row, kind_of, read_rows
+from rkl.distill.sources import TOOLS, Row, Rows, kind_of, read_rows
 from rkl.distill.teachers import load_model, load_tokenizer
 from rkl.importing import names_in
 from rkl.metrics import Mean, clustered_mean, mean
@@ -125,12 +128,18 @@ def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
     run = finished(path)
     rows = read_rows(settings.data, split=settings.split)
     tokenizer, student = load_tokenizer(run.path), load_model(run.path)
+    prompts, left_out = choose_prompts(
+        rows, tokenizer, student, settings, prompt_tokens=settings.prompt_tokens
+    )
+    if not prompts:
+        raise ValueError(f"data has no prompt that can be replied to. {left_out}.")
+    if left_out:
+        warnings.warn(f"Some rows give no prompt: {left_out}.", stacklevel=2)
     cast(nn.Module, student).to(device_named(settings.device))
-    how = {"prompt_tokens": settings.prompt_tokens, "batch_size": settings.batch_size}
     out = Path(settings.out) if settings.out else run.path / "replies.jsonl"
     if settings.out is None:
         run.record_files([out.name])
-    save(out, reply_to(rows, student, tokenizer, settings, **how))
+    save(out, reply_to(prompts, student, tokenizer, settings, batch_size=settings.batch_size))
     return out
 
 
@@ -139,23 +148,41 @@ def sampling_of(settings: Any) -> Sampling:
     return Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
 
 
-def reply_to(
+def choose_prompts(
     rows: Sequence[Row],
-    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
     settings: Any,
     *,
     prompt_tokens: int = 32,
-    batch_size: int = 16,
-) -> list[Generation]:
-    """What a model replies to prompts out of rows, as the settings of a verb want it."""
+) -> tuple[list[Prompt], str]:
+    """The prompts that the settings of a verb want, and which rows give none, in words.
+
+    A row that gives no prompt, or one that the model's context has no room for, is passed over
+    for the next.
+    """
+    room, left_out = context_of(model) - settings.max_new_tokens, LeftOut(read_rows(rows))
     prompts = prompts_of(
         rows,
         tokenizer,
         count=settings.prompts,
         prompt_tokens=prompt_tokens,
         reply_tokens=settings.max_new_tokens,
+        room=room,
+        left_out=left_out,
     )
+    return prompts, str(left_out)
+
+
+def reply_to(
+    prompts: Sequence[Prompt],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Any,
+    *,
+    batch_size: int = 16,
+) -> list[Generation]:
+    """What a model replies to prompts, as the settings of a verb want it."""
     return generate(
         model,
         tokenizer,
@@ -185,6 +212,8 @@ def prompts_of(
     count: int = 16,
     prompt_tokens: int = 32,
     reply_tokens: int = 64,
+    room: float = math.inf,
+    left_out: LeftOut | None = None,
 ) -> list[Prompt]:
     """Prompts from rows, spread evenly over them, each with what the data says next.
 
@@ -198,21 +227,49 @@ def prompts_of(
         count: How many prompts at most.
         prompt_tokens: Length of a prompt taken from plain text.
         reply_tokens: Length of the reference taken from plain text.
+        room: Longest prompt, in tokens; longer ones are passed over.
+        left_out: Counts the rows passed over; without it the first of them is an error.
     """
     check_count("count", count)
     check_count("prompt_tokens", prompt_tokens)
     check_count("reply_tokens", reply_tokens)
-    if not rows:
+    if not len(rows):
         raise ValueError("data has no rows.")
-    kind = kind_of(rows[0], "the first row")
-    if kind == "text":
+    rows = read_rows(rows)
+    chosen: dict[int, Prompt] = {}
+    if kind_of(rows[0], rows.place(0)) == "text":
         found = list(_windows(rows, tokenizer, prompt_tokens, prompt_tokens + reply_tokens))
-        chosen = [_continued(ids, tokenizer, prompt_tokens) for ids in spread(found, count)]
+        for index in _spread_first(len(found), count):
+            prompt = _continued(found[index], tokenizer, prompt_tokens)
+            if len(chosen) < count and len(prompt.tokens) <= room:
+                chosen[index] = prompt
+        if not found:
+            raise ValueError(
+                f"data has no text of {SHORTEST} tokens or more to begin a reply with."
+            )
+        if not chosen:
+            raise ValueError(
+                f"prompt_tokens={prompt_tokens} and a reply of {reply_tokens} tokens are more "
+                "than the model's context."
+            )
     else:
-        chosen = [_answered(row, tokenizer, kind) for row in spread(rows, count)]
-    if not chosen:
-        raise ValueError(f"data has no text of {SHORTEST} tokens or more to begin a reply with.")
-    return chosen
+        template = ChatTemplate(tokenizer) if holds_chats(rows) else None
+        for index in _spread_first(len(rows), count):
+            if len(chosen) == count:
+                break
+            try:
+                chosen[index] = _answered(rows, index, tokenizer, template, room)
+            except ValueError as error:
+                if left_out is None:
+                    raise
+                left_out.add(index, str(error).removeprefix(f"{rows.place(index)}: ").rstrip("."))
+    return [chosen[index] for index in sorted(chosen)]
+
+
+def _spread_first(items: int, count: int) -> list[int]:
+    """The indices of so many items: first some evenly spaced, then all others in their order."""
+    first = dict.fromkeys(index * items // count for index in range(min(count, items)))
+    return list(range(items)) if count >= items else list(first | dict.fromkeys(range(items)))
 
 
 def generate(
@@ -317,17 +374,40 @@ def _continued(ids: list[int], tokenizer: PreTrainedTokenizerBase, prompt_tokens
     return Prompt(ids[:at], begun, rest)
 
 
-def _answered(row: Row, tokenizer: PreTrainedTokenizerBase, kind: str) -> Prompt:
-    if kind == "completion" and isinstance(row["prompt"], str):
+def _answered(
+    rows: Rows,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate | None,
+    room: float,
+) -> Prompt:
+    """The prompt of a row, or a ValueError that names the row and what is wrong with it."""
+    row, place = rows[index], rows.place(index)
+    if template is None:
         (ids,) = encode(tokenizer, [row["prompt"]])
-        return Prompt(ids, row["prompt"], row["completion"])
-    messages = row["messages"] if kind == "messages" else [*row["prompt"], *row["completion"]]
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns or not turns[-1]:
-        raise ValueError("data: a chat to reply to must have a turn before the assistant's last.")
-    text = render(messages[: turns[-1]], tokenizer, "data", reply=True)
-    (ids,) = encode(tokenizer, [text], special=False)
-    return Prompt(ids, text, str(messages[turns[-1]].get("content") or ""))
+        prompt = Prompt(ids, row["prompt"], row["completion"])
+    else:
+        split = "prompt" in row
+        messages = [*row["prompt"], *row["completion"]] if split else row["messages"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns or not turns[-1]:
+            raise ValueError(
+                f"{place}: a chat to reply to must have a turn before the assistant's last."
+            )
+        try:
+            asked = template.prepare(messages[: turns[-1]], place)
+        except NothingToTrainOnError as nothing:
+            raise ValueError(f"{place}: {nothing.reason}.") from None
+        text = template.render(asked, place, reply=True, tools=row.get(TOOLS))
+        (ids,) = encode(tokenizer, [text], special=False)
+        prompt = Prompt(ids, text, text_of(messages[turns[-1]].get("content")))
+    if not prompt.tokens:
+        raise ValueError(f"{place}: the prompt is empty.")
+    if len(prompt.tokens) > room:
+        raise ValueError(
+            f"{place}: the prompt leaves no room for the reply in the model's context."
+        )
+    return prompt
 
 
 def _check_room(model: PreTrainedModel, prompts: Sequence[Prompt], sampling: Sampling) -> None:
@@ -344,7 +424,9 @@ def _check_room(model: PreTrainedModel, prompts: Sequence[Prompt], sampling: Sam
 def _settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
 ) -> GenerationConfig:
-    ends = _ends(model, tokenizer)
+    ends = ends_of(model, tokenizer)
+    if tokenizer.chat_template and (end := ChatTemplate(tokenizer).turn_end) not in (None, *ends):
+        ends.append(end)
     settings: dict[str, Any] = {
         "max_new_tokens": sampling.max_new_tokens,
         "eos_token_id": ends or None,
@@ -358,7 +440,7 @@ def _settings(
     return GenerationConfig(do_sample=True, **drawn, **settings)
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a reply, as the model says, or else the tokenizer."""
     ends: Any = model.generation_config.eos_token_id if model.generation_config else None
     ends = tokenizer.eos_token_id if ends is None else ends

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedTokenizerBase
 
-from rkl.estimators import LinearHead
+from rkl.estimators import LinearHead, TopK
 
 # What a configuration may call a factor of the logits, and the power in which it enters.
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 _SOFTCAPS = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap"
+_CAUSAL = "expected a causal language model"
 _STRETCH = 100.0  # logits at which no soft cap in use can hide
 
 Known = LinearHead | Float[Tensor, "tokens vocab"]
@@ -136,6 +137,7 @@ def read_head(model: nn.Module) -> Head:
         raise TypeError(
             f"model must be a causal language model of transformers; got a {type(model).__name__}."
         )
+    _check_kind("model", model)
     causal: Any = model  # a PreTrainedModel, or a PeftModel around one
     embedding = causal.get_output_embeddings()
     config = causal.config.get_text_config(decoder=True)
@@ -146,7 +148,7 @@ def read_head(model: nn.Module) -> Head:
             return head
     else:
         with inference(model):
-            logits = model(**_two_tokens(model)).logits
+            logits = _check_logits("model", model, model(**_two_rows(model)))
         vocab = logits.shape[-1]
         kind = f"{type(embedding).__module__}.{type(embedding).__qualname__}"
         reason = f"its output embedding is no plain linear layer; got a {kind}"
@@ -161,8 +163,49 @@ def read_head(model: nn.Module) -> Head:
     return Head(model, vocab)
 
 
-def logits_of(known: Known) -> Float[Tensor, "tokens vocab"]:
+def check_causal(name: str, model: Any) -> None:
+    """Refuse, by its argument's name, a model that does not predict each token from those before.
+
+    Such as one without a head, an encoder and decoder, or a masked model, whose logits at one
+    token change with the next.
+    """
+    _check_kind(name, model)
+    with inference(model):
+        _check_logits(name, model, model(**_two_rows(model)))
+
+
+def _check_kind(name: str, model: Any) -> None:
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TypeError(f"{name} is an encoder and decoder, a {kind}; {_CAUSAL}.")
+    if kind.endswith("ForMaskedLM"):
+        raise TypeError(f"{name} predicts masked tokens, as a {kind} does; {_CAUSAL}.")
+
+
+def _check_logits(name: str, model: Any, output: Any) -> Tensor:
+    """The logits of two rows that differ in their second token, once they are causal."""
+    kind, logits = type(model).__name__, getattr(output, "logits", None)
+    if logits is None or logits.ndim != 3:
+        raise TypeError(
+            f"{name} gives no logits for tokens: a {kind} has no such head; {_CAUSAL}, as "
+            "AutoModelForCausalLM or rkl.distill.load_model give one."
+        )
+    first, other = logits[:, 0]
+    if (first - other).abs().max() > 64 * torch.finfo(logits.dtype).eps * first.abs().max():
+        raise TypeError(
+            f"{name} sees the tokens that it is to predict: a {kind} reads in both directions, as "
+            f"masked models do; {_CAUSAL}."
+        )
+    return logits
+
+
+def logits_of(known: Known | TopK) -> Float[Tensor, "tokens vocab"]:
     """The logits, all at once."""
+    if isinstance(known, TopK):
+        raise TypeError(
+            "teacher gives its top k alone, and not the whole distribution that is needed here. "
+            "DistillTrainer, with its evaluation, takes a top k; rkl evaluate does not."
+        )
     if isinstance(known, Tensor):
         return known
     logits = known.scale * linear(known.hidden, known.weight, known.bias)
@@ -171,8 +214,15 @@ def logits_of(known: Known) -> Float[Tensor, "tokens vocab"]:
     return logits / known.temperature
 
 
-def at_temperature(known: Known, temperature: float) -> Known:
-    """The same, its logits divided by a temperature."""
+def at_temperature(known: Any, temperature: float) -> Any:
+    """The same, its logits divided by a temperature, which a top k has lost."""
+    if isinstance(known, TopK):
+        if temperature != 1:
+            raise ValueError(
+                "temperature must be 1 for a teacher known by its top k, whose other "
+                f"probabilities another temperature would need; got {temperature}."
+            )
+        return known
     if isinstance(known, Tensor):
         return known if temperature == 1 else known / temperature
     return known._replace(temperature=temperature)
@@ -233,11 +283,13 @@ def _softcap(config) -> float | None:
     return next((float(cap) for cap in caps if cap), None)
 
 
-def _two_tokens(model: Any) -> dict[str, Tensor]:
+def _two_rows(model: Any) -> dict[str, Tensor]:
+    """Two rows of two tokens, of which the second differ."""
     pad = model.config.get_text_config(decoder=True).pad_token_id
     # New weights embed the padding token as 0, and from there a head can give no logits but 0.
-    chosen = [token for token in range(3) if token != pad][:2]
-    tokens = torch.tensor([chosen], device=next(model.parameters()).device)
+    first, second, third = [token for token in range(4) if token != pad][:3]
+    device = next(model.parameters()).device
+    tokens = torch.tensor([[first, second], [first, third]], device=device)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
@@ -246,11 +298,12 @@ def _compared(head: Head, embedding: nn.Linear) -> tuple[int, str | None]:
     hidden = []
     with inference(head.model):
         with embedding.register_forward_pre_hook(_stretching(hidden)):
-            logits = head.model(**_two_tokens(head.model)).logits
+            output = head.model(**_two_rows(head.model))
+        logits = _check_logits("model", head.model, output)
         if len(hidden) != 1:
             reason = f"its output embedding was called {len(hidden)} times, not once"
             return logits.shape[-1], reason
-        states = torch.cat([hidden[0], hidden[0][:, :1]], 1)  # of the last nothing is asked
+        states = torch.cat([hidden[0][:1], hidden[0][:1, :1]], 1)  # of the last nothing is asked
         told = logits_of(head.at(states, states.new_ones(1, 2, dtype=torch.bool)))
     return logits.shape[-1], _difference(logits[0], told)
 

@@ -1,6 +1,8 @@
 """What a distillation is made of: blocks of text, a tokenizer, a teacher and a student."""
 
 import json
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,12 +21,22 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_callback import PrinterCallback
 
 from rkl.distill.cache import CachedTeacher, cache_hidden_states
-from rkl.distill.data import TokenDataset, show_example, spread, tokenize
-from rkl.distill.heads import common_vocabulary
+from rkl.distill.chats import ChatTemplate, read_template
+from rkl.distill.data import (
+    SHORTEST_PASSAGE,
+    NoTrainedTokensError,
+    TokenDataset,
+    holds_chats,
+    show_example,
+    spread,
+    tokenize,
+)
+from rkl.distill.generate import ends_of
+from rkl.distill.heads import check_causal, common_vocabulary
 from rkl.distill.limits import check_context, device_named
-from rkl.distill.progress import journaled
+from rkl.distill.progress import journaled, say
 from rkl.distill.settings import DistillSettings
-from rkl.distill.sources import Row, read_rows
+from rkl.distill.sources import Row, Rows, read_rows
 from rkl.distill.teachers import (
     Teacher,
     load_model,
@@ -35,6 +48,7 @@ from rkl.distill.trainer import DistillConfig, DistillTrainer
 from rkl.runs import fingerprint
 from rkl.runs.integrity import Input, files_of, values_of
 
+BLANK_LINE = r"\n[^\S\n]*\n\s*"
 EXAMPLE = 600  # characters of the first block that are shown
 LOGGED = 1000  # rows that a run logs, about
 
@@ -49,13 +63,15 @@ class Text:
         held_out: Blocks of other rows; None where there are none.
         origin: Where those come from, in words.
         rows_held_out: The rows of them.
+        template: A fingerprint of the chat template, where the rows are chats.
     """
 
-    rows: Sequence[Row]
+    rows: Rows
     blocks: TokenDataset
     held_out: TokenDataset | None
     origin: str
     rows_held_out: Sequence[Row] = ()
+    template: str | None = None
 
     def record(self) -> dict[str, Any]:
         """What run.json keeps of it."""
@@ -65,6 +81,8 @@ class Text:
             "blocks": len(self.blocks),
             "tokens": len(self.blocks.tokens),
             "trained_tokens": self.blocks.trained_tokens,
+            "left_out": self.blocks.left_out,
+            "chat_template": self.template,
             "held_out": {
                 "origin": self.origin,
                 "blocks": 0 if self.held_out is None else len(self.held_out),
@@ -123,12 +141,18 @@ class Models:
 def load(settings: DistillSettings) -> tuple[Text, Models]:
     """All that a run begins with, once it is seen that it goes together."""
     tokenizers = _load_tokenizers(settings)
+    template = _choose_template(settings, *tokenizers)
     text = read_text(settings, tokenizers[1])
+    if text.template is not None and template:
+        warnings.warn(template, stacklevel=3)
     teacher = load_model(settings.teacher, dtype=settings.dtype)
     student = _load_student(settings)
     common_vocabulary(_vocab(teacher), _vocab(student), *tokenizers)
     for name, model in (("teacher", teacher), ("student", student)):
+        check_causal(name, model)
         _check_fits(name, model, settings, text)
+    if text.template is not None:
+        _end_replies(student, tokenizers[1])
     return text, Models(teacher, student, *tokenizers)
 
 
@@ -158,42 +182,86 @@ def inputs_of(
 def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> Text:
     """Read the data, and hold some of it out if nothing else is given for that."""
     rows = read_rows(settings.data, split=settings.split)
-    if settings.eval_data is not None:
-        held = read_rows(settings.eval_data, split=settings.eval_split)
-        origin = settings.eval_data
-    else:
-        rows, held = _apart(rows, settings.held_out, settings.seed)
-        origin = f"{settings.held_out:.0%} of {settings.data}" if held else "nothing"
     shape: Any = {"max_length": settings.max_length, "packing": settings.packing}
-    blocks = tokenize(rows, tokenizer, **shape)
-    held_out = tokenize(held, tokenizer, **shape) if held else None
-    return Text(rows, blocks, held_out, origin, held)
+    shape |= {"train_on": settings.train_on}
+    if settings.eval_data is not None:
+        held, origin = read_rows(settings.eval_data, split=settings.eval_split), settings.eval_data
+        blocks = _tokens_of("eval_data", held, tokenizer, shape)
+    else:
+        train, held = _apart(rows, settings.held_out, settings.seed)
+        blocks = _held_out_blocks(held, tokenizer, shape)
+        rows, held = (rows, held.some([])) if blocks is None else (train, held)
+        origin = "nothing" if blocks is None else f"{settings.held_out:.0%} of {settings.data}"
+        if blocks is None and settings.held_out:
+            say(
+                f"NOTHING IS HELD OUT: {settings.data} cannot be divided, so that the last "
+                "student is kept, not the best. Give --eval-data, or --held-out 0 to say so."
+            )
+    template = fingerprint([str(tokenizer.chat_template)]) if holds_chats(rows) else None
+    read = _tokens_of("data", rows, tokenizer, shape)
+    return Text(rows, read, blocks, origin, held, template)
 
 
-def _apart(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+def _tokens_of(
+    name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, shape: dict[str, Any]
+) -> TokenDataset:
+    try:
+        return tokenize(rows, tokenizer, **shape)
+    except ValueError as error:
+        told = str(error)
+        raise ValueError(told if told.startswith(name) else f"{name}: {told}") from None
+
+
+def _held_out_blocks(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, shape: dict[str, Any]
+) -> TokenDataset | None:
+    """The blocks of rows held out at random; None where these give nothing to evaluate on."""
+    if not rows:
+        return None
+    try:
+        return tokenize(rows, tokenizer, **shape)
+    except NoTrainedTokensError:
+        return None
+
+
+def _apart(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     """The rows to train on, and a random share of them held out; of a single text, its end."""
     if not share:
-        return rows, []
+        return rows, rows.some([])
     if len(rows) == 1 and "text" in rows[0]:
-        return _beginning_and_end(rows[0]["text"], share)
+        return _beginning_and_end(rows, share)
     count = round(share * len(rows)) or 1
     if count >= len(rows):
-        return rows, []
+        return rows, rows.some([])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     held = set(order[:count].tolist())
     return (
-        [row for number, row in enumerate(rows) if number not in held],
-        [row for number, row in enumerate(rows) if number in held],
+        rows.some(number for number in range(len(rows)) if number not in held),
+        rows.some(sorted(held)),
     )
 
 
-def _beginning_and_end(text: str, share: float) -> tuple[list[Row], list[Row]]:
-    """A text cut at the blank line nearest before its last share, or left whole without one."""
-    at = text.rfind("\n\n", 0, round((1 - share) * len(text)))
-    begun, rest = text[:at], text[at:].lstrip("\n")
-    if at < 0 or not begun.strip() or not rest.strip():
-        return [{"text": text}], []
-    return [{"text": begun + "\n"}], [{"text": rest}]
+def _beginning_and_end(rows: Rows, share: float) -> tuple[Rows, Rows]:
+    """A text cut before its last share: at a blank line, else the end of a line, else a space.
+
+    A cut that holds out more than twice the share, and more than half of the text, is none.
+    """
+    text = rows[0]["text"]
+    wanted = round((1 - share) * len(text))
+    largest = max(2 * share, 0.5) * len(text)
+    for mark in (BLANK_LINE, r"\n\s*", r"\s+"):
+        cuts = [cut for cut in re.finditer(mark, text) if cut.start() < wanted]
+        if not cuts or len(text) - cuts[-1].end() > largest:
+            continue
+        begun, rest = text[: cuts[-1].start()], text[cuts[-1].end() :]
+        shortest = 1 if mark == BLANK_LINE else SHORTEST_PASSAGE
+        if min(len(begun.strip()), len(rest.strip())) >= shortest:
+            parts = [{"text": begun + "\n"}], [{"text": rest}]
+            first, second = (
+                Rows(part, rows.source, rows.unit, rows.numbers[:1]) for part in parts
+            )
+            return first, second
+    return rows, rows.some([])
 
 
 def _load_tokenizers(
@@ -205,6 +273,42 @@ def _load_tokenizers(
     if path.suffix == ".json" or has_none:
         return teacher, teacher
     return teacher, load_tokenizer(path)
+
+
+def _choose_template(
+    settings: DistillSettings,
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+) -> str | None:
+    """Give the student's tokenizer the chat template of the run; say if there was another."""
+    if settings.chat_template is not None:
+        student.chat_template = read_template(settings.chat_template)
+        return None
+    if teacher.chat_template == student.chat_template or not teacher.chat_template:
+        return None
+    if not student.chat_template:
+        student.chat_template = teacher.chat_template
+        return "The student's tokenizer has no chat template; the teacher's is used, and saved."
+    return (
+        "Teacher and student have different chat templates; the student's is used, so that the "
+        "teacher reads chats in words that are not its own. --chat-template names another file."
+    )
+
+
+def _end_replies(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the student's replies end at the token with which the template ends a turn."""
+    end, known = ChatTemplate(tokenizer).turn_end, ends_of(student, tokenizer)
+    if end is None or end in known:
+        return
+    warnings.warn(
+        f"The chat template ends what the assistant says with "
+        f"{tokenizer.convert_ids_to_tokens(end)}, not with {tokenizer.eos_token}: the student's "
+        "generation_config is told to stop there too.",
+        stacklevel=4,
+    )
+    settings = student.generation_config or GenerationConfig()
+    settings.eos_token_id = [*known, end]
+    student.generation_config = settings
 
 
 def with_cached_teacher(
@@ -245,8 +349,10 @@ def _load_student(settings: DistillSettings) -> PreTrainedModel:
 
 def save_student(settings: DistillSettings, folder: Path) -> None:
     """Write the student as a run begins with it, and its tokenizer."""
+    tokenizers = _load_tokenizers(settings)
+    _choose_template(settings, *tokenizers)
     _load_student(settings).save_pretrained(folder)
-    _load_tokenizers(settings)[1].save_pretrained(folder)
+    tokenizers[1].save_pretrained(folder)
 
 
 def _described(path: Path) -> PretrainedConfig:

@@ -44,6 +44,9 @@ class DistillSettings:
         epochs: Passes over the data, where --max-steps says nothing.
         max_length: Longest block, in tokens; no longer than the models' context.
         packing: Let short rows share a block, where they see the rows before them.
+        train_on: Of a chat, all turns of the assistant or the last.
+        chat_template: A file with the chat template to use and to save with the student; by
+            default the student's, or the teacher's where the student has none.
         batch_size: Blocks run together, which decides the memory needed.
         gradient_accumulation: Batches in a step, whose loss is that of one large batch.
         learning_rate: Peak rate of AdamW, which is about how far a weight moves in a step.
@@ -81,6 +84,8 @@ class DistillSettings:
     epochs: float = 1.0
     max_length: int = 512
     packing: bool = True
+    train_on: Literal["all", "last"] = "all"
+    chat_template: str | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
     learning_rate: float = 1e-4
@@ -115,6 +120,7 @@ class DistillSettings:
         check_within(self, "hard_label_weight", "weight_decay", "max_gradient", ends="[)")
         check_within(self, "temperature", "epochs", "learning_rate")
         number("learning_rate", self.learning_rate, at_most=LARGEST_RATE)
+        check_one_of(self, "train_on", "all", "last")
         check_one_of(self, "schedule", "cosine", "linear", "constant")
         check_one_of(self, "dtype", "float32", "bfloat16")
         check_counts(self, "seed", at_least=0)

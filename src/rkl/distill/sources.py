@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
+from rkl.distill.chats import as_tools, has_nulls, without_nulls
 from rkl.runs.integrity import hub_name
 
 Row = dict[str, Any]
@@ -17,10 +19,52 @@ COLUMNS = {
     "completion": ("prompt", "completion"),
     "text": ("text",),
 }
+TOOLS = "tools"  # a column that rows of messages may have
 EXPECTED = "expected text, or prompt and completion, or messages"
 
 
-def read_rows(data: Data, *, split: str = "train") -> list[Row]:
+class Rows(list[Row]):
+    """Rows, each with its place in what they were read from.
+
+    Args:
+        rows: The rows.
+        source: What they were read from, such as a file.
+        unit: What its parts are called: "line" or "row".
+        numbers: The number of each row there, counted from 1; None where it is the whole.
+        filled: True if nulls may stand for keys that a row does not have, as in Arrow.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Row] = (),
+        source: str = "data",
+        unit: str = "row",
+        numbers: Iterable[int | None] | None = None,
+        *,
+        filled: bool = False,
+    ):
+        super().__init__(rows)
+        self.source, self.unit, self.filled = source, unit, filled
+        self.numbers = list(range(1, len(self) + 1)) if numbers is None else list(numbers)
+
+    def place(self, index: int) -> str:
+        """Where a row stands, for messages to people."""
+        number = self.numbers[index]
+        return self.source if number is None else f"{self.source}, {self.unit} {number}"
+
+    def some(self, indices: Iterable[int]) -> "Rows":
+        """The rows with these indices, which keep their places."""
+        chosen = list(indices)
+        return Rows(
+            (self[index] for index in chosen),
+            self.source,
+            self.unit,
+            (self.numbers[index] for index in chosen),
+            filled=self.filled,
+        )
+
+
+def read_rows(data: Data, *, split: str = "train") -> Rows:
     """The rows of some data, all of one kind, with the columns of that kind and no others.
 
     ========================  =========================================================
@@ -43,17 +87,57 @@ def read_rows(data: Data, *, split: str = "train") -> list[Row]:
         ValueError: Naming file and line, or row, where something else was expected.
         ImportError: With the line to type, where an extra is missing.
     """
+    if isinstance(data, Rows):
+        return data
     named = isinstance(data, str | Path)
-    rows, kind = [], None
-    for place, row in _read_named(data, split) if named else _in_memory(data, split):
+    rows, numbers, kind, nulls = [], [], None, 0
+    read = _read_named(data, split) if named else _in_memory(data, split)
+    for number, row in read.rows:
+        place = read.source if number is None else f"{read.source}, {read.unit} {number}"
         found = kind_of(row, place)
         kind = kind or found
         if found != kind:
             raise ValueError(f"{place}: a row of {found} among rows of {kind}; expected one kind.")
-        rows.append(_checked(row, found, place))
+        row = _checked(row, found, place)
+        if read.filled and found != "text":
+            row, removed = _without_filled_nulls(row)
+            nulls += removed
+        rows.append(row)
+        numbers.append(number)
     if not rows:
         raise ValueError(f"data: {data if named else type(data).__name__} has no rows.")
-    return rows
+    if nulls:
+        warnings.warn(
+            f"{read.source}: in {nulls:,} of {len(rows):,} rows null values below tool_calls or "
+            "tools are left out: Arrow writes them for keys that other rows have.",
+            stacklevel=2,
+        )
+    return Rows(rows, read.source, read.unit, numbers, filled=read.filled)
+
+
+class _Reading(NamedTuple):
+    """Rows as they are read, with their numbers, and where they come from."""
+
+    rows: Iterable[tuple[int | None, Any]]
+    source: str
+    unit: str = "row"
+    filled: bool = False
+
+
+def _without_filled_nulls(row: Row) -> tuple[Row, bool]:
+    """The row without nulls below tool calls and tools, and whether there were any."""
+    deep = [row[TOOLS]] if row.get(TOOLS) is not None else []
+    cleaned = {TOOLS: without_nulls(row[TOOLS])} if deep else {}
+    for column, messages in row.items():
+        if column == TOOLS or isinstance(messages, str):
+            continue
+        calls = [message.get("tool_calls") for message in messages]
+        deep += calls
+        cleaned[column] = [
+            message | ({"tool_calls": without_nulls(call)} if call is not None else {})
+            for message, call in zip(messages, calls, strict=True)
+        ]
+    return row | cleaned, any(map(has_nulls, deep))
 
 
 def kind_of(row: Any, place: str) -> str:
@@ -68,10 +152,9 @@ def kind_of(row: Any, place: str) -> str:
 
 
 def _checked(row: Mapping[str, Any], kind: str, place: str) -> Row:
-    if kind == "messages" and row.get("tools"):
-        raise ValueError(f"{place}: tools are not put into the chat template; take them out.")
     values = {column: row[column] for column in COLUMNS[kind]}
     for column, value in values.items():
+        _check_text(value, column, place)
         if isinstance(value, str) and kind != "messages":
             continue
         if kind == "text":
@@ -79,7 +162,34 @@ def _checked(row: Mapping[str, Any], kind: str, place: str) -> Row:
         values[column] = _messages(value, column, place)
     if len({type(value) for value in values.values()}) > 1:
         raise ValueError(f"{place}: prompt and completion must both be text or both messages.")
+    told = (
+        as_tools(row.get(TOOLS), place)
+        if not isinstance(next(iter(values.values())), str)
+        else None
+    )
+    if told is not None:
+        _check_text(told, TOOLS, place)
+        values[TOOLS] = told
     return values
+
+
+def _check_text(value: Any, column: str, place: str) -> None:
+    """Refuse text with half of a surrogate pair, which no encoding can write."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{place}: {column} must be text that UTF-8 can write; got half of a surrogate "
+                f"pair, {value[error.start]!r}, at character {error.start + 1:,}."
+            ) from None
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            _check_text(key, column, place)
+            _check_text(part, column, place)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_text(part, column, place)
 
 
 def _messages(value: Any, column: str, place: str) -> list[dict[str, Any]]:
@@ -95,20 +205,28 @@ def _messages(value: Any, column: str, place: str) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{place}: content in {column} must be text; got {_short(message['content'])}."
             )
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+                raise ValueError(
+                    f"{place}: a part of content in {column} must be an object with a type; "
+                    f"got {_short(part)}."
+                )
     return [dict(message) for message in value]
 
 
-def _in_memory(data: Any, split: str) -> Iterator[tuple[str, Any]]:
+def _in_memory(data: Any, split: str, source: str = "data") -> _Reading:
     if isinstance(data, Mapping):
         if split not in data:
             raise ValueError(f"split must be one of {sorted(data)}; got {split!r}.")
         data = data[split]
     if not isinstance(data, Iterable):
         raise TypeError(f"data must be a file, a data set or a list of rows; got {_short(data)}.")
-    return ((f"data, row {number}", row) for number, row in enumerate(data, 1))
+    filled = type(data).__module__.partition(".")[0] == "datasets"
+    return _Reading(enumerate(data, 1), source, filled=filled)
 
 
-def _read_named(data: str | Path, split: str) -> Iterator[tuple[str, Any]]:
+def _read_named(data: str | Path, split: str) -> _Reading:
     path = Path(data)
     if path.is_dir():
         return _saved(path, split)
@@ -121,43 +239,46 @@ def _read_named(data: str | Path, split: str) -> Iterator[tuple[str, Any]]:
     return reader(path)
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            place = f"{path}, line {number}"
-            text = _utf8(line, place)
-            if text.strip():
-                yield place, _json(text, place)
+def _jsonl(path: Path) -> _Reading:
+    def rows() -> Iterator[tuple[int, Any]]:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                place = f"{path}, line {number}"
+                text = _utf8(line, place)
+                if text.strip():
+                    yield number, _json(text, place)
+
+    return _Reading(rows(), str(path), "line")
 
 
-def _txt(path: Path) -> Iterator[tuple[str, Any]]:
-    text = _utf8(path.read_bytes(), str(path))
-    if text.strip():
-        yield str(path), {"text": text}
+def _txt(path: Path) -> _Reading:
+    """The whole text, its lines ended by a line feed alone, as Python reads text files."""
+    text = _utf8(path.read_bytes(), str(path)).replace("\r\n", "\n").replace("\r", "\n")
+    return _Reading([(None, {"text": text})] if text.strip() else [], str(path))
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path) -> _Reading:
     table_of = _extra("pyarrow.parquet", f"Reading {path.name}")
     try:
         table = table_of.read_table(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
-    known = {column for columns in COLUMNS.values() for column in columns}
+    known = {TOOLS, *(column for columns in COLUMNS.values() for column in columns)}
     found = [name for name in table.column_names if name in known]
-    if not found:
+    if not {*found} - {TOOLS}:
         raise ValueError(f"{path}: {EXPECTED}; got the columns {sorted(table.column_names)}.")
     rows = (row for batch in table.select(found).to_batches() for row in batch.to_pylist())
-    return ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+    return _Reading(enumerate(rows, 1), str(path), filled=True)
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path], _Reading]] = {
     ".jsonl": _jsonl,
     ".txt": _txt,
     ".parquet": _parquet,
 }
 
 
-def _saved(path: Path, split: str) -> Iterator[tuple[str, Any]]:
+def _saved(path: Path, split: str) -> _Reading:
     datasets = _extra("datasets", f"Reading the folder {path}")
     try:
         found = datasets.load_from_disk(str(path))
@@ -165,7 +286,7 @@ def _saved(path: Path, split: str) -> Iterator[tuple[str, Any]]:
         raise ValueError(
             f"data: the folder {path} holds no data set saved by datasets' save_to_disk."
         ) from None
-    return _in_memory(found, split)
+    return _in_memory(found, split, str(path))
 
 
 def _data_set(text: str) -> str:
@@ -175,14 +296,14 @@ def _data_set(text: str) -> str:
     return hub_name("data", prefix + name) + colon + config
 
 
-def _on_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
+def _on_hub(name: str, split: str) -> _Reading:
     datasets = _extra("datasets", f"There is no file {name!r}, and the data set of that name")
     dataset, _, config = name.partition(":")
     try:
         found = datasets.load_dataset(dataset, config or None, split=split)
     except Exception as error:  # whatever a hub, a network and a loader may raise
         raise ValueError(f"data: {name!r} is neither a file nor a data set: {error}") from error
-    return _in_memory(found, split)
+    return _in_memory(found, split, name)
 
 
 def _extra(module: str, purpose: str) -> ModuleType:

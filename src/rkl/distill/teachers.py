@@ -33,6 +33,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_peft_available
 
 from rkl.distill.heads import Head, Known, read_head
+from rkl.estimators import TopK
 from rkl.runs.integrity import Input, check_finite, files_of, hub_name, local_path
 
 OF_MODEL = (  # the files of a folder that decide what a model and its tokenizer are
@@ -66,8 +67,13 @@ class Teacher(abc.ABC):
         predicting: Bool[Tensor, "rows steps"],
         *,
         vocab: int | None = None,
-    ) -> Known:
+    ) -> Known | TopK:
         """What is known of p, constant to autograd, row after row.
+
+        Logits, the head that yields them, or at temperature 1 an :class:`rkl.TopK` of the
+        likeliest atoms, which servers give. Both distributions are then coarsened to these atoms
+        and the rest. Tokens with fewer atoms than others are filled up with log-probability -inf
+        at any index not used yet.
 
         Args:
             inputs: The batch as the student gets it, without its labels.

@@ -242,6 +242,12 @@ class DistillTrainer(Trainer):
         if not path.exists():
             self._save_checkpoint(cast(nn.Module, self.model), None)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """The Trainer's, and what says where the texts in a row begin."""
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        self._signature_columns = [*dict.fromkeys([*columns, "seq_lengths"])]
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's, which notes the loss for the check before the update."""
         loss = super().training_step(*args, **kwargs)
@@ -280,7 +286,7 @@ class DistillTrainer(Trainer):
         if self._batch is None or bad_weights(self._student()) is not None:
             return False
         q = self._head.observe(self._batch.inputs, self._batch.predicting, vocab=self._vocab)
-        states = q.hidden if isinstance(q, LinearHead) else q
+        states: Any = q.hidden if isinstance(q, LinearHead) else q
         return bool(states.isfinite().all())
 
     def _cause(self) -> str:
@@ -346,7 +352,7 @@ class DistillTrainer(Trainer):
             if isinstance(self.processing_class, PreTrainedTokenizerBase):
                 self.processing_class.save_pretrained(folder)
 
-    def _observe(self, batch: Batch) -> Known:
+    def _observe(self, batch: Batch) -> Known | TopK:
         """What the teacher says of a batch, in the precision that the Trainer trains in."""
         with torch.no_grad(), self.accelerator.autocast():
             return self._teacher.observe(batch.inputs, batch.predicting, vocab=self._vocab)
@@ -373,7 +379,7 @@ class DistillTrainer(Trainer):
         with hook, self._head.tap(receive):
             return model(**batch.inputs).loss
 
-    def _loss(self, batch: Batch, p: Known, q: Known, count: Tensor | int) -> Tensor:
+    def _loss(self, batch: Batch, p: Known | TopK, q: Known, count: Tensor | int) -> Tensor:
         if not len(batch.targets):
             parts = q[:3] if isinstance(q, LinearHead) else (q,)
             # It is 0, and yet every parameter takes part, as DDP demands.
@@ -390,7 +396,7 @@ class DistillTrainer(Trainer):
         finite = weight.masked_fill(infinite, 0.0)
         return self._divided(batch, p, q, finite) if finite.any() else loss
 
-    def _divided(self, batch: Batch, p: Known, q: Known, weight: Tensor) -> Tensor:
+    def _divided(self, batch: Batch, p: Known | TopK, q: Known, weight: Tensor) -> Tensor:
         """Sum over tokens of their weight times what is minimised."""
         hard, compiled = self.args.hard_label_weight, self.args.compiled
         p, soft = (at_temperature(it, self.args.temperature) for it in (p, q))
@@ -410,11 +416,11 @@ class DistillTrainer(Trainer):
             hard_label_weight=hard,
         )
 
-    def _values(self, p: Known, q: Known) -> Tensor:
+    def _values(self, p: Known | TopK, q: Known) -> Tensor:
         p, q = (at_temperature(it, self.args.temperature) for it in (p, q))
         return per_token({"loss": self.divergence}, p=p, q=q)["loss"]
 
-    def _score(self, batch: Batch, p: Known, q: Known) -> Tensor:
+    def _score(self, batch: Batch, p: Known | TopK, q: Known) -> Tensor:
         """Of each row: the sums of finite divergences and of cross-entropies, two counts.
 
         Those are of tokens with an infinite divergence, and of all tokens.
@@ -430,13 +436,23 @@ class DistillTrainer(Trainer):
         row = batch.predicting.nonzero()[:, 0]
         return totals.index_add_(0, row, torch.stack(scores, 1).to(totals.dtype))
 
-    def _name(self, batch: Batch, p: Known, q: Known, infinite: Tensor) -> None:
+    def _name(self, batch: Batch, p: Known | TopK, q: Known, infinite: Tensor) -> None:
         """Warn, once, of the first token whose divergence is infinite, and say where and why."""
         if self._named:
             return
         self._named = True
         first = int(infinite.nonzero()[0])
         row, position = batch.predicting.nonzero()[first].tolist()
+        if isinstance(p, TopK):
+            warnings.warn(
+                f"{self.divergence} is infinite at token {position + 1} of row {row} of the "
+                f"batch, {self._spell(batch.targets[first])}: among the teacher's top k and the "
+                "rest, one of the distributions is 0 where the other is not. Such tokens have no "
+                "gradient and are left out of the loss; their number is logged as "
+                "infinite_tokens.",
+                stacklevel=2,
+            )
+            return
         logp, logq = (
             logits_of(at_temperature(_only(it, first), self.args.temperature)).log_softmax(-1)
             for it in (p, q)
@@ -479,7 +495,7 @@ class _Guard(TrainerCallback):
         self._check()
 
 
-def _only(known: Known, token: int) -> LinearHead | Float[Tensor, "1 vocab"]:
+def _only(known: LinearHead | Tensor, token: int) -> LinearHead | Float[Tensor, "1 vocab"]:
     """What is known of one token."""
     if isinstance(known, Tensor):
         return known[token : token + 1]

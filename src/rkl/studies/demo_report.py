@@ -31,6 +31,7 @@ class Verdict:
         value: Its value and standard error.
         second: The run next to it.
         second_value: The same of that.
+        paired: Their difference and its error, block by block of the same text, where it is known.
     """
 
     measure: str
@@ -38,10 +39,13 @@ class Verdict:
     value: tuple[float, float]
     second: str
     second_value: tuple[float, float]
+    paired: tuple[float, float] | None = None
 
     @property
     def apart(self) -> float:
-        """The difference of the two over its standard error, as if the two were independent."""
+        """The difference of the two over its standard error."""
+        if self.paired is not None and self.paired[1]:
+            return abs(self.paired[0]) / self.paired[1]
         error = math.hypot(self.value[1], self.second_value[1])
         return abs(self.value[0] - self.second_value[0]) / error if error else math.inf
 
@@ -69,7 +73,7 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     _refuse_others(whole)
     students, before = list(whole.settings["divergences"]), whole.settings["before"]
     evaluations = results_of(whole)
-    found = verdicts({name: evaluations.results[name] for name in students})
+    found = verdicts({name: evaluations.results[name] for name in students}, evaluations)
     sections = [
         *_with_first(evaluations.sections(), _best_table(found)),
         _training(whole, students, before),
@@ -102,8 +106,15 @@ def results_of(whole: Run) -> Evaluations:
     return evaluations_of({name: whole.path / name for name in names})
 
 
-def verdicts(results: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
-    """Who did best at each thing that has a best, by the evaluations of the students."""
+def verdicts(
+    results: Mapping[str, Mapping[str, Any]], evaluations: Evaluations | None = None
+) -> list[Verdict]:
+    """Who did best at each thing that has a best, by the evaluations of the students.
+
+    Args:
+        results: Of each student.
+        evaluations: Pairs students block by block; without it they are taken as independent.
+    """
     found = [
         _verdict(words, {name: value(it) for name, it in results.items()}, sign)
         for words, (value, sign) in _MEASURES.items()
@@ -114,7 +125,23 @@ def verdicts(results: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
     if all("generations" in it for it in results.values()):
         values = {run: it["generations"]["rouge_l"] for run, it in results.items()}
         found.append(_verdict("ROUGE-L of replies", values, 1))
-    return found
+    return [_in_pairs(it, evaluations) for it in found] if evaluations is not None else found
+
+
+def _in_pairs(verdict: Verdict, evaluations: Evaluations) -> Verdict:
+    """The same with the difference of the two runs, block by block."""
+    measure = verdict.measure
+    column = _COLUMNS.get(measure, f"{measure.removeprefix('divergence ')}:all")
+    return replace(verdict, paired=evaluations.difference(column, verdict.best, verdict.second))
+
+
+# What a measure is called among the sums over blocks; of perplexity it is the logarithm.
+_COLUMNS = {
+    "perplexity": "student.cross_entropy",
+    "top-1 agreement": "top1",
+    "precision (its mass in the teacher's nucleus)": "student.in_nucleus",
+    "recall (the teacher's mass in its nucleus)": "teacher.in_nucleus",
+}
 
 
 # What has a best: where a result holds it, and whether more (1) or less (-1) is better.
@@ -244,8 +271,8 @@ def _times(whole: Run) -> "Block":
 _CLOCKS = "seconds", "cpu_seconds"
 _BEST_SAYS = (
     "The two best students at each measure, and how many standard errors of their difference "
-    "lie between them, the two taken as independent. They were evaluated on the same text, so "
-    "that the true errors are smaller: what is clear here is clear."
+    "lie between them. They were evaluated on the same blocks of text, and the error is that of "
+    "their difference from block to block; of replies, the two are taken as independent."
 )
 _BEFORE_SAYS = "How the teacher, and what all students began as, learned to predict the text."
 _HEAD_TAIL = (

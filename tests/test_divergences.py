@@ -385,7 +385,7 @@ def test_between_coins_that_nearly_always_fall_alike_no_digit_is_lost(law, scale
             value, p = coin_kl(a, b)
             # 1e-11: between logits of 39 and 40 the excess is a difference of nearly equal terms
             assert forward[i, j].item() == pytest.approx(float(value * scale(p)), rel=1e-11)
-            assert backward[j, i].item() == forward[i, j].item()
+            assert backward[j, i].item() == pytest.approx(forward[i, j].item(), rel=1e-14)
 
 
 @pytest.mark.parametrize("law", [Bernoulli, lambda probs: Binomial(1, probs=probs)])

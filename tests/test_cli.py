@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 import subprocess
 import sys
 import types
@@ -177,12 +178,54 @@ def test_debug_shows_where(fail_with):
 
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(fail_with, capsys):
     fail_with(KeyboardInterrupt())
-    assert answer("fail", "--out", "my runs/1") == 130
-    assert "rkl fail --out 'my runs/1' --resume\n" in capsys.readouterr().err
-    assert answer("fail", "--out", "a", "--resume") == 130
-    assert capsys.readouterr().err.count("--resume") == 1
     assert answer("fail") == 130
-    assert "Nothing is kept" in capsys.readouterr().err
+    assert "Begin again with: rkl fail\n" in capsys.readouterr().err
+
+
+INTERRUPTED = {
+    "distill": "--teacher t --student s --data d --out {out}",
+    "fit": "--data d.npy --out {out} --overwrite",
+    "fit --target": "fit --target mog4 --out {out} --resume",
+    "estimate": "d.nc --family normal(loc=a,scale=b) --out {out}",
+    "demo": "demo --out {out}",
+    "study": "study akl --out {out}",
+    "metrics": "--real a.npy --fake b.npy",
+    "sample": "sample {run} -n 3 --out x.npy",
+    "evaluate": "evaluate {run}",
+    "compare": "compare {run} {run} --out x.html --overwrite",
+    "report": "report {run}",
+    "divergences": "divergences kl",
+}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("verb", INTERRUPTED)
+def test_what_is_proposed_after_an_interruption_is_a_command_that_works(
+    tmp_path, monkeypatch, capsys, verb, begun
+):
+    out, run = tmp_path / "a run", tmp_path / "another run"
+    Run.create(run, "flows", {"target": "mog4()"}, seed=0).release()
+    words = [it.format(out=out, run=run) for it in INTERRUPTED[verb].split()]
+    words = words if words[0] in cli.commands.COMMANDS else [verb, *words]
+
+    def interrupted(parsed):
+        if begun:
+            Run.create(out, "flows", {}, seed=0).update(status="interrupted")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    assert cli.main(words) == 130
+    program, *proposed = shlex.split(capsys.readouterr().err.partition(" with: ")[2])
+    assert program == "rkl"
+    reached = []
+    monkeypatch.setattr(cli, "_run", reached.append)
+    assert cli.main(proposed) == 0
+    (parsed,) = reached
+    how = vars(parsed)
+    if begun and getattr(parsed, "out", None) == out:  # else the folder would be refused
+        assert how["overwrite"] != how.get("resume", False)
+    if verb in ("distill", "fit", "fit --target"):
+        assert parsed.resume
 
 
 def test_a_reader_that_has_read_enough_is_no_error():

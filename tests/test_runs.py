@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import stat
+import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -524,6 +526,151 @@ def test_later_metrics_are_forgotten_when_a_run_goes_back(tmp_path):
         run.log({"step": step})
     run.rewind(20)
     assert run.metrics == [{"step": 10}, {"step": 20}]
+
+
+# One writer
+
+HOLDING = """
+import sys
+from rkl.runs import Run
+run = Run.create(sys.argv[1], "distill", {}, seed=0)
+with run.running():
+    run.log({"step": 1})
+    print("holding", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A run that another process is writing, and that process."""
+    words = [sys.executable, "-c", HOLDING, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, **pipes, text=True) as process:
+        assert process.stdout.readline() == "holding\n"
+        yield tmp_path / "run", process
+        process.kill()
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize("kind", ["distill", "bayes"])
+def test_a_second_writer_is_refused_and_harms_nothing(held, kind, options):
+    path, process = held
+    (path / ".rows.bin.0123abcd.tmp").write_text("of the first")
+    before = everything_in(path)
+    with pytest.raises(runs.RunBusyError, match=f"process {process.pid} on"):
+        Run.create(path, kind, {}, seed=0, **options)
+    assert everything_in(path) == before
+
+
+def test_a_lock_does_not_outlive_a_killed_process(held):
+    path, process = held
+    process.kill()
+    process.wait()
+    assert (path / ".rkl-lock").exists()
+    with Run.create(path, "distill", {}, seed=0, resume=True) as run:
+        assert run.metrics == [{"step": 1}]
+    assert not (path / ".rkl-lock").exists()
+
+
+def test_what_is_written_beside_a_running_training_does_not_undo_its_updates(held, tmp_path):
+    path, _process = held
+    beside = [threading.Thread(target=Run(path).record_files, args=([f"{i}"],)) for i in range(8)]
+    beside += [threading.Thread(target=Run(path).update, kwargs={f"k{i}": i}) for i in range(8)]
+    for thread in beside:
+        thread.start()
+    for thread in beside:
+        thread.join()
+    record = Run(path).record
+    assert {f"{i}" for i in range(8)} <= record["files"].keys()
+    assert [record.get(f"k{i}") for i in range(8)] == list(range(8))
+
+
+def test_a_second_thread_is_refused_and_the_same_may_begin_again(tmp_path):
+    create(tmp_path / "run")
+    refused = []
+
+    def second():
+        try:
+            create(tmp_path / "run", resume=True)
+        except runs.RunBusyError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    thread.join()
+    assert len(refused) == 1
+    create(tmp_path / "run", resume=True)  # what took the lock here was left by an exception
+
+
+def test_temporary_files_of_a_living_process_are_not_swept(tmp_path):
+    inside = """
+import sys
+from rkl.runs import replacing
+with replacing(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+    words = [sys.executable, "-c", inside, str(tmp_path / "s.npy")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, **pipes, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        (name,) = os.listdir(tmp_path)
+        runs.sweep(tmp_path)
+        runs.write_atomic(tmp_path / "s.npy", "mine")
+        assert sorted(os.listdir(tmp_path)) == sorted([name, "s.npy"])
+        process.kill()
+    runs.write_atomic(tmp_path / "s.npy", "again")  # sweeps what the killed one left
+    assert os.listdir(tmp_path) == ["s.npy"]
+
+
+def test_ranks_of_one_run_share_the_lock_of_the_first(held, monkeypatch):
+    path, _process = held
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert runs.writers.acquire(path, list) is None
+
+
+# What is read and what is written
+
+
+@pytest.mark.parametrize("way", ["inside", "link to it", "link in it", "folder around"])
+def test_an_input_in_the_folder_to_write_is_refused(tmp_path, way):
+    out, source = tmp_path / "out", tmp_path / "data.npy"
+    out.mkdir()
+    if way == "inside":
+        (source := out / "data.npy").write_text("")
+    elif way == "link to it":
+        (out / "data.npy").write_text("")
+        source.symlink_to(out / "data.npy")
+    elif way == "link in it":
+        source.write_text("")
+        (source := out / "link.npy").symlink_to(tmp_path / "data.npy")
+    else:
+        source = tmp_path
+    with pytest.raises(ValueError, match="out: .* (holds|lies in) the data"):
+        runs.refuse_inputs(out, {"data": source, "labels": None, "teacher": "no/file"})
+    runs.refuse_inputs(tmp_path / "other" if way != "folder around" else "/o", {"data": source})
+
+
+def test_a_file_that_rkl_did_not_write_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = create(tmp_path / "run")
+    runs.write_atomic(run.path / "report.html", "page")
+    (tmp_path / "mine.py").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"mine\.py exists.*--overwrite"):
+        runs.check_out_file(tmp_path / "mine.py")
+    runs.check_out_file(tmp_path / "mine.py", overwrite=True)
+    (tmp_path / "page.html").write_text('<!doctype html><meta name="generator" content="rkl">')
+    runs.check_out_file(tmp_path / "page.html")
+    with pytest.raises(ValueError, match="is the data itself"):
+        runs.check_out_file(tmp_path / "mine.py", overwrite=True, inputs={"data": "mine.py"})
+    for name in ("run.json", "report.html", "rows.bin"):
+        with pytest.raises(FileExistsError, match="a file of the run"):
+            runs.check_out_file(run.path / name, overwrite=True)
+    runs.check_out_file(run.path / "report.html", own="report.html")
+    runs.check_out_file(run.path / "samples.npy")
 
 
 # Finding it again

@@ -1,6 +1,8 @@
 """The loop learns within its budget, keeps the best, and goes on after a stop to the same bits."""
 
 import math
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +12,16 @@ import torch
 from torch import nn
 
 from rkl.flows import training
-from rkl.flows.training import CHECKPOINT, Moment, load_state, one_at_a_time, save_state, train
-from rkl.runs import Run
+from rkl.flows.training import (
+    CHECKPOINT,
+    Moment,
+    load_state,
+    one_at_a_time,
+    refuse_shorter,
+    save_state,
+    train,
+)
+from rkl.runs import Run, signals
 
 
 class Location(nn.Module):
@@ -109,6 +119,54 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path, at):
     assert torch.equal(whole[0], resumed[0])
     assert torch.equal(whole[1], resumed[1])
     assert whole[2:] == resumed[2:]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Trains in a run: to so many steps, with a signal to this process or an error at one."""
+
+    def fitted(name, steps, *, signalled_at=None, broken_at=None, resume=False):
+        flow, counter = Location(), Counter()
+        with Run.create(tmp_path / name, "flows", {}, seed=0, resume=resume) as run:
+            inner = noisy(flow, counter)
+
+            def objective(moment):
+                if moment.step == signalled_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                if moment.step == broken_at:
+                    raise StoppedError
+                return inner(moment)
+
+            how = {"also": {"counter": counter}, "run": run, "every": 10}
+            train(flow, objective, steps=steps, lr=0.05, seed=5, **how)
+            rows = [{k: v for k, v in row.items() if k != "seconds"} for row in run.metrics]
+            return [flow.mean.tolist(), counter.seen.tolist(), *rows]
+
+    return fitted
+
+
+def test_a_terminated_training_stops_behind_the_step_and_goes_on_to_the_same_bits(trained):
+    whole = trained("whole", 45)
+    with pytest.raises(signals.StoppedError) as stopped:
+        trained("cut", 45, signalled_at=17)
+    assert signals.exit_code(stopped.value) == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(StoppedError):  # it goes on at step 18: nothing was lost
+        trained("cut", 45, broken_at=18, resume=True)
+    assert trained("cut", 45, resume=True) == whole
+
+
+def test_a_finished_training_goes_on_under_a_larger_budget_to_the_same_bits(trained, tmp_path):
+    first = trained("extended", 20)
+    trained("cut", 20)
+    extended = trained("extended", 45, resume=True)
+    assert extended != first
+    assert [row["step"] for row in extended[-5:]] == [10, 20, 30, 40, 45]
+    with pytest.raises(StoppedError):
+        trained("cut", 45, broken_at=33, resume=True)
+    assert trained("cut", 45, resume=True) == extended
+    with pytest.raises(ValueError, match=r"has done 45 steps, and can go on to no fewer; got 30"):
+        refuse_shorter(tmp_path / "cut", 30, None)
 
 
 def test_a_finished_training_resumed_is_left_as_it_is(tmp_path):

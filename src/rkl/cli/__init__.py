@@ -20,10 +20,11 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NoReturn
 
+from rkl import runs
 from rkl.cli import commands, terminal
 from rkl.cli.documentation import documentation
 from rkl.importing import check_name, names_in, only
-from rkl.runs import DiskFullError, full_disk
+from rkl.runs import DiskFullError, full_disk, signals
 from rkl.text import one_line
 
 # Flags, and the word of rkl divergences, whose text may name what is to be imported.
@@ -56,26 +57,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 2 where what was asked cannot be done as asked; 1 where doing it failed; 130 where
-        Ctrl-C stopped it.
+        Ctrl-C stopped it, 143 where SIGTERM did, 129 where SIGHUP did.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     terminal.prepare_streams()
+    parsed = None
     try:
-        with terminal.one_line_warnings(), only():
+        with signals.raising(), terminal.one_line_warnings(), only():
             parsed = _parser(words).parse_args(words)
             with only(_allowed(parsed), folder=_working_folder()):
                 _run(parsed)
             return _flush()
-    except KeyboardInterrupt:
-        print(f"\nrkl: interrupted. {_how_to_go_on(words)}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
+            print(f"\nrkl: interrupted. {_how_to_go_on(words, parsed)}", file=sys.stderr)
+        return signals.exit_code(stop)
     except BrokenPipeError:  # whoever read our output has read enough, as head does
         terminal.discard(sys.stdout)
         return 141
     except Exception as error:
         if "--debug" in words:
             raise
-        return (isinstance(error, OSError) and _flush()) or _explain(error, words)
+        return (isinstance(error, OSError) and _flush()) or _explain(error, words, parsed)
 
 
 def _run(parsed: argparse.Namespace) -> None:
@@ -173,11 +176,11 @@ def _exists(module: str) -> bool:
     return spec is not None and spec.origin is not None  # a folder without code has none
 
 
-def _explain(error: Exception, words: list[str]) -> int:
+def _explain(error: Exception, words: list[str], parsed: argparse.Namespace | None) -> int:
     message = one_line(error)
     if full_disk(error):
         message = message if isinstance(error, DiskFullError) else f"the disk is full: {message}."
-        return _complain(f"{message} {_how_to_go_on(words)}", 1)
+        return _complain(f"{message} {_how_to_go_on(words, parsed)}", 1)
     if terminal.out_of_memory(error):
         return _complain(f"out of memory: {message}. {_sizes(words)}", 1)
     if isinstance(error, BAD_USAGE) and message:
@@ -223,8 +226,22 @@ def _complain(message: str, code: int) -> int:
     return code
 
 
-def _how_to_go_on(words: list[str]) -> str:
-    if not any(word == "--out" or word.startswith("--out=") for word in words):
-        return "Nothing is kept."
-    again = [word for word in words if word not in ("--resume", "--overwrite")] + ["--resume"]
-    return f"Go on with: {shlex.join(['rkl', *again])}"
+def _how_to_go_on(words: list[str], parsed: argparse.Namespace | None) -> str:
+    """The command that goes on with what was interrupted, or does it again."""
+    said = vars(parsed) if parsed is not None else {}
+    again = [word for word in words if word not in ("--resume", "--overwrite")]
+    out = said.get("out")
+    status = None if out is None else _status(Path(out))
+    if "resume" in said and not said["dry_run"] and (status or not Path(out or "").exists()):
+        return f"Go on with: {shlex.join(['rkl', *again, '--resume'])}"
+    if said.get("overwrite") or status == "interrupted":
+        again.append("--overwrite")
+    return f"Begin again with: {shlex.join(['rkl', *again])}"
+
+
+def _status(folder: Path) -> str | None:
+    """What the run.json in a folder says of its run; None where there is none."""
+    try:
+        return str(runs.Run.open(folder).record.get("status"))
+    except (OSError, ValueError):
+        return None

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Runner = Callable[[Namespace], None]
 Command = Callable[[ArgumentParser, Sequence[str]], Runner]
 HERE = Path(__file__).parents[1]
+# The file in a run folder that a verb writes, and may write again.
+WRITES = {"generate": "replies.jsonl", "sample": None, "report_runs": "report.html"}
 
 
 def divergences(parser: ArgumentParser, words: Sequence[str]) -> Runner:
@@ -109,7 +111,7 @@ def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     def studied(parsed: Namespace) -> None:
         module = importlib.import_module(f"rkl.studies.{parsed.name.replace('-', '_')}")
         part = parsed.part or next(iter(module.PARTS))
-        out = parsed.out or Path("runs", f"{parsed.name}-{part}")
+        parsed.out = out = parsed.out or Path("runs", f"{parsed.name}-{part}")
         how = {"overwrite": parsed.overwrite, **_common(parsed)}
         if parsed.data is not None:
             if "data" not in inspect.signature(module.study).parameters:
@@ -375,11 +377,18 @@ def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
     wanted: Any = runs.verb(flags, named[0]) if named else None
     if wanted:
         settings.add_flags(parser, wanted)
-    elif {"-h", "--help"} & set(words):
+    if name != "evaluate":
+        _add_overwrite_flag(parser)
+    if not wanted and {"-h", "--help"} & set(words):
         parser.epilog = "\n\n".join([str(parser.epilog), *_flags_by_kind(parser, flags)])
 
     def done(parsed: Namespace) -> None:
-        _show(runs.verb(f"{name}_run", parsed.run)(parsed.run, settings.gather(wanted, parsed)))
+        chosen: Any = settings.gather(wanted, parsed)
+        if name != "evaluate":
+            how: Any = {"overwrite": parsed.overwrite, "own": WRITES[name]}
+            how["inputs"] = {"data": getattr(chosen, "data", None)}
+            runs.check_out_file(getattr(chosen, "out", None), **how)
+        _show(runs.verb(f"{name}_run", parsed.run)(parsed.run, chosen))
 
     return done
 
@@ -417,7 +426,18 @@ def _run(text: str) -> Path:
 def _across_runs(parser: ArgumentParser, name: str) -> Runner:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the HTML file")
-    return lambda parsed: _show(runs.verb(name, *parsed.runs)(parsed.runs, out=parsed.out))
+    _add_overwrite_flag(parser)
+
+    def done(parsed: Namespace) -> None:
+        runs.check_out_file(parsed.out, overwrite=parsed.overwrite, own=WRITES.get(name))
+        _show(runs.verb(name, *parsed.runs)(parsed.runs, out=parsed.out))
+
+    return done
+
+
+def _add_overwrite_flag(parser: ArgumentParser) -> None:
+    words = "replace the file at --out"
+    parser.add_argument("--overwrite", action="store_true", help=words)
 
 
 def _show(result: Any) -> None:

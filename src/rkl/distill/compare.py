@@ -306,7 +306,8 @@ def result_of(path: str | os.PathLike) -> dict[str, Any]:
     file = Run.open(path).path / "evaluation.json"
     if not file.exists():
         raise FileNotFoundError(
-            f"path: {path} has not been evaluated: rkl evaluate {path} --data D does it."
+            f"path: {path} has not been evaluated: "
+            f"rkl evaluate {shlex.quote(str(path))} --data D does it."
         )
     try:
         return json.loads(file.read_text(encoding="utf-8"))

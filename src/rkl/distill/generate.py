@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -200,7 +201,7 @@ def finished(path: str | os.PathLike) -> Run:
         own = "".join(f" --allow {it}" for it in names_in(run.settings.get("divergence")))
         raise FileNotFoundError(
             f"path: {path} is not finished, and holds no student yet. Go on with: "
-            f"rkl distill --out {path} --resume{own}"
+            f"rkl distill --out {shlex.quote(str(path))} --resume{own}"
         )
     return run
 

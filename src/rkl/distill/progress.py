@@ -1,13 +1,10 @@
 """What is seen of a run while it lasts: progress, metrics, memory; and how it is stopped."""
 
 import contextlib
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from rkl.distill.selection import improves
 from rkl.runs import Run
+from rkl.runs.signals import StopRequest
 from rkl.text import printable
 
 PAUSE = 10.0  # seconds between lines where there is no terminal
@@ -196,42 +194,18 @@ class Display:
 
 
 class Stop(TrainerCallback):
-    """Ends training behind the step in which Ctrl-C or SIGTERM arrives, with a checkpoint.
+    """Ends training behind the step in which Ctrl-C, SIGTERM or SIGHUP arrives, with a checkpoint.
 
-    Attributes:
-        requested: Whether one of them has arrived.
+    Args:
+        request: Tells whether one of them has arrived.
     """
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, request: StopRequest):
+        self.request = request
 
     def on_step_end(self, args, state, control: TrainerControl, **kwargs):
-        if self.requested:
+        if self.request.number is not None:
             control.should_save = control.should_log = control.should_training_stop = True
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["Stop"]:
-        """While this lasts, the first signal is heeded so; the next one has its usual effect."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self  # signals reach the main thread alone
-            return
-        before = {it: signal.getsignal(it) for it in (signal.SIGINT, signal.SIGTERM)}
-
-        def restore() -> None:
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-        def heed(number: int, frame: FrameType | None) -> None:
-            self.requested = True
-            restore()
-            say("\nStopping after this step. Once more stops at once.")
-
-        try:
-            for each in before:
-                signal.signal(each, heed)
-            yield self
-        finally:
-            restore()
 
 
 def clock(seconds: float) -> str:

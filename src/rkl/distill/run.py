@@ -8,7 +8,9 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +48,12 @@ from rkl.distill.settings import DistillSettings
 from rkl.distill.teachers import Teacher, load_model, resolved
 from rkl.runs import Run, check_out, remove_folder, replacing_files, write_atomic
 from rkl.runs.integrity import check_inputs, inputs_before
+from rkl.runs.signals import StoppedError, StopRequest
 
 __all__ = ["DistillSettings", "Distilled", "Estimate", "distill", "estimate", "load_run"]
 
-MAY_CHANGE = "device", "save_every", "keep_checkpoints"  # in a run that is resumed
+# In a run that is resumed; more steps extend it.
+MAY_CHANGE = "device", "save_every", "keep_checkpoints", "max_steps", "epochs"
 INPUTS = "teacher", "student", "data", "eval_data"  # settings that may be files or folders
 CACHE = "teacher"  # folder of its hidden states, there while the run lasts
 OF_TRAINER = "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "trainer_state.json"
@@ -77,7 +81,7 @@ class Distilled:
             words.append(f"best at step {it['best_step']:,}: {held_out_loss(it)}")
         return (
             f"{self.path}: {'; '.join(words)}.\n"
-            f"Measure it with: rkl evaluate {self.path} --data HELDOUT"
+            f"Measure it with: rkl evaluate {shlex.quote(str(self.path))} --data HELDOUT"
         )
 
 
@@ -116,6 +120,8 @@ def distill(
     found = {name: resolved(it) for name, it in named.items() if it is not None}
     settings = dataclasses.replace(settings, **found)
     text, models = load(settings)
+    if resume:
+        _refuse_shorter(Path(out), settings.steps(len(text.blocks)))
     inputs = inputs_of(settings, text, teacher)
     models = models if teacher is None else dataclasses.replace(models, teacher=teacher)
     before = inputs_before(out) if resume else {}
@@ -123,13 +129,14 @@ def distill(
     how["may_change"] = (*MAY_CHANGE, *(INPUTS if before else ()))
     with Run.create(out, "distill", dataclasses.asdict(settings), **how) as run:
         check_inputs(run.path, before, inputs)
-        if run.record["status"] == "finished":
+        if run.record["status"] == "finished" and not _is_longer(run, settings, text):
             say(f"{run.path} was finished before; nothing is left to do.")
             return Distilled(run.path, run.record["result"])
         _introduce(text, models)
         if not before:
             _check_same_data(run, text.record())
-        run.update(inputs=inputs, settings=run.settings | found)
+        may = {name: getattr(settings, name) for name in MAY_CHANGE}
+        run.update(inputs=inputs, settings=run.settings | found | may)
         try:
             return _distill(settings, run, text, models, watch, began)
         except DivergedError:
@@ -161,6 +168,34 @@ def _distill(
 def load_run(path: str | os.PathLike) -> PreTrainedModel:
     """The student of a run."""
     return load_model(finished(path).path)
+
+
+def _done(path: Path) -> int | None:
+    """The step of the last checkpoint of a run; None where there is no checkpoint."""
+    folder = path / "checkpoints"
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return None if last is None else _state(Path(last))["global_step"]
+
+
+def _refuse_shorter(path: Path, total: int) -> None:
+    done = _done(path)
+    if done is not None and total < done:
+        raise ValueError(
+            f"max_steps: {path} has done {done:,} steps, and can go on to no fewer; got {total:,}."
+        )
+
+
+def _is_longer(run: Run, settings: DistillSettings, text: Text) -> bool:
+    """Whether a finished run is to go on to more steps than it did."""
+    total = settings.steps(len(text.blocks))
+    if total <= run.record["result"]["steps"]:
+        return False
+    if _done(run.path) is None:
+        raise ValueError(
+            f"resume: {run.path} has no checkpoints any more, so that it cannot go on to "
+            f"{total:,} steps."
+        )
+    return True
 
 
 def _check_same_data(run: Run, data: dict[str, Any]) -> None:
@@ -197,9 +232,9 @@ def _train(
     if done == total:
         return None
     trainer = make_trainer(settings, folder, text, models, eval_on_start=last is None)
-    display, stop = Display(total), Stop()
+    display, stop = Display(total), StopRequest()
     trainer.add_callback(Journal(run, display, watch))
-    trainer.add_callback(stop)
+    trainer.add_callback(Stop(stop))
     try:
         with display.bar, stop.listening():
             trainer.train(resume_from_checkpoint=last)
@@ -209,7 +244,7 @@ def _train(
         return error
     if trainer.state.global_step < total:
         say(f"A checkpoint of step {trainer.state.global_step} of {total} is saved.")
-        raise KeyboardInterrupt
+        raise StoppedError(stop.number or signal.SIGINT)
     return None
 
 

@@ -22,6 +22,7 @@ from rkl.flows.fit import fit_to_samples
 from rkl.flows.fitted import Fit
 from rkl.flows.rejection import reject
 from rkl.flows.target_run import (
+    BUDGET,
     CHAINS,
     PATHS,
     TRIED,
@@ -32,13 +33,14 @@ from rkl.flows.target_run import (
     run_input,
     sample_target,
 )
-from rkl.flows.training import save_state
+from rkl.flows.training import refuse_shorter, save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
 from rkl.metrics import to_json
 from rkl.runs import Run, check_out, fingerprint
 from rkl.runs.integrity import Input, local_path, values_of
 
 BATCH = 10_000  # samples made at a time
+MAY_CHANGE = "device", *BUDGET  # in a run that is resumed; more of the budget extends it
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def fit(
     """
     inputs = {name: getattr(settings, name) for name in ("data", "labels", "start_from")}
     check_out(out, overwrite=overwrite, resume=resume, inputs=inputs)
+    if resume:
+        refuse_shorter(Path(out), settings.steps, settings.minutes)
     data = _read(settings)
     begun = _begun(settings, data)
     kept = asdict(settings) | {"data": str(settings.data.resolve())}
@@ -135,10 +139,11 @@ def fit(
     if (labels := _labels_file(settings)) is not None:
         kept["labels"] = str(labels)
         places = (*places, "labels") if places else ()
-    with Run.create(out, "flows", kept, may_change=("device", *places), **how) as run:
+    with Run.create(out, "flows", kept, may_change=(*MAY_CHANGE, *places), **how) as run:
         found = fingerprint([data.values.numpy().tobytes()])
         check_same_data(run, found, _inputs(settings, data), rows=len(data), **_names(data))
-        run.update(settings=run.settings | {name: kept[name] for name in (*PATHS, "labels")})
+        changed = {name: kept[name] for name in (*PATHS, "labels", *MAY_CHANGE)}
+        run.update(settings=run.settings | changed)
         with run.running():
             fitted = begun(run=run, **settings.allowance)
             _save(run, fitted)

@@ -26,7 +26,7 @@ from rkl.flows.objectives import Objective, parse_objective
 from rkl.flows.target_fit import FEW, TargetFit, fit_to_target
 from rkl.flows.targets import XY, Phi4, Target, parse_target
 from rkl.flows.targets.base import Condition, spelt
-from rkl.flows.training import load_state, save_state
+from rkl.flows.training import load_state, refuse_shorter, save_state
 from rkl.importing import names_in, only
 from rkl.readers import place_of_nan, read_arrays
 from rkl.runs import Run, check_out, fingerprint
@@ -46,6 +46,7 @@ EVERY = 25  # steps from one row, and one checkpoint, to the next
 TRIED = 20  # steps from which --dry-run foretells the time
 CHAINS = 4
 FEWEST = 20  # draws of a chain, of which more than this must have moved
+BUDGET = "steps", "minutes"  # settings that a resumed run may have more of
 PATHS = "data", "start_from"  # settings that run.json keeps as text
 SPLINES = NSF(transforms=3, hidden=(128, 128), bins=16)  # of few coordinates
 
@@ -259,6 +260,8 @@ def fit_target(
     """
     inputs = {name: getattr(settings, name) for name in ("data", "start_from")}
     check_out(out, overwrite=overwrite, resume=resume, inputs=inputs)
+    if resume:
+        refuse_shorter(Path(out), settings.steps, settings.minutes)
     data = _data(settings)
     flow = _begun(settings)
     _fitted(
@@ -268,10 +271,12 @@ def fit_target(
     for name in PATHS:
         kept[name] = None if kept[name] is None else str(kept[name].resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
-    with Run.create(out, "flows", kept, may_change=moved(out, resume), **how) as run:
+    how["may_change"] = (*BUDGET, *moved(out, resume))
+    with Run.create(out, "flows", kept, **how) as run:
         rows = [] if data is None else [row.tobytes() for row in data[0].numpy()]
         check_same_data(run, fingerprint(rows), _inputs(settings, data), rows=len(rows))
-        run.update(settings=run.settings | {name: kept[name] for name in PATHS})
+        changed = {name: kept[name] for name in (*PATHS, *BUDGET)}
+        run.update(settings=run.settings | changed)
         with run.running():
             fitted = _fitted(settings, flow, data, settings.budget, run)
             run.remember_rows(rows)

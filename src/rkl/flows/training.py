@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +21,7 @@ from rkl.checks import LARGEST_COUNT, LARGEST_RATE
 from rkl.divergences.base import number
 from rkl.runs import Run, save_tensors
 from rkl.runs.integrity import values_of
+from rkl.runs.signals import StoppedError, StopRequest
 
 CHECKPOINT = "checkpoint.safetensors"
 PATIENCE = 10  # steps in succession without a finite gradient, after which training stops
@@ -144,7 +146,9 @@ def train(
     All randomness comes from torch's global generators, seeded here and put back afterwards; so
     one training of a process goes on at a time, and one in another thread waits, with a warning.
     With ``run``, training goes on from the checkpoint there; a budget in steps then leads to
-    the same bits as if it had never been interrupted.
+    the same bits as if it had never been interrupted. Ctrl-C, SIGTERM and SIGHUP end it behind the
+    step, with a checkpoint. Under a larger budget a training that had ended goes on: the learning
+    rate rises to where it would be at this step of the larger budget, and falls to its end.
 
     Args:
         flow: What is trained; whatever of it requires no gradient stays as it is.
@@ -171,9 +175,13 @@ def train(
     """
     _check(steps, minutes, lr, clip, ema, every)
     loop = _Loop(flow, steps, minutes, lr, clip, ema, dict(also or {}), run)
-    with loop.randomness(seed), _bar() as show:
+    stop = StopRequest()
+    with loop.randomness(seed), _bar() as show, stop.listening():
         loop.resume()
         while loop.moment.progress < 1 and not loop.moment.stopped:
+            if stop.number is not None:
+                loop.save()
+                raise StoppedError(stop.number)
             loop.step(objective)
             if loop.moment.step % every == 0 or loop.moment.progress >= 1 or loop.moment.stopped:
                 loop.pause(watch, show)
@@ -212,6 +220,11 @@ class _Loop:
     def seconds(self) -> float:
         return self.before + time.perf_counter() - self.began
 
+    @property
+    def progress(self) -> float:
+        spent = self.seconds / 60 if self.minutes else self.moment.step
+        return min(1.0, spent / (self.minutes or self.steps))
+
     def step(self, objective: Objective) -> None:
         moment = self.moment
         rate = 0.5 * self.lr * (1 + math.cos(math.pi * moment.progress))
@@ -230,8 +243,7 @@ class _Loop:
         decay = min(self.ema, (1 + self.taken) / (10 + self.taken))
         get_ema_multi_avg_fn(decay)(self.average, self.parameters, None)
         moment.step += 1
-        spent = self.seconds / (60 * self.minutes) if self.minutes else moment.step / self.steps
-        moment.progress = min(1.0, spent)
+        moment.progress = self.progress
 
     def _skip(self, loss: float) -> None:
         self.bad += 1
@@ -257,6 +269,11 @@ class _Loop:
         show(self.moment, row)
         if self.run is not None:
             self.run.log(row)
+        self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint, out of which training goes on to the same bits."""
+        if self.run is not None:
             save_state(self.run.path / CHECKPOINT, self.state_dict())
 
     def _keep(self, score: float) -> None:
@@ -282,6 +299,7 @@ class _Loop:
             "best": self.best,
             "also": {name: it.state_dict() for name, it in self.also.items()},
             "moment": [moment.step, moment.progress, moment.stopped],
+            "numbers": moment.numbers,
             "counts": [self.bad, self.taken],
             "seconds": self.seconds,
             "random": torch.get_rng_state(),
@@ -304,6 +322,8 @@ class _Loop:
         for name, it in self.also.items():
             it.load_state_dict(state["also"][name])
         self.moment.step, self.moment.progress, self.moment.stopped = state["moment"]
+        self.moment.numbers = state.get("numbers", {})
+        self.moment.progress = self.progress  # of the budget as it is now
         self.bad, self.taken = state["counts"]
         torch.set_rng_state(state["random"])
         if state["random_on_gpu"] is not None and self.device.type == "cuda":
@@ -332,9 +352,11 @@ def save_state(path: str | os.PathLike, state: Any) -> None:
     The structure is in the file's header; nothing that is read can run code.
     """
     tensors: dict[str, Tensor] = {}
-    structure = json.dumps(_packed(state, tensors))
-    digest = _digest(structure, tensors.__getitem__, list(tensors))
-    save_tensors(path, tensors, {"structure": structure, "sha256": digest})
+    packed = _packed(state, tensors)
+    digest = _digest(json.dumps(packed), tensors.__getitem__, list(tensors))
+    # In one entry: safetensors writes several in an order of chance, and equal states must be
+    # equal files.
+    save_tensors(path, tensors, {"structure": json.dumps({"sha256": digest, "state": packed})})
 
 
 def load_state(path: str | os.PathLike) -> Any:
@@ -343,12 +365,14 @@ def load_state(path: str | os.PathLike) -> Any:
 
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata()
-            text, kept = about["structure"], about.get("sha256")
-            found = kept and _digest(text, file.get_tensor, list(file.keys()))
+            structure = json.loads(file.metadata()["structure"])
+            if not (isinstance(structure, dict) and "sha256" in structure):  # of earlier versions
+                return _unpacked(structure, file.get_tensor)
+            kept, packed = structure["sha256"], structure["state"]
+            found = _digest(json.dumps(packed), file.get_tensor, list(file.keys()))
             if found != kept:
                 raise ValueError(f"it is damaged: its sha256 is {found}, and was {kept}")
-            return _unpacked(json.loads(text), file.get_tensor)
+            return _unpacked(packed, file.get_tensor)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path: {path} holds no state that rkl wrote: {error}.") from None
 
@@ -379,6 +403,29 @@ def _unpacked(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _unpacked(it, tensor) for key, it in value["pairs"]}
     return value
+
+
+def refuse_shorter(folder: Path, steps: int | None, minutes: float | None) -> None:
+    """Refuse to go on with a training under a budget that it has spent, or that stopped itself.
+
+    Raises:
+        ValueError: More steps are done, or more minutes gone, than there are to be.
+    """
+    if not (folder / CHECKPOINT).exists():
+        return
+    state = load_state(folder / CHECKPOINT)
+    (done, progress, stopped), spent = state["moment"], state["seconds"] / 60
+    if steps is not None and steps < done:
+        raise ValueError(
+            f"steps: {folder} has done {done:,} steps, and can go on to no fewer; got {steps:,}."
+        )
+    if minutes is not None and minutes < spent and progress < 1:
+        raise ValueError(
+            f"minutes: {folder} has trained for {spent:.3g} minutes, and can go on to no fewer; "
+            f"got {minutes:g}."
+        )
+    if steps is not None and steps > done and stopped:
+        raise ValueError(f"resume: {folder} stopped at step {done:,} and cannot go on: {stopped}.")
 
 
 def _check(steps, minutes, lr, clip, ema, every) -> None:

@@ -40,6 +40,7 @@ from rkl.runs.files import (
     write_json,
 )
 from rkl.runs.ownership import (
+    check_out_file,
     foreign_files,
     listed,
     refuse_foreign,
@@ -56,6 +57,7 @@ __all__ = [
     "RunBusyError",
     "append_jsonl",
     "check_out",
+    "check_out_file",
     "fingerprint",
     "foreign_files",
     "full_disk",

@@ -196,6 +196,75 @@ def refuse_inputs(out: str | os.PathLike, inputs: Mapping[str, Any]) -> None:
             raise ValueError(f"out: {out} lies in the {name}, {source}; choose another folder.")
 
 
+def check_out_file(
+    out: str | os.PathLike | None,
+    *,
+    overwrite: bool = False,
+    inputs: Mapping[str, Any] | None = None,
+    own: str | None = None,
+) -> None:
+    """Refuse a file to write in whose place there is anything that rkl did not write.
+
+    Args:
+        out: The file; None is the verb's own place, and never refused.
+        overwrite: Whether a file there may be replaced. No file of a run ever is.
+        inputs: The files that are read, by the name of the argument.
+        own: The name in a run folder that the verb writes to by itself, which it may replace.
+
+    Raises:
+        FileExistsError: There is such a file, or a folder; or it is a file of a run.
+        FileNotFoundError: There is no folder to write it to.
+        ValueError: It is an input.
+    """
+    if out is None:
+        return
+    path = Path(out)
+    if path.is_dir():
+        raise FileExistsError(f"out must be a file; got {path}, which is a folder.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"out: there is no folder {path.parent} for {path.name}.")
+    for name, source in _existing(inputs or {}):
+        if path.exists() and os.path.samefile(path, source):
+            raise ValueError(f"out: {out} is the {name} itself; choose another file.")
+    of_run = _run_of(path)
+    if of_run is not None and of_run[1] != own:
+        folder, name = of_run
+        raise FileExistsError(
+            f"out: {path} is a file of the run {folder}, {name}; choose another name."
+        )
+    if of_run is None and os.path.lexists(path) and not overwrite and not _is_our_page(path):
+        raise FileExistsError(
+            f"out: {path} exists. Choose another name, or say --overwrite to replace it."
+        )
+
+
+def _run_of(path: Path) -> tuple[Path, str] | None:
+    """The run that a file is part of, or would be by its name, and its name in there."""
+    resolved = path.parent.resolve() / path.name
+    for place in {resolved, path.resolve()}:
+        for folder in place.parents:
+            try:
+                record = json.loads((folder / "run.json").read_bytes())
+            except (OSError, ValueError, RecursionError):
+                continue
+            name = place.relative_to(folder).as_posix()
+            if not isinstance(record, dict) or not {"format", "kind"} <= record.keys():
+                continue
+            patterns = (*_FOR_ALL, *_unlisted(record), LOCK)
+            if name in (listed(record) or {}) or any(_matches(name, it) for it in patterns):
+                return folder, name
+    return None
+
+
+def _is_our_page(path: Path) -> bool:
+    """Whether a file is a report that rkl wrote."""
+    try:
+        with path.open("rb") as file:
+            return b'<meta name="generator" content="rkl">' in file.read(400)
+    except OSError:
+        return False
+
+
 def _existing(inputs: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """The inputs that are there, a pattern such as chain-*.csv as all that it fits."""
     for name, source in inputs.items():

@@ -200,14 +200,11 @@ def test_a_run_that_diverges_keeps_its_last_good_student_and_says_so(held_out, w
     assert logits.isfinite().all()
 
 
-def test_a_run_with_a_nan_teacher_ends_in_an_error_and_names_the_weight(world, capsys):
+def test_a_teacher_with_a_nan_weight_is_refused_by_its_name(world, capsys):
     _nan_teacher(world)
     words = ["distill", "--teacher", world / "teacher", "--student", world / "student"]
     words += ["--data", world / "text.txt", "--out", world / "run", "--device", "cpu"]
     words += ["--max-steps", "2", "--max-length", "16", "--no-compiled"]
-    with pytest.warns(UserWarning, match="its logits are NaN"):
-        assert main(list(map(str, words))) == 1
-    said = capsys.readouterr().err
-    assert "before the first step" in said
-    assert "teacher's weight transformer.h.0.mlp.c_fc.weight is not finite" in said
-    assert json.loads((world / "run" / "run.json").read_text())["status"] == "diverged"
+    assert main(list(map(str, words))) != 0
+    assert "transformer.h.0.mlp.c_fc.weight" in capsys.readouterr().err
+    assert not (world / "run").exists()

@@ -308,6 +308,7 @@ def _end_replies(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     )
     settings = student.generation_config or GenerationConfig()
     settings.eos_token_id = [*known, end]
+    settings._from_model_config = False  # which would have it made anew from the model's own
     student.generation_config = settings
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import types
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -365,7 +366,10 @@ def test_a_run_lists_every_file_that_is_written_into_it(tmp_path):
     with run.running():
         fill(run)
         assert run.files.keys() == FILLED
-    assert run.files == dict.fromkeys(FILLED, {"sha256": None, "size": None})
+    assert run.files["run.json"] == {"sha256": None, "size": None}
+    for name in FILLED - {"run.json"}:
+        data = (run.path / name).read_bytes()
+        assert run.files[name] == {"sha256": sha256(data).hexdigest(), "size": len(data)}
     assert set(everything_in(run.path)) == FILLED
 
 

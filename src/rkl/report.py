@@ -188,9 +188,12 @@ def render(title: str, sections: Sequence[Section], *, lead: str = "") -> str:
 
 def write(path: Path, html: str) -> None:
     """Write a rendered report; a reader sees the old file or the new one, never half."""
-    if path.name == "report.html" and (path.parent / "run.json").is_file():
+    own = path.name == "report.html" and (path.parent / "run.json").is_file()
+    if own:
         Run.open(path.parent).record_files([path.name])
     write_atomic(path, html)
+    if own:
+        Run.open(path.parent).measure_files([path.name])
 
 
 def written(cell: Cell) -> str:

@@ -385,7 +385,7 @@ def test_a_run_that_does_not_say_its_teacher_must_be_told(tmp_path):
     run = Run.create(tmp_path / "run", "distill", {}, seed=0)
     (tmp_path / "held.jsonl").write_text('{"text": "w1 w2"}\n')
     with pytest.raises(ValueError, match="teacher must be given"):
-        module._teacher(run, settings(run))
+        module._load_teacher(run, settings(run))
 
 
 @pytest.mark.parametrize(

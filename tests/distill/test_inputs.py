@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from rkl.distill import distill, load_model
 from rkl.distill.evaluate import EvaluateSettings, evaluate, evaluate_run
 from rkl.distill.progress import Display
-from rkl.distill.run import inputs_of, load
+from rkl.distill.run import inputs_of, load, load_run
 from rkl.distill.sources import read_rows
 from rkl.distill.teachers import model_input
 from rkl.runs import Run
@@ -199,3 +199,22 @@ def test_an_adapter_counts_with_the_model_below_it(folder, tmp_path):
     adapter = {"base_model_name_or_path": str(folder / "student")}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
     assert "student/model.safetensors" in model_input(tmp_path)["files"]
+
+
+def test_a_flipped_bit_in_any_file_of_a_distillation_is_named(folder, tmp_path):
+    distill(material.settings(folder), tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    listed = [name for name in run.files if name != "run.json"]
+    assert all(run.files[name]["sha256"] for name in listed)
+    assert {"model.safetensors", "rows.bin", "metrics.jsonl", "README.md"} <= {*listed}
+    assert any(name.startswith("checkpoints/") for name in listed)
+    for name in listed:
+        file = tmp_path / "run" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(ValueError, match=f"{name}: sha256 was"):
+            run.verify()
+        if name in ("model.safetensors", "config.json", "tokenizer.json"):
+            with pytest.raises(ValueError, match=f"{name}: sha256 was"):
+                load_run(tmp_path / "run")
+        file.write_bytes(whole)

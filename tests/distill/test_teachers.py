@@ -113,7 +113,7 @@ def test_a_model_without_one_list_of_layers_is_refused(tiny_model):
 
 
 def test_a_name_that_leads_nowhere_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="neither a folder with a model in safetensors, nor"):
+    with pytest.raises(FileNotFoundError, match="model: there is no file or folder .*nothing"):
         load_model(tmp_path / "nothing")
 
 

@@ -78,6 +78,7 @@ def test_a_flow_or_critic_that_is_not_finite_is_refused(tmp_path, part):
     spoilt = next(it for it in state[part] if it.endswith("weight"))
     state[part][spoilt].view(-1)[0] = torch.nan
     save_state(file, state)
+    Run.open(tmp_path / "run").measure_files(["flow.safetensors"])
     with pytest.raises(
         ValueError, match=rf"{part}: .*flow\.safetensors holds weights that are NaN"
     ):

@@ -274,6 +274,7 @@ def _result(run: Run) -> dict[str, Any]:
     path = run.path / RESULT
     if not path.exists():
         raise FileNotFoundError(f"path: {run.path} has no {RESULT}: the run was not finished.")
+    run.check_files(RESULT)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

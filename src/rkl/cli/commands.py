@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -57,6 +58,7 @@ def distill(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     _add_run_flags(parser)
 
     def distilled(parsed: Namespace) -> None:
+        _verify_resumed(parsed)
         earlier = parsed.out if parsed.resume and (parsed.out / "run.json").exists() else None
         chosen = settings.gather(run.DistillSettings, parsed, earlier)
         if parsed.dry_run:
@@ -201,6 +203,7 @@ def fit(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     _add_run_flags(parser)
 
     def fitted(parsed: Namespace) -> None:
+        _verify_resumed(parsed)
         begun = parsed.resume and (parsed.out / "run.json").exists()
         earlier = parsed.out if begun else _distilled(wanted, parsed)
         chosen: Any = settings.gather(wanted, parsed, earlier)
@@ -356,11 +359,32 @@ def _add_out_flags(parser: ArgumentParser, default: Path | None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is there")
 
 
+def _add_verify_flag(parser: Any) -> None:
+    words = (
+        "read all that rkl wrote into the run, compare it with its sha256, and say what was read"
+    )
+    parser.add_argument("--verify", action="store_true", help=words)
+
+
+def _verify(parsed: Namespace, *folders: Path) -> None:
+    """Do as --verify says; what was read is said beside the result, which stays alone."""
+    for folder in folders if parsed.verify else ():
+        print(printable(runs.Run.open(folder).verify()), file=sys.stderr)
+
+
+def _verify_resumed(parsed: Namespace) -> None:
+    if parsed.verify and not parsed.resume:
+        raise ValueError("verify goes with --resume: there is nothing to verify before a run.")
+    if (parsed.out / "run.json").exists():
+        _verify(parsed, parsed.out)
+
+
 def _add_run_flags(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("the run")
     group.add_argument("--out", type=Path, required=True, metavar="RUN", help="its folder")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
     group.add_argument("--resume", action="store_true", help="go on with the run that is there")
+    _add_verify_flag(group)
     group.add_argument(
         "--dry-run", action="store_true", help="say what would happen, in what time and memory"
     )
@@ -372,6 +396,7 @@ def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
     Where no run says which kind it is, the help shows the flags of them all.
     """
     parser.add_argument("run", type=_run, metavar="RUN", help="the folder of a run of any kind")
+    _add_verify_flag(parser)
     named = [word for word in words if Path(word, "run.json").is_file()]
     flags = f"{name.capitalize()}Settings"
     wanted: Any = runs.verb(flags, named[0]) if named else None
@@ -388,6 +413,7 @@ def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
             how: Any = {"overwrite": parsed.overwrite, "own": WRITES[name]}
             how["inputs"] = {"data": getattr(chosen, "data", None)}
             runs.check_out_file(getattr(chosen, "out", None), **how)
+        _verify(parsed, parsed.run)
         _show(runs.verb(f"{name}_run", parsed.run)(parsed.run, chosen))
 
     return done
@@ -427,9 +453,11 @@ def _across_runs(parser: ArgumentParser, name: str) -> Runner:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the HTML file")
     _add_overwrite_flag(parser)
+    _add_verify_flag(parser)
 
     def done(parsed: Namespace) -> None:
         runs.check_out_file(parsed.out, overwrite=parsed.overwrite, own=WRITES.get(name))
+        _verify(parsed, *parsed.runs)
         _show(runs.verb(name, *parsed.runs)(parsed.runs, out=parsed.out))
 
     return done

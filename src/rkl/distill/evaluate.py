@@ -183,6 +183,8 @@ def evaluate_run(
         result["generations"] = {name: to_json(it) for name, it in measure(replies).items()}
         result["prompts"] = {"count": len(prompts), "passed_over": passed_over}
         write_json(run.path / "evaluation.json", result)
+        run.measure_files(["generations.jsonl"])
+    run.measure_files([BY_BLOCK, "evaluation.json"])
     return Evaluations({Path(path).name or str(path): result})
 
 

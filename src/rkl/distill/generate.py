@@ -28,7 +28,7 @@ from rkl.distill.limits import (
 )
 from rkl.distill.progress import quiet
 from rkl.distill.sources import TOOLS, Row, Rows, kind_of, read_rows
-from rkl.distill.teachers import load_model, load_tokenizer
+from rkl.distill.teachers import OF_MODEL, load_model, load_tokenizer
 from rkl.importing import names_in
 from rkl.metrics import Mean, clustered_mean, mean
 from rkl.metrics.text import distinct_n, distinct_n_together, rouge_l, self_bleu
@@ -141,6 +141,8 @@ def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
     if settings.out is None:
         run.record_files([out.name])
     save(out, reply_to(prompts, student, tokenizer, settings, batch_size=settings.batch_size))
+    if settings.out is None:
+        run.measure_files([out.name])
     return out
 
 
@@ -203,6 +205,7 @@ def finished(path: str | os.PathLike) -> Run:
             f"path: {path} is not finished, and holds no student yet. Go on with: "
             f"rkl distill --out {shlex.quote(str(path))} --resume{own}"
         )
+    run.check_files(*OF_MODEL)
     return run
 
 

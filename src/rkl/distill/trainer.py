@@ -29,7 +29,7 @@ from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves
 from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher, check_peft, is_adapted
 from rkl.divergences import AKL, KL, Divergence
 from rkl.estimators import LinearHead, TopK, exact, per_token
-from rkl.runs import replacing_files, sweep
+from rkl.runs import measure_written, replacing_files, sweep
 
 _NOTHING = 1e-9  # nats per token below which a divergence is rounding
 
@@ -342,6 +342,7 @@ class DistillTrainer(Trainer):
             settle(self.state, Path(staging, path.name), path, self.args.should_save)
         if self.args.should_save:
             rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+            measure_written(path)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The Trainer's, each file whole and without training_args.bin, which is a pickle."""

@@ -178,6 +178,7 @@ def load_fit(
         raise ValueError(f"path: {path} is a run of kind {run.kind!r}; expected 'flows'.")
     if not (run.path / WEIGHTS).exists():
         raise FileNotFoundError(f"path: {path} has no {WEIGHTS}: the run was not finished.")
+    run.check_files(WEIGHTS)
     state = load_state(run.path / WEIGHTS)
     settings = settings_of(run, allow=allow)
     shape, classes = tuple(state["shift"].shape), tuple(state["classes"])

@@ -125,10 +125,12 @@ def evaluate_run(
         rows = _evaluate_on_rows(run, settings, allow)
         run.record_files([KEPT])
         write_json(run.path / KEPT, rows.to_dict())
+        run.measure_files([KEPT])
         return rows
     found = evaluate_target_run(path, settings, allow=allow)
     run.record_files([KEPT])
     write_json(run.path / KEPT, found.to_dict())
+    run.measure_files([KEPT])
     if settings.strict and (not found.passed or bool(found.chain.failed.any())):
         print(found, flush=True)  # a table, which an error has no room for
         raise NotCoveredError(_why(found))

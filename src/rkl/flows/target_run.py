@@ -316,6 +316,7 @@ def load_target_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> 
         raise ValueError(f"path: {path} is no run of rkl fit --target.")
     if not (run.path / WEIGHTS).exists():
         raise FileNotFoundError(f"path: {path} has no {WEIGHTS}: the run was not finished.")
+    run.check_files(WEIGHTS)
     source = run.path / "run.json"
     with only(allow, source=source):
         settings = settings_from(TargetSettings, run.settings, source)

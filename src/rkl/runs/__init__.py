@@ -7,6 +7,7 @@ that a process killed at any moment leaves the old file or the new one, never ha
 """
 
 import contextlib
+import fnmatch
 import hashlib
 import importlib
 import importlib.metadata
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rkl.importing import only
-from rkl.runs import writers
+from rkl.runs import integrity, writers
 from rkl.runs.files import (
     DiskFullError,
     append_jsonl,
@@ -62,6 +63,7 @@ __all__ = [
     "foreign_files",
     "full_disk",
     "load",
+    "measure_written",
     "needing_room",
     "read_jsonl",
     "refuse_inputs",
@@ -265,6 +267,59 @@ class Run:
         if (writer := self._writer) is not None:
             writer.names &= there.keys()
 
+    def measure_files(self, names: Iterable[str] | None = None) -> None:
+        """Take the digests of files into run.json, as they are on the disk now.
+
+        Args:
+            names: Which, relative to the folder; by default all listed without a digest.
+        """
+        with writers.updating(self.path):
+            known = self.files
+            chosen = (
+                [it for it in known if not known[it].get("sha256")] if names is None else names
+            )
+            there = [it for it in chosen if _is_settled(it) and (self.path / it).is_file()]
+            found = {it: integrity.measure(self.path / it, remembered=False) for it in there}
+            if not found:
+                return
+            merged = dict(sorted({**known, **found}.items()))
+            write_json(self.path / "run.json", self.record | {"files": merged})
+        if (writer := self._writer) is not None:
+            writer.names -= found.keys()
+
+    def check_files(self, *patterns: str) -> None:
+        """Refuse files that are not as rkl wrote them, of those that one of the patterns fits.
+
+        A digest of a large file that was taken before serves as long as size and times of the
+        file are the same; :meth:`verify` reads everything.
+
+        Raises:
+            ValueError: Naming them, with both digests.
+        """
+        fitting = {
+            name: it
+            for name, it in self.files.items()
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        }
+        integrity.check_files(self.path, fitting, remembered=True)
+
+    def verify(self, *, missing: bool = True) -> integrity.Verified:
+        """Read every file that rkl wrote here, and compare it with its digest.
+
+        Args:
+            missing: Whether a file that is gone is a fault, other than a checkpoint.
+
+        Raises:
+            ValueError: Some are not as rkl wrote them; each is named, with both digests.
+        """
+        files = self.files
+        listed = {name: it for name, it in files.items() if _is_settled(name)}
+        found = integrity.check_files(self.path, listed, missing=missing)
+        for name in files.keys() - listed.keys() - {"run.json"}:  # of runs within
+            if (self.path / name).is_file():
+                found += Run((self.path / name).parent).verify(missing=missing)
+        return found
+
     @property
     def _writer(self) -> writers.Writer | None:
         """The lock on this run, if this process holds it."""
@@ -302,6 +357,7 @@ class Run:
 
     def _end(self, status: str) -> None:
         self.forget_missing_files()
+        self.measure_files()
         self.update(status=status, ended=_now())
 
     def remember_rows(self, rows: Iterable[Any]) -> None:
@@ -337,9 +393,18 @@ class Run:
         ]
         if changed:
             raise ValueError(f"resume: settings of {self.path} differ: {'; '.join(changed)}.")
+        self.verify(missing=False)
         sweep(self.path)
         self.forget_missing_files()
         return self
+
+
+def measure_written(folder: Path) -> None:
+    """Take the digests of all files in a folder into run.json of the run being written there."""
+    if (writer := writers.writer_of(folder / "any")) is not None:
+        place = folder.resolve().relative_to(writer.folder).as_posix()
+        run = Run(writer.folder)
+        run.measure_files([it for it in run.files if it.startswith(f"{place}/")])
 
 
 def check_out(
@@ -393,14 +458,21 @@ def check_out(
     return begun
 
 
-def load(path: str | os.PathLike, *, allow: Collection[str] = ()) -> Any:
+def load(path: str | os.PathLike, *, allow: Collection[str] = (), verify: bool = False) -> Any:
     """What a run made, as its wing gives it back: the student of a distillation, say.
 
     Args:
         path: The folder of the run.
         allow: What its ``run.json`` may have imported, each "module:name", such as a target of
             your own; nothing by default, for importing a module runs its code.
+        verify: Whether all that rkl wrote into the folder is read and compared with its digests
+            first; what is loaded is compared in any case.
+
+    Raises:
+        ValueError: A file is not as rkl wrote it.
     """
+    if verify:
+        Run.open(path).verify()
     with only(allow):
         return verb("load_run", path)(path)
 
@@ -487,6 +559,11 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record["kind"], str) or not _KIND.fullmatch(record["kind"]):
         raise ValueError(f"path: {path} has no such kind of run: {record['kind']!r}.")
     return record
+
+
+def _is_settled(name: str) -> bool:
+    """Whether a digest of a file can hold: run.json itself, and that of a run within, changes."""
+    return name.rpartition("/")[2] != "run.json"
 
 
 def _is_nothing(entry: Path) -> bool:

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ REMEMBERED_FROM = 2**30  # bytes of a file: below, hashing takes less than a sec
 ANNOUNCED_FROM = 4 * 2**30  # bytes of a file whose hashing says how far it is
 MAX_REMEMBERED = 10_000  # files in the memory of digests
 SETTLED = 2_000_000_000  # ns: a file changed later than this may change again within one tick
+MAY_GO = "checkpoint"  # how the names of files begin that a finished run does without
 SHOWN_DIGITS = 12  # of a digest in a message
 _CHUNK = 2**20
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -108,6 +110,72 @@ def inputs_before(out: str | os.PathLike) -> dict[str, Input]:
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}  # of a folder that Run.create refuses, or begins
     return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What of a run was compared with its digests, which prints as one line.
+
+    Attributes:
+        path: The folder of the run.
+        files: Number of files that were read and are as rkl wrote them.
+        size: Their bytes together.
+        unmeasured: Files of which no digest is known, by name.
+    """
+
+    path: Path
+    files: int
+    size: int
+    unmeasured: tuple[str, ...] = ()
+
+    def __add__(self, other: "Verified") -> "Verified":
+        within = other.path.relative_to(self.path).as_posix()
+        names = (*self.unmeasured, *(f"{within}/{it}" for it in other.unmeasured))
+        return Verified(self.path, self.files + other.files, self.size + other.size, names)
+
+    def __str__(self) -> str:
+        line = f"Verified {self.files:,} files, {self.size:,} bytes, of {self.path}."
+        if self.unmeasured:
+            few = ", ".join(self.unmeasured[:3]) + (" ..." if len(self.unmeasured) > 3 else "")
+            line += f" No digest is known of {len(self.unmeasured):,}: {few}."
+        return line
+
+
+def check_files(
+    folder: str | os.PathLike,
+    listed: Mapping[str, Mapping[str, Any]],
+    *,
+    remembered: bool = False,
+    missing: bool = False,
+) -> Verified:
+    """Compare files of a run with the digests that its run.json has of them.
+
+    Args:
+        folder: The run.
+        listed: What is known of each file, by name: ``{"sha256": ..., "size": ...}``.
+        remembered: Whether digests remembered from an earlier process serve for large files.
+        missing: Whether a file that is gone is a fault, other than a checkpoint.
+
+    Raises:
+        ValueError: Some are not as rkl wrote them; each is named, with both digests.
+    """
+    faults, count, size, unmeasured = [], 0, 0, []
+    for name, kept in listed.items():
+        path = Path(folder, name)
+        if not kept.get("sha256"):
+            unmeasured += [name] if path.exists() else []
+        elif path.is_file():
+            found = measure(path, remembered=remembered)
+            faults += [] if found == kept else [f"{name}: {difference(kept, found)}"]
+            count, size = count + 1, size + found["size"]
+        elif path.exists() or (missing and not name.startswith(MAY_GO)):
+            faults.append(f"{name} is gone")
+    if faults:
+        raise ValueError(
+            f"path: {folder} is damaged, or was changed by others than rkl: {'; '.join(faults)}. "
+            "Take these files from a copy, or make the run again."
+        )
+    return Verified(Path(folder), count, size, tuple(unmeasured))
 
 
 def check_inputs(

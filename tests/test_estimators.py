@@ -494,3 +494,21 @@ def test_a_token_that_is_no_number_leaves_masked_atoms_beside_it_alone(divergenc
     beside = per_token({"it": divergence}, p=p, q=q)["it"]
     assert alone.isfinite().all()
     torch.testing.assert_close(beside[1:], alone)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("inner", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_loss_within_compiled_code_is_as_outside_of_it(inner):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, p = (torch.randn(n, 8, generator=generator) for n in (6, 8, 6))
+    hidden.requires_grad_()
+
+    def loss(hidden):
+        head = rkl.LinearHead(2 * hidden, weight)
+        found = per_token({"": rkl.ReverseKL()}, p=p, q=head)[""].mean()
+        return 3 * exact(rkl.KL(), p=p, q=head, compiled=inner) + found
+
+    values = torch.compile(loss, backend="eager")(hidden), loss(hidden)
+    torch.testing.assert_close(*values)
+    gradients = (torch.autograd.grad(value, hidden)[0] for value in values)
+    torch.testing.assert_close(*gradients)

@@ -9,6 +9,7 @@ from rkl.metrics.clusters import prd_curve
 from rkl.metrics.frechet import frechet_distance
 from rkl.metrics.neighbours import prdc
 from rkl.metrics.precision_recall import pr_curve
+from rkl.metrics.samples import measure
 
 
 def cloud(count, features, seed=0):
@@ -133,3 +134,24 @@ def test_the_same_seed_gives_the_same_curve():
     first, second = (prd_curve(**pair, clusters=8, runs=2) for _ in range(2))
     assert torch.equal(first.precision.value, second.precision.value)
     assert not math.isnan(first.precision.error.max())
+
+
+@pytest.mark.parametrize("power", [-76, 63])
+def test_units_that_exceed_single_precision_when_squared_change_no_score(power):
+    x = torch.randn(2, 90, 3, generator=torch.Generator().manual_seed(0)) + 0.25
+    unit = 2.0**power
+    found, expected = (measure(real=s * x[0], fake=s * x[1] / 2) for s in (unit, 1.0))
+    for name, score in expected.scores.items():
+        units = unit**2 if name == "Fréchet distance" else 1.0
+        assert found.scores[name].value.item() == pytest.approx(
+            score.value.item() * units, rel=1e-12
+        )
+
+
+def test_clusters_far_from_the_origin_are_those_near_it():
+    x = torch.randn(2, 200, 2, generator=torch.Generator().manual_seed(0)) * 1e-2
+    x[1, :100] += 1.0
+    x += 1e4
+    single, double = (prd_curve(real=it[0], fake=it[1], clusters=2) for it in (x, x.double()))
+    assert torch.equal(single.precision.value, double.precision.value)
+    assert single.precision.value.max() == pytest.approx(0.5)

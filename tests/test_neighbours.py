@@ -211,3 +211,21 @@ def test_many_features_of_few_dimensions_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prdc(real=cloud(300, 5) @ embed, fake=cloud(300, 5, seed=1) @ embed, subsamples=0)
+
+
+@pytest.mark.parametrize("power", [-76, 63, 100])
+def test_units_so_small_or_large_that_squares_exceed_single_precision_change_nothing(power):
+    real, fake = cloud(120, 3).float(), cloud(100, 3, scale=1.4, seed=1).float()
+    unit = 2.0**power
+    found = prdc(real=unit * real, fake=unit * fake, subsamples=4)
+    expected = prdc(real=real, fake=fake, subsamples=4)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(torch.stack(one), torch.stack(other))
+
+
+def test_a_sample_far_out_is_in_no_ball_and_spoils_no_other():
+    real, fake = cloud(60, 3).float(), cloud(60, 3, seed=1).float()
+    fake[0] = 1e30
+    scores = prdc(real=real, fake=fake, k=3, subsamples=0)
+    expected = by_definition(real.double(), fake.double(), 3, False)
+    assert values(scores) == pytest.approx(expected, abs=1e-6)

@@ -123,6 +123,7 @@ class DistillTrainer(Trainer):
         # The loss is divided by the tokens of the whole step, counted as `shifted` counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._infinite = 0
+        self._nan_at = ""  # the first token whose loss is NaN, in words
         self._named = self._moving = False
         self._staging: str | None = None
         self._scores: list[Tensor] = []
@@ -270,7 +271,7 @@ class DistillTrainer(Trainer):
             what = "loss" if lost else "gradient"
             raise DivergedError(
                 step,
-                f"the {what} is NaN{' or infinite' * (not lost)}{self._cause()}",
+                f"the {what} is NaN{' or infinite' * (not lost)}{self._nan_at}{self._cause()}",
                 sound=not lost or self._student_is_finite(),
             )
         if self._endless == PATIENCE:
@@ -303,7 +304,9 @@ class DistillTrainer(Trainer):
         metrics = super()._evaluate(*args, **kwargs)
         for name, value in metrics.items():
             if name.endswith("_loss") and math.isnan(value):
-                raise DivergedError(self.state.global_step, f"{name} is NaN{self._cause()}")
+                raise DivergedError(
+                    self.state.global_step, f"{name} is NaN{self._nan_at}{self._cause()}"
+                )
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -389,7 +392,10 @@ class DistillTrainer(Trainer):
         dtype = torch.promote_types(like.dtype, torch.float32)
         weight = torch.ones(len(batch.targets), dtype=dtype, device=like.device) / count
         loss = self._divided(batch, p, q, weight)
-        if not loss.isinf():
+        if loss.isfinite():
+            return loss
+        if loss.isnan():
+            self._note_nan(batch, self._values(p, q))
             return loss
         infinite = self._values(p, q).isinf()
         self._infinite += int(infinite.sum())
@@ -432,6 +438,7 @@ class DistillTrainer(Trainer):
         value = self._values(p, q)
         label = TopK(torch.zeros_like(value)[:, None], batch.targets[:, None])
         entropy = per_token({"label": KL()}, p=label, q=q)["label"]
+        self._note_nan(batch, value)
         infinite = value.isinf()
         scores = [value.masked_fill(infinite, 0.0), entropy, infinite, torch.ones_like(value)]
         row = batch.predicting.nonzero()[:, 0]
@@ -443,14 +450,12 @@ class DistillTrainer(Trainer):
             return
         self._named = True
         first = int(infinite.nonzero()[0])
-        row, position = batch.predicting.nonzero()[first].tolist()
         if isinstance(p, TopK):
             warnings.warn(
-                f"{self.divergence} is infinite at token {position + 1} of row {row} of the "
-                f"batch, {self._spell(batch.targets[first])}: among the teacher's top k and the "
-                "rest, one of the distributions is 0 where the other is not. Such tokens have no "
-                "gradient and are left out of the loss; their number is logged as "
-                "infinite_tokens.",
+                f"{self.divergence} is infinite at {self._place(batch, first)}: among the "
+                "teacher's top k and the rest, one of the distributions is 0 where the other is "
+                "not. Such tokens have no gradient and are left out of the loss; their number is "
+                "logged as infinite_tokens.",
                 stacklevel=2,
             )
             return
@@ -461,13 +466,26 @@ class DistillTrainer(Trainer):
         terms = self.divergence.integrand(logp, logq, *self.divergence.held(logp, logq))
         atoms = (~terms.isfinite()).nonzero()[:, 1]
         warnings.warn(
-            f"{self.divergence} is infinite at token {position + 1} of row {row} of the batch, "
-            f"{self._spell(batch.targets[first])}, because of {len(atoms)} atoms where one of the "
-            f"distributions is 0 and the other is not: {', '.join(map(self._spell, atoms[:5]))}. "
+            f"{self.divergence} is infinite at {self._place(batch, first)}, because of "
+            f"{len(atoms)} atoms where one of the distributions is 0 and the other is not: "
+            f"{', '.join(map(self._spell, atoms[:5]))}. "
             "Such tokens have no gradient and are left out of the loss; their number is logged "
             "as infinite_tokens.",
             stacklevel=2,
         )
+
+    def _note_nan(self, batch: Batch, value: Tensor) -> None:
+        """Keep the place of the first token whose divergence is NaN, for what ends the run."""
+        lost = value.isnan()
+        if not self._nan_at and lost.any():
+            place = self._place(batch, int(lost.nonzero()[0]))
+            such = f"the first of {int(lost.sum())} such tokens"
+            self._nan_at = f" ({self.divergence} is NaN at {place}, {such})"
+
+    def _place(self, batch: Batch, token: int) -> str:
+        row, position = batch.predicting.nonzero()[token].tolist()
+        target = self._spell(batch.targets[token])
+        return f"token {position + 1} of row {row} of the batch, {target}"
 
     def _warn_if_nothing_moves(self, loss: Tensor) -> None:
         if not self.args.hard_label_weight and loss.abs() <= _NOTHING:

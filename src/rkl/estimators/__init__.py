@@ -31,7 +31,7 @@ from rkl.estimators.known import (
     integers,
     vocabulary,
 )
-from rkl.kernels import Shape, Step, comparable, compiles, step_
+from rkl.kernels import Shape, Step, comparable, compiles, outside_dynamo, step_
 from rkl.kernels import compiled_or_eager as compiled_or_eager  # for the wings
 from rkl.kernels import has_compiler as has_compiler
 
@@ -42,6 +42,7 @@ UPCAST = 2**22  # numbers of a head in half precision that are held in single at
 BUDGET = 2**28  # bytes of logits that exist at one time, teacher's and student's together
 
 
+@outside_dynamo
 def exact(
     divergence: Divergence,
     *,
@@ -178,6 +179,7 @@ def _times(factor: Tensor, total: Tensor, alone: bool) -> Tensor:
     return total if alone else factor * total
 
 
+@outside_dynamo
 def per_token(
     divergences: Mapping[str, Divergence],
     *,
@@ -319,7 +321,7 @@ def _kept(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
         warnings.warn(
             f"weight is a mask of 0 and 1, so the result is the sum over {len(kept)} tokens; "
             "give weight = mask / mask.sum() for their mean.",
-            stacklevel=3,
+            stacklevel=4,
         )
     if not len(kept):
         raise ValueError(f"None of the {tokens} tokens has a weight: there is nothing to compare.")

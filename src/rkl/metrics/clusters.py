@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.metrics import Mean
-from rkl.metrics.neighbours import checked_pair
+from rkl.metrics.neighbours import centred, checked_pair, common_unit
 from rkl.metrics.precision_recall import SampledCurve
 from rkl.metrics.precision_recall.curve import checked_slopes
 
@@ -54,7 +54,8 @@ def prd_curve(
     """
     real, fake = checked_pair(real, fake)
     slopes = checked_slopes(slopes)
-    both = torch.cat([real, fake])
+    unit = common_unit(real, fake)
+    both = torch.cat(centred(real / unit, fake / unit))
     for name, value, most in (("clusters", clusters, len(both)), ("runs", runs, math.inf)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an integer; got {value!r}.")

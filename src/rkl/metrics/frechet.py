@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.metrics import Mean
-from rkl.metrics.neighbours import checked_pair
+from rkl.metrics.neighbours import checked_pair, common_unit
 
 
 def frechet_distance(
@@ -44,6 +44,8 @@ def frechet_distance(
     for name, features in (("real", real), ("fake", fake)):
         if len(features) < 2:
             raise ValueError(f"{name} must hold two samples at least; got {len(features)}.")
+    unit = common_unit(real, fake)
+    real, fake = real / unit, fake / unit
     (m, c), (n, d) = ((it.mean(0), torch.atleast_2d(it.T.cov())) for it in (real, fake))
     root, inverse = _roots(c)
     middle, middle_inverse = _roots(root @ d @ root)
@@ -52,7 +54,8 @@ def frechet_distance(
     back = root @ middle_inverse @ root  # D to C
     slopes = (_slope(real - m, m - n, there), _slope(fake - n, n - m, back))
     error = torch.stack([it.var() / len(it) for it in slopes]).sum().sqrt()
-    return Mean(value.clamp_min(0.0).cpu(), error.cpu())  # rounding may undercut 0
+    value = value.clamp_min(0.0)  # rounding may undercut it
+    return Mean(*(unit * (unit * it).cpu() for it in (value, error)))
 
 
 def _roots(c: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from rkl.metrics import Mean
 BLOCK = 2**21  # distances that exist at one time
 GROUPS = 16  # of columns, whose minima are looked at first
 HIGH = 32  # intrinsic dimension from which precision and recall are warned of
+FARTHEST = 56  # binary digits between a spread of 1 and features whose squares still are numbers
 
 
 class PRDC(NamedTuple):
@@ -84,6 +85,8 @@ def prdc(
     """
     real, fake = checked_pair(real, fake)
     _check_counts(real, fake, k, subsamples)
+    unit = common_unit(real, fake)
+    real, fake = real / unit, fake / unit
     values, dimension = _scores(real, fake, k, inclusive)
     _warn(real, fake, dimension)
     error = _errors(real, fake, k, inclusive, subsamples, seed)
@@ -146,6 +149,23 @@ def checked_pair(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     return real.detach().to(kind), fake.detach().to(kind)
 
 
+def common_unit(real: Tensor, fake: Tensor) -> float:
+    """A power of two near the largest spread of the real features, to divide both sides by.
+
+    The squares of features of size 1e19 or 1e-23 exceed single precision. A power of two rounds
+    nothing. It is larger than the spread where a sample lies so far out that its square would
+    overflow.
+    """
+    peak = max(it.abs().max().item() for it in (real, fake))
+    if not peak:
+        return 1.0
+    size = math.frexp(peak)[1] - 1
+    spread = (real.double() / 2.0**size).std(0, correction=0).max().item()
+    digits = math.frexp(spread)[1] - 1 if spread else -FARTHEST
+    most = math.frexp(torch.finfo(real.dtype).max)[1] - 2  # its reciprocal is a normal number
+    return 2.0 ** max(min(size + max(digits, -FARTHEST), most), -most)
+
+
 def _check_counts(real: Tensor, fake: Tensor, k: int, subsamples: int) -> None:
     for name, value, least in (("k", k, 1), ("subsamples", subsamples, 0)):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -195,7 +215,7 @@ def _scores(real: Tensor, fake: Tensor, k: int, inclusive: bool) -> tuple[Tensor
 
     All comparisons are of |y|² − 2xy with R² − |x|²: one matrix product, and no norm to add.
     """
-    real, fake = _centred(real, fake)
+    real, fake = centred(real, fake)
     norm_real, norm_fake = (it.square().sum(1) for it in (real, fake))
     near_real, near_fake = _nearest(real, norm_real, k), _nearest(fake, norm_fake, k)
     reach_real, reach_fake = near_real[:, -1], near_fake[:, -1]
@@ -214,7 +234,7 @@ def _scores(real: Tensor, fake: Tensor, k: int, inclusive: bool) -> tuple[Tensor
     return scores, _dimension(near_real + norm_real[:, None])
 
 
-def _centred(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+def centred(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     """Both moved near the origin, where |x|² + |y|² − 2xy loses few digits.
 
     By a multiple of a power of two, so that distances between integers remain exact.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shlex
 import shutil
@@ -239,8 +240,37 @@ def test_a_run_is_not_resumed_on_other_data(folder, tmp_path, stopping):
 
 
 def test_a_run_of_other_settings_is_not_resumed(finished, folder):
-    with pytest.raises(ValueError, match="max_steps was 4 and is 5"):
-        distill(material.settings(folder, max_steps=5), finished, resume=True)
+    with pytest.raises(ValueError, match=r"batch_size was 2 and is 3"):
+        distill(material.settings(folder, batch_size=3), finished, resume=True)
+
+
+def test_a_finished_run_is_extended_to_the_same_bits_if_interrupted_or_not(
+    finished, folder, tmp_path, stopping
+):
+    longer = material.settings(folder, max_steps=7)
+    for name in ("whole", "cut"):
+        shutil.copytree(finished, tmp_path / name)
+        for stale in ("evaluation.json", "report.html"):
+            Run(tmp_path / name).record_files([stale])
+            (tmp_path / name / stale).write_text("of the shorter run")
+    done = distill(longer, tmp_path / "whole", resume=True)
+    assert done.result["steps"] == 7
+    left = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert not {"evaluation.json", "report.html"} & left
+    rates = [row["learning_rate"] for row in Run(tmp_path / "whole").metrics if "loss" in row]
+    shares = [(1 + math.cos(math.pi * it / 6)) / 2 for it in (3, 4, 5)]  # of 6, behind 1 to rise
+    assert rates[4:] == pytest.approx([1e-2 * it for it in shares])
+    stopping(signal.SIGINT, 6)
+    with pytest.raises(KeyboardInterrupt):
+        distill(longer, tmp_path / "cut", resume=True)
+    distill(longer, tmp_path / "cut", resume=True)
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    names = "step", "loss", "eval_loss", "grad_norm", "tokens", "learning_rate"
+    assert logged(tmp_path / "cut", *names) == logged(tmp_path / "whole", *names)
+    for changes in ({"max_steps": 6}, {"max_steps": None, "epochs": 0.01}):
+        name = "max_steps" if changes["max_steps"] else "epochs"
+        with pytest.raises(ValueError, match=f"{name}: .* has done 7 steps, and can go on to no"):
+            distill(material.settings(folder, **changes), tmp_path / "whole", resume=True)
 
 
 def test_a_run_without_a_student_yet_says_so(finished, tmp_path):

@@ -1,6 +1,7 @@
 """A fit from the command line is a run that resumes, loads, samples and is measured."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -173,6 +174,82 @@ def test_a_run_killed_between_two_steps_goes_on_to_the_same_bits(folder, monkeyp
     assert calls[40] == 25  # it went on from the checkpoint
     weights = [(folder / name / "flow.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
+
+
+@pytest.fixture
+def interrupting(monkeypatch):
+    """Raises KeyboardInterrupt in place of the step of this number, once."""
+    from rkl.flows.fit import _Problem
+
+    def arrange(step):
+        original, left = _Problem.objective, [step]
+
+        def objective(self, moment):
+            if moment.step in left:
+                left.clear()
+                raise KeyboardInterrupt
+            return original(self, moment)
+
+        monkeypatch.setattr(_Problem, "objective", objective)
+
+    return arrange
+
+
+def test_a_finished_fit_is_extended_to_the_same_bits_if_interrupted_or_not(folder, interrupting):
+    settings = FitSettings(folder / "data.npy", flow=FLOW, batch=64, steps=4)
+    longer = replace(settings, steps=40)
+    for name in ("extended", "extended-cut"):
+        fit(settings, folder / name)
+        (folder / name / "mine.html").write_text("of the user")
+        for stale in ("evaluation.json", "report.html"):
+            Run(folder / name).record_files([stale])
+            (folder / name / stale).write_text("of the shorter run")
+    fit(settings, folder / "extended", resume=True)  # nothing to do: it stays true
+    assert (folder / "extended" / "report.html").exists()
+    fit(longer, folder / "extended", resume=True)
+    left = {path.name for path in (folder / "extended").iterdir()}
+    assert left & {"evaluation.json", "report.html", "mine.html"} == {"mine.html"}
+    interrupting(30)
+    with pytest.raises(KeyboardInterrupt):
+        fit(longer, folder / "extended-cut", resume=True)
+    assert not (folder / "extended-cut" / "evaluation.json").exists()
+    fit(longer, folder / "extended-cut", resume=True)
+    one, other = (folder / name / "flow.safetensors" for name in ("extended", "extended-cut"))
+    assert one.read_bytes() == other.read_bytes()
+    assert Run(folder / "extended").record["result"]["steps"] == 40
+    with pytest.raises(ValueError, match="steps: .* has done 40 steps, and can go on to no fewer"):
+        fit(settings, folder / "extended", resume=True)
+    with pytest.raises(ValueError, match="minutes: .* has trained for .*, and can go on to no"):
+        fit(replace(longer, steps=None, minutes=1e-5), folder / "extended", resume=True)
+
+
+def test_a_fit_whose_minutes_are_spent_takes_no_fewer_and_is_left_alone_under_the_same(folder):
+    settings = FitSettings(folder / "data.npy", flow=FLOW, batch=64, minutes=1e-4)
+    fit(settings, folder / "timed")
+    before = Run(folder / "timed").metrics
+    fit(settings, folder / "timed", resume=True)
+    assert Run(folder / "timed").metrics == before
+    with pytest.raises(ValueError, match="minutes: .* has trained for .*; got 5e-05"):
+        fit(replace(settings, minutes=5e-5), folder / "timed", resume=True)
+
+
+@pytest.mark.slow
+def test_an_extended_fit_does_not_fall_back_to_likelihood(folder, monkeypatch):
+    from rkl.flows.fit import _Problem
+
+    settings = FitSettings(
+        folder / "data.npy", flow=FLOW, batch=64, steps=52, divergence="precision-half(lam=3)"
+    )
+    fit(settings, folder / "guided")
+    original, seen = _Problem._guided, {}
+
+    def guided(self, divergence, value, log_q, draws, moment):
+        seen[moment.step] = divergence.lam
+        return original(self, divergence, value, log_q, draws, moment)
+
+    monkeypatch.setattr(_Problem, "_guided", guided)
+    fit(replace(settings, steps=160), folder / "guided", resume=True)
+    assert seen == dict.fromkeys(range(52, 160), 3)
 
 
 def test_a_dry_run_foretells_and_writes_nothing(folder):

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -161,6 +162,62 @@ def test_a_fit_cut_off_between_two_steps_goes_on_to_the_same_bits(folder, monkey
     for row in (*rows[0], *rows[1]):
         del row["seconds"]
     assert rows[0] == rows[1]
+
+
+def test_a_finished_fit_is_extended_to_the_same_bits_if_interrupted_or_not(folder, monkeypatch):
+    from rkl.flows.target_fit import _Fitting
+
+    settings = TargetSettings(
+        "xy(side=2)", flow="coarse-to-fine(width=8)", batch=64, strata=8, steps=4, anneal=True
+    )
+    longer, betas = replace(settings, steps=8), []
+    for name in ("extended", "extended-cut"):
+        fit_target(settings, folder / name)
+        Run(folder / name).record_files(["evaluation.json"])
+        (folder / name / "evaluation.json").write_text("of the shorter run")
+    original, left = _Fitting.__call__, [6]
+
+    def objective(self, moment):
+        if moment.step in left and (folder / "stop").exists():
+            left.clear()
+            raise KeyboardInterrupt
+        betas.append(self.beta)
+        return original(self, moment)
+
+    monkeypatch.setattr(_Fitting, "__call__", objective)
+    fit_target(longer, folder / "extended", resume=True)
+    assert betas[-4:] == [1.0] * 4  # where annealing had come to before
+    assert not (folder / "extended" / "evaluation.json").exists()
+    (folder / "stop").touch()
+    with pytest.raises(KeyboardInterrupt):
+        fit_target(longer, folder / "extended-cut", resume=True)
+    fit_target(longer, folder / "extended-cut", resume=True)
+    one, other = (folder / name / "flow.safetensors" for name in ("extended", "extended-cut"))
+    assert one.read_bytes() == other.read_bytes()
+    with pytest.raises(ValueError, match="steps: .* has done 8 steps, and can go on to no fewer"):
+        fit_target(settings, folder / "extended", resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("progress", [0.1, 0.5])
+def test_the_terms_of_an_objective_do_not_leave_an_extended_fit(progress):
+    """Particles alone begin it; once its terms have joined them, they stay."""
+    from rkl.flows.objectives import parse_objective
+    from rkl.flows.target_fit import _Conditions, _Fitting
+    from rkl.flows.training import Moment
+
+    target = parse_target("mog4")
+    flow = Coupling(transforms=2, hidden=(4,)).build(target.event_shape, len(target.conditions))
+    conditions = _Conditions(target, None, 2)
+    chosen = parse_objective("reverse-kl")
+    fitting = _Fitting(flow, target, chosen, conditions, 8, True, None, None)
+    fitting.share = 1.0
+    again = _Fitting(flow, target, chosen, conditions, 8, True, None, None)
+    again.load_state_dict(fitting.state_dict())
+    moment = Moment(progress=progress)
+    again(moment)
+    assert again.share == 1.0
+    assert "ess" in moment.numbers
 
 
 def test_a_run_on_a_small_lattice_starts_one_on_a_larger(folder):

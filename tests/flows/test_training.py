@@ -15,9 +15,9 @@ from rkl.flows import training
 from rkl.flows.training import (
     CHECKPOINT,
     Moment,
+    goes_on,
     load_state,
     one_at_a_time,
-    refuse_shorter,
     save_state,
     train,
 )
@@ -166,7 +166,7 @@ def test_a_finished_training_goes_on_under_a_larger_budget_to_the_same_bits(trai
         trained("cut", 45, broken_at=33, resume=True)
     assert trained("cut", 45, resume=True) == extended
     with pytest.raises(ValueError, match=r"has done 45 steps, and can go on to no fewer; got 30"):
-        refuse_shorter(tmp_path / "cut", 30, None)
+        goes_on(tmp_path / "cut", steps=30)
 
 
 def test_a_finished_training_resumed_is_left_as_it_is(tmp_path):

@@ -16,6 +16,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
 )
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -206,6 +207,27 @@ class Stop(TrainerCallback):
     def on_step_end(self, args, state, control: TrainerControl, **kwargs):
         if self.request.number is not None:
             control.should_save = control.should_log = control.should_training_stop = True
+
+
+class FollowSchedule(TrainerCallback):
+    """Begins at the learning rate of this training's schedule, where a checkpoint has another's.
+
+    The checkpoint of a shorter run that had ended has the rate of its end, which would be that of
+    one more step.
+    """
+
+    def on_train_begin(self, args, state, control: TrainerControl, **kwargs):
+        schedule = kwargs["lr_scheduler"]
+        schedule = getattr(schedule, "scheduler", schedule)  # as accelerate wraps it
+        if not state.global_step or not isinstance(schedule, LambdaLR):
+            return
+        rates = [
+            base * share(schedule.last_epoch)
+            for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
 
 
 def clock(seconds: float) -> str:

@@ -34,6 +34,7 @@ from rkl.distill.prepare import (
 )
 from rkl.distill.progress import (
     Display,
+    FollowSchedule,
     Journal,
     Stop,
     Watch,
@@ -121,7 +122,7 @@ def distill(
     settings = dataclasses.replace(settings, **found)
     text, models = load(settings)
     if resume:
-        _refuse_shorter(Path(out), settings.steps(len(text.blocks)))
+        _refuse_shorter(Path(out), settings, settings.steps(len(text.blocks)))
     inputs = inputs_of(settings, text, teacher)
     models = models if teacher is None else dataclasses.replace(models, teacher=teacher)
     before = inputs_before(out) if resume else {}
@@ -153,6 +154,7 @@ def _distill(
     began: float,
 ) -> Distilled:
     with run.running():
+        run.remove_measured()
         run.update(data=text.record())
         run.remember_rows(passages(text.rows))
         if settings.cache_teacher:
@@ -177,11 +179,16 @@ def _done(path: Path) -> int | None:
     return None if last is None else _state(Path(last))["global_step"]
 
 
-def _refuse_shorter(path: Path, total: int) -> None:
-    done = _done(path)
-    if done is not None and total < done:
+def _refuse_shorter(path: Path, settings: DistillSettings, total: int) -> None:
+    done = _done(path) or 0
+    if path.is_dir() and (path / "run.json").exists():  # whose checkpoints may be gone
+        record = Run.open(path).record
+        if record["status"] == "finished":
+            done = max(done, record["result"]["steps"])
+    if total < done:
+        name = "epochs" if settings.max_steps is None else "max_steps"
         raise ValueError(
-            f"max_steps: {path} has done {done:,} steps, and can go on to no fewer; got {total:,}."
+            f"{name}: {path} has done {done:,} steps, and can go on to no fewer; got {total:,}."
         )
 
 
@@ -235,6 +242,7 @@ def _train(
     display, stop = Display(total), StopRequest()
     trainer.add_callback(Journal(run, display, watch))
     trainer.add_callback(Stop(stop))
+    trainer.add_callback(FollowSchedule())
     try:
         with display.bar, stop.listening():
             trainer.train(resume_from_checkpoint=last)
@@ -287,6 +295,7 @@ def _finish(
 ) -> None:
     """Put the best student, or else the last, into the folder of the run, with its card."""
     best, state = _last_good(run.path / "checkpoints", diverged)
+    run.remove_measured()  # of the earlier student, measured meanwhile
     evaluated = next((row for row in run.metrics if best and _is_of(row, best)), {})
     with replacing_files(run.path) as folder:
         if not best:

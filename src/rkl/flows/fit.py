@@ -232,7 +232,8 @@ class _Problem:
         likelihood = -log_q.mean()
         if not self.guided:
             return likelihood
-        learning = self.log_prob is None and moment.progress > CRITIC_BEGINS * self.method.start
+        late = self.guard.begun or moment.progress > CRITIC_BEGINS * self.method.start
+        learning = self.log_prob is None and late
         if not self.guard.begun and not learning:
             return likelihood
         draws = self._draws(condition, len(value))
@@ -242,6 +243,7 @@ class _Problem:
         if not self.guard.begun:
             return likelihood
         since = (moment.progress - self.method.start) / (1 - self.method.start)
+        since = self.guard.advance(since)
         guided = self._guided(annealed(self.divergence, 2 * since), value, log_q, draws, moment)
         anchor = 1 - (1 - self.method.anchor) * min(1.0, 4 * since)
         return anchor * likelihood + (1 - anchor) * guided

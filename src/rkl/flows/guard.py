@@ -77,12 +77,13 @@ class Guard:
         self.divergence = measured(divergence)
         self.start_flow = copy.deepcopy(flow).requires_grad_(False)
         self.start_ratio = copy.deepcopy(ratio).requires_grad_(False)
-        self.begun = False
+        self.begun, self.reached = False, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The flow and the critic of the start."""
         return {
             "begun": self.begun,
+            "reached": self.reached,
             "flow": self.start_flow.state_dict(),
             "ratio": self.start_ratio.state_dict(),
         }
@@ -90,8 +91,17 @@ class Guard:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from them."""
         self.begun = state_dict["begun"]
+        self.reached = state_dict.get("reached", 0.0)
         self.start_flow.load_state_dict(state_dict["flow"])
         self.start_ratio.load_state_dict(state_dict["ratio"])
+
+    def advance(self, share: float) -> float:
+        """The share of the phase under the divergence that is over, which never falls.
+
+        Under a larger budget than the one before, ``share`` alone would.
+        """
+        self.reached = max(self.reached, share)
+        return self.reached
 
     def score(self, moment: Moment, condition: Tensor | None, count: int) -> float | None:
         """By how much D fell since maximum likelihood ended; 0 when asked first."""

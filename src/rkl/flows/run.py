@@ -33,7 +33,7 @@ from rkl.flows.target_run import (
     run_input,
     sample_target,
 )
-from rkl.flows.training import refuse_shorter, save_state
+from rkl.flows.training import goes_on, save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
 from rkl.metrics import to_json
 from rkl.runs import Run, check_out, fingerprint
@@ -127,8 +127,7 @@ def fit(
     """
     inputs = {name: getattr(settings, name) for name in ("data", "labels", "start_from")}
     check_out(out, overwrite=overwrite, resume=resume, inputs=inputs)
-    if resume:
-        refuse_shorter(Path(out), settings.steps, settings.minutes)
+    more = goes_on(Path(out), **settings.allowance) if resume else True
     data = _read(settings)
     begun = _begun(settings, data)
     kept = asdict(settings) | {"data": str(settings.data.resolve())}
@@ -145,7 +144,11 @@ def fit(
         changed = {name: kept[name] for name in (*PATHS, "labels", *MAY_CHANGE)}
         run.update(settings=run.settings | changed)
         with run.running():
+            if more:
+                run.remove_measured()
             fitted = begun(run=run, **settings.allowance)
+            if more:  # of the earlier weights, measured meanwhile
+                run.remove_measured()
             _save(run, fitted)
     followed = settings.start_from is None and not is_likelihood(settings.chosen)
     return Fitted(run.path, fitted, followed, data.notes)

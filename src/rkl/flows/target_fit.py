@@ -259,6 +259,7 @@ class _Fitting:
             self.particles = Particles(target, conditions.draw(GROUPS).to(self.dtype))
         self.anneal = anneal and self.particles is None
         self.beta = COLDEST if self.anneal else 1.0
+        self.share = 0.0
         self.place()
         self.critic: Ratio | None = None
         if objective.uses("critic"):
@@ -295,10 +296,10 @@ class _Fitting:
         return own | {"critic": self.critic, "critic_optimizer": self.critic.optimizer}
 
     def state_dict(self) -> dict[str, float]:
-        return {"beta": self.beta}
+        return {"beta": self.beta, "share": self.share}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        self.beta = state_dict["beta"]
+        self.beta, self.share = state_dict["beta"], state_dict.get("share", 0.0)
 
     def law(self, condition: Tensor, held: bool = False) -> Any:
         """What the flow returns; ``held``, its parameters have no gradient."""
@@ -317,6 +318,7 @@ class _Fitting:
         if self.particles is not None:
             terms.append(self.on_particles(self.particles, moment))
             share = min(1.0, (moment.progress - FASTEST) / (SLOWEST - FASTEST))
+            share = self.share = max(self.share, share)  # of a larger budget it would fall
         for term in self.objective.terms if share > 0 else ():
             loss = {"target": self.on_target, "data": self.on_data, "critic": self.on_critic}
             value = loss[term.estimator](term.divergence, moment)
@@ -364,7 +366,7 @@ class _Fitting:
             COLDEST ** max(0.0, 1 - moment.progress / end) for end in (SLOWEST, FASTEST)
         )
         risen = self.beta * (STEP if float(ess) > ENOUGH else 1.0)
-        self.beta = max(floor, min(risen, ceiling))
+        self.beta = max(self.beta, floor, min(risen, ceiling))
 
     def on_data(self, divergence: FDivergence, moment: Moment) -> Tensor:
         x, condition = self._data()

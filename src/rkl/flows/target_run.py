@@ -26,7 +26,7 @@ from rkl.flows.objectives import Objective, parse_objective
 from rkl.flows.target_fit import FEW, TargetFit, fit_to_target
 from rkl.flows.targets import XY, Phi4, Target, parse_target
 from rkl.flows.targets.base import Condition, spelt
-from rkl.flows.training import load_state, refuse_shorter, save_state
+from rkl.flows.training import MINUTES, goes_on, load_state, save_state
 from rkl.importing import names_in, only
 from rkl.readers import place_of_nan, read_arrays
 from rkl.runs import Run, check_out, fingerprint
@@ -41,7 +41,6 @@ from rkl.runs.integrity import (
 from rkl.runs.typed import settings_from
 
 WEIGHTS = "flow.safetensors"
-MINUTES = 2.0  # of training where no budget is given
 EVERY = 25  # steps from one row, and one checkpoint, to the next
 TRIED = 20  # steps from which --dry-run foretells the time
 CHAINS = 4
@@ -260,8 +259,7 @@ def fit_target(
     """
     inputs = {name: getattr(settings, name) for name in ("data", "start_from")}
     check_out(out, overwrite=overwrite, resume=resume, inputs=inputs)
-    if resume:
-        refuse_shorter(Path(out), settings.steps, settings.minutes)
+    more = goes_on(Path(out), **settings.budget) if resume else True
     data = _data(settings)
     flow = _begun(settings)
     _fitted(
@@ -278,8 +276,12 @@ def fit_target(
         changed = {name: kept[name] for name in (*PATHS, *BUDGET)}
         run.update(settings=run.settings | changed)
         with run.running():
+            if more:
+                run.remove_measured()
             fitted = _fitted(settings, flow, data, settings.budget, run)
             run.remember_rows(rows)
+            if more:  # of the earlier weights, measured meanwhile
+                run.remove_measured()
             save_state(run.path / WEIGHTS, {"flow": flow.state_dict()})
             done = fitted.training
             run.update(result={"steps": done.steps, "stopped": done.stopped})

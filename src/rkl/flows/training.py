@@ -24,6 +24,7 @@ from rkl.runs.integrity import values_of
 from rkl.runs.signals import StoppedError, StopRequest
 
 CHECKPOINT = "checkpoint.safetensors"
+MINUTES = 2.0  # of training where no budget is given
 PATIENCE = 10  # steps in succession without a finite gradient, after which training stops
 WARM_UP = 20  # steps over which the learning rate rises to its value
 
@@ -405,27 +406,41 @@ def _unpacked(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     return value
 
 
-def refuse_shorter(folder: Path, steps: int | None, minutes: float | None) -> None:
-    """Refuse to go on with a training under a budget that it has spent, or that stopped itself.
+def goes_on(folder: Path, steps: int | None = None, minutes: float | None = None) -> bool:
+    """Whether a budget leaves anything to do of a training; refuses one that is too small for it.
+
+    Args:
+        folder: That of its run.
+        steps: The budget in steps, or
+        minutes: in minutes.
 
     Raises:
-        ValueError: More steps are done, or more minutes gone, than there are to be.
+        ValueError: More steps are done, or more minutes gone, than there are to be; or there are
+            to be more of them where training stopped itself.
     """
     if not (folder / CHECKPOINT).exists():
-        return
+        return True
     state = load_state(folder / CHECKPOINT)
     (done, progress, stopped), spent = state["moment"], state["seconds"] / 60
     if steps is not None and steps < done:
         raise ValueError(
             f"steps: {folder} has done {done:,} steps, and can go on to no fewer; got {steps:,}."
         )
-    if minutes is not None and minutes < spent and progress < 1:
+    record = Run.open(folder).record
+    was = {name: record["settings"].get(name) for name in ("steps", "minutes")}
+    if was["steps"] is None and was["minutes"] is None:
+        was["minutes"] = MINUTES
+    # One that has spent its minutes took a step more than they were.
+    ended = progress >= 1 and was["minutes"] is not None and (minutes or 0.0) >= was["minutes"]
+    if minutes is not None and minutes < spent and not ended:
         raise ValueError(
             f"minutes: {folder} has trained for {spent:.3g} minutes, and can go on to no fewer; "
             f"got {minutes:g}."
         )
-    if steps is not None and steps > done and stopped:
+    more = steps > done if steps is not None else (minutes or 0.0) > spent
+    if more and stopped and {"steps": steps, "minutes": minutes} != was:
         raise ValueError(f"resume: {folder} stopped at step {done:,} and cannot go on: {stopped}.")
+    return more and not stopped
 
 
 def _check(steps, minutes, lr, clip, ema, every) -> None:

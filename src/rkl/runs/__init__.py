@@ -31,6 +31,7 @@ from rkl.runs.files import (
     is_leftover,
     needing_room,
     read_jsonl,
+    remove,
     remove_folder,
     replacing,
     replacing_files,
@@ -87,6 +88,9 @@ KINDS = (  # of runs: no other module is imported because a run.json names it
     *("studies.neyman_scott", "studies.precision_recall"),
 )
 RESUMABLE = "distill", "flows"  # kinds whose verbs take --resume
+MEASURED = (  # what is measured and drawn of the weights that a run came to
+    *("evaluation.json", "evaluation-blocks.safetensors", "generations.jsonl", "report.html"),
+)
 RECORDED = "rkl", "torch", "transformers"  # distributions whose versions a run notes down
 ROW_BYTES = 8  # of the fingerprint of a row: two of 10^6 rows collide once in 4 * 10^7 runs
 _ENTRIES: dict[str, Any] = {  # what else run.json holds of which type, where it is there
@@ -335,6 +339,15 @@ class Run:
         rows = [row for row in self.metrics if row.get("step", 0) <= step]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomic(self.path / "metrics.jsonl", text)
+
+    def remove_measured(self) -> None:
+        """Remove evaluation and report, which are not those of the weights that training makes.
+
+        A file of that name that rkl did not write stays.
+        """
+        for name in [it for it in MEASURED if it in self.files]:
+            if (self.path / name).is_file() and not (self.path / name).is_symlink():
+                remove(self.path / name)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

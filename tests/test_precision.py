@@ -110,3 +110,46 @@ def test_near_its_poles_double_precision_has_the_value_of_many_digits(divergence
     value = per_token({"": divergence}, p=p[None], q=q[None])[""]
     expected = of_many_digits(divergence, p, q)
     assert value.item() == pytest.approx(float(expected), rel=1e-8)
+
+
+def gradients_with_and_without(divergence, a, b, top=None):
+    """Value and gradient at the first eight atoms, as given and in double precision alone."""
+    found = []
+    for p, q in ((a, b), (a[:, :8].double(), b[:, :8].double())):
+        if top is not None:
+            p = rkl.TopK(top.values, top.indices)
+        found.append(measured(divergence, p, q))
+    (value, gradient), expected = found
+    assert (gradient[:, 8:] == 0).all()
+    return (value, gradient[:, :8]), expected
+
+
+def check_masked(divergence, dtype, fill, top_k):
+    p, q = (x.to(dtype) for x in logits())
+    p[:, 8:] = q[:, 8:] = fill
+    top = p.double().log_softmax(-1).topk(4) if top_k else None
+    (value, gradient), (expected, slope) = gradients_with_and_without(divergence, p, q, top)
+    assert torch.allclose(value, expected, rtol=1e-5, atol=1e-6)
+    # a gradient in half precision is rounded to it
+    assert (gradient - slope).abs().max() <= torch.finfo(dtype).eps * slope.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("top_k", [False, True], ids=["whole", "top k"])
+@pytest.mark.parametrize("fill", [-math.inf, "lowest", -1e4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_masks_in_half_precision_and_of_a_top_k_leave_the_others(dtype, fill, top_k):
+    fill = torch.finfo(dtype).min if fill == "lowest" else fill
+    for divergence in (rkl.KL(), rkl.ReverseKL(), rkl.JensenShannon(), rkl.AKL(), rkl.ToDi()):
+        check_masked(divergence, dtype, fill, top_k)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_logits_at_the_ends_of_their_dtype_are_those_of_double_precision(dtype, sign):
+    p, q = (x.to(dtype) for x in logits())
+    p[:, 3] = q[:, 3] = sign * torch.finfo(dtype).max
+    for divergence in (rkl.KL(), rkl.ReverseKL(), rkl.JensenShannon(), rkl.AKL()):
+        value, gradient = measured(divergence, p, q)
+        expected, slope = measured(divergence, p.double(), q.double())
+        assert torch.allclose(value, expected, rtol=1e-5, atol=1e-6)
+        assert (gradient - slope).abs().max() <= torch.finfo(dtype).eps * slope.abs().max() + 1e-6

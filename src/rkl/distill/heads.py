@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedTokenizerBase
 
-from rkl.estimators import LinearHead, TopK
+from rkl.estimators import LinearHead, TopK, products
 
 # What a configuration may call a factor of the logits, and the power in which it enters.
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
@@ -200,7 +200,7 @@ def _check_logits(name: str, model: Any, output: Any) -> Tensor:
 
 
 def logits_of(known: Known | TopK) -> Float[Tensor, "tokens vocab"]:
-    """The logits, all at once."""
+    """The logits, all at once; of a head in half precision they are single."""
     if isinstance(known, TopK):
         raise TypeError(
             "teacher gives its top k alone, and not the whole distribution that is needed here. "
@@ -208,7 +208,7 @@ def logits_of(known: Known | TopK) -> Float[Tensor, "tokens vocab"]:
         )
     if isinstance(known, Tensor):
         return known
-    logits = known.scale * linear(known.hidden, known.weight, known.bias)
+    logits = known.scale * products(known)
     if known.softcap is not None:
         logits = known.softcap * (logits / known.softcap).tanh()
     return logits / known.temperature

@@ -367,7 +367,13 @@ def _shape(x) -> Shape:
     return Shape(*x[3:]) if isinstance(x, LinearHead) else Shape()
 
 
-def _products(parameters, rows: Tensor) -> Logits:
+def products(head: LinearHead) -> Logits:
+    """Hidden states times the head, in single precision or better, as `exact` computes it."""
+    with torch.autocast(head.hidden.device.type, enabled=False):  # it would round the products
+        return _products(head[:3], slice(None))
+
+
+def _products(parameters, rows: Tensor | slice) -> Logits:
     """A fresh tensor, in single precision or better: it may be written over."""
     by_token, *head = parameters
     if not head:

@@ -1,6 +1,7 @@
 """``rkl estimate``: from a file of draws to a table, JSON and a run with a report."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import rkl
 from rkl.bayes import bayes_act
 from rkl.bayes.report import posterior_figure
 from rkl.cli import main
+from rkl.runs import Run
 
 FAMILY = "normal(loc=mu, scale=sigma)"
 
@@ -191,3 +193,32 @@ def test_the_figure_has_a_panel_for_each_number(posterior):
     estimate = bayes_act(drawn, FAMILY)
     assert len(posterior_figure(estimate).axes) == 2
     assert len(estimate.plot().axes) == 2
+
+
+def test_another_posterior_in_the_place_of_the_runs_is_named(posterior, tmp_path, capsys):
+    file = tmp_path / "posterior.nc"
+    shutil.copy(posterior[0], file)
+    words = ["estimate", str(file), "--family", FAMILY, "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    shutil.copy(posterior[0], file)  # a copy of the same is the same
+    rkl.load(tmp_path / "run")
+    other = xr.Dataset({it: (("chain", "draw"), 2 * x) for it, x in posterior[1].items()})
+    xr.DataTree.from_dict({"posterior": other}).to_netcdf(file, engine="h5netcdf")
+    with pytest.raises(
+        ValueError, match=r"posterior \(.*posterior\.nc\): posterior\.nc: sha256 was"
+    ):
+        rkl.load(tmp_path / "run")
+
+
+def test_a_flipped_bit_in_any_file_of_an_estimate_is_named(posterior, tmp_path):
+    words = ["estimate", str(posterior[0]), "--family", FAMILY, "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    run = Run.open(tmp_path / "run")
+    listed = [name for name in run.files if name != "run.json"]
+    assert {"estimate.json", "report.html"} <= {*listed}
+    for name in listed:
+        whole = (run.path / name).read_bytes()
+        (run.path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(ValueError, match=f"{name}: sha256 was"):
+            run.verify()
+        (run.path / name).write_bytes(whole)

@@ -413,7 +413,7 @@ REFUSED = {
     "seed": {"seed": -1},
     "device": {"device": "abacus"},
     "data": {"data": "nowhere.jsonl"},
-    "model: nowhere": {"teacher": "nowhere/at/all"},
+    "model: there is no file or folder nowhere": {"teacher": "nowhere/at/all"},
     "student: there is no file": {"student": "nowhere.json"},
 }
 

@@ -1,6 +1,7 @@
 """``rkl estimate``: from a posterior and a family to a table, and to a run with a report."""
 
 import dataclasses
+import glob
 import json
 import os
 from collections.abc import Collection, Sequence
@@ -23,6 +24,7 @@ from rkl.checks import LARGEST_SEED, integer
 from rkl.importing import only
 from rkl.readers import place_of_nan, read
 from rkl.runs import Run, check_out, write_json
+from rkl.runs.integrity import Input, check_inputs, files_of, inputs_before
 from rkl.runs.typed import settings_from
 
 RESULT = "estimate.json"
@@ -133,9 +135,33 @@ def estimate(
     kept["further"] = [str(path.resolve()) for path in settings.further]
     run = Run.create(out, "bayes", kept, seed=settings.seed, overwrite=overwrite)
     with run.running():
+        run.update(inputs=_inputs(settings))
         Shown.of(found.estimate, found.region.table(), found.comparison).write(run.path)
         write_json(run.path / RESULT, found.to_dict())
     return dataclasses.replace(found, report=report_runs([run.path]))
+
+
+def _inputs(settings: EstimateSettings) -> dict[str, Input]:
+    """The digests of the files of draws, and of the design matrix."""
+    sources = [settings.posterior, *settings.further]
+    files: dict[str, Path] = {}
+    for number, source in enumerate(sources):
+        within = f"{number}/" if len(sources) > 1 else ""
+        files |= {f"{within}{name}": file for name, file in _files_of(source).items()}
+    found = {"posterior": files_of(settings.posterior, files)}
+    if settings.design is not None:
+        found["design"] = files_of(settings.design, _files_of(settings.design))
+    return found
+
+
+def _files_of(source: Path) -> dict[str, Path]:
+    """A file, all files of a folder such as a .zarr, or those that a pattern fits, by name."""
+    if source.is_dir():
+        inside = [file for file in source.rglob("*") if file.is_file()]
+        return {file.relative_to(source.parent).as_posix(): file for file in inside}
+    if source.exists():
+        return {source.name: source}
+    return {Path(file).name: Path(file) for file in glob.glob(str(source))}
 
 
 def answer(settings: EstimateSettings) -> Estimated:
@@ -169,7 +195,11 @@ def load_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> Estimat
     """
     run = Run.open(path)
     with only(allow, source=run.path / "run.json"):
-        return _act(_settings(run))
+        settings = _settings(run)
+        if before := inputs_before(run.path):
+            advice = "Put it back, or estimate from it anew: rkl estimate POSTERIOR --out RUN2."
+            check_inputs(run.path, before, _inputs(settings), argument="path", advice=advice)
+        return _act(settings)
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,8 @@ def test_another_posterior_in_the_place_of_the_runs_is_named(posterior, tmp_path
     shutil.copy(posterior[0], file)  # a copy of the same is the same
     rkl.load(tmp_path / "run")
     other = xr.Dataset({it: (("chain", "draw"), 2 * x) for it, x in posterior[1].items()})
-    xr.DataTree.from_dict({"posterior": other}).to_netcdf(file, engine="h5netcdf")
+    xr.DataTree.from_dict({"posterior": other}).to_netcdf(tmp_path / "b.nc", engine="h5netcdf")
+    shutil.copy(tmp_path / "b.nc", file)
     with pytest.raises(
         ValueError, match=r"posterior \(.*posterior\.nc\): posterior\.nc: sha256 was"
     ):

@@ -90,7 +90,7 @@ def test_five_of_eight_modes_are_flagged_although_their_weights_look_well(
     fit_target(settings, tmp_path / "run")
     ranges = (Condition("scale", 0.5, 0.5),)
     kept = TargetRun(Mixture([0, 1, 2, 3, 4]), target, ranges, settings)
-    monkeypatch.setattr(run_evaluation, "load_target_run", lambda path: kept)
+    monkeypatch.setattr(run_evaluation, "load_target_run", lambda path, allow=(): kept)
     words = ["evaluate", str(tmp_path / "run"), "--draws", "500", "--reference"]
     assert main(words) == 0
     told = capsys.readouterr().out

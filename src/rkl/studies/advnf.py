@@ -11,10 +11,8 @@ Source: V. Kanaujia, M. S. Scheurer and V. Arora (2024), arXiv 2401.15948.
 import csv
 import io
 import math
-import multiprocessing
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +34,7 @@ from rkl.studies.advnf_fits import (
     fit,
     ways,
 )
+from rkl.studies.workers import in_processes
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section
@@ -135,9 +134,7 @@ def conducted(
 def _all_fits(plan: Plan, seeds: Sequence[int]) -> list[Fit]:
     """In processes of one thread each, on a core of its own where there are two."""
     jobs = [(plan, way, seed) for seed in seeds for way in ways(plan)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, context, torch.set_num_threads, (1,)) as pool:
-        return list(pool.map(fit, *zip(*jobs, strict=True)))
+    return in_processes(fit, *zip(*jobs, strict=True), workers=WORKERS)
 
 
 def to_csv(fits: Iterable[Fit]) -> str:

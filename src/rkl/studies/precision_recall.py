@@ -7,10 +7,8 @@ they are counted by neighbours in two spaces of features, one of which no critic
 Source: Verine et al. (2023), arXiv 2302.00628; Verine et al. (2024), arXiv 2311.00460.
 """
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from rkl.runs import Run, check_out, write_atomic
 from rkl.studies import precision_recall_images as images
 from rkl.studies import precision_recall_ring as ring
 from rkl.studies.precision_recall_rows import ML, Row, Seed, rows_of, to_csv
+from rkl.studies.workers import in_processes
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section
@@ -162,10 +161,8 @@ def _all_laws(part: Part, plan: Any, seeds: Sequence[int]) -> list[Seed]:
             return [law for seed in seeds for law in part.run(plan, seed)]
         finally:
             torch.set_num_threads(before)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, context, torch.set_num_threads, (1,)) as pool:
-        found = pool.map(_laws, [part.run] * len(seeds), [plan] * len(seeds), seeds)
-        return [law for laws in found for law in laws]
+    columns = [part.run] * len(seeds), [plan] * len(seeds), seeds
+    return [law for laws in in_processes(_laws, *columns, workers=WORKERS) for law in laws]
 
 
 def _laws(run: Callable[[Any, int], Iterable[Seed]], plan: Any, seed: int) -> list[Seed]:

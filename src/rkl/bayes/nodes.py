@@ -407,7 +407,7 @@ def _kind(law: Distribution) -> Literal["circle", "counts", "line"]:
 
 def _importance(laws: Laws, size: int) -> Nodes:
     """A sample of the posterior predictive r, weighted by 1/(m r)."""
-    places = (torch.arange(size) + 0.5) / size
+    places = (torch.arange(size, dtype=torch.float64) + 0.5) / size
     drawn = torch.searchsorted(laws.weights.cumsum(0), places.double()).clamp_max(len(laws) - 1)
     points = laws.at(drawn).sample()
     members = laws.at(slice(0, 1)).batch_shape[1:].numel()

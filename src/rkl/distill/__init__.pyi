@@ -16,6 +16,7 @@ from rkl.distill.run import DistillSettings as DistillSettings
 from rkl.distill.run import distill as distill
 from rkl.distill.run import estimate as estimate
 from rkl.distill.run import load_run as load_run
+from rkl.distill.selection import DivergedError as DivergedError
 from rkl.distill.teachers import Teacher as Teacher
 from rkl.distill.teachers import load_model as load_model
 from rkl.distill.teachers import load_tokenizer as load_tokenizer

@@ -1,6 +1,7 @@
 """How near a student is to its teacher: exact, token by token, in one pass over held-out data."""
 
 import os
+import shlex
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -236,7 +237,8 @@ def _load_teacher(run: Run, settings: EvaluateSettings) -> PreTrainedModel:
     name = run.settings.get("teacher")
     if not isinstance(name, str):
         raise ValueError(f"teacher must be given: {run.path} does not say which it had.")
-    hint = f"Say where it is now: rkl evaluate {run.path} --data DATA --teacher FOLDER"
+    quoted = shlex.quote(str(run.path))
+    hint = f"Say where it is now: rkl evaluate {quoted} --data DATA --teacher FOLDER"
     known = inputs_before(run.path).get("teacher")
     if known is None:  # of an older run: whether the name is one of the Hub, nobody noted
         if local_path(name) is None and not name.startswith(("package:", "hub:")):

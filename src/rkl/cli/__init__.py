@@ -232,7 +232,7 @@ def _how_to_go_on(words: list[str], parsed: argparse.Namespace | None) -> str:
     again = [word for word in words if word not in ("--resume", "--overwrite")]
     out = said.get("out")
     status = None if out is None else _status(Path(out))
-    if "resume" in said and not said["dry_run"] and (status or not Path(out or "").exists()):
+    if "resume" in said and not said.get("dry_run") and (status or not Path(out or "").exists()):
         return f"Go on with: {shlex.join(['rkl', *again, '--resume'])}"
     if said.get("overwrite") or status == "interrupted":
         again.append("--overwrite")

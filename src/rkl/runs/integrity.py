@@ -206,10 +206,10 @@ def check_inputs(
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Two digests with the sizes of what they belong to, told apart."""
-    digits = SHOWN_DIGITS if old["sha256"][:SHOWN_DIGITS] != new["sha256"][:SHOWN_DIGITS] else 64
-    (was, before), (now, after) = (
-        (it["sha256"][:digits], f"{it['size']:,} bytes") for it in (old, new)
-    )
+    was, now = (str(it.get("sha256")) for it in (old, new))
+    digits = SHOWN_DIGITS if was[:SHOWN_DIGITS] != now[:SHOWN_DIGITS] else 64
+    was, now = was[:digits], now[:digits]
+    before, after = (f"{it.get('size', 'unknown')} bytes" for it in (old, new))
     return f"sha256 was {was} ({before}) and is {now} ({after})"
 
 

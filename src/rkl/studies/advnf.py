@@ -23,6 +23,7 @@ from rkl.flows import CheckerboardRealNVP, Coupling
 from rkl.flows.targets import XY, MoG4, MoG8, Rings
 from rkl.metrics import mean
 from rkl.runs import Run, write_atomic
+from rkl.studies._workers import in_processes
 from rkl.studies.advnf_fits import (
     OURS,
     QUANTITIES,
@@ -34,7 +35,6 @@ from rkl.studies.advnf_fits import (
     fit,
     ways,
 )
-from rkl.studies.workers import in_processes
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rkl.distill.data import TokenDataset, spread
 from rkl.distill.evaluate import EvaluateSettings, evaluate_run
-from rkl.distill.generate import reply_to, save
+from rkl.distill.generate import choose_prompts, reply_to, save
 from rkl.distill.heads import inference
 from rkl.distill.progress import clock, quiet, say
 from rkl.distill.run import DistillSettings, distill
@@ -204,4 +204,5 @@ def distil_and_evaluate(
     with phase(run, "letting the teacher write"):
         source, once = distillation.teacher, dataclasses.replace(evaluation, seeds=1)
         model, tokenizer = load_model(source, dtype="float32"), load_tokenizer(source)
-        save(run.path / REPLIES, reply_to(read_rows(once.data), model, tokenizer, once))
+        prompts, _ = choose_prompts(read_rows(once.data), tokenizer, model, once)
+        save(run.path / REPLIES, reply_to(prompts, model, tokenizer, once))

@@ -18,8 +18,8 @@ import torch
 from rkl.runs import Run, check_out, write_atomic
 from rkl.studies import precision_recall_images as images
 from rkl.studies import precision_recall_ring as ring
+from rkl.studies._workers import in_processes
 from rkl.studies.precision_recall_rows import ML, Row, Seed, rows_of, to_csv
-from rkl.studies.workers import in_processes
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section

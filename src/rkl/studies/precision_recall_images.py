@@ -256,12 +256,13 @@ class Spaces:
 
     def seen(self, values: Tensor) -> dict[str, Tensor]:
         """In features and in components."""
+        values = values.to(self.real.dtype)
         components = (values.flatten(1) - self.centre) @ self.axes.T
         return {"features": self.of(values), "components": components}
 
     def of(self, values: Tensor) -> Tensor:
         """The features, on a scale of about 1."""
-        return self.features(values / self.levels)
+        return self.features(values.to(self.real.dtype) / self.levels)
 
     def critic(self, plan: Plan, pictures: Pictures, law: Distribution, seed: int) -> Ratio:
         """One that tells pictures from draws by their features."""

@@ -167,7 +167,7 @@ class Pictures:
     def shown(self, values: Tensor) -> list:
         """A few of them as pictures."""
         canvas = torch.zeros(min(SHOWN, len(values)), self.side**2)
-        canvas[:, self.places] = values[:SHOWN].flatten(1)
+        canvas[:, self.places] = values[:SHOWN].flatten(1).to(canvas.dtype)
         return canvas.reshape(-1, self.side, self.side).tolist()
 
 

@@ -68,7 +68,9 @@ MADE_BY_FUNCTIONS = {  # or without arguments, or to derive from
 }
 OF_MEASURES = {
     "neighbours.PRDC",
+    "neighbours.centred",  # which, like common_unit, takes a checked pair
     "neighbours.checked_pair",
+    "neighbours.common_unit",
     "tails.Tail",
 }  # results, and what serves all
 SOURCE = str(Path(rkl.__file__).parent)

@@ -158,7 +158,11 @@ def test_supports_that_move_are_seen(draws):
     ("family", "error", "words"),
     [
         ("normal(loc=mu, scale=tau)", ValueError, "scale must be one of mu, sigma.*got tau"),
-        ("nrmal(loc=mu, scale=sigma)", ValueError, r"none is called 'nrmal' \(did you mean normal\?\); there are bernoulli"),
+        (
+            "nrmal(loc=mu, scale=sigma)",
+            ValueError,
+            r"none is called 'nrmal' \(did you mean normal\?\); there are bernoulli",
+        ),
         ("normal(loc=mu)", ValueError, "must say scale of Normal"),
         ("normal(loc=0, scale=1)", ValueError, "must take a variable"),
         (

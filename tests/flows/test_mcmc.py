@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from rkl.flows.lattice import circle
 from rkl.flows.mcmc import (
     HeatBath,
     Metropolis,
@@ -110,7 +111,7 @@ def test_the_field_of_a_site_is_that_which_its_energy_feels():
 @pytest.mark.parametrize("kappa", [0.0, 1e-3, 0.5, 3.0, 80.0, 1e4])
 def test_a_try_of_von_mises_has_its_moments_and_is_mostly_taken(kappa):
     torch.manual_seed(0)
-    turn, taken = kernels.von_mises_try(torch.full((200_000,), kappa, dtype=torch.float64))
+    turn, taken = circle.von_mises_try(torch.full((200_000,), kappa, dtype=torch.float64))
     assert taken.double().mean() > 0.65
     torch.testing.assert_close(turn.abs(), torch.ones_like(turn.abs()), rtol=1e-11, atol=0)
     cos, sin = turn[taken].real, turn[taken].imag

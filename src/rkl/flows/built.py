@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rkl.flows.architectures import Architecture, Conditioned, Scaled
-from rkl.flows.architectures.scaled import MARGIN
+from rkl.flows.domain import check_architecture
 from rkl.flows.targets import Condition, Target
 
 
@@ -23,6 +23,7 @@ def built(architecture: Architecture, target: Target, ranges: Sequence[Condition
     torch.Size([2])
     """
     count = len(target.conditions)
+    check_architecture(architecture, target)
     flow = architecture.build(target.event_shape, count)
     if not architecture.own_units and target.domain == "line":
         if count:
@@ -48,7 +49,7 @@ class Within:
         """What torch calls before the flow."""
         for k, it in enumerate(self.ranges):
             values = arguments[0].detach()[..., k].flatten()
-            margin = MARGIN * (it.high - it.low) + 1e-6 * max(abs(it.low), abs(it.high))
+            margin = 1e-6 * max(abs(it.low), abs(it.high))
             beyond = values[(values < it.low - margin) | (values > it.high + margin)]
             if len(beyond):
                 warnings.warn(

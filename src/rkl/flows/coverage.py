@@ -271,7 +271,7 @@ def _modes(log_ratio: Tensor, labels: Tensor, target_labels: Tensor, names: tupl
 def _labels(target: Target, x: Tensor) -> tuple[Tensor | None, tuple[str, ...]]:
     """Which mode each x is in, and how the modes are called; None where there are none."""
     if isinstance(target, XY):
-        sectors, labels = target.winding(x).round().long().unique(dim=0, return_inverse=True)
+        sectors, labels = target.sector(x).unique(dim=0, return_inverse=True)
         return labels, tuple(f"winding ({a}, {b})" for a, b in sectors.tolist())
     if isinstance(target, GaussianMixture | MoG4 | MoG8):
         centres = target.modes.to(x)

@@ -17,7 +17,7 @@ from rkl.flows.importance import Thermodynamics, reweight, thermodynamics
 from rkl.flows.mcmc import RandomWalk, markov_chain, thermodynamic_integration
 from rkl.flows.mcmc.kernels import check_condition, check_whole, seeded
 from rkl.flows.metropolis import Chain, independent_metropolis, law_of, proposed
-from rkl.flows.observables import averages, beside_held_out
+from rkl.flows.observables import averages, beside_held_out, observe
 from rkl.flows.targets import XY, Phi4, Target
 from rkl.flows.targets.base import Condition
 from rkl.metrics import Mean
@@ -145,14 +145,8 @@ def _weighed(flow, target, condition, draws: int, seed: int) -> tuple[Tensor, Te
 
 
 def _observed(target: Target, x: Tensor, condition: Tensor) -> Values:
-    """The observables; of a target without any, the log-density and the first coordinates."""
-    each = condition[:, None, None, :].expand(*x.shape[:3], -1)
-    found = target.observables(x, each)
-    if found:
-        return found
-    flat = x.flatten(3)
-    few = {f"x{k}": flat[..., k] for k in range(min(4, flat.shape[-1]))}
-    return {"log_density": target.log_prob(x, each), **few}
+    """What is measured of states [rows, chains, draws, *event]."""
+    return observe(target, x, condition[:, None, None, :].expand(*x.shape[:3], -1))
 
 
 def _reference(target, condition, draws: int, seed: int) -> Reference:

@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 
 from rkl.divergences.base import floats
 from rkl.flows.architectures import draw
+from rkl.flows.domain import check_domain
 from rkl.flows.mcmc.kernels import Kernel, check_condition, check_kernel, check_whole, seeded
 from rkl.flows.targets.base import Target
 from rkl.metrics.chains import ess, ess_tail, integrated_time, rhat
@@ -204,6 +205,7 @@ def law_of(proposal: Any, target: Target, condition: Tensor) -> Any:
             f"proposal must have the batch shape {list(condition.shape[:-1])} of condition; "
             f"got {list(law.batch_shape)}."
         )
+    check_domain(law, target, condition)
     return law.expand(condition.shape[:-1]) if law.batch_shape != condition.shape[:-1] else law
 
 

@@ -1,5 +1,6 @@
 """Observables of chains with their errors, and a flow beside Markov chains it has not seen."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,8 @@ from rkl.metrics.batches import jackknife
 from rkl.metrics.overlap import earth_mover, histogram_overlap
 from rkl.runs import row_fingerprint
 
+SHOWN = 4  # coordinates that are measured of a target without observables
+TURNS = 8  # configurations that are turned
 RANGES = (-2.0, 0.0), (-3.0, 0.0)  # of energies per site, in which AdvNF's code and text count
 
 
@@ -78,6 +81,50 @@ class _Variance:
 
     def __call__(self, moments: Tensor) -> Tensor:
         return self.scale * (moments[..., 1] - moments[..., 0].square())
+
+
+@torch.no_grad()
+def observe(
+    target: Target,
+    x: Float[Tensor, "*batch event"],
+    condition: Float[Tensor, "*batch conditions"],
+) -> dict[str, Float[Tensor, "*batch"]]:
+    """The observables of a target, or a few quantities of one that has none.
+
+    On the line these are the log-density and the first coordinates. Of angles they are cosines
+    of differences where a common turn leaves the density as it is, as every angle is uniform
+    then, and else cosines and sines of the first angles.
+    """
+    found = target.observables(x, condition)
+    if found:
+        return found
+    batch = x.shape[: x.ndim - len(target.event_shape)]
+    few = x.reshape(*batch, -1)[..., :SHOWN]
+    named: dict[str, Tensor] = {}
+    if target.domain == "line":
+        named = {f"x{k}": few[..., k] for k in range(few.shape[-1])}
+    elif turn_invariant(target, condition):
+        named = {
+            f"cos(x0 - x{k})": (few[..., 0] - few[..., k]).cos() for k in range(1, few.shape[-1])
+        }
+    else:
+        for k in range(few.shape[-1]):
+            named |= {f"cos(x{k})": few[..., k].cos(), f"sin(x{k})": few[..., k].sin()}
+    return {"log_density": target.log_prob(x, condition), **named}
+
+
+@torch.no_grad()
+def turn_invariant(target: Target, condition: Float[Tensor, "*batch conditions"]) -> bool:
+    """True where turning all angles by the same amount leaves the log-density as it is."""
+    if target.domain != "circle":
+        return False
+    generator = torch.Generator().manual_seed(0)
+    given = condition[(0,) * (condition.ndim - 1)]
+    x = 2 * math.pi * torch.rand(TURNS, *target.event_shape, generator=generator)
+    turn = 2 * math.pi * torch.rand(TURNS, *[1] * len(target.event_shape), generator=generator)
+    each, x, turn = given.double().expand(TURNS, -1), x.double(), turn.double()
+    change = target.log_prob(x + turn, each) - target.log_prob(x, each)
+    return bool(change.abs().max() < 1e-6 * (1 + target.log_prob(x, each).abs().max()))
 
 
 @torch.no_grad()

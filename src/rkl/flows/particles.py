@@ -94,7 +94,8 @@ class Particles:
     def _log_prob(self, x: Tensor, condition: Tensor) -> Tensor:
         """Log p in nats, finite, so that differences of it are."""
         lowest = -1e30
-        return self.target.log_prob(x, condition).nan_to_num(lowest, lowest, lowest)
+        log_p = self.target.log_prob(x, condition).to(x.dtype)
+        return log_p.nan_to_num(lowest, lowest, lowest)
 
     def _log_broad(self, x: Tensor) -> Tensor:
         return -(x / WIDE).square().flatten(x.ndim - self.event).sum(-1) / 2

@@ -19,14 +19,15 @@ from torch.func import functional_call
 from rkl.divergences import FDivergence, ReverseKL
 from rkl.divergences.base import floats
 from rkl.flows.architectures import Architecture, Scaled, draw
-from rkl.flows.architectures.scaled import MARGIN
 from rkl.flows.built import built
 from rkl.flows.critic import Critic, Ratio
+from rkl.flows.domain import check_domain
 from rkl.flows.lattice import CoarseToFine, CoarseToFineField, SitesLaw
 from rkl.flows.objectives import Objective, as_objective
 from rkl.flows.particles import Particles
 from rkl.flows.targets import XY, Phi4, Target
-from rkl.flows.targets.base import Condition
+from rkl.flows.targets.base import Condition, check_values
+from rkl.flows.targets.check import check_log_prob
 from rkl.flows.training import Moment, Training, one_at_a_time, train
 from rkl.flows.weights import along_path, is_likelihood, on_data, on_draws
 from rkl.runs import Run
@@ -37,6 +38,7 @@ ENOUGH = 0.5  # share of effective draws at which it goes on
 STEP = 1.03  # by this factor
 FEW = 8  # coordinates up to which particles are cooled
 GROUPS = 128  # conditions of the particles
+AT_ENDS = 0.005  # share of the range of a condition that is seen at either of its ends
 WIDEST = math.log(100)  # log-ratios of a critic are cut off there
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
@@ -114,10 +116,19 @@ def fit_to_target(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fitted = flow if isinstance(flow, nn.Module) else built(flow, target, given.trained)
+        _check_target(fitted, target, given, chosen, anneal)
         fitting = _Fitting(fitted, target, chosen, given, each, anneal, data, critic)
     budget: dict[str, Any] = {"steps": steps, "minutes": minutes, "seed": seed, "every": every}
     budget |= {"lr": lr, "clip": clip, "ema": ema, "run": run, "also": fitting.stateful()}
     return TargetFit(fitted, train(fitted, fitting, **budget))
+
+
+def _check_target(flow, target: Target, given: "_Conditions", chosen: Objective, anneal) -> None:
+    """Refuse a log-density that the terms of the objective could not use."""
+    dtype = next(flow.parameters()).dtype
+    middle = torch.tensor([(it.low + it.high) / 2 for it in given.trained])
+    gradient = chosen.uses("target") and not _cools(target, anneal)
+    check_log_prob(target, middle, dtype=dtype, gradient=gradient)
 
 
 def _draws(batch: int, conditions: int) -> int:
@@ -186,6 +197,8 @@ class _Conditions:
         self.ranges = target.conditions
         if chosen is not None and values is None:
             self.ranges = _of_target(target, chosen)
+            for end in ("low", "high"):
+                check_values(target, [[getattr(it, end) for it in self.ranges]])
         if values is not None:
             floats("conditions", values)
             if values.ndim != 2 or values.shape[1] != len(self.ranges) or not len(values):
@@ -194,6 +207,7 @@ class _Conditions:
                     f"conditions must be [strata, {len(self.ranges)}], for {names}; "
                     f"got {list(values.shape)}."
                 )
+            check_values(target, values)
         if isinstance(strata, bool) or not isinstance(strata, int) or strata < 1:
             raise ValueError(f"strata must be a positive whole number; got {strata!r}.")
         self.count = strata if values is None else len(values)
@@ -215,8 +229,8 @@ class _Conditions:
         for k, it in enumerate(self.ranges):
             order = torch.randperm(count) if k else torch.arange(count)
             share = (order + torch.rand(count)) / count
-            width = it.high - it.low
-            columns.append(it.low - MARGIN * width + (1 + 2 * MARGIN) * width * share)
+            inner = (1 + 2 * AT_ENDS) * share - AT_ENDS  # the ends themselves are seen too
+            columns.append(it.low + (it.high - it.low) * inner.clamp(0, 1))
         return torch.stack(columns, -1) if columns else torch.empty(count, 0)
 
 
@@ -228,6 +242,7 @@ class _Rows:
             raise TypeError("data must be a pair: the draws, and their conditions.")
         self.x, self.condition = data
         target.check(self.x, self.condition)
+        check_values(target, self.condition)
         if len(self.x) != len(self.condition) or not len(self.x):
             raise ValueError(
                 f"data must be as many draws as conditions; got {len(self.x)} "
@@ -272,6 +287,7 @@ class _Fitting:
                 f"flow must have events of shape {list(target.event_shape)}, as {target} has; "
                 f"got {list(law.event_shape)}."
             )
+        check_domain(law, target, torch.ones((), dtype=self.dtype))
         if isinstance(law, SitesLaw):
             _check_integrated(law, target)
 

@@ -25,7 +25,7 @@ from rkl.flows.metropolis import independent_metropolis
 from rkl.flows.objectives import Objective, parse_objective
 from rkl.flows.target_fit import FEW, TargetFit, fit_to_target
 from rkl.flows.targets import XY, Phi4, Target, parse_target
-from rkl.flows.targets.base import Condition, spelt
+from rkl.flows.targets.base import Condition, check_values, spelt
 from rkl.flows.training import MINUTES, goes_on, load_state, save_state
 from rkl.importing import names_in, only
 from rkl.readers import place_of_nan, read_arrays
@@ -220,14 +220,17 @@ def parse_ranges(text: str | None, target: Target) -> tuple[Condition, ...]:
         ValueError: It cannot be read, or names what is no condition.
 
     >>> parse_ranges("T=0.5:1.5", XY(side=2))
-    (Condition(name='T', low=0.5, high=1.5, unit='J'),)
+    (Condition(name='T', low=0.5, high=1.5, unit='J', above=0.0, at_least=None),)
     """
-    known = {it.name: it for it in target.conditions}
+    known, given = {it.name: it for it in target.conditions}, set()
     for part in [] if text is None else text.split(","):
         name, _, limits = (it.strip() for it in part.partition("="))
         if name not in known:
             has = ", ".join(known) or "none"
             raise ValueError(f"condition: those of {target} are {has}; got {part.strip()!r}.")
+        if name in given:
+            raise ValueError(f"condition: {name} is given twice; got {text!r}.")
+        given.add(name)
         low, colon, high = limits.partition(":")
         try:
             one, other = float(low), float(high if colon else low)
@@ -239,6 +242,7 @@ def parse_ranges(text: str | None, target: Target) -> tuple[Condition, ...]:
                 f"{name}=0.9, or a range such as {name}=0.5:1.5."
             )
         known[name] = known[name]._replace(low=one, high=other)
+    check_values(target, [[it.low for it in known.values()]])
     return tuple(known.values())
 
 
@@ -508,8 +512,11 @@ def read_draws(
             f"data: {path} cannot be read: condition must be {[*lead, count]}, for each row of x; "
             f"got {list(condition.shape)}."
         ) from None
-    flat = x.reshape(-1, *event), condition.reshape(-1, count)
-    return torch.from_numpy(flat[0].copy()), torch.from_numpy(flat[1].copy())
+    rows = math.prod(lead)
+    flat = x.reshape(rows, *event), condition.reshape(rows, count)
+    rows_of, given = (torch.from_numpy(it.copy()) for it in flat)
+    check_values(target, given)
+    return rows_of, given
 
 
 def _values(text: str | None, found: TargetRun) -> Float[Tensor, " conditions"]:

@@ -4,7 +4,7 @@ import abc
 import inspect
 import math
 import re
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,10 +20,12 @@ class Architecture(abc.ABC):
     To write one, make a frozen dataclass with ``build``; the command line finds it by its name
     in kebab case. What it builds is a module: ``flow(condition)``, or ``flow()`` where there
     are no conditions, returns a distribution of torch with ``log_prob`` and ``sample``.
-    ``own_units`` says that its events and conditions want no standardising.
+    ``own_units`` says that its events and conditions want no standardising, ``domain`` whether
+    events are numbers on the line or angles on the circle, where the class knows.
     """
 
     own_units: ClassVar[bool] = False
+    domain: ClassVar[Literal["line", "circle"] | None] = None
 
     @abc.abstractmethod
     def build(self, event_shape: tuple[int, ...], conditions: int = 0) -> nn.Module:

@@ -34,6 +34,8 @@ class Coupling(Architecture):
     hidden: tuple[int, ...] = (64, 64)
     compiled: bool = False
 
+    domain = "line"
+
     def __post_init__(self):
         check_sizes(transforms=self.transforms, hidden=self.hidden)
 

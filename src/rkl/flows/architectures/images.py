@@ -38,6 +38,8 @@ class MultiScale(Architecture):
     couplings: int = 6
     hidden: int = 32
 
+    domain = "line"
+
     def __post_init__(self):
         check_sizes((self.hidden,), scales=self.scales, couplings=self.couplings)
 

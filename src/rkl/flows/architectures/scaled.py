@@ -12,8 +12,6 @@ from torch.distributions import Distribution, constraints
 from rkl.divergences.base import number
 from rkl.flows.architectures.base import Latent
 
-MARGIN = 0.005  # share of its range by which a condition is trained beyond either end
-
 
 class Conditioned(nn.Module):
     """A flow that sees each condition on a scale from -1 to 1 over the range it is trained on.

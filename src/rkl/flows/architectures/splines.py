@@ -37,6 +37,8 @@ class NSF(Architecture):
     bins: int = 8
     passes: int | None = None
 
+    domain = "line"
+
     def __post_init__(self):
         check_sizes(transforms=self.transforms, bins=self.bins, hidden=self.hidden)
 
@@ -62,6 +64,8 @@ class MAF(Architecture):
     transforms: int = 5
     hidden: tuple[int, ...] = (64, 64)
     passes: int | None = None
+
+    domain = "line"
 
     def __post_init__(self):
         check_sizes(transforms=self.transforms, hidden=self.hidden)

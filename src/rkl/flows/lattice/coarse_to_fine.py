@@ -53,6 +53,7 @@ class CoarseToFine(Architecture):
     knots: int = 16
 
     own_units = True
+    domain = "circle"
 
     def __post_init__(self):
         number("coupling", self.coupling)
@@ -252,6 +253,7 @@ class LatticeLaw(SitesLaw):
             centre, kappa = self.flow.field(cosine, sine, condition)
             theta = torch.cat([theta, centre.detach()])
             log_q = log_q - circle.log_bessel(beta * kappa).sum(0)
+        theta = theta + 2 * math.pi * torch.rand_like(log_q)  # as in draws: p may not be invariant
         return (log_prob(theta[self.place].T, condition) - log_q).reshape(batch)
 
     def _exact(self, rows, condition):

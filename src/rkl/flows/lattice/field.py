@@ -49,6 +49,7 @@ class CoarseToFineField(Architecture):
     bins: int = 8
 
     own_units = True
+    domain = "line"
 
     def __post_init__(self):
         number("width", self.width, at_least=1)

@@ -9,6 +9,7 @@ from torch import Tensor
 NODES = 64  # of the trapezoidal rule
 BEYOND = 45.0  # nats below the mode at which it ends
 STEPS = 8  # of Newton's method
+MAX_TRIES = 100_000  # of the rejection sampler
 
 
 def log_density(
@@ -103,9 +104,19 @@ def draw(
 
     As λ(φ² − c)² ≥ 0, the density is nowhere above that of a normal law with a + 2λc for a; best
     is the c that is the mean of φ² by that law.
+
+    Raises:
+        ValueError: λ is negative or nan, 0 where a is not positive, or h is not finite.
     """
     h = field.detach().double().flatten()
     lam = quartic.detach().double().expand_as(field).flatten()
+    wrong = ~(h.isfinite() & lam.isfinite() & ((lam > 0) | ((lam == 0) & (square > 0))))
+    if wrong.any():
+        raise ValueError(
+            "quartic must be positive, or 0 where square is positive, in a finite field; got "
+            f"quartic={float(lam[wrong][0]):g}, square={square:g} and "
+            f"field={float(h[wrong][0]):g}."
+        )
     curved = _below(h, square, lam)
     for _ in range(STEPS):  # what is to vanish is concave and rises
         excess = curved - square - lam / curved - lam * h.square() / (2 * curved.square())
@@ -114,10 +125,15 @@ def draw(
     c = h.square() / (4 * curved.square()) + 1 / (2 * curved)
     curved = square + 2 * lam * c
     drawn, left = torch.empty_like(h), torch.arange(len(h), device=h.device)
-    while len(left):
+    for _ in range(MAX_TRIES):
         width = 1 / (2 * curved[left]).sqrt()
         phi = h[left] / (2 * curved[left]) + width * torch.randn_like(width)
         taken = torch.rand_like(phi) < (-lam[left] * (phi.square() - c[left]).square()).exp()
         drawn[left[taken]] = phi[taken]
         left = left[~taken]
-    return drawn.to(field).reshape(field.shape)
+        if not len(left):
+            return drawn.to(field).reshape(field.shape)
+    raise RuntimeError(
+        f"quartic: no value was accepted in {MAX_TRIES:,} tries at square={square:g}, "
+        f"quartic={float(lam[left[0]]):g} and field={float(h[left[0]]):g}."
+    )

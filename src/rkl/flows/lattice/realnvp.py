@@ -39,6 +39,11 @@ class CheckerboardRealNVP(Architecture):
 
     own_units = True
 
+    @property
+    def domain(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The circle, unless it is told otherwise."""
+        return "circle" if self.circle else "line"
+
     def __post_init__(self):
         number("couplings", self.couplings, at_least=1)
         number("filters", self.filters, at_least=1)

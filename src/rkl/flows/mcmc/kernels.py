@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rkl.checks import LARGEST_COUNT, integer
 from rkl.divergences.base import floats, number
-from rkl.flows.targets.base import Target
+from rkl.flows.lattice import circle
+from rkl.flows.targets.base import Target, check_values
 from rkl.flows.targets.lattices import XY
 
 
@@ -226,33 +227,8 @@ def _mirrored(z: Tensor, field: Tensor, beta: Tensor) -> Tensor:
 
 
 def _drawn(z: Tensor, field: Tensor, beta: Tensor) -> Tensor:
-    turn, accepted = von_mises_try(beta * field.abs())
+    turn, accepted = circle.von_mises_try(beta * field.abs())
     return torch.where(accepted, _direction(field) * turn, z)
-
-
-def von_mises_try(
-    concentration: Float[Tensor, "*shape"],
-) -> tuple[Complex[Tensor, "*shape"], Tensor]:
-    """One try to draw exp(i φ) with φ von Mises about 0: where it is accepted, it is exact.
-
-    The proposal is a wrapped Cauchy law, the image (u + ρ)/(1 + ρ u) of a uniform u on the
-    circle; at least 0.65 of the tries are accepted, all of them where concentration is 0.
-
-    Source: Best and Fisher (1979), Applied Statistics 28, 152, in a form free of cancellation.
-    """
-    kappa = concentration
-    root = (1 + 4 * kappa.square()).sqrt()
-    other = (2 + 2 * root).sqrt()
-    scale = 1 + root + other
-    rho = 2 * kappa / scale
-    below = (1 + 1 / (root + 2 * kappa) + other) / scale  # 1 - rho
-    gap = below * (2 - below)  # 1 - rho^2
-    angle = 2 * math.pi * torch.rand_like(kappa)
-    cos, sin = angle.cos(), angle.sin()
-    share = 1 / (1 + rho * (rho + 2 * cos))
-    odds = scale * gap.square() * share / 4  # kappa (r - f) of the paper
-    turn = torch.complex((2 * rho + (1 + rho.square()) * cos) * share, gap * sin * share)
-    return turn, torch.rand_like(kappa) < odds * (1 - odds).exp()
 
 
 def _wrapped(x: Tensor) -> Tensor:
@@ -279,8 +255,7 @@ def check_condition(target: Any, condition: Tensor | None) -> Tensor:
             f"condition must be [*batch, {expected}] for {target} ({names}); "
             f"got {list(condition.shape)}."
         )
-    if not condition.isfinite().all():
-        raise ValueError(f"condition must be finite; got {condition.tolist()}.")
+    check_values(target, condition)
     return condition
 
 

@@ -3,26 +3,38 @@
 import abc
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.divergences.base import floats
+from rkl.divergences.base import floats, number
 from rkl.divergences.parse import full_name, parse, with_module
 from rkl.importing import imported
 
 
 class Condition(NamedTuple):
-    """A parameter of a target: its name, the range it is meant for, and its unit."""
+    """A parameter of a target: its name, the range it is meant for, its unit, and its limit.
+
+    Attributes:
+        name: Its name.
+        low: Least value that a flow is trained at by default.
+        high: Greatest value.
+        unit: Its unit.
+        above: What every value must lie above, where the target has no density otherwise.
+        at_least: The same where the limit itself is allowed.
+    """
 
     name: str
     low: float
     high: float
     unit: str = ""
+    above: float | None = None
+    at_least: float | None = None
 
 
 class Target(abc.ABC):
@@ -81,6 +93,14 @@ class Target(abc.ABC):
         """
         raise NotImplementedError(f"log Z of {self} is not known; estimate it.")
 
+    @property
+    def limits(self) -> tuple[Condition, ...]:
+        """The conditions, of which the first, where it is called T, must lie above 0."""
+        return tuple(
+            it._replace(above=0.0) if not k and it.name == "T" and it.above is None else it
+            for k, it in enumerate(self.conditions)
+        )
+
     def check(self, x: Tensor, condition: Tensor) -> None:
         """Refuse what does not have the shape of this target's x, or of its conditions."""
         floats("x", x)
@@ -120,6 +140,15 @@ class Density(Target):
         if self.domain not in ("line", "circle"):
             raise ValueError(f"domain must be 'line' or 'circle'; got {self.domain!r}.")
         _check_shape(self.event_shape)
+        for it in self.conditions:
+            for limit in (it.low, it.high):
+                number(f"conditions[{it.name!r}]", limit)
+            if it.low > it.high:
+                raise ValueError(
+                    f"conditions[{it.name!r}] must be a range from low to high; "
+                    f"got {(it.low, it.high)}."
+                )
+        check_values(self, [[it.low for it in self.conditions]])
 
     def __repr__(self):
         ranges = {it.name: (it.low, it.high) for it in self.conditions}
@@ -131,6 +160,27 @@ class Density(Target):
     def log_prob(self, x, condition):
         self.check(x, condition)
         return self.function(x, condition)
+
+
+def check_values(target: Target, values: Tensor | Sequence[Sequence[float]]) -> None:
+    """Refuse values of the conditions [*batch, conditions] at which a target has no density.
+
+    Raises:
+        ValueError: One is not finite, or beyond what its condition allows.
+    """
+    values = torch.as_tensor(values, dtype=torch.get_default_dtype())
+    for k, it in enumerate(target.limits):
+        column = values[..., k]
+        wrong, expected = ~column.isfinite(), "finite"
+        if it.above is not None:
+            wrong, expected = wrong | (column <= it.above), f"above {it.above:g}"
+        elif it.at_least is not None:
+            wrong, expected = wrong | (column < it.at_least), f"at least {it.at_least:g}"
+        if wrong.any():
+            raise ValueError(
+                f"condition: {it.name} must be {expected} for {target}; "
+                f"got {float(column[wrong][0]):g}."
+            )
 
 
 def _check_shape(shape) -> None:
@@ -210,8 +260,24 @@ def _maker(name: str) -> Callable[..., Target]:
 
     function: Any = found
 
-    def density(event_shape, domain: Any = "line", conditions: Any = ()):
-        ranges = tuple(Condition(name, *limits) for name, limits in dict(conditions).items())
-        return Density(function, event_shape, domain, ranges, name)
+    def density(event_shape=None, domain: Any = "line", conditions: Any = ()):
+        if event_shape is None:
+            raise ValueError(
+                f"target {name} is a function: say the shape of its x, as in "
+                f"\"{name}(event_shape=(2,))\", for angles with domain='circle'."
+            )
+        return Density(function, event_shape, domain, _ranges(name, conditions), name)
 
     return density
+
+
+def _ranges(name: str, conditions: Any) -> tuple[Condition, ...]:
+    """The conditions of a function, from {'T': (0.5, 2.0)}."""
+    try:
+        named = dict(conditions)
+        return tuple(Condition(it, low, high) for it, (low, high) in named.items())
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"target {name}: conditions must map names to ranges, as in {{'T': (0.5, 2.0)}}; "
+            f"got {conditions!r}."
+        ) from None

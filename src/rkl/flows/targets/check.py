@@ -1,6 +1,7 @@
 """The laws every target obeys, for those of rkl and for your own."""
 
 import torch
+from torch import Tensor
 
 from rkl.flows.targets.base import Target
 
@@ -42,17 +43,107 @@ def check_target(target: Target, *, draws: int = 64) -> None:
     _check_sampler(target, (low + high) / 2)
 
 
+@torch.enable_grad()
+def check_log_prob(
+    target: Target, condition: Tensor, *, dtype: torch.dtype, gradient: bool, draws: int = 64
+) -> None:
+    """Refuse a log-density that no fit could use, before the fit begins.
+
+    Args:
+        target: The target.
+        condition: One value of its conditions, [conditions].
+        dtype: The precision of the flow.
+        gradient: Whether the fit needs the gradient in x.
+        draws: Number of x at which it is computed.
+
+    Raises:
+        ValueError: It fails, has another shape than [*batch], is nan, mixes the rows of a batch,
+            or has no gradient.
+        TypeError: It is no tensor of floating-point numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(draws, *target.event_shape, generator=generator).to(dtype)
+    each = condition.to(dtype).expand(draws, -1)
+    value = _computed(target, x, each)
+    if value.shape != (draws,):
+        shape = ", ".join(map(str, x.shape))
+        raise ValueError(
+            f"target: log_prob of {target} must return one number for each x, [{draws}] for x "
+            f"[{shape}]; got {list(value.shape)}."
+        )
+    if not value.is_floating_point():
+        raise TypeError(
+            f"target: log_prob of {target} must return floating-point numbers; got {value.dtype}."
+        )
+    if value.isnan().any():
+        raise ValueError(
+            f"target: log_prob of {target} is nan at {int(value.isnan().sum())} of {draws} x from "
+            "N(0, 1); it must be a number, or -inf where the density is 0 (torch.where)."
+        )
+    alone, finite = _computed(target, x[:1], each[:1]), value[:1].isfinite()
+    apart = (alone - value[:1]).abs()[finite]
+    if (apart > 1e-4 * (1 + value[:1].abs()[finite])).any():
+        raise ValueError(
+            f"target: log_prob of {target} mixes the rows of a batch: of the first x alone it is "
+            f"{alone.item():.6g}, beside others {value[0].item():.6g}. Sum over its own axes only."
+        )
+    if gradient:
+        _check_gradient(target, x, each)
+
+
+def _computed(target: Target, x: Tensor, condition: Tensor) -> Tensor:
+    try:
+        value = target.log_prob(x, condition)
+    except Exception as error:
+        raise ValueError(
+            f"target: log_prob of {target} fails for x {list(x.shape)} of {x.dtype} and condition "
+            f"{list(condition.shape)}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"target: log_prob of {target} must return a tensor; got a {type(value).__name__}."
+        )
+    return value
+
+
+def _check_gradient(target: Target, x: Tensor, condition: Tensor) -> None:
+    lacking = (
+        f"target: log_prob of {target} has no gradient in x, which this fit needs: from x to "
+        "what it returns it must be made of operations of torch, without numpy(), item() or "
+        "detach()."
+    )
+    x = x.detach().requires_grad_(True)
+    try:
+        value = target.log_prob(x, condition)
+    except RuntimeError as error:
+        raise ValueError(f"{lacking} ({error})") from error
+    if not value.requires_grad:
+        raise ValueError(lacking)
+    (score,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+    if score is None:
+        raise ValueError(lacking)
+    wrong = (~score.isfinite()).flatten(1).any(1) & value.isfinite()
+    if wrong.any():
+        raise ValueError(
+            f"target: the gradient of log_prob of {target} is not finite at {int(wrong.sum())} of "
+            f"{len(x)} x drawn from N(0, 1), although log_prob is."
+        )
+
+
 def _score(target, x, condition):
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         value = target.log_prob(x, condition)
+        law = f"{target}: log_prob has no gradient in x; it must be made of operations of torch."
+        assert value.requires_grad, law
         (score,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), score
 
 
 def _check_density(target, x, condition):
-    value, score = _score(target, x, condition)
+    value = target.log_prob(x, condition)
     assert value.shape == x.shape[:1], f"{target}: log_prob must be [*batch], one value per x."
+    value, score = _score(target, x, condition)
     assert value.isfinite().all(), f"{target}: log_prob is not finite everywhere."
     assert score.isfinite().all(), f"{target}: the gradient of log_prob is not finite."
     scale = 1 + value.abs().max()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rkl.divergences.base import number
@@ -56,7 +56,7 @@ class XY(Target):
     @property
     def conditions(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         """The temperature T, and the ring exchange K where it is not fixed."""
-        both = Condition("T", 0.05, 2.05, "J"), Condition("K", 0.0, 1.0, "J")
+        both = Condition("T", 0.05, 2.05, "J", above=0.0), Condition("K", 0.0, 1.0, "J")
         return both if self.ring_exchange is None else both[:1]
 
     def energy(
@@ -106,9 +106,22 @@ class XY(Target):
 
     def winding(self, x: Float[Tensor, "*batch sites"]) -> Float[Tensor, "*batch 2"]:
         """How often θ winds around the torus along either axis, averaged over the lines."""
+        return self._turns(x).to(x.dtype) / self.side
+
+    def sector(self, x: Float[Tensor, "*batch sites"]) -> Int[Tensor, "*batch 2"]:
+        """The winding along either axis rounded to an integer, halves towards 0.
+
+        Every line winds by an integer, so that no rounding error of angles enters.
+        """
+        turns = self._turns(x)
+        nearest = (2 * turns.abs() + self.side - 1).div(2 * self.side, rounding_mode="floor")
+        return turns.sign() * nearest
+
+    def _turns(self, x: Tensor) -> Int[Tensor, "*batch 2"]:
+        """The windings of all lines along either axis, added up."""
         across, down = self.wrapped(x)
-        turns = [across.sum(-1).mean(-1), down.sum(-2).mean(-1)]
-        return torch.stack(turns, -1) / (2 * math.pi)
+        turns = torch.stack([across.sum(-1), down.sum(-2)], -2) / (2 * math.pi)
+        return turns.round().long().sum(-1)
 
     def wrapped(self, x: Float[Tensor, "*batch sites"]) -> tuple[Tensor, Tensor]:
         """θ of the next site minus θ, in [−π, π), along rows and along columns."""
@@ -139,7 +152,6 @@ class Phi4(Target):
     side: int
     mass_squared: float = -4.0
 
-    conditions: ClassVar = (Condition("lambda", 4.0, 8.0),)
     units: ClassVar = {"action": "nats per site", "magnetization": "per site"}
 
     def __post_init__(self):
@@ -149,6 +161,13 @@ class Phi4(Target):
     @property
     def event_shape(self):
         return (self.side**2,)
+
+    @property
+    def conditions(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The coupling λ: above 0, or 0 too where m² > 0 alone keeps the field together."""
+        if self.mass_squared > 0:
+            return (Condition("lambda", 4.0, 8.0, at_least=0.0),)
+        return (Condition("lambda", 4.0, 8.0, above=0.0),)
 
     def log_prob(self, x, condition):
         self.check(x, condition)

@@ -16,7 +16,7 @@ from rkl.flows.targets.base import Condition, Target
 class _Mixture(Target):
     """Σ masses N(x; modes, scale² I), normalised; the condition is the scale."""
 
-    conditions = (Condition("scale", 0.1, 1.0),)
+    conditions = (Condition("scale", 0.1, 1.0, above=0.0),)
 
     @property
     @abc.abstractmethod
@@ -146,7 +146,7 @@ class Rings(Target):
     rings: int = 4
     spacing: float = 1.0
 
-    conditions: ClassVar = (Condition("scale", 0.05, 0.2),)
+    conditions: ClassVar = (Condition("scale", 0.05, 0.2, above=0.0),)
 
     def __post_init__(self):
         if isinstance(self.rings, bool) or not isinstance(self.rings, int) or self.rings < 1:

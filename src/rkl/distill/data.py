@@ -15,31 +15,70 @@ Messages may come with ``tools``, which the template is given.
 
 import bisect
 import collections
+import heapq
 import itertools
 import re
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from rkl.distill import token_cache
 from rkl.distill.chats import ChatTemplate, NothingToTrainOnError, Rendered
+from rkl.distill.encoding import Advance, encode, encode_batch, end_of_text
 from rkl.distill.limits import check_count
+from rkl.distill.progress import counted
 from rkl.distill.sources import TOOLS, Row, Rows, kind_of, read_rows
 
 IGNORED = -100  # the label of a token that is not trained on, in all of transformers
-_AT_ONCE = 1000  # rows given to the tokenizer in one call
+_CHATS_AT_ONCE = 200  # given to the tokenizer in one call
 _BLANK_LINE = re.compile(r"\n\s*\n")
 SHORTEST_PASSAGE = 40  # characters; a shorter one is a heading, and recurs without meaning
 
 _PLACES = 3  # of rows left out that are named
+MANY_CHARACTERS, MANY_CHATS = 2**21, 2000  # from which on progress is shown, tokens kept
 
-Example = tuple[list[int], list[bool]]  # tokens, and which of them are trained on
-Numbered = Iterator[tuple[int, Example]]  # examples, each with the index of its row
+Example = tuple[Sequence[int], bytes | bytearray]  # tokens, and 1 where one is trained on
+Span = tuple[int, int]  # of tokens of the examples: the first, and the one behind the last
+
+
+class Examples:
+    """The tokens of many texts, one after another, and which of them are trained on.
+
+    Attributes:
+        rows: The index of the row of each text.
+        bounds: Where each text begins in ``tokens``, and where the last one ends.
+        tokens: The tokens of all.
+        trained: For each token, 1 where it is trained on, else 0.
+    """
+
+    def __init__(self):
+        self.rows, self.bounds = array("q"), array("q", [0])
+        self.tokens, self.trained = array("i"), bytearray()
+
+    def add(
+        self, row: int, ids: Sequence[int], trained: bytes | bytearray, end: Sequence[int] = ()
+    ) -> None:
+        """Append a text, and what ends it."""
+        self.rows.append(row)
+        if isinstance(ids, list):
+            self.tokens.fromlist(ids)  # faster than extend
+        else:
+            self.tokens.extend(ids)
+        self.tokens.extend(end)
+        self.trained += trained
+        self.bounds.append(len(self.tokens))
+
+    def spans(self) -> Iterator[Span]:
+        """Where each text begins and ends."""
+        return itertools.pairwise(self.bounds)
 
 
 class LeftOut:
@@ -163,24 +202,65 @@ def tokenize(
     if not len(rows):
         raise ValueError("data has no rows.")
     rows = read_rows(rows)
-    kind = kind_of(rows[0], rows.place(0))
-    left_out, cut = LeftOut(rows), 0
-    if kind == "text":
-        texts = list(_text_examples(rows, tokenizer, left_out))
-        blocks = _stream(texts, max_length, packing)
-        _warn_of_losses((), max_length, 0, rows, left_out if blocks else LeftOut(rows))
+    how = {"max_length": max_length, "packing": packing, "train_on": train_on}
+    key = None
+    if _is_large(rows):
+        key = token_cache.key_of(rows, tokenizer, [rows.source, rows.unit, rows.numbers], **how)
+    if key is not None and (found := token_cache.load(key)) is not None:
+        notes = found.pop("notes")
+        dataset = TokenDataset(**found)
     else:
-        whole = list(
-            _chat_examples(rows, tokenizer, left_out, train_on)
-            if holds_chats(rows)
-            else _completion_examples(rows, tokenizer)
-        )
-        blocks = _shortened(whole, max_length, left_out)
-        cut = sum(max(len(ids) - max_length, 0) for _, (ids, _) in whole)
-        told = left_out if blocks else LeftOut(rows)
-        _warn_of_losses([ids for _, (ids, _) in whole], max_length, cut, rows, told)
-        blocks = _best_fit(blocks, max_length) if packing else blocks
-    return _dataset(kind, blocks, rows, cut, left_out)
+        dataset, notes = _tokenize(rows, tokenizer, **how)
+        if key is not None:
+            token_cache.save(key, vars(dataset) | {"notes": notes})
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return dataset
+
+
+def _is_large(rows: Rows) -> bool:
+    """True if tokenizing takes so long that its progress is shown and its result kept."""
+    return len(rows) >= MANY_CHATS if holds_chats(rows) else _characters(rows) >= MANY_CHARACTERS
+
+
+def _characters(rows: Rows) -> int:
+    """Of what the tokenizer is given; prompts twice, alone and with their completions."""
+    times = {"text": 1, "prompt": 2, "completion": 1}
+    return sum(times[it] * len(row[it]) for row in rows for it in times.keys() & row.keys())
+
+
+def _tokenize(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, packing: bool, train_on: str
+) -> tuple["TokenDataset", list[str]]:
+    """The blocks, and what is to be warned of."""
+    kind, left_out, notes = kind_of(rows[0], rows.place(0)), LeftOut(rows), []
+    examples = _examples(rows, tokenizer, left_out, train_on, notes)
+    if kind == "text":
+        blocks = _cut(examples, max_length, packing)
+        losses = _losses(examples, None, left_out, rows)
+    else:
+        spans = _shorten(examples, max_length, left_out)
+        losses = _losses(examples, max_length, left_out, rows)
+        blocks = _best_fit(spans, max_length) if packing else [[span] for span in spans]
+    cut = 0 if kind == "text" else _cut_tokens(examples, max_length)
+    return _dataset(kind, examples, blocks, rows, cut, left_out), [*losses, *notes]
+
+
+def _examples(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    left_out: LeftOut,
+    train_on: str,
+    notes: list[str],
+) -> Examples:
+    """The rows as tokens; what is to be warned of goes into ``notes``."""
+    if holds_chats(rows):
+        with counted("tokenizing chats", len(rows), MANY_CHATS) as advance:
+            return _chat_examples(rows, tokenizer, left_out, train_on, notes, advance)
+    with counted("tokenizing", _characters(rows), MANY_CHARACTERS) as advance:
+        if "text" in rows[0]:
+            return _text_examples(rows, tokenizer, left_out, notes, advance)
+        return _completion_examples(rows, tokenizer, notes, advance)
 
 
 class NoTrainedTokensError(ValueError):
@@ -228,57 +308,83 @@ def passages(rows: Iterable[Row]) -> Iterator[str | Row]:
         yield from long or [row["text"].strip()]
 
 
-def _dataset(kind: str, blocks: Sequence[Example], rows: Rows, cut: int, left_out: LeftOut):
+def _dataset(
+    kind: str,
+    examples: Examples,
+    blocks: Sequence[Sequence[Span]],
+    rows: Rows,
+    cut: int,
+    left_out: LeftOut,
+) -> TokenDataset:
+    """The blocks, each of some spans, of which the first token is not predicted from another."""
     if not blocks:
         raise NoTrainedTokensError(
             f"data has no trained tokens: in none of {len(rows):,} rows of {kind} is there "
             f"anything to train on. {left_out}."
         )
-    sizes = torch.tensor([0, *(len(ids) for ids, _ in blocks)])
-    trained = torch.tensor([bit for _, bits in blocks for bit in [False, *bits[1:]]])
-    tokens = torch.tensor([token for ids, _ in blocks for token in ids], dtype=torch.int32)
+    tokens = np.frombuffer(examples.tokens, np.int32)
+    trained = np.frombuffer(examples.trained, np.bool)
+    spans = [span for block in blocks for span in block]
+    lengths = np.fromiter((stop - start for start, stop in spans), np.int64, len(spans))
+    chosen = [slice(*span) for span in spans]
+    bits = np.concatenate([trained[it] for it in chosen])
+    bits[np.cumsum(lengths) - lengths] = False
+    blocks_end = np.cumsum([0, *map(len, blocks)])
+    bounds = np.concatenate([[0], np.cumsum(lengths)])[blocks_end]
     return TokenDataset(
-        kind, tokens, trained, sizes.cumsum(0), len(rows), cut, len(left_out), str(left_out)
+        kind,
+        torch.from_numpy(np.concatenate([tokens[it] for it in chosen])),
+        torch.from_numpy(bits),
+        torch.from_numpy(bounds),
+        len(rows),
+        cut,
+        len(left_out),
+        str(left_out),
     )
 
 
-def _stream(examples: list[tuple[int, Example]], max_length: int, packing: bool) -> list[Example]:
+def _cut(examples: Examples, max_length: int, packing: bool) -> list[list[Span]]:
     """Blocks of plain text; a last one of a single token would have nothing to predict."""
-    texts = [ids for _, (ids, _) in examples]
-    if packing:
-        texts = [list(itertools.chain(*texts))]
-    pieces = [ids[i : i + max_length] for ids in texts for i in range(0, len(ids), max_length)]
-    return [(ids, [True] * len(ids)) for ids in pieces if len(ids) > 1]
+    texts = [(0, len(examples.tokens))] if packing else examples.spans()
+    return [
+        [(start, min(start + max_length, end))]
+        for begin, end in texts
+        for start in range(begin, end, max_length)
+        if end - start > 1
+    ]
 
 
-def _shortened(
-    examples: list[tuple[int, Example]], max_length: int, left_out: LeftOut
-) -> list[Example]:
-    """The examples without what is beyond a block, and without those that lose all by that."""
-    kept, lost = [], {}
-    for row, (ids, trained) in examples:
-        if any(trained[1:max_length]):
-            kept.append((row, (ids[:max_length], trained[:max_length])))
+def _shorten(examples: Examples, max_length: int, left_out: LeftOut) -> list[Span]:
+    """The texts without what is beyond a block, and without those that lose all by that."""
+    kept, rows, lost = [], set(), {}
+    for row, (start, end) in zip(examples.rows, examples.spans(), strict=True):
+        stop = min(end, start + max_length)
+        if examples.trained.find(1, start + 1, stop) >= 0:
+            kept.append((start, stop))
+            rows.add(row)
         else:
-            lost[row] = any(trained[1:])
-    rows = {row for row, _ in kept}
+            lost[row] = examples.trained.find(1, start + 1, end) >= 0
     for row, cut in lost.items():
         if row not in rows:
             longer = f"no answer begins within max_length={max_length} tokens"
             left_out.add(row, longer if cut else "the answer is empty")
-    return [example for _, example in kept]
+    return kept
 
 
-def _warn_of_losses(
-    examples: Sequence[list[int]], max_length: int, cut: int, rows: Rows, left_out: LeftOut
-) -> None:
-    """Warn of what is not trained on: ends of rows, and rows."""
+def _cut_tokens(examples: Examples, max_length: int) -> int:
+    return sum(max(stop - start - max_length, 0) for start, stop in examples.spans())
+
+
+def _losses(
+    examples: Examples, max_length: int | None, left_out: LeftOut, rows: Rows
+) -> Iterator[str]:
+    """What is not trained on, in words: ends of rows longer than a block, and rows."""
     lost = []
-    if cut:
-        long = sum(len(ids) > max_length for ids in examples)
+    if max_length is not None and (cut := _cut_tokens(examples, max_length)):
+        long = sum(stop - start > max_length for start, stop in examples.spans())
         lost.append(
-            f"{long:,} of {len(examples):,} rows are longer than max_length={max_length} and "
-            f"lose their end, {cut:,} tokens in all."
+            f"{long:,} of {len(examples.rows):,} rows are longer than max_length={max_length} "
+            f"and lose their end, {cut:,} tokens in all."
         )
     if len(left_out):
         lost.append(
@@ -286,64 +392,83 @@ def _warn_of_losses(
             f"{left_out}."
         )
     if lost:
-        warnings.warn(" ".join(lost), stacklevel=3)
+        yield " ".join(lost)
 
 
-def _best_fit(rows: Sequence[Example], max_length: int) -> list[Example]:
-    """Rows put into blocks, the longest first, each where it leaves the least room."""
-    blocks: list[Example] = []
-    room: list[tuple[int, int]] = []  # (tokens left, block), sorted
-    for ids, trained in sorted(rows, key=lambda row: -len(row[0])):
-        place = bisect.bisect_left(room, (len(ids), -1))
-        if place == len(room):
+def _best_fit(spans: Sequence[Span], max_length: int) -> list[list[Span]]:
+    """Texts put into blocks, the longest first, each where it leaves the least room."""
+    blocks: list[list[Span]] = []
+    with_room: dict[int, list[int]] = {}  # blocks by the tokens left in them, each a heap
+    rooms: list[int] = []  # the keys, sorted
+    for start, stop in sorted(spans, key=lambda span: span[0] - span[1]):
+        size = stop - start
+        place = bisect.bisect_left(rooms, size)
+        if place == len(rooms):
             block, left = len(blocks), max_length
-            blocks.append(([], []))
+            blocks.append([])
         else:
-            left, block = room.pop(place)
-        blocks[block][0].extend(ids)
-        blocks[block][1].extend([False, *trained[1:]])  # not predicted from another row
-        bisect.insort(room, (left - len(ids), block))
+            left = rooms[place]
+            block = heapq.heappop(with_room[left])
+            if not with_room[left]:
+                del rooms[place], with_room[left]
+        blocks[block].append((start, stop))
+        left -= size
+        if left not in with_room:
+            bisect.insort(rooms, left)
+        heapq.heappush(with_room.setdefault(left, []), block)
     return blocks
 
 
-def _text_examples(rows: Rows, tokenizer: PreTrainedTokenizerBase, left_out: LeftOut) -> Numbered:
-    end, encoded = end_of_text(tokenizer), encode(tokenizer, (row["text"] for row in rows))
-    _warn_of_doubled_beginnings([row["text"] for row in rows], tokenizer)
+def _text_examples(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    left_out: LeftOut,
+    notes: list[str],
+    advance: Advance,
+) -> Examples:
+    examples, end = Examples(), end_of_text(tokenizer)
+    notes += _doubled_beginnings([row["text"] for row in rows], tokenizer)
+    encoded = encode(tokenizer, (row["text"] for row in rows), advance=advance)
     for row, ids in enumerate(encoded):
         if rows[row]["text"]:
-            yield row, ([*ids, end], [True] * (len(ids) + 1))
+            examples.add(row, ids, b"\1" * (len(ids) + 1), [end])
         else:
             left_out.add(row, "the text is empty")
+    return examples
 
 
-def _completion_examples(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Numbered:
-    end, merged = end_of_text(tokenizer), 0
-    _warn_of_doubled_beginnings([row["prompt"] for row in rows], tokenizer)
-    prompts = encode(tokenizer, (row["prompt"] for row in rows))
-    both = encode(tokenizer, (row["prompt"] + row["completion"] for row in rows))
-    for row, (prompt, ids) in enumerate(zip(prompts, both, strict=True)):
+def _completion_examples(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, notes: list[str], advance: Advance
+) -> Examples:
+    examples, end, merged = Examples(), end_of_text(tokenizer), 0
+    notes += _doubled_beginnings([row["prompt"] for row in rows], tokenizer)
+    prompts = encode(tokenizer, (row["prompt"] for row in rows), advance=advance)
+    whole = (row["prompt"] + row["completion"] for row in rows)
+    for row, (prompt, ids) in enumerate(
+        zip(prompts, encode(tokenizer, whole, advance=advance), strict=True)
+    ):
         known = _agreeing(prompt, ids)
         merged += known < len(prompt)
-        yield row, ([*ids, end], [place >= known for place in range(len(ids) + 1)])
+        trained = bytes(known) + b"\1" * (len(ids) + 1 - known)
+        examples.add(row, ids, trained, [end])
     if merged:
-        warnings.warn(
+        notes.append(
             f"In {merged:,} of {len(rows):,} rows the tokens of the prompt change once the "
             "completion follows it; they are trained on from the first that changes. End the "
-            "prompts, or begin the completions, where a token ends.",
-            stacklevel=4,
+            "prompts, or begin the completions, where a token ends."
         )
+    return examples
 
 
-def _warn_of_doubled_beginnings(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn of texts that begin with what the tokenizer, or a chat template, puts there."""
+def _doubled_beginnings(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """A note on texts that begin with what the tokenizer, or a chat template, puts there."""
     begin = str(tokenizer.bos_token or "")
     (nothing,) = encode(tokenizer, [""])
     adds = bool(begin) and nothing[:1] == [tokenizer.bos_token_id]
     if adds and (count := sum(text.startswith(begin) for text in texts)):
-        warnings.warn(
+        yield (
             f"{count:,} of {len(texts):,} rows begin with {begin}, which the tokenizer puts in "
-            "front of every row: it is there twice. Take it out of the text.",
-            stacklevel=5,
+            "front of every row: it is there twice. Take it out of the text."
         )
         return
     special = [str(it) for it in tokenizer.added_tokens_decoder.values() if it.special]
@@ -355,11 +480,10 @@ def _warn_of_doubled_beginnings(texts: Sequence[str], tokenizer: PreTrainedToken
         del counts[""]
         if counts:
             token, count = counts.most_common(1)[0]
-            warnings.warn(
+            yield (
                 f"{count:,} of {len(texts):,} rows begin with {token}, as if a chat template had "
                 "written them. Such text is trained on as it is, questions too; rows of messages "
-                "train on the answers alone.",
-                stacklevel=5,
+                "train on the answers alone."
             )
 
 
@@ -368,27 +492,30 @@ def _chat_examples(
     tokenizer: PreTrainedTokenizerBase,
     left_out: LeftOut,
     train_on: str,
-) -> Numbered:
-    template = ChatTemplate(tokenizer)
+    notes: list[str],
+    advance: Advance,
+) -> Examples:
+    examples, template = Examples(), ChatTemplate(tokenizer)
     if not template.ends_turns:
-        warnings.warn(
+        notes.append(
             "The chat template writes nothing behind what the assistant says, so that a student "
-            "does not learn from it where to stop.",
-            stacklevel=4,
+            "does not learn from it where to stop."
         )
-    rendered = _rendered(rows, template, left_out, train_on)
-    while batch := list(itertools.islice(rendered, _AT_ONCE)):
-        examples = _encode_answers(tokenizer, [text for _, text in batch])
-        for (row, text), (ids, trained) in zip(batch, examples, strict=True):
+    rendered, done = _rendered(rows, template, left_out, train_on), 0
+    while batch := list(itertools.islice(rendered, _CHATS_AT_ONCE)):
+        encoded = _encode_answers(tokenizer, [text for _, text in batch])
+        for (row, text), (ids, trained) in zip(batch, encoded, strict=True):
             if template.marks:
                 ids, trained = _marked(template, text, trained, rows.place(row))
-            yield row, (ids, trained)
+            examples.add(row, ids, trained)
+        advance(batch[-1][0] + 1 - done)
+        done = batch[-1][0] + 1
     if template.ignored:
-        warnings.warn(
+        notes.append(
             f"The chat template does not write {', '.join(sorted(template.ignored))}, which rows "
-            "have: the student does not see it.",
-            stacklevel=4,
+            "have: the student does not see it."
         )
+    return examples
 
 
 def _rendered(
@@ -418,40 +545,37 @@ def _encode_answers(
     if not tokenizer.is_fast:
         yield from (_encode_slowly(tokenizer, text) for text in texts)
         return
-    encoded: Any = tokenizer(
-        [text.text for text in texts],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    encoded = encode_batch(tokenizer, [text.text for text in texts], special=False)
     special = tokenizer.added_tokens_decoder
-    for text, ids, offsets in zip(
-        texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        places = [
-            begin if token in special else end - 1
-            for token, (begin, end) in zip(ids, offsets, strict=True)
-        ]
-        trained = [False] * len(ids)
-        for start, stop in text.answers:
-            first, behind = (bisect.bisect_left(places, place) for place in (start, stop))
-            trained[first:behind] = [True] * (behind - first)
-        yield list(ids), trained
+    for text, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings, strict=True):
+
+        def place(
+            token: int, ids: Sequence[int] = ids, placed: Any = encoding.token_to_chars
+        ) -> int:
+            begin, end = placed(token)
+            return begin if ids[token] in special else end - 1
+
+        trained = bytearray(len(ids))
+        for span in text.answers:
+            first, behind = (bisect.bisect_left(range(len(ids)), it, key=place) for it in span)
+            trained[first:behind] = b"\1" * (behind - first)
+        yield ids, trained
 
 
 def _encode_slowly(tokenizer: PreTrainedTokenizerBase, text: Rendered) -> Example:
     """The same with a tokenizer that does not tell where its tokens stand."""
     (ids,) = encode(tokenizer, [text.text], special=False)
-    trained = [False] * len(ids)
+    trained = bytearray(len(ids))
     for span in text.answers:
         parts = encode(tokenizer, (text.text[:place] for place in span), special=False)
         start, stop = (_agreeing(part, ids) for part in parts)
-        trained[start:stop] = [True] * (stop - start)
+        trained[start:stop] = b"\1" * (stop - start)
     return ids, trained
 
 
-def _marked(template: ChatTemplate, text: Rendered, trained: list[bool], place: str) -> Example:
+def _marked(
+    template: ChatTemplate, text: Rendered, trained: bytes | bytearray, place: str
+) -> Example:
     """What the generation blocks of a template mark, of the answers that are trained on."""
     encoded = template.encode_with_marks(text, place)
     ids, marks = list(encoded["input_ids"]), [bool(it) for it in encoded["assistant_masks"]]
@@ -460,46 +584,17 @@ def _marked(template: ChatTemplate, text: Rendered, trained: list[bool], place: 
             f"{place}: the chat template has generation blocks, but marks none of the "
             "assistant's turns with them."
         )
-    kept: list[bool] = []
+    kept = bytearray()
     for marked, group in itertools.groupby(enumerate(marks), lambda it: it[1]):
         run = [index for index, _ in group]
         wanted = marked and (len(ids) != len(trained) or any(trained[it] for it in run))
-        kept += [wanted] * len(run)
+        kept += bytes([wanted]) * len(run)
     return ids, kept
-
-
-def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a row; a tokenizer must have one."""
-    end: Any = tokenizer.eos_token_id
-    if end is None:
-        raise ValueError(
-            "The tokenizer has no EOS token to put behind each row, without which a student "
-            "would not learn to stop: set tokenizer.eos_token."
-        )
-    return end
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, special: bool = True
-) -> Iterator[list[int]]:
-    """The tokens of texts, without the end-of-text token that some tokenizers put behind them.
-
-    Args:
-        tokenizer: Any.
-        texts: Taken a batch at a time.
-        special: Whether the tokenizer puts its special tokens, which a chat in words has already.
-    """
-    texts, end = iter(texts), [tokenizer.eos_token_id]
-    while batch := list(itertools.islice(texts, _AT_ONCE)):
-        # verbose: no advice on texts longer than the model's context; they are cut below
-        encoded: Any = tokenizer(
-            batch, add_special_tokens=special, return_attention_mask=False, verbose=False
-        )
-        for ids in encoded["input_ids"]:
-            yield ids[:-1] if special and ids[-1:] == end else ids
 
 
 def _agreeing(ids: Sequence[int], others: Sequence[int]) -> int:
     """How many tokens two sequences have in common before they part."""
+    if ids == others[: len(ids)]:
+        return len(ids)
     pairs = zip(ids, others, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

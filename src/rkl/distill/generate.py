@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl.distill.chats import ChatTemplate, NothingToTrainOnError, text_of
-from rkl.distill.data import LeftOut, encode, holds_chats
+from rkl.distill.data import LeftOut, holds_chats
+from rkl.distill.encoding import encode
 from rkl.distill.heads import inference
 from rkl.distill.limits import (
     check_count,
@@ -365,7 +366,7 @@ def _windows(
 ) -> Iterator[list[int]]:
     for ids in encode(tokenizer, (row["text"] for row in rows)):
         for start in range(0, len(ids), size):
-            window = ids[start : start + size]
+            window = list(ids[start : start + size])
             if len(window) > prompt or (not start and len(window) >= SHORTEST):
                 yield window
 
@@ -389,7 +390,7 @@ def _answered(
     row, place = rows[index], rows.place(index)
     if template is None:
         (ids,) = encode(tokenizer, [row["prompt"]])
-        prompt = Prompt(ids, row["prompt"], row["completion"])
+        prompt = Prompt(list(ids), row["prompt"], row["completion"])
     else:
         split = "prompt" in row
         messages = [*row["prompt"], *row["completion"]] if split else row["messages"]
@@ -404,7 +405,7 @@ def _answered(
             raise ValueError(f"{place}: {nothing.reason}.") from None
         text = template.render(asked, place, reply=True, tools=row.get(TOOLS))
         (ids,) = encode(tokenizer, [text], special=False)
-        prompt = Prompt(ids, text, text_of(messages[turns[-1]].get("content")))
+        prompt = Prompt(list(ids), text, text_of(messages[turns[-1]].get("content")))
     if not prompt.tokens:
         raise ValueError(f"{place}: the prompt is empty.")
     if len(prompt.tokens) > room:

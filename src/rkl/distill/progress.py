@@ -15,6 +15,7 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
+    TimeRemainingColumn,
 )
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -192,6 +193,40 @@ class Display:
             return self._figures
         left = (time.perf_counter() - self._start) / done * (self.total - self._step)
         return f"{self._figures}  {clock(left)} to go"
+
+
+@contextlib.contextmanager
+def counted(what: str, total: int, shown_from: int) -> Iterator[Callable[[int], None]]:
+    """Shows how far some work is: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        what: What is done, in words.
+        total: How much of it there is.
+        shown_from: Of how much on it is shown at all.
+
+    Yields:
+        What to call with how much more is done.
+    """
+    if total < shown_from:
+        yield lambda count: None
+        return
+    console, done, began = Console(stderr=True, highlight=False), 0, time.perf_counter()
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn()
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task, last = bar.add_task(what, total=total), began
+
+        def advance(count: int) -> None:
+            nonlocal done, last
+            done += count
+            bar.advance(task, count)
+            now = time.perf_counter()
+            if bar.disable and now - last > PAUSE and done:
+                last, left = now, (now - began) * (total - done) / done
+                say(f"{what}: {done / total:.0%}, {clock(left)} to go")
+
+        yield advance
 
 
 class Stop(TrainerCallback):

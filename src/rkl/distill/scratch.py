@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from rkl.distill.batches import PadRows
-from rkl.distill.data import TokenDataset, end_of_text
+from rkl.distill.data import TokenDataset
+from rkl.distill.encoding import end_of_text
 from rkl.distill.progress import Display, Journal, journaled
 from rkl.runs import Run, replacing_files
 

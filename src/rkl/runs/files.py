@@ -196,6 +196,16 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
         temporary.write_bytes(content)
 
 
+def cache_folder() -> Path | None:
+    """Where files of this user that may be deleted at any time belong; None if nowhere."""
+    place = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(place) if os.path.isabs(place) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return base / "rkl"
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write a value as JSON, atomically."""
     write_atomic(path, as_json("value", value, indent=2) + "\n")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rkl.runs.files import as_json, write_json
+from rkl.runs.files import as_json, cache_folder, write_json
 
 REMEMBERED_FROM = 2**30  # bytes of a file: below, hashing takes less than a second or two
 ANNOUNCED_FROM = 4 * 2**30  # bytes of a file whose hashing says how far it is
@@ -386,12 +386,8 @@ def _state_of(found: os.stat_result) -> list[int]:
 
 def _memory() -> Path | None:
     """The file of remembered digests; None where there is no place for one."""
-    place = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        base = Path(place) if os.path.isabs(place) else Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return base / "rkl" / "digests.json"
+    folder = cache_folder()
+    return None if folder is None else folder / "digests.json"
 
 
 def _read_memory() -> dict[str, list[Any]]:

@@ -1,0 +1,194 @@
+"""Texts into tokens, by the tokenizer's batch call, in batches that take little memory."""
+
+import itertools
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+MAX_BATCH_TEXTS = 1000  # given to the tokenizer in one call
+MAX_BATCH_CHARACTERS = 2**17  # the tokenizer holds some hundred bytes for each
+OVERLAP = 2**11  # characters that the pieces of a long text have in common
+AGREEING = 16  # tokens before a joint, and behind it, that both pieces must have
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a row; a tokenizer must have one."""
+    end: Any = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(
+            "The tokenizer has no EOS token to put behind each row, without which a student "
+            "would not learn to stop: set tokenizer.eos_token."
+        )
+    return end
+
+
+Advance = Callable[[int], None]  # told how many more characters, or rows, are done
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    special: bool = True,
+    advance: Advance | None = None,
+) -> Iterator[Sequence[int]]:
+    """The tokens of texts, without the end-of-text token that some tokenizers put behind them.
+
+    Args:
+        tokenizer: Any.
+        texts: Taken a batch at a time.
+        special: Whether the tokenizer puts its special tokens, which a chat in words has already.
+        advance: Called with the number of characters of each batch that is done.
+    """
+    end = tokenizer.eos_token_id
+    for batch in batches(texts):
+        if len(batch) == 1 and len(batch[0]) > MAX_BATCH_CHARACTERS:
+            encoded = [encode_long(tokenizer, batch[0], special=special, advance=advance)]
+        else:
+            encoded = encode_batch(tokenizer, batch, special=special)["input_ids"]
+            if advance is not None:
+                advance(sum(map(len, batch)))
+        for ids in encoded:
+            yield ids[:-1] if special and len(ids) and ids[-1] == end else ids
+
+
+def encode_batch(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool
+) -> Any:
+    """The tokenizer's batch call, without what is not used of it."""
+    return tokenizer(
+        list(texts),
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # no advice on texts longer than the model's context: blocks are cut
+    )
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of bounded size; a text that is longer than a batch has its own."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and (len(batch) == MAX_BATCH_TEXTS or size + len(text) > MAX_BATCH_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+def encode_long(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    special: bool = True,
+    piece: int = MAX_BATCH_CHARACTERS,
+    overlap: int = OVERLAP,
+    advance: Advance | None = None,
+) -> Sequence[int]:
+    """The tokens of one long text, encoded in pieces that overlap.
+
+    A tokenizer looks no further than a word or a sentence around each token, so that two pieces
+    give the same tokens away from their ends. They are joined in the middle of a stretch where
+    both give the same tokens at the same places. The text is encoded whole where there is no such
+    stretch, where the tokenizer does not tell places, and where its special tokens are not
+    simply put around those of the text.
+
+    Args:
+        tokenizer: Any.
+        text: The text.
+        special: Whether the tokenizer puts its special tokens.
+        piece: Characters encoded at a time.
+        overlap: Characters that a piece shares with the next.
+        advance: Called with the number of characters of each piece that is done.
+    """
+    around = _special_tokens(tokenizer, text[:100]) if special else ([], [])
+    if tokenizer.is_fast and around is not None:
+        joined = array("i", around[0])
+        pieces = _pieces(tokenizer, text, piece, overlap, advance)
+        if _join(pieces, overlap, joined):
+            joined.extend(around[1])
+            return joined
+    return encode_batch(tokenizer, [text], special=special)["input_ids"][0]
+
+
+def _special_tokens(
+    tokenizer: PreTrainedTokenizerBase, sample: str
+) -> tuple[list[int], list[int]] | None:
+    """What the tokenizer puts before the tokens of a text and behind them."""
+    bare, full = (
+        encode_batch(tokenizer, [sample], special=it)["input_ids"][0] for it in (False, True)
+    )
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return None
+
+
+Placed = tuple[list[int], list[tuple[int, int]], int]  # tokens, their places in a piece, its start
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    piece: int,
+    overlap: int,
+    advance: Advance | None,
+) -> Iterator[Placed]:
+    for start in range(0, max(len(text) - overlap, 1), piece - overlap):
+        part = text[start : start + piece]
+        (encoding,) = encode_batch(tokenizer, [part], special=False).encodings
+        yield encoding.ids, encoding.offsets, start
+        if advance is not None:
+            advance(min(len(part), piece - overlap))
+
+
+def _join(pieces: Iterable[Placed], overlap: int, joined: "array[int]") -> bool:
+    """Append the tokens of all pieces; False where two of them cannot be joined."""
+    last: Placed | None = None
+    for piece in pieces:
+        ids, places, start = piece
+        if last is not None:
+            joint = _joint(last, piece, overlap)
+            if joint is None:
+                return False
+            kept, first = joint
+            joined.extend(last[0][:kept])
+            ids, places = ids[first:], places[first:]
+        last = ids, places, start
+    if last is not None:
+        joined.extend(last[0])
+    return True
+
+
+def _joint(left: Placed, right: Placed, overlap: int) -> tuple[int, int] | None:
+    """How many tokens to take of the left piece, and the first to take of the right one.
+
+    Of the stretches of tokens that both pieces have in the overlap, the joint is the place
+    nearest to the middle of the overlap that has enough of them on both sides.
+    """
+    (ids, places, start), (others, other_places, other_start) = left, right
+    ahead = itertools.takewhile(
+        lambda it: it[1][0] < overlap, zip(others, other_places, strict=True)
+    )
+    at = {
+        (token, begin + other_start, end + other_start): index
+        for index, (token, (begin, end)) in enumerate(ahead)
+    }
+    run, best = 0, None
+    first = next((i for i in range(len(ids), 0, -1) if places[i - 1][0] + start < other_start), 0)
+    previous, middle = -2, other_start + overlap / 2
+    for index in range(first, len(ids)):
+        begin, end = places[index]
+        found = at.get((ids[index], begin + start, end + start), -2)
+        run = run + 1 if found == previous + 1 and run else int(found >= 0)
+        previous = found
+        if run >= 2 * AGREEING:
+            place = places[index - AGREEING][0] + start
+            if best is None or abs(place - middle) < best[0]:
+                best = abs(place - middle), index - AGREEING, found - AGREEING
+    return None if best is None else best[1:]

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,24 @@ def test_ensembles_are_shared_out_over_conditions_and_never_judge(target):
             assert (row == own).all(-1).any()  # under the condition that it was drawn under
 
 
-def test_the_study_in_miniature(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def quick_fit():
+    """The shortest fit of a variant, whose figures stand for those of every way."""
+    budget = replace(SMALL, cpu_s=0.0)
+    return fits.fit(budget, fits.Way("advnf", 8), 0)
+
+
+@pytest.mark.parametrize(
+    "really",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["figures repeated", "fitted"],
+)
+def test_the_study_in_miniature(really, quick_fit, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WORKERS", 1)
+    if not really:
+        monkeypatch.setattr(
+            study, "fit", lambda plan, way, seed: replace(quick_fit, way=way, seed=seed)
+        )
     page = study.conducted("mog-8", SMALL, tmp_path / "run", seed=3)
     with open(tmp_path / "run" / "mog-8.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -139,16 +156,18 @@ def test_the_figures_of_the_page_are_those_of_the_csv(part):
         assert (stated, error) == (pytest.approx(value, rel=0.05), pytest.approx(spread, rel=0.5))
 
 
-def test_the_xy_model_is_compared_by_energies():
+@pytest.mark.parametrize("name", ["advnf", pytest.param(fits.NO_DATA, marks=pytest.mark.slow)])
+def test_the_xy_model_is_compared_by_energies(name):
     target = XY(side=2)
     baseline = CheckerboardRealNVP(couplings=2, filters=4)
     ours = CoarseToFine.of(target, width=8)
-    plan = fits.Plan(target, baseline, cpu_s=0.2, ours=ours, values=2, batch=16, draws=200)
-    for name in ("advnf", fits.NO_DATA):
-        way = next(it for it in fits.ways(plan) if it.name == name)
-        done = fits.fit(plan, way, 0)
-        for overlap in done.found["overlap"] + done.found["overlap_floor"]:
-            assert 0 <= overlap <= 100
+    plan = fits.Plan(
+        target, baseline, cpu_s=0.2, ours=ours, values=2, ensembles=(8,), batch=16, draws=200
+    )
+    way = next(it for it in fits.ways(plan) if it.name == name)
+    done = fits.fit(plan, way, 0)
+    for overlap in done.found["overlap"] + done.found["overlap_floor"]:
+        assert 0 <= overlap <= 100
 
 
 def test_what_it_refuses(tmp_path):

@@ -1,4 +1,4 @@
-"""The parts of a study side by side, in processes that end with it."""
+"""The parts of a study side by side, in processes that end with it; and how many threads."""
 
 import contextlib
 import multiprocessing
@@ -17,22 +17,28 @@ def in_processes(
     workers: int = WORKERS,
     threads: int | None = 1,
 ) -> list[Any]:
-    """What a function gives for each row of arguments, computed in processes of their own.
+    """The values of a function for rows of arguments, computed in processes of their own.
 
     Ctrl-C reaches this process alone, which ends the others; so does whatever else ends it early.
+    One worker is this process itself.
 
     Args:
         function: Of a module, so that other processes find it.
         columns: The first arguments, the second ones, and so on.
-        workers: Number of processes.
+        workers: Number of processes; no more are started than there are rows.
         threads: Of torch, in each of them; None leaves torch alone.
     """
+    rows = list(zip(*columns, strict=True))
+    workers = min(workers, len(rows))
+    if workers <= 1:
+        with torch_threads(threads):
+            return [function(*row) for row in rows]
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _begin, (threads,))
     try:
         with _unheard():
-            futures = [pool.submit(function, *row) for row in zip(*columns, strict=True)]
+            futures = [pool.submit(function, *row) for row in rows]
         found = [it.result() for it in futures]
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -40,6 +46,26 @@ def in_processes(
         raise
     pool.shutdown()
     return found
+
+
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Compute with this number of threads meanwhile; None leaves torch alone.
+
+    Two threads on arrays that fit a cache take twice as long as one, and much longer where others
+    compute beside them.
+    """
+    if count is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _begin(threads: int | None) -> None:

@@ -1,19 +1,16 @@
 """``rkl demo xy``: one flow for the XY model at all temperatures, beside a heat bath."""
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from rkl.flows import Evaluation
 from rkl.flows.run_evaluation import KEPT, EvaluateSettings, evaluate_target_run, report_on
 from rkl.flows.target_run import TargetSettings, fit_target
 from rkl.metrics.written import parenthesised
 from rkl.runs import Run, write_json
+from rkl.studies._workers import torch_threads
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def xy_demo(
         seed=seed,
     )
     how: dict[str, Any] = {name: getattr(plan, name) for name in ("values", "draws", "chains")}
-    with _one_thread():
+    with torch_threads(1):
         fitted = fit_target(settings, out, overwrite=overwrite)
         found = evaluate_target_run(out, EvaluateSettings(**how, reference=True, seed=seed + 1))
     run = Run.open(out)
@@ -83,17 +80,6 @@ def xy_demo(
     return "\n".join(
         [f"{found.target}: {trained}; {whole}", "", table(found), "", f"The report: {report}"]
     )
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small networks gain nothing by more, and lose a lot where others compute beside them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def table(found: Evaluation) -> str:

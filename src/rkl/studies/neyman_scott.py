@@ -8,7 +8,6 @@ person (``panel``) and with errors in both variables (``errors-in-variables``).
 Source: Brand (2017), arXiv 1707.06366; Neyman and Scott (1948), Econometrica 16.
 """
 
-import contextlib
 import csv
 import io
 import math
@@ -20,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from rkl.metrics import mean
@@ -28,6 +26,7 @@ from rkl.runs import Run, write_atomic
 from rkl.studies import neyman_scott_lines as lines
 from rkl.studies import neyman_scott_panel as panel
 from rkl.studies import neyman_scott_variance as variance
+from rkl.studies._workers import torch_threads
 
 if TYPE_CHECKING:
     from rkl.report import Section, Table
@@ -245,22 +244,11 @@ def study(
     problem = PARTS[part]
     settings = {"part": part, "sizes": SIZES, "replications": REPLICATIONS}
     run = Run.create(out, "studies.neyman_scott", settings, seed=seed, overwrite=overwrite)
-    with run.running(), _one_thread():
+    with run.running(), torch_threads(1):
         rows = list(problem.rows(SIZES, REPLICATIONS, seed))
         write_atomic(run.path / f"{part}.csv", _csv(rows))
         _report(run, problem, rows)
     return run.path / "report.html"
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread meanwhile: two of them, on arrays that fit a cache, took twice as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _csv(rows: Sequence[Row]) -> str:

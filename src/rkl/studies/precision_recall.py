@@ -154,13 +154,6 @@ def conducted(
 
 def _all_laws(part: Part, plan: Any, seeds: Sequence[int]) -> list[Seed]:
     """Seed by seed, in processes of one thread each where there are several."""
-    if len(seeds) == 1 or WORKERS == 1:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return [law for seed in seeds for law in part.run(plan, seed)]
-        finally:
-            torch.set_num_threads(before)
     columns = [part.run] * len(seeds), [plan] * len(seeds), seeds
     return [law for laws in in_processes(_laws, *columns, workers=WORKERS) for law in laws]
 

@@ -263,8 +263,8 @@ def test_evaluate_compare_and_report_go_to_the_wing_that_made_the_run(toy_runs, 
     assert answer("report", *toy_runs, "--out", "r.html") == 0
     assert capsys.readouterr().out.splitlines() == [
         "evaluated a: EvaluateSettings(data='D', seed=3)",
-        "compared 2 {'out': None}",
-        f"reported 2 {{'out': {Path('r.html')!r}}}",
+        "compared 2 {'out': None, 'overwrite': False}",
+        f"reported 2 {{'out': {Path('r.html')!r}, 'overwrite': False}}",
     ]
 
 

@@ -677,6 +677,17 @@ def test_a_file_that_rkl_did_not_write_is_not_replaced(tmp_path, monkeypatch):
     runs.check_out_file(run.path / "samples.npy")
 
 
+def test_what_a_verb_writes_by_itself_replaces_only_what_rkl_wrote(tmp_path):
+    run = create(tmp_path / "run")
+    mine = run.path / "replies.jsonl"
+    mine.write_text("notes of the user's")
+    with pytest.raises(FileExistsError, match=r"replies\.jsonl exists.*overwrite=True in Python"):
+        runs.check_out_file(mine, own="replies.jsonl")
+    runs.check_out_file(mine, own="replies.jsonl", overwrite=True)
+    run.record_files(["replies.jsonl"])
+    runs.check_out_file(mine, own="replies.jsonl")
+
+
 # Finding it again
 
 

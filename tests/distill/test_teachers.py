@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import types
 
 import pytest
 import torch
@@ -208,3 +209,10 @@ def test_exact_agrees_with_the_full_logits_of_a_real_model():
     asked = tokenizer("The capital of France is", return_tensors="pt")
     with inference(teacher):
         assert tokenizer.decode(teacher(**asked).logits[0, -1].argmax()) == " Paris"
+
+
+def test_python_without_docstrings_is_named_and_no_model_is_blamed(tmp_path, monkeypatch):
+    flags = types.SimpleNamespace(optimize=2)
+    monkeypatch.setattr("rkl.distill.teachers.sys", types.SimpleNamespace(flags=flags))
+    with pytest.raises(NotImplementedError, match="python -OO removes the docstrings"):
+        load_tokenizer(tmp_path)

@@ -344,6 +344,16 @@ def test_a_batch_of_infinite_tokens_has_no_gradient(tiny_model, tiny_rows, tiny_
     assert all((it.grad == 0).all() for it in student.parameters())
 
 
+def test_a_sum_of_finite_tokens_that_overflows_is_infinite_and_no_token_is(
+    tiny_model, tiny_rows, tiny_trainer
+):
+    student = tiny_model(seed=2)
+    trainer = tiny_trainer(student, tiny_model(seed=5), hard_label_weight=1000.0)
+    trainer.args.hard_label_weight = 1e38  # times a cross-entropy of 3.7 nats
+    assert trainer.compute_loss(student, PadRows()(tiny_rows(4))) == math.inf
+    assert trainer._infinite == 0
+
+
 def test_an_evaluation_with_infinite_tokens_is_infinite_and_counts_them(
     tiny_model, tiny_rows, tiny_trainer
 ):

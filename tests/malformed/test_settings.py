@@ -59,7 +59,10 @@ WORDS = {  # what is asked for where nothing is spoilt, and the settings of its 
         DistillSettings,
     ),
     "generate": (
-        ["distilled", "--data=prompts.jsonl", "--max-new-tokens=2", "--device=cpu"],
+        [
+            *("distilled", "--data=prompts.jsonl", "--prompt-tokens=4", "--max-new-tokens=2"),
+            "--device=cpu",
+        ],
         GenerateSettings,
     ),
     "evaluate": (

@@ -23,7 +23,7 @@ from rkl.bayes.tables import Table
 from rkl.checks import LARGEST_SEED, integer
 from rkl.importing import only
 from rkl.readers import place_of_nan, read
-from rkl.runs import Run, check_out, write_json
+from rkl.runs import REPORT, Run, check_out, check_out_file, write_json
 from rkl.runs.integrity import Input, check_inputs, files_of, inputs_before
 from rkl.runs.typed import settings_from
 
@@ -124,6 +124,7 @@ def estimate(
     """
     if out is not None:
         inputs = {"posterior": settings.posterior, "design": settings.design}
+        inputs |= {f"further file {i}": it for i, it in enumerate(settings.further, 1)}
         check_out(out, overwrite=overwrite, resumable=False, inputs=inputs)
     found = answer(settings)
     if out is None:
@@ -250,8 +251,21 @@ def evaluate_run(
     return side_by_side(own.question, candidates, {str(own.divergence): excess_over(own)})
 
 
-def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> str:
-    """The acts of several runs in one table, and with ``out`` in one report."""
+def compare_runs(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    overwrite: bool = False,
+) -> str:
+    """The acts of several runs in one table, and with ``out`` in one report.
+
+    Args:
+        paths: Folders of runs.
+        out: The HTML file.
+        overwrite: Replaces a file of others there.
+    """
+    if out is not None:
+        check_out_file(out, overwrite=overwrite)
     results = {str(run.path): _result(run) for run in _opened(paths)}
     names = dict.fromkeys(n for it in results.values() for n in it["estimate"]["variables"])
     rows = []
@@ -263,18 +277,30 @@ def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | No
     table = Table("Bayes acts", ("parameter", *results), [("loss", *losses), *rows])
     if out is None:
         return str(table)
-    return f"{table}\n\nThe report: {report_runs(paths, out)}"
+    return f"{table}\n\nThe report: {report_runs(paths, out, overwrite=overwrite)}"
 
 
-def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
-    """Write the report of one run or several, a single HTML file, of what they kept."""
+def report_runs(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write the report of one run or several, a single HTML file, of what they kept.
+
+    Args:
+        paths: Folders of runs.
+        out: The file; ``report.html`` in the folder of the run if there is only one.
+        overwrite: Replaces a file of others there.
+    """
     from rkl.report import write
 
     runs = _opened(paths)
     if out is None and len(runs) > 1:
         raise ValueError(f"out must say where the report of {len(runs)} runs goes.")
+    place = runs[0].path / REPORT if out is None else Path(out)
+    check_out_file(place, overwrite=overwrite, own=REPORT)
     found = {str(run.path): Shown.read(run.path) for run in runs}
-    place = runs[0].path / "report.html" if out is None else Path(out)
     write(place, page(found, [run.record for run in runs]))
     return place
 

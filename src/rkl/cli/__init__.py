@@ -185,6 +185,8 @@ def _explain(error: Exception, words: list[str], parsed: argparse.Namespace | No
         return _complain(f"out of memory: {message}. {_sizes(words)}", 1)
     if isinstance(error, BAD_USAGE) and message:
         return _complain(message, 2)
+    if type(error).__module__.partition(".")[0] == "rkl" and message:  # which says all there is
+        return _complain(message, 1)
     cause = terminal.root_cause(error)
     if isinstance(error, ImportError):
         because = f" The cause: {terminal.in_words(cause)}" * (cause is not error)

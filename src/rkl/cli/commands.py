@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 Runner = Callable[[Namespace], None]
 Command = Callable[[ArgumentParser, Sequence[str]], Runner]
 HERE = Path(__file__).parents[1]
-# The file in a run folder that a verb writes, and may write again.
-WRITES = {"generate": "replies.jsonl", "sample": None, "report_runs": "report.html"}
 
 
 def divergences(parser: ArgumentParser, words: Sequence[str]) -> Runner:
@@ -409,12 +407,9 @@ def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
 
     def done(parsed: Namespace) -> None:
         chosen: Any = settings.gather(wanted, parsed)
-        if name != "evaluate":
-            how: Any = {"overwrite": parsed.overwrite, "own": WRITES[name]}
-            how["inputs"] = {"data": getattr(chosen, "data", None)}
-            runs.check_out_file(getattr(chosen, "out", None), **how)
+        how = {} if name == "evaluate" else {"overwrite": parsed.overwrite}
         _verify(parsed, parsed.run)
-        _show(runs.verb(f"{name}_run", parsed.run)(parsed.run, chosen))
+        _show(runs.verb(f"{name}_run", parsed.run)(parsed.run, chosen, **how))
 
     return done
 
@@ -456,9 +451,9 @@ def _across_runs(parser: ArgumentParser, name: str) -> Runner:
     _add_verify_flag(parser)
 
     def done(parsed: Namespace) -> None:
-        runs.check_out_file(parsed.out, overwrite=parsed.overwrite, own=WRITES.get(name))
         _verify(parsed, *parsed.runs)
-        _show(runs.verb(name, *parsed.runs)(parsed.runs, out=parsed.out))
+        how = {"out": parsed.out, "overwrite": parsed.overwrite}
+        _show(runs.verb(name, *parsed.runs)(parsed.runs, **how))
 
     return done
 

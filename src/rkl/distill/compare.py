@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rkl.runs import Run
+from rkl.runs import Run, check_out_file
 
 if TYPE_CHECKING:
     from rkl.report import Section
@@ -243,16 +243,22 @@ _RANKS_SAY = (
 
 
 def compare_runs(
-    paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Evaluations:
     """The evaluations of several runs side by side.
 
     Args:
         paths: Folders of runs, each evaluated before.
         out: An HTML file to write the table and the figures to.
+        overwrite: Replaces a file of others there.
     """
     if not paths:
         raise ValueError("paths must name at least one run; got none.")
+    if out is not None:
+        check_out_file(out, overwrite=overwrite)
     evaluations = evaluations_of(dict(zip(names_of(paths), paths, strict=True)))
     if out is not None:
         from rkl.report import render, write

@@ -23,6 +23,7 @@ from rkl.distill.heads import inference
 from rkl.distill.limits import (
     check_count,
     check_counts,
+    check_temperature,
     check_within,
     context_of,
     device_named,
@@ -33,7 +34,7 @@ from rkl.distill.teachers import OF_MODEL, load_model, load_tokenizer
 from rkl.importing import names_in
 from rkl.metrics import Mean, clustered_mean, mean
 from rkl.metrics.text import distinct_n, distinct_n_together, rouge_l, self_bleu
-from rkl.runs import Run, write_atomic
+from rkl.runs import REPLIES, Run, check_out_file, write_atomic
 
 SHORTEST = 2  # tokens of a text that gives a prompt and something to go on with
 
@@ -62,7 +63,7 @@ class Sampling:
 
     def __post_init__(self):
         check_counts(self, "max_new_tokens")
-        check_within(self, "temperature", ends="[)")
+        check_temperature(self, greedy=True)
         check_within(self, "top_p", high=1, ends="(]")
 
 
@@ -117,16 +118,25 @@ class GenerateSettings:
 
 
 @quiet()
-def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
+def generate_run(
+    path: str | os.PathLike, settings: GenerateSettings, *, overwrite: bool = False
+) -> Path:
     """Let the student of a run reply to prompts out of some data.
 
     Args:
         path: The folder of the run.
         settings: What to reply to, and how.
+        overwrite: Replaces a file of others at ``settings.out``.
 
     Returns:
         The file of JSON lines with the replies, each with its seed, prompt and reference.
+
+    Raises:
+        FileExistsError: There is such a file, or it is one of a run.
     """
+    out = Path(settings.out or Path(path, REPLIES))
+    how: Any = {"inputs": {"data": settings.data}, "own": REPLIES}
+    check_out_file(out, overwrite=overwrite, **how)
     run = finished(path)
     rows = read_rows(settings.data, split=settings.split)
     tokenizer, student = load_tokenizer(run.path), load_model(run.path)
@@ -138,7 +148,6 @@ def generate_run(path: str | os.PathLike, settings: GenerateSettings) -> Path:
     if left_out:
         warnings.warn(f"Some rows give no prompt: {left_out}.", stacklevel=2)
     cast(nn.Module, student).to(device_named(settings.device))
-    out = Path(settings.out) if settings.out else run.path / "replies.jsonl"
     if settings.out is None:
         run.record_files([out.name])
     save(out, reply_to(prompts, student, tokenizer, settings, batch_size=settings.batch_size))

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rkl.checks import LARGEST_COUNT, LARGEST_SEED, integer
+from rkl.checks import LARGEST_COUNT, LARGEST_SEED, integer, number
 from rkl.divergences import Divergence, parse
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 
 
 def check_counts(settings: Any, *names: str, at_least: int = 1) -> None:
@@ -41,6 +43,19 @@ def check_within(
         if not low <= value <= high or value in outside:
             words = f"{ends[0]}{low:g}, {high:g}{ends[1]}".replace("inf", "∞")
             raise ValueError(f"{name} must lie in {words}; got {value}.")
+
+
+def check_temperature(settings: Any, *, greedy: bool = False) -> None:
+    """Refuse a temperature at which logits overflow, or all atoms become equally likely.
+
+    Args:
+        settings: What has a ``temperature``.
+        greedy: Whether 0, which takes the likeliest atom, is one.
+    """
+    check_within(settings, "temperature", ends="[)" if greedy else "()")
+    if settings.temperature:
+        low, high = MIN_TEMPERATURE, MAX_TEMPERATURE
+        number("temperature", settings.temperature, at_least=low, at_most=high)
 
 
 def check_one_of(settings: Any, name: str, *words: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rkl.distill.compare import evaluations_of, names_of
-from rkl.runs import Run, read_jsonl
+from rkl.runs import REPORT, Run, check_out_file, read_jsonl
 
 if TYPE_CHECKING:
     from rkl.report import Section
@@ -41,7 +41,12 @@ _CURVES = {
 }
 
 
-def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
+def report_runs(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
     """Write the report of one run or several, a single HTML file.
 
     It shows what the runs hold: curves from ``metrics.jsonl``; the held-out figures of those that
@@ -50,6 +55,7 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     Args:
         paths: Folders of runs.
         out: The file; ``report.html`` in the folder of the run if there is only one.
+        overwrite: Replaces a file of others there.
 
     Returns:
         The file.
@@ -61,7 +67,8 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     if out is None and len(paths) > 1:
         raise ValueError(f"out must say where the report of {len(paths)} runs goes.")
     runs = dict(zip(names_of(paths), map(Run.open, paths), strict=True))
-    out = next(iter(runs.values())).path / "report.html" if out is None else Path(out)
+    out = next(iter(runs.values())).path / REPORT if out is None else Path(out)
+    check_out_file(out, overwrite=overwrite, own=REPORT)
     evaluated = {n: it.path for n, it in runs.items() if (it.path / "evaluation.json").exists()}
     replies = {name: it for name, run in runs.items() if (it := _replies(run))}
     sections = [

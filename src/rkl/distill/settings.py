@@ -7,6 +7,7 @@ from rkl.checks import LARGEST_RATE, number
 from rkl.distill.limits import (
     check_counts,
     check_one_of,
+    check_temperature,
     check_within,
     device_named,
     divergence_named,
@@ -118,8 +119,10 @@ class DistillSettings:
         check_counts(self, "keep_checkpoints", "max_length", at_least=2)
         check_within(self, "held_out", "warmup", high=1, ends="[)")
         check_within(self, "hard_label_weight", "weight_decay", "max_gradient", ends="[)")
-        check_within(self, "temperature", "epochs", "learning_rate")
-        number("learning_rate", self.learning_rate, at_most=LARGEST_RATE)
+        check_within(self, "epochs", "learning_rate")
+        check_temperature(self)
+        for name in ("learning_rate", "hard_label_weight", "weight_decay"):
+            number(name, getattr(self, name), at_most=LARGEST_RATE)
         check_one_of(self, "train_on", "all", "last")
         check_one_of(self, "schedule", "cosine", "linear", "constant")
         check_one_of(self, "dtype", "float32", "bfloat16")

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -248,6 +249,11 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
 
 def _loaded(auto: Any, name: str | os.PathLike, what: str, **how: Any) -> Any:
     """What one of transformers' auto classes finds under a name, or an error that says so."""
+    if sys.flags.optimize > 1:
+        raise NotImplementedError(
+            "python -OO removes the docstrings that transformers reads when it loads a model; use "
+            "python or python -O to distill, evaluate or generate."
+        )
     folder, file = _locate(name)
     how |= {} if file is None else {"gguf_file": file}
     try:

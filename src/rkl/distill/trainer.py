@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from rkl.checks import LARGEST_RATE, number
 from rkl.distill.batches import Batch, PadRows, shifted
 from rkl.distill.checkpoints import replacing_folder_together, rotate, settle
 from rkl.distill.heads import (
@@ -24,7 +25,7 @@ from rkl.distill.heads import (
     logits_of,
     read_head,
 )
-from rkl.distill.limits import check_counts, check_within
+from rkl.distill.limits import check_counts, check_temperature, check_within
 from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
 from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher, check_peft, is_adapted
 from rkl.divergences import AKL, KL, Divergence
@@ -56,8 +57,9 @@ class DistillConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_within(self, "temperature")
+        check_temperature(self)
         check_within(self, "hard_label_weight", ends="[)")
+        number("hard_label_weight", self.hard_label_weight, at_most=LARGEST_RATE)
         check_counts(self, "max_length", at_least=2)  # a token and the next
         if self.compiled not in (None, True, False):
             raise TypeError(f"compiled must be True, False or None; got {self.compiled!r}.")
@@ -398,6 +400,8 @@ class DistillTrainer(Trainer):
             self._note_nan(batch, self._values(p, q))
             return loss
         infinite = self._values(p, q).isinf()
+        if not infinite.any():  # the sum over tokens, or the term of hard labels, overflowed
+            return loss
         self._infinite += int(infinite.sum())
         self._name(batch, p, q, infinite)
         finite = weight.masked_fill(infinite, 0.0)

@@ -15,6 +15,7 @@ from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, 
 from torch.func import grad
 
 from rkl.checks import number as number
+from rkl.checks import shown
 
 _FAR, _END = 16.0, 600.0  # log-ratios between which a control variate is integrated
 _NO_MASS = -745.0  # the logarithm of what is 0 in double precision
@@ -122,6 +123,7 @@ class Divergence(abc.ABC):
         return bool(self(logp, logp.flip(0)).isfinite())
 
     def __rmul__(self, weight: float) -> "Divergence":
+        number("the weight", weight, above=0, what=f" in {shown(weight)} * {self}")
         return combine(*((weight * w, term) for w, term in weighted_terms(self)))
 
     def __add__(self, other: "Divergence") -> "Divergence":
@@ -522,10 +524,20 @@ def expansion(integrand, degree: float) -> tuple[float, ...]:
     def along(t):  # F / q^degree, for F is homogeneous
         return integrand(t, torch.zeros_like(t))
 
-    slopes, zero = [along], torch.zeros((), dtype=torch.float64)
-    for _ in range(5):
-        slopes.append(grad(slopes[-1]))
-    c, *higher = (slope(zero).item() for slope in slopes[1:])
+    slopes = []
+    # By autograd: torch.func imports the compiler, which takes seconds.
+    with torch.inference_mode(False), torch.enable_grad():
+        zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        slope = along(zero)
+        for _ in range(5):
+            if slope.requires_grad:
+                (slope,) = torch.autograd.grad(
+                    slope, zero, create_graph=True, materialize_grads=True
+                )
+            else:  # the one before was constant
+                slope = torch.zeros_like(zero)
+            slopes.append(slope.item())
+    c, *higher = slopes
     c = c if degree == 1 else 0.0
     series = [(x - c) / math.factorial(n) for n, x in enumerate(higher, start=2)]
     t = torch.tensor([-NEAR, -NEAR / 4, NEAR / 4, NEAR], dtype=torch.float64)

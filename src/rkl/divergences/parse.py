@@ -140,7 +140,8 @@ class _Reader:
     def _made(self, name: str, keywords: list[ast.keyword]):
         make = self._found(name)
         if self.kind and not (isinstance(make, type) and issubclass(make, self.kind)):
-            raise ValueError(f"{name} is {make!r}, not a {self.kind.__name__}.")
+            article = "an" if self.kind.__name__[0] in "AEIOU" else "a"
+            raise ValueError(f"{name} is {make!r}, not {article} {self.kind.__name__}.")
         settings = {}
         for keyword in keywords:
             setting = self._spelt(keyword.arg)

@@ -36,7 +36,7 @@ from rkl.flows.target_run import (
 from rkl.flows.training import goes_on, save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
 from rkl.metrics import to_json
-from rkl.runs import Run, check_out, fingerprint
+from rkl.runs import Run, check_out, check_out_file, fingerprint
 from rkl.runs.integrity import Input, local_path, values_of
 
 BATCH = 10_000  # samples made at a time
@@ -214,7 +214,11 @@ def estimate(settings: FitSettings) -> str:
 
 
 def sample_run(
-    path: str | os.PathLike, settings: SampleSettings, *, allow: Collection[str] = ()
+    path: str | os.PathLike,
+    settings: SampleSettings,
+    *,
+    allow: Collection[str] = (),
+    overwrite: bool = False,
 ) -> str:
     """Draw samples of the flow of a run and write them, in the user's units.
 
@@ -222,12 +226,17 @@ def sample_run(
         path: The folder of the run.
         settings: How many, at which trade-off.
         allow: What its ``run.json`` may have imported, each "module:name".
+        overwrite: Replaces a file that is there.
 
     Returns:
         What was written, and what it cost.
+
+    Raises:
+        FileExistsError: There is such a file, or it is one of a run.
     """
+    check_out_file(settings.out, overwrite=overwrite)
     if "target" in Run.open(path).settings:
-        return _sample_target(path, settings, allow)
+        return _sample_target(path, settings, allow, overwrite)
     flow, _critic, classes = load_fit(path, allow=allow)
     if settings.chains is not None:
         raise ValueError(f"chains go with a flow fitted to a target; got {settings.chains}.")
@@ -253,7 +262,12 @@ def sample_run(
     return f"{settings.n:,} samples in {settings.out}{cost}"
 
 
-def compare_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> str:
+def compare_runs(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    overwrite: bool = False,
+) -> str:
     """Held-out log-density of several runs, in one table."""
     if out is not None:
         raise NotImplementedError("out: runs of kind 'flows' are compared in a table alone.")
@@ -299,7 +313,7 @@ def _save(run: Run, fitted: Fit) -> None:
 
 
 def _sample_target(
-    path: str | os.PathLike, settings: SampleSettings, allow: Collection[str]
+    path: str | os.PathLike, settings: SampleSettings, allow: Collection[str], overwrite: bool
 ) -> str:
     for name in ("latent_temperature", "truncation", "budget", "target_precision"):
         if getattr(settings, name) not in (None, 1.0):
@@ -307,7 +321,7 @@ def _sample_target(
     names = "n", "out", "condition", "seed", "device"
     how: dict[str, Any] = {name: getattr(settings, name) for name in names}
     chains = CHAINS if settings.chains is None else settings.chains
-    return sample_target(path, chains=chains, allow=allow, **how)
+    return sample_target(path, chains=chains, allow=allow, overwrite=overwrite, **how)
 
 
 def _condition(named: str | None, classes: tuple[str, ...]) -> Tensor | None:

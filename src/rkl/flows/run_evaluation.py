@@ -21,7 +21,7 @@ from rkl.importing import only
 from rkl.metrics import Mean, mean, to_json
 from rkl.metrics.samples import Measured, measure
 from rkl.metrics.written import parenthesised
-from rkl.runs import Run, write_json
+from rkl.runs import REPORT, Run, check_out_file, write_json
 
 KEPT = "evaluation.json"
 MEASURED = 5_000  # rows that are measured by their neighbours, at most
@@ -250,6 +250,7 @@ def report_runs(
     out: str | os.PathLike | None = None,
     *,
     allow: Collection[str] = (),
+    overwrite: bool = False,
 ) -> Path:
     """Write the report of one run, a single HTML file.
 
@@ -260,12 +261,14 @@ def report_runs(
         paths: The folder of the run.
         out: The file; ``report.html`` in the folder of the run by default.
         allow: What the ``run.json`` may have imported, each "module:name".
+        overwrite: Replaces a file of others there.
     """
     if len(paths) != 1:
         raise ValueError(
             f"paths: flows are reported one by one; got {len(paths)}. See rkl compare."
         )
     run = Run.open(paths[0])
+    check_out_file(out or run.path / REPORT, overwrite=overwrite, own=REPORT)
     if "target" in run.settings:
         wanted = EvaluateSettings(draws=1_000, reference=True)
         return report_on(run, evaluate_target_run(run.path, wanted, allow=allow), out)

@@ -29,7 +29,7 @@ from rkl.flows.targets.base import Condition, check_values, spelt
 from rkl.flows.training import MINUTES, goes_on, load_state, save_state
 from rkl.importing import names_in, only
 from rkl.readers import place_of_nan, read_arrays
-from rkl.runs import Run, check_out, fingerprint
+from rkl.runs import Run, check_out, check_out_file, fingerprint
 from rkl.runs.integrity import (
     Input,
     check_finite,
@@ -343,6 +343,7 @@ def sample_target(
     seed: int = 0,
     device: str = "cpu",
     allow: Collection[str] = (),
+    overwrite: bool = False,
 ) -> str:
     """Write draws of the target of a run: chains with proposals of its flow, exact in the limit.
 
@@ -355,13 +356,16 @@ def sample_target(
         seed: Of all random numbers.
         device: Where to compute.
         allow: What the ``run.json`` may have imported, each "module:name".
+        overwrite: Replaces a file that is there.
 
     Returns:
         What was written, and how the chains moved.
 
     Raises:
+        FileExistsError: There is such a file, or it is one of a run.
         RuntimeError: A chain never moved: it is no result, and nothing is written.
     """
+    check_out_file(out, overwrite=overwrite)
     if out.suffix not in (".nc", ".npz", ".npy"):
         raise ValueError(f"out must end in .nc, .npz or .npy for draws of a target; got {out}.")
     found = load_target_run(path, allow=allow)

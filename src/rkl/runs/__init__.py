@@ -54,6 +54,8 @@ from rkl.runs.ownership import (
 from rkl.runs.writers import LOCK, RunBusyError
 
 __all__ = [
+    "REPLIES",
+    "REPORT",
     "DiskFullError",
     "Run",
     "RunBusyError",
@@ -82,6 +84,7 @@ __all__ = [
     "written_files",
 ]
 
+REPORT, REPLIES = "report.html", "replies.jsonl"  # names in a run of what verbs write by default
 FORMAT = 1  # of run.json; raised when an older rkl could no longer read it
 KINDS = (  # of runs: no other module is imported because a run.json names it
     *("distill", "flows", "bayes", "studies.demo", "studies.akl", "studies.advnf"),

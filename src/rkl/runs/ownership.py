@@ -197,7 +197,7 @@ def refuse_inputs(out: str | os.PathLike, inputs: Mapping[str, Any]) -> None:
 
 
 def check_out_file(
-    out: str | os.PathLike | None,
+    out: str | os.PathLike,
     *,
     overwrite: bool = False,
     inputs: Mapping[str, Any] | None = None,
@@ -206,18 +206,17 @@ def check_out_file(
     """Refuse a file to write in whose place there is anything that rkl did not write.
 
     Args:
-        out: The file; None is the verb's own place, and never refused.
-        overwrite: Whether a file there may be replaced. No file of a run ever is.
+        out: The file.
+        overwrite: Whether a file there may be replaced. No file of a run ever is, but ``own``.
         inputs: The files that are read, by the name of the argument.
-        own: The name in a run folder that the verb writes to by itself, which it may replace.
+        own: The name in a run folder that the verb writes to by itself: what rkl wrote there
+            may be replaced.
 
     Raises:
         FileExistsError: There is such a file, or a folder; or it is a file of a run.
         FileNotFoundError: There is no folder to write it to.
         ValueError: It is an input.
     """
-    if out is None:
-        return
     path = Path(out)
     if path.is_dir():
         raise FileExistsError(f"out must be a file; got {path}, which is a folder.")
@@ -232,9 +231,11 @@ def check_out_file(
         raise FileExistsError(
             f"out: {path} is a file of the run {folder}, {name}; choose another name."
         )
-    if of_run is None and os.path.lexists(path) and not overwrite and not _is_our_page(path):
+    written = of_run is not None and of_run[1] in written_files(of_run[0])
+    if os.path.lexists(path) and not (overwrite or written or _is_our_page(path)):
         raise FileExistsError(
-            f"out: {path} exists. Choose another name, or say --overwrite to replace it."
+            f"out: {path} exists. Choose another name, or say --overwrite to replace it "
+            "(overwrite=True in Python)."
         )
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from rkl.distill.compare import Evaluations, evaluations_of, result_of
 from rkl.distill.report import curve_of, replies_section, settings_section, training_section
 from rkl.report import written
-from rkl.runs import Run, read_jsonl
+from rkl.runs import REPORT, Run, check_out_file, read_jsonl
 from rkl.studies.demo_stages import REPLIES, WATCHED
 
 if TYPE_CHECKING:
@@ -55,12 +55,18 @@ class Verdict:
         return self.apart > CLEAR
 
 
-def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
+def report_runs(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
     """Write the report of a demonstration, a single HTML file.
 
     Args:
         paths: Its folder; one.
         out: The file; ``report.html`` in the folder by default.
+        overwrite: Replaces a file of others there.
 
     Returns:
         The file.
@@ -71,6 +77,8 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
         raise ValueError(f"paths must be the folder of one demonstration; got {len(paths)}.")
     whole = Run.open(paths[0])
     _refuse_others(whole)
+    place = whole.path / REPORT if out is None else Path(out)
+    check_out_file(place, overwrite=overwrite, own=REPORT)
     students, before = list(whole.settings["divergences"]), whole.settings["before"]
     evaluations = results_of(whole)
     found = verdicts({name: evaluations.results[name] for name in students}, evaluations)
@@ -81,7 +89,6 @@ def report_runs(paths: Sequence[str | os.PathLike], out: str | os.PathLike | Non
         *replies_section(_replies(whole, [before, *students])),
         _settings(whole, students),
     ]
-    place = whole.path / "report.html" if out is None else Path(out)
     title = f"One student, {len(students)} divergences"
     write(place, render(title, sections, lead=lead(whole, found)))
     return place

@@ -20,7 +20,7 @@ from rkl import cli
 from rkl.flows import read_data
 from rkl.flows.files import write_samples
 from rkl.metrics.samples import read_both
-from rkl.readers import as_floats, class_names, natural_order, read, read_labels
+from rkl.readers import as_floats, class_names, natural_order, read, read_columns, read_labels
 
 TABLES = {  # the text, and what stands in it
     "utf-8 mark, no names": ("\ufeff0.5,2\n1.5,4\n", None, [[0.5, 2], [1.5, 4]]),
@@ -36,6 +36,9 @@ TABLES = {  # the text, and what stands in it
     "comments": ("# one\n1 2\n# two\n3 4\n", None, [[1, 2], [3, 4]]),
     "names in a comment": ("# a b\n1 2\n3 4\n", "ab", [[1, 2], [3, 4]]),
     "index of pandas": (",a,b\n0,1,2\n1,3,4\n", "ab", [[1, 2], [3, 4]]),
+    "index above numbered columns": (",0,1\n0,5,6\n1,7,8\n", "01", [[5, 6], [7, 8]]),
+    "quoted numbers as names": ('"0","1"\n5,6\n7,8\n', "01", [[5, 6], [7, 8]]),
+    "all cells quoted": ('"5","6"\n"7","8"\n', None, [[5, 6], [7, 8]]),
     "index kept by pandas": ("Unnamed: 0,a\n7,1\n3,3\n", "a", [[1], [3]]),
     "row names of R": ('"a" "b"\n"1" 1 2\n"2" 3 4\n', "ab", [[1, 2], [3, 4]]),
     "years as names": (
@@ -87,6 +90,7 @@ REFUSED = {
     "halves of decimals": ("0,5\n1,05\n", "'05' looks like the end of a number"),
     "both decimal marks": ("a;b\n1.5;2,5\n", "commas and points are mixed"),
     "years over counts": ("2019,2020\n5,3\n2,7\n", "2019, 2020, may hold names or numbers"),
+    "columns that pandas numbered": ("0,1\n5,6\n7,8\n", "0, 1, may hold names or numbers"),
     "more than 53 bits": ("a,b\n9007199254740993,1\n", "9007199254740993 in row 1"),
     "underscores": ("1_000,2\n1,2\n", "'1_000', which is no number"),
     "an unnamed column": (",a\n0.5,1\n0.25,3\n", "first column has no name"),
@@ -313,10 +317,32 @@ def test_parquet_of_every_type_is_read_or_refused_by_column(tmp_path):
         ([1.0, None], "column bad: 1 of 2 cells are missing"),
         (pd.to_datetime(["2020-01-01", "2020-01-02"]), "column bad holds dates"),
         (["a", "b"], "column bad, row 1, holds 'a'"),
+        (["1", "2"], "column bad holds numbers as text, such as '1'"),
     ]:
         frame[["u"]].assign(bad=column).to_parquet(tmp_path / "bad.parquet")
         with pytest.raises(ValueError, match=said):
             read(tmp_path / "bad.parquet")
+
+
+def test_an_index_in_parquet_is_no_column_of_the_data(tmp_path):
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame({"u": [0.5, 1.5]})
+    words = frame.set_axis(["p", "q"])
+    levels = pd.MultiIndex.from_product([[0, 1], [7]], names=["chain", "draw"])
+    for table, said in (
+        (words, "__index_level_0__"),
+        (words.rename_axis("id"), "id"),
+        (frame.set_axis(levels), "chain, draw"),
+    ):
+        table.to_parquet(tmp_path / "t.parquet")
+        found = read(tmp_path / "t.parquet")
+        assert found.columns == ("u",)
+        assert found.values.tolist() == [[0.5], [1.5]]
+        assert found.notes == (f"its index ({said}) was left out",)
+    kept = read_columns(tmp_path / "t.parquet").columns
+    assert {name: it.tolist() for name, it in kept.items()} == {
+        "u": [0.5, 1.5], "chain": [0, 1], "draw": [7, 7],
+    }  # fmt: skip
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)

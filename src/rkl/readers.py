@@ -78,12 +78,14 @@ class Columns:
         named: Whether the names stand in the file.
         notes: What a user should know of how the file was read.
         comments: Comment lines of the file, each with the number of rows above it.
+        index: Names of the columns that the file itself calls an index of the rows.
     """
 
     columns: "dict[str, np.ndarray]"
     named: bool = True
     notes: list[str] = field(default_factory=list)
     comments: list[tuple[int, str]] = field(default_factory=list)
+    index: tuple[str, ...] = ()
 
 
 class _UnreadableError(ValueError):
@@ -207,7 +209,9 @@ def read_columns(path: str | os.PathLike, *, name: str = "data") -> Columns:
         table = _text(file, None, missing=True) if kind == "text" else _parquet(file)
         if not table.named:
             raise _UnreadableError("its columns have no names")
-        return _drop_index(table)
+        # Levels with a name, such as chain and draw, belong to the table.
+        unnamed = tuple(it for it in table.index if _INDEX_NAMES.fullmatch(it))
+        return _drop_index(replace(table, index=unnamed))
 
 
 def split_choice(path: str | os.PathLike, name: str = "data") -> tuple[Path, str | None]:
@@ -681,7 +685,8 @@ def _parquet(file: Path) -> Columns:
             )
         values = column.to_numpy(zero_copy_only=False)
         columns[name] = values.astype(object) if values.dtype.kind == "U" else values
-    return Columns(columns)
+    index = (table.schema.pandas_metadata or {}).get("index_columns", ())
+    return Columns(columns, index=tuple(it for it in columns if it in index))
 
 
 # Tables
@@ -717,11 +722,17 @@ def _contents(table: Columns, labels: str | None) -> Contents:
 
 
 def _word_in(name: str, cells: Any) -> str:
-    row, word = next(
+    listed = cells.tolist()
+    words = (
         (row, it)
-        for row, it in enumerate(cells.tolist(), 1)
+        for row, it in enumerate(listed, 1)
         if not isinstance(it, str) or not _NUMBER.fullmatch(it.strip())
     )
+    row, word = next(words, (0, ""))
+    if not row:
+        return (
+            f"column {name} holds numbers as text, such as {listed[0]!r}; turn them into numbers"
+        )
     if word is None or (isinstance(word, float) and word != word):
         return f"column {name}, row {row}, is missing"
     said = f"column {name}, row {row}, holds {word!r:.60}, which is no number"
@@ -752,6 +763,10 @@ def _drop_index(table: Columns, labels: str | None = None) -> Columns:
 
     if not table.named or len(table.columns) < 2:
         return table
+    if index := [name for name in table.index if name != labels]:
+        rest = {name: it for name, it in table.columns.items() if name not in index}
+        said = f"its index ({', '.join(index)}) was left out"
+        return replace(table, columns=rest, notes=[*table.notes, said])
     first, cells = next(iter(table.columns.items()))
     if first == labels or not _INDEX_NAMES.fullmatch(first):
         counted = len(cells) > 2 and cells.dtype.kind in "iu" and cells[0] in (0, 1)
@@ -999,7 +1014,8 @@ def _numeric_names(
     said = ", ".join(first[i] for i in places[:3]) + ", ..." * (len(places) > 3)
     if fractions and (far or (counted and len(names) > 1)):
         return True, f"its first line, {said}, was read as names: no other line holds integers"
-    if fractions or (counted and len(names) > 2) or (far and len(below[0]) > 1):
+    from_zero = counted and names[0] == 0 and len(names) > 1  # as pandas numbers columns
+    if fractions or from_zero or (counted and len(names) > 2) or (far and len(below[0]) > 1):
         raise _UnreadableError(
             f"its first line, {said}, may hold names or numbers; write names as words, such as "
             f"c{first[places[0]]}, or numbers with a point, {first[places[0]]}.0"
@@ -1101,6 +1117,8 @@ def _names(found: _Lines, dialect: _Dialect) -> tuple[list[str] | None, int]:
         rows[0] = ["", *rows[0]]
         named, _note = _header(rows, dialect)
         return (rows[0][1:], above) if named else (None, 0)
+    if _quoted_above_numbers(found, rows, dialect) or _numbered_index(rows):
+        return [" ".join(name.split()) for name in rows[0]], above
     named, note = _header(rows, dialect)
     if note:
         found.notes.append(note)
@@ -1115,6 +1133,25 @@ def _names(found: _Lines, dialect: _Dialect) -> tuple[list[str] | None, int]:
                 found.notes.append("names were taken from the comment above the rows")
                 return names, 0
     return None, 0
+
+
+def _quoted_above_numbers(found: _Lines, rows: Sequence[Sequence[str]], dialect: _Dialect) -> bool:
+    """True if the cells of the first line alone are quoted, and numbers stand below them."""
+    first = re.fullmatch(r'\s*"[^"]*"(\s*\S?\s*"[^"]*")*\s*', found.lines[0])
+    if not first or len(rows) < 2 or any('"' in line for line in found.lines[1:SAMPLE_LINES]):
+        return False
+    return all(dialect.is_number(cell) for row in rows[1:] for cell in row)
+
+
+def _numbered_index(rows: Sequence[Sequence[str]]) -> bool:
+    """True for the columns 0, 1, ... and the rows 0, 1, ... of a pandas table without names."""
+    first, *body = rows
+    columns = [str(i) for i in range(len(first) - 1)]
+    return (
+        len(first) > 1
+        and [*first] == ["", *columns]
+        and ([row[0] for row in body] == [str(i) for i in range(len(body))])
+    )
 
 
 def _frame(

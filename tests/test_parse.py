@@ -20,6 +20,9 @@ def test_parse_reads_what_repr_prints(divergence):
         ("forward-kl", rkl.KL()),
         ("js(beta=0.1)", rkl.JensenShannon(0.1)),
         ("todi", rkl.ToDi()),
+        ("JSD", rkl.JensenShannon()),
+        ("Reverse_KL", rkl.ReverseKL()),
+        ("rkl + fkl", rkl.ReverseKL() + rkl.KL()),
         ("akl(mu=0.3, straddle='head')", rkl.AKL(0.3, "head")),
         ("0.5*kl + 0.5*reverse-kl", 0.5 * rkl.KL() + 0.5 * rkl.ReverseKL()),
         ("1e-3*kl+to-di()", 1e-3 * rkl.KL() + rkl.ToDi()),
@@ -49,7 +52,8 @@ def test_parse_reads_another_catalogue_with_its_names():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("backward-kl", "none is called 'backward-kl'; there are akl, alpha-beta"),
+        ("backward-kl", "none is called 'backward-kl'.*; there are akl, alpha-beta"),
+        ("revrse-kl", r"none is called 'revrse-kl' \(did you mean reverse-kl\?\)"),
         ("precision-recall(0.5)", "precision-recall takes its settings by name"),
         ("jensen-shannon(beta=0.5", "was never closed"),
         ("akl)", "unmatched"),

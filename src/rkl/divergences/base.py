@@ -288,6 +288,8 @@ def floats(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor; got a {type(value).__name__}.")
     if not value.is_floating_point():
         raise TypeError(f"{name} must hold floating-point numbers; got {value.dtype}.")
+    if value.dtype.itemsize < 2:
+        raise TypeError(f"{name} must have 16 bits or more; got {value.dtype}: take .bfloat16().")
 
 
 def check_laws(p: Distribution, q: Distribution) -> None:

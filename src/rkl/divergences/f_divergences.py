@@ -59,7 +59,7 @@ class KL(FDivergence):
     tensor(0.5108)
     """
 
-    aliases = ("forward-kl",)
+    aliases = ("forward-kl", "fkl")
 
     def integrand(self, logp, logq):
         return relative_entropy(logp, logq)
@@ -88,6 +88,8 @@ class ReverseKL(FDivergence):
     >>> ReverseKL()(p.log(), q.log())
     tensor(0.3681)
     """
+
+    aliases = ("rkl",)
 
     def integrand(self, logp, logq):
         return relative_entropy(logq, logp)
@@ -154,7 +156,7 @@ class JensenShannon(FDivergence):
     tensor(0.6931)
     """
 
-    aliases = ("js",)
+    aliases = ("js", "jsd")
     beta: float = 0.5
 
     def __post_init__(self):

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import difflib
 import functools
 import inspect
 import re
@@ -157,7 +158,12 @@ class _Reader:
                 return make
         if ":" in name and self.kind is not None:
             return imported(name)
-        raise ValueError(f"none is called {name!r}; there are {', '.join(self.known)}.")
+        plain = {_plain(kebab): kebab for kebab in self.known}
+        if _plain(name) in plain and not {":", "."} & set(name):
+            return self.known[plain[_plain(name)]]
+        near = difflib.get_close_matches(_plain(name), plain, 1, 0.75)
+        meant = f" (did you mean {plain[near[0]]}?)" if near else ""
+        raise ValueError(f"none is called {name!r}{meant}; there are {', '.join(self.known)}.")
 
     def _setting(self, setting: str, node: ast.expr):
         if isinstance(node, ast.Name):
@@ -173,6 +179,11 @@ class _Reader:
         except ValueError:
             got = self._restored(ast.unparse(node))
             raise ValueError(f"{setting} must be a number or a string; got {got}.") from None
+
+
+def _plain(name: str) -> str:
+    """A name without capitals, hyphens and underscores, which people write differently."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def full_name(make: Any) -> str | None:

@@ -101,7 +101,8 @@ def _check_side(name: str, x: Any) -> None:
     rows: Any = x[0] if field else x
     floats(name + field, rows)
     if rows.ndim != 2 or not rows.shape[1]:
-        raise ValueError(f"{name}{field} must be {axes}; got {list(rows.shape)}.")
+        hint = f" {name}{field}.flatten(0, -2) has one row for each token." * (rows.ndim > 2)
+        raise ValueError(f"{name}{field} must be {axes}; got {list(rows.shape)}.{hint}")
     if isinstance(x, LinearHead):
         _check_head(name, x)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rkl import KL, JensenShannon, PrecisionHalf, PrecisionRecall, TotalVariation
-from rkl.flows import Coupling, Critic
-from rkl.flows.architectures import Scaled
+from rkl.flows import Critic
 from rkl.flows.critic import ScaledCritic
+from rkl.flows.standardise import Units
 
 
 def learnt(chosen, steps=400, seed=0):
@@ -59,7 +59,7 @@ def test_images_are_read_by_convolutions(event):
 def test_in_the_users_units_the_ratio_is_the_same():
     ratio, _ = learnt(Critic(), steps=5)
     shift, scale = torch.tensor([10.0, -3.0]), torch.tensor([5.0, 0.1])
-    critic = ScaledCritic(ratio, Scaled(Coupling(2, (4,)).build((2,)), shift, scale))
+    critic = ScaledCritic(ratio, Units(shift, scale))
     x = torch.randn(3, 4, 2)
     found = critic(shift + scale * x)
     torch.testing.assert_close(found, ratio(x.reshape(12, 2)).reshape(3, 4), atol=1e-4, rtol=0)

@@ -87,9 +87,9 @@ def test_rejection_by_a_critic_of_classes_keeps_to_the_class(folder):
     own, other = critic(x, classes), critic(x, classes.flip(1))
     assert not torch.allclose(own, other)  # the ratio is one under the class
     for name, centre in (("0", 10.0), ("1", 60.0)):
-        how = {"condition": name, "budget": 1.3, "out": folder / "kept.npy"}
+        how = {"condition": name, "budget": 1.1, "out": folder / "kept.npy"}
         said = sample_run(folder / "judged", SampleSettings(n=3000, **how))
-        assert float(said.split(", ")[-1].split()[0]) == pytest.approx(1.3, rel=0.05)
+        assert float(said.split(", ")[-1].split()[0]) == pytest.approx(1.1, rel=0.05)
         assert np.load(folder / "kept.npy")[:, 0].mean() == pytest.approx(centre, abs=15)
 
 
@@ -171,7 +171,7 @@ def test_a_run_killed_between_two_steps_goes_on_to_the_same_bits(folder, monkeyp
         fit(settings, folder / "cut")
     assert Run.open(folder / "cut").record["status"] == "interrupted"
     fit(settings, folder / "cut", resume=True)
-    assert calls[40] == 25  # it went on from the checkpoint
+    assert calls[40] == 33  # it went on from the checkpoint
     weights = [(folder / name / "flow.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
 

@@ -1,5 +1,6 @@
 """A critic: a network that learns log p/q from samples of both."""
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from rkl.divergences import FDivergence, JensenShannon
 from rkl.divergences.base import number
 from rkl.estimators import variational_bound
-from rkl.flows.architectures.scaled import Scaled
 from rkl.flows.architectures.splines import check_sizes
+from rkl.flows.standardise import Units
 from rkl.flows.weights import bends_everywhere
 
 FORGETS = 0.9  # decay of the running normaliser
@@ -150,22 +151,16 @@ class ScaledCritic(nn.Module):
 
     Args:
         ratio: The critic of standardised events.
-        scaled: What standardises them.
+        units: What standardises them.
     """
 
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, ratio: Ratio, scaled: Scaled):
+    def __init__(self, ratio: Ratio, units: Units):
         super().__init__()
-        self.ratio = ratio
-        self.register_buffer("shift", scaled.shift.clone())
-        self.register_buffer("scale", scaled.scale.clone())
+        self.ratio, self.units = ratio, copy.deepcopy(units)
 
     def forward(self, value: Tensor, condition: Tensor | None = None) -> Tensor:
         """Log p(x) − log q(x) in nats, of [*batch, *event]."""
-        dtype = self.ratio.log_normaliser.dtype
-        inner = ((value - self.shift) / self.scale).to(dtype)
+        inner = self.units.encode(value)[0].to(self.ratio.log_normaliser.dtype)
         batch = inner.shape[: inner.ndim - len(self.ratio.event_shape)]
         if condition is not None:
             condition = condition.expand(*batch, condition.shape[-1]).flatten(0, -2)

@@ -3,9 +3,9 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ from rkl.readers import (
 
 FEWEST = 20  # rows, below which a fit says nothing
 LEVELS = 256  # so few distinct values among many numbers are levels of a grid
+PER_LEVEL = 16  # rows on each of them
+PIXELS = 16  # columns, from which levels in common are those of an image laid flat
+FEW = 8  # coordinates up to which rows of levels are equal by chance
+RARE = 10  # rows of a class, below which that is said
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Data:
         values: The rows; integers are already floating-point numbers.
         condition: One column per class, 1 where the row is of it; None without labels.
         classes: Their names.
-        step: Spacing of the levels of quantised values, over which a batch is spread; 0 for
-            continuous ones.
+        step: Spacing of the levels of quantised values, over which a batch is spread, half to
+            either side: one number, or one for each column of a table; 0 of continuous values.
         columns: Names of the columns, where the data have some.
         notes: What a user should know of how the data were read.
     """
@@ -45,7 +49,7 @@ class Data:
     values: Float[Tensor, "rows *event"]
     condition: Float[Tensor, "rows conditions"] | None = None
     classes: tuple[str, ...] = ()
-    step: float = 0.0
+    step: Float[Tensor, "*steps"] = field(default_factory=lambda: torch.zeros(()))
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -72,10 +76,20 @@ class Data:
         return self.rows(torch.randint(len(self), (size,), device=self.values.device)).spread()
 
     def spread(self) -> "Data":
-        """The rows with uniform noise of one step added to quantised values."""
-        if not self.step:
+        """The rows with uniform noise of one step, half to either side, on quantised values."""
+        if not self.step.any():
             return self
-        return replace(self, values=self.values + self.step * torch.rand_like(self.values))
+        noise = torch.rand_like(self.values) - 0.5
+        return replace(self, values=self.values + self.step.to(self.values) * noise)
+
+    @property
+    def ties(self) -> bool:
+        """Whether rows may well be equal by chance: of few coordinates, all of them quantised."""
+        return self.values[0].numel() <= FEW and bool((self.step > 0).all())
+
+    def step_of_columns(self) -> Tensor:
+        """The step of each coordinate of a row."""
+        return self.step.to(self.values).expand(self.event_shape)
 
     def to(self, device: torch.device) -> "Data":
         """The same on another device."""
@@ -83,24 +97,71 @@ class Data:
         return replace(self, values=self.values.to(device), condition=given)
 
     def split(self, share: float, seed: int) -> tuple["Data", "Data"]:
-        """Rows to train on, and a share of rows held out, at random."""
+        """Rows to train on, and a share of rows held out, at random; equal rows on one side.
+
+        Rows of a few coordinates that are all quantised are equal by chance, and count as others.
+
+        Raises:
+            ValueError: Too few rows are left, or a column is constant among them.
+        """
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self), generator=generator)
-        held_out = max(1, round(share * len(self)))
-        if held_out >= len(self) - 1:
+        order = torch.randperm(len(self), generator=generator).tolist()
+        wanted = max(1, round(share * len(self)))
+        group = list(range(len(self))) if self.ties else equal_rows(self.values)
+        held_out, rest = _apart(order, group, wanted)
+        if len(rest) < 2:
             raise ValueError(
                 f"held_out must leave two rows to learn from; got {share} of {len(self):,} rows."
             )
-        return self.rows(order[held_out:]), self.rows(order[:held_out])
+        kept = self.rows(torch.tensor(rest))
+        _check_spread(kept.values, self.columns, self.step_of_columns(), of=len(self))
+        return kept, self.rows(torch.tensor(held_out, dtype=torch.long))
 
     def centre_and_spread(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation: of each coordinate of a vector, of all pixels of images."""
         values = self.values.double()
         which = [0] if values.ndim == 2 else list(range(values.ndim))
-        mean = values.mean(which) + self.step / 2
-        deviation = (values.var(which) + self.step**2 / 12).sqrt()
+        noise = self.step.double().square() / 12
+        deviation = (values.var(which) + (noise if values.ndim == 2 else noise.mean())).sqrt()
         shape, dtype = self.event_shape, self.values.dtype
+        mean = values.mean(which)
         return mean.expand(shape).to(dtype).clone(), deviation.expand(shape).to(dtype).clone()
+
+    def level_range(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest level of each coordinate; of images, of all of them."""
+        low, high = self.values.amin(0), self.values.amax(0)
+        if self.values.ndim > 2:
+            low, high = low.min().expand_as(low), high.max().expand_as(high)
+        return low.clone(), high.clone()
+
+
+def equal_rows(values: Tensor) -> list[int]:
+    """A number for each row, the same for equal ones."""
+    numbers: dict[bytes, int] = {}
+    rows = (values + 0.0).cpu().numpy()  # -0.0 is 0.0
+    return [numbers.setdefault(row.tobytes(), len(numbers)) for row in rows]
+
+
+def _apart(order: list[int], group: list[int], wanted: int) -> tuple[list[int], list[int]]:
+    """About so many of the rows, and the rest, with each group on one side."""
+    size: dict[int, int] = {}
+    for number in group:
+        size[number] = size.get(number, 0) + 1
+    chosen: set[int] = set()
+    taken = 0
+    for row in order:
+        if taken >= wanted:
+            break
+        number = group[row]
+        fits = size[number] == 1 or taken + size[number] <= 1.5 * wanted
+        if number not in chosen and fits:
+            chosen.add(number)
+            taken += size[number]
+    if not chosen:  # all groups are large
+        number = min(size, key=lambda it: size[it])
+        chosen.add(number)
+    held_out = [row for row in order if group[row] in chosen]
+    return held_out, [row for row in order if group[row] not in chosen]
 
 
 def read_data(
@@ -109,12 +170,14 @@ def read_data(
     *,
     dequantise: bool | None = None,
     classes: Sequence[str] | None = None,
+    step: Tensor | None = None,
 ) -> Data:
     """Rows from wherever they are, looked at before anything is learnt from them.
 
     Quantised values, such as the 256 grey levels of images, have no density: a flow would put
-    ever narrower peaks on them. Dequantised, uniform noise of one step is added to every batch,
-    and minus the log-density then bounds the code length of the levels, in nats.
+    ever narrower peaks on them. Dequantised, uniform noise of one step, half to either side, is
+    added to every batch, and minus the log-density then bounds the code length of the levels, in
+    nats.
 
     Args:
         source: A tensor, an array or a data frame [rows, *event]; a file or a folder of images
@@ -122,10 +185,12 @@ def read_data(
             read once, labels beside the values included. Integers of more than 16 bits become
             float64.
         labels: Class of each row: an array, a file of one, or the name of a column.
-        dequantise: Whether to spread quantised values. By default image files are, and other
-            quantised values are refused.
+        dequantise: Whether to spread quantised values, each column of a table by its own step.
+            By default image files are; tables of nothing but levels are refused, and columns of
+            levels beside continuous ones are named in the notes.
         classes: Names of all classes, in the order of their columns; the rows may lack some. By
             default those of the labels, in natural order.
+        step: Of the levels, where a fit has found it; the rows are not looked at for levels then.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -141,15 +206,47 @@ def read_data(
     notes, columns = found.notes, found.columns
     array = found.values
     _check_rows(array, columns)
-    step = _step(array, True if found.images and dequantise is None else dequantise)
+    if step is None:
+        steps, said = _steps(
+            array, True if found.images and dequantise is None else dequantise, columns
+        )
+        notes = (*notes, *said)
+    else:
+        steps = step.cpu().numpy()
     try:
         values = torch.from_numpy(np.require(as_floats(array), requirements=["C", "W"]))
     except ValueError as error:
         raise ValueError(f"data: {error}.") from None
-    _check_spread(values)
+    _check_spread(values, columns)
     unasked = labels is None and classes is not None and not len(classes)
     condition, names = _one_hot(None if unasked else found.labels, len(values), classes)
-    return Data(values, condition, names, step, columns, notes)
+    steps = torch.as_tensor(steps).to(values)
+    steps = steps.flatten()[0] if (steps == steps.flatten()[0]).all() else steps
+    data = Data(values, condition, names, steps, columns)
+    return replace(data, notes=(*notes, *_equal(data), *_rare(condition, names)))
+
+
+def _equal(data: Data) -> list[str]:
+    if data.ties:
+        return []
+    values = data.values
+    equal = len(values) - len(set(equal_rows(values)))
+    if not equal:
+        return []
+    return [
+        f"{equal:,} of {len(values):,} rows equal an earlier one: equal rows are held out "
+        "together or trained on together"
+    ]
+
+
+def _rare(condition: Tensor | None, names: Sequence[str]) -> list[str]:
+    if condition is None:
+        return []
+    counts = condition.sum(0).long().tolist()
+    rare = [
+        f"{name} ({count})" for name, count in zip(names, counts, strict=True) if 0 < count < RARE
+    ]
+    return [f"too few rows to learn a class from: {_some(rare)}"] if rare else []
 
 
 def check_device(name: str) -> torch.device:
@@ -252,31 +349,109 @@ def _check_rows(values: np.ndarray, columns: Sequence[str]) -> None:
         raise ValueError(f"data must be finite; {where}.")
 
 
-def _check_spread(values: Tensor) -> None:
+def _check_spread(
+    values: Tensor, columns: Sequence[str], step: Tensor | None = None, of: int | None = None
+) -> None:
     """Refuse coordinates without variation: their density is infinite."""
     low, high = values.amin(0), values.amax(0)
-    constant = (low == high).flatten().nonzero().flatten().tolist()
-    vectors = values.ndim == 2
-    if constant and (vectors or len(constant) == low.numel()):
-        which = ", ".join(map(str, constant[:5])) + ", ..." * (len(constant) > 5)
+    constant = low == high
+    if step is not None:
+        constant &= step == 0
+    index = constant.flatten().nonzero().flatten().tolist()
+    if index and (values.ndim == 2 or len(index) == low.numel()):
+        named = [*columns] if len(columns) == low.numel() else [*map(str, range(low.numel()))]
+        which = _some([named[it] for it in index])
+        where = "" if of is None else f" among the {len(values):,} of {of:,} rows to learn from"
         raise ValueError(
-            f"data has {len(constant)} constant columns: {which}. Their density is infinite; "
+            f"data has {len(index)} constant columns{where}: {which}. Their density is infinite; "
             "leave them out."
         )
 
 
+def _steps(
+    values: np.ndarray, wanted: bool | None, columns: Sequence[str]
+) -> tuple[Any, list[str]]:
+    """The spacing of levels to spread values over, 0 where they are continuous; and notes."""
+    pixels = values.ndim > 2 or values.dtype == np.uint8
+    if pixels or (values.shape[1] >= PIXELS and _few_levels(values) is not None):
+        return _step(values, wanted), []  # of one unit, as those of an image laid flat
+    if wanted is False and values.dtype.kind == "f":
+        return np.zeros(values.shape[1]), []
+    found = [_column(column) for column in values.T]
+    named = list(columns) if len(columns) == len(found) else list(map(str, range(len(found))))
+    coarse = [it for it, one in enumerate(found) if one is not None and one.coarse]
+    if not wanted:
+        every = all(it is not None and (it.coarse or it.whole) for it in found)
+        if every and (coarse or values.dtype.kind != "f" or _whole(values)):
+            spacing = min(it.step for it in found if it is not None)
+            raise ValueError(_REFUSED.format(spacing, values.dtype))
+        return np.zeros(values.shape[1]), _unspread(coarse, found, named)
+    steps = np.array([0.0 if it is None else it.step for it in found])
+    none = ["dequantise: no column holds levels, so that nothing was spread"]
+    return steps, [] if steps.any() else none
+
+
+def _unspread(coarse: list[int], found: list[Any], names: Sequence[str]) -> list[str]:
+    if not coarse:
+        return []
+    said = _some([f"{names[it]} ({found[it].levels} levels)" for it in coarse])
+    return [
+        f"columns of levels have no density, and their log-density rises without bound: {said}; "
+        "dequantise=True (--dequantise) spreads each over one step"
+    ]
+
+
+_REFUSED = (
+    "data holds levels {:.4g} apart ({}), "
+    "which have no density: say dequantise=True (--dequantise) to spread each over one "
+    "step, or, if they are as good as continuous, turn them into floats and say "
+    "dequantise=False (--no-dequantise)."
+)
+
+
+class _Column(NamedTuple):
+    """A column of levels: their spacing and number, and how it is known to be one."""
+
+    step: float
+    levels: int
+    coarse: bool  # so few that a flow puts a peak on each
+    whole: bool  # integers
+
+
+def _column(column: np.ndarray) -> _Column | None:
+    """What a column holds, if it holds levels: integers, few values, or rounded ones with ties."""
+    levels = np.unique(column)
+    count, rows = len(levels), len(column)
+    if count < 2:
+        return _Column(1.0, count, False, True) if column.dtype.kind != "f" else None
+    gaps = np.diff(levels) if column.dtype.kind != "f" else np.diff(levels.astype(np.float64))
+    whole = _whole(column)
+    few = count <= LEVELS and PER_LEVEL * count <= rows
+    if whole:
+        # Of few levels a wider spacing may be chance.
+        step = float(np.gcd.reduce(gaps.astype(np.int64))) if count >= 5 else 1.0
+        return _Column(step, count, few or (4 * count <= rows and count <= LEVELS), True)
+    step = float(gaps.min())
+    apart = gaps / step
+    tied = 2 * count <= rows and bool((np.abs(apart - apart.round()) < 1e-3 * apart).all())
+    return _Column(step, count, few, False) if few or tied else None
+
+
+def _whole(values: np.ndarray) -> bool:
+    """Whether all are integers; floats so large that they cannot be others do not count."""
+    if values.dtype.kind != "f":
+        return True
+    small = np.abs(values) < 2.0 ** np.finfo(values.dtype).nmant
+    return bool(small.any()) and bool((values[small] == values[small].round()).all())
+
+
 def _step(values: np.ndarray, wanted: bool | None) -> float:
-    """The spacing of levels to spread values over; 0 where they are continuous."""
+    """The spacing of the levels of images; 0 where they are continuous."""
     spacing = _spacing(values)
     if spacing is None or (wanted is False and values.dtype.kind == "f"):
         return 0.0
     if not wanted:
-        raise ValueError(
-            f"data holds levels {spacing:.4g} apart ({values.dtype}), "
-            "which have no density: say dequantise=True (--dequantise) to spread each over one "
-            "step, or, if they are as good as continuous, turn them into floats and say "
-            "dequantise=False (--no-dequantise)."
-        )
+        raise ValueError(_REFUSED.format(spacing, values.dtype))
     return spacing
 
 
@@ -284,12 +459,15 @@ def _spacing(values: np.ndarray) -> float | None:
     """The distance between levels, where the values are integers or few beside their number."""
     if values.dtype.kind != "f":
         return 1.0
+    spacing = _few_levels(values)
+    return spacing or (1.0 if _whole(values) else None)
+
+
+def _few_levels(values: np.ndarray) -> float | None:
     levels = np.unique(values.reshape(-1)[: 512 * LEVELS])
     if 2 <= len(levels) <= LEVELS and 16 * len(levels) <= min(values.size, 512 * LEVELS):
         return float(np.diff(levels.astype(np.float64)).min())
-    # All floats from 2**23 on, or 2**52 in double precision, are integers: that says nothing.
-    small = np.abs(values) < 2.0 ** np.finfo(values.dtype).nmant
-    return 1.0 if small.any() and bool((values[small] == values[small].round()).all()) else None
+    return None
 
 
 def _one_hot(

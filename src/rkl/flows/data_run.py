@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer
 from rkl.divergences import FDivergence, parse
 from rkl.divergences.base import number
-from rkl.flows.architectures import Architecture, Scaled, parse_architecture
+from rkl.flows.architectures import Architecture, parse_architecture
 from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data
 from rkl.flows.fit import Method
 from rkl.flows.operating import check_point
+from rkl.flows.standardise import Standardised, Units
 from rkl.flows.target_run import MINUTES, WEIGHTS, load_target_run
 from rkl.flows.training import load_state
 from rkl.importing import only
@@ -41,8 +41,8 @@ class FitSettings:
         estimator: How the gradient is estimated; auto chooses.
         start: Share of the budget for maximum likelihood, with which a fit begins.
         anchor: Weight of plain likelihood after that.
-        batch: Rows in a step.
-        lr: Highest learning rate.
+        batch: Rows in a step; all of them, where they are fewer.
+        lr: Highest learning rate; by default 2e-3, and less where there are few rows.
         held_out: Share of the rows to hold out.
         guard: Keep the parameters that held-out rows judge best, not the last.
         critic: Train a critic at the end even where none is needed, to reject samples by.
@@ -67,7 +67,7 @@ class FitSettings:
     start: float = 0.5
     anchor: float = 0.1
     batch: int = 512
-    lr: float = 2e-3
+    lr: float | None = None
     held_out: float = 0.1
     guard: bool = True
     critic: bool = False
@@ -171,7 +171,7 @@ def settings_of(run: Run, *, allow: Collection[str] = ()) -> FitSettings:
 
 def load_fit(
     path: str | os.PathLike, *, allow: Collection[str] = ()
-) -> tuple[Scaled, ScaledCritic | None, tuple[str, ...]]:
+) -> tuple[Standardised, ScaledCritic | None, tuple[str, ...]]:
     """The flow of a run fitted to data, its critic if it has one, and its classes."""
     run = Run.open(path)
     if run.kind != "flows":
@@ -181,17 +181,17 @@ def load_fit(
     run.check_files(WEIGHTS)
     state = load_state(run.path / WEIGHTS)
     settings = settings_of(run, allow=allow)
-    shape, classes = tuple(state["shift"].shape), tuple(state["classes"])
+    units, classes = Units.of_state(state["units"]), tuple(state["classes"])
+    shape = tuple(units.shift.shape)
     inner = settings.architecture.build(shape, len(classes))
-    flow = Scaled(inner, state["shift"], torch.ones_like(state["shift"]))
-    flow.load_state_dict(state["flow"])
-    flow.requires_grad_(False)
+    inner.load_state_dict(state["flow"])
+    flow = Standardised(inner, units).requires_grad_(False)
     check_finite(flow.named_parameters(), run.path / WEIGHTS, "flow")
     if state["critic"] is None:
         return flow, None, classes
     ratio = settings.method.critic.build(shape, len(classes), state["bound"])
-    critic = ScaledCritic(ratio.requires_grad_(False), flow)
-    critic.load_state_dict(state["critic"])
+    critic = ScaledCritic(ratio.requires_grad_(False), units)
+    critic.ratio.load_state_dict(state["critic"])
     check_finite(critic.named_parameters(), run.path / WEIGHTS, "critic")
     return flow, critic, classes
 

@@ -23,7 +23,11 @@ def distillation(settings: FitSettings, data: Data) -> Callable[..., Fit]:
         ValueError: That run has no critic, or was fitted to other rows.
     """
     fitted = _fit_of(settings, data)
-    how: dict[str, Any] = {"batch": settings.batch, "lr": settings.lr, "seed": settings.seed}
+    how: dict[str, Any] = {
+        "batch": settings.batch,
+        "lr": settings.method.rate(len(fitted.trained_on)),
+        "seed": settings.seed,
+    }
     return partial(distil_rejection, fitted, budget=settings.distil_budget, **how)
 
 

@@ -2,26 +2,34 @@
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rkl.checks import LARGEST_COUNT, integer
+from rkl.checks import LARGEST_COUNT, integer, number
 from rkl.divergences import KL, FDivergence
-from rkl.flows.architectures import Architecture, Scaled, draw
+from rkl.flows.architectures import Architecture, draw
+from rkl.flows.architectures.splines import start_as_identity
 from rkl.flows.critic import Critic, Ratio, ScaledCritic
 from rkl.flows.data import Data, read_data
 from rkl.flows.fitted import Fit
 from rkl.flows.guard import Guard, LogProb, annealed, slope_of
 from rkl.flows.operating import check_point, reach
+from rkl.flows.standardise import Standardised, Units
 from rkl.flows.training import Moment, Training, one_at_a_time, train
 from rkl.flows.weights import along_path, bounded_on_data, is_likelihood, on_data, on_draws
+from rkl.metrics import Mean, mean
 from rkl.runs import Run
 
 Estimator = Literal["data", "draws", "path", "both"]
 CRITIC_BEGINS = 0.8  # share of the maximum-likelihood phase after which the critic learns too
+FULL_RATE = 1_000  # rows from which the learning rate is the full one
+BLURRED = 150  # rows up to which the noise on them is the full one
+ERRORS = 1.0  # standard errors by which training must gain on its start, to be kept
+BLUR = 0.3  # standard deviation of that noise, in standard units
 WIDEST = 10.0  # log-ratios are cut off at ± log(WIDEST · max(λ, 1/λ))
 
 
@@ -41,8 +49,10 @@ class Method:
         critic: How log p/q is learnt where the log-density of the data is not known.
         start: Share of the budget for maximum likelihood.
         anchor: Weight of plain likelihood after it.
-        batch: Rows in a step.
-        lr: Highest learning rate.
+        batch: Rows in a step; all of them, where they are fewer.
+        lr: Highest learning rate; None takes 2e-3, and less below 1,000 rows, as their root.
+        noise: Standard deviation of noise on the rows of a table, in standard units; the rows are
+            drawn together as much. None takes 0.3 up to 150 rows and less above, as 1/rows.
         clip: Greatest norm of the gradient.
         ema: Decay of the average of the parameters.
         held_out: Share of the rows to hold out.
@@ -57,7 +67,8 @@ class Method:
     start: float = 0.5
     anchor: float = 0.1
     batch: int = 512
-    lr: float = 2e-3
+    lr: float | None = None
+    noise: float | None = None
     clip: float = 10.0
     ema: float = 0.999
     held_out: float = 0.1
@@ -79,6 +90,18 @@ class Method:
         for name in ("batch", "draws"):
             value = getattr(self, name)
             integer(name, value, at_least=2, at_most=LARGEST_COUNT)
+        if self.noise is not None:
+            number("noise", self.noise, at_least=0)
+
+    def rate(self, rows: int) -> float:
+        """The highest learning rate for so many rows."""
+        return 2e-3 * min(1.0, rows / FULL_RATE) ** 0.5 if self.lr is None else self.lr
+
+    def blur(self, rows: Data) -> float:
+        """The noise on these rows, in standard units."""
+        if self.noise is not None:
+            return self.noise
+        return BLUR * min(1.0, BLURRED / len(rows)) if len(rows.event_shape) == 1 else 0.0
 
 
 @one_at_a_time()
@@ -139,21 +162,32 @@ def fit_to_samples(
     if not isinstance(divergence, FDivergence):
         raise TypeError(f"divergence must be an f-divergence; got {divergence!r}.")
     rows = data if isinstance(data, Data) else read_data(data, labels, dequantise=dequantise)
+    if rows is not data:
+        for note in rows.notes:
+            warnings.warn(f"data: {note}.", stacklevel=3)  # past the decorator
     problem = _Problem(flow, rows, divergence, method or Method(), log_prob, seed)
     done = problem.train(steps, minutes, run, every)
     return problem.finished(done, with_critic, target_precision, budget)
 
 
-def _scaled(flow: Architecture | nn.Module, rows: Data, training: Data, seed: int) -> Scaled:
+def _standardised(
+    flow: Architecture | nn.Module, rows: Data, training: Data, held_out: Data, seed: int
+) -> Standardised:
+    """The flow in the user's units, with its columns bent where the rows held out agree."""
     if isinstance(flow, Architecture):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             flow = flow.build(rows.event_shape, rows.conditions)
     if not isinstance(flow, nn.Module):
         raise TypeError(f"flow must be an architecture or a module; got {flow!r}.")
-    shift, scale = training.centre_and_spread()
+    start_as_identity(flow)
     device = next(flow.parameters()).device
-    return Scaled(flow, shift, scale).to(device)
+    found = Units.of_rows(training)
+    if found.bending is not None:
+        plain = Units.of_rows(training, bend=False)
+        scores = [it.gaussian(held_out.values).mean() for it in (found, plain)]
+        found = found if scores[0] >= scores[1] else plain
+    return Standardised(flow, found).to(device)
 
 
 class _Draws(NamedTuple):
@@ -170,7 +204,9 @@ class _Problem:
     def __init__(self, flow, data, divergence, method, log_prob, seed):
         rows, held_out = data.split(method.held_out, seed)
         self.classes, self.method, self.divergence = data.classes, method, divergence
-        self.scaled = scaled = _scaled(flow, data, rows, seed)
+        self.scaled = scaled = _standardised(flow, data, rows, held_out, seed)
+        self.plain = Units.of_rows(rows, bend=False)
+        self.blur = method.blur(rows)
         self.flow, self.seed, self.log_prob = scaled.flow, seed, log_prob
         self.device = scaled.shift.device
         self.rows, self.held_out = rows.to(self.device), held_out.to(self.device)
@@ -185,6 +221,7 @@ class _Problem:
             self.ratio.to(self.device, scaled.dtype)
         exact = None if log_prob is None else self._exact
         self.guard = Guard(self.flow, self.ratio, divergence, exact)
+        self.initial = copy.deepcopy(self.flow.state_dict())
         self.frozen = copy.deepcopy(self.flow).requires_grad_(False)
         self.also = {"critic": self.ratio, "optimizer": self.ratio.optimizer, "guard": self.guard}
         self.also = self.also if self.guided else {}
@@ -194,16 +231,21 @@ class _Problem:
     ) -> Training:
         """Spend the budget."""
         method = self.method
-        how: dict[str, Any] = {"lr": method.lr, "clip": method.clip, "ema": method.ema}
+        rate = method.rate(len(self.rows))
+        how: dict[str, Any] = {"lr": rate, "clip": method.clip, "ema": method.ema, "early": True}
         every = every if every is not None else max(25, (steps or 2500) // 25)
         how |= {"seed": self.seed, "also": self.also, "run": run, "every": every}
         how |= {"steps": steps, "minutes": minutes, "watch": self.watch}
         return train(self.flow, self.objective, **how)
 
     def _batch(self) -> tuple[Tensor, Tensor | None]:
-        """Standardised rows with their conditions."""
-        batch = self.rows.batch(self.method.batch)
-        return self.scaled.standardise(batch.values), batch.condition
+        """Standardised rows with their conditions, blurred so that their moments stay."""
+        size = self.method.batch
+        batch = self.rows.batch(size) if size < len(self.rows) else self.rows.spread()
+        value = self.scaled.standardise(batch.values)
+        if self.blur:
+            value = (value + self.blur * torch.randn_like(value)) / math.hypot(1, self.blur)
+        return value, batch.condition
 
     def _draws(self, condition: Tensor | None, count: int) -> _Draws:
         value, log_q = draw(self._law(condition), () if condition is not None else (count,))
@@ -216,8 +258,9 @@ class _Problem:
         """The log-density of the data in standardised units."""
         assert self.log_prob is not None
         given = () if condition is None else (condition,)
-        found = self.log_prob(self.scaled.restore(value), *given)
-        return found.to(value.dtype) + self.scaled.scale.log().sum().to(value.dtype)
+        event = self.scaled.units.decode(value)
+        found = self.log_prob(event, *given) - self.scaled.units.encode(event)[1]
+        return found.to(value.dtype)
 
     def _log_ratio(self, value: Tensor, log_q: Tensor, condition: Tensor | None) -> Tensor:
         """Log p/q as the critic or the exact density says, cut off."""
@@ -280,19 +323,49 @@ class _Problem:
         """Held-out likelihood; and, once the divergence is followed, what was gained by it."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed + 2)  # the same draws of latents every time
-            rows = self.held_out.rows(torch.arange(min(len(self.held_out), self.method.draws)))
-            value = self.scaled.standardise(rows.spread().values)
-            scale = float(self.scaled.scale.log().sum())
-            held_out = self._law(rows.condition).log_prob(value).mean().item() - scale
-            moment.log(held_out=held_out)
+            rows, held_out = self.judged()
+            mean_held_out = held_out.mean().item()
+            moment.log(held_out=mean_held_out)
             if not self.guided:
-                return held_out if self.method.guard else None
+                return mean_held_out if self.method.guard else None
             if not self.guard.begun and moment.progress < self.method.start:
                 return None
             index = torch.randint(len(self.rows), (self.method.draws,), device=self.device)
             condition = self.rows.rows(index).condition
             score = self.guard.score(moment, condition, self.method.draws)
             return score if self.method.guard else None
+
+    def judged(self) -> tuple[Data, Tensor]:
+        """Rows held out, with noise on their levels, and their log-density in the user's units."""
+        count = min(len(self.held_out), self.method.draws)
+        rows = self.held_out.rows(torch.arange(count, device=self.device)).spread()
+        law = self.scaled() if rows.condition is None else self.scaled(rows.condition)
+        return rows, law.log_prob(rows.values).double()
+
+    @torch.no_grad()
+    def scores(self) -> tuple[Mean, Mean]:
+        """The log-density of rows held out under the flow, and under a Gaussian."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed + 2)
+            rows, held_out = self.judged()
+            return mean(held_out), mean(self.plain.to(self.device).gaussian(rows.values))
+
+    def keep_start(self, done: Training) -> Training:
+        """The flow as it began, where nothing shows that it became better: by one error."""
+        if self.guided or not self.method.guard or not done.best_step:
+            return done
+        kept = copy.deepcopy(self.flow.state_dict())
+        found = []
+        with torch.random.fork_rng(), torch.no_grad():
+            for state in (self.initial, kept):
+                torch.manual_seed(self.seed + 2)
+                self.flow.load_state_dict(state)
+                found.append(self.judged()[1])
+        gain = found[1] - found[0]
+        if len(gain) < 2 or gain.mean() > ERRORS * gain.std() / math.sqrt(len(gain)):
+            return done
+        self.flow.load_state_dict(self.initial)
+        return replace(done, best=found[0].mean().item(), best_step=0)
 
     def finished(
         self,
@@ -302,12 +375,16 @@ class _Problem:
         budget: float | None,
     ) -> Fit:
         """The fit, with a critic where one is wanted, and at its operating point."""
+        done = self.keep_start(done)
         aimed = target_precision is not None or budget is not None
         learnt = with_critic or aimed or (self.guided and self.log_prob is None)
         least = self.method.critic.lessons_after(done.steps) if aimed else 50
+        log_density, gaussian = self.scores()
         critic = self.final_critic(done.steps, least) if learnt else None
         rows = self.held_out, self.rows, self.classes
-        fitted = Fit(self.scaled, critic, done, *rows)
+        fitted = Fit(self.scaled, critic, done, *rows, None, log_density, gaussian)
+        if not self.guided and fitted.below_gaussian is not None:
+            warnings.warn(fitted.below_gaussian, stacklevel=4)  # past the decorator
         aim = self.method.critic, target_precision, budget, self.seed
         return replace(fitted, reached=reach(fitted, *aim)) if aimed else fitted
 
@@ -320,4 +397,4 @@ class _Problem:
                 value, condition = self._batch()
                 drawn = self._draws(condition, len(value))
                 self.ratio.update(value, drawn.value, condition, 0.5 * (1 - step / count))
-        return ScaledCritic(self.ratio.requires_grad_(False), self.scaled)
+        return ScaledCritic(self.ratio.requires_grad_(False), self.scaled.units)

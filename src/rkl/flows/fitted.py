@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from rkl.flows.architectures import Scaled
 from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data
+from rkl.flows.standardise import Standardised
 from rkl.flows.training import Training
 from rkl.metrics import Mean
 from rkl.metrics.precision_recall import OperatingPoint
@@ -57,15 +57,33 @@ class Fit:
         trained_on: Rows that were.
         classes: Names of the conditions, if the data had labels.
         reached: How near it came to the operating point that was asked for, if one was.
+        log_density: Of the rows held out, in nats, under the parameters kept.
+        gaussian: The same of a Gaussian with the moments of the rows trained on.
     """
 
-    flow: Scaled
+    flow: Standardised
     critic: ScaledCritic | None
     training: Training
     held_out: Data
     trained_on: Data
     classes: tuple[str, ...] = ()
     reached: Reached | None = None
+    log_density: Mean | None = None
+    gaussian: Mean | None = None
+
+    @property
+    def below_gaussian(self) -> str | None:
+        """That a Gaussian does better on rows held out, and by how much; None if it does not."""
+        if self.log_density is None or self.gaussian is None:
+            return None
+        gap = (self.gaussian.value - self.log_density.value).item()
+        if not gap > 1e-4 * max(1.0, abs(self.gaussian.value.item())):
+            return None
+        return (
+            f"the held-out log-density, {self.log_density.value.item():.4f} nats per row, is "
+            f"{gap:.4f} below that of a Gaussian with the moments of the same rows, "
+            f"{self.gaussian.value.item():.4f}."
+        )
 
     @property
     def history(self) -> list[dict[str, Any]]:

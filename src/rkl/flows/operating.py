@@ -170,7 +170,8 @@ def distil_rejection(
     how["watch"] = lesson.watch
     done = train(lesson.student, lesson, **how)
     rest = fitted.held_out, fitted.trained_on, fitted.classes
-    return type(fitted)(lesson.student, None, done, *rest)
+    log_density = lesson.log_density(len(fitted.held_out))
+    return Fit(lesson.student, None, done, *rest, None, log_density, fitted.gaussian)
 
 
 class _Lesson:
@@ -208,8 +209,13 @@ class _Lesson:
 
     def watch(self, moment: Moment) -> None:
         """Note down the held-out likelihood, by which nothing is chosen."""
+        moment.log(held_out=self.log_density(BATCH).value)
+
+    @torch.no_grad()
+    def log_density(self, count: int) -> Mean:
+        """The log-density of so many rows held out, in nats."""
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same noise every time
-            rows = self.held_out.rows(torch.arange(min(len(self.held_out), BATCH))).spread()
+            rows = self.held_out.rows(torch.arange(min(len(self.held_out), count))).spread()
         law = self.student() if rows.condition is None else self.student(rows.condition)
-        moment.log(held_out=law.log_prob(rows.values).mean())
+        return mean(law.log_prob(rows.values).double().cpu())

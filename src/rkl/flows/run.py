@@ -35,7 +35,8 @@ from rkl.flows.target_run import (
 )
 from rkl.flows.training import goes_on, save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
-from rkl.metrics import to_json
+from rkl.metrics import Mean, to_json
+from rkl.metrics.written import parenthesised
 from rkl.runs import Run, check_out, check_out_file, fingerprint
 from rkl.runs.integrity import Input, local_path, values_of
 
@@ -54,6 +55,7 @@ class SampleSettings:
         chains: Of draws of a target, 4 by default: each is corrected by Metropolis.
         latent_temperature: Standard deviation of the latents; below 1 for the middle alone.
         truncation: Where the latents are cut off, in standard deviations.
+        levels: Put quantised values back on their levels; --no-levels leaves them spread.
         budget: Draws per sample in optimal rejection by the critic; 1 rejects none.
         target_precision: Precision that rejection is to reach, instead of a budget.
         seed: Of all random numbers.
@@ -66,6 +68,7 @@ class SampleSettings:
     chains: int | None = None
     latent_temperature: float = field(default=1.0, metadata={"metavar": "T"})
     truncation: float | None = field(default=None, metadata={"metavar": "BOUND"})
+    levels: bool = True
     budget: float | None = field(default=None, metadata={"metavar": "K"})
     target_precision: float | None = field(default=None, metadata={"metavar": "P"})
     seed: int = 0
@@ -97,10 +100,18 @@ class Fitted:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        done, row = self.fit.training, self.fit.history[-1]
+        done, fit = self.fit.training, self.fit
         lines = [f"{done.steps:,} steps in {done.seconds:.0f} s"]
-        if "held_out" in row:
-            lines += [f"held-out log-density {row['held_out']:.4f} nats per row, at the end"]
+        if fit.log_density is not None:
+            density = parenthesised(_pair(fit.log_density))
+            kept = done.steps if done.best_step is None else done.best_step
+            lines += [
+                f"held-out log-density {density} nats per row, of step {kept:,}, which is kept"
+            ]
+        if fit.gaussian is not None:
+            lines += [f"a Gaussian of the same rows has {parenthesised(_pair(fit.gaussian))}"]
+        if (below := fit.below_gaussian) is not None:
+            lines += [below[:1].upper() + below[1:]]
         if self.followed and done.best is not None:
             lines += [f"the divergence fell by {done.best:.4f} below maximum likelihood's"]
         lines += [f"Stopped early: {done.stopped}"] if done.stopped else []
@@ -258,6 +269,7 @@ def sample_run(
             samples, cost = _rejected(law, load_critic(path, allow=allow), condition, settings)
     columns = (Run.open(path).record["data"] or {}).get("columns", ())
     check_samples(samples)
+    samples = flow.to_levels(samples) if settings.levels else samples
     write_samples(settings.out, samples.cpu().numpy(), columns)
     return f"{settings.n:,} samples in {settings.out}{cost}"
 
@@ -276,6 +288,9 @@ def compare_runs(
         run = Run.open(path)
         row, settings = (run.metrics or [{}])[-1], run.settings
         of_target = "target" in settings
+        kept = (run.record.get("result") or {}).get("held_out")
+        if kept is not None:  # of the parameters kept, which need not be the last
+            row = row | {"held_out": kept["value"]}
         for name in ("flow", "objective" if of_target else "data", "divergence"):
             if name not in settings:
                 raise ValueError(f"path: the run.json of {path} lacks the setting {name!r}.")
@@ -289,6 +304,10 @@ def compare_runs(
     return "\n".join(lines)
 
 
+def _pair(figure: Mean) -> tuple[float, float]:
+    return figure.value.item(), figure.error.item()
+
+
 def _read(settings: FitSettings) -> Data:
     return read_data(settings.data, settings.labels, dequantise=settings.dequantise)
 
@@ -297,15 +316,18 @@ def _save(run: Run, fitted: Fit) -> None:
     run.remember_rows(rows_of(fitted.trained_on))
     critic = fitted.critic
     state = {
-        "shift": fitted.flow.shift,
-        "flow": fitted.flow.state_dict(),
-        "critic": None if critic is None else critic.state_dict(),
+        "units": fitted.flow.units.state_dict(),
+        "flow": fitted.flow.flow.state_dict(),
+        "critic": None if critic is None else critic.ratio.state_dict(),
         "bound": None if critic is None else critic.ratio.bound,
         "classes": list(fitted.classes),
     }
     save_state(run.path / WEIGHTS, state)
     done = fitted.training
-    result = {"steps": done.steps, "gain": done.best, "stopped": done.stopped}
+    kept = done.steps if done.best_step is None else done.best_step
+    result: dict[str, Any] = {"steps": done.steps, "kept_step": kept, "stopped": done.stopped}
+    named = {"held_out": fitted.log_density, "gaussian": fitted.gaussian}
+    result |= {name: to_json(it) for name, it in named.items() if it is not None}
     if fitted.reached is not None:
         result["reached"] = to_json(fitted.reached.precision)
         result["budget"] = fitted.reached.point.budget

@@ -40,7 +40,7 @@ class EvaluateSettings:
         data: What it was not fitted to: rows, needed for a flow of data; or draws of a target
             with their conditions, as rkl sample writes them (.npz).
         labels: Class of each row, as for the fit.
-        dequantise: Spread quantised values over one step, as image files are.
+        dequantise: Spread quantised values over one step; always as the fit did.
         condition: Where to measure a flow of a target, "T=0.9" or "T=0.5:1.5"; by default
             wherever it was trained.
         values: How many values of the first condition.
@@ -206,7 +206,7 @@ def _evaluate_on_rows(
             raise ValueError(f"{name} goes with a flow of a target; {run.path} has one of data.")
     flow: Any = load_run(run.path, allow=allow)
     classes = run.record["data"]["classes"]
-    how: dict[str, Any] = {"dequantise": settings.dequantise, "classes": classes}
+    how: dict[str, Any] = {"step": flow.units.step_of_rows(), "classes": classes}
     data = read_data(settings.data, settings.labels, **how)
     _check_columns(run, data)
     if data.event_shape != tuple(flow.shift.shape):
@@ -290,12 +290,14 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
     from rkl.flows.data_report import data_page
     from rkl.report import write
 
-    flow, settings, seed = load_run(run.path), run.settings, run.record["seed"]
+    settings, seed = run.settings, run.record["seed"]
+    flow: Any = load_run(run.path)
     real, condition = None, None
     if Path(settings["data"]).exists():
         kept = settings_of(run)
         classes = run.record["data"]["classes"]
-        data = read_data(kept.data, kept.labels, dequantise=kept.dequantise, classes=classes)
+        step = flow.units.step_of_rows()
+        data = read_data(kept.data, kept.labels, step=step, classes=classes)
         held_out = data.split(kept.held_out, kept.seed)[1]
         chosen = held_out.spread().rows(torch.arange(min(len(held_out), MEASURED)))
         real, condition = chosen.values, chosen.condition

@@ -136,6 +136,7 @@ def train(
     also: Mapping[str, Stateful] | None = None,
     run: Run | None = None,
     every: int = 100,
+    early: bool = False,
     watch: Watch | None = None,
 ) -> Training:
     """Minimise an objective over the parameters of a flow, within a budget of steps or minutes.
@@ -163,6 +164,8 @@ def train(
         also: What is saved and restored with the flow, by name.
         run: Where to save and to log.
         every: Number of steps between rows, checkpoints and calls of the watch.
+        early: Whether to have them before the first step too, and after 1, 2, 3, 4, 5, 6, 7, 8,
+            10, ... steps, each a quarter more, until they are ``every`` apart.
         watch: Called while the flow has its averaged parameters; it may score them, the
             highest score being kept, and it may stop training by ``moment.stop``.
 
@@ -179,14 +182,31 @@ def train(
     stop = StopRequest()
     with loop.randomness(seed), _bar() as show, stop.listening():
         loop.resume()
+        looks = early_steps(every) if early else frozenset()
+        if early and not loop.history:
+            loop.pause(watch, show)
         while loop.moment.progress < 1 and not loop.moment.stopped:
             if stop.number is not None:
                 loop.save()
                 raise StoppedError(stop.number)
             loop.step(objective)
-            if loop.moment.step % every == 0 or loop.moment.progress >= 1 or loop.moment.stopped:
+            ended = loop.moment.progress >= 1 or loop.moment.stopped
+            if ended or loop.moment.step % every == 0 or loop.moment.step in looks:
                 loop.pause(watch, show)
     return loop.finished()
+
+
+def early_steps(every: int) -> frozenset[int]:
+    """Steps that grow by a quarter each, from 1 until they are ``every`` apart.
+
+    >>> sorted(early_steps(3))
+    [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
+    """
+    steps, step = [], 1
+    while not steps or step - steps[-1] < every:
+        steps.append(step)
+        step = max(step + 1, step * 5 // 4)
+    return frozenset(steps)
 
 
 class _Loop:

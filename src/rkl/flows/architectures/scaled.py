@@ -104,6 +104,10 @@ class ScaledLaw(Distribution):
         self.law, self.shift, self.scale, self.dtype = law, shift, scale, dtype
         self.log_scale = scale.log().sum()
 
+    def around(self, law: Distribution) -> "ScaledLaw":
+        """The same units about another distribution."""
+        return ScaledLaw(law, self.shift, self.scale, self.dtype)
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> "ScaledLaw":
         return ScaledLaw(self.law.expand(batch_shape), self.shift, self.scale, self.dtype)
 
@@ -144,10 +148,9 @@ def latent(law: Distribution, temperature: float = 1.0, bound: float = math.inf)
     number("temperature", temperature, above=0)
     if math.isnan(bound) or not bound > 0:
         raise ValueError(f"bound must be above 0; got {bound}.")
-    if isinstance(law, ScaledLaw):
-        inner = latent(law.law, temperature, bound)
-        return ScaledLaw(inner, law.shift, law.scale, law.dtype)
     anyone: Any = law
+    if hasattr(law, "around"):  # another distribution, in other units
+        return anyone.around(latent(anyone.law, temperature, bound))
     base = getattr(anyone, "base", None)
     if not isinstance(base, Distribution):
         raise TypeError(f"law must be what a flow returns; got a {type(law).__name__}.")

@@ -110,6 +110,18 @@ def _built(name: str, chosen: Any, event_shape, conditions: int, **settings) -> 
     return zuko.flows.Flow([flat, *made.transform.transforms], made.base)
 
 
+def start_as_identity(flow: nn.Module) -> None:
+    """Make a fresh flow of zuko begin as the identity, as ours do: last layers of 0."""
+    zuko = imported_zuko()
+    for transform in getattr(getattr(flow, "transform", None), "transforms", ()):
+        hyper = getattr(transform, "hyper", None)
+        if not isinstance(transform, zuko.flows.MaskedAutoregressiveTransform) or hyper is None:
+            continue
+        last = [it for it in hyper.modules() if isinstance(it, nn.Linear)][-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+
 def imported_zuko() -> Any:
     """Zuko, whose import switches off the validation of every distribution; undone here."""
     validates = Distribution._validate_args

@@ -15,6 +15,7 @@ import importlib.metadata
 import os
 import re
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -24,12 +25,14 @@ from rkl import runs
 from rkl.cli import commands, terminal
 from rkl.cli.documentation import documentation
 from rkl.importing import check_name, names_in, only
-from rkl.runs import DiskFullError, full_disk, signals
+from rkl.runs import DiskFullError, full_disk, processes, signals
 from rkl.text import one_line
 
 # Flags, and the word of rkl divergences, whose text may name what is to be imported.
 NAMING = ["target", "flow", "objective", "divergence", "divergences", "family", "losses", "name"]
 LONGEST = 800  # letters of an error; what is between its beginning and its end is left out
+SHARED = "distill", "evaluate"  # commands whose work several processes share
+DELAY = 10.0  # seconds in which the first process of several says what all of them would say
 BAD_USAGE = ValueError, TypeError, NotImplementedError, FileExistsError, FileNotFoundError
 
 
@@ -63,12 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal.prepare_streams()
     parsed = None
     try:
-        with signals.raising(), terminal.one_line_warnings(), only():
+        with signals.raising(), terminal.one_line_warnings(), only(), terminal.first_speaks():
             parsed = _parser(words).parse_args(words)
+            _check_processes(words)
             with only(_allowed(parsed), folder=_working_folder()):
                 _run(parsed)
             return _flush()
     except KeyboardInterrupt as stop:
+        if not processes.main_process():
+            return signals.exit_code(stop)
         with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
             print(f"\nrkl: interrupted. {_how_to_go_on(words, parsed)}", file=sys.stderr)
         return signals.exit_code(stop)
@@ -79,6 +85,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             raise
         return (isinstance(error, OSError) and _flush()) or _explain(error, words, parsed)
+
+
+def _check_processes(words: list[str]) -> None:
+    """Refuse several processes to a command that would do the same in each of them.
+
+    Raises:
+        ValueError: There are several, and this is not one of the commands that share the work.
+    """
+    count, command = processes.world().size, _command(words)
+    if count > 1 and command not in SHARED:
+        raise ValueError(
+            f"rkl {command} runs in one process; {count} were started. Type it without torchrun "
+            f"or accelerate launch, which are for rkl {' and rkl '.join(SHARED)}."
+        )
 
 
 def _run(parsed: argparse.Namespace) -> None:
@@ -123,7 +143,7 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rkl {version}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    asked_for = next((word for word in words if not word.startswith("-")), None)
+    asked_for = _command(words)
     for name, command in available().items():
         summary, _line, examples = documentation(command).partition("\n")
         subparser = subparsers.add_parser(
@@ -138,6 +158,10 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
             _add_common_flags(subparser)
             subparser.set_defaults(command=command(subparser, words))
     return parser
+
+
+def _command(words: list[str]) -> str | None:
+    return next((word for word in words if not word.startswith("-")), None)
 
 
 def _add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -178,6 +202,13 @@ def _exists(module: str) -> bool:
 
 def _explain(error: Exception, words: list[str], parsed: argparse.Namespace | None) -> int:
     message = one_line(error)
+    if isinstance(error, processes.PeerError):
+        if not processes.main_process():
+            time.sleep(DELAY)
+            return 1
+        return _complain(f"{message} {_how_to_go_on(words, parsed)}", 1)
+    if not processes.main_process() and not processes.JOINED:
+        time.sleep(DELAY)  # torchrun ends this process meanwhile if the first one failed alike
     if full_disk(error):
         message = message if isinstance(error, DiskFullError) else f"the disk is full: {message}."
         return _complain(f"{message} {_how_to_go_on(words, parsed)}", 1)
@@ -221,6 +252,8 @@ def _flush() -> int:
 
 def _complain(message: str, code: int) -> int:
     line = one_line(message)
+    if not processes.main_process():
+        line = f"process {os.environ['RANK']}: {line}"
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     with contextlib.suppress(OSError, ValueError):  # a stderr that is full or closed
@@ -235,10 +268,20 @@ def _how_to_go_on(words: list[str], parsed: argparse.Namespace | None) -> str:
     out = said.get("out")
     status = None if out is None else _status(Path(out))
     if "resume" in said and not said.get("dry_run") and (status or not Path(out or "").exists()):
-        return f"Go on with: {shlex.join(['rkl', *again, '--resume'])}"
+        return f"Go on with: {_program()} {shlex.join([*again, '--resume'])}"
     if said.get("overwrite") or status == "interrupted":
         again.append("--overwrite")
-    return f"Begin again with: {shlex.join(['rkl', *again])}"
+    return f"Begin again with: {_program()} {shlex.join(again)}"
+
+
+def _program() -> str:
+    """What a command begins with, which several processes need again."""
+    with contextlib.suppress(ValueError):
+        if (world := processes.world()).size > 1:
+            machines = world.size // world.local_size
+            several = f"--nnodes {machines} " if machines > 1 else ""
+            return f"torchrun {several}--nproc_per_node {world.local_size} -m rkl"
+    return "rkl"
 
 
 def _status(folder: Path) -> str | None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from rkl.runs.processes import main_process
 from rkl.text import one_line
 
 PLAIN = {
@@ -106,6 +107,16 @@ def one_line_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
+@contextlib.contextmanager
+def first_speaks() -> Iterator[None]:
+    """Print the results of one process of those that share a run, the first."""
+    if main_process():
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as null, contextlib.redirect_stdout(null):
+        yield
+
+
 def root_cause(error: BaseException) -> BaseException:
     """The first exception of the chain that ended in this one."""
     seen = {id(error)}
@@ -133,7 +144,8 @@ def in_words(error: BaseException) -> str:
 
 
 def _format_warning(message: Any, *_where: Any) -> str:
-    return f"rkl: warning: {one_line(message)}\n"
+    process = "" if main_process() else f"process {os.environ['RANK']}: "
+    return f"rkl: warning: {process}{one_line(message)}\n"
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +30,7 @@ from rkl.distill.generate import (
 )
 from rkl.distill.heads import Known, common_vocabulary, logits_of, read_head
 from rkl.distill.limits import check_context, check_counts, device_named, divergence_named
+from rkl.distill.processes import Processes, joined
 from rkl.distill.progress import quiet
 from rkl.distill.settings import DistillSettings
 from rkl.distill.sources import Row, Rows, read_rows
@@ -140,6 +141,87 @@ def evaluate_run(
     Returns:
         The result, which prints as a table.
     """
+    with joined(settings.device) as processes:
+        return _evaluate_run(path, settings, allow, processes)
+
+
+def _evaluate_run(
+    path: str | os.PathLike,
+    settings: EvaluateSettings,
+    allow: Collection[str],
+    processes: Processes,
+) -> Evaluations:
+    parts = processes.together(lambda: _load(path, settings, allow))
+    run, student, rows, blocks = parts.run, parts.student, parts.rows, parts.blocks
+    places = range(min(len(blocks), settings.max_blocks or len(blocks)))
+    with _progress(processes.main) as progress:
+        sums, vocab = processes.together(
+            lambda: _summed(
+                student,
+                parts.teacher,
+                blocks,
+                places[processes.world.rank :: processes.count],
+                len(places),
+                tokenizer=parts.tokenizer,
+                divergences=parts.divergences,
+                batch_size=settings.batch_size,
+                progress=progress,
+            )
+        )
+    sums.merge(processes.gather(sums))
+    result = processes.together(lambda: _result(sums, parts.divergences, vocab))
+    result["data"] = {"fingerprint": fingerprint(rows), "rows": len(rows)}
+    result["data"] |= {"left_out": blocks.left_out, "reasons": blocks.reasons}
+    result["settings"] = asdict(settings) | parts.shape
+    by_block = {
+        name: torch.tensor(it, dtype=torch.float64) for name, it in result.pop("by_block").items()
+    }
+
+    def keep() -> None:  # before the replies, which may fail
+        run.record_files([BY_BLOCK, "evaluation.json"])
+        save_tensors(run.path / BY_BLOCK, by_block)
+        write_json(run.path / "evaluation.json", result)
+
+    processes.on_main(keep)
+    prompts = parts.prompts
+    if prompts:
+        seeds = range(settings.seed, settings.seed + settings.seeds)
+        chosen = seeds[processes.world.rank :: processes.count]
+        said = processes.together(
+            lambda: reply_to(prompts, student, parts.tokenizer, settings, seeds=chosen)
+        )
+        by_seed = [it for replies in processes.gather(said) for it in replies]
+        replies = sorted(by_seed, key=lambda reply: reply.seed)
+        result["generations"] = {name: to_json(it) for name, it in measure(replies).items()}
+        result["prompts"] = {"count": len(prompts), "passed_over": parts.passed_over}
+
+        def keep_replies() -> None:
+            run.record_files(["generations.jsonl"])
+            save(run.path / "generations.jsonl", replies)
+            write_json(run.path / "evaluation.json", result)
+            run.measure_files(["generations.jsonl"])
+
+        processes.on_main(keep_replies)
+    processes.on_main(lambda: run.measure_files([BY_BLOCK, "evaluation.json"]))
+    return Evaluations({Path(path).name or str(path): result})
+
+
+class _Parts(NamedTuple):
+    """All that an evaluation begins with."""
+
+    run: Run
+    divergences: dict[str, Divergence]
+    rows: Rows
+    tokenizer: PreTrainedTokenizerBase
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    shape: dict[str, Any]
+    blocks: TokenDataset
+    prompts: list[Prompt]
+    passed_over: str
+
+
+def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection[str]) -> _Parts:
     run = finished(path)
     trained = run.settings.get("max_length", DistillSettings.max_length)
     max_length: int = settings.max_length or trained
@@ -157,36 +239,9 @@ def evaluate_run(
         shape[name] = run.settings.get(name, default) if chosen is None else chosen
     blocks = tokenize(rows, tokenizer, **shape)
     prompts, passed_over = _prompts(rows, tokenizer, student, settings)
-    kept = range(min(len(blocks), settings.max_blocks or len(blocks)))
-    with _progress() as progress:
-        result = evaluate(
-            student,
-            teacher,
-            Subset(blocks, kept),
-            tokenizer=tokenizer,
-            divergences=divergences,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
-    result["data"] = {"fingerprint": fingerprint(rows), "rows": len(rows)}
-    result["data"] |= {"left_out": blocks.left_out, "reasons": blocks.reasons}
-    result["settings"] = asdict(settings) | shape
-    by_block = {
-        name: torch.tensor(it, dtype=torch.float64) for name, it in result.pop("by_block").items()
-    }
-    run.record_files([BY_BLOCK, "evaluation.json"])
-    save_tensors(run.path / BY_BLOCK, by_block)
-    write_json(run.path / "evaluation.json", result)  # before the replies, which may fail
-    if prompts:
-        replies = reply_to(prompts, student, tokenizer, settings)
-        run.record_files(["generations.jsonl"])
-        save(run.path / "generations.jsonl", replies)
-        result["generations"] = {name: to_json(it) for name, it in measure(replies).items()}
-        result["prompts"] = {"count": len(prompts), "passed_over": passed_over}
-        write_json(run.path / "evaluation.json", result)
-        run.measure_files(["generations.jsonl"])
-    run.measure_files([BY_BLOCK, "evaluation.json"])
-    return Evaluations({Path(path).name or str(path): result})
+    return _Parts(
+        *(run, divergences, rows, tokenizer, student, teacher, shape, blocks, prompts, passed_over)
+    )
 
 
 def _prompts(
@@ -209,13 +264,15 @@ def _prompts(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
+def _progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, with the time still to go; nothing elsewhere."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        console=console, transient=True, disable=not (shown and console.is_terminal)
+    ) as bar:
         task = bar.add_task("evaluating blocks", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -315,23 +372,51 @@ def evaluate(
         students measured on the same blocks are compared by their differences.
     """
     divergences = DIVERGENCES if divergences is None else divergences
+    blocks = cast(TokenDataset, dataset)  # or whatever else has a length and items
+    sums, vocab = _summed(
+        student,
+        teacher,
+        blocks,
+        range(len(blocks)),
+        len(blocks),
+        tokenizer=tokenizer,
+        divergences=divergences,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return _result(sums, divergences, vocab)
+
+
+def _summed(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | Teacher,
+    blocks: Dataset,
+    places: Sequence[int],
+    rows: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    divergences: Mapping[str, Divergence],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple["_Sums", int]:
+    """Sums over the blocks at some places among so many, and the size of the vocabulary."""
     teacher = teacher if isinstance(teacher, Teacher) else ModelTeacher(teacher)
     head = read_head(student)
     vocab = common_vocabulary(teacher.vocab, head.vocab, student_tokenizer=tokenizer)
-    blocks = cast(TokenDataset, dataset)  # or whatever else has a length and items
-    sums, first = _Sums(len(blocks)), 0
-    for padded in DataLoader(blocks, batch_size, collate_fn=PadRows()):
+    sums, first, numbers = _Sums(rows), 0, torch.tensor(places, dtype=torch.int64)
+    for padded in DataLoader(Subset(blocks, places), batch_size, collate_fn=PadRows()):
         batch = shifted({name: values.to(student.device) for name, values in padded.items()})
-        rows = batch.predicting.nonzero()[:, 0] + first
+        rows_of_batch = numbers[first : first + len(batch.predicting)].to(batch.predicting.device)
+        row = rows_of_batch[batch.predicting.nonzero()[:, 0]]
         p = teacher.observe(batch.inputs, batch.predicting, vocab=vocab)
         q = head.observe(batch.inputs, batch.predicting, vocab=vocab)
         for part, logp, logq in _chunks(p, q):
-            sums.add(rows[part], _columns(logp, logq, batch.targets[part], divergences))
-        sums.sign(rows, batch.targets)
+            sums.add(row[part], _columns(logp, logq, batch.targets[part], divergences))
+        sums.sign(row, batch.targets)
         first += len(batch.predicting)
         if progress is not None:
-            progress(first, sums.rows)
-    return _result(sums, divergences, vocab)
+            progress(first, len(numbers))
+    return sums, vocab
 
 
 class _Sums:
@@ -357,6 +442,16 @@ class _Sums:
         rows, targets = rows.cpu(), targets.cpu().to(torch.int32)
         for row in rows.unique().tolist():
             self.digest[row] = zlib.crc32(targets[rows == row].numpy().tobytes())
+
+    def merge(self, parts: Sequence["_Sums"]) -> None:
+        """Take in the sums over other rows, of other processes; this one is among the parts."""
+        self.count = torch.stack([it.count for it in parts]).sum(0)
+        self.digest = torch.stack([it.digest for it in parts]).sum(0)
+        total: dict[str, Tensor] = {}
+        for part in parts:
+            for name, sums in part.total.items():
+                total[name] = total[name] + sums if name in total else sums
+        self.total = total
 
     def by_block(self) -> dict[str, list[float]]:
         """Sums over each block of what has one number a token, for paired comparisons."""

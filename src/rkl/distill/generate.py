@@ -193,14 +193,16 @@ def reply_to(
     tokenizer: PreTrainedTokenizerBase,
     settings: Any,
     *,
+    seeds: Sequence[int] | None = None,
     batch_size: int = 16,
 ) -> list[Generation]:
-    """What a model replies to prompts, as the settings of a verb want it."""
+    """What a model replies to prompts, as the settings of a verb want it, under all its seeds."""
+    every = range(settings.seed, settings.seed + settings.seeds)
     return generate(
         model,
         tokenizer,
         prompts,
-        seeds=range(settings.seed, settings.seed + settings.seeds),
+        seeds=every if seeds is None else seeds,
         sampling=sampling_of(settings),
         batch_size=batch_size,
     )

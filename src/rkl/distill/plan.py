@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from transformers import TrainerCallback
 
 from rkl.distill.prepare import Models, Text, load, make_trainer, with_cached_teacher
+from rkl.distill.processes import Processes, check_launcher, joined
 from rkl.distill.progress import clock, forget_peak, in_words, peak_memory, quiet
 from rkl.distill.settings import DistillSettings
 
@@ -46,13 +47,20 @@ class Estimate:
 @quiet()
 def estimate(settings: DistillSettings) -> Estimate:
     """What a run with these settings would do, and take; nothing of it is kept."""
-    began = time.perf_counter()
-    text, models = load(settings)
+    with joined(settings.device) as processes:
+        processes.together(lambda: check_launcher(settings.dtype))
+        return _estimate(settings, processes)
+
+
+def _estimate(settings: DistillSettings, processes: Processes) -> Estimate:
+    began, count = time.perf_counter(), processes.count
+    text, models = processes.together(lambda: load(settings))
     loading, student = time.perf_counter() - began, models.student
     described = {"teacher": _described(models.teacher), "student": _described(student)}
     with tempfile.TemporaryDirectory() as folder:
-        measured = _measure(settings, Path(folder), text, models)
-    steps, held = settings.steps(len(text.blocks)), len(text.looked_at(settings.eval_blocks) or ())
+        measured = _measure(settings, Path(folder), text, models, count)
+    steps = settings.steps(len(text.blocks), count)
+    held = len(text.looked_at(settings.eval_blocks) or ())
     saves, looks = (it or max(1, steps // 10) for it in (settings.save_every, settings.eval_every))
     looked = {*range(looks, steps, looks), steps} if held else set()
     checkpoints = len({*range(saves, steps, saves), steps} | looked)
@@ -69,13 +77,14 @@ def estimate(settings: DistillSettings) -> Estimate:
     kept = min(settings.keep_checkpoints, checkpoints)
     # A new checkpoint is written before the oldest is removed; the student itself at the end.
     disk = (kept + 1) * (weights + moments) + weights
+    each = f" of each of {count} processes" if count > 1 else ""
     lines = {
         "data": str(text.blocks),
         "held out": f"{len(text.held_out or ()):,} blocks: {text.origin}",
         **described,
         "steps": f"{steps:,} of {measured.tokens:,.0f} tokens: {passes:.3g} times the data",
         "besides": f"{evaluations} evaluations, at most {checkpoints} checkpoints",
-        "memory": f"{in_words(memory)} at the peak",
+        "memory": f"{in_words(memory)} at the peak{each}",
         "disk": f"up to {in_words(disk)}: {kept} checkpoints, one being written, and the student",
         "time": f"{clock(seconds)}, at {speed}",
     }
@@ -108,18 +117,22 @@ class _Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._began)
 
 
-def _measure(settings: DistillSettings, folder: Path, text: Text, models: Models) -> _Measured:
+def _measure(
+    settings: DistillSettings, folder: Path, text: Text, models: Models, processes: int
+) -> _Measured:
     """Take a few steps on the first blocks, and evaluate on some."""
-    few = text.beginning(STEPS * settings.batch_size * settings.gradient_accumulation)
+    batch = settings.batch_size * settings.gradient_accumulation * processes
+    few = text.beginning(STEPS * batch)
     held, caching = len(few.looked_at(settings.eval_blocks) or ()), 0.0
     if settings.cache_teacher:
         began = time.perf_counter()
         models = with_cached_teacher(settings, folder / "teacher", few, models)
         caching = (time.perf_counter() - began) / (len(few.blocks) + held)
     idle: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.0, "weight_decay": 0.0}
-    idle |= {"max_steps": min(STEPS, settings.steps(len(text.blocks))), "save_strategy": "no"}
+    idle |= {"max_steps": min(STEPS, settings.steps(len(text.blocks), processes))}
+    idle |= {"save_strategy": "no"}
     idle |= {"eval_strategy": "no", "eval_on_start": False}
-    trainer = make_trainer(settings, folder, few, models, **idle)
+    trainer = make_trainer(settings, folder, few, models, processes=processes, **idle)
     device, ticks = trainer.args.device, _Clock()
     trainer.add_callback(ticks)
     loading_peak = peak_memory(device)

@@ -383,10 +383,16 @@ def _check_fits(name: str, model: PreTrainedModel, settings: DistillSettings, te
 
 
 def make_trainer(
-    settings: DistillSettings, folder: Path, text: Text, models: Models, **changes: Any
+    settings: DistillSettings,
+    folder: Path,
+    text: Text,
+    models: Models,
+    *,
+    processes: int = 1,
+    **changes: Any,
 ) -> DistillTrainer:
     """The trainer that the settings describe; ``changes`` go to its DistillConfig."""
-    total = settings.steps(len(text.blocks))
+    total = settings.steps(len(text.blocks), processes)
     held_out = text.looked_at(settings.eval_blocks)
     tenth = max(1, total // 10)
     warm = settings.schedule == "constant" and settings.warmup
@@ -402,6 +408,7 @@ def make_trainer(
         "max_grad_norm": settings.max_gradient,
         "temperature": settings.temperature,
         "hard_label_weight": settings.hard_label_weight,
+        "router_aux_loss": settings.router_aux_loss,
         "max_length": settings.max_length,
         "compiled": settings.compiled,
         "bf16": settings.dtype == "bfloat16",

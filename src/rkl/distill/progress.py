@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from rkl.distill.selection import improves
 from rkl.runs import Run
+from rkl.runs.processes import main_process, world
 from rkl.runs.signals import StopRequest
 from rkl.text import printable
 
@@ -41,8 +42,9 @@ _LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens", "eval_fini
 
 
 def say(message: str) -> None:
-    """A line for whoever watches, apart from the result."""
-    print(printable(message), file=sys.stderr, flush=True)
+    """A line for whoever watches, apart from the result; of several processes the first prints."""
+    if main_process():
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -64,7 +66,8 @@ class Journal(TrainerCallback):
     """Writes what the Trainer logs to the run, with speed and memory, and shows it.
 
     It also has every new best model saved. What leads up to a checkpoint is logged before it,
-    so that a resumed run logs what an undisturbed one does.
+    so that a resumed run logs what an undisturbed one does. Of several processes the first
+    writes and shows; the others take the same decisions.
 
     Args:
         run: The run.
@@ -83,7 +86,7 @@ class Journal(TrainerCallback):
             name = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
             state.best_model_checkpoint = str(Path(str(args.output_dir)) / name)
         self.display.begin(state.global_step)
-        if self.watch is not None:
+        if self.watch is not None and main_process():
             self.watch(model, state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -93,7 +96,7 @@ class Journal(TrainerCallback):
         self._seconds += time.perf_counter() - self._began
         control.should_log |= control.should_save or control.should_evaluate
         self.display.advance(state.global_step)
-        if self.watch is not None:
+        if self.watch is not None and main_process():
             self.watch(model, state.global_step)
 
     def on_evaluate(self, args, state, control, metrics: Any = None, **kwargs):
@@ -107,6 +110,8 @@ class Journal(TrainerCallback):
         row = {"step": state.global_step, "epoch": logs.get("epoch", 0.0)} | row
         if "loss" in row:
             row |= self._speed(args, state)
+        if not main_process():
+            return
         self.run.log(row)
         self.display.show(row)
 
@@ -124,7 +129,8 @@ class Journal(TrainerCallback):
 def journaled(device: str | None) -> dict[str, Any]:
     """What a Trainer on this device must be told, that a journal speaks in its place."""
     return {
-        "use_cpu": device == "cpu",
+        # Of several processes without a GPU: else each of them would train alone.
+        "use_cpu": device == "cpu" or (world().size > 1 and not torch.cuda.is_available()),
         "dataloader_pin_memory": torch.cuda.is_available() and device != "cpu",
         "include_num_input_tokens_seen": "non_padding",
         "report_to": "none",
@@ -155,7 +161,7 @@ class Display:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[figures]}", markup=False),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or not main_process(),
         )
         self._task: TaskID = self.bar.add_task("", total=total, figures="")
 
@@ -234,13 +240,19 @@ class Stop(TrainerCallback):
 
     Args:
         request: Tells whether one of them has arrived.
+        largest: The largest of a number over all processes of the run, which stop together.
+
+    Attributes:
+        number: The signal for which training ends; None before.
     """
 
-    def __init__(self, request: StopRequest):
-        self.request = request
+    def __init__(self, request: StopRequest, largest: Callable[[int], int]):
+        self.request, self.largest = request, largest
+        self.number: int | None = None
 
     def on_step_end(self, args, state, control: TrainerControl, **kwargs):
-        if self.request.number is not None:
+        self.number = self.largest(self.request.number or 0) or None
+        if self.number is not None:
             control.should_save = control.should_log = control.should_training_stop = True
 
 

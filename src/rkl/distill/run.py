@@ -4,13 +4,16 @@ The folder is what ``save_pretrained`` writes, beside the run's own files (:mod:
 ``checkpoints``, out of which a run that was stopped, or killed, goes on to the same bits.
 """
 
+import contextlib
 import dataclasses
+import fnmatch
 import json
 import math
 import os
 import shlex
 import shutil
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
+from rkl.distill.cache import CachedTeacher
 from rkl.distill.card import held_out_loss, model_card
 from rkl.distill.data import passages
 from rkl.distill.generate import finished
@@ -32,6 +36,7 @@ from rkl.distill.prepare import (
     save_student,
     with_cached_teacher,
 )
+from rkl.distill.processes import Processes, check_launcher, joined, naming_lost_peers
 from rkl.distill.progress import (
     Display,
     FollowSchedule,
@@ -57,7 +62,7 @@ __all__ = ["DistillSettings", "Distilled", "Estimate", "distill", "estimate", "l
 MAY_CHANGE = "device", "save_every", "keep_checkpoints", "max_steps", "epochs"
 INPUTS = "teacher", "student", "data", "eval_data"  # settings that may be files or folders
 CACHE = "teacher"  # folder of its hidden states, there while the run lasts
-OF_TRAINER = "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "trainer_state.json"
+OF_TRAINER = "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -116,32 +121,47 @@ def distill(
             best student on held-out text, or else the last good one, and ``run.json`` says so.
     """
     began = time.perf_counter()
-    named = {name: getattr(settings, name) for name in INPUTS}
-    check_out(out, overwrite=overwrite, resume=resume, inputs=named)
-    found = {name: resolved(it) for name, it in named.items() if it is not None}
-    settings = dataclasses.replace(settings, **found)
-    text, models = load(settings)
-    if resume:
-        _refuse_shorter(Path(out), settings, settings.steps(len(text.blocks)))
-    inputs = inputs_of(settings, text, teacher)
-    models = models if teacher is None else dataclasses.replace(models, teacher=teacher)
-    before = inputs_before(out) if resume else {}
-    how: Any = {"overwrite": overwrite, "resume": resume, "seed": settings.seed}
-    how["may_change"] = (*MAY_CHANGE, *(INPUTS if before else ()))
-    with Run.create(out, "distill", dataclasses.asdict(settings), **how) as run:
-        check_inputs(run.path, before, inputs)
-        if run.record["status"] == "finished" and not _is_longer(run, settings, text):
-            say(f"{run.path} was finished before; nothing is left to do.")
-            return Distilled(run.path, run.record["result"])
-        _introduce(text, models)
-        if not before:
-            _check_same_data(run, text.record())
-        may = {name: getattr(settings, name) for name in MAY_CHANGE}
-        run.update(inputs=inputs, settings=run.settings | found | may)
+    with joined(settings.device) as processes, contextlib.ExitStack() as stack:
+        processes.together(lambda: check_launcher(settings.dtype))
+        named = {name: getattr(settings, name) for name in INPUTS}
+        how: Any = {"overwrite": overwrite, "resume": resume}
+        processes.on_main(lambda: check_out(out, **how, inputs=named))
+        found = {name: resolved(it) for name, it in named.items() if it is not None}
+        settings = dataclasses.replace(settings, **found)
+        text, models = processes.together(lambda: load(settings))
+        given = models if teacher is None else dataclasses.replace(models, teacher=teacher)
+
+        def begin() -> Run | None:
+            if resume:
+                _refuse_shorter(Path(out), settings, settings.steps(len(text.blocks), count))
+            inputs = inputs_of(settings, text, teacher)
+            before = inputs_before(out) if resume else {}
+            how["may_change"] = (*MAY_CHANGE, *(INPUTS if before else ()))
+            record = dataclasses.asdict(settings)
+            run = Run.create(out, "distill", record, seed=settings.seed, **how)
+            stack.enter_context(run)
+            check_inputs(run.path, before, inputs)
+            _check_processes(run, count)
+            if run.record["status"] == "finished" and not _is_longer(run, settings, text, count):
+                say(f"{run.path} was finished before; nothing is left to do.")
+                return None
+            _introduce(text, given)
+            if not before:
+                _check_same_data(run, text.record())
+            may = {name: getattr(settings, name) for name in MAY_CHANGE}
+            run.update(inputs=inputs, settings=run.settings | found | may, processes=count)
+            return run
+
+        count = processes.count
+        run = processes.on_main(begin)
+        if run is None:
+            return Distilled(Path(out), Run(Path(out)).record["result"])
+        processes.together(lambda: _check_shared(run))
         try:
-            return _distill(settings, run, text, models, watch, began)
+            return _distill(settings, run, text, given, watch, began, processes)
         except DivergedError:
-            run.update(status="diverged")
+            if processes.main:
+                run.update(status="diverged")
             raise
 
 
@@ -152,16 +172,24 @@ def _distill(
     models: Models,
     watch: Watch | None,
     began: float,
+    processes: Processes,
 ) -> Distilled:
-    with run.running():
+    def prepare() -> None:
         run.remove_measured()
         run.update(data=text.record())
         run.remember_rows(passages(text.rows))
         if settings.cache_teacher:
-            models = with_cached_teacher(settings, run.path / CACHE, text, models)
-        diverged = _train(settings, run, text, models, watch)
+            with_cached_teacher(settings, run.path / CACHE, text, models)
+
+    with processes.writing(run.running()):
+        processes.on_main(prepare)
+        if settings.cache_teacher:
+            cached = processes.together(lambda: CachedTeacher(run.path / CACHE))
+            models = dataclasses.replace(models, teacher=cached)
+        diverged = _train(settings, run, text, models, watch, processes)
         memory = peak_memory(models.student.device)
-        _finish(run, settings, time.perf_counter() - began, memory, diverged)
+        seconds = time.perf_counter() - began
+        processes.on_main(lambda: _finish(run, settings, seconds, memory, diverged))
         if diverged is not None:
             raise DivergedError(diverged.step, f"{run.path}: {diverged.reason}", _kept(run))
     return Distilled(run.path, run.record["result"])
@@ -192,9 +220,29 @@ def _refuse_shorter(path: Path, settings: DistillSettings, total: int) -> None:
         )
 
 
-def _is_longer(run: Run, settings: DistillSettings, text: Text) -> bool:
+def _check_processes(run: Run, count: int) -> None:
+    """Refuse to go on in another number of processes, which would train on other batches."""
+    before = run.record.get("processes", count)
+    if before != count:
+        words = "1 process" if before == 1 else f"{before} processes"
+        raise ValueError(
+            f"resume: {run.path} was begun in {words}, and {count} would train on other batches "
+            f"than it; got {count}. Start it as before."
+        )
+
+
+def _check_shared(run: Run) -> None:
+    """Refuse machines that do not see the folder that the first process made."""
+    if not (run.path / "run.json").is_file():
+        raise FileNotFoundError(
+            f"out: {run.path} is not there on {socket.gethostname()}: several machines need a "
+            "file system that they share."
+        )
+
+
+def _is_longer(run: Run, settings: DistillSettings, text: Text, processes: int) -> bool:
     """Whether a finished run is to go on to more steps than it did."""
-    total = settings.steps(len(text.blocks))
+    total = settings.steps(len(text.blocks), processes)
     if total <= run.record["result"]["steps"]:
         return False
     if _done(run.path) is None:
@@ -229,22 +277,34 @@ def _train(
     text: Text,
     models: Models,
     watch: Watch | None,
+    processes: Processes,
 ) -> DivergedError | None:
     """Train from the last checkpoint on, or from the beginning, to the last step or to a NaN."""
     folder = run.path.resolve() / "checkpoints"
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    done = -1 if last is None else _state(Path(last))["global_step"]
-    total = settings.steps(len(text.blocks))
-    run.rewind(done)
+    total = settings.steps(len(text.blocks), processes.count)
+
+    def rewind() -> tuple[str | None, int]:
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        done = -1 if last is None else _state(Path(last))["global_step"]
+        run.rewind(done)
+        return last, done
+
+    last, done = processes.on_main(rewind)
     if done == total:
         return None
-    trainer = make_trainer(settings, folder, text, models, eval_on_start=last is None)
-    display, stop = Display(total), StopRequest()
-    trainer.add_callback(Journal(run, display, watch))
-    trainer.add_callback(Stop(stop))
-    trainer.add_callback(FollowSchedule())
+    new = last is None
+    trainer = processes.together(
+        lambda: make_trainer(
+            settings, folder, text, models, processes=processes.count, eval_on_start=new
+        )
+    )
+    display = Display(total)
+    request = StopRequest(shared=processes.count > 1, speaks=processes.main)
+    stop = Stop(request, processes.largest)
+    for callback in (Journal(run, display, watch), stop, FollowSchedule()):
+        trainer.add_callback(callback)
     try:
-        with display.bar, stop.listening():
+        with display.bar, request.listening(), naming_lost_peers():
             trainer.train(resume_from_checkpoint=last)
     except DivergedError as error:
         if error.sound:
@@ -252,7 +312,7 @@ def _train(
         return error
     if trainer.state.global_step < total:
         say(f"A checkpoint of step {trainer.state.global_step} of {total} is saved.")
-        raise StoppedError(stop.number or signal.SIGINT)
+        raise StoppedError(stop.number or signal.SIGINT, agreed=True)
     return None
 
 
@@ -301,7 +361,7 @@ def _finish(
         if not best:
             save_student(settings, folder)
         for file in (run.path / "checkpoints" / f"checkpoint-{best}").glob("*"):
-            if file.name not in OF_TRAINER:
+            if not any(fnmatch.fnmatchcase(file.name, pattern) for pattern in OF_TRAINER):
                 shutil.copyfile(file, folder / file.name)
     run.update(
         result={

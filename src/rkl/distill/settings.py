@@ -40,6 +40,9 @@ class DistillSettings:
             above 0. The loss is not multiplied by its square.
         hard_label_weight: Weight, beside the divergence, of the cross-entropy on the text itself
             in nats per token, at least 0; papers often take 0.5.
+        router_aux_loss: Add the loss that balances the experts of a student that is a mixture of
+            them, times its router_aux_loss_coef, where its configuration has
+            output_router_logits.
         max_steps: Number of steps, which are updates of the weights; by default as many as
             --epochs takes.
         epochs: Passes over the data, where --max-steps says nothing.
@@ -48,7 +51,8 @@ class DistillSettings:
         train_on: Of a chat, all turns of the assistant or the last.
         chat_template: A file with the chat template to use and to save with the student; by
             default the student's, or the teacher's where the student has none.
-        batch_size: Blocks run together, which decides the memory needed.
+        batch_size: Blocks run together, which decides the memory needed; of several processes
+            each runs as many.
         gradient_accumulation: Batches in a step, whose loss is that of one large batch.
         learning_rate: Peak rate of AdamW, which is about how far a weight moves in a step.
         schedule: How the learning rate goes on from its peak: down to 0, or constant.
@@ -81,6 +85,7 @@ class DistillSettings:
     divergence: str = "akl(mu=0.5)"
     temperature: float = 1.0
     hard_label_weight: float = 0.0
+    router_aux_loss: bool = True
     max_steps: int | None = None
     epochs: float = 1.0
     max_length: int = 512
@@ -141,9 +146,9 @@ class DistillSettings:
         """The divergence that the text means."""
         return divergence_named(self.divergence)
 
-    def steps(self, blocks: int) -> int:
-        """Steps of a run on so many blocks."""
+    def steps(self, blocks: int, processes: int = 1) -> int:
+        """Steps of a run on so many blocks, of which each process takes a batch at a time."""
         if self.max_steps is not None:
             return self.max_steps
-        batches = -(-blocks // self.batch_size)
+        batches = -(-blocks // (self.batch_size * processes))
         return max(1, round(self.epochs * -(-batches // self.gradient_accumulation)))

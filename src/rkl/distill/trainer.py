@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from accelerate.utils import gather_object
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -18,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from rkl.checks import LARGEST_RATE, number
 from rkl.distill.batches import Batch, PadRows, shifted
 from rkl.distill.checkpoints import replacing_folder_together, rotate, settle
+from rkl.distill.data import IGNORED
 from rkl.distill.heads import (
     Known,
     at_temperature,
@@ -31,6 +33,7 @@ from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher, check_peft,
 from rkl.divergences import AKL, KL, Divergence
 from rkl.estimators import LinearHead, TopK, exact, per_token
 from rkl.runs import measure_written, replacing_files, sweep
+from rkl.runs.processes import world
 
 _NOTHING = 1e-9  # nats per token below which a divergence is rounding
 
@@ -44,6 +47,9 @@ class DistillConfig(TrainingArguments):
             loss is not multiplied by its square.
         hard_label_weight: Weight of the cross-entropy on the labels, at temperature 1, beside
             the divergence, >= 0; the papers take 0.5.
+        router_aux_loss: Whether to add the loss that balances the experts of a student that is a
+            mixture of them, times its ``router_aux_loss_coef``, where its configuration has
+            ``output_router_logits``.
         max_length: Tokens that are kept of each row, from the first on; None keeps all.
         compiled: Whether to compile the loss; None lets the size of the work decide.
     """
@@ -51,6 +57,9 @@ class DistillConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both."})
     hard_label_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."}
+    )
+    router_aux_loss: bool = field(
+        default=True, metadata={"help": "Add the loss that balances the student's experts."}
     )
     max_length: int | None = field(default=1024, metadata={"help": "Tokens kept of each row."})
     compiled: bool | None = field(default=None, metadata={"help": "Compile the loss."})
@@ -61,6 +70,9 @@ class DistillConfig(TrainingArguments):
         check_within(self, "hard_label_weight", ends="[)")
         number("hard_label_weight", self.hard_label_weight, at_most=LARGEST_RATE)
         check_counts(self, "max_length", at_least=2)  # a token and the next
+        if self.router_aux_loss not in (True, False):
+            got = self.router_aux_loss
+            raise TypeError(f"router_aux_loss must be True or False; got {got!r}.")
         if self.compiled not in (None, True, False):
             raise TypeError(f"compiled must be True, False or None; got {self.compiled!r}.")
         if self.label_smoothing_factor != 0:
@@ -110,6 +122,11 @@ class DistillTrainer(Trainer):
         if kwargs.get("data_collator") is None:
             pad = None if tokenizer is None else tokenizer.pad_token_id
             kwargs["data_collator"] = PadRows(pad or 0, args.max_length)
+        if (started := world().size) != args.world_size:
+            raise ValueError(
+                f"args: {started} processes were started, but each of them would train alone "
+                f"(args.world_size is {args.world_size}). On CPUs pass use_cpu=True."
+            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"one process cannot share {args.n_gpu} GPUs; start one for each with "
@@ -132,6 +149,7 @@ class DistillTrainer(Trainer):
         self._losses: list[Tensor] = []  # of the step that is being taken
         self._endless = 0  # steps in a row whose loss was infinite
         self._batch: Batch | None = None  # the last one
+        self._balance = _balance(cast(nn.Module, model)) if args.router_aux_loss else 0.0
         self.add_callback(_Guard(self._check_step))
 
     def _student(self) -> Any:
@@ -158,11 +176,17 @@ class DistillTrainer(Trainer):
         """The batch's share of the loss of a whole step, in nats per token trained on."""
         self._batch = batch = shifted(inputs)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
-        p = self._observe(batch)
-        loss = self._in_place_of_head(model, batch, lambda q: self._loss(batch, p, q, count))
+        p, share = self._observe(batch), len(batch.targets) / count
+        loss = self._in_place_of_head(
+            model,
+            batch,
+            lambda q: self._loss(batch, p, q, count),
+            balanced=self._balance * share if self._balance else None,
+        )
         if not self._moving and len(batch.targets):
             self._moving = True
-            self._warn_if_nothing_moves(loss)
+            if self.is_world_process_zero():
+                self._warn_if_nothing_moves(loss)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP will average the gradients: undo it, for the count is that of all processes.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -271,10 +295,11 @@ class DistillTrainer(Trainer):
         self._endless = self._endless + 1 if infinite == self.accelerator.num_processes else 0
         if lost or bad:
             what = "loss" if lost else "gradient"
+            sound, place = self._together(not lost or self._student_is_finite())
             raise DivergedError(
                 step,
-                f"the {what} is NaN{' or infinite' * (not lost)}{self._nan_at}{self._cause()}",
-                sound=not lost or self._student_is_finite(),
+                f"the {what} is NaN{' or infinite' * (not lost)}{place}{self._cause()}",
+                sound=sound,
             )
         if self._endless == PATIENCE:
             raise DivergedError(
@@ -283,6 +308,29 @@ class DistillTrainer(Trainer):
                 "that nothing is learned,",
                 sound=True,
             )
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """The Trainer's, but rows repeated to fill up the last batch of an epoch train nothing.
+
+        Of several processes each gets as many rows; accelerate takes the missing ones from the
+        beginning of the epoch.
+        """
+        state, accelerator = self.accelerator.gradient_state, self.accelerator
+        several = accelerator.num_processes > 1 and not accelerator.split_batches
+        if several and not accelerator.dispatch_batches and batch_samples:
+            last = batch_samples[-1]
+            if state.end_of_dataloader and state.remainder > 0 and "labels" in last:
+                rows = len(last["labels"])
+                real = max(0, state.remainder - accelerator.process_index * rows)
+                last["labels"][real:] = IGNORED
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _together(self, sound: bool) -> tuple[bool, str]:
+        """Whether all processes found it sound, and the first token that is NaN in one of them."""
+        if self.accelerator.num_processes == 1:
+            return sound, self._nan_at
+        told: list[Any] = gather_object([(sound, self._nan_at)])
+        return all(it for it, _ in told), next((place for _, place in told if place), "")
 
     def _student_is_finite(self) -> bool:
         """True if the student's weights, and what it gives its head on the last batch, are."""
@@ -306,9 +354,8 @@ class DistillTrainer(Trainer):
         metrics = super()._evaluate(*args, **kwargs)
         for name, value in metrics.items():
             if name.endswith("_loss") and math.isnan(value):
-                raise DivergedError(
-                    self.state.global_step, f"{name} is NaN{self._nan_at}{self._cause()}"
-                )
+                place = self._together(False)[1]
+                raise DivergedError(self.state.global_step, f"{name} is NaN{place}{self._cause()}")
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -364,12 +411,18 @@ class DistillTrainer(Trainer):
             return self._teacher.observe(batch.inputs, batch.predicting, vocab=self._vocab)
 
     def _in_place_of_head(
-        self, model: nn.Module, batch: Batch, measure: Callable[[Known], Tensor]
+        self,
+        model: nn.Module,
+        batch: Batch,
+        measure: Callable[[Known], Tensor],
+        *,
+        balanced: Tensor | float | None = None,
     ) -> Tensor:
         """Run the student, and give ``measure`` of what it says of the batch as its loss.
 
-        That is computed within the forward of the student, where DDP expects the loss, FSDP has
-        the head's weights at hand, and a scale or soft cap after the head no longer matters.
+        To it comes ``balanced`` times the loss that balances experts, where the model gives one.
+        All that is computed within the forward of the student, where DDP expects the loss, FSDP
+        has the head's weights at hand, and a scale or soft cap after the head no longer matters.
         """
         measured = []
 
@@ -379,7 +432,10 @@ class DistillTrainer(Trainer):
                 measured.append(measure(q))
 
         def finish(module: nn.Module, args: Any, output: Any) -> CausalLMOutput:
-            return CausalLMOutput(loss=measured.pop())
+            loss, balancing = measured.pop(), getattr(output, "aux_loss", None)
+            if isinstance(balancing, Tensor) and balanced is not None:
+                loss = loss + balanced * balancing.to(loss)
+            return CausalLMOutput(loss=loss)
 
         hook = self._head.model.register_forward_hook(finish, prepend=True)
         with hook, self._head.tap(receive):
@@ -516,6 +572,16 @@ class _Guard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._check()
+
+
+def _balance(student: Any) -> float:
+    """What a student multiplies the loss by that balances its experts; 0 where it gives none."""
+    config = student.config.get_text_config(decoder=True)
+    if not any(getattr(it, "output_router_logits", False) for it in (config, student.config)):
+        return 0.0
+    names = "router_aux_loss_coef", "aux_loss_coef"
+    found = [getattr(config, name) for name in names if getattr(config, name, None) is not None]
+    return float(found[0]) if found else 0.0
 
 
 def _only(known: LinearHead | Tensor, token: int) -> LinearHead | Float[Tensor, "1 vocab"]:

@@ -4,11 +4,13 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 # What a scheduler sends before it kills, and what a closed terminal sends.
 ENDING = signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
+SAME_REQUEST = 5.0  # seconds in which the terminal and torchrun both pass on one Ctrl-C
 
 
 class StoppedError(KeyboardInterrupt):
@@ -16,11 +18,12 @@ class StoppedError(KeyboardInterrupt):
 
     Attributes:
         number: The signal.
+        agreed: True if all processes of the run stopped together.
     """
 
-    def __init__(self, number: int = signal.SIGINT):
+    def __init__(self, number: int = signal.SIGINT, *, agreed: bool = False):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = int(number)
+        self.number, self.agreed = int(number), agreed
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
@@ -41,12 +44,18 @@ def raising() -> Iterator[None]:
 class StopRequest:
     """A signal that asks a training to end behind its step.
 
+    Args:
+        shared: True in one of several processes, which may get one request twice.
+        speaks: Whether to print that the request was heard.
+
     Attributes:
         number: The signal that came; None before.
     """
 
-    def __init__(self):
+    def __init__(self, *, shared: bool = False, speaks: bool = True):
         self.number: int | None = None
+        self._patience, self._speaks = SAME_REQUEST if shared else 0.0, speaks
+        self._heard = 0.0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -57,10 +66,19 @@ class StopRequest:
             yield self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self._restore()
+        if self.number is not None:
+            if time.monotonic() - self._heard > self._patience:
+                self._restore()
+                signal.raise_signal(number)
+            return
+        self.number, self._heard = number, time.monotonic()
+        if not self._patience:
+            self._restore()
+        if not self._speaks:
+            return
         with contextlib.suppress(OSError, ValueError):  # after SIGHUP there is no terminal
-            words = "Stopping after this step. Once more stops at once."
+            later = f" {self._patience:.0f} seconds later" if self._patience else ""
+            words = f"Stopping after this step. Once more{later} stops at once."
             print(f"\n{words}", file=sys.stderr, flush=True)
 
 

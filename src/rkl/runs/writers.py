@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rkl.runs.processes import main_process
+
 try:
     import fcntl
 except ModuleNotFoundError:  # not a POSIX system
@@ -63,15 +65,6 @@ class Writer:
 
 _WRITERS: dict[str, Writer] = {}
 _GUARD = threading.Lock()
-
-
-def main_process() -> bool:
-    """Whether this process is the one of its run that writes: rank 0 of those that torchrun began.
-
-    The other ranks take no lock and write nothing; they share the lock of rank 0.
-    """
-    rank = os.environ.get("RANK", "0")
-    return os.environ.get("WORLD_SIZE", "1") == "1" or rank in ("", "0")
 
 
 def acquire(folder: Path, add: Callable[[list[str]], None]) -> Writer | None:

@@ -5,6 +5,7 @@ import math
 import mpmath
 import pytest
 import torch
+from torch.distributions import Categorical, MixtureSameFamily, Poisson
 
 from rkl.bayes import bayes_act, families, read_draws
 from rkl.bayes.laws import Theta, read_family
@@ -138,7 +139,7 @@ def test_the_act_of_a_named_family_is_where_brute_force_finds_no_slope(draws, te
         ("lognormal(mu=m, sigma=s)", "log-normal(loc=m, scale=s)"),
         ("StudentT(nu=k, mu=m, sigma=s)", "student-t(df=k, loc=m, scale=s)"),
         ("gamma(alpha=k, beta=s)", "gamma(concentration=k, rate=s)"),
-        ("zip(psi=g, lam=k)", "zero-inflated-poisson(gate=g, rate=k)"),
+        ("zip(zi=g, mu=k)", "zero-inflated-poisson(gate=g, rate=k)"),
         ("negative-binomial(mu=k, phi=s)", "negative-binomial2(mean=k, concentration=s)"),
     ],
 )
@@ -155,3 +156,29 @@ def test_a_misspelt_family_is_answered_with_the_one_that_was_meant(draws):
         read_family("gamma(mu=k, sigma=s)", read_draws(draws))
     with pytest.raises(ValueError, match="twice"):
         read_family("normal(loc=m, mu=m, scale=s)", read_draws(draws))
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("negative-binomial(n=k, p=g)", "p of Stan, PyMC and SciPy is 1 − probs of torch"),
+        ("zip(psi=g, mu=k)", "psi of PyMC is the share of the counts, 1 − gate"),
+        ("hurdle-poisson(psi=g, mu=k)", "psi of PyMC is the share of the counts, 1 − gate"),
+    ],
+)
+def test_a_name_that_elsewhere_means_the_complement_is_refused(draws, text, advice):
+    with pytest.raises(ValueError, match=advice):
+        read_family(text, read_draws(draws))
+
+
+@pytest.mark.parametrize("divergence", [ReverseKL(), KL()])
+def test_a_mixture_with_a_poisson_of_rate_0_is_the_zero_inflated_one(draws, divergence):
+    def mixture(theta):
+        parts = torch.stack([0 * theta.k, theta.k], -1)
+        gate = torch.stack([theta.g, 1 - theta.g], -1)
+        return MixtureSameFamily(Categorical(gate), Poisson(parts, validate_args=False))
+
+    found = bayes_act(draws, mixture, divergence)
+    named = bayes_act(draws, "zip(gate=g, rate=k)", divergence)
+    for name in ("g", "k"):
+        torch.testing.assert_close(found.act[name], named.act[name], atol=1e-6, rtol=0)

@@ -263,7 +263,9 @@ def test_a_law_of_another_total_is_refused_with_its_figure():
 
 
 def test_a_support_that_moves_is_refused_with_what_to_use_instead():
-    with pytest.raises(ValueError, match=r"upper_bound moves from draw to draw.*Intrinsic\(\)"):
+    with pytest.raises(
+        ValueError, match=r"moves from draw to draw \(upper_bound\).*Hold the edge"
+    ):
         nodes_for(laws(drawn(9, a=1.0), lambda t: Uniform(0.0, t["a"].exp())))
 
 

@@ -22,9 +22,10 @@ from rkl.bayes.draws import Draws, read_draws, with_exact_simplexes
 from rkl.bayes.estimate import Act, Diagnostics, Estimate
 from rkl.bayes.generic import GenericAct, least_act
 from rkl.bayes.laws import PROBE, Model, family_in, moving_edge, read_family
-from rkl.bayes.losses import Intrinsic, check_loss
+from rkl.bayes.losses import Intrinsic, between, check_loss
 from rkl.bayes.pythagoras import closed_act
 from rkl.bayes.questions import Question
+from rkl.bayes.whole import whole_parameters
 from rkl.divergences import ReverseKL
 from rkl.metrics import Mean
 
@@ -141,8 +142,21 @@ def _refuse_moving(question: Question) -> None:
         raise ValueError(
             f"The support of {kind} moves with its parameters ({edge} differs from draw to "
             f"draw), so the act under {divergence} is the edge of the posterior's support, "
-            "wherever the data lie; use Intrinsic()."
+            f"wherever the data lie; {_way_out_of_moving(question)}"
         )
+
+
+def _way_out_of_moving(question: Question) -> str:
+    """What to ask instead where supports move: a loss that is finite between them, if any is."""
+    laws = question.some
+    if between(Intrinsic(), laws.at(slice(0, 2)), laws.at(slice(0, 1))) is not None:
+        return "use Intrinsic()."
+    if whole_parameters(laws):
+        return "use Intrinsic(), or the bounded JensenShannon()."
+    return (
+        "no other loss of rkl can be computed between these either: hold the edge fixed, with a "
+        "number in place of the variable that moves it."
+    )
 
 
 def _optimised(question: Question) -> Estimate:
@@ -152,12 +166,15 @@ def _optimised(question: Question) -> Estimate:
     by_chain = (draws.chains, draws.draws)
     influence = {name: x.unflatten(0, by_chain) for name, x in found.influence.items()}
     losses = question.losses(found.theta) if question.batch else found.losses.reshape(by_chain)
+    influence = {name: x for name, x in influence.items() if name not in found.whole}
     seen = judged({**influence, "risk": losses}, draws)
     _refuse_without_mean(question, seen)
     parameters = {
         name: Mean(
             x, masked(mean_of(influence[name], draws).error, seen.pareto_k[name] >= NO_ERROR)
         )
+        if name in influence
+        else Mean(x, torch.full_like(x, torch.nan))
         for name, x in found.theta.items()
     }
     k = seen.pareto_k["risk"]
@@ -197,6 +214,11 @@ def _diagnostics(question: Question, found: GenericAct, seen: Judgement) -> Diag
         told.append("the minimiser stopped before it came to rest")
     if how.agreeing < how.starts:
         told.append(f"only {how.agreeing} of {how.starts} starts came to the same risk")
+    if found.whole:
+        told.append(
+            f"{', '.join(found.whole)} is a whole number and has no standard error; those of the "
+            "other parameters are given that it is right"
+        )
     nodes = f" over {how.nodes:,} nodes ({how.method})" if how.nodes else ", in closed form"
     switching = label_switching(draws, question.model.names, question.batch)
     accuracy = how.decrement + how.node_excess

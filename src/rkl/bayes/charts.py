@@ -1,7 +1,7 @@
 """Unconstrained coordinates for named parameters, so that a minimiser may go anywhere."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ class Part:
     transform: Any  # a Transform, whose calls torch leaves without types
     centre: float
     spread: float
+    margin: float = 0.0  # how far from the edge of its domain draws are put that lie on it
+
+    def free_of(self, values: Tensor) -> Tensor:
+        """The coordinates of values, before centre and spread."""
+        return self.transform.inv(_off_edge(values, self.transform, self.margin))
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Chart:
     """
 
     parts: Mapping[str, Part]
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)  # [*shape] each, without coordinates
 
     @property
     def size(self) -> int:
@@ -52,19 +58,21 @@ class Chart:
     def point(self, coordinates: Float[Tensor, "*lead k"]) -> dict[str, Tensor]:
         """The parameters at these coordinates, [*lead, *shape] each."""
         pieces = coordinates.split([part.free.numel() for part in self.parts.values()], -1)
-        return {
+        found = {
             name: part.transform(
                 part.centre + part.spread * piece.reshape(*piece.shape[:-1], *part.free)
             )
             for (name, part), piece in zip(self.parts.items(), pieces, strict=True)
         }
+        lead = coordinates.shape[:-1]
+        return found | {name: x.expand(*lead, *x.shape) for name, x in self.fixed.items()}
 
     def coordinates(self, values: Mapping[str, Tensor]) -> Float[Tensor, "*lead k"]:
         """The coordinates of parameters [*lead, *shape]."""
         pieces = []
         for name, part in self.parts.items():
             lead = values[name].shape[: values[name].ndim - len(part.shape)]
-            free = (part.transform.inv(values[name]) - part.centre) / part.spread
+            free = (part.free_of(values[name]) - part.centre) / part.spread
             pieces.append(free.reshape(*lead, -1))
         return torch.cat(pieces, -1)
 
@@ -99,28 +107,57 @@ def chart_of(
                 f"{name} must hold real numbers for an act to be found by optimisation; "
                 f"got {drawn.dtype}."
             )
-        transform: Any = (transforms or {}).get(name) or _transform(name, values, law)
-        free = transform.inv(drawn)
+        given = (transforms or {}).get(name)
+        transform: Any = given or _transform(name, values, law)
+        margin = 0.0 if given else _margin(drawn, transform)
+        free = transform.inv(_off_edge(drawn, transform, margin))
         if not free.isfinite().all():
             raise ValueError(f"{name} must lie inside its domain; some draw is on its edge.")
         # Coordinates of a simplex turn when its classes are permuted, about 0.
         centre = 0 * free.mean() if isinstance(transform, LogRatioTransform) else free.mean()
         spread = (free - centre).square().mean().sqrt().item() or 1.0
-        parts[name] = Part(drawn.shape[1:], free.shape[1:], transform, centre.item(), spread)
+        shapes = drawn.shape[1:], free.shape[1:]
+        parts[name] = Part(*shapes, transform, centre.item(), spread, margin)
     return Chart(parts)
+
+
+def _margin(drawn: Tensor, transform: Any) -> float:
+    """A tenth of the least distance from the edge, where some draws lie on it; else 0."""
+    if isinstance(transform, ExpTransform | LogRatioTransform):
+        distance = drawn
+    elif isinstance(transform, SigmoidTransform):
+        distance = torch.minimum(drawn, 1 - drawn)
+    else:
+        return 0.0
+    if bool((distance > 0).all()):
+        return 0.0
+    inside = distance[distance > 0]
+    return min(1e-2, inside.min().item() / 10) if inside.numel() else 1e-2
+
+
+def _off_edge(values: Tensor, transform: Any, margin: float) -> Tensor:
+    """Values no nearer to the edge of their domain than a margin: where a minimiser may start."""
+    if not margin:
+        return values
+    if isinstance(transform, SigmoidTransform):
+        return values.clamp(margin, 1 - margin)
+    values = values.clamp_min(margin)
+    if isinstance(transform, LogRatioTransform):
+        return values / values.sum(-1, keepdim=True)
+    return values
 
 
 def _transform(name: str, values: Mapping[str, Tensor], law: LawOf | None) -> Any:
     drawn = values[name]
     if drawn.ndim > 2 and drawn.shape[-1] == drawn.shape[-2] > 1 and (found := _matrix(drawn)):
         return found
-    half = (drawn > 0).all()
+    half = (drawn >= 0).all() & (drawn > 0).any()
     if half and drawn.ndim > 1 < drawn.shape[-1] and ((drawn.sum(-1) - 1).abs() < SLACK).all():
         return LogRatioTransform(drawn.shape[-1])
     scalars: list[tuple[bool, Transform, Tensor]] = [
         (True, identity_transform, -1 - drawn.abs()),
         (bool(half), ExpTransform(), 1 + drawn.abs()),
-        (bool(half & (drawn < 1).all()), SigmoidTransform(), drawn),
+        (bool(half & (drawn <= 1).all()), SigmoidTransform(), drawn),
     ]
     for holds, transform, probe in scalars if law else scalars[bool(half) :]:
         if holds and (law is None or _accepts(law, values, name, probe)):

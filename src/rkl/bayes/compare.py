@@ -15,6 +15,7 @@ from rkl.bayes.losses import AnyLoss, Intrinsic, check_loss
 from rkl.bayes.modes import LogDensity, modes
 from rkl.bayes.pythagoras import averages, directions_of, towards
 from rkl.bayes.questions import Question, Variables
+from rkl.bayes.regions import periodic
 from rkl.bayes.tables import Cell, Table, settled
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
 
@@ -74,6 +75,10 @@ def compare(
     candidates = {name: variables_of(one) for name, one in found.items()}
     judges = {name: excess_over(one) for name, one in found.items()}
     candidates |= {"posterior mean": means_of(question), "posterior median": _medians(question)}
+    if angles := sorted(periodic(question)):
+        notes.append(
+            f"{', '.join(angles)} on a circle: posterior mean and median depend on where it is cut"
+        )
     densest, told = modes(question, log_posterior)
     candidates |= densest
     return side_by_side(question, candidates, judges, (*notes, *told))
@@ -156,19 +161,21 @@ def side_by_side(
 ) -> Table:
     """One row for each estimate, and for each member of the batch."""
     batch = question.batch
-    labels = elements("", batch) if batch else [""]
+    labels = elements("", batch, question.batch_axes) if batch else [""]
     first = next(iter(candidates.values()))
-    parts = {
-        name: elements(name, x.shape[len(batch) :] if _by_member(x, batch) else x.shape)
-        for name, x in first.items()
-    }
+    parts = {name: _parts(question, name, x) for name, x in first.items()}
     wide = sum(map(len, parts.values())) > COLUMNS
     shown = {} if wide else parts
     columns = ["estimate", *(label for names in shown.values() for label in names)]
     columns += [f"excess {name} (nats)" for name in judges]
     rows: list[tuple[Cell, ...]] = []
     for name, at in candidates.items():
-        excess = [_cells(judge(at), batch) for judge in judges.values()]
+        if question.is_law(at):
+            excess = [_cells(judge(at), batch) for judge in judges.values()]
+        else:
+            excess = [[None] * len(labels)] * len(judges)
+            known = ", ".join(question.whole)
+            notes = (*notes, f"{name} has no excess: {known} must be whole, and is not there")
         numbers = [_numbers(at[key], batch) for key in shown]
         for i, label in enumerate(labels):
             own = [x for each in numbers for x in each[i]]
@@ -176,6 +183,12 @@ def side_by_side(
     told = ("there are too many parameters for a column each: see .acts",) if wide else ()
     title = f"Estimates of {question.model.text}, and what each loses beside the best"
     return Table(title, columns, rows, (*notes, *told), candidates)
+
+
+def _parts(question: Question, name: str, x: Tensor) -> list[str]:
+    """The names of the numbers of a variable that each row has."""
+    lead = len(question.batch) if _by_member(x, question.batch) else 0
+    return elements(name, x.shape[lead:], question.axes(name)[lead:])
 
 
 def _by_member(x: Tensor, batch: torch.Size) -> bool:

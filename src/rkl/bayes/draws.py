@@ -98,6 +98,17 @@ class Draws:
         """Shape of one draw of a variable."""
         return tuple(n for axis, n in self.of(name).sizes.items() if axis not in AXES)
 
+    def labels(self, name: str) -> list[list[str] | None]:
+        """For each axis of a variable what its places are called; None of those that are counted.
+
+        >>> school = ("school", ["Choate", "Deerfield"])
+        >>> theta = xr.DataArray(np.zeros((2, 5, 2)), dims=("chain", "draw", "school"))
+        >>> Draws({"theta": theta.assign_coords([school])}).labels("theta")
+        [['Choate', 'Deerfield']]
+        """
+        array = self.of(name)
+        return [_places(array, axis) for axis in array.dims if axis not in AXES]
+
     def of(self, name: str) -> xr.DataArray:
         """A variable as it is kept, unread."""
         if name not in self.variables:
@@ -299,6 +310,16 @@ def tensor_of(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(values, np.float64, ["C", "W"]))
 
 
+def _places(array: xr.DataArray, axis: Any) -> list[str] | None:
+    """What the places along an axis are called."""
+    if axis not in array.coords or array.coords[axis].dims != (axis,):
+        return None
+    values = array.coords[axis].values.tolist()
+    if values == list(range(len(values))) or any(isinstance(x, tuple) for x in values):
+        return None
+    return [f"{x:g}" if isinstance(x, float) else str(x) for x in values]
+
+
 def _held(name: str, value: Any) -> xr.DataArray:
     """A variable as it is kept: numbers over chain, draw and what else."""
     array = value if isinstance(value, xr.DataArray) else _labelled(name, value)
@@ -470,7 +491,17 @@ def _of_tables(
                 f"{place} has {rows} draws but {places[0]} has "
                 f"{len(next(iter(parts[0].values()))[0])}."
             )
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: _joined([part[name] for part in parts]) for name in parts[0]}
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Chains [chains, draws, ...] one after the other, with the labels of the first."""
+    values = np.concatenate([np.asarray(part) for part in parts])
+    first = parts[0]
+    if not isinstance(first, xr.DataArray):
+        return values
+    coords = {axis: first.coords[axis].values for axis in first.coords}
+    return xr.DataArray(values, dims=first.dims, coords=coords)
 
 
 _MARKS = {*CHAIN, *ITERATION, *DRAW}
@@ -555,7 +586,7 @@ def _repeated(values: np.ndarray) -> Any:
     return known[counts > 1][0]
 
 
-def _vectors(columns: Mapping[str, Sequence[np.ndarray]], cmdstan: bool) -> dict[str, np.ndarray]:
+def _vectors(columns: Mapping[str, Sequence[np.ndarray]], cmdstan: bool) -> dict[str, Any]:
     """Columns mu[1], mu[2] (or mu.1, mu.2 of CmdStan) put together as mu, [chains, draws, ...].
 
     Elements that do not fill their array, such as half a matrix, keep names of their own.
@@ -578,7 +609,12 @@ def _vectors(columns: Mapping[str, Sequence[np.ndarray]], cmdstan: bool) -> dict
             continue
         ordered = [np.stack(columns[places[at]]) for at in sorted(places)]
         stacked = np.stack(ordered, -1)
-        arrays[name] = stacked.reshape(*stacked.shape[:2], *shape)
+        stacked = stacked.reshape(*stacked.shape[:2], *shape)
+        axes = [f"axis_{i}" for i in range(len(shape))]
+        counted = {
+            axis: np.arange(n) + start for axis, n, start in zip(axes, shape, low, strict=True)
+        }
+        arrays[name] = xr.DataArray(stacked, dims=(*AXES, *axes), coords=counted)
     return arrays
 
 

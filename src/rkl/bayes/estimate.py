@@ -1,7 +1,8 @@
 """What a Bayes act comes back as: the act, its risk, their errors, and what to ask of it next."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +162,7 @@ class Estimate:
             "divergence": str(self.divergence),
             "variables": list(self.question.model.names),
             "act": {name: to_json(mean) for name, mean in act.parameters.items()},
+            "labels": {name: self.labels(name) for name in self.question.model.names},
             "natural": None if act.natural is None else [to_json(mean) for mean in act.natural],
             "mean": None if act.mean is None else [to_json(mean) for mean in act.mean],
             "risk": to_json(self.risk),
@@ -186,13 +188,27 @@ class Estimate:
         for name, mean in {**said, "risk": self.risk}.items():
             values, errors = mean.value.flatten().tolist(), mean.error.flatten().tolist()
             unit = " (nats)" * (mean is self.risk)
-            labels = [label + unit for label in elements(name, mean.value.shape)]
+            labels = [label + unit for label in self.labels(name)]
             shown = len(values) if every else SHOWN
             rows += list(zip(labels, zip(values, errors, strict=True), strict=True))[:shown]
             if len(values) > shown:
                 rows.append((f"{name}, {len(values) - shown:,} more", None))
         title = f"Bayes act of {self.family} under {self.divergence}"
         return Table(title, ("parameter", "value"), rows, self._notes())
+
+    def labels(self, name: str) -> list[str]:
+        """The names of the elements of a parameter of the act, or of "risk"."""
+        value = (self.risk if name == "risk" else self.act.parameters[name]).value
+        return elements(name, value.shape, self._axes(name, value.shape))
+
+    def _axes(self, name: str, shape: torch.Size) -> list[list[str] | None] | None:
+        question = self.question
+        settings = question.model.settings or {}
+        variable = settings.get(name, name)
+        if variable in question.model.names:
+            return question.axes(variable)
+        batch = question.batch
+        return question.batch_axes if shape == batch else None
 
     def _asked(self) -> dict[str, Mean]:
         """The variables of the posterior, which stand for the rest."""
@@ -212,16 +228,24 @@ class Estimate:
         return (*told, how, *exact, *(f"Warning: {text}" for text in seen.warnings))
 
 
-def elements(name: str, shape: torch.Size) -> list[str]:
-    """The name of every element of a parameter.
+def elements(
+    name: str, shape: torch.Size, axes: Sequence[Sequence[str] | None] | None = None
+) -> list[str]:
+    """The name of every element of a parameter, by its number or its label along each axis.
 
     >>> elements("mu", torch.Size([2])), elements("sigma", torch.Size([]))
     (['mu[0]', 'mu[1]'], ['sigma'])
+    >>> elements("theta", torch.Size([2]), [["Choate", "Deerfield"]])
+    ['theta[Choate]', 'theta[Deerfield]']
     """
     if not shape:
         return [name]
-    places = torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape))
-    return [f"{name}[{', '.join(map(str, place))}]" for place in places.tolist()]
+    known = axes or [None] * len(shape)
+    places = [
+        list(map(str, range(n))) if labels is None else labels
+        for n, labels in zip(shape, known, strict=True)
+    ]
+    return [f"{name}[{', '.join(place)}]" for place in itertools.product(*places)]
 
 
 def _short(design: Any) -> str:

@@ -28,6 +28,7 @@ from rkl.bayes.losses import (
 from rkl.bayes.minimise import Minimum, minimise
 from rkl.bayes.nodes import OFF, Laws, Nodes, independent_parts, joint, nodes_for, with_slopes
 from rkl.bayes.panels import kinked
+from rkl.bayes.whole import chart_without, minimum_of, search, whole_parameters
 from rkl.divergences import Divergence, FDivergence
 
 QUICK = 2**16  # log-densities that the several starts look at, of a loss that needs every draw
@@ -66,6 +67,7 @@ class GenericAct:
     risk: float
     influence: dict[str, Tensor]  # [draws, *shape]: by how much a draw of weight 1 moves the act
     accuracy: Accuracy
+    whole: tuple[str, ...] = ()  # parameters that are whole numbers, and have no influences
 
 
 def generic_act(
@@ -124,6 +126,8 @@ def least_act(
 ) -> GenericAct:
     """The act under a loss whose nodes are chosen."""
     laws = loss.laws
+    if names := whole_parameters(laws):
+        return _whole_act(loss, law, names, transforms, starts)
     chart = chart_of(laws.theta, law, transforms)
     drawn = chart.coordinates(laws.theta)
     scale = drawn.std(0, correction=0)
@@ -131,6 +135,36 @@ def least_act(
     held = over_few(loss, HELD if loss.smooth else KINKED)
     minimum, tried = _minimum(loss, held, chart, drawn, scale, starts)
     return _act(law, loss, held, chart, minimum, tried)
+
+
+def _whole_act(loss, law, names, transforms, starts) -> GenericAct:
+    """The act where some parameters are whole numbers: the best of these, then of the others."""
+    laws = loss.laws
+    chart, free = chart_without(laws, names, transforms)
+    drawn = chart.coordinates(free) if free else torch.zeros(len(laws), 0, dtype=torch.float64)
+    scale = drawn.std(0, correction=0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    held = over_few(loss, HELD)
+    quick = over_few(held, QUICK)
+
+    def function(at: Chart):
+        return lambda t: quick.expected(_law(quick, at, t))
+
+    def whole(row: int) -> dict[str, Tensor]:
+        return {name: laws.theta[name][row] for name in names}
+
+    rows = laws.spread(CANDIDATES).tolist()
+    with torch.no_grad():
+        values = torch.stack(
+            [_quiet(function(dataclasses.replace(chart, fixed=whole(i))), drawn[i]) for i in rows]
+        )
+    best = rows[int(values.argmin())]
+    chart = search(laws, names, chart, whole(best), drawn[best], function, scale, loss.smooth)
+    if free:
+        minimum, tried = _minimum(loss, held, chart, drawn, scale, starts)
+    else:
+        minimum, tried = minimum_of(function(chart), drawn[:1], scale, loss.smooth), 1
+    return dataclasses.replace(_act(law, loss, held, chart, minimum, tried), whole=names)
 
 
 def laws_of(theta: Mapping[str, Tensor], law: LawOf, weights: Tensor | None = None) -> Laws:
@@ -323,7 +357,7 @@ def on_all(loss: PosteriorLoss, law: LawAt, minimum: Minimum, again: bool) -> On
     def at(point: Tensor, decrement: float | None = None) -> OnAll:
         leaf = point.detach().requires_grad_()
         with torch.enable_grad():
-            losses, slope = loss.by_draw(law(leaf), leaf)
+            losses, slope = loss.by_draw(law(leaf), leaf if len(leaf) else None)
         if decrement is None:
             decrement = _decrement(minimum.inverse, weights @ slope)
         return OnAll(point, losses, slope, decrement)
@@ -348,7 +382,12 @@ def influences(
     leaf = found.point.detach().requires_grad_()
     with torch.enable_grad():
         here = values(leaf)
-        moves = {name: slopes(x.flatten(), leaf) for name, x in here.items()}
+        moves = {
+            name: slopes(x.flatten(), leaf)
+            if x.requires_grad
+            else leaf.new_zeros(x.numel(), len(leaf))
+            for name, x in here.items()
+        }
     steps = -minimum.inverse(found.by_draw)
     moved = {k: (steps @ moves[k].T).reshape(-1, *x.shape) for k, x in here.items()}
     return {name: x.detach() for name, x in here.items()}, moved

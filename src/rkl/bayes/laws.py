@@ -36,6 +36,7 @@ from rkl.bayes import families
 from rkl.bayes.alone import alone
 from rkl.bayes.draws import Draws
 from rkl.bayes.families import ExponentialFamily, family_of
+from rkl.bayes.families.named import PoissonOrZero
 from rkl.divergences import parse
 from rkl.importing import imported
 
@@ -73,7 +74,7 @@ _PARAMETERS = {  # as Stan, PyMC and brms call them
     "a": ("concentration1",),
     "alpha": ("concentration1", "concentration"),
     "b": ("concentration0",),
-    "beta": ("concentration0", "rate"),
+    "beta": ("concentration0", "rate", "scale"),
     "chol": ("scale_tril",),
     "cov": ("covariance_matrix",),
     "kappa": ("concentration",),
@@ -84,12 +85,27 @@ _PARAMETERS = {  # as Stan, PyMC and brms call them
     "nu": ("df",),
     "p": ("probs",),
     "phi": ("concentration",),
-    "psi": ("gate",),
     "sd": ("scale",),
     "sigma": ("scale",),
     "upper": ("high",),
     "xi": ("concentration",),
+    "hu": ("gate",),
     "zi": ("gate",),
+}
+_COUNTS = "Poisson", "ZeroInflatedPoisson", "HurdlePoisson"  # whose mu is their rate
+# Names that other libraries give to the complement of torch's parameter.
+_GATES = (
+    "psi of PyMC is the share of the counts, 1 − gate, and of others that of the zeros: say "
+    "gate=, the probability of an additional zero, with a function for gate = 1 − psi"
+)
+_AMBIGUOUS = {
+    "NegativeBinomial": {
+        "p": "p of Stan, PyMC and SciPy is 1 − probs of torch: give mu and phi, or a function "
+        "lambda theta: NegativeBinomial(theta.n, 1 - theta.p)"
+    },
+    "ZeroInflatedPoisson": {"psi": _GATES},
+    "ZeroInflatedNegativeBinomial": {"psi": _GATES},
+    "HurdlePoisson": {"psi": _GATES},
 }
 
 
@@ -356,6 +372,15 @@ _REPLACED: dict[type, Callable[[Any], Distribution]] = {
         x.scale, x.concentration, validate_args=False
     ),
 }
+_REPLACED[torch.distributions.MixtureSameFamily] = lambda x: (
+    torch.distributions.MixtureSameFamily(
+        x.mixture_distribution,
+        PoissonOrZero(x.component_distribution.rate, validate_args=False),
+        validate_args=False,
+    )
+    if type(x.component_distribution) is torch.distributions.Poisson
+    else x
+)
 if hasattr(torch.distributions, "GeneralizedPareto"):
     _REPLACED[torch.distributions.GeneralizedPareto] = lambda x: families.GeneralizedPareto(
         x.loc, x.scale, x.concentration, validate_args=False
@@ -496,7 +521,7 @@ def _parsed(text: str, read: str, known: Mapping[str, Callable], draws: Draws, d
                 ". A text names variables and numbers, and computes nothing: write a function, "
                 "lambda theta: Normal(theta.mu, 1 / theta.sigma)"
             )
-        elif "is called" not in reason and "must be one of" not in reason:
+        elif not any(words in reason for words in ("is called", "must be one of", "1 − ")):
             reason += ". Write it like normal(loc=mu, scale=sigma)"
         raise ValueError(f"family {text!r} cannot be read: {reason}.") from None
 
@@ -542,15 +567,22 @@ def _binder(cls: type[Distribution]) -> Callable[..., tuple[type[Distribution], 
         for alias, names in _PARAMETERS.items()
         if alias not in own and own & {*names}
     }
+    if cls.__name__ in _COUNTS:
+        others["mu"] = "rate"
+    ambiguous = _AMBIGUOUS.get(cls.__name__, {})
+    others = {alias: name for alias, name in others.items() if alias not in ambiguous}
 
     def bind(**settings):
+        for name in settings.keys() & ambiguous.keys():
+            raise ValueError(f"{cls.__name__}: {ambiguous[name]}")
         named = [others.get(name, name) for name in settings]
         if twice := [name for name in named if named.count(name) > 1]:
             raise ValueError(f"{cls.__name__} is given {twice[0]} twice.")
         return cls, dict(zip(named, settings.values(), strict=True))
 
     kept += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in others
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in (*others, *ambiguous)
     ]
     bind.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     bind.__name__ = cls.__name__

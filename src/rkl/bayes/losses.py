@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from rkl.bayes.families import family_of
+from rkl.bayes.families.base import spread
 from rkl.bayes.families.between import divergence_between, orders
 from rkl.bayes.nodes import Laws, Nodes
 from rkl.divergences import (
@@ -46,9 +47,13 @@ class Intrinsic:
         return ((_FORWARD(logp, logq) <= _REVERSE(logp, logq))[..., None],)
 
     def excess(self, logp: Tensor, logq: Tensor, forward: Tensor) -> Tensor:
-        """The terms of the smaller one."""
-        terms = _FORWARD.excess(logp, logq), _REVERSE.excess(logp, logq)
-        return torch.where(forward, *terms)
+        """The terms of the smaller one; an infinite one that is not taken has no slopes."""
+        forward = forward.expand(torch.broadcast_shapes(logp.shape, logq.shape))
+        sides = [
+            side.excess(torch.where(taken, logp, 0.0), torch.where(taken, logq, 0.0))
+            for side, taken in ((_FORWARD, forward), (_REVERSE, ~forward))
+        ]
+        return torch.where(forward, *sides)
 
     def between(self, p: Distribution, q: Distribution) -> Float[Tensor, "*batch"]:
         """The loss in nats, where both divergences have closed forms.
@@ -98,6 +103,8 @@ def between(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | N
     (tensor([0.5000], dtype=torch.float64), tensor([0.1175], dtype=torch.float64))
     """
     if isinstance(divergence, Intrinsic):
+        if (found := _intrinsic_at_edges(p, q)) is not None:
+            return found
         both = between(_FORWARD, p, q), between(_REVERSE, p, q)
         return None if both[0] is None or both[1] is None else torch.minimum(both[0], both[1])
     if orders(divergence) is None:
@@ -110,6 +117,29 @@ def between(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | N
             natural = family.natural(p), family.natural(q)
             return divergence_between(family, divergence, *natural)
     return _joined(divergence, p, q)
+
+
+def _intrinsic_at_edges(p: Distribution, q: Distribution) -> Tensor | None:
+    """The intrinsic loss where some p have a probability or a rate of 0: KL(q ‖ p) is infinite.
+
+    Its slopes would be nan there, although the smaller KL has slopes.
+    """
+    try:
+        family = family_of(p)
+    except ValueError:
+        return None
+    if family is None or type(p) is not type(q):
+        return None
+    edge, natural = family.natural(p), family.natural(q)
+    inside = family.contains(edge)
+    if inside.all():
+        return None
+    safe = tuple(
+        torch.where(spread(inside, n), x, y)
+        for x, y, n in zip(edge, natural, family.events, strict=True)
+    )
+    reverse = torch.where(inside, family.kl(natural, safe), math.inf)
+    return torch.minimum(family.kl(edge, natural), reverse)
 
 
 def _joined(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -85,6 +85,7 @@ class Nodes:
     defect: float = 0.0  # by which the total of some law misses 1
     coarse: "Nodes | None" = None  # a poorer rule over the same panels
     far: Bool[Tensor, " m"] | None = None  # nodes at which no law has any mass to speak of
+    masked: bool = False  # supports differ: beyond its own a law has no mass
 
     def __len__(self) -> int:
         return self.log_weight.shape[-1]
@@ -97,7 +98,15 @@ class Nodes:
 
     def log_density(self, law: Distribution) -> Float[Tensor, "lead members m"]:
         """Log p(x) of laws [lead, *batch], the batch flattened to members."""
-        logs = _log_prob(law, self.points.unsqueeze(1))
+        points = self.points.unsqueeze(1)
+        if self.masked:
+            support: Any = support_of(law)
+            inside = support.check(points)
+            low = torch.as_tensor(support.lower_bound, dtype=points.dtype)
+            logs = _log_prob(law, torch.where(inside, points, low))
+            logs = torch.where(inside, logs, -math.inf)
+        else:
+            logs = _log_prob(law, points)
         return logs.reshape(len(self), law.batch_shape[0], -1).permute(1, 2, 0)
 
     def log_mass(self, law: Distribution) -> Float[Tensor, "lead members m"]:
@@ -161,10 +170,15 @@ def nodes_for(
 
 
 def _nodes(laws: Laws, divergence: FDivergence, size: int, seed: int) -> Nodes:
-    if edge := moving_edge(laws.at(slice(None))):
+    every = laws.at(slice(None))
+    if edge := moving_edge(every):
+        if (atoms := _atoms_of_all(every)) is not None:
+            return _checked(laws, *atoms, masked=True)
         raise ValueError(
-            f"law has a support whose {edge} moves from draw to draw, which no fixed nodes "
-            "follow; Intrinsic() is finite where both of its KLs have closed forms."
+            f"the support of {type(every).__name__} moves from draw to draw ({edge}), and its "
+            f"divergences have no closed form: only the KLs between uniform or Pareto "
+            "distributions, and losses on finite supports, can follow. Hold the edge fixed: give "
+            "a number in place of the variable that moves it."
         )
     first = laws.at(laws.spread(1))
     atoms = _atoms(first)
@@ -184,7 +198,7 @@ def with_slopes(laws: Laws, nodes: Nodes) -> Nodes:
     Raises:
         ValueError: The log-density has none where some law has mass.
     """
-    if nodes.kind == "importance":
+    if nodes.kind == "importance" or nodes.masked:
         return nodes
     rows = laws.spread(PROBES // 4).tolist()
     rows += [int(i) for x in laws.theta.values() for i in _extremes(x)]
@@ -193,21 +207,24 @@ def with_slopes(laws: Laws, nodes: Nodes) -> Nodes:
     for rule in (nodes, coarse):
         if rule is None:
             continue
-        lost = torch.zeros(len(rule), dtype=torch.bool)
+        counts = torch.zeros(len(rule), dtype=torch.int64)
         for row in dict.fromkeys(rows):
             theta = {name: x[row : row + 1] for name, x in laws.theta.items()}
-            lost[_without_slopes(laws, rule, theta, (~lost).nonzero()[:, 0])] = True
-        found.append(lost)
-    if not any(lost.any() for lost in found):
+            counts[_without_slopes(laws, rule, theta, torch.arange(len(rule)))] += 1
+        found.append(counts)
+    if not any(counts.any() for counts in found):
         return nodes
-    _, peak = _totals(laws, nodes)
-    if bool((peak[found[0]] > NEGLIGIBLE).any()):
-        at = nodes.points[found[0] & (peak > NEGLIGIBLE)][0].flatten()[0].item()
+    heavy = [_totals(laws, rule)[1] > NEGLIGIBLE for rule in (nodes, coarse) if rule is not None]
+    # A draw on the edge of its domain, such as a rate of 0, has none; slopes are those of acts.
+    spoilt = heavy[0] & (2 * found[0] > len(dict.fromkeys(rows)))
+    if bool(spoilt.any()):
+        at = nodes.points[spoilt][0].flatten()[0].item()
         raise ValueError(
             f"the log-density of the family has no finite slope at {at:.6g}, where it has mass."
         )
-    kept = nodes.only(~found[0])
-    return kept if coarse is None else replace(kept, coarse=coarse.only(~found[1]))
+    lost = [(counts > 0) & ~mass for counts, mass in zip(found, heavy, strict=True)]
+    kept = nodes.only(~lost[0])
+    return kept if coarse is None else replace(kept, coarse=coarse.only(~lost[1]))
 
 
 def _extremes(x: Tensor) -> Tensor:
@@ -295,6 +312,21 @@ def _atoms(law: Distribution) -> tuple[Tensor, Tensor] | None:
     return points, torch.zeros(members, len(points), dtype=torch.float64)
 
 
+def _atoms_of_all(law: Distribution) -> tuple[Tensor, Tensor] | None:
+    """The atoms of laws whose finite supports differ: whatever is in one of them."""
+    support = support_of(law)
+    if law.event_shape or support is None or not support.is_discrete:
+        return None
+    ends = [getattr(support, f"{side}_bound", None) for side in ("lower", "upper")]
+    if any(end is None for end in ends):
+        return None
+    low, high = (torch.as_tensor(end).double().expand(law.batch_shape) for end in ends)
+    points = torch.arange(int(low.min()), int(high.max()) + 1).double()
+    members = law.batch_shape[1:].numel()
+    weight = torch.zeros(members, len(points), dtype=torch.float64)
+    return points.reshape(len(points), *[1] * (len(law.batch_shape) - 1)), weight
+
+
 def _ends(law: Distribution) -> tuple[Tensor | None, Tensor | None]:
     """The least and the greatest value [*batch], where there is one; of a mixture, of any part."""
     if isinstance(law, MixtureSameFamily):
@@ -330,8 +362,8 @@ def _axes(law: Distribution) -> list[Tensor] | None:
     return [axis] * law.event_shape.numel() if few else None
 
 
-def _checked(laws: Laws, points: Tensor, log_weight: Tensor) -> Nodes:
-    nodes = Nodes(points, log_weight, "enumeration")
+def _checked(laws: Laws, points: Tensor, log_weight: Tensor, masked: bool = False) -> Nodes:
+    nodes = Nodes(points, log_weight, "enumeration", masked=masked)
     totals, _ = _totals(laws, nodes)
     return replace(nodes, defect=_refuse(totals))
 

@@ -26,7 +26,7 @@ from rkl.bayes.pythagoras import (
     solve,
     towards,
 )
-from rkl.bayes.questions import Variables
+from rkl.bayes.questions import Question, Variables
 from rkl.bayes.subfamilies import Subfamily, read_subfamilies
 from rkl.bayes.tables import Cell, Table, parenthesised
 from rkl.divergences import ReverseKL
@@ -101,8 +101,9 @@ class Projection:
             zip(*(x.expand(batch).flatten().tolist() for x in mean), strict=True)
             for mean in (risk, excess)
         )
-        told = [_told(act, batch, member) for member in range(batch.numel())]
-        labels = elements(f"{name} ", batch)
+        question = self.full.question
+        told = [_told(question, act, member) for member in range(batch.numel())]
+        labels = elements(f"{name} ", batch, self.full.question.batch_axes)
         return [(label.strip(), *row) for label, *row in zip(labels, *cells, told, strict=True)]
 
     def _notes(self) -> tuple[str, ...]:
@@ -113,15 +114,18 @@ class Projection:
         return (*told, *(f"Warning: {text}" for text in self.full.diagnostics.warnings))
 
 
-def _told(act: Act, batch: torch.Size, member: int) -> str:
+def _told(question: Question, act: Act, member: int) -> str:
     """The parameters of one member of a batch, as text."""
-    told = []
+    told, batch = [], question.batch
     for name, mean in act.parameters.items():
         value, error = mean
+        known = name in question.model.names and question.shape(name) == value.shape
+        axes = question.axes(name) if known else [None] * value.ndim
         if batch and value.shape[: len(batch)] == batch:
             value, error = (x.flatten(0, len(batch) - 1)[member] for x in mean)
+            axes = axes[len(batch) :]
         pairs = zip(value.flatten().tolist(), error.flatten().tolist(), strict=True)
-        labels = elements(name, value.shape)
+        labels = elements(name, value.shape, axes)
         told += [f"{k} = {parenthesised(pair)}" for k, pair in zip(labels, pairs, strict=True)]
     return ", ".join(told[:SHOWN] + ["..."] * (len(told) > SHOWN))
 

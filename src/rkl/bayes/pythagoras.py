@@ -26,7 +26,7 @@ from rkl.bayes.laws import Model
 from rkl.bayes.losses import slopes
 from rkl.bayes.minimise import Minimum, minimise
 from rkl.bayes.questions import Question, Variables
-from rkl.bayes.streaming import one_pass
+from rkl.bayes.streaming import one_pass, plus
 from rkl.metrics import Mean
 from rkl.metrics.batches import BatchMeans
 
@@ -79,11 +79,6 @@ class Averages:
             plus(here.mean, shift.mean, sign),
             here.to_reference + sign * shift.to_reference,
         )
-
-
-def plus(x: Natural, y: Natural, sign: int) -> Natural:
-    """X + sign · y, by components."""
-    return tuple(a + sign * b for a, b in zip(x, y, strict=True))
 
 
 def averages(question: Question, directions: tuple[str, ...]) -> Averages:

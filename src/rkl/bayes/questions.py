@@ -12,9 +12,10 @@ from rkl.bayes.closed import Weights, weights_of
 from rkl.bayes.draws import Draws
 from rkl.bayes.families import ExponentialFamily, Natural
 from rkl.bayes.generic import laws_of, posterior_loss
-from rkl.bayes.laws import Model, Unwrapped, family_in, probe
+from rkl.bayes.laws import Model, Unwrapped, family_in, moving_edge, probe
 from rkl.bayes.losses import AnyLoss, Intrinsic, PosteriorLoss
 from rkl.bayes.nodes import Laws
+from rkl.bayes.whole import whole_parameters
 
 Variables = dict[str, Tensor]
 SAME = 1e-9  # relative difference of natural parameters at which two laws are one
@@ -94,6 +95,32 @@ class Question:
         events = (model or self.model).events
         drawn = torch.Size(self.draws.shape(name))
         return drawn if events is None else self.batch + drawn[len(drawn) - events[name] :]
+
+    @functools.cached_property
+    def batch_axes(self) -> list[list[str] | None]:
+        """What the members of the batch are called, along each of its axes."""
+        size = len(self.batch)
+        for name in self.model.names:
+            if torch.Size(self.draws.shape(name))[:size] == self.batch:
+                return self.draws.labels(name)[:size]
+        return [None] * size
+
+    def axes(self, name: str) -> list[list[str] | None]:
+        """What the elements of a variable in the act are called, along each of its axes."""
+        own, shape = self.draws.labels(name), self.shape(name)
+        if torch.Size(self.draws.shape(name)) == shape:
+            return own
+        events = len(shape) - len(self.batch)
+        return [*self.batch_axes, *(own[len(own) - events :] if events else [])]
+
+    @functools.cached_property
+    def whole(self) -> tuple[str, ...]:
+        """The variables that are whole numbers and move the end of a finite support."""
+        return whole_parameters(self.laws) if moving_edge(self.model.law(self.few)) else ()
+
+    def is_law(self, variables: Mapping[str, Tensor]) -> bool:
+        """False of a fraction where the family takes whole numbers."""
+        return all(bool((variables[k] == variables[k].round()).all()) for k in self.whole)
 
     @functools.cached_property
     def origins(self) -> dict[str, str]:

@@ -14,6 +14,10 @@ from rkl.bayes.questions import Question, by_member
 from rkl.bayes.tables import Cell, Table
 from rkl.divergences.base import number
 
+TURN = 2 * math.pi
+GAP = 0.15  # of the range inside that is left empty between two pieces
+SHARE, LEAST = 0.02, 10  # of the draws inside, and draws, that each piece has at least
+
 
 @dataclass(frozen=True, eq=False)
 class Region:
@@ -28,7 +32,11 @@ class Region:
         prob: Its posterior probability.
         threshold: The largest loss inside, in nats, [*batch].
         inside: Which draws are in it, [chains, draws, *batch].
-        ranges: The least and the greatest value inside of every variable, by name.
+        ranges: The least and the greatest value inside of every variable, by name; of an angle
+            the ends of an arc, of which the second may lie beyond π.
+        pieces: The intervals in which the region lies, of every number, by its label.
+        intervals: The central ``prob`` of the draws of every variable alone, by quantiles.
+        angles: The variables that are angles.
     """
 
     prob: float
@@ -36,6 +44,9 @@ class Region:
     inside: Tensor
     ranges: Mapping[str, tuple[Tensor, Tensor]]
     estimate: Estimate = field(repr=False)
+    pieces: Mapping[str, list[tuple[float, float]]]
+    intervals: Mapping[str, tuple[Tensor, Tensor]]
+    angles: frozenset[str] = frozenset()
 
     def contains(self, theta: Mapping[str, Any]) -> Tensor:
         """Whether these values of the variables are in the region, [*batch].
@@ -75,24 +86,50 @@ class Region:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the draws, as JSON can hold it."""
         ranges = {name: [end.tolist() for end in ends] for name, ends in self.ranges.items()}
-        return {"prob": self.prob, "threshold": self.threshold.tolist(), "ranges": ranges}
+        alone = {name: [end.tolist() for end in ends] for name, ends in self.intervals.items()}
+        return {
+            "prob": self.prob,
+            "threshold": self.threshold.tolist(),
+            "ranges": ranges,
+            "pieces": {label: [list(piece) for piece in x] for label, x in self.pieces.items()},
+            "intervals": alone,
+        }
 
     def table(self) -> Table:
-        """The least and the greatest value inside of every number."""
+        """The least and the greatest value inside of every number, piece by piece."""
+        joint = len(self.pieces) > max(1, self.estimate.question.batch.numel())
+        alone = _by_label(self.estimate.question, self.intervals) if joint else {}
         rows: list[tuple[Cell, ...]] = []
-        for name, (low, high) in self.ranges.items():
-            ends = zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)
-            names = elements(name, low.shape)
-            rows += [(label, *pair) for label, pair in zip(names, ends, strict=True)]
+        for label, pieces in self.pieces.items():
+            for place, piece in enumerate(pieces):
+                own = alone.get(label, (None, None)) if not place else (None, None)
+                name = f"{label}, or" if place else label
+                rows.append((name, *piece, *own) if joint else (name, *piece))
         title = (
             f"The {self.prob:.0%} of the draws closest to the act under {self.estimate.divergence}"
         )
-        told = (
-            "One region in all variables together: each range is its shadow on one of them, and "
-            f"holds more than {self.prob:.0%} of the draws by itself."
-        )
-        joint = len(rows) > max(1, self.estimate.question.batch.numel())
-        return Table(title, ("variable", "from", "to"), rows, (told,) if joint else ())
+        notes = []
+        if joint:
+            notes.append(
+                "One region in all variables together: each range is its shadow on one of them, "
+                f"and holds more than {self.prob:.0%} of the draws by itself. Alone, "
+                f"{self.prob:.0%} of the draws of one variable lie between the two quantiles."
+            )
+        if any(len(pieces) > 1 for pieces in self.pieces.values()):
+            notes.append("Where a variable has several pieces, no value between them is inside.")
+        if angles := sorted(self.angles):
+            notes.append(f"{', '.join(angles)}: arcs of a circle, modulo 2π.")
+        columns = ("variable", "from", "to", *(("alone from", "alone to") if joint else ()))
+        return Table(title, columns, rows, notes)
+
+    def shaded(self) -> dict[str, list[tuple[float, float]]]:
+        """The pieces by label, arcs cut where the draws of an angle are cut."""
+        found = {}
+        for label, pieces in self.pieces.items():
+            name = label.partition("[")[0]
+            turns = (-1, 0, 1) if name in self.angles else (0,)
+            found[label] = [(a + k * TURN, b + k * TURN) for a, b in pieces for k in turns]
+        return found
 
 
 def region(estimate: Estimate, prob: float = 0.9) -> Region:
@@ -106,8 +143,14 @@ def region(estimate: Estimate, prob: float = 0.9) -> Region:
     losses = question.losses({name: estimate.act[name] for name in question.model.names})
     threshold = _quantile(losses.flatten(0, 1), prob, question.draws.weights)
     inside = losses <= threshold
-    ranges = {name: _range(question, name, inside) for name in question.model.names}
-    return Region(prob, threshold, inside, ranges, estimate)
+    angles = periodic(question)
+    ranges, intervals, pieces = {}, {}, {}
+    for name in question.model.names:
+        values = _unrolled(question, name, inside) if name in angles else question.theta[name]
+        ranges[name] = _range(question, values, inside)
+        intervals[name] = _interval(question, values, prob)
+        pieces |= _pieces(question, name, values, inside)
+    return Region(prob, threshold, inside, ranges, estimate, pieces, intervals, angles)
 
 
 def distance(estimate: Estimate, theta: Mapping[str, Tensor]) -> Tensor:
@@ -131,11 +174,130 @@ def _quantile(losses: Tensor, prob: float, weights: Tensor | None) -> Tensor:
     return ordered.values.gather(0, place)[0]
 
 
-def _range(question: Question, name: str, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """The ends of a variable [*batch, ...] among the draws inside; of all members if shared."""
-    x, inside, batch = question.theta[name], inside.flatten(0, 1), len(question.batch)
-    if x.shape[1 : 1 + batch] != question.batch:
-        inside, batch = inside.reshape(len(inside), -1).all(-1), 0
-    inside = inside.reshape(inside.shape + (1,) * (x.ndim - 1 - batch))
+def _range(question: Question, x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """The ends of a variable [draws, *batch, ...] among those inside; of all members if shared."""
+    inside = _inside(question, x, inside)
     low = torch.where(inside, x, torch.inf).amin(0)
     return low, torch.where(inside, x, -torch.inf).amax(0)
+
+
+def _inside(question: Question, x: Tensor, inside: Tensor) -> Tensor:
+    """Which draws of each number of a variable [draws, *shape] are inside."""
+    inside, batch = inside.flatten(0, 1), len(question.batch)
+    if x.shape[1 : 1 + batch] != question.batch:
+        inside, batch = inside.reshape(len(inside), -1).all(-1), 0
+    return inside.reshape(inside.shape + (1,) * (x.ndim - 1 - batch)).expand_as(x)
+
+
+def _interval(question: Question, x: Tensor, prob: float) -> tuple[Tensor, Tensor]:
+    """The central quantiles of every number [*shape]; monotone maps take them along."""
+    ends = (1 - prob) / 2, (1 + prob) / 2
+    low, high = (_quantile(x, end, question.draws.weights) for end in ends)
+    return low, high
+
+
+def periodic(question: Question) -> frozenset[str]:
+    """The variables that are angles: a full turn changes no distribution, but a part does."""
+    found = set()
+    theta = {name: x[:4] for name, x in question.theta.items()}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            law = question.law(theta)
+            points = law.sample()
+            here = law.log_prob(points)
+        except (NotImplementedError, RuntimeError, ValueError):
+            return frozenset()
+        for name, x in theta.items():
+            turned = [_log_prob(question, theta | {name: x + by}, points) for by in (TURN, 1.0)]
+            if _close(turned[0], here) and not _close(turned[1], here):
+                found.add(name)
+    return frozenset(found)
+
+
+def _log_prob(question: Question, theta: Mapping[str, Tensor], points: Tensor) -> Tensor | None:
+    try:
+        return question.law(theta).log_prob(points)
+    except (RuntimeError, ValueError):
+        return None
+
+
+def _close(x: Tensor | None, y: Tensor) -> bool:
+    return x is not None and torch.allclose(x, y, rtol=1e-9, atol=1e-9)
+
+
+def _unrolled(question: Question, name: str, inside: Tensor) -> Tensor:
+    """Angles [draws, *shape] on a line that is cut in the middle of the widest gap inside."""
+    x = question.theta[name]
+    flat, within = x.reshape(len(x), -1), _inside(question, x, inside).reshape(len(x), -1)
+    columns = []
+    for values, kept in zip(flat.unbind(-1), within.unbind(-1), strict=True):
+        ordered = torch.remainder(values[kept], TURN).sort().values
+        gaps = torch.cat([ordered[1:], ordered[:1] + TURN]) - ordered
+        place = int(gaps.argmax())
+        cut = float(ordered[place] + gaps[place] / 2)
+        turned = torch.remainder(values - cut, TURN) + cut
+        start = float(turned[kept].min())  # which comes to lie in (-π, π]
+        columns.append(turned - TURN * math.ceil((start - math.pi) / TURN))
+    return torch.stack(columns, -1).reshape(x.shape)
+
+
+def _pieces(
+    question: Question, name: str, x: Tensor, inside: Tensor
+) -> dict[str, list[tuple[float, float]]]:
+    """The intervals of every number in which the region lies, by its label."""
+    within = _inside(question, x, inside).reshape(len(x), -1)
+    flat = x.reshape(len(x), -1)
+    sole = sum(question.shape(k).numel() for k in question.model.names) == question.batch.numel()
+    labels = elements(name, x.shape[1:], question.axes(name))
+    pairs = zip(flat.unbind(-1), within.unbind(-1), strict=True)
+    return {
+        label: _runs(values, kept) if sole else _clusters(values[kept])
+        for label, (values, kept) in zip(labels, pairs, strict=True)
+    }
+
+
+def _runs(values: Tensor, kept: Tensor) -> list[tuple[float, float]]:
+    """Of the only number: neighbours that are inside, with no draw between them that is not."""
+    ordered, order = values.sort()
+    kept = kept[order]
+    starts = kept & ~torch.cat([kept[:1] & False, kept[:-1]])
+    ends = kept & ~torch.cat([kept[1:], kept[:1] & False])
+    lows, highs = ordered[starts].tolist(), ordered[ends].tolist()
+    runs = [(lows[0], highs[0])]
+    for low, high in zip(lows[1:], highs[1:], strict=True):
+        if low <= runs[-1][1]:  # equal values on both sides of the threshold
+            runs[-1] = (runs[-1][0], high)
+        else:
+            runs.append((low, high))
+    within, span = ordered[kept], highs[-1] - lows[0]
+    return [
+        piece
+        for low, high in runs
+        for piece in _clusters(within[(within >= low) & (within <= high)], span)
+    ]
+
+
+def _clusters(values: Tensor, span: float | None = None) -> list[tuple[float, float]]:
+    """Of one number among several: pieces apart by gaps that chance does not leave in one."""
+    ordered = values.sort().values
+    span = float(ordered[-1] - ordered[0]) if span is None else span
+    gaps = ordered.diff()
+    number = torch.arange(1, len(ordered))
+    few = max(LEAST, SHARE * len(ordered))
+    wide = gaps > GAP * span
+    cuts = (wide & (number >= few) & (len(ordered) - number >= few)).nonzero()[:, 0].tolist()
+    starts = [0, *(cut + 1 for cut in cuts)]
+    ends = [*cuts, len(ordered) - 1]
+    return [(ordered[a].item(), ordered[b].item()) for a, b in zip(starts, ends, strict=True)]
+
+
+def _by_label(
+    question: Question, ends: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[float, float]]:
+    found = {}
+    for name, (low, high) in ends.items():
+        labels = elements(name, low.shape, question.axes(name))
+        pairs = zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)
+        found |= dict(zip(labels, pairs, strict=True))
+    return found

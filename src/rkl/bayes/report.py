@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rkl.bayes.estimate import Estimate, elements
+from rkl.bayes.regions import Region
 from rkl.bayes.tables import Table
 from rkl.runs import write_atomic, write_json
 
@@ -36,7 +37,9 @@ class Shown:
         act: The act and its risk.
         region: The ranges of the region.
         comparison: The act beside other estimates.
-        marginals: Some draws of some numbers, by name.
+        marginals: Some draws of some numbers, by label.
+        shaded: The intervals of the region, by label.
+        labels: The labels of the elements of every variable.
     """
 
     lead: str
@@ -44,17 +47,21 @@ class Shown:
     region: Table
     comparison: Table
     marginals: Mapping[str, Any]
+    shaded: Mapping[str, Any]
+    labels: Mapping[str, Sequence[str]]
 
     @classmethod
-    def of(cls, estimate: Estimate, region: Table, comparison: Table) -> "Shown":
+    def of(cls, estimate: Estimate, region: Region, comparison: Table) -> "Shown":
         """What is shown of an estimate."""
         lead = f"{estimate.family} under {estimate.divergence}."
-        return cls(lead, estimate.table(), region, comparison, _marginals(estimate))
+        tables = estimate.table(), region.table(), comparison
+        return cls(lead, *tables, _marginals(estimate), region.shaded(), _labels(estimate))
 
     def write(self, folder: Path) -> None:
         """Keep it in a run."""
         tables = {name: getattr(self, name).to_dict() for name in TABLES}
-        write_json(folder / KEPT, {"lead": self.lead, **tables})
+        kept = {"shaded": self.shaded, "labels": self.labels}
+        write_json(folder / KEPT, {"lead": self.lead, **tables, **kept})
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **self.marginals)
         write_atomic(folder / MARGINALS, buffer.getvalue())
@@ -76,16 +83,23 @@ class Shown:
             kept = json.loads((folder / KEPT).read_text(encoding="utf-8"))
             tables = {name: Table.of(kept[name]) for name in TABLES}
             with np.load(folder / MARGINALS, allow_pickle=False) as arrays:
-                return cls(lead=kept["lead"], marginals=dict(arrays), **tables)
+                more: Any = {name: kept[name] for name in ("lead", "shaded", "labels")}
+                return cls(marginals=dict(arrays), **tables, **more)
         except (BadZipFile, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: what {folder} kept cannot be read: {error}.") from error
 
 
-def page(found: Mapping[str, Shown], records: Sequence[Mapping[str, Any]]) -> str:
-    """The report as HTML."""
+def page(
+    found: Mapping[str, Shown],
+    records: Sequence[Mapping[str, Any]],
+    comparison: Table | None = None,
+) -> str:
+    """The report as HTML, of several runs with their acts side by side at its head."""
     from rkl.report import Section, Settings, render
 
     sections = []
+    if comparison is not None:
+        sections.append(Section("Side by side", blocks=[_table(comparison)]))
     for name, it in found.items():
         title = "The estimate" if len(found) == 1 else name
         sections.append(_section(title, it))
@@ -101,16 +115,25 @@ def posterior_figure(
 ) -> "Figure":
     """Every marginal posterior, up to six, with the acts marked and the region shaded."""
     acts = {"act": estimate.act} if comparison is None else comparison.acts
-    return _figure(_marginals(estimate), acts, None if region is None else region.table())
+    shaded = {} if region is None else region.shaded()
+    return _figure(_marginals(estimate), acts, shaded, _labels(estimate))
 
 
-def _figure(marginals: Mapping[str, Any], acts: Mapping[str, Any], region: Table | None):
+def _figure(
+    marginals: Mapping[str, Any],
+    acts: Mapping[str, Any],
+    shaded: Mapping[str, Any],
+    labels: Mapping[str, Sequence[str]],
+):
     from rkl.plots import posterior
 
     shown = dict(list(marginals.items())[:PANELS])
-    marks = {name: _numbers(values) for name, values in acts.items()}
-    ends: Any = {} if region is None else {row[0]: row[1:] for row in region.rows}
-    return posterior(shown, marks, regions={name: ends[name] for name in shown if name in ends})
+    marks = {name: _numbers(values, labels) for name, values in acts.items()}
+    return posterior(shown, marks, regions={k: shaded[k] for k in shown if k in shaded})
+
+
+def _labels(estimate: Estimate) -> dict[str, list[str]]:
+    return {name: estimate.labels(name) for name in estimate.question.model.names}
 
 
 def _marginals(estimate: Estimate) -> dict[str, Any]:
@@ -120,17 +143,23 @@ def _marginals(estimate: Estimate) -> dict[str, Any]:
         if len(found) >= PANELS:
             break
         values = question.draws[name].flatten(0, 1)
+        shape = values.shape[1:]
         values = values[:: max(1, len(values) // DRAWN)].reshape(-1, max(1, values[0].numel()))
-        for i, label in enumerate(elements(name, question.draws[name].shape[2:])[:PANELS]):
+        labels = elements(name, shape, question.draws.labels(name))
+        for i, label in enumerate(labels[:PANELS]):
             found[label] = values[:, i].numpy()
     return found
 
 
-def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
+def _numbers(
+    values: Mapping[str, Tensor], labels: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
     found = {}
     for name, value in values.items():
         value = torch.as_tensor(value)
-        pairs = zip(elements(name, value.shape), value.flatten().tolist(), strict=True)
+        own = labels.get(name, ())
+        known = own if len(own) == value.numel() else elements(name, value.shape)
+        pairs = zip(known, value.flatten().tolist(), strict=True)
         found |= {label: x for label, x in pairs if math.isfinite(x)}
     return found
 
@@ -138,14 +167,16 @@ def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
 def _section(title: str, it: Shown) -> "Section":
     from rkl.report import Section, drawn
 
+    numbers = sum(map(len, it.labels.values()))
     blocks: list[Block] = [
         _table(it.act),
         drawn(
             "The posterior, and what is reported of it",
-            _figure(it.marginals, it.comparison.acts, it.region),
+            _figure(it.marginals, it.comparison.acts, it.shaded, it.labels),
             "Grey: the draws of each parameter. Lines: the estimates. Shaded: the values that "
             "occur in the credible region, which holds the draws whose laws are closest to the "
-            "reported one; it is the same region in every parametrisation.",
+            "reported one; it is the same region in every parametrisation."
+            + (f" The first {PANELS} of {numbers:,} numbers." if numbers > PANELS else ""),
         ),
         _table(it.region),
         _table(it.comparison),

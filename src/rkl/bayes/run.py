@@ -15,11 +15,11 @@ import torch
 from rkl.bayes.acts import bayes_act
 from rkl.bayes.compare import excess_over, side_by_side, variables_of
 from rkl.bayes.draws import Draws, read_draws
-from rkl.bayes.estimate import Estimate
+from rkl.bayes.estimate import Estimate, elements
 from rkl.bayes.losses import AnyLoss, parse_loss
 from rkl.bayes.regions import Region
 from rkl.bayes.report import Shown, page
-from rkl.bayes.tables import Table
+from rkl.bayes.tables import Cell, Table
 from rkl.checks import LARGEST_SEED, integer
 from rkl.importing import only
 from rkl.readers import place_of_nan, read
@@ -137,7 +137,7 @@ def estimate(
     run = Run.create(out, "bayes", kept, seed=settings.seed, overwrite=overwrite)
     with run.running():
         run.update(inputs=_inputs(settings))
-        Shown.of(found.estimate, found.region.table(), found.comparison).write(run.path)
+        Shown.of(found.estimate, found.region, found.comparison).write(run.path)
         write_json(run.path / RESULT, found.to_dict())
     return dataclasses.replace(found, report=report_runs([run.path]))
 
@@ -266,18 +266,33 @@ def compare_runs(
     """
     if out is not None:
         check_out_file(out, overwrite=overwrite)
-    results = {str(run.path): _result(run) for run in _opened(paths)}
-    names = dict.fromkeys(n for it in results.values() for n in it["estimate"]["variables"])
-    rows = []
-    for name in names:
-        cells = [it["estimate"]["act"].get(name) for it in results.values()]
-        if all(cell is None or isinstance(cell["value"], float) for cell in cells):
-            rows.append((name, *(c and (c["value"], c["error"]) for c in cells)))
-    losses = [it["estimate"]["divergence"] for it in results.values()]
-    table = Table("Bayes acts", ("parameter", *results), [("loss", *losses), *rows])
+    table = _side_by_side(_opened(paths))
     if out is None:
         return str(table)
     return f"{table}\n\nThe report: {report_runs(paths, out, overwrite=overwrite)}"
+
+
+def _side_by_side(runs: Sequence[Run]) -> Table:
+    """The acts of several runs: a row for every number of every variable."""
+    results = {str(run.path): _result(run)["estimate"] for run in runs}
+    rows: dict[str, dict[str, Cell]] = {}
+    for place, kept in results.items():
+        for name in kept["variables"]:
+            for label, cell in _numbers_of(kept, name).items():
+                rows.setdefault(label, {})[place] = cell
+    said = [("loss", *(kept["divergence"] for kept in results.values()))]
+    if len({kept["family"] for kept in results.values()}) > 1:
+        said.insert(0, ("family", *(kept["family"] for kept in results.values())))
+    numbers = [(label, *(cells.get(place) for place in results)) for label, cells in rows.items()]
+    return Table("Bayes acts", ("parameter", *results), [*said, *numbers])
+
+
+def _numbers_of(kept: dict[str, Any], name: str) -> dict[str, Cell]:
+    """The numbers of one variable of an act, by label, with their errors."""
+    value, error = (np.asarray(kept["act"][name][key], np.float64) for key in ("value", "error"))
+    labels = kept.get("labels", {}).get(name) or elements(name, torch.Size(value.shape))
+    pairs = zip(value.flatten().tolist(), error.flatten().tolist(), strict=True)
+    return dict(zip(labels, pairs, strict=True))
 
 
 def report_runs(
@@ -301,7 +316,8 @@ def report_runs(
     place = runs[0].path / REPORT if out is None else Path(out)
     check_out_file(place, overwrite=overwrite, own=REPORT)
     found = {str(run.path): Shown.read(run.path) for run in runs}
-    write(place, page(found, [run.record for run in runs]))
+    table = _side_by_side(runs) if len(runs) > 1 else None
+    write(place, page(found, [run.record for run in runs], table))
     return place
 
 

@@ -151,7 +151,7 @@ def one_pass(
     [2.828427, 3.75]
     """
     with torch.no_grad():
-        family, reference, batch = _reference(draws, law, names)
+        family, reference, batch = _reference(draws, law, names, directions)
         laws = math.prod(batch)
         if compiled is None:
             compiled = draws.chains * draws.draws * laws >= WORTH_COMPILING and has_compiler()
@@ -164,10 +164,10 @@ def one_pass(
             if not moments.finite:
                 moments = _averaged(draws, names, plan._replace(kernels=False), length)
         except ValueError:
-            _refuse(draws, law, names, family)
+            _refuse(draws, law, names, family, directions)
             raise
         if not moments.finite:
-            _refuse(draws, law, names, family)
+            _refuse(draws, law, names, family, directions)
             raise ValueError(f"The means of {', '.join(names)} exceed double precision.")
     return moments
 
@@ -265,29 +265,74 @@ def _weights(draws: Draws, chain: int, part: slice) -> Tensor | None:
 
 
 def _reference(
-    draws: Draws, law: Law, names: Sequence[str]
+    draws: Draws, law: Law, names: Sequence[str], directions: Sequence[str] = DIRECTIONS
 ) -> tuple[ExponentialFamily, Natural, torch.Size]:
     """The family about the act of the first few draws, and that act."""
     numbers = sum(math.prod(draws.shape(name)) for name in names)
     rows = min(64, max(8, FIRST // max(1, numbers)))
-    _, _, chunk = next(draws.chunks(names, rows * numbers))
-    first = law(chunk)
+    chunks = draws.chunks(names, rows * numbers)
+    first = law(next(chunks)[2])
     family = family_of(first)
     if family is None:
         raise ValueError(f"law must be of an exponential family; got a {type(first).__name__}.")
-    _check(first, family)
-    mean = tuple(component.mean(0) for component in family.natural(first))
-    act = family.from_natural(mean)
+    _check(first, family, directions)
+    natural = family.natural(first)
+    if bool(family.contains(natural).all()):
+        act = family.from_natural(tuple(component.mean(0) for component in natural))
+    else:
+        act = family.from_natural(_natural_of_means(draws, law, names, family))
     family = family.about(act)
     return family, family.natural(act), first.batch_shape[1:]
 
 
-def _refuse(draws: Draws, law: Law, names: Sequence[str], family: ExponentialFamily) -> None:
+def _natural_of_means(
+    draws: Draws, law: Law, names: Sequence[str], family: ExponentialFamily
+) -> Natural:
+    """The forward act of some draws, of which single ones lie on the edge of the family."""
+    total, count, mean = None, 0, ()
+    for _, _, chunk in draws.chunks(names):
+        found = law(chunk)
+        means = tuple(x.sum(0) for x in family.mean(family.natural(found)))
+        total = means if total is None else plus(total, means)
+        count += found.batch_shape[0]
+        mean = tuple(x / count for x in total)
+        if all(bool(inside.all()) for inside in family.mean_inside(mean)):
+            break
+    family.check_mean(mean)
+    return family.from_mean(mean)
+
+
+def plus(x: Natural, y: Natural, sign: int = 1) -> Natural:
+    """X + sign · y, by components."""
+    return tuple(a + sign * b for a, b in zip(x, y, strict=True))
+
+
+def _refuse(
+    draws: Draws,
+    law: Law,
+    names: Sequence[str],
+    family: ExponentialFamily,
+    directions: Sequence[str],
+) -> None:
     """Say which draw it is that has no finite mean."""
     for _, _, chunk in draws.chunks(names):
-        _check(law(chunk), family)
+        _check(law(chunk), family, directions)
 
 
-def _check(law: Distribution, family: ExponentialFamily) -> None:
+def _check(law: Distribution, family: ExponentialFamily, directions: Sequence[str]) -> None:
+    """Refuse draws that are on the edge, where what is averaged is infinite there."""
     check_domain(law)
-    family.check(family.natural(law))
+    natural = family.natural(law)
+    averaged = all(bool(x.isfinite().all()) for x in family.mean(natural))
+    if averaged and "reverse" not in directions:
+        return
+    try:
+        family.check(natural)
+    except ValueError as error:
+        if not averaged:
+            raise
+        raise ValueError(
+            f"{error} Reverse KL from an act to such a draw is infinite unless the act lies on "
+            "the same edge; KL() averages the mean parameter, which is finite, and Intrinsic() "
+            "takes the smaller of both."
+        ) from error

@@ -1,6 +1,6 @@
 """The figure of a posterior and of what is reported of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,15 @@ def posterior(
     draws: Mapping[str, ArrayLike],
     acts: Mapping[str, Mapping[str, float]],
     *,
-    regions: Mapping[str, tuple[float, float]] | None = None,
+    regions: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> Figure:
     """The marginal posterior of every parameter, a panel each, with the estimates marked.
 
     Args:
         draws: Under each parameter's name, draws of it; the middle 99.8 % are shown.
         acts: Under each estimate's name, its value of each parameter that it has.
-        regions: Under a parameter's name, the least and the largest value in the credible
-            region, which is shaded.
+        regions: Under a parameter's name, the intervals in which the credible region lies, each
+            by its two ends; they are shaded.
     """
     if not isinstance(draws, Mapping):
         raise TypeError(f"draws must be a dict by names; got a {type(draws).__name__}.")
@@ -39,9 +39,10 @@ def posterior(
             isinstance(value, int | float) for value in values.values()
         ):
             raise TypeError(f"acts[{act!r}] must be numbers by parameter; got {values!r:.60}.")
-    for name, ends in (regions or {}).items():
-        if len(ends) != 2:
-            raise ValueError(f"regions[{name!r}] must be two ends; got {ends!r:.60}.")
+    for name, pieces in (regions or {}).items():
+        for ends in pieces:
+            if not isinstance(ends, Sequence) or len(ends) != 2:
+                raise ValueError(f"regions[{name!r}] must be pairs of ends; got {ends!r:.60}.")
     figure = blank(WIDTH, HEIGHT * len(draws) - 70 * (len(draws) - 1))
     panels = figure.subplots(len(draws), 1, squeeze=False)[:, 0]
     lines = {}
@@ -50,9 +51,10 @@ def posterior(
         for i, (act, value) in enumerate(acts.items()):
             if name in value and shown[0] <= value[name] <= shown[1]:
                 lines[act] = axes.axvline(value[name], **line_style(i))
-        if regions and name in regions:
-            low, high = max(shown[0], regions[name][0]), min(shown[1], regions[name][1])
-            axes.axvspan(low, high, color=INK, alpha=0.08, linewidth=0)
+        for ends in (regions or {}).get(name, ()):
+            low, high = max(shown[0], ends[0]), min(shown[1], ends[1])
+            if low < high:
+                axes.axvspan(low, high, color=INK, alpha=0.08, linewidth=0)
     if lines:
         legend(figure, {act: lines[act] for act in acts if act in lines})
     return figure

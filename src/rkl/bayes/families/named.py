@@ -271,6 +271,27 @@ class ZeroInflatedNegativeBinomial(_ZeroInflated):
         return NegativeBinomial2(self._mean, self.concentration, validate_args=False)
 
 
+class PoissonOrZero(_Named):
+    """Poisson, with finite slopes where the rate is 0: a component that gives additional zeros."""
+
+    rate: Tensor
+    arg_constraints = {"rate": C.nonnegative}
+    support = C.nonnegative_integer  # pyright: ignore
+
+    def __init__(self, rate, validate_args=None):
+        super().__init__(validate_args, rate=rate)
+
+    def log_prob(self, value):
+        none = self.rate == 0
+        rate = torch.where(none, 1.0, self.rate)
+        counts = value * rate.log() - rate - torch.lgamma(value + 1)
+        zeros = torch.where(value == 0, 0.0, -math.inf) - self.rate
+        return torch.where(none, zeros, counts)
+
+    def sample(self, sample_shape=()):
+        return torch.poisson(self.rate.expand(self._expanded(sample_shape)))
+
+
 class HurdlePoisson(_Named):
     """Zero with probability ``gate``, and else a Poisson count that is at least 1."""
 

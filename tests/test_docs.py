@@ -73,7 +73,7 @@ def test_a_divergence_that_is_new_gets_a_row():
     rows = table.between(text_of(ROOT / "README.md")).splitlines()
     without = "\n".join(row for row in rows if not row.startswith("| `kl`"))
     (added,) = set(table.table(without).splitlines()) - set(rows)
-    assert added.startswith("| `kl` `forward-kl` |")
+    assert added.startswith("| `kl` `forward-kl` `fkl` |")
     assert added.endswith("| scale-free |  |")
 
 

@@ -214,6 +214,62 @@ def read_columns(path: str | os.PathLike, *, name: str = "data") -> Columns:
         return _drop_index(replace(table, index=unnamed))
 
 
+def read_records(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a table of text, such as .csv or .tsv, each with the line it begins at.
+
+    Every cell stays text, line ends and commas within quotes included. The first line names the
+    columns; it is divided by the tab, semicolon or comma that occurs most in it.
+
+    Args:
+        path: The file, which may be compressed by gzip.
+
+    Raises:
+        ValueError: The file is no such table; names file and line.
+    """
+    file = Path(path)
+    with _told("data", file):
+        text, notes = _decoded(file)
+    for note in notes:
+        warnings.warn(f"data: {file}: {note}.", stacklevel=2)
+    head = text.lstrip().partition("\n")[0]
+    mark = max("\t;,", key=head.count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    names: list[str] = []
+    while True:
+        first = lines.line_num + 1
+        try:
+            with _long_cells():
+                cells = next(lines)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(f"data: {file}, line {first}: {error}.") from None
+        if not cells:
+            continue
+        if not names:
+            names = [cell.strip() for cell in cells]
+            twice = sorted({it for it in names if names.count(it) > 1})
+            if twice:
+                raise ValueError(f"data: {file}: two columns are called {twice[0]!r}.")
+            continue
+        if len(cells) != len(names):
+            raise ValueError(
+                f"data: {file}, line {first}: expected {len(names)} cells, one for each of "
+                f"{', '.join(names)}; got {len(cells)}. Put text with {mark!r} in quotes."
+            )
+        yield first, dict(zip(names, cells, strict=True))
+
+
+def gunzip(path: str | os.PathLike) -> bytes:
+    """The bytes of a file, decompressed where it is a gzip; one that expands without end is none.
+
+    Raises:
+        ValueError: Naming the file, where it cannot be decompressed.
+    """
+    with _told("data", Path(path)):
+        return _gunzip(Path(path))
+
+
 def split_choice(path: str | os.PathLike, name: str = "data") -> tuple[Path, str | None]:
     """A file, and the array in it that "FILE:NAME" chooses.
 

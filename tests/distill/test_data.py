@@ -135,7 +135,7 @@ def test_a_line_that_is_no_row_is_named_with_what_was_expected(tmp_path, content
     [
         ("a.txt", b"caf\n\xe9", r"a\.txt: expected UTF-8; got the byte 0xe9 at 4"),
         ("a.txt", b" \n", r"a\.txt has no rows"),
-        ("a.csv", b"text\na", r"data must end in \.jsonl, \.txt, \.parquet"),
+        ("a.doc", b"text\na", r"data must end in \.jsonl, \.json, \.csv, .*\.parquet"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name, content, named):

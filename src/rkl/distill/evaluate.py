@@ -71,8 +71,8 @@ class EvaluateSettings:
     """What ``rkl evaluate`` may be told of a distilled student.
 
     Args:
-        data: The held-out text: a file (.jsonl, .parquet or .txt), a folder of datasets'
-            save_to_disk, or the name of a data set on the Hub.
+        data: The held-out text: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of
+            datasets' save_to_disk, or the name of a data set on the Hub.
         split: Which split of --data is read, where it has several.
         teacher: The model to compare the student with: a folder, a .gguf file, package:NAME or a
             name on the Hub; by default the run's teacher.

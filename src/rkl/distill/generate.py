@@ -83,8 +83,8 @@ class GenerateSettings:
     """What ``rkl generate`` may be told of a distilled student.
 
     Args:
-        data: The text that gives the prompts: a file (.jsonl, .parquet or .txt), a folder of
-            datasets' save_to_disk, or the name of a data set on the Hub.
+        data: The text that gives the prompts: a file (.jsonl, .json, .csv, .parquet, .txt), a
+            folder of datasets' save_to_disk, or the name of a data set on the Hub.
         split: Which split of --data is read, where it has several.
         prompts: Number of prompts, at most, spread evenly over the rows.
         prompt_tokens: Length of a prompt in tokens, where the rows are plain text.

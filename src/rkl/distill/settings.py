@@ -22,8 +22,8 @@ class DistillSettings:
     Args:
         teacher: The model to imitate, with the student's tokenizer: a folder of save_pretrained,
             a .gguf file, package:NAME for the one in an installed package, or a name on the Hub.
-        data: The text to learn on: a file (.jsonl, .parquet or .txt), a folder of datasets'
-            save_to_disk, or the name of a data set on the Hub.
+        data: The text to learn on: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of
+            datasets' save_to_disk, or the name of a data set on the Hub.
         student: The model to train, given as the teacher is, or a config.json for random weights
             of that architecture; by default the teacher without --drop-layers.
         drop_layers: Layers that the student loses, counted from 0, both ends included, such as

@@ -1,6 +1,9 @@
 """Where rows come from: files, Hugging Face data sets, memory. Each is checked as it is read."""
 
+import contextlib
 import importlib
+import io
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,6 +12,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from rkl.distill.chats import as_tools, has_nulls, without_nulls
+from rkl.readers import gunzip, read_records
 from rkl.runs.integrity import hub_name
 
 Row = dict[str, Any]
@@ -20,7 +24,18 @@ COLUMNS = {
     "text": ("text",),
 }
 TOOLS = "tools"  # a column that rows of messages may have
+OTHER_COLUMNS = (  # of rows in the words of Alpaca, ShareGPT and others
+    *("prompt", "response", "instruction", "input", "output", "history", "system"),
+    "conversations",
+)
+ROLES = {  # what ShareGPT calls them
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+    "system": "system",
+}
 EXPECTED = "expected text, or prompt and completion, or messages"
+ALSO = "; instruction and output, or conversations, are read as messages"
 
 
 class Rows(list[Row]):
@@ -71,13 +86,20 @@ def read_rows(data: Data, *, split: str = "train") -> Rows:
     data                      rows
     ========================  =========================================================
     ``*.jsonl``               one JSON object a line, blank lines apart
+    ``*.json``                a list of objects, or one object a line
+    ``*.csv``, ``*.tsv``      a row of text a line, its columns named in the first
     ``*.txt``                 one row, the whole text
+    ``*.gz``                  one of these, compressed
     ``*.parquet``             those of the table (extra ``data``)
     a folder                  of a data set saved by ``save_to_disk`` (extra ``data``)
     any other name            a data set on the Hub, ``name`` or ``name:config``, or
                               ``hub:name`` where a folder has that name (extra ``data``)
     list, datasets.Dataset    their own
     ========================  =========================================================
+
+    Rows of ``prompt`` and ``response``, of Alpaca (``instruction``, ``input``, ``output``, also
+    ``system`` and ``history``) and of ShareGPT (``conversations`` of ``from`` and ``value``) are
+    read too: the first as prompt and completion, the others as messages.
 
     Args:
         data: One of the above.
@@ -94,6 +116,7 @@ def read_rows(data: Data, *, split: str = "train") -> Rows:
     read = _read_named(data, split) if named else _in_memory(data, split)
     for number, row in read.rows:
         place = read.source if number is None else f"{read.source}, {read.unit} {number}"
+        row = _in_our_words(row, place)
         found = kind_of(row, place)
         kind = kind or found
         if found != kind:
@@ -148,7 +171,77 @@ def kind_of(row: Any, place: str) -> str:
         if all(row.get(column) is not None for column in columns):
             return kind
     found = sorted(str(column) for column, value in row.items() if value is not None)
-    raise ValueError(f"{place}: {EXPECTED}; got the columns {found}, null ones apart.")
+    raise ValueError(f"{place}: {EXPECTED}; got the columns {found}, null ones apart{ALSO}.")
+
+
+def _in_our_words(row: Any, place: str) -> Any:
+    """The row with the columns that we know it by, if it has those of other libraries."""
+    if not isinstance(row, Mapping):
+        return row
+    known = {column for column in row if row[column] is not None}
+    if any(known.issuperset(columns) for columns in COLUMNS.values()):
+        return row
+    if known >= {"prompt", "response"}:
+        return {**row, "completion": row["response"]}
+    if "conversations" in known:
+        return {**row, "messages": _of_sharegpt(row, place)}
+    if known >= {"instruction", "output"}:
+        return {**row, "messages": _of_alpaca(row, place)}
+    return row
+
+
+def _of_alpaca(row: Mapping[str, Any], place: str) -> list[dict[str, str]]:
+    """A chat of an instruction, with its input behind it, and the answer."""
+    history = row.get("history") or []
+    pairs = isinstance(history, list | tuple) and all(
+        isinstance(it, list | tuple) and len(it) == 2 for it in history
+    )
+    if not pairs:
+        raise ValueError(
+            f"{place}: history must be a list of pairs of question and answer; "
+            f"got {_short(history)}."
+        )
+    asked = [row["instruction"], *([row["input"]] if row.get("input") else [])]
+    said = [text for pair in history for text in pair]
+    texts = [*asked, row["output"], *said, row.get("system") or ""]
+    if not all(isinstance(text, str) for text in texts):
+        wrong = next(text for text in texts if not isinstance(text, str))
+        raise ValueError(
+            f"{place}: instruction, input, output, history and system must be text; "
+            f"got {_short(wrong)}."
+        )
+    turns = [*said, "\n".join(asked), row["output"]]
+    roles = itertools.cycle(("user", "assistant"))
+    chat = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    return _system(row) + chat
+
+
+def _of_sharegpt(row: Mapping[str, Any], place: str) -> Any:
+    """A chat of turns with from and value, or with role and content as we have them."""
+    turns = row["conversations"]
+    if not isinstance(turns, list | tuple) or not all(isinstance(it, Mapping) for it in turns):
+        raise ValueError(
+            f"{place}: conversations must be a list of objects with from and value; "
+            f"got {_short(turns)}."
+        )
+    messages = []
+    for turn in turns:
+        who = turn.get("from")
+        if who is None and turn.get("role") is not None:
+            messages.append(turn)
+        elif who in ROLES and isinstance(turn.get("value"), str):
+            messages.append({"role": ROLES[who], "content": turn["value"]})
+        else:
+            raise ValueError(
+                f"{place}: each of conversations must have a value that is text, and from that "
+                f"is one of {', '.join(ROLES)}; got {_short(dict(turn))}."
+            )
+    first = messages[0]["role"] if messages else None
+    return messages if first == "system" else _system(row) + messages
+
+
+def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
 
 def _checked(row: Mapping[str, Any], kind: str, place: str) -> Row:
@@ -230,18 +323,35 @@ def _read_named(data: str | Path, split: str) -> _Reading:
     path = Path(data)
     if path.is_dir():
         return _saved(path, split)
-    if (reader := _READERS.get(path.suffix.lower())) is None:
+    if (reader := _READERS.get(_ending(path))) is None:
         if path.exists():
-            raise ValueError(f"data must end in {', '.join(_READERS)}; got the file {path}.")
+            known = f"{', '.join(_READERS)}, or one of these with .gz"
+            raise ValueError(f"data must end in {known}; got the file {path}.")
         return _on_hub(_data_set(str(data)), split)
     if not path.is_file():
         raise FileNotFoundError(f"data: there is no file {path}.")
     return reader(path)
 
 
+def _ending(path: Path) -> str:
+    """The ending of a name, apart from that of a compressed file."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Iterable[bytes]]:
+    """The lines of a file as bytes, decompressed."""
+    if path.suffix.lower() == ".gz":
+        yield io.BytesIO(gunzip(path))
+    else:
+        with path.open("rb") as file:
+            yield file
+
+
 def _jsonl(path: Path) -> _Reading:
     def rows() -> Iterator[tuple[int, Any]]:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             for number, line in enumerate(file, 1):
                 place = f"{path}, line {number}"
                 text = _utf8(line, place)
@@ -251,9 +361,21 @@ def _jsonl(path: Path) -> _Reading:
     return _Reading(rows(), str(path), "line")
 
 
+def _json_file(path: Path) -> _Reading:
+    """A list of objects; one object a line is read too, as files with this ending often hold."""
+    text = _utf8(gunzip(path), str(path))
+    if not text.lstrip().startswith("["):
+        return _jsonl(path) if text.strip() else _Reading([], str(path))
+    return _Reading(enumerate(_json(text, str(path)), 1), str(path))
+
+
+def _table(path: Path) -> _Reading:
+    return _Reading(read_records(path), str(path), "line")
+
+
 def _txt(path: Path) -> _Reading:
     """The whole text, its lines ended by a line feed alone, as Python reads text files."""
-    text = _utf8(path.read_bytes(), str(path)).replace("\r\n", "\n").replace("\r", "\n")
+    text = _utf8(gunzip(path), str(path)).replace("\r\n", "\n").replace("\r", "\n")
     return _Reading([(None, {"text": text})] if text.strip() else [], str(path))
 
 
@@ -263,16 +385,20 @@ def _parquet(path: Path) -> _Reading:
         table = table_of.read_table(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
-    known = {TOOLS, *(column for columns in COLUMNS.values() for column in columns)}
+    known = {TOOLS, *OTHER_COLUMNS, *itertools.chain(*COLUMNS.values())}
     found = [name for name in table.column_names if name in known]
     if not {*found} - {TOOLS}:
-        raise ValueError(f"{path}: {EXPECTED}; got the columns {sorted(table.column_names)}.")
+        got = sorted(table.column_names)
+        raise ValueError(f"{path}: {EXPECTED}; got the columns {got}{ALSO}.")
     rows = (row for batch in table.select(found).to_batches() for row in batch.to_pylist())
     return _Reading(enumerate(rows, 1), str(path), filled=True)
 
 
 _READERS: dict[str, Callable[[Path], _Reading]] = {
     ".jsonl": _jsonl,
+    ".json": _json_file,
+    ".csv": _table,
+    ".tsv": _table,
     ".txt": _txt,
     ".parquet": _parquet,
 }

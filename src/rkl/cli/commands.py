@@ -156,20 +156,26 @@ def metrics(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     Examples:
       rkl metrics --real real.npy --fake samples.npy
       rkl metrics --real real.npy --fake samples.npy --k 3 --inclusive --json
+      rkl metrics --real held-out.csv --fake samples.csv --train train.csv --standardise
     """
     for side, of in (("real", "the target"), ("fake", "the model")):
         says = f"samples of {of}, [samples, features] (required)"
         parser.add_argument(f"--{side}", type=Path, required=True, metavar="FILE", help=says)
     parser.add_argument("--k", type=int, default=5, help="which neighbour (default: 5)")
     parser.add_argument("--inclusive", action="store_true", help="closed balls, not open ones")
+    says = "divide each column by its spread among the real samples"
+    parser.add_argument("--standardise", action="store_true", help=says)
+    says = "what the model was trained on, where --real was not: are the samples copies of it?"
+    parser.add_argument("--train", type=Path, metavar="FILE", help=says)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     def measured(parsed: Namespace) -> None:
         from rkl.metrics import samples
 
-        arrays, notes = samples.read_both(parsed.real, parsed.fake)
+        arrays, notes = samples.read_both(parsed.real, parsed.fake, parsed.train)
         seed = {name: value for name, value in _common(parsed).items() if name == "seed"}
-        found = samples.measure(**arrays, k=parsed.k, inclusive=parsed.inclusive, **seed)
+        how = {name: getattr(parsed, name) for name in ("k", "inclusive", "standardise")}
+        found = samples.measure(**arrays, **how, **seed)
         found = replace(found, notes=[*found.notes, *notes])
         _show(json.dumps(found.to_dict(), indent=2) if parsed.json else found)
 

@@ -1,5 +1,6 @@
 """The report of a flow fitted to data: its samples, precision against recall, and training."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ def data_page(
     measured: Measured | None,
     metrics: Rows,
     settings: Mapping[str, Any],
+    free: tuple[Tensor, Tensor] | None = None,
 ) -> str:
     """The report as HTML.
 
@@ -31,11 +33,12 @@ def data_page(
         measured: The one beside the other.
         metrics: What was logged in training.
         settings: What is written at the end: run.json.
+        free: Rows and samples in units of the spread, for the curve; by default as they are.
     """
     from rkl.report import Section, Settings, render
 
     divergence = settings["settings"]["divergence"]
-    sections = [_samples(real, fake, measured), _training(metrics)]
+    sections = [_samples(real, fake, measured, free), _training(metrics)]
     looked = parse(divergence)
     if isinstance(looked, FDivergence):
         sections.append(_spectrum(divergence, looked))
@@ -44,7 +47,12 @@ def data_page(
     return render("Samples of a flow", [it for it in sections if it.blocks], lead=lead)
 
 
-def _samples(real: Tensor | None, fake: Tensor, measured: Measured | None) -> "Section":
+def _samples(
+    real: Tensor | None,
+    fake: Tensor,
+    measured: Measured | None,
+    free: tuple[Tensor, Tensor] | None,
+) -> "Section":
     from rkl import plots
     from rkl.plots.lattices import planes
     from rkl.report import Section, Table, drawn
@@ -55,8 +63,11 @@ def _samples(real: Tensor | None, fake: Tensor, measured: Measured | None) -> "S
         panels = {name: it.numpy() for name, it in sides.items() if it is not None}
         blocks.append(drawn("Samples", planes(panels, columns=2), "On one scale."))
     if real is None or measured is None:
-        return Section("Samples", _GONE if real is None else "", blocks)
-    curve = prd_curve(real=real, fake=fake, clusters=min(20, len(real) + len(fake)))
+        return Section("Samples", _GONE if real is None else _FEW.format(len(real)), blocks)
+    one, other = (real, fake) if free is None else free
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        curve = prd_curve(real=one, fake=other, clusters=min(20, len(one) + len(other)))
     precision, recall = curve.precision, curve.recall
     low, high = (
         (precision.value + sign * precision.error).clamp(0, 1).numpy() for sign in (-2, 2)
@@ -66,17 +77,21 @@ def _samples(real: Tensor | None, fake: Tensor, measured: Measured | None) -> "S
         bands={"flow": (low, high)},
         between=("data", "flow"),
     )
+    beside = measured.halves, measured.ceiling
     rows = [
-        [name, _pair(it), _pair(measured.ceiling[name]) if name in measured.ceiling else None]
+        [name, _pair(it), *(_pair(them[name]) if name in them else None for them in beside)]
         for name, it in measured.scores.items()
     ]
+    drawings = [drawn("Precision against recall, over all slopes", drawing, _CURVE_SAYS)]
+    if said:  # too few clusters hold real samples
+        drawings = []
     notes = " ".join([f"{measured.about}.", *measured.notes])
     return Section(
         "Samples",
         blocks=[
             *blocks,
-            drawn("Precision against recall, over all slopes", drawing, _CURVE_SAYS),
-            Table("Scores", ["score", "flow", "real against real"], rows, notes),
+            *drawings,
+            Table("Scores", ["score", "flow", "of halves", "real against real"], rows, notes),
         ],
     )
 
@@ -117,8 +132,10 @@ _TRACES = {
     "divergence": ("The divergence, by the critic", "D (nats)"),
 }
 _GONE = "The data that the flow was fitted to are no longer where they were: nothing is compared."
+_FEW = "Of {} rows held out no scores are taken: neighbours ask for 20 at least."
 _CURVE_SAYS = (
-    "From the shares of 20 clusters, with a band of two standard errors; a cluster does not see "
-    "what differs within, so that the curve can only be too high. Up is precise, right is diverse."
+    "From the shares of 20 clusters, with a band of two standard errors. A cluster does not see "
+    "what differs within, which makes the curve too high; the noise of shares makes it too low: "
+    "the notes say what two samples of one distribution score. Up is precise, right is diverse."
 )
 _LOOKS = "Weight left of 1 is on recall, right of 1 on precision; needles are single slopes."

@@ -16,6 +16,7 @@ from rkl.flows.data_run import load_run, settings_of
 from rkl.flows.evaluate import VALUES, condition_grid, evaluate_on_target
 from rkl.flows.evaluation import Evaluation
 from rkl.flows.mcmc.kernels import check_whole
+from rkl.flows.standardise import Units
 from rkl.flows.target_run import TargetRun, load_target_run, parse_ranges, read_draws
 from rkl.importing import only
 from rkl.metrics import Mean, mean, to_json
@@ -222,7 +223,8 @@ def _evaluate_on_rows(
         chosen = spread.rows(torch.randperm(len(data))[:MEASURED])
         law = flow() if chosen.condition is None else flow(chosen.condition)
         drawn = law.sample(() if chosen.condition is not None else (len(chosen.values),))
-    samples = _measured(chosen.values.flatten(1), drawn.flatten(1), settings.seed)
+    train = _trained_on(run, flow, allow)
+    samples = _measured(flow.units, chosen.values, drawn, train, settings.seed)
     seen = run.count_seen([row.tobytes() for row in data.values.numpy()])
     return DataEvaluation(len(data), seen, mean(log_q), samples, data.notes)
 
@@ -237,12 +239,35 @@ def _check_columns(run: Run, data: Data) -> None:
         )
 
 
-def _measured(real: Tensor, fake: Tensor, seed: int) -> Measured | None:
-    """Precision, recall and the like, where there are rows enough for neighbours."""
+def _measured(
+    units: Units, real: Tensor, fake: Tensor, train: Tensor | None, seed: int
+) -> Measured | None:
+    """Precision, recall and the like in units of the spread, where there are rows enough."""
     if len(real) < 20:
         warnings.warn(f"{len(real)} rows are too few to measure samples by.", stacklevel=4)
         return None
-    return measure(real=real, fake=fake.to(real.dtype), seed=seed)
+    sides = {"real": real, "fake": fake.to(real.dtype)} | (
+        {} if train is None else {"train": train}
+    )
+    return measure(
+        **{name: units.spread_of(it).flatten(1) for name, it in sides.items()}, seed=seed
+    )
+
+
+def _trained_on(run: Run, flow: Any, allow: Collection[str]) -> Tensor | None:
+    """The rows that a run was fitted to, if they are still where they were."""
+    path = Path(run.settings["data"])
+    if not path.exists():
+        return None
+    kept, classes = settings_of(run, allow=allow), run.record["data"]["classes"]
+    try:
+        data = read_data(kept.data, kept.labels, step=flow.units.step_of_rows(), classes=classes)
+        rows = data.split(kept.held_out, kept.seed)[0]
+    except (OSError, ValueError):  # it is other data by now
+        return None
+    found = rows.rows(torch.arange(min(len(rows), MEASURED)))
+    seen = run.count_seen([row.tobytes() for row in found.values.numpy()])
+    return found.spread().values if seen == len(found) else None
 
 
 def report_runs(
@@ -292,13 +317,14 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
 
     settings, seed = run.settings, run.record["seed"]
     flow: Any = load_run(run.path)
-    real, condition = None, None
+    real, condition, train = None, None, None
     if Path(settings["data"]).exists():
         kept = settings_of(run)
         classes = run.record["data"]["classes"]
         step = flow.units.step_of_rows()
         data = read_data(kept.data, kept.labels, step=step, classes=classes)
-        held_out = data.split(kept.held_out, kept.seed)[1]
+        trained_on, held_out = data.split(kept.held_out, kept.seed)
+        train = trained_on.rows(torch.arange(min(len(trained_on), MEASURED))).spread().values
         chosen = held_out.spread().rows(torch.arange(min(len(held_out), MEASURED)))
         real, condition = chosen.values, chosen.condition
     elif run.record["data"]["classes"]:
@@ -306,9 +332,12 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         shape = () if condition is not None else (MEASURED if real is None else len(real),)
-        fake = (flow() if condition is None else flow(condition)).sample(shape).flatten(1)
-    real = None if real is None else real.flatten(1)
-    measured = None if real is None else _measured(real, fake, seed)
+        fake = (flow() if condition is None else flow(condition)).sample(shape)
+    measured = None if real is None else _measured(flow.units, real, fake, train, seed)
+    free = None
+    if real is not None:
+        free = flow.units.spread_of(real).flatten(1), flow.units.spread_of(fake).flatten(1)
+    real, fake = None if real is None else real.flatten(1), fake.flatten(1)
     place = run.path / "report.html" if out is None else Path(out)
-    write(place, data_page(real, fake, measured, run.metrics, run.record))
+    write(place, data_page(real, fake, measured, run.metrics, run.record, free))
     return place

@@ -141,6 +141,11 @@ class Units(nn.Module):
         constant = flat.shape[1] / 2 * math.log(2 * math.pi)
         return -flat.square().sum(1) / 2 - constant + log_slope.double()
 
+    def spread_of(self, value: Float[Tensor, "*batch_event"]) -> Float[Tensor, "*batch_event"]:
+        """Events in units of the spread of each column, not mixed: no metric depends on units."""
+        inner = value if self.bending is None else _bent(value, self.bending)
+        return (inner - self.shift) / self.scale
+
     def step_of_rows(self) -> Tensor:
         """The step over which quantised values are spread, 0 of continuous ones."""
         held: Any = self

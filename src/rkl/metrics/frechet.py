@@ -58,6 +58,30 @@ def frechet_distance(
     return Mean(*(unit * (unit * it).cpu() for it in (value, error)))
 
 
+def frechet_bias(
+    *, real: Float[Tensor, "reals features"], fake: Float[Tensor, "fakes features"]
+) -> float:
+    r"""The mean Fréchet distance of two samples of one distribution, of these sizes.
+
+        (1/N + 1/M) [tr C + ½ Σ λ_i λ_j (1 + δ_ij) / (λ_i + λ_j)]
+
+    with the eigenvalues λ of the pooled covariance C: the second order of the distance, with
+    the fluctuations that moments of normal samples have.
+
+    >>> x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    >>> round(frechet_bias(real=x, fake=x), 2)  # 0.104 for a unit covariance
+    0.1
+    """
+    real, fake = (it.double() for it in checked_pair(real, fake))
+    unit = common_unit(real, fake)
+    both = torch.cat([(it / unit) - (it / unit).mean(0) for it in (real, fake)])
+    values = torch.linalg.eigvalsh(torch.atleast_2d(both.T.cov())).clamp_min(0.0)
+    sums = values[:, None] + values
+    pairs = torch.where(sums > 0, values[:, None] * values / sums.clamp_min(1e-300), 0.0)
+    total = values.sum() + (pairs.sum() + pairs.diagonal().sum()) / 2
+    return unit * (unit * total.item() * (1 / len(real) + 1 / len(fake)))
+
+
 def _roots(c: Tensor) -> tuple[Tensor, Tensor]:
     """C^½ and C^−½, the latter 0 where C is singular."""
     values, vectors = torch.linalg.eigh(c)

@@ -15,6 +15,9 @@ from rkl.metrics import Mean
 BLOCK = 2**21  # distances that exist at one time
 GROUPS = 16  # of columns, whose minima are looked at first
 HIGH = 32  # intrinsic dimension from which precision and recall are warned of
+CLOSE = 0.1  # of the usual distance to a neighbour, below which a sample may be a copy
+POINTS = 0.9  # share of balls without a radius, from which that is warned of
+ROUNDED = 8  # units in the last place, of sums of products
 FARTHEST = 56  # binary digits between a spread of 1 and features whose squares still are numbers
 
 
@@ -87,9 +90,10 @@ def prdc(
     _check_counts(real, fake, k, subsamples)
     unit = common_unit(real, fake)
     real, fake = real / unit, fake / unit
-    values, dimension = _scores(real, fake, k, inclusive)
-    _warn(real, fake, dimension)
+    values, dimension, points = _scores(real, fake, k, inclusive)
+    _warn(real, fake, dimension, points)
     error = _errors(real, fake, k, inclusive, subsamples, seed)
+    error = torch.maximum(error, _least_errors(values, len(real), len(fake), k))
     return PRDC(*(Mean(*both) for both in zip(values, error, strict=True)))
 
 
@@ -120,7 +124,8 @@ def prdc_ceiling(
     if len(other) <= (k if isinstance(k, int) else 0):
         raise ValueError(f"real must hold more than {2 * k + 1} samples; got {len(real)}.")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "in high dimension")  # said of the scores themselves
+        # said of the scores themselves
+        warnings.filterwarnings("ignore", r"in high dimension|.* balls have a radius of 0")
         how: dict[str, Any] = {"k": k, "inclusive": inclusive, "subsamples": subsamples}
         return prdc(real=half, fake=other, seed=seed, **how)
 
@@ -182,7 +187,20 @@ def _check_counts(real: Tensor, fake: Tensor, k: int, subsamples: int) -> None:
         raise ValueError("subsamples must be 0, or 2 at least to have a spread; got 1.")
 
 
-def _warn(real: Tensor, fake: Tensor, dimension: float) -> None:
+def _least_errors(values: Tensor, reals: int, fakes: int, k: int) -> Tensor:
+    """Of shares at which all subsets agree: those of a share with one case more on either side."""
+    size = torch.tensor([fakes, reals, fakes * k, reals], dtype=torch.float64)
+    share = (values.clamp(0, 1) * size + 1) / (size + 2)
+    return (share * (1 - share) / size).sqrt()
+
+
+def _warn(real: Tensor, fake: Tensor, dimension: float, points: int) -> None:
+    if points >= POINTS * (len(real) + len(fake)):
+        warnings.warn(
+            f"{points:,} of {len(real) + len(fake):,} balls have a radius of 0, as samples are "
+            "equal: open balls hold nothing then, closed ones (inclusive) their equals.",
+            stacklevel=3,
+        )
     if real.shape == fake.shape and torch.equal(real, fake):
         warnings.warn("real and fake are the same samples: no score means anything.", stacklevel=3)
     if dimension >= HIGH:
@@ -210,8 +228,8 @@ def _errors(real, fake, k: int, inclusive: bool, subsamples: int, seed: int) -> 
     return torch.stack(found).std(0) / math.sqrt(3)
 
 
-def _scores(real: Tensor, fake: Tensor, k: int, inclusive: bool) -> tuple[Tensor, float]:
-    """The four scores, and the intrinsic dimension of the real samples.
+def _scores(real: Tensor, fake: Tensor, k: int, inclusive: bool) -> tuple[Tensor, float, int]:
+    """The four scores, the intrinsic dimension of the reals, and how many balls are points.
 
     All comparisons are of |y|² − 2xy with R² − |x|²: one matrix product, and no norm to add.
     """
@@ -220,6 +238,11 @@ def _scores(real: Tensor, fake: Tensor, k: int, inclusive: bool) -> tuple[Tensor
     near_real, near_fake = _nearest(real, norm_real, k), _nearest(fake, norm_fake, k)
     reach_real, reach_fake = near_real[:, -1], near_fake[:, -1]
     within = torch.le if inclusive else torch.lt
+    noise = _noise(norm_real, reach_real), _noise(norm_fake, reach_fake)
+    sign = 1 if inclusive else -1  # equal distances are equal, whatever products round them to
+    reach_real, reach_fake = (
+        reach + sign * it for reach, it in zip((reach_real, reach_fake), noise, strict=True)
+    )
     balls, inside = torch.zeros_like(norm_fake), None
     reached, covered = torch.zeros_like(norm_real), torch.zeros_like(norm_real)
     for mine, block in _products(real, fake, norm_fake):
@@ -231,7 +254,19 @@ def _scores(real: Tensor, fake: Tensor, k: int, inclusive: bool) -> tuple[Tensor
         reached[mine] = within(block.amin(1), -norm_real[mine]).to(real)
     parts = [balls > 0, reached, balls / k, covered]
     scores = torch.stack([part.double().mean() for part in parts]).cpu()
-    return scores, _dimension(near_real + norm_real[:, None])
+    points = sum(
+        int((near[:, -1] + norms <= it).sum())
+        for near, norms, it in zip(
+            (near_real, near_fake), (norm_real, norm_fake), noise, strict=True
+        )
+    )
+    return scores, _dimension(near_real + norm_real[:, None]), points
+
+
+def _noise(norms: Tensor, reach: Tensor) -> Tensor:
+    """By how much |y|² − 2xy may be rounded, of y near the surface of a ball about x."""
+    radius = (reach + norms).clamp_min(0)
+    return ROUNDED * torch.finfo(norms.dtype).eps * (3 * norms + 2 * radius)
 
 
 def centred(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,3 +318,75 @@ def _dimension(square: Tensor) -> float:
     logs = square.double().clamp_min(0.0).log()  # rounding may undercut the distance of twins
     ratios = (logs[:, -1:] - logs[:, :-1])[logs[:, :-1] > -math.inf] / 2
     return 1 / ratios.mean().item() if ratios.numel() and ratios.mean() > 0 else 0.0
+
+
+class Copies(NamedTuple):
+    """Whether fakes are copies of the rows that a model was trained on.
+
+    Attributes:
+        nearer: Share of fakes that lie nearer to a row trained on than to one held out, of as
+            many of either; 1/2 where the model knows no more of the former.
+        near: Number of fakes at less than a tenth of the usual distance from a row trained on.
+        honest: Number of rows held out so near to one, of as many.
+        fakes: Number of fakes that were looked at.
+    """
+
+    nearer: Mean
+    near: int
+    honest: float
+    fakes: int
+
+
+def copies(
+    *,
+    train: Float[Tensor, "rows features"],
+    held_out: Float[Tensor, "others features"],
+    fake: Float[Tensor, "fakes features"],
+    seed: int = 0,
+) -> Copies:
+    """Distances of fakes to the nearest row trained on, beside those to rows held out.
+
+    The usual distance is the median one of rows held out to the nearest row trained on.
+
+    Source: the distance to the closest record, against a hold-out: Platzer and Reutterer (2021),
+    arXiv 2104.00635.
+
+    Args:
+        train: What the model was trained on.
+        held_out: Rows of the same distribution that it was not trained on.
+        fake: Samples of the model.
+        seed: Of the subset of the rows trained on, as many as are held out.
+
+    >>> x = torch.randn(600, 2, generator=torch.Generator().manual_seed(0))
+    >>> copies(train=x[:300], held_out=x[300:], fake=x[:300] + 1e-4).nearer.value.item()
+    1.0
+    """
+    held_out, fake = checked_pair(held_out, fake)
+    train, _ = checked_pair(train, held_out)
+    unit = common_unit(held_out, fake)
+    train, held_out, fake = train.to(fake) / unit, held_out / unit, fake / unit
+    to_train, between = _distances(fake, train), _distances(held_out, train)
+    size = min(len(train), len(held_out))
+    generator = torch.Generator().manual_seed(seed)
+    some = train[torch.randperm(len(train), generator=generator)[:size].to(train.device)]
+    others = held_out[torch.randperm(len(held_out), generator=generator)[:size].to(train.device)]
+    one, other = _distances(fake, some), _distances(fake, others)
+    share = ((one < other).double() + 0.5 * (one == other).double()).cpu()
+    usual = between.median()
+    close = to_train <= CLOSE * usual, (between <= CLOSE * usual).double().mean().item()
+    count = len(fake)
+    least = (share.mean().item() * count + 1) / (count + 2)
+    error = max(
+        share.std().item() / math.sqrt(count) if count > 1 else math.nan,
+        math.sqrt(least * (1 - least) / count),
+    )
+    nearer = Mean(share.mean(), torch.tensor(error, dtype=torch.float64))
+    return Copies(nearer, int(close[0].sum()), close[1] * count, count)
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """The distance of each row of x to the nearest of y, without the rounding of products."""
+    (x, y), found = centred(x, y), []
+    for rows, block in _products(x, y, y.square().sum(1)):
+        found.append((x[rows] - y[block.argmin(1)]).norm(dim=1))
+    return torch.cat(found)

@@ -13,14 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.metrics import Mean
-from rkl.metrics.clusters import prd_curve
-from rkl.metrics.frechet import frechet_distance
-from rkl.metrics.neighbours import prdc, prdc_ceiling
+from rkl.metrics.clusters import equal_precision, prd_curve
+from rkl.metrics.frechet import frechet_bias, frechet_distance
+from rkl.metrics.neighbours import checked_pair, copies, prdc
 from rkl.metrics.written import parenthesised
 from rkl.readers import Contents, as_floats, place_of_nan, read
 
 CLUSTERS = 20
 SLOPES = (0.25, 1.0, 4.0)
+FAR = 10.0  # spreads, the radius about the median that holds nine tenths of the real samples
+LOOKED_AT = 2_000  # samples whose copies are looked for
 
 
 @dataclass(frozen=True)
@@ -29,21 +31,24 @@ class Measured:
 
     Attributes:
         scores: Under each name, the score and its standard error.
-        ceiling: The same of one half of the real samples against the other; empty where they
-            are too few.
+        halves: The same of one half of either side against the other, as many as in ``ceiling``.
+        ceiling: The same of one half of the real samples against the other; empty, as ``halves``
+            are, where they are too few.
         about: What was compared.
         notes: What the reader should know.
     """
 
     scores: Mapping[str, Mean]
+    halves: Mapping[str, Mean]
     ceiling: Mapping[str, Mean]
     about: str
     notes: Sequence[str]
 
     def __str__(self) -> str:
-        rows = [("", "score", "real against real")]
+        rows = [("", "score", "of halves", "real against real")]
         for name, score in self.scores.items():
-            rows.append((name, _text(score), _text(self.ceiling.get(name))))
+            sides = score, self.halves.get(name), self.ceiling.get(name)
+            rows.append((name, *map(_text, sides)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = (
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
@@ -53,7 +58,8 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as JSON can hold them; an error that is not known is null."""
-        sides = {"scores": self.scores, "real_against_real": self.ceiling}
+        sides = {"scores": self.scores, "halves": self.halves}
+        sides |= {"real_against_real": self.ceiling}
         written = {
             side: {name: _numbers(score) for name, score in them.items()}
             for side, them in sides.items()
@@ -65,15 +71,25 @@ def measure(
     *,
     real: Float[Tensor, "reals features"],
     fake: Float[Tensor, "fakes features"],
+    train: Float[Tensor, "rows features"] | None = None,
+    standardise: bool = False,
+    columns: Sequence[str] = (),
     k: int = 5,
     inclusive: bool = False,
     seed: int = 0,
 ) -> Measured:
     """Neighbours, clusters and moments: every score of samples, and its ceiling.
 
+    Distances are Euclidean: of columns in several units the one with the largest spread counts
+    alone. ``standardise`` divides each by its own, so that no score depends on units.
+
     Args:
         real: Features of samples of the target.
         fake: Features of samples of the model.
+        train: Features of what the model was trained on, which real ones are not; then how many
+            fakes are copies of them is measured.
+        standardise: Whether to divide each feature by its spread among the real samples.
+        columns: Names of the features, for notes.
         k: Which neighbour a ball reaches to.
         inclusive: Whether a sample on the surface of a ball lies in it.
         seed: Of subsets, halves and clusters.
@@ -91,33 +107,140 @@ def measure(
     >>> measured.scores["precision"].value > measured.scores["recall"].value
     tensor(True)
     """
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        near = prdc(real=real, fake=fake, k=k, inclusive=inclusive, seed=seed)
-    scores = {**near._asdict(), **_others(real, fake, seed)}
-    notes = [_upper(str(it.message)) for it in said]
-    ceiling = {}
-    if len(real) // 2 > max(k, CLUSTERS):
-        best = prdc_ceiling(real=real, k=k, inclusive=inclusive, seed=seed)
+    real, fake = checked_pair(real, fake)
+    notes = [] if standardise else _units(real, columns)
+    if standardise:
+        shift, spread = _spread(real)
+        real, fake = ((it - shift) / spread for it in (real, fake))
+        train = train if train is None else (train - shift) / spread
+    scores, found = _scores(real, fake, k, inclusive, seed)
+    notes = [*notes, *found, *_beyond(real, fake), *_near_copies(real, fake, seed)]
+    if train is not None:
+        name, score, said = _copied(train, real, fake, seed)
+        scores, notes = {**scores, name: score}, [*notes, said]
+    halves, ceiling = {}, {}
+    if len(real) // 2 > max(k, CLUSTERS) and len(fake) // 2 > k:
         one, other = real[_mixed(len(real), seed)].tensor_split(2)
-        ceiling = {**best._asdict(), **_others(one, other, seed)}
+        some = fake[_mixed(len(fake), seed)][: len(other)]
+        ceiling = _scores(one, other, k, inclusive, seed)[0]
+        halves = _scores(one, some, k, inclusive, seed)[0]
         notes.append(
-            f"Real against real: one half against the other, {len(one):,} each. Neighbours lie "
-            "farther apart among fewer samples, so that this ceiling is a little too high or low."
+            f"Real against real: one half against the other, {len(one):,} and {len(other):,}. "
+            f"Scores depend on numbers of samples: beside it read the scores of halves, "
+            f"{len(some):,} fakes against {len(one):,} reals."
         )
+    notes.append(_level(real, fake))
     balls = "closed" if inclusive else "open"
     about = (
         f"{len(fake):,} fake against {len(real):,} real samples of {real.shape[1]:,} features; "
         f"{balls} balls to neighbour {k}"
     )
-    return Measured(scores, ceiling, about, notes)
+    about += ", in units of the real spread" * standardise
+    return Measured(scores, halves, ceiling, about, notes)
+
+
+def _spread(real: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each feature; 1 of those that are constant."""
+    spread = real.double().std(0, correction=0)
+    spread = torch.where(spread > 0, spread, 1.0)
+    return real.double().mean(0).to(real.dtype), spread.to(real.dtype)
+
+
+def _units(real: Tensor, columns: Sequence[str]) -> list[str]:
+    """That one feature has most of the variance, if it is so."""
+    variance = real.double().var(0, correction=0)
+    share, index = (variance / variance.sum()).max(0)
+    count = len(variance)
+    if count < 2 or not share > max(0.5, 2 / count) or share > 1 - 1e-15 and count == 1:
+        return []
+    if share < 0.9 and count < 4:
+        return []
+    index = int(index)
+    name = columns[index] if len(columns) == count else str(index)
+    return [
+        f"Column {name} has {100 * share.item():.3g} % of the variance, and the scores see it "
+        "almost alone: --standardise (standardise=True) divides each column by its spread."
+    ]
+
+
+def _beyond(real: Tensor, fake: Tensor) -> list[str]:
+    """How many fakes lie far from every real sample."""
+    middle = real.median(0).values
+    spread = (real - middle).norm(dim=1).sort().values[round(0.9 * (len(real) - 1))]
+    if not spread > 0:
+        return []
+    far = fake[(fake - middle).norm(dim=1) > FAR * spread]
+    away = sum(int((torch.cdist(it, real).amin(1) > FAR * spread).sum()) for it in far.split(500))
+    if not away:
+        return []
+    return [
+        f"{away:,} of {len(fake):,} fakes lie more than {FAR:g} spreads from every real "
+        "sample; the balls of neighbours about them may hold all of these, and recall be too high."
+    ]
+
+
+def _near_copies(real: Tensor, fake: Tensor, seed: int) -> list[str]:
+    """That more fakes lie next to a real sample than reals lie to one another, if so."""
+    reals = real[_mixed(len(real), seed)[:LOOKED_AT]]
+    fakes = fake[_mixed(len(fake), seed)[:LOOKED_AT]]
+    if len(reals) < 4:
+        return []
+    one, other = reals.tensor_split(2)
+    found = copies(train=one, held_out=other, fake=fakes, seed=seed)
+    honest = found.honest / len(fakes)
+    error = math.sqrt((honest * (1 - honest) + 1 / len(other)) / len(other))
+    if found.near / len(fakes) <= honest + 4 * error + 0.02:
+        return []
+    usual = "a tenth of the usual distance between samples"
+    return [
+        f"{found.near:,} of {len(fakes):,} fakes lie within {usual} of a real one, of one half of "
+        f"these, where {found.honest:.0f} would of honest ones: are they copies?"
+    ]
+
+
+def _copied(train: Tensor, real: Tensor, fake: Tensor, seed: int) -> tuple[str, Mean, str]:
+    """The share of fakes nearer to a row trained on than to a real one, and what it says."""
+    train, real, fake = (it[_mixed(len(it), seed)[:LOOKED_AT]] for it in (train, real, fake))
+    found = copies(train=train, held_out=real, fake=fake, seed=seed)
+    said = (
+        f"Nearer to a row trained on than to a real one, of as many: 1/2 is right, more are "
+        f"copies. {found.near:,} of {found.fakes:,} fakes lie within a tenth of the usual "
+        f"distance of a row trained on; of real samples {found.honest:.0f} would."
+    )
+    return "nearer to rows trained on", found.nearer, said
+
+
+def _level(real: Tensor, fake: Tensor) -> str:
+    """What two samples of one distribution would score, where that is not the best score."""
+    clusters = min(CLUSTERS, len(real) + len(fake))
+    equal = equal_precision(len(real), len(fake), clusters)
+    bias = frechet_bias(real=real, fake=fake)
+    return (
+        f"Two samples of one distribution of these sizes score {equal:.3f} in 'both, slope 1' on "
+        f"average, not 1, and {bias:.3g} in the Fréchet distance, not 0."
+    )
+
+
+def _scores(
+    real: Tensor, fake: Tensor, k: int, inclusive: bool, seed: int
+) -> tuple[dict[str, Mean], list[str]]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        near = prdc(real=real, fake=fake, k=k, inclusive=inclusive, seed=seed)
+        others = _others(real, fake, seed)
+    return {**near._asdict(), **others}, [_upper(str(it.message)) for it in said]
 
 
 def _others(real: Tensor, fake: Tensor, seed: int) -> dict[str, Mean]:
     clusters = min(CLUSTERS, len(real) + len(fake))
     slopes = torch.tensor(SLOPES, dtype=torch.float64)
-    curve = prd_curve(real=real, fake=fake, clusters=clusters, slopes=slopes, seed=seed)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        curve = prd_curve(real=real, fake=fake, clusters=clusters, slopes=slopes, seed=seed)
     precision, recall = (torch.stack(it) for it in (curve.precision, curve.recall))
+    for it in said:
+        warnings.warn(str(it.message), stacklevel=2)
+        precision, recall = (part.new_full(part.shape, math.nan) for part in (precision, recall))
     return {
         "precision of clusters, slope 4": Mean(*precision[:, 2]),
         "recall of clusters, slope 1/4": Mean(*recall[:, 0]),
@@ -153,30 +276,43 @@ def read_features(name: str, path: Path) -> Float[Tensor, "samples features"]:
     return torch.from_numpy(_features(name, read(path, name=name), path))
 
 
-def read_both(real: Path, fake: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The features of both files in one precision, and notes on how they were read.
+def read_both(
+    real: Path, fake: Path, train: Path | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The features of the files in one precision, the names of the columns, and notes on reading.
 
-    Columns that both files name are compared by name.
+    Columns that files name are compared by name.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: One cannot be read, or their columns are called otherwise.
     """
-    places = {"real": real, "fake": fake}
+    places = {"real": real, "fake": fake} | ({} if train is None else {"train": train})
     found = {name: read(path, name=name) for name, path in places.items()}
     arrays = {name: _features(name, it, places[name]) for name, it in found.items()}
-    one, other = found["real"].columns, found["fake"].columns
-    if one and other and one != other:
+    one = found["real"].columns
+    for name in list(places)[1:]:
+        other = found[name].columns
+        if not one or not other or one == other:
+            continue
         if set(one) != set(other):
             raise ValueError(
-                f"fake: {fake} must have the columns of {real}, {', '.join(one[:8])}; got "
-                f"{', '.join(other[:8])}."
+                f"{name}: {places[name]} must have the columns of {real}, {', '.join(one[:8])}; "
+                f"got {', '.join(other[:8])}."
             )
-        arrays["fake"] = arrays["fake"][:, [other.index(name) for name in one]]
+        arrays[name] = arrays[name][:, [other.index(column) for column in one]]
+    for name in list(places)[1:]:
+        if arrays[name].shape[1] != arrays["real"].shape[1]:
+            raise ValueError(
+                f"{name} must have the {arrays['real'].shape[1]} features of real; got "
+                f"{arrays[name].shape[1]}."
+            )
     kind = np.result_type(*(it.dtype for it in arrays.values()))
-    tensors = {name: torch.from_numpy(it.astype(kind)) for name, it in arrays.items()}
+    sides: dict[str, Any] = {
+        name: torch.from_numpy(it.astype(kind)) for name, it in arrays.items()
+    }
     notes = [f"{places[name]}: {note}." for name, it in found.items() for note in it.notes]
-    return tensors, notes
+    return {**sides, "columns": one}, notes
 
 
 def _features(name: str, found: Contents, path: Path) -> np.ndarray:

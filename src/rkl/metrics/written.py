@@ -2,6 +2,7 @@
 
 import math
 
+ROUNDING = 1e-12  # of a value, up to which an error is that of arithmetic
 PLAIN = -4, 6  # powers of ten between which a number is written without one
 Cell = str | int | float | tuple[float, float] | None
 
@@ -31,7 +32,7 @@ def parenthesised(cell: Cell) -> str:
 
 
 def _with_error(value: float, error: float) -> str:
-    if not math.isfinite(value) or error == 0:
+    if not math.isfinite(value) or abs(error) <= ROUNDING * abs(value):
         return parenthesised(value)
     if not math.isfinite(error):
         return f"{parenthesised(value)}(?)"

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import shlex
 import subprocess
 import sys
@@ -226,6 +227,19 @@ def test_what_is_proposed_after_an_interruption_is_a_command_that_works(
         assert how["overwrite"] != how.get("resume", False)
     if verb in ("distill", "fit", "fit --target"):
         assert parsed.resume
+
+
+def test_an_earlier_run_is_never_proposed_to_be_overwritten(tmp_path, monkeypatch, capsys):
+    run = Run.create(tmp_path, "bayes", {}, seed=0)
+    run.update(status="interrupted")
+    os.utime(run.path / "run.json", (0, 0))
+
+    def interrupted(parsed):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    assert answer("estimate", "d.nc", "--family", "normal(loc=a)", "--out", str(tmp_path)) == 130
+    assert "--overwrite" not in capsys.readouterr().err
 
 
 def test_a_reader_that_has_read_enough_is_no_error():

@@ -223,3 +223,11 @@ def test_a_flipped_bit_in_any_file_of_an_estimate_is_named(posterior, tmp_path):
         with pytest.raises(ValueError, match=f"{name}: sha256 was"):
             run.verify()
         (run.path / name).write_bytes(whole)
+
+
+def test_a_run_that_is_named_twice_is_compared_once(posterior, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["estimate", str(posterior[0]), "--family", FAMILY, "--losses", "kl", "--out", "run"]
+    assert main(words) == 0
+    assert main(["compare", "run", "./run", "--out", "both.html"]) == 0
+    assert "The report: both.html" in capsys.readouterr().out

@@ -326,7 +326,7 @@ def _opened(paths: Sequence[str | os.PathLike]) -> list[Run]:
         raise TypeError(f"paths must be a list of folders; got one alone, {str(paths)!r}.")
     if not paths:
         raise ValueError("paths must name at least one run; got none.")
-    runs = [Run.open(path) for path in paths]
+    runs = [Run.open(path) for path in dict.fromkeys(map(Path, paths))]  # each once
     for run in runs:
         _refuse_others(run)
     return runs

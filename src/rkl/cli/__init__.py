@@ -30,6 +30,7 @@ from rkl.text import one_line
 
 # Flags, and the word of rkl divergences, whose text may name what is to be imported.
 NAMING = ["target", "flow", "objective", "divergence", "divergences", "family", "losses", "name"]
+CLOCK = 1.0  # seconds by which the times of a file system may lag
 LONGEST = 800  # letters of an error; what is between its beginning and its end is left out
 SHARED = "distill", "evaluate"  # commands whose work several processes share
 DELAY = 10.0  # seconds in which the first process of several says what all of them would say
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     terminal.prepare_streams()
-    parsed = None
+    parsed, began = None, time.time()
     try:
         with signals.raising(), terminal.one_line_warnings(), only(), terminal.first_speaks():
             parsed = _parser(words).parse_args(words)
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not processes.main_process():
             return signals.exit_code(stop)
         with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
-            print(f"\nrkl: interrupted. {_how_to_go_on(words, parsed)}", file=sys.stderr)
+            print(f"\nrkl: interrupted. {_how_to_go_on(words, parsed, began)}", file=sys.stderr)
         return signals.exit_code(stop)
     except BrokenPipeError:  # whoever read our output has read enough, as head does
         terminal.discard(sys.stdout)
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in words:
             raise
-        return (isinstance(error, OSError) and _flush()) or _explain(error, words, parsed)
+        return (isinstance(error, OSError) and _flush()) or _explain(error, words, parsed, began)
 
 
 def _check_processes(words: list[str]) -> None:
@@ -200,7 +201,9 @@ def _exists(module: str) -> bool:
     return spec is not None and spec.origin is not None  # a folder without code has none
 
 
-def _explain(error: Exception, words: list[str], parsed: argparse.Namespace | None) -> int:
+def _explain(
+    error: Exception, words: list[str], parsed: argparse.Namespace | None, began: float
+) -> int:
     message = one_line(error)
     if isinstance(error, processes.PeerError):
         if not processes.main_process():
@@ -211,7 +214,7 @@ def _explain(error: Exception, words: list[str], parsed: argparse.Namespace | No
         time.sleep(DELAY)  # torchrun ends this process meanwhile if the first one failed alike
     if full_disk(error):
         message = message if isinstance(error, DiskFullError) else f"the disk is full: {message}."
-        return _complain(f"{message} {_how_to_go_on(words, parsed)}", 1)
+        return _complain(f"{message} {_how_to_go_on(words, parsed, began)}", 1)
     if terminal.out_of_memory(error):
         return _complain(f"out of memory: {message}. {_sizes(words)}", 1)
     if isinstance(error, BAD_USAGE) and message:
@@ -261,15 +264,17 @@ def _complain(message: str, code: int) -> int:
     return code
 
 
-def _how_to_go_on(words: list[str], parsed: argparse.Namespace | None) -> str:
-    """The command that goes on with what was interrupted, or does it again."""
+def _how_to_go_on(words: list[str], parsed: argparse.Namespace | None, began: float) -> str:
+    """The command that goes on with what was interrupted since then, or does it again."""
     said = vars(parsed) if parsed is not None else {}
     again = [word for word in words if word not in ("--resume", "--overwrite")]
     out = said.get("out")
-    status = None if out is None else _status(Path(out))
-    if "resume" in said and not said.get("dry_run") and (status or not Path(out or "").exists()):
+    written = None if out is None else _last_written(Path(out))
+    if "resume" in said and not said.get("dry_run") and (written or not Path(out or "").exists()):
         return f"Go on with: {_program()} {shlex.join([*again, '--resume'])}"
-    if said.get("overwrite") or status == "interrupted":
+    # A run from before is refused, and not to be overwritten because somebody changed their mind.
+    ours = written is not None and written > began - CLOCK and "resume" not in said
+    if said.get("overwrite") or ours:
         again.append("--overwrite")
     return f"Begin again with: {_program()} {shlex.join(again)}"
 
@@ -284,9 +289,9 @@ def _program() -> str:
     return "rkl"
 
 
-def _status(folder: Path) -> str | None:
-    """What the run.json in a folder says of its run; None where there is none."""
+def _last_written(folder: Path) -> float | None:
+    """When the run.json in a folder was last changed; None where there is no run."""
     try:
-        return str(runs.Run.open(folder).record.get("status"))
+        return runs.Run.open(folder).path.joinpath("run.json").stat().st_mtime
     except (OSError, ValueError):
         return None

@@ -1,13 +1,18 @@
 """The act beside other estimates: what each is, and what each loses under every loss."""
 
 import math
+import re
+import time
 
 import pandas
 import pytest
 import torch
 from torch.distributions import Independent, Normal, Poisson
 
-from rkl.bayes import Intrinsic, bayes_act, compare
+from rkl.bayes import Intrinsic, bayes_act, compare, progress, read_draws
+from rkl.bayes.averages import mean_of
+from rkl.bayes.compare import excess_over
+from rkl.bayes.generic import expected_seconds
 from rkl.bayes.tables import Table, parenthesised
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL, SquaredHellinger
 
@@ -61,8 +66,40 @@ def test_excess_risks_under_both_kls_are_those_of_brute_force(draws, table, name
     risks = {k: divergence.between(posterior, law(act)).mean() for k, act in table.acts.items()}
     found = column(table, name)
     assert found.keys() == risks.keys()
-    for row, value in found.items():
+    for row, (value, _) in found.items():
         assert value == pytest.approx((risks[row] - risks[name]).item(), abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "divergence"),
+    [("reverse KL", ReverseKL()), ("forward KL", KL()), ("Jeffreys", Jeffreys())],
+)
+def test_excesses_under_both_kls_have_the_errors_of_paired_differences(
+    draws, table, name, divergence
+):
+    posterior = Normal(draws["mu"], draws["sigma"])
+    least = divergence.between(posterior, law(table.acts[name]))
+    found = column(table, name)
+    for row in ("posterior mean", "posterior median"):
+        paired = divergence.between(posterior, law(table.acts[row])) - least
+        error = mean_of(paired, read_draws(draws)).error.item()
+        assert found[row][1] == pytest.approx(error, rel=0.02)
+
+
+@pytest.mark.statistical
+def test_errors_of_excesses_are_the_spread_over_replications():
+    generator = torch.Generator().manual_seed(0)
+    values, errors = [], []
+    for _ in range(40):
+        sigma = (0.1 * torch.randn(4, 250, generator=generator, dtype=torch.float64)).exp()
+        estimate = bayes_act({"sigma": sigma}, "normal(loc=0, scale=sigma)")
+        excess = excess_over(estimate)
+        value, error = excess({"sigma": torch.ones((), dtype=torch.float64)})
+        values.append(value.item())
+        errors.append(error.item())
+    spread = torch.tensor(values).std()
+    # a standard deviation of 40 has a relative error of 1 / sqrt(78), here three of them
+    assert spread == pytest.approx(sum(errors) / len(errors), rel=0.35)
 
 
 def test_excess_risks_elsewhere_are_paired_and_smaller_than_their_parts(draws, table):
@@ -182,7 +219,7 @@ def test_excesses_that_are_rounding_alone_are_shown_as_none(quick):
     same = torch.rand(2, 40, generator=generator, dtype=torch.float64) + 1
     table = bayes_act({"rate": same}, Poisson).compare()
     # of a Poisson law the forward act is the posterior mean, and the excess a sum of rounding
-    assert column(table, "forward KL")["posterior mean"] == 0
+    assert column(table, "forward KL")["posterior mean"] == (0, 0)
 
 
 def test_of_a_paired_excess_that_is_rounding_the_error_is_none_too(draws):
@@ -215,9 +252,43 @@ def test_a_batch_has_a_row_for_each_member(quick):
     generator = torch.Generator().manual_seed(0)
     rate = torch.rand(2, 40, 2, generator=generator, dtype=torch.float64) + 1
     table = bayes_act({"rate": rate}, Poisson).compare()
-    assert [row[0] for row in table.rows][:2] == ["reverse KL [0]", "reverse KL [1]"]
-    rates = [row[1] for row in table.rows][:2]
+    rows = [row[0] for row in table.rows]
+    assert rows.index("reverse KL [1]") == rows.index("posterior median [0]") + 1
+    rates = [row[1] for row in table.rows if str(row[0]).startswith("reverse KL")]
     assert rates == pytest.approx(rate.log().mean((0, 1)).exp().tolist())
+
+
+def test_what_would_take_long_is_left_out_with_its_time_until_it_is_asked_for(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    rate = torch.rand(2, 40, 3, generator=generator, dtype=torch.float64) + 1
+    estimate = bayes_act({"rate": rate}, Poisson)
+    monkeypatch.setattr(compare, "LONG", 1.0)
+    table = estimate.compare()
+    assert {"reverse KL", "forward KL", "Jeffreys"} <= table.acts.keys()
+    assert "intrinsic" not in table.acts
+    note = next(note for note in table.notes if note.startswith("intrinsic is left out"))
+    assert "it would take about 2 s" in note
+    assert "losses=[Intrinsic()]" in note
+    assert "intrinsic" in estimate.compare(losses=[Intrinsic()]).acts
+
+
+def test_a_hundred_rates_are_compared_without_what_would_take_minutes():
+    generator = torch.Generator().manual_seed(0)
+    rate = torch.rand(4, 1000, 100, generator=generator, dtype=torch.float64) + 1
+    some = bayes_act({"rate": rate}, Poisson).question.some
+    for loss in (JensenShannon(), Intrinsic()):
+        assert expected_seconds(some, loss, 4000) > 60
+
+
+def test_what_lasts_shows_that_it_works_and_for_how_long(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PATIENCE", 0.01)
+    with progress.working("the act under KL()"):
+        time.sleep(0.2)
+    assert re.fullmatch(r"rkl: the act under KL\(\), 0 s so far\n", capsys.readouterr().err)
+    monkeypatch.setattr(progress, "PATIENCE", 5.0)
+    with progress.working("what is soon done"):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_a_joint_law_has_one_row_and_leaves_its_many_numbers_to_the_acts(quick):

@@ -23,6 +23,7 @@ from rkl.bayes.estimate import Act, Diagnostics, Estimate
 from rkl.bayes.generic import GenericAct, least_act
 from rkl.bayes.laws import PROBE, Model, family_in, moving_edge, read_family
 from rkl.bayes.losses import Intrinsic, between, check_loss
+from rkl.bayes.progress import working
 from rkl.bayes.pythagoras import closed_act
 from rkl.bayes.questions import Question
 from rkl.bayes.whole import whole_parameters
@@ -90,11 +91,10 @@ def bayes_act(
 def answer(question: Question) -> Estimate:
     """The act of a question that is put already."""
     _refuse_moving(question)
-    return (
-        _optimised(question)
-        if question.weights is None
-        else closed_act(question, question.weights)
-    )
+    with working(f"the act under {question.divergence}"):
+        if question.weights is None:
+            return _optimised(question)
+        return closed_act(question, question.weights)
 
 
 def _astray(model: Model, draws: Draws) -> str | None:

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from rkl.bayes.acts import answer
-from rkl.bayes.averages import mean_of
+from rkl.bayes.averages import masked, mean_of
 from rkl.bayes.closed import Weights
 from rkl.bayes.estimate import Estimate, elements
-from rkl.bayes.generic import sampled
+from rkl.bayes.families import Natural
+from rkl.bayes.generic import expected_seconds, sampled
 from rkl.bayes.losses import AnyLoss, Intrinsic, check_loss
 from rkl.bayes.modes import LogDensity, modes
 from rkl.bayes.pythagoras import averages, directions_of, towards
 from rkl.bayes.questions import Question, Variables
 from rkl.bayes.regions import periodic
-from rkl.bayes.tables import Cell, Table, settled
+from rkl.bayes.tables import ROUNDING, Cell, Table, settled
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
 
 LossOf = Callable[[Variables], tuple[Tensor, Tensor | None]]
@@ -27,6 +28,7 @@ LOSSES: dict[str, AnyLoss] = {
     "Jensen–Shannon": JensenShannon(),
     "intrinsic": Intrinsic(),
 }
+LONG = 8.0  # seconds; what takes longer is left out unless it is asked for
 COLUMNS = 6  # numbers of the parameters that have a column each
 
 
@@ -37,9 +39,9 @@ def compare(
 ) -> Table:
     """Every common estimate by its parameters, and its excess risk under every loss.
 
-    The excess over the risk of the loss's own act is exact for the two KLs and their sum, by
-    Pythagoras; elsewhere it is the mean of the paired differences between draws, with its Monte
-    Carlo error. Of several parameters the excess is that of the law which they make.
+    The excess over the risk of the loss's own act is a mean of paired differences between draws,
+    for the two KLs and their sum by Pythagoras, with its Monte Carlo error for estimates that are
+    held fixed. Of several parameters the excess is that of the law which they make.
 
     Args:
         estimate: Of the posterior and the family to compare for.
@@ -47,7 +49,7 @@ def compare(
             with respect to the variables as they are named; or the name of a variable that holds
             the log density of every draw.
         losses: Those beside the estimate's own; by default the five of ``LOSSES``, without what
-            takes an importance sample between joint laws, and so seconds to minutes.
+            would take more than some seconds; a note names what was left out.
 
     Raises:
         ValueError: ``log_posterior`` names no such variable, or gives no log densities.
@@ -69,6 +71,13 @@ def compare(
             )
         else:
             try:
+                seconds = 0.0 if losses is not None else _expected_seconds(again)
+                if seconds > LONG:
+                    notes.append(
+                        f"{name} is left out: it would take about {seconds:.0f} s. Ask by "
+                        f"losses=[{divergence!r}], or --losses and its name"
+                    )
+                    continue
                 found[name] = answer(again)
             except ValueError as error:
                 notes.append(f"{name} is left out: {error}")
@@ -82,6 +91,14 @@ def compare(
     densest, told = modes(question, log_posterior)
     candidates |= densest
     return side_by_side(question, candidates, judges, (*notes, *told))
+
+
+def _expected_seconds(question: Question) -> float:
+    """About how long the act takes; 0 where the draws are averaged once."""
+    if question.weights is not None:
+        return 0.0
+    draws = question.draws.chains * question.draws.draws
+    return expected_seconds(question.some, question.divergence, draws)
 
 
 def variables_of(estimate: Estimate) -> Variables:
@@ -109,7 +126,7 @@ def excess_over(estimate: Estimate) -> LossOf:
     """The excess risk [*batch] over that of the act, and its error where it has one."""
     question, act = estimate.question, variables_of(estimate)
     if question.weights is not None:
-        return _exact_excess(question, question.weights, act)
+        return _exact_excess(estimate, question.weights, act)
     least = question.losses(act)
 
     def paired(variables: Variables):
@@ -119,16 +136,45 @@ def excess_over(estimate: Estimate) -> LossOf:
     return paired
 
 
-def _exact_excess(question: Question, weights: Weights, act: Variables) -> LossOf:
+def _exact_excess(estimate: Estimate, weights: Weights, act: Variables) -> LossOf:
+    """By Pythagoras exact for these draws; the error by the shifts of their batches."""
+    question = estimate.question
     known = averages(question, directions_of(weights))
-    measure = towards(known, known.here, weights)
+    here, *sides = (
+        towards(known, at, weights) for at in (known.here, known.moved(1), known.moved(-1))
+    )
+    unsure = _without_error(estimate)
 
-    def of(variables: Variables) -> Tensor:
+    def natural(variables: Variables) -> Natural:
         law = {name: x[None] for name, x in variables.items()}
-        natural = question.natural(known.family, law)
-        return question.total(measure(tuple(x[0] for x in natural)))
+        return question.natural(known.family, law)
 
-    return lambda variables: (settled(of(variables) - of(act)), None)
+    own = natural(act)
+
+    def excess(variables: Variables):
+        t = natural(variables)
+        value = question.total(here(_first(t)) - here(_first(own)))
+        ahead, back = (question.total(side(t) - side(own)) for side in sides)
+        error = masked(known.error((ahead - back) / 2), unsure)
+        return settled(value), torch.where(value.abs() < ROUNDING, 0.0, error)
+
+    return excess
+
+
+def _first(natural: Natural) -> Natural:
+    return tuple(x[0] for x in natural)
+
+
+def _without_error(estimate: Estimate) -> Tensor:
+    """Where [*batch] the act has no error, and so no excess over it has one."""
+    batch, found = estimate.question.batch, torch.zeros(estimate.question.batch, dtype=torch.bool)
+    for name in estimate.question.model.names:
+        lost = estimate.act.error[name].isnan()
+        if lost.shape[: len(batch)] == batch:
+            found = found | lost.reshape(*batch, -1).any(-1)
+        else:
+            found = found | lost.any()
+    return found
 
 
 def means_of(question: Question) -> Variables:
@@ -168,7 +214,7 @@ def side_by_side(
     shown = {} if wide else parts
     columns = ["estimate", *(label for names in shown.values() for label in names)]
     columns += [f"excess {name} (nats)" for name in judges]
-    rows: list[tuple[Cell, ...]] = []
+    by_estimate: list[list[tuple[Cell, ...]]] = []
     for name, at in candidates.items():
         if question.is_law(at):
             excess = [_cells(judge(at), batch) for judge in judges.values()]
@@ -177,9 +223,13 @@ def side_by_side(
             known = ", ".join(question.whole)
             notes = (*notes, f"{name} has no excess: {known} must be whole, and is not there")
         numbers = [_numbers(at[key], batch) for key in shown]
+        by_estimate.append([])
         for i, label in enumerate(labels):
             own = [x for each in numbers for x in each[i]]
-            rows.append((f"{name} {label}".strip(), *own, *(cells[i] for cells in excess)))
+            row = (f"{name} {label}".strip(), *own, *(cells[i] for cells in excess))
+            by_estimate[-1].append(row)
+    # what is compared stands together: all estimates of a member, then those of the next
+    rows = [rows[i] for i in range(len(labels)) for rows in by_estimate]
     told = ("there are too many parameters for a column each: see .acts",) if wide else ()
     title = f"Estimates of {question.model.text}, and what each loses beside the best"
     return Table(title, columns, rows, (*notes, *told), candidates)

@@ -16,6 +16,7 @@ import rkl
 from rkl import cli
 from rkl.cli import commands, settings
 from rkl.runs import Run
+from rkl.runs.processes import PeerError
 
 
 def answer(*words):
@@ -144,6 +145,11 @@ def test_settings_and_sums_are_understood(capsys):
         (["divergences", "unheard-of"], "unheard-of"),
         (["evaluate", "no-such-folder"], "no-such-folder"),
         (["compare", "no-such-folder"], "no-such-folder"),
+        (["estimate", "", "--family", "normal(loc=a)"], "POSTERIOR: it must not be empty"),
+        (["metrics", "--real", "a.npy", "--fake", " "], "--fake: it must not be empty"),
+        (["study", "akl", "--out", ""], "--out: it must not be empty"),
+        (["report", ""], "RUN: it must not be empty"),
+        (["demo", "--out", "here", "--device"], "--device"),
     ],
 )
 def test_bad_usage_is_one_line_that_names_what_is_wrong_and_exits_with_2(words, named, capsys):
@@ -167,6 +173,12 @@ def test_an_error_is_one_line_and_its_code_says_whose_it_is(fail_with, capsys, e
     fail_with(error)
     assert answer("fail") == code
     assert complaint(capsys) == said
+
+
+def test_the_failure_of_another_process_is_told_with_how_to_go_on(fail_with, capsys):
+    fail_with(PeerError("process 1 failed."))
+    assert answer("fail") == 1
+    assert complaint(capsys) == "rkl: error: process 1 failed. Begin again with: rkl fail"
 
 
 def test_debug_shows_where(fail_with):

@@ -480,6 +480,8 @@ def _told(name: str, file: Path) -> Iterator[None]:
 
 def _kind(file: Path) -> str:
     """The format, by the first bytes of the file."""
+    if file.is_dir():
+        raise _UnreadableError("it is a folder; expected a file")
     if not file.is_file():
         raise _UnreadableError("it is neither a file nor a folder")
     with file.open("rb") as opened:

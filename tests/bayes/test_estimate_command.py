@@ -231,3 +231,11 @@ def test_a_run_that_is_named_twice_is_compared_once(posterior, tmp_path, monkeyp
     assert main(words) == 0
     assert main(["compare", "run", "./run", "--out", "both.html"]) == 0
     assert "The report: both.html" in capsys.readouterr().out
+
+
+def test_several_files_that_hold_every_chain_each_are_refused_by_name(posterior, capsys):
+    words = ["estimate", str(posterior[0]), "more.csv", "--family", FAMILY]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "further: several files must be tables of CmdStan" in said
+    assert str(posterior[0]) in said

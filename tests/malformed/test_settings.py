@@ -169,7 +169,7 @@ def check(verb, name, i, whole, tmp_path, monkeypatch, capsys):
         (line,) = complaints
         assert code in (1, 2)
         assert len(line) < 1000
-        named = {name, name.replace("_", "-"), value[:20], repr(value)[1:-1][:20]}
+        named = {name, name.upper(), name.replace("_", "-"), value[:20], repr(value)[1:-1][:20]}
         assert any(it and it in line for it in named) or code == 1, line
         assert not re.match(r"rkl: error: \w+(Error|Exception|Warning)\b", line), line
         assert "--debug shows where" not in line, line

@@ -28,6 +28,7 @@ from rkl.runs.integrity import Input, check_inputs, files_of, inputs_before
 from rkl.runs.typed import settings_from
 
 RESULT = "estimate.json"
+WHOLE = ".nc", ".zarr", ".npz"  # files of draws that hold every chain
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,12 @@ def answer(settings: EstimateSettings) -> Estimated:
 
 def _draws(settings: EstimateSettings) -> Draws:
     files = [settings.posterior, *settings.further]
+    whole = [it for it in files if it.suffix in WHOLE]
+    if settings.further and whole:
+        raise ValueError(
+            f"further: several files must be tables of CmdStan, a chain in each; got {whole[0]}, "
+            "which is read alone."
+        )
     return read_draws(files if settings.further else settings.posterior)
 
 

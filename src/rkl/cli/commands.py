@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rkl import runs
 from rkl.cli import settings
 from rkl.cli.documentation import documentation
+from rkl.cli.settings import path
 from rkl.cli.terminal import in_words, root_cause
 from rkl.text import printable
 
@@ -105,7 +106,7 @@ def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """
     parser.add_argument("name", choices=_studies(), help="the paper")
     parser.add_argument("--part", help="which of its claims; the first of them by default")
-    parser.add_argument("--data", type=Path, help="what a part reads that rkl does not have")
+    parser.add_argument("--data", type=path, help="what a part reads that rkl does not have")
     _add_out_flags(parser, None)
 
     def studied(parsed: Namespace) -> None:
@@ -135,7 +136,12 @@ def estimate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
     settings.add_flags(parser, run.EstimateSettings)
     parser.add_argument(  # the chains of CmdStan, which a shell lists behind the first
-        "chains", type=Path, nargs="*", default=[], metavar="FILE", help="more chains of CmdStan"
+        "chains",
+        type=path,
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="more chains of CmdStan",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     _add_out_flags(parser, None)
@@ -160,13 +166,13 @@ def metrics(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """
     for side, of in (("real", "the target"), ("fake", "the model")):
         says = f"samples of {of}, [samples, features] (required)"
-        parser.add_argument(f"--{side}", type=Path, required=True, metavar="FILE", help=says)
+        parser.add_argument(f"--{side}", type=path, required=True, metavar="FILE", help=says)
     parser.add_argument("--k", type=int, default=5, help="which neighbour (default: 5)")
     parser.add_argument("--inclusive", action="store_true", help="closed balls, not open ones")
     says = "divide each column by its spread among the real samples"
     parser.add_argument("--standardise", action="store_true", help=says)
     says = "what the model was trained on, where --real was not: are the samples copies of it?"
-    parser.add_argument("--train", type=Path, metavar="FILE", help=says)
+    parser.add_argument("--train", type=path, metavar="FILE", help=says)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     def measured(parsed: Namespace) -> None:
@@ -358,7 +364,7 @@ def _studies() -> list[str]:
 
 def _add_out_flags(parser: ArgumentParser, default: Path | None) -> None:
     parser.add_argument(
-        "--out", type=Path, default=default, metavar="RUN", help="the folder to write"
+        "--out", type=path, default=default, metavar="RUN", help="the folder to write"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is there")
 
@@ -385,7 +391,7 @@ def _verify_resumed(parsed: Namespace) -> None:
 
 def _add_run_flags(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("the run")
-    group.add_argument("--out", type=Path, required=True, metavar="RUN", help="its folder")
+    group.add_argument("--out", type=path, required=True, metavar="RUN", help="its folder")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
     group.add_argument("--resume", action="store_true", help="go on with the run that is there")
     _add_verify_flag(group)
@@ -451,8 +457,8 @@ def _run(text: str) -> Path:
 
 
 def _across_runs(parser: ArgumentParser, name: str) -> Runner:
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the HTML file")
+    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--out", type=path, default=None, metavar="FILE", help="the HTML file")
     _add_overwrite_flag(parser)
     _add_verify_flag(parser)
 

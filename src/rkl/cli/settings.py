@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type, title: str = "set
                 group.add_argument(*flags, default=argparse.SUPPRESS, help=words, **how)
     group.add_argument(
         "--config",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="settings from YAML, or from an earlier run or a .json of it; flags come before it",
     )
@@ -135,8 +135,16 @@ def _reading(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
     several = typing.get_origin(kind) is tuple
     kind = typing.get_args(kind)[0] if several else kind
     named = field.name.rpartition("_")[2] if kind in (str, Path) else kind.__name__
-    how = {"type": kind, "metavar": field.metadata.get("metavar", named.upper())}
+    read = path if kind is Path else kind
+    how = {"type": read, "metavar": field.metadata.get("metavar", named.upper())}
     return how | ({"action": "extend", "nargs": "+"} if several else {})
+
+
+def path(text: str) -> Path:
+    """A path; nothing would be the working folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it must not be empty")
+    return Path(text)
 
 
 def _read(path: Path, argument: str) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def _explain(
         if not processes.main_process():
             time.sleep(DELAY)
             return 1
-        return _complain(f"{message} {_how_to_go_on(words, parsed)}", 1)
+        return _complain(f"{message} {_how_to_go_on(words, parsed, began)}", 1)
     if not processes.main_process() and not processes.JOINED:
         time.sleep(DELAY)  # torchrun ends this process meanwhile if the first one failed alike
     if full_disk(error):

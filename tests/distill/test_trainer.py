@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 import rkl
 from rkl.distill import DistillConfig, DistillTrainer, PadRows, Teacher
 from rkl.distill.batches import shifted
+from rkl.distill.data import tokenize
 
 SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 
@@ -407,3 +408,57 @@ def test_plain_training_arguments_are_refused(tiny_model, tmp_path):
 def test_a_batch_must_have_labels():
     with pytest.raises(ValueError, match="the batch must have labels.*; got input_ids"):
         shifted({"input_ids": torch.ones(1, 2)})
+
+
+RAW = [{"text": "w3 w4 w5 w6 w7"}, {"text": "w8 w9 w3"}]
+CHATS = "{% for m in messages %}w9 {{ m.content }} w1 {% endfor %}"
+CHATS += "{% if add_generation_prompt %}w9 {% endif %}"
+
+
+def test_raw_rows_train_as_their_tokens_do(tiny_model, tiny_trainer, tiny_tokenizer, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATS
+    said = [{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5 w6"}]
+    kinds = [RAW, [{"prompt": "w3 w4 ", "completion": "w5"}], [{"messages": said}]]
+    kinds += [[{"instruction": "w3 w4", "output": "w5 w6"}]]
+    for number, rows in enumerate(kinds):
+        blocks = tokenize(rows, tokenizer, max_length=16, packing=False)
+        results = []
+        for data in (rows, blocks):
+            trainer = tiny_trainer(
+                tiny_model(seed=1),
+                tiny_model(),
+                data,
+                out=tmp_path / f"{number}",
+                max_length=16,
+                settings={"processing_class": tokenizer, "eval_dataset": {"a": data}},
+            )
+            results.append((trainer.train().training_loss, trainer.evaluate()["eval_a_loss"]))
+        assert results[0] == results[1]
+
+
+def test_raw_rows_of_data_sets_are_tokenized_and_tokens_left_alone(
+    tiny_model, tiny_trainer, tiny_tokenizer, tiny_rows
+):
+    datasets = pytest.importorskip("datasets")
+    how = {"processing_class": tiny_tokenizer()}
+    table = datasets.Dataset.from_list([row | {"id": 1} for row in RAW])
+    trainer = tiny_trainer(tiny_model(), tiny_model(seed=1), table, settings=how)
+    assert len(trainer.train_dataset) == 2
+    tokens = tiny_rows()
+    assert tiny_trainer(tiny_model(), tiny_model(), tokens, settings=how).train_dataset is tokens
+    streamed = table.to_iterable_dataset()
+    with pytest.raises(ValueError, match="train_dataset must be tokenized where it has no length"):
+        tiny_trainer(tiny_model(), tiny_model(), streamed, settings=how)
+
+
+def test_raw_rows_without_a_tokenizer_and_rows_that_train_on_nothing_are_refused(
+    tiny_model, tiny_trainer, tiny_tokenizer, tmp_path
+):
+    models = tiny_model(), tiny_model(seed=1)
+    with pytest.raises(ValueError, match="train_dataset holds rows of text, .*processing_class"):
+        tiny_trainer(*models, RAW)
+    how = {"processing_class": tiny_tokenizer(), "eval_dataset": [{"text": ""}]}
+    with pytest.raises(ValueError, match="eval_dataset: data has no trained tokens"):
+        tiny_trainer(*models, RAW, settings=how)
+    assert not (tmp_path / "out").exists()

@@ -65,7 +65,9 @@ def _estimate(settings: DistillSettings, processes: Processes) -> Estimate:
     looked = {*range(looks, steps, looks), steps} if held else set()
     checkpoints = len({*range(saves, steps, saves), steps} | looked)
     evaluations = 1 + len(looked) if held else 0
-    weights = 4 * sum(it.numel() for it in student.parameters())
+    whole = weights = 4 * sum(it.numel() for it in student.parameters())
+    if settings.lora_rank is not None:  # checkpoints hold the adapters alone
+        weights = 4 * sum(it.numel() for it in student.parameters() if it.requires_grad)
     moments = 2 * 4 * sum(it.numel() for it in student.parameters() if it.requires_grad)
     memory = max(measured.loading_peak, measured.peak + moments)
     seconds = loading + measured.first_step + (steps - 1) * measured.step
@@ -76,7 +78,7 @@ def _estimate(settings: DistillSettings, processes: Processes) -> Estimate:
     speed = f"{measured.step:.3g} s a step ({measured.tokens / measured.step:,.0f} tokens/s)"
     kept = min(settings.keep_checkpoints, checkpoints)
     # A new checkpoint is written before the oldest is removed; the student itself at the end.
-    disk = (kept + 1) * (weights + moments) + weights
+    disk = (kept + 1) * (weights + moments) + whole
     each = f" of each of {count} processes" if count > 1 else ""
     lines = {
         "data": str(text.blocks),
@@ -131,7 +133,7 @@ def _measure(
     idle: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.0, "weight_decay": 0.0}
     idle |= {"max_steps": min(STEPS, settings.steps(len(text.blocks), processes))}
     idle |= {"save_strategy": "no"}
-    idle |= {"eval_strategy": "no", "eval_on_start": False}
+    idle |= {"eval_strategy": "no", "eval_on_start": False, "report_to": "none"}
     trainer = make_trainer(settings, folder, few, models, processes=processes, **idle)
     device, ticks = trainer.args.device, _Clock()
     trainer.add_callback(ticks)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +18,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_callback import PrinterCallback
 
+from rkl.distill import lora
 from rkl.distill.cache import CachedTeacher, cache_hidden_states
 from rkl.distill.chats import ChatTemplate, read_template
 from rkl.distill.data import (
@@ -133,13 +136,14 @@ class Models:
     """A teacher, as a model or cached, a student, and the tokenizer of each."""
 
     teacher: PreTrainedModel | Teacher
-    student: PreTrainedModel
+    student: Any  # a model, or peft's wrapper of one
     teacher_tokenizer: PreTrainedTokenizerBase
     tokenizer: PreTrainedTokenizerBase
 
 
 def load(settings: DistillSettings) -> tuple[Text, Models]:
     """All that a run begins with, once it is seen that it goes together."""
+    _check_extras(settings)
     tokenizers = _load_tokenizers(settings)
     template = _choose_template(settings, *tokenizers)
     text = read_text(settings, tokenizers[1])
@@ -153,7 +157,22 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
         _check_fits(name, model, settings, text)
     if text.template is not None:
         _end_replies(student, tokenizers[1])
+    if settings.lora_rank is not None:
+        how = settings.lora_rank, settings.lora_targets
+        student = lora.with_adapters(student, *how, seed=settings.seed)
     return text, Models(teacher, student, *tokenizers)
+
+
+def _check_extras(settings: DistillSettings) -> None:
+    """Refuse what needs a package that is not installed."""
+    if settings.lora_rank is not None:
+        lora.check_installed()
+    there = get_available_reporting_integrations() if settings.reporters else []
+    for name in settings.reporters:
+        if name not in there:
+            raise ModuleNotFoundError(
+                f"report_to: {name} needs a package that is not installed: pip install {name}"
+            )
 
 
 def inputs_of(
@@ -356,6 +375,35 @@ def save_student(settings: DistillSettings, folder: Path) -> None:
     tokenizers[1].save_pretrained(folder)
 
 
+def save_merged(settings: DistillSettings, checkpoint: Path, folder: Path, *, chats: bool) -> None:
+    """Write the student with its adapters merged, its tokenizer, and the adapters apart.
+
+    Adapters of a student that no name loads (without some layers, or of random weights) are of
+    use to nobody, and left out.
+
+    Args:
+        settings: Of the run.
+        checkpoint: The folder with the adapters.
+        folder: Where to write.
+        chats: Whether the student was trained on chats, whose ends then end its replies.
+    """
+    _, tokenizer = tokenizers = _load_tokenizers(settings)
+    _choose_template(settings, *tokenizers)
+    student = _load_student(settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the run began
+        if chats:
+            _end_replies(student, tokenizer)
+    lora.merged(student, checkpoint).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    source = str(settings.student)
+    named = not source.endswith((".json", ".gguf")) and not source.startswith("package:")
+    if named and settings.drop_layers is None:
+        (folder / lora.ADAPTER).mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(checkpoint / name, folder / lora.ADAPTER / name)
+
+
 def _described(path: Path) -> PretrainedConfig:
     """The configuration in a file, which a name on the Hub is never taken for."""
     described = json.loads(path.read_text(encoding="utf-8"))
@@ -420,6 +468,7 @@ def make_trainer(
         "logging_steps": max(1, total // LOGGED),
         "logging_nan_inf_filter": False,
         **journaled(settings.device),
+        "report_to": settings.reporters or "none",
     }
     if held_out is None:
         changes |= {"eval_on_start": False}

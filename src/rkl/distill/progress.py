@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
     modeling_gguf_pytorch_utils,
 )
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 
@@ -233,6 +234,34 @@ def counted(what: str, total: int, shown_from: int) -> Iterator[Callable[[int], 
                 say(f"{what}: {done / total:.0%}, {clock(left)} to go")
 
         yield advance
+
+
+class TensorBoard(TensorBoardCallback):
+    """That of transformers, which writes into the run and lists its files there as rkl's own.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: Run):
+        super().__init__()
+        self.run, self.elsewhere = run, self.logging_dir is not None
+        self.logging_dir = self.logging_dir or str(run.path / "tensorboard")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self._list(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        super().on_train_end(args, state, control, **kwargs)
+        self._list(state)
+
+    def _list(self, state: TrainerState) -> None:
+        ours = state.is_world_process_zero and not self.elsewhere
+        files = [] if not ours else Path(str(self.logging_dir)).rglob("*")
+        names = [it.relative_to(self.run.path).as_posix() for it in files if it.is_file()]
+        if new := [name for name in names if name not in self.run.files]:
+            self.run.record_files(new)
 
 
 class Stop(TrainerCallback):

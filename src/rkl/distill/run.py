@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from rkl.distill.cache import CachedTeacher
@@ -33,6 +34,7 @@ from rkl.distill.prepare import (
     inputs_of,
     load,
     make_trainer,
+    save_merged,
     save_student,
     with_cached_teacher,
 )
@@ -42,6 +44,7 @@ from rkl.distill.progress import (
     FollowSchedule,
     Journal,
     Stop,
+    TensorBoard,
     Watch,
     clock,
     in_words,
@@ -59,7 +62,7 @@ from rkl.runs.signals import StoppedError, StopRequest
 __all__ = ["DistillSettings", "Distilled", "Estimate", "distill", "estimate", "load_run"]
 
 # In a run that is resumed; more steps extend it.
-MAY_CHANGE = "device", "save_every", "keep_checkpoints", "max_steps", "epochs"
+MAY_CHANGE = "device", "save_every", "keep_checkpoints", "max_steps", "epochs", "report_to"
 INPUTS = "teacher", "student", "data", "eval_data"  # settings that may be files or folders
 CACHE = "teacher"  # folder of its hidden states, there while the run lasts
 OF_TRAINER = "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json"
@@ -301,7 +304,10 @@ def _train(
     display = Display(total)
     request = StopRequest(shared=processes.count > 1, speaks=processes.main)
     stop = Stop(request, processes.largest)
-    for callback in (Journal(run, display, watch), stop, FollowSchedule()):
+    board = [TensorBoard(run)] if "tensorboard" in settings.reporters else []
+    if board:  # in place of the one that the Trainer made
+        trainer.remove_callback(TensorBoardCallback)
+    for callback in (Journal(run, display, watch), stop, FollowSchedule(), *board):
         trainer.add_callback(callback)
     try:
         with display.bar, request.listening(), naming_lost_peers():
@@ -358,9 +364,13 @@ def _finish(
     run.remove_measured()  # of the earlier student, measured meanwhile
     evaluated = next((row for row in run.metrics if best and _is_of(row, best)), {})
     with replacing_files(run.path) as folder:
+        checkpoint = run.path / "checkpoints" / f"checkpoint-{best}"
         if not best:
             save_student(settings, folder)
-        for file in (run.path / "checkpoints" / f"checkpoint-{best}").glob("*"):
+        elif settings.lora_rank is not None:
+            chats = run.record["data"]["chat_template"] is not None
+            save_merged(settings, checkpoint, folder, chats=chats)
+        for file in () if settings.lora_rank is not None else checkpoint.glob("*"):
             if not any(fnmatch.fnmatchcase(file.name, pattern) for pattern in OF_TRAINER):
                 shutil.copyfile(file, folder / file.name)
     run.update(

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
 from rkl.checks import LARGEST_RATE, number
 from rkl.distill.limits import (
     check_counts,
@@ -67,8 +69,15 @@ class DistillSettings:
         compiled: Compile the loss; by default where the work is worth the minute it takes.
         gradient_checkpointing: Compute activations twice rather than keep them: less memory, more
             time.
+        lora_rank: Rank of LoRA adapters, which are then trained in place of all weights (extra
+            peft). Their alpha is twice the rank, so that the rate needs no change with it. The
+            run holds the student with the adapters merged, and the adapters in adapter/.
+        lora_targets: Modules that get adapters, such as q_proj,v_proj; by default all linear
+            layers but the head.
         cache_teacher: Run the teacher once over the data, and keep its hidden states on the disk
             until the run ends: faster from the second epoch on.
+        report_to: Where metrics go beside metrics.jsonl, such as tensorboard or wandb, or several
+            with commas, as transformers names them; nowhere by default.
         seed: Of the order of the blocks, and of new weights.
         device: "cpu" or "cuda"; by default a GPU if there is one.
     """
@@ -105,7 +114,10 @@ class DistillSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     compiled: bool | None = None
     gradient_checkpointing: bool = False
+    lora_rank: int | None = None
+    lora_targets: str | None = None
     cache_teacher: bool = False
+    report_to: str = "none"
     seed: int = 0
     device: str | None = None
 
@@ -118,8 +130,19 @@ class DistillSettings:
         check_counts(
             self,
             *("eval_blocks", "max_steps", "batch_size", "gradient_accumulation"),
-            *("eval_every", "save_every"),
+            *("eval_every", "save_every", "lora_rank"),
         )
+        if self.lora_targets is not None and self.lora_rank is None:
+            raise ValueError("lora_targets needs lora_rank, such as 16; got None.")
+        if self.lora_targets is not None and "" in self.lora_targets.replace(" ", "").split(","):
+            raise ValueError(
+                f"lora_targets must be names of modules such as q_proj,v_proj; "
+                f"got {self.lora_targets!r}."
+            )
+        for name in self.reporters:
+            if name not in INTEGRATION_TO_CALLBACK:
+                known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+                raise ValueError(f"report_to must be none or of {known}; got {name!r}.")
         # Two checkpoints for the best and the last, two tokens for one and the next.
         check_counts(self, "keep_checkpoints", "max_length", at_least=2)
         check_within(self, "held_out", "warmup", high=1, ends="[)")
@@ -145,6 +168,11 @@ class DistillSettings:
     def minimised(self) -> Divergence:
         """The divergence that the text means."""
         return divergence_named(self.divergence)
+
+    @property
+    def reporters(self) -> list[str]:
+        """The names in ``report_to``."""
+        return [name.strip() for name in self.report_to.split(",") if name.strip() != "none"]
 
     def steps(self, blocks: int, processes: int = 1) -> int:
         """Steps of a run on so many blocks, of which each process takes a batch at a time."""

@@ -174,6 +174,15 @@ def kind_of(row: Any, place: str) -> str:
     raise ValueError(f"{place}: {EXPECTED}; got the columns {found}, null ones apart{ALSO}.")
 
 
+def is_row(value: Any) -> bool:
+    """True if a value has the columns of a row that can be read."""
+    try:
+        kind_of(_in_our_words(value, ""), "")
+    except ValueError:
+        return False
+    return True
+
+
 def _in_our_words(row: Any, place: str) -> Any:
     """The row with the columns that we know it by, if it has those of other libraries."""
     if not isinstance(row, Mapping):

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,14 +12,15 @@ from accelerate.utils import gather_object
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from rkl.checks import LARGEST_RATE, number
+from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number
 from rkl.distill.batches import Batch, PadRows, shifted
 from rkl.distill.checkpoints import replacing_folder_together, rotate, settle
-from rkl.distill.data import IGNORED
+from rkl.distill.data import IGNORED, tokenize
 from rkl.distill.heads import (
     Known,
     at_temperature,
@@ -29,6 +30,7 @@ from rkl.distill.heads import (
 )
 from rkl.distill.limits import check_counts, check_temperature, check_within
 from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
+from rkl.distill.sources import is_row
 from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher, check_peft, is_adapted
 from rkl.divergences import AKL, KL, Divergence
 from rkl.estimators import LinearHead, TopK, exact, per_token
@@ -101,7 +103,9 @@ class DistillTrainer(Trainer):
         divergence: Any divergence.
         teacher_processing_class: The teacher's tokenizer, to be compared with the student's,
             which is ``processing_class``.
-        **kwargs: As for transformers.Trainer.
+        **kwargs: As for transformers.Trainer. Data sets may be rows of text, of prompt and
+            completion or of messages, which ``processing_class`` then tokenizes, unpacked; call
+            :func:`rkl.distill.data.tokenize` yourself to have them packed.
     """
 
     args: DistillConfig
@@ -132,6 +136,8 @@ class DistillTrainer(Trainer):
                 f"one process cannot share {args.n_gpu} GPUs; start one for each with "
                 "torchrun or accelerate launch, or show it only one with CUDA_VISIBLE_DEVICES."
             )
+        for name in ("train_dataset", "eval_dataset"):
+            kwargs[name] = _tokenized(name, kwargs.get(name), tokenizer, args)
         self.divergence = divergence
         self._head = read_head(cast(nn.Module, model))
         self._teacher = self._as_teacher(teacher, args)
@@ -589,6 +595,43 @@ def _only(known: LinearHead | Tensor, token: int) -> LinearHead | Float[Tensor, 
     if isinstance(known, Tensor):
         return known[token : token + 1]
     return known._replace(hidden=known.hidden[token : token + 1])
+
+
+def _tokenized(name: str, dataset: Any, tokenizer: Any, args: DistillConfig) -> Any:
+    """Raw rows as tokens; a data set that has them is left as it is."""
+    if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
+        return {key: _tokenized(name, it, tokenizer, args) for key, it in dataset.items()}
+    first = _first_row(dataset)
+    if not isinstance(first, Mapping) or "input_ids" in first or not is_row(first):
+        return dataset
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"{name} holds rows of {', '.join(map(str, first))}, which processing_class=TOKENIZER "
+            f"would tokenize; got processing_class={tokenizer!r}."
+        )
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"{name} must be tokenized where it has no length: map it with "
+            "rkl.distill.data.tokenize, or give a list of rows."
+        )
+    try:
+        rows: Any = dataset
+        return tokenize(
+            rows, tokenizer, max_length=args.max_length or LARGEST_COUNT, packing=False
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _first_row(dataset: Any) -> Any:
+    """The first row of what can be indexed, or read again from the beginning."""
+    if isinstance(dataset, Dataset | Sequence) or hasattr(dataset, "column_names"):
+        try:
+            return dataset[0]
+        except (IndexError, KeyError, NotImplementedError, TypeError):
+            pass  # empty, or an iterable one
+    again = hasattr(dataset, "__iter__") and not hasattr(dataset, "__next__")
+    return next(iter(dataset), None) if again else None
 
 
 def _check(

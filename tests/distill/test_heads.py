@@ -8,7 +8,8 @@ import transformers
 
 import rkl
 from rkl.distill import PadRows, read_head
-from rkl.distill.heads import common_vocabulary, inference, logits_of
+from rkl.distill.heads import inference, logits_of
+from rkl.distill.vocabulary import common_vocabulary
 
 ARCHITECTURES = {
     "GPT2": ("GPT2", {}),

@@ -255,12 +255,13 @@ def until(exists, process):
         time.sleep(0.05)
 
 
-def difference(one, other):
+def difference(one, other, *, without="nothing"):
     """Of two runs' weights, relative to the largest of each tensor."""
     first, second = (load_file(it / "model.safetensors") for it in (one, other))
     return max(
         float((first[name] - second[name]).abs().max() / second[name].abs().max())
         for name in second
+        if not name.endswith(without)
     )
 
 
@@ -280,8 +281,8 @@ def test_two_processes_distil_as_one_with_twice_the_batch(folder):
     assert two.metrics[-1]["eval_loss"] == pytest.approx(one.metrics[-1]["eval_loss"], rel=1e-4)
     losses = [[row["loss"] for row in it.metrics if "loss" in row] for it in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    # AdamW's first steps are the signs of the gradient, which amplify roundings of float32.
-    assert difference(two.path, one.path) < 1e-3
+    # A key's bias has no gradient but rounding, which AdamW scales to steps of full size.
+    assert difference(two.path, one.path, without="c_attn.bias") < 1e-3
     assert not [it.name for it in two.path.iterdir() if it.suffix in (".pth", ".pt")]
     two.verify()
 

@@ -149,6 +149,11 @@ class TokenDataset(Dataset):
         tokens = self.tokens[block].long()
         return {"input_ids": tokens, "labels": tokens.where(self.trained[block], IGNORED)}
 
+    def sample(self, count: int) -> list[list[int]]:
+        """The tokens of at most so many blocks, evenly spaced."""
+        places = spread(range(len(self)), count)
+        return [self[place]["input_ids"].tolist() for place in places]
+
     @property
     def trained_tokens(self) -> int:
         """Number of tokens trained on in one pass."""

@@ -28,7 +28,7 @@ from rkl.distill.generate import (
     sampling_of,
     save,
 )
-from rkl.distill.heads import Known, common_vocabulary, logits_of, read_head
+from rkl.distill.heads import Known, logits_of, read_head
 from rkl.distill.limits import check_context, check_counts, device_named, divergence_named
 from rkl.distill.processes import Processes, joined
 from rkl.distill.progress import quiet
@@ -42,6 +42,7 @@ from rkl.distill.teachers import (
     load_tokenizer,
     model_input,
 )
+from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
 from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation
 from rkl.estimators import LinearHead, TopK
 from rkl.importing import names_in, only
@@ -163,6 +164,7 @@ def _evaluate_run(
                 places[processes.world.rank :: processes.count],
                 len(places),
                 tokenizer=parts.tokenizer,
+                teacher_tokenizer=parts.teacher_tokenizer,
                 divergences=parts.divergences,
                 batch_size=settings.batch_size,
                 progress=progress,
@@ -213,6 +215,7 @@ class _Parts(NamedTuple):
     divergences: dict[str, Divergence]
     rows: Rows
     tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase | None
     student: PreTrainedModel
     teacher: PreTrainedModel
     shape: dict[str, Any]
@@ -229,7 +232,7 @@ def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection
     rows = read_rows(settings.data, split=settings.split)
     _warn_of_seen(run, rows)
     tokenizer = load_tokenizer(run.path)
-    student, teacher = load_model(run.path), _load_teacher(run, settings)
+    student, (teacher, of_teacher) = load_model(run.path), _load_teacher(run, settings)
     for name, model in (("student", student), ("teacher", teacher)):
         check_context(name, model, max_length)
         cast(nn.Module, model).to(device_named(settings.device))
@@ -238,10 +241,13 @@ def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection
         chosen, default = getattr(settings, name), getattr(DistillSettings, name)
         shape[name] = run.settings.get(name, default) if chosen is None else chosen
     blocks = tokenize(rows, tokenizer, **shape)
+    if of_teacher is not None:
+        told = check_splits_alike(blocks.sample(SAMPLE), of_teacher, tokenizer)
+        if told:
+            warnings.warn(told, stacklevel=3)
     prompts, passed_over = _prompts(rows, tokenizer, student, settings)
-    return _Parts(
-        *(run, divergences, rows, tokenizer, student, teacher, shape, blocks, prompts, passed_over)
-    )
+    models = tokenizer, of_teacher, student, teacher
+    return _Parts(run, divergences, rows, *models, shape, blocks, prompts, passed_over)
 
 
 def _prompts(
@@ -287,10 +293,12 @@ def _warn_of_seen(run: Run, rows: Sequence[Row]) -> None:
         )
 
 
-def _load_teacher(run: Run, settings: EvaluateSettings) -> PreTrainedModel:
-    """The model that is asked for, or the very one that the run learned from."""
+def _load_teacher(
+    run: Run, settings: EvaluateSettings
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model that is asked for, or the very one that the run learned from; its tokenizer."""
     if settings.teacher is not None:
-        return load_model(settings.teacher)
+        return load_model(settings.teacher), _tokenizer_of(settings.teacher)
     name = run.settings.get("teacher")
     if not isinstance(name, str):
         raise ValueError(f"teacher must be given: {run.path} does not say which it had.")
@@ -305,7 +313,7 @@ def _load_teacher(run: Run, settings: EvaluateSettings) -> PreTrainedModel:
                     f"teacher: {run.path} learned from {name!r}, which is no folder here. {hint}, "
                     f"or, if it is a name on the Hub, --teacher hub:{name}"
                 )
-        return load_model(name)
+        return load_model(name), _tokenizer_of(name)
     if known["local"] and local_path(known["path"]) is None:
         raise FileNotFoundError(
             f"teacher: {run.path} learned from {known['path']}, which is no longer there. {hint}"
@@ -319,7 +327,15 @@ def _load_teacher(run: Run, settings: EvaluateSettings) -> PreTrainedModel:
         argument="teacher",
         advice="Put it back, or compare with what is there on purpose: --teacher FOLDER",
     )
-    return teacher
+    return teacher, _tokenizer_of(name, revision=known.get("commit"))
+
+
+def _tokenizer_of(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a teacher; None where its folder holds only the model."""
+    folder = local_path(name)
+    if folder is not None and folder.is_dir() and not any(folder.glob("tokenizer*")):
+        return None  # transformers would make one of the model's kind, without its tokens
+    return load_tokenizer(name, revision=revision)
 
 
 def _divergences(
@@ -395,6 +411,7 @@ def _summed(
     rows: int,
     *,
     tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     divergences: Mapping[str, Divergence],
     batch_size: int,
     progress: Callable[[int, int], None] | None,
@@ -402,11 +419,14 @@ def _summed(
     """Sums over the blocks at some places among so many, and the size of the vocabulary."""
     teacher = teacher if isinstance(teacher, Teacher) else ModelTeacher(teacher)
     head = read_head(student)
-    vocab = common_vocabulary(teacher.vocab, head.vocab, student_tokenizer=tokenizer)
+    shared = share_vocabulary(teacher.vocab, head.vocab, teacher_tokenizer, tokenizer)
+    vocab = shared.size
     sums, first, numbers = _Sums(rows), 0, torch.tensor(places, dtype=torch.int64)
     for padded in DataLoader(Subset(blocks, places), batch_size, collate_fn=PadRows()):
         batch = shifted({name: values.to(student.device) for name, values in padded.items()})
         rows_of_batch = numbers[first : first + len(batch.predicting)].to(batch.predicting.device)
+        if shared.differing:
+            shared.check("data", batch.inputs["input_ids"][batch.inputs["attention_mask"].bool()])
         row = rows_of_batch[batch.predicting.nonzero()[:, 0]]
         p = teacher.observe(batch.inputs, batch.predicting, vocab=vocab)
         q = head.observe(batch.inputs, batch.predicting, vocab=vocab)

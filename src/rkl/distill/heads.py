@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedTokenizerBase
 
 from rkl.estimators import LinearHead, TopK, products
 
@@ -226,49 +225,6 @@ def at_temperature(known: Any, temperature: float) -> Any:
     if isinstance(known, Tensor):
         return known if temperature == 1 else known / temperature
     return known._replace(temperature=temperature)
-
-
-def common_vocabulary(
-    teacher: int,
-    student: int,
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-    student_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> int:
-    """How many atoms the teacher and the student share, from the first on.
-
-    Vocabularies are often padded, to different sizes, with rows that stand for no token: then
-    it is the number of the tokenizer's tokens. Different tokenizers are refused.
-
-    Args:
-        teacher: The teacher's number of logits.
-        student: The student's number of logits.
-        teacher_tokenizer: The teacher's tokenizer, where it is at hand.
-        student_tokenizer: The student's tokenizer, where it is at hand.
-    """
-    tokenizers = [it for it in (student_tokenizer, teacher_tokenizer) if it is not None]
-    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
-    if len(vocabularies) == 2 and vocabularies[0] != vocabularies[1]:
-        differing = sorted(
-            {token for token, _ in vocabularies[0].items() ^ vocabularies[1].items()}
-        )
-        raise ValueError(
-            f"teacher and student must share a tokenizer; theirs differ in {len(differing)} "
-            f"tokens, {differing[0]!r} among them, so that their probabilities cannot be compared."
-        )
-    if teacher == student:
-        return student
-    if not vocabularies:
-        raise ValueError(
-            f"teacher has {teacher} logits but the student {student}, and no tokenizer says which "
-            "of them are tokens. Pass processing_class, the tokenizer that both of them use."
-        )
-    tokens = max(vocabularies[0].values()) + 1
-    if tokens > min(teacher, student):
-        raise ValueError(
-            f"teacher has {teacher} logits and the student {student}, fewer than the {tokens} "
-            "tokens of the tokenizer; teacher and student must share one."
-        )
-    return tokens
 
 
 def _scale(config) -> float:

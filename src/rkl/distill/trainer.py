@@ -24,7 +24,6 @@ from rkl.distill.data import IGNORED, tokenize
 from rkl.distill.heads import (
     Known,
     at_temperature,
-    common_vocabulary,
     logits_of,
     read_head,
 )
@@ -32,6 +31,7 @@ from rkl.distill.limits import check_counts, check_temperature, check_within
 from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
 from rkl.distill.sources import is_row
 from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher, check_peft, is_adapted
+from rkl.distill.vocabulary import share_vocabulary
 from rkl.divergences import AKL, KL, Divergence
 from rkl.estimators import LinearHead, TopK, exact, per_token
 from rkl.runs import measure_written, replacing_files, sweep
@@ -123,9 +123,6 @@ class DistillTrainer(Trainer):
         args = DistillConfig() if args is None else args
         _check(model, args, teacher, divergence, kwargs)
         tokenizer = kwargs.get("processing_class")
-        if kwargs.get("data_collator") is None:
-            pad = None if tokenizer is None else tokenizer.pad_token_id
-            kwargs["data_collator"] = PadRows(pad or 0, args.max_length)
         if (started := world().size) != args.world_size:
             raise ValueError(
                 f"args: {started} processes were started, but each of them would train alone "
@@ -141,9 +138,14 @@ class DistillTrainer(Trainer):
         self.divergence = divergence
         self._head = read_head(cast(nn.Module, model))
         self._teacher = self._as_teacher(teacher, args)
-        self._vocab = common_vocabulary(
+        self._shared = share_vocabulary(
             self._teacher.vocab, self._head.vocab, teacher_processing_class, tokenizer
         )
+        self._vocab = self._shared.size
+        if kwargs.get("data_collator") is None:
+            pad = 0 if tokenizer is None else tokenizer.pad_token_id or 0
+            # A padding token that only the student has would be none of the teacher's rows.
+            kwargs["data_collator"] = PadRows(pad if pad < self._vocab else 0, args.max_length)
         super().__init__(model, args, **kwargs)  # last, for it makes the output folder
         # The loss is divided by the tokens of the whole step, counted as `shifted` counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
@@ -413,6 +415,13 @@ class DistillTrainer(Trainer):
 
     def _observe(self, batch: Batch) -> Known | TopK:
         """What the teacher says of a batch, in the precision that the Trainer trains in."""
+        tokens = batch.inputs.get("input_ids")
+        if self._shared.differing and isinstance(tokens, Tensor):
+            mask = batch.inputs.get("attention_mask")
+            read = tokens if mask is None or mask.ndim != 2 else tokens[mask.bool()]
+            self._shared.check(
+                "train_dataset" if self._student().training else "eval_dataset", read
+            )
         with torch.no_grad(), self.accelerator.autocast():
             return self._teacher.observe(batch.inputs, batch.predicting, vocab=self._vocab)
 

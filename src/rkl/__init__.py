@@ -6,7 +6,7 @@ _DIVERGENCES = "rkl.divergences"  # whose classes are all names of rkl, and list
 _HOMES = {
     "divergences": "Divergence FDivergence catalogue parse",
     "estimators": "LinearHead TopK exact monte_carlo per_token variational_bound",
-    "runs": "load",
+    "runs": "load save",
 }
 _HOME = {name: f"rkl.{module}" for module, names in _HOMES.items() for name in names.split()}
 __version__ = "0.1.0"

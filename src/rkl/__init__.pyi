@@ -6,5 +6,6 @@ from rkl.estimators import monte_carlo as monte_carlo
 from rkl.estimators import per_token as per_token
 from rkl.estimators import variational_bound as variational_bound
 from rkl.runs import load as load
+from rkl.runs import save as save
 
 __version__: str

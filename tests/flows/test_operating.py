@@ -8,7 +8,7 @@ from torch.distributions import Normal
 
 from rkl.flows import Coupling, Critic, Method, draw, fit_to_samples
 from rkl.flows.fitted import Reached
-from rkl.flows.operating import DEARER, check_point, distil_rejection
+from rkl.flows.operating import DEARER, check_point, distil_rejection, draw_kept
 from rkl.metrics import Mean
 from rkl.metrics.precision_recall import OperatingPoint
 
@@ -30,7 +30,7 @@ def crossed():
 def fitted(crossed):
     how = {"steps": 150, "method": Method(batch=256, critic=Critic(lessons=150))}
     bought = fit_to_samples(SMALL, crossed, budget=2.0, **how)
-    aimed = fit_to_samples(SMALL, crossed, target_precision=0.75, **how)
+    aimed = fit_to_samples(SMALL, crossed, target_precision=0.65, **how)
     beyond = fit_to_samples(SMALL, crossed, target_precision=0.999, budget=1.2, **how)
     return bought, aimed, beyond
 
@@ -47,7 +47,7 @@ def test_a_budget_is_spent_and_its_precision_told(fitted):
 def test_a_precision_is_reached_at_less_cost_than_all_of_it(fitted):
     aimed = fitted[1].reached
     assert aimed.met
-    assert aimed.precision.value.item() >= 0.75
+    assert aimed.precision.value.item() - 2 * aimed.precision.error.item() >= 0.65
     assert aimed.point.budget < 20
 
 
@@ -58,11 +58,34 @@ def test_what_is_out_of_reach_is_said_with_how_far_it_got(fitted):
     assert "out of its reach" in str(beyond)
 
 
-def test_an_operating_point_counts_as_met_within_two_standard_errors():
+def test_an_operating_point_counts_as_met_by_the_lower_end_of_its_bound():
     point = OperatingPoint(1.0, 1.0, 0.9)
-    for value, met in ((0.86, False), (0.89, True)):
+    for value, met in ((0.89, False), (0.91, False), (0.93, True)):
         mean = Mean(torch.tensor(value), torch.tensor(0.01))
         assert Reached(0.9, mean, point).met is met
+        assert "precision at most" in str(Reached(0.9, mean, point))
+
+
+def test_the_claim_of_a_critic_never_exceeds_one(fitted):
+    for fit in fitted:
+        assert fit.reached.point.target_precision <= 1
+        assert fit.reached.judged[-1][0] <= 20
+
+
+def test_draws_are_kept_by_the_ratio_row_by_row():
+    """At λ = 1/2 and a ratio of 2 on one side, 0 on the other: that side, at two draws each."""
+    law = Normal(torch.zeros(4000, 1), 1.0)
+    law = torch.distributions.Independent(law, 1)
+    torch.manual_seed(0)
+
+    def ratio(value, condition):
+        return torch.where(value[:, 0] * condition[:, 0] > 0, math.log(2), -math.inf)
+
+    sides = torch.tensor([[1.0], [-1.0]]).repeat(2000, 1)
+    kept, made = draw_kept(law, ratio, math.log(0.5), 4000, sides)
+    assert bool((kept * sides > 0).all())
+    assert made / 4000 == pytest.approx(2.0, abs=0.1)
+    assert kept[:, 0].abs().mean().item() == pytest.approx(math.sqrt(2 / math.pi), abs=0.04)
 
 
 @pytest.mark.parametrize("wrong", [{"target_precision": 1.2}, {"budget": 0.5}], ids=str)

@@ -23,7 +23,7 @@ _HOMES: dict[str, str] = {
     "observables": "averages beside_held_out check_held_out",
     "operating": "distil_rejection",
     "rejection": "Accepted reject",
-    "run": "SampleSettings compare_runs sample_run",
+    "run": "SampleSettings compare_runs sample_run save_run",
     "run_evaluation": "DataEvaluation EvaluateSettings NotCoveredError evaluate_run report_runs",
     "target_fit": "TargetFit fit_to_target",
     "targets": "Density Target parse_target",

@@ -55,6 +55,7 @@ from rkl.flows.rejection import reject as reject
 from rkl.flows.run import SampleSettings as SampleSettings
 from rkl.flows.run import compare_runs as compare_runs
 from rkl.flows.run import sample_run as sample_run
+from rkl.flows.run import save_run as save_run
 from rkl.flows.run_evaluation import DataEvaluation as DataEvaluation
 from rkl.flows.run_evaluation import EvaluateSettings as EvaluateSettings
 from rkl.flows.run_evaluation import NotCoveredError as NotCoveredError

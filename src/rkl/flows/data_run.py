@@ -1,8 +1,9 @@
 """What a flow is fitted to data with, and the flow and the critic of such a run."""
 
+import math
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from rkl.flows.architectures import Architecture, parse_architecture
 from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data
 from rkl.flows.fit import Method
+from rkl.flows.fitted import Reached
 from rkl.flows.operating import check_point
 from rkl.flows.standardise import Standardised, Units
 from rkl.flows.target_run import MINUTES, WEIGHTS, load_target_run
@@ -177,7 +179,10 @@ def load_fit(
     if run.kind != "flows":
         raise ValueError(f"path: {path} is a run of kind {run.kind!r}; expected 'flows'.")
     if not (run.path / WEIGHTS).exists():
-        raise FileNotFoundError(f"path: {path} has no {WEIGHTS}: the run was not finished.")
+        raise FileNotFoundError(
+            f"path: {path} has no {WEIGHTS}: the run was not finished; what was "
+            "fitted in Python is written by fitted.save(folder)."
+        )
     run.check_files(WEIGHTS)
     state = load_state(run.path / WEIGHTS)
     settings = settings_of(run, allow=allow)
@@ -189,11 +194,44 @@ def load_fit(
     check_finite(flow.named_parameters(), run.path / WEIGHTS, "flow")
     if state["critic"] is None:
         return flow, None, classes
-    ratio = settings.method.critic.build(shape, len(classes), state["bound"])
+    chosen = replace(settings.method.critic, hidden=tuple(state["critic_hidden"]))
+    ratio = chosen.build(shape, len(classes), state["bound"])
     critic = ScaledCritic(ratio.requires_grad_(False), units)
     critic.ratio.load_state_dict(state["critic"])
     check_finite(critic.named_parameters(), run.path / WEIGHTS, "critic")
     return flow, critic, classes
+
+
+@dataclass(frozen=True)
+class HeldPoint:
+    """The operating point of a run.
+
+    Attributes:
+        log_lam: The logarithm of rejection's constant, of the critic's ratio as it is.
+        budget: Draws per sample.
+        judged: Budgets that the fit judged, each with an upper bound of the precision, and its
+            standard error.
+    """
+
+    log_lam: float
+    budget: float
+    judged: tuple[tuple[float, float, float], ...]
+
+
+def kept_point(reached: Reached) -> dict[str, Any]:
+    """What a run keeps of its operating point."""
+    log_lam = math.log(reached.point.accept_lam) - reached.log_normaliser
+    judged = [list(it) for it in reached.judged]
+    return {"log_lam": log_lam, "budget": reached.point.budget, "judged": judged}
+
+
+def load_point(path: str | os.PathLike) -> HeldPoint | None:
+    """The operating point that the fit of a run was asked for; None where it was not."""
+    state = load_state(Path(path) / WEIGHTS).get("reached")
+    if state is None:
+        return None
+    judged = tuple(tuple(it) for it in state["judged"])
+    return HeldPoint(state["log_lam"], state["budget"], judged)
 
 
 def rows_of(data: Data) -> list[bytes]:

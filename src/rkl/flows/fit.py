@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -28,7 +29,7 @@ Estimator = Literal["data", "draws", "path", "both"]
 CRITIC_BEGINS = 0.8  # share of the maximum-likelihood phase after which the critic learns too
 FULL_RATE = 1_000  # rows from which the learning rate is the full one
 BLURRED = 150  # rows up to which the noise on them is the full one
-ERRORS = 1.0  # standard errors by which training must gain on its start, to be kept
+ERRORS = 2.0  # standard errors by which training must gain on its start, to be kept
 BLUR = 0.3  # standard deviation of that noise, in standard units
 WIDEST = 10.0  # log-ratios are cut off at ± log(WIDEST · max(λ, 1/λ))
 
@@ -221,6 +222,13 @@ class _Problem:
             self.ratio.to(self.device, scaled.dtype)
         exact = None if log_prob is None else self._exact
         self.guard = Guard(self.flow, self.ratio, divergence, exact)
+        self.settings: dict[str, Any] = {"divergence": repr(divergence), "seed": seed}
+        if isinstance(flow, Architecture):
+            own = type(flow).__module__.startswith("rkl.")
+            spelt = repr(flow) if own else f"{type(flow).__module__}:{flow!r}"
+            self.settings |= {"flow": spelt, "estimator": method.estimator or "auto"}
+            names = "start", "anchor", "batch", "lr", "held_out", "guard"
+            self.settings |= {name: getattr(method, name) for name in names}
         self.initial = copy.deepcopy(self.flow.state_dict())
         self.frozen = copy.deepcopy(self.flow).requires_grad_(False)
         self.also = {"critic": self.ratio, "optimizer": self.ratio.optimizer, "guard": self.guard}
@@ -351,7 +359,7 @@ class _Problem:
             return mean(held_out), mean(self.plain.to(self.device).gaussian(rows.values))
 
     def keep_start(self, done: Training) -> Training:
-        """The flow as it began, where nothing shows that it became better: by one error."""
+        """The flow as it began, where nothing shows that it became better: by two errors."""
         if self.guided or not self.method.guard or not done.best_step:
             return done
         kept = copy.deepcopy(self.flow.state_dict())
@@ -380,13 +388,16 @@ class _Problem:
         learnt = with_critic or aimed or (self.guided and self.log_prob is None)
         least = self.method.critic.lessons_after(done.steps) if aimed else 50
         log_density, gaussian = self.scores()
+        began = time.perf_counter()
         critic = self.final_critic(done.steps, least) if learnt else None
         rows = self.held_out, self.rows, self.classes
-        fitted = Fit(self.scaled, critic, done, *rows, None, log_density, gaussian)
+        figures: dict[str, Any] = {"log_density": log_density, "gaussian": gaussian}
+        fitted = Fit(self.scaled, critic, done, *rows, settings=self.settings, **figures)
         if not self.guided and fitted.below_gaussian is not None:
             warnings.warn(fitted.below_gaussian, stacklevel=4)  # past the decorator
         aim = self.method.critic, target_precision, budget, self.seed
-        return replace(fitted, reached=reach(fitted, *aim)) if aimed else fitted
+        fitted = replace(fitted, reached=reach(fitted, *aim)) if aimed else fitted
+        return replace(fitted, critic_seconds=time.perf_counter() - began if learnt else 0.0)
 
     def final_critic(self, steps: int, least: int) -> ScaledCritic:
         """The critic of the flow that was kept, trained on for a tenth of the steps, or more."""

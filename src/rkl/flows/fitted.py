@@ -1,6 +1,9 @@
 """A flow fitted to data, and how near it came to what was asked."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rkl.flows.critic import ScaledCritic
@@ -9,6 +12,7 @@ from rkl.flows.standardise import Standardised
 from rkl.flows.training import Training
 from rkl.metrics import Mean
 from rkl.metrics.precision_recall import OperatingPoint
+from rkl.runs import save
 
 
 @dataclass(frozen=True)
@@ -17,27 +21,37 @@ class Reached:
 
     Attributes:
         asked: The precision asked for; None where a budget was.
-        precision: That of what rejection keeps, at slope 1, with its standard error: the least
-            that either critic finds. It is a bound from above, as all that is learnt from
-            samples: a critic with more to learn from may tell them from data better.
+        precision: An upper bound of that of what rejection keeps, at slope 1, with the standard
+            error of its sampling: the least that either critic finds. A critic with more to learn
+            from may tell samples from data better, so that the bound may be far above.
         point: Rejection's constant, its draws per sample, and the precision as the critic has it.
+        log_normaliser: What is taken off the critic's log-ratio, where the constant is compared.
+        judged: Budgets that were judged, each with the bound and its standard error.
     """
 
     asked: float | None
     precision: Mean
     point: OperatingPoint
+    log_normaliser: float = 0.0
+    judged: tuple[tuple[float, float, float], ...] = ()
 
     @property
     def met(self) -> bool:
-        """Whether the precision asked for is reached, within two standard errors."""
+        """Whether the lower end of the bound, two standard errors down, is the precision asked."""
         value, error = self.precision.value.item(), self.precision.error.item()
-        return self.asked is None or value + 2 * error >= self.asked
+        return self.asked is None or value - 2 * error >= self.asked
 
     def __str__(self) -> str:
         value, error = self.precision.value.item(), self.precision.error.item()
-        got = f"precision {value:.3f} ± {error:.3f} at {self.point.budget:.3g} draws per sample"
+        cost = f"{self.point.budget:.3g} draws per sample"
+        got = f"precision at most {value:.3f} ± {error:.3f} at {cost}"
         if self.met:
             return got
+        if self.asked is not None and value >= self.asked:
+            return (
+                f"{got}: two standard errors below it is less than {self.asked}, so that this "
+                "is not shown to be reached. Hold out more rows."
+            )
         return (
             f"{got}: that is as far as this model gets; target_precision={self.asked} is out of "
             "its reach. Give it more transforms, steps or rows."
@@ -57,8 +71,10 @@ class Fit:
         trained_on: Rows that were.
         classes: Names of the conditions, if the data had labels.
         reached: How near it came to the operating point that was asked for, if one was.
+        settings: What it was fitted with, by which a saved one is built again.
         log_density: Of the rows held out, in nats, under the parameters kept.
         gaussian: The same of a Gaussian with the moments of the rows trained on.
+        critic_seconds: How long critics took behind the last step.
     """
 
     flow: Standardised
@@ -68,8 +84,19 @@ class Fit:
     trained_on: Data
     classes: tuple[str, ...] = ()
     reached: Reached | None = None
+    settings: Mapping[str, Any] | None = None
     log_density: Mean | None = None
     gaussian: Mean | None = None
+    critic_seconds: float = 0.0
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write it into a folder, as ``rkl fit`` does: ``rkl.load(folder)`` gives the flow back.
+
+        Raises:
+            ValueError: Its flow was handed over as a module, which nothing can build again.
+            FileExistsError: The folder holds something.
+        """
+        return save(self, folder)
 
     @property
     def below_gaussian(self) -> str | None:

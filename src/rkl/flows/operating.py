@@ -2,7 +2,9 @@
 
 import copy
 import math
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +23,11 @@ from rkl.runs import Run
 DRAWS = 20_000  # on which a constant is fitted
 KEPT = 10_000  # accepted draws that are told from data
 BATCH = 512  # of them in a step
+TRIED = 5  # steps of a critic that are timed
+ROUNDS = 1_000  # of rejection, row by row
 MOST = 20.0  # draws per sample, beyond which rejection is not tried
 DEARER = 1.4  # by this factor, where the precision is not reached
+POINTS = 2 + math.ceil(math.log(MOST) / math.log(DEARER))  # budgets that may be judged
 WIDEST = math.log(100)
 
 
@@ -48,15 +53,31 @@ def reach(
         torch.manual_seed(seed + 4)
         judge, most = _Judge(fitted, chosen), MOST if budget is None else budget
         if target is None:
-            return Reached(None, judge.precision(most), judge.point(most))
+            return judge.reached(None, most)
         spent, best = 1.0, None
         while True:
-            found = Reached(target, judge.precision(spent), judge.point(spent))
+            found = judge.reached(target, spent)
             value = found.precision.value.item()
             best = found if best is None or value > best.precision.value.item() else best
-            if value >= target or spent >= min(most, judge.useful):
-                return found if value >= target else best
+            if found.met or spent >= min(most, judge.useful):
+                best = found if found.met else best
+                return replace(best, judged=tuple(judge.found))
             spent = min(most, judge.useful, spent * DEARER)
+
+
+def seconds_of_update(fitted: Fit, chosen: Critic, batch: int) -> float:
+    """How long one step of a critic takes, with the draws that it learns from."""
+    with torch.random.fork_rng():
+        shape, conditions = fitted.trained_on.event_shape, fitted.trained_on.conditions
+        ratio = chosen.build(shape, conditions, WIDEST).to(fitted.flow.dtype)
+        began = time.perf_counter()
+        for _ in range(TRIED):
+            rows = fitted.trained_on.batch(batch)
+            law = fitted.flow() if rows.condition is None else fitted.flow(rows.condition)
+            value, _ = draw(law, (batch,) if rows.condition is None else ())
+            p, q = (fitted.flow.standardise(it) for it in (rows.values, value))
+            ratio.update(p, q, rows.condition)
+        return (time.perf_counter() - began) / TRIED
 
 
 class _Judge:
@@ -74,10 +95,19 @@ class _Judge:
         log_ratio = self._drawn(DRAWS)[2].double().cpu()
         self.normaliser = (log_ratio.logsumexp(0) - math.log(DRAWS)).item()
         self.log_ratio = log_ratio - self.normaliser
+        self.found: list[tuple[float, float, float]] = []
         self.useful = max(1.0, self.log_ratio.max().exp().item())  # then all that is left is p
 
     def point(self, budget: float) -> OperatingPoint:
-        return operating_point(self.log_ratio, budget=min(budget, self.useful))
+        found = operating_point(self.log_ratio, budget=min(budget, self.useful))
+        return found._replace(target_precision=min(1.0, found.target_precision))
+
+    def reached(self, target: float | None, budget: float) -> Reached:
+        """What the judge finds of a budget."""
+        precision, point = self.precision(budget), self.point(budget)
+        figures = point.budget, precision.value.item(), precision.error.item()
+        self.found.append(figures)
+        return Reached(target, precision, point, self.normaliser, tuple(self.found))
 
     def _drawn(self, count: int) -> tuple[Data, Tensor, Tensor]:
         """Rows; draws under their conditions; and what the critic that rejects says of these."""
@@ -113,6 +143,45 @@ class _Judge:
         seen, taken = mean(own.double().cpu()), mean(found.double().cpu())
         least = (1 - seen.value + taken.value).clamp(max=point.target_precision)
         return Mean(least, torch.hypot(seen.error, taken.error))
+
+
+@torch.no_grad()
+def draw_kept(
+    law: Any,
+    log_ratio: Callable[[Tensor, Tensor | None], Tensor],
+    log_lam: float,
+    count: int,
+    condition: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """Draws that rejection keeps, under the condition of each row if there are any; their cost.
+
+    Args:
+        law: What a flow returns, batched by the conditions where there are any.
+        log_ratio: log p/q of draws under their conditions, in nats.
+        log_lam: The logarithm of rejection's constant.
+        count: How many to keep; as many as there are conditions.
+        condition: Conditions, one row each.
+
+    Returns:
+        The draws that were kept, and how many were made.
+
+    Raises:
+        RuntimeError: Some row has none after a thousand rounds.
+    """
+    samples: Tensor | None = None
+    left, made = torch.arange(count), 0
+    for _ in range(ROUNDS):
+        value = law.sample(() if condition is not None else (len(left),))
+        value = value[left.to(value.device)] if condition is not None else value
+        given = None if condition is None else condition[left.to(condition.device)]
+        log_keep = log_ratio(value, given) + log_lam
+        keep = torch.rand_like(log_keep).log() < log_keep
+        samples = value.new_empty(count, *value.shape[1:]) if samples is None else samples
+        samples[left.to(value.device)[keep]] = value[keep]
+        made, left = made + len(left), left[~keep.cpu()]
+        if not len(left):
+            return samples, made
+    raise RuntimeError(f"{len(left)} of {count} samples were not accepted in {ROUNDS} rounds.")
 
 
 @one_at_a_time()
@@ -171,7 +240,8 @@ def distil_rejection(
     done = train(lesson.student, lesson, **how)
     rest = fitted.held_out, fitted.trained_on, fitted.classes
     log_density = lesson.log_density(len(fitted.held_out))
-    return Fit(lesson.student, None, done, *rest, None, log_density, fitted.gaussian)
+    figures: dict[str, Any] = {"log_density": log_density, "gaussian": fitted.gaussian}
+    return Fit(lesson.student, None, done, *rest, settings=fitted.settings, **figures)
 
 
 class _Lesson:

@@ -15,11 +15,20 @@ from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer, numbe
 from rkl.flows.architectures import latent
 from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data, check_device, read_data
-from rkl.flows.data_run import FitSettings, load_critic, load_fit, rows_of
+from rkl.flows.data_run import (
+    FitSettings,
+    HeldPoint,
+    kept_point,
+    load_critic,
+    load_fit,
+    load_point,
+    rows_of,
+)
 from rkl.flows.distil_run import distillation
 from rkl.flows.files import write_samples
 from rkl.flows.fit import fit_to_samples
 from rkl.flows.fitted import Fit
+from rkl.flows.operating import POINTS, draw_kept, seconds_of_update
 from rkl.flows.rejection import reject
 from rkl.flows.target_run import (
     BUDGET,
@@ -40,6 +49,7 @@ from rkl.metrics.written import parenthesised
 from rkl.runs import Run, check_out, check_out_file, fingerprint
 from rkl.runs.integrity import Input, local_path, values_of
 
+FAR = 20.0  # standard deviations, beyond which a sample is no likely one of the data
 BATCH = 10_000  # samples made at a time
 MAY_CHANGE = "device", *BUDGET  # in a run that is resumed; more of the budget extends it
 
@@ -102,6 +112,8 @@ class Fitted:
     def __str__(self) -> str:
         done, fit = self.fit.training, self.fit
         lines = [f"{done.steps:,} steps in {done.seconds:.0f} s"]
+        if fit.critic is not None and fit.critic_seconds >= 1:
+            lines[0] += f", and critics in {fit.critic_seconds:.0f} s"
         if fit.log_density is not None:
             density = parenthesised(_pair(fit.log_density))
             kept = done.steps if done.best_step is None else done.best_step
@@ -221,7 +233,28 @@ def estimate(settings: FitSettings) -> str:
     lines += [f"{flow}: {size:,} parameters, {size * 4 * 6 / 1e6:.3g} MB with what Adam keeps"]
     lines += [f"{divergence} by the estimator: {estimator}"]
     lines += [f"about {steps:,} steps in {steps * per_step / 60:.2g} minutes"]
+    lines += _critics(settings, tried, steps)
     return "\n".join(lines)
+
+
+def _critics(settings: FitSettings, tried: Fit, steps: int) -> list[str]:
+    """How long the critics take that follow the steps, which no budget counts."""
+    aimed = settings.target_precision is not None or settings.budget is not None
+    followed = settings.start_from is None and not is_likelihood(settings.chosen)
+    if settings.start_from is not None or not (settings.critic or aimed or followed):
+        return []
+    chosen = settings.method.critic
+    seconds = seconds_of_update(tried, chosen, settings.batch)
+    lessons = max(chosen.lessons_after(steps) if aimed else 50, steps // (10 if followed else 3))
+    if not aimed:
+        return [f"then a critic: {lessons:,} steps in {lessons * seconds / 60:.2g} minutes"]
+    judged = 1 if settings.target_precision is None else POINTS
+    more = judged * max(1, chosen.lessons_after(steps) // 2)
+    up_to = "up to " * (judged > 1)
+    return [
+        f"then two critics, beyond the budget: {lessons:,} and {up_to}{more:,} steps, in {up_to}"
+        f"{(lessons + more) * seconds / 60:.2g} minutes"
+    ]
 
 
 def sample_run(
@@ -261,17 +294,67 @@ def sample_run(
         bound = math.inf if settings.truncation is None else settings.truncation
         law = flow() if condition is None else flow(condition.to(device))
         law = latent(law, settings.latent_temperature, bound)
-        if settings.budget is None and settings.target_precision is None:
+        held = None if _changed_latents(settings) else load_point(path)
+        chosen = settings.budget is not None or settings.target_precision is not None
+        if not chosen and held is not None:
+            critic = load_critic(path, allow=allow).to(device)
+            samples, cost = _at_point(law, critic, condition, settings.n, held)
+        elif not chosen:
             counts = [min(BATCH, settings.n - i) for i in range(0, settings.n, BATCH)]
             samples, cost = torch.cat([law.sample(torch.Size([it])) for it in counts]), ""
         else:
             _refuse_changed_latents(settings)
-            samples, cost = _rejected(law, load_critic(path, allow=allow), condition, settings)
+            wanted = settings
+            if held is not None and settings.target_precision is not None:
+                wanted = _judged_budget(settings, held)
+            samples, cost = _rejected(law, load_critic(path, allow=allow), condition, wanted)
+            if wanted.target_precision is not None:
+                cost += (
+                    "; the precision is the critic's own claim, which nothing has judged: fit "
+                    "with --target-precision"
+                )
     columns = (Run.open(path).record["data"] or {}).get("columns", ())
     check_samples(samples)
+    away = flow.units.spread_of(samples).abs().flatten(1).amax(1) > FAR
+    if away.any():
+        cost += (
+            f"; {int(away.sum()):,} of them lie more than {FAR:g} standard deviations from the "
+            "mean of the data"
+        )
     samples = flow.to_levels(samples) if settings.levels else samples
     write_samples(settings.out, samples.cpu().numpy(), columns)
     return f"{settings.n:,} samples in {settings.out}{cost}"
+
+
+def save_run(fitted: Fit, out: str | os.PathLike) -> Path:
+    """Write a fit into a run folder, as ``rkl fit`` does.
+
+    Args:
+        fitted: What :func:`fit_to_samples` returned.
+        out: The folder, new or empty.
+
+    Raises:
+        ValueError: Its flow was handed over as a module, which nothing can build again.
+        FileExistsError: The folder holds something.
+    """
+    chosen = fitted.settings or {}
+    if "flow" not in chosen:
+        raise ValueError(
+            "fitted: its flow was handed over as a module, which nothing can build again; hand "
+            "over an architecture, such as Coupling(), or one of your own."
+        )
+    rows = fitted.trained_on.to(torch.device("cpu"))
+    settings = asdict(FitSettings(Path("rows-in-memory"), steps=max(1, fitted.training.steps)))
+    settings |= {"data": "rows-in-memory"} | dict(chosen)
+    with Run.create(out, "flows", settings, seed=chosen["seed"]) as run:
+        found = fingerprint([rows.values.numpy().tobytes()])
+        names = {"classes": list(fitted.classes), "columns": list(rows.columns)}
+        run.update(data={"fingerprint": found, "rows": len(rows), **names})
+        with run.running():
+            for row in fitted.history:
+                run.log(row)
+            _save(run, replace(fitted, trained_on=rows))
+    return run.path
 
 
 def compare_runs(
@@ -321,6 +404,8 @@ def _save(run: Run, fitted: Fit) -> None:
         "critic": None if critic is None else critic.ratio.state_dict(),
         "bound": None if critic is None else critic.ratio.bound,
         "classes": list(fitted.classes),
+        "critic_hidden": None if critic is None else list(critic.ratio.chosen.hidden),
+        "reached": None if fitted.reached is None else kept_point(fitted.reached),
     }
     save_state(run.path / WEIGHTS, state)
     done = fitted.training
@@ -329,8 +414,9 @@ def _save(run: Run, fitted: Fit) -> None:
     named = {"held_out": fitted.log_density, "gaussian": fitted.gaussian}
     result |= {name: to_json(it) for name, it in named.items() if it is not None}
     if fitted.reached is not None:
-        result["reached"] = to_json(fitted.reached.precision)
-        result["budget"] = fitted.reached.point.budget
+        reached = fitted.reached
+        result["precision_at_most"] = to_json(reached.precision)
+        result |= {"asked": reached.asked, "met": reached.met, "budget": reached.point.budget}
     run.update(result=result)
 
 
@@ -356,8 +442,49 @@ def _condition(named: str | None, classes: tuple[str, ...]) -> Tensor | None:
     return torch.nn.functional.one_hot(torch.tensor(classes.index(named)), len(classes)).float()
 
 
+def _at_point(
+    law: Any, critic: ScaledCritic, condition: Tensor | None, count: int, held: HeldPoint
+) -> tuple[Tensor, str]:
+    """Samples at the operating point that the fit was asked for."""
+
+    def log_ratio(value: Tensor, _: Tensor | None) -> Tensor:
+        return critic(value, condition)
+
+    parts, made = [], 0
+    for start in range(0, count, BATCH):
+        size = min(BATCH, count - start)
+        part, cost = draw_kept(law, log_ratio, held.log_lam, size)
+        parts, made = [*parts, part], made + cost
+    words = (
+        f", {made / count:.3g} draws each, at the operating point of the fit (--budget 1 for none)"
+    )
+    return torch.cat(parts), words
+
+
+def _judged_budget(settings: SampleSettings, held: HeldPoint) -> SampleSettings:
+    """The budget at which the fit found the precision that is asked for.
+
+    Raises:
+        ValueError: It found it at none.
+    """
+    wanted = settings.target_precision
+    for budget, value, error in sorted(held.judged):
+        if wanted is not None and value - 2 * error >= wanted:
+            return replace(settings, target_precision=None, budget=budget)
+    best = max(held.judged, key=lambda it: it[1])
+    raise ValueError(
+        f"target_precision={wanted} was judged at no budget of the fit; the best was at most "
+        f"{best[1]:.3f} ± {best[2]:.3f}, at budget={best[0]:.3g}. Fit with --target-precision "
+        f"{wanted}, or say --budget."
+    )
+
+
+def _changed_latents(settings: SampleSettings) -> bool:
+    return settings.latent_temperature != 1 or settings.truncation is not None
+
+
 def _refuse_changed_latents(settings: SampleSettings) -> None:
-    if settings.latent_temperature != 1 or settings.truncation is not None:
+    if _changed_latents(settings):
         raise ValueError(
             "budget and target_precision go with the flow's own latents, which the critic knows; "
             f"got latent_temperature={settings.latent_temperature}, "

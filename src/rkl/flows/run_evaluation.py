@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from rkl.checks import LARGEST_SEED, integer
 from rkl.flows.data import Data, check_device, read_data
-from rkl.flows.data_run import load_run, settings_of
+from rkl.flows.data_run import load_critic, load_point, load_run, settings_of
 from rkl.flows.evaluate import VALUES, condition_grid, evaluate_on_target
 from rkl.flows.evaluation import Evaluation
 from rkl.flows.mcmc.kernels import check_whole
+from rkl.flows.operating import draw_kept
 from rkl.flows.standardise import Units
 from rkl.flows.target_run import TargetRun, load_target_run, parse_ranges, read_draws
 from rkl.importing import only
@@ -221,12 +222,30 @@ def _evaluate_on_rows(
         laws = [flow() if it.condition is None else flow(it.condition) for it in parts]
         log_q = torch.cat([law.log_prob(it.values) for law, it in zip(laws, parts, strict=True)])
         chosen = spread.rows(torch.randperm(len(data))[:MEASURED])
-        law = flow() if chosen.condition is None else flow(chosen.condition)
-        drawn = law.sample(() if chosen.condition is not None else (len(chosen.values),))
+        drawn, said = _drawn(run, flow, chosen.condition, len(chosen.values), allow)
     train = _trained_on(run, flow, allow)
     samples = _measured(flow.units, chosen.values, drawn, train, settings.seed)
     seen = run.count_seen([row.tobytes() for row in data.values.numpy()])
+    if samples is not None:
+        samples = replace(samples, notes=[*samples.notes, *said])
     return DataEvaluation(len(data), seen, mean(log_q), samples, data.notes)
+
+
+def _drawn(
+    run: Run, flow: Any, condition: Tensor | None, count: int, allow: Collection[str]
+) -> tuple[Tensor, list[str]]:
+    """Samples at the operating point of the run, if its fit was asked for one; and what to say."""
+    law = flow() if condition is None else flow(condition)
+    held = load_point(run.path)
+    if held is None:
+        return law.sample(() if condition is not None else (count,)), []
+    critic = load_critic(run.path, allow=allow)
+    drawn, made = draw_kept(law, critic, held.log_lam, count, condition)
+    said = (
+        f"Samples are at the operating point of the fit, {made / count:.3g} draws each; the "
+        "log-density is the flow's, without rejection."
+    )
+    return drawn, [said]
 
 
 def _check_columns(run: Run, data: Data) -> None:
@@ -249,9 +268,8 @@ def _measured(
     sides = {"real": real, "fake": fake.to(real.dtype)} | (
         {} if train is None else {"train": train}
     )
-    return measure(
-        **{name: units.spread_of(it).flatten(1) for name, it in sides.items()}, seed=seed
-    )
+    free: dict[str, Any] = {name: units.spread_of(it).flatten(1) for name, it in sides.items()}
+    return measure(**free, seed=seed)
 
 
 def _trained_on(run: Run, flow: Any, allow: Collection[str]) -> Tensor | None:
@@ -331,9 +349,11 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
         raise FileNotFoundError(f"data: {settings['data']} is gone, and with it the classes.")
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        shape = () if condition is not None else (MEASURED if real is None else len(real),)
-        fake = (flow() if condition is None else flow(condition)).sample(shape)
+        count = MEASURED if real is None else len(real)
+        fake, said = _drawn(run, flow, condition, count, ())
     measured = None if real is None else _measured(flow.units, real, fake, train, seed)
+    if measured is not None:
+        measured = replace(measured, notes=[*measured.notes, *said])
     free = None
     if real is not None:
         free = flow.units.spread_of(real).flatten(1), flow.units.spread_of(fake).flatten(1)

@@ -45,7 +45,7 @@ class Measured:
     notes: Sequence[str]
 
     def __str__(self) -> str:
-        rows = [("", "score", "of halves", "real against real")]
+        rows: list[tuple[str, ...]] = [("", "score", "of halves", "real against real")]
         for name, score in self.scores.items():
             sides = score, self.halves.get(name), self.ceiling.get(name)
             rows.append((name, *map(_text, sides)))

@@ -66,6 +66,7 @@ __all__ = [
     "foreign_files",
     "full_disk",
     "load",
+    "save",
     "measure_written",
     "needing_room",
     "read_jsonl",
@@ -491,6 +492,25 @@ def load(path: str | os.PathLike, *, allow: Collection[str] = (), verify: bool =
         Run.open(path).verify()
     with only(allow):
         return verb("load_run", path)(path)
+
+
+def save(made: Any, path: str | os.PathLike) -> Path:
+    """Write what was made in Python into a folder, out of which :func:`load` gives it back.
+
+    Args:
+        made: What a function of a wing returned, such as ``rkl.flows.fit_to_samples``.
+        path: The folder, new or empty.
+
+    Raises:
+        TypeError: Its wing has nothing that writes it.
+    """
+    wing = ".".join(type(made).__module__.split(".")[:2])
+    write = getattr(importlib.import_module(wing), "save_run", None) if "rkl." in wing else None
+    if write is None:
+        raise TypeError(
+            f"made must be what a fit returned, as Fit of rkl.flows; got a {type(made).__name__}."
+        )
+    return write(made, path)
 
 
 def verb(name: str, *paths: str | os.PathLike) -> Any:

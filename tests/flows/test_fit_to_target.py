@@ -233,8 +233,10 @@ def test_particles_lead_beside_data_too_but_not_where_nothing_else_is_read():
 def test_events_and_conditions_are_standardised_where_a_flow_is_built():
     target = GaussianMixture(means=((30.0, 0.0), (36.0, 0.0)))
     flow = fit_to_target(NSF(), target, steps=1, batch=64, lr=1e-9).flow
-    assert (flow.shift - torch.tensor([33.0, 0.0])).abs().max() < 0.5
-    assert (flow.scale - torch.tensor([3.05, 0.6])).abs().max() < 0.2
+    law = flow(torch.tensor([[0.1], [1.0]]))
+    assert (law.shift - torch.tensor([33.0, 0.0])).abs().max() < 0.5
+    assert (law.log_scale[:, 1] - torch.tensor([0.1, 1.0]).log()).abs().max() < 0.2
+    assert ((law.log_scale[:, 0].exp() > 2) & (law.log_scale[:, 0].exp() < 5)).all()
     given = flow.flow.standardise(torch.tensor([[0.1], [0.1**0.5], [1.0]]))
     assert torch.allclose(given, torch.tensor([[-1.0], [0.0], [1.0]]), atol=1e-6)
     before = flow.shift.clone()  # a flow that was placed once stays there

@@ -1,5 +1,6 @@
 """A flow for a target, as it is before it is fitted: standardised, and knowing its ranges."""
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -7,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from rkl.flows.architectures import Architecture, Conditioned, Scaled
+from rkl.flows.architectures.placed import Placed
 from rkl.flows.domain import check_architecture
 from rkl.flows.targets import Condition, Target
+
+FEW = 8  # coordinates up to which particles are cooled, and flows have tails
 
 
 def built(architecture: Architecture, target: Target, ranges: Sequence[Condition]) -> nn.Module:
@@ -29,7 +33,10 @@ def built(architecture: Architecture, target: Target, ranges: Sequence[Condition
         if count:
             low, high = torch.tensor([[it.low, it.high] for it in ranges]).T
             flow = Conditioned(flow, low.clone(), high.clone())
-        flow = Scaled(flow, torch.zeros(target.event_shape), torch.ones(target.event_shape))
+        if math.prod(target.event_shape) <= FEW:
+            flow = Placed(flow, target.event_shape, count)
+        else:
+            flow = Scaled(flow, torch.zeros(target.event_shape), torch.ones(target.event_shape))
     if count:
         flow.register_forward_pre_hook(Within(tuple(ranges)))
     return flow

@@ -19,7 +19,8 @@ from torch.func import functional_call
 from rkl.divergences import FDivergence, ReverseKL
 from rkl.divergences.base import floats
 from rkl.flows.architectures import Architecture, Scaled, draw
-from rkl.flows.built import built
+from rkl.flows.architectures.placed import Placed
+from rkl.flows.built import FEW, built
 from rkl.flows.critic import Critic, Ratio
 from rkl.flows.domain import check_domain
 from rkl.flows.lattice import CoarseToFine, CoarseToFineField, SitesLaw
@@ -36,7 +37,6 @@ COLDEST = 0.02  # inverse temperature at which annealing begins
 FASTEST, SLOWEST = 0.4, 0.7  # shares of the budget between which it ends
 ENOUGH = 0.5  # share of effective draws at which it goes on
 STEP = 1.03  # by this factor
-FEW = 8  # coordinates up to which particles are cooled
 GROUPS = 128  # conditions of the particles
 AT_ENDS = 0.005  # share of the range of a condition that is seen at either of its ends
 WIDEST = math.log(100)  # log-ratios of a critic are cut off there
@@ -294,6 +294,12 @@ class _Fitting:
     def place(self) -> None:
         """Give a flow that was never placed the mean and the width of the events at hand."""
         flow, seen = self.flow, self.particles or self.rows
+        if isinstance(flow, Placed) and flow.fresh and seen is not None:
+            lead = seen.x.shape[: seen.x.ndim - len(self.target.event_shape)]
+            given = seen.condition.expand(*lead, seen.condition.shape[-1])
+            flat = seen.x.reshape(-1, *self.target.event_shape).to(self.dtype)
+            rows = given.reshape(len(flat), -1).to(self.dtype)
+            flow.place(flat, *((rows,) if self.target.conditions else ()))
         fresh = isinstance(flow, Scaled) and bool(
             (flow.scale == 1).all() & (flow.shift == 0).all()
         )

@@ -1,6 +1,7 @@
 """The reports of flows say what was found, in figures that hold what they should."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from rkl.flows import (
 from rkl.flows.data_run import FitSettings
 from rkl.flows.report import target_page
 from rkl.flows.run import fit
+from rkl.flows.smc import evidence
 from rkl.flows.target_run import TargetSettings, fit_target
 from rkl.flows.targets import XY, Density, MoG8
 from rkl.plots.lattices import against, histograms, hue, planes, wheels
@@ -65,18 +67,25 @@ class Quartic(Density):
         return {"first": x[..., 0]}
 
 
-def test_a_reference_that_has_not_mixed_judges_nothing_and_the_report_says_so():
+def test_a_reference_in_doubt_judges_nothing_and_the_report_says_so(monkeypatch):
+    def doubtful(*arguments, **_settings):
+        found = evidence(*arguments, particles=32, islands=4)
+        return replace(found, doubts=(("islands differ.",),))
+
     flow = Coupling(transforms=1, hidden=(8,)).build((4,), 0)
-    with pytest.warns(UserWarning, match="random walk have an R-hat"):
+    with monkeypatch.context() as patch:
+        patch.setattr("rkl.flows.evaluate.evidence", doubtful)
         found = evaluate_on_target(flow, Quartic(), draws=100, chains=4, reference=True)
     assert found.deviations() == {}
-    says = "he chains of the random walk have not mixed, and nothing is judged by them."
+    assert found.passed is None
+    assert "all: islands differ." in str(found)
+    says = "raws by particles cannot be trusted here, and no average is judged by them."
     assert says in str(found)
     page = target_page(found, LOGGED, {"seed": 0})
     assert says in page
     assert "Agreement with the reference" not in page
     _mixed, page = lattice_page()
-    assert "have not mixed" not in page
+    assert "cannot be trusted here" not in page
     assert "Agreement with the reference" in page
 
 

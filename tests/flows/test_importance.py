@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rkl.flows.importance import expectation, reweight, thermodynamics
+from rkl.flows.importance import expectation, reweight, tails_of_averages, thermodynamics
 from rkl.flows.metropolis import independent_metropolis
 from rkl.flows.targets import GaussianMixture
 from rkl.metrics import Mean
@@ -33,7 +33,7 @@ def test_normal_log_weights_obey_their_law_and_warn_of_nothing(s):
 
 def test_heavy_tails_are_warned_of():
     student = normal(20_000) / (normal(3, 20_000, seed=1).square().mean(0)).sqrt()
-    told = reweight(student)
+    told = reweight(student, sites=16)
     assert any("ESS departs from the law" in text for text in told.warnings)
     assert any("Pareto k" in text for text in told.warnings)
     assert told.to_dict()["warnings"] == told.warnings
@@ -95,7 +95,7 @@ def test_an_expectation_is_that_of_the_target():
 
 def test_draws_without_mass_count_for_nothing_but_their_number():
     log_ratio = torch.cat([torch.zeros(500), torch.full((500,), -math.inf)]).double()
-    found = reweight(log_ratio)
+    found = reweight(log_ratio, sites=16)
     assert found.log_z.value.item() == pytest.approx(math.log(0.5))
     assert found.ess.value.item() == pytest.approx(0.5)
     assert found.acceptance.value.item() == pytest.approx(0.5, abs=1e-3)
@@ -139,3 +139,39 @@ def test_one_temperature_has_no_gap():
     found = thermodynamics(normal(1, 50), normal(1, 50), torch.ones(1))
     assert found.gap.value.shape == (0,)
     assert isinstance(found.log_z, Mean)
+
+
+def test_small_weights_are_no_heavy_tail():
+    """Weights in (0, 1] whose lower tail is heavy: log Z is right, and nothing is warned of."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        uniform = torch.rand(4_000, generator=generator, dtype=torch.float64)
+        found = reweight((1 - (0.002 / uniform).clamp_max(0.99)).log())
+        assert found.tail < 0.5
+        assert found.warnings == []
+
+
+def test_a_wider_proposal_in_few_coordinates_is_not_warned_of():
+    """Its weights are bounded, and not normal: no law of normal log-weights is held against it."""
+    generator = torch.Generator().manual_seed(0)
+    x = 1.3 * torch.randn(4_000, 6, generator=generator, dtype=torch.float64)
+    log_ratio = ((x / 1.3).square() - x.square()).sum(-1) / 2
+    assert reweight(log_ratio, sites=6).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("width", "heavy"),
+    [(1.3, set()), (0.72, {"energy", "heat_capacity"}), (0.8, {"heat_capacity"})],
+)
+def test_each_quantity_has_a_tail_of_its_own(width, heavy):
+    """A proposal narrower than N(0, 1)⁶: errors of the second moment of E break down first."""
+    generator = torch.Generator().manual_seed(1)
+    x = width * torch.randn(16_000, 6, generator=generator, dtype=torch.float64)
+    log_p = -x.square().sum(-1) / 2
+    log_ratio = log_p + (x / width).square().sum(-1) / 2
+    one = torch.ones(1, dtype=torch.float64)
+    found = thermodynamics(log_ratio[None], -log_p[None], one)
+    assert {name for name, k in found.tails.items() if k > 0.7} - {"entropy"} == heavy
+    mean, variance = tails_of_averages(-log_p[None], log_ratio[None])
+    assert (mean == found.tails["energy"]).all()
+    assert (variance == found.tails["heat_capacity"]).all()

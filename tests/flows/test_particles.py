@@ -2,8 +2,9 @@
 
 import torch
 
-from rkl.flows.particles import Particles, _resampled
+from rkl.flows.particles import Particles
 from rkl.flows.targets import Condition, Density, GaussianMixture, Rings
+from rkl.metrics.resampling import resample
 
 UNEQUAL = GaussianMixture(
     means=((0.0, 0.0), (3.0, 1.0), (-2.0, 3.0), (1.0, -4.0), (-4.0, -2.0)),
@@ -63,7 +64,7 @@ def test_draws_are_of_every_stratum_of_the_conditions():
 def test_resampling_keeps_weights_to_one_particle():
     torch.manual_seed(0)
     log_w = 3 * torch.randn(50, 7)
-    counts = torch.stack([it.bincount(minlength=50) for it in _resampled(log_w).T], 1)
+    counts = torch.stack([it.bincount(minlength=50) for it in resample(log_w).T], 1)
     assert (counts - 50 * log_w.softmax(0)).abs().max() < 1 + 1e-4
 
 

@@ -304,7 +304,7 @@ def test_what_a_target_cannot_have_is_one_line_and_writes_nothing(folder, capsys
     assert "device must be 'cpu'" in refused(*own, "--steps", "1", "--device", "cuda")
     assert "unrecognized arguments: --anchor" in refused(*own, "--anchor", "0.1")
     assert "start_from goes with" in refused(
-        *own, "--flow", "coupling", "--start-from", folder / "xy"
+        *own, "--flow", "checkerboard-real-nvp", "--start-from", folder / "xy"
     )
     assert not out.exists()
     draw = ["sample", folder / "xy", "--out", folder / "x.npz"]
@@ -314,3 +314,12 @@ def test_what_a_target_cannot_have_is_one_line_and_writes_nothing(folder, capsys
     assert "budget goes with" in refused(*named, "--budget", "2")
     assert "chains must be" in refused(*named, "--chains", "0")
     assert "must end in .nc" in refused(*named, "--out", folder / "x.csv")
+
+
+def test_draws_of_the_run_itself_are_no_evidence_that_it_lacks_nothing(folder, capsys):
+    out = folder / "own.npz"
+    words = ["sample", str(folder / "xy"), "--condition", "T=1", "-n", "400", "--out", str(out)]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(folder / "xy"), "--data", str(out), "--strict"]) == 2
+    assert "are of the flow of" in capsys.readouterr().err

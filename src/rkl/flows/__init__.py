@@ -25,6 +25,7 @@ _HOMES: dict[str, str] = {
     "rejection": "Accepted reject",
     "run": "SampleSettings compare_runs sample_run save_run",
     "run_evaluation": "DataEvaluation EvaluateSettings NotCoveredError evaluate_run report_runs",
+    "smc": "Evidence evidence",
     "target_fit": "TargetFit fit_to_target",
     "targets": "Density Target parse_target",
     "training": "Moment Training train",

@@ -61,6 +61,8 @@ from rkl.flows.run_evaluation import EvaluateSettings as EvaluateSettings
 from rkl.flows.run_evaluation import NotCoveredError as NotCoveredError
 from rkl.flows.run_evaluation import evaluate_run as evaluate_run
 from rkl.flows.run_evaluation import report_runs as report_runs
+from rkl.flows.smc import Evidence as Evidence
+from rkl.flows.smc import evidence as evidence
 from rkl.flows.target_fit import TargetFit as TargetFit
 from rkl.flows.target_fit import fit_to_target as fit_to_target
 from rkl.flows.targets import Density as Density

@@ -1,7 +1,7 @@
 """Whether a flow covers its target: what the weights of its own draws cannot show."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class Coverage:
         reached: Share of the target's mass that the flow's draws account for; None if unknown.
         modes: Mass of each mode, where the target has any and draws of it are at hand.
         reasons: Why it fails, a sentence each.
+        doubts: Why what it is judged by cannot be trusted, so that coverage is unknown.
+        source: What it is judged by, where that might miss a part of the target itself.
     """
 
     weights: Importance
@@ -59,18 +61,24 @@ class Coverage:
     reached: Mean | None
     modes: tuple[Mode, ...]
     reasons: tuple[str, ...]
+    doubts: tuple[str, ...] = ()
+    source: str = ""
 
     @property
     def passed(self) -> bool | None:
         """Whether nothing is missing; None where coverage is unknown."""
-        return None if self.reached is None else not self.reasons
+        return None if self.reached is None or self.doubts else not self.reasons
 
     @property
     def verdict(self) -> str:
         """One line: passed, failed and how often, or unknown and what it takes to know."""
+        if self.doubts:
+            return f"coverage unknown: {self.doubts[0]}"
         if self.passed is None:
             return "coverage unknown: neither draws of the target nor its log Z are at hand"
-        return "covered" if self.passed else f"NOT COVERED: {len(self.reasons)} reasons"
+        if self.passed:
+            return "covered" + f", as far as {self.source} see" * bool(self.source)
+        return f"NOT COVERED: {len(self.reasons)} reasons"
 
     def table(self) -> str:
         """The verdict, its reasons, the figures and the modes as lines of text."""
@@ -82,7 +90,7 @@ class Coverage:
             "EUBO, nats": self.eubo,
             "mass reached": self.reached,
         }
-        lines = [self.verdict, *(f"- {reason}" for reason in self.reasons)]
+        lines = [self.verdict, *(f"- {it}" for it in (*self.reasons, *self.doubts[1:]))]
         lines += [f"{name:30}{_written(it)}" for name, it in figures.items() if it is not None]
         if self.modes:
             lines.append(f"{'mode':30}{'target':22}{'flow':22}reweighted")
@@ -100,6 +108,8 @@ class Coverage:
             "passed": self.passed,
             "verdict": self.verdict,
             "reasons": list(self.reasons),
+            "doubts": list(self.doubts),
+            "source": self.source,
             **{name: None if it is None else to_json(it) for name, it in known.items()},
             "weights": self.weights.to_dict(),
             "modes": [
@@ -120,6 +130,10 @@ def judge_coverage(
     train: Float[Tensor, "others *event"] | None = None,
     draws: int = 20_000,
     seed: int = 0,
+    log_z: Mean | None = None,
+    islands: int | None = None,
+    doubts: tuple[str, ...] = (),
+    source: str = "",
 ) -> Coverage:
     """Judge under one condition whether a flow covers its target, and say loudly if it does not.
 
@@ -135,6 +149,11 @@ def judge_coverage(
         train: What it was trained on, to see that no row of it is held out.
         draws: Draws of the flow, and of the target where it has an exact sampler.
         seed: Of all random numbers.
+        log_z: An estimate of log Z in nats, where it is not known.
+        islands: Number of independent groups of equal size that held_out comes in, one after
+            another; None where every row is independent.
+        doubts: Why held_out cannot be trusted.
+        source: What held_out comes from, where that might miss a part of the target itself.
 
     Raises:
         ValueError: A row of held_out is in train.
@@ -151,6 +170,7 @@ def judge_coverage(
         law = law_of(proposal, target, condition)
         x, log_p, log_q = proposed(target, law, condition, (draws,))
         held_out = _exact_draws(target, condition, draws) if held_out is None else held_out
+    exact = _log_z(target, condition)
     at_target, labels, names = None, None, ()
     if held_out is not None:
         each = condition.expand(len(held_out), -1)
@@ -159,7 +179,10 @@ def judge_coverage(
     return judge_ratios(
         log_p - log_q,
         at_target,
-        log_z=_log_z(target, condition),
+        log_z=log_z if exact is None else exact,
+        islands=islands,
+        doubts=doubts,
+        source=source,
         labels=None if labels is None else labels[:draws],
         target_labels=None if labels is None else labels[draws:],
         names=names,
@@ -171,11 +194,14 @@ def judge_ratios(
     log_ratio: Float[Tensor, " draws"],
     at_target: Float[Tensor, " rows"] | None = None,
     *,
-    log_z: float | None = None,
+    log_z: float | Mean | None = None,
     labels: Int[Tensor, " draws"] | None = None,
     target_labels: Int[Tensor, " rows"] | None = None,
     names: tuple[str, ...] = (),
     sites: int = 1,
+    islands: int | None = None,
+    doubts: tuple[str, ...] = (),
+    source: str = "",
 ) -> Coverage:
     r"""Judge coverage from log-ratios alone, at draws of the flow and at draws of the target.
 
@@ -187,11 +213,14 @@ def judge_ratios(
     Args:
         log_ratio: log p(x) − log q(x) at draws of the flow, in nats.
         at_target: The same at independent draws of the target.
-        log_z: log Z in nats, where it is known.
+        log_z: log Z in nats where it is known, or an estimate with its error.
         labels: The mode of each draw of the flow.
         target_labels: The mode of each draw of the target.
         names: The name of each mode.
         sites: Number of sites, for the variance per site.
+        islands: Number of independent groups of equal size that at_target comes in.
+        doubts: Why at_target or log_z cannot be trusted.
+        source: What they come from, where that might miss a part of the target itself.
 
     >>> half = torch.zeros(1_000)  # q is p on half of its mass, and log Z is 0
     >>> judge_ratios(half - 0.69315, log_z=0.0).reached.value
@@ -205,8 +234,11 @@ def judge_ratios(
     elbo, eubo, ess, reached = mean(log_ratio), None, None, None
     if at_target is not None:
         at_target = _checked_at_target(at_target)
-        eubo, ess = mean(at_target), _ess_of_target(at_target)
-    if log_z is not None:
+        eubo, ess = _grouped(at_target, islands), _ess_of_target(at_target, islands)
+    if isinstance(log_z, Mean):
+        error = torch.hypot(weights.log_z.error, log_z.error)
+        reached = _share(Mean(weights.log_z.value - log_z.value, error))
+    elif log_z is not None:
         number("log_z", log_z)
         reached = _share(Mean(weights.log_z.value - log_z, weights.log_z.error))
     elif at_target is not None:
@@ -216,10 +248,21 @@ def judge_ratios(
     modes = ()
     if labels is not None and target_labels is not None:
         modes = tuple(
-            _modes(check_log_ratio("log_ratio", log_ratio), labels, target_labels, names)
+            _modes(check_log_ratio("log_ratio", log_ratio), labels, target_labels, names, islands)
         )
-    found = Coverage(weights, elbo, eubo, ess, reached, modes, ())
-    return Coverage(weights, elbo, eubo, ess, reached, modes, tuple(_reasons(found)))
+    found = Coverage(weights, elbo, eubo, ess, reached, modes, (), doubts, source)
+    if source and reached is not None:
+        found = replace(found, doubts=(*doubts, *_lacking(reached, source)))
+    return replace(found, reasons=tuple(_reasons(found)))
+
+
+def _lacking(reached: Mean, source: str):
+    """The flow has what its judges have not: then nothing can be said of what both lack."""
+    if reached.value - 1 > UNREACHED + ERRORS * reached.error:
+        yield (
+            f"the flow's weights add up to {_written(reached)} of the Z of {source}, which so "
+            "lack a part of the target themselves."
+        )
 
 
 def _reasons(found: Coverage):
@@ -227,7 +270,7 @@ def _reasons(found: Coverage):
         value, margin = found.reached.value, UNREACHED + ERRORS * found.reached.error
         if 1 - value > margin:
             yield f"the flow's draws account for {_written(found.reached)} of the target's mass."
-        if value - 1 > margin:
+        if value - 1 > margin and not found.source:
             yield f"the flow's weights add up to {_written(found.reached)} of log Z: one is wrong."
     if found.target_ess is not None and found.eubo is not None:
         ess, own = found.target_ess, found.weights.ess
@@ -259,10 +302,10 @@ def _reasons(found: Coverage):
             )
 
 
-def _modes(log_ratio: Tensor, labels: Tensor, target_labels: Tensor, names: tuple[str, ...]):
+def _modes(log_ratio: Tensor, labels: Tensor, target_labels: Tensor, names, islands: int | None):
     for k, name in enumerate(names):
         inside, held = (labels == k).double(), (target_labels == k).double()
-        mass, drawn = mean(held), mean(inside)
+        mass, drawn = _grouped(held, islands), mean(inside)
         enough = mass.value * min(len(inside), len(held)) >= FEWEST
         missing = bool(enough & (drawn.value < RARE * mass.value))
         yield Mode(name, mass, drawn, expectation(inside, log_ratio), missing)
@@ -326,11 +369,27 @@ def _checked_at_target(at_target: Any) -> Tensor:
     return at_target
 
 
-def _ess_of_target(log_ratio: Tensor) -> Mean:
+def _grouped(values: Tensor, islands: int | None) -> Mean:
+    """The mean, with the error that independent groups of rows give where it is the larger."""
+    found = mean(values)
+    if islands is None:
+        return found
+    return Mean(found.value, torch.maximum(found.error, mean(_by_island(values, islands)).error))
+
+
+def _by_island(values: Tensor, islands: int) -> Tensor:
+    if len(values) % islands:
+        raise ValueError(
+            f"islands must be groups of equal size; got {len(values)} rows in {islands}."
+        )
+    return values.double().unflatten(0, (islands, -1)).mean(1)
+
+
+def _ess_of_target(log_ratio: Tensor, islands: int | None) -> Mean:
     up, down = (it.softmax(0) * len(it) for it in (log_ratio, -log_ratio))
     log_mean = [it.logsumexp(0) - math.log(len(it)) for it in (log_ratio, -log_ratio)]
     ess = (-log_mean[0] - log_mean[1]).exp()
-    return Mean(ess, ess * (up + down).std() / math.sqrt(len(up)))
+    return Mean(ess, ess * _grouped(up + down, islands).error)
 
 
 def _share(log: Mean) -> Mean:

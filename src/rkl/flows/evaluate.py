@@ -5,6 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from rkl.flows.coverage import Coverage, judge_coverage, judge_ratios
 from rkl.flows.evaluation import Evaluation, Reference, Values, has_temperature
-from rkl.flows.importance import Thermodynamics, reweight, thermodynamics
-from rkl.flows.mcmc import RandomWalk, markov_chain, thermodynamic_integration
+from rkl.flows.importance import Thermodynamics, reweight, tails_of_averages, thermodynamics
+from rkl.flows.mcmc import markov_chain, thermodynamic_integration
 from rkl.flows.mcmc.kernels import check_condition, check_whole, seeded
 from rkl.flows.metropolis import Chain, independent_metropolis, law_of, proposed
-from rkl.flows.observables import averages, beside_held_out, observe
+from rkl.flows.observables import DERIVED, averages, beside_held_out, observe
+from rkl.flows.smc import Evidence, evidence
 from rkl.flows.targets import XY, Phi4, Target
 from rkl.flows.targets.base import Condition
 from rkl.metrics import Mean
@@ -26,10 +28,14 @@ from rkl.metrics.chains import rhat
 VALUES = 8  # of the first condition, where none are given
 FEWEST = 400  # draws on which coverage is judged, at least
 JUDGED = 4_000  # and at most
-SWEEPS = {  # before the first draw of a reference, and from one draw to the next
-    "heat bath": {"warm_up": 200, "every": 2},
-    "random walk": {"warm_up": 4_000, "every": 40},
-}
+SWEEPS = {"warm_up": 50, "every": 2}  # of a heat bath, before the first draw and between draws
+ISLANDS = 16  # of the particles of a reference
+PARTICLES = ((4, 1_024), (8, 512), (math.inf, 256))  # of an island, up to so many coordinates
+OF_ANGLES = 128  # particles of an island at most, where no mode is as narrow as on the line
+COORDINATES = 2**19  # of all particles together, about
+FEWEST_PARTICLES = 16  # of an island
+DEVIATES = 6.0  # errors by which an average may differ from the reference's
+EFFECTIVE = 100  # effective draws below which it is not compared
 UNMIXED = 1.1  # R-hat above which a reference is none
 LADDERS = 16  # chains at each rung of thermodynamic integration
 MANY = 128  # chains of a reference, at most, of 50 draws or more
@@ -59,7 +65,8 @@ def evaluate_on_target(
         held_out: Independent draws of the target under each condition, not trained on.
         train: What it was trained on, to see that no row of it is held out.
         reference: Whether to draw the target without the flow as well: exactly where it has a
-            sampler, else by a Markov chain, a heat bath for XY and Phi4.
+            sampler, else by particles cooled to it (:func:`rkl.flows.evidence`), from which a
+            heat bath goes on for XY and Phi4.
         seed: Of all random numbers.
 
     >>> from rkl.flows.targets import GaussianMixture
@@ -76,13 +83,13 @@ def evaluate_on_target(
     seconds = time.perf_counter() - began
     values = _observed(target, chain.x, condition)
     began = time.perf_counter()
-    log_ratio, log_p = _weighed(flow, target, condition, draws * chains, seed + 1)
+    log_ratio, log_p, tails = _weighed(flow, target, condition, draws * chains, seed + 1)
     weights_seconds = time.perf_counter() - began
-    drawn = _reference(target, condition, draws * chains, seed + 2) if reference else None
-    if drawn is not None and drawn.mixed and held_out is None:
-        flat = drawn.x.flatten(1, 2)
-        held_out = list(flat[:, :: -(-flat.shape[1] // JUDGED)])
-    return Evaluation(
+    drawn, judges = None, _Judges(held_out)
+    if reference:
+        drawn, judges = _reference(target, condition, draws * chains, seed + 2, judges)
+    held_out = judges.held_out
+    found = Evaluation(
         target,
         condition,
         reweight(log_ratio, sites=math.prod(target.event_shape)),
@@ -90,12 +97,52 @@ def evaluate_on_target(
         chain,
         values,
         averages(target, values, condition),
-        tuple(_coverage(flow, target, condition, log_ratio, held_out, train, seed + 3)),
+        tuple(_coverage(flow, target, condition, log_ratio, judges, train, seed + 3)),
         tuple(_beside(flow, target, chain, held_out)) if held_out is not None else (),
         drawn,
         seconds,
         weights_seconds,
+        tails,
     )
+    return replace(found, coverage=tuple(_with_deviations(found)))
+
+
+@dataclass(frozen=True)
+class _Judges:
+    """What coverage is judged by: draws of the target under each condition, and their log Z."""
+
+    held_out: Sequence[Tensor] | None = None
+    evidence: Evidence | None = None
+    source: str = ""
+
+    def of(self, row: int) -> dict[str, Any]:
+        """What they say under one condition."""
+        found: dict[str, Any] = {"source": self.source}
+        if self.held_out is not None:
+            found["held_out"] = self.held_out[row]
+        if self.evidence is not None:
+            log_z = self.evidence.log_z
+            found["log_z"] = Mean(log_z.value[row], log_z.error[row])
+            found["islands"] = self.evidence.x.shape[1]
+            found["doubts"] = self.evidence.doubts[row]
+        return found
+
+
+def _with_deviations(found: Evaluation) -> Iterator[Coverage]:
+    """Coverage, which fails too where averages of the flow are not those of the reference."""
+    apart = {name: z for name, z in found.deviations().items() if name in found.values}
+    drawn = found.reference
+    if drawn is None or not any(bool((z.abs() > DEVIATES).any()) for z in apart.values()):
+        yield from found.coverage
+        return
+    both = found.effective, drawn.effective
+    for row, it in enumerate(found.coverage):
+        reasons = [
+            f"{name} is {z[row]:.3g} errors from that of the {drawn.source}."
+            for name, z in apart.items()
+            if z[row].abs() > DEVIATES and all(of[name][row] >= EFFECTIVE for of in both)
+        ]
+        yield it if it.reached is None else replace(it, reasons=(*it.reasons, *reasons))
 
 
 def _checked(target: Target, condition: Tensor | None, draws, chains, held_out) -> Tensor:
@@ -121,11 +168,12 @@ def condition_grid(
 ) -> Float[Tensor, "rows conditions"]:
     """Values across the range of the first condition, at both ends of every other.
 
-    >>> from rkl.flows.targets import XY
-    >>> condition_grid(XY(side=2).conditions, 3)
-    tensor([[0.0500],
-            [1.0500],
-            [2.0500]])
+        >>> from rkl.flows.smc import Evidence, evidence
+    from rkl.flows.targets import XY
+        >>> condition_grid(XY(side=2).conditions, 3)
+        tensor([[0.0500],
+                [1.0500],
+                [2.0500]])
     """
     check_whole("values", values, 1)
     columns = []
@@ -136,12 +184,18 @@ def condition_grid(
     return torch.tensor(rows).reshape(len(rows), len(columns))
 
 
-def _weighed(flow, target, condition, draws: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Log p − log q and log p of independent draws, [rows, draws]."""
+def _weighed(flow, target, condition, draws: int, seed: int) -> tuple[Tensor, Tensor, dict]:
+    """Log p − log q and log p of independent draws [rows, draws], and Pareto k of averages."""
     with seeded(seed, condition.device):
         law = law_of(flow, target, condition)
-        _x, log_p, log_q = proposed(target, law, condition, (draws,))
-    return (log_p - log_q).T, log_p.T
+        x, log_p, log_q = proposed(target, law, condition, (draws,))
+    log_ratio, tails = (log_p - log_q).T, {}
+    derived = {of: name for of, name, _power in DERIVED} if isinstance(target, XY) else {}
+    for name, it in observe(target, x, condition.expand(draws, *condition.shape)).items():
+        tails[name], of_variance = tails_of_averages(it.T, log_ratio)
+        if name in derived:
+            tails[derived[name]] = of_variance
+    return log_ratio, log_p.T, tails
 
 
 def _observed(target: Target, x: Tensor, condition: Tensor) -> Values:
@@ -149,34 +203,101 @@ def _observed(target: Target, x: Tensor, condition: Tensor) -> Values:
     return observe(target, x, condition[:, None, None, :].expand(*x.shape[:3], -1))
 
 
-def _reference(target, condition, draws: int, seed: int) -> Reference:
-    chains = max(1, min(MANY, draws // 50))
-    began, shape = time.perf_counter(), (len(condition), chains, draws // chains)
+def _reference(
+    target: Target, condition: Tensor, draws: int, seed: int, judges: _Judges
+) -> tuple[Reference, _Judges]:
+    """Draws of the target without the flow, and what coverage is judged by."""
+    began = time.perf_counter()
     try:
-        with seeded(seed, condition.device):
-            x = target.sample(condition, (math.prod(shape[1:]),))
-        x, source = x.movedim(0, 1).reshape(*shape, *target.event_shape), "exact draws"
+        x = _exactly_drawn(target, condition, draws, seed)
     except NotImplementedError:
-        source = "heat bath" if isinstance(target, XY | Phi4) else "random walk"
-        how: dict[str, Any] = {"draws": shape[2], "chains": chains, "seed": seed, **SWEEPS[source]}
-        if source == "random walk":
-            how["kernel"] = RandomWalk(step=1 / math.sqrt(math.prod(target.event_shape)))
-        x = markov_chain(target, condition, **how).x
-        assert x is not None
+        return _cooled(target, condition, draws, seed, judges)
     seconds = time.perf_counter() - began
     values = _observed(target, x, condition)
     means = averages(target, values, condition)
+    log_z = _log_z(target, condition, seed)
+    drawn = Reference(x, values, means, "exact draws", seconds, True, *log_z)
+    return drawn, judges if judges.held_out is not None else _Judges(_thinned(x))
+
+
+def _exactly_drawn(target: Target, condition: Tensor, draws: int, seed: int) -> Tensor:
+    chains = max(1, min(MANY, draws // 50))
+    shape = (len(condition), chains, draws // chains)
+    with seeded(seed, condition.device):
+        x = target.sample(condition, (math.prod(shape[1:]),))
+    return x.movedim(0, 1).reshape(*shape, *target.event_shape)
+
+
+def _thinned(x: Tensor) -> list[Tensor]:
+    """Some of the draws [rows, chains, draws, *event] of each row."""
+    flat = x.flatten(1, 2)
+    return list(flat[:, :: -(-flat.shape[1] // JUDGED)])
+
+
+def _cooled(
+    target: Target, condition: Tensor, draws: int, seed: int, judges: _Judges
+) -> tuple[Reference, _Judges]:
+    """Particles, and chains of a heat bath that go on from them where there is one."""
+    began = time.perf_counter()
+    particles = _particles(target, len(condition))
+    cooled = evidence(target, condition, particles=particles, islands=ISLANDS, seed=seed)
+    x, source, mixed = cooled.x, "particles", not any(cooled.doubts)
+    if isinstance(target, XY | Phi4):
+        chains = max(1, min(MANY, draws // 50))
+        flat = x.flatten(1, 2)
+        start = flat[:, torch.arange(chains) * flat.shape[1] // chains]
+        how: dict[str, Any] = {"draws": draws // chains, "chains": chains, "seed": seed, **SWEEPS}
+        walk = markov_chain(target, condition, start=start, **how).x
+        assert walk is not None
+        x, source = walk, "heat bath"
+    seconds = time.perf_counter() - began
+    values = _observed(target, x, condition)
+    means = averages(target, values, condition)
+    if source == "particles":
+        means = {name: _with_islands(it, values[name]) for name, it in means.items()}
+    else:
+        mixed = _agree(values)
+    log_z = _log_z(target, condition, seed)
+    if log_z[0] is None:
+        log_z = cooled.log_z, "particles", seconds
+    drawn = Reference(x, values, means, source, seconds, mixed, *log_z)
+    if judges.held_out is not None:
+        return drawn, judges
+    told = "particles cooled from uniform angles"
+    if target.domain == "line":
+        told = f"particles cooled from N(0, {cooled.width:g}²)"
+    count = max(1, JUDGED // ISLANDS)
+    few = cooled.x[:, :, :: -(-cooled.x.shape[2] // count)]
+    return drawn, _Judges(list(few.flatten(1, 2)), cooled, told)
+
+
+def _particles(target: Target, rows: int) -> int:
+    """Particles of an island, fewer where coordinates or conditions are many."""
+    size = math.prod(target.event_shape)
+    particles = next(count for most, count in PARTICLES if size <= most)
+    if target.domain == "circle":
+        particles = min(particles, OF_ANGLES)
+    return max(FEWEST_PARTICLES, min(particles, COORDINATES // (rows * ISLANDS * size)))
+
+
+def _with_islands(mean: Mean, values: Tensor) -> Mean:
+    """A mean, with the error that the scatter of islands gives where it is the larger."""
+    scatter = values.double().mean(-1).std(-1) / math.sqrt(values.shape[-2])
+    return Mean(mean.value, torch.maximum(mean.error, scatter))
+
+
+def _agree(values: Values) -> bool:
+    """Whether chains have mixed; where they have not, a warning says so."""
     ratios = torch.stack([rhat(it.movedim(0, -1)) for it in values.values()])
     stuck = bool(ratios.isnan().all(0).any())  # one quantity may be constant, not all of them
     worst = math.inf if stuck else ratios.nan_to_num(1.0).max().item()
     if worst > UNMIXED:
         warnings.warn(
-            f"reference: the chains of the {source} have an R-hat of up to {worst:.2f}; they have "
-            "not mixed, and nothing is judged by them.",
-            stacklevel=4,  # past the decorator
+            f"reference: the chains of the heat bath have an R-hat of up to {worst:.2f}; they "
+            "have not mixed, and no average is judged by them.",
+            stacklevel=6,  # past the decorator
         )
-    log_z = _log_z(target, condition, seed)
-    return Reference(x, values, means, source, seconds, worst <= UNMIXED, *log_z)
+    return worst <= UNMIXED
 
 
 def _log_z(target, condition, seed: int) -> tuple[Mean | None, str, float]:
@@ -195,15 +316,14 @@ def _log_z(target, condition, seed: int) -> tuple[Mean | None, str, float]:
     return log_z, "thermodynamic integration", time.perf_counter() - began
 
 
-def _coverage(flow, target, condition, log_ratio, held_out, train, seed) -> Iterator[Coverage]:
-    known = held_out is not None or _knows_itself(target, condition)
+def _coverage(flow, target, condition, log_ratio, judges, train, seed) -> Iterator[Coverage]:
+    known = judges.held_out is not None or _knows_itself(target, condition)
     count = min(JUDGED, max(FEWEST, log_ratio.shape[-1]))
     for row, at in enumerate(condition):
         if not known:
             yield judge_ratios(log_ratio[row], sites=math.prod(target.event_shape))
             continue
-        own = None if held_out is None else held_out[row]
-        how: dict[str, Any] = {"held_out": own, "train": train, "draws": count}
+        how: dict[str, Any] = {"train": train, "draws": count, **judges.of(row)}
         yield judge_coverage(target, flow, at, **how, seed=seed + row)
 
 
@@ -247,9 +367,11 @@ def _series(condition: Tensor) -> list[list[int]]:
 def _joined(parts: list[Thermodynamics]) -> Thermodynamics:
     names = "log_z", "energy", "free_energy", "entropy", "heat_capacity", "gap"
     columns = ([getattr(it, name) for it in parts] for name in names)
+    tails = {name: torch.cat([it.tails[name] for it in parts]) for name in names[:-1]}
     return Thermodynamics(
         *(
             Mean(torch.cat([it.value for it in c]), torch.cat([it.error for it in c]))
             for c in columns
-        )
+        ),
+        tails=tails,
     )

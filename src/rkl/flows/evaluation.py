@@ -1,7 +1,7 @@
 """What is known of a flow beside its target: figures with their errors, as text and as JSON."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.flows.coverage import Coverage
-from rkl.flows.importance import Importance, Thermodynamics
+from rkl.flows.importance import HEAVY, Importance, Thermodynamics
 from rkl.flows.metropolis import Chain
 from rkl.flows.targets import Target
 from rkl.metrics import Mean, to_json
@@ -17,6 +17,8 @@ from rkl.metrics.chains import ess
 from rkl.metrics.written import parenthesised
 
 REASONS = 12  # of failed coverage that are printed
+FROM_WEIGHTS = "acceptance", "ESS", "v per site"
+STAR = "* Pareto k above 0.7: neither this figure nor its error can be trusted"
 UNITS = {"specific_heat": "k_B per site", "susceptibility": "per J and site"}
 
 Values = dict[str, Float[Tensor, "rows chains draws"]]
@@ -32,7 +34,7 @@ class Reference:
         averages: Their means, with errors.
         source: Where they come from.
         seconds: What they took.
-        mixed: Whether its chains agree with one another.
+        mixed: Whether its chains agree with one another, or its particles are not in doubt.
         log_z: In nats: known, or of thermodynamic integration; None where neither can be had.
         log_z_source: Where it comes from.
         log_z_seconds: What it took.
@@ -71,6 +73,7 @@ class Evaluation:
         reference: Draws that owe nothing to the flow, if they were asked for.
         seconds: What the chain took.
         weights_seconds: What the independent draws took.
+        tails: Pareto k of the terms of each average, [rows]; above 0.7 it cannot be trusted.
     """
 
     target: Target
@@ -85,6 +88,7 @@ class Evaluation:
     reference: Reference | None
     seconds: float
     weights_seconds: float
+    tails: Mapping[str, Float[Tensor, " rows"]] = field(default_factory=dict)
 
     @property
     def effective(self) -> dict[str, Tensor]:
@@ -102,6 +106,17 @@ class Evaluation:
         """Why coverage failed, each with its condition."""
         pairs = zip(self.conditions(), self.coverage, strict=True)
         return [f"{at}: {reason}" for at, it in pairs for reason in it.reasons]
+
+    @property
+    def marked(self) -> bool:
+        """Whether a figure has a tail too heavy to be trusted; tables mark it with a star."""
+        tails = (self.weights.tail, *self.thermodynamics.tails.values(), *self.tails.values())
+        return any(bool((it > HEAVY).any()) for it in tails)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be said of the weights, unless coverage was shown by other draws."""
+        return [] if self.passed else self.weights.warnings
 
     @property
     def why(self) -> str:
@@ -130,11 +145,11 @@ class Evaluation:
 
     @property
     def unmixed(self) -> list[str]:
-        """What is to be said of a reference whose chains have not mixed; of another, nothing."""
+        """A sentence about a reference that cannot be trusted; none about another."""
         if self.reference is None or self.reference.mixed:
             return []
         source = self.reference.source
-        return [f"the chains of the {source} have not mixed, and nothing is judged by them."]
+        return [f"draws by {source} cannot be trusted here, and no average is judged by them."]
 
     def deviations(self) -> dict[str, Float[Tensor, " rows"]]:
         """By how many standard errors each average differs from a mixed reference's."""
@@ -167,6 +182,10 @@ class Evaluation:
             "passed": self.passed,
             "weights": self.weights.to_dict(),
             "thermodynamics": {name: to_json(getattr(thermal, name)) for name in named},
+            "gap": to_json(thermal.gap),
+            "pareto_k": {
+                name: it.tolist() for name, it in {**thermal.tails, **self.tails}.items()
+            },
             "averages": {name: to_json(it) for name, it in self.averages.items()},
             "acceptance": self.chain.acceptance.tolist(),
             "longest_sojourn": self.chain.sojourn.tolist(),
@@ -206,12 +225,15 @@ def _written(found: Evaluation) -> Iterator[str]:
     yield "\nAfter Metropolis; errors in units of the last digit"
     units = found.units()
     heads = [f"{it} ({units[it]})" if it in units else it for it in found.averages]
-    yield from _columns(found, heads, list(found.averages.values()))
+    tails = [found.tails.get(name) for name in found.averages]
+    yield from _columns(found, heads, list(found.averages.values()), tails)
     yield "\nThe flow itself, and what the weights of its draws give"
     weights = found.weights
     own = {"acceptance": weights.acceptance, "ESS": weights.ess, "v per site": weights.v}
     own |= thermal_columns(found)
-    yield from _columns(found, list(own), list(own.values()))
+    tails = [weights.tail if name in FROM_WEIGHTS else None for name in own]
+    tails = [thermal_tail(found, name, of) for name, of in zip(own, tails, strict=True)]
+    yield from _columns(found, list(own), list(own.values()), tails)
     yield ""
     yield from _verdicts(found)
 
@@ -225,7 +247,20 @@ def thermal_columns(found: Evaluation) -> dict[str, Mean]:
         unit = found.target.conditions[0].unit
         each[f"F/N ({unit})" if unit else "F/N"] = thermal.free_energy
     each["S/N (nats)"] = thermal.entropy
+    if has_temperature(found.target) and not found.target.units:
+        unit = found.target.conditions[0].unit
+        each |= {f"E/N ({unit})" if unit else "E/N": thermal.energy}
+        each["C/N (k_B)"] = thermal.heat_capacity
     return columns | {name: Mean(it.value / sites, it.error / sites) for name, it in each.items()}
+
+
+def thermal_tail(found: Evaluation, name: str, known: Tensor | None = None) -> Tensor | None:
+    """Pareto k of a column of :func:`thermal_columns`, [rows]."""
+    letter = name.partition("/")[0].partition(" ")[0]
+    quantity = {"log": "log_z", "E": "energy", "F": "free_energy", "S": "entropy"} | {
+        "C": "heat_capacity"
+    }
+    return found.thermodynamics.tails.get(quantity.get(letter, ""), known)
 
 
 def has_temperature(target: Target) -> bool:
@@ -236,16 +271,25 @@ def has_temperature(target: Target) -> bool:
 def _verdicts(found: Evaluation) -> Iterator[str]:
     rows = len(found.coverage)
     if found.passed is None:
-        yield found.coverage[0].verdict + "; --reference or --data gives some"
+        unknown = [(at, it) for at, it in zip(found.conditions(), found.coverage, strict=True)]
+        unknown = [(at, it) for at, it in unknown if it.passed is None]
+        at, first = unknown[0]
+        if first.doubts:
+            yield f"Coverage unknown under {len(unknown)} of {rows} conditions:"
+            yield from (f"- {at}: {doubt}" for at, it in unknown for doubt in it.doubts)
+        else:
+            yield first.verdict + "; --reference or --data gives some"
     elif found.passed:
-        yield f"Covered under all {rows} conditions."
+        where = f"all {rows} conditions" if rows > 1 else "the one condition measured"
+        source = found.coverage[0].source
+        yield f"Covered under {where}" + f", as far as {source} see" * bool(source) + "."
     else:
         failed = sum(it.passed is False for it in found.coverage)
         yield f"NOT COVERED under {failed} of {rows} conditions:"
         yield from (f"- {it}" for it in found.reasons[:REASONS])
         if len(found.reasons) > REASONS:
             yield f"- and {len(found.reasons) - REASONS} more."
-    yield from (f"Warning: {it}" for it in found.weights.warnings)
+    yield from (f"Warning: {it}" for it in found.warnings)
     stuck = int(found.chain.failed.sum())
     if stuck:
         yield f"Warning: {stuck} conditions have a chain that never moved; they are no result."
@@ -257,18 +301,26 @@ def _verdicts(found: Evaluation) -> Iterator[str]:
         yield f"{name} against {source}: rms z = {rms:.2f}"
 
 
-def _columns(found: Evaluation, heads: list[str], means: list[Mean]) -> Iterator[str]:
-    cells = [
-        [parenthesised((v, e)) for v, e in zip(it.value.tolist(), it.error.tolist(), strict=True)]
-        for it in means
-    ]
+def cells(mean: Mean, tail: Tensor | None) -> list[str]:
+    """Values with their errors as text, those of heavy tails with a star."""
+    heavy = torch.zeros_like(mean.value, dtype=torch.bool) if tail is None else tail > HEAVY
+    rows = zip(mean.value.tolist(), mean.error.tolist(), heavy.tolist(), strict=True)
+    return [parenthesised((value, error)) + "*" * star for value, error, star in rows]
+
+
+def _columns(
+    found: Evaluation, heads: list[str], means: list[Mean], tails: list[Tensor | None]
+) -> Iterator[str]:
+    columns_of = [cells(it, tail) for it, tail in zip(means, tails, strict=True)]
     above, below = zip(("", ""), *map(_over_unit, heads), strict=True)
-    columns = [found.conditions(), *cells]
+    columns = [found.conditions(), *columns_of]
     lines = [above, below, *zip(*columns, strict=True)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cut = [it.rjust(w) for it, w in zip(line[1:], widths[1:], strict=True)]
         yield "  ".join([line[0].ljust(widths[0]), *cut]).rstrip()
+    if any(cell.endswith("*") for column in columns_of for cell in column):
+        yield STAR
 
 
 def _over_unit(head: str) -> tuple[str, str]:

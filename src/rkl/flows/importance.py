@@ -1,8 +1,9 @@
 """What the log-ratios of a flow's draws are worth: log Z, expectations, free energy, entropy."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,9 @@ from rkl.divergences.base import floats
 from rkl.metrics import Mean, to_json
 from rkl.metrics.tails import pareto_k
 
-HEAVY = 0.7  # Pareto k of weights above which no error can be trusted
+HEAVY = 0.7  # Pareto k above which neither a mean nor its error can be trusted
+LIGHT = 20.0  # means that the largest term of a mean must reach before its tail can be judged
+MANY = 16  # sites from which log-weights are sums of many terms, and so about normal
 APART = 0.03  # by how much acceptance or ESS may leave the law, beyond 4 standard errors
 
 
@@ -30,7 +33,8 @@ class Importance:
         ess: Effective share of the draws, in (0, 1], [\*conditions].
         acceptance: E min(1, w′/w) over independent pairs, what a long chain accepts.
         variance: Variance s² of the log-weights under q, in nats².
-        tail: Pareto k of the weights; above 0.7 nothing here can be trusted.
+        tail: Pareto k of the large weights, 0 at most where the largest is below 20 means; above
+            0.7 nothing here can be trusted.
         sites: Number of sites that s² is divided by.
         draws: Number of draws for each condition.
     """
@@ -62,10 +66,11 @@ class Importance:
     def warnings(self) -> list[str]:
         """Why not to trust the figures, a sentence each; none where they agree with the law."""
         found = []
-        for name, measured, law in (
+        laws = (
             ("acceptance", self.acceptance, self.predicted_acceptance),
             ("ESS", self.ess, self.predicted_ess),
-        ):
+        )
+        for name, measured, law in laws if self.sites >= MANY else ():
             apart = (measured.value - law).abs()
             wrong = ~(apart <= APART + 4 * measured.error)
             if wrong.any():
@@ -76,10 +81,12 @@ class Importance:
                     f"{measured.value.flatten()[k]:.3f} for {law.flatten()[k]:.3f}: heavy tails, "
                     "or a part of the target that the flow lacks."
                 )
-        if (self.tail > HEAVY).any():
+        heavy = self.tail > HEAVY
+        if heavy.any():
             found.append(
-                f"the weights have a Pareto k of up to {self.tail.max():.2f}: above {HEAVY} "
-                "their errors cannot be trusted."
+                f"the weights have a Pareto k of up to {self.tail.max():.2f} under "
+                f"{int(heavy.sum())} of {heavy.numel()} conditions: above {HEAVY} neither figures "
+                "nor errors can be trusted."
             )
         return found
 
@@ -128,10 +135,40 @@ def reweight(log_ratio: Float[Tensor, "*conditions draws"], *, sites: int = 1) -
         Mean(ess.squeeze(-1), _error(ess * (2 * weight - ess * weight.square()))),
         Mean(acceptance.squeeze(-1), _error(2 * pairs - acceptance * weight)),
         Mean(variance.nan_to_num(math.inf), _error(centred.square())),
-        pareto_k(weight.movedim(-1, 0)),
+        tail_of(weight, side="upper"),
         sites,
         log_ratio.shape[-1],
     )
+
+
+def tail_of(
+    terms: Float[Tensor, "*columns draws"], *, side: Literal["both", "upper"] = "both"
+) -> Float[Tensor, "*columns"]:
+    """Pareto k of the terms of a mean; 0 at most where no term is large, as k is noise there.
+
+    Args:
+        terms: What every draw adds to a mean, or by how much it moves it.
+        side: "upper" where the terms are not negative.
+    """
+    k = pareto_k(terms.movedim(-1, 0), side=side)
+    size = terms.abs()
+    light = size.amax(-1) < LIGHT * size.mean(-1)
+    return torch.where(light.to(k.device), k.clamp_max(0.0), k)
+
+
+def tails_of_averages(
+    values: Float[Tensor, "*conditions draws"], log_ratio: Float[Tensor, "*conditions draws"]
+) -> tuple[Float[Tensor, "*conditions"], Float[Tensor, "*conditions"]]:
+    """Pareto k of the weighted mean of values, and of their weighted variance.
+
+    Args:
+        values: What is averaged, at independent draws of q.
+        log_ratio: log p(x) − log q(x) there in nats, p up to log Z.
+    """
+    weight = _weights(check_log_ratio("log_ratio", log_ratio))[0]
+    mean, moved = _expectation(values.double(), weight)
+    square = (values.double() - mean.value[..., None]).square()
+    return tail_of(moved), tail_of(_expectation(square, weight)[1])
 
 
 def expectation(
@@ -169,6 +206,7 @@ class Thermodynamics:
         heat_capacity: Var(E)/T², in nats.
         gap: log Z(β′) − log Z(β) + ∫⟨E⟩ dβ between neighbouring temperatures, in nats: zero but
             for its error, or the two do not belong to one law. [temperatures − 1]
+        tails: Pareto k of each of the first five; above 0.7 it cannot be trusted.
     """
 
     log_z: Mean
@@ -177,6 +215,7 @@ class Thermodynamics:
     entropy: Mean
     heat_capacity: Mean
     gap: Mean
+    tails: Mapping[str, Float[Tensor, " temperatures"]] = field(default_factory=dict)
 
     @property
     def consistency(self) -> float:
@@ -225,8 +264,11 @@ def thermodynamics(
     gap = _gap(
         1 / t, (log_z.value, weight - 1), (mean.value, moved), (variance.value, moved_variance)
     )
+    of_z, of_entropy = tail_of(weight, side="upper"), weight - 1 + moved / t
+    tails = {"log_z": of_z, "free_energy": of_z, "energy": tail_of(moved)}
+    tails |= {"entropy": tail_of(of_entropy), "heat_capacity": tail_of(moved_variance)}
     return Thermodynamics(
-        log_z, mean, free, Mean(entropy, _error(weight - 1 + moved / t)), capacity, gap
+        log_z, mean, free, Mean(entropy, _error(of_entropy)), capacity, gap, tails
     )
 
 

@@ -19,6 +19,7 @@ from rkl.runs import row_fingerprint
 
 SHOWN = 4  # coordinates that are measured of a target without observables
 TURNS = 8  # configurations that are turned
+DERIVED = ("energy", "specific_heat", 2), ("magnetization", "susceptibility", 1)  # power of T
 RANGES = (-2.0, 0.0), (-3.0, 0.0)  # of energies per site, in which AdvNF's code and text count
 
 
@@ -61,10 +62,7 @@ def averages(
     if not isinstance(target, XY):
         return named
     temperature = condition[..., 0].double()
-    for of, name, power in (
-        ("energy", "specific_heat", 2),
-        ("magnetization", "susceptibility", 1),
-    ):
+    for of, name, power in DERIVED:
         if of in names:
             x = rows[..., names.index(of)]
             # about the mean, lest the difference of squares lose its digits

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.flows.targets import Target
+from rkl.metrics.resampling import resample
 
 WIDE = 10.0  # standard deviation of the law that they are cooled from
 LADDER = torch.logspace(-6, 0, 80)  # their β
@@ -56,7 +57,7 @@ class Particles:
         rows = torch.arange(self.each)[:, None].expand(-1, len(columns))
         for beta in LADDER.tolist():
             log_w = (beta - before) * (self.log_p - self._log_broad(self.x))
-            kept = _resampled(log_w)
+            kept = resample(log_w)
             self.x, self.log_p = self.x[kept, columns], self.log_p.gather(0, kept)
             for _ in range(MOVES):
                 taken = self._move(rows, columns.expand_as(rows), beta)
@@ -107,11 +108,3 @@ class Particles:
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Go on from there."""
         self.x, self.log_p, self.step = (state_dict[name] for name in ("x", "log_p", "step"))
-
-
-def _resampled(log_w: Float[Tensor, "each conditions"]) -> Tensor:
-    """Rows drawn in proportion to their weights, as evenly as can be."""
-    each = len(log_w)
-    share = log_w.double().softmax(0).mT.cumsum(1)
-    at = (torch.arange(each) + torch.rand(len(share), 1, dtype=torch.float64)) / each
-    return torch.searchsorted(share.contiguous(), at).clamp_max(each - 1).mT

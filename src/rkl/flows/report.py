@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rkl.flows.evaluation import Evaluation, thermal_columns
+from rkl.flows.evaluation import STAR, Evaluation, cells, thermal_columns, thermal_tail
 from rkl.flows.targets import XY
 from rkl.flows.targets.plane import MoG4, MoG8
 from rkl.metrics import Mean
@@ -79,9 +79,17 @@ def _results(found: Evaluation) -> "Section":
     named = {
         f"{_words(n)} ({units[n]})" if n in units else n: it for n, it in found.averages.items()
     }
+    thermal = thermal_columns(found)
     tables = [
-        _figures(found, "Averages, after Metropolis", named),
-        _figures(found, "Thermodynamics, from the weights", thermal_columns(found)),
+        _figures(
+            found, "Averages, after Metropolis", named, [*map(found.tails.get, found.averages)]
+        ),
+        _figures(
+            found,
+            "Thermodynamics, from the weights",
+            thermal,
+            [thermal_tail(found, name) for name in thermal],
+        ),
     ]
     judged = found.reference is not None and found.reference.mixed
     agreement = [_agreement(found)] if judged else []
@@ -121,14 +129,19 @@ def _agreement(found: Evaluation) -> "Block":
     return Table("Agreement with the reference", columns, rows, _AGREEMENT_SAYS + together)
 
 
-def _figures(found: Evaluation, title: str, named: Mapping[str, Mean]) -> "Block":
+def _figures(
+    found: Evaluation, title: str, named: Mapping[str, Mean], tails: Sequence[Tensor | None]
+) -> "Block":
     from rkl.report import Table
 
-    rows = [
-        [at, *((it.value[k].item(), it.error[k].item()) for it in named.values())]
-        for k, at in enumerate(found.conditions())
-    ]
-    return Table(title, ["condition", *named], rows, _FIGURES_SAYS)
+    columns, starred = [], False
+    for it, tail in zip(named.values(), tails, strict=True):
+        pairs = zip(it.value.tolist(), it.error.tolist(), cells(it, tail), strict=True)
+        columns.append([text if text.endswith("*") else (v, e) for v, e, text in pairs])
+        starred = starred or any(isinstance(cell, str) for cell in columns[-1])
+    rows = [[at, *(it[k] for it in columns)] for k, at in enumerate(found.conditions())]
+    said = _FIGURES_SAYS + f" {STAR}." * starred
+    return Table(title, ["condition", *named], rows, said)
 
 
 def _trust(found: Evaluation) -> "Section":
@@ -157,7 +170,7 @@ def _trust(found: Evaluation) -> "Section":
         columns = ["mode", "target", "flow", "flow, reweighted", "missing"]
         blocks.append(Table(f"Masses of the modes at {at}", columns, modes, _MODES_SAYS))
     said = [worst.verdict if found.passed is None else found.why or "nothing is missing."]
-    said += [*found.unmixed, *found.weights.warnings]
+    said += [*found.unmixed, *found.warnings]
     text = "\n\n".join(it[:1].upper() + it[1:] for it in said)
     return Section("Whether to trust it", text, blocks)
 

@@ -18,7 +18,7 @@ from rkl.flows.evaluation import Evaluation
 from rkl.flows.mcmc.kernels import check_whole
 from rkl.flows.operating import draw_kept
 from rkl.flows.standardise import Units
-from rkl.flows.target_run import TargetRun, load_target_run, parse_ranges, read_draws
+from rkl.flows.target_run import TargetRun, count_drawn, load_target_run, parse_ranges, read_draws
 from rkl.importing import only
 from rkl.metrics import Mean, mean, to_json
 from rkl.metrics.samples import Measured, measure
@@ -40,7 +40,7 @@ class EvaluateSettings:
 
     Args:
         data: What it was not fitted to: rows, needed for a flow of data; or draws of a target
-            with their conditions, as rkl sample writes them (.npz).
+            by other means, x with their conditions (.npz).
         labels: Class of each row, as for the fit.
         dequantise: Spread quantised values over one step; always as the fit did.
         condition: Where to measure a flow of a target, "T=0.9" or "T=0.5:1.5"; by default
@@ -48,7 +48,8 @@ class EvaluateSettings:
         values: How many values of the first condition.
         draws: Draws of each chain.
         chains: Chains under each condition.
-        reference: Draw the target without the flow too, by a heat bath, say, and compare.
+        reference: Draw the target without the flow too, exactly or by particles cooled to it,
+            and compare.
         strict: Fail where the flow lacks a part of its target, or this is not known.
         seed: Of all random numbers.
         device: Where to compute.
@@ -179,6 +180,13 @@ def _where(
         raise ValueError(
             f"data: {seen:,} of the {len(x):,} draws in {settings.data} were trained on; held-out "
             "draws must share none."
+        )
+    own = count_drawn(run, x)
+    if own:
+        raise ValueError(
+            f"data: {own:,} of the {len(x):,} draws in {settings.data} are of the flow of "
+            f"{run.path} itself (rkl sample), which cannot show what it lacks; give independent "
+            "draws of the target, or --reference."
         )
     inside = torch.ones(len(x), dtype=torch.bool)
     for column, it in zip(condition.T, ranges, strict=True):

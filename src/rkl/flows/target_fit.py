@@ -293,21 +293,18 @@ class _Fitting:
 
     def place(self) -> None:
         """Give a flow that was never placed the mean and the width of the events at hand."""
-        flow, seen = self.flow, self.particles or self.rows
-        if isinstance(flow, Placed) and flow.fresh and seen is not None:
-            lead = seen.x.shape[: seen.x.ndim - len(self.target.event_shape)]
-            given = seen.condition.expand(*lead, seen.condition.shape[-1])
-            flat = seen.x.reshape(-1, *self.target.event_shape).to(self.dtype)
-            rows = given.reshape(len(flat), -1).to(self.dtype)
-            flow.place(flat, *((rows,) if self.target.conditions else ()))
-        fresh = isinstance(flow, Scaled) and bool(
-            (flow.scale == 1).all() & (flow.shift == 0).all()
-        )
-        if not fresh or seen is None:
+        seen, flow = self.particles or self.rows, self.flow
+        if seen is None:
             return
         x = seen.x.reshape(-1, *self.target.event_shape)
-        flow.shift.copy_(x.mean(0))
-        flow.scale.copy_(torch.where(x.std(0) > 0, x.std(0), 1.0))
+        if isinstance(flow, Placed) and flow.fresh:
+            lead = seen.x.shape[: seen.x.ndim - len(self.target.event_shape)]
+            given = seen.condition.expand(*lead, seen.condition.shape[-1])
+            rows = given.reshape(len(x), -1).to(self.dtype)
+            flow.place(x.to(self.dtype), *((rows,) if self.target.conditions else ()))
+        elif isinstance(flow, Scaled) and (flow.scale == 1).all() and (flow.shift == 0).all():
+            flow.shift.copy_(x.mean(0))
+            flow.scale.copy_(torch.where(x.std(0) > 0, x.std(0), 1.0))
 
     def stateful(self) -> dict[str, Any]:
         """What is saved beside the flow."""

@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +21,23 @@ from rkl.flows.architectures import NSF, Architecture, Coupling, parse_architect
 from rkl.flows.built import built
 from rkl.flows.files import write_chain
 from rkl.flows.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
-from rkl.flows.metropolis import independent_metropolis
+from rkl.flows.metropolis import Chain, independent_metropolis
 from rkl.flows.objectives import Objective, parse_objective
+from rkl.flows.observables import observe
 from rkl.flows.target_fit import FEW, TargetFit, fit_to_target
 from rkl.flows.targets import XY, Phi4, Target, parse_target
 from rkl.flows.targets.base import Condition, check_values, spelt
 from rkl.flows.training import MINUTES, goes_on, load_state, save_state
 from rkl.importing import names_in, only
 from rkl.readers import place_of_nan, read_arrays
-from rkl.runs import Run, check_out, check_out_file, fingerprint
+from rkl.runs import (
+    Run,
+    check_out,
+    check_out_file,
+    fingerprint,
+    row_fingerprint,
+    write_atomic,
+)
 from rkl.runs.integrity import (
     Input,
     check_finite,
@@ -41,9 +49,12 @@ from rkl.runs.integrity import (
 from rkl.runs.typed import settings_from
 
 WEIGHTS = "flow.safetensors"
+DRAWN = "drawn.bin"  # digests of draws that rkl sample wrote
+REMEMBERED, DIGEST = 1_000, 8  # how many of one file, and bytes of each
 EVERY = 25  # steps from one row, and one checkpoint, to the next
 TRIED = 20  # steps from which --dry-run foretells the time
 CHAINS = 4
+MAX_RHAT, MIN_EFFECTIVE = 1.01, 400  # beyond which draws are warned of
 FEWEST = 20  # draws of a chain, of which more than this must have moved
 BUDGET = "steps", "minutes"  # settings that a resumed run may have more of
 PATHS = "data", "start_from"  # settings that run.json keeps as text
@@ -386,15 +397,72 @@ def sample_target(
     check_samples(chain.x.flatten(0, 1))
     observed = chain.measure(found.target)
     write_chain(out, chain, observed, found.target)
+    _remember_drawn(Run.open(path), chain.x.flatten(0, 1))
     said = f"{chains} chains of {draws:,} draws in {out}; accepted: {chain.acceptance:.3f}"
     said += f"; longest sojourn: {int(chain.sojourn)} draws"
-    judged = chain.diagnose({"log p": chain.log_p, **observed}) if draws >= 4 else {}
-    lines = [
-        f"{name}: R-hat {it['rhat']:.3f}, {it['ess_bulk']:,.0f} effective draws in the bulk, "
-        f"{it['ess_tail']:,.0f} in the tails"
-        for name, it in judged.items()
-    ]
-    return "\n".join([said, *lines])
+    measured = {"log p": chain.log_p}
+    if draws >= 4:
+        each = at.expand(*chain.accepted.shape, -1)
+        measured |= observe(found.target, chain.x, each)
+        measured.pop("log_density", None)
+    judged = chain.diagnose(measured) if draws >= 4 else {}
+    lines = [f"{name}: {_judgement(it)}" for name, it in judged.items()]
+    return "\n".join([said, *lines, *_warnings(chain, judged)])
+
+
+def _judgement(of: Mapping[str, Tensor]) -> str:
+    """R-hat and effective draws of one quantity, as text."""
+    if of["rhat"].isnan():
+        return "it never changed, so that nothing can be said of it"
+    return (
+        f"R-hat {of['rhat']:.3f}, {of['ess_bulk']:,.0f} effective draws in the bulk, "
+        f"{of['ess_tail']:,.0f} in the tails"
+    )
+
+
+def _warnings(chain: Chain, judged: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
+    """Why averages over these draws are not to be trusted, a line each."""
+    if bool(chain.failed):
+        yield "Warning: a chain never moved; its draws are no result."
+    ratios = {name: it["rhat"].item() for name, it in judged.items()}
+    disagree = {name: it for name, it in ratios.items() if it > MAX_RHAT}
+    if disagree:
+        name = max(disagree, key=disagree.__getitem__)
+        yield (
+            f"Warning: R-hat of {name} is {disagree[name]:.3f}, above {MAX_RHAT}: the chains do "
+            "not agree yet. Draw more, or fit the flow for longer."
+        )
+    least = {
+        name: min(it["ess_bulk"].item(), it["ess_tail"].item()) for name, it in judged.items()
+    }
+    poor = {name: it for name, it in least.items() if it < MIN_EFFECTIVE}
+    if poor:
+        name = min(poor, key=poor.__getitem__)
+        yield (
+            f"Warning: {name} has {poor[name]:,.0f} effective draws, below {MIN_EFFECTIVE}: its "
+            "errors are uncertain. Draw more, or fit the flow for longer."
+        )
+
+
+def _remember_drawn(run: Run, x: Float[Tensor, "draws *event"]) -> None:
+    """Note down some draws, which say nothing of what the flow lacks: see :func:`count_drawn`."""
+    if not os.access(run.path, os.W_OK):
+        return
+    few = x[:: -(-len(x) // REMEMBERED)].cpu().float()
+    known = (run.path / DRAWN).read_bytes() if (run.path / DRAWN).exists() else b""
+    digests = {known[k : k + DIGEST] for k in range(0, len(known), DIGEST)}
+    digests |= {row_fingerprint(row.tobytes()) for row in few.numpy()}
+    run.record_files([DRAWN])
+    write_atomic(run.path / DRAWN, b"".join(sorted(digests)))
+    run.measure_files([DRAWN])
+
+
+def count_drawn(run: Run, x: Float[Tensor, "draws *event"]) -> int:
+    """How many of these rows are draws of the run itself, of those that it remembers."""
+    path = run.path / DRAWN
+    known = path.read_bytes() if path.exists() else b""
+    digests = {known[k : k + DIGEST] for k in range(0, len(known), DIGEST)}
+    return sum(row_fingerprint(row.tobytes()) in digests for row in x.cpu().float().numpy())
 
 
 def check_samples(samples: Float[Tensor, "rows *event"]) -> None:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rkl.checks import choice
 from rkl.divergences.base import floats
 
 PRIOR, GRID = 3, 30  # of Zhang and Stephens
@@ -21,7 +22,9 @@ MAX_DISTANCE = 1.2  # √n times Kolmogorov's distance to the fit: 0.1 % of Pare
 Z_CLUSTER = -3.719  # normal quantile of 1e-4, for the spacings of one length
 
 
-def pareto_k(values: Float[Tensor, "draws *columns"]) -> Float[Tensor, "*columns"]:
+def pareto_k(
+    values: Float[Tensor, "draws *columns"], *, side: Literal["both", "upper"] = "both"
+) -> Float[Tensor, "*columns"]:
     r"""Shape k of a generalised Pareto tail: moments below the 1/k-th exist, no others.
 
     At k ≥ 1 there is no mean, at k ≥ 0.5 no variance, hence no error of normal theory. The
@@ -30,13 +33,15 @@ def pareto_k(values: Float[Tensor, "draws *columns"]) -> Float[Tensor, "*columns
     means of fewer than a million draws are worth little. The estimate has an error of about
     (1 + k) / √(3 √n): 0.1 for 10,000 draws.
 
-    For weighted draws, judge the weights, and values times weights.
+    For weighted draws, judge the upper tail of the weights, as small ones cannot hurt a mean, and
+    both tails of values times weights.
 
     Source: Zhang and Stephens (2009), Technometrics 51, 316; Vehtari et al. (2024), arXiv
     1507.02646, for the number of draws and the weak prior.
 
     Args:
         values: Draws of one or many quantities.
+        side: "upper" judges the largest draws alone.
 
     Returns:
         k: 1/a for a tail like x^(−a − 1), about 0 for one like exp(−x), below 0 for a bounded
@@ -47,10 +52,14 @@ def pareto_k(values: Float[Tensor, "draws *columns"]) -> Float[Tensor, "*columns
     >>> pareto_k(uniform**-0.7)
     tensor(0.6900, dtype=torch.float64)
     """
+    choice("side", side, ("both", "upper"))
     columns, length, rows = _rows(values)
     if not length:
         return torch.full(columns, math.nan, dtype=torch.float64)
-    k = [torch.maximum(*(_of_tail(top) for top in _ends(part, length))) for part in rows]
+    ends = 1 if side == "upper" else 2
+    k = [
+        torch.stack([_of_tail(top) for top in _ends(part, length)[:ends]]).amax(0) for part in rows
+    ]
     return torch.cat(k).where(~_infinite(values), math.inf).reshape(columns)
 
 

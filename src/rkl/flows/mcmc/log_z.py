@@ -12,6 +12,7 @@ from rkl.flows.targets.base import Target
 from rkl.flows.targets.lattices import XY
 from rkl.metrics import Mean
 from rkl.metrics.batches import jackknife
+from rkl.metrics.resampling import resample
 
 HALVING = 0.5  # share of effective particles below which they are resampled
 ITERATIONS = 200  # of Newton, of which about ten are needed
@@ -220,11 +221,7 @@ def _resampled(x: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
     poor = 1 / share.square().sum(1) < HALVING * particles
     if not poor.any():
         return x, log_w
-    comb = torch.arange(particles, device=x.device) + torch.rand_like(share[:, :1])
-    edges = share.cumsum(1).contiguous()
-    parent = torch.searchsorted(edges, (comb / particles) * edges[:, -1:])
-    parent = parent.clamp_max(particles - 1)
-    drawn = x.gather(1, parent[..., None].expand_as(x))
+    drawn = x.gather(1, resample(log_w, 1)[..., None].expand_as(x))
     return (
         torch.where(poor[:, None, None], drawn, x),
         torch.where(poor[:, None], 0.0, log_w),

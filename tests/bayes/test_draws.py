@@ -104,7 +104,7 @@ def test_what_is_lazy_is_read_no_further_than_asked(tmp_path, monkeypatch):
     )
     draws = read_draws(path)
     next(iter(draws.chunks(["theta"], size=100)))
-    assert {name for name, _ in read} <= {"theta", "chain", "draw"}
+    assert {name for name, _ in read} <= {"theta", "chain", "draw", "diverging"}
     assert [key[:2] for name, key in read if name == "theta"] == [(0, slice(0, 10, 1))]
     assert draws.every(100)["theta"].shape == (3, 10, 2, 5)
 
@@ -503,3 +503,20 @@ def test_a_file_whose_draws_lie_in_another_file_is_refused(reference, tmp_path):
             group.create_virtual_dataset("mu", layout)
     with pytest.raises(ValueError, match="another file"):
         read_draws(path)
+
+
+def test_divergent_transitions_are_told_of(tmp_path):
+    """In the layout of ArviZ 1.x: a DataTree whose groups keep chain and draw as coordinates."""
+    axes, places = ("chain", "draw"), {"chain": np.arange(2), "draw": np.arange(30)}
+    mu = np.random.default_rng(0).normal(size=(2, 30))
+    astray = np.zeros((2, 30), bool)
+    astray[0, :3] = True
+    posterior = xr.Dataset({"mu": (axes, mu)}, places, {"sample_dims": ["chain", "draw"]})
+    stats = xr.Dataset({"diverging": (axes, astray), "lp": (axes, mu)}, places)
+    tree = xr.DataTree.from_dict({"posterior": posterior, "sample_stats": stats})
+    tree.to_netcdf(tmp_path / "tree.nc", engine="h5netcdf")
+    for source in (tree, tmp_path / "tree.nc"):
+        draws = read_draws(source)
+        assert draws.names == ("mu", "lp")
+        np.testing.assert_array_equal(draws["mu"].numpy(), mu)
+        assert [note[:38] for note in draws.notes] == ["3 draws ended divergent transitions: t"]

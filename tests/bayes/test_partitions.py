@@ -210,3 +210,9 @@ def test_a_thousand_draws_of_two_hundred_items_take_seconds(loss):
     began = time.process_time()
     assert partition_act(labels, loss).partition.tolist() == [item % 8 for item in range(200)]
     assert time.process_time() - began < 60
+
+
+def test_labels_by_chain_are_those_of_all_draws():
+    labels = torch.tensor([[[0, 0, 1], [1, 1, 0]], [[2, 2, 2], [0, 0, 1]]])
+    together = partition_act(labels.flatten(0, 1))
+    assert partition_act(labels).partition.tolist() == together.partition.tolist()

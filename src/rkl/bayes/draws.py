@@ -21,6 +21,7 @@ NUMBERS = 2**22  # in one chunk of draws: 32 MiB
 SOME = 64  # draws of each chain that show whether a variable is a simplex
 SINGLE = 1e-6  # by which sums of single precision, or torch, may miss 1
 ROUNDED = 5.1e-4  # of an element of a simplex that was written with three digits
+READ = 2**20  # flags of a file that are read although no variable is asked for
 ELEMENTS = 64  # of one variable, whose extremes are looked for
 AXES = ("chain", "draw")
 READABLE = (
@@ -361,7 +362,7 @@ def _dimensions(data: xr.Dataset | xr.DataArray) -> str:
 def _variables(source: Any, notes: list[str]) -> Mapping[str, Any]:
     """The variables of a source, none of them read but those of tables."""
     if isinstance(source, xr.Dataset):
-        return _of_dataset(source, "the Dataset")
+        return _of_dataset(source, "the Dataset", notes)
     if isinstance(source, str | os.PathLike):
         return _of_path(Path(source), notes)
     if isinstance(source, list | tuple):
@@ -371,18 +372,18 @@ def _variables(source: Any, notes: list[str]) -> Mapping[str, Any]:
         columns = {str(name): source[name].to_numpy() for name in source.columns}
         return _of_tables([Columns(columns)], ["the data frame"], notes)
     if made_by == "cmdstanpy":
-        return _of_cmdstanpy(source)
+        return _of_cmdstanpy(source, notes)
     if made_by == "emcee":
-        return _by_arviz("from_emcee", source, f"a {type(source).__name__} of emcee")
+        return _by_arviz("from_emcee", source, f"a {type(source).__name__} of emcee", notes)
     # InferenceData is a mapping too, of groups
     if isinstance(source, xr.DataTree) or getattr(source, "posterior", None) is not None:
-        return _of_tree(source)
+        return _of_tree(source, notes)
     if isinstance(source, Mapping):
         return source
     raise TypeError(f"draws must be {READABLE}; got {type(source).__name__}.")
 
 
-def _of_tree(tree: Any) -> Mapping[str, Any]:
+def _of_tree(tree: Any, notes: list[str]) -> Mapping[str, Any]:
     """The posterior of a DataTree, or of the InferenceData of older ArviZ."""
     groups = [getattr(tree, "posterior", tree), getattr(tree, "sample_stats", None)]
     groups = [x.to_dataset() if isinstance(x, xr.DataTree) else x for x in groups]
@@ -391,11 +392,11 @@ def _of_tree(tree: Any) -> Mapping[str, Any]:
         raise TypeError(
             f"{what} must have an xarray Dataset as its posterior; got {groups[0]!r:.60}."
         )
-    return _of_dataset(groups[0], what, groups[1])
+    return _of_dataset(groups[0], what, notes, groups[1])
 
 
 def _of_dataset(
-    dataset: xr.Dataset, what: str, statistics: xr.Dataset | None = None
+    dataset: xr.Dataset, what: str, notes: list[str], statistics: xr.Dataset | None = None
 ) -> Mapping[str, Any]:
     found = {str(k): x for k, x in dataset.data_vars.items() if {*AXES} <= {*x.dims} and _real(x)}
     if not found:
@@ -405,18 +406,35 @@ def _of_dataset(
         )
     if statistics is not None and "lp" in statistics:
         found.setdefault("lp", statistics["lp"])
+    if (
+        statistics is not None
+        and "diverging" in statistics
+        and statistics["diverging"].size < READ
+    ):
+        _note_divergences(int(statistics["diverging"].sum()), notes)
     return found
 
 
-def _of_cmdstanpy(fit: Any) -> Mapping[str, Any]:
+def _note_divergences(count: int, notes: list[str]) -> None:
+    """A note on the draws of Hamiltonian Monte Carlo whose trajectories went astray."""
+    if count:
+        notes.append(
+            f"{count:,} draws ended divergent transitions: the chains may have missed parts of "
+            "the posterior, so that tails look lighter than they are"
+        )
+
+
+def _of_cmdstanpy(fit: Any, notes: list[str]) -> Mapping[str, Any]:
     """The variables of a fit by MCMC, and its lp__."""
     if not hasattr(fit, "draws_xr") or not hasattr(fit, "method_variables"):
         raise TypeError(
             f"draws must be a CmdStanMCMC where they come from cmdstanpy; got a "
             f"{type(fit).__name__}, which has no chains."
         )
-    lp = xr.DataArray(fit.method_variables()["lp__"], dims=("draw", "chain"))
-    return _of_dataset(fit.draws_xr(), "the fit of cmdstanpy", xr.Dataset({"lp": lp}))
+    known = fit.method_variables()
+    _note_divergences(int(np.sum(known.get("divergent__", 0))), notes)
+    lp = xr.DataArray(known["lp__"], dims=("draw", "chain"))
+    return _of_dataset(fit.draws_xr(), "the fit of cmdstanpy", notes, xr.Dataset({"lp": lp}))
 
 
 def _of_path(path: Path, notes: list[str]) -> Mapping[str, Any]:
@@ -436,7 +454,7 @@ def _of_path(path: Path, notes: list[str]) -> Mapping[str, Any]:
             raise ImportError(f"Reading {path} takes Zarr: pip install zarr.") from error
         kind = "Zarr" if engine == "zarr" else "NetCDF 4 (HDF5)"
         raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
-    return _of_dataset(posterior, str(path), stats)
+    return _of_dataset(posterior, str(path), notes, stats)
 
 
 def _open(path: Path, engine: str, group: str | None = None) -> xr.Dataset:
@@ -528,6 +546,8 @@ def _after_warm_up(table: Columns, place: str, notes: list[str]) -> dict[str, np
     if skipped:
         what = "the mean" if told.get("method") == "variational" else "warm-up"
         notes.append(f"{place}: its first {skipped} rows, {what}, were left out.")
+    if "divergent__" in table.columns:
+        _note_divergences(int(np.sum(table.columns["divergent__"][skipped:])), notes)
     kept = {n: it[skipped:] for n, it in table.columns.items() if not n.endswith("__")}
     return kept | {"lp": table.columns["lp__"][skipped:]}
 
@@ -631,7 +651,7 @@ def _exists(path: Path) -> None:
         raise FileNotFoundError(f"No draws at {path}: there is no such file.")
 
 
-def _by_arviz(reader: str, source: Any, what: str) -> Mapping[str, Any]:
+def _by_arviz(reader: str, source: Any, what: str, notes: list[str]) -> Mapping[str, Any]:
     try:
         import arviz  # pyright: ignore[reportMissingImports]: an extra
     except ImportError as error:
@@ -641,7 +661,7 @@ def _by_arviz(reader: str, source: Any, what: str) -> Mapping[str, Any]:
             f"Reading {what} takes arviz.{reader}, which ArviZ {arviz.__version__} lacks. "
             "Hand over cmdstanpy.from_csv(...) instead."
         )
-    return _of_tree(getattr(arviz, reader)(source))
+    return _of_tree(getattr(arviz, reader)(source), notes)
 
 
 def _stored_together(array: xr.DataArray) -> int:

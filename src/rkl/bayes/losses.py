@@ -76,7 +76,12 @@ def parse_loss(text: str) -> AnyLoss:
     """
     if text.partition("(")[0].strip() in ("intrinsic", "Intrinsic"):
         return parse(text, {"intrinsic": Intrinsic})
-    return parse(text)
+    try:
+        return parse(text)
+    except ValueError as error:
+        if "there are " not in str(error):
+            raise
+        raise ValueError(str(error).replace("there are ", "there are intrinsic, ", 1)) from error
 
 
 def check_loss(divergence: Any) -> None:

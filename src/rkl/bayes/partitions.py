@@ -74,7 +74,8 @@ def partition_act(
     Meilă (2007); Binder (1978).
 
     Args:
-        labels: Cluster labels, [draws, items], integers; which integer is of no account.
+        labels: Cluster labels, [draws, items] or [chains, draws, items], integers; which integer
+            is of no account.
         loss: "variation-of-information" (nats) or "binder" (share of the pairs).
         weights: Of the draws, [draws]; equal by default.
         starts: Number of searches.
@@ -273,6 +274,8 @@ def _labels(labels: ArrayLike | Tensor, argument: str = "labels", axes: int = 2)
         raise ValueError(f"{argument} must hold integers: {error}.") from None
     if given.is_complex() or not (given == (whole := given.long())).all():
         raise ValueError(f"{argument} must hold integers; got {given.dtype} with others.")
+    if given.ndim == 3 and axes == 2:  # chains, which are of no account here
+        given, whole = given.flatten(0, 1), whole.flatten(0, 1)
     if given.ndim != axes or not given.numel():
         expected = ("[items]", "[draws, items]")[axes - 1]
         raise ValueError(f"{argument} must be {expected}, none of them 0; got {[*given.shape]}.")

@@ -70,8 +70,9 @@ class DistillSettings:
         gradient_checkpointing: Compute activations twice rather than keep them: less memory, more
             time.
         lora_rank: Rank of LoRA adapters, which are then trained in place of all weights (extra
-            peft). Their alpha is twice the rank, so that the rate needs no change with it. The
-            run holds the student with the adapters merged, and the adapters in adapter/.
+            peft); none by default. Their alpha is twice the rank, so that the rate needs no
+            change with it. The run holds the student with the adapters merged, and the adapters
+            in adapter/.
         lora_targets: Modules that get adapters, such as q_proj,v_proj; by default all linear
             layers but the head.
         cache_teacher: Run the teacher once over the data, and keep its hidden states on the disk

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from rkl.flows.architectures import Architecture, Conditioned, Scaled
 from rkl.flows.architectures.placed import Placed
 from rkl.flows.domain import check_architecture
+from rkl.flows.precision import single_precision
 from rkl.flows.targets import Condition, Target
 
 FEW = 8  # coordinates up to which particles are cooled, and flows have tails
 
 
+@single_precision()
 def built(architecture: Architecture, target: Target, ranges: Sequence[Condition]) -> nn.Module:
     """A flow that warns beyond these ranges of the conditions, where it is not trained.
 

@@ -18,6 +18,7 @@ from rkl.flows.data import Data
 from rkl.flows.fit import Method
 from rkl.flows.fitted import Reached
 from rkl.flows.operating import check_point
+from rkl.flows.precision import single_precision
 from rkl.flows.standardise import Standardised, Units
 from rkl.flows.target_run import MINUTES, WEIGHTS, load_target_run
 from rkl.flows.training import load_state
@@ -131,6 +132,7 @@ class FitSettings:
         return {"minutes": MINUTES if self.minutes is None else self.minutes}
 
 
+@single_precision()
 def load_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> nn.Module:
     """The flow of a run, in the user's units: ``flow()`` has ``log_prob`` and ``sample``.
 
@@ -145,6 +147,7 @@ def load_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> nn.Modu
     return load_fit(path, allow=allow)[0]
 
 
+@single_precision()
 def load_critic(path: str | os.PathLike, *, allow: Collection[str] = ()) -> ScaledCritic:
     """The critic of a run: log p/q of events in the user's units.
 

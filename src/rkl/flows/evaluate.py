@@ -19,6 +19,7 @@ from rkl.flows.mcmc import markov_chain, thermodynamic_integration
 from rkl.flows.mcmc.kernels import check_condition, check_whole, seeded
 from rkl.flows.metropolis import Chain, independent_metropolis, law_of, proposed
 from rkl.flows.observables import DERIVED, averages, beside_held_out, observe
+from rkl.flows.precision import single_precision
 from rkl.flows.smc import Evidence, evidence
 from rkl.flows.targets import XY, Phi4, Target
 from rkl.flows.targets.base import Condition
@@ -42,6 +43,7 @@ MANY = 128  # chains of a reference, at most, of 50 draws or more
 
 
 @torch.no_grad()
+@single_precision()
 def evaluate_on_target(
     flow: nn.Module,
     target: Target,
@@ -163,6 +165,7 @@ def _checked(target: Target, condition: Tensor | None, draws, chains, held_out) 
     return condition
 
 
+@single_precision()
 def condition_grid(
     ranges: Sequence[Condition], values: int = VALUES
 ) -> Float[Tensor, "rows conditions"]:

@@ -19,6 +19,7 @@ from rkl.flows.data import Data, read_data
 from rkl.flows.fitted import Fit
 from rkl.flows.guard import Guard, LogProb, annealed, slope_of
 from rkl.flows.operating import check_point, reach
+from rkl.flows.precision import single_precision
 from rkl.flows.standardise import Standardised, Units
 from rkl.flows.training import Moment, Training, one_at_a_time, train
 from rkl.flows.weights import along_path, bounded_on_data, is_likelihood, on_data, on_draws
@@ -106,6 +107,7 @@ class Method:
 
 
 @one_at_a_time()
+@single_precision()
 def fit_to_samples(
     flow: Architecture | nn.Module,
     data: Any,

@@ -16,6 +16,7 @@ from rkl.divergences.base import floats
 from rkl.flows.architectures import draw
 from rkl.flows.domain import check_domain
 from rkl.flows.mcmc.kernels import Kernel, check_condition, check_kernel, check_whole, seeded
+from rkl.flows.precision import single_precision
 from rkl.flows.targets.base import Target
 from rkl.metrics.chains import ess, ess_tail, integrated_time, rhat
 
@@ -123,6 +124,7 @@ class Chain:
 
 
 @torch.no_grad()
+@single_precision()
 def independent_metropolis(
     target: Target,
     proposal: nn.Module | Distribution,

@@ -15,6 +15,7 @@ from rkl.flows.architectures import draw
 from rkl.flows.critic import Critic
 from rkl.flows.data import Data
 from rkl.flows.fitted import Fit, Reached
+from rkl.flows.precision import single_precision
 from rkl.flows.training import Moment, one_at_a_time, train
 from rkl.metrics import Mean, mean
 from rkl.metrics.precision_recall import OperatingPoint, operating_point
@@ -185,6 +186,7 @@ def draw_kept(
 
 
 @one_at_a_time()
+@single_precision()
 def distil_rejection(
     fitted: Fit,
     *,

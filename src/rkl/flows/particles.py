@@ -8,7 +8,7 @@ from rkl.flows.targets import Target
 from rkl.metrics.resampling import resample
 
 WIDE = 10.0  # standard deviation of the law that they are cooled from
-LADDER = torch.logspace(-6, 0, 80)  # their β
+LADDER = torch.logspace(-6, 0, 80, dtype=torch.float32)  # their β
 MOVES = 4  # at each β
 TAKEN = 0.3  # share of the moves that should be accepted
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from rkl.divergences.base import number
+from rkl.flows.precision import single_precision
 from rkl.metrics import Mean, mean
 from rkl.metrics.precision_recall import OperatingPoint, operating_point
 
@@ -41,6 +42,7 @@ class Accepted:
         return self.draws / len(self.samples)
 
 
+@single_precision()
 def reject(
     law: Distribution,
     log_ratio: LogRatio,

@@ -29,6 +29,7 @@ from rkl.flows.files import write_samples
 from rkl.flows.fit import fit_to_samples
 from rkl.flows.fitted import Fit
 from rkl.flows.operating import POINTS, draw_kept, seconds_of_update
+from rkl.flows.precision import single_precision
 from rkl.flows.rejection import reject
 from rkl.flows.target_run import (
     BUDGET,
@@ -133,6 +134,7 @@ class Fitted:
         return "\n".join([*lines, f"The run: {self.path}"])
 
 
+@single_precision()
 def fit(
     settings: FitSettings,
     out: str | os.PathLike,
@@ -257,6 +259,7 @@ def _critics(settings: FitSettings, tried: Fit, steps: int) -> list[str]:
     ]
 
 
+@single_precision()
 def sample_run(
     path: str | os.PathLike,
     settings: SampleSettings,

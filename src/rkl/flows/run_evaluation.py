@@ -17,6 +17,7 @@ from rkl.flows.evaluate import VALUES, condition_grid, evaluate_on_target
 from rkl.flows.evaluation import Evaluation
 from rkl.flows.mcmc.kernels import check_whole
 from rkl.flows.operating import draw_kept
+from rkl.flows.precision import single_precision
 from rkl.flows.standardise import Units
 from rkl.flows.target_run import TargetRun, count_drawn, load_target_run, parse_ranges, read_draws
 from rkl.importing import only
@@ -109,6 +110,7 @@ class DataEvaluation:
         return kept | {"log_density": to_json(self.log_density)}
 
 
+@single_precision()
 def evaluate_run(
     path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
 ) -> Evaluation | DataEvaluation:

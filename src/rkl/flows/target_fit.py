@@ -26,6 +26,7 @@ from rkl.flows.domain import check_domain
 from rkl.flows.lattice import CoarseToFine, CoarseToFineField, SitesLaw
 from rkl.flows.objectives import Objective, as_objective
 from rkl.flows.particles import Particles
+from rkl.flows.precision import single_precision
 from rkl.flows.targets import XY, Phi4, Target
 from rkl.flows.targets.base import Condition, check_values
 from rkl.flows.targets.check import check_log_prob
@@ -61,6 +62,7 @@ class TargetFit:
 
 
 @one_at_a_time()
+@single_precision()
 def fit_to_target(
     flow: Architecture | nn.Module,
     target: Target,

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE
 from rkl.divergences.base import number
+from rkl.flows.precision import single_precision
 from rkl.runs import Run, save_tensors
 from rkl.runs.integrity import values_of
 from rkl.runs.signals import StoppedError, StopRequest
@@ -123,6 +124,7 @@ def one_at_a_time() -> Iterator[None]:
 
 
 @one_at_a_time()
+@single_precision()
 def train(
     flow: nn.Module,
     objective: Objective,

@@ -247,8 +247,9 @@ def test_each_kind_of_target_has_an_architecture_that_suits_it():
     assert suited(Phi4(side=6)) == CheckerboardRealNVP(filters=16, circle=False)
     assert suited(Phi4(side=5)) == Coupling()
     assert suited(parse_target("mog4")) == SPLINES
-    with pytest.raises(ValueError, match="flow must be named"):
-        suited(parse_target("textwrap:wrap(event_shape=(3,), domain='circle')"))
+    broken = "textwrap:wrap(event_shape=({},), domain='circle', conditions={{'T': (1.0, 2.0)}})"
+    for angles in (3, 16):
+        assert suited(parse_target(broken.format(angles))).domain == "circle"
 
 
 def test_ranges_are_read_and_what_is_none_is_refused():

@@ -3,7 +3,7 @@
 import importlib
 
 _HOMES: dict[str, str] = {
-    "architectures": "MAF NSF Architecture Coupling MultiScale draw latent",
+    "architectures": "MAF NSF Architecture CircularSplines Coupling MultiScale draw latent",
     "critic": "Critic",
     "coverage": "Coverage Mode judge_coverage judge_ratios",
     "data": "Data read_data",

@@ -31,11 +31,13 @@ def built(architecture: Architecture, target: Target, ranges: Sequence[Condition
     count = len(target.conditions)
     check_architecture(architecture, target)
     flow = architecture.build(target.event_shape, count)
-    if not architecture.own_units and target.domain == "line":
+    if not architecture.own_units:
         if count:
             low, high = torch.tensor([[it.low, it.high] for it in ranges]).T
             flow = Conditioned(flow, low.clone(), high.clone())
-        if math.prod(target.event_shape) <= FEW:
+        if target.domain == "circle":
+            pass
+        elif math.prod(target.event_shape) <= FEW:
             flow = Placed(flow, target.event_shape, count)
         else:
             flow = Scaled(flow, torch.zeros(target.event_shape), torch.ones(target.event_shape))

@@ -24,7 +24,8 @@ def check_architecture(architecture: Architecture, target: Target) -> None:
     if target.domain == "circle":
         raise ValueError(
             f"flow must be one of angles, as {target} is on the circle; got {architecture}, whose "
-            "events lie on the line. CoarseToFine draws square lattices of angles."
+            "events lie on the line. CoarseToFine is for square lattices of angles, "
+            "CircularSplines for any others."
         )
     raise ValueError(
         f"flow must be one of the line, as {target} is not on the circle; got {architecture}, "

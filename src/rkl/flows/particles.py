@@ -1,5 +1,7 @@
 """Particles cooled from a broad law to a target: draws where there are no data, in all modes."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,7 +29,7 @@ class Particles:
     walkers beside the flow that is trained on them.
 
     Args:
-        target: A density on the line.
+        target: A density; of angles they come from the uniform one.
         condition: Values of its conditions.
         each: Particles of each.
 
@@ -46,7 +48,10 @@ class Particles:
         self.target, self.condition, self.each = target, condition, each
         self.event = len(target.event_shape)
         shape = (each, len(condition), *target.event_shape)
+        self.circle = target.domain == "circle"
         self.x = WIDE * torch.randn(shape, dtype=condition.dtype)
+        if self.circle:
+            self.x = math.pi * (2 * torch.rand(shape, dtype=condition.dtype) - 1)
         self.log_p = self._log_prob(self.x, condition.expand(each, *condition.shape))
         self.step = torch.full_like(condition[:, 0] if condition.shape[1] else self.log_p[0], WIDE)
         self._cool()
@@ -81,6 +86,8 @@ class Particles:
         """One step of a random walk; where it was accepted."""
         x, log_p, given = self.x[rows, columns], self.log_p[rows, columns], self.condition[columns]
         new = x + self._beside(self.step[columns]) * torch.randn_like(x)
+        if self.circle:
+            new = torch.remainder(new + math.pi, 2 * math.pi) - math.pi
         log_new = self._log_prob(new, given)
         gain = beta * (log_new - log_p)
         gain = gain + (1 - beta) * (self._log_broad(new) - self._log_broad(x))
@@ -99,6 +106,8 @@ class Particles:
         return log_p.nan_to_num(lowest, lowest, lowest)
 
     def _log_broad(self, x: Tensor) -> Tensor:
+        if self.circle:
+            return x.new_zeros(x.shape[: x.ndim - self.event])
         return -(x / WIDE).square().flatten(x.ndim - self.event).sum(-1) / 2
 
     def state_dict(self) -> dict[str, Tensor]:

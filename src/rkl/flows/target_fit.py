@@ -18,7 +18,8 @@ from torch.func import functional_call
 
 from rkl.divergences import FDivergence, ReverseKL
 from rkl.divergences.base import floats
-from rkl.flows.architectures import Architecture, Scaled, draw
+from rkl.flows.architectures import Architecture, CircularSplines, Conditioned, Scaled, draw
+from rkl.flows.architectures.circular import CircularFlow
 from rkl.flows.architectures.placed import Placed
 from rkl.flows.built import FEW, built
 from rkl.flows.critic import Critic, Ratio
@@ -111,7 +112,7 @@ def fit_to_target(
         ValueError, TypeError: An argument does not fit; the message names it.
     """
     chosen = as_objective(objective)
-    anneal = _anneals(target, chosen, data, anneal)
+    anneal = _anneals(flow, target, chosen, data, anneal)
     _check_terms(chosen, target, data is not None or _cools(target, anneal), log_z)
     given = _Conditions(target, conditions, strata)
     each = _draws(batch, given.count)
@@ -142,10 +143,13 @@ def _draws(batch: int, conditions: int) -> int:
     return batch // conditions
 
 
-def _anneals(target: Target, objective: Objective, data, anneal: bool | None) -> bool:
+def _anneals(flow, target: Target, objective: Objective, data, anneal: bool | None) -> bool:
     if not isinstance(target, Target):
         raise TypeError(f"target must be a Target such as XY(side=8); got {target!r}.")
-    if anneal is not None or target.domain != "line":
+    splines = isinstance(flow, CircularSplines | CircularFlow) or (
+        isinstance(flow, Conditioned) and isinstance(flow.flow, CircularFlow)
+    )
+    if anneal is not None or (target.domain != "line" and not splines):
         return bool(anneal)
     # Draws alone do not keep the target's terms from losing modes; particles beside them do.
     return data is None or (_cools(target, True) and objective.uses("target"))
@@ -153,7 +157,7 @@ def _anneals(target: Target, objective: Objective, data, anneal: bool | None) ->
 
 def _cools(target: Target, anneal: bool) -> bool:
     """Whether particles are cooled to the target."""
-    return anneal and target.domain == "line" and math.prod(target.event_shape) <= FEW
+    return anneal and math.prod(target.event_shape) <= FEW
 
 
 def _check_terms(objective: Objective, target: Target, drawn: bool, log_z) -> None:

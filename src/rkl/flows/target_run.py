@@ -17,13 +17,19 @@ from torch import Tensor, nn
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer
 from rkl.divergences.base import number
 from rkl.divergences.parse import with_module
-from rkl.flows.architectures import NSF, Architecture, Coupling, parse_architecture
+from rkl.flows.architectures import (
+    NSF,
+    Architecture,
+    CircularSplines,
+    Coupling,
+    parse_architecture,
+)
 from rkl.flows.built import built
 from rkl.flows.files import write_chain
 from rkl.flows.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
 from rkl.flows.metropolis import Chain, independent_metropolis
 from rkl.flows.objectives import Objective, parse_objective
-from rkl.flows.observables import observe
+from rkl.flows.observables import observe, turn_invariant
 from rkl.flows.target_fit import FEW, TargetFit, fit_to_target
 from rkl.flows.targets import XY, Phi4, Target, parse_target
 from rkl.flows.targets.base import Condition, check_values, spelt
@@ -202,9 +208,6 @@ class FittedToTarget:
 def suited(target: Target) -> Architecture:
     """The architecture that a target is fitted with where none is named.
 
-    Raises:
-        ValueError: It has angles that are no square lattice of an even side.
-
     >>> suited(XY(side=4)) == CoarseToFine.of(XY(side=4))
     True
     """
@@ -214,14 +217,24 @@ def suited(target: Target) -> Architecture:
         return CoarseToFine.of(target)
     if isinstance(target, Phi4) and target.side & (target.side - 1) == 0:
         return CoarseToFineField.of(target)
-    if checkered and (target.domain == "circle" or isinstance(target, Phi4)):
-        return CheckerboardRealNVP(filters=16, circle=target.domain == "circle")
+    if isinstance(target, Phi4) and checkered:
+        return CheckerboardRealNVP(filters=16, circle=False)
     if target.domain == "circle":
-        raise ValueError(
-            f"flow must be named for {target}: there is none for angles that are no square "
-            f"lattice of an even side; got {math.prod(target.event_shape)} angles."
-        )
+        if checkered and side & (side - 1) == 0 and _knows_no_direction(target):
+            return CoarseToFine(integrate="none")
+        return CircularSplines(passes=None if math.prod(target.event_shape) <= FEW else 2)
     return SPLINES if math.prod(target.event_shape) <= FEW else Coupling()
+
+
+def _knows_no_direction(target: Target) -> bool:
+    """True for angles at one temperature whose density a common turn leaves as it is."""
+    if [it.name for it in target.conditions] != ["T"] or len(target.event_shape) != 1:
+        return False
+    it = target.conditions[0]
+    try:
+        return turn_invariant(target, torch.tensor([[(it.low + it.high) / 2]]))
+    except Exception:  # of the user's function, which the fit refuses in words
+        return False
 
 
 def parse_ranges(text: str | None, target: Target) -> tuple[Condition, ...]:

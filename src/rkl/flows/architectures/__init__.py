@@ -1,6 +1,7 @@
 """Architectures of normalizing flows: values that build a flow for a given shape of event."""
 
 from rkl.flows.architectures.base import Architecture, catalogue, draw, parse_architecture
+from rkl.flows.architectures.circular import CircularSplines
 from rkl.flows.architectures.coupling import Coupling
 from rkl.flows.architectures.images import MultiScale
 from rkl.flows.architectures.scaled import Conditioned, Scaled, latent
@@ -10,6 +11,7 @@ __all__ = [
     "MAF",
     "NSF",
     "Architecture",
+    "CircularSplines",
     "Conditioned",
     "Coupling",
     "MultiScale",

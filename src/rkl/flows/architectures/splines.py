@@ -43,7 +43,7 @@ class NSF(Architecture):
         check_sizes(transforms=self.transforms, bins=self.bins, hidden=self.hidden)
 
     def build(self, event_shape: tuple[int, ...], conditions: int = 0) -> nn.Module:
-        return _built("NSF", self, event_shape, conditions, bins=self.bins)
+        return build_zuko("NSF", self, event_shape, conditions, bins=self.bins)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class MAF(Architecture):
         check_sizes(transforms=self.transforms, hidden=self.hidden)
 
     def build(self, event_shape: tuple[int, ...], conditions: int = 0) -> nn.Module:
-        return _built("MAF", self, event_shape, conditions)
+        return build_zuko("MAF", self, event_shape, conditions)
 
 
 def check_sizes(hidden: tuple[int, ...], **counts: int) -> None:
@@ -91,7 +91,8 @@ def check_sizes(hidden: tuple[int, ...], **counts: int) -> None:
         integer(name, value, at_most=LARGEST_COUNT)
 
 
-def _built(name: str, chosen: Any, event_shape, conditions: int, **settings) -> nn.Module:
+def build_zuko(name: str, chosen: Any, event_shape, conditions: int, **settings) -> nn.Module:
+    """A flow of zuko of this name, with the settings of an architecture."""
     zuko = imported_zuko()
     features = math.prod(event_shape)
     made = getattr(zuko.flows, name)(

@@ -48,8 +48,8 @@ OF_DATA = [
 
 def other_tokenizer():
     tokenizer = material.tokenizer()
-    tokenizer.add_tokens(["another"])
-    return tokenizer
+    tokenizer.add_tokens(["another", *(f"another{number}" for number in range(20))])
+    return tokenizer  # too many tokens for a version of the same
 
 
 OTHER = Lazy(other_tokenizer)

@@ -108,6 +108,7 @@ def _merge(folder: Path, adapted: Any) -> PreTrainedModel:
             f"model: {folder} holds an adapter that changes when it is merged into its base, its "
             f"logits by up to {difference:.2g} of the largest. Merge and save it yourself."
         )
+    merged.name_or_path = str(folder)  # of new adapters on it this is the base
     for parameter in merged.parameters():
         parameter.requires_grad_(True)
     return merged

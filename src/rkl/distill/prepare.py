@@ -370,9 +370,8 @@ def _load_student(settings: DistillSettings) -> PreTrainedModel:
             )
         if is_adapter(source):
             warnings.warn(
-                f"student: {source} is an adapter; it is merged into its base, and all weights "
-                "are trained and saved. rkl.distill.DistillTrainer takes a PeftModel, whose "
-                "adapters alone are trained.",
+                f"student: {source} is an adapter; it is merged into its base, of which "
+                f"{'all weights' if settings.lora_rank is None else 'new adapters'} are trained.",
                 stacklevel=3,
             )
         return student

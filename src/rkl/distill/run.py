@@ -57,6 +57,7 @@ from rkl.distill.settings import DistillSettings
 from rkl.distill.teachers import Teacher, load_model, resolved
 from rkl.runs import Run, check_out, remove_folder, replacing_files, write_atomic
 from rkl.runs.integrity import check_inputs, inputs_before
+from rkl.runs.processes import PeerError
 from rkl.runs.signals import StoppedError, StopRequest
 
 __all__ = ["DistillSettings", "Distilled", "Estimate", "distill", "estimate", "load_run"]
@@ -163,8 +164,7 @@ def distill(
         try:
             return _distill(settings, run, text, given, watch, began, processes)
         except DivergedError:
-            if processes.main:
-                run.update(status="diverged")
+            run.update(status="diverged")
             raise
 
 
@@ -193,6 +193,8 @@ def _distill(
         memory = peak_memory(models.student.device)
         seconds = time.perf_counter() - began
         processes.on_main(lambda: _finish(run, settings, seconds, memory, diverged))
+        if diverged is not None and not processes.main:
+            raise PeerError("the first process says why.")
         if diverged is not None:
             raise DivergedError(diverged.step, f"{run.path}: {diverged.reason}", _kept(run))
     return Distilled(run.path, run.record["result"])

@@ -169,7 +169,7 @@ def draw_kept(
     Raises:
         RuntimeError: Some row has none after a thousand rounds.
     """
-    samples: Tensor | None = None
+    samples = torch.empty(0)
     left, made = torch.arange(count), 0
     for _ in range(ROUNDS):
         value = law.sample(() if condition is not None else (len(left),))
@@ -177,7 +177,8 @@ def draw_kept(
         given = None if condition is None else condition[left.to(condition.device)]
         log_keep = log_ratio(value, given) + log_lam
         keep = torch.rand_like(log_keep).log() < log_keep
-        samples = value.new_empty(count, *value.shape[1:]) if samples is None else samples
+        if not made:
+            samples = value.new_empty(count, *value.shape[1:])
         samples[left.to(value.device)[keep]] = value[keep]
         made, left = made + len(left), left[~keep.cpu()]
         if not len(left):

@@ -395,7 +395,8 @@ class _Problem:
         rows = self.held_out, self.rows, self.classes
         figures: dict[str, Any] = {"log_density": log_density, "gaussian": gaussian}
         fitted = Fit(self.scaled, critic, done, *rows, settings=self.settings, **figures)
-        if not self.guided and fitted.below_gaussian is not None:
+        guarded = self.method.guard and not self.guided  # else it may well be
+        if guarded and fitted.below_gaussian is not None:
             warnings.warn(fitted.below_gaussian, stacklevel=4)  # past the decorator
         aim = self.method.critic, target_precision, budget, self.seed
         fitted = replace(fitted, reached=reach(fitted, *aim)) if aimed else fitted

@@ -311,3 +311,14 @@ def test_a_run_of_ones_own_classes_names_their_module_and_is_read_again(
     assert "not imported" not in capsys.readouterr().err
     sys.path.append(str(folder))
     assert rkl.load("R", allow=names)().sample((3,)).shape[0] == 3
+
+
+def test_a_module_that_may_be_imported_reads_what_it_names_itself(folder):
+    Path("outer.py").write_text(
+        "import rkl\nfrom rkl.divergences import KL\n\nREAD = rkl.parse('inner:Inner')\n"
+    )
+    Path("inner.py").write_text("from rkl.divergences import KL\n\nclass Inner(KL):\n    pass\n")
+    with only(["outer:READ"], source="R/run.json", folder=str(folder)):
+        assert type(imported("outer:READ")).__name__ == "Inner"
+        with pytest.raises(ValueError, match="is not imported"):
+            imported("inner:KL")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import rkl
 from rkl import runs
-from rkl.runs import Run
+from rkl.runs import Run, writers
 
 SETTINGS = {"divergence": "KL()", "max_steps": 10, "layers": (1, 2)}
 
@@ -536,7 +536,7 @@ def test_later_metrics_are_forgotten_when_a_run_goes_back(tmp_path):
 
 HOLDING = """
 import sys
-from rkl.runs import Run
+from rkl.runs import Run, writers
 run = Run.create(sys.argv[1], "distill", {}, seed=0)
 with run.running():
     run.log({"step": 1})
@@ -605,6 +605,24 @@ def test_a_second_thread_is_refused_and_the_same_may_begin_again(tmp_path):
     thread.join()
     assert len(refused) == 1
     create(tmp_path / "run", resume=True)  # what took the lock here was left by an exception
+
+
+def test_a_lock_on_a_file_that_its_last_owner_removed_is_taken_again(tmp_path, monkeypatch):
+    """Between opening the file and locking it, its owner may end and unlink it."""
+    flock, calls = writers.fcntl.flock, []
+
+    def late(descriptor, how):
+        calls.append(how)
+        if len(calls) == 1:
+            (tmp_path / runs.LOCK).unlink()
+            (tmp_path / runs.LOCK).write_text("{}")  # of the next owner
+        return flock(descriptor, how)
+
+    monkeypatch.setattr(writers.fcntl, "flock", late)
+    writer = writers.acquire(tmp_path, lambda names: None)
+    assert len(calls) == 2
+    assert os.path.samestat(os.fstat(writer.descriptor), os.stat(tmp_path / runs.LOCK))
+    writer.release()
 
 
 def test_temporary_files_of_a_living_process_are_not_swept(tmp_path):

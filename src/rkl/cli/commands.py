@@ -238,6 +238,36 @@ def _distilled(wanted: type, parsed: Namespace) -> Path | None:
     return getattr(parsed, "start_from", None)
 
 
+def evidence(parser: ArgumentParser, words: Sequence[str]) -> Runner:
+    """Find log Z of a target, and draw from it, by sequential Monte Carlo without any flow.
+
+    Examples:
+      rkl evidence --target "mine:log_prob(event_shape=(2,))"
+      rkl evidence --target "xy(side=4)" --condition T=0.5:1.5 --values 5 --out draws.npz
+    """
+    says = 'unnormalised density: "xy(side=8)", or "module:function(event_shape=(2,))" (required)'
+    parser.add_argument("--target", required=True, metavar="TARGET", help=says)
+    says = 'where: "T=0.9" or "T=0.5:1.5"; by default across all of the range of the target'
+    parser.add_argument("--condition", metavar="RANGES", help=says)
+    says = "values of the first condition (default: 8)"
+    parser.add_argument("--values", type=int, default=8, metavar="N", help=says)
+    says = "particles of an island (default: 512)"
+    parser.add_argument("--particles", type=int, default=512, metavar="N", help=says)
+    says = "independent populations (default: 8)"
+    parser.add_argument("--islands", type=int, default=8, metavar="N", help=says)
+    says = "write the draws too: .npz with x and condition, as fit and evaluate --data read them"
+    parser.add_argument("--out", type=path, metavar="FILE", help=says)
+    _add_overwrite_flag(parser)
+
+    def found(parsed: Namespace) -> None:
+        from rkl.flows.evidence_run import find_evidence
+
+        names = "target", "condition", "values", "particles", "islands", "out", "overwrite"
+        _show(find_evidence(**{name: getattr(parsed, name) for name in names}, **_common(parsed)))
+
+    return found
+
+
 def sample(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Draw samples of the flow of a run, at the trade-off of your choice.
 
@@ -296,6 +326,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "estimate": (estimate, "bayes.run"),
     "metrics": (metrics, "metrics"),
     "fit": (fit, "flows.run"),
+    "evidence": (evidence, "flows.run"),
     "sample": (sample, "flows.run"),
     "generate": (generate, "distill.run"),
     "evaluate": (evaluate, "runs"),

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import os
 import shlex
 import subprocess
@@ -179,6 +180,20 @@ def test_the_failure_of_another_process_is_told_with_how_to_go_on(fail_with, cap
     fail_with(PeerError("process 1 failed."))
     assert answer("fail") == 1
     assert complaint(capsys) == "rkl: error: process 1 failed. Begin again with: rkl fail"
+
+
+def test_the_package_that_cannot_be_imported_is_told_by_its_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "half_a_package.py").write_text("\nimport no_such_module_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def importing(parsed):
+        importlib.import_module("half_a_package")
+
+    monkeypatch.setattr(cli, "_run", importing)
+    assert answer("divergences") == 1
+    file = tmp_path / "half_a_package.py"
+    said = f"rkl: error: No module named 'no_such_module_at_all' ({file}, line 2)"
+    assert complaint(capsys) == said
 
 
 def test_debug_shows_where(fail_with):

@@ -224,7 +224,7 @@ def _explain(
     cause = terminal.root_cause(error)
     if isinstance(error, ImportError):
         because = f" The cause: {terminal.in_words(cause)}" * (cause is not error)
-        return _complain(message + because, 1)
+        return _complain(message + because + terminal.place_of_import(cause), 1)
     if isinstance(error, OSError) and error.filename is not None:
         return _complain(f"{error.filename}: {error.strerror}", 1)
     because = f", caused by {terminal.in_words(cause)}" * (cause is not error)

@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import os
 import sys
+import traceback
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -127,6 +128,16 @@ def root_cause(error: BaseException) -> BaseException:
             return error
         seen.add(id(cause))
         error = cause
+
+
+def place_of_import(error: BaseException) -> str:
+    """The file and line of the import that failed, which tell whose package is broken."""
+    frames = [
+        it for it in traceback.extract_tb(error.__traceback__) if not it.filename.startswith("<")
+    ]
+    if not isinstance(error, ImportError) or error.name is None or not frames:
+        return ""
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})"
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from fitting import a_fit
 from subjects import Subject, fault
 
 import rkl
@@ -60,6 +61,12 @@ SUBJECTS = [
             *UNKNOWN,
             fault("path", "not finished", "begun", "begun", "--resume"),
         ],
+    ),
+    Subject(
+        "save",
+        rkl.save,
+        lambda: {"made": a_fit(False), "path": "saved-fit"},
+        [fault("made", "a number", 3, "what a fit returned", "int")],
     ),
     Subject(
         "verb",

@@ -8,9 +8,9 @@ from torch.distributions import Normal
 
 from rkl import AKL, KL
 from rkl.flows.rejection import reject
-from rkl.metrics.clusters import prd_curve
-from rkl.metrics.frechet import frechet_distance
-from rkl.metrics.neighbours import prdc, prdc_ceiling
+from rkl.metrics.clusters import equal_precision, prd_curve
+from rkl.metrics.frechet import frechet_bias, frechet_distance
+from rkl.metrics.neighbours import copies, prdc, prdc_ceiling
 from rkl.metrics.precision_recall import (
     operating_point,
     pr_curve_sampled,
@@ -155,6 +155,32 @@ METRICS = [
             fault("clusters", "too many", 121, "between 1 and 120", "121"),
             fault("clusters", "a fraction", 2.5, "integer", "2.5"),
             fault("runs", "zero", 0, "between 1", "0"),
+        ],
+    ),
+    Subject(
+        "clusters.equal_precision",
+        equal_precision,
+        lambda: {"reals": 10, "fakes": 20, "clusters": 3},
+        [
+            fault(name, kind, value, said, str(value))
+            for name in ("reals", "fakes", "clusters")
+            for kind, value, said in (("zero", 0, "at least 1"), ("a fraction", 2.5, "integer"))
+        ],
+    ),
+    Subject(
+        "frechet.frechet_bias",
+        frechet_bias,
+        lambda: {"real": REAL, "fake": FAKE},
+        [*of_features("real", "fake"), *of_features("fake", "fake")],
+    ),
+    Subject(
+        "neighbours.copies",
+        copies,
+        lambda: {"train": OTHER, "held_out": REAL, "fake": FAKE},
+        [
+            *of_features("train", "held_out"),
+            *of_features("held_out", "held_out"),
+            *of_features("fake", "fake"),
         ],
     ),
     Subject(

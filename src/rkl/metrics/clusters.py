@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rkl.checks import integer
 from rkl.metrics import Mean
 from rkl.metrics.neighbours import centred, checked_pair, common_unit
 from rkl.metrics.precision_recall import SampledCurve
@@ -117,6 +118,8 @@ def equal_precision(reals: int, fakes: int, clusters: int = 20) -> float:
     >>> round(equal_precision(1000, 1000), 3)
     0.922
     """
+    for name, value in (("reals", reals), ("fakes", fakes), ("clusters", clusters)):
+        integer(name, value, at_least=1)
     share = 1 / clusters
     spread = math.sqrt(share * (1 - share) * (1 / reals + 1 / fakes))
     return max(0.0, 1 - clusters * spread / math.sqrt(2 * math.pi))

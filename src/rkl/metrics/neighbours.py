@@ -137,7 +137,13 @@ def checked_pair(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: They are no tensors of floats.
         ValueError: They are not [samples, features], alike in features and finite.
     """
-    for name, features in (("real", real), ("fake", fake)):
+    one, other = _checked_sides(real=real, fake=fake)
+    return one, other
+
+
+def _checked_sides(**sides: Tensor) -> list[Tensor]:
+    first, *others = sides
+    for name, features in sides.items():
         floats(name, features)
         if features.ndim != 2 or not features.numel():
             raise ValueError(
@@ -146,12 +152,16 @@ def checked_pair(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         wrong = int((~features.isfinite()).any(1).sum())
         if wrong:
             raise ValueError(f"{name} must be finite; {wrong} of {len(features)} samples are not.")
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(
-            f"fake must have the {real.shape[1]} features of real; got {fake.shape[1]}."
-        )
-    kind = torch.promote_types(torch.promote_types(real.dtype, fake.dtype), torch.float32)
-    return real.detach().to(kind), fake.detach().to(kind)
+    size = sides[first].shape[1]
+    for name in others:
+        if sides[name].shape[1] != size:
+            raise ValueError(
+                f"{name} must have the {size} features of {first}; got {sides[name].shape[1]}."
+            )
+    kind = torch.float32
+    for features in sides.values():
+        kind = torch.promote_types(kind, features.dtype)
+    return [features.detach().to(kind) for features in sides.values()]
 
 
 def common_unit(real: Tensor, fake: Tensor) -> float:
@@ -361,10 +371,9 @@ def copies(
     >>> copies(train=x[:300], held_out=x[300:], fake=x[:300] + 1e-4).nearer.value.item()
     1.0
     """
-    held_out, fake = checked_pair(held_out, fake)
-    train, _ = checked_pair(train, held_out)
+    train, held_out, fake = _checked_sides(train=train, held_out=held_out, fake=fake)
     unit = common_unit(held_out, fake)
-    train, held_out, fake = train.to(fake) / unit, held_out / unit, fake / unit
+    train, held_out, fake = train / unit, held_out / unit, fake / unit
     to_train, between = _distances(fake, train), _distances(held_out, train)
     size = min(len(train), len(held_out))
     generator = torch.Generator().manual_seed(seed)

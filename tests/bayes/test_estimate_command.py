@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -239,3 +241,14 @@ def test_several_files_that_hold_every_chain_each_are_refused_by_name(posterior,
     said = capsys.readouterr().err
     assert "further: several files must be tables of CmdStan" in said
     assert str(posterior[0]) in said
+
+
+def test_an_estimate_imports_no_algebra(posterior):
+    """torch.broadcast_shapes imports sympy, which takes longer than the estimate."""
+    code = (
+        "import sys; from rkl.bayes import bayes_act; e = bayes_act(sys.argv[1], sys.argv[2]); "
+        "e.compare(losses=[e.divergence]); assert 'sympy' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(posterior[0]), FAMILY], check=True, timeout=300
+    )

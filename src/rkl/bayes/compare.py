@@ -74,7 +74,7 @@ def compare(
                 seconds = 0.0 if losses is not None else _expected_seconds(again)
                 if seconds > LONG:
                     notes.append(
-                        f"{name} is left out: it would take about {seconds:.0f} s. Ask by "
+                        f"{name} is left out: it would take some {seconds:.0f} s or more. Ask by "
                         f"losses=[{divergence!r}], or --losses and its name"
                     )
                     continue

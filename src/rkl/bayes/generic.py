@@ -40,6 +40,7 @@ CANDIDATES = 32  # draws of which the best are starts
 # Seconds of a core of 2024: of one coordinate of a kinked loss; by number of a closed form; by
 # draw and node of a smooth loss, and of one gradient of a kinked one.
 OVERHEAD, CLOSED, AT_NODES, KINKS = 0.5, 2.5e-7, 2.5e-6, 2e-6
+FEW_NODES, ENDLESS = 64, 30.0  # nodes that any law takes, and seconds beyond which they suffice
 LawAt = Callable[[Tensor], Distribution]
 FEW = 32  # draws that tell whether the laws have a closed form between them
 
@@ -244,6 +245,9 @@ def expected_seconds(laws: Laws, divergence: AnyLoss, draws: int) -> float:
         divergence: The loss.
         draws: How many draws there are.
     """
+    members = laws.at(laws.spread(1)).batch_shape.numel()
+    if not _closed(laws, divergence) and AT_NODES * draws * members * FEW_NODES > ENDLESS:
+        return AT_NODES * draws * members * FEW_NODES  # placing nodes would take long itself
     few = posterior_loss(laws, divergence)
     coordinates = sum(x[0].numel() for x in laws.theta.values())
     if few.nodes is None:

@@ -26,6 +26,7 @@ from rkl.divergences import (
     ReverseKL,
     parse,
 )
+from rkl.divergences.base import broadcast_shape
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Intrinsic:
 
     def excess(self, logp: Tensor, logq: Tensor, forward: Tensor) -> Tensor:
         """The terms of the smaller one; an infinite one that is not taken has no slopes."""
-        forward = forward.expand(torch.broadcast_shapes(logp.shape, logq.shape))
+        forward = forward.expand(broadcast_shape(logp.shape, logq.shape))
         sides = [
             side.excess(torch.where(taken, logp, 0.0), torch.where(taken, logq, 0.0))
             for side, taken in ((_FORWARD, forward), (_REVERSE, ~forward))

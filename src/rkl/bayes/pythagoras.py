@@ -88,6 +88,12 @@ def averages(question: Question, directions: tuple[str, ...]) -> Averages:
         question: Of a family that is exponential.
         directions: "reverse" for what the reverse-KL act needs, "forward" for the other's.
     """
+    if directions not in question.averaged:
+        question.averaged[directions] = _averages(question, directions)
+    return question.averaged[directions]
+
+
+def _averages(question: Question, directions: tuple[str, ...]) -> Averages:
     model = question.model
     moments = one_pass(question.draws, model.bare, model.names, directions, question.compiled)
     first = moments.averaged(directions[0])

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,11 @@ class Question:
         events = (model or self.model).events
         drawn = torch.Size(self.draws.shape(name))
         return drawn if events is None else self.batch + drawn[len(drawn) - events[name] :]
+
+    @functools.cached_property
+    def averaged(self) -> dict[tuple[str, ...], Any]:
+        """What passes over the draws left, by direction, for the act and for excesses over it."""
+        return {}
 
     @functools.cached_property
     def batch_axes(self) -> list[list[str] | None]:

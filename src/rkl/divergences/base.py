@@ -310,7 +310,7 @@ def check_laws(p: Distribution, q: Distribution) -> None:
             f"p has events of shape {list(p.event_shape)} but q of {list(q.event_shape)}."
         )
     try:
-        torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+        broadcast_shape(p.batch_shape, q.batch_shape)
     except RuntimeError:
         raise ValueError(
             f"p has the batch shape {list(p.batch_shape)} and q {list(q.batch_shape)}, "
@@ -574,3 +574,23 @@ def _examples() -> Float[Tensor, "2 pairs atoms"]:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 200, 7, generator=generator, dtype=torch.float64)
     return (2 * logits).log_softmax(-1)
+
+
+def broadcast_shape(*shapes: Sequence[int]) -> torch.Size:
+    """The shape that tensors of these shapes broadcast to.
+
+    torch.broadcast_shapes imports sympy when it is first called, which takes longer than many
+    an estimate.
+
+    >>> broadcast_shape((3, 1), (4,))
+    torch.Size([3, 4])
+    """
+    first, *others = (tuple(shape) for shape in shapes)
+    if all(shape == first for shape in others):
+        return torch.Size(first)
+    if torch.compiler.is_compiling():
+        return torch.broadcast_shapes(*shapes)
+    try:
+        return torch.Size(np.broadcast_shapes(*map(tuple, shapes)))
+    except ValueError:
+        return torch.broadcast_shapes(*shapes)  # whose message it is

@@ -16,7 +16,7 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from rkl.divergences.base import FDivergence, atoms, coin
+from rkl.divergences.base import FDivergence, atoms, broadcast_shape, coin
 
 
 def closed_kl(kl: FDivergence, p: Distribution, q: Distribution) -> Tensor:
@@ -48,7 +48,7 @@ def closed_kl(kl: FDivergence, p: Distribution, q: Distribution) -> Tensor:
         case Wishart(), Wishart():
             return _of_wisharts(p, q)
     if type(p) is not type(q):
-        shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+        shape = broadcast_shape(p.batch_shape, q.batch_shape)
         p, q = p.expand(shape), q.expand(shape)
     return kl_divergence(p, q)
 

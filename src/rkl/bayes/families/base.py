@@ -13,6 +13,8 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.distributions import Distribution
 
+from rkl.divergences.base import broadcast_shape
+
 Natural = tuple[Tensor, ...]  # components, [*batch, *event of the component] each
 Fixed = float | Tensor  # what a family holds fixed: one number, or one per law of the batch
 CLOSE = 1e-6  # a Newton step, relative to where it starts, that leaves the rounding only
@@ -336,7 +338,7 @@ def _differentiable_mean(family: ExponentialFamily, natural: Natural) -> Natural
 
 
 def _flat(components: Natural, axes: tuple[int, ...]) -> Tensor:
-    batch = torch.broadcast_shapes(
+    batch = broadcast_shape(
         *(x.shape[: x.ndim - n] for x, n in zip(components, axes, strict=True))
     )
     return torch.cat(

@@ -14,6 +14,8 @@ from torch.distributions import constraints as C
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
+from rkl.divergences.base import broadcast_shape
+
 __all__ = [
     "BetaBinomial",
     "GeneralizedPareto",
@@ -355,7 +357,7 @@ class OrderedLogistic(Distribution):
         self.predictor, self.cutpoints = predictor, cutpoints
         if bool((cutpoints.detach().diff(dim=-1) <= 0).any()):
             raise ValueError(f"cutpoints must rise; got {cutpoints.detach().tolist()!r:.80}.")
-        shape = torch.broadcast_shapes(predictor.shape, cutpoints.shape[:-1])
+        shape = broadcast_shape(predictor.shape, cutpoints.shape[:-1])
         super().__init__(shape, validate_args=validate_args)
 
     @property
@@ -370,7 +372,7 @@ class OrderedLogistic(Distribution):
 
     def log_prob(self, value):
         logs = self._log_probs()
-        shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+        shape = broadcast_shape(value.shape, self.batch_shape)
         index = value.long().expand(shape)[..., None]
         return logs.expand(*shape, -1).gather(-1, index)[..., 0]
 

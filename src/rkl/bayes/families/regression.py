@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 from rkl.bayes.families.base import ExponentialFamily, Fixed, Natural
 from rkl.bayes.families.matrices import log_det, times
 from rkl.bayes.families.special import bernoulli_kl, log_gap, relative_gap
-from rkl.divergences.base import floats
+from rkl.divergences.base import broadcast_shape, floats
 
 
 class Regression(Distribution):
@@ -103,7 +103,7 @@ class GaussianRegression(Regression):
         except (TypeError, ValueError) as error:
             raise TypeError(f"scale must be a number or a tensor; got {scale!r}.") from error
         try:
-            batch = torch.broadcast_shapes(scale.shape, coefficients.shape[:-1])
+            batch = broadcast_shape(scale.shape, coefficients.shape[:-1])
         except RuntimeError as error:
             raise ValueError(
                 f"scale must go with coefficients {list(coefficients.shape)}; "

@@ -125,6 +125,22 @@ def test_terms_and_gradients_are_those_of_many_digits(divergence, side):
     check_terms(divergence, side, torch.float32, [x for x in RATIOS if abs(x) < FAR])
 
 
+@pytest.mark.parametrize("distance", [1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("side", ["p", "q"])
+def test_terms_near_the_poles_are_within_a_thousandth(side, distance):
+    """Of those of many digits, in single precision; the poles are the KL divergences."""
+    d, ratios = distance, [0.1, -0.1, 1.0, -1.0, 5.0, -5.0]
+    near = [rkl.Amari(it) for it in (d, -d, 1 - d, 1 + d)] + [rkl.RecallHalf(1 - d)]
+    near += [rkl.JensenShannon(d), rkl.JensenShannon(1 - d), rkl.SkewKL(d), rkl.SkewKL(1 - d)]
+    for divergence in near:
+        ratio = torch.tensor(ratios, requires_grad=True)
+        terms = rkl.monte_carlo(divergence, ratio, sampled_from=side)
+        (gradient,) = torch.autograd.grad(terms.sum(), ratio)
+        for x, *found in zip(ratio.tolist(), terms.tolist(), gradient.tolist(), strict=True):
+            expected = [float(it) for it in reference(divergence, x, side)]
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-12), (divergence, x)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("side", ["p", "q"])

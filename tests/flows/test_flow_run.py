@@ -62,7 +62,9 @@ def test_samples_are_written_and_the_same_for_the_same_seed(folder, capsys):
 def test_a_class_is_drawn_by_its_name(folder):
     for name, centre in (("0", 10.0), ("1", 60.0)):
         sample_run(
-            folder / "classes", SampleSettings(n=300, out=folder / "class.npy", condition=name)
+            folder / "classes",
+            SampleSettings(n=300, out=folder / "class.npy", condition=name),
+            overwrite=True,
         )
         assert np.load(folder / "class.npy")[:, 0].mean() == pytest.approx(centre, abs=15)
 
@@ -73,7 +75,7 @@ def test_rejection_keeps_to_its_budget_and_cooled_latents_to_the_middle(folder):
     spread = {}
     for temperature in (1.0, 0.5):
         settings = SampleSettings(n=2000, out=folder / "t.npy", latent_temperature=temperature)
-        sample_run(folder / "plain", settings)
+        sample_run(folder / "plain", settings, overwrite=True)
         spread[temperature] = np.load(folder / "t.npy")[:, 0].std()
     assert spread[0.5] < 0.7 * spread[1.0]
 
@@ -88,7 +90,7 @@ def test_rejection_by_a_critic_of_classes_keeps_to_the_class(folder):
     assert not torch.allclose(own, other)  # the ratio is one under the class
     for name, centre in (("0", 10.0), ("1", 60.0)):
         how = {"condition": name, "budget": 1.1, "out": folder / "kept.npy"}
-        said = sample_run(folder / "judged", SampleSettings(n=3000, **how))
+        said = sample_run(folder / "judged", SampleSettings(n=3000, **how), overwrite=True)
         assert float(said.split(", ")[-1].split()[0]) == pytest.approx(1.1, rel=0.05)
         assert np.load(folder / "kept.npy")[:, 0].mean() == pytest.approx(centre, abs=15)
 

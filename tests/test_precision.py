@@ -42,6 +42,22 @@ def test_masked_atoms_leave_value_and_gradient_of_the_others(divergence, mask):
     assert torch.allclose(by_token.double().mean(), value, rtol=1e-5)
 
 
+@pytest.mark.slow
+@every
+def test_masked_atoms_leave_value_and_gradient_of_the_others_in_compiled_code(divergence):
+    p, q = logits()
+    value, gradient = measured(divergence, p.double(), q.double())
+    for mask in MASKS:
+        rest = [torch.cat([x, torch.full((6, 3), m)], -1) for x, m in zip((p, q), mask)]  # noqa: B905
+        masked, slope = measured(divergence, *rest, compiled=True)
+        eager, eager_slope = measured(divergence, *rest)
+        assert torch.allclose(masked, value, rtol=1e-5), mask
+        assert torch.allclose(masked, eager, rtol=1e-5), mask
+        assert torch.allclose(slope[:, :12], gradient, rtol=1e-4, atol=1e-6), mask
+        assert torch.allclose(slope, eager_slope, rtol=1e-4, atol=1e-6), mask
+        assert (slope[:, 12:] == 0).all(), mask
+
+
 @every
 def test_a_common_offset_of_the_logits_changes_nothing(divergence):
     p, q = (x.round(decimals=0) for x in logits(scale=3.0))  # exact in single precision at 1e5

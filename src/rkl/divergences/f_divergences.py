@@ -444,6 +444,9 @@ class PrecisionRecall(FDivergence):
         return _beyond(log_ratio, 1 / self.lam) * self.lam
 
 
+_KL = KL()  # one object: what each computes once about itself cannot be traced by a compiler
+
+
 @dataclass(frozen=True)
 class PrecisionHalf(FDivergence):
     r"""Precision half of KL, f(r) = r log(λr) − r + 1/λ below r = 1/λ, 0 above, less its f(1).
@@ -476,7 +479,7 @@ class PrecisionHalf(FDivergence):
         if self.lam >= 1:
             return super().excess(logp, logq)
         inside = log_ratio(logp, logq) < -math.log(self.lam)
-        return torch.where(inside, KL().excess(logp, logq), _linear(logp, logq, self.lam))
+        return torch.where(inside, _KL.excess(logp, logq), _linear(logp, logq, self.lam))
 
     def terms_q(self, log_ratio):
         lam, log_lam = self.lam, math.log(self.lam)
@@ -525,7 +528,7 @@ class RecallHalf(FDivergence):
         lam, log_lam = self.lam, math.log(self.lam)
         inside = log_ratio(logp, logq) < -log_lam
         if lam >= 1:
-            return torch.where(inside, _linear(logp, logq, lam), KL().excess(logp, logq))
+            return torch.where(inside, _linear(logp, logq, lam), _KL.excess(logp, logq))
         above = relative_entropy(logp, logq) + (log_lam - 1) * logp.exp() + logq.exp() / lam
         return torch.where(inside, 0.0, above)
 

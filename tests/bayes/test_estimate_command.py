@@ -12,6 +12,7 @@ import xarray as xr
 import rkl
 from rkl.bayes import bayes_act
 from rkl.bayes.report import posterior_figure
+from rkl.bayes.run import EvaluateSettings, evaluate_run
 from rkl.cli import main
 from rkl.runs import Run
 
@@ -120,8 +121,13 @@ def test_a_run_is_judged_by_other_draws(posterior, tmp_path, capsys):
     assert main(["evaluate", str(run), "--posterior", str(other)]) == 0
     said = {x.split()[0]: x.split() for x in capsys.readouterr().out.splitlines() if x}
     precision = (drawn["sigma"] ** -2).mean()  # the act's, so that a shift of 1 costs half of it
-    assert float(said["as"][-1]) == pytest.approx(precision / 2, rel=1e-3)
+    shown, _, error = said["as"][-1].partition("(")
+    assert float(shown) == pytest.approx(precision / 2, abs=0.1)
+    assert error  # it has one, in brackets
     assert float(said["of"][-1]) == 0
+    table = evaluate_run(run, EvaluateSettings(other))
+    assert table.rows[0][-1][0] == pytest.approx(precision / 2, rel=1e-3)
+    assert table.rows[1][-1] == (0, 0)
     assert main(["evaluate", str(run)]) == 2
     assert "--posterior must be given" in capsys.readouterr().err
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PATIENCE = 5.0  # seconds before anything is shown
-MINUTE = 60.0  # seconds between lines where no line can be written again
+PATIENCE = 5.0  # seconds before a line is shown on a terminal
+MINUTE = 60.0  # seconds before each line elsewhere, where none can be written again
 
 
 class _Shown:
@@ -19,9 +19,9 @@ class _Shown:
         self.thread = threading.Thread(target=self._show, daemon=True)
 
     def _show(self) -> None:
-        if self.done.wait(PATIENCE):
-            return
         again = sys.stderr.isatty()
+        if self.done.wait(PATIENCE if again else MINUTE):
+            return
         written = 0
         while True:
             seconds = time.monotonic() - self.since
@@ -40,10 +40,11 @@ _shown: list[_Shown] = []  # the outermost call alone
 
 @contextmanager
 def working(label: str) -> Iterator[None]:
-    """Shows what is computed, and for how long, once it has lasted for five seconds.
+    """Shows what is computed, and for how long.
 
-    On a terminal one line is written again and again and then wiped; elsewhere there is one
-    line now and one a minute. Within another such block only the label changes.
+    On a terminal, once it has lasted for five seconds, one line is written again and again and
+    then wiped; elsewhere there is a line a minute. Within another such block only the label
+    changes.
     """
     if _shown:
         outer = _shown[0].label

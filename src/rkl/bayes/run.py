@@ -170,6 +170,8 @@ def answer(settings: EstimateSettings) -> Estimated:
     """The estimate, compared and with its region; nothing is written."""
     losses = [parse_loss(text) for text in settings.losses] or None
     draws = _draws(settings)
+    if settings.log_posterior is not None:
+        draws.of(settings.log_posterior)  # refused before anything is computed
     made = _act(settings, draws)
     compared = made.compare(settings.log_posterior, losses)
     return Estimated(made, compared, made.region(settings.prob))

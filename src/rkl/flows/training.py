@@ -335,7 +335,7 @@ class _Loop:
             return
         if not (self.run.path / CHECKPOINT).exists():
             if self.run.metrics:  # a row is written before its checkpoint
-                self.run.rewind(0)
+                self.run.rewind(-1)  # that of the start too
             return
         state = load_state(self.run.path / CHECKPOINT)
         self.flow.load_state_dict(state["flow"])

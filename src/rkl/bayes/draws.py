@@ -102,9 +102,9 @@ class Draws:
     def labels(self, name: str) -> list[list[str] | None]:
         """For each axis of a variable what its places are called; None of those that are counted.
 
-        >>> school = ("school", ["Choate", "Deerfield"])
+        >>> school = {"school": ["Choate", "Deerfield"]}
         >>> theta = xr.DataArray(np.zeros((2, 5, 2)), dims=("chain", "draw", "school"))
-        >>> Draws({"theta": theta.assign_coords([school])}).labels("theta")
+        >>> Draws({"theta": theta.assign_coords(school)}).labels("theta")
         [['Choate', 'Deerfield']]
         """
         array = self.of(name)

@@ -340,6 +340,9 @@ def test_a_table_is_text_html_and_a_data_frame():
 @pytest.mark.parametrize("error", [0.0042, 0.16, 0.096, 25.0, 3e-9, 0.95, 6e-24, 3e21])
 def test_an_error_in_parentheses_is_that_of_the_last_digits(value, error):
     text = parenthesised((value, error)).replace("−", "-")
+    if error <= 1e-12 * abs(value):  # what is left of it is rounding, and is not printed
+        assert text == parenthesised(value).replace("−", "-")
+        return
     shown, _, rest = text.partition("(")
     last, _, power = rest.partition(")")
     scale = float(f"1{power}")

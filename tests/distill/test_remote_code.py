@@ -126,6 +126,8 @@ def test_every_model_and_tokenizer_is_asked_for_without_remote_code():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
+            if ast.unparse(node.func.value) == "peft.PeftModel":  # weights into a model of ours
+                continue
             if node.func.attr in ("from_pretrained", "from_config"):
                 asked += 1
                 text = ast.unparse(node)

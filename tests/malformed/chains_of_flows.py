@@ -107,7 +107,7 @@ def of_log_z(method, sizes, least):
             fault("target", "no lattice of angles", MoG8(), "XY", "MoG8"),
             fault("condition", "one temperature", ONE, "[temperatures, conditions]", "[1]"),
             fault("condition", "none", COLD[:0], "not empty", "[0, 1]"),
-            fault("condition", "T below 0", -COLD, "above 0", "-1"),
+            fault("condition", "T below 0", -COLD, "above 0", "-0.5"),
             fault("condition", "nan", COLD * math.nan, "finite", "nan"),
             *of_count("rungs", 2),
             *(it for name, lowest in least.items() for it in of_count(name, lowest)),

@@ -241,5 +241,30 @@ COMMANDS = [
         lambda: {"real": "real.npy", "fake": "fake.npy", "k": 3},
         OF_SIDE,
     ),
+    Subject(
+        "rkl evidence",
+        command("evidence"),
+        lambda: {
+            "target": "mog4",
+            "condition": "scale=0.3",
+            "values": 1,
+            "particles": 64,
+            "islands": 4,
+        },
+        [
+            fault("target", "left out", ABSENT, "--target"),
+            fault("target", "unknown", "moon", "'moon'", named="moon"),
+            fault("condition", "unknown", "T=1", "T", "scale"),
+            fault("condition", "below 0", "scale=-1", "scale", "-1"),
+            fault("values", "zero", 0, "0"),
+            fault("particles", "a word", "many", "'many'"),
+            fault("particles", "too few", 1, "1"),
+            fault("islands", "zero", 0, "0"),
+            fault("out", "another format", "draws.csv", ".npz", "draws.csv"),
+            fault("device", "a GPU", "cuda", "cpu", "cuda"),
+            fault("seed", "a word", "one", "'one'"),
+            fault("colour", "an unknown flag", "red", named="--colour"),
+        ],
+    ),
 ]
 SUBJECTS = [*METRICS, *COMMANDS]

@@ -143,6 +143,7 @@ SMALL_PICTURES = images.Plan(
 )
 
 
+@pytest.mark.slow
 def test_pictures_in_miniature_are_measured_in_two_spaces_beside_their_ceiling(
     stripes, tmp_path, monkeypatch
 ):

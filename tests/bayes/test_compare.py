@@ -192,6 +192,7 @@ def test_a_location_whose_draws_are_all_positive_keeps_its_coordinate_in_the_mod
     assert table.acts["MAP in mu, sigma"]["mu"].item() == pytest.approx(5 + MEAN, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_what_takes_a_sample_of_joint_laws_is_left_out_until_it_is_asked_for():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 60, 3, generator=generator, dtype=torch.float64)

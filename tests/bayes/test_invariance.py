@@ -85,6 +85,7 @@ of_what_is_positive = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(bijection=st.fixed_dictionaries({"mu": of_the_line, "sigma": of_what_is_positive}))
 def test_the_reverse_act_stays_under_random_bijections_and_modes_and_intervals_do_not(bijection):
@@ -107,6 +108,7 @@ def test_every_act_stays(divergence):
     assert moved["region of the act"] <= (0.01 if divergence == Intrinsic() else 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(transform=of_the_line)
 def test_no_act_moves_with_a_bijection_of_the_data(transform):

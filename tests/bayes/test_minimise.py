@@ -89,6 +89,7 @@ def test_kinks_are_no_hindrance_and_the_median_is_found(count):
     assert found.value - least <= 1e-10 + found.decrement
 
 
+@pytest.mark.slow
 def test_a_loss_that_falls_for_ever_is_not_said_to_have_a_minimum():
     found = minimise(lambda t: -t.sum(), torch.zeros(1, 2).double())
     assert not found.converged

@@ -366,6 +366,7 @@ def test_the_error_of_a_difference_is_that_of_the_pairs():
     assert sub.excess.error < 1e-3 * sub.risk.error
 
 
+@pytest.mark.slow
 def test_a_family_of_infinite_divergence_is_refused_though_a_sample_would_not_show_it():
     with pytest.raises(ValueError, match="must have its mass where the posterior's laws have"):
         project(posterior(draws=30), FULL, "cauchy(loc=mu, scale=sigma)", rkl.ReverseKL())

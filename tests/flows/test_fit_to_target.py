@@ -348,6 +348,7 @@ class Bumps(Target):
         return torch.full_like(condition[..., 0], self.said)
 
 
+@pytest.mark.slow
 def test_a_learned_log_z_leads_where_the_known_one_does():
     settings = {"steps": 400, "batch": 512, "strata": 4, "lr": 0.03, "anneal": False, "ema": 0.95}
 

@@ -89,6 +89,7 @@ def test_a_reference_in_doubt_judges_nothing_and_the_report_says_so(monkeypatch)
     assert "Agreement with the reference" in page
 
 
+@pytest.mark.slow
 def test_each_ring_exchange_has_a_line_of_its_own():
     _found, page = lattice_page(ring_exchange=None)
     assert "flow, K = 0" in page

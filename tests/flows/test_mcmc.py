@@ -282,6 +282,7 @@ class Unlike:
         return Phi4HeatBath().move(other, condition, x, sweeps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [2, 3, 8])
 @pytest.mark.parametrize("mass_squared", [-4.0, -6.0])
 def test_the_heat_bath_of_phi4_samples_its_law(side, mass_squared):

@@ -164,6 +164,7 @@ def test_a_fit_cut_off_between_two_steps_goes_on_to_the_same_bits(folder, monkey
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_a_finished_fit_is_extended_to_the_same_bits_if_interrupted_or_not(folder, monkeypatch):
     from rkl.flows.target_fit import _Fitting
 

@@ -297,7 +297,7 @@ RUNNING = [
             fault("settings.data", "no file", "missing.jsonl", "missing", named="data"),
             fault("settings.data", "too short", "letter.txt", "2 tokens", named="data"),
             fault("settings.max_new_tokens", "beyond", 40, "32", "40", named="max_new_tokens"),
-            fault("settings.out", "no folder", "missing/replies.jsonl", "missing", named="path"),
+            fault("settings.out", "no folder", "missing/replies.jsonl", "missing", named="out"),
         ],
     ),
     Subject(
@@ -312,7 +312,7 @@ RUNNING = [
             fault(
                 "paths", "a torn evaluation", ["torn-evaluation"], "evaluation.json", named="path"
             ),
-            fault("out", "no folder", "missing/new.html", "missing", named="path"),
+            fault("out", "no folder", "missing/new.html", "missing", named="out"),
         ],
     ),
     Subject(
@@ -325,7 +325,7 @@ RUNNING = [
             fault("paths", "no run", ["nothing"], "nothing", named="path"),
             fault("paths", "torn metrics", ["torn-metrics"], "line 1", named="metrics.jsonl"),
             fault("out", "nowhere for two", None, "2 runs"),
-            fault("out", "no folder", "missing/new.html", "missing", named="path"),
+            fault("out", "no folder", "missing/new.html", "missing", named="out"),
         ],
     ),
 ]

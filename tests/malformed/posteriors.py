@@ -232,7 +232,7 @@ MEASURING = [
             fault("draws", "none", {}, "at least one"),
             fault("draws", "empty", {"mu": []}, "finite", "none"),
             fault("draws", "nan", {"mu": [math.nan]}, "finite", "none"),
-            fault("draws", "words", {"mu": ["a"]}, "numbers"),
+            fault("draws", "words", {"mu": ["a"]}, named="mu"),
             fault("draws", "one alone", MU, "names"),
             fault("acts", "numbers alone", {"mean": 0.0}, "mean", "0.0"),
             fault("acts", "words", {"mean": {"mu": "a"}}, "'a'"),

@@ -34,7 +34,7 @@ OF_DISTILL = [
     fault("data", "not UTF-8", "latin.txt", "UTF-8", named="latin.txt"),
     fault("data", "two kinds of rows", "mixed.jsonl", named="mixed.jsonl, line 2"),
     fault("data", "an empty file", "empty.jsonl", "no rows"),
-    fault("data", "another format", "table.csv", ".jsonl", "table.csv"),
+    fault("data", "another format", "garbage.gguf", ".jsonl", "garbage.gguf"),
     fault("student", "left out", ABSENT, "drop_layers"),
     fault("student", "no model", "missing", "missing", named="model"),
     fault("student", "too narrow", "narrow", "7", "300"),
@@ -78,7 +78,7 @@ OF_GENERATE = [
     fault("temperature", "negative", "-1", "-1"),
     fault("top_p", "beyond 1", 1.5, "(0, 1]", "1.5"),
     fault("max_new_tokens", "beyond the context", 64, "32", "64"),
-    fault("out", "no folder", "missing/replies.jsonl", "missing", named="path"),
+    fault("out", "no folder", "missing/replies.jsonl", "missing", named="out"),
     fault("device", "unknown", "abacus", "'abacus'"),
     fault("config", "an unknown key", "unknown.yaml", "'learnin_rate'"),
 ]
@@ -102,7 +102,7 @@ ACROSS = [
     fault("_runs", "a torn run", ["run-torn"], "corrupt", named="path"),
     fault("_runs", "two kinds", ["run", "other"], "one kind", named="paths"),
     fault("_runs", "an unknown kind", ["run-unheard"], "'unheard_of'", named="path"),
-    fault("out", "no folder", "missing/new.html", "missing", named="path"),
+    fault("out", "no folder", "missing/new.html", "missing", named="out"),
     fault("out", "a folder", "nothing", "folder", named="path"),
 ]
 OUT = [

@@ -42,7 +42,7 @@ OF_DATA = [
     of_file("blank.jsonl", "blank lines", "no rows"),
     of_file("blank.txt", "a blank text", "no rows"),
     of_file("rows.json", "a list of rows", ".jsonl"),
-    of_file("table.csv", "another format", ".jsonl", ".parquet"),
+    of_file("garbage.gguf", "another format", ".jsonl", ".parquet"),
 ]
 
 

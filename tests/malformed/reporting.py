@@ -63,7 +63,7 @@ ACROSS = [
     fault("paths", "one alone", "estimated", "list"),
     fault("paths", "no run", ["nothing"], "nothing", named="path"),
     fault("paths", "of another kind", ["estimated", "run"], "'distill'", named="path"),
-    fault("out", "no folder", "missing/new.html", "missing", named="path"),
+    fault("out", "no folder", "missing/new.html", "missing", named="out"),
 ]
 RUNNING = [
     Subject(

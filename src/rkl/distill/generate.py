@@ -134,10 +134,10 @@ def generate_run(
     Raises:
         FileExistsError: There is such a file, or it is one of a run.
     """
+    run = finished(path)
     out = Path(settings.out or Path(path, REPLIES))
     how: Any = {"inputs": {"data": settings.data}, "own": REPLIES}
     check_out_file(out, overwrite=overwrite, **how)
-    run = finished(path)
     rows = read_rows(settings.data, split=settings.split)
     tokenizer, student = load_tokenizer(run.path), load_model(run.path)
     prompts, left_out = choose_prompts(

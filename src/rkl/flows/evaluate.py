@@ -171,12 +171,11 @@ def condition_grid(
 ) -> Float[Tensor, "rows conditions"]:
     """Values across the range of the first condition, at both ends of every other.
 
-        >>> from rkl.flows.smc import Evidence, evidence
-    from rkl.flows.targets import XY
-        >>> condition_grid(XY(side=2).conditions, 3)
-        tensor([[0.0500],
-                [1.0500],
-                [2.0500]])
+    >>> from rkl.flows.targets import XY
+    >>> condition_grid(XY(side=2).conditions, 3)
+    tensor([[0.0500],
+            [1.0500],
+            [2.0500]])
     """
     check_whole("values", values, 1)
     columns = []

@@ -249,7 +249,7 @@ def label_switching(draws: Draws, names: tuple[str, ...], batch: torch.Size) -> 
             continue
         x = few[name].flatten(0, 1)
         for column in x.reshape(len(x), batch.numel(), -1).unbind(-1):
-            share, i, j = _most_exchanged(column)
+            share, i, j = most_exchanged(column)
             if share > SWAPPED:
                 return (
                     f"components {i} and {j} of {name} change places between draws (in "
@@ -260,7 +260,7 @@ def label_switching(draws: Draws, names: tuple[str, ...], batch: torch.Size) -> 
     return None
 
 
-def _most_exchanged(x: Tensor) -> tuple[float, int, int]:
+def most_exchanged(x: Tensor) -> tuple[float, int, int]:
     """The pair of components [draws, k] that is exchanged most often, and in what share."""
     ordered, order = x.sort(-1)
     gaps = ordered.diff(dim=-1)

@@ -51,6 +51,23 @@ def test_a_checkpoint_holds_no_pickled_settings_and_loads_without_rkl(run, tmp_p
     assert same(model.parameters(), trained)
 
 
+def test_a_checkpoint_is_moved_when_all_processes_have_written_to_it(
+    tiny_model, tiny_rows, tiny_trainer, tmp_path, monkeypatch
+):
+    trainer = tiny_trainer(tiny_model(seed=2), tiny_model(seed=1), tiny_rows(4), **SETTINGS)
+    found = []
+    monkeypatch.setattr(
+        trainer.accelerator,
+        "wait_for_everyone",
+        lambda: found.append(next(tmp_path.rglob("trainer_state.json")).parent.parent.suffix),
+    )
+    trainer.state.global_step = 2
+    trainer.create_optimizer_and_scheduler(6)
+    trainer._save_checkpoint(trainer.model, None)
+    assert found[0] == ".tmp"  # where the others write, below the temporary folder
+    assert found[-1] == ""
+
+
 def test_the_final_model_holds_no_pickle(tiny_model, tiny_trainer, tiny_tokenizer, tmp_path):
     settings = {"processing_class": tiny_tokenizer()}
     trainer = tiny_trainer(tiny_model(seed=2), tiny_model(seed=1), settings=settings)

@@ -300,6 +300,35 @@ def test_two_processes_distil_as_one_with_twice_the_batch(folder):
         assert shared["divergences"][name]["value"] == pytest.approx(it["value"], rel=1e-5)
 
 
+LEAVING = """
+import os
+import torch
+import torch.distributed as dist
+from rkl.distill import processes
+
+def threads():
+    return [open(f"/proc/self/task/{it}/comm").read() for it in os.listdir("/proc/self/task")]
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+processes._connected(cpu=True)
+trainer = {"model": torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))}
+trainer["callbacks"] = trainer  # the Trainer is in a cycle too
+del trainer
+dist.all_reduce(torch.ones(3))
+print(sum("gloo" in it for it in threads()) > 0)
+processes._disconnect()
+print(sum("gloo" in it for it in threads()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+def test_no_thread_of_gloo_is_left_when_the_interpreter_ends():
+    """One that drops a tensor then has no interpreter to free it in, and aborts the process."""
+    said = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True)
+    assert said.stdout.split() == ["True", "0"], said.stderr
+
+
 @pytest.mark.slow
 def test_accelerate_starts_two_processes_too(folder):
     finish(start(ACCELERATE, command(folder, "run", "--max-steps", "2")))

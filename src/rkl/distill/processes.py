@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -212,9 +213,12 @@ _GROUPS: list[Any] = []
 
 
 def _disconnect() -> None:
+    """End the groups and their threads, for one that outlived the interpreter would abort."""
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+    _GROUPS.clear()
+    gc.collect()  # of the Trainer, whose DDP holds a group; the last reference joins the threads
 
 
 def _is_stop(error: BaseException) -> bool:

@@ -399,6 +399,7 @@ class DistillTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
+            self.accelerator.wait_for_everyone()  # for what the others write into the folder
             settle(self.state, Path(staging, path.name), path, self.args.should_save)
         if self.args.should_save:
             rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)

@@ -13,6 +13,7 @@ from rkl.distill import PadRows, Teacher, compare_runs, distill
 from rkl.distill.evaluate import EvaluateSettings, evaluate_run
 from rkl.distill.heads import read_head
 from rkl.distill.prepare import read_text
+from rkl.distill.teachers import ModelTeacher
 
 A, B = list(range(3, 13)), list(range(20, 28))
 PACKED = [
@@ -92,8 +93,11 @@ _SMALL |= {"num_attention_heads": 2}
 )
 def test_a_model_that_is_not_causal_is_refused(kind, named):
     cls = getattr(transformers, kind)
+    model = cls(cls.config_class(**_SMALL))
     with pytest.raises(TypeError, match=named):
-        read_head(cls(cls.config_class(**_SMALL)))
+        read_head(model)
+    with pytest.raises(TypeError, match=named.replace("model", "teacher", 1)):
+        ModelTeacher(model)
 
 
 @pytest.fixture(scope="module")

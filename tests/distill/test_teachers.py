@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 import rkl
@@ -126,6 +127,29 @@ def test_weights_that_are_a_pickle_are_refused(tiny_model, tmp_path):
         load_model(tmp_path)
 
 
+def test_weights_that_are_not_stored_are_never_random(tiny_model, tmp_path):
+    """As those of the head of a classifier, or of a layer that a damaged folder lost."""
+    model = tiny_model("Llama")
+    kinds = {"LlamaForSequenceClassification": "lm_head.weight, which", "LlamaModel": "lm_head"}
+    for kind, words in kinds.items():
+        folder = tmp_path / kind
+        getattr(transformers, kind)(model.config).save_pretrained(folder)
+        with pytest.raises(ValueError, match=rf"{folder} holds a {kind} and lacks .*: {words}"):
+            load_model(folder)
+    kept = {name: it for name, it in model.state_dict().items() if "layers.1" not in name}
+    model.save_pretrained(tmp_path / "lost", state_dict=kept)
+    with pytest.raises(ValueError, match=r"layers.1.input_layernorm.weight and 8 more, which"):
+        load_model(tmp_path / "lost")
+
+
+def test_a_model_of_another_kind_is_named(tmp_path):
+    sizes = {"vocab_size": 40, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1}
+    config = transformers.T5Config(**sizes, num_heads=2)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} holds a T5, which is no causal language"):
+        load_model(tmp_path)
+
+
 def test_a_gguf_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*model\.gguf"):
         load_model(tmp_path / "model.gguf")
@@ -159,7 +183,7 @@ def test_a_model_in_a_package_is_found_without_importing_it(tiny_model, tmp_path
 
     def from_pretrained(folder, **given):
         settings.update(given, folder=folder)
-        return model
+        return model, {"missing_keys": set()}
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     assert load_model("package:carrying-a-model") is model

@@ -125,29 +125,34 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def read_head(model: nn.Module) -> Head:
+def read_head(model: nn.Module, name: str = "model") -> Head:
     """The head of a model: its output embedding with what its configuration says of the logits.
 
     No table of architectures is kept. What was read is compared with the model's own logits on
     two tokens, one of them stretched so far that no scale or soft cap can go unnoticed; if they
     differ, a warning names the model and the reason, and full logits are used.
+
+    Args:
+        model: A causal language model.
+        name: What a message calls it.
     """
     if not isinstance(model, nn.Module) or getattr(model, "get_output_embeddings", None) is None:
         raise TypeError(
-            f"model must be a causal language model of transformers; got a {type(model).__name__}."
+            f"{name} must be a causal language model of transformers; got a "
+            f"{type(model).__name__}."
         )
-    _check_kind("model", model)
+    _check_kind(name, model)
     causal: Any = model  # a PreTrainedModel, or a PeftModel around one
     embedding = causal.get_output_embeddings()
     config = causal.config.get_text_config(decoder=True)
     if isinstance(embedding, nn.Linear) and type(embedding).forward is nn.Linear.forward:
         head = Head(model, config.vocab_size, embedding, _scale(config), _softcap(config))
-        vocab, reason = _compared(head, embedding)
+        vocab, reason = _compared(name, head, embedding)
         if reason is None:
             return head
     else:
         with inference(model):
-            logits = _check_logits("model", model, model(**_two_rows(model)))
+            logits = _check_logits(name, model, model(**_two_rows(model)))
         vocab = logits.shape[-1]
         kind = f"{type(embedding).__module__}.{type(embedding).__qualname__}"
         reason = f"its output embedding is no plain linear layer; got a {kind}"
@@ -249,13 +254,13 @@ def _two_rows(model: Any) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def _compared(head: Head, embedding: nn.Linear) -> tuple[int, str | None]:
+def _compared(name: str, head: Head, embedding: nn.Linear) -> tuple[int, str | None]:
     """The number of the model's logits, and why they are not those that the head tells."""
     hidden = []
     with inference(head.model):
         with embedding.register_forward_pre_hook(_stretching(hidden)):
             output = head.model(**_two_rows(head.model))
-        logits = _check_logits("model", head.model, output)
+        logits = _check_logits(name, head.model, output)
         if len(hidden) != 1:
             reason = f"its output embedding was called {len(hidden)} times, not once"
             return logits.shape[-1], reason

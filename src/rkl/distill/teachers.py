@@ -10,7 +10,7 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -88,7 +88,7 @@ class ModelTeacher(Teacher):
     """A model, run beside the student in its own mode and precision, and left as it was."""
 
     def __init__(self, model: nn.Module):
-        self.head = read_head(model)
+        self.head = read_head(model, "teacher")
         self.vocab = self.head.vocab
 
     def observe(self, inputs, predicting, *, vocab=None):
@@ -173,7 +173,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: The name looks like a path, and nothing is there.
-        ValueError: It cannot be read, or a weight is NaN or infinite.
+        ValueError: It cannot be read, is no causal language model, or a weight is missing, NaN
+            or infinite.
     """
     known = dtype == "auto" or isinstance(dtype, torch.dtype)
     if not known and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
@@ -189,9 +190,24 @@ def load_model(
             model = cast(Any, model).to(of_weights)
         check_finite(model.named_parameters(), adapter[0], "model")
         return model if drop_layers is None else without_layers(model, drop_layers)
-    model = _loaded(AutoModelForCausalLM, name, "model in safetensors", **how)
+    model, loading = _loaded(
+        AutoModelForCausalLM, name, "model in safetensors", output_loading_info=True, **how
+    )
+    _check_complete(name, model, loading["missing_keys"])
     check_finite(model.named_parameters(), local_path(name) or name, "model")
     return model if drop_layers is None else without_layers(model, drop_layers)
+
+
+def _check_complete(name: str | os.PathLike, model: Any, missing: Collection[str]) -> None:
+    """Refuse a model of which weights are not stored, for transformers makes those at random."""
+    if not missing:
+        return
+    (stored, *_) = getattr(model.config, "architectures", None) or ("model of another kind",)
+    more = f" and {len(missing) - 1:,} more" * (len(missing) > 1)
+    raise ValueError(
+        f"model: {name} holds a {stored} and lacks weights of a {type(model).__name__}: "
+        f"{min(missing)}{more}, which would be random. Expected a whole causal language model."
+    )
 
 
 def load_tokenizer(
@@ -291,6 +307,11 @@ def _loaded(auto: Any, name: str | os.PathLike, what: str, **how: Any) -> Any:
             raise ValueError(
                 f"model: {name} needs code that lies beside it (auto_map), which rkl never runs; "
                 "expected a model that transformers itself knows."
+            ) from error
+        if (kind := re.search(r"Unrecognized configuration class .*\.(\w+)Config'", str(error))):
+            raise ValueError(
+                f"model: {name} holds a {kind[1]}, which is no causal language model; expected "
+                "one that transformers' AutoModelForCausalLM knows."
             ) from error
         raise ValueError(
             f"model: {name} is neither a folder with a {what}, nor a .gguf file, nor a name on "

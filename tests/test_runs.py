@@ -720,8 +720,11 @@ def test_a_wing_or_a_verb_that_does_not_exist_is_named(tmp_path, wing):
     future = Run.create(tmp_path / "future", "weather.rain", {}, seed=0)
     with pytest.raises(ValueError, match="'weather.rain', which this rkl does not know"):
         runs.load(future.path)
-    with pytest.raises(ValueError, match="'toy', which has no evaluate_run"):
+    with pytest.raises(ValueError, match="'toy', which rkl evaluate does not take"):
         runs.verb("evaluate_run", toy.path)
+    (toy.path / "report.html").touch()
+    with pytest.raises(ValueError, match=r"rkl report does not take. Its report is .*report\.html"):
+        runs.verb("report_runs", toy.path)
     with pytest.raises(ValueError, match="runs of one kind.*'toy'.*'weather.rain'"):
         runs.verb("compare_runs", toy.path, future.path)
 

@@ -533,7 +533,12 @@ def verb(name: str, *paths: str | os.PathLike) -> Any:
     try:
         return getattr(wing, name)
     except AttributeError:
-        raise ValueError(f"path: {path} is a run of kind {kind!r}, which has no {name}.") from None
+        command = "rkl.load" if name == "load_run" else f"rkl {name.split('_')[0]}"
+        report = Path(path, "report.html")
+        there = f" Its report is {report}." if report.exists() else ""
+        raise ValueError(
+            f"path: {path} is a run of kind {kind!r}, which {command} does not take.{there}"
+        ) from None
 
 
 def _new_record(kind: str, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 
 import fuzzing
 import hypothesis
@@ -11,6 +12,11 @@ import pytest
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
+
+# A shell without job control starts what it puts in the background deaf to Ctrl-C, and that is
+# inherited: the programs that tests interrupt would never end.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header():

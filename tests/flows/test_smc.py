@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from rkl.flows import evaluate, evaluate_on_target, judge_coverage, judge_ratios
-from rkl.flows.smc import evidence
+from rkl.flows.lost_modes import LogDensity, find_lost_mode
+from rkl.flows.smc import evidence, normal_errors
 from rkl.flows.targets import XY, Condition, Density
 from rkl.metrics import Mean
 from rkl.metrics.resampling import resample
@@ -98,6 +99,12 @@ def test_resampling_is_as_even_as_can_be():
     log_w = torch.tensor([[0.5, 0.25, 0.25], [1.0, 1e-30, 1e-30]]).log()
     assert resample(log_w, 1, count=8).tolist() == [[0, 0, 0, 0, 1, 1, 2, 2], [0] * 8]
     assert resample(log_w.mT, 0, count=4).mT.tolist() == [[0, 0, 1, 2], [0] * 4]
+
+
+@pytest.mark.parametrize(("errors", "degrees", "right"), [(5.408, 7, 3.29), (4.073, 15, 3.29)])
+def test_errors_of_few_islands_are_those_of_a_normal_distribution_as_rare(errors, degrees, right):
+    """Student's t exceeds these 1 time in 1,000, a normal variable 3.29."""
+    assert normal_errors(errors, degrees) == pytest.approx(right, abs=0.03)
 
 
 def test_a_density_that_is_finite_nowhere_is_refused():
@@ -207,6 +214,70 @@ def funnel(x, condition):
     v, rest = x[..., 0], x[..., 1:]
     log_r = -(rest.square().sum(-1) * (-v).exp() + 9 * v + 9 * LOG_2PI) / 2
     return log_r - v.square() / 18 - math.log(18 * math.pi) / 2
+
+
+def needle(width, place, dimensions):
+    """Half of the mass in N(0, 1), and half in a narrow normal distribution: log Z = 0."""
+    return Gaussians(at(0, place, dimensions=dimensions), [1.0, width], [0.5, 0.5]).target
+
+
+@pytest.mark.parametrize(("width", "place", "dimensions"), [(0.05, 8, 2), (0.01, 8, 2)])
+def test_half_of_z_is_not_lost_without_a_word(width, place, dimensions):
+    """By chance an island may hold the needle; then its Z is far from that of the others."""
+    found = evidence(needle(width, place, dimensions))
+    assert found.doubts[0] or found.log_z.value[0].abs() < 3 * found.log_z.error[0]
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_mode_that_particles_lack_is_found_uphill_from_a_point_and_its_mass_is_right(gradient):
+    """Particles of N(0, 1) alone, whose Z is half of the whole: the needle has once their Z."""
+    target, none = needle(0.05, 8, 2), torch.zeros(0, dtype=torch.float64)
+    value = lambda x: target.log_prob(x, none.expand(*x.shape[:-1], 0))  # noqa: E731
+
+    def slope(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            height = value(x)
+            (score,) = torch.autograd.grad(height.sum(), x)
+        return height.detach(), score
+
+    density = LogDensity(value, slope if gradient else None, lambda a, b: b - a)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 500, 2, generator=generator, dtype=torch.float64)
+    starts = torch.tensor([[8.2, 7.9], [0.5, 0.5], [3.0, 1.0]], dtype=torch.float64)
+    log_z = Mean(torch.tensor(-math.log(2)).double(), torch.tensor(0.02).double())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lost = find_lost_mode(density, starts, x, log_z)
+        assert find_lost_mode(density, starts[1:], x, log_z) is None
+    assert lost is not None
+    assert lost.held == 0
+    assert lost.x.tolist() == pytest.approx([8, 8], abs=0.1)
+    assert lost.share == pytest.approx(1 - math.exp(-4), abs=0.02)  # within 8 squared widths
+
+
+def test_a_needle_of_angles_is_found_as_well():
+    """A well of width 0.02 has half of the mass of two angles: log Z = 2 log 2π + log 2."""
+
+    def log_prob(x, _):
+        narrow = ((x - 2).cos() - 1).sum(-1) / 0.02**2
+        height = 2 * (math.log(2 * math.pi / 0.02) - LOG_2PI / 2)
+        return torch.logaddexp(narrow + height, torch.zeros_like(narrow))
+
+    found = evidence(Density(log_prob, (2,), "circle"), particles=128)
+    right = abs(found.log_z.value[0] - 2 * LOG_2PI - math.log(2)) < 10 * found.log_z.error[0]
+    assert right or found.doubts[0]
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("name", MIXTURES)
+def test_over_many_seeds_particles_that_have_all_modes_are_hardly_ever_doubted(name):
+    """Four errors of a normal distribution: three rules, less than one false alarm in 1,000."""
+    doubts = [
+        evidence(MIXTURES[name].target, particles=256, islands=16, seed=k).doubts
+        for k in range(40)
+    ]
+    assert sum(bool(it[0]) for it in doubts) <= 1
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ follow this plan whatever they meet, so that the Z of each island is unbiased.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import number
+from rkl.flows.lost_modes import MAX_SIZE, LogDensity, find_lost_mode
 from rkl.flows.mcmc.kernels import HeatBath, check_condition, check_whole, seeded
 from rkl.flows.targets.base import Target
 from rkl.flows.targets.lattices import XY
@@ -34,10 +36,12 @@ WALKS = 5  # moves of a random walk at each β
 LOWEST = -1e30  # log-density in place of -inf, so that differences are finite
 MAX_RUNGS = 5_000
 MIN_ACCEPTED = 0.05  # share of moves below which particles do not move enough
+SHOWN = 4  # coordinates of a place that are printed
 MAX_ERROR = 0.5  # nats of log Z above which islands disagree
-APART = 4.0  # errors by which halves of the islands may differ
+APART = 4.0  # errors of a normal distribution by which halves of the islands may differ
 DRIFT = 10  # moves at β = 1 after which particles are as before, if they follow the target
-MAX_DRIFT = 5.0  # errors by which they may differ
+MAX_DRIFT = 4.0  # errors of a normal distribution by which they may differ
+CANDIDATES = 16  # highest particles of an island, at each β, and steepest, from which to climb
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,11 @@ def evidence(
 
     On the line half of the islands begin from a distribution ten times narrower. Where they find
     less, the others count alone; where they find more, that is one of the ``doubts``. So are
-    islands that differ, moves that are hardly ever accepted, and particles that drift as they
-    move on under the target itself.
+    islands that differ, moves that are hardly ever accepted, particles that drift as they move on
+    under the target itself, and a mode that some particle met and all have lost: from the highest
+    and the steepest points of the way maxima are climbed, and the mass about them is compared with
+    the share of particles there (:mod:`rkl.flows.lost_modes`; up to 64 coordinates, not for XY). A
+    mode so narrow or so far that no point of the way was uphill to it remains unseen.
 
     Args:
         target: The density, up to log Z of each condition.
@@ -140,11 +147,12 @@ def evidence(
             sampler = _Sampler(target, condition, wide, sweeps)
             pilot = sampler.run(1, min(4, islands) * particles, None)
             paths.append(sampler.run(count, particles, pilot.plan))
-    return _joined(target, condition, width, paths)
+        return _joined(sampler, width, paths)
 
 
-def _joined(target: Target, condition: Tensor, width: float, paths: list["_Path"]) -> Evidence:
+def _joined(sampler: "_Sampler", width: float, paths: list["_Path"]) -> Evidence:
     """The result of both halves of the islands, row by row."""
+    target, condition = sampler.target, sampler.asked
     each = [_mean(it.log_z) for it in paths]
     rows, doubts, log_z, error, x = len(condition), [], [], [], []
     for row in range(rows):
@@ -153,7 +161,8 @@ def _joined(target: Target, condition: Tensor, width: float, paths: list["_Path"
             (one, other), (a, b) = (
                 [getattr(it, k)[row] for it in each] for k in ("value", "error")
             )
-            if (one - other).abs() > APART * torch.hypot(a, b):
+            apart = (one - other).abs() / torch.hypot(a, b)
+            if normal_errors(apart.item(), paths[1].log_z.shape[1] * 2 - 2) > APART:
                 chosen = [0] if one > other else [1]
                 if other > one:
                     why.append(
@@ -165,6 +174,9 @@ def _joined(target: Target, condition: Tensor, width: float, paths: list["_Path"
         log_z.append(found.value[0])
         error.append(found.error[0])
         x.append(_weighed(paths, chosen, row))
+        candidates = torch.cat([it.candidates[row] for it in paths])
+        log_z_of = Mean(found.value[0], found.error[0])
+        why += _lost(sampler, row, candidates, x[-1], log_z_of)
         doubts.append(tuple(why))
     least = torch.stack([it.accepted for it in paths]).amin(0)
     by_island = torch.cat([it.log_z for it in paths], 1)
@@ -205,8 +217,9 @@ def _doubts(paths: list["_Path"], row: int, error: float) -> list[str]:
             f"particles hardly moved: at some β a share of {accepted:.2g} of the moves was "
             f"accepted, below {MIN_ACCEPTED}."
         )
-    drift = max(it.drift[row].item() for it in paths)
-    if drift > MAX_DRIFT:
+    change = torch.cat([it.change[row] for it in paths])
+    drift = (change.mean().abs() / (change.std() / len(change) ** 0.5).clamp_min(1e-12)).item()
+    if normal_errors(drift, len(change) - 1) > MAX_DRIFT:
         found.append(
             f"particles do not follow the target yet: as they move on under it, their mean "
             f"log-density changes by {drift:.1f} errors."
@@ -214,11 +227,41 @@ def _doubts(paths: list["_Path"], row: int, error: float) -> list[str]:
     return found
 
 
+def _lost(
+    sampler: "_Sampler", row: int, candidates: Tensor, x: Tensor, log_z: Mean
+) -> Iterator[str]:
+    """A mode that particles met on their way and have lost, if there is one."""
+    if not len(candidates):
+        return
+    found = find_lost_mode(sampler.density(row), candidates, x, log_z)
+    if found is None:
+        return
+    place = ", ".join(f"{it:.3g}" for it in found.x[:SHOWN].tolist())
+    place += ", ..." * (len(found.x) > SHOWN)
+    yield (
+        f"particles lost a mode that they met: about x = ({place}) the density has "
+        f"{found.share:.2g} of their Z, and {found.held:.2g} of the particles are there."
+    )
+
+
+def normal_errors(errors: float, degrees: int) -> float:
+    """Errors of a normal distribution as rare as these, whose size so many degrees estimate.
+
+    Source: Wallace (1959), Ann. Math. Statist. 30, 1121, equation 2.1.
+
+    >>> round(normal_errors(5.0, 7), 1), round(normal_errors(5.0, 1_000), 1)
+    (3.2, 5.0)
+    """
+    share = (8 * degrees + 1) / (8 * degrees + 3)
+    return share * math.sqrt(degrees * math.log1p(errors**2 / degrees))
+
+
 class _Path(NamedTuple):
     log_z: Float[Tensor, "rows islands"]
     x: Float[Tensor, "rows islands particles coordinates"]
+    candidates: Float[Tensor, "rows candidates coordinates"]
     accepted: Float[Tensor, " rows"]
-    drift: Float[Tensor, " rows"]
+    change: Float[Tensor, "rows islands"]
     plan: list[_Rung]
 
 
@@ -231,7 +274,7 @@ class _State(NamedTuple):
 
     def taken(self, index: Tensor) -> "_State":
         """The particles at these places of each island."""
-        wide = index[..., None].expand_as(self.x)
+        wide = index[..., None].expand(*index.shape, self.x.shape[-1])
         parts = self.x.gather(2, wide), self.log_p.gather(2, index), self.score.gather(2, wide)
         return _State(*parts)
 
@@ -252,9 +295,11 @@ class _Sampler:
         self.target, self.width, self.sweeps = target, width, sweeps
         self.size = math.prod(target.event_shape)
         self.circle = target.domain == "circle"
+        self.asked = condition
         self.condition, self.dtype = _precise(target, condition)
         self.gradient = _has_gradient(target, self.condition)
         self.heat_bath = isinstance(target, XY)
+        self.kept: list[Tensor] = []
 
     def run(self, islands: int, particles: int, plan: list[_Rung] | None) -> _Path:
         """Cool particles along a plan, or along one that is made on the way."""
@@ -264,6 +309,7 @@ class _Sampler:
         log_z = torch.zeros(rows, islands, dtype=torch.float64)
         beta, accepted = torch.zeros(rows, dtype=self.dtype), torch.ones(rows, dtype=self.dtype)
         step, made = torch.full_like(beta, 0.5), list[_Rung]()
+        self.kept = [state.x[:, :, :0].flatten(1, 2)]
         if (state.log_p <= LOWEST).flatten(1).all(1).any():
             raise ValueError(
                 f"target: the log-density of {self.target} is finite at none of "
@@ -284,6 +330,7 @@ class _Sampler:
                 state, moved = self.moved(state, rung)
                 share = share + moved / self.sweeps
             made.append(rung)
+            self.keep(state.log_p, state.x)
             accepted = torch.minimum(accepted, share)
             if plan is None and not self.heat_bath:
                 aim = ACCEPTED["gradient" if self.gradient else "walk"]
@@ -294,13 +341,34 @@ class _Sampler:
                     f"{self.target}; β is {beta.min().item():.3g}."
                 )
         if plan is None:
-            return _Path(log_z, state.x, accepted, torch.zeros_like(beta), made)
-        before = state.log_p.mean(2)
+            return _Path(log_z, state.x, self.kept[0], accepted, torch.zeros_like(log_z), made)
+        before, kept = state.log_p.mean(2), torch.cat(self.kept, 1)
         for _ in range(DRIFT):
             state, _ = self.moved(state, made[-1])
-        change = state.log_p.mean(2) - before
-        drift = change.mean(1).abs() / (change.std(1) / math.sqrt(islands)).clamp_min(1e-12)
-        return _Path(log_z, state.x, accepted, drift, made)
+        return _Path(log_z, state.x, kept, accepted, state.log_p.mean(2) - before, made)
+
+    def keep(self, number: Tensor, x: Tensor) -> None:
+        """Keep the points where a number is largest, from which modes are looked for."""
+        if self.heat_bath or self.size > MAX_SIZE:
+            return
+        index = number.topk(min(CANDIDATES, number.shape[2]), 2).indices[..., None]
+        kept = x.gather(2, index.expand(*index.shape[:3], x.shape[-1]))
+        self.kept.append(kept.flatten(1, 2))
+
+    def density(self, row: int) -> LogDensity:
+        """The target under one condition, at points [*batch, coordinates]."""
+        one = _Sampler(self.target, self.asked[row : row + 1], self.width, self.sweeps)
+
+        def computed(x: Tensor) -> _State:
+            found = one.computed(x.reshape(1, 1, -1, self.size))
+            shapes = x.shape, x.shape[:-1], x.shape
+            return _State(*(it.reshape(to) for it, to in zip(found, shapes, strict=True)))
+
+        def difference(a: Tensor, b: Tensor) -> Tensor:
+            return self.wrapped(_State(b - a, b, b)).x
+
+        slope = (lambda x: tuple(computed(x)[1:])) if self.gradient else None
+        return LogDensity(lambda x: computed(x).log_p, slope, difference)
 
     def broad(self, *shape: int) -> Tensor:
         """Draws of the broad distribution."""
@@ -405,10 +473,16 @@ class _Sampler:
         momentum = torch.randn_like(state.x)
         before = self.tempered(state, rung.beta) - momentum.square().sum(-1) / 2
         momentum, new = momentum + size / 2 * self.slope(state, rung.beta), state
+        met = [state]
         for k in range(LEAPFROGS):
             new = self.computed(new.x + size * momentum)
+            met.append(new)
             half = 2 if k == LEAPFROGS - 1 else 1
             momentum = momentum + size / half * self.slope(new, rung.beta)
+        x, log_p, score = (torch.cat(it, 2) for it in zip(*met, strict=True))
+        # |∇log p|² is 2/σ² of the fall below a maximum: large in the reach of a narrow mode.
+        fall = log_p.amax((1, 2), keepdim=True) - log_p + self.size
+        self.keep((score * rung.scale[:, None, None]).square().sum(-1) / fall, x)
         after = self.tempered(new, rung.beta) - momentum.square().sum(-1) / 2
         accept = (after - before).nan_to_num(-math.inf).clamp_max(0).exp()
         state = new.where(torch.rand_like(accept) < accept, state)

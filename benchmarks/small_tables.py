@@ -75,10 +75,15 @@ def folds(name: str, seed: int) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
         yield data, data.spread().values.numpy(), tested
 
 
+MIXTURES: dict[tuple[str, int, int], tuple[np.ndarray, str]] = {}  # of each fold, for all budgets
+
+
 def measured(name: str, flow: str, budget: dict[str, Any], seed: int) -> dict[str, Any]:
     parts, kinds, kept, began = [], [], [], time.perf_counter()
-    for data, rows, test in folds(name, seed):
-        mixed, kind = mixture(rows, test, seed)
+    for fold, (data, rows, test) in enumerate(folds(name, seed)):
+        if (name, seed, fold) not in MIXTURES:
+            MIXTURES[name, seed, fold] = mixture(rows, test, seed)
+        mixed, kind = MIXTURES[name, seed, fold]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fitted = fit_to_samples(parse_architecture(flow), data, seed=seed, **budget)

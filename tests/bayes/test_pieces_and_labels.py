@@ -136,3 +136,11 @@ def test_runs_of_vectors_are_compared_number_by_number(schools, tmp_path, capsys
     html = page.read_text("utf-8")
     assert html.index("Side by side") < html.index("The posterior, and what is reported")
     assert html.index("theta[Choate]") < html.index("The posterior, and what is reported")
+
+
+def test_what_all_members_of_a_batch_share_is_printed_once(schools):
+    lines = str(bayes_act(schools, "normal(loc=theta, scale=sigma)")).splitlines()
+    assert [line for line in lines if line.startswith("sigma, each of 3")]
+    assert not [line for line in lines if line.startswith("sigma[")]
+    frame = bayes_act(schools, "normal(loc=theta, scale=sigma)").to_dict()["labels"]["sigma"]
+    assert len(frame) == 3

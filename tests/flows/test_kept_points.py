@@ -20,7 +20,7 @@ FLOW = "coupling(transforms=2,hidden=(8,))"
 def crossed(tmp_path_factory):
     """Points on two crossing lines in a file, and a run of them with rejection at two draws."""
     path = tmp_path_factory.mktemp("points")
-    along, across = np.random.default_rng(0).normal(size=(2, 800))
+    along, across = np.random.default_rng(0).normal(size=(2, 1300))  # more than begin as a mixture
     rows = np.stack([along, 0.15 * across + np.abs(along)], 1)
     rows[::2, 1] *= -1
     np.save(path / "data.npy", rows)

@@ -1,7 +1,6 @@
 """The components of a mixture act in the order of their means, where draws do not label them."""
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 

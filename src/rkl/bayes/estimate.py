@@ -189,12 +189,23 @@ class Estimate:
             values, errors = mean.value.flatten().tolist(), mean.error.flatten().tolist()
             unit = " (nats)" * (mean is self.risk)
             labels = [label + unit for label in self.labels(name)]
+            if not every and self._is_shared(name, mean):
+                rows.append((f"{name}, each of {len(values):,}", (values[0], errors[0])))
+                continue
             shown = len(values) if every else SHOWN
             rows += list(zip(labels, zip(values, errors, strict=True), strict=True))[:shown]
             if len(values) > shown:
                 rows.append((f"{name}, {len(values) - shown:,} more", None))
         title = f"Bayes act of {self.family} under {self.divergence}"
         return Table(title, ("parameter", "value"), rows, self._notes())
+
+    def _is_shared(self, name: str, mean: Mean) -> bool:
+        """True of a variable without batch axes whose act is the same in each member."""
+        question = self.question
+        if name not in question.model.names or mean.value.numel() < 2:
+            return False
+        alone = mean.value.shape == question.batch and not question.draws.shape(name)
+        return alone and all(bool((x == x.flatten()[0]).all()) for x in mean)
 
     def labels(self, name: str) -> list[str]:
         """The names of the elements of a parameter of the act, or of "risk"."""

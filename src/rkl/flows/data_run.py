@@ -13,6 +13,7 @@ from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer
 from rkl.divergences import FDivergence, parse
 from rkl.divergences.base import number
 from rkl.flows.architectures import Architecture, parse_architecture
+from rkl.flows.architectures.mixture import MixtureStart, with_state
 from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data
 from rkl.flows.fit import Method
@@ -191,10 +192,11 @@ def load_fit(
     settings = settings_of(run, allow=allow)
     units, classes = Units.of_state(state["units"]), tuple(state["classes"])
     shape = tuple(units.shift.shape)
-    inner = settings.architecture.build(shape, len(classes))
-    inner.load_state_dict(state["flow"])
+    built = settings.architecture.build(shape, len(classes))
+    inner = with_state(built, state["flow"], state.get("within"))
     flow = Standardised(inner, units).requires_grad_(False)
-    check_finite(flow.named_parameters(), run.path / WEIGHTS, "flow")
+    start = inner.named_parts() if isinstance(inner, MixtureStart) else ()
+    check_finite([*flow.named_parameters(), *start], run.path / WEIGHTS, "flow")
     if state["critic"] is None:
         return flow, None, classes
     chosen = replace(settings.method.critic, hidden=tuple(state["critic_hidden"]))

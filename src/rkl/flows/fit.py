@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from rkl.checks import LARGEST_COUNT, integer, number
 from rkl.divergences import KL, FDivergence
 from rkl.flows.architectures import Architecture, draw
+from rkl.flows.architectures.coupling import CouplingFlow
 from rkl.flows.architectures.splines import start_as_identity
 from rkl.flows.critic import Critic, Ratio, ScaledCritic
 from rkl.flows.data import Data, read_data
 from rkl.flows.fitted import Fit
 from rkl.flows.guard import Guard, LogProb, annealed, slope_of
+from rkl.flows.mixtures import begin_as_mixture
 from rkl.flows.operating import check_point, reach
 from rkl.flows.precision import single_precision
 from rkl.flows.standardise import Standardised, Units
@@ -28,9 +30,10 @@ from rkl.runs import Run
 
 Estimator = Literal["data", "draws", "path", "both"]
 CRITIC_BEGINS = 0.8  # share of the maximum-likelihood phase after which the critic learns too
-FULL_RATE = 1_000  # rows from which the learning rate is the full one
+FULL_RATE = 1_000  # rows from which the learning rate is the full one, and no mixture the start
 BLURRED = 150  # rows up to which the noise on them is the full one
 ERRORS = 2.0  # standard errors by which training must gain on its start, to be kept
+SEEN = 5.0  # standard units within which networks of couplings see, as splines bend there
 BLUR = 0.3  # standard deviation of that noise, in standard units
 WIDEST = 10.0  # log-ratios are cut off at ± log(WIDEST · max(λ, 1/λ))
 
@@ -184,12 +187,16 @@ def _standardised(
     if not isinstance(flow, nn.Module):
         raise TypeError(f"flow must be an architecture or a module; got {flow!r}.")
     start_as_identity(flow)
+    if isinstance(flow, CouplingFlow):
+        flow.within = SEEN
     device = next(flow.parameters()).device
     found = Units.of_rows(training)
     if found.bending is not None:
         plain = Units.of_rows(training, bend=False)
         scores = [it.gaussian(held_out.values).mean() for it in (found, plain)]
         found = found if scores[0] >= scores[1] else plain
+    if len(training) < FULL_RATE:
+        flow, found = begin_as_mixture(flow, training, held_out, found, seed)
     return Standardised(flow, found).to(device)
 
 

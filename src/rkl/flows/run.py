@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer, number
 from rkl.flows.architectures import latent
+from rkl.flows.architectures.mixture import MixtureStart, seen_within
 from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data, check_device, read_data
 from rkl.flows.data_run import (
@@ -123,6 +124,8 @@ class Fitted:
             ]
         if fit.gaussian is not None:
             lines += [f"a Gaussian of the same rows has {parenthesised(_pair(fit.gaussian))}"]
+        if isinstance(fit.flow.flow, MixtureStart):
+            lines += ["it begins as a mixture of Gaussians, which BIC prefers on so few rows"]
         if (below := fit.below_gaussian) is not None:
             lines += [below[:1].upper() + below[1:]]
         if self.followed and done.best is not None:
@@ -404,6 +407,7 @@ def _save(run: Run, fitted: Fit) -> None:
     state = {
         "units": fitted.flow.units.state_dict(),
         "flow": fitted.flow.flow.state_dict(),
+        "within": seen_within(fitted.flow.flow),
         "critic": None if critic is None else critic.ratio.state_dict(),
         "bound": None if critic is None else critic.ratio.bound,
         "classes": list(fitted.classes),
@@ -440,6 +444,11 @@ def _condition(named: str | None, classes: tuple[str, ...]) -> Tensor | None:
         if named is not None:
             raise ValueError(f"condition: the flow has no classes; got {named!r}.")
         return None
+    if named is None:
+        raise ValueError(
+            f"condition must say which class to draw, one of {', '.join(classes)}: the flow was "
+            f"fitted with labels. Say --condition {classes[0]}."
+        )
     if named not in classes:
         raise ValueError(f"condition must be one of {', '.join(classes)}; got {named!r}.")
     return torch.nn.functional.one_hot(torch.tensor(classes.index(named)), len(classes)).float()

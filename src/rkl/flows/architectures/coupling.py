@@ -44,9 +44,15 @@ class Coupling(Architecture):
 
 
 class CouplingFlow(Flow):
-    """The flow that :class:`Coupling` builds."""
+    """The flow that :class:`Coupling` builds.
+
+    Attributes:
+        within: Networks see nothing beyond ± this, so that a far row is moved as one at the edge
+            is, and not by what they extrapolate.
+    """
 
     places: Tensor
+    within: float = math.inf
 
     def __init__(self, chosen: Coupling, event_shape: tuple[int, ...], conditions: int):
         super().__init__(event_shape, conditions)
@@ -73,7 +79,7 @@ class CouplingFlow(Flow):
         known, moved = value[..., 0::2], value[..., 1::2]
         total = value.new_zeros(())
         for net in self.nets:
-            shift, log_scale = _affine(net, known, condition)
+            shift, log_scale = self._affine(net, known, condition)
             moved = moved * log_scale.exp() + shift
             total = total + log_scale.sum(-1)
             known, moved = moved, known
@@ -88,11 +94,15 @@ class CouplingFlow(Flow):
         total = latent.new_zeros(())
         for net in reversed(self.nets):
             known, moved = moved, known
-            shift, log_scale = _affine(net, known, condition)
+            shift, log_scale = self._affine(net, known, condition)
             moved = (moved - shift) * (-log_scale).exp()
             total = total - log_scale.sum(-1)
         value = torch.cat([known, moved], -1)[..., self.places]
         return value.unflatten(-1, self.event_shape), total
+
+    def _affine(self, net, known, condition):
+        inside = known if self.within == math.inf else known.clamp(-self.within, self.within)
+        return _affine(net, inside, condition)
 
 
 def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:

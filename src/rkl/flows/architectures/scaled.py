@@ -11,6 +11,7 @@ from torch.distributions import Distribution, constraints
 
 from rkl.divergences.base import number
 from rkl.flows.architectures.base import Latent
+from rkl.flows.architectures.mixture import MixtureLatent
 
 
 class Conditioned(nn.Module):
@@ -155,6 +156,9 @@ def latent(law: Distribution, temperature: float = 1.0, bound: float = math.inf)
     if not isinstance(base, Distribution):
         raise TypeError(f"law must be what a flow returns; got a {type(law).__name__}.")
     changed = copy.copy(anyone)
+    if isinstance(base, MixtureLatent):
+        changed.base = base.tempered(float(temperature), float(bound))
+        return changed
     like = base.like if isinstance(base, Latent) else base.mean
     shape = base.batch_shape + base.event_shape
     changed.base = Latent(shape, len(base.event_shape), like, float(temperature), float(bound))

@@ -240,7 +240,16 @@ def test_a_corrupt_image_and_images_of_two_sizes_are_named(tmp_path):
 def test_a_file_that_is_not_there_and_a_source_of_no_kind_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere\.npy"):
         read_data(tmp_path / "nowhere.npy")
-    with pytest.raises(TypeError, match="an array, a path"):
+    with pytest.raises(TypeError, match="a path"):
         read_data(5)
     with pytest.raises(ValueError, match="holds no images"):
         read_data(tmp_path)
+
+
+def test_rows_may_stand_in_a_list():
+    rows = np.random.default_rng(0).normal(size=(30, 2))
+    assert torch.equal(read_data(rows.tolist()).values, torch.from_numpy(rows))
+    with pytest.raises(ValueError, match="data must"):
+        read_data([[0.1, 0.2]] * 29 + [[0.1]])
+    with pytest.raises((TypeError, ValueError), match="data"):
+        read_data([["a", "b"]] * 30)

@@ -224,3 +224,14 @@ def test_a_column_that_is_constant_among_the_rows_to_learn_from_is_named():
 def test_a_class_of_few_rows_is_named():
     rows = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
     assert "b (1)" in read_data(rows, ["a"] * 99 + ["b"]).notes[0]
+
+
+def test_rows_where_splines_do_not_bend_are_counted():
+    rows = torch.randn(1200, 2, generator=torch.Generator().manual_seed(0))
+    rows[:7, 0] = 1e4  # of which some are held out
+    said = fit_to_samples(NSF(1, (8,)), rows, steps=1).beyond_splines
+    assert said is not None
+    assert 0 < int(said.split()[0]) <= 7
+    near = torch.rand(1200, 2, generator=torch.Generator().manual_seed(1))
+    assert fit_to_samples(NSF(1, (8,)), near, steps=1).beyond_splines is None
+    assert fit_to_samples(SMALL, rows, steps=1).beyond_splines is None

@@ -308,7 +308,7 @@ def _loaded(auto: Any, name: str | os.PathLike, what: str, **how: Any) -> Any:
                 f"model: {name} needs code that lies beside it (auto_map), which rkl never runs; "
                 "expected a model that transformers itself knows."
             ) from error
-        if (kind := re.search(r"Unrecognized configuration class .*\.(\w+)Config'", str(error))):
+        if kind := re.search(r"Unrecognized configuration class .*\.(\w+)Config'", str(error)):
             raise ValueError(
                 f"model: {name} holds a {kind[1]}, which is no causal language model; expected "
                 "one that transformers' AutoModelForCausalLM knows."

@@ -180,9 +180,9 @@ def read_data(
     nats.
 
     Args:
-        source: A tensor, an array or a data frame [rows, *event]; a file or a folder of images
-            that :func:`rkl.readers.read` reads; a Dataset or a DataLoader of torch, which is
-            read once, labels beside the values included. Integers of more than 16 bits become
+        source: A tensor, an array, a list or a data frame [rows, *event]; a file or a folder of
+            images that :func:`rkl.readers.read` reads; a Dataset or a DataLoader of torch, which
+            is read once, labels beside the values included. Integers of more than 16 bits become
             float64.
         labels: Class of each row: an array, a file of one, or the name of a column.
         dequantise: Whether to spread quantised values, each column of a table by its own step.
@@ -300,9 +300,14 @@ def _read_object(source: Any) -> Contents:
         found = replace(_numbers(values), labels=labels)
     elif isinstance(source, Tensor | np.ndarray) or type(source).__module__.startswith("pandas"):
         found = _numbers(source)
+    elif isinstance(source, list | tuple):
+        try:
+            found = _numbers(np.asarray(source))
+        except ValueError as error:  # of lengths that differ
+            raise ValueError(f"data must hold rows of one length; {error}") from None
     else:
         raise TypeError(
-            "data must be an array, a path, a Dataset or a DataLoader; got a "
+            "data must be an array, rows in a list, a path, a Dataset or a DataLoader; got a "
             f"{type(source).__name__}."
         )
     return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rkl.flows.architectures.mixture import MixtureStart
 from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data
 from rkl.flows.standardise import Standardised
@@ -13,6 +14,8 @@ from rkl.flows.training import Training
 from rkl.metrics import Mean
 from rkl.metrics.precision_recall import OperatingPoint
 from rkl.runs import save
+
+SPLINED = 5.0  # standard units within which splines bend
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,20 @@ class Fit:
             f"the held-out log-density, {self.log_density.value.item():.4f} nats per row, is "
             f"{gap:.4f} below that of a Gaussian with the moments of the same rows, "
             f"{self.gaussian.value.item():.4f}."
+        )
+
+    @property
+    def beyond_splines(self) -> str | None:
+        """The number of rows where splines do not bend; None without splines or such rows."""
+        inner = self.flow.flow.flow if isinstance(self.flow.flow, MixtureStart) else self.flow.flow
+        if type(inner).__name__ != "NSF":
+            return None
+        far = self.flow.standardise(self.trained_on.values).abs().flatten(1).amax(1) > SPLINED
+        if not far.any():
+            return None
+        return (
+            f"{int(far.sum()):,} of {len(far):,} rows trained on lie beyond ± {SPLINED:g} "
+            "standard units, where splines do not bend: the start decides there"
         )
 
     @property

@@ -128,6 +128,8 @@ class Fitted:
             lines += ["it begins as a mixture of Gaussians, which BIC prefers on so few rows"]
         if (below := fit.below_gaussian) is not None:
             lines += [below[:1].upper() + below[1:]]
+        if (beyond := fit.beyond_splines) is not None:
+            lines += [beyond]
         if self.followed and done.best is not None:
             lines += [f"the divergence fell by {done.best:.4f} below maximum likelihood's"]
         lines += [f"Stopped early: {done.stopped}"] if done.stopped else []

@@ -89,3 +89,38 @@ def test_log_z_of_wide_ranges_and_heavy_tails_is_within_its_errors(name):
     log_z = evaluate_on_target(flow, target, condition).thermodynamics.log_z
     assert ((log_z.value - exact()).abs() < 4 * log_z.error).all()
     assert (log_z.error < 0.02).all()
+
+
+def gamma(x, condition):
+    """A gamma density of shape 3, on the half line: log Z = log Γ(3) − 3 log rate."""
+    log_p = 2 * x[..., 0].clamp_min(1e-30).log() - x[..., 0] * condition[..., 0]
+    return torch.where(x[..., 0] > 0, log_p, -math.inf)
+
+
+def banana(x, condition):
+    bent = x[..., 1] - condition[..., 0] * (x[..., 0].square() - 1)
+    return -x[..., 0].square() / 2 - 2 * bent.square()
+
+
+def test_draws_without_density_do_not_stop_a_fit():
+    """Whatever constant log p has."""
+    target = Density(
+        lambda x, c: gamma(x, c) - 5_000, (1,), "line", (Condition("rate", 1.0, 4.0),)
+    )
+    architecture = NSF(transforms=1, hidden=(16,))
+    fitted = fit_to_target(architecture, target, steps=60, strata=4, batch=256)
+    assert fitted.training.stopped is None
+    assert fitted.training.steps == 60
+    found = evaluate_on_target(fitted.flow, target, torch.tensor([[2.0]]), draws=250)
+    assert found.weights.ess.value > 0.3
+
+
+@pytest.mark.slow
+def test_draws_from_heavy_tails_do_not_outweigh_all_others():
+    """Without a floor their log p of −10⁹ left an effective share of 0.02."""
+    target = Density(banana, (2,), "line", (Condition("bend", 0.2, 2.0),))
+    fitted = fit_to_target(NSF(transforms=3, hidden=(128, 128), bins=16), target, steps=300)
+    found = evaluate_on_target(fitted.flow, target, torch.tensor([[2.0]]), draws=1_000)
+    log_z = found.thermodynamics.log_z
+    assert found.weights.ess.value > 0.7
+    assert abs(log_z.value - math.log(math.pi)) < 4 * log_z.error

@@ -41,6 +41,7 @@ ENOUGH = 0.5  # share of effective draws at which it goes on
 STEP = 1.03  # by this factor
 GROUPS = 128  # conditions of the particles
 AT_ENDS = 0.005  # share of the range of a condition that is seen at either of its ends
+DEEPEST = 100.0  # nats below the highest log p/q of a condition, below which draws count alike
 WIDEST = math.log(100)  # log-ratios of a critic are cut off there
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
@@ -457,7 +458,10 @@ def _log_ratio(fitting: _Fitting, law: Distribution, condition: Tensor):
         return fitting.log_prob(x, condition.expand(batch)) - held, None
     x, _ = draw(law, shape)
     log_q = law.log_prob(x)
-    return fitting.log_prob(x, condition.expand(batch)) - log_q.detach(), log_q
+    log_ratio = fitting.log_prob(x, condition.expand(batch)) - log_q.detach()
+    # Without density the loss is infinite, and one draw from the heavy tails of a flow outweighs
+    # all others. Below the floor a draw counts as one at it; weights have no floor.
+    return torch.maximum(log_ratio, log_ratio.amax(0) - DEEPEST), log_q
 
 
 def _check_integrated(law: SitesLaw, target: Target) -> None:

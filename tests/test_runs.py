@@ -723,7 +723,9 @@ def test_a_wing_or_a_verb_that_does_not_exist_is_named(tmp_path, wing):
     with pytest.raises(ValueError, match="'toy', which rkl evaluate does not take"):
         runs.verb("evaluate_run", toy.path)
     (toy.path / "report.html").touch()
-    with pytest.raises(ValueError, match=r"rkl report does not take. Its report is .*report\.html"):
+    with pytest.raises(
+        ValueError, match=r"rkl report does not take. Its report is .*report\.html"
+    ):
         runs.verb("report_runs", toy.path)
     with pytest.raises(ValueError, match="runs of one kind.*'toy'.*'weather.rain'"):
         runs.verb("compare_runs", toy.path, future.path)

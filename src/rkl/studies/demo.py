@@ -14,6 +14,7 @@ from rkl.distill.data import passages, tokenize
 from rkl.distill.scratch import Schooling, Shape, new_model, new_tokenizer, school
 from rkl.runs import Run
 from rkl.studies.demo_data import Manual, read_manual
+from rkl.studies.demo_of_studies import STUDIES, of_study
 from rkl.studies.demo_report import report_runs
 from rkl.studies.demo_stages import begun, distil_and_evaluate, phase, settings_of, watch
 
@@ -87,14 +88,9 @@ def run(
     Returns:
         What came out, and where the report is.
     """
-    if name in ("neyman-scott", "precision-recall", "xy"):
-        if steps is not None:
-            raise ValueError(f"steps are of distillations, of which {name} has none; got {steps}.")
-        if name == "xy":
-            from rkl.studies import demo_xy
-
-            return demo_xy.xy_demo(out, overwrite=overwrite, seed=seed, device=device or "cpu")
-        return f"The report: {_of_study(name, out, overwrite, seed, device or 'cpu')}"
+    if name in STUDIES:
+        how: Any = {"overwrite": overwrite, "seed": seed, "device": device, "steps": steps}
+        return of_study(name, out, **how)
     if name not in ("distill", "real"):
         known = "'distill', 'real', 'neyman-scott', 'precision-recall' or 'xy'"
         raise ValueError(f"name must be {known}; got {name!r}.")
@@ -105,21 +101,6 @@ def run(
         plan, demonstrate = demo_real.Plan(), demo_real.real_demo
     sized: Any = plan if steps is None else replace(plan, steps=steps)
     return demonstrate(sized, out, overwrite=overwrite, seed=seed, device=device)
-
-
-def _of_study(name: str, out: str | os.PathLike, overwrite: bool, seed: int, device: str) -> Path:
-    """The first part of a study, or as much of it as three minutes hold."""
-    if name == "neyman-scott":
-        from rkl.studies import neyman_scott
-
-        how: Any = {"overwrite": overwrite, "seed": seed, "device": device}
-        return neyman_scott.study("variance", out, **how)
-    from rkl.studies import precision_recall
-
-    if device != "cpu":
-        raise ValueError(f"device must be 'cpu', for which this is made; got {device!r}.")
-    plan = precision_recall.SMALL
-    return precision_recall.conducted("ring", plan, out, overwrite=overwrite, seed=seed)
 
 
 def distill_demo(

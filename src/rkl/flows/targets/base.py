@@ -138,7 +138,11 @@ class Density(Target):
         if not callable(self.function):
             raise TypeError(f"function must be one of x and condition; got {self.function!r}.")
         if self.domain not in ("line", "circle"):
-            raise ValueError(f"domain must be 'line' or 'circle'; got {self.domain!r}.")
+            raise ValueError(
+                f"domain must be 'line' or 'circle', of all coordinates; got {self.domain!r}. "
+                "Write a positive x as exp(z) and add z to log_prob; write one in (0, 1) as "
+                "sigmoid(z) and add log(x) + log(1 - x)."
+            )
         _check_shape(self.event_shape)
         for it in self.conditions:
             for limit in (it.low, it.high):

@@ -230,6 +230,7 @@ def test_a_run_of_another_kind_is_refused_in_one_line(name, runs, gift):
 
 
 @pytest.mark.malformed
+@pytest.mark.filterwarnings("default")  # such as of a chain that never moved
 @pytest.mark.parametrize("kind", ["data", "target", "estimate", "distill"])
 @pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
 def test_no_key_of_a_run_executes_anything_in_any_verb(kind, value, runs, gift):

@@ -49,7 +49,7 @@ OF_CONDITION = [
     fault("condition", "whole numbers", torch.tensor([1]), "floating-point", "int64"),
     fault("condition", "one too many", torch.ones(2), "[*batch, 1]", "[2]"),
     fault("condition", "none", None, "[*batch, 1]", "[0]"),
-    fault("condition", "nan", ONE * math.nan, "finite", "nan"),
+    fault("condition", "nan", ONE * math.nan, "nan"),
 ]
 
 
@@ -108,7 +108,7 @@ def of_log_z(method, sizes, least):
             fault("condition", "one temperature", ONE, "[temperatures, conditions]", "[1]"),
             fault("condition", "none", COLD[:0], "not empty", "[0, 1]"),
             fault("condition", "T below 0", -COLD, "above 0", "-0.5"),
-            fault("condition", "nan", COLD * math.nan, "finite", "nan"),
+            fault("condition", "nan", COLD * math.nan, "nan"),
             *of_count("rungs", 2),
             *(it for name, lowest in least.items() for it in of_count(name, lowest)),
             fault("kernel", "a word", "wolff", "kernel", "wolff"),

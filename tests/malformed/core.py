@@ -270,7 +270,7 @@ DIVERGENCES = [
         lambda weight: weight * rkl.KL(),
         lambda: {"weight": 0.5},
         [
-            fault("weight", "zero", 0, "above 0", "0.0"),
+            fault("weight", "zero", 0, "above 0", "got 0 "),
             fault("weight", "negative", -1.0, "above 0", "-1.0"),
             fault("weight", "nan", math.nan, "finite", "nan"),
             fault("weight", "infinite", math.inf, "finite", "inf"),

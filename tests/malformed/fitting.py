@@ -176,7 +176,7 @@ SUBJECTS = [
             fault("objective", "no divergence", "data:nothing", "nothing"),
             fault("data", "no file", "nowhere.npz", "nowhere.npz"),
             fault("condition", "one it lacks", "K=1", "K=1"),
-            fault("flow", "a lattice's", "coarse-to-fine", "side", named="event_shape"),
+            fault("flow", "a lattice's", "coarse-to-fine", "of the line", "CoarseToFine"),
             fault("batch", "one", 1, "1"),
             fault("anchor", "of a fit to data", 0.1, "unrecognized"),
         ],

@@ -38,7 +38,7 @@ def of_runs(argument="path"):
 
 UNKNOWN = [
     fault("path", "an unknown kind", "run-unheard", "'unheard_of'", "does not know"),
-    fault("path", "a kind without it", "run-verbless", "'report'", "has no"),
+    fault("path", "a kind without it", "run-verbless", "'report'", "does not know"),
 ]
 
 
@@ -74,7 +74,7 @@ SUBJECTS = [
         lambda: {"name": "report_runs", "path": "run", "other": "begun"},
         [
             *of_runs(),
-            fault("name", "unknown", "dance_runs", named="dance_runs"),
+            fault("name", "unknown", "dance_runs", named="rkl dance"),
             fault("other", "of another kind", "other", "'studies.demo'", named="paths"),
         ],
     ),

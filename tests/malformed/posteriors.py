@@ -70,8 +70,8 @@ OF_WEIGHTS = [
 OF_FILES = [
     ("no file", "missing.nc", "missing.nc", "no such file"),
     ("no store", "missing.zarr", "missing.zarr", "no such file"),
-    ("another format", "text.txt", ".nc, .zarr or .csv", ".txt"),
-    ("a folder", "nothing", ".nc, .zarr or .csv", "no suffix"),
+    ("another format", "text.txt", "text.txt", "cannot be read"),
+    ("a folder", "nothing", "nothing", "it is a folder"),
     ("torn", "torn.nc", "torn.nc", "cannot be read"),
     ("no NetCDF", "foreign.nc", "foreign.nc", "cannot be read"),
     ("an empty file", "empty.nc", "empty.nc", "cannot be read"),
@@ -227,7 +227,7 @@ MEASURING = [
     Subject(
         "posterior",
         plots.posterior,
-        lambda: {"draws": {"mu": MU}, "acts": {"mean": {"mu": 0.0}}, "regions": {"mu": (-1, 1)}},
+        lambda: {"draws": {"mu": MU}, "acts": {"mean": {"mu": 0.0}}, "regions": {"mu": [(-1, 1)]}},
         [
             fault("draws", "none", {}, "at least one"),
             fault("draws", "empty", {"mu": []}, "finite", "none"),
@@ -236,7 +236,8 @@ MEASURING = [
             fault("draws", "one alone", MU, "names"),
             fault("acts", "numbers alone", {"mean": 0.0}, "mean", "0.0"),
             fault("acts", "words", {"mean": {"mu": "a"}}, "'a'"),
-            fault("regions", "one end", {"mu": (1.0,)}, "two"),
+            fault("regions", "one end", {"mu": [(1.0,)]}, "pairs of ends"),
+            fault("regions", "no pairs", {"mu": (-1.0, 1.0)}, "pairs of ends", named="mu"),
         ],
     ),
     Subject(

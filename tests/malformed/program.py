@@ -48,7 +48,7 @@ OF_DISTILL = [
     fault("max_length", "beyond the context", 64, "at most 32", "64"),
     fault("learning_rate", "a word", "fast", "'fast'"),
     fault("learning_rate", "negative", -1.0, "(0, ∞)", "-1.0"),
-    fault("temperature", "nan", "nan", "(0, ∞)", "nan"),
+    fault("temperature", "nan", "nan", "number", "nan"),
     fault("schedule", "unknown", "sine", "'sine'", "cosine"),
     fault("dtype", "unknown", "float7", "'float7'", "bfloat16"),
     fault("held_out", "all", 1, "[0, 1)", "1.0"),
@@ -103,7 +103,7 @@ ACROSS = [
     fault("_runs", "two kinds", ["run", "other"], "one kind", named="paths"),
     fault("_runs", "an unknown kind", ["run-unheard"], "'unheard_of'", named="path"),
     fault("out", "no folder", "missing/new.html", "missing", named="out"),
-    fault("out", "a folder", "nothing", "folder", named="path"),
+    fault("out", "a folder", "nothing", "folder"),
 ]
 OUT = [
     fault("out", "a run", "run", "exists", "--overwrite"),
@@ -155,7 +155,7 @@ SUBJECTS = [
             fault("out", "nothing to go on with", "nothing", "must be given", named="--teacher"),
             fault("overwrite", "beside resume", True, "resume"),
             fault("out", "a torn run", "run-torn", "cannot be read"),
-            fault("max_steps", "another than before", 2, "was 1 and is 2"),
+            fault("learning_rate", "another than before", 0.5, "0.5"),
             fault("data", "another than before", "held.txt", "held.txt"),
         ],
     ),

@@ -41,7 +41,6 @@ OF_DATA = [
     of_file("empty.jsonl", "an empty file", "no rows"),
     of_file("blank.jsonl", "blank lines", "no rows"),
     of_file("blank.txt", "a blank text", "no rows"),
-    of_file("rows.json", "a list of rows", ".jsonl"),
     of_file("garbage.gguf", "another format", ".jsonl", ".parquet"),
 ]
 
@@ -87,8 +86,8 @@ READING = [
         lambda: {"rows": [{"text": "def"}], "tokenizer": material.tokenizer(), "max_length": 8},
         [
             fault("rows", "none", [], "no rows", named="data"),
-            fault("rows", "numbers", [3], "3", named="the first row"),
-            fault("rows", "other columns", [{"a": "b"}], "'a'", named="the first row"),
+            fault("rows", "numbers", [3], "got 3", named="row 1"),
+            fault("rows", "other columns", [{"a": "b"}], "'a'", named="row 1"),
             fault(
                 "rows",
                 "a chat without template",

@@ -110,7 +110,7 @@ TARGETS = [
             fault("text", "another setting", "xy(size=4)", "side", named="'size'"),
             fault("text", "a bad setting", "xy(side=1)", "2 at least", named="side"),
             fault("text", "no module", "nowhere_at_all:Mine()", "nowhere_at_all", named="target"),
-            fault("text", "no target", "math:sqrt(event_shape=3)", "3", named="event_shape"),
+            fault("text", "no target", "math:sqrt(event_shape=3)", "a Target", named="math:sqrt"),
         ],
     ),
     Subject(

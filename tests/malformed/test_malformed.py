@@ -31,6 +31,7 @@ import rkl.bayes
 import rkl.distill
 from rkl import cli
 from rkl.metrics import batches, chains, clusters, frechet, neighbours, tails
+from rkl.runs.writers import LOCK
 
 malformed = pytest.mark.malformed
 PARTS = (
@@ -107,9 +108,14 @@ def copied(whole, tmp_path, monkeypatch):
 
 
 def contents(folder):
-    """Every file and folder there is, with its size and the moment it was last written."""
-    stats = {path: path.stat() for path in folder.rglob("*")}
-    return {path: (it.st_size, it.st_mtime_ns) for path, it in stats.items()}
+    """Every file and folder there is; of a file, its size and the moment it was last written.
+
+    The lock of a run is none of its contents: whoever would write takes it before looking further.
+    """
+    stats = {path: path.stat() for path in folder.rglob("*") if path.name != LOCK}
+    return {
+        path: None if path.is_dir() else (it.st_size, it.st_mtime_ns) for path, it in stats.items()
+    }
 
 
 def names(fault, message):

@@ -48,7 +48,10 @@ WORDS = {  # what is asked for where nothing is spoilt, and the settings of its 
     ),
     "fit --target": (["--target=mog4", "--steps=2", "--batch=64", "--out=new"], TargetSettings),
     "sample": (["fitted", "-n=20", "--out=samples.npy"], SampleSettings),
-    "sample --target": (["sampled", "-n=20", "--out=samples.npy"], SampleSettings),
+    "sample --target": (
+        ["sampled", "-n=20", "--condition=scale=0.9", "--out=samples.npy"],
+        SampleSettings,
+    ),
     "estimate": (["posterior.nc", "--family=normal(loc=mu, scale=sigma)"], EstimateSettings),
     "distill": (
         [

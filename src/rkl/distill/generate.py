@@ -144,7 +144,10 @@ def generate_run(
         rows, tokenizer, student, settings, prompt_tokens=settings.prompt_tokens
     )
     if not prompts:
-        raise ValueError(f"data has no prompt that can be replied to. {left_out}.")
+        raise ValueError(
+            f"data has no prompt that can be replied to with max_new_tokens="
+            f"{settings.max_new_tokens} in a context of {context_of(student)} tokens: {left_out}."
+        )
     if left_out:
         warnings.warn(f"Some rows give no prompt: {left_out}.", stacklevel=2)
     cast(nn.Module, student).to(device_named(settings.device))

@@ -18,7 +18,7 @@ from rkl.bayes.averages import (
     mean_of,
 )
 from rkl.bayes.blocks import check_domain
-from rkl.bayes.components import in_order
+from rkl.bayes.components import sort_components
 from rkl.bayes.draws import Draws, read_draws, with_exact_simplexes
 from rkl.bayes.estimate import Act, Diagnostics, Estimate
 from rkl.bayes.generic import GenericAct, least_act
@@ -163,7 +163,7 @@ def _way_out_of_moving(question: Question) -> str:
 def _optimised(question: Question) -> Estimate:
     """The act by minimisation, its errors from the influence of each draw."""
     draws = question.draws
-    found = in_order(question, least_act(question.loss, question.law))
+    found = sort_components(question, least_act(question.loss, question.law))
     by_chain = (draws.chains, draws.draws)
     influence = {name: x.unflatten(0, by_chain) for name, x in found.influence.items()}
     losses = question.losses(found.theta) if question.batch else found.losses.reshape(by_chain)

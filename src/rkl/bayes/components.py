@@ -16,7 +16,7 @@ TRIED = 6  # variables of which every set may be what the components have
 SAME = 1e-9  # relative difference of log-densities of the same mixture in another order
 
 
-def in_order(question: Question, found: GenericAct) -> GenericAct:
+def sort_components(question: Question, found: GenericAct) -> GenericAct:
     """The same act with its components sorted by their means.
 
     Draws with labels that change places start the minimiser at any of them, so that two losses,

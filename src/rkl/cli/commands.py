@@ -86,11 +86,11 @@ def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     _add_out_flags(parser, Path("runs/demo"))
 
     def demonstrated(parsed: Namespace) -> None:
-        from rkl.studies.demo_of_studies import STUDIES, of_study
+        from rkl.studies.demo_of_studies import STUDIES, run_study_demo
 
         how = {"steps": parsed.steps, "overwrite": parsed.overwrite, **_common(parsed)}
         if parsed.name in STUDIES:  # without what language models need
-            _show(of_study(parsed.name, parsed.out, **how))
+            _show(run_study_demo(parsed.name, parsed.out, **how))
             return
         from rkl.studies import demo
 

@@ -17,7 +17,7 @@ from rkl.flows.architectures.coupling import CouplingFlow
 from rkl.flows.architectures.splines import start_as_identity
 from rkl.flows.critic import Critic, Ratio, ScaledCritic
 from rkl.flows.data import Data, read_data
-from rkl.flows.fitted import Fit
+from rkl.flows.fitted import SPLINED, Fit
 from rkl.flows.guard import Guard, LogProb, annealed, slope_of
 from rkl.flows.mixtures import begin_as_mixture
 from rkl.flows.operating import check_point, reach
@@ -33,7 +33,6 @@ CRITIC_BEGINS = 0.8  # share of the maximum-likelihood phase after which the cri
 FULL_RATE = 1_000  # rows from which the learning rate is the full one, and no mixture the start
 BLURRED = 150  # rows up to which the noise on them is the full one
 ERRORS = 2.0  # standard errors by which training must gain on its start, to be kept
-SEEN = 5.0  # standard units within which networks of couplings see, as splines bend there
 BLUR = 0.3  # standard deviation of that noise, in standard units
 WIDEST = 10.0  # log-ratios are cut off at ± log(WIDEST · max(λ, 1/λ))
 
@@ -188,7 +187,7 @@ def _standardised(
         raise TypeError(f"flow must be an architecture or a module; got {flow!r}.")
     start_as_identity(flow)
     if isinstance(flow, CouplingFlow):
-        flow.within = SEEN
+        flow.within = SPLINED  # networks see what splines would bend
     device = next(flow.parameters()).device
     found = Units.of_rows(training)
     if found.bending is not None:

@@ -347,11 +347,11 @@ class _Sampler:
             state, _ = self.moved(state, made[-1])
         return _Path(log_z, state.x, kept, accepted, state.log_p.mean(2) - before, made)
 
-    def keep(self, number: Tensor, x: Tensor) -> None:
-        """Keep the points where a number is largest, from which modes are looked for."""
+    def keep(self, priority: Tensor, x: Tensor) -> None:
+        """Keep the points of highest priority, from which modes are looked for."""
         if self.heat_bath or self.size > MAX_SIZE:
             return
-        index = number.topk(min(CANDIDATES, number.shape[2]), 2).indices[..., None]
+        index = priority.topk(min(CANDIDATES, priority.shape[2]), 2).indices[..., None]
         kept = x.gather(2, index.expand(*index.shape[:3], x.shape[-1]))
         self.kept.append(kept.flatten(1, 2))
 

@@ -461,7 +461,8 @@ def _log_ratio(fitting: _Fitting, law: Distribution, condition: Tensor):
     log_ratio = fitting.log_prob(x, condition.expand(batch)) - log_q.detach()
     # Without density the loss is infinite, and one draw from the heavy tails of a flow outweighs
     # all others. Below the floor a draw counts as one at it; weights have no floor.
-    return torch.maximum(log_ratio, log_ratio.amax(0) - DEEPEST), log_q
+    floor = log_ratio.detach().amax(0) - DEEPEST
+    return torch.maximum(log_ratio, floor), log_q
 
 
 def _check_integrated(law: SitesLaw, target: Target) -> None:

@@ -14,7 +14,7 @@ from rkl.distill.data import passages, tokenize
 from rkl.distill.scratch import Schooling, Shape, new_model, new_tokenizer, school
 from rkl.runs import Run
 from rkl.studies.demo_data import Manual, read_manual
-from rkl.studies.demo_of_studies import STUDIES, of_study
+from rkl.studies.demo_of_studies import STUDIES, run_study_demo
 from rkl.studies.demo_report import report_runs
 from rkl.studies.demo_stages import begun, distil_and_evaluate, phase, settings_of, watch
 
@@ -90,7 +90,7 @@ def run(
     """
     if name in STUDIES:
         how: Any = {"overwrite": overwrite, "seed": seed, "device": device, "steps": steps}
-        return of_study(name, out, **how)
+        return run_study_demo(name, out, **how)
     if name not in ("distill", "real"):
         known = "'distill', 'real', 'neyman-scott', 'precision-recall' or 'xy'"
         raise ValueError(f"name must be {known}; got {name!r}.")

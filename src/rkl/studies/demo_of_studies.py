@@ -7,7 +7,7 @@ from typing import Any
 STUDIES = "neyman-scott", "precision-recall", "xy"
 
 
-def of_study(
+def run_study_demo(
     name: str,
     out: str | os.PathLike,
     *,

@@ -122,8 +122,10 @@ def begin_as_mixture(
     mixture = mixture.mapped(to_latents if mix is None else to_latents @ mix)
     mixture = mixture if mixture.of_classes else _with_outliers(mixture, len(rows))
     kind = next(flow.parameters()).dtype
-    parts = (it.to(kind) for it in (mixture.log_weight, mixture.mean, mixture.root))
-    return MixtureStart(flow, *parts, mixture.of_classes), chosen
+    log_weight, mean, root = (
+        it.to(kind) for it in (mixture.log_weight, mixture.mean, mixture.root)
+    )
+    return MixtureStart(flow, log_weight, mean, root, mixture.of_classes), chosen
 
 
 def _with_outliers(mixture: Mixture, rows: int) -> Mixture:
@@ -227,15 +229,14 @@ def _runs(rows: Tensor, count: int, kind: Kind, seed: int) -> list[Mixture]:
 
 def _run(rows: Tensor, count: int, kind: Kind, generator: torch.Generator) -> Mixture:
     """EM until a sweep gains next to nothing."""
-    share, last = _nearest(rows, count, generator), -math.inf
-    for _ in range(SWEEPS):
-        found = _moments(rows, share, kind)
+    found, last = _moments(rows, _nearest(rows, count, generator), kind), -math.inf
+    for _ in range(SWEEPS - 1):
         joint = found.log_parts(rows) + found.log_weight
         density = joint.logsumexp(1)
         share, now = (joint - density[:, None]).exp(), density.mean().item()
         if now - last < SETTLED:
             break
-        last = now
+        found, last = _moments(rows, share, kind), now
     return found
 
 

@@ -142,12 +142,13 @@ def evidence(
         else [(width, -(-islands // 2)), (width / NARROWER, islands // 2)]
     )
     with seeded(seed, condition.device):
-        paths = []
+        paths, samplers = [], []
         for wide, count in sizes:
             sampler = _Sampler(target, condition, wide, sweeps)
+            samplers.append(sampler)
             pilot = sampler.run(1, min(4, islands) * particles, None)
             paths.append(sampler.run(count, particles, pilot.plan))
-        return _joined(sampler, width, paths)
+        return _joined(samplers[-1], width, paths)
 
 
 def _joined(sampler: "_Sampler", width: float, paths: list["_Path"]) -> Evidence:
@@ -367,8 +368,13 @@ class _Sampler:
         def difference(a: Tensor, b: Tensor) -> Tensor:
             return self.wrapped(_State(b - a, b, b)).x
 
-        slope = (lambda x: tuple(computed(x)[1:])) if self.gradient else None
-        return LogDensity(lambda x: computed(x).log_p, slope, difference)
+        def slope(x: Tensor) -> tuple[Tensor, Tensor]:
+            found = computed(x)
+            return found.log_p, found.score
+
+        return LogDensity(
+            lambda x: computed(x).log_p, slope if self.gradient else None, difference
+        )
 
     def broad(self, *shape: int) -> Tensor:
         """Draws of the broad distribution."""

@@ -143,7 +143,8 @@ def gift(runs, tmp_path, monkeypatch):
         imported = {it for it in sys.modules if it in ("payload", "N", "R")} - before
         assert not Path("PWNED").exists(), (kind, place, value, words)
         assert not imported, (kind, place, value, words)
-        assert code in (0, 2), (kind, place, value, words, said)
+        lacks = "No module named 'datasets'" in said  # which would look for a name on the Hub
+        assert code in (0, 2) or lacks, (kind, place, value, words, said)
         assert code == 0 or said.splitlines()[-1].startswith("rkl: error: "), said
         return code, said
 

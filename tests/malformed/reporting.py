@@ -117,7 +117,7 @@ RUNNING = [
     Subject(
         "bayes.report_runs",
         report_runs,
-        lambda: {"paths": ["estimated", "estimated"], "out": "new.html"},
+        lambda: {"paths": ["estimated", "estimated-too"], "out": "new.html"},
         [*ACROSS, fault("out", "nowhere for two", None, "2 runs")],
     ),
     Subject(

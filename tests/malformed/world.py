@@ -150,6 +150,7 @@ def _make_posteriors(folder: Path) -> None:
 def _make_estimates(folder: Path) -> None:
     settings = EstimateSettings(folder / "posterior.nc", "normal(loc=mu, scale=sigma)")
     estimate(settings, folder / "estimated")
+    shutil.copytree(folder / "estimated", folder / "estimated-too")
     shutil.copytree(folder / "estimated", folder / "unestimated")
     (folder / "unestimated" / "estimate.json").unlink()
     shutil.copytree(folder / "estimated", folder / "torn-estimate")

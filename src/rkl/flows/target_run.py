@@ -25,6 +25,7 @@ from rkl.flows.architectures import (
     parse_architecture,
 )
 from rkl.flows.built import built
+from rkl.flows.data import check_device
 from rkl.flows.files import write_chain
 from rkl.flows.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
 from rkl.flows.metropolis import Chain, independent_metropolis
@@ -392,14 +393,15 @@ def sample_target(
     check_out_file(out, overwrite=overwrite)
     if out.suffix not in (".nc", ".npz", ".npy"):
         raise ValueError(f"out must end in .nc, .npz or .npy for draws of a target; got {out}.")
+    place = check_device(device)
     found = load_target_run(path, allow=allow)
-    at = _values(condition, found).to(device)
+    at = _values(condition, found).to(place)
     number("chains", chains, at_least=1)
     draws = math.ceil(n / chains)
     with warnings.catch_warnings():
         if draws > FEWEST:
             warnings.filterwarnings("ignore", message=".*they are no result")  # said below
-        flow = found.flow.to(device)
+        flow = found.flow.to(place)
         how: dict[str, Any] = {"draws": draws, "chains": chains, "seed": seed}
         chain = independent_metropolis(found.target, flow, at, **how)
     if draws > FEWEST and bool(chain.failed):

@@ -1,7 +1,13 @@
-"""Refusals of arguments: each names the argument, what was got and what was expected."""
+"""Refusals of arguments: each names the argument, what was got and what was expected.
+
+Beside them stands :func:`warn`, for what is odd and not wrong.
+"""
 
 import math
 import os
+import sys
+import sysconfig
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -10,6 +16,7 @@ LARGEST_COUNT = 10**9  # of steps, rows or draws: beyond it lies a slip of the h
 LARGEST_SEED = 2**62  # to which parts of a run may add
 LARGEST_RATE = 1e3  # of learning, and of what is counted in standard deviations
 SHOWN = 80  # characters of a value in a message
+INSTALLED = (os.path.dirname(__file__), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
 
 
 def shown(value: Any) -> str:
@@ -25,6 +32,14 @@ def shown(value: Any) -> str:
         return text
     size = f" ({len(value):,} letters)" if isinstance(value, str) else ""
     return f"{text[: SHOWN - 10].rstrip(chr(92))}...{size}"
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's code from which rkl was called, however deep in rkl it is."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSTALLED):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def number(

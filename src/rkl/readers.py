@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rkl.checks import warn
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -230,7 +232,7 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str]]
     with _told("data", file):
         text, notes = _decoded(file)
     for note in notes:
-        warnings.warn(f"data: {file}: {note}.", stacklevel=2)
+        warn(f"data: {file}: {note}.")
     head = text.lstrip().partition("\n")[0]
     mark = max("\t;,", key=head.count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)

@@ -6,12 +6,12 @@ import json
 import operator
 import os
 import shlex
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rkl.checks import warn
 from rkl.runs import Run, check_out_file
 
 if TYPE_CHECKING:
@@ -272,10 +272,7 @@ def evaluations_of(paths: Mapping[str, str | os.PathLike]) -> Evaluations:
     results = {name: result_of(path) for name, path in paths.items()}
     by_block = {name: it for name, path in paths.items() if (it := _by_block(path)) is not None}
     if len({result["data"]["fingerprint"] for result in results.values()}) > 1:
-        warnings.warn(
-            "The runs were evaluated on different data; their values cannot be compared.",
-            stacklevel=3,
-        )
+        warn("The runs were evaluated on different data; their values cannot be compared.")
     measured = dict.fromkeys(it for result in results.values() for it in result["divergences"])
     gaps = []
     for name, result in results.items():

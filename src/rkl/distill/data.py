@@ -18,7 +18,6 @@ import collections
 import heapq
 import itertools
 import re
-import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from rkl.checks import warn
 from rkl.distill import token_cache
 from rkl.distill.chats import ChatTemplate, NothingToTrainOnError, Rendered
 from rkl.distill.encoding import Advance, encode, encode_batch, end_of_text
@@ -219,7 +219,7 @@ def tokenize(
         if key is not None:
             token_cache.save(key, vars(dataset) | {"notes": notes})
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warn(note)
     return dataset
 
 

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rkl.checks import warn
 from rkl.distill.batches import PadRows, shifted
 from rkl.distill.compare import BY_BLOCK, Evaluations
 from rkl.distill.data import TokenDataset, passages, tokenize
@@ -244,7 +244,7 @@ def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection
     if of_teacher is not None:
         told = check_splits_alike(blocks.sample(SAMPLE), of_teacher, tokenizer)
         if told:
-            warnings.warn(told, stacklevel=3)
+            warn(told)
     prompts, passed_over = _prompts(rows, tokenizer, student, settings)
     models = tokenizer, of_teacher, student, teacher
     return _Parts(run, divergences, rows, *models, shape, blocks, prompts, passed_over)
@@ -265,7 +265,7 @@ def _prompts(
         prompts, passed_over = [], str(error)
     if passed_over:
         what = "Rows that give no prompt are passed over" if prompts else "No replies are measured"
-        warnings.warn(f"{what}: {passed_over.rstrip('.')}.", stacklevel=3)
+        warn(f"{what}: {passed_over.rstrip('.')}.")
     return prompts, passed_over
 
 
@@ -286,10 +286,9 @@ def _progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
 def _warn_of_seen(run: Run, rows: Sequence[Row]) -> None:
     parts = list(passages(rows))
     if seen := run.count_seen(parts):
-        warnings.warn(
+        warn(
             f"{seen:,} of {len(parts):,} passages were trained on by {run.path}: the student is "
-            "not held to what it has not seen. Evaluate on other data.",
-            stacklevel=3,
+            "not held to what it has not seen. Evaluate on other data."
         )
 
 

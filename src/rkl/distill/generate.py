@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shlex
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rkl.checks import warn
 from rkl.distill.chats import ChatTemplate, NothingToTrainOnError, text_of
 from rkl.distill.data import LeftOut, holds_chats
 from rkl.distill.encoding import encode
@@ -149,7 +149,7 @@ def generate_run(
             f"{settings.max_new_tokens} in a context of {context_of(student)} tokens: {left_out}."
         )
     if left_out:
-        warnings.warn(f"Some rows give no prompt: {left_out}.", stacklevel=2)
+        warn(f"Some rows give no prompt: {left_out}.")
     cast(nn.Module, student).to(device_named(settings.device))
     if settings.out is None:
         run.record_files([out.name])

@@ -1,6 +1,5 @@
 """How a language model turns hidden states into logits: read from the model, checked on it."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from rkl.checks import warn
 from rkl.estimators import LinearHead, TopK, products
 
 # What a configuration may call a factor of the logits, and the power in which it enters.
@@ -163,7 +163,7 @@ def read_head(model: nn.Module, name: str = "model") -> Head:
             "Its full logits will be computed instead, which takes more memory and gives the same "
             "loss."
         )
-    warnings.warn(f"{type(model).__name__}: {reason}. {instead}", stacklevel=2)
+    warn(f"{type(model).__name__}: {reason}. {instead}")
     return Head(model, vocab)
 
 

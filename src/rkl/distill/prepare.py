@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_callback import PrinterCallback
 
+from rkl.checks import warn
 from rkl.distill import lora
 from rkl.distill.cache import CachedTeacher, cache_hidden_states
 from rkl.distill.chats import ChatTemplate, read_template
@@ -150,7 +151,7 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     template = _choose_template(settings, *tokenizers)
     text = read_text(settings, tokenizers[1])
     if text.template is not None and template:
-        warnings.warn(template, stacklevel=3)
+        warn(template)
     teacher = load_model(settings.teacher, dtype=settings.dtype)
     student = _load_student(settings)
     shared = share_vocabulary(_vocab(teacher), _vocab(student), *tokenizers)
@@ -160,7 +161,7 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     told = check_splits_alike(text.blocks.sample(SAMPLE), *tokenizers)
     for words in (shared.told() if shared.differing else "", told):
         if words:
-            warnings.warn(words, stacklevel=3)
+            warn(words)
     for name, model in (("teacher", teacher), ("student", student)):
         check_causal(name, model)
         _check_fits(name, model, settings, text)
@@ -328,11 +329,10 @@ def _end_replies(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     end, known = ChatTemplate(tokenizer).turn_end, ends_of(student, tokenizer)
     if end is None or end in known:
         return
-    warnings.warn(
+    warn(
         f"The chat template ends what the assistant says with "
         f"{tokenizer.convert_ids_to_tokens(end)}, not with {tokenizer.eos_token}: the student's "
-        "generation_config is told to stop there too.",
-        stacklevel=4,
+        "generation_config is told to stop there too."
     )
     settings = student.generation_config or GenerationConfig()
     settings.eos_token_id = [*known, end]
@@ -369,10 +369,9 @@ def _load_student(settings: DistillSettings) -> PreTrainedModel:
                 "download it, and give the folder, so that it is merged into its base."
             )
         if is_adapter(source):
-            warnings.warn(
+            warn(
                 f"student: {source} is an adapter; it is merged into its base, of which "
-                f"{'all weights' if settings.lora_rank is None else 'new adapters'} are trained.",
-                stacklevel=3,
+                f"{'all weights' if settings.lora_rank is None else 'new adapters'} are trained."
             )
         return student
     if not Path(source).is_file():

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from rkl.checks import warn
 from rkl.distill.limits import device_named
 from rkl.distill.selection import DivergedError
 from rkl.runs import processes
@@ -130,11 +131,10 @@ def joined(device: str | None) -> Iterator[Processes]:
     """
     world = processes.world()
     if processes.launched_alone():
-        warnings.warn(
+        warn(
             "accelerate launch --cpu starts one process, whatever --num_processes says. For two: "
             f"{ADVICE}, or accelerate launch --multi_gpu --num_processes 2 -m rkl distill ..., "
-            "which work on CPUs too.",
-            stacklevel=3,
+            "which work on CPUs too."
         )
     if world.size == 1:
         yield Processes()

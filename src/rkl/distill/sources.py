@@ -5,12 +5,12 @@ import importlib
 import io
 import itertools
 import json
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from rkl.checks import warn
 from rkl.distill.chats import as_tools, has_nulls, without_nulls
 from rkl.readers import gunzip, read_records
 from rkl.runs.integrity import hub_name
@@ -130,10 +130,9 @@ def read_rows(data: Data, *, split: str = "train") -> Rows:
     if not rows:
         raise ValueError(f"data: {data if named else type(data).__name__} has no rows.")
     if nulls:
-        warnings.warn(
+        warn(
             f"{read.source}: in {nulls:,} of {len(rows):,} rows null values below tool_calls or "
-            "tools are left out: Arrow writes them for keys that other rows have.",
-            stacklevel=2,
+            "tools are left out: Arrow writes them for keys that other rows have."
         )
     return Rows(rows, read.source, read.unit, numbers, filled=read.filled)
 

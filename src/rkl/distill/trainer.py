@@ -1,7 +1,6 @@
 """Distillation as a transformers.Trainer: D(teacher ‖ student) at every labelled token."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number
+from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number, warn
 from rkl.distill.batches import Batch, PadRows, shifted
 from rkl.distill.checkpoints import replacing_folder_together, rotate, settle
 from rkl.distill.data import IGNORED, tokenize
@@ -527,12 +526,11 @@ class DistillTrainer(Trainer):
         self._named = True
         first = int(infinite.nonzero()[0])
         if isinstance(p, TopK):
-            warnings.warn(
+            warn(
                 f"{self.divergence} is infinite at {self._place(batch, first)}: among the "
                 "teacher's top k and the rest, one of the distributions is 0 where the other is "
                 "not. Such tokens have no gradient and are left out of the loss; their number is "
-                "logged as infinite_tokens.",
-                stacklevel=2,
+                "logged as infinite_tokens."
             )
             return
         logp, logq = (
@@ -541,13 +539,12 @@ class DistillTrainer(Trainer):
         )
         terms = self.divergence.integrand(logp, logq, *self.divergence.held(logp, logq))
         atoms = (~terms.isfinite()).nonzero()[:, 1]
-        warnings.warn(
+        warn(
             f"{self.divergence} is infinite at {self._place(batch, first)}, because of "
             f"{len(atoms)} atoms where one of the distributions is 0 and the other is not: "
             f"{', '.join(map(self._spell, atoms[:5]))}. "
             "Such tokens have no gradient and are left out of the loss; their number is logged "
-            "as infinite_tokens.",
-            stacklevel=2,
+            "as infinite_tokens."
         )
 
     def _note_nan(self, batch: Batch, value: Tensor) -> None:
@@ -565,12 +562,11 @@ class DistillTrainer(Trainer):
 
     def _warn_if_nothing_moves(self, loss: Tensor) -> None:
         if not self.args.hard_label_weight and loss.abs() <= _NOTHING:
-            warnings.warn(
+            warn(
                 f"{self.divergence} is 0 at the first step: the student says what the teacher "
                 "says, as with fresh PEFT adapters on the teacher itself, so that the gradient is "
                 "0 and nothing will be learned. Begin with a student that differs from its "
-                "teacher, or set hard_label_weight above 0, to learn the text and stay near it.",
-                stacklevel=2,
+                "teacher, or set hard_label_weight above 0, to learn the text and stay near it."
             )
 
     def _spell(self, token: Tensor) -> str:

@@ -11,7 +11,6 @@ that both belong to a parametric family     :meth:`Divergence.between`
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
+from rkl.checks import warn
 from rkl.divergences import KL, Divergence, FDivergence
 from rkl.divergences.base import floats, slope_from_terms, widest
 from rkl.estimators.known import (
@@ -318,10 +318,9 @@ def _kept(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("weight must be at least 0 and finite for every token.")
     kept = weight.nonzero().squeeze(-1)
     if 1 < len(kept) < tokens and bool((weight[kept] == 1).all()):
-        warnings.warn(
+        warn(
             f"weight is a mask of 0 and 1, so the result is the sum over {len(kept)} tokens; "
-            "give weight = mask / mask.sum() for their mean.",
-            stacklevel=4,
+            "give weight = mask / mask.sum() for their mean."
         )
     if not len(kept):
         raise ValueError(f"None of the {tokens} tokens has a weight: there is nothing to compare.")

@@ -1,12 +1,12 @@
 """A flow for a target, as it is before it is fitted: standardised, and knowing its ranges."""
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from rkl.checks import warn
 from rkl.flows.architectures import Architecture, Conditioned, Scaled
 from rkl.flows.architectures.placed import Placed
 from rkl.flows.domain import check_architecture
@@ -63,8 +63,7 @@ class Within:
             margin = 1e-6 * max(abs(it.low), abs(it.high))
             beyond = values[(values < it.low - margin) | (values > it.high + margin)]
             if len(beyond):
-                warnings.warn(
+                warn(
                     f"condition: {it.name}={beyond[0].item():g} is beyond the range that the flow "
-                    f"was trained on, {it.low:g} to {it.high:g}; look at the acceptance.",
-                    stacklevel=4,
+                    f"was trained on, {it.low:g} to {it.high:g}; look at the acceptance."
                 )

@@ -3,7 +3,6 @@
 import itertools
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rkl.checks import warn
 from rkl.flows.coverage import Coverage, judge_coverage, judge_ratios
 from rkl.flows.evaluation import Evaluation, Reference, Values, has_temperature
 from rkl.flows.importance import Thermodynamics, reweight, tails_of_averages, thermodynamics
@@ -294,10 +294,9 @@ def _agree(values: Values) -> bool:
     stuck = bool(ratios.isnan().all(0).any())  # one quantity may be constant, not all of them
     worst = math.inf if stuck else ratios.nan_to_num(1.0).max().item()
     if worst > UNMIXED:
-        warnings.warn(
+        warn(
             f"reference: the chains of the heat bath have an R-hat of up to {worst:.2f}; they "
-            "have not mixed, and no average is judged by them.",
-            stacklevel=6,  # past the decorator
+            "have not mixed, and no average is judged by them."
         )
     return worst <= UNMIXED
 

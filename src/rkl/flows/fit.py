@@ -3,14 +3,13 @@
 import copy
 import math
 import time
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rkl.checks import LARGEST_COUNT, integer, number
+from rkl.checks import LARGEST_COUNT, integer, number, warn
 from rkl.divergences import KL, FDivergence
 from rkl.flows.architectures import Architecture, draw
 from rkl.flows.architectures.coupling import CouplingFlow
@@ -169,7 +168,7 @@ def fit_to_samples(
     rows = data if isinstance(data, Data) else read_data(data, labels, dequantise=dequantise)
     if rows is not data:
         for note in rows.notes:
-            warnings.warn(f"data: {note}.", stacklevel=3)  # past the decorator
+            warn(f"data: {note}.")  # past the decorator
     problem = _Problem(flow, rows, divergence, method or Method(), log_prob, seed)
     done = problem.train(steps, minutes, run, every)
     return problem.finished(done, with_critic, target_precision, budget)
@@ -403,7 +402,7 @@ class _Problem:
         fitted = Fit(self.scaled, critic, done, *rows, settings=self.settings, **figures)
         guarded = self.method.guard and not self.guided  # else it may well be
         if guarded and fitted.below_gaussian is not None:
-            warnings.warn(fitted.below_gaussian, stacklevel=4)  # past the decorator
+            warn(fitted.below_gaussian)  # past the decorator
         aim = self.method.critic, target_precision, budget, self.seed
         fitted = replace(fitted, reached=reach(fitted, *aim)) if aimed else fitted
         return replace(fitted, critic_seconds=time.perf_counter() - began if learnt else 0.0)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from rkl.checks import warn
 from rkl.divergences.base import floats
 from rkl.flows.architectures import draw
 from rkl.flows.domain import check_domain
@@ -228,10 +228,9 @@ def proposed(target: Target, law: Any, condition: Tensor, shape: tuple[int, ...]
 
 def _warn_of_failure(chain: Chain) -> None:
     if chain.accepted.shape[-1] > 1 and chain.failed.any():
-        warnings.warn(
+        warn(
             f"{int(chain.failed.sum())} of {chain.failed.numel()} conditions have a chain that "
-            f"took none of its {chain.accepted.shape[-1] - 1} proposals: they are no result.",
-            stacklevel=4,
+            f"took none of its {chain.accepted.shape[-1] - 1} proposals: they are no result."
         )
 
 

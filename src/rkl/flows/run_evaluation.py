@@ -1,7 +1,6 @@
 """``rkl evaluate`` and ``rkl report`` for a run of a flow: what it is worth, as JSON and pages."""
 
 import os
-import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rkl.checks import LARGEST_SEED, integer
+from rkl.checks import LARGEST_SEED, integer, warn
 from rkl.flows.data import Data, check_device, read_data
 from rkl.flows.data_run import load_critic, load_point, load_run, settings_of
 from rkl.flows.evaluate import VALUES, condition_grid, evaluate_on_target
@@ -273,7 +272,7 @@ def _measured(
 ) -> Measured | None:
     """Precision, recall and the like in units of the spread, where there are rows enough."""
     if len(real) < 20:
-        warnings.warn(f"{len(real)} rows are too few to measure samples by.", stacklevel=4)
+        warn(f"{len(real)} rows are too few to measure samples by.")
         return None
     sides = {"real": real, "fake": fake.to(real.dtype)} | (
         {} if train is None else {"train": train}

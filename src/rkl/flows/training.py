@@ -6,7 +6,6 @@ import math
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from rkl.checks import LARGEST_COUNT, LARGEST_RATE
+from rkl.checks import LARGEST_COUNT, LARGEST_RATE, warn
 from rkl.divergences.base import number
 from rkl.flows.precision import single_precision
 from rkl.runs import Run, save_tensors
@@ -111,10 +110,9 @@ def one_at_a_time() -> Iterator[None]:
     fits side by side would take numbers from one another, and neither would be its seed's.
     """
     if not _RUNNING.acquire(blocking=False):
-        warnings.warn(
+        warn(
             "another fit is running in this process: this one waits for it, as both draw from "
-            "torch's global random numbers. Start a process for each to run them side by side.",
-            stacklevel=3,
+            "torch's global random numbers. Start a process for each to run them side by side."
         )
         _RUNNING.acquire()
     try:

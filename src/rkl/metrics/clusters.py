@@ -1,13 +1,12 @@
 """The precision-recall curve of samples, from the histograms of their clusters."""
 
 import math
-import warnings
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.checks import integer
+from rkl.checks import integer, warn
 from rkl.metrics import Mean
 from rkl.metrics.neighbours import centred, checked_pair, common_unit
 from rkl.metrics.precision_recall import SampledCurve
@@ -82,10 +81,9 @@ def prd_curve(
         held.append(int((counts[0] > 0).sum()))
         found.append(torch.stack(_precision(counts, slopes)))
     if clusters >= 2 * FEW and max(held) < min(FEW, len(real.unique(dim=0))):
-        warnings.warn(
+        warn(
             f"real samples lie in {max(held)} of {clusters} clusters: a curve of so few says "
-            "nothing.",
-            stacklevel=2,
+            "nothing."
         )
     precision = Mean(*torch.stack(found).mean(0))
     return SampledCurve(slopes, precision, Mean(*(part / slopes for part in precision)))

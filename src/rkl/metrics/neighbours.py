@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rkl.checks import warn
 from rkl.divergences.base import floats
 from rkl.metrics import Mean
 
@@ -206,19 +207,17 @@ def _least_errors(values: Tensor, reals: int, fakes: int, k: int) -> Tensor:
 
 def _warn(real: Tensor, fake: Tensor, dimension: float, points: int) -> None:
     if points >= POINTS * (len(real) + len(fake)):
-        warnings.warn(
+        warn(
             f"{points:,} of {len(real) + len(fake):,} balls have a radius of 0, as samples are "
-            "equal: open balls hold nothing then, closed ones (inclusive) their equals.",
-            stacklevel=3,
+            "equal: open balls hold nothing then, closed ones (inclusive) their equals."
         )
     if real.shape == fake.shape and torch.equal(real, fake):
-        warnings.warn("real and fake are the same samples: no score means anything.", stacklevel=3)
+        warn("real and fake are the same samples: no score means anything.")
     if dimension >= HIGH:
-        warnings.warn(
+        warn(
             f"in high dimension (about {dimension:.0f}, of {real.shape[1]} features) precision "
             "and recall are not alike: samples slightly inside the others lose recall "
-            "alone, slightly outside them precision alone (arXiv 2306.09618).",
-            stacklevel=3,
+            "alone, slightly outside them precision alone (arXiv 2306.09618)."
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rkl.checks import warn
 from rkl.metrics import Mean
 from rkl.metrics.clusters import equal_precision, prd_curve
 from rkl.metrics.frechet import frechet_bias, frechet_distance
@@ -239,7 +240,7 @@ def _others(real: Tensor, fake: Tensor, seed: int) -> dict[str, Mean]:
         curve = prd_curve(real=real, fake=fake, clusters=clusters, slopes=slopes, seed=seed)
     precision, recall = (torch.stack(it) for it in (curve.precision, curve.recall))
     for it in said:
-        warnings.warn(str(it.message), stacklevel=2)
+        warn(str(it.message))
         precision, recall = (part.new_full(part.shape, math.nan) for part in (precision, recall))
     return {
         "precision of clusters, slope 4": Mean(*precision[:, 2]),

@@ -10,11 +10,11 @@ import json
 import os
 import socket
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rkl.checks import warn
 from rkl.runs.processes import main_process
 
 try:
@@ -192,10 +192,9 @@ def _flock(descriptor: int, folder: Path, *, shared: bool = False) -> bool:
         except OSError as error:
             reason = os.strerror(error.errno or 0)
     if not shared:
-        warnings.warn(
+        warn(
             f"out: {folder} cannot be locked ({reason}): see to it that no second process writes "
-            "this run.",
-            stacklevel=5,
+            "this run."
         )
     return False
 

@@ -1,13 +1,13 @@
 """The three names of rejection's one knob: its constant, its budget, the precision it buys."""
 
 import math
-import warnings
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rkl.checks import warn
 from rkl.divergences.base import number
 from rkl.metrics.precision_recall.sampled import checked_ratio
 
@@ -122,10 +122,9 @@ class _Ratios:
         if k == 0:
             return 1 / self.r[0].item()
         if budget > 1.05 * at_knots[-1]:  # nearer than that it may be these samples
-            warnings.warn(
+            warn(
                 f"budget={budget:.6g} buys nothing beyond {at_knots[-1].item():.6g}: from there "
-                "on the accepted law is p itself, as far as these samples show.",
-                stacklevel=3,
+                "on the accepted law is p itself, as far as these samples show."
             )
         kept = self.n / budget - (len(self.r) - k)
         u = self.r[:k].sum().item() / kept if kept > 0 else self.r[k - 1].item()

@@ -15,6 +15,7 @@ VERBS = {
     ),
     "compare estimates": lambda run, out, **how: bayes.compare_runs([run, run], out, **how),
     "compare distillations": lambda run, out, **how: distill.compare_runs([run, run], out, **how),
+    "compare flows": lambda run, out, **how: flows.compare_runs([run, run], out, **how),
     "report an estimate": lambda run, out, **how: bayes.report_runs([run], out, **how),
     "report a distillation": lambda run, out, **how: distill.report_runs([run], out, **how),
     "report a flow": lambda run, out, **how: flows.report_runs([run], out, **how),
@@ -24,6 +25,7 @@ KIND = {
     "estimate": "bayes",
     "estimates": "bayes",
     "flow": "flows",
+    "flows": "flows",
     "demonstration": "studies.demo",
 }
 

@@ -9,9 +9,10 @@ import torch
 
 import rkl
 from rkl.cli import main
-from rkl.flows import load_critic
+from rkl.flows import compare_runs, load_critic
 from rkl.flows.data_run import FitSettings
 from rkl.flows.run import SampleSettings, estimate, fit, sample_run
+from rkl.metrics.written import parenthesised
 from rkl.runs import Run
 
 FLOW = "coupling(transforms=2, hidden=(8,))"
@@ -151,8 +152,26 @@ def test_an_evaluation_counts_the_rows_that_were_trained_on(folder, capsys):
     assert main(["evaluate", str(folder / "plain"), "--data", str(folder / "data.npy")]) == 0
     said = capsys.readouterr().out
     assert "270 of the rows were fitted" in said
-    assert main(["compare", str(folder / "plain"), str(folder / "classes")]) == 0
-    assert "precision-half(lam=3)" in capsys.readouterr().out
+
+
+def test_runs_are_compared_in_a_table_with_heads_and_on_a_page(folder, tmp_path, capsys):
+    page = tmp_path / "both.html"
+    words = ["compare", folder / "plain", folder / "classes", "--out", page]
+    assert main([str(it) for it in words]) == 0
+    said = capsys.readouterr().out
+    assert "precision-half(lam=3)" in said
+    result = Run.open(folder / "plain").record["result"]
+    row = next(line for line in said.splitlines() if line.startswith(str(folder / "plain")))
+    assert parenthesised((result["held_out"]["value"], result["held_out"]["error"])) in row
+    assert "held-out log-density (nats per row)" in said
+    html = page.read_text("utf-8")
+    assert "precision-half(lam=3)" in html
+    assert "held-out log-density" in html
+    assert main([str(it) for it in words]) == 0  # a report of rkl is replaced
+    with pytest.raises(ValueError, match="at least one run"):
+        compare_runs([])
+    with pytest.raises(TypeError, match="a list of folders"):
+        compare_runs(str(folder / "plain"))
 
 
 def test_a_run_killed_between_two_steps_goes_on_to_the_same_bits(folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import rkl
 from rkl.cli import main
 from rkl.flows import Coupling, Critic, Method, fit_to_samples
-from rkl.flows.data_run import load_critic, load_point
+from rkl.flows.data_run import FitSettings, load_critic, load_point
 from rkl.runs import Run
 
 FLOW = "coupling(transforms=2,hidden=(8,))"
@@ -78,9 +79,38 @@ def test_a_dry_run_counts_the_critics(crossed, capsys):
     words = ["fit", "--data", crossed / "data.npy", "--flow", FLOW, "--steps", "60", "--dry-run"]
     words += ["--out", crossed / "no"]
     assert main([*map(str, words), "--target-precision", "0.9"]) == 0
-    assert "then two critics, beyond the budget: 300 and up to" in capsys.readouterr().out
+    assert "then two critics: 300 and up to" in capsys.readouterr().out
     assert main([str(it) for it in words]) == 0
     assert "critic" not in capsys.readouterr().out
+
+
+def test_minutes_are_those_of_flow_and_critics_together(crossed, capsys):
+    words = [
+        "fit",
+        "--data",
+        crossed / "data.npy",
+        "--flow",
+        FLOW,
+        "--minutes",
+        "0.1",
+        "--dry-run",
+    ]
+    words += ["--out", crossed / "no", "--target-precision", "0.9"]
+    assert main([str(it) for it in words]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"about [\d,]+ steps in 0.05 minutes\n", out)
+    assert "in up to 0.05 minutes: up to 0.1 minutes in all" in out
+    assert FitSettings(crossed / "data.npy", critic=True).share_of_steps == 0.75
+    assert FitSettings(crossed / "data.npy").share_of_steps == 1
+
+
+def test_a_fit_that_has_spent_its_minutes_with_critics_is_finished(crossed, capsys):
+    words = ["fit", "--data", crossed / "data.npy", "--flow", FLOW, "--minutes", "0.01"]
+    words += ["--out", crossed / "timed", "--critic"]
+    assert main([str(it) for it in words]) == 0
+    steps = Run.open(crossed / "timed").record["result"]["steps"]
+    assert main([str(it) for it in [*words, "--resume"]]) == 0
+    assert Run.open(crossed / "timed").record["result"]["steps"] == steps
 
 
 # Saving

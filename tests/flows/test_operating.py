@@ -1,12 +1,13 @@
 """A fit asked for an operating point reaches it or says so, and rejection is distilled away."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch.distributions import Normal
 
-from rkl.flows import Coupling, Critic, Method, draw, fit_to_samples
+from rkl.flows import Coupling, Critic, Method, critic, draw, fit_to_samples
 from rkl.flows.fitted import Reached
 from rkl.flows.operating import DEARER, check_point, distil_rejection, draw_kept
 from rkl.metrics import Mean
@@ -142,3 +143,20 @@ def test_what_has_no_critic_or_no_knob_cannot_be_distilled(crossed):
         distil_rejection(critic, steps=1)
     with pytest.raises(ValueError, match="anchor must be"):
         distil_rejection(critic, budget=2.0, anchor=math.nan, steps=1)
+
+
+def test_critics_end_with_the_minutes_and_a_judge_in_a_hurry_shows_nothing(crossed):
+    """100,000 lessons would take many minutes."""
+    method = Method(batch=256, critic=Critic(lessons=100_000))
+    fitted = fit_to_samples(SMALL, crossed, target_precision=0.2, minutes=0.01, method=method)
+    assert fitted.reached.hurried
+    assert not fitted.reached.met
+    assert not fitted.reached.judged
+    assert "Give it more minutes" in str(fitted.reached)
+
+
+def test_lessons_are_counted_or_end_with_their_seconds(monkeypatch):
+    clock = itertools.count()  # a second from one look to the next
+    monkeypatch.setattr(critic.time, "perf_counter", lambda: float(next(clock)))
+    assert list(critic.lessons("critic", 4)) == [0, 0.25, 0.5, 0.75]
+    assert list(critic.lessons("critic", 100, 2.0)) == [0, 0.5]

@@ -1,6 +1,9 @@
 """A fit to a target from the command line resumes, loads, and gives exact draws."""
 
+import json
 import math
+import re
+import shutil
 import sys
 from dataclasses import replace
 
@@ -11,7 +14,14 @@ import xarray as xr
 
 import rkl
 from rkl.cli import main
-from rkl.flows import CoarseToFine, Coupling, independent_metropolis
+from rkl.flows import (
+    CoarseToFine,
+    Coupling,
+    EvaluateSettings,
+    compare_runs,
+    evaluate_run,
+    independent_metropolis,
+)
 from rkl.flows.lattice import CheckerboardRealNVP, CoarseToFineField
 from rkl.flows.target_run import (
     SPLINES,
@@ -80,6 +90,27 @@ def test_chains_are_written_with_all_that_judges_them(folder, capsys):
                 np.testing.assert_array_equal(found[name].values, arrays[name])
             assert found.attrs["T"] == pytest.approx(0.9)
     assert np.array_equal(np.load(folder / "chains.npy"), arrays["x"].reshape(-1, 16))
+
+
+def test_runs_of_targets_are_compared_with_acceptance_and_log_z(folder, tmp_path):
+    shutil.copytree(folder / "xy", tmp_path / "a")
+    evaluate_run(tmp_path / "a", EvaluateSettings(condition="T=0.9", draws=100))
+    found = compare_runs([tmp_path / "a", folder / "xy"], tmp_path / "page.html")
+    last = Run.open(folder / "xy").metrics[-1]
+    heads, one = found.tables[0].columns, found.tables[0].rows[0]
+    assert one[heads.index("acceptance")] == last["acceptance"]
+    run, at, (value, error), *_ = found.tables[1].rows[0]
+    assert (run, at) == (str(tmp_path / "a"), "T = 0.9")
+    kept = json.loads((tmp_path / "a" / "evaluation.json").read_text("utf-8"))
+    assert [value, error] == [kept["thermodynamics"]["log_z"][it][0] for it in ("value", "error")]
+    assert len(found.tables[1].rows) == 1  # the other was not evaluated
+    assert "log Z (nats)" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_the_worst_condition_is_named(folder, capsys):
+    words = ["fit", *XY4, "--steps", "2", "--out", str(folder / "worst")]
+    assert main(words) == 0
+    assert re.search(r"Of 8 conditions T = \S+ J is the worst: share", capsys.readouterr().out)
 
 
 def test_draws_are_those_of_independent_metropolis(folder):

@@ -4,6 +4,7 @@ import importlib
 
 _HOMES: dict[str, str] = {
     "architectures": "MAF NSF Architecture CircularSplines Coupling MultiScale draw latent",
+    "compare": "FlowComparison compare_runs",
     "critic": "Critic",
     "coverage": "Coverage Mode judge_coverage judge_ratios",
     "data": "Data read_data",
@@ -23,7 +24,7 @@ _HOMES: dict[str, str] = {
     "observables": "averages beside_held_out check_held_out",
     "operating": "distil_rejection",
     "rejection": "Accepted reject",
-    "run": "SampleSettings compare_runs sample_run save_run",
+    "run": "SampleSettings sample_run save_run",
     "run_evaluation": "DataEvaluation EvaluateSettings NotCoveredError evaluate_run report_runs",
     "smc": "Evidence evidence",
     "target_fit": "TargetFit fit_to_target",

@@ -6,6 +6,8 @@ from rkl.flows.architectures import Coupling as Coupling
 from rkl.flows.architectures import MultiScale as MultiScale
 from rkl.flows.architectures import draw as draw
 from rkl.flows.architectures import latent as latent
+from rkl.flows.compare import FlowComparison as FlowComparison
+from rkl.flows.compare import compare_runs as compare_runs
 from rkl.flows.coverage import Coverage as Coverage
 from rkl.flows.coverage import Mode as Mode
 from rkl.flows.coverage import judge_coverage as judge_coverage
@@ -54,7 +56,6 @@ from rkl.flows.operating import distil_rejection as distil_rejection
 from rkl.flows.rejection import Accepted as Accepted
 from rkl.flows.rejection import reject as reject
 from rkl.flows.run import SampleSettings as SampleSettings
-from rkl.flows.run import compare_runs as compare_runs
 from rkl.flows.run import sample_run as sample_run
 from rkl.flows.run import save_run as save_run
 from rkl.flows.run_evaluation import DataEvaluation as DataEvaluation

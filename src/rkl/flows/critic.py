@@ -2,6 +2,8 @@
 
 import copy
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,7 @@ from rkl.divergences import FDivergence, JensenShannon
 from rkl.divergences.base import number
 from rkl.estimators import variational_bound
 from rkl.flows.architectures.splines import check_sizes
+from rkl.flows.progress import progress_line
 from rkl.flows.standardise import Units
 from rkl.flows.weights import bends_everywhere
 
@@ -144,6 +147,20 @@ class Ratio(nn.Module):
         new = score_q.detach().logsumexp(0) - math.log(len(q))
         self.log_normaliser.lerp_(new, 1 - FORGETS)
         return bound.detach()
+
+
+def lessons(name: str, count: int, seconds: float = math.inf) -> Iterator[float]:
+    """The progress in [0, 1) before each step of a critic: so many, or while the seconds last.
+
+    On a terminal a line shows how far it is.
+    """
+    began, step, progress = time.perf_counter(), 0, 0.0
+    with progress_line() as show:
+        while progress < 1:
+            yield progress
+            step += 1
+            progress = max(step / count, (time.perf_counter() - began) / max(seconds, 1e-9))
+            show(progress, step, name)
 
 
 class ScaledCritic(nn.Module):

@@ -16,13 +16,14 @@ from rkl.flows.architectures import Architecture, parse_architecture
 from rkl.flows.architectures.mixture import MixtureStart, with_state
 from rkl.flows.critic import ScaledCritic
 from rkl.flows.data import Data
-from rkl.flows.fit import Method
+from rkl.flows.fit import Method, share_of_steps
 from rkl.flows.fitted import Reached
 from rkl.flows.operating import check_point
 from rkl.flows.precision import single_precision
 from rkl.flows.standardise import Standardised, Units
 from rkl.flows.target_run import MINUTES, WEIGHTS, load_target_run
 from rkl.flows.training import load_state
+from rkl.flows.weights import is_likelihood
 from rkl.importing import only
 from rkl.runs import Run
 from rkl.runs.integrity import check_finite
@@ -41,7 +42,7 @@ class FitSettings:
         dequantise: Spread quantised values over one step, as image files are; --no-dequantise
             takes floats on a grid as they are.
         steps: The budget in steps.
-        minutes: The budget in minutes; 2 where none is given.
+        minutes: The budget in minutes, critics included; 2 where none is given.
         estimator: How the gradient is estimated; auto chooses.
         start: Share of the budget for maximum likelihood, with which a fit begins.
         anchor: Weight of plain likelihood after that.
@@ -131,6 +132,15 @@ class FitSettings:
         if self.steps is not None:
             return {"steps": self.steps}
         return {"minutes": MINUTES if self.minutes is None else self.minutes}
+
+    @property
+    def share_of_steps(self) -> float:
+        """Share of a budget in minutes that the steps of the flow take, before critics follow."""
+        if self.start_from is not None:
+            return 1.0
+        aimed = self.target_precision is not None or self.budget is not None
+        critic = self.critic or aimed or not is_likelihood(self.chosen)
+        return share_of_steps(self.chosen, critic=critic, aimed=aimed)
 
 
 @single_precision()

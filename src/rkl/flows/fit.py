@@ -14,7 +14,7 @@ from rkl.divergences import KL, FDivergence
 from rkl.flows.architectures import Architecture, draw
 from rkl.flows.architectures.coupling import CouplingFlow
 from rkl.flows.architectures.splines import start_as_identity
-from rkl.flows.critic import Critic, Ratio, ScaledCritic
+from rkl.flows.critic import Critic, Ratio, ScaledCritic, lessons
 from rkl.flows.data import Data, read_data
 from rkl.flows.fitted import SPLINED, Fit
 from rkl.flows.guard import Guard, LogProb, annealed, slope_of
@@ -138,7 +138,7 @@ def fit_to_samples(
         data: Whatever :func:`read_data` reads, or rows that it has read.
         divergence: Any f-divergence.
         steps: The budget in steps, or
-        minutes: in minutes.
+        minutes: in minutes, critics included: of these up to a half, if a point is asked for.
         seed: Of all random numbers.
         labels: Class of each row, which conditions the flow.
         dequantise: Whether to spread quantised values, such as grey levels, over one step.
@@ -169,9 +169,32 @@ def fit_to_samples(
     if rows is not data:
         for note in rows.notes:
             warn(f"data: {note}.")  # past the decorator
-    problem = _Problem(flow, rows, divergence, method or Method(), log_prob, seed)
-    done = problem.train(steps, minutes, run, every)
-    return problem.finished(done, with_critic, target_precision, budget)
+    method = method or Method()
+    problem = _Problem(flow, rows, divergence, method, log_prob, seed)
+    aimed = target_precision is not None or budget is not None
+    learnt = with_critic or aimed or (problem.guided and log_prob is None)
+    share = share_of_steps(divergence, critic=learnt, aimed=aimed)
+    done = problem.train(steps, minutes and minutes * share, run, every)
+    problem.seconds = math.inf if minutes is None else 60 * minutes * (1 - share)
+    return problem.finished(done, learnt, target_precision, budget)
+
+
+def share_of_steps(divergence: FDivergence, *, critic: bool, aimed: bool) -> float:
+    """Share of a budget in minutes that the steps of the flow take, before critics follow.
+
+    Args:
+        divergence: What is minimised.
+        critic: Whether a critic follows.
+        aimed: Whether an operating point is asked for, which a second critic judges.
+
+    >>> share_of_steps(KL(), critic=True, aimed=True)
+    0.5
+    """
+    if aimed:
+        return 0.5
+    if not critic:
+        return 1.0
+    return 0.75 if is_likelihood(divergence) else 0.9
 
 
 def _standardised(
@@ -207,7 +230,13 @@ class _Draws(NamedTuple):
 
 
 class _Problem:
-    """One fit: its loss, and what is looked at between."""
+    """One fit: its loss, and what is looked at between.
+
+    Attributes:
+        seconds: How long the critics behind the last step may take.
+    """
+
+    seconds = math.inf
 
     def __init__(self, flow, data, divergence, method, log_prob, seed):
         rows, held_out = data.split(method.held_out, seed)
@@ -385,18 +414,18 @@ class _Problem:
     def finished(
         self,
         done: Training,
-        with_critic: bool,
+        learnt: bool,
         target_precision: float | None,
         budget: float | None,
     ) -> Fit:
         """The fit, with a critic where one is wanted, and at its operating point."""
         done = self.keep_start(done)
         aimed = target_precision is not None or budget is not None
-        learnt = with_critic or aimed or (self.guided and self.log_prob is None)
         least = self.method.critic.lessons_after(done.steps) if aimed else 50
         log_density, gaussian = self.scores()
         began = time.perf_counter()
-        critic = self.final_critic(done.steps, least) if learnt else None
+        seconds = self.seconds / 2 if aimed else self.seconds
+        critic = self.final_critic(done.steps, least, seconds) if learnt else None
         rows = self.held_out, self.rows, self.classes
         figures: dict[str, Any] = {"log_density": log_density, "gaussian": gaussian}
         fitted = Fit(self.scaled, critic, done, *rows, settings=self.settings, **figures)
@@ -404,16 +433,17 @@ class _Problem:
         if guarded and fitted.below_gaussian is not None:
             warn(fitted.below_gaussian)  # past the decorator
         aim = self.method.critic, target_precision, budget, self.seed
-        fitted = replace(fitted, reached=reach(fitted, *aim)) if aimed else fitted
+        left = self.seconds - (time.perf_counter() - began)
+        fitted = replace(fitted, reached=reach(fitted, *aim, left)) if aimed else fitted
         return replace(fitted, critic_seconds=time.perf_counter() - began if learnt else 0.0)
 
-    def final_critic(self, steps: int, least: int) -> ScaledCritic:
+    def final_critic(self, steps: int, least: int, seconds: float) -> ScaledCritic:
         """The critic of the flow that was kept, trained on for a tenth of the steps, or more."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed + 3)
             count = max(least, steps // (10 if self.guided else 3))
-            for step in range(count):
+            for progress in lessons("critic", count, seconds):
                 value, condition = self._batch()
                 drawn = self._draws(condition, len(value))
-                self.ratio.update(value, drawn.value, condition, 0.5 * (1 - step / count))
+                self.ratio.update(value, drawn.value, condition, 0.5 * (1 - progress))
         return ScaledCritic(self.ratio.requires_grad_(False), self.scaled.units)

@@ -30,6 +30,7 @@ class Reached:
         point: Rejection's constant, its draws per sample, and the precision as the critic has it.
         log_normaliser: What is taken off the critic's log-ratio, where the constant is compared.
         judged: Budgets that were judged, each with the bound and its standard error.
+        hurried: Whether the minutes ended before all that should be judged was.
     """
 
     asked: float | None
@@ -37,17 +38,23 @@ class Reached:
     point: OperatingPoint
     log_normaliser: float = 0.0
     judged: tuple[tuple[float, float, float], ...] = ()
+    hurried: bool = False
 
     @property
     def met(self) -> bool:
         """Whether the lower end of the bound, two standard errors down, is the precision asked."""
         value, error = self.precision.value.item(), self.precision.error.item()
-        return self.asked is None or value - 2 * error >= self.asked
+        return self.asked is None or (not self.hurried and value - 2 * error >= self.asked)
 
     def __str__(self) -> str:
         value, error = self.precision.value.item(), self.precision.error.item()
         cost = f"{self.point.budget:.3g} draws per sample"
         got = f"precision at most {value:.3f} ± {error:.3f} at {cost}"
+        if self.hurried:
+            return (
+                f"{got}: the minutes ended before the critic that judges it had learnt, or had "
+                "tried more draws. Give it more minutes."
+            )
         if self.met:
             return got
         if self.asked is not None and value >= self.asked:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rkl.divergences.base import number
 from rkl.flows.architectures import draw
-from rkl.flows.critic import Critic
+from rkl.flows.critic import Critic, lessons
 from rkl.flows.data import Data
 from rkl.flows.fitted import Fit, Reached
 from rkl.flows.precision import single_precision
@@ -41,28 +41,37 @@ def check_point(target_precision: float | None, budget: float | None) -> None:
 
 
 def reach(
-    fitted: Fit, chosen: Critic, target: float | None, budget: float | None, seed: int
+    fitted: Fit,
+    chosen: Critic,
+    target: float | None,
+    budget: float | None,
+    seed: int,
+    seconds: float = math.inf,
 ) -> Reached:
     """The mildest rejection of a fit that has a precision, or what a budget buys.
 
     Where the critic that rejects is wrong, it does not see what it let through. So a second
     critic learns to tell what was kept from data, and rows that neither has seen say how well it
     does: P(A) − Q(A) of the set A that it finds, which precision at slope 1 is 1 less of. As
-    long as it finds more amiss than was asked for, more draws are spent.
+    long as it finds more amiss than was asked for, more draws are spent, while the seconds last.
     """
+    began = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(seed + 4)
         judge, most = _Judge(fitted, chosen), MOST if budget is None else budget
         if target is None:
-            return judge.reached(None, most)
-        spent, best = 1.0, None
+            return judge.reached(None, most, seconds)
+        spent, best, left = 1.0, None, seconds
         while True:
-            found = judge.reached(target, spent)
+            found = judge.reached(target, spent, left)
             value = found.precision.value.item()
-            best = found if best is None or value > best.precision.value.item() else best
-            if found.met or spent >= min(most, judge.useful):
+            if best is None or (value > best.precision.value.item() and not found.hurried):
+                best = found
+            over = found.met or spent >= min(most, judge.useful)
+            before, left = left, seconds - (time.perf_counter() - began)
+            if over or found.hurried or left < before - left:  # as long as this one took
                 best = found if found.met else best
-                return replace(best, judged=tuple(judge.found))
+                return replace(best, judged=tuple(judge.found), hurried=found.hurried or not over)
             spent = min(most, judge.useful, spent * DEARER)
 
 
@@ -103,12 +112,14 @@ class _Judge:
         found = operating_point(self.log_ratio, budget=min(budget, self.useful))
         return found._replace(target_precision=min(1.0, found.target_precision))
 
-    def reached(self, target: float | None, budget: float) -> Reached:
-        """What the judge finds of a budget."""
-        precision, point = self.precision(budget), self.point(budget)
+    def reached(self, target: float | None, budget: float, seconds: float) -> Reached:
+        """What the judge finds of a budget, in so many seconds."""
+        (precision, hurried), point = self.precision(budget, seconds), self.point(budget)
         figures = point.budget, precision.value.item(), precision.error.item()
-        self.found.append(figures)
-        return Reached(target, precision, point, self.normaliser, tuple(self.found))
+        if not hurried:
+            self.found.append(figures)
+        judged = tuple(self.found)
+        return Reached(target, precision, point, self.normaliser, judged, hurried)
 
     def _drawn(self, count: int) -> tuple[Data, Tensor, Tensor]:
         """Rows; draws under their conditions; and what the critic that rejects says of these."""
@@ -129,21 +140,22 @@ class _Judge:
     def _inner(self, value: Tensor) -> Tensor:
         return self.scaled.standardise(value)
 
-    def precision(self, budget: float) -> Mean:
-        """What held-out rows say of it, once the judge has learnt."""
-        point = self.point(budget)
+    def precision(self, budget: float, seconds: float) -> tuple[Mean, bool]:
+        """What held-out rows say of it, once the judge has learnt; whether its time was short."""
+        point, step = self.point(budget), 0
         p, q, given = self._kept(point)
-        for step in range(self.lessons):
+        for progress in lessons("critic of what is kept", self.lessons, seconds):
             index = torch.randint(len(q), (BATCH,), device=q.device)
             condition = None if given is None else given[index]
-            self.ratio.update(p[index], q[index], condition, 1 - step / self.lessons)
+            self.ratio.update(p[index], q[index], condition, 1 - progress)
+            step += 1
         _, q, given = self._kept(point)
         with torch.no_grad():
             found = self.ratio(q, given) > 0
             own = self.ratio(self._inner(self.held_out.values), self.held_out.condition) > 0
         seen, taken = mean(own.double().cpu()), mean(found.double().cpu())
         least = (1 - seen.value + taken.value).clamp(max=point.target_precision)
-        return Mean(least, torch.hypot(seen.error, taken.error))
+        return Mean(least, torch.hypot(seen.error, taken.error)), step < self.lessons
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -157,7 +157,8 @@ def fit(
     """
     inputs = {name: getattr(settings, name) for name in ("data", "labels", "start_from")}
     check_out(out, overwrite=overwrite, resume=resume, inputs=inputs)
-    more = goes_on(Path(out), **settings.allowance) if resume else True
+    allowed = settings.allowance
+    more = goes_on(Path(out), **allowed, share=settings.share_of_steps) if resume else True
     data = _read(settings)
     begun = _begun(settings, data)
     kept = asdict(settings) | {"data": str(settings.data.resolve())}
@@ -234,34 +235,39 @@ def estimate(settings: FitSettings) -> str:
         estimator = "maximum likelihood"
     elif estimator == "auto":
         estimator = "data" if bounded_on_data(divergence) else "draws"
-    steps = settings.allowance.get("steps") or round(60 * settings.allowance["minutes"] / per_step)
+    budget, share = settings.allowance, settings.share_of_steps
+    steps = budget.get("steps") or round(60 * share * budget["minutes"] / per_step)
     lines = [f"{len(data):,} rows of shape {list(data.event_shape)}, {data.conditions} conditions"]
     lines += [f"data: {note}" for note in data.notes]
     lines += [f"{flow}: {size:,} parameters, {size * 4 * 6 / 1e6:.3g} MB with what Adam keeps"]
     lines += [f"{divergence} by the estimator: {estimator}"]
-    lines += [f"about {steps:,} steps in {steps * per_step / 60:.2g} minutes"]
-    lines += _critics(settings, tried, steps)
+    minutes = steps * per_step / 60
+    lines += [f"about {steps:,} steps in {minutes:.2g} minutes"]
+    critics = _critics(settings, tried, steps)
+    if critics is not None:
+        said, most = critics
+        if "minutes" in budget:
+            most = min(most, (1 - share) * budget["minutes"])
+        lines += [f"{said} in up to {most:.2g} minutes: up to {minutes + most:.2g} minutes in all"]
     return "\n".join(lines)
 
 
-def _critics(settings: FitSettings, tried: Fit, steps: int) -> list[str]:
-    """How long the critics take that follow the steps, which no budget counts."""
+def _critics(settings: FitSettings, tried: Fit, steps: int) -> tuple[str, float] | None:
+    """The critics that follow the steps, and how many minutes they take at most."""
+    if settings.share_of_steps == 1:
+        return None
     aimed = settings.target_precision is not None or settings.budget is not None
-    followed = settings.start_from is None and not is_likelihood(settings.chosen)
-    if settings.start_from is not None or not (settings.critic or aimed or followed):
-        return []
+    likelihood = is_likelihood(settings.chosen)
     chosen = settings.method.critic
     seconds = seconds_of_update(tried, chosen, settings.batch)
-    lessons = max(chosen.lessons_after(steps) if aimed else 50, steps // (10 if followed else 3))
+    count = max(chosen.lessons_after(steps) if aimed else 50, steps // (3 if likelihood else 10))
     if not aimed:
-        return [f"then a critic: {lessons:,} steps in {lessons * seconds / 60:.2g} minutes"]
+        return f"then a critic: {count:,} steps", count * seconds / 60
     judged = 1 if settings.target_precision is None else POINTS
     more = judged * max(1, chosen.lessons_after(steps) // 2)
     up_to = "up to " * (judged > 1)
-    return [
-        f"then two critics, beyond the budget: {lessons:,} and {up_to}{more:,} steps, in {up_to}"
-        f"{(lessons + more) * seconds / 60:.2g} minutes"
-    ]
+    said = f"then two critics: {count:,} and {up_to}{more:,} steps"
+    return said, (count + more) * seconds / 60
 
 
 @single_precision()
@@ -365,36 +371,6 @@ def save_run(fitted: Fit, out: str | os.PathLike) -> Path:
     return run.path
 
 
-def compare_runs(
-    paths: Sequence[str | os.PathLike],
-    out: str | os.PathLike | None = None,
-    *,
-    overwrite: bool = False,
-) -> str:
-    """Held-out log-density of several runs, in one table."""
-    if out is not None:
-        raise NotImplementedError("out: runs of kind 'flows' are compared in a table alone.")
-    lines = []
-    for path in paths:
-        run = Run.open(path)
-        row, settings = (run.metrics or [{}])[-1], run.settings
-        of_target = "target" in settings
-        kept = (run.record.get("result") or {}).get("held_out")
-        if kept is not None:  # of the parameters kept, which need not be the last
-            row = row | {"held_out": kept["value"]}
-        for name in ("flow", "objective" if of_target else "data", "divergence"):
-            if name not in settings:
-                raise ValueError(f"path: the run.json of {path} lacks the setting {name!r}.")
-        minimised = settings["objective"] or "" if of_target else ""
-        minimised = minimised or settings["divergence"] or "by default"
-        if settings.get("distil_budget"):
-            minimised += f", distilled at {settings['distil_budget']:g}"
-        named = {"ess": "ESS", "v": "v"} if of_target else {"held_out": "held-out nats per row"}
-        figures = ", ".join(f"{said} {row.get(it, math.nan):.4g}" for it, said in named.items())
-        lines += [f"{path!s:30} {minimised:32} {settings['flow']:24} {figures}"]
-    return "\n".join(lines)
-
-
 def _pair(figure: Mean) -> tuple[float, float]:
     return figure.value.item(), figure.error.item()
 
@@ -485,6 +461,11 @@ def _judged_budget(settings: SampleSettings, held: HeldPoint) -> SampleSettings:
     for budget, value, error in sorted(held.judged):
         if wanted is not None and value - 2 * error >= wanted:
             return replace(settings, target_precision=None, budget=budget)
+    if not held.judged:
+        raise ValueError(
+            f"target_precision={wanted} cannot be drawn at: the minutes of the fit ended before "
+            "its critics had judged any budget. Fit with more --minutes, or say --budget."
+        )
     best = max(held.judged, key=lambda it: it[1])
     raise ValueError(
         f"target_precision={wanted} was judged at no budget of the fit; the best was at most "

@@ -26,11 +26,15 @@ from rkl.flows.architectures import (
 )
 from rkl.flows.built import built
 from rkl.flows.data import check_device
+from rkl.flows.evaluate import condition_grid
 from rkl.flows.files import write_chain
+from rkl.flows.importance import reweight
 from rkl.flows.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
-from rkl.flows.metropolis import Chain, independent_metropolis
+from rkl.flows.mcmc.kernels import seeded
+from rkl.flows.metropolis import Chain, independent_metropolis, law_of, proposed
 from rkl.flows.objectives import Objective, parse_objective
 from rkl.flows.observables import observe, turn_invariant
+from rkl.flows.precision import single_precision
 from rkl.flows.target_fit import FEW, TargetFit, fit_to_target
 from rkl.flows.targets import XY, Phi4, Target, parse_target
 from rkl.flows.targets.base import Condition, check_values, spelt
@@ -61,6 +65,7 @@ REMEMBERED, DIGEST = 1_000, 8  # how many of one file, and bytes of each
 EVERY = 25  # steps from one row, and one checkpoint, to the next
 TRIED = 20  # steps from which --dry-run foretells the time
 CHAINS = 4
+WORST_OF, WORST_BY = 8, 500  # values of the first condition, and draws, to find the worst by
 MAX_RHAT, MIN_EFFECTIVE = 1.01, 400  # beyond which draws are warned of
 FEWEST = 20  # draws of a chain, of which more than this must have moved
 BUDGET = "steps", "minutes"  # settings that a resumed run may have more of
@@ -190,10 +195,18 @@ class TargetRun:
 
 @dataclass(frozen=True)
 class FittedToTarget:
-    """A finished fit, which prints what there is to know of it."""
+    """A finished fit, which prints what there is to know of it.
+
+    Attributes:
+        path: The folder of its run.
+        fit: What was fitted.
+        worst: A sentence about the condition with the smallest share of effective draws; empty
+            where there is only one.
+    """
 
     path: Path
     fit: TargetFit
+    worst: str = ""
 
     def __str__(self) -> str:
         done = self.fit.training
@@ -202,6 +215,7 @@ class FittedToTarget:
         figures = [f"{said} {row[name]:.4g}" for name, said in named.items() if name in row]
         lines = [f"{done.steps:,} steps in {done.seconds:.0f} s"]
         lines += [f"In the last of them, all conditions together: {', '.join(figures)}"]
+        lines += [self.worst] if self.worst else []
         lines += [f"Stopped early: {done.stopped}"] if done.stopped else []
         return "\n".join([*lines, f"The run: {self.path}"])
 
@@ -314,7 +328,32 @@ def fit_target(
             save_state(run.path / WEIGHTS, {"flow": flow.state_dict()})
             done = fitted.training
             run.update(result={"steps": done.steps, "stopped": done.stopped})
-    return FittedToTarget(run.path, fitted)
+    return FittedToTarget(run.path, fitted, _worst(fitted.flow, settings))
+
+
+@torch.no_grad()
+@single_precision()
+def _worst(flow: nn.Module, settings: TargetSettings) -> str:
+    """The condition, of a few across the range, with the smallest share of effective draws."""
+    condition, target = condition_grid(settings.ranges, WORST_OF), settings.aim
+    if len(condition) < 2:
+        return ""
+    with seeded(settings.seed, condition.device):
+        law = law_of(flow, target, condition)
+        _, log_p, log_q = proposed(target, law, condition, (WORST_BY,))
+    try:
+        found = reweight((log_p - log_q).T)
+    except ValueError:  # there is a condition all of whose draws have no density
+        return "Under some conditions no draw of the flow has density."
+    k = int(found.ess.value.argmin())
+    at = ", ".join(
+        f"{it.name} = {value:.4g} {it.unit}".rstrip()
+        for it, value in zip(target.conditions, condition[k].tolist(), strict=True)
+    )
+    return (
+        f"Of {len(condition)} conditions {at} is the worst: share of effective draws "
+        f"{found.ess.value[k]:.4g}, acceptance {found.acceptance.value[k]:.4g}"
+    )
 
 
 def estimate_target(settings: TargetSettings) -> str:

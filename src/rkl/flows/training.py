@@ -19,6 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, warn
 from rkl.divergences.base import number
 from rkl.flows.precision import single_precision
+from rkl.flows.progress import progress_line
 from rkl.runs import Run, save_tensors
 from rkl.runs.integrity import values_of
 from rkl.runs.signals import StoppedError, StopRequest
@@ -426,13 +427,16 @@ def _unpacked(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     return value
 
 
-def goes_on(folder: Path, steps: int | None = None, minutes: float | None = None) -> bool:
+def goes_on(
+    folder: Path, steps: int | None = None, minutes: float | None = None, share: float = 1.0
+) -> bool:
     """Whether a budget leaves anything to do of a training; refuses one that is too small for it.
 
     Args:
         folder: That of its run.
         steps: The budget in steps, or
         minutes: in minutes.
+        share: Share of the minutes that the steps take, before critics follow.
 
     Raises:
         ValueError: More steps are done, or more minutes gone, than there are to be; or there are
@@ -452,12 +456,12 @@ def goes_on(folder: Path, steps: int | None = None, minutes: float | None = None
         was["minutes"] = MINUTES
     # One that has spent its minutes took a step more than they were.
     ended = progress >= 1 and was["minutes"] is not None and (minutes or 0.0) >= was["minutes"]
-    if minutes is not None and minutes < spent and not ended:
+    if minutes is not None and share * minutes < spent and not ended:
         raise ValueError(
-            f"minutes: {folder} has trained for {spent:.3g} minutes, and can go on to no fewer; "
-            f"got {minutes:g}."
+            f"minutes: {folder} has trained for {spent / share:.3g} minutes, and can go on to no "
+            f"fewer; got {minutes:g}."
         )
-    more = steps > done if steps is not None else (minutes or 0.0) > spent
+    more = steps > done if steps is not None else share * (minutes or 0.0) > spent
     if more and stopped and {"steps": steps, "minutes": minutes} != was:
         raise ValueError(f"resume: {folder} stopped at step {done:,} and cannot go on: {stopped}.")
     return more and not stopped
@@ -479,19 +483,12 @@ def _check(steps, minutes, lr, clip, ema, every) -> None:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[Moment, dict], None]]:
-    """A live line on a terminal, and nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    """A live line of a row's figures on a terminal, and nothing elsewhere."""
+    with progress_line() as show:
 
-    console = Console(stderr=True, highlight=False)
-    columns = TextColumn("step {task.fields[step]}"), BarColumn(bar_width=24)
-    columns += TimeRemainingColumn(), TextColumn("{task.fields[figures]}", markup=False)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=1.0, step=0, figures="")
-
-        def show(moment: Moment, row: dict[str, float]) -> None:
+        def show_row(moment: Moment, row: dict[str, float]) -> None:
             shown = {name: value for name, value in row.items() if name not in ("step", "seconds")}
             figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            bar.update(task, completed=moment.progress, step=moment.step, figures=figures)
+            show(moment.progress, moment.step, figures)
 
-        yield show
+        yield show_row

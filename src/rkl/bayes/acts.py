@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from rkl.bayes.blocks import check_domain
 from rkl.bayes.components import sort_components
 from rkl.bayes.draws import Draws, read_draws, with_exact_simplexes
 from rkl.bayes.estimate import Act, Diagnostics, Estimate
+from rkl.bayes.families.regression import Regression
 from rkl.bayes.generic import GenericAct, least_act
+from rkl.bayes.identified import sentences, unidentified, without_unidentified
 from rkl.bayes.laws import PROBE, Model, family_in, moving_edge, read_family
-from rkl.bayes.losses import Intrinsic, between, check_loss
+from rkl.bayes.losses import Intrinsic, between, check_loss, node_mass
 from rkl.bayes.progress import working
 from rkl.bayes.pythagoras import closed_act
 from rkl.bayes.questions import Question
@@ -93,9 +96,34 @@ def answer(question: Question) -> Estimate:
     """The act of a question that is put already."""
     _refuse_moving(question)
     with working(f"the act under {question.divergence}"):
-        if question.weights is None:
-            return _optimised(question)
-        return closed_act(question, question.weights)
+        weights = question.weights
+        found = _optimised(question) if weights is None else closed_act(question, weights)
+        return _identified(found)
+
+
+def _identified(estimate: Estimate) -> Estimate:
+    """The estimate without values of what the reported distribution does not depend on."""
+    question, act, seen = estimate.question, estimate.act, estimate.diagnostics
+    named = question.origins.keys() == set(question.model.names)
+    # a family gives its own parameters one of the values that mean the same, as logits
+    canonical = named and question.weights is not None
+    regression = isinstance(question.unwrapped.base, Regression)
+    some = question.some.theta
+    mass = node_mass(question.loss) if question.weights is None else None
+    found = unidentified(
+        question.law, dict(act.point), dict(some), regression or not canonical, mass
+    )
+    settings = question.model.settings or {}
+    variables = {key: name for name, key in question.origins.items()}
+    variables |= {key: name for key, name in settings.items() if isinstance(name, str)}
+    told = sentences(found, estimate.labels)
+    if not told:
+        return estimate
+    return replace(
+        estimate,
+        act=without_unidentified(act, found, variables),
+        diagnostics=replace(seen, warnings=(*seen.warnings, *told)),
+    )
 
 
 def _astray(model: Model, draws: Draws) -> str | None:
@@ -187,7 +215,7 @@ def _optimised(question: Question) -> Estimate:
     for key, name in (question.model.settings or {}).items():
         if isinstance(name, str):
             parameters.setdefault(key, parameters[name])
-    act = Act(parameters, question.model.at(found.theta))
+    act = Act(parameters, question.model.at(found.theta), point=found.theta)
     return Estimate(
         question.model.text,
         question.divergence,

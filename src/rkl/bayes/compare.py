@@ -1,7 +1,9 @@
 """The act beside every other common estimate, and what each of them loses."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from rkl.bayes.closed import Weights
 from rkl.bayes.estimate import Estimate, elements
 from rkl.bayes.families import Natural
 from rkl.bayes.generic import expected_seconds, sampled
+from rkl.bayes.identified import not_used
 from rkl.bayes.losses import AnyLoss, Intrinsic, check_loss
 from rkl.bayes.modes import LogDensity, modes
 from rkl.bayes.pythagoras import averages, directions_of, towards
@@ -90,7 +93,18 @@ def compare(
         )
     densest, told = modes(question, log_posterior)
     candidates |= densest
-    return side_by_side(question, candidates, judges, (*notes, *told))
+    unused = {name: one.act.unused for name, one in found.items()}
+    notes += [f"{name}: {text}" for name, text in _unused_in(found).items()]
+    return side_by_side(question, candidates, judges, (*notes, *told), unused)
+
+
+def _unused_in(found: Mapping[str, Estimate]) -> dict[str, str]:
+    """What the acts do not depend on, by their names; of all alike under one."""
+    texts = {name: not_used(one.act.unused, one.labels) for name, one in found.items()}
+    if len(set(texts.values())) == 1:
+        text = next(iter(texts.values()))
+        return {"every act": text} if text else {}
+    return {name: text for name, text in texts.items() if text}
 
 
 def _expected_seconds(question: Question) -> float:
@@ -102,8 +116,8 @@ def _expected_seconds(question: Question) -> float:
 
 
 def variables_of(estimate: Estimate) -> Variables:
-    """The variables of the posterior at the act."""
-    return {name: estimate.act[name] for name in estimate.question.model.names}
+    """The variables of the posterior that the reported distribution is made of."""
+    return dict(estimate.act.point)
 
 
 def _named(losses: Iterable[AnyLoss] | None) -> dict[str, AnyLoss]:
@@ -169,7 +183,11 @@ def _without_error(estimate: Estimate) -> Tensor:
     """Where [*batch] the act has no error, and so no excess over it has one."""
     batch, found = estimate.question.batch, torch.zeros(estimate.question.batch, dtype=torch.bool)
     for name in estimate.question.model.names:
+        # of these the loss has no slope, and what has no estimate needs no error
+        free = (estimate.act.unused, estimate.act.combined)
         lost = estimate.act.error[name].isnan()
+        for masks in free:
+            lost = lost & ~masks[name] if name in masks else lost
         if lost.shape[: len(batch)] == batch:
             found = found | lost.reshape(*batch, -1).any(-1)
         else:
@@ -204,15 +222,31 @@ def side_by_side(
     candidates: dict[str, Variables],
     judges: dict[str, LossOf],
     notes: tuple[str, ...] = (),
+    unused: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Table:
-    """One row for each estimate, and for each member of the batch."""
+    """One row for each estimate, and for each member of the batch.
+
+    Args:
+        question: What was asked.
+        candidates: By name, the variables of every estimate.
+        judges: By name, the excess over the act of a loss.
+        notes: Below the table.
+        unused: By the name of an act, masks of the numbers that it does not depend on. What no
+            act depends on has no column.
+    """
     batch = question.batch
     labels = elements("", batch, question.batch_axes) if batch else [""]
     first = next(iter(candidates.values()))
+    masks = unused or {}
+    shown_acts = {name: _masked(at, masks.get(name, {})) for name, at in candidates.items()}
     parts = {name: _parts(question, name, x) for name, x in first.items()}
-    wide = sum(map(len, parts.values())) > COLUMNS
+    kept = {name: _columns_used(name, first[name], masks, batch) for name in first}
+    wide = sum(map(sum, kept.values())) > COLUMNS
     shown = {} if wide else parts
-    columns = ["estimate", *(label for names in shown.values() for label in names)]
+    columns = [
+        "estimate",
+        *(k for name, labels in shown.items() for k in itertools.compress(labels, kept[name])),
+    ]
     columns += [f"excess {name} (nats)" for name in judges]
     by_estimate: list[list[tuple[Cell, ...]]] = []
     for name, at in candidates.items():
@@ -222,7 +256,7 @@ def side_by_side(
             excess = [[None] * len(labels)] * len(judges)
             known = ", ".join(question.whole)
             notes = (*notes, f"{name} has no excess: {known} must be whole, and is not there")
-        numbers = [_numbers(at[key], batch) for key in shown]
+        numbers = [_numbers(shown_acts[name][key], batch, kept[key]) for key in shown]
         by_estimate.append([])
         for i, label in enumerate(labels):
             own = [x for each in numbers for x in each[i]]
@@ -232,7 +266,26 @@ def side_by_side(
     rows = [rows[i] for i in range(len(labels)) for rows in by_estimate]
     told = ("there are too many parameters for a column each: see .acts",) if wide else ()
     title = f"Estimates of {question.model.text}, and what each loses beside the best"
-    return Table(title, columns, rows, (*notes, *told), candidates)
+    return Table(title, columns, rows, (*notes, *told), shown_acts)
+
+
+def _masked(at: Variables, unused: Mapping[str, Tensor]) -> Variables:
+    """The variables, nan where an act does not depend on them."""
+    return {
+        name: x.masked_fill(unused[name], torch.nan) if name in unused else x
+        for name, x in at.items()
+    }
+
+
+def _columns_used(
+    name: str, x: Tensor, masks: Mapping[str, Mapping[str, Tensor]], batch: torch.Size
+) -> list[bool]:
+    """Which numbers of each row of a variable some act depends on, in some member."""
+    used = torch.full(x.shape, not masks)
+    for unused in masks.values():
+        used = used | ~unused.get(name, torch.zeros(x.shape, dtype=torch.bool))
+    rows = used if _by_member(used, batch) else used.expand(*batch, *used.shape)
+    return rows.reshape(batch.numel(), -1).any(0).tolist()
 
 
 def _parts(question: Question, name: str, x: Tensor) -> list[str]:
@@ -245,10 +298,11 @@ def _by_member(x: Tensor, batch: torch.Size) -> bool:
     return x.shape[: len(batch)] == batch
 
 
-def _numbers(x: Tensor, batch: torch.Size) -> list[list[float]]:
-    """For each member, its numbers."""
+def _numbers(x: Tensor, batch: torch.Size, kept: list[bool]) -> list[list[float | None]]:
+    """For each member, its numbers that are kept; None where there is no estimate."""
     rows = x if _by_member(x, batch) else x.expand(*batch, *x.shape)
-    return rows.reshape(batch.numel(), -1).tolist()
+    rows = rows.reshape(batch.numel(), -1)[:, torch.tensor(kept)]
+    return [[None if math.isnan(value) else value for value in row] for row in rows.tolist()]
 
 
 def _cells(excess: tuple[Tensor, Tensor | None], batch: torch.Size) -> list[Cell]:

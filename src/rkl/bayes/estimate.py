@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,12 +31,21 @@ class Act(Mapping):
         law: The law itself, of batch shape [*batch].
         natural: Components of its natural parameter, where it has one.
         mean: Components of its mean parameter, where it has one.
+        point: The variables of the posterior that the law is made of, [*batch, ...]; finite also
+            where the law does not depend on them.
+        unused: By variable, where the law does not depend on its numbers: they are nan among the
+            parameters, for any value gives the same law.
+        combined: By variable, the numbers of which only combinations change the law, such as a
+            sum; they have no errors.
     """
 
     parameters: Mapping[str, Mean]
     law: Distribution
     natural: tuple[Mean, ...] | None = None
     mean: tuple[Mean, ...] | None = None
+    point: Mapping[str, Tensor] = field(default_factory=dict)
+    unused: Mapping[str, Tensor] = field(default_factory=dict)
+    combined: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._known(name).value
@@ -51,9 +60,11 @@ class Act(Mapping):
         return f"Act({', '.join(self.told(self.parameters))})"
 
     def told(self, names: Iterable[str]) -> Iterator[str]:
-        """These parameters as text, of long ones the shape."""
+        """These parameters as text, of long ones the shape; without those of no influence."""
         for name in names:
             value, error = self.parameters[name]
+            if name in self.unused and bool(self.unused[name].all()):
+                continue
             alone = not value.ndim
             said = parenthesised((value.item(), error.item())) if alone else list(value.shape)
             yield f"{name}={said}"
@@ -163,6 +174,7 @@ class Estimate:
             "variables": list(self.question.model.names),
             "act": {name: to_json(mean) for name, mean in act.parameters.items()},
             "labels": {name: self.labels(name) for name in self.question.model.names},
+            "unused": {name: mask.tolist() for name, mask in act.unused.items() if mask.any()},
             "natural": None if act.natural is None else [to_json(mean) for mean in act.natural],
             "mean": None if act.mean is None else [to_json(mean) for mean in act.mean],
             "risk": to_json(self.risk),
@@ -186,9 +198,11 @@ class Estimate:
         rows: list[tuple[Cell, ...]] = []
         said = self.act.parameters if every else self._asked()
         for name, mean in {**said, "risk": self.risk}.items():
-            values, errors = mean.value.flatten().tolist(), mean.error.flatten().tolist()
             unit = " (nats)" * (mean is self.risk)
-            labels = [label + unit for label in self.labels(name)]
+            values, errors, labels = self._used(name, mean)
+            labels = [label + unit for label in labels]
+            if not labels:
+                continue
             if not every and self._is_shared(name, mean):
                 rows.append((f"{name}, each of {len(values):,}", (values[0], errors[0])))
                 continue
@@ -198,6 +212,13 @@ class Estimate:
                 rows.append((f"{name}, {len(values) - shown:,} more", None))
         title = f"Bayes act of {self.family} under {self.divergence}"
         return Table(title, ("parameter", "value"), rows, self._notes())
+
+    def _used(self, name: str, mean: Mean) -> tuple[list[float], list[float], list[str]]:
+        """The numbers that the law depends on, their errors and labels."""
+        used = ~mean.value.flatten().isnan()
+        value, error = mean.value.flatten()[used], mean.error.flatten()[used]
+        labels = list(itertools.compress(self.labels(name), used.tolist()))
+        return value.tolist(), error.tolist(), labels
 
     def _is_shared(self, name: str, mean: Mean) -> bool:
         """True of a variable without batch axes whose act is the same in each member."""

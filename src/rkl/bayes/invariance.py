@@ -11,7 +11,7 @@ from torch.distributions.transforms import ExpTransform, Transform
 
 from rkl.bayes.acts import answer
 from rkl.bayes.averages import equal_weight
-from rkl.bayes.compare import means_of, variables_of
+from rkl.bayes.compare import means_of
 from rkl.bayes.draws import Draws
 from rkl.bayes.estimate import Estimate
 from rkl.bayes.generic import generic_act, laws_of
@@ -101,7 +101,7 @@ def _of_parameters(
 
     sides = estimate.region(PROB).inside != again.region(PROB).inside
     rows: list[tuple[Cell, ...]] = [
-        ("act", moved(variables_of(estimate), variables_of(again))),
+        ("act", moved(_shown(estimate), _shown(again))),
         ("region of the act (share of draws that change sides)", sides.double().mean().item()),
         ("posterior mean", moved(means_of(question), means_of(renamed))),
         ("interval of highest density", moved(*_intervals(question, renamed, bijection))),
@@ -130,6 +130,11 @@ def _renamed(question: Question, bijection: Mapping[str, Transform]) -> Question
 
     renamed = Model(f"{model.text}, renamed", model.names, make, events=model.events)
     return dataclasses.replace(question, draws=Draws(variables, draws.weights), model=renamed)
+
+
+def _shown(estimate: Estimate) -> Variables:
+    """The variables at the act, nan where it does not depend on them."""
+    return {name: estimate.act[name] for name in estimate.question.model.names}
 
 
 def _back(bijection: Mapping[str, Transform], name: str, value: Tensor) -> Tensor:
@@ -181,10 +186,10 @@ def _of_data(estimate: Estimate, transform: Transform) -> Table:
     renamed = dataclasses.replace(
         question, model=Model(f"{model.text}, renamed", model.names, make, events=model.events)
     )
-    before, again = variables_of(estimate), answer(renamed)
+    before, again = _shown(estimate), answer(renamed)
     sides = estimate.region(PROB).inside != again.region(PROB).inside
     rows: list[tuple[Cell, ...]] = [
-        ("act", _moved(question, before, variables_of(again))),
+        ("act", _moved(question, before, _shown(again))),
         ("region of the act (share of draws that change sides)", sides.double().mean().item()),
     ]
     integrated = _integrated(renamed)
@@ -220,7 +225,7 @@ def _moved(question: Question, before: Variables, after: Variables) -> float:
     for name, x in question.theta.items():
         spread = x.std(0)
         change = (after[name] - before[name]).abs() / torch.where(spread > 0, spread, 1.0)
-        changes.append(change.max().item())
+        changes.append(change.nan_to_num(0.0).max().item())  # nan: of no influence
     return max(changes)
 
 

@@ -332,6 +332,11 @@ class NodeLoss(PosteriorLoss):
         return _moments(self.laws, self.nodes, alphas | {1.0})
 
 
+def node_mass(loss: PosteriorLoss) -> Callable[[Distribution], Tensor] | None:
+    """The log-mass of a distribution at the nodes of a loss, where it has some."""
+    return None if loss.nodes is None else loss.nodes.log_mass
+
+
 def _moments(laws: Laws, nodes: Nodes, alphas: set[float]) -> dict[float, tuple[Tensor, ...]]:
     """By order, in one pass: E p and E p log p; E log p; log E p^α."""
     zero = torch.zeros_like(nodes.log_weight)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from rkl.bayes.charts import chart_of
+from rkl.bayes.families.regression import by_rows
 from rkl.bayes.generic import influences, laws_of, on_all, over_few, posterior_loss
 from rkl.bayes.losses import Intrinsic, NodeLoss, PosteriorLoss, between
 from rkl.bayes.minimise import minimise
@@ -50,10 +51,13 @@ def _loss(whole: Question, one: Subfamily, reach: Variables) -> PosteriorLoss:
     Nodes are chosen for the laws of the draws and for those of as many ``reach``.
     """
     divergence, weights = whole.divergence, whole.draws.weights
+    one_law = one.model.law({name: x[:1] for name, x in one.theta.items()})
+    alike = type(one_law) is type(whole.model.law({k: x[:1] for k, x in whole.theta.items()}))
 
     def either(theta: Mapping[str, Tensor]) -> Distribution:
         own = {k.removeprefix(OWN): x for k, x in theta.items() if k.startswith(OWN)}
-        return one.model.law(own) if own else whole.model.law(theta)
+        law = one.model.law(own) if own else whole.model.law(theta)
+        return law if alike else by_rows(law)
 
     laws = laws_of(whole.theta, either, None if weights is None else weights.flatten())
     loss = posterior_loss(laws, divergence, seed=whole.seed)

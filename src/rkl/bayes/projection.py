@@ -1,8 +1,9 @@
 """Simpler families: the member of each that stands for the posterior best, and what it loses."""
 
 import functools
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from rkl.bayes.closed import Weights
 from rkl.bayes.draws import read_draws
 from rkl.bayes.estimate import Act, Estimate, elements
 from rkl.bayes.families import Natural
+from rkl.bayes.identified import Unidentified, sentences, unidentified, without_unidentified
+from rkl.bayes.laws import probe
+from rkl.bayes.losses import PosteriorLoss, node_mass
 from rkl.bayes.members import best_member
 from rkl.bayes.pythagoras import (
     Averages,
@@ -49,6 +53,7 @@ class Submodel:
             that of the difference, over the same draws.
         method: How it was found.
         accuracy: By how much the risk may exceed the least, in nats.
+        warnings: What the reader should know, one sentence each.
     """
 
     act: Act
@@ -56,6 +61,7 @@ class Submodel:
     excess: Mean
     method: str
     accuracy: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +77,8 @@ class Projection:
         full = self.full
         none = torch.zeros(full.question.batch, dtype=torch.float64)
         own = {name: full.act.parameters[name] for name in full.question.model.names}
-        every = {full.family: (Act(own, full.act.law), full.risk, Mean(none, none))}
+        act = replace(full.act, parameters=own)
+        every = {full.family: (act, full.risk, Mean(none, none))}
         every |= {name: (x.act, x.risk, x.excess) for name, x in self.submodels.items()}
         return Table(
             f"Families in place of {full.family} under {full.divergence}",
@@ -111,6 +118,7 @@ class Projection:
             f"{name}: {x.method}" + f", within {x.accuracy:.1g} nats" * (x.accuracy > 1e-9)
             for name, x in self.submodels.items()
         ]
+        told += [f"{name}: {text}" for name, x in self.submodels.items() for text in x.warnings]
         return (*told, *(f"Warning: {text}" for text in self.full.diagnostics.warnings))
 
 
@@ -126,7 +134,11 @@ def _told(question: Question, act: Act, member: int) -> str:
             axes = axes[len(batch) :]
         pairs = zip(value.flatten().tolist(), error.flatten().tolist(), strict=True)
         labels = elements(name, value.shape, axes)
-        told += [f"{k} = {parenthesised(pair)}" for k, pair in zip(labels, pairs, strict=True)]
+        told += [
+            f"{k} = {parenthesised(pair)}"
+            for k, pair in zip(labels, pairs, strict=True)
+            if not math.isnan(pair[0])
+        ]
     return ", ".join(told[:SHOWN] + ["..."] * (len(told) > SHOWN))
 
 
@@ -220,7 +232,38 @@ def _nearest(
     endless, unsure = full.risk.value.isinf(), full.risk.error.isnan()
     risk = Mean(torch.where(endless, torch.inf, risk.value), masked(risk.error, unsure))
     law = full.question.unwrapped.wrap(known.family.from_natural(found.natural))
-    return Submodel(Act(means, law), risk, excess, found.method, found.accuracy)
+    act, told = _identified(full.question, one, Act(means, law), found.variables, None)
+    return Submodel(act, risk, excess, found.method, found.accuracy, told)
+
+
+def _identified(
+    whole: Question,
+    one: Subfamily,
+    act: Act,
+    variables: Variables,
+    loss: PosteriorLoss | None,
+) -> tuple[Act, tuple[str, ...]]:
+    """The member without values of what it does not depend on, and the sentences on these."""
+    own = replace(one.question, model=one.model)
+    few = probe(one.question.draws, one.model.names)
+    few = {name: one.question.aligned(name, x, one.model) for name, x in few.items()}
+    mass = node_mass(loss) if loss is not None else None
+    found = unidentified(own.law, variables, few, mass=mass)
+    placed = Unidentified(
+        *(
+            {k: x > 0 for k, x in one.placed({k: m.double() for k, m in masks.items()}).items()}
+            for masks in found
+        )
+    )
+
+    def labels(name: str) -> list[str]:
+        mask = placed.unused[name]
+        known = whole.shape(name) == mask.shape if name in whole.model.names else False
+        return elements(name, mask.shape, whole.axes(name) if known else None)
+
+    point = one.placed(variables)
+    clean = without_unidentified(replace(act, point=point), placed, {})
+    return clean, tuple(sentences(placed, labels))
 
 
 def _unsure(full: Estimate) -> Tensor:
@@ -235,7 +278,7 @@ def _over_draws(full: Estimate, one: Subfamily) -> Submodel:
     whole, draws = full.question, full.question.draws
     loss, found = best_member(whole, one)
     risk = whole.losses_at(loss, found.law)
-    excess = risk - whole.losses({name: full.act[name] for name in whole.model.names}, loss)
+    excess = risk - whole.losses(dict(full.act.point), loss)
     shape = (draws.chains, draws.draws)
     moved = {name: x.unflatten(0, shape) for name, x in found.influence.items()}
     events = {name: max(0, x.ndim - 2 - len(whole.batch)) for name, x in moved.items()}
@@ -255,10 +298,12 @@ def _over_draws(full: Estimate, one: Subfamily) -> Submodel:
     how = "in closed form"
     if loss.nodes is not None:
         how = f"on {len(loss.nodes):,} nodes ({loss.nodes.kind})"
+    act, told = _identified(whole, one, Act(means, law), found.own, loss)
     return Submodel(
-        Act(means, law),
+        act,
         averaged(RISK, risk),
         averaged(EXCESS, excess),
         f"minimised over the draws {how}",
         found.accuracy,
+        told,
     )

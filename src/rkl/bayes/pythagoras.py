@@ -20,7 +20,7 @@ from rkl.bayes.averages import (
 )
 from rkl.bayes.charts import Chart, chart_of
 from rkl.bayes.closed import Weights, balanced, swayed
-from rkl.bayes.estimate import Act, Diagnostics, Estimate, elements
+from rkl.bayes.estimate import Act, Diagnostics, Estimate
 from rkl.bayes.families import ExponentialFamily, Natural
 from rkl.bayes.laws import Model
 from rkl.bayes.losses import slopes
@@ -30,7 +30,6 @@ from rkl.bayes.streaming import one_pass, plus
 from rkl.metrics import Mean
 from rkl.metrics.batches import BatchMeans
 
-MANY = 100  # coordinates that are asked one by one whether they matter
 SHIFT = 0.1  # of a batch's share of the mean, for central differences
 
 
@@ -169,7 +168,6 @@ class Solved:
         moved: From a sign to the natural parameters and the variables of the shifted acts.
         accuracy: By how much its risk may exceed the least, in nats.
         method: How it was found.
-        ignored: Numbers among the variables that the family does not look at.
     """
 
     natural: Natural
@@ -177,7 +175,6 @@ class Solved:
     moved: Callable[[int], tuple[Natural, Variables]]
     accuracy: float
     method: str
-    ignored: tuple[str, ...] = ()
 
 
 def solve(question: Question, known: Averages, weights: Weights) -> Solved:
@@ -242,25 +239,7 @@ def nearest(question: Question, model: Model, known: Averages, weights: Weights)
     variables = {name: x[0] for name, x in chart.point(at).items()}
     natural = tuple(x[0] for x in naturals(at))
     how = "minimised within the family"
-    ignored = _ignored(chart, found)
-    return Solved(natural, variables, moved, found.decrement, how, ignored)
-
-
-def _ignored(chart: Chart, found: Minimum) -> tuple[str, ...]:
-    """Those numbers that turn with coordinates along which nothing curves at all."""
-    if len(found.point) > MANY:
-        return ()
-    inverse = found.inverse(torch.eye(len(found.point), dtype=torch.float64)).abs().amax(-1)
-    flat = inverse <= 1e-14 * inverse.max()
-    sides = chart.point(torch.stack([found.point, found.point + flat]))
-    return tuple(
-        label
-        for name, (here, there) in sides.items()
-        for label, turns in zip(
-            elements(name, here.shape), (here != there).flatten().tolist(), strict=True
-        )
-        if turns
-    )
+    return Solved(natural, variables, moved, found.decrement, how)
 
 
 def _starts(question: Question, model: Model) -> tuple[Chart, Tensor]:
@@ -353,8 +332,6 @@ def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) 
     risk = means["risk", ""]
     risk = Mean(torch.where(endless, torch.inf, risk.value), risk.error)
     parameters = {key[1]: mean for key, mean in means.items() if key[0] == "parameter"}
-    for name in {label.partition("[")[0] for label in found.ignored}:
-        parameters[name] = _without_ignored(name, parameters[name], found.ignored)
     for key, name in (question.model.settings or {}).items():
         if isinstance(name, str):
             parameters.setdefault(key, parameters[name])
@@ -365,6 +342,7 @@ def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) 
             tuple(m for key, m in means.items() if key[0] == which)
             for which in ("natural", "mean")
         ),
+        point=found.variables,
     )
     return Estimate(
         question.model.text,
@@ -374,13 +352,6 @@ def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) 
         _diagnostics(question, known, seen, found),
         question,
     )
-
-
-def _without_ignored(name: str, mean: Mean, ignored: tuple[str, ...]) -> Mean:
-    """No error of what the family does not look at: its value is any."""
-    labels = elements(name, mean.value.shape)
-    unsure = torch.tensor([label in ignored for label in labels]).reshape(mean.value.shape)
-    return Mean(mean.value, mean.error.masked_fill(unsure, torch.nan))
 
 
 def _unsure(question: Question, seen: Judgement) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -400,7 +371,5 @@ def _diagnostics(
 ) -> Diagnostics:
     draws = question.draws
     told = [label_switching(draws, question.model.names, question.batch)]
-    if found.ignored:
-        told.append(f"the family does not look at {', '.join(found.ignored)}")
     few = thinned(draws, _numbers(known))
     return diagnosed(seen, draws, few, found.method, found.accuracy, told)

@@ -1,6 +1,7 @@
 """The lowest-loss credible region: the draws closest to the act, whatever they are called."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ class Region:
         threshold: The largest loss inside, in nats, [*batch].
         inside: Which draws are in it, [chains, draws, *batch].
         ranges: The least and the greatest value inside of every variable, by name; of an angle
-            the ends of an arc, of which the second may lie beyond π.
+            the ends of an arc, of which the second may lie beyond π; nan of what the act does not
+            depend on.
         pieces: The intervals in which the region lies, of every number, by its label.
         intervals: The central ``prob`` of the draws of every variable alone, by quantiles.
         angles: The variables that are angles.
@@ -59,7 +61,11 @@ class Region:
         if not isinstance(theta, Mapping):
             needed = ", ".join(question.model.names)
             raise TypeError(f"theta must be a mapping with {needed}; got {theta!r:.60}.")
+        point, unused = self.estimate.act.point, _unused(self.estimate)
         for name in question.model.names:
+            if name not in theta and bool(unused[name].all()):  # any value does
+                given[name] = point[name][None]
+                continue
             if name not in theta:
                 needed = ", ".join(question.model.names)
                 raise ValueError(f"theta must have {needed}; got {', '.join(theta) or 'nothing'}.")
@@ -140,24 +146,39 @@ def region(estimate: Estimate, prob: float = 0.9) -> Region:
     """
     number("prob", prob, above=0, below=1)
     question = estimate.question
-    losses = question.losses({name: estimate.act[name] for name in question.model.names})
+    losses = question.losses(dict(estimate.act.point))
     threshold = _quantile(losses.flatten(0, 1), prob, question.draws.weights)
     inside = losses <= threshold
     angles = periodic(question)
+    unused = _unused(estimate)
+    numbers = sum((~mask).sum() for mask in unused.values())
+    sole = int(numbers) == question.batch.numel()
     ranges, intervals, pieces = {}, {}, {}
     for name in question.model.names:
         values = _unrolled(question, name, inside) if name in angles else question.theta[name]
-        ranges[name] = _range(question, values, inside)
+        low, high = _range(question, values, inside)
+        mask = unused[name]
+        ranges[name] = low.masked_fill(mask, torch.nan), high.masked_fill(mask, torch.nan)
         intervals[name] = _interval(question, values, prob)
-        pieces |= _pieces(question, name, values, inside)
+        found = _pieces(question, name, values, inside, sole)
+        pieces |= dict(itertools.compress(found.items(), (~mask).flatten().tolist()))
     return Region(prob, threshold, inside, ranges, estimate, pieces, intervals, angles)
+
+
+def _unused(estimate: Estimate) -> dict[str, Tensor]:
+    """By variable, the numbers that the act does not depend on, [*shape]."""
+    none = {
+        name: torch.zeros(estimate.question.shape(name), dtype=torch.bool)
+        for name in estimate.question.model.names
+    }
+    return none | dict(estimate.act.unused)
 
 
 def distance(estimate: Estimate, theta: Mapping[str, Tensor]) -> Tensor:
     """D(P_θ ‖ P_act) of one θ [1, ...], [*batch]."""
     question = estimate.question
     loss = question.loss
-    act = {name: estimate.act[name][None] for name in question.model.names}
+    act = {name: x[None] for name, x in estimate.act.point.items()}
     laws = dataclasses.replace(loss.laws, theta=theta, weights=torch.ones(1, dtype=torch.float64))
     at = dataclasses.replace(loss, laws=laws)
     with torch.no_grad():
@@ -243,12 +264,19 @@ def _unrolled(question: Question, name: str, inside: Tensor) -> Tensor:
 
 
 def _pieces(
-    question: Question, name: str, x: Tensor, inside: Tensor
+    question: Question, name: str, x: Tensor, inside: Tensor, sole: bool
 ) -> dict[str, list[tuple[float, float]]]:
-    """The intervals of every number in which the region lies, by its label."""
+    """The intervals of every number in which the region lies, by its label.
+
+    Args:
+        question: What was asked.
+        name: A variable.
+        x: Its draws [draws, *shape].
+        inside: Which draws of each member are in the region.
+        sole: Whether each member of the batch has a single number.
+    """
     within = _inside(question, x, inside).reshape(len(x), -1)
     flat = x.reshape(len(x), -1)
-    sole = sum(question.shape(k).numel() for k in question.model.names) == question.batch.numel()
     labels = elements(name, x.shape[1:], question.axes(name))
     pairs = zip(flat.unbind(-1), within.unbind(-1), strict=True)
     return {

@@ -146,8 +146,10 @@ def _marginals(estimate: Estimate) -> dict[str, Any]:
         shape = values.shape[1:]
         values = values[:: max(1, len(values) // DRAWN)].reshape(-1, max(1, values[0].numel()))
         labels = elements(name, shape, question.draws.labels(name))
-        for i, label in enumerate(labels[:PANELS]):
-            found[label] = values[:, i].numpy()
+        unused = estimate.act.unused.get(name, torch.zeros(shape, dtype=torch.bool))
+        used = torch.ones(shape) if unused.shape != shape else ~unused
+        places = used.flatten().nonzero()[:PANELS, 0].tolist()
+        found |= {labels[i]: values[:, i].numpy() for i in places}
     return found
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import json
+import math
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,11 @@ from rkl.bayes.acts import bayes_act
 from rkl.bayes.compare import excess_over, side_by_side, variables_of
 from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.estimate import Estimate, elements
+from rkl.bayes.identified import marked, not_used
 from rkl.bayes.losses import AnyLoss, parse_loss
 from rkl.bayes.regions import Region
 from rkl.bayes.report import Shown, page
-from rkl.bayes.tables import Cell, Table
+from rkl.bayes.tables import Cell, Table, number_or_nan
 from rkl.checks import LARGEST_SEED, integer
 from rkl.importing import only
 from rkl.readers import place_of_nan, read
@@ -246,18 +248,24 @@ def evaluate_run(
     kept = _result(run)["estimate"]["act"]
     with only(allow, source=run.path / "run.json"):
         own = _act(there)
-    reported = {
-        name: torch.tensor(kept[name]["value"], dtype=torch.float64)
-        for name in own.question.model.names
-    }
+    reported = {name: number_or_nan(kept[name]["value"]) for name in own.question.model.names}
     for name, value in reported.items():
         if value.shape != own.act[name].shape:
             raise ValueError(
                 f"posterior must hold {name} as the run's did, {list(value.shape)}; "
                 f"got {list(own.act[name].shape)}."
             )
-    candidates = {"as reported": reported, "of these draws": variables_of(own)}
-    return side_by_side(own.question, candidates, {str(own.divergence): excess_over(own)})
+    here = variables_of(own)
+    # no value was reported of what the distribution does not depend on, and any serves
+    filled = {name: torch.where(x.isnan(), here[name], x) for name, x in reported.items()}
+    candidates = {"as reported": filled, "of these draws": here}
+    unused = {
+        "as reported": {name: x.isnan() for name, x in reported.items()},
+        "of these draws": own.act.unused,
+    }
+    judges = {str(own.divergence): excess_over(own)}
+    told = not_used(own.act.unused, own.labels)
+    return side_by_side(own.question, candidates, judges, (told,) if told else (), unused)
 
 
 def compare_runs(
@@ -293,7 +301,18 @@ def _side_by_side(runs: Sequence[Run]) -> Table:
     if len({kept["family"] for kept in results.values()}) > 1:
         said.insert(0, ("family", *(kept["family"] for kept in results.values())))
     numbers = [(label, *(cells.get(place) for place in results)) for label, cells in rows.items()]
-    return Table("Bayes acts", ("parameter", *results), [*said, *numbers])
+    told = [
+        f"{place}: {', '.join(labels)} not used by the family"
+        for place, kept in results.items()
+        if (labels := _unused_of(kept))
+    ]
+    return Table("Bayes acts", ("parameter", *results), [*said, *numbers], told)
+
+
+def _unused_of(kept: dict[str, Any]) -> list[str]:
+    """The labels of what the act of a run does not depend on."""
+    masks = {k: torch.tensor(mask) for k, mask in kept.get("unused", {}).items()}
+    return marked(masks, lambda name: kept["labels"][name])
 
 
 def _numbers_of(kept: dict[str, Any], name: str) -> dict[str, Cell]:
@@ -301,7 +320,7 @@ def _numbers_of(kept: dict[str, Any], name: str) -> dict[str, Cell]:
     value, error = (np.asarray(kept["act"][name][key], np.float64) for key in ("value", "error"))
     labels = kept.get("labels", {}).get(name) or elements(name, torch.Size(value.shape))
     pairs = zip(value.flatten().tolist(), error.flatten().tolist(), strict=True)
-    return dict(zip(labels, pairs, strict=True))
+    return {k: pair for k, pair in zip(labels, pairs, strict=True) if not math.isnan(pair[0])}
 
 
 def report_runs(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,7 +79,7 @@ class Table:
         """The table that ``to_dict`` was made of."""
         rows = [tuple(tuple(c) if isinstance(c, list) else c for c in row) for row in kept["rows"]]
         acts = {
-            name: {key: torch.tensor(x, dtype=torch.float64) for key, x in act.items()}
+            name: {key: number_or_nan(x) for key, x in act.items()}
             for name, act in kept["acts"].items()
         }
         return cls(kept["title"], kept["columns"], rows, kept["notes"], acts)
@@ -107,6 +108,11 @@ class Table:
 def settled(value: Tensor) -> Tensor:
     """The same, 0 where it is 0 but for rounding."""
     return torch.where(value.abs() < ROUNDING, 0.0, value)
+
+
+def number_or_nan(kept: Any) -> Tensor:
+    """Numbers that JSON held, nan where it held null."""
+    return torch.from_numpy(np.array(kept, np.float64))
 
 
 def written(values: Mapping[str, Tensor]) -> dict[str, Any]:

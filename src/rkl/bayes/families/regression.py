@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Normal, Poisson, constraints
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, Poisson, constraints
 from torch.nn.functional import softplus
 
 from rkl.bayes.families.base import ExponentialFamily, Fixed, Natural
@@ -76,6 +76,11 @@ class Regression(Distribution):
     def expand(self, batch_shape, _instance=None):
         coefficients = self.coefficients.expand(*batch_shape, -1)
         return type(self)(self.design, coefficients, validate_args=False)
+
+
+def by_rows(law: Distribution) -> Distribution:
+    """A regression as the independent responses of its rows, as a function would write it."""
+    return Independent(law.rows, 1) if isinstance(law, Regression) else law
 
 
 class GaussianRegression(Regression):

@@ -1,0 +1,279 @@
+"""The numbers among the variables that the reported distribution does not depend on.
+
+Any value of such a number gives the same distribution, so none of them is an estimate.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.distributions.transforms import Transform
+
+from rkl.bayes.charts import LawOf, chart_of
+from rkl.bayes.estimate import Act
+from rkl.bayes.families.regression import Regression
+from rkl.bayes.questions import Variables
+from rkl.metrics import Mean
+
+SAME = 1e-9  # relative change of a parameter that is rounding
+RANK = 1e-9  # relative singular value below which a direction changes nothing
+ROWS = 8  # draws whose values take the place of a number, to see whether it matters
+MANY = 100  # coordinates whose combinations are looked at
+Numbers = Callable[[Variables], list[Tensor]]  # from draws to what their distributions consist of
+
+
+class Unidentified(NamedTuple):
+    """Numbers without an estimate, by variable, as masks [*shape].
+
+    Attributes:
+        unused: Each may take any value by itself.
+        combined: Only combinations of them change the distribution, such as a sum.
+    """
+
+    unused: dict[str, Tensor]
+    combined: dict[str, Tensor]
+
+
+def unidentified(
+    law: LawOf,
+    at: Variables,
+    few: Variables,
+    combined: bool = True,
+    mass: Callable[[Distribution], Tensor] | None = None,
+) -> Unidentified:
+    """The numbers of an act that its distribution does not depend on.
+
+    Args:
+        law: From parameters [n, *shape] to n distributions.
+        at: The act, [*shape] each.
+        few: Some draws, [n, *shape] each: values that a number is replaced by.
+        combined: Whether to look for combinations too.
+        mass: From a distribution to its log-mass at nodes, for a class of others, which may keep
+            parameters that it does not use.
+
+    >>> law = lambda t: torch.distributions.Normal(t["a"] + 0 * t["b"], 1.0)
+    >>> few = {"a": torch.randn(4).double(), "b": torch.randn(4).double()}
+    >>> unidentified(law, {name: x[0] for name, x in few.items()}, few).unused
+    {'a': tensor(False), 'b': tensor(True)}
+    """
+    at = {name: x.detach().clone() for name, x in at.items()}
+
+    def numbers(theta: Variables) -> list[Tensor]:
+        made = law(theta)
+        if mass is None or not _is_foreign(made):
+            return _parameters(made)
+        logs = mass(made)
+        return [torch.where(logs.isfinite(), logs, 0.0), logs.isfinite().double()]
+
+    unused = _unused(numbers, at, few)
+    never = {name: torch.zeros_like(mask) for name, mask in unused.items()}
+    found = _combined(law, numbers, at, few, unused) if combined else never
+    return Unidentified(unused, found)
+
+
+def without_unidentified(act: Act, found: Unidentified, variables: Mapping[str, str]) -> Act:
+    """The act with nan in place of numbers that it does not depend on.
+
+    Numbers of which only combinations are identified keep their values and lose their errors.
+
+    Args:
+        act: The act.
+        found: Its numbers without an estimate.
+        variables: Parameter of the act -> variable that it is.
+    """
+    parameters = dict(act.parameters)
+    for name, mean in parameters.items():
+        variable = variables.get(name, name)
+        if variable not in found.unused:
+            continue
+        unused, combined = (masks[variable] for masks in found)
+        if unused.shape == mean.value.shape:
+            error = mean.error.masked_fill(unused | combined, math.nan)
+            parameters[name] = Mean(mean.value.masked_fill(unused, math.nan), error)
+    return replace(act, parameters=parameters, unused=found.unused, combined=found.combined)
+
+
+def sentences(found: Unidentified, labels: Callable[[str], list[str]]) -> list[str]:
+    """What a reader should know of numbers that have no estimate."""
+    told = [text] if (text := not_used(found.unused, labels)) else []
+    if combined := marked(found.combined, labels):
+        told.append(
+            f"{', '.join(combined)}: the distribution depends on combinations of them only; other "
+            "values give the same one"
+        )
+    return told
+
+
+def not_used(unused: Mapping[str, Tensor], labels: Callable[[str], list[str]]) -> str:
+    """The sentence on numbers that a distribution does not depend on; empty without any."""
+    found = marked(unused, labels)
+    if not found:
+        return ""
+    verb = "is" if len(found) == 1 else "are"
+    return (
+        f"{', '.join(found)} {verb} not used by the family: any value gives the same "
+        "distribution, so none is shown"
+    )
+
+
+def marked(masks: Mapping[str, Tensor], labels: Callable[[str], list[str]]) -> list[str]:
+    """The labels of the numbers in masks, a whole variable by its name."""
+    found = []
+    for name, mask in masks.items():
+        if mask.numel() and bool(mask.all()):
+            found.append(name)
+        elif bool(mask.any()):
+            pairs = zip(labels(name), mask.flatten().tolist(), strict=True)
+            found += [label for label, inside in pairs if inside]
+    return found
+
+
+def _unused(numbers: Numbers, at: Variables, few: Variables) -> dict[str, Tensor]:
+    slopes = _slopes(numbers, at)
+    largest = max((x.abs().max().item() for x in slopes.values() if x.numel()), default=0.0)
+    masks = {name: torch.zeros(x.shape, dtype=torch.bool) for name, x in at.items()}
+    flat = [
+        (name, i)
+        for name, x in slopes.items()
+        for i in (x.abs().flatten() <= SAME * largest).nonzero()[:, 0].tolist()
+    ]
+    for name, i in _without_effect(numbers, at, few, flat):
+        masks[name].view(-1)[i] = True
+    return masks
+
+
+def _without_effect(
+    numbers: Numbers, at: Variables, few: Variables, places: list[tuple[str, int]]
+) -> list[tuple[str, int]]:
+    """Those of the places at which no value of the draws changes the distribution."""
+    if not places or not _changes(numbers, at, few, places):
+        return places
+    if len(places) == 1:
+        return []
+    half = len(places) // 2
+    sides = places[:half], places[half:]
+    return [place for side in sides for place in _without_effect(numbers, at, few, side)]
+
+
+def _changes(
+    numbers: Numbers, at: Variables, few: Variables, places: list[tuple[str, int]]
+) -> bool:
+    """Whether some draw's values at these places change the distribution."""
+    rows = len(next(iter(few.values())))
+    try:
+        here = _of_one(numbers, at)
+    except (RuntimeError, ValueError):
+        return True
+    for row in range(0, rows, max(1, rows // ROWS)):
+        other = {name: x.clone() for name, x in at.items()}
+        for name, i in places:
+            other[name].view(-1)[i] = few[name][row].reshape(-1)[i]
+        try:
+            if not _same(here, _of_one(numbers, other)):
+                return True
+        except (RuntimeError, ValueError):
+            return True
+    return False
+
+
+def _of_one(numbers: Numbers, variables: Variables) -> list[Tensor]:
+    return numbers({name: x[None] for name, x in variables.items()})
+
+
+def _same(here: list[Tensor], there: list[Tensor]) -> bool:
+    alike = (
+        x.shape == y.shape and torch.allclose(x.double(), y.double(), SAME, 1e-300, True)
+        for x, y in zip(here, there, strict=False)
+    )
+    return len(here) == len(there) and all(alike)
+
+
+def _slopes(numbers: Numbers, at: Variables) -> dict[str, Tensor]:
+    """Slopes of a random combination of the distribution's parameters; 0 of whole numbers."""
+    leaves = {name: x.requires_grad_() for name, x in at.items() if x.is_floating_point()}
+    with torch.enable_grad():
+        pulled = _pulled(_of_one(numbers, at), list(leaves.values()))
+    slopes = dict(zip(leaves, pulled, strict=True))
+    for x in leaves.values():
+        x.requires_grad_(False)
+    return {name: slopes.get(name, torch.zeros(x.shape)) for name, x in at.items()}
+
+
+def _pulled(numbers: list[Tensor], leaves: list[Tensor], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    parts = [x for x in numbers if x.requires_grad]
+    if not parts:
+        return [torch.zeros_like(x) for x in leaves]
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in parts]
+    total = sum((w * x).sum() for w, x in zip(weights, parts, strict=True))
+    found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)  # pyright: ignore
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def _parameters(law: Any) -> list[Tensor]:
+    """All numbers that a distribution is made of, of its parts too."""
+    if isinstance(law, Regression):
+        rows = [law.predictor]
+        return rows + [x for k, x in vars(law).items() if k == "scale" or k == "offset"]
+    if isinstance(law, Tensor):
+        return [law] if law.dtype.is_floating_point or law.dtype == torch.int64 else []
+    if isinstance(law, list | tuple):
+        return [x for part in law for x in _parameters(part)]
+    if isinstance(law, Distribution | Transform):
+        return [
+            x for key, part in vars(law).items() if key[:7] != "_cached" for x in _parameters(part)
+        ]
+    return []
+
+
+def _is_foreign(law: Distribution) -> bool:
+    """Whether a class of somebody else is in it, of which nobody knows what it uses."""
+    parts = [x for x in vars(law).values() if isinstance(x, Distribution)]
+    known = type(law).__module__.partition(".")[0] in ("torch", "rkl")
+    return not known or any(map(_is_foreign, parts))
+
+
+def _combined(
+    law: LawOf, numbers: Numbers, at: Variables, few: Variables, unused: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    never = {name: torch.zeros(x.shape, dtype=torch.bool) for name, x in at.items()}
+    real = {name: x for name, x in few.items() if x.is_floating_point()}
+    if sum(at[name].numel() for name in real) > MANY:
+        return never
+    try:
+        chart = chart_of(real, lambda t: law({**few, **t}))
+        point = chart.coordinates({name: at[name][None] for name in real})[0]
+        whole = {name: at[name][None] for name in at if name not in real}
+        leaf = point.requires_grad_()
+        with torch.enable_grad():
+            made = numbers({**whole, **chart.point(leaf[None])})
+            pulls = [_pulled(made, [leaf], i)[0] for i in range(len(leaf) + 4)]
+    except (RuntimeError, ValueError):  # on an edge, where there is no chart
+        return never
+    null = _null_space(torch.stack(pulls))
+    if not null.shape[1] or not point.isfinite().all():
+        return never
+    here = chart.point(point.detach()[None])
+    for direction in null.T:
+        there = chart.point((point.detach() + 1e-3 * direction)[None])
+        for name in real:
+            moved = (there[name] - here[name]).abs()[0]
+            never[name] |= (moved > 1e-8 * moved.max()) & (moved > 0) & ~unused[name]
+    return never
+
+
+def _null_space(slopes: Tensor) -> Tensor:
+    """Directions [k, null] in which nothing changes, beside those of single coordinates."""
+    size = slopes.square().sum(0).sqrt()
+    used = size > SAME * size.max()
+    if not slopes.isfinite().all() or int(used.sum()) < 2:
+        return slopes.new_zeros(slopes.shape[1], 0)
+    _, values, rows = torch.linalg.svd(slopes[:, used] / size[used])
+    flat = rows[values <= RANK * values[0]]
+    null = slopes.new_zeros(slopes.shape[1], len(flat))
+    null[used] = (flat / size[used]).T / (flat / size[used]).abs().amax(-1)
+    return null

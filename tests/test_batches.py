@@ -86,25 +86,16 @@ def test_a_mean_that_hangs_on_one_draw_has_a_large_error():
     assert heavy.error > 10 * even.error
 
 
-def test_the_error_along_slopes_is_that_of_the_projected_draws():
+def test_the_error_of_a_function_is_that_of_the_projected_draws():
     x = autoregressive(4, 500, 0.7, columns=(3, 5))
+    x[:2, :, :, :2] += 20  # chains that disagree, in some columns
     slopes = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1)).double()
-    means = BatchMeans(4, (3, 5))
-    projected = BatchMeans(4, (2, 5))
+    means, projected = BatchMeans(4, (3, 5)), BatchMeans(4, (2, 5))
     for chain in range(4):
         means.push(chain, x[chain])
         projected.push(chain, torch.einsum("dck,ock->dok", x[chain], slopes))
-    torch.testing.assert_close(means.along(slopes), projected.error, rtol=1e-12, atol=0)
-
-
-def test_errors_along_slopes_join_batches_and_heed_chains_too():
-    x = torch.stack([autoregressive(4, 250, rho, (200,), seed=2) for rho in (0.0, 0.95)], 2)
-    x[:2, :, 1, :50] += 20  # chains that disagree, in some columns
-    means = BatchMeans(4, (2, 200))
-    for chain in range(4):
-        means.push(chain, x[chain])
-    slopes = torch.eye(2, dtype=torch.float64)[..., None].expand(2, 2, 200)
-    torch.testing.assert_close(means.along(slopes), means.error, rtol=1e-10, atol=0)
+    moved = torch.einsum("hck,ock->hok", means.shifts, slopes)
+    torch.testing.assert_close(means.error_of(moved), projected.error, rtol=1e-10, atol=0)
 
 
 def test_chains_that_sit_apart_are_the_batches():

@@ -144,8 +144,13 @@ class Draws:
         self, name: str, places: Integer[Tensor, "places two"]
     ) -> Float[Tensor, "places *event"]:
         """Single draws of a variable, each by chain and draw."""
-        rows = [self._finite(name, c, slice(d, d + 1)) for c, d in places.tolist()]
-        return torch.cat(rows)
+        chain, draw = (xr.Variable("place", x) for x in places.T.numpy())
+        part = self.of(name).variable.isel(chain=chain, draw=draw).transpose("place", ...)
+        values = tensor_of(part.values)
+        if not values.isfinite().all():
+            for c, d in places.tolist():  # raises, and says where the draw is
+                self._finite(name, c, slice(d, d + 1))
+        return values
 
     def chunks(
         self, names: Sequence[str], size: int | None = None

@@ -26,7 +26,7 @@ from rkl.bayes.laws import Model
 from rkl.bayes.losses import slopes
 from rkl.bayes.minimise import Minimum, minimise
 from rkl.bayes.questions import Question, Variables
-from rkl.bayes.streaming import one_pass, plus
+from rkl.bayes.streaming import Moments, one_pass, plus
 from rkl.metrics import Mean
 from rkl.metrics.batches import BatchMeans
 
@@ -88,13 +88,14 @@ def averages(question: Question, directions: tuple[str, ...]) -> Averages:
         directions: "reverse" for what the reverse-KL act needs, "forward" for the other's.
     """
     if directions not in question.averaged:
-        question.averaged[directions] = _averages(question, directions)
+        model = question.model
+        moments = one_pass(question.draws, model.bare, model.names, directions, question.compiled)
+        question.averaged[directions] = averages_of(moments, directions)
     return question.averaged[directions]
 
 
-def _averages(question: Question, directions: tuple[str, ...]) -> Averages:
-    model = question.model
-    moments = one_pass(question.draws, model.bare, model.names, directions, question.compiled)
+def averages_of(moments: Moments, directions: tuple[str, ...]) -> Averages:
+    """The means of one pass, and what each batch of draws adds to them, by component."""
     first = moments.averaged(directions[0])
 
     def point(read: Callable[[BatchMeans], Tensor], axis: int) -> Point:
@@ -307,7 +308,10 @@ def _refuse_without_mean(question: Question, known: Averages, seen: Judgement) -
         )
 
 
-def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) -> Estimate:
+def act_and_risk(
+    question: Question, known: Averages, weights: Weights, found: Solved
+) -> dict[tuple[str, Any], Mean]:
+    """The risk and the parameters of an act, each with its error: all but the diagnostics."""
     plain, family = question.family, known.family
 
     def outputs(at: Point, natural: Natural, variables: Variables) -> dict[Any, Tensor]:
@@ -323,11 +327,16 @@ def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) 
         )
 
     values = outputs(known.here, found.natural, found.variables)
-    sides = [outputs(known.moved(sign), *found.moved(sign)) for sign in (1, -1)]
-    errors = {key: known.error((sides[0][key] - sides[1][key]) / 2) for key in values}
+    above, below = (outputs(known.moved(sign), *found.moved(sign)) for sign in (1, -1))
+    return {key: Mean(x, known.error((above[key] - below[key]) / 2)) for key, x in values.items()}
+
+
+def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) -> Estimate:
+    measured = act_and_risk(question, known, weights, found)
     unsure, endless = _unsure(question, seen)
     means = {
-        key: Mean(x, masked(errors[key], unsure[key[0] == "risk"])) for key, x in values.items()
+        key: Mean(x.value, masked(x.error, unsure[key[0] == "risk"]))
+        for key, x in measured.items()
     }
     risk = means["risk", ""]
     risk = Mean(torch.where(endless, torch.inf, risk.value), risk.error)
@@ -337,7 +346,7 @@ def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) 
             parameters.setdefault(key, parameters[name])
     act = Act(
         parameters,
-        question.wrapped(family.from_natural(found.natural), found.variables),
+        question.wrapped(known.family.from_natural(found.natural), found.variables),
         *(
             tuple(m for key, m in means.items() if key[0] == which)
             for which in ("natural", "mean")

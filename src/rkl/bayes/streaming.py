@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,7 @@ from torch.distributions import Distribution
 from rkl.bayes.blocks import INNER, Law, Plan, Sums, Totals, check_domain, sums_of
 from rkl.bayes.draws import Draws, read
 from rkl.bayes.families import ExponentialFamily, Natural, family_of
-from rkl.bayes.families.base import jacobian
 from rkl.estimators import has_compiler
-from rkl.metrics import Mean
 from rkl.metrics.batches import HALVES, BatchMeans, slots_of
 
 DIRECTIONS = ("reverse", "forward")
@@ -44,14 +42,12 @@ class Moments:
         reference: Natural parameter of P_0.
         reverse: Means of η and KL(P_0 ‖ P_θ), [components + 1, *batch].
         forward: Means of m and KL(P_θ ‖ P_0), [components + 1, *batch].
-        compiled: Whether to compile what is done to the batches.
     """
 
     family: ExponentialFamily
     reference: Natural
     reverse: BatchMeans | None
     forward: BatchMeans | None
-    compiled: bool = False
 
     def averaged(self, direction: str) -> BatchMeans:
         """What was averaged for one of the acts, "reverse" or "forward"."""
@@ -60,66 +56,11 @@ class Moments:
             raise ValueError(f"direction {direction!r} was not averaged.")
         return found
 
-    @functools.cached_property
-    def _means(self) -> dict[str, Tensor]:
-        held = {"reverse": self.reverse, "forward": self.forward}
-        return {name: found.mean for name, found in held.items() if found is not None}
-
     @property
     def finite(self) -> bool:
         """Whether every mean is a number."""
-        return all(bool(mean.isfinite().all()) for mean in self._means.values())
-
-    def average(self, direction: str) -> Natural:
-        """E η or E m, by components [*batch, ...]."""
-        self.averaged(direction)
-        return self.family.unflatten(self._means[direction][:-1].movedim(0, -1), self.reference)
-
-    def act(self, direction: str) -> Natural:
-        """Natural parameter of the act."""
-        average = self.average(direction)
-        return average if direction == "reverse" else self.family.from_mean(average)
-
-    def risk(self, direction: str) -> Mean:
-        """Posterior mean of the act's divergence from the draws, in nats, [*batch]."""
-        act, averaged = self.act(direction), self.averaged(direction)
-        own = self._own_slope(direction, act)[None]
-        return Mean(self._risk(direction, act), averaged.along(own, self.compiled)[0])
-
-    def errors(self, direction: str, function: Callable[[Natural], Tensor]) -> tuple[Tensor, Mean]:
-        """Standard error of a smooth function of E η or E m, by the delta method, and the risk.
-
-        Args:
-            direction: Of which act.
-            function: From the components [*batch, ...] to [*batch, *outputs], law by law.
-        """
-        average, act = self.average(direction), self.act(direction)
-        slopes, shape = self._slopes(average, function)
-        slopes = torch.cat([slopes, self._own_slope(direction, act)[None]])
-        found = self.averaged(direction).along(slopes, self.compiled)
-        error = found[:-1].movedim(0, -1).reshape((*found.shape[1:], *shape))
-        return error, Mean(self._risk(direction, act), found[-1])
-
-    def _risk(self, direction: str, act: Natural) -> Tensor:
-        ends = (self.reference, act) if direction == "reverse" else (act, self.reference)
-        return self._means[direction][-1] - self.family.kl(*ends)
-
-    def _own_slope(self, direction: str, act: Natural) -> Tensor:
-        """Of the risk, in each component of the average and in the divergence, which has 1."""
-        family, ends = self.family, (self.reference, act)
-        if direction == "reverse":
-            ends = tuple(family.mean(end) for end in ends)
-        slope = family.flatten(family.minus(*ends)).movedim(-1, 0)
-        return torch.cat([slope, torch.ones_like(slope[:1])])
-
-    def _slopes(self, average: Natural, function) -> tuple[Tensor, torch.Size]:
-        """[outputs, components + 1, *batch] of a function, and the shape of its outputs."""
-        with torch.enable_grad():
-            leaf = self.family.flatten(average).detach().requires_grad_()
-            value = function(self.family.unflatten(leaf, average))
-            batch = leaf.shape[:-1]
-            slopes = jacobian(value.reshape((*batch, -1)), leaf).movedim((-2, -1), (0, 1))
-        return torch.cat([slopes, torch.zeros_like(slopes[:, :1])], 1), value.shape[len(batch) :]
+        averaged = (it for it in (self.reverse, self.forward) if it is not None)
+        return all(bool(it.mean.isfinite().all()) for it in averaged)
 
 
 def one_pass(
@@ -147,8 +88,9 @@ def one_pass(
 
     >>> draws = Draws({"rate": [[1.0, 2.0, 4.0, 8.0]]})
     >>> moments = one_pass(draws, lambda theta: torch.distributions.Poisson(**theta), ["rate"])
-    >>> [round(moments.act(each)[0].exp().item(), 6) for each in ("reverse", "forward")]
-    [2.828427, 3.75]
+    >>> natural, mean = moments.reverse.mean[0], moments.forward.mean[0]
+    >>> round(natural.exp().item(), 6), round(mean.item(), 6)
+    (2.828427, 3.75)
     """
     with torch.no_grad():
         family, reference, batch = _reference(draws, law, names, directions)
@@ -199,7 +141,7 @@ def _averaged(draws: Draws, names: Sequence[str], plan: Plan, length: int) -> Mo
             for name, held in means.items():
                 held.add(chain, sums.start, sums.run, sums.values[name], sums.weights)
     found = means.get("reverse"), means.get("forward")
-    return Moments(plan.family, plan.reference, *found, plan.compiled)
+    return Moments(plan.family, plan.reference, *found)
 
 
 def _chunks(

@@ -1,6 +1,5 @@
 """The mean of dependent draws and its standard error, in one pass and constant memory."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -13,7 +12,6 @@ from rkl.metrics import Mean
 
 HALVES = 128  # half batches kept at most, over all chains: their number decides an error's own
 DEPENDENT = 1.4  # three standard errors above 1, the ratio of V for 64 independent batches
-CACHED = 2**17  # numbers that stay in a core's cache
 FEWEST = 12  # batches that an error may rest on
 DISAGREE = 3.09  # standard normal quantile of 0.999
 
@@ -151,34 +149,6 @@ class BatchMeans:
         variance = self._bounded(_lugsail(flat, share, between), between)
         return variance.sqrt().reshape(shifts.shape[1:])
 
-    def along(
-        self, slopes: Float[Tensor, "outputs components *columns"], compiled: bool = False
-    ) -> Float[Tensor, "outputs *columns"]:
-        """Standard error of functions of the mean that have these slopes there (delta method).
-
-        Args:
-            slopes: By how much each output moves with each component, the first axis of a draw.
-            compiled: Whether to compile it, which pays for millions of columns.
-        """
-        share = self.weights / self.weights.sum()
-        rows = slopes.reshape(*slopes.shape[:2], -1).contiguous()
-        sums = self.sums.reshape(*self.sums.shape[:3], -1)
-        width = sums.shape[-1] if compiled else max(1, CACHED // sums[..., 0].numel())
-        spreads = _compiled_spreads() if compiled else _spreads
-        pairs = zip(rows.split(width, -1), sums.split(width, -1), strict=True)
-        found = [self._along(spreads, row, part, share) for row, part in pairs]
-        return torch.cat(found, -1).reshape(len(slopes), *slopes.shape[2:])
-
-    def _along(self, spreads: Callable, rows: Tensor, sums: Tensor, share: Tensor) -> Tensor:
-        half, whole, between = spreads(rows, sums, self.weights, share)
-        variance = whole + (whole - half).clamp_min(0)
-        output, column = (whole > DEPENDENT * half).nonzero(as_tuple=True)
-        if len(output):
-            # for these few the batches must be looked at again
-            moved = (self._shifts(sums[..., column]) * rows[output, :, column].mT).sum(2)
-            variance[output, column] = _lugsail(moved, share, between[output, column])
-        return self._bounded(variance, between).sqrt()
-
     def total(self) -> Mean:
         """The mean with its standard error."""
         return Mean(self.mean, self.error)
@@ -229,35 +199,6 @@ def _lugsail(halves: Tensor, share: Tensor, between: Tensor) -> Tensor:
         elif len(share) > 1:
             variance[dependent] = torch.maximum(variance[dependent], rest)
     return variance
-
-
-def _spreads(rows: Tensor, sums: Tensor, weights: Tensor, share: Tensor) -> tuple[Tensor, ...]:
-    """V of half batches, of batches and of chains, of outputs with slopes [outputs, ...]."""
-    total, by_chain = weights.sum(), sums.sum(1)
-    mean = by_chain.sum(0) / total
-    chains = _moved(rows, by_chain, weights.sum(1), mean)
-    first, second = (_moved(rows, sums[:, k::2], weights[:, k::2], mean) for k in (0, 1))
-    found = (
-        (first.square() + second.square()).sum((0, 1)),
-        (first + second).square().sum((0, 1)),
-        chains.square().sum(0),
-    )
-    parts = share, _joined(share), share.sum(1)
-    scaled = (
-        x / (total.square() * (1 - part.square().sum()))
-        for x, part in zip(found, parts, strict=True)
-    )
-    return tuple(scaled)
-
-
-def _moved(rows: Tensor, sums: Tensor, weights: Tensor, mean: Tensor) -> Tensor:
-    """Sums [..., components, columns] about the mean, along rows: [..., outputs, columns]."""
-    return (rows * (sums - weights[..., None, None] * mean)[..., None, :, :]).sum(-2)
-
-
-@functools.cache
-def _compiled_spreads() -> Callable:
-    return torch.compile(_spreads, fullgraph=True)
 
 
 def _spread(departures: Tensor, share: Tensor) -> Tensor:

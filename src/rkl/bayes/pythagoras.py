@@ -312,7 +312,8 @@ def act_and_risk(
     question: Question, known: Averages, weights: Weights, found: Solved
 ) -> dict[tuple[str, Any], Mean]:
     """The risk and the parameters of an act, each with its error: all but the diagnostics."""
-    plain, family = question.family, known.family
+    family, plain = known.family, question.family
+    assert plain is not None  # as weights are
 
     def outputs(at: Point, natural: Natural, variables: Variables) -> dict[Any, Tensor]:
         law = family.from_natural(natural)

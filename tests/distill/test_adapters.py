@@ -106,6 +106,15 @@ def test_an_adapter_is_trained_as_a_student(folder, adapter):
         assert not torch.equal(trained[name], before), name
 
 
+def test_adapters_on_an_adapter_are_saved_without_a_warning_of_peft(folder, adapter):
+    adapter()
+    material.tokenizer().save_pretrained(folder / "adapter")
+    settings = material.settings(folder, student=str(folder / "adapter"), max_steps=2, lora_rank=2)
+    with pytest.warns(UserWarning) as warned:
+        distill(settings, folder / "run")
+    assert not [it for it in warned if "config file" in str(it.message)]
+
+
 def test_an_adapter_that_cannot_be_merged_is_refused_before_anything_is_written(folder, adapter):
     peft = pytest.importorskip("peft")
     adapter(config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))

@@ -48,6 +48,18 @@ def test_a_missing_package_is_named_before_anything_is_read_or_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_old_peft_is_refused_only_where_transformers_saves_the_adapters(
+    folder, tiny_model, tiny_trainer, tiny_rows, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "there")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.18.0")
+    lora.check_installed()  # these adapters are saved by peft's own wrapper
+    student = tiny_model()
+    student._hf_peft_config_loaded = True
+    with pytest.raises(ImportError, match=r"peft .* or newer; got peft 0\.18\.0"):
+        tiny_trainer(student, tiny_model(seed=1), tiny_rows())
+
+
 def test_metrics_go_nowhere_else_unless_asked(folder, tmp_path, monkeypatch):
     there = "rkl.distill.prepare.get_available_reporting_integrations"
     monkeypatch.setattr(there, lambda: ["wandb"])

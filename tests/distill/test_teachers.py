@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,13 +183,12 @@ def test_a_model_in_a_package_is_found_without_importing_it(tiny_model, tmp_path
     model, settings = tiny_model(), {}
 
     def from_pretrained(folder, **given):
-        settings.update(given, folder=folder)
+        settings.update(given, file=Path(folder, given["gguf_file"]).resolve())
         return model, {"missing_keys": set()}
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     assert load_model("package:carrying-a-model") is model
-    assert settings["folder"] == str(package)
-    assert settings["gguf_file"] == "tiny.gguf"
+    assert settings["file"] == package / "tiny.gguf"
     assert settings["quantization_config"].dequantize
     assert "carrying_a_model" not in sys.modules
 

@@ -38,6 +38,7 @@ from rkl.distill.teachers import (
     ModelTeacher,
     Teacher,
     in_hub_cache,
+    is_adapter,
     load_model,
     load_tokenizer,
     model_input,
@@ -332,7 +333,8 @@ def _load_teacher(
 def _tokenizer_of(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a teacher; None where its folder holds only the model."""
     folder = local_path(name)
-    if folder is not None and folder.is_dir() and not any(folder.glob("tokenizer*")):
+    has_none = folder is not None and folder.is_dir() and not any(folder.glob("tokenizer*"))
+    if has_none and not is_adapter(name):
         return None  # transformers would make one of the model's kind, without its tokens
     return load_tokenizer(name, revision=revision)
 

@@ -8,23 +8,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rkl.distill.teachers import check_peft, is_adapted
+from rkl.distill.teachers import is_adapted
 
 ADAPTER = "adapter"  # folder of the run that holds the adapters alone
 
 
 def check_installed() -> None:
-    """Refuse adapters where peft is missing or too old.
+    """Refuse adapters where peft is missing.
 
     Raises:
         ModuleNotFoundError: It is not installed; says what to type.
-        ImportError: It is older than what transformers saves adapters with.
     """
     if importlib.util.find_spec("peft") is None:
         raise ModuleNotFoundError(
             "lora_rank: adapters need the package peft: pip install 'rkl[peft]'"
         )
-    check_peft()
 
 
 def with_adapters(

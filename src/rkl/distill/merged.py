@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,24 @@ from rkl.distill.heads import inference
 from rkl.runs.integrity import local_path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OF_ADAPTER = CONFIG, "adapter_model.*"
+OF_MODEL = "model*.safetensors", "model*.safetensors.index.json"
+NEVER_READ = "pytorch_model*.bin", "*.gguf"  # in a folder; a .gguf file has to be named itself
 _MOST = 1e-3  # of the largest logit, by which roundings of a merge change it
 
 
-def base_of(folder: Path) -> str | None:
-    """The base model of the adapters in a folder; None where it holds a model of its own."""
-    if not (folder / CONFIG).is_file() or any(folder.glob("model*.safetensors")):
+def base_of(folder: Path, above: Sequence[Path] = ()) -> str | None:
+    """The base model of the adapters in a folder; None where it holds a model of its own.
+
+    Args:
+        folder: Where to look.
+        above: Folders of adapters that lie on top of this one.
+
+    Raises:
+        ValueError: It cannot be told which weights, or which base, are meant.
+    """
+    _check_weights(folder)
+    if not (folder / CONFIG).is_file():
         return None
     try:
         name = json.loads((folder / CONFIG).read_bytes())["base_model_name_or_path"]
@@ -32,8 +44,54 @@ def base_of(folder: Path) -> str | None:
             f"model: {folder / CONFIG} does not say which model its adapter belongs to; expected "
             "base_model_name_or_path."
         )
-    beside = local_path(folder / name) if local_path(name) is None else None
-    return name if beside is None else str(beside)
+    here, beside = local_path(name), local_path(folder / name)
+    if here is not None and beside is not None and here != beside:
+        raise ValueError(
+            f"model: {folder / CONFIG} names the base {name}, which is {here} or {beside}. Write "
+            "the one that is meant there, as an absolute path."
+        )
+    base = here or beside
+    if base is not None and base in (folder, *above):
+        raise ValueError(
+            f"model: {folder / CONFIG} names {base} as the base of its adapter, which is that "
+            "adapter itself; expected a model."
+        )
+    if base is not None and base.is_dir():
+        base_of(base, (folder, *above))
+    return name if here is not None or beside is None else str(beside)
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a folder in which one set of weights would win over another without a word."""
+
+    def found(patterns: Iterable[str]) -> list[str]:
+        return sorted(file.name for pattern in patterns for file in folder.glob(pattern))
+
+    whole, adapter = found((*OF_MODEL, *NEVER_READ)), found(OF_ADAPTER)
+    if whole and adapter:
+        raise ValueError(
+            f"model: {folder} holds a model ({whole[0]}) and an adapter ({adapter[0]}), and it "
+            "cannot be told which is meant; expected one of them. Move the other elsewhere."
+        )
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() and index.is_file() and _shards(index) != {single.name}:
+        raise ValueError(
+            f"model: {folder} holds a model in one file ({single.name}) and one in several "
+            f"({index.name}), and it cannot be told which is meant. Move one of them elsewhere."
+        )
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index says the weights are in."""
+    try:
+        return set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return set()
+
+
+def unread_weights(folder: Path) -> list[str]:
+    """The files of weights in a folder that are not read when the folder is."""
+    return sorted(file.name for pattern in NEVER_READ for file in folder.glob(pattern))
 
 
 def load_merged(

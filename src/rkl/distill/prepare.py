@@ -363,11 +363,6 @@ def _load_student(settings: DistillSettings) -> PreTrainedModel:
     if not source.endswith(".json"):
         # Of its own, not out of the teacher in memory: the two must not share weights.
         student = load_model(source, dtype="float32", drop_layers=settings.drop_layers)
-        if getattr(student, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                f"student: {source} is an adapter on the Hub, whose weights would be frozen; "
-                "download it, and give the folder, so that it is merged into its base."
-            )
         if is_adapter(source):
             warn(
                 f"student: {source} is an adapter; it is merged into its base, of which "

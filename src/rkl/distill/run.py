@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -312,7 +313,9 @@ def _train(
     for callback in (Journal(run, display, watch), stop, FollowSchedule(), *board):
         trainer.add_callback(callback)
     try:
-        with display.bar, request.listening(), naming_lost_peers():
+        with display.bar, request.listening(), naming_lost_peers(), warnings.catch_warnings():
+            # peft's, of a base in a GGUF file or in a folder of adapters; no token is added here.
+            warnings.filterwarnings("ignore", "Could not find a config file in")
             trainer.train(resume_from_checkpoint=last)
     except DivergedError as error:
         if error.sound:

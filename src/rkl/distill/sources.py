@@ -427,6 +427,11 @@ def _data_set(text: str) -> str:
     """The name of a data set on the Hub, with its configuration; a path is refused."""
     prefix = "hub:" if text.startswith("hub:") else ""
     name, colon, config = text.removeprefix("hub:").partition(":")
+    if prefix and Path(name).exists():
+        raise ValueError(
+            f"data: {name} lies here, and would be read in place of the data set of this name on "
+            "the Hub. Call rkl from another folder."
+        )
     return hub_name("data", prefix + name) + colon + config
 
 

@@ -1,15 +1,15 @@
 """What a student may learn from: a model, the base below its own adapters, a cache."""
 
 import abc
-import contextlib
 import copy
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import struct
 import sys
+import tempfile
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from jaxtyping import Bool
 from packaging.version import Version
 from safetensors import SafetensorError
@@ -30,11 +31,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
-from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_peft_available
 
 from rkl.distill.heads import Head, Known, read_head
-from rkl.distill.merged import base_of, load_merged
+from rkl.distill.merged import base_of, load_merged, unread_weights
 from rkl.estimators import TopK
 from rkl.runs.integrity import Input, check_finite, files_of, hub_name, local_path
 
@@ -117,7 +117,9 @@ class AdapterBase(Teacher):
 
 
 def check_peft() -> None:
-    """Refuse a peft that is older than what transformers saves adapters with.
+    """Refuse a peft older than transformers needs to save a model that it put adapters into.
+
+    A ``PeftModel`` saves itself, with any peft.
 
     Raises:
         ImportError: It is; names both versions. A training would end at its first checkpoint.
@@ -125,9 +127,9 @@ def check_peft() -> None:
     found = importlib.metadata.version("peft")
     if Version(found) < Version(MIN_PEFT_VERSION):
         raise ImportError(
-            f"model: transformers {transformers.__version__} saves the adapters of a student with "
-            f"peft {MIN_PEFT_VERSION} or newer; got peft {found}. "
-            f"Type: pip install 'peft>={MIN_PEFT_VERSION}'"
+            f"model: transformers {transformers.__version__} saves a model that it put adapters "
+            f"into with peft {MIN_PEFT_VERSION} or newer; got peft {found}. "
+            f"Type: pip install 'peft>={MIN_PEFT_VERSION}', or wrap it with peft.get_peft_model."
         )
 
 
@@ -193,8 +195,20 @@ def load_model(
     model, loading = _loaded(
         AutoModelForCausalLM, name, "model in safetensors", output_loading_info=True, **how
     )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"model: {name} is an adapter on the Hub; download it, and give the folder, so that "
+            "it is merged into its base."
+        )
     _check_complete(name, model, loading["missing_keys"])
-    check_finite(model.named_parameters(), local_path(name) or name, "model")
+    folder = _path(name)
+    check_finite(model.named_parameters(), folder or name, "model")
+    if folder is not None and folder.is_dir() and (unread := unread_weights(folder)):
+        warnings.warn(
+            f"model: {folder} also holds {', '.join(unread[:3])}, which is not read; its weights "
+            "in safetensors are.",
+            stacklevel=2,
+        )
     return model if drop_layers is None else without_layers(model, drop_layers)
 
 
@@ -248,18 +262,14 @@ def model_input(name: str | os.PathLike, *, revision: str | None = None) -> Inpu
         name: As for :func:`load_model`; a file .json that describes a model counts by itself.
         revision: As for :func:`load_model`.
     """
-    folder, file = _locate(name)
-    if file is not None:
-        kind = {"package": os.fspath(name)} if str(name).startswith("package:") else {}
-        return files_of(Path(folder, file), {file: Path(folder, file)}, **kind)
-    path = local_path(folder)
-    if path is not None and path.is_file():
-        return files_of(path, {path.name: path})
-    if path is not None:
-        return files_of(path, _files_of_model(path))
-    snapshot = _snapshot(folder, revision)
-    hub = {"hub": folder, "commit": None if snapshot is None else snapshot.name}
-    return files_of(os.fspath(name), {} if snapshot is None else _files_of_model(snapshot), **hub)
+    path, more = _path(name), {}
+    if str(name).startswith("package:"):
+        more["package"] = os.fspath(name)
+    if path is None:
+        folder, _ = _locate(name)
+        snapshot = _snapshot(folder, revision)
+        more |= {"hub": folder, "commit": None if snapshot is None else snapshot.name}
+    return files_of(name if path is None else path, _files_of_model(name, revision), **more)
 
 
 def in_hub_cache(name: str) -> bool:
@@ -267,26 +277,32 @@ def in_hub_cache(name: str) -> bool:
     return _snapshot(name, None) is not None
 
 
-def _files_of_model(folder: Path) -> dict[str, Path]:
-    """What transformers reads in a folder, and below adapters their base, if it is local."""
-    found = {file.name: file for pattern in OF_MODEL for file in sorted(folder.glob(pattern))}
-    found = {name: file for name, file in found.items() if file.is_file()}
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        adapter = json.loads((folder / "adapter_config.json").read_bytes())
-        base = local_path(adapter["base_model_name_or_path"])
-        if base is not None and base.is_dir() and base != folder:
-            found |= {f"{base.name}/{name}": file for name, file in _files_of_model(base).items()}
+def _files_of_model(name: str | os.PathLike, revision: str | None = None) -> dict[str, Path]:
+    """The files that a model is read from, by their names; below adapters also their base."""
+    path = _path(name) or _snapshot(_locate(name)[0], revision)
+    if path is None or path.is_file():
+        return {} if path is None else {path.name: path}
+    found = {it.name: it for pattern in OF_MODEL for it in sorted(path.glob(pattern))}
+    found = {name: it for name, it in found.items() if it.is_file()}
+    if (base := base_of(path)) is not None:
+        of_base = _files_of_model(base)
+        found |= {f"{Path(base).name}/{name}": it for name, it in of_base.items()}
     return found
+
+
+def _path(name: str | os.PathLike) -> Path | None:
+    """The folder or file that a name means; None for a name on the Hub."""
+    folder, file = _locate(name)
+    return None if str(name).startswith("hub:") else local_path(Path(folder, file or ""))
 
 
 def _snapshot(name: str, revision: str | None) -> Path | None:
     """The folder of the Hub's cache that a repository was read from, named by its commit."""
     try:
-        how: Any = {"revision": revision, "local_files_only": True}
-        file = cached_file(name, "config.json", **how)
-    except (OSError, ValueError):
+        file = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:
         return None
-    return None if file is None else Path(file).parent
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def _loaded(auto: Any, name: str | os.PathLike, what: str, **how: Any) -> Any:
@@ -299,7 +315,12 @@ def _loaded(auto: Any, name: str | os.PathLike, what: str, **how: Any) -> Any:
     folder, file = _locate(name)
     how |= {} if file is None else {"gguf_file": file}
     try:
-        return auto.from_pretrained(folder, trust_remote_code=False, **how)
+        with _read_from(name, folder, file, how.get("revision")) as place:
+            found = auto.from_pretrained(place, trust_remote_code=False, **how)
+        loaded = found[0] if isinstance(found, tuple) else found
+        for named in (loaded, getattr(loaded, "config", loaded)):
+            named.name_or_path = folder
+        return found
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:
@@ -317,6 +338,25 @@ def _loaded(auto: Any, name: str | os.PathLike, what: str, **how: Any) -> Any:
             f"model: {name} is neither a folder with a {what}, nor a .gguf file, nor a name on "
             f"the Hub that can be reached: {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
+
+
+@contextmanager
+def _read_from(
+    name: str | os.PathLike, folder: str, file: str | None, revision: str | None
+) -> Iterator[str]:
+    """Where transformers finds what a name means, and nothing that it would prefer to that.
+
+    Beside a GGUF file it would take the tokenizer or the adapter of another model, and for a
+    repository on the Hub a folder here that has the same name.
+    """
+    if file is not None:
+        with tempfile.TemporaryDirectory() as place:
+            os.symlink(Path(folder, file), Path(place, file))
+            yield place
+    elif str(name).startswith("hub:") and local_path(folder) is not None:
+        yield snapshot_download(folder, revision=revision, allow_patterns=[*OF_MODEL])
+    else:
+        yield folder
 
 
 def _locate(name: str | os.PathLike) -> tuple[str, str | None]:

@@ -29,7 +29,7 @@ from rkl.distill.heads import (
 from rkl.distill.limits import check_counts, check_temperature, check_within
 from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
 from rkl.distill.sources import is_row
-from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher, check_peft, is_adapted
+from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher, check_peft
 from rkl.distill.vocabulary import share_vocabulary
 from rkl.divergences import AKL, KL, Divergence
 from rkl.estimators import LinearHead, TopK, exact, per_token
@@ -647,7 +647,7 @@ def _check(
         raise TypeError(
             f"model must be the student, a model; got {model!r}. rkl.distill.load_model gives one."
         )
-    if is_adapted(model) or getattr(model, "_hf_peft_config_loaded", False):
+    if getattr(model, "_hf_peft_config_loaded", False):
         check_peft()
     if not isinstance(args, DistillConfig):
         raise TypeError(f"args must be a DistillConfig; got a {type(args).__name__}.")

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from rkl.bayes import partitions
 from rkl.bayes.partitions import canonical, partition_act, partition_losses
@@ -216,3 +217,54 @@ def test_labels_by_chain_are_those_of_all_draws():
     labels = torch.tensor([[[0, 0, 1], [1, 1, 0]], [[2, 2, 2], [0, 0, 1]]])
     together = partition_act(labels.flatten(0, 1))
     assert partition_act(labels).partition.tolist() == together.partition.tolist()
+
+
+def test_posteriors_of_arviz_and_draws_by_chain_are_read_as_they_are():
+    generator = torch.Generator().manual_seed(3)
+    labels = noisy(generator, 60, 6, 2, 0.2)
+    plain = partition_act(labels)
+    by_chain = labels.reshape(3, 20, 6).numpy()
+    names = ["a", "b", "c", "d", "e", "f"]
+    array = xr.DataArray(by_chain, dims=("chain", "draw", "item"), coords={"item": names})
+    data = xr.Dataset({"z": array, "mu": (("chain", "draw"), np.zeros((3, 20)))})
+    tree = xr.DataTree.from_dict({"posterior": data})
+    sources = [(by_chain, None), (array, None), (data, None), (tree, "z"), ({"z": by_chain}, "z")]
+    for source, variable in sources:
+        found = partition_act(source, variable=variable)
+        assert found.partition.equal(plain.partition)
+        assert found.risk.value == plain.risk.value
+    assert partition_act(tree).items == names
+    assert "a, c, e" in str(partition_act(tree))
+    with pytest.raises(ValueError, match="variable must hold a label for each item"):
+        partition_act(tree, variable="mu")
+    with pytest.raises(ValueError, match="several variables"):
+        partition_act({"z": by_chain, "y": by_chain})
+    weights = torch.rand(3, 20, generator=generator)
+    weighted = partition_act(by_chain, weights=weights)
+    assert weighted.risk.value == partition_act(labels, weights=weights.flatten()).risk.value
+
+
+def test_similarities_are_shares_of_draws_and_the_table_has_their_means():
+    labels = [[0, 0, 0, 1, 1], [1, 1, 1, 0, 0], *[[0, 0, 1, 2, 2]] * 4]
+    act = partition_act(labels)
+    together = np.mean([[[x == y for x in row] for y in row] for row in np.array(labels)], 0)
+    np.testing.assert_allclose(act.similarity, together)
+    rows = {row[0]: row for row in act.table().rows}
+    assert act.partition.tolist() == [0, 0, 1, 2, 2]
+    assert rows["0"][1:] == (2, pytest.approx(1.0), "0, 1")
+    assert rows["1"][1:] == (1, None, "2")
+    assert act.to_dict()["partition"] == [0, 0, 1, 2, 2]
+
+
+@every_loss
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_bounded_act_is_the_best_of_all_partitions_of_so_many_clusters(loss, most):
+    generator = torch.Generator().manual_seed(most)
+    draws = noisy(generator, 20, 6, 4, 0.3)
+    act = partition_act(draws, loss, max_clusters=most)
+    allowed = [it for it in all_partitions(6) if max(it) < most]
+    risks = [partition_losses(it, draws, loss).mean().item() for it in allowed]
+    assert int(act.partition.max()) < most
+    assert act.risk.value.item() == pytest.approx(min(risks), abs=1e-12)
+    with pytest.raises(ValueError, match="max_clusters must be at least 1"):
+        partition_act(draws, loss, max_clusters=0)

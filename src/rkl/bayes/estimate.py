@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from rkl.bayes.tables import Cell, Table, parenthesised
+from rkl.divergences.parse import Stack
 from rkl.metrics import Mean, to_json
 
 if TYPE_CHECKING:
@@ -239,8 +241,17 @@ class Estimate:
         variable = settings.get(name, name)
         if variable in question.model.names:
             return question.axes(variable)
+        if isinstance(variable, Stack):
+            return [*question.batch_axes, self._stack_labels(variable)]
         batch = question.batch
         return question.batch_axes if shape == batch else None
+
+    def _stack_labels(self, parts: Stack) -> list[str]:
+        """What the elements of a vector of variables and numbers are called."""
+        found: list[str] = []
+        for part in parts:
+            found += self.labels(part) if isinstance(part, str) else [f"{part:g}"]
+        return found
 
     def _asked(self) -> dict[str, Mean]:
         """The variables of the posterior, which stand for the rest."""
@@ -282,7 +293,10 @@ def elements(
 
 def _short(design: Any) -> str:
     shape = getattr(design, "shape", None)
-    return str(design) if shape is None else f"{type(design).__name__} {list(shape)}"
+    if isinstance(design, Mapping):
+        return f"columns {', '.join(map(str, design))}"
+    kind = "ndarray" if isinstance(design, np.ndarray) else type(design).__name__
+    return str(design) if shape is None else f"{kind} {list(shape)}"
 
 
 def _plain(design: Any) -> Any:
@@ -290,11 +304,14 @@ def _plain(design: Any) -> Any:
     match design:
         case None | bool() | int() | float() | str():
             return design
-        case dict():
+        case Mapping():
             return {str(key): _plain(value) for key, value in design.items()}
         case list() | tuple():
             return [_plain(value) for value in design]
         case Tensor():
             return design.tolist()
+    if hasattr(design, "to_numpy") and hasattr(design, "columns"):  # a data frame
+        rows = design.to_numpy().tolist()
+        return {"columns": [str(name) for name in design.columns], "rows": rows}
     tolist = getattr(design, "tolist", None)
     return tolist() if callable(tolist) else str(design)

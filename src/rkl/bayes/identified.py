@@ -214,19 +214,21 @@ def _pulled(numbers: list[Tensor], leaves: list[Tensor], seed: int = 0) -> list[
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
 
 
-def _parameters(law: Any) -> list[Tensor]:
+def _parameters(law: Any, seen: frozenset[int] = frozenset()) -> list[Tensor]:
     """All numbers that a distribution is made of, of its parts too."""
+    if id(law) in seen:  # a transform and its inverse hold each other
+        return []
     if isinstance(law, Regression):
-        rows = [law.predictor]
-        return rows + [x for k, x in vars(law).items() if k == "scale" or k == "offset"]
+        known = ("scale", "offset", "trials")
+        return [law.predictor, *(x for key, x in vars(law).items() if key in known)]
     if isinstance(law, Tensor):
         return [law] if law.dtype.is_floating_point or law.dtype == torch.int64 else []
+    seen = seen | {id(law)}
     if isinstance(law, list | tuple):
-        return [x for part in law for x in _parameters(part)]
+        return [x for part in law for x in _parameters(part, seen)]
     if isinstance(law, Distribution | Transform):
-        return [
-            x for key, part in vars(law).items() if key[:7] != "_cached" for x in _parameters(part)
-        ]
+        parts = (part for key, part in vars(law).items() if not key.startswith("_cached"))
+        return [x for part in parts for x in _parameters(part, seen)]
     return []
 
 

@@ -38,10 +38,13 @@ from rkl.bayes.draws import Draws
 from rkl.bayes.families import ExponentialFamily, family_of
 from rkl.bayes.families.named import PoissonOrZero
 from rkl.divergences import parse
+from rkl.divergences.base import broadcast_shape
+from rkl.divergences.parse import Stack
 from rkl.importing import imported
 
 NOT_TORCH = ("numpy", "all be instances of number", "converted to python scalars")
 PROBE = 16  # draws looked at before the rest is read
+PER_ROW = {"offset", "exposure", "trials"}  # what a regression knows of each row of its design
 # Classes that no text can describe, or of which torch has neither a density nor a KL to work with.
 _STRUCTURES = {
     "Distribution",
@@ -57,6 +60,8 @@ _STRUCTURES = {
 }
 _ALIASES = {
     "beta-bin": "beta-binomial",
+    "binomial-regression": "logistic-regression",
+    "linear-regression": "gaussian-regression",
     "chi-squared": "chi2",
     "chisquare": "chi2",
     "gaussian": "normal",
@@ -81,7 +86,8 @@ _PARAMETERS = {  # as Stan, PyMC and brms call them
     "lam": ("rate",),
     "lower": ("low",),
     "mu": ("loc", "mean"),
-    "n": ("total_count",),
+    "n": ("total_count", "trials"),
+    "total_count": ("trials",),
     "nu": ("df",),
     "p": ("probs",),
     "phi": ("concentration",),
@@ -146,6 +152,7 @@ class Model:
     events: Mapping[str, int] | None = None  # variable -> its event axes, where a text names it
     design: Any = None
     few: Mapping[str, Tensor] | None = None  # draws that show what the distributions are made of
+    columns: tuple[str, ...] = ()  # those of the design that have a coefficient
 
     def law(self, theta: Mapping[str, Tensor]) -> Distribution:
         """The laws of n draws, of batch shape [n, *batch].
@@ -205,6 +212,13 @@ class Model:
             return
         known = _constraints(self.kind)
         for parameter, name in self.settings.items():
+            if isinstance(name, Stack) and parameter in known:
+                value = stacked(theta, name, self.events or {})
+                if not bool(known[parameter].check(value).all()):
+                    raise ValueError(
+                        f"{name} must satisfy {known[parameter]}, as {parameter} of "
+                        f"{self.kind.__name__}, in every draw."
+                    )
             if not isinstance(name, str) or parameter not in known:
                 continue
             if theta[name].ndim <= known[parameter].event_dim:
@@ -511,7 +525,7 @@ def read_family(family: Any, draws: Draws, design: Any = None) -> Model:
 
 def _parsed(text: str, read: str, known: Mapping[str, Callable], draws: Draws, design: Any):
     """The class and the settings of a text."""
-    names = (*draws.names, "design") if design is not None else draws.names
+    names = (*draws.names, "design", *labels_of(design)) if design is not None else draws.names
     try:
         return parse(_renamed(read, known), known, names)
     except ValueError as error:
@@ -613,7 +627,8 @@ def _imported(text: str, draws: Draws, design: Any) -> Any:
 def _from_class(cls, settings: dict[str, Any], draws: Draws, design: Any) -> Model:
     """Settings for those parameters of a class that are variables of the posterior."""
     parameters = inspect.signature(cls).parameters
-    found = {name: name for name in parameters if name in draws.names and name not in settings}
+    own = set(parameters) - (PER_ROW if "design" in parameters else set()) - settings.keys()
+    found = {name: name for name in parameters if name in draws.names and name in own}
     required = {
         name
         for name, p in parameters.items()
@@ -630,31 +645,111 @@ def _from_class(cls, settings: dict[str, Any], draws: Draws, design: Any) -> Mod
 
 
 def _named(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) -> Model:
+    columns: tuple[str, ...] = ()
     if design is not None and "design" in inspect.signature(cls).parameters:
-        try:
-            matrix = torch.as_tensor(np.asarray(design, np.float64))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"design must hold numbers; got {design!r:.60}.") from error
-        settings = settings | {"design": matrix}
-    names = tuple(dict.fromkeys(v for v in settings.values() if isinstance(v, str)))
+        settings, columns = _with_design(text, settings, design)
+    names = tuple(dict.fromkeys(name for v in settings.values() for name in _names_in(v)))
     if not names:
         raise ValueError(f"family {text} must take a variable of the posterior; got none.")
     _refuse_incomplete(text, cls, settings)
-    fixed = {k: _constant(v) for k, v in settings.items() if not isinstance(v, str)}
+    stacks = {k: v for k, v in settings.items() if isinstance(v, Stack) and _names_in(v)}
     variables = {k: v for k, v in settings.items() if isinstance(v, str)}
+    fixed = {k: _constant(v) for k, v in settings.items() if k not in {*stacks, *variables}}
     known = _constraints(cls)
-    ranks = {k: known[k].event_dim if k in known else 0 for k in variables}
+    ranks = {k: known[k].event_dim if k in known else 0 for k in (*variables, *stacks)}
+    # an unknown name is refused here, with the names there are
+    events = {
+        name: min(1, len(draws.shape(name))) for v in stacks.values() for name in _names_in(v)
+    }
+    events |= {v: ranks[k] for k, v in variables.items()}
+    for parameter, parts in stacks.items():
+        _refuse_unstackable(text, parameter, parts, ranks[parameter], draws)
 
     def make(theta: Theta) -> Distribution:
-        batch = max(theta[v].ndim - ranks[k] for k, v in variables.items())
+        batch = max(theta[name].ndim - events[name] for name in names)
         aligned = {k: _aligned(theta[v], ranks[k], batch) for k, v in variables.items()}
+        aligned |= {k: stacked(theta, v, events) for k, v in stacks.items()}
         return cls(**aligned, **fixed, validate_args=None if not known else False)
 
     for name in names:
-        draws.shape(name)  # an unknown name is refused here, with the names there are
-    events = {v: ranks[k] for k, v in variables.items()}
+        draws.shape(name)
     few = probe(draws, names)
-    return Model(text, names, make, variables | fixed, cls, events, design, few)
+    return Model(text, names, make, variables | stacks | fixed, cls, events, design, few, columns)
+
+
+def _names_in(value: Any) -> tuple[str, ...]:
+    """The variables of a setting: one, those of a stack, or none."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(x for x in value if isinstance(x, str)) if isinstance(value, Stack) else ()
+
+
+def stacked(theta: Theta, parts: Stack, events: Mapping[str, int]) -> Tensor:
+    """Variables and numbers side by side along a last axis; vectors give several columns each."""
+    columns = {name: theta[name] for name in _names_in(parts)}
+    columns = {k: x if events[k] else x[..., None] for k, x in columns.items()}
+    lead = broadcast_shape(*(x.shape[:-1] for x in columns.values()))
+    first = next(iter(columns.values()))
+    pieces = [columns[p] if isinstance(p, str) else first.new_tensor([p]) for p in parts]
+    return torch.cat([x.expand(*lead, x.shape[-1]) for x in pieces], -1)
+
+
+def _refuse_unstackable(text: str, parameter: str, parts: Stack, rank: int, draws: Draws) -> None:
+    """Refuse a list of variables for a parameter that is no vector, or of what is no column."""
+    if rank != 1:
+        raise ValueError(
+            f"family {text}: a list of variables makes a vector, which {parameter} is not; got "
+            f"{parts}."
+        )
+    for name in _names_in(parts):
+        if len(draws.shape(name)) > 1:
+            raise ValueError(
+                f"family {text}: each variable in {parts} must be one number or a vector; "
+                f"{name} is {list(draws.shape(name))}."
+            )
+
+
+def labels_of(design: Any) -> tuple[str, ...]:
+    """The names of the columns of a design: of a data frame, or of a dict of columns."""
+    if isinstance(design, Mapping):
+        return tuple(map(str, design))
+    columns = getattr(design, "columns", None)
+    return () if columns is None or callable(columns) else tuple(map(str, columns))
+
+
+def _with_design(
+    text: str, settings: dict[str, Any], design: Any
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The settings with the matrix of the design, and the names of its columns.
+
+    Columns that are named as offset, exposure or trials are taken out of the matrix.
+    """
+    try:
+        columns = list(design.values()) if isinstance(design, Mapping) else None
+        values = design if columns is None else np.column_stack(columns)
+        matrix = torch.from_numpy(np.asarray(values, np.float64).copy())
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"design must hold numbers; got {design!r:.60}.") from error
+    labels = labels_of(design)
+    if matrix.ndim == 2 and len(labels) != matrix.shape[1]:
+        labels = tuple(map(str, range(matrix.shape[1])))
+    found, taken = dict(settings), set()
+    for key in PER_ROW & settings.keys():
+        column = settings[key]
+        if not isinstance(column, str | Stack):
+            continue
+        if column not in labels:
+            raise ValueError(
+                f"family {text}: {key} must be a column of the design, one of "
+                f"{', '.join(labels)}, or numbers, one for each of its rows; got {column}."
+            )
+        place = labels.index(column)
+        found[key] = matrix[:, place]
+        taken.add(place)
+    if taken:
+        kept = [i for i in range(len(labels)) if i not in taken]
+        matrix, labels = matrix[:, kept], tuple(labels[i] for i in kept)
+    return found | {"design": matrix}, labels
 
 
 def _refuse_incomplete(text: str, cls, settings: Mapping[str, Any]) -> None:

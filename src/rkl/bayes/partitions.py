@@ -4,17 +4,24 @@ Labels mean nothing by themselves, so that no average over them does. A loss bet
 means something, and its posterior expectation is minimised over all partitions.
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+import xarray as xr
+from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from rkl.metrics import Mean, mean
+from rkl.bayes.draws import Draws, read_draws
+from rkl.bayes.progress import working
+from rkl.bayes.tables import Cell, Table, parenthesised
+from rkl.checks import integer
+from rkl.metrics import Mean, mean, to_json
 
 Labels = Int[Tensor, "draws items"]
 
@@ -28,7 +35,11 @@ PATIENCE = 100  # sweeps; a start ends after three to ten
 COUNTS = 2**27  # of four bytes, which searches side by side may hold
 
 
-@dataclass(frozen=True)
+UNITS = {"variation-of-information": "nats", "binder": "share of pairs"}
+NAMED = 12  # items of a cluster that a table names
+
+
+@dataclass(frozen=True, eq=False)
 class PartitionAct:
     """The partition to report.
 
@@ -39,6 +50,9 @@ class PartitionAct:
         starts: How many searches were made.
         agreeing: How many of them ended in this partition; few out of many say that the
             posterior has several partitions nearly as good.
+        items: What the items are called; numbers from 0 without names of their own.
+        sampled: The distinct partitions among the draws.
+        shares: The posterior probability of each.
     """
 
     partition: Int[Tensor, " items"]
@@ -46,12 +60,69 @@ class PartitionAct:
     loss: str
     starts: int
     agreeing: int
+    items: Sequence[str]
+    sampled: Int[Tensor, "distinct items"]
+    shares: Float[Tensor, " distinct"]
+
+    @functools.cached_property
+    def similarity(self) -> Float[Tensor, "items items"]:
+        """The posterior probability of each pair of items to be in one cluster."""
+        items = len(self.partition)
+        found = torch.zeros(items, items, dtype=torch.float64)
+        for labels, share in zip(self.sampled, self.shares.tolist(), strict=True):
+            found += share * (labels[:, None] == labels)
+        return found
+
+    def table(self) -> Table:
+        """A row for each cluster, the largest first, with how alike its items are."""
+        rows: list[tuple[Cell, ...]] = []
+        sizes = self.partition.bincount()
+        for cluster in sizes.argsort(descending=True, stable=True).tolist():
+            places = (self.partition == cluster).nonzero()[:, 0]
+            within = self.similarity[places][:, places]
+            pairs = len(places) * (len(places) - 1)
+            # an item is always with itself
+            alike = (within.sum().item() - len(places)) / pairs if pairs else None
+            names: list[str] = [str(self.items[i]) for i in places[:NAMED].tolist()]
+            more = len(places) - NAMED
+            names += [f"and {more:,} more"] if more > 0 else []
+            rows.append((str(cluster), len(places), alike, ", ".join(names)))
+        told = [
+            f"expected loss: {parenthesised((self.risk.value.item(), self.risk.error.item()))} "
+            f"({UNITS[self.loss]}); {self.agreeing} of {self.starts} searches ended here",
+            "similarity: the mean posterior probability of two items of the cluster to be in one",
+        ]
+        title = f"Partition of {len(self.partition):,} items under {self.loss}"
+        return Table(title, ("cluster", "size", "similarity", "items"), rows, told)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __repr__(self) -> str:
+        clusters = int(self.partition.max()) + 1
+        return f"PartitionAct({len(self.partition)} items in {clusters} clusters; {self.loss})"
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The partition as JSON can hold it, without the draws."""
+        return {
+            "partition": self.partition.tolist(),
+            "items": list(self.items),
+            "risk": to_json(self.risk),
+            "loss": self.loss,
+            "starts": self.starts,
+            "agreeing": self.agreeing,
+        }
 
 
 def partition_act(
-    labels: ArrayLike | Tensor,
+    labels: Any,
     loss: str = "variation-of-information",
     *,
+    variable: str | None = None,
+    max_clusters: int | None = None,
     weights: ArrayLike | Tensor | None = None,
     starts: int = 16,
     seed: int = 0,
@@ -75,9 +146,13 @@ def partition_act(
 
     Args:
         labels: Cluster labels, [draws, items] or [chains, draws, items], integers; which integer
-            is of no account.
+            is of no account. Or a posterior that holds them: whatever
+            :func:`rkl.bayes.read_draws` reads but a dict of arrays without chains.
         loss: "variation-of-information" (nats) or "binder" (share of the pairs).
-        weights: Of the draws, [draws]; equal by default.
+        variable: Of a posterior, the name of the labels; the only whole numbers with one axis by
+            default.
+        max_clusters: The largest number of clusters of the partition; any number by default.
+        weights: Of the draws, [draws] or [chains, draws]; equal by default.
         starts: Number of searches.
         seed: What their random orders start from.
 
@@ -87,28 +162,66 @@ def partition_act(
 
     Raises:
         ValueError: For labels that are no integers or not [draws, items], weights that are not
-            non-negative numbers, one for each draw, or a loss of another name.
+            non-negative numbers, one for each draw, a loss of another name, or a posterior
+            without such labels.
 
     >>> draws = [[0, 0, 0, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 2, 2]]
     >>> act = partition_act(draws)
     >>> act.partition.tolist(), round(act.risk.value.item(), 4), act.agreeing
     ([0, 0, 0, 1, 1], 0.1273, 16)
     """
+    labels, names = _labels_in(labels, variable)
     draws = _labels(labels)
+    chains = len(labels) if np.ndim(labels) == 3 else 1
     f, scale = _loss(loss, draws.shape[1])
     weight = _weights(weights, len(draws))
     if isinstance(starts, bool) or not isinstance(starts, int) or starts < 1:
         raise ValueError(f"starts must be a positive number of searches; got {starts!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer; got {seed!r}.")
+    if max_clusters is not None:
+        integer("max_clusters", max_clusters, at_least=1)
     distinct, which = draws.unique(dim=0, return_inverse=True)
     shared = torch.zeros(len(distinct), dtype=torch.float64).index_add_(0, which, weight)
-    found = canonical(_search(distinct, shared, f, starts, seed))
+    most = min(max_clusters or draws.shape[1], draws.shape[1])
+    with working("the partition"):
+        found = canonical(_search(distinct, shared, f, starts, seed, most))
     risks = torch.stack([(shared * _losses(it, distinct, f)).sum() for it in found])
     best = found[risks.argmin()]
     agreeing = int((found == best).all(1).sum())
     each = scale * _losses(best, distinct, f)
-    return PartitionAct(best, _risk(each[which], weight), loss, starts, agreeing)
+    risk = _risk(each[which], weight, chains)
+    items = names or [str(i) for i in range(draws.shape[1])]
+    return PartitionAct(best, risk, loss, starts, agreeing, items, distinct, shared)
+
+
+def _labels_in(source: Any, variable: str | None) -> tuple[Any, list[str] | None]:
+    """Labels [chains, draws, items] of a posterior with the names of the items; or as they are."""
+    array = isinstance(source, Tensor | np.ndarray | list | tuple)
+    if array and variable is None:
+        return source, None
+    if isinstance(source, xr.DataArray):
+        source = {source.name or variable or "labels": source}
+    draws = read_draws(source)
+    name = variable or _only_labels(draws)
+    if len(draws.shape(name)) != 1:
+        raise ValueError(
+            f"variable must hold a label for each item, [chains, draws, items]; {name} has draws "
+            f"of shape {list(draws.shape(name))}."
+        )
+    return draws[name], draws.labels(name)[0]
+
+
+def _only_labels(draws: Draws) -> str:
+    """The only variable of whole numbers with one axis."""
+    found = [k for k in draws.names if len(draws.shape(k)) == 1 and draws.of(k).dtype.kind in "iu"]
+    if len(found) != 1:
+        raise ValueError(
+            "variable must name the labels: "
+            f"{'several variables hold' if found else 'no variable holds'} whole numbers, one for "
+            f"each item; got {', '.join(found or draws.names)}."
+        )
+    return found[0]
 
 
 def partition_losses(
@@ -155,11 +268,13 @@ class _Search:
     cluster k of start r that draw b puts into its cluster l. Each start has an empty cluster.
     """
 
-    def __init__(self, draws: Labels, weight: Tensor, f: Callable[[Tensor], Tensor], starts: int):
+    def __init__(
+        self, draws: Labels, weight: Tensor, f: Callable[[Tensor], Tensor], starts: int, most: int
+    ):
         items, width = draws.shape[1], int(draws.max()) + 1
         counts = torch.arange(items + 1, dtype=torch.float64)
         self.gain = f(counts + 1) - f(counts)  # of f, when an item joins so many
-        self.draws, self.weight = draws, weight / weight.sum()
+        self.draws, self.weight, self.most = draws, weight / weight.sum(), most
         self.row, self.column = torch.arange(starts), torch.arange(len(draws))
         self.labels = torch.full((starts, items), -1)
         self.size = torch.zeros(starts, width + 1, dtype=torch.long)
@@ -170,7 +285,9 @@ class _Search:
         for item in orders.T:
             target = self._costs(item).argmin(1)
             given = begun.gather(1, item[: len(begun), None]).squeeze(1)
-            self._join(item, torch.cat([given, target[len(begun) :]]))
+            free = ~self._closed()[self.row[: len(begun)], given]
+            first = given.where(free, target[: len(begun)])
+            self._join(item, torch.cat([first, target[len(begun) :]]))
 
     def sweeten(self, generator: torch.Generator) -> None:
         """Move items, in random order, to where they serve best, until none wants to move."""
@@ -193,7 +310,13 @@ class _Search:
         """What the expected loss grows by, in its own unit, if the item joins each cluster."""
         said = self.draws[:, item].T[:, None, :, None].expand(-1, self.size.shape[1], -1, -1)
         met = self.shared.gather(3, said).squeeze(3).long()
-        return self.gain[self.size] - 2 * self.gain[met] @ self.weight
+        cost = self.gain[self.size] - 2 * self.gain[met] @ self.weight
+        return cost.masked_fill(self._closed(), math.inf)
+
+    def _closed(self) -> Bool[Tensor, "starts clusters"]:
+        """The clusters that must stay empty, where there are as many as there may be."""
+        used = self.size > 0
+        return ~used & (used.sum(1, keepdim=True) >= self.most)
 
     def _join(self, item: Int[Tensor, " starts"], cluster: Int[Tensor, " starts"]) -> None:
         self.labels[self.row, item] = cluster
@@ -209,7 +332,7 @@ class _Search:
 
 
 def _search(
-    draws: Labels, weight: Tensor, f: Callable, starts: int, seed: int
+    draws: Labels, weight: Tensor, f: Callable, starts: int, seed: int, most: int
 ) -> Int[Tensor, "starts items"]:
     """The partition in which each start ends; as many at once as memory has room for."""
     generator = torch.Generator().manual_seed(seed)
@@ -219,7 +342,7 @@ def _search(
     ended = []
     for begin in range(0, starts, block):
         begun = sampled[begin : begin + block]
-        side_by_side = _Search(draws, weight, f, min(block, starts - begin))
+        side_by_side = _Search(draws, weight, f, min(block, starts - begin), most)
         side_by_side.build(begun, _orders(side_by_side.labels, generator))
         side_by_side.sweeten(generator)
         ended.append(side_by_side.labels)
@@ -250,13 +373,13 @@ def _losses(partition: Tensor, draws: Labels, f: Callable[[Tensor], Tensor]) -> 
     return f(both.sum(1)).sum(1) + f(both.sum(2)).sum(1) - 2 * f(both).sum((1, 2))
 
 
-def _risk(losses: Float[Tensor, " draws"], weight: Float[Tensor, " draws"]) -> Mean:
-    """The weighted mean, its error from the means of √draws batches of neighbouring draws."""
+def _risk(losses: Float[Tensor, " draws"], weight: Float[Tensor, " draws"], chains: int) -> Mean:
+    """The weighted mean, its error from means of √draws neighbours in each chain."""
     value = (weight * losses).sum()
-    influence = len(losses) * weight * (losses - value)
-    length = math.isqrt(len(losses))
-    batches = influence[: len(losses) // length * length].unflatten(0, (-1, length)).mean(1)
-    return Mean(value, mean(batches).error)
+    influence = (len(losses) * weight * (losses - value)).unflatten(0, (chains, -1))
+    length = math.isqrt(influence.shape[1])
+    whole = influence[:, : influence.shape[1] // length * length]
+    return Mean(value, mean(whole.unflatten(1, (-1, length)).mean(2).flatten()).error)
 
 
 def _loss(name: str, items: int) -> tuple[Callable[[Tensor], Tensor], float]:
@@ -290,6 +413,7 @@ def _weights(weights: ArrayLike | Tensor | None, draws: int) -> Float[Tensor, " 
         given = torch.as_tensor(weights, dtype=torch.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(f"weights must be numbers; got {weights!r:.60}.") from error
+    given = given.flatten() if given.ndim == 2 else given  # chains
     if given.shape != (draws,):
         raise ValueError(f"weights must hold one for each of {draws} draws; got {[*given.shape]}.")
     total = given.sum()

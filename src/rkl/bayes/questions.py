@@ -113,11 +113,25 @@ class Question:
 
     def axes(self, name: str) -> list[list[str] | None]:
         """What the elements of a variable in the act are called, along each of its axes."""
-        own, shape = self.draws.labels(name), self.shape(name)
+        own, shape = self.labels(name), self.shape(name)
         if torch.Size(self.draws.shape(name)) == shape:
             return own
         events = len(shape) - len(self.batch)
         return [*self.batch_axes, *(own[len(own) - events :] if events else [])]
+
+    def labels(self, name: str) -> list[list[str] | None]:
+        """Names of the elements of a draw of a variable, along each of its axes.
+
+        Coefficients without names of their own are called as the columns of the design.
+        """
+        own, model = self.draws.labels(name), self.model
+        coefficient = name == (model.settings or {}).get("coefficients")
+        if coefficient and own and own[-1] is None:
+            columns = list(model.columns)
+            named = columns != list(map(str, range(len(columns))))
+            if named and len(columns) == self.draws.shape(name)[-1]:
+                return [*own[:-1], columns]
+        return own
 
     @functools.cached_property
     def whole(self) -> tuple[str, ...]:

@@ -145,7 +145,7 @@ def _marginals(estimate: Estimate) -> dict[str, Any]:
         values = question.draws[name].flatten(0, 1)
         shape = values.shape[1:]
         values = values[:: max(1, len(values) // DRAWN)].reshape(-1, max(1, values[0].numel()))
-        labels = elements(name, shape, question.draws.labels(name))
+        labels = elements(name, shape, question.labels(name))
         unused = estimate.act.unused.get(name, torch.zeros(shape, dtype=torch.bool))
         used = torch.ones(shape) if unused.shape != shape else ~unused
         places = used.flatten().nonzero()[:PANELS, 0].tolist()

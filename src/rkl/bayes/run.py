@@ -49,7 +49,8 @@ class EstimateSettings:
         log_posterior: Variable that holds the log posterior density of each draw, such as lp;
             without it there is no posterior mode to compare with.
         weights: Variable that holds the weight of each draw, if they are weighted.
-        design: Design matrix of a regression: .npy, .csv, or another table of numbers.
+        design: Design matrix of a regression: .npy, .csv, or another table of numbers. The family
+            may name columns of it: offset=NAME, exposure=NAME, trials=NAME.
         further: More files of CmdStan, each one chain more.
         seed: Of the random numbers of a family whose divergences need some.
         device: Where to compute.
@@ -388,4 +389,12 @@ def _design(path: Path | None) -> Any:
     where = place_of_nan(found.values, found.columns)
     if where is not None:
         raise ValueError(f"design: {path} must hold finite numbers; {where}.")
-    return np.asarray(found.values, np.float64)
+    design = np.asarray(found.values, np.float64).view(Design)
+    design.columns = tuple(found.columns)
+    return design
+
+
+class Design(np.ndarray):
+    """A design matrix with the names of its columns; a family that is a function gets numbers."""
+
+    columns: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from rkl.bayes.draws import Draws
 from rkl.bayes.families.regression import Regression
 from rkl.bayes.laws import Model, Theta, family_in, probe, read_family, support_of
 from rkl.bayes.questions import Question, Variables
+from rkl.divergences.parse import Stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +25,14 @@ class Subfamily:
         question: That of the whole family, its draws such that the model takes them.
         places: By variable, where in the whole family's the numbers go that are kept of it:
             [kept, all], of 0 and 1.
+        zeros: By variable, the shape of those of which no number is kept.
     """
 
     name: str
     model: Model
     question: Question
     places: Mapping[str, Tensor] = field(default_factory=dict)
+    zeros: Mapping[str, torch.Size] = field(default_factory=dict)
 
     @property
     def theta(self) -> Variables:
@@ -41,8 +44,11 @@ class Subfamily:
         }
 
     def placed(self, variables: Mapping[str, Tensor]) -> Variables:
-        """The variables with zeros for what was left out."""
-        return {k: x @ self.places[k] if k in self.places else x for k, x in variables.items()}
+        """The variables [*lead, *shape] with zeros for what was left out."""
+        name, first = next(iter(variables.items()))
+        lead = first.shape[: first.ndim - len(self.question.shape(name, self.model))]
+        found = {k: x @ self.places[k] if k in self.places else x for k, x in variables.items()}
+        return found | {k: first.new_zeros((*lead, *size)) for k, size in self.zeros.items()}
 
     def within(self, whole: Question) -> bool:
         """Whether it lies in the exponential family of the whole, under the same wrappings."""
@@ -136,33 +142,69 @@ def _counts(law: Distribution) -> bool:
 def _of_columns(whole: Question, name: str | None, columns: list) -> Subfamily:
     """The same regression, with zeros for the coefficients of all other columns."""
     model, settings = whole.model, whole.model.settings or {}
-    variable = settings.get("coefficients")
-    if not (model.kind and issubclass(model.kind, Regression) and isinstance(variable, str)):
+    coefficients = settings.get("coefficients")
+    regression = model.kind is not None and issubclass(model.kind, Regression)
+    if not (regression and isinstance(coefficients, str | Stack)):
         raise ValueError(
             f"a list of columns, {columns!r}, needs a regression by its name, such as "
             f"'logistic-regression(coefficients=beta)', and its design=; got {model.text}."
         )
-    count = settings["design"].shape[1]
-    kept = _kept(columns, count, model.design)
-    places = torch.eye(count, dtype=torch.float64)[kept]
+    parts = coefficients if isinstance(coefficients, Stack) else Stack([coefficients])
+    kept = _kept(columns, settings["design"].shape[1], model.columns, parts)
+    places, first = {}, 0
+    for part in parts:
+        size = (
+            whole.draws.shape(part)[-1] if isinstance(part, str) and _is_vector(model, part) else 1
+        )
+        own = [i - first for i in kept if first <= i < first + size]
+        first += size
+        if isinstance(part, str):
+            places[part] = torch.eye(size, dtype=torch.float64)[own]
+    return _shorter(whole, name or f"columns {', '.join(map(str, columns))}", places)
+
+
+def _is_vector(model: Model, name: str) -> bool:
+    return bool((model.events or {}).get(name, 0))
+
+
+def _shorter(whole: Question, name: str, places: Mapping[str, Tensor]) -> Subfamily:
+    """The model with only some numbers of some variables, and zeros for the others."""
+    model, shorter = whole.model, {k: whole.draws[k] for k in whole.model.names}
+    zeros = {}
+    for variable, place in places.items():
+        if not len(place):
+            zeros[variable] = whole.shape(variable)
+            del shorter[variable]
+        elif _is_vector(model, variable):
+            shorter[variable] = shorter[variable] @ place.T
+    partial = {k: x for k, x in places.items() if k in shorter and _is_vector(model, k)}
+    names = tuple(shorter)
 
     def make(theta: Theta) -> Distribution:
-        return model.make(Theta({**theta, variable: theta[variable] @ places}))
+        full = {k: theta[k] @ partial[k] if k in partial else theta[k] for k in names}
+        like = full[names[0]]
+        # without the axis of the draws, which others have
+        full |= {k: like.new_zeros(whole.draws.shape(k)) for k in zeros}
+        return model.make(Theta({k: full[k] for k in model.names}))
 
-    shorter = {k: whole.draws[k] for k in model.names}
-    shorter[variable] = shorter[variable][..., kept]
-    name = name or f"columns {', '.join(map(str, columns))}"
     draws = Draws(shorter, whole.draws.weights)
-    few = probe(draws, model.names)
-    reduced = Model(name, model.names, make, events=model.events, design=model.design, few=few)
+    events = {k: n for k, n in (model.events or {}).items() if k in names}
+    few = probe(draws, names)
+    reduced = Model(name, names, make, events=events, design=model.design, few=few)
     question = replace(whole, draws=draws, model=reduced)
-    return Subfamily(name, reduced, question, {variable: places})
+    return Subfamily(name, reduced, question, partial, zeros)
 
 
-def _kept(columns: list, count: int, design: Any) -> list[int]:
-    """The columns by their numbers, of those given by number or by name."""
-    labels = [str(label) for label in getattr(design, "columns", range(count))]
-    known = {**dict(enumerate(range(count))), **{label: i for i, label in enumerate(labels)}}
+def _kept(columns: list, count: int, labels: tuple[str, ...], parts: Stack) -> list[int]:
+    """The columns by their numbers, of those given by number or by name.
+
+    A name is that of a column of the design, or of a variable where each column has its own.
+    """
+    labels = labels if len(labels) == count else tuple(map(str, range(count)))
+    known = dict(enumerate(range(count))) | {label: i for i, label in enumerate(labels)}
+    if len(parts) == count:
+        known |= {part: i for i, part in enumerate(parts) if isinstance(part, str)}
+        labels = tuple(str(part) for part in parts)
     found = [known.get(column, -1) for column in columns]
     if not found or min(found) < 0 or len(set(found)) < len(found):
         raise ValueError(

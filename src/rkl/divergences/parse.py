@@ -17,6 +17,13 @@ _NAME = r"(?<![\w.])[A-Za-z_][\w-]*(?:\.[A-Za-z_]\w*)*(?::[A-Za-z_]\w*)?"
 _CONSTANTS = {"True": True, "False": False, "None": None}
 
 
+class Stack(tuple):
+    """Names and numbers that make one vector, written [a, b, 0] or stack(a, b, 0)."""
+
+    def __str__(self) -> str:
+        return f"[{', '.join(map(str, self))}]"
+
+
 def catalogue() -> dict[str, type[Divergence]]:
     """Every divergence by its command-line name; a subclass is listed by existing.
 
@@ -50,7 +57,8 @@ def parse(
     Args:
         text: Such as "akl(mu=0.3)", or a sum such as "0.5*kl + 0.5*my_package.losses:Mine".
         catalogue: The values that may be made, by name; by default every divergence.
-        names: Identifiers allowed as settings, kept as strings: ("mu",) in normal(loc=mu).
+        names: Identifiers allowed as settings, kept as strings: ("mu",) in normal(loc=mu). A list
+            of them, or stack(a, b), is a :class:`Stack`.
         kind: The class that a name must be a subclass of, which is looked at before anything
             is called; Divergence for the default catalogue. Without one nothing is imported.
 
@@ -167,18 +175,48 @@ class _Reader:
 
     def _setting(self, setting: str, node: ast.expr):
         if isinstance(node, ast.Name):
-            word = self._spelt(node.id)
-            if word not in self.names:
-                allowed = (
-                    f"one of {', '.join(self.names)}" if self.names else "a number or a string"
-                )
-                raise ValueError(f"{setting} must be {allowed}; got {word}.")
-            return word
+            return self._name(setting, node)
+        if self.names and (parts := self._parts(node)):
+            return Stack(self._part(setting, part) for part in parts)
         try:
             return ast.literal_eval(node)
         except ValueError:
             got = self._restored(ast.unparse(node))
             raise ValueError(f"{setting} must be a number or a string; got {got}.") from None
+
+    def _name(self, setting: str, node: ast.Name) -> str:
+        word = self._spelt(node.id)
+        if word not in self.names:
+            allowed = f"one of {', '.join(self.names)}" if self.names else "a number or a string"
+            raise ValueError(f"{setting} must be {allowed}; got {word}.")
+        return word
+
+    def _parts(self, node: ast.expr) -> list[ast.expr]:
+        """What a list with names, or a call of stack, holds; nothing of any other node."""
+        match node:
+            case ast.Call(ast.Name(name), args, []) if self._spelt(name) == "stack":
+                return args
+            case ast.List(parts) | ast.Tuple(parts) if any(map(_is_name, parts)):
+                return parts
+        return []
+
+    def _part(self, setting: str, node: ast.expr) -> str | int | float:
+        if isinstance(node, ast.Name):
+            return self._name(setting, node)
+        try:
+            value = ast.literal_eval(node)
+        except ValueError:
+            value = None
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            got = self._restored(ast.unparse(node))
+            raise ValueError(f"{setting} must be a number or a string in each place; got {got}.")
+        return value
+
+
+def _is_name(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
 
 
 def _plain(name: str) -> str:

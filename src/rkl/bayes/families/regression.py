@@ -4,11 +4,20 @@ import abc
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Independent, Normal, Poisson, constraints
+from torch.distributions import (
+    Bernoulli,
+    Binomial,
+    Distribution,
+    Independent,
+    Normal,
+    Poisson,
+    constraints,
+)
 from torch.nn.functional import softplus
 
 from rkl.bayes.families.base import ExponentialFamily, Fixed, Natural
@@ -18,7 +27,10 @@ from rkl.divergences.base import broadcast_shape, floats
 
 
 class Regression(Distribution):
-    """The responses of all rows of a design, one event [rows]."""
+    """The responses of all rows of a design, one event [rows].
+
+    The linear predictor is design · coefficients + offset, with an offset for each row.
+    """
 
     # torch's stub declares a property, its own laws have a table of the class
     arg_constraints = {"coefficients": constraints.real_vector}  # pyright: ignore
@@ -27,6 +39,7 @@ class Regression(Distribution):
         self,
         design: Float[Tensor, "rows columns"],
         coefficients: Float[Tensor, "*batch columns"],
+        offset: Any = 0.0,
         validate_args: bool = True,
     ):
         floats("design", design)
@@ -40,6 +53,7 @@ class Regression(Distribution):
             if validate_args and not value.isfinite().all():
                 raise ValueError(f"{name} must be finite; got {_first(value)}.")
         self.design, self.coefficients = design.to(coefficients.dtype), coefficients
+        self.offset = by_row("offset", offset, self.design)
         super().__init__(coefficients.shape[:-1], design.shape[:1], validate_args=validate_args)
 
     @property
@@ -49,8 +63,8 @@ class Regression(Distribution):
 
     @property
     def predictor(self) -> Tensor:
-        """The linear predictor, design · coefficients [*batch, rows]."""
-        return times(self.design, self.coefficients)
+        """The linear predictor, design · coefficients + offset [*batch, rows]."""
+        return times(self.design, self.coefficients) + self.offset
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self):
@@ -75,7 +89,28 @@ class Regression(Distribution):
 
     def expand(self, batch_shape, _instance=None):
         coefficients = self.coefficients.expand(*batch_shape, -1)
-        return type(self)(self.design, coefficients, validate_args=False)
+        return type(self)(self.design, coefficients, self.offset, validate_args=False)
+
+
+def by_row(name: str, value: Any, design: Tensor) -> Tensor:
+    """A number for each row of a design [rows], or one for all [], in its dtype.
+
+    Raises:
+        TypeError: The value is no number, and no list or tensor of them.
+        ValueError: It is not finite, or has another length.
+    """
+    try:
+        found = torch.as_tensor(value, dtype=design.dtype, device=design.device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be numbers, one for each row; got {value!r:.60}.") from error
+    if found.shape not in (torch.Size([]), design.shape[:1]):
+        raise ValueError(
+            f"{name} must be one number, or one for each of {len(design)} rows of the design; "
+            f"got {list(found.shape)}."
+        )
+    if not found.isfinite().all():
+        raise ValueError(f"{name} must be finite; got {_first(found.flatten())}.")
+    return found
 
 
 def by_rows(law: Distribution) -> Distribution:
@@ -84,12 +119,13 @@ def by_rows(law: Distribution) -> Distribution:
 
 
 class GaussianRegression(Regression):
-    """Linear regression, y ~ Normal(design · coefficients, scale).
+    """Linear regression, y ~ Normal(design · coefficients + offset, scale).
 
     Args:
         design: Rows of explanatory variables; a column of ones for an intercept.
         coefficients: One per column, in units of the response.
         scale: Standard deviation of the noise, in units of the response.
+        offset: Part of the mean that has no coefficient, one number or one per row.
 
     >>> law = GaussianRegression(torch.ones(2, 1), torch.tensor([3.0]), torch.tensor(1.0))
     >>> law.log_prob(torch.tensor([3.0, 3.0]))
@@ -101,7 +137,7 @@ class GaussianRegression(Regression):
         "scale": constraints.positive,
     }
 
-    def __init__(self, design, coefficients, scale, validate_args=True):
+    def __init__(self, design, coefficients, scale, offset: Any = 0.0, validate_args=True):
         floats("coefficients", coefficients)
         try:
             scale = torch.as_tensor(scale, dtype=coefficients.dtype, device=coefficients.device)
@@ -118,7 +154,7 @@ class GaussianRegression(Regression):
             raise ValueError(f"scale must be positive; got {scale.min():.4g}.")
         self.scale = scale.expand(batch)
         wide = coefficients.expand(*batch, -1) if coefficients.ndim else coefficients
-        super().__init__(design, wide, validate_args)
+        super().__init__(design, wide, offset, validate_args)
 
     @property
     def rows(self):
@@ -127,7 +163,9 @@ class GaussianRegression(Regression):
     def expand(self, batch_shape, _instance=None):
         coefficients = self.coefficients.expand(*batch_shape, -1)
         scale = self.scale.expand(batch_shape)
-        return GaussianRegression(self.design, coefficients, scale, validate_args=False)
+        return GaussianRegression(
+            self.design, coefficients, scale, self.offset, validate_args=False
+        )
 
 
 def _first(value: Tensor) -> float:
@@ -136,12 +174,29 @@ def _first(value: Tensor) -> float:
 
 
 class PoissonRegression(Regression):
-    """Log-linear regression of counts, y ~ Poisson(exp(design · coefficients)).
+    """Log-linear regression of counts, y ~ Poisson(exposure exp(design · coefficients + offset)).
 
     Args:
         design: Rows of explanatory variables; a column of ones for an intercept.
         coefficients: One per column, in nats.
+        offset: Part of the logarithm of the rate that has no coefficient, one number or one per
+            row, in nats.
+        exposure: Time, area or population of each row, to which its rate is proportional: its
+            logarithm is added to the offset.
+
+    >>> law = PoissonRegression(torch.ones(2, 1), torch.tensor([0.0]), exposure=[1.0, 5.0])
+    >>> law.mean
+    tensor([1., 5.])
     """
+
+    def __init__(
+        self, design, coefficients, offset: Any = 0.0, exposure: Any = 1.0, validate_args=True
+    ):
+        super().__init__(design, coefficients, offset, validate_args)
+        times_at_risk = by_row("exposure", exposure, self.design)
+        if not (times_at_risk > 0).all():
+            raise ValueError(f"exposure must be positive; got {times_at_risk.min():.4g}.")
+        self.offset = self.offset + times_at_risk.log()
 
     @property
     def rows(self):
@@ -149,21 +204,48 @@ class PoissonRegression(Regression):
 
 
 class LogisticRegression(Regression):
-    """Regression of yes and no, y ~ Bernoulli(logits=design · coefficients).
+    """Regression of yes and no, y ~ Binomial(trials, logits=design · coefficients + offset).
 
     Args:
         design: Rows of explanatory variables; a column of ones for an intercept.
         coefficients: One per column, in nats of log odds.
+        offset: Part of the log odds that has no coefficient, one number or one per row, in nats.
+        trials: Number of trials of each row; 1 by default, and the responses are yes and no.
+
+    >>> law = LogisticRegression(torch.ones(2, 1), torch.tensor([0.0]), trials=[1.0, 10.0])
+    >>> law.mean
+    tensor([0.5000, 5.0000])
     """
+
+    def __init__(
+        self, design, coefficients, offset: Any = 0.0, trials: Any = 1.0, validate_args=True
+    ):
+        super().__init__(design, coefficients, offset, validate_args)
+        self.trials = by_row("trials", trials, self.design)
+        if not ((self.trials >= 1) & (self.trials == self.trials.round())).all():
+            low = self.trials[(self.trials < 1) | (self.trials != self.trials.round())]
+            raise ValueError(
+                f"trials must be whole numbers from 1 on; got {low.flatten()[0].item():g}."
+            )
 
     @property
     def rows(self):
-        return Bernoulli(logits=self.predictor, validate_args=False)
+        if bool((self.trials == 1).all()):
+            return Bernoulli(logits=self.predictor, validate_args=False)
+        return Binomial(self.trials, logits=self.predictor, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        coefficients = self.coefficients.expand(*batch_shape, -1)
+        return LogisticRegression(
+            self.design, coefficients, self.offset, self.trials, validate_args=False
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class RegressionFamily(ExponentialFamily):
     """Regressions of canonical link on one design X: T = Xᵀy, η = coefficients, A by rows.
+
+    An offset o of the predictor Xη + o belongs to the base measure, h(y) exp(oᵀy).
 
     Source: McCullagh and Nelder (1989), section 2.2.
     """
@@ -173,10 +255,11 @@ class RegressionFamily(ExponentialFamily):
     mean_names = ("design · E y",)
     parameters = ("coefficients",)
     design: Tensor
+    offset: Tensor
 
     @classmethod
     def of(cls, law: Regression, draws: bool = True):
-        return cls(law.design)
+        return cls(law.design, law.offset)
 
     @abc.abstractmethod
     def row_partition(self, predictor: Tensor) -> Tensor:
@@ -198,16 +281,16 @@ class RegressionFamily(ExponentialFamily):
         return (law.coefficients,)
 
     def from_natural(self, natural):
-        return self.law(self.design, natural[0])
+        return self.law(self.design, natural[0], self.offset)
 
     def statistic(self, x):
         return (times(self.design.mT, x),)
 
     def log_partition(self, natural):
-        return self.row_partition(times(self.design, natural[0])).sum(-1)
+        return self.row_partition(self._predictor(natural)).sum(-1)
 
     def mean(self, natural):
-        return (times(self.design.mT, self.row_mean(times(self.design, natural[0]))),)
+        return (times(self.design.mT, self.row_mean(self._predictor(natural))),)
 
     def from_mean(self, mean):
         full_rank(self.design)
@@ -217,19 +300,22 @@ class RegressionFamily(ExponentialFamily):
         return (torch.linalg.solve(self._information(natural[0]), gap[0]),)
 
     def kl(self, p, q):
-        return self.row_kl(times(self.design, p[0]), times(self.design, q[0])).sum(-1)
+        return self.row_kl(self._predictor(p), self._predictor(q)).sum(-1)
 
     def log_fisher(self, law: Regression):
         return log_det(self._information(law.coefficients))
 
+    def _predictor(self, natural: Natural) -> Tensor:
+        return times(self.design, natural[0]) + self.offset
+
     def _information(self, coefficients: Tensor) -> Tensor:
-        weight = self.row_variance(times(self.design, coefficients)).unsqueeze(-1)
+        weight = self.row_variance(self._predictor((coefficients,))).unsqueeze(-1)
         return self.design.mT @ (weight * self.design)
 
 
 @dataclass(frozen=True, eq=False)
 class PoissonRegressionFamily(RegressionFamily):
-    """PoissonRegression on one design, A = Σ exp(X · coefficients)."""
+    """PoissonRegression on one design, A = Σ exp(X · coefficients + offset)."""
 
     law = PoissonRegression
 
@@ -248,28 +334,37 @@ class PoissonRegressionFamily(RegressionFamily):
 
 @dataclass(frozen=True, eq=False)
 class LogisticRegressionFamily(RegressionFamily):
-    """LogisticRegression on one design, A = Σ log(1 + exp(X · coefficients))."""
+    """LogisticRegression on one design, A = Σ trials · log(1 + exp(X · coefficients + offset))."""
 
     law = LogisticRegression
+    trials: Tensor
+
+    @classmethod
+    def of(cls, law: LogisticRegression, draws: bool = True):
+        return cls(law.design, law.offset, law.trials)
+
+    def from_natural(self, natural):
+        return LogisticRegression(self.design, natural[0], self.offset, self.trials)
 
     def row_partition(self, predictor):
-        return softplus(predictor)
+        return self.trials * softplus(predictor)
 
     def row_mean(self, predictor):
-        return torch.sigmoid(predictor)
+        return self.trials * torch.sigmoid(predictor)
 
     def row_variance(self, predictor):
-        return torch.sigmoid(predictor) * torch.sigmoid(-predictor)
+        return self.trials * torch.sigmoid(predictor) * torch.sigmoid(-predictor)
 
     def row_kl(self, p, q):
-        return bernoulli_kl(p, q)
+        return self.trials * bernoulli_kl(p, q)
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianRegressionFamily(ExponentialFamily):
     """GaussianRegression on one design X: T = (Xᵀy, ‖y‖²), η = (coefficients, −½) / scale².
 
-    With an origin o of the coefficients, Xo is first taken from y and o from the coefficients.
+    With an origin o of the coefficients, Xo is first taken from y and o from the coefficients. So
+    is an offset of the responses.
     """
 
     law = GaussianRegression
@@ -278,11 +373,12 @@ class GaussianRegressionFamily(ExponentialFamily):
     mean_names = ("design · E y", "E ‖y‖²")
     parameters = ("coefficients", "scale")
     design: Tensor
+    offset: Tensor
     origin: Fixed = 0.0
 
     @classmethod
     def of(cls, law: GaussianRegression, draws: bool = True):
-        return cls(law.design)
+        return cls(law.design, law.offset)
 
     def about(self, law: GaussianRegression):
         return dataclasses.replace(self, origin=law.coefficients)
@@ -293,9 +389,11 @@ class GaussianRegressionFamily(ExponentialFamily):
 
     def from_natural(self, natural):
         coefficients, variance = _moments(natural)
-        return GaussianRegression(self.design, coefficients + self.origin, variance.sqrt())
+        scale = variance.sqrt()
+        return GaussianRegression(self.design, coefficients + self.origin, scale, self.offset)
 
     def statistic(self, x):
+        x = x - self.offset
         if isinstance(self.origin, Tensor):
             x = x - times(self.design, self.origin)
         return times(self.design.mT, x), x.square().sum(-1)

@@ -42,7 +42,10 @@ def code_lines(source: str, tree: ast.Module) -> int:
 
 
 def imported(tree: ast.Module, package: str, modules: Iterable[str]) -> set[str]:
-    """The modules of rkl that a module imports when it runs, also within functions."""
+    """The modules of rkl that a module imports when it runs, also within functions.
+
+    A module taken from its package is the module, not the package.
+    """
     types = {
         inner
         for node in ast.walk(tree)
@@ -60,7 +63,8 @@ def imported(tree: ast.Module, package: str, modules: Iterable[str]) -> set[str]
             parts = package.split(".")
             above = parts[: len(parts) + 1 - node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            names.update({base, *(f"{base}.{alias.name}" for alias in node.names)})
+            found = {f"{base}.{alias.name}" for alias in node.names}
+            names.update(found if found <= set(modules) else {base, *found})
     return names & set(modules)
 
 

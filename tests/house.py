@@ -68,6 +68,25 @@ def imported(tree: ast.Module, package: str, modules: Iterable[str]) -> set[str]
     return names & set(modules)
 
 
+def modules_in(files: Iterable[Path]) -> dict[str, Path]:
+    """The files of the source by the names that they are imported by."""
+    parts = {path: path.relative_to(SOURCE).with_suffix("").parts for path in files}
+    return {".".join(["rkl", *it]).removesuffix(".__init__"): path for path, it in parts.items()}
+
+
+def graph_of(modules: Mapping[str, Path], trees: Mapping[Path, ast.Module]) -> dict[str, set[str]]:
+    """What every module imports of the others."""
+    return {
+        module: imported(
+            trees[path],
+            module if path.name == "__init__.py" else module.rpartition(".")[0],
+            modules,
+        )
+        - {module}
+        for module, path in modules.items()
+    }
+
+
 def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
     """The groups of modules that reach one another, and modules that import themselves."""
 
@@ -112,12 +131,7 @@ def main() -> None:
     """Print all figures."""
     files = {path: path.read_text("utf-8") for path in sorted(SOURCE.rglob("*.py"))}
     trees = {path: ast.parse(text) for path, text in files.items()}
-    modules = {
-        ".".join(["rkl", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(
-            ".__init__"
-        ): path
-        for path in files
-    }
+    modules = modules_in(files)
     sizes: dict[str, Counter] = {}
     for path, text in files.items():
         parts = path.relative_to(SOURCE).parts
@@ -164,16 +178,7 @@ def main() -> None:
     documented = sum(ast.get_docstring(node) is not None for node in private)
     print(f"Private functions with a docstring: {share(documented, len(private))}")
 
-    graph = {
-        module: imported(
-            trees[path],
-            module if path.name == "__init__.py" else module.rpartition(".")[0],
-            modules,
-        )
-        - {module}
-        for module, path in modules.items()
-    }
-    groups = circles(graph)
+    groups = circles(graph_of(modules, trees))
     print(f"Circles of imports, those within functions counted: {len(groups)}")
     for group in groups:
         print(f"  {len(group)}: {', '.join(it.removeprefix('rkl.') for it in group)}")

@@ -3,9 +3,9 @@
 import importlib
 
 _HOMES = {
-    "acts": "bayes_act",
+    "act": "Estimate bayes_act",
+    "answer": "Act Diagnostics",
     "draws": "Draws read_draws",
-    "estimate": "Act Diagnostics Estimate",
     "families": "ExponentialFamily GaussianRegression LogisticRegression PoissonRegression "
     "divergence_between family_of",
     "invariance": "check_invariance",

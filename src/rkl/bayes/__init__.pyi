@@ -1,9 +1,9 @@
-from rkl.bayes.acts import bayes_act as bayes_act
+from rkl.bayes.act import Estimate as Estimate
+from rkl.bayes.act import bayes_act as bayes_act
+from rkl.bayes.answer import Act as Act
+from rkl.bayes.answer import Diagnostics as Diagnostics
 from rkl.bayes.draws import Draws as Draws
 from rkl.bayes.draws import read_draws as read_draws
-from rkl.bayes.estimate import Act as Act
-from rkl.bayes.estimate import Diagnostics as Diagnostics
-from rkl.bayes.estimate import Estimate as Estimate
 from rkl.bayes.families import ExponentialFamily as ExponentialFamily
 from rkl.bayes.families import GaussianRegression as GaussianRegression
 from rkl.bayes.families import LogisticRegression as LogisticRegression

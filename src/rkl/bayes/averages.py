@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rkl.bayes.answer import Diagnostics
 from rkl.bayes.draws import Draws
-from rkl.bayes.estimate import Diagnostics
 from rkl.metrics import Mean
 from rkl.metrics.batches import BatchMeans
 from rkl.metrics.chains import ess, rhat

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from rkl.bayes.acts import answer
+from rkl.bayes.answer import Answer, elements
 from rkl.bayes.averages import masked, mean_of
 from rkl.bayes.closed import Weights
-from rkl.bayes.estimate import Estimate, elements
 from rkl.bayes.families import Natural
 from rkl.bayes.generic import expected_seconds, sampled
 from rkl.bayes.identified import not_used
@@ -20,6 +19,7 @@ from rkl.bayes.modes import LogDensity, modes
 from rkl.bayes.pythagoras import averages, directions_of, towards
 from rkl.bayes.questions import Question, Variables
 from rkl.bayes.regions import periodic
+from rkl.bayes.solve import answer
 from rkl.bayes.tables import ROUNDING, Cell, Table, settled
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
 
@@ -36,7 +36,7 @@ COLUMNS = 6  # numbers of the parameters that have a column each
 
 
 def compare(
-    estimate: Estimate,
+    estimate: Answer,
     log_posterior: LogDensity | str | None = None,
     losses: Iterable[AnyLoss] | None = None,
 ) -> Table:
@@ -98,7 +98,7 @@ def compare(
     return side_by_side(question, candidates, judges, (*notes, *told), unused)
 
 
-def _unused_in(found: Mapping[str, Estimate]) -> dict[str, str]:
+def _unused_in(found: Mapping[str, Answer]) -> dict[str, str]:
     """What the acts do not depend on, by their names; of all alike under one."""
     texts = {name: not_used(one.act.unused, one.labels) for name, one in found.items()}
     if len(set(texts.values())) == 1:
@@ -115,7 +115,7 @@ def _expected_seconds(question: Question) -> float:
     return expected_seconds(question.some, question.divergence, draws)
 
 
-def variables_of(estimate: Estimate) -> Variables:
+def variables_of(estimate: Answer) -> Variables:
     """The variables of the posterior that the reported distribution is made of."""
     return dict(estimate.act.point)
 
@@ -136,7 +136,7 @@ def _name_of(divergence: AnyLoss, other: str) -> str:
     return next((name for name, known in LOSSES.items() if known == divergence), other)
 
 
-def excess_over(estimate: Estimate) -> LossOf:
+def excess_over(estimate: Answer) -> LossOf:
     """The excess risk [*batch] over that of the act, and its error where it has one."""
     question, act = estimate.question, variables_of(estimate)
     if question.weights is not None:
@@ -150,7 +150,7 @@ def excess_over(estimate: Estimate) -> LossOf:
     return paired
 
 
-def _exact_excess(estimate: Estimate, weights: Weights, act: Variables) -> LossOf:
+def _exact_excess(estimate: Answer, weights: Weights, act: Variables) -> LossOf:
     """By Pythagoras exact for these draws; the error by the shifts of their batches."""
     question = estimate.question
     known = averages(question, directions_of(weights))
@@ -179,7 +179,7 @@ def _first(natural: Natural) -> Natural:
     return tuple(x[0] for x in natural)
 
 
-def _without_error(estimate: Estimate) -> Tensor:
+def _without_error(estimate: Answer) -> Tensor:
     """Where [*batch] the act has no error, and so no excess over it has one."""
     batch, found = estimate.question.batch, torch.zeros(estimate.question.batch, dtype=torch.bool)
     for name in estimate.question.model.names:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.transforms import Transform
 
+from rkl.bayes.answer import Act
 from rkl.bayes.charts import LawOf, chart_of
-from rkl.bayes.estimate import Act
 from rkl.bayes.families.regression import Regression
 from rkl.bayes.questions import Variables
 from rkl.metrics import Mean

@@ -9,16 +9,18 @@ from torch import Tensor
 from torch.distributions import Distribution, TransformedDistribution
 from torch.distributions.transforms import ExpTransform, Transform
 
-from rkl.bayes.acts import answer
+from rkl.bayes.act import Estimate
+from rkl.bayes.answer import Answer
 from rkl.bayes.averages import equal_weight
 from rkl.bayes.compare import means_of
 from rkl.bayes.draws import Draws
-from rkl.bayes.estimate import Estimate
 from rkl.bayes.generic import generic_act, laws_of
 from rkl.bayes.laws import Model, Theta
 from rkl.bayes.modes import LogDensity, density_mode
 from rkl.bayes.nodes import nodes_for
 from rkl.bayes.questions import Question, Variables
+from rkl.bayes.regions import region
+from rkl.bayes.solve import answer
 from rkl.bayes.tables import Cell, Table
 from rkl.divergences import FDivergence
 
@@ -99,7 +101,7 @@ def _of_parameters(
     def moved(before: Variables, after: Variables) -> float:
         return _moved(question, before, {k: _back(bijection, k, x) for k, x in after.items()})
 
-    sides = estimate.region(PROB).inside != again.region(PROB).inside
+    sides = region(estimate, PROB).inside != region(again, PROB).inside
     rows: list[tuple[Cell, ...]] = [
         ("act", moved(_shown(estimate), _shown(again))),
         ("region of the act (share of draws that change sides)", sides.double().mean().item()),
@@ -132,7 +134,7 @@ def _renamed(question: Question, bijection: Mapping[str, Transform]) -> Question
     return dataclasses.replace(question, draws=Draws(variables, draws.weights), model=renamed)
 
 
-def _shown(estimate: Estimate) -> Variables:
+def _shown(estimate: Answer) -> Variables:
     """The variables at the act, nan where it does not depend on them."""
     return {name: estimate.act[name] for name in estimate.question.model.names}
 
@@ -187,7 +189,7 @@ def _of_data(estimate: Estimate, transform: Transform) -> Table:
         question, model=Model(f"{model.text}, renamed", model.names, make, events=model.events)
     )
     before, again = _shown(estimate), answer(renamed)
-    sides = estimate.region(PROB).inside != again.region(PROB).inside
+    sides = region(estimate, PROB).inside != region(again, PROB).inside
     rows: list[tuple[Cell, ...]] = [
         ("act", _moved(question, before, _shown(again))),
         ("region of the act (share of draws that change sides)", sides.double().mean().item()),

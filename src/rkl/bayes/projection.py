@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rkl.bayes.acts import bayes_act
+from rkl.bayes.act import Estimate, bayes_act
+from rkl.bayes.answer import Act, elements
 from rkl.bayes.averages import NO_ERROR, judged, masked, mean_of
 from rkl.bayes.closed import Weights
 from rkl.bayes.draws import read_draws
-from rkl.bayes.estimate import Act, Estimate, elements
 from rkl.bayes.families import Natural
 from rkl.bayes.identified import Unidentified, sentences, unidentified, without_unidentified
 from rkl.bayes.laws import probe

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rkl.bayes.answer import Act, Answer, Diagnostics
 from rkl.bayes.averages import (
     NO_ERROR,
     WAYS_OUT,
@@ -20,7 +21,6 @@ from rkl.bayes.averages import (
 )
 from rkl.bayes.charts import Chart, chart_of
 from rkl.bayes.closed import Weights, balanced, swayed
-from rkl.bayes.estimate import Act, Diagnostics, Estimate
 from rkl.bayes.families import ExponentialFamily, Natural
 from rkl.bayes.laws import Model
 from rkl.bayes.losses import slopes
@@ -116,7 +116,7 @@ def averages_of(moments: Moments, directions: tuple[str, ...]) -> Averages:
     )
 
 
-def closed_act(question: Question, weights: Weights) -> Estimate:
+def closed_act(question: Question, weights: Weights) -> Answer:
     """The act under a sum of KLs.
 
     Raises:
@@ -332,7 +332,7 @@ def act_and_risk(
     return {key: Mean(x, known.error((above[key] - below[key]) / 2)) for key, x in values.items()}
 
 
-def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) -> Estimate:
+def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) -> Answer:
     measured = act_and_risk(question, known, weights, found)
     unsure, endless = _unsure(question, seen)
     means = {
@@ -354,7 +354,7 @@ def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) 
         ),
         point=found.variables,
     )
-    return Estimate(
+    return Answer(
         question.model.text,
         question.divergence,
         act,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rkl.bayes.estimate import Estimate, elements
+from rkl.bayes.answer import Answer, elements
 from rkl.bayes.questions import Question, by_member
 from rkl.bayes.tables import Cell, Table
 from rkl.divergences.base import number
@@ -45,7 +45,7 @@ class Region:
     threshold: Tensor
     inside: Tensor
     ranges: Mapping[str, tuple[Tensor, Tensor]]
-    estimate: Estimate = field(repr=False)
+    estimate: Answer = field(repr=False)
     pieces: Mapping[str, list[tuple[float, float]]]
     intervals: Mapping[str, tuple[Tensor, Tensor]]
     angles: frozenset[str] = frozenset()
@@ -138,7 +138,7 @@ class Region:
         return found
 
 
-def region(estimate: Estimate, prob: float = 0.9) -> Region:
+def region(estimate: Answer, prob: float = 0.9) -> Region:
     """The region of posterior probability ``prob`` about the act of an estimate.
 
     Raises:
@@ -165,7 +165,7 @@ def region(estimate: Estimate, prob: float = 0.9) -> Region:
     return Region(prob, threshold, inside, ranges, estimate, pieces, intervals, angles)
 
 
-def _unused(estimate: Estimate) -> dict[str, Tensor]:
+def _unused(estimate: Answer) -> dict[str, Tensor]:
     """By variable, the numbers that the act does not depend on, [*shape]."""
     none = {
         name: torch.zeros(estimate.question.shape(name), dtype=torch.bool)
@@ -174,7 +174,7 @@ def _unused(estimate: Estimate) -> dict[str, Tensor]:
     return none | dict(estimate.act.unused)
 
 
-def distance(estimate: Estimate, theta: Mapping[str, Tensor]) -> Tensor:
+def distance(estimate: Answer, theta: Mapping[str, Tensor]) -> Tensor:
     """D(P_θ ‖ P_act) of one θ [1, ...], [*batch]."""
     question = estimate.question
     loss = question.loss

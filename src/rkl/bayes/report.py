@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rkl.bayes.estimate import Estimate, elements
+from rkl.bayes.answer import Answer, elements
 from rkl.bayes.regions import Region
 from rkl.bayes.tables import Table
 from rkl.runs import write_atomic, write_json
@@ -51,7 +51,7 @@ class Shown:
     labels: Mapping[str, Sequence[str]]
 
     @classmethod
-    def of(cls, estimate: Estimate, region: Region, comparison: Table) -> "Shown":
+    def of(cls, estimate: Answer, region: Region, comparison: Table) -> "Shown":
         """What is shown of an estimate."""
         lead = f"{estimate.family} under {estimate.divergence}."
         tables = estimate.table(), region.table(), comparison
@@ -111,7 +111,7 @@ def page(
 
 
 def posterior_figure(
-    estimate: Estimate, comparison: Table | None = None, region: Any = None
+    estimate: Answer, comparison: Table | None = None, region: Any = None
 ) -> "Figure":
     """Every marginal posterior, up to six, with the acts marked and the region shaded."""
     acts = {"act": estimate.act} if comparison is None else comparison.acts
@@ -132,11 +132,11 @@ def _figure(
     return posterior(shown, marks, regions={k: shaded[k] for k in shown if k in shaded})
 
 
-def _labels(estimate: Estimate) -> dict[str, list[str]]:
+def _labels(estimate: Answer) -> dict[str, list[str]]:
     return {name: estimate.labels(name) for name in estimate.question.model.names}
 
 
-def _marginals(estimate: Estimate) -> dict[str, Any]:
+def _marginals(estimate: Answer) -> dict[str, Any]:
     question = estimate.question
     found = {}
     for name in question.model.names:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rkl.bayes.acts import bayes_act
+from rkl.bayes.act import Estimate, bayes_act
+from rkl.bayes.answer import elements
 from rkl.bayes.compare import excess_over, side_by_side, variables_of
 from rkl.bayes.draws import Draws, read_draws
-from rkl.bayes.estimate import Estimate, elements
 from rkl.bayes.identified import marked, not_used
 from rkl.bayes.losses import AnyLoss, parse_loss
 from rkl.bayes.regions import Region

@@ -1,8 +1,8 @@
-"""What a Bayes act comes back as: the act, its risk, their errors, and what to ask of it next."""
+"""What a question is answered by: the act, its risk and their errors."""
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,6 @@ from rkl.metrics import Mean, to_json
 
 if TYPE_CHECKING:
     from rkl.bayes.questions import Question
-    from rkl.bayes.regions import Region
-    from rkl.plots import Figure
 
 SHOWN = 12  # elements of one parameter that are printed
 
@@ -120,8 +118,8 @@ class Diagnostics:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Estimate:
-    """A Bayes act, as :func:`rkl.bayes.bayes_act` found it.
+class Answer:
+    """A Bayes act and its risk, with their errors, and what shows them.
 
     Attributes:
         family: The family as it was asked for.
@@ -141,29 +139,7 @@ class Estimate:
 
     def __repr__(self) -> str:
         said = ", ".join(self.act.told(self.question.model.names))
-        return f"Estimate({said}; {self.family} under {self.divergence})"
-
-    def compare(
-        self,
-        log_posterior: Callable[[Mapping[str, Tensor]], Tensor] | str | None = None,
-        losses: Iterable[Any] | None = None,
-    ) -> Table:
-        """The act beside every other common estimate, and what each loses: see ``compare``."""
-        from rkl.bayes.compare import compare
-
-        return compare(self, log_posterior, losses)
-
-    def region(self, prob: float = 0.9) -> "Region":
-        """The draws that are closest to the act, together of posterior probability ``prob``."""
-        from rkl.bayes.regions import region
-
-        return region(self, prob)
-
-    def plot(self, prob: float = 0.9) -> "Figure":
-        """Every marginal posterior with the common estimates marked and the region shaded."""
-        from rkl.bayes.report import posterior_figure
-
-        return posterior_figure(self, self.compare(), self.region(prob))
+        return f"{type(self).__name__}({said}; {self.family} under {self.divergence})"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the draws, as JSON can hold it."""

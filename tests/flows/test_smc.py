@@ -209,13 +209,6 @@ def test_particles_that_cannot_be_trusted_give_no_verdict():
     assert (found.passed, found.verdict) == (None, "coverage unknown: islands differ.")
 
 
-def funnel(x, condition):
-    """Neal's funnel, normalised, whose neck particles do not reach: log Z = 0."""
-    v, rest = x[..., 0], x[..., 1:]
-    log_r = -(rest.square().sum(-1) * (-v).exp() + 9 * v + 9 * LOG_2PI) / 2
-    return log_r - v.square() / 18 - math.log(18 * math.pi) / 2
-
-
 def needle(width, place, dimensions):
     """Half of the mass in N(0, 1), and half in a narrow normal distribution: log Z = 0."""
     return Gaussians(at(0, place, dimensions=dimensions), [1.0, width], [0.5, 0.5]).target
@@ -281,7 +274,21 @@ def test_over_many_seeds_particles_that_have_all_modes_are_hardly_ever_doubted(n
 
 
 @pytest.mark.slow
-def test_a_funnel_is_doubted():
-    found = evidence(Density(funnel, (10,)), particles=256, islands=8)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dimensions", [4, 10])
+def test_a_funnel_is_doubted(dimensions, seed):
+    """Its neck holds a part of Z that hardly a particle reaches: log Z is too low by a nat.
+
+    Where one reaches it by chance, log Z may be right, with an error that is large.
+    """
+
+    def log_prob(x, _):  # Neal's funnel
+        v, rest = x[..., 0], x[..., 1:]
+        width = (dimensions - 1) * v
+        return -v.square() / 18 - (rest.square().sum(-1) * (-v).exp() + width) / 2
+
+    found = evidence(Density(log_prob, (dimensions,)), seed=seed)
+    truth = math.log(3) + dimensions / 2 * LOG_2PI
+    apart = (found.log_z.value[0] - truth).abs()
+    assert apart > 3 * found.log_z.error[0] or found.log_z.error[0] > 0.15  # rightly so
     assert found.doubts[0]
-    assert (found.log_z.value.abs() > 4 * found.log_z.error).all()  # and rightly so

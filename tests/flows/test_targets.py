@@ -170,8 +170,3 @@ class Broken(GaussianMixture):
 def test_a_target_that_breaks_a_law_is_found_out(fault, law):
     with pytest.raises(AssertionError, match=law):
         check_target(Broken(fault=fault))
-
-
-def test_a_domain_that_does_not_exist_is_refused_with_the_map_that_replaces_it():
-    with pytest.raises(ValueError, match=r"Write a positive x as exp\(z\) and add z to log_prob"):
-        targets.Density(lambda z, _: -z.sum(-1), (2,), ("positive", "line"))  # pyright: ignore

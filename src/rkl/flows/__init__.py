@@ -3,7 +3,9 @@
 import importlib
 
 _HOMES: dict[str, str] = {
-    "architectures": "MAF NSF Architecture CircularSplines Coupling MultiScale draw latent",
+    "architectures": (
+        "MAF NSF Architecture CircularSplines Coupling MixedSplines MultiScale draw latent"
+    ),
     "compare": "FlowComparison compare_runs",
     "critic": "Critic",
     "coverage": "Coverage Mode judge_coverage judge_ratios",

@@ -3,6 +3,7 @@ from rkl.flows.architectures import NSF as NSF
 from rkl.flows.architectures import Architecture as Architecture
 from rkl.flows.architectures import CircularSplines as CircularSplines
 from rkl.flows.architectures import Coupling as Coupling
+from rkl.flows.architectures import MixedSplines as MixedSplines
 from rkl.flows.architectures import MultiScale as MultiScale
 from rkl.flows.architectures import draw as draw
 from rkl.flows.architectures import latent as latent

@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from rkl.checks import warn
-from rkl.flows.architectures import Architecture, Conditioned, Scaled
-from rkl.flows.architectures.placed import Placed
+from rkl.flows.architectures import Architecture, Conditioned, MixedSplines, Scaled
+from rkl.flows.architectures.mixed import Bounded
+from rkl.flows.architectures.placed import FURTHEST, FURTHEST_LOG, Placed
 from rkl.flows.domain import check_architecture
 from rkl.flows.precision import single_precision
 from rkl.flows.targets import Condition, Target
+from rkl.flows.targets.base import without_bounds
+from rkl.flows.targets.domains import Chart
 
 FEW = 8  # coordinates up to which particles are cooled, and flows have tails
 
@@ -28,22 +32,42 @@ def built(architecture: Architecture, target: Target, ranges: Sequence[Condition
     >>> built(NSF(transforms=1), MoG8(), MoG8().conditions)(torch.tensor([0.5])).event_shape
     torch.Size([2])
     """
-    count = len(target.conditions)
     check_architecture(architecture, target)
-    flow = architecture.build(target.event_shape, count)
+    chart, flat = target.chart, without_bounds(target)
+    if isinstance(architecture, MixedSplines):
+        architecture = _with_angles(architecture, target)
+    flow = architecture.build(target.event_shape, len(target.conditions))
     if not architecture.own_units:
-        if count:
-            low, high = torch.tensor([[it.low, it.high] for it in ranges]).T
-            flow = Conditioned(flow, low.clone(), high.clone())
-        if target.domain == "circle":
-            pass
-        elif math.prod(target.event_shape) <= FEW:
-            flow = Placed(flow, target.event_shape, count)
-        else:
-            flow = Scaled(flow, torch.zeros(target.event_shape), torch.ones(target.event_shape))
-    if count:
+        flow = _in_units(flow, flat, ranges, chart)
+    if target.conditions:
         flow.register_forward_pre_hook(Within(tuple(ranges)))
-    return flow
+    return Bounded(flow, chart) if chart.bounded else flow
+
+
+def _in_units(
+    flow: nn.Module, target: Target, ranges: Sequence[Condition], chart: Chart
+) -> nn.Module:
+    """The flow of standardised events and conditions, for a target without bounds."""
+    count = len(target.conditions)
+    if count:
+        low, high = torch.tensor([[it.low, it.high] for it in ranges]).T
+        flow = Conditioned(flow, low.clone(), high.clone())
+    if target.domain == "circle":
+        return flow
+    if math.prod(target.event_shape) <= FEW:
+        furthest = torch.where(chart.has_bounds, FURTHEST_LOG, FURTHEST)
+        return Placed(flow, target.event_shape, count, chart.circle, furthest)
+    return Scaled(flow, torch.zeros(target.event_shape), torch.ones(target.event_shape))
+
+
+def _with_angles(architecture: MixedSplines, target: Target) -> MixedSplines:
+    """The architecture with the angles of a target."""
+    angles = tuple(target.chart.circle.flatten().nonzero().flatten().tolist())
+    if architecture.angles not in (None, angles):
+        raise ValueError(
+            f"flow: angles must be those of {target}, {angles}; got {architecture.angles}."
+        )
+    return replace(architecture, angles=angles)
 
 
 class Within:

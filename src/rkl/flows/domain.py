@@ -18,13 +18,19 @@ def check_architecture(architecture: Architecture, target: Target) -> None:
     Raises:
         ValueError: It is of the other domain.
     """
-    domain = architecture.domain
-    if domain is None or domain == target.domain:
+    domain, wanted = architecture.domain, target.chart.unbounded
+    wanted = wanted if isinstance(wanted, str) else "mixed"
+    if domain in (None, wanted, "mixed"):
         return
-    if target.domain == "circle":
+    if wanted == "mixed":
+        raise ValueError(
+            f"flow must be one of angles beside other coordinates, as {target} has; got "
+            f"{architecture}. MixedSplines is."
+        )
+    if wanted == "circle":
         raise ValueError(
             f"flow must be one of angles, as {target} is on the circle; got {architecture}, whose "
-            "events lie on the line. CoarseToFine is for square lattices of angles, "
+            "events do not all lie there. CoarseToFine is for square lattices of angles, "
             "CircularSplines for any others."
         )
     raise ValueError(

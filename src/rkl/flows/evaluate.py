@@ -265,9 +265,13 @@ def _cooled(
     drawn = Reference(x, values, means, source, seconds, mixed, *log_z)
     if judges.held_out is not None:
         return drawn, judges
-    told = "particles cooled from uniform angles"
-    if target.domain == "line":
-        told = f"particles cooled from N(0, {cooled.width:g}²)"
+    chart, normal = target.chart, f"N(0, {cooled.width:g}²)"
+    told = "particles cooled from uniform angles" + f" and {normal}" * (
+        not bool(chart.circle.all())
+    )
+    if not chart.circle.any():
+        told = f"particles cooled from {normal}"
+    told += " of log x or log(x − low)/(high − x)" * chart.bounded
     count = max(1, JUDGED // ISLANDS)
     few = cooled.x[:, :, :: -(-cooled.x.shape[2] // count)]
     return drawn, _Judges(list(few.flatten(1, 2)), cooled, told)
@@ -277,7 +281,7 @@ def _particles(target: Target, rows: int) -> int:
     """Particles of an island, fewer where coordinates or conditions are many."""
     size = math.prod(target.event_shape)
     particles = next(count for most, count in PARTICLES if size <= most)
-    if target.domain == "circle":
+    if bool(target.chart.circle.all()):
         particles = min(particles, OF_ANGLES)
     return max(FEWEST_PARTICLES, min(particles, COORDINATES // (rows * ISLANDS * size)))
 

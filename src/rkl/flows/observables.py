@@ -99,15 +99,17 @@ def observe(
     batch = x.shape[: x.ndim - len(target.event_shape)]
     few = x.reshape(*batch, -1)[..., :SHOWN]
     named: dict[str, Tensor] = {}
-    if target.domain == "line":
-        named = {f"x{k}": few[..., k] for k in range(few.shape[-1])}
-    elif turn_invariant(target, condition):
+    if turn_invariant(target, condition):
         named = {
             f"cos(x0 - x{k})": (few[..., 0] - few[..., k]).cos() for k in range(1, few.shape[-1])
         }
     else:
+        angles = target.chart.circle.flatten().tolist()
         for k in range(few.shape[-1]):
-            named |= {f"cos(x{k})": few[..., k].cos(), f"sin(x{k})": few[..., k].sin()}
+            one = few[..., k]
+            named |= (
+                {f"cos(x{k})": one.cos(), f"sin(x{k})": one.sin()} if angles[k] else {f"x{k}": one}
+            )
     return {"log_density": target.log_prob(x, condition), **named}
 
 

@@ -29,7 +29,7 @@ class Particles:
     walkers beside the flow that is trained on them.
 
     Args:
-        target: A density; of angles they come from the uniform one.
+        target: A density without bounds; of angles they come from the uniform one.
         condition: Values of its conditions.
         each: Particles of each.
 
@@ -48,13 +48,19 @@ class Particles:
         self.target, self.condition, self.each = target, condition, each
         self.event = len(target.event_shape)
         shape = (each, len(condition), *target.event_shape)
-        self.circle = target.domain == "circle"
-        self.x = WIDE * torch.randn(shape, dtype=condition.dtype)
-        if self.circle:
-            self.x = math.pi * (2 * torch.rand(shape, dtype=condition.dtype) - 1)
+        self.circle = target.chart.circle
+        self.x = self._broad(shape, condition.dtype)
         self.log_p = self._log_prob(self.x, condition.expand(each, *condition.shape))
         self.step = torch.full_like(condition[:, 0] if condition.shape[1] else self.log_p[0], WIDE)
         self._cool()
+
+    def _broad(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if not self.circle.any():
+            return WIDE * torch.randn(shape, dtype=dtype)
+        angles = math.pi * (2 * torch.rand(shape, dtype=dtype) - 1)
+        if self.circle.all():
+            return angles
+        return torch.where(self.circle, angles, WIDE * torch.randn(shape, dtype=dtype))
 
     @torch.no_grad()
     def _cool(self) -> None:
@@ -86,8 +92,9 @@ class Particles:
         """One step of a random walk; where it was accepted."""
         x, log_p, given = self.x[rows, columns], self.log_p[rows, columns], self.condition[columns]
         new = x + self._beside(self.step[columns]) * torch.randn_like(x)
-        if self.circle:
-            new = torch.remainder(new + math.pi, 2 * math.pi) - math.pi
+        if self.circle.any():
+            wrapped = torch.remainder(new + math.pi, 2 * math.pi) - math.pi
+            new = torch.where(self.circle, wrapped, new)
         log_new = self._log_prob(new, given)
         gain = beta * (log_new - log_p)
         gain = gain + (1 - beta) * (self._log_broad(new) - self._log_broad(x))
@@ -106,8 +113,7 @@ class Particles:
         return log_p.nan_to_num(lowest, lowest, lowest)
 
     def _log_broad(self, x: Tensor) -> Tensor:
-        if self.circle:
-            return x.new_zeros(x.shape[: x.ndim - self.event])
+        x = torch.where(self.circle, 0.0, x)
         return -(x / WIDE).square().flatten(x.ndim - self.event).sum(-1) / 2
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -2,14 +2,15 @@ r"""Evidence and draws of a target without a flow: particles cooled from a broad
 
     Z = Z₀ Πₖ ⟨(p/p₀)^(βₖ₊₁ − βₖ)⟩    over weighted particles of p₀^(1 − β) p^β at βₖ
 
-The broad distribution p₀ is normal on the line and uniform on the circle. A pilot population picks
+The broad distribution p₀ is normal on the line and uniform on the circle; coordinates with bounds
+are mapped to the line. A pilot population picks
 the β, such that weights stay nearly equal, and the size of the moves. Islands of particles then
 follow this plan whatever they meet, so that the Z of each island is unbiased.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from rkl.checks import number
 from rkl.flows.lost_modes import MAX_SIZE, LogDensity, find_lost_mode
 from rkl.flows.mcmc.kernels import HeatBath, check_condition, check_whole, seeded
-from rkl.flows.targets.base import Target
+from rkl.flows.targets.base import Target, without_bounds
 from rkl.flows.targets.lattices import XY
 from rkl.metrics import Mean
 from rkl.metrics.batches import jackknife
@@ -38,8 +39,9 @@ MAX_RUNGS = 5_000
 MIN_ACCEPTED = 0.05  # share of moves below which particles do not move enough
 SHOWN = 4  # coordinates of a place that are printed
 MAX_ERROR = 0.5  # nats of log Z above which islands disagree
-APART = 4.0  # errors of a normal distribution by which halves of the islands may differ
-DRIFT = 10  # moves at β = 1 after which particles are as before, if they follow the target
+MAX_GAP, MIN_GAP_ERRORS = 0.5, 2.0  # nats and errors by which halves of the islands likely differ
+APART = 4.0  # errors of a normal distribution by which they differ for sure
+DRIFT = 20  # moves at β = 1 after which particles are as before, if they follow the target
 MAX_DRIFT = 4.0  # errors of a normal distribution by which they may differ
 CANDIDATES = 16  # highest particles of an island, at each β, and steepest, from which to climb
 
@@ -106,7 +108,8 @@ def evidence(
     mode so narrow or so far that no point of the way was uphill to it remains unseen.
 
     Args:
-        target: The density, up to log Z of each condition.
+        target: The density, up to log Z of each condition; of coordinates with bounds too, which
+            are mapped to the line, log Z being that over the coordinates of the target.
         condition: The conditions, one a row; of a target without conditions none.
         particles: Particles of an island, 16 at least.
         islands: Populations that have nothing to do with each other, 4 at least.
@@ -135,7 +138,11 @@ def evidence(
     check_whole("islands", islands, 4)
     check_whole("sweeps", sweeps, 1)
     number("width", width, above=0)
-    circle = target.domain == "circle"
+    if target.chart.bounded:
+        how: dict[str, Any] = {"particles": particles, "islands": islands, "width": width}
+        found = evidence(without_bounds(target), condition, sweeps=sweeps, seed=seed, **how)
+        return replace(found, x=target.chart.to_bounded(found.x)[0])
+    circle = bool(target.chart.circle.all())
     sizes = (
         [(width, islands)]
         if circle
@@ -162,10 +169,12 @@ def _joined(sampler: "_Sampler", width: float, paths: list["_Path"]) -> Evidence
             (one, other), (a, b) = (
                 [getattr(it, k)[row] for it in each] for k in ("value", "error")
             )
-            apart = (one - other).abs() / torch.hypot(a, b)
-            if normal_errors(apart.item(), paths[1].log_z.shape[1] * 2 - 2) > APART:
-                chosen = [0] if one > other else [1]
-                if other > one:
+            gap, errors = (one - other).item(), torch.hypot(a, b).item()
+            sure = normal_errors(abs(gap) / errors, paths[1].log_z.shape[1] * 2 - 2) > APART
+            likely = abs(gap) > MAX_GAP and abs(gap) > MIN_GAP_ERRORS * errors
+            if sure or likely:
+                chosen = [0] if gap > 0 else [1] if sure else chosen
+                if gap < 0:
                     why.append(
                         f"particles of N(0, {width:g}²) lost what those of N(0, "
                         f"{width / NARROWER:g}²) found: log Z is {one:.4g} and {other:.4g}."
@@ -295,7 +304,7 @@ class _Sampler:
     def __init__(self, target: Target, condition: Tensor, width: float, sweeps: int):
         self.target, self.width, self.sweeps = target, width, sweeps
         self.size = math.prod(target.event_shape)
-        self.circle = target.domain == "circle"
+        self.circle = target.chart.circle.flatten()
         self.asked = condition
         self.condition, self.dtype = _precise(target, condition)
         self.gradient = _has_gradient(target, self.condition)
@@ -378,16 +387,18 @@ class _Sampler:
 
     def broad(self, *shape: int) -> Tensor:
         """Draws of the broad distribution."""
-        if self.circle:
-            return math.pi * (2 * torch.rand(*shape, self.size, dtype=self.dtype) - 1)
-        return self.width * torch.randn(*shape, self.size, dtype=self.dtype)
+        size = (*shape, self.size)
+        if not self.circle.any():
+            return self.width * torch.randn(size, dtype=self.dtype)
+        angles = math.pi * (2 * torch.rand(size, dtype=self.dtype) - 1)
+        if self.circle.all():
+            return angles
+        return torch.where(self.circle, angles, self.width * torch.randn(size, dtype=self.dtype))
 
     def log_broad(self, x: Tensor) -> Tensor:
         """Log-density of the broad distribution, in nats."""
-        if self.circle:
-            return x.new_full(x.shape[:-1], -self.size * math.log(2 * math.pi))
-        constant = math.log(self.width * math.sqrt(2 * math.pi))
-        return -(x / self.width).square().sum(-1) / 2 - self.size * constant
+        normal = -(x / self.width).square() / 2 - math.log(self.width * math.sqrt(2 * math.pi))
+        return torch.where(self.circle, -math.log(2 * math.pi), normal).sum(-1)
 
     def given(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Events and their conditions, as the target takes them."""
@@ -428,12 +439,11 @@ class _Sampler:
 
     def scales(self, state: _State, log_w: Tensor) -> Tensor:
         """The standard deviation of each coordinate, [rows, coordinates]; 1 for angles."""
-        if self.circle:
-            return state.x.new_ones(len(state.x), self.size)
         x = state.x.flatten(1, 2)
         weight = log_w.flatten(1).softmax(1).to(self.dtype)[..., None]
         mean = (weight * x).sum(1, keepdim=True)
-        return (weight * (x - mean).square()).sum(1).sqrt().clamp_min(1e-12)
+        widths = (weight * (x - mean).square()).sum(1).sqrt().clamp_min(1e-12)
+        return torch.where(self.circle, 1.0, widths)
 
     def resampled(self, state: _State, log_w: Tensor, all_of: bool) -> tuple[_State, Tensor]:
         """Islands whose weights have degenerated begin again with equal ones; in the end all."""
@@ -502,15 +512,15 @@ class _Sampler:
     def slope(self, state: _State, beta: Tensor) -> Tensor:
         """Its gradient."""
         beta = beta[:, None, None, None]
-        if self.circle:
-            return beta * state.score
-        return beta * state.score - (1 - beta) * state.x / self.width**2
+        pull = torch.where(self.circle, 0.0, state.x / self.width**2)
+        return beta * state.score - (1 - beta) * pull
 
     def wrapped(self, state: _State) -> _State:
         """Angles in [−π, π)."""
-        if not self.circle:
+        if not self.circle.any():
             return state
-        return state._replace(x=torch.remainder(state.x + math.pi, 2 * math.pi) - math.pi)
+        wrapped = torch.remainder(state.x + math.pi, 2 * math.pi) - math.pi
+        return state._replace(x=torch.where(self.circle, wrapped, state.x))
 
 
 def _precise(target: Target, condition: Tensor) -> tuple[Tensor, torch.dtype]:

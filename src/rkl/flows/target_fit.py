@@ -20,6 +20,7 @@ from rkl.divergences import FDivergence, ReverseKL
 from rkl.divergences.base import floats
 from rkl.flows.architectures import Architecture, CircularSplines, Conditioned, Scaled, draw
 from rkl.flows.architectures.circular import CircularFlow
+from rkl.flows.architectures.mixed import Bounded
 from rkl.flows.architectures.placed import Placed
 from rkl.flows.built import FEW, built
 from rkl.flows.critic import Critic, Ratio
@@ -29,8 +30,9 @@ from rkl.flows.objectives import Objective, as_objective
 from rkl.flows.particles import Particles
 from rkl.flows.precision import single_precision
 from rkl.flows.targets import XY, Phi4, Target
-from rkl.flows.targets.base import Condition, check_values
+from rkl.flows.targets.base import Condition, check_values, without_bounds
 from rkl.flows.targets.check import check_log_prob
+from rkl.flows.targets.domains import check_inside
 from rkl.flows.training import Moment, Training, one_at_a_time, train
 from rkl.flows.weights import along_path, is_likelihood, on_data, on_draws
 from rkl.runs import Run
@@ -89,7 +91,8 @@ def fit_to_target(
     """Minimise a sum of divergences D(target ‖ flow), averaged over conditions.
 
     Args:
-        flow: An architecture, built here, or a flow over the events of the target.
+        flow: An architecture, built here, or a flow over the events of the target; of coordinates
+            with bounds an architecture, or what an earlier fit returned.
         target: The density, up to log Z of each condition.
         conditions: Values to train at; or ranges, by default the target's, seen at random.
         objective: A divergence, a sum of terms, its text, or the name of a variant of AdvNF.
@@ -120,11 +123,29 @@ def fit_to_target(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fitted = flow if isinstance(flow, nn.Module) else built(flow, target, given.trained)
-        _check_target(fitted, target, given, chosen, anneal)
-        fitting = _Fitting(fitted, target, chosen, given, each, anneal, data, critic)
+        trained, aim = fitted, without_bounds(target)
+        if target.chart.bounded:
+            trained, data = _without_bounds(fitted, target, data)
+        _check_target(trained, aim, given, chosen, anneal)
+        fitting = _Fitting(trained, aim, chosen, given, each, anneal, data, critic)
     budget: dict[str, Any] = {"steps": steps, "minutes": minutes, "seed": seed, "every": every}
     budget |= {"lr": lr, "clip": clip, "ema": ema, "run": run, "also": fitting.stateful()}
-    return TargetFit(fitted, train(fitted, fitting, **budget))
+    return TargetFit(fitted, train(trained, fitting, **budget))
+
+
+def _without_bounds(flow: nn.Module, target: Target, data) -> tuple[nn.Module, Any]:
+    """The flow, and the data, of the coordinates without bounds."""
+    if not isinstance(flow, Bounded):
+        raise ValueError(
+            f"flow must be an architecture for {target}, whose coordinates have bounds, or what "
+            f"a fit to it returned; got a {type(flow).__name__}."
+        )
+    if not isinstance(data, tuple) or len(data) != 2:
+        return flow.flow, data
+    x, condition = data
+    target.check(x, condition)
+    check_inside("data", target.chart, x)
+    return flow.flow, (target.chart.to_unbounded(x)[0], condition)
 
 
 def _check_target(flow, target: Target, given: "_Conditions", chosen: Objective, anneal) -> None:
@@ -150,7 +171,7 @@ def _anneals(flow, target: Target, objective: Objective, data, anneal: bool | No
     splines = isinstance(flow, CircularSplines | CircularFlow) or (
         isinstance(flow, Conditioned) and isinstance(flow.flow, CircularFlow)
     )
-    if anneal is not None or (target.domain != "line" and not splines):
+    if anneal is not None or (target.domain == "circle" and not splines):
         return bool(anneal)
     # Draws alone do not keep the target's terms from losing modes; particles beside them do.
     return data is None or (_cools(target, True) and objective.uses("target"))
@@ -285,7 +306,7 @@ class _Fitting:
         self.place()
         self.critic: Ratio | None = None
         if objective.uses("critic"):
-            size = math.prod(target.event_shape) * (2 if target.domain == "circle" else 1)
+            size = math.prod(target.event_shape) + int(target.chart.circle.sum())
             critic = critic or Critic()
             self.critic = critic.build((size,), len(target.conditions), WIDEST)
         law = self.law(conditions.draw().to(self.dtype))
@@ -310,8 +331,9 @@ class _Fitting:
             rows = given.reshape(len(x), -1).to(self.dtype)
             flow.place(x.to(self.dtype), *((rows,) if self.target.conditions else ()))
         elif isinstance(flow, Scaled) and (flow.scale == 1).all() and (flow.shift == 0).all():
-            flow.shift.copy_(x.mean(0))
-            flow.scale.copy_(torch.where(x.std(0) > 0, x.std(0), 1.0))
+            circle = self.target.chart.circle
+            flow.shift.copy_(torch.where(circle, 0.0, x.mean(0)))
+            flow.scale.copy_(torch.where((x.std(0) > 0) & ~circle, x.std(0), 1.0))
 
     def stateful(self) -> dict[str, Any]:
         """What is saved beside the flow."""
@@ -438,8 +460,8 @@ class _Fitting:
 
     def seen(self, x: Tensor) -> Tensor:
         """What a critic sees of events: angles as points of the circle."""
-        x = x.flatten(1)
-        return torch.cat([x.cos(), x.sin()], 1) if self.target.domain == "circle" else x
+        x, circle = x.flatten(1), self.target.chart.circle.flatten()
+        return torch.cat([x[:, ~circle], x[:, circle].cos(), x[:, circle].sin()], 1)
 
 
 def _log_ratio(fitting: _Fitting, law: Distribution, condition: Tensor):

@@ -22,6 +22,7 @@ from rkl.flows.architectures import (
     Architecture,
     CircularSplines,
     Coupling,
+    MixedSplines,
     parse_architecture,
 )
 from rkl.flows.built import built
@@ -38,6 +39,7 @@ from rkl.flows.precision import single_precision
 from rkl.flows.target_fit import FEW, TargetFit, fit_to_target
 from rkl.flows.targets import XY, Phi4, Target, parse_target
 from rkl.flows.targets.base import Condition, check_values, spelt
+from rkl.flows.targets.domains import check_inside
 from rkl.flows.training import MINUTES, goes_on, load_state, save_state
 from rkl.importing import names_in, only
 from rkl.readers import place_of_nan, read_arrays
@@ -238,7 +240,10 @@ def suited(target: Target) -> Architecture:
         if checkered and side & (side - 1) == 0 and _knows_no_direction(target):
             return CoarseToFine(integrate="none")
         return CircularSplines(passes=None if math.prod(target.event_shape) <= FEW else 2)
-    return SPLINES if math.prod(target.event_shape) <= FEW else Coupling()
+    few = math.prod(target.event_shape) <= FEW
+    if target.chart.circle.any():
+        return MixedSplines(passes=None if few else 2)
+    return SPLINES if few else Coupling()
 
 
 def _knows_no_direction(target: Target) -> bool:
@@ -641,6 +646,7 @@ def read_draws(
     rows = math.prod(lead)
     flat = x.reshape(rows, *event), condition.reshape(rows, count)
     rows_of, given = (torch.from_numpy(it.copy()) for it in flat)
+    check_inside(f"data: {path}", target.chart, rows_of)
     check_values(target, given)
     return rows_of, given
 

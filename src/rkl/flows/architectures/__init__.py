@@ -4,6 +4,7 @@ from rkl.flows.architectures.base import Architecture, catalogue, draw, parse_ar
 from rkl.flows.architectures.circular import CircularSplines
 from rkl.flows.architectures.coupling import Coupling
 from rkl.flows.architectures.images import MultiScale
+from rkl.flows.architectures.mixed import MixedSplines
 from rkl.flows.architectures.scaled import Conditioned, Scaled, latent
 from rkl.flows.architectures.splines import MAF, NSF
 
@@ -14,6 +15,7 @@ __all__ = [
     "CircularSplines",
     "Conditioned",
     "Coupling",
+    "MixedSplines",
     "MultiScale",
     "Scaled",
     "catalogue",

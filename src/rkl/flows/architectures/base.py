@@ -21,11 +21,11 @@ class Architecture(abc.ABC):
     in kebab case. What it builds is a module: ``flow(condition)``, or ``flow()`` where there
     are no conditions, returns a distribution of torch with ``log_prob`` and ``sample``.
     ``own_units`` says that its events and conditions want no standardising, ``domain`` whether
-    events are numbers on the line or angles on the circle, where the class knows.
+    events are numbers on the line, angles on the circle or mixed, where the class knows.
     """
 
     own_units: ClassVar[bool] = False
-    domain: ClassVar[Literal["line", "circle"] | None] = None
+    domain: ClassVar[Literal["line", "circle", "mixed"] | None] = None
 
     @abc.abstractmethod
     def build(self, event_shape: tuple[int, ...], conditions: int = 0) -> nn.Module:

@@ -4,12 +4,13 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 TAILS = 0.02  # share of the draws from a Cauchy distribution
 FURTHEST = 1e4  # widths at which that is cut off, so that no log-density overflows
+FURTHEST_LOG = 20.0  # the same of the logarithm of a coordinate with bounds, which has few digits
 INSIDE = 4.0  # widths within which nearly all events should lie, for splines to bend them
 WIDEST = 4.0  # factor by which the width grows to that end, at most
 OUTLYING = 10.0  # widths beyond which an event does not count in the mean
@@ -22,19 +23,32 @@ class Placed(nn.Module):
     independent Cauchy distributions, so that weights p/q stay bounded where the flow's own tails
     end, and what lies there is counted.
 
+    Angles keep their place; in that share they are uniform.
+
     Source: Hesterberg (1995), Technometrics 37, 185, for mixtures that are a defence.
 
     Args:
         flow: The flow of z, given the conditions if there are any.
         event_shape: Of one event.
         conditions: Number of conditions.
+        circle: Which coordinates are angles, of the shape of the event; None for none.
+        furthest: Widths at which the Cauchy distributions are cut off, by coordinate.
     """
 
     shift: Tensor
     log_scale: Tensor
 
-    def __init__(self, flow: nn.Module, event_shape: tuple[int, ...], conditions: int):
+    def __init__(
+        self,
+        flow: nn.Module,
+        event_shape: tuple[int, ...],
+        conditions: int,
+        circle: Bool[Tensor, "*event"] | None = None,
+        furthest: Float[Tensor, "*event"] | None = None,
+    ):
         super().__init__()
+        self.circle = torch.zeros(event_shape, dtype=torch.bool) if circle is None else circle
+        self.furthest = torch.full(event_shape, FURTHEST) if furthest is None else furthest
         self.flow, self.conditions = flow, conditions
         features = 1 + conditions + conditions * (conditions + 1) // 2
         self.register_buffer("shift", torch.zeros(features, *event_shape))
@@ -46,7 +60,8 @@ class Placed(nn.Module):
         shift, log_scale = (
             torch.tensordot(features, it.to(features), 1) for it in (self.shift, self.log_scale)
         )
-        return PlacedLaw(self.flow(*condition), shift, log_scale)
+        kinds = self.circle.to(shift.device), self.furthest.to(shift)
+        return PlacedLaw(self.flow(*condition), shift, log_scale, *kinds)
 
     def features(self, *condition: Tensor) -> Float[Tensor, "*batch features"]:
         """1, the standardised conditions, and their products."""
@@ -83,8 +98,9 @@ class Placed(nn.Module):
         size = z.quantile(0.68, 0)
         furthest = z.topk(max(1, len(z) // 1_000), 0).values[-1] / INSIDE
         log_scale[0] += torch.maximum(size, torch.minimum(furthest, WIDEST * size)).log()
-        self.shift.copy_(shift.reshape(self.shift.shape))
-        self.log_scale.copy_(log_scale.reshape(self.log_scale.shape))
+        for own, it in ((self.shift, shift), (self.log_scale, log_scale)):
+            own.copy_(it.reshape(own.shape))
+            own[:, self.circle.to(own.device)] = 0.0
 
 
 class PlacedLaw(Distribution):
@@ -92,8 +108,11 @@ class PlacedLaw(Distribution):
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
 
-    def __init__(self, law: Any, shift: Tensor, log_scale: Tensor):
+    def __init__(
+        self, law: Any, shift: Tensor, log_scale: Tensor, circle: Tensor, furthest: Tensor
+    ):
         super().__init__(law.batch_shape, law.event_shape, validate_args=False)
+        self.circle, self.furthest = circle, furthest
         self.law, self.shift, self.log_scale = law, shift, log_scale
         self.axes = tuple(range(-len(law.event_shape), 0))
         self.has_rsample = law.has_rsample
@@ -101,7 +120,7 @@ class PlacedLaw(Distribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> "PlacedLaw":
         shape = torch.Size((*batch_shape, *self.event_shape))
         place = self.shift.expand(shape), self.log_scale.expand(shape)
-        return PlacedLaw(self.law.expand(batch_shape), *place)
+        return PlacedLaw(self.law.expand(batch_shape), *place, self.circle, self.furthest)
 
     @property
     def support(self) -> Any:
@@ -111,9 +130,8 @@ class PlacedLaw(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         z = ((value - self.shift) * (-self.log_scale).exp()).to(self.shift)
         near = self.law.log_prob(z) + math.log1p(-TAILS)
-        return torch.logaddexp(near, _log_cauchy(z, self.axes) + math.log(TAILS)) - (
-            self.log_scale.sum(self.axes)
-        )
+        far = self._log_far(z) + math.log(TAILS)
+        return torch.logaddexp(near, far) - self.log_scale.sum(self.axes)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         with torch.no_grad():
@@ -122,7 +140,8 @@ class PlacedLaw(Distribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         near = (self.law.rsample if self.has_rsample else self.law.sample)(sample_shape)
         uniform = 2 * torch.rand_like(near) - 1
-        far = (uniform * math.atan(FURTHEST)).tan()
+        far = (uniform * self.furthest.atan()).tan()
+        far = torch.where(self.circle, math.pi * uniform, far)
         chosen = torch.rand(near.shape[: near.ndim - len(self.axes)], device=near.device) < TAILS
         z = torch.where(chosen.reshape(*chosen.shape, *[1] * len(self.axes)), far, near)
         return self.shift + self.log_scale.exp() * z
@@ -132,9 +151,8 @@ class PlacedLaw(Distribution):
         value = self.rsample(torch.Size(shape))
         return value, self.log_prob(value)
 
-
-def _log_cauchy(z: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Log-density of independent Cauchy variables that are cut off."""
-    inside = z.abs() <= FURTHEST
-    terms = -torch.log1p(z.square()) - math.log(2 * math.atan(FURTHEST))
-    return torch.where(inside, terms, -math.inf).sum(axes)
+    def _log_far(self, z: Tensor) -> Tensor:
+        """Log-density of independent Cauchy variables that are cut off, and of uniform angles."""
+        terms = -torch.log1p(z.square()) - (2 * self.furthest.atan()).log()
+        terms = torch.where(z.abs() <= self.furthest, terms, -math.inf)
+        return torch.where(self.circle, -math.log(2 * math.pi), terms).sum(self.axes)

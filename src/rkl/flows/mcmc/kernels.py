@@ -143,14 +143,21 @@ class RandomWalk:
         self, target: Target, condition: Float[Tensor, "*batch conditions"], x: Tensor, sweeps: int
     ) -> Tensor:
         """The states after some steps."""
-        log_p = target.log_prob(x, condition)
+        log_p, chart = target.log_prob(x, condition), target.chart
         for _ in range(sweeps):
             new = x + self.step * torch.randn_like(x)
-            log_new = target.log_prob(new, condition)
+            inside = chart.inside(new).flatten(x.ndim - len(target.event_shape)).all(-1)
+            if chart.bounded:
+                new = torch.where(_beside(inside, target), new, x)
+            log_new = torch.where(inside, target.log_prob(new, condition), -math.inf)
             taken = torch.rand_like(log_p) < (log_new - log_p).exp()
             log_p = torch.where(taken, log_new, log_p)
-            x = torch.where(taken.reshape(*taken.shape, *[1] * len(target.event_shape)), new, x)
-        return _wrapped(x) if target.domain == "circle" else x
+            x = torch.where(_beside(taken, target), new, x)
+        return torch.where(chart.circle.to(x.device), _wrapped(x), x)
+
+
+def _beside(of_each: Tensor, target: Target) -> Tensor:
+    return of_each.reshape(*of_each.shape, *[1] * len(target.event_shape))
 
 
 class Colour(NamedTuple):

@@ -113,8 +113,9 @@ def chosen_kernel(target: Target, kernel: Kernel | None) -> Kernel:
 
 def _begun(target: Target, each: Tensor) -> Tensor:
     shape = (*each.shape[:-1], *target.event_shape)
-    make = torch.zeros if target.domain == "circle" else torch.randn
-    return make(shape, dtype=each.dtype, device=each.device)
+    chart = target.chart
+    z = torch.randn(shape, dtype=each.dtype, device=each.device)
+    return chart.to_bounded(torch.where(chart.circle.to(z.device), 0.0, z))[0]
 
 
 def _checked_start(target: Target, each: Tensor, start: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rkl.divergences.base import floats, number
 from rkl.divergences.parse import full_name, parse, with_module
+from rkl.flows.targets.domains import Chart, Domain
 from rkl.importing import imported
 
 
@@ -44,7 +45,8 @@ class Target(abc.ABC):
 
     - ``log_prob``, in nats and up to a function of c, from x [*batch, *event] and c [*batch,
       conditions];
-    - ``event_shape``, ``conditions`` and ``domain``;
+    - ``event_shape``, ``conditions`` and ``domain``: "line", "circle", "positive" or (low, high),
+      for all coordinates or a tuple with one for each;
     - ``observables`` and their ``units``, if something is to be measured; ``sample`` and
       ``log_normaliser``, if they are known.
 
@@ -52,7 +54,7 @@ class Target(abc.ABC):
     name in kebab case, or as ``module:Name``.
     """
 
-    domain: ClassVar[Literal["line", "circle"]] = "line"
+    domain: ClassVar[Domain] = "line"
     conditions: ClassVar[tuple[Condition, ...]] = ()
     units: ClassVar[Mapping[str, str]] = {}
 
@@ -94,6 +96,11 @@ class Target(abc.ABC):
         raise NotImplementedError(f"log Z of {self} is not known; estimate it.")
 
     @property
+    def chart(self) -> Chart:
+        """The map of its coordinates to others without bounds."""
+        return Chart(self.domain, self.event_shape)
+
+    @property
     def limits(self) -> tuple[Condition, ...]:
         """The conditions, of which the first, where it is called T, must lie above 0."""
         return tuple(
@@ -123,27 +130,26 @@ class Density(Target):
     Attributes:
         function: log_prob(x [*batch, *event], condition [*batch, conditions]) -> [*batch].
         event_shape: The shape of one x.
-        domain: "line", or "circle" for angles in radians.
+        domain: "line", "circle" for angles in radians, "positive", or an interval (low, high); of
+            all coordinates, or a tuple with one for each. The density is that of x as it is: no
+            Jacobian is to be added.
         conditions: Its conditions, with their ranges and units.
         name: How it is spelt on the command line, as "module:function".
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
     event_shape: tuple[int, ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
-    domain: Literal["line", "circle"] = "line"  # pyright: ignore[reportIncompatibleVariableOverride]
+    domain: Domain = "line"  # pyright: ignore[reportIncompatibleVariableOverride]
     conditions: tuple[Condition, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
     name: str = ""
 
     def __post_init__(self):
         if not callable(self.function):
             raise TypeError(f"function must be one of x and condition; got {self.function!r}.")
-        if self.domain not in ("line", "circle"):
-            raise ValueError(
-                f"domain must be 'line' or 'circle', of all coordinates; got {self.domain!r}. "
-                "Write a positive x as exp(z) and add z to log_prob; write one in (0, 1) as "
-                "sigmoid(z) and add log(x) + log(1 - x)."
-            )
         _check_shape(self.event_shape)
+        chart = Chart(self.domain, self.event_shape)
+        if not chart.bounded:  # of one kind for all, where it is
+            object.__setattr__(self, "domain", chart.unbounded)
         for it in self.conditions:
             for limit in (it.low, it.high):
                 number(f"conditions[{it.name!r}]", limit)
@@ -164,6 +170,19 @@ class Density(Target):
     def log_prob(self, x, condition):
         self.check(x, condition)
         return self.function(x, condition)
+
+
+def without_bounds(target: Target) -> Target:
+    """The target in coordinates without bounds, with the Jacobian; itself where it has none."""
+    chart = target.chart
+    if not chart.bounded:
+        return target
+
+    def log_prob(z: Tensor, condition: Tensor) -> Tensor:
+        x, log_slope = chart.to_bounded(z)
+        return target.log_prob(x, condition) + log_slope
+
+    return Density(log_prob, target.event_shape, chart.unbounded, target.limits, repr(target))
 
 
 def check_values(target: Target, values: Tensor | Sequence[Sequence[float]]) -> None:
@@ -215,7 +234,8 @@ def parse_target(text: str) -> Target:
     """A target from its repr, or the same in kebab case, or ``module:Name`` with its settings.
 
     A plain function log_prob(x, condition) is told its shape, domain and conditions:
-    "my_model:log_prob(event_shape=(16,), domain='circle', conditions={'T': (0.5, 2.0)})".
+    "my_model:log_prob(event_shape=(16,), domain='circle', conditions={'T': (0.5, 2.0)})",
+    or with a domain for each coordinate, domain=('line', 'positive', (0, 1), 'circle').
 
     Raises:
         ValueError: It cannot be read, or is no target.

@@ -10,7 +10,7 @@ def check_target(target: Target, *, draws: int = 64) -> None:
     """Hold a target to the laws that every target obeys.
 
     Its log-density is finite with a finite gradient, one value per x, whatever else is in the
-    batch; on the circle it has the period 2 pi; each observable has a unit and one value per
+    batch; in angles it has the period 2 pi; each observable has a unit and one value per
     x; single precision keeps its digits; exact draws, where there are any, have a mean score
     of 0.
 
@@ -31,7 +31,8 @@ def check_target(target: Target, *, draws: int = 64) -> None:
     if not isinstance(draws, int) or draws < 2:
         raise ValueError(f"draws must be a number of 2 or more; got {draws!r}.")
     generator = torch.Generator().manual_seed(0)
-    x = 2 * torch.randn(draws, *target.event_shape, generator=generator, dtype=torch.float64)
+    z = 2 * torch.randn(draws, *target.event_shape, generator=generator, dtype=torch.float64)
+    x = target.chart.to_bounded(z)[0]
     low, high = (
         torch.tensor([getattr(it, end) for it in target.conditions], dtype=x.dtype)
         for end in ("low", "high")
@@ -151,9 +152,10 @@ def _check_density(target, x, condition):
     assert (alone - value[:1]).abs().max() < 1e-9 * scale, f"{target} mixes the rows of a batch."
     single = target.log_prob(x.float(), condition.float())
     assert (single - value).abs().max() < 1e-4 * scale, f"{target} loses its digits in float32."
-    if target.domain == "circle":
-        turned = target.log_prob(x + 2 * torch.pi, condition)
-        law = f"{target} is on the circle but has not the period 2 pi."
+    circle = target.chart.circle
+    if circle.any():
+        turned = target.log_prob(x + 2 * torch.pi * circle.to(x), condition)
+        law = f"{target} has not the period 2 pi in its angles."
         assert (turned - value).abs().max() < 1e-9 * scale, law
 
 

@@ -222,3 +222,21 @@ def test_angles_are_measured_by_what_a_common_turn_leaves_if_it_leaves_the_densi
     ]
     measured = observe(ROTORS, x, condition)
     assert measured["sin(x1)"].item() == pytest.approx(math.sin(0.4))
+
+
+def test_errors_name_the_function_of_the_user(tmp_path, monkeypatch):
+    (tmp_path / "my_names.py").write_text(
+        "def log_prob(x, condition):\n    return -x.square().sum(-1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for settings, said in (
+        ("", "say the shape of its x"),
+        ("(event_shape=2)", "event_shape must be a tuple"),
+        ("(event_shape=(2,), conditions={'T': 0.5})", "conditions must map names to ranges"),
+        ("(event_shape=(2,), condition={'T': (0.3, 1.0)})", "has no setting 'condition'"),
+    ):
+        with pytest.raises(ValueError, match=said) as raised:
+            parse_target(f"my_names:log_prob{settings}")
+        assert "my_names:log_prob" in str(raised.value)
+        assert "target_by_module" not in str(raised.value)
+        assert "own" not in str(raised.value).split()

@@ -110,7 +110,7 @@ class _Shift(Transform):
 
     bijective = True
     domain = codomain = constraints.real
-    sign = 1
+    sign = 1  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, circle: Tensor):
         super().__init__()
@@ -119,7 +119,8 @@ class _Shift(Transform):
     def _call(self, x: Tensor) -> Tensor:
         return torch.where(self.circle.to(x.device), torch.remainder(x, 2 * BOUND) - BOUND, x)
 
-    _inverse = _call
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._call(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.zeros_like(x)
@@ -152,7 +153,7 @@ class MixedLaw(Distribution):
         x = torch.where(self.circle, angles, x)
         batch = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
         x = x.expand(*batch, x.shape[-1])
-        latent = self.transform(x)
+        latent: Any = self.transform(x)
         log_slope = self.transform.log_abs_det_jacobian(x, latent)
         return self._log_base(latent) + log_slope + self._log_scale()
 
@@ -166,7 +167,7 @@ class MixedLaw(Distribution):
         latent = torch.where(
             self.circle, BOUND * (2 * torch.rand(size, **how) - 1), torch.randn(size, **how)
         )
-        x = self.transform.inv(latent)
+        x: Any = self.transform.inv(latent)
         log_slope = self.transform.log_abs_det_jacobian(x, latent)
         log_q = self._log_base(latent) + log_slope + self._log_scale()
         x = torch.where(self.circle, x * (math.pi / BOUND), x)

@@ -17,6 +17,8 @@ from rkl.divergences.parse import full_name, parse, with_module
 from rkl.flows.targets.domains import Chart, Domain
 from rkl.importing import imported
 
+PLACEHOLDER = "target_by_module"  # for "module:name" while its settings are read
+
 
 class Condition(NamedTuple):
     """A parameter of a target: its name, the range it is meant for, its unit, and its limit.
@@ -248,10 +250,12 @@ def parse_target(text: str) -> Target:
         raise TypeError(f"target must be a string such as 'xy(side=8)'; got {text!r}.")
     name = text.partition("(")[0].strip()
     known: dict[str, Callable[..., Target]] = dict(catalogue())
-    if ":" in name and name not in map(full_name, known.values()):
-        known = {"own": _maker(name)}
-        text = "own" + text.strip()[len(name) :]
-    return parse(text, known)
+    if ":" not in name or name in map(full_name, known.values()):
+        return parse(text, known)
+    try:
+        return parse(PLACEHOLDER + text.strip()[len(name) :], {PLACEHOLDER: _maker(name)})
+    except ValueError as error:
+        raise ValueError(str(error).replace(PLACEHOLDER, name)) from error
 
 
 def spelt(target: Target, text: str) -> str:

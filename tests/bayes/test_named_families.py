@@ -38,6 +38,9 @@ def beta(a, b):
 DENSITIES = {
     "Weibull": ({"scale": 2.0, "concentration": 1.5}, 3.0, lambda x: (
         mpmath.mpf(1.5) / 2 * (x / 2) ** 0.5 * mpmath.exp(-((x / 2) ** 1.5)))),
+    "Gompertz": ({"concentration": 0.7, "rate": 1.5}, 2.0, lambda x: (
+        mpmath.mpf(0.7) * 1.5 * mpmath.exp(mpmath.mpf(1.5) * x)
+        * mpmath.exp(-mpmath.mpf(0.7) * (mpmath.exp(mpmath.mpf(1.5) * x) - 1)))),
     "Kumaraswamy": ({"concentration1": 2.0, "concentration0": 0.7}, 0.9, lambda x: (
         2 * mpmath.mpf(0.7) * x * (1 - x**2) ** (mpmath.mpf(0.7) - 1))),
     "GeneralizedPareto": ({"loc": 0.5, "scale": 2.0, "concentration": 0.3}, 4.0, lambda x: (
@@ -90,8 +93,9 @@ TEXTS = {
     "beta-binomial(concentration1=s, concentration0=k, total_count=12)": torch.arange(13.0),
     "ordered-logistic(predictor=0, cutpoints=c)": torch.arange(4.0),
     "negative-binomial2(mean=k, concentration=s)": torch.arange(2000.0),
-    "truncated-normal(loc=m, scale=s, low=0)": torch.linspace(0, 14, 20_001),
+    "truncated-normal(loc=m, scale=s, low=0, high=inf)": torch.linspace(0, 14, 20_001),
     "weibull(scale=s, concentration=k)": torch.linspace(0, 6, 9_001).square(),
+    "gompertz(concentration=g, rate=s)": torch.linspace(0, 12, 20_001),
     "generalized-pareto(loc=0, scale=s, concentration=g)": torch.linspace(0, 12, 9_001).exp() - 1,
     "kumaraswamy(concentration1=s, concentration0=k)": torch.linspace(0, math.pi, 20_001),
 }

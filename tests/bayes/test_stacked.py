@@ -158,6 +158,7 @@ def test_classes_take_offsets_and_trials_as_numbers():
         ("normal(loc=[x1, x2], scale=sigma)", "makes a vector, which loc is not"),
         ("poisson-regression(coefficients=[x1, 1 / x2])", "in each place; got 1 / x2"),
         ("poisson-regression(coefficients=[x1, x9])", "got x9"),
+        ("categorical(probs=[x1, x2])", "must be one variable of the posterior"),
     ],
 )
 def test_what_is_no_column_and_no_vector_is_refused(family, message):

@@ -663,7 +663,8 @@ def _named(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) 
     }
     events |= {v: ranks[k] for k, v in variables.items()}
     for parameter, parts in stacks.items():
-        _refuse_unstackable(text, parameter, parts, ranks[parameter], draws)
+        simplex = known.get(parameter) is constraints.simplex
+        _refuse_unstackable(text, parameter, parts, ranks[parameter], simplex, draws)
 
     def make(theta: Theta) -> Distribution:
         batch = max(theta[name].ndim - events[name] for name in names)
@@ -694,12 +695,19 @@ def stacked(theta: Theta, parts: Stack, events: Mapping[str, int]) -> Tensor:
     return torch.cat([x.expand(*lead, x.shape[-1]) for x in pieces], -1)
 
 
-def _refuse_unstackable(text: str, parameter: str, parts: Stack, rank: int, draws: Draws) -> None:
+def _refuse_unstackable(
+    text: str, parameter: str, parts: Stack, rank: int, simplex: bool, draws: Draws
+) -> None:
     """Refuse a list of variables for a parameter that is no vector, or of what is no column."""
     if rank != 1:
         raise ValueError(
             f"family {text}: a list of variables makes a vector, which {parameter} is not; got "
             f"{parts}."
+        )
+    if simplex:
+        raise ValueError(
+            f"family {text}: {parameter} must be one variable of the posterior, a vector that "
+            f"sums to 1; the variables in {parts} cannot move by themselves. Stack them before."
         )
     for name in _names_in(parts):
         if len(draws.shape(name)) > 1:

@@ -41,7 +41,8 @@ class EstimateSettings:
         posterior: Draws: .nc or .zarr as ArviZ writes them, an .npz, a table from R with .chain
             and .iteration, or CmdStan's .csv, several or a pattern.
         family: Law of an experiment given the parameters, which are called as the draws are:
-            "normal(loc=mu, scale=sigma)".
+            "normal(loc=mu, scale=sigma)", or of a regression with its design
+            "poisson-regression(coefficients=[Intercept, x1])".
         divergence: Loss between a draw's law and the reported one: a divergence, or intrinsic.
         prob: Posterior probability of the credible region.
         losses: Losses of the comparison, such as js intrinsic; by default five, without what takes

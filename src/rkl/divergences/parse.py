@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -176,6 +177,9 @@ class _Reader:
     def _setting(self, setting: str, node: ast.expr):
         if isinstance(node, ast.Name):
             return self._name(setting, node)
+        match node:
+            case ast.UnaryOp(ast.USub(), ast.Name(name)) if self._spelt(name) == "inf":
+                return -math.inf
         if self.names and (parts := self._parts(node)):
             return Stack(self._part(setting, part) for part in parts)
         try:
@@ -184,8 +188,10 @@ class _Reader:
             got = self._restored(ast.unparse(node))
             raise ValueError(f"{setting} must be a number or a string; got {got}.") from None
 
-    def _name(self, setting: str, node: ast.Name) -> str:
+    def _name(self, setting: str, node: ast.Name) -> str | float:
         word = self._spelt(node.id)
+        if word == "inf" and self.names and word not in self.names:
+            return math.inf
         if word not in self.names:
             allowed = f"one of {', '.join(self.names)}" if self.names else "a number or a string"
             raise ValueError(f"{setting} must be {allowed}; got {word}.")

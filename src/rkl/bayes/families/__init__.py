@@ -8,6 +8,7 @@ from rkl.bayes.families.between import divergence_between
 from rkl.bayes.families.named import (
     BetaBinomial,
     GeneralizedPareto,
+    Gompertz,
     HurdlePoisson,
     Kumaraswamy,
     NegativeBinomial2,
@@ -24,6 +25,7 @@ __all__ = [
     "ExponentialFamily",
     "GaussianRegression",
     "GeneralizedPareto",
+    "Gompertz",
     "HurdlePoisson",
     "Kumaraswamy",
     "LogisticRegression",

@@ -19,6 +19,7 @@ from rkl.divergences.base import broadcast_shape
 __all__ = [
     "BetaBinomial",
     "GeneralizedPareto",
+    "Gompertz",
     "HurdlePoisson",
     "Kumaraswamy",
     "NegativeBinomial2",
@@ -81,6 +82,26 @@ class Weibull(_Named):
     def sample(self, sample_shape=()):
         log_size = (-self._uniform(sample_shape).log()).log()
         return self.scale * (log_size / self.concentration).exp()
+
+
+class Gompertz(_Named):
+    """Gompertz, log p(x) = log(c r) + r x − c (e^(r x) − 1) on x > 0: a hazard c r e^(r x)."""
+
+    concentration: Tensor
+    rate: Tensor
+    arg_constraints = {"concentration": C.positive, "rate": C.positive}
+    support = C.positive  # pyright: ignore
+
+    def __init__(self, concentration, rate, validate_args=None):
+        super().__init__(validate_args, concentration=concentration, rate=rate)
+
+    def log_prob(self, value):
+        c, z = self.concentration, (self.rate * value).clamp_max(LARGEST)
+        return c.log() + self.rate.log() + z - c * torch.expm1(z)
+
+    def sample(self, sample_shape=()):
+        hazard = -self._uniform(sample_shape).log()
+        return torch.log1p(hazard / self.concentration) / self.rate
 
 
 class Kumaraswamy(_Named):

@@ -32,6 +32,7 @@ CORE = {
 }
 # Parts that any other may use, and that use nothing of rkl but what stands here.
 ALONE = {
+    "lazy": set(),
     "text": set(),
     "readers": {"checks"},
     "tables": {"checks"},

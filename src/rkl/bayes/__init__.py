@@ -1,8 +1,8 @@
 """Bayes point estimates under any divergence, from any posterior."""
 
-import importlib
+from rkl.lazy import lazily
 
-_HOMES = {
+HOMES = {
     "act": "Estimate bayes_act",
     "answer": "Act Diagnostics",
     "draws": "Draws read_draws",
@@ -17,17 +17,4 @@ _HOMES = {
     "report_runs",
     "tables": "Table",
 }
-_HOME = {
-    name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()
-}
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__, __getattr__, __dir__ = lazily(__name__, HOMES)

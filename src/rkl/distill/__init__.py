@@ -1,8 +1,8 @@
 """Distillation of language models: a teacher, a student, a divergence between them."""
 
-import importlib
+from rkl.lazy import lazily
 
-_HOMES = {
+HOMES = {
     "batches": "PadRows",
     "cache": "CachedTeacher cache_hidden_states",
     "compare": "Evaluations compare_runs",
@@ -15,17 +15,4 @@ _HOMES = {
     "teachers": "Teacher load_model load_tokenizer",
     "trainer": "DistillConfig DistillTrainer",
 }
-_HOME = {
-    name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()
-}
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__, __getattr__, __dir__ = lazily(__name__, HOMES)

@@ -1,8 +1,8 @@
 """Normalizing flows, fitted to data or to an unnormalised density."""
 
-import importlib
+from rkl.lazy import lazily
 
-_HOMES: dict[str, str] = {
+HOMES = {
     "architectures": (
         "MAF NSF Architecture CircularSplines Coupling MixedSplines MultiScale draw latent"
     ),
@@ -33,17 +33,4 @@ _HOMES: dict[str, str] = {
     "targets": "Density Target parse_target",
     "training": "Moment Training train",
 }
-_HOME = {
-    name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()
-}
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__, __getattr__, __dir__ = lazily(__name__, HOMES)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import (
+    Bernoulli,
     Categorical,
     Distribution,
     Independent,
@@ -197,6 +198,33 @@ def test_a_parameter_that_a_class_keeps_and_does_not_use_has_no_estimate():
     estimate = bayes_act(DRAWS, lambda t: Careless(t.mu, t.tau), KL())
     assert estimate.act["tau"].isnan()
     assert estimate.act["mu"].isfinite()
+
+
+@pytest.mark.parametrize("loss", [ReverseKL(), KL()])
+def test_a_number_that_counts_alone_keeps_its_error_beside_unused_ones(loss):
+    shares = random.dirichlet([3, 4, 5], size=(2, 100))
+    estimate = bayes_act({"p": shares}, lambda t: Bernoulli(t.p[:, 0]), loss)
+    alone = bayes_act({"p": shares[..., 0]}, "bernoulli(probs=p)", loss)
+    torch.testing.assert_close(estimate.act["p"][0], alone.act["p"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(estimate.act.error["p"][0], alone.act.error["p"], rtol=1e-3, atol=0)
+    assert estimate.act["p"][1:].isnan().all()
+    assert not any("combinations" in text for text in estimate.diagnostics.warnings)
+
+
+def test_a_component_without_weight_has_no_estimate_and_many_are_not_all_listed():
+    def mixture(theta):
+        weight = torch.tensor([1.0, 0.0]).double().expand(len(theta.mu), 2)
+        return MixtureSameFamily(
+            Categorical(weight), Normal(torch.stack([theta.mu, theta.tau], -1), 1.0)
+        )
+
+    estimate = bayes_act(DRAWS, mixture)
+    assert estimate.act["tau"].isnan()
+    assert estimate.act.error["mu"].isfinite()
+    many = {"x": random.normal(size=(2, 50, 40))}
+    text = bayes_act(many, lambda t: Normal(t.x[:, ::2], 1.0)).diagnostics.warnings[-1]
+    assert "x[1], x[3]" in text
+    assert "12 more are not used" in text
 
 
 def test_rare_components_and_whole_numbers_count_as_used():

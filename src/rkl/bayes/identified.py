@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, MixtureSameFamily
 from torch.distributions.transforms import Transform
 
 from rkl.bayes.answer import Act
@@ -22,8 +22,17 @@ from rkl.metrics import Mean
 SAME = 1e-9  # relative change of a parameter that is rounding
 RANK = 1e-9  # relative singular value below which a direction changes nothing
 ROWS = 8  # draws whose values take the place of a number, to see whether it matters
+STEP, ORDER = 1e-4, 1e-6  # along a direction, and the share of a movement that is rounding
+LISTED = 8  # numbers without an estimate that a sentence names
 MANY = 100  # coordinates whose combinations are looked at
-Numbers = Callable[[Variables], list[Tensor]]  # from draws to what their distributions consist of
+NO_MASS = 1e-12  # probability at a node that is none
+
+
+class _Numbers(NamedTuple):
+    """From draws to what their distributions consist of, and the size that counts as 0."""
+
+    of: Callable[[Variables], list[Tensor]]
+    floor: float
 
 
 class Unidentified(NamedTuple):
@@ -62,13 +71,15 @@ def unidentified(
     """
     at = {name: x.detach().clone() for name, x in at.items()}
 
-    def numbers(theta: Variables) -> list[Tensor]:
-        made = law(theta)
-        if mass is None or not _is_foreign(made):
-            return _parameters(made)
-        logs = mass(made)
-        return [torch.where(logs.isfinite(), logs, 0.0), logs.isfinite().double()]
+    def parameters(theta: Variables) -> list[Tensor]:
+        return _parameters(law(theta))
 
+    def masses(theta: Variables) -> list[Tensor]:
+        assert mass is not None  # it is, where this is called
+        return [mass(law(theta)).exp()]
+
+    by_mass = mass is not None and _is_foreign(law({name: x[None] for name, x in at.items()}))
+    numbers = _Numbers(masses, NO_MASS) if by_mass else _Numbers(parameters, 0.0)
     unused = _unused(numbers, at, few)
     never = {name: torch.zeros_like(mask) for name, mask in unused.items()}
     found = _combined(law, numbers, at, few, unused) if combined else never
@@ -102,7 +113,7 @@ def sentences(found: Unidentified, labels: Callable[[str], list[str]]) -> list[s
     told = [text] if (text := not_used(found.unused, labels)) else []
     if combined := marked(found.combined, labels):
         told.append(
-            f"{', '.join(combined)}: the distribution depends on combinations of them only; other "
+            f"{listed(combined)}: the distribution depends on combinations of them only; other "
             "values give the same one"
         )
     return told
@@ -115,9 +126,15 @@ def not_used(unused: Mapping[str, Tensor], labels: Callable[[str], list[str]]) -
         return ""
     verb = "is" if len(found) == 1 else "are"
     return (
-        f"{', '.join(found)} {verb} not used by the family: any value gives the same "
+        f"{listed(found)} {verb} not used by the family: any value gives the same "
         "distribution, so none is shown"
     )
+
+
+def listed(labels: list[str]) -> str:
+    """Labels in a sentence, of many the first."""
+    more = [f"{len(labels) - LISTED:,} more"] if len(labels) > LISTED else []
+    return ", ".join([*labels[:LISTED], *more])
 
 
 def marked(masks: Mapping[str, Tensor], labels: Callable[[str], list[str]]) -> list[str]:
@@ -132,7 +149,7 @@ def marked(masks: Mapping[str, Tensor], labels: Callable[[str], list[str]]) -> l
     return found
 
 
-def _unused(numbers: Numbers, at: Variables, few: Variables) -> dict[str, Tensor]:
+def _unused(numbers: _Numbers, at: Variables, few: Variables) -> dict[str, Tensor]:
     slopes = _slopes(numbers, at)
     largest = max((x.abs().max().item() for x in slopes.values() if x.numel()), default=0.0)
     masks = {name: torch.zeros(x.shape, dtype=torch.bool) for name, x in at.items()}
@@ -147,7 +164,7 @@ def _unused(numbers: Numbers, at: Variables, few: Variables) -> dict[str, Tensor
 
 
 def _without_effect(
-    numbers: Numbers, at: Variables, few: Variables, places: list[tuple[str, int]]
+    numbers: _Numbers, at: Variables, few: Variables, places: list[tuple[str, int]]
 ) -> list[tuple[str, int]]:
     """Those of the places at which no value of the draws changes the distribution."""
     if not places or not _changes(numbers, at, few, places):
@@ -160,7 +177,7 @@ def _without_effect(
 
 
 def _changes(
-    numbers: Numbers, at: Variables, few: Variables, places: list[tuple[str, int]]
+    numbers: _Numbers, at: Variables, few: Variables, places: list[tuple[str, int]]
 ) -> bool:
     """Whether some draw's values at these places change the distribution."""
     rows = len(next(iter(few.values())))
@@ -173,26 +190,26 @@ def _changes(
         for name, i in places:
             other[name].view(-1)[i] = few[name][row].reshape(-1)[i]
         try:
-            if not _same(here, _of_one(numbers, other)):
+            if not _same(here, _of_one(numbers, other), numbers.floor):
                 return True
         except (RuntimeError, ValueError):
             return True
     return False
 
 
-def _of_one(numbers: Numbers, variables: Variables) -> list[Tensor]:
-    return numbers({name: x[None] for name, x in variables.items()})
+def _of_one(numbers: _Numbers, variables: Variables) -> list[Tensor]:
+    return numbers.of({name: x[None] for name, x in variables.items()})
 
 
-def _same(here: list[Tensor], there: list[Tensor]) -> bool:
+def _same(here: list[Tensor], there: list[Tensor], floor: float) -> bool:
     alike = (
-        x.shape == y.shape and torch.allclose(x.double(), y.double(), SAME, 1e-300, True)
+        x.shape == y.shape and torch.allclose(x.double(), y.double(), SAME, floor, True)
         for x, y in zip(here, there, strict=False)
     )
     return len(here) == len(there) and all(alike)
 
 
-def _slopes(numbers: Numbers, at: Variables) -> dict[str, Tensor]:
+def _slopes(numbers: _Numbers, at: Variables) -> dict[str, Tensor]:
     """Slopes of a random combination of the distribution's parameters; 0 of whole numbers."""
     leaves = {name: x.requires_grad_() for name, x in at.items() if x.is_floating_point()}
     with torch.enable_grad():
@@ -233,14 +250,17 @@ def _parameters(law: Any, seen: frozenset[int] = frozenset()) -> list[Tensor]:
 
 
 def _is_foreign(law: Distribution) -> bool:
-    """Whether a class of somebody else is in it, of which nobody knows what it uses."""
+    """Whether its parameters do not say what it depends on.
+
+    A class of somebody else may keep what it does not use; a component may have no weight.
+    """
     parts = [x for x in vars(law).values() if isinstance(x, Distribution)]
     known = type(law).__module__.partition(".")[0] in ("torch", "rkl")
-    return not known or any(map(_is_foreign, parts))
+    return not known or isinstance(law, MixtureSameFamily) or any(map(_is_foreign, parts))
 
 
 def _combined(
-    law: LawOf, numbers: Numbers, at: Variables, few: Variables, unused: Mapping[str, Tensor]
+    law: LawOf, numbers: _Numbers, at: Variables, few: Variables, unused: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     never = {name: torch.zeros(x.shape, dtype=torch.bool) for name, x in at.items()}
     real = {name: x for name, x in few.items() if x.is_floating_point()}
@@ -252,19 +272,19 @@ def _combined(
         whole = {name: at[name][None] for name in at if name not in real}
         leaf = point.requires_grad_()
         with torch.enable_grad():
-            made = numbers({**whole, **chart.point(leaf[None])})
+            made = numbers.of({**whole, **chart.point(leaf[None])})
             pulls = [_pulled(made, [leaf], i)[0] for i in range(len(leaf) + 4)]
     except (RuntimeError, ValueError):  # on an edge, where there is no chart
         return never
     null = _null_space(torch.stack(pulls))
     if not null.shape[1] or not point.isfinite().all():
         return never
-    here = chart.point(point.detach()[None])
     for direction in null.T:
-        there = chart.point((point.detach() + 1e-3 * direction)[None])
-        for name in real:
-            moved = (there[name] - here[name]).abs()[0]
-            never[name] |= (moved > 1e-8 * moved.max()) & (moved > 0) & ~unused[name]
+        ends = (chart.point((point.detach() + step * direction)[None]) for step in (STEP, -STEP))
+        ahead, back = ends
+        for name in real:  # central differences: what moves in second order only does not count
+            moved = (ahead[name] - back[name]).abs()[0]
+            never[name] |= (moved > ORDER * moved.max()) & (moved > 0) & ~unused[name]
     return never
 
 

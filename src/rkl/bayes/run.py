@@ -17,7 +17,7 @@ from rkl.bayes.act import Estimate, bayes_act
 from rkl.bayes.answer import elements
 from rkl.bayes.compare import excess_over, side_by_side, variables_of
 from rkl.bayes.draws import Draws, read_draws
-from rkl.bayes.identified import marked, not_used
+from rkl.bayes.identified import listed, marked, not_used
 from rkl.bayes.losses import AnyLoss, parse_loss
 from rkl.bayes.regions import Region
 from rkl.bayes.report import Shown, page
@@ -304,7 +304,7 @@ def _side_by_side(runs: Sequence[Run]) -> Table:
         said.insert(0, ("family", *(kept["family"] for kept in results.values())))
     numbers = [(label, *(cells.get(place) for place in results)) for label, cells in rows.items()]
     told = [
-        f"{place}: {', '.join(labels)} not used by the family"
+        f"{place}: {listed(labels)} not used by the family"
         for place, kept in results.items()
         if (labels := _unused_of(kept))
     ]

@@ -7,7 +7,7 @@ import torch
 
 from rkl.flows import CircularSplines, CoarseToFine, evaluate_on_target, fit_to_target
 from rkl.flows.target_run import suited
-from rkl.flows.targets import Condition, Density
+from rkl.flows.targets import XY, Condition, Density
 
 TEMPERATURES = (Condition("T", 0.5, 1.0),)
 
@@ -71,3 +71,27 @@ def test_angles_are_fitted_beside_particles_that_keep_all_wells():
         exact = target.log_prob(x, value.expand(len(x), 1)).logsumexp(0) + log_cell
         assert (log_z.value[row] - exact).abs() < 5 * log_z.error[row]
         assert log_z.error[row] < 0.2
+
+
+def test_relative_splines_have_a_common_turn_as_a_symmetry_and_integrate_to_one():
+    """Over 200 x 200 points of the torus; a spline of 8 bins is smooth between them."""
+    torch.manual_seed(0)
+    law = CircularSplines(transforms=2, hidden=(8,), relative=True).build((2,))()
+    angle = math.pi * (2 * (torch.arange(200) + 0.5) / 200 - 1)
+    x = torch.cartesian_prod(angle, angle)
+    integral = law.log_prob(x).exp().mean() * (2 * math.pi) ** 2
+    assert integral.item() == pytest.approx(1, abs=0.01)
+    turned = law.log_prob(x + 1.0)
+    assert ((turned - law.log_prob(x)).abs() < 1e-3).float().mean() > 0.98  # knots apart
+    drawn = law.sample((5,))
+    assert drawn.shape == (5, 2)
+    assert drawn.abs().max() <= math.pi
+
+
+def test_lattices_of_other_sides_get_splines_that_know_no_direction():
+    for side in (3, 5, 6, 10):
+        assert suited(XY(side=side)) == CircularSplines(passes=2, relative=True)
+    ring = Density(lambda x, _: (x - x.roll(1, -1)).cos().sum(-1), (5,), "circle")
+    assert suited(ring) == CircularSplines(relative=True)
+    in_a_field = Density(lambda x, _: x.cos().sum(-1), (5,), "circle")
+    assert suited(in_a_field) == CircularSplines()

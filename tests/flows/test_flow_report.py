@@ -53,6 +53,8 @@ def test_the_report_of_a_lattice_shows_figures_trust_draws_training_and_cost():
     assert "effective draws per second by heat bath" in page
     assert "thermodynamic integration would take" in page
     assert "specific heat (k_B per site)" in page
+    assert "<h3>The chains of the flow</h3>" in page
+    assert "longest run without an accepted proposal (draws)" in page
     shown = f"<td>{found.thermodynamics.log_z.value[1].item():.1f}"
     assert shown in page
 
@@ -84,6 +86,9 @@ def test_a_reference_in_doubt_judges_nothing_and_the_report_says_so(monkeypatch)
     page = target_page(found, LOGGED, {"seed": 0})
     assert says in page
     assert "Agreement with the reference" not in page
+    assert "particles (not to be trusted)" in page
+    assert "no method is called the cheaper one here" in page
+    assert "k_B" not in page
     _mixed, page = lattice_page()
     assert "cannot be trusted here" not in page
     assert "Agreement with the reference" in page

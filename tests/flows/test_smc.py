@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from rkl.flows import evaluate, evaluate_on_target, judge_coverage, judge_ratios
+from rkl.flows import evaluate, evaluate_on_target, judge_coverage, judge_ratios, smc
 from rkl.flows.lost_modes import LogDensity, find_lost_mode
 from rkl.flows.smc import evidence, normal_errors
 from rkl.flows.targets import XY, Condition, Density
@@ -292,3 +292,10 @@ def test_a_funnel_is_doubted(dimensions, seed):
     apart = (found.log_z.value[0] - truth).abs()
     assert apart > 3 * found.log_z.error[0] or found.log_z.error[0] > 0.15  # rightly so
     assert found.doubts[0]
+
+
+def test_a_density_that_cannot_be_normalised_is_refused(monkeypatch):
+    monkeypatch.setattr(smc, "MAX_RUNGS", 200)  # a normal distribution takes about 60
+    flat = Density(lambda x, _: torch.zeros_like(x[..., 0]), (2,))
+    with pytest.raises(ValueError, match="where the density cannot be normalised"):
+        evidence(flat, particles=64, islands=4)

@@ -246,7 +246,8 @@ def thermal_columns(found: Evaluation) -> dict[str, Mean]:
     if has_temperature(found.target):
         unit = found.target.conditions[0].unit
         each[f"F/N ({unit})" if unit else "F/N"] = thermal.free_energy
-    each["S/N (nats)"] = thermal.entropy
+    if has_temperature(found.target) or found.target.units:
+        each["S/N (nats)"] = thermal.entropy
     if has_temperature(found.target) and not found.target.units:
         unit = found.target.conditions[0].unit
         each |= {f"E/N ({unit})" if unit else "E/N": thermal.energy}

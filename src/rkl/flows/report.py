@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rkl.flows.evaluation import STAR, Evaluation, cells, thermal_columns, thermal_tail
+from rkl.flows.evaluation import (
+    STAR,
+    Evaluation,
+    Reference,
+    cells,
+    has_temperature,
+    thermal_columns,
+    thermal_tail,
+)
 from rkl.flows.targets import XY
 from rkl.flows.targets.plane import MoG4, MoG8
 from rkl.metrics import Mean
@@ -50,11 +58,18 @@ def _lead(found: Evaluation) -> str:
         False: "IT DOES NOT COVER THE TARGET: see why before using it.",
         None: "Whether it covers the target is not known.",
     }[found.passed]
+    least, most = f"{low:.0%}", f"{high:.0%}"
+    accepts = least if least == most else f"{least} to {most}"
+    under = f"each of {len(found.condition)}" if len(found.condition) > 1 else "one"
     return (
         f"One flow for every condition, corrected by {chains} Metropolis chains of {draws:,} "
-        f"draws under each of {len(found.condition)}; it accepts {low:.0%} to {high:.0%} of "
-        f"the proposals. {verdict}"
+        f"draws under {under}; it accepts {accepts} of the proposals. {verdict}"
     ).replace("%", " %")
+
+
+def _name_of(reference: Reference) -> str:
+    """What a reference is called, which says so where it cannot be trusted."""
+    return reference.source + " (not to be trusted)" * (not reference.mixed)
 
 
 def _results(found: Evaluation) -> "Section":
@@ -64,13 +79,13 @@ def _results(found: Evaluation) -> "Section":
     blocks: list[Block] = []
     if len(found.condition) > 1:
         units, reference = found.units(), found.reference
-        source = None if reference is None else reference.source
+        source = _name_of(reference) if reference is not None and reference.mixed else None
         panels = {}
         for name, it in found.averages.items():
             title = f"{_words(name)} ({units[name]})" if name in units else _words(name)
             panels[title] = _by_series(found, FLOW, it)
             if reference is not None:
-                panels[title] |= _by_series(found, reference.source, reference.averages[name])
+                panels[title] |= _by_series(found, _name_of(reference), reference.averages[name])
         band = source if len(_series(found)) == 1 else None
         how: dict[str, Any] = {"label": _label(found), "band": band}
         blocks.append(drawn("Averages", against(panels, **how), _AVERAGES_SAYS))
@@ -108,10 +123,12 @@ def _thermal_figure(found: Evaluation) -> Any:
         zero = torch.zeros_like(of.error)
         apart = Mean(log_z.value - of.value, log_z.error)
         source = reference.log_z_source
-        title = "log Z, less that of the reference (nats)"
+        doubted = source == reference.source and not reference.mixed
+        source += " (not to be trusted)" * doubted
+        title = f"log Z, less that of {source} (nats)"
         panels[title] = _by_series(found, "flow", apart)
         panels[title] |= _by_series(found, source, Mean(zero, of.error))
-        band = source if len(_series(found)) == 1 else None
+        band = source if len(_series(found)) == 1 and not doubted else None
     return against(panels, label=_label(found), band=band)
 
 
@@ -140,7 +157,7 @@ def _figures(
         columns.append([text if text.endswith("*") else (v, e) for v, e, text in pairs])
         starred = starred or any(isinstance(cell, str) for cell in columns[-1])
     rows = [[at, *(it[k] for it in columns)] for k, at in enumerate(found.conditions())]
-    said = _FIGURES_SAYS + f" {STAR}." * starred
+    said = _FIGURES_SAYS + " k_B = 1." * has_temperature(found.target) + f" {STAR}." * starred
     return Table(title, ["condition", *named], rows, said)
 
 
@@ -160,6 +177,7 @@ def _trust(found: Evaluation) -> "Section":
         }
         how: Any = {"label": _label(found), "logarithmic": ("v = var(log w)/sites",)}
         blocks.append(drawn("How near the flow is", against(panels, **how), _NEAR_SAYS))
+    blocks.append(_chains(found))
     worst = max(found.coverage, key=lambda it: len(it.reasons))
     at = found.conditions()[found.coverage.index(worst)]
     modes = [
@@ -175,6 +193,25 @@ def _trust(found: Evaluation) -> "Section":
     return Section("Whether to trust it", text, blocks)
 
 
+def _chains(found: Evaluation) -> "Block":
+    """How well the chains of the flow mix, by the worst quantity under each condition."""
+    from rkl.report import Table
+
+    judged = found.chain.diagnose(found.values).values()
+    ratio = torch.stack([it["rhat"] for it in judged]).nan_to_num(1.0).amax(0)
+    time = torch.stack([it["time"] for it in judged]).nan_to_num(1.0).amax(0)
+    least = torch.stack([*found.effective.values()]).nan_to_num(0.0).amin(0)
+    figures = found.chain.acceptance, found.chain.sojourn, ratio, time, least
+    rows = [[at, *(it[k].item() for it in figures)] for k, at in enumerate(found.conditions())]
+    columns = ["condition", "accepted", "longest run without an accepted proposal (draws)"]
+    columns += [
+        "R-hat, largest",
+        "autocorrelation time, longest (draws)",
+        "effective draws, least",
+    ]
+    return Table("The chains of the flow", columns, rows, _CHAINS_SAY)
+
+
 def _draws(found: Evaluation) -> "Section":
     from rkl.plots.lattices import histograms, planes
     from rkl.report import Section, drawn
@@ -185,7 +222,8 @@ def _draws(found: Evaluation) -> "Section":
     panels: dict[str, dict[str, Any]] = {at: {} for at in (found.conditions()[k] for k in rows)}
     for k, panel in zip(rows, panels.values(), strict=True):
         if found.reference is not None:
-            panel[found.reference.source] = found.reference.values[name][k].flatten().numpy()
+            values = found.reference.values[name][k].flatten().numpy()
+            panel[_name_of(found.reference)] = values
         panel[FLOW] = found.values[name][k].flatten().numpy()
     label = f"{_words(name)} ({unit})" if unit else _words(name)
     blocks = [drawn("How often", histograms(panels, label=label), _HISTOGRAM_SAYS)]
@@ -215,7 +253,7 @@ def _wheels(found: Evaluation) -> Any:
 def _points(found: Evaluation, row: int) -> dict[str, Any]:
     panels: dict[str, Tensor] = {}
     if found.reference is not None:
-        panels[found.reference.source] = found.reference.x[row]
+        panels[_name_of(found.reference)] = found.reference.x[row]
     panels[FLOW] = found.chain.x[row]
     flat = {name: it.flatten(0, 1) for name, it in panels.items()}
     return {name: it[:: -(-len(it) // POINTS)].numpy() for name, it in flat.items()}
@@ -270,7 +308,7 @@ def _cost(found: Evaluation, metrics: Rows) -> list["Section"]:
     return [
         Section(
             "What it costs",
-            _judgement(found, trained, own, theirs),
+            _judgement(found, trained, own, theirs) if found.passed else _NOT_JUDGED,
             [Table("On this machine, in this run", columns, rows, caption)],
         )
     ]
@@ -382,11 +420,19 @@ _AGREEMENT_SAYS = (
     "own error is about 1/√(2 conditions)."
 )
 _TOGETHER = " The errors of log Z by integration go together, for it begins at T = ∞."
-_FIGURES_SAYS = "With standard errors; k_B = 1."
+_FIGURES_SAYS = "With standard errors."
 _NEAR_SAYS = (
     "Acceptance and effective share against what s², the variance of the log-weights, foretells "
     "if they are normal; where the two part, weights have heavy tails, or a part of the target is "
     "missing. v does not depend on the size of the lattice: lower is better."
+)
+_NOT_JUDGED = (
+    "It was not shown that the flow covers the target. Draws of a part of it are no gain however "
+    "fast they come, so no method is called the cheaper one here."
+)
+_CHAINS_SAY = (
+    "Of the quantity that is worst under each condition. R-hat above 1.01 or fewer than 400 "
+    "effective draws: the errors are uncertain."
 )
 _MODES_SAYS = (
     "Mass of each mode: of the target, of the flow's draws, of these reweighted. A flow that "

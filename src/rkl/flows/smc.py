@@ -348,7 +348,8 @@ class _Sampler:
             if len(made) > MAX_RUNGS:
                 raise ValueError(
                     f"target: {MAX_RUNGS:,} values of β were too few to cool particles to "
-                    f"{self.target}; β is {beta.min().item():.3g}."
+                    f"{self.target}; β is {beta.min().item():.3g}. None are enough where the "
+                    "density cannot be normalised, as one that is constant or grows outwards."
                 )
         if plan is None:
             return _Path(log_z, state.x, self.kept[0], accepted, torch.zeros_like(log_z), made)

@@ -230,17 +230,19 @@ def suited(target: Target) -> Architecture:
     """
     side = math.isqrt(math.prod(target.event_shape))
     checkered = side**2 == math.prod(target.event_shape) and side % 2 == 0
-    if isinstance(target, XY):
+    power_of_two = side & (side - 1) == 0
+    if isinstance(target, XY) and power_of_two:
         return CoarseToFine.of(target)
     if isinstance(target, Phi4) and target.side & (target.side - 1) == 0:
         return CoarseToFineField.of(target)
     if isinstance(target, Phi4) and checkered:
         return CheckerboardRealNVP(filters=16, circle=False)
-    if target.domain == "circle":
-        if checkered and side & (side - 1) == 0 and _knows_no_direction(target):
-            return CoarseToFine(integrate="none")
-        return CircularSplines(passes=None if math.prod(target.event_shape) <= FEW else 2)
     few = math.prod(target.event_shape) <= FEW
+    if target.domain == "circle":
+        if checkered and power_of_two and _knows_no_direction(target):
+            return CoarseToFine(integrate="none")
+        relative = math.prod(target.event_shape) > 1 and _ignores_turns(target)
+        return CircularSplines(passes=None if few else 2, relative=relative)
     if target.chart.circle.any():
         return MixedSplines(passes=None if few else 2)
     return SPLINES if few else Coupling()
@@ -250,9 +252,14 @@ def _knows_no_direction(target: Target) -> bool:
     """True for angles at one temperature whose density a common turn leaves as it is."""
     if [it.name for it in target.conditions] != ["T"] or len(target.event_shape) != 1:
         return False
-    it = target.conditions[0]
+    return _ignores_turns(target)
+
+
+def _ignores_turns(target: Target) -> bool:
+    """True for angles whose density a common turn leaves as it is."""
+    middle = [(it.low + it.high) / 2 for it in target.conditions]
     try:
-        return turn_invariant(target, torch.tensor([[(it.low + it.high) / 2]]))
+        return turn_invariant(target, torch.tensor([middle]))
     except Exception:  # of the user's function, which the fit refuses in words
         return False
 

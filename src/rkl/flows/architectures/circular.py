@@ -26,6 +26,8 @@ class CircularSplines(Architecture):
         hidden: Widths of the hidden layers of each.
         bins: Pieces of each spline.
         passes: 2 couples halves; None is fully autoregressive.
+        relative: Whether the first angle is uniform and the splines are of the others less it, so
+            that a common turn leaves the density as it is.
 
     >>> CircularSplines(transforms=2).build((3,))().event_shape
     torch.Size([3])
@@ -35,6 +37,7 @@ class CircularSplines(Architecture):
     hidden: tuple[int, ...] = (64, 64)
     bins: int = 8
     passes: int | None = None
+    relative: bool = False
 
     domain = "circle"
 
@@ -42,19 +45,26 @@ class CircularSplines(Architecture):
         check_sizes(transforms=self.transforms, bins=self.bins, hidden=self.hidden)
 
     def build(self, event_shape: tuple[int, ...], conditions: int = 0) -> "CircularFlow":
-        return CircularFlow(build_zuko("NCSF", self, event_shape, conditions, bins=self.bins))
+        if not self.relative:
+            return CircularFlow(build_zuko("NCSF", self, event_shape, conditions, bins=self.bins))
+        others = math.prod(event_shape) - 1
+        if others < 1:
+            raise ValueError(f"relative takes two angles at least; got {list(event_shape)}.")
+        inner = build_zuko("NCSF", self, (others,), conditions, bins=self.bins)
+        return CircularFlow(inner, torch.Size(event_shape))
 
 
 class CircularFlow(nn.Module):
     """What :class:`CircularSplines` builds."""
 
-    def __init__(self, flow: nn.Module):
+    def __init__(self, flow: nn.Module, relative: torch.Size | None = None):
         super().__init__()
-        self.flow = flow
+        self.flow, self.relative = flow, relative
 
-    def forward(self, *condition: Tensor) -> "CircularLaw":
+    def forward(self, *condition: Tensor) -> "CircularLaw | RelativeLaw":
         """The law of angles, given the conditions."""
-        return CircularLaw(self.flow(*condition))
+        law = CircularLaw(self.flow(*condition))
+        return law if self.relative is None else RelativeLaw(law, self.relative)
 
 
 class CircularLaw(Distribution):
@@ -80,6 +90,35 @@ class CircularLaw(Distribution):
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         return _wrapped(self.law.rsample(sample_shape))
+
+
+class RelativeLaw(Distribution):
+    """Angles of which the first is uniform, and the others less it are those of another law."""
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(self, law: CircularLaw, event_shape: torch.Size):
+        super().__init__(law.batch_shape, event_shape, validate_args=False)
+        self.law = law
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "RelativeLaw":
+        return RelativeLaw(self.law.expand(batch_shape), self.event_shape)
+
+    @property
+    def support(self) -> Any:
+        """All angles."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        x = value.flatten(value.ndim - len(self.event_shape))
+        return self.law.log_prob(x[..., 1:] - x[..., :1]) - math.log(2 * math.pi)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        others = self.law.rsample(sample_shape)
+        first = math.pi * (2 * torch.rand_like(others[..., :1]) - 1)
+        x = _wrapped(torch.cat([first, first + others], -1))
+        return x.reshape(*x.shape[:-1], *self.event_shape)
 
 
 def _wrapped(x: Tensor) -> Tensor:

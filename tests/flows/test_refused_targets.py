@@ -240,3 +240,23 @@ def test_errors_name_the_function_of_the_user(tmp_path, monkeypatch):
         assert "my_names:log_prob" in str(raised.value)
         assert "target_by_module" not in str(raised.value)
         assert "own" not in str(raised.value).split()
+
+
+def test_a_half_line_in_many_coordinates_is_refused_with_the_domain_to_say():
+    """Up to 8 coordinates particles lead the flow there, and such a density is fitted."""
+
+    def log_prob(x, condition):
+        inside = (x > 0).all(-1)
+        return torch.where(inside, -x.sum(-1), -math.inf)
+
+    with pytest.raises(ValueError, match=r"is -inf at 64 of 64 x .* domain='positive'"):
+        fit_to_target(Coupling(), Density(log_prob, (12,)), steps=1)
+    whole = Density(lambda x, _: -x.sum(-1), (12,), "positive")
+    fit_to_target(Coupling(), whole, steps=1)
+
+
+def test_draws_of_a_target_without_conditions_are_fitted():
+    target = Density(lambda x, _: -x.square().sum(-1) / 2, (2,))
+    rows = torch.randn(300, 2), torch.empty(300, 0)
+    fitted = fit_to_target(Coupling(2, (8,)), target, objective="fkl-rkl", data=rows, steps=2)
+    assert "nll" in fitted.training.history[-1]

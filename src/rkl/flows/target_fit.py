@@ -276,7 +276,12 @@ class _Rows:
                 f"data must be as many draws as conditions; got {len(self.x)} "
                 f"and {len(self.condition)}."
             )
-        _, group, counts = self.condition.unique(dim=0, return_inverse=True, return_counts=True)
+        if target.conditions:
+            _, group, counts = self.condition.unique(
+                dim=0, return_inverse=True, return_counts=True
+            )
+        else:
+            group, counts = torch.zeros(len(self.x), dtype=torch.long), torch.tensor([len(self.x)])
         self.order, self.counts = group.argsort(stable=True), counts
         self.starts = counts.cumsum(0) - counts
 

@@ -1,5 +1,7 @@
 """The laws every target obeys, for those of rkl and for your own."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -123,6 +125,13 @@ def _check_gradient(target: Target, x: Tensor, condition: Tensor) -> None:
     (score,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
     if score is None:
         raise ValueError(lacking)
+    nowhere = int((value == -math.inf).sum())
+    if nowhere:
+        raise ValueError(
+            f"target: log_prob of {target} is -inf at {nowhere} of {len(x)} x from N(0, 1), and "
+            "this fit needs a gradient wherever its flow goes; say where x lies, as by "
+            "domain='positive', domain=(0, 1), or a tuple with one entry for each coordinate."
+        )
     wrong = (~score.isfinite()).flatten(1).any(1) & value.isfinite()
     if wrong.any():
         raise ValueError(

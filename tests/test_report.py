@@ -198,3 +198,14 @@ def test_text_and_lines_stand_out_from_the_page(scheme):
     assert min(contrast(line, colour["card"]) for line in series) >= 3
     for name in ("ink", "quiet", "accent"):
         assert min(contrast(colour[name], colour[back]) for back in ("card", "page")) >= 4.5
+
+
+def test_a_number_with_a_mark_stands_among_numbers_and_words_to_the_left():
+    table = Table("t", ["at", "x", "said"], [["a", (1.5, 0.3, "*"), "b"], ["c", (2.5, 0.3), 4]])
+    html = table.html(0)
+    assert "<td>1.5 ± 0.3*</td>" in html
+    assert '<th scope="col">x</th>' in html
+    assert '<th scope="col" class="text">said</th>' in html
+    assert '<td class="text">4</td>' in html
+    with pytest.raises(ValueError, match="which may have a mark"):
+        Table("t", ["x"], [[(1.5, 0.3, 2)]])

@@ -23,7 +23,7 @@ from rkl.runs import Run, write_atomic
 if TYPE_CHECKING:
     from rkl.plots import Figure as Drawing
 
-Cell = str | bool | int | float | tuple[float, float] | None
+Cell = str | bool | int | float | tuple[float, float] | tuple[float, float, str] | None
 SMALL = 1e-4  # values and errors below it are written by their order of size
 TINY = 1e-300  # an error that is none
 NARROW = 460  # units of an SVG up to which two of them share a row
@@ -81,7 +81,8 @@ class Table(Block):
     Attributes:
         title: What is shown.
         columns: Names of the columns, with units.
-        rows: One cell per column: text, a number, or a pair (value, standard error).
+        rows: One cell per column: text, a number, a pair (value, standard error), or a pair with
+            a mark, as "*", that the caption explains.
         caption: What the reader can see in it.
     """
 
@@ -99,8 +100,11 @@ class Table(Block):
                 _check_cell(f"rows[{i}]", cell)
 
     def html(self, number: int) -> Markup:
-        rows = [[(written(cell), isinstance(cell, str)) for cell in row] for row in self.rows]
-        return _render(_TABLE, block=self, rows=rows)
+        rows = [[written(cell) for cell in row] for row in self.rows]
+        texts = [
+            any(isinstance(it, str) for it in column) for column in zip(*self.rows, strict=True)
+        ]
+        return _render(_TABLE, block=self, rows=rows, texts=texts or [False] * len(self.columns))
 
 
 @dataclass(frozen=True)
@@ -201,15 +205,15 @@ def written(cell: Cell) -> str:
 
     >>> written((0.12345, 0.0042)), written((12.3, 0.16)), written((2.5e-9, 4e-10))
     ('0.123 ± 0.004', '12.30 ± 0.16', '(2.5 ± 0.4)e−9')
-    >>> written(12345), written(0.123456)
-    ('12,345', '0.1235')
+    >>> written(12345), written(0.123456), written((1.5, 0.3, "*"))
+    ('12,345', '0.1235', '1.5 ± 0.3*')
     """
     if cell is None:
         return "–"
     if isinstance(cell, str):
         return cell
     if isinstance(cell, tuple):
-        return _with_error(*cell)
+        return _with_error(*cell[:2]) + "".join(cell[2:])
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     if isinstance(cell, int):
@@ -219,8 +223,13 @@ def written(cell: Cell) -> str:
 
 def _check_cell(argument: str, cell: object) -> None:
     if isinstance(cell, tuple):
-        if len(cell) != 2 or not all(isinstance(it, int | float) for it in cell):
-            raise ValueError(f"{argument} must hold pairs (value, standard error); got {cell}.")
+        mark = cell[2] if len(cell) == 3 else ""
+        numbers = all(isinstance(it, int | float) for it in cell[:2])
+        if len(cell) not in (2, 3) or not numbers or not isinstance(mark, str):
+            raise ValueError(
+                f"{argument} must hold pairs (value, standard error), which may have a mark; got "
+                f"{cell}."
+            )
     elif not (cell is None or isinstance(cell, str | int | float)):
         got = type(cell).__name__
         raise TypeError(f"{argument} must hold text, numbers or pairs; got a {got}.")
@@ -287,13 +296,13 @@ _TABLE = """\
 <div class="scroll" tabindex="0" role="region" aria-label="{{ block.title }}">
 <table>
 <thead><tr>{% for name in block.columns %}
-<th scope="col"{% if rows and rows[0][loop.index0][1] %} class="text"{% endif %}>{{ name }}</th>
+<th scope="col"{% if texts[loop.index0] %} class="text"{% endif %}>{{ name }}</th>
 {%- endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}
-<tr>{% for text, plain in row %}
+<tr>{% for text in row %}
 {% if loop.first %}<th scope="row">{{ text }}</th>
-{% else %}<td{% if plain %} class="text"{% endif %}>{{ text }}</td>
+{% else %}<td{% if texts[loop.index0] %} class="text"{% endif %}>{{ text }}</td>
 {% endif %}{% endfor %}</tr>
 {% endfor %}
 </tbody>

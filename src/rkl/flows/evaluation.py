@@ -302,11 +302,16 @@ def _verdicts(found: Evaluation) -> Iterator[str]:
         yield f"{name} against {source}: rms z = {rms:.2f}"
 
 
-def cells(mean: Mean, tail: Tensor | None) -> list[str]:
-    """Values with their errors as text, those of heavy tails with a star."""
+def with_stars(mean: Mean, tail: Tensor | None) -> Iterator[tuple[float, float, str]]:
+    """Values with their errors, and a star where the tail is heavy."""
     heavy = torch.zeros_like(mean.value, dtype=torch.bool) if tail is None else tail > HEAVY
     rows = zip(mean.value.tolist(), mean.error.tolist(), heavy.tolist(), strict=True)
-    return [parenthesised((value, error)) + "*" * star for value, error, star in rows]
+    return ((value, error, "*" * star) for value, error, star in rows)
+
+
+def cells(mean: Mean, tail: Tensor | None) -> list[str]:
+    """The same as text."""
+    return [parenthesised((value, error)) + star for value, error, star in with_stars(mean, tail)]
 
 
 def _columns(

@@ -10,10 +10,10 @@ from rkl.flows.evaluation import (
     STAR,
     Evaluation,
     Reference,
-    cells,
     has_temperature,
     thermal_columns,
     thermal_tail,
+    with_stars,
 )
 from rkl.flows.targets import XY
 from rkl.flows.targets.plane import MoG4, MoG8
@@ -151,11 +151,8 @@ def _figures(
 ) -> "Block":
     from rkl.report import Table
 
-    columns, starred = [], False
-    for it, tail in zip(named.values(), tails, strict=True):
-        pairs = zip(it.value.tolist(), it.error.tolist(), cells(it, tail), strict=True)
-        columns.append([text if text.endswith("*") else (v, e) for v, e, text in pairs])
-        starred = starred or any(isinstance(cell, str) for cell in columns[-1])
+    columns = [list(with_stars(it, tail)) for it, tail in zip(named.values(), tails, strict=True)]
+    starred = any(mark for column in columns for *_, mark in column)
     rows = [[at, *(it[k] for it in columns)] for k, at in enumerate(found.conditions())]
     said = _FIGURES_SAYS + " k_B = 1." * has_temperature(found.target) + f" {STAR}." * starred
     return Table(title, ["condition", *named], rows, said)

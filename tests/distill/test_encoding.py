@@ -102,13 +102,13 @@ def kept(tmp_path, monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """The texts that the tokenizer was given as rows."""
-    given, encode_batch = [], encoding.encode_batch
+    given, encode = [], encoding.encode_without_places
 
     def noted(tokenizer, texts, *, special):
         given.extend(it for it in texts if it)
-        return encode_batch(tokenizer, texts, special=special)
+        return encode(tokenizer, texts, special=special)
 
-    monkeypatch.setattr(encoding, "encode_batch", noted)
+    monkeypatch.setattr(encoding, "encode_without_places", noted)
     return given
 
 

@@ -35,6 +35,7 @@ from rkl.distill.chats import ChatTemplate, NothingToTrainOnError, Rendered
 from rkl.distill.encoding import Advance, encode, encode_batch, end_of_text
 from rkl.distill.limits import check_count
 from rkl.distill.progress import counted
+from rkl.distill.prompts import agreeing, encode_completions
 from rkl.distill.sources import TOOLS, Row, Rows, kind_of, read_rows
 
 IGNORED = -100  # the label of a token that is not trained on, in all of transformers
@@ -447,13 +448,10 @@ def _completion_examples(
 ) -> Examples:
     examples, end, merged = Examples(), end_of_text(tokenizer), 0
     notes += _doubled_beginnings([row["prompt"] for row in rows], tokenizer)
-    prompts = encode(tokenizer, (row["prompt"] for row in rows), advance=advance)
-    whole = (row["prompt"] + row["completion"] for row in rows)
-    for row, (prompt, ids) in enumerate(
-        zip(prompts, encode(tokenizer, whole, advance=advance), strict=True)
-    ):
-        known = _agreeing(prompt, ids)
-        merged += known < len(prompt)
+    pairs = [(row["prompt"], row["completion"]) for row in rows]
+    encoded = encode_completions(tokenizer, pairs, advance)
+    for row, (ids, known, prompt) in enumerate(encoded):
+        merged += known < prompt
         trained = bytes(known) + b"\1" * (len(ids) + 1 - known)
         examples.add(row, ids, trained, [end])
     if merged:
@@ -573,7 +571,7 @@ def _encode_slowly(tokenizer: PreTrainedTokenizerBase, text: Rendered) -> Exampl
     trained = bytearray(len(ids))
     for span in text.answers:
         parts = encode(tokenizer, (text.text[:place] for place in span), special=False)
-        start, stop = (_agreeing(part, ids) for part in parts)
+        start, stop = (agreeing(part, ids) for part in parts)
         trained[start:stop] = b"\1" * (stop - start)
     return ids, trained
 
@@ -595,11 +593,3 @@ def _marked(
         wanted = marked and (len(ids) != len(trained) or any(trained[it] for it in run))
         kept += bytes([wanted]) * len(run)
     return ids, kept
-
-
-def _agreeing(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two sequences have in common before they part."""
-    if ids == others[: len(ids)]:
-        return len(ids)
-    pairs = zip(ids, others, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MAX_BATCH_TEXTS = 1000  # given to the tokenizer in one call
 MAX_BATCH_CHARACTERS = 2**17  # the tokenizer holds some hundred bytes for each
@@ -47,7 +47,7 @@ def encode(
         if len(batch) == 1 and len(batch[0]) > MAX_BATCH_CHARACTERS:
             encoded = [encode_long(tokenizer, batch[0], special=special, advance=advance)]
         else:
-            encoded = encode_batch(tokenizer, batch, special=special)["input_ids"]
+            encoded = encode_without_places(tokenizer, batch, special=special)
             if advance is not None:
                 advance(sum(map(len, batch)))
         for ids in encoded:
@@ -64,6 +64,26 @@ def encode_batch(
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,  # no advice on texts longer than the model's context: blocks are cut
+    )
+
+
+def encode_without_places(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool
+) -> list[list[int]]:
+    """The tokens alone, a tenth faster: the backend does not work out where each stands."""
+    if not leaves_all_to_its_backend(tokenizer):
+        return encode_batch(tokenizer, texts, special=special)["input_ids"]
+    encode_batch(tokenizer, [""], special=special)  # sets up the backend as a call would
+    backend: Any = tokenizer.backend_tokenizer
+    encoded = backend.encode_batch_fast(list(texts), add_special_tokens=special)
+    return [it.ids for it in encoded]
+
+
+def leaves_all_to_its_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """False for a kind of tokenizer that does more to texts than its backend."""
+    names, kind = ("__call__", "_encode_plus"), type(tokenizer)
+    return all(
+        getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name) for name in names
     )
 
 
@@ -106,7 +126,7 @@ def encode_long(
         overlap: Characters that a piece shares with the next.
         advance: Called with the number of characters of each piece that is done.
     """
-    around = _special_tokens(tokenizer, text[:100]) if special else ([], [])
+    around = special_tokens(tokenizer, text[:100]) if special else ([], [])
     if tokenizer.is_fast and around is not None:
         joined = array("i", around[0])
         pieces = _pieces(tokenizer, text, piece, overlap, advance)
@@ -116,7 +136,7 @@ def encode_long(
     return encode_batch(tokenizer, [text], special=special)["input_ids"][0]
 
 
-def _special_tokens(
+def special_tokens(
     tokenizer: PreTrainedTokenizerBase, sample: str
 ) -> tuple[list[int], list[int]] | None:
     """What the tokenizer puts before the tokens of a text and behind them."""

@@ -26,7 +26,7 @@ from rkl.runs import save_tensors
 from rkl.runs.files import cache_folder, sweep
 
 MAX_SIZE = 10 * 10**9  # bytes of all files; those that were not used for longest go first
-SOURCES = "data.py", "chats.py", "encoding.py"  # what makes blocks of rows
+SOURCES = "data.py", "chats.py", "encoding.py", "prompts.py"  # what makes blocks of rows
 
 
 def key_of(

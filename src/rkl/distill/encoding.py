@@ -149,7 +149,8 @@ def special_tokens(
     return None
 
 
-Placed = tuple[list[int], list[tuple[int, int]], int]  # tokens, their places in a piece, its start
+Places = Callable[[int], tuple[int, int]]  # of tokens, one at a time: few of them are asked for
+Placed = tuple[list[int], Places, int]  # tokens, their places in a piece, its start
 
 
 def _pieces(
@@ -162,7 +163,7 @@ def _pieces(
     for start in range(0, max(len(text) - overlap, 1), piece - overlap):
         part = text[start : start + piece]
         (encoding,) = encode_batch(tokenizer, [part], special=False).encodings
-        yield encoding.ids, encoding.offsets, start
+        yield encoding.ids, encoding.token_to_chars, start
         if advance is not None:
             advance(min(len(part), piece - overlap))
 
@@ -170,18 +171,18 @@ def _pieces(
 def _join(pieces: Iterable[Placed], overlap: int, joined: "array[int]") -> bool:
     """Append the tokens of all pieces; False where two of them cannot be joined."""
     last: Placed | None = None
+    taken = 0  # of the last piece
     for piece in pieces:
-        ids, places, start = piece
         if last is not None:
             joint = _joint(last, piece, overlap)
             if joint is None:
                 return False
             kept, first = joint
-            joined.extend(last[0][:kept])
-            ids, places = ids[first:], places[first:]
-        last = ids, places, start
+            joined.extend(last[0][taken:kept])
+            taken = first
+        last = piece
     if last is not None:
-        joined.extend(last[0])
+        joined.extend(last[0][taken:])
     return True
 
 
@@ -191,24 +192,22 @@ def _joint(left: Placed, right: Placed, overlap: int) -> tuple[int, int] | None:
     Of the stretches of tokens that both pieces have in the overlap, the joint is the place
     nearest to the middle of the overlap that has enough of them on both sides.
     """
-    (ids, places, start), (others, other_places, other_start) = left, right
-    ahead = itertools.takewhile(
-        lambda it: it[1][0] < overlap, zip(others, other_places, strict=True)
-    )
+    (ids, place, start), (others, other_place, other_start) = left, right
+    placed = ((index, *other_place(index)) for index in range(len(others)))
     at = {
-        (token, begin + other_start, end + other_start): index
-        for index, (token, (begin, end)) in enumerate(ahead)
+        (others[index], begin + other_start, end + other_start): index
+        for index, begin, end in itertools.takewhile(lambda it: it[1] < overlap, placed)
     }
     run, best = 0, None
-    first = next((i for i in range(len(ids), 0, -1) if places[i - 1][0] + start < other_start), 0)
+    first = next((i for i in range(len(ids), 0, -1) if place(i - 1)[0] + start < other_start), 0)
     previous, middle = -2, other_start + overlap / 2
     for index in range(first, len(ids)):
-        begin, end = places[index]
+        begin, end = place(index)
         found = at.get((ids[index], begin + start, end + start), -2)
         run = run + 1 if found == previous + 1 and run else int(found >= 0)
         previous = found
         if run >= 2 * AGREEING:
-            place = places[index - AGREEING][0] + start
-            if best is None or abs(place - middle) < best[0]:
-                best = abs(place - middle), index - AGREEING, found - AGREEING
+            distance = abs(place(index - AGREEING)[0] + start - middle)
+            if best is None or distance < best[0]:
+                best = distance, index - AGREEING, found - AGREEING
     return None if best is None else best[1:]

@@ -50,12 +50,13 @@ def encode_completions(
     """
     sizes = _bytes_of_tokens(tokenizer)
     around = None if sizes is None else special_tokens(tokenizer, "a")
-    by_words = around is not None and around[1] in ([], [tokenizer.eos_token_id])
+    if around is not None and around[1] not in ([], [tokenizer.eos_token_id]):
+        around = None
     done = 0
     for texts in batches(prompt + completion for prompt, completion in rows):
         some = rows[done : done + len(texts)]
         done += len(texts)
-        if by_words and sum(map(len, texts)) <= MAX_BATCH_CHARACTERS:
+        if around is not None and sum(map(len, texts)) <= MAX_BATCH_CHARACTERS:
             yield from _by_words(tokenizer, [it for it, _ in some], texts, sizes, around)
         else:
             yield from _one_by_one(tokenizer, some)

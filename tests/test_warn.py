@@ -2,10 +2,12 @@
 
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
+import rkl
 from rkl.checks import warn
 from rkl.flows import Coupling, fit_to_samples
 from rkl.flows.training import one_at_a_time
@@ -49,3 +51,9 @@ def test_a_warning_from_rkl_alone_has_a_place_too():
         warnings.simplefilter("always")
         warn("odd")
     assert [(str(it.message), it.filename) for it in said] == [("odd", __file__)]
+
+
+def test_nothing_in_rkl_warns_otherwise():
+    source = Path(rkl.__file__).parent
+    others = (it for it in source.rglob("*.py") if it.name != "checks.py")
+    assert [it.name for it in others if "warnings.warn(" in it.read_text("utf-8")] == []

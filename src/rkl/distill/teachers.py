@@ -9,7 +9,6 @@ import re
 import struct
 import sys
 import tempfile
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +32,7 @@ from transformers import (
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.import_utils import is_peft_available
 
+from rkl.checks import warn
 from rkl.distill.heads import Head, Known, read_head
 from rkl.distill.merged import base_of, load_merged, unread_weights
 from rkl.estimators import TopK
@@ -204,10 +204,9 @@ def load_model(
     folder = _path(name)
     check_finite(model.named_parameters(), folder or name, "model")
     if folder is not None and folder.is_dir() and (unread := unread_weights(folder)):
-        warnings.warn(
+        warn(
             f"model: {folder} also holds {', '.join(unread[:3])}, which is not read; its weights "
-            "in safetensors are.",
-            stacklevel=2,
+            "in safetensors are."
         )
     return model if drop_layers is None else without_layers(model, drop_layers)
 

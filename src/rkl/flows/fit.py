@@ -168,7 +168,7 @@ def fit_to_samples(
     rows = data if isinstance(data, Data) else read_data(data, labels, dequantise=dequantise)
     if rows is not data:
         for note in rows.notes:
-            warn(f"data: {note}.")  # past the decorator
+            warn(f"data: {note}.")
     method = method or Method()
     problem = _Problem(flow, rows, divergence, method, log_prob, seed)
     aimed = target_precision is not None or budget is not None
@@ -431,7 +431,7 @@ class _Problem:
         fitted = Fit(self.scaled, critic, done, *rows, settings=self.settings, **figures)
         guarded = self.method.guard and not self.guided  # else it may well be
         if guarded and fitted.below_gaussian is not None:
-            warn(fitted.below_gaussian)  # past the decorator
+            warn(fitted.below_gaussian)
         aim = self.method.critic, target_precision, budget, self.seed
         left = self.seconds - (time.perf_counter() - began)
         fitted = replace(fitted, reached=reach(fitted, *aim, left)) if aimed else fitted

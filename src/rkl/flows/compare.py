@@ -6,13 +6,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rkl.metrics.written import Cell, parenthesised
 from rkl.runs import Run, check_out_file
-
-if TYPE_CHECKING:
-    pass
 
 EVALUATED = "evaluation.json"
 LAST_STEPS = {"ess": "ESS", "acceptance": "acceptance", "v": "v"}
@@ -129,7 +126,7 @@ def _of_data(runs: Mapping[str, Run]) -> Iterator[FlowTable]:
         flow = str(_setting(run, "flow"))
         rows.append((name, minimised, flow, *figures, result.get("kept_step"), steps))
     fingerprints = {(run.record.get("data") or {}).get("fingerprint") for run in runs.values()}
-    said = _DATA_SAYS + " THE DATA DIFFER: log-densities cannot be compared." * (
+    said = _DATA_SAYS + " The data differ, so log-densities cannot be compared." * (
         len(fingerprints) > 1
     )
     yield FlowTable("Flows of data", columns, tuple(rows), said)

@@ -13,6 +13,7 @@ from rkl.flows.architectures import (
     MAF,
     NSF,
     Coupling,
+    MixedSplines,
     MultiScale,
     Scaled,
     catalogue,
@@ -20,12 +21,14 @@ from rkl.flows.architectures import (
     latent,
 )
 
+MIXED = MixedSplines(transforms=2, hidden=(16,), bins=4)
 SMALL = {
     "nsf": NSF(transforms=2, hidden=(16,), bins=4),
     "nsf coupled": NSF(transforms=2, hidden=(16,), bins=4, passes=2),
     "maf": MAF(transforms=2, hidden=(16,)),
     "maf coupled": MAF(transforms=2, hidden=(16,), passes=2),
     "coupling": Coupling(transforms=3, hidden=(16,)),
+    "mixed, without angles": MIXED,
 }
 IMAGES = {
     "multi-scale": MultiScale(scales=2, couplings=6, hidden=8),
@@ -172,7 +175,7 @@ def test_importing_zuko_leaves_the_validation_of_distributions_on():
     assert done.stdout.split() == ["True", "True"], done.stderr
 
 
-@vectors
+@pytest.mark.parametrize("architecture", [it for it in SMALL.values() if it != MIXED], ids=repr)
 def test_cooled_latents_have_the_density_of_their_draws(architecture):
     law = latent(flow_of(architecture, (2,))(), temperature=0.7, bound=1.5)
     value, log_q = draw(law, (100,))
@@ -180,6 +183,11 @@ def test_cooled_latents_have_the_density_of_their_draws(architecture):
     total = integral(law)
     # The edge of the cut is a jump, which a grid of step h meets with an error of order h.
     torch.testing.assert_close(total, torch.ones_like(total), atol=0.02, rtol=0)
+
+
+def test_latents_that_are_angles_are_not_cooled():
+    with pytest.raises(TypeError, match="with normal latents returns; got a MixedLaw"):
+        latent(MIXED.build((2,))(), temperature=0.7)
 
 
 def test_latents_cut_off_are_a_truncated_normal_law():
@@ -231,5 +239,5 @@ def test_widths_that_are_no_tuple_of_integers_are_refused(hidden):
 
 
 def test_a_law_that_no_flow_made_has_no_latents():
-    with pytest.raises(TypeError, match="what a flow returns"):
+    with pytest.raises(TypeError, match="what a flow with normal latents returns"):
         latent(Normal(0.0, 1.0))

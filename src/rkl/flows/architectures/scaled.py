@@ -139,7 +139,7 @@ def latent(law: Distribution, temperature: float = 1.0, bound: float = math.inf)
         bound: Where the latents are cut off, in their standard deviations.
 
     Raises:
-        TypeError: The law is none of a flow.
+        TypeError: The law is none of a flow, or of one whose latents are angles too.
 
     >>> from rkl.flows import Coupling
     >>> law = latent(Coupling().build((2,))(), temperature=0.5)
@@ -154,7 +154,9 @@ def latent(law: Distribution, temperature: float = 1.0, bound: float = math.inf)
         return anyone.around(latent(anyone.law, temperature, bound))
     base = getattr(anyone, "base", None)
     if not isinstance(base, Distribution):
-        raise TypeError(f"law must be what a flow returns; got a {type(law).__name__}.")
+        raise TypeError(
+            f"law must be what a flow with normal latents returns; got a {type(law).__name__}."
+        )
     changed = copy.copy(anyone)
     if isinstance(base, MixtureLatent):
         changed.base = base.tempered(float(temperature), float(bound))

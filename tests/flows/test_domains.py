@@ -14,7 +14,7 @@ from rkl.flows.built import built
 from rkl.flows.target_run import SPLINES, suited
 from rkl.flows.targets import Condition, Density, check_target, parse_target
 from rkl.flows.targets.base import without_bounds
-from rkl.flows.targets.domains import Chart, parse_domain
+from rkl.flows.targets.domains import chart_of, parse_domain
 
 DOMAIN = ("line", "positive", (0, 1), "circle")
 MODULE = """
@@ -59,7 +59,7 @@ def target(domain=DOMAIN):
     "domain", ["line", "positive", (2.0, 5.0), (-math.inf, 3.0), (-1.0, math.inf)]
 )
 def test_the_map_has_its_inverse_and_its_slope(domain):
-    chart = Chart((domain, "circle"), (2,))
+    chart = chart_of((domain, "circle"), (2,))
     z = torch.linspace(-6, 6, 41, dtype=torch.float64)[:, None].repeat(1, 2).requires_grad_(True)
     x, log_slope = chart.to_bounded(z)
     (slope,) = torch.autograd.grad(x[:, 0].sum(), z)
@@ -72,7 +72,7 @@ def test_the_map_has_its_inverse_and_its_slope(domain):
 
 
 def test_no_x_lies_on_a_bound_and_none_beyond_has_density():
-    chart = Chart(((0.0, 1.0),), (1,))
+    chart = chart_of(((0.0, 1.0),), (1,))
     x, log_slope = chart.to_bounded(torch.tensor([[-79.0], [39.0], [-81.0], [41.0]]))
     assert ((x > 0) & (x < 1)).all()
     assert log_slope.isinf().tolist() == [False, False, True, True]

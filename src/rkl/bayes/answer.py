@@ -119,16 +119,7 @@ class Diagnostics:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Answer:
-    """A Bayes act and its risk, with their errors, and what shows them.
-
-    Attributes:
-        family: The family as it was asked for.
-        divergence: The loss.
-        act: The law that is reported, by its parameters.
-        risk: The posterior mean of the loss at the act, in nats, [*batch].
-        diagnostics: How far the numbers can be trusted.
-        question: The posterior, the family and the loss, for what is asked next.
-    """
+    """A Bayes act and its risk, with their errors: what :class:`rkl.bayes.Estimate` holds."""
 
     family: str
     divergence: Any

@@ -111,33 +111,33 @@ def without_unidentified(act: Act, found: Unidentified, variables: Mapping[str, 
 def sentences(found: Unidentified, labels: Callable[[str], list[str]]) -> list[str]:
     """What a reader should know of numbers that have no estimate."""
     told = [text] if (text := not_used(found.unused, labels)) else []
-    if combined := marked(found.combined, labels):
+    if combined := labels_in(found.combined, labels):
         told.append(
-            f"{listed(combined)}: the distribution depends on combinations of them only; other "
-            "values give the same one"
+            f"{joined_labels(combined)}: the distribution depends on combinations of them only; "
+            "other values give the same one"
         )
     return told
 
 
 def not_used(unused: Mapping[str, Tensor], labels: Callable[[str], list[str]]) -> str:
     """The sentence on numbers that a distribution does not depend on; empty without any."""
-    found = marked(unused, labels)
+    found = labels_in(unused, labels)
     if not found:
         return ""
     verb = "is" if len(found) == 1 else "are"
     return (
-        f"{listed(found)} {verb} not used by the family: any value gives the same "
+        f"{joined_labels(found)} {verb} not used by the family: any value gives the same "
         "distribution, so none is shown"
     )
 
 
-def listed(labels: list[str]) -> str:
+def joined_labels(labels: list[str]) -> str:
     """Labels in a sentence, of many the first."""
     more = [f"{len(labels) - LISTED:,} more"] if len(labels) > LISTED else []
     return ", ".join([*labels[:LISTED], *more])
 
 
-def marked(masks: Mapping[str, Tensor], labels: Callable[[str], list[str]]) -> list[str]:
+def labels_in(masks: Mapping[str, Tensor], labels: Callable[[str], list[str]]) -> list[str]:
     """The labels of the numbers in masks, a whole variable by its name."""
     found = []
     for name, mask in masks.items():

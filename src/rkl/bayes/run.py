@@ -17,7 +17,7 @@ from rkl.bayes.act import Estimate, bayes_act
 from rkl.bayes.answer import elements
 from rkl.bayes.compare import excess_over, side_by_side, variables_of
 from rkl.bayes.draws import Draws, read_draws
-from rkl.bayes.identified import listed, marked, not_used
+from rkl.bayes.identified import joined_labels, labels_in, not_used
 from rkl.bayes.losses import AnyLoss, parse_loss
 from rkl.bayes.regions import Region
 from rkl.bayes.report import Shown, page
@@ -304,7 +304,7 @@ def _side_by_side(runs: Sequence[Run]) -> Table:
         said.insert(0, ("family", *(kept["family"] for kept in results.values())))
     numbers = [(label, *(cells.get(place) for place in results)) for label, cells in rows.items()]
     told = [
-        f"{place}: {listed(labels)} not used by the family"
+        f"{place}: {joined_labels(labels)} not used by the family"
         for place, kept in results.items()
         if (labels := _unused_of(kept))
     ]
@@ -314,7 +314,7 @@ def _side_by_side(runs: Sequence[Run]) -> Table:
 def _unused_of(kept: dict[str, Any]) -> list[str]:
     """The labels of what the act of a run does not depend on."""
     masks = {k: torch.tensor(mask) for k, mask in kept.get("unused", {}).items()}
-    return marked(masks, lambda name: kept["labels"][name])
+    return labels_in(masks, lambda name: kept["labels"][name])
 
 
 def _numbers_of(kept: dict[str, Any], name: str) -> dict[str, Cell]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rkl.divergences.base import floats, number
 from rkl.divergences.parse import full_name, parse, with_module
-from rkl.flows.targets.domains import Chart, Domain
+from rkl.flows.targets.domains import Chart, Domain, chart_of
 from rkl.importing import imported
 
 PLACEHOLDER = "target_by_module"  # for "module:name" while its settings are read
@@ -100,7 +100,7 @@ class Target(abc.ABC):
     @property
     def chart(self) -> Chart:
         """The map of its coordinates to others without bounds."""
-        return Chart(self.domain, self.event_shape)
+        return chart_of(self.domain, self.event_shape)
 
     @property
     def limits(self) -> tuple[Condition, ...]:
@@ -149,7 +149,7 @@ class Density(Target):
         if not callable(self.function):
             raise TypeError(f"function must be one of x and condition; got {self.function!r}.")
         _check_shape(self.event_shape)
-        chart = Chart(self.domain, self.event_shape)
+        chart = chart_of(self.domain, self.event_shape)
         if not chart.bounded:  # of one kind for all, where it is
             object.__setattr__(self, "domain", chart.unbounded)
         for it in self.conditions:

@@ -6,6 +6,7 @@ Angles and coordinates on the line stay as they are. A density of z is that of x
 that log Z is the same.
 """
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -17,10 +18,8 @@ from torch.nn.functional import logsigmoid
 Interval = tuple[float, float]
 Kind = Literal["line", "circle"] | Interval
 Domain = Any  # "line", "circle", "positive" or (low, high), of all coordinates or a tuple of them
-HIGHEST, LOWEST = (
-    40.0,
-    -80.0,
-)  # z beyond which the density counts as 0: squares of x must be finite
+# z beyond which the density counts as 0: squares of x must be finite
+LOWEST, HIGHEST = -80.0, 40.0
 TINY = 1e-300  # in place of 0 under a logarithm
 EXPECTED = (
     "'line', 'circle', 'positive' or a pair (low, high), for all coordinates, or a tuple with one "
@@ -77,6 +76,10 @@ def _kind(one: Any, domain: Domain) -> Kind:
 class Chart:
     """The map between coordinates of a target and others without bounds.
 
+    Args:
+        kinds: The domain of each coordinate, as :func:`parse_domain` gives it.
+        event_shape: The shape of one x.
+
     Attributes:
         event_shape: The shape of one x.
         circle: Which coordinates are angles, of that shape.
@@ -84,8 +87,7 @@ class Chart:
         bounded: Whether any has.
     """
 
-    def __init__(self, domain: Domain, event_shape: tuple[int, ...]):
-        kinds = parse_domain(domain, math.prod(event_shape))
+    def __init__(self, kinds: tuple[Kind, ...], event_shape: tuple[int, ...]):
         self.event_shape = event_shape
         bounds = [it if isinstance(it, tuple) else (-math.inf, math.inf) for it in kinds]
         low, high = torch.tensor(bounds, dtype=torch.float64).reshape(-1, 2).T
@@ -148,6 +150,22 @@ class Chart:
         _, log_slope = self.to_bounded(z)
         log_slope = torch.where(_any(outside, self.event_shape), -math.inf, log_slope)
         return torch.where(outside, 0.0, z).to(x), log_slope.to(x)
+
+
+def chart_of(domain: Domain, event_shape: tuple[int, ...]) -> Chart:
+    """The chart of a domain, made once: a target is asked for it at every step.
+
+    Raises:
+        ValueError: The domain cannot be read.
+
+    >>> chart_of("positive", (2,)) is chart_of((0, math.inf), (2,))
+    True
+    """
+    shape = tuple(event_shape)
+    return _made_once(parse_domain(domain, math.prod(shape)), shape)
+
+
+_made_once = functools.lru_cache(maxsize=64)(Chart)
 
 
 def _summed(values: Tensor, event_shape: tuple[int, ...]) -> Tensor:

@@ -383,7 +383,12 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
     [
         ("kl", torch.zeros(3, 9), torch.zeros(3, 9), "divergence must be a Divergence.*'kl'"),
         (rkl.KL(), torch.zeros(3, 9).long(), torch.zeros(3, 9), "p must hold floating-point"),
-        (rkl.KL(), torch.zeros(3, 9), [1.0], "q must be a tensor, a LinearHead or a TopK"),
+        (
+            rkl.KL(),
+            torch.zeros(3, 9),
+            [1.0],
+            "q must be a tensor, a LinearHead, a TopK or a S",
+        ),
         (rkl.KL(), torch.zeros(3, 9), TopK(torch.zeros(3, 1), torch.zeros(3, 1)), "only p may be"),
     ],
 )

@@ -5,7 +5,8 @@ import importlib
 _DIVERGENCES = "rkl.divergences"  # whose classes are all names of rkl, and listed there alone
 _HOMES = {
     "divergences": "Divergence FDivergence catalogue parse",
-    "estimators": "LinearHead TopK exact monte_carlo per_token variational_bound",
+    "estimators": "LinearHead Sampled TopK draw exact monte_carlo per_token sampled_terms "
+    "variational_bound",
     "runs": "load save",
 }
 _HOME = {name: f"rkl.{module}" for module, names in _HOMES.items() for name in names.split()}

@@ -26,6 +26,10 @@ def top():
     return TopK(*random(TOKENS, VOCAB).log_softmax(-1).topk(2))
 
 
+def drawn():
+    return rkl.draw(random(TOKENS, VOCAB), 2, generator=torch.Generator().manual_seed(0))
+
+
 LOGITS = random(TOKENS, VOCAB)
 LONGER = random(TOKENS + 1, VOCAB)
 WIDER = random(TOKENS, VOCAB + 1)
@@ -189,6 +193,35 @@ ESTIMATORS = [
         rkl.per_token,
         lambda: {"divergences": {"kl": rkl.KL()}, "p": top(), "q": head()},
         [*of_heads("q")],
+    ),
+    Subject(
+        "sampled_terms",
+        rkl.sampled_terms,
+        lambda: {"divergence": rkl.KL(), "p": drawn(), "q": LOGITS},
+        [
+            fault("divergence", "no f-divergence", rkl.AKL(), "f-divergence", "AKL"),
+            fault("p", "logits", LOGITS, "Sampled", "Tensor"),
+            fault("p.logp", "logits", torch.full((TOKENS, 2), 3.0), "at most 0", "3"),
+            fault("p.index", "floats", drawn().index.float(), "integers", "float32"),
+            fault("p.index", "beyond", torch.tensor([[1, 9]] * TOKENS), "[0, 5)", "1 to 9"),
+            fault("p.log_weight", "a draw too few", LOGITS[:, :1], "[3, 2]", "[3, 1]"),
+            fault("p.log_weight", "integers", WHOLE[:, :2], "floating-point", "int64"),
+            fault("q", "draws", drawn(), "only p may be"),
+            fault("chunk", "zero", 0, "positive", "0"),
+        ],
+    ),
+    Subject(
+        "draw",
+        rkl.draw,
+        lambda: {"logits": LOGITS, "draws": 2},
+        [
+            fault("logits", "a list", [[0.0]], "tensor", "list"),
+            fault("logits", "one token alone", LOGITS[0], "[tokens, vocab]", "[5]"),
+            fault("draws", "none", 0, "positive", "0"),
+            fault("draws", "a fraction", 1.5, "positive", "1.5"),
+            fault("temperature", "zero", 0, "positive", "0"),
+            fault("temperature", "a string", "hot", "number", "str"),
+        ],
     ),
     Subject(
         "monte_carlo",

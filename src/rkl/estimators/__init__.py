@@ -4,6 +4,7 @@ r"""Estimators of a divergence, one for each thing you may know of p and q.
 you know                                    use
 ==========================================  ====================================
 both, over a finite vocabulary              :func:`exact`, :func:`per_token`
+q, and log p at atoms drawn from p          the same, with p a :class:`Sampled`
 log(p/q), at samples from one of them       :func:`monte_carlo`
 samples from both, and nothing else         :func:`variational_bound`
 that both belong to a parametric family     :meth:`Divergence.between`
@@ -25,17 +26,29 @@ from rkl.divergences.base import floats, slope_from_terms, widest
 from rkl.estimators.known import (
     LinearHead,
     Logits,
+    Sampled,
     TopK,
     by_token,
     check_pair,
+    draw,
     integers,
     vocabulary,
 )
-from rkl.kernels import Shape, Step, comparable, compiles, outside_dynamo, step_
+from rkl.kernels import Draws, Shape, Step, comparable, compiles, outside_dynamo, step_
 from rkl.kernels import compiled_or_eager as compiled_or_eager  # for the wings
 from rkl.kernels import has_compiler as has_compiler
 
-__all__ = ["LinearHead", "TopK", "exact", "monte_carlo", "per_token", "variational_bound"]
+__all__ = [
+    "LinearHead",
+    "Sampled",
+    "TopK",
+    "draw",
+    "exact",
+    "monte_carlo",
+    "per_token",
+    "sampled_terms",
+    "variational_bound",
+]
 
 HALF = torch.float16, torch.bfloat16
 UPCAST = 2**22  # numbers of a head in half precision that are held in single at a time
@@ -46,7 +59,7 @@ BUDGET = 2**28  # bytes of logits that exist at one time, teacher's and student'
 def exact(
     divergence: Divergence,
     *,
-    p: Logits | LinearHead | TopK,
+    p: Logits | LinearHead | TopK | Sampled,
     q: Logits | LinearHead,
     weight: Float[Tensor, " tokens"] | None = None,
     chunk: int | None = None,
@@ -62,7 +75,8 @@ def exact(
 
     Args:
         divergence: Any divergence.
-        p: The teacher's logits, the head that yields them, or its top k. Held constant.
+        p: The teacher's logits, the head that yields them, its top k, or atoms drawn from it,
+            which give an unbiased estimate of the value and its gradient. Held constant.
         q: The student's logits, or the head that yields them.
         weight: Weight of each token, constant and at least 0; a token of weight 0 is never
             looked at. Defaults to 1/tokens. Nothing is divided by its sum.
@@ -105,7 +119,7 @@ class _Work(NamedTuple):
     """All that a pass over the tokens needs to know, and that has no gradient."""
 
     step: Step
-    p: Logits | LinearHead | TopK
+    p: Logits | LinearHead | TopK | Sampled
     weight: Float[Tensor, " tokens"]
     rows: tuple[Int[Tensor, " chunk"], ...]
     labels: Int[Tensor, " tokens"] | None
@@ -183,7 +197,7 @@ def _times(factor: Tensor, total: Tensor, alone: bool) -> Tensor:
 def per_token(
     divergences: Mapping[str, Divergence],
     *,
-    p: Logits | LinearHead | TopK,
+    p: Logits | LinearHead | TopK | Sampled,
     q: Logits | LinearHead,
     chunk: int | None = None,
 ) -> dict[str, Float[Tensor, " tokens"]]:
@@ -204,6 +218,11 @@ def per_token(
         )
     _refuse_transforms()
     tokens = max(check_pair(divergence, p, q) for divergence in divergences.values())
+    if isinstance(p, Sampled):
+        return {
+            name: sampled_terms(it, p=p, q=q, chunk=chunk).mean(-1)
+            for name, it in divergences.items()
+        }
     parts = {name: [] for name in divergences}
     everything = torch.arange(tokens, device=by_token(q).device)
     device = everything.device.type
@@ -213,6 +232,64 @@ def per_token(
             for name, divergence in divergences.items():
                 parts[name].append(divergence(logp, logq))
     return {name: torch.cat(values) for name, values in parts.items()}
+
+
+@outside_dynamo
+def sampled_terms(
+    divergence: Divergence,
+    *,
+    p: Sampled,
+    q: Logits | LinearHead,
+    chunk: int | None = None,
+) -> Float[Tensor, "tokens draws"]:
+    """Terms of every token whose mean over draws is an unbiased estimate of D(p ‖ q); no gradient.
+
+    The standard error of the mean of a token is their standard deviation over the root of their
+    number; that of a sum over tokens, Σ wₜ Dₜ, is the root of Σ wₜ² varₜ / draws.
+
+    Raises:
+        ValueError: Shapes do not fit; the message names the argument.
+        TypeError: An argument is of the wrong kind, or the divergence is no f-divergence.
+
+    >>> from rkl import KL
+    >>> teacher = Sampled(torch.tensor([[0.5, 0.5, 0.25]]).log(), torch.tensor([[0, 0, 1]]))
+    >>> sampled_terms(KL(), p=teacher, q=torch.zeros(1, 3))
+    tensor([[ 0.4055,  0.4055, -0.2877]])
+    """
+    if not isinstance(p, Sampled):
+        raise TypeError(f"p must be a Sampled; got a {type(p).__name__}.")
+    check_pair(divergence, p, q)
+    f: Any = divergence  # an f-divergence, as check_pair saw
+    return torch.cat([(w * f.terms_p(x)).to(like) for x, w, like in _draw_ratios(p, q, chunk)])
+
+
+def effective_draws(p: Sampled, q: Logits | LinearHead) -> Float[Tensor, " tokens"]:
+    """Number of equally weighted draws from q that the draws from p are worth, by Kish.
+
+    With u = q/s at each draw it is (Σ u)² / Σ u², at most the number of draws. Few say that the
+    terms of what grows with q/p, such as reverse KL, are the terms of a few draws. It does not
+    tell of atoms that no draw met.
+    """
+    check_pair(KL(), p, q)
+    parts = []
+    for x, w, _ in _draw_ratios(p, q, None):
+        log = x + w.log()
+        parts.append((2 * log.logsumexp(-1) - (2 * log).logsumexp(-1)).exp())
+    return torch.cat(parts) if parts else p.logp.new_zeros(0)
+
+
+def _draw_ratios(p: Sampled, q, chunk: int | None) -> Iterator[tuple]:
+    """Of some tokens at a time: log q/p at the draws, their weights, the dtype of the logits."""
+    parameters = q[:3] if isinstance(q, LinearHead) else (q,)
+    everything = torch.arange(len(p.logp), device=p.logp.device)
+    with torch.no_grad(), torch.autocast(p.logp.device.type, enabled=False):
+        for rows in everything.split(_chunk(chunk, p, q)):
+            pair: Any = _pair(p, parameters, rows)
+            drawn, products = pair
+            shape = _shape(q)
+            logq = shape.cooled(shape.at_one(products)).log_softmax(-1)
+            ratio = (logq.gather(-1, drawn.index) - drawn.logp).to(widest(logq))
+            yield ratio, drawn.share.to(ratio.dtype) * drawn.index.shape[-1], logq.dtype
 
 
 def monte_carlo(
@@ -401,7 +478,8 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
 
 
 def _log_probabilities(p, q, rows: Tensor) -> tuple[Logits, Logits]:
-    a, b = _pair(p, q[:3] if isinstance(q, LinearHead) else (q,), rows)
+    known: Any = _pair(p, q[:3] if isinstance(q, LinearHead) else (q,), rows)
+    a, b = known
     a, b, _ = comparable(Step(KL(), _shape(p), _shape(q)), a, b)
     return a.log_softmax(-1), b.log_softmax(-1)
 
@@ -409,6 +487,10 @@ def _log_probabilities(p, q, rows: Tensor) -> tuple[Logits, Logits]:
 def _pair(p, parameters, rows):
     """What is known of the teacher, and the student's products, for some rows."""
     b = _products(parameters, rows)
+    if isinstance(p, Sampled):
+        weight = torch.zeros_like(p.logp) if p.log_weight is None else p.log_weight
+        share = weight[rows].to(b.dtype).exp() / p.index.shape[-1]
+        return Draws(p.logp[rows].to(b.dtype), p.index[rows], share), b
     if isinstance(p, TopK):
         return (p.logp[rows].to(b.dtype), p.index[rows]), b
     return _products(p[:3] if isinstance(p, LinearHead) else (p,), rows).to(b.dtype), b

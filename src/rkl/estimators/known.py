@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rkl.divergences import Divergence
+from rkl.divergences import Divergence, FDivergence
 from rkl.divergences.base import floats
 
 EXCESS = 1e-2  # of a top k's probabilities over 1 that rounding in half precision explains
@@ -39,27 +39,81 @@ class TopK(NamedTuple):
     index: Int[Tensor, "tokens k"]
 
 
+class Sampled(NamedTuple):
+    """A teacher known at atoms drawn from it, the student being known everywhere.
+
+    Every f-divergence then has an unbiased estimate, Σ F(pᵥ, qᵥ) = E_p[F(p, q)/p], with the
+    control variate of :func:`monte_carlo` where F(0, q) is not 0. The value of a token is the
+    mean over its draws.
+
+    Atoms drawn from another distribution s, such as p at a higher temperature, carry
+    log p/s: the estimate is then the mean of (p/s) F(p, q)/p, unbiased where s has mass
+    wherever p has. These weights are never normalised by their sum, which would bias it.
+
+    Source: Anshumann et al. (2025), arXiv 2503.16870, for forward KL.
+    """
+
+    logp: Float[Tensor, "tokens draws"]
+    index: Int[Tensor, "tokens draws"]
+    log_weight: Float[Tensor, "tokens draws"] | None = None
+
+
+def draw(
+    logits: Float[Tensor, "tokens vocab"],
+    draws: int,
+    *,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Sampled:
+    """Atoms drawn from a softmax, with replacement.
+
+    Args:
+        logits: Of the distribution p.
+        draws: Number of atoms of each token.
+        temperature: Of the distribution that is drawn from; other than 1, the draws carry
+            their weights.
+        generator: Source of the random numbers.
+
+    >>> teacher = draw(torch.zeros(1, 2), 3, generator=torch.Generator().manual_seed(0))
+    >>> teacher.logp
+    tensor([[-0.6931, -0.6931, -0.6931]])
+    """
+    floats("logits", logits)
+    if logits.ndim != 2 or not logits.shape[1]:
+        raise ValueError(f"logits must be [tokens, vocab]; got {list(logits.shape)}.")
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"draws must be a positive number of atoms; got {draws!r}.")
+    _check_factor("temperature", temperature)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logp = logits.log_softmax(-1)
+    proposal = logp if temperature == 1 else (logits / temperature).log_softmax(-1)
+    index = proposal.exp().multinomial(draws, replacement=True, generator=generator)
+    at = logp.gather(-1, index)
+    return Sampled(at, index, None if temperature == 1 else at - proposal.gather(-1, index))
+
+
 Logits = Float[Tensor, "tokens vocab"]
 # What may be known, and of each kind the field that has one row for each token, and its axes.
 _AXES = {
     Tensor: ("", "[tokens, vocab]"),
     LinearHead: (".hidden", "[tokens, width]"),
     TopK: (".logp", "[tokens, k]"),
+    Sampled: (".logp", "[tokens, draws]"),
 }
 
 
-def by_token(x: Logits | LinearHead | TopK) -> Tensor:
+def by_token(x: Logits | LinearHead | TopK | Sampled) -> Tensor:
     """What has one row for each token."""
     return x[0] if isinstance(x, tuple) else x
 
 
-def vocabulary(x: Logits | LinearHead | TopK) -> int:
-    """The number of atoms of logits or a head; of a top k, k."""
+def vocabulary(x: Logits | LinearHead | TopK | Sampled) -> int:
+    """The number of atoms of logits or a head; of a top k, k; of draws, their number."""
     return len(x.weight) if isinstance(x, LinearHead) else by_token(x).shape[-1]
 
 
 def check_pair(
-    divergence: Divergence, p: Logits | LinearHead | TopK, q: Logits | LinearHead
+    divergence: Divergence, p: Logits | LinearHead | TopK | Sampled, q: Logits | LinearHead
 ) -> int:
     """The number of tokens, where p and q are well formed and agree on it and the vocabulary.
 
@@ -72,8 +126,9 @@ def check_pair(
             f"divergence must be a Divergence such as AKL(); got {divergence!r}. "
             "rkl.parse makes one from a string."
         )
-    if isinstance(q, TopK):
-        raise TypeError("q must be logits or a LinearHead; got a TopK, which only p may be.")
+    if isinstance(q, TopK | Sampled):
+        kind = type(q).__name__
+        raise TypeError(f"q must be logits or a LinearHead; got a {kind}, which only p may be.")
     _check_side("p", p)
     _check_side("q", q)
     tokens, of_p, device = len(by_token(q)), len(by_token(p)), by_token(q).device
@@ -83,6 +138,8 @@ def check_pair(
         raise ValueError(f"p must be on {device}, where q is; got {by_token(p).device}.")
     if isinstance(p, TopK):
         _check_index(p, vocabulary(q))
+    elif isinstance(p, Sampled):
+        _check_draws(divergence, p, vocabulary(q))
     elif vocabulary(p) != vocabulary(q):
         raise ValueError(
             f"p has a vocabulary of {vocabulary(p)} but q of {vocabulary(q)}; "
@@ -95,7 +152,8 @@ def _check_side(name: str, x: Any) -> None:
     kind = next((it for it in _AXES if isinstance(x, it)), None)
     if kind is None:
         raise TypeError(
-            f"{name} must be a tensor, a LinearHead or a TopK; got a {type(x).__name__}."
+            f"{name} must be a tensor, a LinearHead, a TopK or a Sampled; "
+            f"got a {type(x).__name__}."
         )
     field, axes = _AXES[kind]
     rows: Any = x[0] if field else x
@@ -145,26 +203,52 @@ def _check_factor(name: str, value: Any) -> None:
 
 
 def _check_index(p: TopK, vocab: int) -> None:
-    integers("p.index", p.index)
-    if p.index.shape != p.logp.shape or p.index.shape[-1] > vocab:
-        raise ValueError(
-            f"p.index must have the shape of p.logp, {list(p.logp.shape)}, within q's "
-            f"vocabulary of {vocab}; got {list(p.index.shape)}."
-        )
-    if p.index.device != p.logp.device:
-        raise ValueError(f"p.index must be on {p.logp.device}; got {p.index.device}.")
+    _check_places(p, vocab, most=vocab)
     ordered = p.index.sort(-1).values
-    if len(ordered) and (ordered.min() < 0 or ordered.max() >= vocab):
-        raise ValueError(
-            f"p.index must lie in [0, {vocab}), q's vocabulary; "
-            f"got {ordered.min().item()} to {ordered.max().item()}."
-        )
     if (ordered.diff() == 0).any():
         raise ValueError("p.index must name k different atoms for each token; one is there twice.")
     if (total := p.logp.exp().sum(-1)).gt(1 + EXCESS).any():
         raise ValueError(
             "p.logp must be log-probabilities, whose exponentials sum to at most 1; "
             f"got {total.max():.4g}."
+        )
+
+
+def _check_places(p: TopK | Sampled, vocab: int, *, most: float = math.inf) -> None:
+    integers("p.index", p.index)
+    if p.index.shape != p.logp.shape or p.index.shape[-1] > most:
+        raise ValueError(
+            f"p.index must have the shape of p.logp, {list(p.logp.shape)}, within q's "
+            f"vocabulary of {vocab}; got {list(p.index.shape)}."
+        )
+    if p.index.device != p.logp.device:
+        raise ValueError(f"p.index must be on {p.logp.device}; got {p.index.device}.")
+    if p.index.numel() and (p.index.min() < 0 or p.index.max() >= vocab):
+        raise ValueError(
+            f"p.index must lie in [0, {vocab}), q's vocabulary; "
+            f"got {p.index.min().item()} to {p.index.max().item()}."
+        )
+
+
+def _check_draws(divergence: Divergence, p: Sampled, vocab: int) -> None:
+    if not isinstance(divergence, FDivergence):
+        raise TypeError(
+            f"divergence must be an f-divergence where p is Sampled; got {divergence!r}, whose "
+            "terms are no means over draws from p: it looks at whole distributions, or not at "
+            "p/q alone. Take a TopK, logits or a head, or KL()."
+        )
+    _check_places(p, vocab)
+    if p.logp.numel() and (largest := p.logp.max()) > math.log1p(EXCESS):
+        raise ValueError(f"p.logp must be log-probabilities, at most 0; got {largest:.4g}.")
+    if p.logp.numel() and p.logp.isneginf().any():
+        raise ValueError("p.logp must be finite: an atom that was drawn has mass; got -inf.")
+    if p.log_weight is None:
+        return
+    floats("p.log_weight", p.log_weight)
+    if p.log_weight.shape != p.logp.shape or p.log_weight.device != p.logp.device:
+        raise ValueError(
+            f"p.log_weight must be as p.logp, {list(p.logp.shape)} on {p.logp.device}; "
+            f"got {list(p.log_weight.shape)} on {p.log_weight.device}."
         )
 
 

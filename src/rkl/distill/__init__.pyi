@@ -6,11 +6,14 @@ from rkl.distill.compare import compare_runs as compare_runs
 from rkl.distill.evaluate import EvaluateSettings as EvaluateSettings
 from rkl.distill.evaluate import evaluate_run as evaluate_run
 from rkl.distill.generate import GenerateSettings as GenerateSettings
-from rkl.distill.generate import Sampling as Sampling
 from rkl.distill.generate import generate_run as generate_run
 from rkl.distill.heads import Head as Head
 from rkl.distill.heads import read_head as read_head
 from rkl.distill.report import report_runs as report_runs
+from rkl.distill.rollouts import ModelWriter as ModelWriter
+from rkl.distill.rollouts import Reply as Reply
+from rkl.distill.rollouts import Sampling as Sampling
+from rkl.distill.rollouts import Writer as Writer
 from rkl.distill.run import Distilled as Distilled
 from rkl.distill.run import DistillSettings as DistillSettings
 from rkl.distill.run import distill as distill

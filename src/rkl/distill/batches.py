@@ -11,6 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rkl.distill.data import IGNORED
 
+SOURCES = "sources"  # a column of batches: who wrote each token
+DATA, STUDENT, TEACHER = 0, 1, 2  # its values
+
 
 class Batch(NamedTuple):
     """A batch, its labels taken out and shifted to the positions that predict them."""
@@ -27,10 +30,16 @@ def shifted(inputs: Mapping[str, Any]) -> Batch:
             f"the batch must have labels, {IGNORED} where a token is not trained on; "
             f"got {', '.join(inputs)}."
         )
-    rest = {name: value for name, value in inputs.items() if name != "labels"}
+    rest = {name: value for name, value in inputs.items() if name not in ("labels", SOURCES)}
     labels = inputs["labels"][:, 1:]
     predicting = labels != IGNORED
     return Batch(rest, predicting, labels[predicting])
+
+
+def sources_of(inputs: Mapping[str, Any], batch: Batch) -> Int[Tensor, " tokens"] | None:
+    """Who wrote each target of a batch; None where all are of the data set."""
+    sources = inputs.get(SOURCES)
+    return None if sources is None else sources[:, 1:][batch.predicting]
 
 
 @dataclass(frozen=True)

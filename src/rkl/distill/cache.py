@@ -39,6 +39,8 @@ class CachedTeacher(Teacher):
         path: The folder that :func:`cache_hidden_states` wrote.
     """
 
+    reads_any_text = False
+
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.record, self._head, self._hidden = _opened(self.path)

@@ -1,34 +1,33 @@
 """What a student writes: prompts out of held-out rows, sampled once per seed."""
 
-import itertools
 import json
 import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl.checks import warn
 from rkl.distill.chats import ChatTemplate, NothingToTrainOnError, text_of
 from rkl.distill.data import LeftOut, holds_chats
 from rkl.distill.encoding import encode
 from rkl.distill.heads import inference
-from rkl.distill.limits import (
-    check_count,
-    check_counts,
-    check_temperature,
-    check_within,
-    context_of,
-    device_named,
-)
+from rkl.distill.limits import check_count, check_counts, context_of, device_named
 from rkl.distill.progress import quiet
+from rkl.distill.rollouts import (
+    Sampling,
+    check_room,
+    ends_with_turn,
+    generation_config,
+    replies_of,
+    seeded,
+)
 from rkl.distill.sources import TOOLS, Row, Rows, kind_of, read_rows
 from rkl.distill.teachers import OF_MODEL, load_model, load_tokenizer
 from rkl.importing import names_in
@@ -45,26 +44,6 @@ class Prompt(NamedTuple):
     tokens: list[int]
     text: str
     reference: str
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn.
-
-    Args:
-        max_new_tokens: Longest reply, in tokens.
-        temperature: What logits are divided by; 0 takes the likeliest token.
-        top_p: Mass of the nucleus that tokens are drawn from.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        check_counts(self, "max_new_tokens")
-        check_temperature(self, greedy=True)
-        check_within(self, "top_p", high=1, ends="(]")
 
 
 @dataclass(frozen=True)
@@ -315,14 +294,16 @@ def generate(
         batch_size: How many prompts are padded, on the left, and run together.
     """
     sampling = sampling or Sampling()
-    _check_room(model, prompts, sampling)
-    settings = _settings(model, tokenizer, sampling)
+    check_room([prompt.tokens for prompt in prompts], sampling, context_of(model))
+    config = generation_config(sampling, ends_with_turn(model, tokenizer))
     replies = []
     for seed in seeds:
-        with _seeded(seed, model.device), inference(model):
+        with seeded(seed, model.device), inference(model):
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
-                for prompt, ids in zip(batch, _sample(model, batch, settings), strict=True):
+                written = replies_of(model, [prompt.tokens for prompt in batch], config)
+                for prompt, reply in zip(batch, written, strict=True):
+                    ids = reply.tokens[: len(reply.tokens) - reply.ended]
                     text = str(tokenizer.decode(ids, skip_special_tokens=True))
                     replies.append(Generation(seed, prompt.text, prompt.reference, text, len(ids)))
     return replies
@@ -427,76 +408,3 @@ def _answered(
             f"{place}: the prompt leaves no room for the reply in the model's context."
         )
     return prompt
-
-
-def _check_room(model: PreTrainedModel, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-    if not prompts or not all(prompt.tokens for prompt in prompts):
-        raise ValueError("prompts must hold at least one, and none of them may be empty.")
-    room, longest = context_of(model), max(len(prompt.tokens) for prompt in prompts)
-    if longest + sampling.max_new_tokens > room:
-        raise ValueError(
-            f"max_new_tokens={sampling.max_new_tokens} behind a prompt of {longest} tokens passes "
-            f"the model's context of {room}."
-        )
-
-
-def _settings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
-) -> GenerationConfig:
-    ends = ends_of(model, tokenizer)
-    if tokenizer.chat_template and (end := ChatTemplate(tokenizer).turn_end) not in (None, *ends):
-        ends.append(end)
-    settings: dict[str, Any] = {
-        "max_new_tokens": sampling.max_new_tokens,
-        "eos_token_id": ends or None,
-        "pad_token_id": ends[0] if ends else 0,  # behind a reply its end again, cut off below
-        "repetition_penalty": 1.0,
-        "num_beams": 1,
-    }
-    if sampling.temperature == 0:
-        return GenerationConfig(do_sample=False, **settings)
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    return GenerationConfig(do_sample=True, **drawn, **settings)
-
-
-def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a reply, as the model says, or else the tokenizer."""
-    ends: Any = model.generation_config.eos_token_id if model.generation_config else None
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-def _sample(model: PreTrainedModel, prompts: Sequence[Prompt], settings: Any) -> list[list[int]]:
-    """The tokens of a reply to each prompt, without what ends it."""
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    padding = [longest - len(prompt.tokens) for prompt in prompts]
-    pad, ends = settings.pad_token_id, settings.eos_token_id or []
-    ids = [[pad] * n + prompt.tokens for n, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * n + [1] * (longest - n) for n in padding]
-    inputs, attended = torch.tensor([ids, mask], device=model.device)
-    found = cast(Any, model).generate(
-        inputs=inputs,
-        attention_mask=attended,
-        generation_config=settings,
-        logits_processor=[_refuse_nan],
-    )
-    replies = found[:, longest:].tolist()
-    return [list(itertools.takewhile(lambda id: id not in ends, reply)) for reply in replies]
-
-
-def _refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
-    """What transformers calls with the logits of the next token."""
-    if bool((bad := logits.isnan().any(-1)).any()):
-        raise FloatingPointError(
-            f"model: its logits are NaN in {int(bad.sum()):,} of {len(bad):,} replies. Compute in "
-            "float32, or take another checkpoint."
-        )
-    return logits
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """The global random state, set to a seed for a while: transformers draws from no other."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -35,10 +35,10 @@ from rkl.distill.data import (
     spread,
     tokenize,
 )
-from rkl.distill.generate import ends_of
 from rkl.distill.heads import check_causal
 from rkl.distill.limits import check_context, device_named
 from rkl.distill.progress import journaled, say
+from rkl.distill.rollouts import ends_of
 from rkl.distill.settings import DistillSettings
 from rkl.distill.sources import Row, Rows, read_rows
 from rkl.distill.teachers import (

@@ -10,7 +10,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,10 +57,18 @@ class Teacher(abc.ABC):
     To write one, give it
 
     - ``vocab``, the number of its atoms;
-    - ``observe``, which says what is known of p at the predicted tokens of a batch.
+    - ``observe``, which says what is known of p at the predicted tokens of a batch;
+    - ``model``, where it is a model of transformers, which can then write text (``seq_kd``);
+    - ``reads_any_text = False``, where it can observe the rows of one data set alone.
     """
 
     vocab: int
+    model: nn.Module | None = None
+    reads_any_text: bool = True
+
+    def writing(self) -> AbstractContextManager:
+        """While this lasts, ``model`` writes as the teacher does."""
+        return nullcontext()
 
     @abc.abstractmethod
     def observe(
@@ -89,7 +97,7 @@ class ModelTeacher(Teacher):
 
     def __init__(self, model: nn.Module):
         self.head = read_head(model, "teacher")
-        self.vocab = self.head.vocab
+        self.vocab, self.model = self.head.vocab, model
 
     def observe(self, inputs, predicting, *, vocab=None):
         return self.head.observe(inputs, predicting, vocab=vocab)
@@ -109,10 +117,13 @@ class AdapterBase(Teacher):
                 f"got a {type(head.model).__name__}."
             )
         self.head = head
-        self.vocab = head.vocab
+        self.vocab, self.model = head.vocab, head.model
+
+    def writing(self):
+        return _adapters_off(self.model)
 
     def observe(self, inputs, predicting, *, vocab=None):
-        with _adapters_off(self.head.model):
+        with self.writing():
             return self.head.observe(inputs, predicting, vocab=vocab)
 
 

@@ -1,7 +1,9 @@
 """Distillation as a transformers.Trainer: D(teacher ‖ student) at every labelled token."""
 
+import itertools
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number, warn
-from rkl.distill.batches import Batch, PadRows, shifted
+from rkl.distill.batches import DATA, Batch, PadRows, shifted, sources_of
 from rkl.distill.checkpoints import replacing_folder_together, rotate, settle
 from rkl.distill.data import IGNORED, tokenize
 from rkl.distill.heads import (
@@ -26,14 +28,16 @@ from rkl.distill.heads import (
     logits_of,
     read_head,
 )
-from rkl.distill.limits import check_counts, check_temperature, check_within
+from rkl.distill.limits import check_counts, check_temperature, check_within, context_of
+from rkl.distill.on_policy import Mixture
+from rkl.distill.rollouts import ModelWriter, check_generation, common_ends, sampling_of
 from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
 from rkl.distill.sources import is_row
 from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher, check_peft
 from rkl.distill.vocabulary import share_vocabulary
 from rkl.divergences import AKL, KL, Divergence
 from rkl.estimators import LinearHead, TopK, exact, per_token
-from rkl.runs import measure_written, replacing_files, sweep
+from rkl.runs import measure_written, replacing_files, sweep, write_json
 from rkl.runs.processes import world
 
 _NOTHING = 1e-9  # nats per token below which a divergence is rounding
@@ -53,6 +57,21 @@ class DistillConfig(TrainingArguments):
             ``output_router_logits``.
         max_length: Tokens that are kept of each row, from the first on; None keeps all.
         compiled: Whether to compile the loss; None lets the size of the work decide.
+        lmbda: Probability that a batch is the student's own text, written to the batch's prompts
+            by the student as it is at that step: 0 trains on the data, 1 on own text alone.
+        seq_kd: Whether the teacher writes the text of all other batches.
+        max_completion_length: Longest reply, in tokens.
+        sampling_temperature: What the logits of the writer are divided by, >= 0; 0 takes the
+            likeliest token. It has no part in the loss.
+        top_p: Mass of the nucleus that tokens are drawn from.
+        top_k: Number of likeliest tokens that tokens are drawn from; 0 for all.
+        min_p: Smallest probability of a token that is drawn, as a share of the largest.
+        num_generations: Replies to each prompt. A batch holds as many replies as it has rows, so
+            that only this share of its prompts is replied to.
+        steps_per_generation: Batches written at once, before the first of them is trained on; a
+            multiple of gradient_accumulation_steps, which is the default. More of them are
+            written by an earlier student than the one that learns from them.
+        prompt_tokens: Length of a prompt in tokens where rows have none, as plain text.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both."})
@@ -64,9 +83,32 @@ class DistillConfig(TrainingArguments):
     )
     max_length: int | None = field(default=1024, metadata={"help": "Tokens kept of each row."})
     compiled: bool | None = field(default=None, metadata={"help": "Compile the loss."})
+    lmbda: float = field(
+        default=0.0, metadata={"help": "Probability that a batch is the student's own text."}
+    )
+    seq_kd: bool = field(
+        default=False, metadata={"help": "Have the teacher write the other batches."}
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Longest reply, in tokens."})
+    sampling_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the logits of the writer, not of the loss."}
+    )
+    top_p: float = field(default=1.0, metadata={"help": "Mass of the nucleus drawn from."})
+    top_k: int = field(default=0, metadata={"help": "Likeliest tokens drawn from; 0 for all."})
+    min_p: float | None = field(
+        default=None, metadata={"help": "Smallest probability drawn, as a share of the largest."}
+    )
+    num_generations: int = field(default=1, metadata={"help": "Replies to each prompt."})
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Batches written at once."}
+    )
+    prompt_tokens: int = field(
+        default=32, metadata={"help": "Length of a prompt out of plain text, in tokens."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        check_generation(self, self.per_device_train_batch_size, self.gradient_accumulation_steps)
         check_temperature(self)
         check_within(self, "hard_label_weight", ends="[)")
         number("hard_label_weight", self.hard_label_weight, at_most=LARGEST_RATE)
@@ -85,6 +127,10 @@ class DistillConfig(TrainingArguments):
 
 class DistillTrainer(Trainer):
     """A transformers.Trainer that minimises D(teacher ‖ student) per labelled token.
+
+    With ``lmbda`` above 0 some batches, or all, are text that the student writes to the prompts
+    of the data. The gradient is that of the per-token divergence with the text held fixed: the
+    effect of a token on what is written after it is left out, as in all on-policy distillation.
 
     The loss takes the place of the student's head, inside the forward of whatever wraps the
     student, and logits exist for a chunk of tokens at a time. Its denominator is the number of
@@ -156,6 +202,7 @@ class DistillTrainer(Trainer):
         self._losses: list[Tensor] = []  # of the step that is being taken
         self._endless = 0  # steps in a row whose loss was infinite
         self._batch: Batch | None = None  # the last one
+        self._mixture = self._writers(teacher_processing_class or tokenizer, tokenizer)
         self._balance = _balance(cast(nn.Module, model)) if args.router_aux_loss else 0.0
         self.add_callback(_Guard(self._check_step))
 
@@ -173,6 +220,49 @@ class DistillTrainer(Trainer):
             teacher.to(args.device)
         return ModelTeacher(teacher)
 
+    def _writers(self, teacher_tokenizer: Any, tokenizer: Any) -> Mixture | None:
+        """What puts text of the student or the teacher into batches; None where all is data."""
+        args, models = self.args, {"student": self._head.model}
+        if not args.lmbda and not args.seq_kd:
+            return None
+        if not self._teacher.reads_any_text:
+            name = "lmbda" if args.lmbda else "seq_kd"
+            raise ValueError(
+                f"{name}: a {type(self._teacher).__name__} holds the rows that it was made of, "
+                "and no text that is written later. Give the model itself as the teacher."
+            )
+        if self._teacher.model is not None:
+            models["teacher"] = self._teacher.model
+        elif args.seq_kd:
+            raise ValueError(
+                "seq_kd needs a teacher that is a model, to write the text; got a "
+                f"{type(self._teacher).__name__}."
+            )
+        tokenizers = {"student": tokenizer, "teacher": teacher_tokenizer}
+        ends = common_ends({name: (it, tokenizers[name]) for name, it in models.items()})
+        how: Any = {"context": min(context_of(cast(Any, it)) for it in models.values())}
+        how |= {"vocab": self._vocab}
+        how |= {"banned": [it for it in self._shared.differing if it < self._vocab]}
+        autocast = cast(Any, self.accelerator.autocast)
+        student = ModelWriter(models["student"], sampling_of(args), ends, around=autocast, **how)
+        teacher = None
+        if args.seq_kd:
+            around = self._teacher.writing
+            teacher = ModelWriter(models["teacher"], sampling_of(args), ends, around=around, **how)
+        pad = getattr(tokenizer, "pad_token_id", None) or 0
+        return Mixture(
+            student,
+            args.lmbda,
+            args.seed if args.data_seed is None else args.data_seed,
+            args.process_index,
+            pad if pad < self._vocab else 0,
+            args.device,
+            teacher,
+            args.steps_per_generation or args.gradient_accumulation_steps,
+            args.num_generations,
+            args.prompt_tokens,
+        )
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -182,12 +272,13 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """The batch's share of the loss of a whole step, in nats per token trained on."""
         self._batch = batch = shifted(inputs)
+        sources = sources_of(inputs, batch)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
         p, share = self._observe(batch), len(batch.targets) / count
         loss = self._in_place_of_head(
             model,
             batch,
-            lambda q: self._loss(batch, p, q, count),
+            lambda q: self._loss(batch, sources, p, q, count),
             balanced=self._balance * share if self._balance else None,
         )
         if not self._moving and len(batch.targets):
@@ -316,21 +407,55 @@ class DistillTrainer(Trainer):
                 sound=True,
             )
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """The Trainer's, but rows repeated to fill up the last batch of an epoch train nothing.
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Any]:
+        """The batches of a step, with the text that is written for it, and their trained tokens.
+
+        The count is taken after the writing, over all batches and processes.
+        """
+        batches = map(self._without_repeats, epoch_iterator)
+        if self._mixture is None:
+            taken = [batch for batch, _ in itertools.islice(batches, num_batches)]
+        else:
+            taken = self._mixture.take(batches, num_batches, self.state.global_step)
+        return taken, self._get_num_items_in_batch(taken, device)
+
+    def _without_repeats(self, batch: Any) -> tuple[Any, int]:
+        """A batch, and its number of rows: repeated ones at the end of an epoch train nothing.
 
         Of several processes each gets as many rows; accelerate takes the missing ones from the
         beginning of the epoch.
         """
+        if "labels" not in batch:
+            return batch, 0
         state, accelerator = self.accelerator.gradient_state, self.accelerator
+        rows = real = len(batch["labels"])
         several = accelerator.num_processes > 1 and not accelerator.split_batches
-        if several and not accelerator.dispatch_batches and batch_samples:
-            last = batch_samples[-1]
-            if state.end_of_dataloader and state.remainder > 0 and "labels" in last:
-                rows = len(last["labels"])
-                real = max(0, state.remainder - accelerator.process_index * rows)
-                last["labels"][real:] = IGNORED
-        return super()._get_num_items_in_batch(batch_samples, device)
+        several = several and not accelerator.dispatch_batches
+        if several and state.end_of_dataloader and state.remainder > 0:
+            real = min(rows, max(0, state.remainder - accelerator.process_index * rows))
+            batch["labels"][real:] = IGNORED
+        return batch, real
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._mixture is not None:
+            write_json(self._state_file(output_dir), self._mixture.state())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._mixture is not None and checkpoint is not None:
+            file = self._state_file(checkpoint)
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"resume_from_checkpoint: {checkpoint} has no {file.name}; it was saved by a "
+                    "training without lmbda and seq_kd."
+                )
+            self._mixture.restore(json.loads(file.read_text(encoding="utf-8")))
+
+    def _state_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint, f"on_policy-{self.args.process_index}.json")
 
     def _together(self, sound: bool) -> tuple[bool, str]:
         """Whether all processes found it sound, and the first token that is NaN in one of them."""
@@ -456,7 +581,14 @@ class DistillTrainer(Trainer):
         with hook, self._head.tap(receive):
             return model(**batch.inputs).loss
 
-    def _loss(self, batch: Batch, p: Known | TopK, q: Known, count: Tensor | int) -> Tensor:
+    def _loss(
+        self,
+        batch: Batch,
+        sources: Tensor | None,
+        p: Known | TopK,
+        q: Known,
+        count: Tensor | int,
+    ) -> Tensor:
         if not len(batch.targets):
             parts = q[:3] if isinstance(q, LinearHead) else (q,)
             # It is 0, and yet every parameter takes part, as DDP demands.
@@ -464,7 +596,7 @@ class DistillTrainer(Trainer):
         like = q.hidden if isinstance(q, LinearHead) else q
         dtype = torch.promote_types(like.dtype, torch.float32)
         weight = torch.ones(len(batch.targets), dtype=dtype, device=like.device) / count
-        loss = self._divided(batch, p, q, weight)
+        loss = self._weighted(batch, sources, p, q, weight)
         if loss.isfinite():
             return loss
         if loss.isnan():
@@ -476,11 +608,36 @@ class DistillTrainer(Trainer):
         self._infinite += int(infinite.sum())
         self._name(batch, p, q, infinite)
         finite = weight.masked_fill(infinite, 0.0)
-        return self._divided(batch, p, q, finite) if finite.any() else loss
+        return self._weighted(batch, sources, p, q, finite) if finite.any() else loss
 
-    def _divided(self, batch: Batch, p: Known | TopK, q: Known, weight: Tensor) -> Tensor:
-        """Sum over tokens of their weight times what is minimised."""
-        hard, compiled = self.args.hard_label_weight, self.args.compiled
+    def _weighted(
+        self,
+        batch: Batch,
+        sources: Tensor | None,
+        p: Known | TopK,
+        q: Known,
+        weight: Tensor,
+    ) -> Tensor:
+        """Sum over tokens of their weight times what is minimised.
+
+        Labels count where the data set wrote the token: the student's own text is no answer.
+        """
+        hard = self.args.hard_label_weight
+        if sources is None or not hard:
+            return self._divided(batch, p, q, weight, hard)
+        of_data = sources == DATA
+        parts = [
+            self._divided(batch, p, q, weight.masked_fill(~chosen, 0.0), share)
+            for chosen, share in ((of_data, hard), (~of_data, 0.0))
+            if (weight[chosen] > 0).any()
+        ]
+        return torch.stack(parts).sum()
+
+    def _divided(
+        self, batch: Batch, p: Known | TopK, q: Known, weight: Tensor, hard: float
+    ) -> Tensor:
+        """The same with one weight of the labels for all tokens."""
+        compiled = self.args.compiled
         p, soft = (at_temperature(it, self.args.temperature) for it in (p, q))
         if isinstance(q, Tensor):  # of logits, exact cannot tell the temperature
             loss = exact(self.divergence, p=p, q=soft, weight=weight, compiled=compiled)

@@ -1,0 +1,94 @@
+"""Batches of a training, some of them with the text of the student or the teacher."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rkl.distill.batches import STUDENT, TEACHER
+from rkl.distill.rollouts import Writer, batch_with, prompts_in, seed_of
+
+Inputs = dict[str, Any]
+
+
+@dataclass
+class Mixture:
+    """Replaces the text of batches by that of the student, with probability ``lmbda``.
+
+    All that is random depends on the seed, the step and the process alone, so that a resumed
+    training writes the same text.
+
+    Args:
+        student: Writes as the student does at the time.
+        lmbda: Probability that a batch is the student's text.
+        seed: Of the whole training.
+        process: Number of this process, which draws other text than the others.
+        pad: The token behind the end of a row.
+        device: Where batches are put.
+        teacher: Writes the text of all other batches; None leaves them the data's.
+        at_once: Batches that are taken and written together.
+        num_generations: Replies to each prompt.
+        prompt_tokens: Length of a prompt out of plain text.
+    """
+
+    student: Writer
+    lmbda: float
+    seed: int
+    process: int
+    pad: int
+    device: torch.device
+    teacher: Writer | None = None
+    at_once: int = 1
+    num_generations: int = 1
+    prompt_tokens: int = 32
+    ahead: list[Inputs] = field(default_factory=list)  # written, and not yet trained on
+    _behind: int = 0  # batches of a new iterator that are in `ahead` already
+
+    def take(self, batches: Iterator[tuple[Inputs, int]], count: int, step: int) -> list[Inputs]:
+        """The next batches to train on, at most so many, fewer at the end of the data.
+
+        Args:
+            batches: Batches of the data, and of how many rows each is.
+            count: How many to take.
+            step: Number of the step, from 0.
+        """
+        for _ in range(self._behind):
+            next(batches, None)
+        self._behind = 0
+        if not self.ahead:
+            for place in range(max(self.at_once, count)):
+                if (batch := next(batches, None)) is None:
+                    break
+                self.ahead.append(self._written(*batch, step, place))
+        taken, self.ahead = self.ahead[:count], self.ahead[count:]
+        return taken
+
+    def _written(self, batch: Inputs, rows: int, step: int, place: int) -> Inputs:
+        """The batch itself, or the text that somebody writes to its prompts."""
+        draw = torch.Generator().manual_seed(seed_of(self.seed, step, place))
+        own = float(torch.rand((), generator=draw, dtype=torch.float64)) < self.lmbda
+        writer = self.student if own else self.teacher
+        if writer is None or not rows:
+            return batch
+        # A batch holds as many replies as it has rows, so that memory does not grow.
+        prompts = prompts_in(batch, self.prompt_tokens)[: -(-rows // self.num_generations)]
+        prompts = [prompt for prompt in prompts for _ in range(self.num_generations)]
+        seed = seed_of(self.seed, step, place, self.process)
+        replies = writer.write(prompts, seed=seed)
+        source = STUDENT if own else TEACHER
+        return batch_with(prompts, replies, source, pad=self.pad, device=self.device)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: batches written ahead, and the mixture."""
+        ahead = [{name: it.tolist() for name, it in batch.items()} for batch in self.ahead]
+        return {"lmbda": self.lmbda, "ahead": ahead}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave, with data that begin behind the same step."""
+        self.lmbda = state["lmbda"]
+        self.ahead = [
+            {name: torch.tensor(it, device=self.device) for name, it in batch.items()}
+            for batch in state["ahead"]
+        ]
+        self._behind = len(self.ahead)

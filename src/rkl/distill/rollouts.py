@@ -1,0 +1,381 @@
+"""Text that a model writes to be trained on: prompts of a batch, replies, a batch of both."""
+
+import abc
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from rkl.checks import number, warn
+from rkl.distill.batches import DATA, SOURCES
+from rkl.distill.chats import ChatTemplate
+from rkl.distill.data import IGNORED
+from rkl.distill.heads import inference
+from rkl.distill.limits import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    check_count,
+    check_counts,
+    check_temperature,
+    check_within,
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Args:
+        max_new_tokens: Longest reply, in tokens.
+        temperature: What logits are divided by; 0 takes the likeliest token.
+        top_p: Mass of the nucleus that tokens are drawn from.
+        top_k: Number of likeliest tokens that tokens are drawn from; 0 for all.
+        min_p: Smallest probability of a token that is drawn, as a share of the largest.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+
+    def __post_init__(self):
+        check_counts(self, "max_new_tokens")
+        check_temperature(self, greedy=True)
+        check_within(self, "top_p", high=1, ends="(]")
+        check_count("top_k", self.top_k, at_least=0)
+        if self.min_p is not None:
+            check_within(self, "min_p", high=1, ends="[]")
+
+
+def sampling_of(settings: Any) -> Sampling:
+    """How the settings of a training draw the tokens of replies."""
+    return Sampling(
+        settings.max_completion_length,
+        settings.sampling_temperature,
+        settings.top_p,
+        settings.top_k,
+        settings.min_p,
+    )
+
+
+def check_generation(settings: Any, batch_size: int, accumulation: int) -> None:
+    """Refuse settings of the text that a training writes, by their names.
+
+    Args:
+        settings: Of a training.
+        batch_size: Rows of a batch.
+        accumulation: Batches of a step.
+    """
+    check_within(settings, "lmbda", high=1, ends="[]")
+    check_within(settings, "sampling_temperature", ends="[)")
+    if settings.sampling_temperature:
+        low, high = MIN_TEMPERATURE, MAX_TEMPERATURE
+        number("sampling_temperature", settings.sampling_temperature, at_least=low, at_most=high)
+    names = "max_completion_length", "num_generations", "prompt_tokens", "steps_per_generation"
+    check_counts(settings, *names)
+    sampling_of(settings)
+    if settings.seq_kd not in (True, False):
+        raise TypeError(f"seq_kd must be True or False; got {settings.seq_kd!r}.")
+    if not (settings.lmbda or settings.seq_kd):
+        return
+    if batch_size % settings.num_generations:
+        raise ValueError(
+            f"num_generations must divide the {batch_size} rows of a batch; "
+            f"got {settings.num_generations}."
+        )
+    if (settings.steps_per_generation or accumulation) % accumulation:
+        raise ValueError(
+            f"steps_per_generation must be a multiple of the {accumulation} batches of a step; "
+            f"got {settings.steps_per_generation}."
+        )
+
+
+class Reply(NamedTuple):
+    """The tokens of a reply, the one that ends it among them, and whether there is such a one."""
+
+    tokens: list[int]
+    ended: bool
+
+
+class Writer(abc.ABC):
+    """Replies to prompts, for :class:`rkl.distill.DistillTrainer`.
+
+    To write one, give it
+
+    - ``write``, which replies to prompts.
+    """
+
+    @abc.abstractmethod
+    def write(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Reply]:
+        """One reply to each prompt; the same seed and prompts give the same replies.
+
+        Args:
+            prompts: The tokens of each.
+            seed: Random seed, below 2⁶³.
+        """
+
+
+class ModelWriter(Writer):
+    """Replies by transformers' own ``generate``: batched, padded on the left, with a cache.
+
+    The model's train mode and the global random state are put back afterwards.
+
+    Args:
+        model: The model, as it is at the time of writing.
+        sampling: How tokens are drawn.
+        ends: The tokens that end a reply.
+        context: Most tokens of a prompt and its reply together.
+        around: A context manager to generate in, such as autocast.
+        vocab: Only the tokens below this one are written, where models of other sizes read them.
+        banned: Tokens that are never written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sampling: Sampling,
+        ends: Sequence[int],
+        *,
+        context: float = math.inf,
+        around: Callable[[], AbstractContextManager] = nullcontext,
+        vocab: int | None = None,
+        banned: Collection[int] = (),
+    ):
+        self.model, self.sampling, self.ends = model, sampling, list(ends)
+        self.context, self.around = context, around
+        self._config = generation_config(sampling, self.ends)
+        self._only = _Only(vocab, sorted(banned))
+
+    def write(self, prompts, *, seed):
+        check_room(prompts, self.sampling, self.context, "max_completion_length")
+        device = next(self.model.parameters()).device
+        with seeded(seed, device), inference(self.model), self.around():
+            return replies_of(self.model, prompts, self._config, [self._only])
+
+
+def generation_config(sampling: Sampling, ends: Sequence[int]) -> GenerationConfig:
+    """The settings of transformers for this sampling; nothing else shapes the distribution."""
+    settings: dict[str, Any] = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "eos_token_id": list(ends) or None,
+        "pad_token_id": ends[0] if ends else 0,  # behind a reply its end again, cut off below
+        "repetition_penalty": 1.0,
+        "num_beams": 1,
+        "use_cache": True,
+    }
+    if sampling.temperature == 0:
+        return GenerationConfig(do_sample=False, **settings)
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    drawn |= {"top_k": sampling.top_k, "min_p": sampling.min_p}
+    return GenerationConfig(do_sample=True, **drawn, **settings)
+
+
+def replies_of(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+) -> list[Reply]:
+    """A reply of a model to each prompt, drawn from torch's global random state."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    pad, ends = config.pad_token_id, {*(config.eos_token_id or ())}
+    ids = [[pad] * n + [*prompt] for n, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * n + [1] * (longest - n) for n in padding]
+    device = next(model.parameters()).device
+    inputs, attended = torch.tensor([ids, mask], device=device)
+    written = cast(Any, model).generate(
+        inputs=inputs,
+        attention_mask=attended,
+        generation_config=config,
+        logits_processor=[_refuse_nan, *processors],
+    )
+    return [_until_end(reply, ends) for reply in written[:, longest:].tolist()]
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> Reply:
+    """The tokens up to the first that ends a reply."""
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return Reply(tokens[: place + 1], True)
+    return Reply(tokens, False)
+
+
+@dataclass(frozen=True)
+class _Only:
+    """A processor of transformers' that leaves some tokens no probability."""
+
+    vocab: int | None
+    banned: Sequence[int]
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        if self.vocab is not None:
+            logits[:, self.vocab :] = -math.inf
+        logits[:, list(self.banned)] = -math.inf
+        return logits
+
+
+def _refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
+    """A processor of transformers' that raises where the logits of the next token are NaN."""
+    if bool((bad := logits.isnan().any(-1)).any()):
+        raise FloatingPointError(
+            f"model: its logits are NaN in {int(bad.sum()):,} of {len(bad):,} replies. Compute in "
+            "float32, or take another checkpoint."
+        )
+    return logits
+
+
+def check_room(
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    context: float,
+    name: str = "max_new_tokens",
+) -> None:
+    """Refuse prompts that are empty, or leave no room for a reply in a model's context.
+
+    Args:
+        prompts: The tokens of each.
+        sampling: How long a reply may be.
+        context: Most tokens of a prompt and its reply together.
+        name: What messages call the length of a reply.
+    """
+    if not prompts or not all(map(len, prompts)):
+        raise ValueError("prompts must hold at least one, and none of them may be empty.")
+    longest = max(map(len, prompts))
+    if longest + sampling.max_new_tokens > context:
+        raise ValueError(
+            f"{name}={sampling.max_new_tokens} behind a prompt of {longest} tokens passes "
+            f"the model's context of {context}."
+        )
+
+
+def ends_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """The tokens that end a reply, as the model says, or else the tokenizer."""
+    ends: Any = model.generation_config.eos_token_id if model.generation_config else None
+    if ends is None and tokenizer is not None:
+        ends = tokenizer.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def ends_with_turn(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The same, and the token with which the chat template ends a turn."""
+    ends = ends_of(model, tokenizer)
+    if tokenizer.chat_template and (end := ChatTemplate(tokenizer).turn_end) not in (None, *ends):
+        ends.append(end)
+    return ends
+
+
+def common_ends(models: Mapping[str, tuple[Any, Any]]) -> list[int]:
+    """The tokens that end a reply of any of some models; a warning where these are not the same.
+
+    A student that never learnt the teacher's end, as a base model beside a chat model, would
+    write on without end.
+
+    Args:
+        models: Each with its tokenizer, or None, by the name that messages call it.
+    """
+    ends = {
+        name: ends_of(model, tokenizer) if tokenizer is None else ends_with_turn(model, tokenizer)
+        for name, (model, tokenizer) in models.items()
+    }
+    union = list(dict.fromkeys(token for tokens in ends.values() for token in tokens))
+    if not union:
+        raise ValueError(
+            "model: neither its generation_config nor a tokenizer names a token that ends a text, "
+            "so that replies would never end: set generation_config.eos_token_id."
+        )
+    if any({*tokens} != {*union} for tokens in ends.values()):
+        tokenizer = next((it for _, it in models.values() if it is not None), None)
+        told = "; ".join(
+            f"the {name}'s end with {_spelt(tokens, tokenizer)}" for name, tokens in ends.items()
+        )
+        warn(f"Replies end with different tokens: {told}. Writing stops at any of them.")
+    return union
+
+
+def _spelt(tokens: Sequence[int], tokenizer: Any) -> str:
+    if not tokens:
+        return "none"
+    if tokenizer is None:
+        return " or ".join(map(str, tokens))
+    return " or ".join(map(str, tokenizer.convert_ids_to_tokens(list(tokens))))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The global random state, set to a seed for a while: transformers draws from no other."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on all of some counts, such as those of a run, a step and a process."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def prompts_in(batch: Mapping[str, Any], prompt_tokens: int) -> list[list[int]]:
+    """The prompt of each row of a batch: all before the last stretch of tokens trained on.
+
+    A row that is trained on from its second token on has no prompt of its own, as plain text: its
+    beginning is taken, ``prompt_tokens`` of it and at most one half. A row without a token that
+    is trained on is a prompt as a whole.
+    """
+    if batch.get("attention_mask") is None:
+        raise ValueError(
+            "train_dataset: rows that share a block have no prompt each; where lmbda is above 0, "
+            "or with seq_kd, every row must have a block of its own (packing=False)."
+        )
+    prompts = []
+    columns = (batch[name].tolist() for name in ("input_ids", "labels", "attention_mask"))
+    for ids, labels, attended in zip(*columns, strict=True):
+        length = sum(attended)
+        if not all(attended[:length]):
+            raise ValueError("data_collator must pad rows on the right; got padding before text.")
+        start = stop = max((i + 1 for i in range(length) if labels[i] != IGNORED), default=length)
+        while start > 1 and stop and labels[start - 1] != IGNORED:
+            start -= 1
+        if start <= 1:
+            start = max(1, min(prompt_tokens, stop // 2))
+        prompts.append(ids[:start])
+    return prompts
+
+
+def batch_with(
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Reply],
+    source: int,
+    *,
+    pad: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Prompts and replies as a batch, padded on the right, of which the replies are trained on.
+
+    Args:
+        prompts: The tokens of each.
+        replies: The reply to each.
+        source: Who wrote the replies.
+        pad: The token behind the end of a row, which is not attended to.
+        device: Where to put the batch.
+    """
+    rows = []
+    for prompt, reply in zip(prompts, replies, strict=True):
+        before, after = len(prompt), len(reply.tokens)
+        ids = torch.tensor([*prompt, *reply.tokens], device=device)
+        mine = torch.arange(before + after, device=device) >= before
+        rows.append((ids, torch.ones_like(ids), ids.where(mine, IGNORED), source * mine.long()))
+    filling = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, SOURCES: DATA}
+    columns = zip(*rows, strict=True)
+    return {
+        name: pad_sequence(list(column), batch_first=True, padding_value=value)
+        for (name, value), column in zip(filling.items(), columns, strict=True)
+    }

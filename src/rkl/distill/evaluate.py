@@ -28,7 +28,8 @@ from rkl.distill.generate import (
     sampling_of,
     save,
 )
-from rkl.distill.heads import Known, logits_of, read_head
+from rkl.distill.heads import read_head
+from rkl.distill.known import Known, Observed, logits_of
 from rkl.distill.limits import check_context, check_counts, device_named, divergence_named
 from rkl.distill.processes import Processes, joined
 from rkl.distill.progress import quiet
@@ -45,7 +46,7 @@ from rkl.distill.teachers import (
 )
 from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
 from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation
-from rkl.estimators import LinearHead, TopK
+from rkl.estimators import LinearHead
 from rkl.importing import names_in, only
 from rkl.metrics import Mean, clustered_mean, to_json
 from rkl.metrics.precision_recall import SLOPES, pr_curve
@@ -485,7 +486,7 @@ class _Sums:
         return clustered_mean(self.total[name][kept], self.count[kept])
 
 
-def _chunks(p: Known | TopK, q: Known) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _chunks(p: Observed, q: Known) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """The log-probabilities of some tokens at a time, few enough to stay in a core's cache."""
     if isinstance(q, LinearHead):
         tokens, vocab = len(q.hidden), len(q.weight)
@@ -509,7 +510,7 @@ def _chunks(p: Known | TopK, q: Known) -> Iterator[tuple[slice, Tensor, Tensor]]
             start = stop
 
 
-def _logits(known: Known | TopK, part: slice) -> Float[Tensor, "chunk vocab"]:
+def _logits(known: Observed, part: slice) -> Float[Tensor, "chunk vocab"]:
     if isinstance(known, LinearHead):
         logits = logits_of(known._replace(hidden=known.hidden[part]))
     else:

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from rkl.checks import warn
-from rkl.estimators import LinearHead, TopK, products
+from rkl.distill.known import Known, logits_of
+from rkl.estimators import LinearHead
 
 # What a configuration may call a factor of the logits, and the power in which it enters.
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 _SOFTCAPS = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap"
 _CAUSAL = "expected a causal language model"
 _STRETCH = 100.0  # logits at which no soft cap in use can hide
-
-Known = LinearHead | Float[Tensor, "tokens vocab"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,35 +200,6 @@ def _check_logits(name: str, model: Any, output: Any) -> Tensor:
             f"masked models do; {_CAUSAL}."
         )
     return logits
-
-
-def logits_of(known: Known | TopK) -> Float[Tensor, "tokens vocab"]:
-    """The logits, all at once; of a head in half precision they are single."""
-    if isinstance(known, TopK):
-        raise TypeError(
-            "teacher gives its top k alone, and not the whole distribution that is needed here. "
-            "DistillTrainer, with its evaluation, takes a top k; rkl evaluate does not."
-        )
-    if isinstance(known, Tensor):
-        return known
-    logits = known.scale * products(known)
-    if known.softcap is not None:
-        logits = known.softcap * (logits / known.softcap).tanh()
-    return logits / known.temperature
-
-
-def at_temperature(known: Any, temperature: float) -> Any:
-    """The same, its logits divided by a temperature, which a top k has lost."""
-    if isinstance(known, TopK):
-        if temperature != 1:
-            raise ValueError(
-                "temperature must be 1 for a teacher known by its top k, whose other "
-                f"probabilities another temperature would need; got {temperature}."
-            )
-        return known
-    if isinstance(known, Tensor):
-        return known if temperature == 1 else known / temperature
-    return known._replace(temperature=temperature)
 
 
 def _scale(config) -> float:

@@ -474,6 +474,7 @@ def make_trainer(
         "router_aux_loss": settings.router_aux_loss,
         "max_length": settings.max_length,
         "compiled": settings.compiled,
+        "allow_partial": settings.allow_partial,
         "bf16": settings.dtype == "bfloat16",
         "activation_checkpointing": settings.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False},

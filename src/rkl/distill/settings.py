@@ -67,6 +67,8 @@ class DistillSettings:
         keep_checkpoints: Checkpoints kept on the disk, 2 or more: the best and the last too.
         dtype: What is computed in; the weights of the student stay float32.
         compiled: Compile the loss; by default where the work is worth the minute it takes.
+        allow_partial: On a teacher known by its top k, minimise also a divergence of which most
+            may lie among the other atoms, such as reverse KL or AKL.
         gradient_checkpointing: Compute activations twice rather than keep them: less memory, more
             time.
         lora_rank: Rank of LoRA adapters, which are then trained in place of all weights (extra
@@ -114,6 +116,7 @@ class DistillSettings:
     keep_checkpoints: int = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
     compiled: bool | None = None
+    allow_partial: bool = False
     gradient_checkpointing: bool = False
     lora_rank: int | None = None
     lora_targets: str | None = None

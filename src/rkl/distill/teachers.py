@@ -33,9 +33,9 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.import_utils import is_peft_available
 
 from rkl.checks import warn
-from rkl.distill.heads import Head, Known, read_head
+from rkl.distill.heads import Head, read_head
+from rkl.distill.known import Observed
 from rkl.distill.merged import base_of, load_merged, unread_weights
-from rkl.estimators import TopK
 from rkl.runs.integrity import Input, check_finite, files_of, hub_name, local_path
 
 OF_MODEL = (  # the files of a folder that decide what a model and its tokenizer are
@@ -77,13 +77,15 @@ class Teacher(abc.ABC):
         predicting: Bool[Tensor, "rows steps"],
         *,
         vocab: int | None = None,
-    ) -> Known | TopK:
+    ) -> Observed:
         """What is known of p, constant to autograd, row after row.
 
-        Logits, the head that yields them, or at temperature 1 an :class:`rkl.TopK` of the
-        likeliest atoms, which servers give. Both distributions are then coarsened to these atoms
-        and the rest. Tokens with fewer atoms than others are filled up with log-probability -inf
-        at any index not used yet.
+        Logits or the head that yields them; or, at temperature 1,
+
+        - an :class:`rkl.TopK` of the likeliest atoms, which servers give: both distributions are
+          coarsened to these atoms and the rest. Tokens with fewer atoms than others are filled
+          up with log-probability -inf at any index not used yet;
+        - a :class:`rkl.Sampled` of atoms drawn from p: the loss is then an unbiased estimate.
 
         Args:
             inputs: The batch as the student gets it, without its labels.
@@ -125,6 +127,29 @@ class AdapterBase(Teacher):
     def observe(self, inputs, predicting, *, vocab=None):
         with self.writing():
             return self.head.observe(inputs, predicting, vocab=vocab)
+
+
+def check_teacher(teacher: Any) -> None:
+    """Refuse what is no teacher, with a TypeError."""
+    if teacher != "base" and not isinstance(teacher, nn.Module | Teacher):
+        raise TypeError(
+            f"teacher must be a model, 'base' or a rkl.distill.Teacher; got {teacher!r}. "
+            "rkl.distill.load_model gives a model."
+        )
+
+
+def as_teacher(
+    teacher: nn.Module | str | Teacher, student: Head, device: str | torch.device
+) -> Teacher:
+    """A teacher, made of a model or of the base of the student's adapters where it is none."""
+    check_teacher(teacher)
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, str):
+        return AdapterBase(student)
+    if getattr(teacher, "hf_device_map", None) is None:
+        teacher.to(device)
+    return ModelTeacher(teacher)
 
 
 def check_peft() -> None:

@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import gather_object
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
@@ -22,18 +21,14 @@ from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number, warn
 from rkl.distill.batches import DATA, Batch, PadRows, shifted, sources_of
 from rkl.distill.checkpoints import replacing_folder_together, rotate, settle
 from rkl.distill.data import IGNORED, tokenize
-from rkl.distill.heads import (
-    Known,
-    at_temperature,
-    logits_of,
-    read_head,
-)
+from rkl.distill.heads import read_head
+from rkl.distill.known import Known, Observations, Observed, at_temperature, infinite_atoms
 from rkl.distill.limits import check_counts, check_temperature, check_within, context_of
 from rkl.distill.on_policy import Mixture
 from rkl.distill.rollouts import ModelWriter, check_generation, common_ends, sampling_of
 from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
 from rkl.distill.sources import is_row
-from rkl.distill.teachers import AdapterBase, ModelTeacher, Teacher, check_peft
+from rkl.distill.teachers import Teacher, as_teacher, check_peft, check_teacher
 from rkl.distill.vocabulary import share_vocabulary
 from rkl.divergences import AKL, KL, Divergence
 from rkl.estimators import LinearHead, TopK, exact, per_token
@@ -72,6 +67,8 @@ class DistillConfig(TrainingArguments):
             multiple of gradient_accumulation_steps, which is the default. More of them are
             written by an earlier student than the one that learns from them.
         prompt_tokens: Length of a prompt in tokens where rows have none, as plain text.
+        allow_partial: Whether to minimise, on a teacher known by its top k, also a divergence of
+            which most may lie among the other atoms, such as reverse KL or AKL.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both."})
@@ -105,6 +102,9 @@ class DistillConfig(TrainingArguments):
     prompt_tokens: int = field(
         default=32, metadata={"help": "Length of a prompt out of plain text, in tokens."}
     )
+    allow_partial: bool = field(
+        default=False, metadata={"help": "Minimise any divergence on a teacher's top k."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -116,6 +116,8 @@ class DistillConfig(TrainingArguments):
         if self.router_aux_loss not in (True, False):
             got = self.router_aux_loss
             raise TypeError(f"router_aux_loss must be True or False; got {got!r}.")
+        if self.allow_partial not in (True, False):
+            raise TypeError(f"allow_partial must be True or False; got {self.allow_partial!r}.")
         if self.compiled not in (None, True, False):
             raise TypeError(f"compiled must be True, False or None; got {self.compiled!r}.")
         if self.label_smoothing_factor != 0:
@@ -182,7 +184,7 @@ class DistillTrainer(Trainer):
             kwargs[name] = _tokenized(name, kwargs.get(name), tokenizer, args)
         self.divergence = divergence
         self._head = read_head(cast(nn.Module, model))
-        self._teacher = self._as_teacher(teacher, args)
+        self._teacher = as_teacher(teacher, self._head, args.device)
         self._shared = share_vocabulary(
             self._teacher.vocab, self._head.vocab, teacher_processing_class, tokenizer
         )
@@ -195,6 +197,7 @@ class DistillTrainer(Trainer):
         # The loss is divided by the tokens of the whole step, counted as `shifted` counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._infinite = 0
+        self._observations = Observations(divergence, allow_partial=args.allow_partial)
         self._nan_at = ""  # the first token whose loss is NaN, in words
         self._named = self._moving = False
         self._staging: str | None = None
@@ -208,17 +211,6 @@ class DistillTrainer(Trainer):
 
     def _student(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
-
-    def _as_teacher(
-        self, teacher: nn.Module | Literal["base"] | Teacher, args: DistillConfig
-    ) -> Teacher:
-        if isinstance(teacher, Teacher):
-            return teacher
-        if isinstance(teacher, str):
-            return AdapterBase(self._head)
-        if getattr(teacher, "hf_device_map", None) is None:
-            teacher.to(args.device)
-        return ModelTeacher(teacher)
 
     def _writers(self, teacher_tokenizer: Any, tokenizer: Any) -> Mixture | None:
         """What puts text of the student or the teacher into batches; None where all is data."""
@@ -334,13 +326,23 @@ class DistillTrainer(Trainer):
         return output._replace(metrics=(output.metrics or {}) | metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log values, and with the training loss how many tokens had an infinite divergence."""
+        """Log values, and with the training loss what it left out or did not know.
+
+        ``infinite_tokens`` counts tokens of infinite divergence. Of a teacher known in part,
+        ``captured_mass`` is its mean probability of the atoms that are known, and of one known
+        by draws ``loss_error`` is the standard error of the loss of the step that is logged.
+        """
         if "loss" in logs:
             count = torch.tensor(self._infinite, device=self.args.device)
             total = int(cast(Tensor, self.accelerator.reduce(count, reduction="sum")))
             self._infinite = 0
             if total:
                 logs["infinite_tokens"] = total
+            logs |= self._observations.pop(
+                lambda sums: cast(
+                    Tensor, self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
+                )
+            )
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -475,8 +477,8 @@ class DistillTrainer(Trainer):
     def _cause(self) -> str:
         """Which of the two models is not finite itself."""
         models = {"student": self._student()}
-        if isinstance(self._teacher, ModelTeacher):
-            models["teacher"] = self._teacher.head.model
+        if self._teacher.model is not None:
+            models["teacher"] = self._teacher.model
         for name, model in models.items():
             if (weight := bad_weights(model)) is not None:
                 return f" (the {name}'s weight {weight} is not finite)"
@@ -538,7 +540,7 @@ class DistillTrainer(Trainer):
             if isinstance(self.processing_class, PreTrainedTokenizerBase):
                 self.processing_class.save_pretrained(folder)
 
-    def _observe(self, batch: Batch) -> Known | TopK:
+    def _observe(self, batch: Batch) -> Observed:
         """What the teacher says of a batch, in the precision that the Trainer trains in."""
         tokens = batch.inputs.get("input_ids")
         if self._shared.differing and isinstance(tokens, Tensor):
@@ -585,7 +587,7 @@ class DistillTrainer(Trainer):
         self,
         batch: Batch,
         sources: Tensor | None,
-        p: Known | TopK,
+        p: Observed,
         q: Known,
         count: Tensor | int,
     ) -> Tensor:
@@ -596,6 +598,8 @@ class DistillTrainer(Trainer):
         like = q.hidden if isinstance(q, LinearHead) else q
         dtype = torch.promote_types(like.dtype, torch.float32)
         weight = torch.ones(len(batch.targets), dtype=dtype, device=like.device) / count
+        logged = (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
+        self._observations.note(p, q, weight, logged=logged)
         loss = self._weighted(batch, sources, p, q, weight)
         if loss.isfinite():
             return loss
@@ -614,7 +618,7 @@ class DistillTrainer(Trainer):
         self,
         batch: Batch,
         sources: Tensor | None,
-        p: Known | TopK,
+        p: Observed,
         q: Known,
         weight: Tensor,
     ) -> Tensor:
@@ -633,9 +637,7 @@ class DistillTrainer(Trainer):
         ]
         return torch.stack(parts).sum()
 
-    def _divided(
-        self, batch: Batch, p: Known | TopK, q: Known, weight: Tensor, hard: float
-    ) -> Tensor:
+    def _divided(self, batch: Batch, p: Observed, q: Known, weight: Tensor, hard: float) -> Tensor:
         """The same with one weight of the labels for all tokens."""
         compiled = self.args.compiled
         p, soft = (at_temperature(it, self.args.temperature) for it in (p, q))
@@ -655,11 +657,11 @@ class DistillTrainer(Trainer):
             hard_label_weight=hard,
         )
 
-    def _values(self, p: Known | TopK, q: Known) -> Tensor:
+    def _values(self, p: Observed, q: Known) -> Tensor:
         p, q = (at_temperature(it, self.args.temperature) for it in (p, q))
         return per_token({"loss": self.divergence}, p=p, q=q)["loss"]
 
-    def _score(self, batch: Batch, p: Known | TopK, q: Known) -> Tensor:
+    def _score(self, batch: Batch, p: Observed, q: Known) -> Tensor:
         """Of each row: the sums of finite divergences and of cross-entropies, two counts.
 
         Those are of tokens with an infinite divergence, and of all tokens.
@@ -667,6 +669,7 @@ class DistillTrainer(Trainer):
         totals = torch.zeros(len(batch.predicting), 4, device=batch.predicting.device)
         if not len(batch.targets):
             return totals
+        self._observations.judge(p, q)
         value = self._values(p, q)
         label = TopK(torch.zeros_like(value)[:, None], batch.targets[:, None])
         entropy = per_token({"label": KL()}, p=label, q=q)["label"]
@@ -676,26 +679,21 @@ class DistillTrainer(Trainer):
         row = batch.predicting.nonzero()[:, 0]
         return totals.index_add_(0, row, torch.stack(scores, 1).to(totals.dtype))
 
-    def _name(self, batch: Batch, p: Known | TopK, q: Known, infinite: Tensor) -> None:
+    def _name(self, batch: Batch, p: Observed, q: Known, infinite: Tensor) -> None:
         """Warn, once, of the first token whose divergence is infinite, and say where and why."""
         if self._named:
             return
         self._named = True
         first = int(infinite.nonzero()[0])
-        if isinstance(p, TopK):
+        p, q = (at_temperature(it, self.args.temperature) for it in (p, q))
+        if (atoms := infinite_atoms(self.divergence, p, q, first)) is None:
             warn(
-                f"{self.divergence} is infinite at {self._place(batch, first)}: among the "
-                "teacher's top k and the rest, one of the distributions is 0 where the other is "
-                "not. Such tokens have no gradient and are left out of the loss; their number is "
-                "logged as infinite_tokens."
+                f"{self.divergence} is infinite at {self._place(batch, first)}: among the atoms "
+                "known of the teacher and the rest, one of the distributions is 0 where the other "
+                "is not. Such tokens have no gradient and are left out of the loss; their number "
+                "is logged as infinite_tokens."
             )
             return
-        logp, logq = (
-            logits_of(at_temperature(_only(it, first), self.args.temperature)).log_softmax(-1)
-            for it in (p, q)
-        )
-        terms = self.divergence.integrand(logp, logq, *self.divergence.held(logp, logq))
-        atoms = (~terms.isfinite()).nonzero()[:, 1]
         warn(
             f"{self.divergence} is infinite at {self._place(batch, first)}, because of "
             f"{len(atoms)} atoms where one of the distributions is 0 and the other is not: "
@@ -753,13 +751,6 @@ def _balance(student: Any) -> float:
     return float(found[0]) if found else 0.0
 
 
-def _only(known: LinearHead | Tensor, token: int) -> LinearHead | Float[Tensor, "1 vocab"]:
-    """What is known of one token."""
-    if isinstance(known, Tensor):
-        return known[token : token + 1]
-    return known._replace(hidden=known.hidden[token : token + 1])
-
-
 def _tokenized(name: str, dataset: Any, tokenizer: Any, args: DistillConfig) -> Any:
     """Raw rows as tokens; a data set that has them is left as it is."""
     if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
@@ -813,11 +804,7 @@ def _check(
             f"divergence must be a Divergence such as AKL(); got {divergence!r}. "
             "rkl.parse makes one from a string."
         )
-    if teacher != "base" and not isinstance(teacher, nn.Module | Teacher):
-        raise TypeError(
-            f"teacher must be a model, 'base' or a rkl.distill.Teacher; got {teacher!r}. "
-            "rkl.distill.load_model gives a model."
-        )
+    check_teacher(teacher)
     if settings.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func must be left out: the divergence is the loss.")
     if settings.get("model_init") is not None:

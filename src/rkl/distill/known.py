@@ -1,0 +1,220 @@
+"""What is known of a distribution over tokens: whole, by its likeliest atoms, or by draws.
+
+The trainer asks nothing its type; what depends on the kind of knowledge stands here.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rkl.checks import warn
+from rkl.divergences import Divergence, FDivergence
+from rkl.estimators import LinearHead, Sampled, TopK, effective_draws, products, sampled_terms
+
+Known: TypeAlias = LinearHead | Float[Tensor, "tokens vocab"]  # of the student, and of a model
+Observed: TypeAlias = Known | TopK | Sampled  # of a teacher
+
+MIN_CAPTURED = 0.95  # of a teacher's mass in its top k, below which a warning is given
+MIN_EFFECTIVE_DRAWS = 4.0  # a token, in the mean, below which a divergence is refused
+FEW_EFFECTIVE_DRAWS = 16.0  # and below which a warning is given
+_FAR = 50.0  # nats of log p/q at which the growth of an integrand is measured
+
+
+def logits_of(known: Observed) -> Float[Tensor, "tokens vocab"]:
+    """The logits, all at once; of a head in half precision they are single."""
+    if isinstance(known, TopK | Sampled):
+        part = "its top k" if isinstance(known, TopK) else "some drawn atoms"
+        raise TypeError(
+            f"teacher gives {part} alone, and not the whole distribution that is needed here. "
+            "DistillTrainer, with its evaluation, takes them; rkl evaluate does not."
+        )
+    if isinstance(known, Tensor):
+        return known
+    logits = known.scale * products(known)
+    if known.softcap is not None:
+        logits = known.softcap * (logits / known.softcap).tanh()
+    return logits / known.temperature
+
+
+def at_temperature(known: Any, temperature: float) -> Any:
+    """The same, its logits divided by a temperature, which parts of a distribution have lost."""
+    if isinstance(known, TopK | Sampled):
+        if temperature != 1:
+            part = "its top k" if isinstance(known, TopK) else "drawn atoms"
+            raise ValueError(
+                f"temperature must be 1 for a teacher known by {part}, whose other "
+                f"probabilities another temperature would need; got {temperature}."
+            )
+        return known
+    if isinstance(known, Tensor):
+        return known if temperature == 1 else known / temperature
+    return known._replace(temperature=temperature)
+
+
+def infinite_atoms(
+    divergence: Divergence, p: Observed, q: Known, token: int
+) -> Int[Tensor, " atoms"] | None:
+    """The atoms that make the divergence of a token infinite; None where p is known in part."""
+    if isinstance(p, TopK | Sampled):
+        return None
+    logp, logq = (logits_of(_one_token(it, token)).log_softmax(-1) for it in (p, q))
+    terms = divergence.integrand(logp, logq, *divergence.held(logp, logq))
+    return (~terms.isfinite()).nonzero()[:, 1]
+
+
+def captured_mass(p: Observed) -> Float[Tensor, " tokens"] | None:
+    """The teacher's probability of the atoms that are known; None where all are."""
+    if isinstance(p, TopK):
+        return p.logp.exp().sum(-1).clamp_max(1.0)
+    if isinstance(p, Sampled):
+        index, order = p.index.sort(-1)
+        mass = p.logp.gather(-1, order).exp()
+        again = torch.zeros_like(index, dtype=torch.bool)
+        again[:, 1:] = index[:, 1:] == index[:, :-1]
+        return mass.masked_fill(again, 0.0).sum(-1).clamp_max(1.0)
+    return None
+
+
+def lost_in_the_rest(divergence: Divergence) -> str | None:
+    """Reason why a divergence cannot be judged by a top k; None where little of it is lost.
+
+    Coarsening rare atoms into one leaves a lower bound. It is close where F(0, 1) is finite and
+    F(1, e⁻ˣ) grows no faster than x, as for forward KL and Jensen-Shannon. Where one of them
+    fails, what the divergence measures may lie in the rest: of 1,000 atoms with Gaussian logits
+    of standard deviation 3, the first 100 keep 37 % of reverse KL and 96 % of forward KL.
+    """
+    if not isinstance(divergence, FDivergence):
+        return "it weighs atoms by whole distributions or by their rank, not by p/q alone"
+    if not math.isfinite(divergence.unseen[1]):
+        return "it grows without bound where the teacher has little mass"
+    far = torch.tensor([-_FAR, -2 * _FAR], dtype=torch.float64)
+    once, twice = divergence.integrand(torch.zeros_like(far), far).tolist()
+    if twice > 4 * max(once, 1.0):
+        return "it grows faster than log(p/q) where the student has little mass"
+    return None
+
+
+class Observations:
+    """What a teacher told in the course of a training: judged at first, then summed for the log.
+
+    Args:
+        divergence: What is minimised.
+        allow_partial: Whether a divergence of which a top k keeps little is minimised
+            nevertheless.
+    """
+
+    def __init__(self, divergence: Divergence, *, allow_partial: bool = False):
+        self.divergence, self.allow_partial = divergence, allow_partial
+        self._judged = False
+        # The sums and the numbers of: captured mass and tokens, variance of the loss and batches.
+        self._captured, self._variance = torch.zeros(2, 2)
+
+    def note(
+        self,
+        p: Observed,
+        q: Known,
+        weight: Float[Tensor, " tokens"],
+        *,
+        logged: bool,
+    ) -> None:
+        """Judge the first tokens, and sum captured mass; of steps that are logged also errors.
+
+        Args:
+            p: What is known of the teacher, at temperature 1.
+            q: What is known of the student.
+            weight: Weight of each token in the loss of the step.
+            logged: Whether the loss of this step is logged.
+
+        Raises:
+            ValueError: The divergence says nothing on what is known of p.
+        """
+        if (captured := captured_mass(p)) is None or not len(captured):
+            return
+        self.judge(p, q)
+        self._captured += torch.stack([captured.sum().cpu(), torch.tensor(float(len(captured)))])
+        if logged and isinstance(p, Sampled) and p.index.shape[-1] > 1:
+            terms = sampled_terms(self.divergence, p=p, q=q)
+            variance = (weight.square() * terms.var(-1).to(weight)).sum() / terms.shape[-1]
+            self._variance += torch.stack([variance.cpu(), torch.ones(())])
+
+    def judge(self, p: Observed, q: Known) -> None:
+        """Refuse, or warn once of, a divergence that what is known of p says little about.
+
+        Raises:
+            ValueError: Most of the divergence may lie where nothing is known.
+        """
+        if self._judged or not isinstance(p, TopK | Sampled) or not len(p.logp):
+            return
+        self._judged = True
+        if isinstance(p, Sampled):
+            self._judge_draws(p, q)
+        elif not self._is_whole(p, q):
+            self._judge_top(p)
+
+    def pop(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means since the last call, for the log; nothing where the whole of p is known.
+
+        Args:
+            total: The sum of a tensor over all processes, all of which come here.
+        """
+        sums = total(torch.cat([self._captured, self._variance])).tolist()
+        self._captured, self._variance = torch.zeros(2, 2)
+        captured, tokens, variance, measured = sums
+        logs = {"captured_mass": captured / tokens} if tokens else {}
+        return logs | ({"loss_error": math.sqrt(variance)} if measured else {})
+
+    @staticmethod
+    def _is_whole(p: TopK, q: Known) -> bool:
+        vocab = len(q.weight) if isinstance(q, LinearHead) else q.shape[-1]
+        return p.index.shape[-1] == vocab
+
+    def _judge_top(self, p: TopK) -> None:
+        captured = float(p.logp.exp().sum(-1).clamp_max(1.0).mean())
+        mass = f"the {p.index.shape[-1]} likeliest atoms, with {captured:.3f} of its mass"
+        reason = lost_in_the_rest(self.divergence)
+        if reason is not None and not self.allow_partial:
+            raise ValueError(
+                f"divergence: {self.divergence} on a teacher known by {mass}: {reason}, so that "
+                "most of it may lie among the atoms that are not known. Take KL() or "
+                "JensenShannon(), ask for more atoms, or say allow_partial=True "
+                "(--allow-partial) to minimise the part on these atoms and the rest as one."
+            )
+        if captured < MIN_CAPTURED:
+            warn(
+                f"teacher gives {mass}; below {MIN_CAPTURED} the divergence on these atoms and "
+                "the rest as one may be far below the whole. Ask for more atoms."
+            )
+
+    def _judge_draws(self, p: Sampled, q: Known) -> None:
+        """Count effective draws of p alone, or of q where the terms grow with q/p."""
+        f: Any = self.divergence
+        unbounded = isinstance(f, FDivergence) and not math.isfinite(f.unseen[1])
+        if not unbounded and p.log_weight is None:
+            return
+        if unbounded:
+            draws = float(effective_draws(p, q).mean())
+        else:
+            log = torch.zeros_like(p.logp) if p.log_weight is None else p.log_weight
+            log = log.double()
+            draws = float((2 * log.logsumexp(-1) - (2 * log).logsumexp(-1)).exp().mean())
+        what = (
+            f"{self.divergence} on atoms drawn from the teacher: {p.index.shape[-1]} draws a "
+            f"token are worth {draws:.1f} of the distribution that its terms weigh"
+        )
+        if draws < MIN_EFFECTIVE_DRAWS and not self.allow_partial:
+            raise ValueError(
+                f"divergence: {what}, of {MIN_EFFECTIVE_DRAWS:g} at least. Take KL() or "
+                "JensenShannon(), or more draws."
+            )
+        if draws < FEW_EFFECTIVE_DRAWS:
+            warn(f"{what}; loss_error in the log is its standard error, as far as these show it.")
+
+
+def _one_token(known: Known, token: int) -> LinearHead | Float[Tensor, "1 vocab"]:
+    if isinstance(known, Tensor):
+        return known[token : token + 1]
+    return known._replace(hidden=known.hidden[token : token + 1])

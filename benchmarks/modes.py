@@ -19,9 +19,9 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch reads th
 
 import torch  # noqa: E402
 
-from rkl.flows import fit_to_target, judge_coverage  # noqa: E402
-from rkl.flows.target_run import suited  # noqa: E402
-from rkl.flows.targets import GaussianMixture, MoG4, MoG8, Rings  # noqa: E402
+from rkl.sample import fit_to_target, judge_coverage  # noqa: E402
+from rkl.sample.settings import suited  # noqa: E402
+from rkl.sample.targets import GaussianMixture, MoG4, MoG8, Rings  # noqa: E402
 
 TARGETS = {
     "mog8": MoG8(),

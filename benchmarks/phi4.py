@@ -20,8 +20,8 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch reads th
 
 import torch  # noqa: E402
 
-from rkl.flows import CoarseToFineField, fit_to_target, reweight  # noqa: E402
-from rkl.flows.targets import Phi4  # noqa: E402
+from rkl.sample import CoarseToFineField, fit_to_target, reweight  # noqa: E402
+from rkl.sample.targets import Phi4  # noqa: E402
 
 BLOCK = 512
 FIELDS = (

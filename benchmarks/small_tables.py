@@ -23,7 +23,7 @@ from sklearn import datasets
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import KFold
 
-from rkl.flows import fit_to_samples, read_data
+from rkl.fit import fit_to_samples, read_data
 from rkl.flows.architectures import parse_architecture
 
 TABLES = "wine", "iris", "diabetes", "breast_cancer"

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rkl.flows import NSF, CheckerboardRealNVP, CoarseToFine, Coupling
-from rkl.flows.objectives import VARIANTS
-from rkl.flows.observables import check_held_out
-from rkl.flows.targets import XY, MoG8
+from rkl.flows import NSF, Coupling
+from rkl.sample import CheckerboardRealNVP, CoarseToFine
+from rkl.sample.objectives import VARIANTS
+from rkl.sample.observables import check_held_out
+from rkl.sample.targets import XY, MoG8
 from rkl.studies import advnf as study
 from rkl.studies import advnf_fits as fits
 

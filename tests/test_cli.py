@@ -232,13 +232,13 @@ def test_what_is_proposed_after_an_interruption_is_a_command_that_works(
     tmp_path, monkeypatch, capsys, verb, begun
 ):
     out, run = tmp_path / "a run", tmp_path / "another run"
-    Run.create(run, "flows", {"target": "mog4()"}, seed=0).release()
+    Run.create(run, "sample", {"target": "mog4()"}, seed=0).release()
     words = [it.format(out=out, run=run) for it in INTERRUPTED[verb].split()]
     words = words if words[0] in cli.commands.COMMANDS else [verb, *words]
 
     def interrupted(parsed):
         if begun:
-            Run.create(out, "flows", {}, seed=0).update(status="interrupted")
+            Run.create(out, "fit", {}, seed=0).update(status="interrupted")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_run", interrupted)

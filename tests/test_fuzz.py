@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 import rkl
 from rkl import cli, readers
 from rkl.bayes.losses import parse_loss
-from rkl.flows import parse_objective
+from rkl.fit.data import read_data
+from rkl.fit.run import fit
+from rkl.fit.settings import FitSettings
 from rkl.flows.architectures import parse_architecture
-from rkl.flows.data import read_data
-from rkl.flows.data_run import FitSettings
-from rkl.flows.run import fit
-from rkl.flows.targets import parse_target
+from rkl.sample import parse_objective
+from rkl.sample.targets import parse_target
 
 SOURCE = str(Path(rkl.__file__).parent)
 REFUSALS = (

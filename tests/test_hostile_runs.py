@@ -218,12 +218,12 @@ KINDS = [
 
 
 @pytest.mark.parametrize(
-    "name", [*KINDS, "flows", "bayes", "distill", "../x", "flows.run", "kernels"]
+    "name", [*KINDS, "fit", "sample", "bayes", "distill", "../x", "fit.run", "kernels"]
 )
 def test_a_run_of_another_kind_is_refused_in_one_line(name, runs, gift):
     for kind in ("data", "estimate"):
         for verb, words in (verbs(kind, runs) | {"load": ["load"]}).items():
-            other = name != {"data": "flows", "estimate": "bayes"}[kind]
+            other = name != {"data": "fit", "estimate": "bayes"}[kind]
             if other and verb in ("report", "load", "evaluate", "compare"):
                 code, _said = gift(kind, ("kind",), name, *words)
                 # the report of a distillation shows what is logged, whatever it is

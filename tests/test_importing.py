@@ -17,12 +17,12 @@ from rkl.bayes import bayes_act
 from rkl.bayes.losses import parse_loss
 from rkl.cli import main
 from rkl.distill.settings import DistillSettings
+from rkl.fit.settings import FitSettings
 from rkl.flows.architectures import parse_architecture
-from rkl.flows.data_run import FitSettings
-from rkl.flows.objectives import parse_objective
-from rkl.flows.target_run import TargetSettings
-from rkl.flows.targets import parse_target
 from rkl.importing import imported, names_in, only
+from rkl.sample.objectives import parse_objective
+from rkl.sample.settings import TargetSettings
+from rkl.sample.targets import parse_target
 
 MINE = """
 import torch

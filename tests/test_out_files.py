@@ -3,29 +3,34 @@
 import numpy as np
 import pytest
 
-from rkl import bayes, distill, flows, runs
+from rkl import bayes, distill, fit, runs, sample
 from rkl.bayes.run import EstimateSettings, estimate
 from rkl.studies import demo
 
 SETTINGS = {"divergences": ["kl"], "before": "start"}
 VERBS = {
-    "sample": lambda run, out, **how: flows.sample_run(run, flows.SampleSettings(out=out), **how),
+    "sample": lambda run, out, **how: fit.sample_run(run, fit.SampleSettings(out=out), **how),
     "generate": lambda run, out, **how: distill.generate_run(
         run, distill.GenerateSettings(data="text.txt", out=str(out)), **how
     ),
+    "sample a target": lambda run, out, **how: sample.sample_run(
+        run, sample.SampleSettings(out=out), **how
+    ),
     "compare estimates": lambda run, out, **how: bayes.compare_runs([run, run], out, **how),
     "compare distillations": lambda run, out, **how: distill.compare_runs([run, run], out, **how),
-    "compare flows": lambda run, out, **how: flows.compare_runs([run, run], out, **how),
+    "compare flows": lambda run, out, **how: fit.compare_runs([run, run], out, **how),
+    "compare targets": lambda run, out, **how: sample.compare_runs([run, run], out, **how),
     "report an estimate": lambda run, out, **how: bayes.report_runs([run], out, **how),
     "report a distillation": lambda run, out, **how: distill.report_runs([run], out, **how),
-    "report a flow": lambda run, out, **how: flows.report_runs([run], out, **how),
+    "report a flow": lambda run, out, **how: fit.report_runs([run], out, **how),
+    "report a target": lambda run, out, **how: sample.report_runs([run], out, **how),
     "report a demonstration": lambda run, out, **how: demo.report_runs([run], out, **how),
 }
 KIND = {
     "estimate": "bayes",
     "estimates": "bayes",
-    "flow": "flows",
-    "flows": "flows",
+    **dict.fromkeys(("sample", "flow", "flows"), "fit"),
+    **dict.fromkeys(("target", "targets"), "sample"),
     "demonstration": "studies.demo",
 }
 

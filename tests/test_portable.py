@@ -75,7 +75,7 @@ def test_numerical_tests_are_doctests_and_files_that_run_no_command_line():
     found = portable.numerical()
     assert {"src", "docs", "README.md", "tests/bayes/test_family_digits.py"} <= set(found)
     assert {"tests/distill/test_heads.py", "tests/test_divergences.py"} <= set(found)
-    assert not {"tests/test_cli.py", "tests/flows/test_target_run.py"} & set(found)
+    assert not {"tests/test_cli.py", "tests/sample/test_target_run.py"} & set(found)
     assert len(found) > 40
     assert all((portable.ROOT / name).exists() for name in found)
 

@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from rkl import cli
-from rkl.flows import read_data
+from rkl.fit import read_data
 from rkl.flows.files import write_samples
 from rkl.metrics.samples import read_both
 from rkl.readers import as_floats, class_names, natural_order, read, read_columns, read_labels

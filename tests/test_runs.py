@@ -500,8 +500,8 @@ def test_resuming_under_other_settings_is_refused_by_name(tmp_path):
         Run.create(tmp_path, "distill", other, seed=0, resume=True)
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
         Run.create(tmp_path, "distill", SETTINGS, seed=1, resume=True)
-    with pytest.raises(ValueError, match="kind 'distill'; expected 'flows'"):
-        Run.create(tmp_path, "flows", SETTINGS, seed=0, resume=True)
+    with pytest.raises(ValueError, match="kind 'distill'; expected 'fit'"):
+        Run.create(tmp_path, "fit", SETTINGS, seed=0, resume=True)
     Run.create(tmp_path, "distill", other, seed=0, resume=True, may_change=["max_steps"])
 
 
@@ -780,3 +780,16 @@ def test_rows_that_were_trained_on_are_recognised(tmp_path):
     run.remember_rows(f"row {i}" for i in range(1000))
     assert run.count_seen(["row 7", "row 999", "row 1000", "unseen"]) == 2
     assert (tmp_path / "rows.bin").stat().st_size == 8 * 1000
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"), [({"data": "x.npy"}, "fit"), ({"target": "mog4()"}, "sample")]
+)
+def test_a_run_of_a_flow_that_0_1_made_opens_as_one_of_data_or_of_a_target(
+    tmp_path, settings, kind
+):
+    Run.create(tmp_path, "flows", settings, seed=0).release()
+    assert Run.open(tmp_path).kind == kind
+    with Run.create(tmp_path, kind, settings, seed=0, resume=True) as run:
+        run.update(status="done")
+    assert json.loads((tmp_path / "run.json").read_text())["kind"] == kind

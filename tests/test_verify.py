@@ -7,8 +7,8 @@ import pytest
 
 import rkl
 from rkl.cli import main
-from rkl.flows.data_run import FitSettings
-from rkl.flows.run import fit
+from rkl.fit.run import fit
+from rkl.fit.settings import FitSettings
 from rkl.runs import Run
 
 SETTINGS = {"flow": "coupling(transforms=1, hidden=(4,))", "batch": 32, "steps": 2}

@@ -9,7 +9,8 @@ import torch
 
 import rkl
 from rkl.checks import warn
-from rkl.flows import Coupling, fit_to_samples
+from rkl.fit import fit_to_samples
+from rkl.flows import Coupling
 from rkl.flows.training import one_at_a_time
 from rkl.metrics.neighbours import prdc
 

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from rkl.flows import CircularSplines, CoarseToFine, evaluate_on_target, fit_to_target
-from rkl.flows.target_run import suited
-from rkl.flows.targets import XY, Condition, Density
+from rkl.flows import CircularSplines
+from rkl.sample import CoarseToFine, evaluate_on_target, fit_to_target
+from rkl.sample.settings import suited
+from rkl.sample.targets import XY, Condition, Density
 
 TEMPERATURES = (Condition("T", 0.5, 1.0),)
 

@@ -3,17 +3,16 @@
 import pytest
 import torch
 
-from rkl.flows import (
-    NSF,
+from rkl.fit import fit_to_samples
+from rkl.flows import NSF, Coupling
+from rkl.sample import (
     CoarseToFine,
     CoarseToFineField,
-    Coupling,
     condition_grid,
     evaluate_on_target,
-    fit_to_samples,
     fit_to_target,
 )
-from rkl.flows.targets import XY, MoG4, Phi4
+from rkl.sample.targets import XY, MoG4, Phi4
 
 X = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
 

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from rkl.flows import NSF, evaluate_on_target, fit_to_target, reweight
+from rkl.flows import NSF
 from rkl.flows.architectures import Conditioned
 from rkl.flows.architectures.placed import FURTHEST, TAILS, Placed
-from rkl.flows.targets import Condition, Density
+from rkl.sample import evaluate_on_target, fit_to_target, reweight
+from rkl.sample.targets import Condition, Density
 
 
 def placed(event=(2,), conditions=1):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
 
-from rkl.flows import MAF, NSF, Coupling, Method, draw, fit_to_samples, latent, read_data
+from rkl.fit import Method, fit_to_samples, read_data
+from rkl.flows import MAF, NSF, Coupling, draw, latent
 from rkl.flows.standardise import Standardised, Units
 
 SMALL = Coupling(2, (8,))

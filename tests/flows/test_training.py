@@ -96,7 +96,7 @@ class StoppedError(Exception):
 def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path, at):
     def fitted(name, interrupted_at=None, resume=False):
         flow, counter = Location(), Counter()
-        run = Run.create(tmp_path / name, "flows", {}, seed=0, resume=resume)
+        run = Run.create(tmp_path / name, "fit", {}, seed=0, resume=resume)
         inner = noisy(flow, counter)
 
         def objective(moment):
@@ -127,7 +127,7 @@ def trained(tmp_path):
 
     def fitted(name, steps, *, signalled_at=None, broken_at=None, resume=False):
         flow, counter = Location(), Counter()
-        with Run.create(tmp_path / name, "flows", {}, seed=0, resume=resume) as run:
+        with Run.create(tmp_path / name, "fit", {}, seed=0, resume=resume) as run:
             inner = noisy(flow, counter)
 
             def objective(moment):
@@ -170,7 +170,7 @@ def test_a_finished_training_goes_on_under_a_larger_budget_to_the_same_bits(trai
 
 
 def test_a_finished_training_resumed_is_left_as_it_is(tmp_path):
-    flow, run = Location(), Run.create(tmp_path / "run", "flows", {}, seed=0)
+    flow, run = Location(), Run.create(tmp_path / "run", "fit", {}, seed=0)
     train(flow, noisy(flow), steps=20, run=run)
     again = Location()
     done = train(again, noisy(again), steps=20, run=run)
@@ -299,7 +299,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 
 
 def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path):
-    flow, run = Location(), Run.create(tmp_path / "run", "flows", {}, seed=0)
+    flow, run = Location(), Run.create(tmp_path / "run", "fit", {}, seed=0)
     (run.path / CHECKPOINT).write_bytes(b"not safetensors at all")
     with pytest.raises(ValueError, match="holds no state"):
         train(flow, noisy(flow), steps=2, run=run)

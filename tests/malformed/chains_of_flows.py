@@ -6,7 +6,9 @@ import torch
 from subjects import Subject, fault
 from torch.distributions import Categorical, Independent, Normal
 
-from rkl.flows import (
+from rkl.metrics import batches, chains
+from rkl.metrics.overlap import earth_mover, histogram_overlap
+from rkl.sample import (
     HeatBath,
     Metropolis,
     RandomWalk,
@@ -25,9 +27,7 @@ from rkl.flows import (
     thermodynamic_integration,
     thermodynamics,
 )
-from rkl.flows.targets import XY, Density, MoG8
-from rkl.metrics import batches, chains
-from rkl.metrics.overlap import earth_mover, histogram_overlap
+from rkl.sample.targets import XY, Density, MoG8
 
 ONE = torch.ones(1)
 LAW = Independent(Normal(torch.zeros(2), 5.0), 1)
@@ -99,7 +99,7 @@ OF_LOG_Z = [
 def of_log_z(method, sizes, least):
     given = {"target": XY(side=2), "condition": COLD, "rungs": 4, "kernel": None, **sizes}
     return Subject(
-        f"flows.{method.__name__}",
+        f"sample.{method.__name__}",
         method,
         lambda: dict(given),
         [
@@ -118,7 +118,7 @@ def of_log_z(method, sizes, least):
 
 CHAINS = [
     Subject(
-        "flows.independent_metropolis",
+        "sample.independent_metropolis",
         independent_metropolis,
         lambda: {
             "target": MoG8(),
@@ -146,7 +146,7 @@ CHAINS = [
         ],
     ),
     Subject(
-        "flows.markov_chain",
+        "sample.markov_chain",
         markov_chain,
         lambda: {
             "target": XY(side=2, ring_exchange=0.5),
@@ -175,14 +175,14 @@ CHAINS = [
         ],
     ),
     Subject(
-        "flows.HeatBath",
+        "sample.HeatBath",
         HeatBath,
         lambda: {"over_relaxation": 2},
         of_count("over_relaxation", 0),
     ),
     *(
         Subject(
-            f"flows.{kernel.__name__}",
+            f"sample.{kernel.__name__}",
             kernel,
             lambda: {"step": 1.0},
             [
@@ -197,13 +197,13 @@ CHAINS = [
 ]
 WEIGHTS = [
     Subject(
-        "flows.reweight",
+        "sample.reweight",
         reweight,
         lambda: {"log_ratio": RATIO, "sites": 4},
         [*of_log_ratio(), INFINITE, *of_count("sites", 1)],
     ),
     Subject(
-        "flows.expectation",
+        "sample.expectation",
         expectation,
         lambda: {"values": RATIO, "log_ratio": RATIO},
         [
@@ -213,7 +213,7 @@ WEIGHTS = [
         ],
     ),
     Subject(
-        "flows.thermodynamics",
+        "sample.thermodynamics",
         thermodynamics,
         lambda: {
             "log_ratio": RATIO.expand(2, -1),
@@ -229,7 +229,7 @@ WEIGHTS = [
         ],
     ),
     Subject(
-        "flows.judge_ratios",
+        "sample.judge_ratios",
         judge_ratios,
         lambda: {
             "log_ratio": RATIO,
@@ -252,7 +252,7 @@ WEIGHTS = [
         ],
     ),
     Subject(
-        "flows.judge_coverage",
+        "sample.judge_coverage",
         judge_coverage,
         lambda: {
             "target": MoG8(),
@@ -280,7 +280,7 @@ WEIGHTS = [
 ]
 MEASURES = [
     Subject(
-        "flows.averages",
+        "sample.averages",
         averages,
         lambda: {
             "target": MoG8(),
@@ -300,7 +300,7 @@ MEASURES = [
         ],
     ),
     Subject(
-        "flows.beside_held_out",
+        "sample.beside_held_out",
         beside_held_out,
         lambda: {
             "target": MoG8(),
@@ -318,7 +318,7 @@ MEASURES = [
         ],
     ),
     Subject(
-        "flows.check_held_out",
+        "sample.check_held_out",
         check_held_out,
         lambda: {"train": ROWS, "held_out": ROWS + 100},
         [

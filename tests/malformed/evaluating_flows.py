@@ -6,8 +6,8 @@ import torch
 from chains_of_flows import LAW, OF_SEED, of_count
 from subjects import Subject, fault
 
-from rkl.flows import EvaluateSettings, condition_grid, evaluate_on_target, report_runs
-from rkl.flows.targets import MoG8
+from rkl.sample import EvaluateSettings, condition_grid, evaluate_on_target, report_runs
+from rkl.sample.targets import MoG8
 
 
 class Law(torch.nn.Module):
@@ -17,7 +17,7 @@ class Law(torch.nn.Module):
 
 SUBJECTS = [
     Subject(
-        "flows.evaluate_on_target",
+        "sample.evaluate_on_target",
         evaluate_on_target,
         lambda: {
             "flow": Law(),
@@ -39,19 +39,19 @@ SUBJECTS = [
         ],
     ),
     Subject(
-        "flows.condition_grid",
+        "sample.condition_grid",
         condition_grid,
         lambda: {"ranges": MoG8().conditions, "values": 3},
         of_count("values", 1),
     ),
     Subject(
-        "flows.EvaluateSettings",
+        "sample.EvaluateSettings",
         EvaluateSettings,
         lambda: {"data": Path("draws.npz"), "values": 3, "draws": 10, "chains": 2},
         [*of_count("values", 1), *of_count("draws", 2), *of_count("chains", 1)],
     ),
     Subject(
-        "flows.report_runs",
+        "sample.report_runs",
         report_runs,
         lambda: {"paths": ["run"]},
         [fault("paths", "none", [], "one by one", "0")],

@@ -5,7 +5,7 @@ import math
 import torch
 from subjects import ABSENT, Lazy, Subject, command, fault
 
-from rkl import KL, PrecisionRecall, flows
+from rkl import KL, PrecisionRecall, fit, flows
 from rkl.flows import architectures
 
 
@@ -23,8 +23,8 @@ def training():
 
 
 def a_fit(with_critic):
-    how = {"steps": 1, "with_critic": with_critic, "method": flows.Method(batch=4)}
-    return flows.fit_to_samples(flows.Coupling(2, (4,)), rows(), **how)
+    how = {"steps": 1, "with_critic": with_critic, "method": fit.Method(batch=4)}
+    return fit.fit_to_samples(flows.Coupling(2, (4,)), rows(), **how)
 
 
 def a_law():
@@ -33,8 +33,8 @@ def a_law():
 
 SUBJECTS = [
     Subject(
-        "flows.read_data",
-        flows.read_data,
+        "fit.read_data",
+        fit.read_data,
         lambda: {"source": rows(), "labels": [0, 1] * 20, "dequantise": None},
         [
             fault("source", "a number", 3, "int", named="data"),
@@ -50,15 +50,15 @@ SUBJECTS = [
         ],
     ),
     Subject(
-        "flows.fit_to_samples",
-        flows.fit_to_samples,
+        "fit.fit_to_samples",
+        fit.fit_to_samples,
         lambda: {
             "flow": flows.Coupling(2, (4,)),
             "data": rows(),
             "divergence": KL(),
             "steps": 1,
             "minutes": None,
-            "method": flows.Method(batch=4),
+            "method": fit.Method(batch=4),
             "target_precision": None,
             "budget": None,
         },
@@ -74,8 +74,8 @@ SUBJECTS = [
         ],
     ),
     Subject(
-        "flows.distil_rejection",
-        flows.distil_rejection,
+        "fit.distil_rejection",
+        fit.distil_rejection,
         lambda: {"fitted": a_fit(True), "budget": 1.1, "anchor": 0.5, "steps": 1},
         [
             fault("fitted", "without a critic", Lazy(lambda: a_fit(False)), "with_critic"),
@@ -100,8 +100,8 @@ SUBJECTS = [
         ],
     ),
     Subject(
-        "flows.Method",
-        flows.Method,
+        "fit.Method",
+        fit.Method,
         lambda: {"estimator": "data", "start": 0.5, "anchor": 0.1, "batch": 8, "held_out": 0.1},
         [
             fault("estimator", "unknown", "best", "'best'"),

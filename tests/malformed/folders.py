@@ -123,7 +123,7 @@ SUBJECTS = [
         [
             fault("settings", "resumed with others", {"teacher": "T"}, "teacher was", "'T'"),
             fault("seed", "resumed with another", 1, "seed was 0 and is 1"),
-            fault("kind", "resumed with another", "flows", "'distill'", "'flows'"),
+            fault("kind", "resumed with another", "fit", "'distill'", "'fit'"),
             fault("out", "resuming no run", "student", "no run.json", named="path"),
             fault("out", "resuming a torn run", "run-torn", "corrupt", named="path"),
         ],

@@ -7,7 +7,7 @@ from subjects import ABSENT, Subject, command, fault
 from torch.distributions import Normal
 
 from rkl import AKL, KL
-from rkl.flows.rejection import reject
+from rkl.fit.rejection import reject
 from rkl.metrics.clusters import equal_precision, prd_curve
 from rkl.metrics.frechet import frechet_bias, frechet_distance
 from rkl.metrics.neighbours import copies, prdc, prdc_ceiling

@@ -6,8 +6,8 @@ import torch
 from subjects import Subject, fault
 
 from rkl import JensenShannon
-from rkl.flows import CheckerboardRealNVP, CoarseToFine, fit_to_target, parse_objective
-from rkl.flows.targets import (
+from rkl.sample import CheckerboardRealNVP, CoarseToFine, fit_to_target, parse_objective
+from rkl.sample.targets import (
     XY,
     Density,
     GaussianMixture,
@@ -127,7 +127,7 @@ TARGETS = [
 
 LATTICES = [
     Subject(
-        "flows.CoarseToFine",
+        "sample.CoarseToFine",
         CoarseToFine,
         lambda: {"coupling": 1.0, "ring_exchange": 0.0, "integrate": "auto"},
         [
@@ -139,7 +139,7 @@ LATTICES = [
         ],
     ),
     Subject(
-        "flows.CoarseToFine.build",
+        "sample.CoarseToFine.build",
         CoarseToFine().build,
         lambda: {"event_shape": (16,), "conditions": 1},
         [
@@ -150,7 +150,7 @@ LATTICES = [
         ],
     ),
     Subject(
-        "flows.CheckerboardRealNVP",
+        "sample.CheckerboardRealNVP",
         CheckerboardRealNVP,
         lambda: {"couplings": 2, "filters": 4},
         [
@@ -162,7 +162,7 @@ LATTICES = [
 
 FITS = [
     Subject(
-        "flows.parse_objective",
+        "sample.parse_objective",
         parse_objective,
         lambda: {"text": "reverse-kl"},
         [
@@ -174,7 +174,7 @@ FITS = [
         ],
     ),
     Subject(
-        "flows.fit_to_target",
+        "sample.fit_to_target",
         fit_to_target,
         lambda: {
             "flow": CoarseToFine(width=4, knots=5),

@@ -24,10 +24,10 @@ from rkl.bayes.run import EvaluateSettings as EvaluateEstimate
 from rkl.distill.evaluate import EvaluateSettings
 from rkl.distill.generate import GenerateSettings
 from rkl.distill.settings import DistillSettings
-from rkl.flows import EvaluateSettings as EvaluateFit
-from rkl.flows.data_run import FitSettings
-from rkl.flows.run import SampleSettings
-from rkl.flows.target_run import TargetSettings
+from rkl.fit import EvaluateSettings as EvaluateFit
+from rkl.fit.settings import FitSettings, SampleSettings
+from rkl.sample.settings import SampleSettings as SampleTarget
+from rkl.sample.settings import TargetSettings
 
 SECONDS = 100  # in which a case that is done must be done
 NASTY = {
@@ -50,7 +50,7 @@ WORDS = {  # what is asked for where nothing is spoilt, and the settings of its 
     "sample": (["fitted", "-n=20", "--out=samples.npy"], SampleSettings),
     "sample --target": (
         ["sampled", "-n=20", "--condition=scale=0.9", "--out=samples.npy"],
-        SampleSettings,
+        SampleTarget,
     ),
     "estimate": (["posterior.nc", "--family=normal(loc=mu, scale=sigma)"], EstimateSettings),
     "distill": (

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rkl import runs
 from rkl.cli import commands, terminal
@@ -46,6 +46,15 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message.rstrip('.')}. See {self.prog} --help.")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The words as settings; for unknown ones, the help that is named is the command's."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = _command(args)
+            self.prog = f"{self.prog} {command}" if command in commands.COMMANDS else self.prog
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -205,12 +205,13 @@ def fit(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl fit --start-from RUN --distil-budget 4 --steps 500 --out RUN2
       rkl fit --out RUN --resume
     """
-    from rkl.flows import run, target_run
+    from rkl.fit import run
+    from rkl.sample import run as target_run
 
-    wanted, estimate_fit, run_fit = run.FitSettings, run.estimate, run.fit
+    wanted, dry_run, run_fit = run.FitSettings, run.dry_run, run.fit
     if settings.is_set("target", words):
         wanted = target_run.TargetSettings
-        estimate_fit, run_fit = target_run.estimate_target, target_run.fit_target
+        dry_run, run_fit = target_run.dry_run, target_run.fit_target
     elif {"-h", "--help"} & set(words):
         flags = _help_of(parser, target_run.TargetSettings, "settings, with --target")
         parser.epilog = f"{parser.epilog}\n\n{flags}"
@@ -223,7 +224,7 @@ def fit(parser: ArgumentParser, words: Sequence[str]) -> Runner:
         earlier = parsed.out if begun else _distilled(wanted, parsed)
         chosen: Any = settings.gather(wanted, parsed, earlier)
         if parsed.dry_run:
-            _show(estimate_fit(chosen))
+            _show(dry_run(chosen))
         else:
             how = {"resume": parsed.resume, "overwrite": parsed.overwrite}
             _show(run_fit(chosen, parsed.out, **how))
@@ -265,7 +266,7 @@ def evidence(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     _add_overwrite_flag(parser)
 
     def found(parsed: Namespace) -> None:
-        from rkl.flows.evidence_run import find_evidence
+        from rkl.sample.evidence_run import find_evidence
 
         names = "target", "condition", "values", "particles", "islands", "out", "overwrite"
         _show(find_evidence(**{name: getattr(parsed, name) for name in names}, **_common(parsed)))
@@ -330,9 +331,9 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "distill": (distill, "distill.run"),
     "estimate": (estimate, "bayes.run"),
     "metrics": (metrics, "metrics"),
-    "fit": (fit, "flows.run"),
-    "evidence": (evidence, "flows.run"),
-    "sample": (sample, "flows.run"),
+    "fit": (fit, "fit.run"),
+    "evidence": (evidence, "sample.run"),
+    "sample": (sample, "sample.run"),
     "generate": (generate, "distill.run"),
     "evaluate": (evaluate, "runs"),
     "compare": (compare, "runs"),

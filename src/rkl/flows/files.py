@@ -2,15 +2,10 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import Tensor
-
-from rkl.flows.metropolis import Chain
-from rkl.flows.targets import Target
 
 
 def write_samples(path: Path, values: np.ndarray, columns: Sequence[str] = ()) -> None:
@@ -36,43 +31,3 @@ def write_samples(path: Path, values: np.ndarray, columns: Sequence[str] = ()) -
             file.write(names.getvalue().encode())
             digits = "%.17g" if values.dtype == np.float64 else "%.9g"
             np.savetxt(file, values.reshape(len(values), -1), delimiter=",", fmt=digits)
-
-
-def write_chain(path: Path, chain: Chain, observed: Mapping[str, Tensor], target: Target) -> None:
-    """Write chains under one condition atomically: .nc as ArviZ has it, .npz, or states as .npy.
-
-    Both of the first keep the states, log p and log q, their difference, whether each proposal
-    was taken, and the observables.
-    """
-    from rkl.runs import replacing
-
-    stats = {"accepted": chain.accepted, "log_ratio": chain.log_ratio}
-    stats |= {"lp": chain.log_p, "log_q": chain.log_q}
-    columns = {name: it.cpu().numpy() for name, it in {**observed, "x": chain.x, **stats}.items()}
-    condition = chain.condition.cpu().numpy()
-    with replacing(path) as temporary:
-        if path.suffix == ".nc":
-            _write_groups(temporary, columns, set(stats), condition, target)
-            return
-        with temporary.open("wb") as file:
-            if path.suffix == ".npy":
-                np.save(file, columns["x"].reshape(-1, *chain.x.shape[2:]))
-            else:
-                np.savez(file, allow_pickle=False, **{**columns, "condition": condition})
-
-
-def _write_groups(
-    path: Path, columns: dict[str, np.ndarray], stats: set[str], condition: Any, target: Target
-) -> None:
-    import xarray as xr
-
-    groups: dict[str, dict[str, Any]] = {"posterior": {}, "sample_stats": {}}
-    for name, it in columns.items():
-        axes = ["chain", "draw", *(f"{name}_dim_{i}" for i in range(it.ndim - 2))]
-        units = {"units": target.units[name]} if name in target.units else {}
-        groups["sample_stats" if name in stats else "posterior"][name] = axes, it, units
-    named = zip(target.conditions, condition.tolist(), strict=True)
-    about = {"target": repr(target)} | {it.name: value for it, value in named}
-    for mode, (group, arrays) in zip(("w", "a"), groups.items(), strict=True):
-        how: Any = {"mode": mode, "engine": "h5netcdf", "group": group}
-        xr.Dataset(arrays, attrs=about).to_netcdf(path, **how)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from rkl.flows.data import Data
+from rkl.flows.rows import Data
 
 WIDEST = 1_024  # coordinates up to which their correlations are removed
 SINGULAR = 1e-12  # share of its variance that a column must have beside the others

@@ -88,10 +88,10 @@ __all__ = [
 REPORT, REPLIES = "report.html", "replies.jsonl"  # names in a run of what verbs write by default
 FORMAT = 1  # of run.json; raised when an older rkl could no longer read it
 KINDS = (  # of runs: no other module is imported because a run.json names it
-    *("distill", "flows", "bayes", "studies.demo", "studies.akl", "studies.advnf"),
+    *("distill", "fit", "sample", "bayes", "studies.demo", "studies.akl", "studies.advnf"),
     *("studies.neyman_scott", "studies.precision_recall"),
 )
-RESUMABLE = "distill", "flows"  # kinds whose verbs take --resume
+RESUMABLE = "distill", "fit", "sample"  # kinds whose verbs take --resume
 MEASURED = (  # what is measured and drawn of the weights that a run came to
     *("evaluation.json", "evaluation-blocks.safetensors", "generations.jsonl", "report.html"),
 )
@@ -498,7 +498,7 @@ def save(made: Any, path: str | os.PathLike) -> Path:
     """Write what was made in Python into a folder, out of which :func:`load` gives it back.
 
     Args:
-        made: What a function of a wing returned, such as ``rkl.flows.fit_to_samples``.
+        made: What a function of a wing returned, such as ``rkl.fit.fit_to_samples``.
         path: The folder, new or empty.
 
     Raises:
@@ -508,7 +508,7 @@ def save(made: Any, path: str | os.PathLike) -> Path:
     write = getattr(importlib.import_module(wing), "save_run", None) if "rkl." in wing else None
     if write is None:
         raise TypeError(
-            f"made must be what a fit returned, as Fit of rkl.flows; got a {type(made).__name__}."
+            f"made must be what a fit returned, as Fit of rkl.fit; got a {type(made).__name__}."
         )
     return write(made, path)
 
@@ -599,6 +599,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
             raise ValueError(f"path: {path} is damaged: its {name} is {value!r:.80}.")
     if not isinstance(record["kind"], str) or not _KIND.fullmatch(record["kind"]):
         raise ValueError(f"path: {path} has no such kind of run: {record['kind']!r}.")
+    if record["kind"] == "flows":  # as 0.1 called both kinds of runs that hold a flow
+        record["kind"] = "sample" if "target" in record["settings"] else "fit"
     return record
 
 

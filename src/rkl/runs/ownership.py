@@ -45,7 +45,7 @@ _UNLISTED: Mapping[str, tuple[str, ...]] = {
         "teacher/hidden.bin",
         "teacher/cache.json",
     ),
-    "flows": ("flow.safetensors", "checkpoint.safetensors"),
+    **dict.fromkeys(("fit", "sample", "flows"), ("flow.safetensors", "checkpoint.safetensors")),
     "bayes": ("estimate.json", "report.json", "marginals.npz"),
     "studies": (
         "*.svg",

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from rkl.divergences import KL, ReverseKL
-from rkl.flows import Architecture, fit_to_target, independent_metropolis, markov_chain
-from rkl.flows.coverage import Coverage, judge_coverage
-from rkl.flows.objectives import VARIANTS, Objective, Term
-from rkl.flows.observables import beside_held_out
-from rkl.flows.target_run import suited
-from rkl.flows.targets import Target
+from rkl.flows import Architecture
+from rkl.sample import fit_to_target, independent_metropolis, markov_chain
+from rkl.sample.coverage import Coverage, judge_coverage
+from rkl.sample.objectives import VARIANTS, Objective, Term
+from rkl.sample.observables import beside_held_out
+from rkl.sample.settings import suited
+from rkl.sample.targets import Target
 
 NO_DATA, WITH_DATA = "ours, no data", "ours, with data"
 OURS = {

@@ -5,11 +5,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from rkl.flows import Evaluation
-from rkl.flows.run_evaluation import KEPT, EvaluateSettings, evaluate_target_run, report_on
-from rkl.flows.target_run import TargetSettings, fit_target
+from rkl.flows.runs import EVALUATION
 from rkl.metrics.written import parenthesised
 from rkl.runs import Run, write_json
+from rkl.sample import Evaluation
+from rkl.sample.evaluate import measure_run, write_report
+from rkl.sample.run import fit_target
+from rkl.sample.settings import EvaluateSettings, TargetSettings
 from rkl.studies._workers import torch_threads
 
 
@@ -69,11 +71,11 @@ def xy_demo(
     how: dict[str, Any] = {name: getattr(plan, name) for name in ("values", "draws", "chains")}
     with torch_threads(1):
         fitted = fit_target(settings, out, overwrite=overwrite)
-        found = evaluate_target_run(out, EvaluateSettings(**how, reference=True, seed=seed + 1))
+        found = measure_run(out, EvaluateSettings(**how, reference=True, seed=seed + 1))
     run = Run.open(out)
-    run.record_files([KEPT])
-    write_json(run.path / KEPT, found.to_dict())
-    report = report_on(run, found)
+    run.record_files([EVALUATION])
+    write_json(run.path / EVALUATION, found.to_dict())
+    report = write_report(run, found)
     done = fitted.fit.training
     trained = f"trained for {done.steps:,} steps in {done.seconds:.0f} s, without data"
     whole = f"{time.perf_counter() - began:.0f} s in all"

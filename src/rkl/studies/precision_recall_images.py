@@ -24,16 +24,8 @@ from rkl.divergences import (
     RecallHalf,
     ReverseKL,
 )
-from rkl.flows import (
-    Coupling,
-    Critic,
-    Fit,
-    Method,
-    distil_rejection,
-    fit_to_samples,
-    latent,
-    reject,
-)
+from rkl.fit import Fit, Method, distil_rejection, fit_to_samples, reject
+from rkl.flows import Coupling, Critic, latent
 from rkl.flows.architectures import Architecture
 from rkl.flows.critic import Ratio
 from rkl.metrics.neighbours import prdc

@@ -20,8 +20,9 @@ from rkl.divergences import (
     RecallHalf,
     ReverseKL,
 )
-from rkl.flows import NSF, Critic, Fit, Method, Moment, fit_to_samples, latent, train
-from rkl.flows.fit import Estimator
+from rkl.fit import Fit, Method, fit_to_samples
+from rkl.fit.fit import Estimator
+from rkl.flows import NSF, Critic, Moment, latent, train
 from rkl.flows.weights import along_path
 from rkl.metrics.precision_recall import operating_point, pr_curve
 from rkl.metrics.precision_recall.curve import SLOPES

@@ -1,0 +1,333 @@
+"""Data that flows are fitted to: from arrays and files, checked, split and made continuous."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rkl.flows.rows import Data, _check_spread, equal_rows, some_of
+from rkl.readers import (
+    Contents,
+    as_floats,
+    as_numbers,
+    class_names,
+    natural_order,
+    place_of_nan,
+    read,
+    read_labels,
+)
+
+FEWEST = 20  # rows, below which a fit says nothing
+LEVELS = 256  # so few distinct values among many numbers are levels of a grid
+PER_LEVEL = 16  # rows on each of them
+PIXELS = 16  # columns, from which levels in common are those of an image laid flat
+RARE = 10  # rows of a class, below which that is said
+
+
+def read_data(
+    source: Any,
+    labels: Any = None,
+    *,
+    dequantise: bool | None = None,
+    classes: Sequence[str] | None = None,
+    step: Tensor | None = None,
+) -> Data:
+    """Rows from wherever they are, looked at before anything is learnt from them.
+
+    Quantised values, such as the 256 grey levels of images, have no density: a flow would put
+    ever narrower peaks on them. Dequantised, uniform noise of one step, half to either side, is
+    added to every batch, and minus the log-density then bounds the code length of the levels, in
+    nats.
+
+    Args:
+        source: A tensor, an array, a list or a data frame [rows, *event]; a file or a folder of
+            images that :func:`rkl.readers.read` reads; a Dataset or a DataLoader of torch, which
+            is read once, labels beside the values included. Integers of more than 16 bits become
+            float64.
+        labels: Class of each row: an array, a file of one, or the name of a column.
+        dequantise: Whether to spread quantised values, each column of a table by its own step.
+            By default image files are; tables of nothing but levels are refused, and columns of
+            levels beside continuous ones are named in the notes.
+        classes: Names of all classes, in the order of their columns; the rows may lack some. By
+            default those of the labels, in natural order.
+        step: Of the levels, where a fit has found it; the rows are not looked at for levels then.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImportError: Reading it needs a package that is not installed.
+        TypeError: The source or the labels are of no kind that can be read.
+        ValueError: The rows cannot be learnt from; the message says which and why.
+
+    >>> data = read_data(torch.randn(100, 2), labels=["a", "b"] * 50)
+    >>> data.event_shape, data.classes
+    ((2,), ('a', 'b'))
+    """
+    found = _read(source, labels)
+    notes, columns = found.notes, found.columns
+    array = found.values
+    _check_rows(array, columns)
+    if step is None:
+        steps, said = _steps(
+            array, True if found.images and dequantise is None else dequantise, columns
+        )
+        notes = (*notes, *said)
+    else:
+        steps = step.cpu().numpy()
+    try:
+        values = torch.from_numpy(np.require(as_floats(array), requirements=["C", "W"]))
+    except ValueError as error:
+        raise ValueError(f"data: {error}.") from None
+    _check_spread(values, columns)
+    unasked = labels is None and classes is not None and not len(classes)
+    condition, names = _one_hot(None if unasked else found.labels, len(values), classes)
+    steps = torch.as_tensor(steps).to(values)
+    steps = steps.flatten()[0] if (steps == steps.flatten()[0]).all() else steps
+    data = Data(values, condition, names, steps, columns)
+    return replace(data, notes=(*notes, *_equal(data), *_rare(condition, names)))
+
+
+def _equal(data: Data) -> list[str]:
+    if data.ties:
+        return []
+    values = data.values
+    equal = len(values) - len(set(equal_rows(values)))
+    if not equal:
+        return []
+    return [
+        f"{equal:,} of {len(values):,} rows equal an earlier one: equal rows are held out "
+        "together or trained on together"
+    ]
+
+
+def _rare(condition: Tensor | None, names: Sequence[str]) -> list[str]:
+    if condition is None:
+        return []
+    counts = condition.sum(0).long().tolist()
+    rare = [
+        f"{name} ({count})" for name, count in zip(names, counts, strict=True) if 0 < count < RARE
+    ]
+    return [f"too few rows to learn a class from: {some_of(rare)}"] if rare else []
+
+
+def _read(source: Any, labels: Any) -> Contents:
+    """The values, and the labels that came with them or were given."""
+    named = labels if isinstance(labels, str | os.PathLike) else None
+    if isinstance(source, str | os.PathLike):
+        found, given = _read_file(Path(source), named)
+    else:
+        found, given = _read_object(source), None
+    if named is not None and given is None:
+        given = read_labels(named, rows=len(found.values))
+    elif labels is not None and named is None:
+        given = labels
+    return found if given is None else replace(found, labels=given)
+
+
+def _read_file(path: Path, labels: str | os.PathLike | None) -> tuple[Contents, Any]:
+    """A file with the labels in it: those of the column or array of this name, if it has it."""
+    if labels is None or isinstance(labels, os.PathLike):
+        found = read(path)
+        return found, None if labels is not None else found.labels
+    try:
+        found = read(path, labels=labels)
+    except ValueError as error:
+        if not Path(labels).is_file():
+            raise
+        try:
+            return read(path), None
+        except ValueError:
+            raise error from None
+    return found, found.labels
+
+
+def _read_object(source: Any) -> Contents:
+    if isinstance(source, DataLoader | Dataset):
+        values, labels = _collected(source)
+        found = replace(_numbers(values), labels=labels)
+    elif isinstance(source, Tensor | np.ndarray) or type(source).__module__.startswith("pandas"):
+        found = _numbers(source)
+    elif isinstance(source, list | tuple):
+        try:
+            found = _numbers(np.asarray(source))
+        except ValueError as error:  # of lengths that differ
+            raise ValueError(f"data must hold rows of one length; {error}") from None
+    else:
+        raise TypeError(
+            "data must be an array, rows in a list, a path, a Dataset or a DataLoader; got a "
+            f"{type(source).__name__}."
+        )
+    return found
+
+
+def _numbers(source: Any) -> Contents:
+    if isinstance(source, Tensor):
+        if source.is_complex() or source.dtype == torch.bool:
+            raise TypeError(f"data must hold real numbers; got {source.dtype}.")
+        source = source.detach().cpu()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+    names = tuple(map(str, getattr(source, "columns", ())))
+    if len(set(names)) < len(names):
+        raise ValueError(f"data: columns must have names of their own; got {', '.join(names)}.")
+    if isinstance(source, np.ndarray) and source.dtype == bool:
+        raise TypeError(f"data must hold real numbers; got {source.dtype}.")
+    try:
+        return as_numbers(source if isinstance(source, np.ndarray) else np.asarray(source), names)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"data: {error}.") from None
+
+
+def _collected(source: Any) -> tuple[Tensor, Tensor | None]:
+    """All that a Dataset or a DataLoader gives, as rows and, from pairs, labels."""
+    loaded = isinstance(source, DataLoader)
+    items = list(source) if loaded else [source[i] for i in range(len(source))]
+    if not items:
+        raise ValueError("data has no rows.")
+    join = torch.cat if loaded else torch.stack
+    paired = isinstance(items[0], list | tuple)
+    values = join([torch.as_tensor(item[0] if paired else item) for item in items])
+    if not paired or len(items[0]) < 2:
+        return values, None
+    return values, join([torch.as_tensor(item[1]) for item in items])
+
+
+def _check_rows(values: np.ndarray, columns: Sequence[str]) -> None:
+    if values.ndim < 2 or not math.prod(values.shape[1:]):
+        raise ValueError(f"data must be [rows, *event]; got the shape {list(values.shape)}.")
+    if len(values) < FEWEST:
+        raise ValueError(f"data must have at least {FEWEST} rows; got {len(values)}.")
+    where = place_of_nan(values, columns)
+    if where is not None:
+        raise ValueError(f"data must be finite; {where}.")
+
+
+def _steps(
+    values: np.ndarray, wanted: bool | None, columns: Sequence[str]
+) -> tuple[Any, list[str]]:
+    """The spacing of levels to spread values over, 0 where they are continuous; and notes."""
+    pixels = values.ndim > 2 or values.dtype == np.uint8
+    if pixels or (values.shape[1] >= PIXELS and _few_levels(values) is not None):
+        return _step(values, wanted), []  # of one unit, as those of an image laid flat
+    if wanted is False and values.dtype.kind == "f":
+        return np.zeros(values.shape[1]), []
+    found = [_column(column) for column in values.T]
+    named = list(columns) if len(columns) == len(found) else list(map(str, range(len(found))))
+    coarse = [it for it, one in enumerate(found) if one is not None and one.coarse]
+    if not wanted:
+        every = all(it is not None and (it.coarse or it.whole) for it in found)
+        if every and (coarse or values.dtype.kind != "f" or _whole(values)):
+            spacing = min(it.step for it in found if it is not None)
+            raise ValueError(_REFUSED.format(spacing, values.dtype))
+        return np.zeros(values.shape[1]), _unspread(coarse, found, named)
+    steps = np.array([0.0 if it is None else it.step for it in found])
+    none = ["dequantise: no column holds levels, so that nothing was spread"]
+    return steps, [] if steps.any() else none
+
+
+def _unspread(coarse: list[int], found: list[Any], names: Sequence[str]) -> list[str]:
+    if not coarse:
+        return []
+    said = some_of([f"{names[it]} ({found[it].levels} levels)" for it in coarse])
+    return [
+        f"columns of levels have no density, and their log-density rises without bound: {said}; "
+        "dequantise=True (--dequantise) spreads each over one step"
+    ]
+
+
+_REFUSED = (
+    "data holds levels {:.4g} apart ({}), "
+    "which have no density: say dequantise=True (--dequantise) to spread each over one "
+    "step, or, if they are as good as continuous, turn them into floats and say "
+    "dequantise=False (--no-dequantise)."
+)
+
+
+class _Column(NamedTuple):
+    """A column of levels: their spacing and number, and how it is known to be one."""
+
+    step: float
+    levels: int
+    coarse: bool  # so few that a flow puts a peak on each
+    whole: bool  # integers
+
+
+def _column(column: np.ndarray) -> _Column | None:
+    """What a column holds, if it holds levels: integers, few values, or rounded ones with ties."""
+    levels = np.unique(column)
+    count, rows = len(levels), len(column)
+    if count < 2:
+        return _Column(1.0, count, False, True) if column.dtype.kind != "f" else None
+    gaps = np.diff(levels) if column.dtype.kind != "f" else np.diff(levels.astype(np.float64))
+    whole = _whole(column)
+    few = count <= LEVELS and PER_LEVEL * count <= rows
+    if whole:
+        # Of few levels a wider spacing may be chance.
+        step = float(np.gcd.reduce(gaps.astype(np.int64))) if count >= 5 else 1.0
+        return _Column(step, count, few or (4 * count <= rows and count <= LEVELS), True)
+    step = float(gaps.min())
+    apart = gaps / step
+    tied = 2 * count <= rows and bool((np.abs(apart - apart.round()) < 1e-3 * apart).all())
+    return _Column(step, count, few, False) if few or tied else None
+
+
+def _whole(values: np.ndarray) -> bool:
+    """Whether all are integers; floats so large that they cannot be others do not count."""
+    if values.dtype.kind != "f":
+        return True
+    small = np.abs(values) < 2.0 ** np.finfo(values.dtype).nmant
+    return bool(small.any()) and bool((values[small] == values[small].round()).all())
+
+
+def _step(values: np.ndarray, wanted: bool | None) -> float:
+    """The spacing of the levels of images; 0 where they are continuous."""
+    spacing = _spacing(values)
+    if spacing is None or (wanted is False and values.dtype.kind == "f"):
+        return 0.0
+    if not wanted:
+        raise ValueError(_REFUSED.format(spacing, values.dtype))
+    return spacing
+
+
+def _spacing(values: np.ndarray) -> float | None:
+    """The distance between levels, where the values are integers or few beside their number."""
+    if values.dtype.kind != "f":
+        return 1.0
+    spacing = _few_levels(values)
+    return spacing or (1.0 if _whole(values) else None)
+
+
+def _few_levels(values: np.ndarray) -> float | None:
+    levels = np.unique(values.reshape(-1)[: 512 * LEVELS])
+    if 2 <= len(levels) <= LEVELS and 16 * len(levels) <= min(values.size, 512 * LEVELS):
+        return float(np.diff(levels.astype(np.float64)).min())
+    return None
+
+
+def _one_hot(
+    labels: Any, rows: int, classes: Sequence[str] | None
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """A column for each class, and the names of the classes."""
+    if labels is None and not classes:
+        return None, ()
+    if labels is None:
+        raise ValueError(f"labels must be given, of the classes {some_of(classes or ())}.")
+    if isinstance(labels, Tensor):
+        labels = labels.cpu().numpy()
+    names = class_names(labels, rows=rows)
+    known = sorted(set(names), key=natural_order) if classes is None else list(classes)
+    place = {name: i for i, name in enumerate(known)}
+    others = sorted(set(names) - place.keys(), key=natural_order)
+    if others:
+        raise ValueError(
+            f"labels must be of the classes {some_of(known) or 'none'}; got {some_of(others)}."
+        )
+    if len(known) > math.sqrt(rows) * 4 and classes is None:
+        raise ValueError(f"labels name {len(known)} classes for {rows} rows; too many to learn.")
+    index = torch.tensor([place[name] for name in names])
+    return torch.nn.functional.one_hot(index, len(known)).float(), tuple(known)

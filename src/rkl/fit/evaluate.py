@@ -1,0 +1,224 @@
+"""``rkl evaluate`` and ``rkl report`` for a flow fitted to data."""
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rkl.checks import warn
+from rkl.fit.data import read_data
+from rkl.fit.load import load_critic, load_point, load_run, settings_of
+from rkl.fit.operating import draw_kept
+from rkl.fit.settings import EvaluateSettings
+from rkl.flows.precision import single_precision
+from rkl.flows.rows import Data
+from rkl.flows.runs import check_device, single_run, write_evaluation
+from rkl.flows.standardise import Units
+from rkl.importing import only
+from rkl.metrics import Mean, mean, to_json
+from rkl.metrics.samples import Measured, measure
+from rkl.metrics.written import parenthesised
+from rkl.runs import REPORT, Run
+
+MEASURED = 5_000  # rows that are measured by their neighbours, at most
+AT_ONCE = 10_000
+
+
+@dataclass(frozen=True)
+class DataEvaluation:
+    """What rows that a flow was not fitted to say of it.
+
+    Attributes:
+        rows: Their number.
+        rows_seen: How many of them it was fitted to after all.
+        log_density: Mean log-density of the rows, in nats.
+        samples: The flow's samples beside the rows, and these beside one another.
+        notes: What a user should know of how the rows were read.
+    """
+
+    rows: int
+    rows_seen: int
+    log_density: Mean
+    samples: Measured | None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        density = parenthesised((self.log_density.value.item(), self.log_density.error.item()))
+        lines = [f"log-density  {density} nats per row, over {self.rows:,} rows"]
+        if self.rows_seen:
+            lines.append(f"{self.rows_seen:,} of the rows were fitted: that is no held-out figure")
+        lines += [f"data: {note}" for note in self.notes]
+        return "\n".join([*lines, *(["", str(self.samples)] if self.samples else [])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as JSON can hold them."""
+        measured = None if self.samples is None else self.samples.to_dict()
+        kept = {"rows": self.rows, "rows_seen": self.rows_seen, "samples": measured}
+        kept |= {"notes": list(self.notes)}
+        return kept | {"log_density": to_json(self.log_density)}
+
+
+@single_precision()
+def evaluate_run(
+    path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
+) -> DataEvaluation:
+    """Measure the flow of a run on held-out rows; the run keeps it as ``evaluation.json``.
+
+    Args:
+        path: The folder of the run.
+        settings: What it is measured on.
+        allow: What its ``run.json`` may have imported, each "module:name".
+
+    Raises:
+        ValueError: The rows do not fit the run.
+    """
+    run, _device = Run.open(path), check_device(settings.device)
+    evaluation = _evaluate_on_rows(run, settings, allow)
+    write_evaluation(run, evaluation.to_dict())
+    return evaluation
+
+
+@torch.no_grad()
+def _evaluate_on_rows(
+    run: Run, settings: EvaluateSettings, allow: Collection[str]
+) -> DataEvaluation:
+    if settings.data is None:
+        raise ValueError(f"data must be given: rows that {run.path} was not fitted to.")
+    flow: Any = load_run(run.path, allow=allow)
+    classes = run.record["data"]["classes"]
+    how: dict[str, Any] = {"step": flow.units.step_of_rows(), "classes": classes}
+    data = read_data(settings.data, settings.labels, **how)
+    _check_columns(run, data)
+    if data.event_shape != tuple(flow.shift.shape):
+        raise ValueError(
+            f"data must have rows of shape {list(flow.shift.shape)}; got {list(data.event_shape)}."
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        spread = data.spread()
+        parts = [spread.rows(index) for index in torch.arange(len(data)).split(AT_ONCE)]
+        laws = [flow() if it.condition is None else flow(it.condition) for it in parts]
+        log_q = torch.cat([law.log_prob(it.values) for law, it in zip(laws, parts, strict=True)])
+        chosen = spread.rows(torch.randperm(len(data))[:MEASURED])
+        drawn, said = _drawn(run, flow, chosen.condition, len(chosen.values), allow)
+    train = _trained_on(run, flow, allow)
+    samples = _measured(flow.units, chosen.values, drawn, train, settings.seed)
+    seen = run.count_seen([row.tobytes() for row in data.values.numpy()])
+    if samples is not None:
+        samples = replace(samples, notes=[*samples.notes, *said])
+    return DataEvaluation(len(data), seen, mean(log_q), samples, data.notes)
+
+
+def _drawn(
+    run: Run, flow: Any, condition: Tensor | None, count: int, allow: Collection[str]
+) -> tuple[Tensor, list[str]]:
+    """Samples at the operating point of the run, if its fit was asked for one; and what to say."""
+    law = flow() if condition is None else flow(condition)
+    held = load_point(run.path)
+    if held is None:
+        return law.sample(() if condition is not None else (count,)), []
+    critic = load_critic(run.path, allow=allow)
+    drawn, made = draw_kept(law, critic, held.log_lam, count, condition)
+    said = (
+        f"Samples are at the operating point of the fit, {made / count:.3g} draws each; the "
+        "log-density is the flow's, without rejection."
+    )
+    return drawn, [said]
+
+
+def _check_columns(run: Run, data: Data) -> None:
+    """Refuse columns of other names, or in another order, than those of the fit."""
+    fitted = tuple(run.record["data"].get("columns", ()))
+    if fitted and data.columns and data.columns != fitted:
+        raise ValueError(
+            f"data must have the columns {', '.join(fitted[:8])}, in this order; got "
+            f"{', '.join(data.columns[:8])}."
+        )
+
+
+def _measured(
+    units: Units, real: Tensor, fake: Tensor, train: Tensor | None, seed: int
+) -> Measured | None:
+    """Precision, recall and the like in units of the spread, where there are rows enough."""
+    if len(real) < 20:
+        warn(f"{len(real)} rows are too few to measure samples by.")
+        return None
+    sides = {"real": real, "fake": fake.to(real.dtype)} | (
+        {} if train is None else {"train": train}
+    )
+    free: dict[str, Any] = {name: units.spread_of(it).flatten(1) for name, it in sides.items()}
+    return measure(**free, seed=seed)
+
+
+def _trained_on(run: Run, flow: Any, allow: Collection[str]) -> Tensor | None:
+    """The rows that a run was fitted to, if they are still where they were."""
+    path = Path(run.settings["data"])
+    if not path.exists():
+        return None
+    kept, classes = settings_of(run, allow=allow), run.record["data"]["classes"]
+    try:
+        data = read_data(kept.data, kept.labels, step=flow.units.step_of_rows(), classes=classes)
+        rows = data.split(kept.held_out, kept.seed)[0]
+    except (OSError, ValueError):  # it is other data by now
+        return None
+    found = rows.rows(torch.arange(min(len(rows), MEASURED)))
+    seen = run.count_seen([row.tobytes() for row in found.values.numpy()])
+    return found.spread().values if seen == len(found) else None
+
+
+def report_runs(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    allow: Collection[str] = (),
+    overwrite: bool = False,
+) -> Path:
+    """Write the report of one run beside the rows that its fit held out, a single HTML file.
+
+    Args:
+        paths: The folder of the run.
+        out: The file; ``report.html`` in the folder of the run by default.
+        allow: What the ``run.json`` may have imported, each "module:name".
+        overwrite: Replaces a file of others there.
+    """
+    run = single_run(paths, out, overwrite)
+    with only(allow, source=run.path / "run.json"):
+        return _report_on_rows(run, out)
+
+
+def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
+    from rkl.fit.report import data_page
+    from rkl.report import write
+
+    settings, seed = run.settings, run.record["seed"]
+    flow: Any = load_run(run.path)
+    real, condition, train = None, None, None
+    if Path(settings["data"]).exists():
+        kept = settings_of(run)
+        classes = run.record["data"]["classes"]
+        step = flow.units.step_of_rows()
+        data = read_data(kept.data, kept.labels, step=step, classes=classes)
+        trained_on, held_out = data.split(kept.held_out, kept.seed)
+        train = trained_on.rows(torch.arange(min(len(trained_on), MEASURED))).spread().values
+        chosen = held_out.spread().rows(torch.arange(min(len(held_out), MEASURED)))
+        real, condition = chosen.values, chosen.condition
+    elif run.record["data"]["classes"]:
+        raise FileNotFoundError(f"data: {settings['data']} is gone, and with it the classes.")
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        count = MEASURED if real is None else len(real)
+        fake, said = _drawn(run, flow, condition, count, ())
+    measured = None if real is None else _measured(flow.units, real, fake, train, seed)
+    if measured is not None:
+        measured = replace(measured, notes=[*measured.notes, *said])
+    free = None
+    if real is not None:
+        free = flow.units.spread_of(real).flatten(1), flow.units.spread_of(fake).flatten(1)
+    real, fake = None if real is None else real.flatten(1), fake.flatten(1)
+    place = run.path / REPORT if out is None else Path(out)
+    write(place, data_page(real, fake, measured, run.metrics, run.record, free))
+    return place

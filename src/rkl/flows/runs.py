@@ -1,0 +1,107 @@
+"""What the runs of fit and sample share: their files, budgets and checks."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rkl.runs import (
+    REPORT,
+    Run,
+    check_out_file,
+    write_json,
+)
+from rkl.runs.integrity import (
+    Input,
+    check_inputs,
+    files_of,
+    inputs_before,
+)
+
+WEIGHTS, EVALUATION = "flow.safetensors", "evaluation.json"
+TRIED = 20  # steps from which --dry-run foretells the time
+BUDGET = "steps", "minutes"  # settings that a resumed run may have more of
+PATHS = "data", "start_from"  # settings that run.json keeps as text
+
+
+def check_samples(samples: Float[Tensor, "rows *event"]) -> None:
+    """Refuse samples of which some are NaN or infinite, which no file should hold.
+
+    Raises:
+        FloatingPointError: Saying how many of how many.
+    """
+    bad = int((~samples.isfinite()).reshape(len(samples), -1).any(1).sum())
+    if bad:
+        raise FloatingPointError(
+            f"{bad:,} of {len(samples):,} samples are NaN or infinite, and nothing was written. "
+            "The flow gives no numbers there: fit it again, with a smaller --lr."
+        )
+
+
+def check_same_data(run: Run, found: str, inputs: dict[str, Input], **others: Any) -> None:
+    """Note down what a run reads; refuse other inputs than those that it began with."""
+    check_inputs(run.path, inputs_before(run.path), inputs)
+    before = run.record["data"]
+    if before is not None and before["fingerprint"] != found:
+        raise ValueError(
+            f"resume: the data are not those that {run.path} was begun with: their fingerprint "
+            f"is {found}, and was {before['fingerprint']}."
+        )
+    run.update(data={"fingerprint": found, **others}, inputs=inputs)
+
+
+def moved(out: str | os.PathLike, resume: bool) -> tuple[str, ...]:
+    """The settings that name files, which a resumed run may find in other places.
+
+    They may only where run.json has the digests by which their contents are compared.
+    """
+    return PATHS if resume and inputs_before(out) else ()
+
+
+def run_input(path: str | os.PathLike) -> Input:
+    """The digest of the weights of a run that another one starts from."""
+    weights = Path(path, WEIGHTS)
+    return files_of(path, {WEIGHTS: weights})
+
+
+def check_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # the latter where torch is built without CUDA
+        raise ValueError(
+            f"device must be one that torch finds here, as cpu; got {name!r}."
+        ) from None
+
+
+def single_run(
+    paths: Sequence[str | os.PathLike], out: str | os.PathLike | None, overwrite: bool
+) -> Run:
+    """The one run that a report of a flow is about, once its file may be written.
+
+    Raises:
+        FileExistsError: A file of others is at ``out``.
+        ValueError: There are several runs, or none.
+    """
+    if len(paths) != 1:
+        raise ValueError(
+            f"paths: flows are reported one by one; got {len(paths)}. See rkl compare."
+        )
+    run = Run.open(paths[0])
+    check_out_file(out or run.path / REPORT, overwrite=overwrite, own=REPORT)
+    return run
+
+
+def write_evaluation(run: Run, figures: Mapping[str, Any]) -> None:
+    """Keep the figures of an evaluation in the folder of its run."""
+    run.record_files([EVALUATION])
+    write_json(run.path / EVALUATION, figures)
+    run.measure_files([EVALUATION])

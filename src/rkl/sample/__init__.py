@@ -1,0 +1,28 @@
+"""Draws of an unnormalised target, by flows fitted to it and by Markov chains, with log Z."""
+
+from rkl.lazy import lazily
+
+HOMES = {
+    "compare": "compare_runs",
+    "coverage": "Coverage Mode judge_coverage judge_ratios",
+    "evaluate": "NotCoveredError evaluate_on_target evaluate_run report_runs",
+    "evaluation": "Evaluation Reference",
+    "fit": "TargetFit fit_to_target",
+    "importance": "Importance Thermodynamics expectation reweight thermodynamics",
+    "lattice": "CheckerboardRealNVP CoarseToFine CoarseToFineField",
+    "mcmc": (
+        "HeatBath Metropolis Phi4HeatBath RandomWalk Walk Wolff annealed_importance "
+        "markov_chain mbar thermodynamic_integration"
+    ),
+    "metropolis": "Chain independent_metropolis",
+    "objectives": "Objective Term parse_objective",
+    "observables": "averages beside_held_out check_held_out",
+    "run": "load_run sample_run",
+    "settings": "EvaluateSettings SampleSettings TargetSettings condition_grid",
+    "smc": "Evidence evidence",
+    "targets": (
+        "Condition Density GaussianMixture MoG4 MoG8 Phi4 Rings Target XY check_target "
+        "parse_target"
+    ),
+}
+__all__, __getattr__, __dir__ = lazily(__name__, HOMES)

@@ -1,0 +1,93 @@
+"""A flow for a target, as it is before it is fitted: standardised, and knowing its ranges."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from rkl.checks import warn
+from rkl.flows.architectures import Architecture, Conditioned, MixedSplines, Scaled
+from rkl.flows.architectures.mixed import Bounded
+from rkl.flows.architectures.placed import FURTHEST, FURTHEST_LOG, Placed
+from rkl.flows.precision import single_precision
+from rkl.sample.domain import check_architecture
+from rkl.sample.targets import Condition, Target
+from rkl.sample.targets.base import without_bounds
+from rkl.sample.targets.domains import Chart
+
+FEW = 8  # coordinates up to which particles are cooled, and flows have tails
+
+
+@single_precision()
+def built(architecture: Architecture, target: Target, ranges: Sequence[Condition]) -> nn.Module:
+    """A flow that warns beyond these ranges of the conditions, where it is not trained.
+
+    Unless the architecture has units of its own, or events are angles, it sees conditions on a
+    standard scale, and the fit will place and scale its events.
+
+    >>> from rkl.flows import NSF
+    >>> from rkl.sample import MoG8
+    >>> built(NSF(transforms=1), MoG8(), MoG8().conditions)(torch.tensor([0.5])).event_shape
+    torch.Size([2])
+    """
+    check_architecture(architecture, target)
+    chart, flat = target.chart, without_bounds(target)
+    if isinstance(architecture, MixedSplines):
+        architecture = _with_angles(architecture, target)
+    flow = architecture.build(target.event_shape, len(target.conditions))
+    if not architecture.own_units:
+        flow = _in_units(flow, flat, ranges, chart)
+    if target.conditions:
+        flow.register_forward_pre_hook(Within(tuple(ranges)))
+    return Bounded(flow, chart) if chart.bounded else flow
+
+
+def _in_units(
+    flow: nn.Module, target: Target, ranges: Sequence[Condition], chart: Chart
+) -> nn.Module:
+    """The flow of standardised events and conditions, for a target without bounds."""
+    count = len(target.conditions)
+    if count:
+        low, high = torch.tensor([[it.low, it.high] for it in ranges]).T
+        flow = Conditioned(flow, low.clone(), high.clone())
+    if target.domain == "circle":
+        return flow
+    if math.prod(target.event_shape) <= FEW:
+        furthest = torch.where(chart.has_bounds, FURTHEST_LOG, FURTHEST)
+        return Placed(flow, target.event_shape, count, chart.circle, furthest)
+    return Scaled(flow, torch.zeros(target.event_shape), torch.ones(target.event_shape))
+
+
+def _with_angles(architecture: MixedSplines, target: Target) -> MixedSplines:
+    """The architecture with the angles of a target."""
+    angles = tuple(target.chart.circle.flatten().nonzero().flatten().tolist())
+    if architecture.angles not in (None, angles):
+        raise ValueError(
+            f"flow: angles must be those of {target}, {angles}; got {architecture.angles}."
+        )
+    return replace(architecture, angles=angles)
+
+
+class Within:
+    """Warns where a flow is asked for conditions beyond those that it was trained on.
+
+    Args:
+        ranges: Those.
+    """
+
+    def __init__(self, ranges: tuple[Condition, ...]):
+        self.ranges = ranges
+
+    def __call__(self, flow: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """What torch calls before the flow."""
+        for k, it in enumerate(self.ranges):
+            values = arguments[0].detach()[..., k].flatten()
+            margin = 1e-6 * max(abs(it.low), abs(it.high))
+            beyond = values[(values < it.low - margin) | (values > it.high + margin)]
+            if len(beyond):
+                warn(
+                    f"condition: {it.name}={beyond[0].item():g} is beyond the range that the flow "
+                    f"was trained on, {it.low:g} to {it.high:g}; look at the acceptance."
+                )

@@ -1,0 +1,93 @@
+"""``rkl compare`` of flows fitted to targets."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rkl.flows.compare import (
+    FlowComparison,
+    FlowTable,
+    comparison,
+    curves_of,
+    last_row,
+    open_runs,
+    setting_of,
+)
+from rkl.flows.runs import EVALUATION
+from rkl.metrics.written import Cell
+from rkl.runs import Run
+
+LAST_STEPS = {"ess": "ESS", "acceptance": "acceptance", "v": "v"}
+
+
+def compare_runs(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    overwrite: bool = False,
+) -> FlowComparison:
+    """Flows of several runs side by side, by what the runs kept; nothing is drawn.
+
+    Args:
+        paths: Folders of runs.
+        out: An HTML file to write the tables, the course of training and the settings to.
+        overwrite: Replaces a file of others there.
+
+    Raises:
+        ValueError: There is no run, or one lacks a setting.
+    """
+    runs = open_runs(paths, out, overwrite)
+    return comparison(runs, _tables(runs), curves_of(runs, "ess", "effective share of draws"), out)
+
+
+def _tables(runs: Mapping[str, Run]) -> Iterator[FlowTable]:
+    columns = ("run", "target", "objective", "flow", *LAST_STEPS.values(), "steps")
+    rows = []
+    for name, run in runs.items():
+        last = last_row(run)
+        minimised = setting_of(run, "objective") or setting_of(run, "divergence") or "by default"
+        figures = [last.get(it, math.nan) for it in LAST_STEPS]
+        words = str(setting_of(run, "target")), str(minimised), str(setting_of(run, "flow"))
+        rows.append((name, *words, *figures, last.get("step")))
+    yield FlowTable("Flows of targets", columns, tuple(rows), _TARGETS_SAY)
+    yield from _evaluated(runs)
+
+
+def _evaluated(runs: Mapping[str, Run]) -> Iterator[FlowTable]:
+    """Log Z, acceptance and coverage under each condition of the runs that were evaluated."""
+    rows: list[tuple[Cell, ...]] = []
+    for name, run in runs.items():
+        kept = _evaluation(run)
+        if kept is None:
+            continue
+        named = [it["name"] for it in kept["conditions"]]
+        for k, values in enumerate(kept["condition"]):
+            at = ", ".join(f"{it} = {v:.4g}" for it, v in zip(named, values, strict=True)) or "all"
+            log_z, weights = kept["thermodynamics"]["log_z"], kept["weights"]
+            ess = weights["ess"]
+            figures = (log_z["value"][k], log_z["error"][k]), (ess["value"][k], ess["error"][k])
+            covered = str(kept["coverage"][k]["verdict"]).partition(":")[0]
+            rows.append((name, at, *figures, kept["acceptance"][k], covered))
+    if rows:
+        columns = ("run", "condition", "log Z (nats)", "ESS", "acceptance", "coverage")
+        yield FlowTable("Under each condition", columns, tuple(rows), _EVALUATED_SAYS)
+
+
+def _evaluation(run: Run) -> dict[str, Any] | None:
+    file = run.path / EVALUATION
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"path: {file} is corrupt: {error}.") from None
+
+
+_TARGETS_SAY = (
+    "Shares of effective and of accepted draws and v, the variance of the log-weights per site, "
+    "in the last steps, all conditions together. `rkl evaluate RUN` measures log Z and each "
+    "condition."
+)
+_EVALUATED_SAYS = "As `rkl evaluate` measured them, with standard errors."

@@ -1,0 +1,400 @@
+"""Whether a flow covers its target: what the weights of its own draws cannot show."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from rkl.divergences.base import number
+from rkl.metrics import Mean, mean, to_json
+from rkl.sample.importance import Importance, check_log_ratio, expectation, reweight
+from rkl.sample.mcmc.kernels import check_condition, check_whole, seeded
+from rkl.sample.metropolis import law_of, proposed
+from rkl.sample.observables import check_draws, check_held_out
+from rkl.sample.targets.base import Target
+from rkl.sample.targets.lattices import XY
+from rkl.sample.targets.plane import GaussianMixture, MoG4, MoG8, Rings
+
+ERRORS = 4.0  # standard errors that a departure must exceed
+UNREACHED = 0.01  # mass that may go unreached
+RARE = 0.1  # share of its mass below which a mode counts as missing
+FEWEST = 10  # expected draws below which a mode cannot be called missing
+SHARE = 0.5  # share of the flow's own ESS that must remain at draws of the target
+OFF = 0.1  # share by which a reweighted mass may be off, beyond its errors
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The mass of one mode: of the target, of the flow, and of the flow's draws reweighted."""
+
+    name: str
+    target: Mean
+    drawn: Mean
+    reweighted: Mean
+    missing: bool
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Whether a flow reaches all of its target, and what shows it.
+
+    Attributes:
+        weights: What the flow's own draws say; blind to what it never draws.
+        elbo: Mean log-ratio under the flow, in nats: at most log Z.
+        eubo: Mean log-ratio under the target, in nats: at least log Z. None without its draws.
+        target_ess: Effective share, from draws of the target; None without them.
+        reached: Share of the target's mass that the flow's draws account for; None if unknown.
+        modes: Mass of each mode, where the target has any and draws of it are at hand.
+        reasons: Why it fails, a sentence each.
+        doubts: Why what it is judged by cannot be trusted, so that coverage is unknown.
+        source: What it is judged by, where that might miss a part of the target itself.
+    """
+
+    weights: Importance
+    elbo: Mean
+    eubo: Mean | None
+    target_ess: Mean | None
+    reached: Mean | None
+    modes: tuple[Mode, ...]
+    reasons: tuple[str, ...]
+    doubts: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether nothing is missing; None where coverage is unknown."""
+        return None if self.reached is None or self.doubts else not self.reasons
+
+    @property
+    def verdict(self) -> str:
+        """One line: passed, failed and how often, or unknown and what it takes to know."""
+        if self.doubts:
+            return f"coverage unknown: {self.doubts[0]}"
+        if self.passed is None:
+            return "coverage unknown: neither draws of the target nor its log Z are at hand"
+        if self.passed:
+            return "covered" + f", as far as {self.source} see" * bool(self.source)
+        return f"NOT COVERED: {len(self.reasons)} reasons"
+
+    def table(self) -> str:
+        """The verdict, its reasons, the figures and the modes as lines of text."""
+        figures = {
+            "ESS, from the flow's draws": self.weights.ess,
+            "ESS, from the target's draws": self.target_ess,
+            "ELBO, nats": self.elbo,
+            "log Z, nats": self.weights.log_z,
+            "EUBO, nats": self.eubo,
+            "mass reached": self.reached,
+        }
+        lines = [self.verdict, *(f"- {it}" for it in (*self.reasons, *self.doubts[1:]))]
+        lines += [f"{name:30}{_written(it)}" for name, it in figures.items() if it is not None]
+        if self.modes:
+            lines.append(f"{'mode':30}{'target':22}{'flow':22}reweighted")
+        for it in self.modes:
+            columns = f"{_written(it.target):22}{_written(it.drawn):22}{_written(it.reweighted)}"
+            lines.append(f"{it.name:30}{columns}{'  MISSING' * it.missing}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        known = {"elbo": self.elbo, "eubo": self.eubo, "target_ess": self.target_ess}
+        known["reached"] = self.reached
+        masses = ("target", "drawn", "reweighted")
+        return {
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "reasons": list(self.reasons),
+            "doubts": list(self.doubts),
+            "source": self.source,
+            **{name: None if it is None else to_json(it) for name, it in known.items()},
+            "weights": self.weights.to_dict(),
+            "modes": [
+                {"name": it.name, "missing": it.missing}
+                | {name: to_json(getattr(it, name)) for name in masses}
+                for it in self.modes
+            ],
+        }
+
+
+@torch.no_grad()
+def judge_coverage(
+    target: Target,
+    proposal: nn.Module | Distribution,
+    condition: Float[Tensor, " conditions"] | None = None,
+    *,
+    held_out: Float[Tensor, "rows *event"] | None = None,
+    train: Float[Tensor, "others *event"] | None = None,
+    draws: int = 20_000,
+    seed: int = 0,
+    log_z: Mean | None = None,
+    islands: int | None = None,
+    doubts: tuple[str, ...] = (),
+    source: str = "",
+) -> Coverage:
+    """Judge under one condition whether a flow covers its target, and say loudly if it does not.
+
+    It takes independent draws of the target: those given, else its exact ones where it has a
+    sampler. Modes are the components of a mixture (each x belongs to the nearest centre), the
+    rings, or the winding sectors of the XY model.
+
+    Args:
+        target: What the flow should cover.
+        proposal: The flow.
+        condition: One condition.
+        held_out: Independent draws of the target that the flow was not trained on.
+        train: What it was trained on, to see that no row of it is held out.
+        draws: Draws of the flow, and of the target where it has an exact sampler.
+        seed: Of all random numbers.
+        log_z: An estimate of log Z in nats, where it is not known.
+        islands: Number of independent groups of equal size that held_out comes in, one after
+            another; None where every row is independent.
+        doubts: Why held_out cannot be trusted.
+        source: What held_out comes from, where that might miss a part of the target itself.
+
+    Raises:
+        ValueError: A row of held_out is in train.
+    """
+    check_whole("draws", draws, 100)
+    condition = check_condition(target, condition)
+    if condition.ndim != 1:
+        raise ValueError(f"condition must be one, [conditions]; got {list(condition.shape)}.")
+    if held_out is not None:
+        check_draws("held_out", target, held_out, 2)
+    if train is not None and held_out is not None:
+        check_held_out(train, held_out)
+    with seeded(seed, condition.device):
+        law = law_of(proposal, target, condition)
+        x, log_p, log_q = proposed(target, law, condition, (draws,))
+        held_out = _exact_draws(target, condition, draws) if held_out is None else held_out
+    exact = _log_z(target, condition)
+    at_target, labels, names = None, None, ()
+    if held_out is not None:
+        each = condition.expand(len(held_out), -1)
+        at_target = target.log_prob(held_out, each) - law.log_prob(held_out)
+        labels, names = _labels(target, torch.cat([x, held_out.to(x)]))
+    return judge_ratios(
+        log_p - log_q,
+        at_target,
+        log_z=log_z if exact is None else exact,
+        islands=islands,
+        doubts=doubts,
+        source=source,
+        labels=None if labels is None else labels[:draws],
+        target_labels=None if labels is None else labels[draws:],
+        names=names,
+        sites=max(1, math.prod(target.event_shape)),
+    )
+
+
+def judge_ratios(
+    log_ratio: Float[Tensor, " draws"],
+    at_target: Float[Tensor, " rows"] | None = None,
+    *,
+    log_z: float | Mean | None = None,
+    labels: Int[Tensor, " draws"] | None = None,
+    target_labels: Int[Tensor, " rows"] | None = None,
+    names: tuple[str, ...] = (),
+    sites: int = 1,
+    islands: int | None = None,
+    doubts: tuple[str, ...] = (),
+    source: str = "",
+) -> Coverage:
+    r"""Judge coverage from log-ratios alone, at draws of the flow and at draws of the target.
+
+        mass reached = E_q[w] / Z,    1/Z = E_p[1/w],    ESS = 1 / (E_p[w] E_p[1/w])
+
+    The flow's draws see E_q[w] only where they go; draws of the target see 1/Z whatever the
+    flow misses. Both are finite wherever the flow is wider than the target.
+
+    Args:
+        log_ratio: log p(x) − log q(x) at draws of the flow, in nats.
+        at_target: The same at independent draws of the target.
+        log_z: log Z in nats where it is known, or an estimate with its error.
+        labels: The mode of each draw of the flow.
+        target_labels: The mode of each draw of the target.
+        names: The name of each mode.
+        sites: Number of sites, for the variance per site.
+        islands: Number of independent groups of equal size that at_target comes in.
+        doubts: Why at_target or log_z cannot be trusted.
+        source: What they come from, where that might miss a part of the target itself.
+
+    >>> half = torch.zeros(1_000)  # q is p on half of its mass, and log Z is 0
+    >>> judge_ratios(half - 0.69315, log_z=0.0).reached.value
+    tensor(0.5000, dtype=torch.float64)
+    """
+    _check_labels("labels", labels, log_ratio, names)
+    _check_labels("target_labels", target_labels, at_target, names)
+    weights = reweight(log_ratio, sites=sites)
+    if weights.log_z.value.ndim:
+        raise ValueError(f"log_ratio must be [draws]; got {list(log_ratio.shape)}.")
+    elbo, eubo, ess, reached = mean(log_ratio), None, None, None
+    if at_target is not None:
+        at_target = _checked_at_target(at_target)
+        eubo, ess = _grouped(at_target, islands), _ess_of_target(at_target, islands)
+    if isinstance(log_z, Mean):
+        error = torch.hypot(weights.log_z.error, log_z.error)
+        reached = _share(Mean(weights.log_z.value - log_z.value, error))
+    elif log_z is not None:
+        number("log_z", log_z)
+        reached = _share(Mean(weights.log_z.value - log_z, weights.log_z.error))
+    elif at_target is not None:
+        inverse = reweight(-at_target).log_z
+        error = torch.hypot(weights.log_z.error, inverse.error)
+        reached = _share(Mean(weights.log_z.value + inverse.value, error))
+    modes = ()
+    if labels is not None and target_labels is not None:
+        modes = tuple(
+            _modes(check_log_ratio("log_ratio", log_ratio), labels, target_labels, names, islands)
+        )
+    found = Coverage(weights, elbo, eubo, ess, reached, modes, (), doubts, source)
+    if source and reached is not None:
+        found = replace(found, doubts=(*doubts, *_lacking(reached, source)))
+    return replace(found, reasons=tuple(_reasons(found)))
+
+
+def _lacking(reached: Mean, source: str):
+    """The flow has what its judges have not: then nothing can be said of what both lack."""
+    if reached.value - 1 > UNREACHED + ERRORS * reached.error:
+        yield (
+            f"the flow's weights add up to {_written(reached)} of the Z of {source}, which so "
+            "lack a part of the target themselves."
+        )
+
+
+def _reasons(found: Coverage):
+    if found.reached is not None:
+        value, margin = found.reached.value, UNREACHED + ERRORS * found.reached.error
+        if 1 - value > margin:
+            yield f"the flow's draws account for {_written(found.reached)} of the target's mass."
+        if value - 1 > margin and not found.source:
+            yield f"the flow's weights add up to {_written(found.reached)} of log Z: one is wrong."
+    if found.target_ess is not None and found.eubo is not None:
+        ess, own = found.target_ess, found.weights.ess
+        if ess.value + ERRORS * ess.error < SHARE * (own.value - 2 * own.error):
+            yield (
+                f"the effective share is {_written(ess)} at draws of the target, "
+                f"and {_written(own)} at the flow's own."
+            )
+        width = found.eubo.value - found.elbo.value
+        error = torch.hypot(found.eubo.error, found.elbo.error)
+        spread = found.weights.variance.value
+        if width > 2 * spread + UNREACHED + ERRORS * error:
+            yield (
+                f"EUBO - ELBO is {_written(Mean(width, error))} nats, where the variance of the "
+                f"flow's own log-weights makes for {spread:.3g}."
+            )
+    missing = [it for it in found.modes if it.missing]
+    if missing:
+        named = ", ".join(f"{it.name} with mass {_written(it.target)}" for it in missing)
+        yield f"{len(missing)} of {len(found.modes)} modes are missing: {named}."
+        return  # the masses of all others are too large by as much
+    for it in found.modes:
+        apart = (it.reweighted.value - it.target.value).abs()
+        error = torch.hypot(it.reweighted.error, it.target.error)
+        if apart > OFF * it.target.value + ERRORS * error:
+            yield (
+                f"mode {it.name} has mass {_written(it.target)}, "
+                f"and {_written(it.reweighted)} after reweighting."
+            )
+
+
+def _modes(log_ratio: Tensor, labels: Tensor, target_labels: Tensor, names, islands: int | None):
+    for k, name in enumerate(names):
+        inside, held = (labels == k).double(), (target_labels == k).double()
+        mass, drawn = _grouped(held, islands), mean(inside)
+        enough = mass.value * min(len(inside), len(held)) >= FEWEST
+        missing = bool(enough & (drawn.value < RARE * mass.value))
+        yield Mode(name, mass, drawn, expectation(inside, log_ratio), missing)
+
+
+def _labels(target: Target, x: Tensor) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Which mode each x is in, and how the modes are called; None where there are none."""
+    if isinstance(target, XY):
+        sectors, labels = target.sector(x).unique(dim=0, return_inverse=True)
+        return labels, tuple(f"winding ({a}, {b})" for a, b in sectors.tolist())
+    if isinstance(target, GaussianMixture | MoG4 | MoG8):
+        centres = target.modes.to(x)
+        places = [
+            ", ".join(f"{round(c, 3) + 0.0:.3g}" for c in centre) for centre in centres.tolist()
+        ]
+        return torch.cdist(x, centres).argmin(-1), tuple(f"at ({place})" for place in places)
+    if isinstance(target, Rings):
+        apart = (x.norm(dim=-1, keepdim=True) - target.radii.to(x)).abs()
+        return apart.argmin(-1), tuple(f"ring of radius {r:.3g}" for r in target.radii.tolist())
+    return None, ()
+
+
+def _exact_draws(target: Target, condition: Tensor, draws: int) -> Tensor | None:
+    try:
+        return target.sample(condition, (draws,))
+    except NotImplementedError:
+        return None
+
+
+def _log_z(target: Target, condition: Tensor) -> float | None:
+    try:
+        return float(target.log_normaliser(condition))
+    except NotImplementedError:
+        return None
+
+
+def _check_labels(name: str, labels: Any, at: Any, names: tuple[str, ...]) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(
+            f"{name} must be a tensor of whole numbers; got a {type(labels).__name__}."
+        )
+    shape = list(at.shape) if isinstance(at, Tensor) else at
+    if list(labels.shape) != shape:
+        raise ValueError(f"{name} must be as the log-ratios, {shape}; got {list(labels.shape)}.")
+    if labels.numel() and not 0 <= labels.min() <= labels.max() < len(names):
+        raise ValueError(
+            f"{name} must lie in [0, {len(names)}), one of names; "
+            f"got {labels.min()} to {labels.max()}."
+        )
+
+
+def _checked_at_target(at_target: Any) -> Tensor:
+    if isinstance(at_target, Tensor) and at_target.is_floating_point():
+        # where q has no mass at all the ratio is infinite: as good as very large
+        at_target = at_target.double().clamp_max(1e6)
+    at_target = check_log_ratio("at_target", at_target)
+    if at_target.ndim != 1:
+        raise ValueError(f"at_target must be [rows]; got {list(at_target.shape)}.")
+    return at_target
+
+
+def _grouped(values: Tensor, islands: int | None) -> Mean:
+    """The mean, with the error that independent groups of rows give where it is the larger."""
+    found = mean(values)
+    if islands is None:
+        return found
+    return Mean(found.value, torch.maximum(found.error, mean(_by_island(values, islands)).error))
+
+
+def _by_island(values: Tensor, islands: int) -> Tensor:
+    if len(values) % islands:
+        raise ValueError(
+            f"islands must be groups of equal size; got {len(values)} rows in {islands}."
+        )
+    return values.double().unflatten(0, (islands, -1)).mean(1)
+
+
+def _ess_of_target(log_ratio: Tensor, islands: int | None) -> Mean:
+    up, down = (it.softmax(0) * len(it) for it in (log_ratio, -log_ratio))
+    log_mean = [it.logsumexp(0) - math.log(len(it)) for it in (log_ratio, -log_ratio)]
+    ess = (-log_mean[0] - log_mean[1]).exp()
+    return Mean(ess, ess * _grouped(up + down, islands).error)
+
+
+def _share(log: Mean) -> Mean:
+    return Mean(log.value.exp(), log.value.exp() * log.error)
+
+
+def _written(it: Mean) -> str:
+    return f"{it.value.item():.4g} ± {it.error.item():.2g}"

@@ -1,0 +1,489 @@
+"""Measure a flow on what it was fitted to, condition by condition, every figure with its error."""
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rkl.checks import warn
+from rkl.flows.precision import single_precision
+from rkl.flows.runs import check_device, single_run, write_evaluation
+from rkl.metrics import Mean
+from rkl.metrics.chains import rhat
+from rkl.runs import REPORT, Run
+from rkl.sample.coverage import Coverage, judge_coverage, judge_ratios
+from rkl.sample.evaluation import Evaluation, Reference, Values, has_temperature
+from rkl.sample.importance import Thermodynamics, reweight, tails_of_averages, thermodynamics
+from rkl.sample.mcmc import markov_chain, thermodynamic_integration
+from rkl.sample.mcmc.kernels import check_condition, check_whole, seeded
+from rkl.sample.metropolis import Chain, independent_metropolis, law_of, proposed
+from rkl.sample.observables import DERIVED, averages, beside_held_out, observe
+from rkl.sample.run import TargetRun, count_drawn, load_target_run, read_draws
+from rkl.sample.settings import EvaluateSettings, condition_grid, parse_ranges
+from rkl.sample.smc import Evidence, evidence
+from rkl.sample.targets import XY, Phi4, Target
+
+FEWEST = 400  # draws on which coverage is judged, at least
+JUDGED = 4_000  # and at most
+SWEEPS = {"warm_up": 50, "every": 2}  # of a heat bath, before the first draw and between draws
+ISLANDS = 16  # of the particles of a reference
+PARTICLES = ((4, 1_024), (8, 512), (math.inf, 256))  # of an island, up to so many coordinates
+OF_ANGLES = 128  # particles of an island at most, where no mode is as narrow as on the line
+COORDINATES = 2**19  # of all particles together, about
+FEWEST_PARTICLES = 16  # of an island
+DEVIATES = 6.0  # errors by which an average may differ from the reference's
+EFFECTIVE = 100  # effective draws below which it is not compared
+UNMIXED = 1.1  # R-hat above which a reference is none
+LADDERS = 16  # chains at each rung of thermodynamic integration
+MANY = 128  # chains of a reference, at most, of 50 draws or more
+
+
+@torch.no_grad()
+@single_precision()
+def evaluate_on_target(
+    flow: nn.Module,
+    target: Target,
+    condition: Float[Tensor, "rows conditions"] | None = None,
+    *,
+    draws: int = 2_000,
+    chains: int = 8,
+    held_out: Sequence[Float[Tensor, "_ *event"]] | None = None,
+    train: Float[Tensor, "others *event"] | None = None,
+    reference: bool = False,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure a flow on its target: what it gives after correction, and what it may lack.
+
+    Args:
+        flow: The flow, called with a condition.
+        target: What it was fitted to.
+        condition: Where to measure; by default eight values across the target's range.
+        draws: Draws of each chain.
+        chains: Chains under each condition.
+        held_out: Independent draws of the target under each condition, not trained on.
+        train: What it was trained on, to see that no row of it is held out.
+        reference: Whether to draw the target without the flow as well: exactly where it has a
+            sampler, else by particles cooled to it (:func:`rkl.sample.evidence`), from which a
+            heat bath goes on for XY and Phi4.
+        seed: Of all random numbers.
+
+    >>> from rkl.sample import GaussianMixture
+    >>> from rkl.flows import NSF
+    >>> from rkl.sample import fit_to_target
+    >>> target = GaussianMixture(means=((0.0,), (2.0,)))
+    >>> flow = fit_to_target(NSF(transforms=1, hidden=(16,)), target, steps=50).flow
+    >>> found = evaluate_on_target(flow, target, torch.ones(1, 1), draws=500)
+    >>> abs(found.thermodynamics.log_z.value.item()) < 0.1  # the target is normalised
+    True
+    """
+    condition = _checked(target, condition, draws, chains, held_out)
+    began = time.perf_counter()
+    chain = independent_metropolis(target, flow, condition, draws=draws, chains=chains, seed=seed)
+    seconds = time.perf_counter() - began
+    values = _observed(target, chain.x, condition)
+    began = time.perf_counter()
+    log_ratio, log_p, tails = _weighed(flow, target, condition, draws * chains, seed + 1)
+    weights_seconds = time.perf_counter() - began
+    drawn, judges = None, _Judges(held_out)
+    if reference:
+        drawn, judges = _reference(target, condition, draws * chains, seed + 2, judges)
+    held_out = judges.held_out
+    found = Evaluation(
+        target,
+        condition,
+        reweight(log_ratio, sites=math.prod(target.event_shape)),
+        _thermodynamics(target, condition, log_ratio, log_p),
+        chain,
+        values,
+        averages(target, values, condition),
+        tuple(_coverage(flow, target, condition, log_ratio, judges, train, seed + 3)),
+        tuple(_beside(flow, target, chain, held_out)) if held_out is not None else (),
+        drawn,
+        seconds,
+        weights_seconds,
+        tails,
+    )
+    return replace(found, coverage=tuple(_with_deviations(found)))
+
+
+@dataclass(frozen=True)
+class _Judges:
+    """What coverage is judged by: draws of the target under each condition, and their log Z."""
+
+    held_out: Sequence[Tensor] | None = None
+    evidence: Evidence | None = None
+    source: str = ""
+
+    def of(self, row: int) -> dict[str, Any]:
+        """What they say under one condition."""
+        found: dict[str, Any] = {"source": self.source}
+        if self.held_out is not None:
+            found["held_out"] = self.held_out[row]
+        if self.evidence is not None:
+            log_z = self.evidence.log_z
+            found["log_z"] = Mean(log_z.value[row], log_z.error[row])
+            found["islands"] = self.evidence.x.shape[1]
+            found["doubts"] = self.evidence.doubts[row]
+        return found
+
+
+def _with_deviations(found: Evaluation) -> Iterator[Coverage]:
+    """Coverage, which fails too where averages of the flow are not those of the reference."""
+    apart = {name: z for name, z in found.deviations().items() if name in found.values}
+    drawn = found.reference
+    if drawn is None or not any(bool((z.abs() > DEVIATES).any()) for z in apart.values()):
+        yield from found.coverage
+        return
+    both = found.effective, drawn.effective
+    for row, it in enumerate(found.coverage):
+        reasons = [
+            f"{name} is {z[row]:.3g} errors from that of the {drawn.source}."
+            for name, z in apart.items()
+            if z[row].abs() > DEVIATES and all(of[name][row] >= EFFECTIVE for of in both)
+        ]
+        yield it if it.reached is None else replace(it, reasons=(*it.reasons, *reasons))
+
+
+def _checked(target: Target, condition: Tensor | None, draws, chains, held_out) -> Tensor:
+    if condition is None:
+        condition = condition_grid(target.conditions)
+    condition = check_condition(target, condition)
+    if condition.ndim != 2:
+        raise ValueError(
+            f"condition must be [rows, {len(target.conditions)}]; got {list(condition.shape)}."
+        )
+    check_whole("draws", draws, 2)
+    check_whole("chains", chains, 1)
+    if held_out is not None and len(held_out) != len(condition):
+        raise ValueError(
+            f"held_out must be draws under each of {len(condition)} conditions; "
+            f"got {len(held_out)}."
+        )
+    return condition
+
+
+def _weighed(flow, target, condition, draws: int, seed: int) -> tuple[Tensor, Tensor, dict]:
+    """Log p − log q and log p of independent draws [rows, draws], and Pareto k of averages."""
+    with seeded(seed, condition.device):
+        law = law_of(flow, target, condition)
+        x, log_p, log_q = proposed(target, law, condition, (draws,))
+    log_ratio, tails = (log_p - log_q).T, {}
+    derived = {of: name for of, name, _power in DERIVED} if isinstance(target, XY) else {}
+    for name, it in observe(target, x, condition.expand(draws, *condition.shape)).items():
+        tails[name], of_variance = tails_of_averages(it.T, log_ratio)
+        if name in derived:
+            tails[derived[name]] = of_variance
+    return log_ratio, log_p.T, tails
+
+
+def _observed(target: Target, x: Tensor, condition: Tensor) -> Values:
+    """What is measured of states [rows, chains, draws, *event]."""
+    return observe(target, x, condition[:, None, None, :].expand(*x.shape[:3], -1))
+
+
+def _reference(
+    target: Target, condition: Tensor, draws: int, seed: int, judges: _Judges
+) -> tuple[Reference, _Judges]:
+    """Draws of the target without the flow, and what coverage is judged by."""
+    began = time.perf_counter()
+    try:
+        x = _exactly_drawn(target, condition, draws, seed)
+    except NotImplementedError:
+        return _cooled(target, condition, draws, seed, judges)
+    seconds = time.perf_counter() - began
+    values = _observed(target, x, condition)
+    means = averages(target, values, condition)
+    log_z = _log_z(target, condition, seed)
+    drawn = Reference(x, values, means, "exact draws", seconds, True, *log_z)
+    return drawn, judges if judges.held_out is not None else _Judges(_thinned(x))
+
+
+def _exactly_drawn(target: Target, condition: Tensor, draws: int, seed: int) -> Tensor:
+    chains = max(1, min(MANY, draws // 50))
+    shape = (len(condition), chains, draws // chains)
+    with seeded(seed, condition.device):
+        x = target.sample(condition, (math.prod(shape[1:]),))
+    return x.movedim(0, 1).reshape(*shape, *target.event_shape)
+
+
+def _thinned(x: Tensor) -> list[Tensor]:
+    """Some of the draws [rows, chains, draws, *event] of each row."""
+    flat = x.flatten(1, 2)
+    return list(flat[:, :: -(-flat.shape[1] // JUDGED)])
+
+
+def _cooled(
+    target: Target, condition: Tensor, draws: int, seed: int, judges: _Judges
+) -> tuple[Reference, _Judges]:
+    """Particles, and chains of a heat bath that go on from them where there is one."""
+    began = time.perf_counter()
+    particles = _particles(target, len(condition))
+    cooled = evidence(target, condition, particles=particles, islands=ISLANDS, seed=seed)
+    x, source, mixed = cooled.x, "particles", not any(cooled.doubts)
+    if isinstance(target, XY | Phi4):
+        chains = max(1, min(MANY, draws // 50))
+        flat = x.flatten(1, 2)
+        start = flat[:, torch.arange(chains) * flat.shape[1] // chains]
+        how: dict[str, Any] = {"draws": draws // chains, "chains": chains, "seed": seed, **SWEEPS}
+        walk = markov_chain(target, condition, start=start, **how).x
+        assert walk is not None
+        x, source = walk, "heat bath"
+    seconds = time.perf_counter() - began
+    values = _observed(target, x, condition)
+    means = averages(target, values, condition)
+    if source == "particles":
+        means = {name: _with_islands(it, values[name]) for name, it in means.items()}
+    else:
+        mixed = _agree(values)
+    log_z = _log_z(target, condition, seed)
+    if log_z[0] is None:
+        log_z = cooled.log_z, "particles", seconds
+    drawn = Reference(x, values, means, source, seconds, mixed, *log_z)
+    if judges.held_out is not None:
+        return drawn, judges
+    chart, normal = target.chart, f"N(0, {cooled.width:g}²)"
+    told = "particles cooled from uniform angles" + f" and {normal}" * (
+        not bool(chart.circle.all())
+    )
+    if not chart.circle.any():
+        told = f"particles cooled from {normal}"
+    told += " of log x or log(x − low)/(high − x)" * chart.bounded
+    count = max(1, JUDGED // ISLANDS)
+    few = cooled.x[:, :, :: -(-cooled.x.shape[2] // count)]
+    return drawn, _Judges(list(few.flatten(1, 2)), cooled, told)
+
+
+def _particles(target: Target, rows: int) -> int:
+    """Particles of an island, fewer where coordinates or conditions are many."""
+    size = math.prod(target.event_shape)
+    particles = next(count for most, count in PARTICLES if size <= most)
+    if bool(target.chart.circle.all()):
+        particles = min(particles, OF_ANGLES)
+    return max(FEWEST_PARTICLES, min(particles, COORDINATES // (rows * ISLANDS * size)))
+
+
+def _with_islands(mean: Mean, values: Tensor) -> Mean:
+    """A mean, with the error that the scatter of islands gives where it is the larger."""
+    scatter = values.double().mean(-1).std(-1) / math.sqrt(values.shape[-2])
+    return Mean(mean.value, torch.maximum(mean.error, scatter))
+
+
+def _agree(values: Values) -> bool:
+    """Whether chains have mixed; where they have not, a warning says so."""
+    ratios = torch.stack([rhat(it.movedim(0, -1)) for it in values.values()])
+    stuck = bool(ratios.isnan().all(0).any())  # one quantity may be constant, not all of them
+    worst = math.inf if stuck else ratios.nan_to_num(1.0).max().item()
+    if worst > UNMIXED:
+        warn(
+            f"reference: the chains of the heat bath have an R-hat of up to {worst:.2f}; they "
+            "have not mixed, and no average is judged by them."
+        )
+    return worst <= UNMIXED
+
+
+def _log_z(target, condition, seed: int) -> tuple[Mean | None, str, float]:
+    """Without the flow: log Z, where it comes from, and how long it took."""
+    try:
+        exact = target.log_normaliser(condition).double()
+        return Mean(exact, torch.zeros_like(exact)), "its known value", 0.0
+    except NotImplementedError:
+        if not isinstance(target, XY):
+            return None, "", 0.0
+    began = time.perf_counter()
+    parts = [
+        thermodynamic_integration(target, condition[k], seed=seed) for k in _series(condition)
+    ]
+    log_z = Mean(torch.cat([it.value for it in parts]), torch.cat([it.error for it in parts]))
+    return log_z, "thermodynamic integration", time.perf_counter() - began
+
+
+def _coverage(flow, target, condition, log_ratio, judges, train, seed) -> Iterator[Coverage]:
+    known = judges.held_out is not None or _knows_itself(target, condition)
+    count = min(JUDGED, max(FEWEST, log_ratio.shape[-1]))
+    for row, at in enumerate(condition):
+        if not known:
+            yield judge_ratios(log_ratio[row], sites=math.prod(target.event_shape))
+            continue
+        how: dict[str, Any] = {"train": train, "draws": count, **judges.of(row)}
+        yield judge_coverage(target, flow, at, **how, seed=seed + row)
+
+
+def _knows_itself(target: Target, condition: Tensor) -> bool:
+    """Whether log Z is known, or exact draws are to be had."""
+    for ability in (target.log_normaliser, target.sample):
+        try:
+            ability(condition[:1])
+        except NotImplementedError:
+            continue
+        return True
+    return False
+
+
+def _beside(flow, target, chain: Chain, held_out) -> Iterator[dict[str, Mean]]:
+    parts = "x", "accepted", "log_ratio", "log_p", "log_q", "condition"
+    for row, rows in enumerate(held_out):
+        one = Chain(**{name: getattr(chain, name)[row] for name in parts})
+        yield beside_held_out(target, flow, one, rows)
+
+
+def _thermodynamics(target, condition, log_ratio, log_p) -> Thermodynamics:
+    """With T where there is one, and one series of temperatures for each value of the rest."""
+    if not has_temperature(target):
+        one = torch.ones(len(condition))
+        return _joined(
+            [thermodynamics(log_ratio[[k]], -log_p[[k]], one[[k]]) for k in range(len(one))]
+        )
+    temperature = condition[:, 0]
+    energy = -log_p * temperature[:, None]
+    series = _series(condition)
+    return _joined([thermodynamics(log_ratio[k], energy[k], temperature[k]) for k in series])
+
+
+def _series(condition: Tensor) -> list[list[int]]:
+    """Neighbouring rows that differ in the first condition alone."""
+    others = [tuple(row[1:]) for row in condition.tolist()]
+    return [list(rows) for _, rows in itertools.groupby(range(len(others)), others.__getitem__)]
+
+
+def _joined(parts: list[Thermodynamics]) -> Thermodynamics:
+    names = "log_z", "energy", "free_energy", "entropy", "heat_capacity", "gap"
+    columns = ([getattr(it, name) for it in parts] for name in names)
+    tails = {name: torch.cat([it.tails[name] for it in parts]) for name in names[:-1]}
+    return Thermodynamics(
+        *(
+            Mean(torch.cat([it.value for it in c]), torch.cat([it.error for it in c]))
+            for c in columns
+        ),
+        tails=tails,
+    )
+
+
+class NotCoveredError(RuntimeError):
+    """A flow lacks a part of its target, or nothing shows that it does not."""
+
+
+@single_precision()
+def evaluate_run(
+    path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
+) -> Evaluation:
+    """Measure the flow of a run on its target; the run keeps it as ``evaluation.json``.
+
+    Args:
+        path: The folder of the run.
+        settings: Where it is measured.
+        allow: What its ``run.json`` may have imported, each "module:name".
+
+    Raises:
+        NotCoveredError: Under ``strict``, a part of the target is missing or may be.
+        ValueError: The held-out draws were trained on, or a setting does not fit the run.
+    """
+    run, _device = Run.open(path), check_device(settings.device)
+    evaluation = measure_run(path, settings, allow=allow)
+    write_evaluation(run, evaluation.to_dict())
+    if settings.strict and (not evaluation.passed or bool(evaluation.chain.failed.any())):
+        print(evaluation, flush=True)  # a table, which an error has no room for
+        raise NotCoveredError(_why(evaluation))
+    return evaluation
+
+
+def measure_run(
+    path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
+) -> Evaluation:
+    """Measure the flow of a run on its target; nothing is written."""
+    found = load_target_run(path, allow=allow)
+    condition, held_out = _where(found, settings, Run.open(path))
+    how: dict[str, Any] = {name: getattr(settings, name) for name in ("draws", "chains", "seed")}
+    return evaluate_on_target(
+        found.flow.to(settings.device),
+        found.target,
+        condition.to(settings.device),
+        held_out=held_out,
+        reference=settings.reference,
+        **how,
+    )
+
+
+def _why(found: Evaluation) -> str:
+    """The worst condition, in one line."""
+    if bool(found.chain.failed.any()):
+        return f"a chain never moved under {int(found.chain.failed.sum())} conditions."
+    unknown = [it.verdict for it in found.coverage if it.passed is None]
+    return found.why or unknown[0]
+
+
+def _where(
+    found: TargetRun, settings: EvaluateSettings, run: Run
+) -> tuple[Tensor, list[Tensor] | None]:
+    """The conditions, and the held-out draws under each of them if there are any."""
+    ranges = found.ranges
+    if settings.condition is not None:
+        ranges = parse_ranges(settings.condition, found.target)
+    if settings.data is None:
+        return condition_grid(ranges, settings.values), None
+    x, condition = read_draws(settings.data, found.target)
+    seen = run.count_seen([row.tobytes() for row in x.numpy()])
+    if seen:
+        raise ValueError(
+            f"data: {seen:,} of the {len(x):,} draws in {settings.data} were trained on; held-out "
+            "draws must share none."
+        )
+    own = count_drawn(run, x)
+    if own:
+        raise ValueError(
+            f"data: {own:,} of the {len(x):,} draws in {settings.data} are of the flow of "
+            f"{run.path} itself (rkl sample), which cannot show what it lacks; give independent "
+            "draws of the target, or --reference."
+        )
+    inside = torch.ones(len(x), dtype=torch.bool)
+    for column, it in zip(condition.T, ranges, strict=True):
+        inside &= (column >= it.low - 1e-6) & (column <= it.high + 1e-6)
+    if not inside.any():
+        raise ValueError(f"data: none of the draws in {settings.data} is under these conditions.")
+    x, condition = (it[inside].to(settings.device) for it in (x, condition))
+    rows, group = (
+        condition.unique(dim=0, return_inverse=True)
+        if found.ranges
+        else (
+            condition[:1],
+            torch.zeros(len(x), dtype=torch.long),
+        )
+    )
+    return rows, [x[group == k] for k in range(len(rows))]
+
+
+def report_runs(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    allow: Collection[str] = (),
+    overwrite: bool = False,
+) -> Path:
+    """Write the report of one run, measured beside a reference, a single HTML file.
+
+    Args:
+        paths: The folder of the run.
+        out: The file; ``report.html`` in the folder of the run by default.
+        allow: What the ``run.json`` may have imported, each "module:name".
+        overwrite: Replaces a file of others there.
+    """
+    run = single_run(paths, out, overwrite)
+    settings = EvaluateSettings(draws=1_000, reference=True)
+    return write_report(run, measure_run(run.path, settings, allow=allow), out)
+
+
+def write_report(run: Run, evaluation: Evaluation, out: str | os.PathLike | None = None) -> Path:
+    """Write the report of a run whose flow has been measured."""
+    from rkl.report import write
+    from rkl.sample.report import target_page
+
+    place = run.path / REPORT if out is None else Path(out)
+    write(place, target_page(evaluation, run.metrics, run.record))
+    return place

@@ -1,0 +1,334 @@
+"""What is known of a flow beside its target: figures with their errors, as text and as JSON."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rkl.metrics import Mean, to_json
+from rkl.metrics.chains import ess
+from rkl.metrics.written import parenthesised
+from rkl.sample.coverage import Coverage
+from rkl.sample.importance import HEAVY, Importance, Thermodynamics
+from rkl.sample.metropolis import Chain
+from rkl.sample.targets import Target
+
+REASONS = 12  # of failed coverage that are printed
+FROM_WEIGHTS = "acceptance", "ESS", "v per site"
+STAR = "* Pareto k above 0.7: neither this figure nor its error can be trusted"
+UNITS = {"specific_heat": "k_B per site", "susceptibility": "per J and site"}
+
+Values = dict[str, Float[Tensor, "rows chains draws"]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Draws of the target that owe nothing to the flow, [rows, chains, draws].
+
+    Attributes:
+        x: The draws.
+        values: The observables of each.
+        averages: Their means, with errors.
+        source: Where they come from.
+        seconds: What they took.
+        mixed: Whether its chains agree with one another, or its particles are not in doubt.
+        log_z: In nats: known, or of thermodynamic integration; None where neither can be had.
+        log_z_source: Where it comes from.
+        log_z_seconds: What it took.
+    """
+
+    x: Float[Tensor, "rows chains draws *event"]
+    values: Values
+    averages: dict[str, Mean]
+    source: str
+    seconds: float
+    mixed: bool = True
+    log_z: Mean | None = None
+    log_z_source: str = ""
+    log_z_seconds: float = 0.0
+
+    @property
+    def effective(self) -> dict[str, Tensor]:
+        """Effective number of draws for each observable, [rows]."""
+        return _effective(self.values)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A flow beside its target, under several conditions.
+
+    Attributes:
+        target: The target.
+        condition: The conditions, one a row.
+        weights: What the log-ratios of independent draws say, never pooled over conditions.
+        thermodynamics: log Z, F, S and ⟨E⟩; for targets without a temperature T = 1, E = −log p.
+        chain: What independent Metropolis made of the flow.
+        values: The observables along the chain.
+        averages: Their means after the correction, with errors.
+        coverage: Whether the flow reaches all of the target, row by row.
+        beside: AdvNF's figures beside draws that the flow has not seen, row by row; else empty.
+        reference: Draws that owe nothing to the flow, if they were asked for.
+        seconds: What the chain took.
+        weights_seconds: What the independent draws took.
+        tails: Pareto k of the terms of each average, [rows]; above 0.7 it cannot be trusted.
+    """
+
+    target: Target
+    condition: Float[Tensor, "rows conditions"]
+    weights: Importance
+    thermodynamics: Thermodynamics
+    chain: Chain
+    values: Values
+    averages: dict[str, Mean]
+    coverage: tuple[Coverage, ...]
+    beside: tuple[dict[str, Mean], ...]
+    reference: Reference | None
+    seconds: float
+    weights_seconds: float
+    tails: Mapping[str, Float[Tensor, " rows"]] = field(default_factory=dict)
+
+    @property
+    def effective(self) -> dict[str, Tensor]:
+        """Effective number of draws of the chain for each observable, [rows]."""
+        return _effective(self.values)
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the target is covered under every condition; None where it is not known."""
+        verdicts = {it.passed for it in self.coverage}
+        return False if False in verdicts else None if None in verdicts else True
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why coverage failed, each with its condition."""
+        pairs = zip(self.conditions(), self.coverage, strict=True)
+        return [f"{at}: {reason}" for at, it in pairs for reason in it.reasons]
+
+    @property
+    def marked(self) -> bool:
+        """Whether a figure has a tail too heavy to be trusted; tables mark it with a star."""
+        tails = (self.weights.tail, *self.thermodynamics.tails.values(), *self.tails.values())
+        return any(bool((it > HEAVY).any()) for it in tails)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be said of the weights, unless coverage was shown by other draws."""
+        return [] if self.passed else self.weights.warnings
+
+    @property
+    def why(self) -> str:
+        """Why coverage failed under the worst condition, the plainest reason first."""
+        failed = [it for it in self.coverage if it.passed is False]
+        if not failed:
+            return ""
+        worst = max(
+            failed, key=lambda it: (sum(mode.missing for mode in it.modes), len(it.reasons))
+        )
+        at = self.conditions()[self.coverage.index(worst)]
+        count = f"{len(failed)} of {len(self.coverage)} conditions"
+        return f"not covered under {count}. At {at}: {' '.join(reversed(worst.reasons))}"
+
+    def conditions(self) -> list[str]:
+        """Each condition as text: T = 0.9 J."""
+        named = self.target.conditions
+        return [
+            ", ".join(
+                f"{it.name} = {value:.4g} {it.unit}".rstrip()
+                for it, value in zip(named, row, strict=True)
+            )
+            or "all"
+            for row in self.condition.tolist()
+        ]
+
+    @property
+    def unmixed(self) -> list[str]:
+        """A sentence about a reference that cannot be trusted; none about another."""
+        if self.reference is None or self.reference.mixed:
+            return []
+        source = self.reference.source
+        return [f"draws by {source} cannot be trusted here, and no average is judged by them."]
+
+    def deviations(self) -> dict[str, Float[Tensor, " rows"]]:
+        """By how many standard errors each average differs from a mixed reference's."""
+        if self.reference is None or not self.reference.mixed:
+            return {}
+        pairs = {name: (it, self.reference.averages[name]) for name, it in self.averages.items()}
+        if self.reference.log_z is not None:
+            pairs["log Z"] = self.thermodynamics.log_z, self.reference.log_z
+        found = {}
+        for name, (a, b) in pairs.items():
+            apart, error = a.value - b.value, torch.hypot(a.error, b.error)
+            found[name] = torch.where(apart == 0, 0.0, apart / error)
+        return found
+
+    def units(self) -> dict[str, str]:
+        """The unit of each average that has one."""
+        return {**self.target.units, **UNITS}
+
+    def __str__(self) -> str:
+        return "\n".join(_written(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as JSON can hold them."""
+        thermal = self.thermodynamics
+        named = "log_z", "energy", "free_energy", "entropy", "heat_capacity"
+        return {
+            "target": repr(self.target),
+            "conditions": [it._asdict() for it in self.target.conditions],
+            "condition": self.condition.tolist(),
+            "passed": self.passed,
+            "weights": self.weights.to_dict(),
+            "thermodynamics": {name: to_json(getattr(thermal, name)) for name in named},
+            "gap": to_json(thermal.gap),
+            "pareto_k": {
+                name: it.tolist() for name, it in {**thermal.tails, **self.tails}.items()
+            },
+            "averages": {name: to_json(it) for name, it in self.averages.items()},
+            "acceptance": self.chain.acceptance.tolist(),
+            "longest_sojourn": self.chain.sojourn.tolist(),
+            "failed": self.chain.failed.tolist(),
+            "effective": {name: it.tolist() for name, it in self.effective.items()},
+            "seconds": self.seconds,
+            "weights_seconds": self.weights_seconds,
+            "coverage": [it.to_dict() for it in self.coverage],
+            "beside": [{name: to_json(it) for name, it in row.items()} for row in self.beside],
+            "reference": None if self.reference is None else _of_reference(self),
+        }
+
+
+def _effective(values: Values) -> dict[str, Tensor]:
+    return {name: ess(it.movedim(0, -1)) for name, it in values.items()}
+
+
+def _of_reference(found: Evaluation) -> dict[str, Any]:
+    drawn = found.reference
+    assert drawn is not None
+    return {
+        "source": drawn.source,
+        "mixed": drawn.mixed,
+        "averages": {name: to_json(it) for name, it in drawn.averages.items()},
+        "effective": {name: it.tolist() for name, it in drawn.effective.items()},
+        "seconds": drawn.seconds,
+        "log_z": None if drawn.log_z is None else to_json(drawn.log_z),
+        "log_z_source": drawn.log_z_source,
+        "log_z_seconds": drawn.log_z_seconds,
+        "deviations": {name: it.tolist() for name, it in found.deviations().items()},
+    }
+
+
+def _written(found: Evaluation) -> Iterator[str]:
+    chains, draws = found.chain.accepted.shape[-2:]
+    yield f"{found.target}: {chains} chains of {draws:,} draws under each condition"
+    yield "\nAfter Metropolis; errors in units of the last digit"
+    units = found.units()
+    heads = [f"{it} ({units[it]})" if it in units else it for it in found.averages]
+    tails = [found.tails.get(name) for name in found.averages]
+    yield from _columns(found, heads, list(found.averages.values()), tails)
+    yield "\nThe flow itself, and what the weights of its draws give"
+    weights = found.weights
+    own = {"acceptance": weights.acceptance, "ESS": weights.ess, "v per site": weights.v}
+    own |= thermal_columns(found)
+    tails = [weights.tail if name in FROM_WEIGHTS else None for name in own]
+    tails = [thermal_tail(found, name, of) for name, of in zip(own, tails, strict=True)]
+    yield from _columns(found, list(own), list(own.values()), tails)
+    yield ""
+    yield from _verdicts(found)
+
+
+def thermal_columns(found: Evaluation) -> dict[str, Mean]:
+    """Log Z, and with F and S per site, under names that say the unit."""
+    thermal, sites = found.thermodynamics, found.weights.sites
+    columns = {"log Z (nats)": thermal.log_z}
+    each = {"log Z/N (nats)": thermal.log_z}
+    if has_temperature(found.target):
+        unit = found.target.conditions[0].unit
+        each[f"F/N ({unit})" if unit else "F/N"] = thermal.free_energy
+    if has_temperature(found.target) or found.target.units:
+        each["S/N (nats)"] = thermal.entropy
+    if has_temperature(found.target) and not found.target.units:
+        unit = found.target.conditions[0].unit
+        each |= {f"E/N ({unit})" if unit else "E/N": thermal.energy}
+        each["C/N (k_B)"] = thermal.heat_capacity
+    return columns | {name: Mean(it.value / sites, it.error / sites) for name, it in each.items()}
+
+
+def thermal_tail(found: Evaluation, name: str, known: Tensor | None = None) -> Tensor | None:
+    """Pareto k of a column of :func:`thermal_columns`, [rows]."""
+    letter = name.partition("/")[0].partition(" ")[0]
+    quantity = {"log": "log_z", "E": "energy", "F": "free_energy", "S": "entropy"} | {
+        "C": "heat_capacity"
+    }
+    return found.thermodynamics.tails.get(quantity.get(letter, ""), known)
+
+
+def has_temperature(target: Target) -> bool:
+    """Whether p = exp(−E/T), as a target says that calls its first condition T."""
+    return bool(target.conditions) and target.conditions[0].name == "T"
+
+
+def _verdicts(found: Evaluation) -> Iterator[str]:
+    rows = len(found.coverage)
+    if found.passed is None:
+        unknown = [(at, it) for at, it in zip(found.conditions(), found.coverage, strict=True)]
+        unknown = [(at, it) for at, it in unknown if it.passed is None]
+        at, first = unknown[0]
+        if first.doubts:
+            yield f"Coverage unknown under {len(unknown)} of {rows} conditions:"
+            yield from (f"- {at}: {doubt}" for at, it in unknown for doubt in it.doubts)
+        else:
+            yield first.verdict + "; --reference or --data gives some"
+    elif found.passed:
+        where = f"all {rows} conditions" if rows > 1 else "the one condition measured"
+        source = found.coverage[0].source
+        yield f"Covered under {where}" + f", as far as {source} see" * bool(source) + "."
+    else:
+        failed = sum(it.passed is False for it in found.coverage)
+        yield f"NOT COVERED under {failed} of {rows} conditions:"
+        yield from (f"- {it}" for it in found.reasons[:REASONS])
+        if len(found.reasons) > REASONS:
+            yield f"- and {len(found.reasons) - REASONS} more."
+    yield from (f"Warning: {it}" for it in found.warnings)
+    stuck = int(found.chain.failed.sum())
+    if stuck:
+        yield f"Warning: {stuck} conditions have a chain that never moved; they are no result."
+    yield from (f"Warning: {it}" for it in found.unmixed)
+    for name, z in found.deviations().items():
+        rms = z.square().mean().sqrt().item()
+        assert found.reference is not None
+        source = found.reference.log_z_source if name == "log Z" else found.reference.source
+        yield f"{name} against {source}: rms z = {rms:.2f}"
+
+
+def with_stars(mean: Mean, tail: Tensor | None) -> Iterator[tuple[float, float, str]]:
+    """Values with their errors, and a star where the tail is heavy."""
+    heavy = torch.zeros_like(mean.value, dtype=torch.bool) if tail is None else tail > HEAVY
+    rows = zip(mean.value.tolist(), mean.error.tolist(), heavy.tolist(), strict=True)
+    return ((value, error, "*" * star) for value, error, star in rows)
+
+
+def cells(mean: Mean, tail: Tensor | None) -> list[str]:
+    """The same as text."""
+    return [parenthesised((value, error)) + star for value, error, star in with_stars(mean, tail)]
+
+
+def _columns(
+    found: Evaluation, heads: list[str], means: list[Mean], tails: list[Tensor | None]
+) -> Iterator[str]:
+    columns_of = [cells(it, tail) for it, tail in zip(means, tails, strict=True)]
+    above, below = zip(("", ""), *map(_over_unit, heads), strict=True)
+    columns = [found.conditions(), *columns_of]
+    lines = [above, below, *zip(*columns, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cut = [it.rjust(w) for it, w in zip(line[1:], widths[1:], strict=True)]
+        yield "  ".join([line[0].ljust(widths[0]), *cut]).rstrip()
+    if any(cell.endswith("*") for column in columns_of for cell in column):
+        yield STAR
+
+
+def _over_unit(head: str) -> tuple[str, str]:
+    name, _, unit = head.partition(" (")
+    return name, unit.rstrip(")")

@@ -1,0 +1,129 @@
+"""Markov chains side by side, for every condition at once: training data and honest peers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rkl.divergences.base import floats
+from rkl.sample.mcmc.kernels import (
+    HeatBath,
+    Kernel,
+    RandomWalk,
+    check_condition,
+    check_kernel,
+    check_whole,
+    seeded,
+)
+from rkl.sample.mcmc.phi4 import Phi4HeatBath
+from rkl.sample.targets.base import Target
+from rkl.sample.targets.lattices import XY, Phi4
+
+Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Walk:
+    r"""Draws of Markov chains, [\*batch, chains, draws], or what was measured of them.
+
+    Attributes:
+        x: The states, [\*batch, chains, draws, \*event]; None where something was measured.
+        values: What was measured of each state, by name.
+        last: The last states, [\*batch, chains, \*event], from which to go on.
+    """
+
+    x: Float[Tensor, "..."] | None
+    values: dict[str, Float[Tensor, "*batch chains draws"]]
+    last: Float[Tensor, "..."]
+
+
+@torch.no_grad()
+def markov_chain(
+    target: Target,
+    condition: Float[Tensor, "*batch conditions"] | None = None,
+    *,
+    draws: int,
+    chains: int = 4,
+    kernel: Kernel | None = None,
+    every: int = 1,
+    warm_up: int = 200,
+    seed: int = 0,
+    start: Float[Tensor, "..."] | None = None,
+    measure: Measure | None = None,
+) -> Walk:
+    r"""Chains of a kernel that leaves the target invariant, all of them side by side.
+
+    They begin with all angles alike on the circle, where no winding has to be undone, and at
+    standard normal draws on the line: chains of a target with several modes want a start of
+    their own.
+
+    Args:
+        target: What is sampled.
+        condition: One condition or a batch of them.
+        draws: Number of draws kept of each chain.
+        chains: Number of chains for each condition.
+        kernel: How they move: by default a heat bath for XY and Phi4, else RandomWalk().
+        every: Sweeps from one draw to the next.
+        warm_up: Sweeps before the first draw.
+        seed: Of all random numbers.
+        start: States to begin at, [\*batch, chains, \*event].
+        measure: Measures states x under a condition, as ``target.observables`` does; then
+            what it returns is kept and the states are not.
+
+    >>> from rkl.sample import XY
+    >>> model = XY(side=2)
+    >>> walk = markov_chain(
+    ...     model, torch.ones(1), draws=50, chains=100, measure=model.observables
+    ... )
+    >>> round(walk.values["energy"].mean().item(), 1)
+    -1.6
+    """
+    condition = check_condition(target, condition)
+    for name, value, least in (
+        ("draws", draws, 1),
+        ("chains", chains, 1),
+        ("every", every, 1),
+        ("warm_up", warm_up, 0),
+    ):
+        check_whole(name, value, least)
+    kernel = chosen_kernel(target, kernel)
+    each = condition[..., None, :].expand(*condition.shape[:-1], chains, condition.shape[-1])
+    with seeded(seed, condition.device):
+        x = _begun(target, each) if start is None else _checked_start(target, each, start)
+        x = kernel.move(target, each, x, warm_up) if warm_up else x
+        kept = []
+        for _ in range(draws):
+            x = kernel.move(target, each, x, every)
+            kept.append(measure(x, each) if measure else {"x": x})
+    axis = each.ndim - 1
+    found = {name: torch.stack([it[name] for it in kept], axis) for name in kept[0]}
+    return Walk(None if measure else found.pop("x"), found, x)
+
+
+def chosen_kernel(target: Target, kernel: Kernel | None) -> Kernel:
+    """The kernel given, or else a heat bath where there is one."""
+    if kernel is None:
+        if isinstance(target, Phi4):
+            return Phi4HeatBath()
+        return HeatBath() if isinstance(target, XY) else RandomWalk()
+    return check_kernel("kernel", kernel)
+
+
+def _begun(target: Target, each: Tensor) -> Tensor:
+    shape = (*each.shape[:-1], *target.event_shape)
+    chart = target.chart
+    z = torch.randn(shape, dtype=each.dtype, device=each.device)
+    return chart.to_bounded(torch.where(chart.circle.to(z.device), 0.0, z))[0]
+
+
+def _checked_start(target: Target, each: Tensor, start: Tensor) -> Tensor:
+    shape = (*each.shape[:-1], *target.event_shape)
+    floats("start", start)
+    if tuple(start.shape) != shape or not start.isfinite().all():
+        raise ValueError(
+            f"start must be finite states {list(shape)}: [*batch, chains, *event]; "
+            f"got {list(start.shape)}."
+        )
+    return start

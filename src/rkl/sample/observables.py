@@ -1,0 +1,207 @@
+"""Observables of chains with their errors, and a flow beside Markov chains it has not seen."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rkl.divergences.base import floats
+from rkl.metrics import Mean, mean
+from rkl.metrics.batches import jackknife
+from rkl.metrics.overlap import earth_mover, histogram_overlap
+from rkl.runs import row_fingerprint
+from rkl.sample.mcmc.kernels import check_condition
+from rkl.sample.metropolis import Chain, law_of
+from rkl.sample.targets.base import Target
+from rkl.sample.targets.lattices import XY
+
+SHOWN = 4  # coordinates that are measured of a target without observables
+TURNS = 8  # configurations that are turned
+DERIVED = ("energy", "specific_heat", 2), ("magnetization", "susceptibility", 1)  # power of T
+RANGES = (-2.0, 0.0), (-3.0, 0.0)  # of energies per site, in which AdvNF's code and text count
+
+
+def averages(
+    target: Target,
+    values: Mapping[str, Float[Tensor, "*batch chains draws"]],
+    condition: Float[Tensor, "*batch conditions"],
+    weights: Float[Tensor, "chains draws"] | None = None,
+) -> dict[str, Mean]:
+    r"""Mean of each observable over chains, with errors that know how dependent draws are.
+
+    For the XY model also the specific heat N (⟨e²⟩ − ⟨e⟩²)/T² and the susceptibility
+    N (⟨m²⟩ − ⟨|m|⟩²)/T, per site, with e the energy per site and k_B = 1.
+
+    Args:
+        target: What the chains sample.
+        values: Its observables, as :meth:`Chain.measure` or ``markov_chain`` give them.
+        condition: The conditions of the chains.
+        weights: Weight of each draw, if they have any.
+
+    Returns:
+        Mean and standard error of each, [\*batch], in the unit of ``target.units``.
+    """
+    condition = check_condition(target, condition)
+    if not isinstance(values, Mapping) or not values:
+        raise TypeError(
+            f"values must map names to observables, one at least; got a {type(values).__name__}."
+        )
+    names = list(values)
+    for name in names:
+        floats(f"values[{name!r}]", values[name])
+    rows = torch.stack([values[name].movedim((-2, -1), (0, 1)) for name in names], -1)
+    if rows.shape[2:-1] != condition.shape[:-1]:
+        raise ValueError(
+            f"values must be [*batch, chains, draws] with the batch {list(condition.shape[:-1])} "
+            f"of condition; got {list(values[names[0]].shape)}."
+        )
+    found = jackknife(lambda it: it, rows, weights)
+    named = {name: Mean(found.value[..., k], found.error[..., k]) for k, name in enumerate(names)}
+    if not isinstance(target, XY):
+        return named
+    temperature = condition[..., 0].double()
+    for of, name, power in DERIVED:
+        if of in names:
+            x = rows[..., names.index(of)]
+            # about the mean, lest the difference of squares lose its digits
+            x = x.double() - named[of].value
+            scale = target.side**2 / temperature**power
+            moments = torch.stack([x, x.square()], -1)
+            named[name] = jackknife(_Variance(scale), moments, weights)
+    return named
+
+
+class _Variance:
+    def __init__(self, scale: Tensor):
+        self.scale = scale
+
+    def __call__(self, moments: Tensor) -> Tensor:
+        return self.scale * (moments[..., 1] - moments[..., 0].square())
+
+
+@torch.no_grad()
+def observe(
+    target: Target,
+    x: Float[Tensor, "*batch event"],
+    condition: Float[Tensor, "*batch conditions"],
+) -> dict[str, Float[Tensor, "*batch"]]:
+    """The observables of a target, or a few quantities of one that has none.
+
+    On the line these are the log-density and the first coordinates. Of angles they are cosines
+    of differences where a common turn leaves the density as it is, as every angle is uniform
+    then, and else cosines and sines of the first angles.
+    """
+    found = target.observables(x, condition)
+    if found:
+        return found
+    batch = x.shape[: x.ndim - len(target.event_shape)]
+    few = x.reshape(*batch, -1)[..., :SHOWN]
+    named: dict[str, Tensor] = {}
+    if turn_invariant(target, condition):
+        named = {
+            f"cos(x0 - x{k})": (few[..., 0] - few[..., k]).cos() for k in range(1, few.shape[-1])
+        }
+    else:
+        angles = target.chart.circle.flatten().tolist()
+        for k in range(few.shape[-1]):
+            one = few[..., k]
+            named |= (
+                {f"cos(x{k})": one.cos(), f"sin(x{k})": one.sin()} if angles[k] else {f"x{k}": one}
+            )
+    return {"log_density": target.log_prob(x, condition), **named}
+
+
+@torch.no_grad()
+def turn_invariant(target: Target, condition: Float[Tensor, "*batch conditions"]) -> bool:
+    """True where turning all angles by the same amount leaves the log-density as it is."""
+    if target.domain != "circle":
+        return False
+    generator = torch.Generator().manual_seed(0)
+    given = condition[(0,) * (condition.ndim - 1)]
+    x = 2 * math.pi * torch.rand(TURNS, *target.event_shape, generator=generator)
+    turn = 2 * math.pi * torch.rand(TURNS, *[1] * len(target.event_shape), generator=generator)
+    each, x, turn = given.double().expand(TURNS, -1), x.double(), turn.double()
+    change = target.log_prob(x + turn, each) - target.log_prob(x, each)
+    return bool(change.abs().max() < 1e-6 * (1 + target.log_prob(x, each).abs().max()))
+
+
+@torch.no_grad()
+def beside_held_out(
+    target: Target,
+    proposal: torch.nn.Module | torch.distributions.Distribution,
+    chain: Chain,
+    held_out: Float[Tensor, "rows *event"],
+    *,
+    train: Float[Tensor, "others *event"] | None = None,
+) -> dict[str, Mean]:
+    """AdvNF's figures under one condition: a flow and its chain beside draws it has not seen.
+
+    Of every figure that compares two samples there is a floor, the same between the two halves
+    of the held-out draws: no flow can do better.
+
+    Source: V. Kanaujia et al. (2024), arXiv 2401.15948, section 4.
+
+    Args:
+        target: What is sampled; its energy is compared if it has one, and its magnetization.
+        proposal: The flow.
+        chain: What independent Metropolis made of it under one condition.
+        held_out: Independent draws of the target, of a long Markov chain say.
+        train: What the flow was trained on, to see that no row of it is held out.
+
+    Returns:
+        nll, −⟨log q⟩ in nats; acceptance, the first draw of a chain not counted; overlap of
+        energies per site in [-2, 0] and [-3, 0]; emd of each observable in its unit; floors.
+    """
+    if not isinstance(chain, Chain):
+        raise TypeError(f"chain must be a Chain; got a {type(chain).__name__}.")
+    check_draws("held_out", target, held_out, 4)
+    if chain.condition.ndim != 1:
+        raise ValueError(
+            f"chain must have one condition; got a batch {list(chain.condition.shape[:-1])}."
+        )
+    if train is not None:
+        check_held_out(train, held_out)
+    each = chain.condition.expand(len(held_out), -1)
+    log_q = law_of(proposal, target, chain.condition).log_prob(held_out)
+    accepted = chain.accepted[:, 1:].double()
+    found = {"nll": mean(-log_q), "acceptance": jackknife(lambda it: it, accepted)}
+    real = target.observables(held_out, each)
+    for name, values in chain.measure(target).items():
+        one, two = values.flatten(), real[name]
+        half = len(two) // 2
+        pairs = {"": (one, two), "_floor": (two[:half], two[half:])}
+        for suffix, pair in pairs.items():
+            found[f"emd_{name}{suffix}"] = earth_mover(*pair)
+            for low, high in RANGES if name == "energy" else ():
+                key = f"overlap[{low:g}, {high:g}]{suffix}"
+                found[key] = histogram_overlap(*pair, low=low, high=high)
+    return found
+
+
+def check_held_out(
+    train: Float[Tensor, "rows *event"], held_out: Float[Tensor, "others *event"]
+) -> None:
+    """Refuse held-out rows that were trained on, compared by their fingerprints."""
+    floats("train", train)
+    floats("held_out", held_out)
+    seen = {row_fingerprint(row.tobytes()) for row in train.cpu().float().numpy()}
+    rows = [row_fingerprint(row.tobytes()) for row in held_out.cpu().float().numpy()]
+    shared = sum(row in seen for row in rows)
+    if shared:
+        raise ValueError(
+            f"held_out shares {shared} of its {len(rows)} rows with train; it must share none."
+        )
+
+
+def check_draws(name: str, target: Target, x: Tensor, least: int) -> None:
+    """Refuse what are not draws [rows, *event] of a target, finite and so many at least."""
+    floats(name, x)
+    if x.shape[1:] != target.event_shape or len(x) < least:
+        expected = ", ".join(["rows", *map(str, target.event_shape)])
+        raise ValueError(
+            f"{name} must be [{expected}], {least} rows at least; got {list(x.shape)}."
+        )
+    if not x.isfinite().all():
+        raise ValueError(f"{name} must be finite; got {int((~x.isfinite()).sum())} not so.")

@@ -1,0 +1,443 @@
+"""The report of a flow fitted to a target: what it gives, whether to trust it, what it costs."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rkl.metrics import Mean
+from rkl.sample.evaluation import (
+    STAR,
+    Evaluation,
+    Reference,
+    has_temperature,
+    thermal_columns,
+    thermal_tail,
+    with_stars,
+)
+from rkl.sample.targets import XY
+from rkl.sample.targets.plane import MoG4, MoG8
+
+if TYPE_CHECKING:
+    from rkl.report import Block, Section
+
+SHOWN = 4  # conditions of which draws are shown
+POINTS = 2_000  # points in a panel
+COSTED = "energy", "magnetization"  # by which the cost of averages is judged, where there are any
+Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
+FLOW = "flow, after Metropolis"
+
+
+def target_page(found: Evaluation, metrics: Rows, settings: Mapping[str, Any]) -> str:
+    """The report as HTML.
+
+    Args:
+        found: What was measured, with a reference.
+        metrics: What was logged in training.
+        settings: What is written at the end.
+    """
+    from rkl.report import Section, Settings, render
+
+    sections = [
+        _results(found),
+        _trust(found),
+        _draws(found),
+        *_training(metrics),
+        *_cost(found, metrics),
+        Section("Settings", blocks=[Settings(settings)]),
+    ]
+    return render(f"Draws of {found.target}", sections, lead=_lead(found))
+
+
+def _lead(found: Evaluation) -> str:
+    chains, draws = found.chain.accepted.shape[-2:]
+    low, high = found.chain.acceptance.min(), found.chain.acceptance.max()
+    verdict = {
+        True: "It covers the target wherever it was looked at.",
+        False: "IT DOES NOT COVER THE TARGET: see why before using it.",
+        None: "Whether it covers the target is not known.",
+    }[found.passed]
+    least, most = f"{low:.0%}", f"{high:.0%}"
+    accepts = least if least == most else f"{least} to {most}"
+    under = f"each of {len(found.condition)}" if len(found.condition) > 1 else "one"
+    return (
+        f"One flow for every condition, corrected by {chains} Metropolis chains of {draws:,} "
+        f"draws under {under}; it accepts {accepts} of the proposals. {verdict}"
+    ).replace("%", " %")
+
+
+def _name_of(reference: Reference) -> str:
+    """What a reference is called, which says so where it cannot be trusted."""
+    return reference.source + " (not to be trusted)" * (not reference.mixed)
+
+
+def _results(found: Evaluation) -> "Section":
+    from rkl.plots.lattices import against
+    from rkl.report import Section, drawn
+
+    blocks: list[Block] = []
+    if len(found.condition) > 1:
+        units, reference = found.units(), found.reference
+        source = _name_of(reference) if reference is not None and reference.mixed else None
+        panels = {}
+        for name, it in found.averages.items():
+            title = f"{_words(name)} ({units[name]})" if name in units else _words(name)
+            panels[title] = _by_series(found, FLOW, it)
+            if reference is not None:
+                panels[title] |= _by_series(found, _name_of(reference), reference.averages[name])
+        band = source if len(_series(found)) == 1 else None
+        how: dict[str, Any] = {"label": _label(found), "band": band}
+        blocks.append(drawn("Averages", against(panels, **how), _AVERAGES_SAYS))
+        blocks.append(drawn("Thermodynamics", _thermal_figure(found), _THERMAL_SAYS))
+    units = found.units()
+    named = {
+        f"{_words(n)} ({units[n]})" if n in units else n: it for n, it in found.averages.items()
+    }
+    thermal = thermal_columns(found)
+    tables = [
+        _figures(
+            found, "Averages, after Metropolis", named, [*map(found.tails.get, found.averages)]
+        ),
+        _figures(
+            found,
+            "Thermodynamics, from the weights",
+            thermal,
+            [thermal_tail(found, name) for name in thermal],
+        ),
+    ]
+    judged = found.reference is not None and found.reference.mixed
+    agreement = [_agreement(found)] if judged else []
+    return Section("What it gives", blocks=[*blocks, *agreement, *tables])
+
+
+def _thermal_figure(found: Evaluation) -> Any:
+    from rkl.plots.lattices import against
+
+    columns = thermal_columns(found)
+    del columns["log Z (nats)"]
+    panels = {title: _by_series(found, "flow", it) for title, it in columns.items()}
+    reference, band = found.reference, None
+    if reference is not None and reference.log_z is not None:
+        log_z, of = found.thermodynamics.log_z, reference.log_z
+        zero = torch.zeros_like(of.error)
+        apart = Mean(log_z.value - of.value, log_z.error)
+        source = reference.log_z_source
+        doubted = source == reference.source and not reference.mixed
+        source += " (not to be trusted)" * doubted
+        title = f"log Z, less that of {source} (nats)"
+        panels[title] = _by_series(found, "flow", apart)
+        panels[title] |= _by_series(found, source, Mean(zero, of.error))
+        band = source if len(_series(found)) == 1 and not doubted else None
+    return against(panels, label=_label(found), band=band)
+
+
+def _agreement(found: Evaluation) -> "Block":
+    """How far each figure is from the reference's, in standard errors."""
+    from rkl.report import Table
+
+    rows = [
+        [_words(name), it.square().mean().sqrt().item(), it.abs().max().item()]
+        for name, it in found.deviations().items()
+    ]
+    columns = ["quantity", "rms z over conditions", "largest |z|"]
+    assert found.reference is not None
+    together = _TOGETHER if found.reference.log_z_seconds else ""
+    return Table("Agreement with the reference", columns, rows, _AGREEMENT_SAYS + together)
+
+
+def _figures(
+    found: Evaluation, title: str, named: Mapping[str, Mean], tails: Sequence[Tensor | None]
+) -> "Block":
+    from rkl.report import Table
+
+    columns = [list(with_stars(it, tail)) for it, tail in zip(named.values(), tails, strict=True)]
+    starred = any(mark for column in columns for *_, mark in column)
+    rows = [[at, *(it[k] for it in columns)] for k, at in enumerate(found.conditions())]
+    said = _FIGURES_SAYS + " k_B = 1." * has_temperature(found.target) + f" {STAR}." * starred
+    return Table(title, ["condition", *named], rows, said)
+
+
+def _trust(found: Evaluation) -> "Section":
+    from rkl.plots.lattices import against
+    from rkl.report import Section, Table, drawn
+
+    weights, blocks = found.weights, []
+    nothing = torch.zeros_like(weights.predicted_ess)
+    if len(found.condition) > 1:
+        panels = {
+            "acceptance": _by_series(found, "measured", weights.acceptance)
+            | _by_series(found, "erfc(s/2)", Mean(weights.predicted_acceptance, nothing)),
+            "ESS, share of draws": _by_series(found, "measured", weights.ess)
+            | _by_series(found, "exp(−s²)", Mean(weights.predicted_ess, nothing)),
+            "v = var(log w)/sites": _by_series(found, "measured", weights.v),
+        }
+        how: Any = {"label": _label(found), "logarithmic": ("v = var(log w)/sites",)}
+        blocks.append(drawn("How near the flow is", against(panels, **how), _NEAR_SAYS))
+    blocks.append(_chains(found))
+    worst = max(found.coverage, key=lambda it: len(it.reasons))
+    at = found.conditions()[found.coverage.index(worst)]
+    modes = [
+        [it.name, *(_pair(m) for m in (it.target, it.drawn, it.reweighted)), it.missing]
+        for it in worst.modes
+    ]
+    if len(modes) > 1:
+        columns = ["mode", "target", "flow", "flow, reweighted", "missing"]
+        blocks.append(Table(f"Masses of the modes at {at}", columns, modes, _MODES_SAYS))
+    said = [worst.verdict if found.passed is None else found.why or "nothing is missing."]
+    said += [*found.unmixed, *found.warnings]
+    text = "\n\n".join(it[:1].upper() + it[1:] for it in said)
+    return Section("Whether to trust it", text, blocks)
+
+
+def _chains(found: Evaluation) -> "Block":
+    """How well the chains of the flow mix, by the worst quantity under each condition."""
+    from rkl.report import Table
+
+    judged = found.chain.diagnose(found.values).values()
+    ratio = torch.stack([it["rhat"] for it in judged]).nan_to_num(1.0).amax(0)
+    time = torch.stack([it["time"] for it in judged]).nan_to_num(1.0).amax(0)
+    least = torch.stack([*found.effective.values()]).nan_to_num(0.0).amin(0)
+    figures = found.chain.acceptance, found.chain.sojourn, ratio, time, least
+    rows = [[at, *(it[k].item() for it in figures)] for k, at in enumerate(found.conditions())]
+    columns = ["condition", "accepted", "longest run without an accepted proposal (draws)"]
+    columns += [
+        "R-hat, largest",
+        "autocorrelation time, longest (draws)",
+        "effective draws, least",
+    ]
+    return Table("The chains of the flow", columns, rows, _CHAINS_SAY)
+
+
+def _draws(found: Evaluation) -> "Section":
+    from rkl.plots.lattices import histograms, planes
+    from rkl.report import Section, drawn
+
+    rows = _spread(len(found.condition))
+    name = next(iter(found.values))
+    unit = found.units().get(name, "")
+    panels: dict[str, dict[str, Any]] = {at: {} for at in (found.conditions()[k] for k in rows)}
+    for k, panel in zip(rows, panels.values(), strict=True):
+        if found.reference is not None:
+            values = found.reference.values[name][k].flatten().numpy()
+            panel[_name_of(found.reference)] = values
+        panel[FLOW] = found.values[name][k].flatten().numpy()
+    label = f"{_words(name)} ({unit})" if unit else _words(name)
+    blocks = [drawn("How often", histograms(panels, label=label), _HISTOGRAM_SAYS)]
+    if isinstance(found.target, XY):
+        blocks.append(drawn("Configurations", _wheels(found), _WHEELS_SAYS))
+    if found.target.event_shape == (2,):
+        for k in dict.fromkeys((rows[0], rows[-1])):
+            drawing = planes(_points(found, k), marks=_missing(found, k))
+            blocks.append(drawn(f"The plane, {found.conditions()[k]}", drawing, _PLANE_SAYS))
+    return Section("Draws", blocks=blocks)
+
+
+def _wheels(found: Evaluation) -> Any:
+    from rkl.plots.lattices import wheels
+
+    target = found.target
+    assert isinstance(target, XY)
+    rows = _spread(len(found.condition), 7)
+    last = {found.conditions()[k]: found.chain.x[k, 0, -1] for k in rows}
+    shape = target.side, target.side
+    angles = {at: it.reshape(shape).numpy() for at, it in last.items()}
+    return wheels(
+        angles, {at: target.vorticity(it).reshape(shape).numpy() for at, it in last.items()}
+    )
+
+
+def _points(found: Evaluation, row: int) -> dict[str, Any]:
+    panels: dict[str, Tensor] = {}
+    if found.reference is not None:
+        panels[_name_of(found.reference)] = found.reference.x[row]
+    panels[FLOW] = found.chain.x[row]
+    flat = {name: it.flatten(0, 1) for name, it in panels.items()}
+    return {name: it[:: -(-len(it) // POINTS)].numpy() for name, it in flat.items()}
+
+
+def _missing(found: Evaluation, row: int) -> dict[str, Any]:
+    target, modes = found.target, found.coverage[row].modes
+    lost = [k for k, it in enumerate(modes) if it.missing]
+    known = isinstance(target, MoG4 | MoG8)
+    return {FLOW: target.modes[lost].numpy()} if lost and known else {}
+
+
+def _training(metrics: Rows) -> list["Section"]:
+    from rkl.plots import training_curves
+    from rkl.report import Section, drawn
+
+    blocks = []
+    for title, names, label, logarithmic in _TRACES:
+        curves = {}
+        for name in names:
+            pairs = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+            if pairs:
+                curves[name] = [it[0] for it in pairs], [it[1] for it in pairs]
+        if curves:
+            drawing = training_curves(curves, label=label, logarithmic=logarithmic)
+            blocks.append(drawn(title, drawing))
+    return [Section("Training", _TRAINING, blocks)] if blocks else []
+
+
+def _cost(found: Evaluation, metrics: Rows) -> list["Section"]:
+    from rkl.report import Section, Table
+
+    drawn = found.reference
+    if drawn is None:
+        return []
+    trained = float(metrics[-1]["seconds"]) if metrics else 0.0
+    name, own = _slowest(found.effective, found.seconds)
+    other, theirs = _slowest(drawn.effective, drawn.seconds)
+    log_z = found.thermodynamics.log_z.error.max().item()
+    columns = ["method", "training (s)", "drawing (s)", "effective draws per second (worst)"]
+    columns += ["error of log Z (nats, worst)", "what it gives"]
+    rows = [
+        ["flow and Metropolis", trained, found.seconds, own, None, _GIVES["flow"]],
+        ["the flow's weights", trained, found.weights_seconds, None, log_z, _GIVES["weights"]],
+        [drawn.source, 0.0, drawn.seconds, theirs, None, _GIVES["chain"]],
+    ]
+    if drawn.log_z is not None and drawn.log_z_seconds:
+        error = drawn.log_z.error.max().item()
+        source = drawn.log_z_source
+        rows.append([source, 0.0, drawn.log_z_seconds, None, error, _GIVES["integration"]])
+    caption = f"The worst of all quantities and conditions: {_words(name)} and {_words(other)}."
+    return [
+        Section(
+            "What it costs",
+            _judgement(found, trained, own, theirs) if found.passed else _NOT_JUDGED,
+            [Table("On this machine, in this run", columns, rows, caption)],
+        )
+    ]
+
+
+def _slowest(effective: Mapping[str, Tensor], seconds: float) -> tuple[str, float]:
+    """The quantity with the fewest effective draws under any condition, and their rate."""
+    effective = {name: effective[name] for name in COSTED if name in effective} or effective
+    least = {name: it[it > 0].min().item() for name, it in effective.items() if (it > 0).any()}
+    name = min(least, key=least.__getitem__)
+    return name, len(next(iter(effective.values()))) * least[name] / seconds
+
+
+def _judgement(found: Evaluation, trained: float, own: float, theirs: float) -> str:
+    """Who is cheaper at what, with the figures."""
+    drawn = found.reference
+    assert drawn is not None
+    first, second = (drawn.source, "the flow") if theirs > own else ("the flow", drawn.source)
+    mixing = "Averages belong to Markov chains where these mix well, as they do here."
+    mixing = mixing if theirs > own else "The chains mix slowly here."
+    said = [
+        f"Plain averages: {first} is {max(own, theirs) / min(own, theirs):.3g} times faster than "
+        f"{second} ({theirs:,.0f} effective draws per second by {drawn.source}, {own:,.0f} by the "
+        f"flow, its {trained:.0f} s of training not counted). {mixing} What the flow adds are "
+        "independent draws at any condition, without burn-in, and log Z."
+    ]
+    if drawn.log_z is not None and drawn.log_z_seconds:
+        error, of = (it.error.max().item() for it in (found.thermodynamics.log_z, drawn.log_z))
+        alone = drawn.log_z_seconds * (of / error) ** 2
+        whole = trained + found.weights_seconds
+        first, second = (
+            ("The flow", "integration") if whole < alone else ("Integration", "the flow")
+        )
+        said.append(
+            f"log Z: the flow is within {error:.2g} nats everywhere after {whole:.0f} s, training "
+            f"included, at {len(found.condition)} conditions and any other that it was trained "
+            f"on; {drawn.log_z_source} would take {alone:.0f} s to come as near. {first} is "
+            f"cheaper than {second} here, by a factor of "
+            f"{max(whole, alone) / min(whole, alone):.2g}."
+        )
+    return "\n\n".join(said)
+
+
+def _by_series(found: Evaluation, name: str, of: Mean) -> dict[str, Any]:
+    """Conditions, values and errors for each value of all conditions but the first."""
+    series = _series(found)
+    named = {f"{name}, {more}" if more else name: rows for more, rows in series.items()}
+    first = found.condition[:, 0] if found.condition.shape[1] else torch.zeros(1)
+    columns = (first, of.value, of.error)
+    return {key: tuple(it[rows].numpy() for it in columns) for key, rows in named.items()}
+
+
+def _series(found: Evaluation) -> dict[str, list[int]]:
+    found_rows: dict[str, list[int]] = {}
+    for k, row in enumerate(found.condition.tolist()):
+        pairs = zip(found.target.conditions[1:], row[1:], strict=True)
+        name = ", ".join(f"{it.name} = {value:.3g}" for it, value in pairs)
+        found_rows.setdefault(name, []).append(k)
+    return found_rows
+
+
+def _label(found: Evaluation) -> str:
+    first = found.target.conditions[0]
+    return f"{first.name} ({first.unit})" if first.unit else first.name
+
+
+def _spread(rows: int, most: int = SHOWN) -> list[int]:
+    return sorted({round(k) for k in torch.linspace(0, rows - 1, min(rows, most)).tolist()})
+
+
+def _pair(it: Mean) -> tuple[float, float]:
+    """Value and error, those of rounding alone left out."""
+    return round(it.value.item(), 9), round(it.error.item(), 9)
+
+
+def _words(name: str) -> str:
+    return {"magnetization": "|m|", "specific_heat": "specific heat"}.get(
+        name, name.replace("_", " ")
+    )
+
+
+_TRACES = (
+    ("Variance of the log-weights", ("v",), "v, per site", True),
+    ("Shares", ("ess", "acceptance", "beta"), "share", False),
+    ("On data", ("nll",), "−log q (nats)", False),
+)
+_TRAINING = (
+    "What was seen of the draws of single steps, all conditions together. The bound on −log Z "
+    "that is minimised is not drawn: it follows the temperatures that a step happens to draw."
+)
+_GIVES = {
+    "flow": "averages, at any condition, no burn-in",
+    "weights": "log Z, free energy and entropy at any condition",
+    "chain": "averages, where it was run",
+    "integration": "log Z, at the temperatures that were asked for",
+}
+_AVERAGES_SAYS = (
+    "Points: the flow after Metropolis, one standard error. Line and band: the reference, two "
+    "standard errors. Metropolis makes the draws exact in the limit of long chains, however good "
+    "the flow is; a bad flow pays in effective draws."
+)
+_THERMAL_SAYS = (
+    "From the weights of independent draws. log Z is with respect to dx, or dθ in radians; N is "
+    "the number of sites or coordinates, F = −T log Z, S = log Z + ⟨E⟩/T; the differential "
+    "entropy of angles may be negative."
+)
+_AGREEMENT_SAYS = (
+    "z is the difference over its standard error: rms z is about 1 where the two agree, and its "
+    "own error is about 1/√(2 conditions)."
+)
+_TOGETHER = " The errors of log Z by integration go together, for it begins at T = ∞."
+_FIGURES_SAYS = "With standard errors."
+_NEAR_SAYS = (
+    "Acceptance and effective share against what s², the variance of the log-weights, foretells "
+    "if they are normal; where the two part, weights have heavy tails, or a part of the target is "
+    "missing. v does not depend on the size of the lattice: lower is better."
+)
+_NOT_JUDGED = (
+    "It was not shown that the flow covers the target. Draws of a part of it are no gain however "
+    "fast they come, so no method is called the cheaper one here."
+)
+_CHAINS_SAY = (
+    "Of the quantity that is worst under each condition. R-hat above 1.01 or fewer than 400 "
+    "effective draws: the errors are uncertain."
+)
+_MODES_SAYS = (
+    "Mass of each mode: of the target, of the flow's draws, of these reweighted. A flow that "
+    "lacks a mode cannot see it in its own draws, however well their weights look."
+)
+_HISTOGRAM_SAYS = "Grey: the reference. Line: the flow after Metropolis."
+_WHEELS_SAYS = (
+    "One draw at each temperature: hue and arrow are the angle. Around a vortex the angle turns "
+    "once, around an antivortex once the other way; pairs of them unbind with rising temperature."
+)
+_PLANE_SAYS = "Crosses mark modes that the flow lacks."

@@ -1,0 +1,298 @@
+"""What ``rkl fit --target``, and what follows it, can choose."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer
+from rkl.divergences.base import number
+from rkl.divergences.parse import with_module
+from rkl.flows.architectures import (
+    NSF,
+    Architecture,
+    CircularSplines,
+    Coupling,
+    MixedSplines,
+    parse_architecture,
+)
+from rkl.flows.precision import single_precision
+from rkl.flows.training import MINUTES
+from rkl.sample.fit import FEW
+from rkl.sample.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
+from rkl.sample.mcmc.kernels import check_whole
+from rkl.sample.objectives import Objective, parse_objective
+from rkl.sample.observables import turn_invariant
+from rkl.sample.targets import XY, Phi4, Target, parse_target
+from rkl.sample.targets.base import Condition, check_values, spelt
+
+VALUES = 8  # of the first condition, where none are given
+SPLINES = NSF(transforms=3, hidden=(128, 128), bins=16)  # of few coordinates
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """Which density is fitted, under which conditions and objective, within which budget.
+
+    Args:
+        target: Unnormalised density: "xy(side=8)", or "module:function(event_shape=(2,))".
+        objective: Terms "1.0*source:divergence", joined by +, on the sources target, data and
+            critic; or a variant of AdvNF. Default: reverse KL, and with data KL on them too.
+        divergence: Instead of an objective, one divergence on the target.
+        data: Draws of the target: .npz with x and condition, such as rkl sample writes; or
+            .npy where the target has no conditions.
+        condition: Where to train: "T=0.5:1.5" or "T=0.9"; else all of the target's range.
+        flow: Architecture, with settings in brackets; by default what suits the target.
+        start_from: A run on a lattice of another side, whose weights to begin with.
+        steps: The budget in steps.
+        minutes: The budget in minutes; 2 where none is given.
+        batch: Draws in a step, all conditions together.
+        strata: Conditions in a step.
+        anneal: Whether it begins with particles cooled to the target, by default on the line; or
+            with many coordinates with the target flattened, by default without data too.
+        log_z: "learned" allows divergences that are not scale-free where log Z is unknown.
+        lr: Highest learning rate.
+        seed: Of all random numbers.
+        device: The cpu, where targets and their chains are computed.
+    """
+
+    target: str = field(metadata={"metavar": "TARGET"})
+    objective: str | None = None
+    divergence: str | None = field(default=None, metadata={"metavar": "D"})
+    data: Path | None = field(default=None, metadata={"metavar": "DRAWS"})
+    condition: str | None = field(default=None, metadata={"metavar": "RANGES"})
+    flow: str | None = None
+    start_from: Path | None = field(default=None, metadata={"metavar": "RUN"})
+    steps: int | None = field(default=None, metadata={"metavar": "N"})
+    minutes: float | None = field(default=None, metadata={"metavar": "M"})
+    batch: int = 512
+    strata: int = 32
+    anneal: bool | None = None
+    log_z: Literal["learned"] | None = None
+    lr: float = 5e-3
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self):
+        if self.device != "cpu":
+            raise ValueError(
+                f"device must be 'cpu', where targets are computed; got {self.device!r}."
+            )
+        for name, one, other in (
+            ("steps and minutes", self.steps, self.minutes),
+            ("objective and divergence", self.objective, self.divergence),
+        ):
+            if one is not None and other is not None:
+                raise ValueError(f"one of {name}; got {one} and {other}.")
+        limits = {"steps": LARGEST_COUNT, "minutes": LARGEST_COUNT, "lr": LARGEST_RATE}
+        for name, most in limits.items():
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), above=0, at_most=most)
+        integer("seed", self.seed, at_most=LARGEST_SEED)
+        for name in ("batch", "strata"):
+            integer(name, getattr(self, name), at_most=LARGEST_COUNT)
+        object.__setattr__(self, "target", spelt(self.aim, self.target))
+        object.__setattr__(self, "flow", with_module(self.architecture))
+        _ = self.chosen, self.ranges
+
+    @property
+    def aim(self) -> Target:
+        """The density."""
+        return parse_target(self.target)
+
+    @property
+    def architecture(self) -> Architecture:
+        """What is built."""
+        return suited(self.aim) if self.flow is None else parse_architecture(self.flow)
+
+    @property
+    def chosen(self) -> Objective:
+        """What is minimised."""
+        if self.divergence is not None:
+            return parse_objective(f"target:{self.divergence}")
+        if self.objective is not None:
+            return parse_objective(self.objective)
+        return parse_objective("reverse-kl" if self.data is None else "fkl-rkl")
+
+    @property
+    def ranges(self) -> tuple[Condition, ...]:
+        """The conditions, each with the range that is trained."""
+        return parse_ranges(self.condition, self.aim)
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """In steps, or in minutes."""
+        if self.steps is not None:
+            return {"steps": self.steps}
+        return {"minutes": MINUTES if self.minutes is None else self.minutes}
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The rest of what :func:`fit_to_target` is told."""
+        names = "seed", "batch", "strata", "anneal", "log_z", "lr"
+        return {name: getattr(self, name) for name in names}
+
+
+def suited(target: Target) -> Architecture:
+    """The architecture that a target is fitted with where none is named.
+
+    >>> suited(XY(side=4)) == CoarseToFine.of(XY(side=4))
+    True
+    """
+    side = math.isqrt(math.prod(target.event_shape))
+    checkered = side**2 == math.prod(target.event_shape) and side % 2 == 0
+    power_of_two = side & (side - 1) == 0
+    if isinstance(target, XY) and power_of_two:
+        return CoarseToFine.of(target)
+    if isinstance(target, Phi4) and target.side & (target.side - 1) == 0:
+        return CoarseToFineField.of(target)
+    if isinstance(target, Phi4) and checkered:
+        return CheckerboardRealNVP(filters=16, circle=False)
+    few = math.prod(target.event_shape) <= FEW
+    if target.domain == "circle":
+        if checkered and power_of_two and _knows_no_direction(target):
+            return CoarseToFine(integrate="none")
+        relative = math.prod(target.event_shape) > 1 and _ignores_turns(target)
+        return CircularSplines(passes=None if few else 2, relative=relative)
+    if target.chart.circle.any():
+        return MixedSplines(passes=None if few else 2)
+    return SPLINES if few else Coupling()
+
+
+def _knows_no_direction(target: Target) -> bool:
+    """True for angles at one temperature whose density a common turn leaves as it is."""
+    if [it.name for it in target.conditions] != ["T"] or len(target.event_shape) != 1:
+        return False
+    return _ignores_turns(target)
+
+
+def _ignores_turns(target: Target) -> bool:
+    """True for angles whose density a common turn leaves as it is."""
+    middle = [(it.low + it.high) / 2 for it in target.conditions]
+    try:
+        return turn_invariant(target, torch.tensor([middle]))
+    except Exception:  # of the user's function, which the fit refuses in words
+        return False
+
+
+def parse_ranges(text: str | None, target: Target) -> tuple[Condition, ...]:
+    """The conditions of a target, with ranges from a text such as "T=0.5:1.5, K=0".
+
+    Raises:
+        ValueError: It cannot be read, or names what is no condition.
+
+    >>> parse_ranges("T=0.5:1.5", XY(side=2))
+    (Condition(name='T', low=0.5, high=1.5, unit='J', above=0.0, at_least=None),)
+    """
+    known, given = {it.name: it for it in target.conditions}, set()
+    for part in [] if text is None else text.split(","):
+        name, _, limits = (it.strip() for it in part.partition("="))
+        if name not in known:
+            has = ", ".join(known) or "none"
+            raise ValueError(f"condition: those of {target} are {has}; got {part.strip()!r}.")
+        if name in given:
+            raise ValueError(f"condition: {name} is given twice; got {text!r}.")
+        given.add(name)
+        low, colon, high = limits.partition(":")
+        try:
+            one, other = float(low), float(high if colon else low)
+        except ValueError:
+            one = other = math.nan
+        if not -math.inf < one <= other < math.inf:
+            raise ValueError(
+                f"condition: {part.strip()!r} cannot be read; expected a value such as "
+                f"{name}=0.9, or a range such as {name}=0.5:1.5."
+            )
+        known[name] = known[name]._replace(low=one, high=other)
+    check_values(target, [[it.low for it in known.values()]])
+    return tuple(known.values())
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How many draws of a target, under which condition, by how many chains.
+
+    Args:
+        n: Number of draws, all chains together; rounded up to the same for each.
+        out: File to write: .nc as ArviZ has it, .npz with the same by name, or .npy for the
+            states alone.
+        condition: A value of every condition: "T=0.9".
+        chains: Number of chains, each corrected by Metropolis.
+        seed: Of all random numbers.
+        device: Where to compute.
+    """
+
+    n: int = field(default=1000, metadata={"metavar": "N"})
+    out: Path = Path("samples.npy")
+    condition: str | None = None
+    chains: int = 4
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self):
+        object.__setattr__(self, "out", Path(self.out))
+        integer("n", self.n, at_least=1, at_most=LARGEST_COUNT)
+        integer("chains", self.chains, at_least=1, at_most=LARGEST_COUNT)
+        integer("seed", self.seed, at_most=LARGEST_SEED)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Where a flow of a target is measured, and beside what.
+
+    Args:
+        data: Draws of the target by other means, x with their conditions (.npz).
+        condition: Where to measure, "T=0.9" or "T=0.5:1.5"; by default wherever it was trained.
+        values: How many values of the first condition.
+        draws: Draws of each chain.
+        chains: Chains under each condition.
+        reference: Draw the target without the flow too, exactly or by particles cooled to it,
+            and compare.
+        strict: Fail where the flow lacks a part of its target, or this is not known.
+        seed: Of all random numbers.
+        device: Where to compute.
+    """
+
+    data: Path | None = field(default=None, metadata={"metavar": "DRAWS"})
+    condition: str | None = field(default=None, metadata={"metavar": "RANGES"})
+    values: int = field(default=VALUES, metadata={"metavar": "N"})
+    draws: int = field(default=2_000, metadata={"metavar": "N"})
+    chains: int = field(default=8, metadata={"metavar": "N"})
+    reference: bool = False
+    strict: bool = False
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self):
+        if self.data is not None:
+            object.__setattr__(self, "data", Path(self.data))
+        integer("seed", self.seed, at_most=LARGEST_SEED)
+        for name, least in (("values", 1), ("draws", 2), ("chains", 1)):
+            check_whole(name, getattr(self, name), least)
+
+
+@single_precision()
+def condition_grid(
+    ranges: Sequence[Condition], values: int = VALUES
+) -> Float[Tensor, "rows conditions"]:
+    """Values across the range of the first condition, at both ends of every other.
+
+    >>> from rkl.sample import XY
+    >>> condition_grid(XY(side=2).conditions, 3)
+    tensor([[0.0500],
+            [1.0500],
+            [2.0500]])
+    """
+    check_whole("values", values, 1)
+    columns = []
+    for k, it in enumerate(ranges):
+        several = (2 if k else values) if it.low < it.high else 1
+        columns.append(torch.linspace(it.low, it.high, several).tolist())
+    rows = sorted(itertools.product(*columns), key=lambda row: row[1:])
+    return torch.tensor(rows).reshape(len(rows), len(columns))

@@ -1,0 +1,185 @@
+"""Targets of few dimensions whose modes, draws and normaliser are known: mixtures and rings."""
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rkl.divergences.base import number
+from rkl.sample.targets.base import Condition, Target
+
+
+class _Mixture(Target):
+    """Σ masses N(x; modes, scale² I), normalised; the condition is the scale."""
+
+    conditions = (Condition("scale", 0.1, 1.0, above=0.0),)
+
+    @property
+    @abc.abstractmethod
+    def modes(self) -> Float[Tensor, "modes event"]:
+        """The centre of each component."""
+
+    @property
+    def masses(self) -> Float[Tensor, " modes"]:
+        """The mass of each component; they add up to 1."""
+        return torch.full((len(self.modes),), 1 / len(self.modes), dtype=torch.float64)
+
+    @property
+    def event_shape(self):
+        return (self.modes.shape[-1],)
+
+    def log_prob(self, x, condition):
+        self.check(x, condition)
+        scale = condition[..., None, :]
+        away = (x[..., None, :] - self.modes.to(x)) / scale
+        constants = self.masses.log().to(x) - self.event_shape[0] * math.log(2 * math.pi) / 2
+        terms = constants - away.square().sum(-1) / 2
+        return terms.logsumexp(-1) - self.event_shape[0] * condition[..., 0].log()
+
+    def sample(self, condition, shape=()):
+        full = (*shape, *condition.shape[:-1])
+        which = torch.multinomial(self.masses, math.prod(full), replacement=True)
+        centres = self.modes[which].to(condition).reshape(*full, *self.event_shape)
+        return centres + condition * torch.randn_like(centres)
+
+    def log_normaliser(self, condition):
+        return torch.zeros_like(condition[..., 0])
+
+
+@dataclass(frozen=True)
+class GaussianMixture(_Mixture):
+    """A mixture of Gaussians of one scale, which is the condition, with everything known.
+
+    Args:
+        means: The centre of each component, [components, dimensions].
+        weights: Their masses, above 0; by default equal. They need not add up to 1.
+
+    >>> law = GaussianMixture(means=((0.0,), (4.0,)))
+    >>> law.log_prob(torch.tensor([0.0]), torch.tensor([1.0]))
+    tensor(-1.6118)
+    """
+
+    means: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if not self.means or len({len(mean) for mean in self.means}) != 1 or not self.means[0]:
+            raise ValueError(f"means must be one point or more, of one length; got {self.means}.")
+        for coordinate in sum(map(tuple, self.means), ()):
+            number("means", coordinate)
+        if self.weights is not None and len(self.weights) != len(self.means):
+            raise ValueError(
+                f"weights must be one for each of {len(self.means)} means; got {self.weights}."
+            )
+        for weight in self.weights or ():
+            number("weights", weight, above=0)
+
+    @property
+    def modes(self):
+        return torch.tensor(self.means, dtype=torch.float64)
+
+    @property
+    def masses(self):
+        weights = torch.tensor(self.weights or (1.0,) * len(self.means), dtype=torch.float64)
+        return weights / weights.sum()
+
+
+@dataclass(frozen=True)
+class MoG4(_Mixture):
+    """Four equal Gaussians at the corners of a square; the condition is their scale.
+
+    AdvNF's first toy (arXiv 2401.15948, section 4.1); centres are ``radius`` off either axis.
+
+    >>> MoG4().modes[0]
+    tensor([2., 2.], dtype=torch.float64)
+    """
+
+    radius: float = 2.0
+
+    def __post_init__(self):
+        number("radius", self.radius, above=0)
+
+    @property
+    def modes(self):
+        r = self.radius
+        return torch.tensor([(r, r), (r, -r), (-r, r), (-r, -r)], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class MoG8(_Mixture):
+    """Eight equal Gaussians on a circle; the condition is their scale.
+
+    AdvNF's second toy (arXiv 2401.15948, section 4.1).
+
+    >>> MoG8(radius=3.0).modes[0]
+    tensor([3., 0.], dtype=torch.float64)
+    """
+
+    radius: float = 4.0
+
+    def __post_init__(self):
+        number("radius", self.radius, above=0)
+
+    @property
+    def modes(self):
+        angle = torch.arange(8, dtype=torch.float64) * (math.pi / 4)
+        return self.radius * torch.stack([angle.cos(), angle.sin()], -1)
+
+
+@dataclass(frozen=True)
+class Rings(Target):
+    r"""Concentric rings of equal mass, p(x) = Σ N(r; rₖ, scale²) / (2π r) / rings.
+
+    The radii are spacing, 2 spacing, ...; the condition is the scale, and a normal law of r is
+    cut off at r = 0, which costs no more than 3e-7 of its mass at scale = spacing/5.
+
+    Source: V. Kanaujia et al. (2024), arXiv 2401.15948, section 4.1, its third toy.
+
+    >>> Rings().log_prob(torch.tensor([1.0, 0.0]), torch.tensor([0.1]))
+    tensor(-1.8405)
+    """
+
+    rings: int = 4
+    spacing: float = 1.0
+
+    conditions: ClassVar = (Condition("scale", 0.05, 0.2, above=0.0),)
+
+    def __post_init__(self):
+        if isinstance(self.rings, bool) or not isinstance(self.rings, int) or self.rings < 1:
+            raise ValueError(f"rings must be a whole number, 1 at least; got {self.rings!r}.")
+        number("spacing", self.spacing, above=0)
+
+    @property
+    def event_shape(self):
+        return (2,)
+
+    @property
+    def radii(self) -> Float[Tensor, " rings"]:
+        """The radius of each ring."""
+        return self.spacing * torch.arange(1, self.rings + 1, dtype=torch.float64)
+
+    def log_prob(self, x, condition):
+        self.check(x, condition)
+        # The density has a pole at the origin; its log is kept finite there, and where it is
+        # held no ring has mass.
+        square = x.square().sum(-1).clamp_min((1e-3 * self.spacing) ** 2)
+        r = square.sqrt()
+        away = (r[..., None] - self.radii.to(x)) / condition
+        constant = math.log(2 * math.pi) * 1.5 + math.log(self.rings)
+        bells = (-away.square() / 2).logsumexp(-1)
+        return bells - square.log() / 2 - condition[..., 0].log() - constant
+
+    def sample(self, condition, shape=()):
+        full = (*shape, *condition.shape[:-1])
+        which = torch.randint(self.rings, full)
+        noise = torch.randn(full, dtype=condition.dtype)
+        r = (self.radii.to(condition)[which] + condition[..., 0] * noise).abs()
+        angle = 2 * math.pi * torch.rand_like(r)
+        return r[..., None] * torch.stack([angle.cos(), angle.sin()], -1)
+
+    def log_normaliser(self, condition):
+        return torch.zeros_like(condition[..., 0])

@@ -1,0 +1,45 @@
+"""The demonstration of the XY model, in miniature."""
+
+import functools
+import json
+
+import pytest
+import torch
+
+from rkl.runs import Run
+from rkl.sample import thermodynamic_integration
+from rkl.studies import demo
+from rkl.studies.demo_xy import Plan, xy_demo
+
+
+@pytest.fixture(autouse=True)
+def short_integration(monkeypatch):
+    """A tenth of the draws by which log Z is had without a flow."""
+    short = functools.partial(thermodynamic_integration, draws=50)
+    monkeypatch.setattr("rkl.sample.evaluate.thermodynamic_integration", short)
+
+
+TINY = Plan(side=2, minutes=None, steps=30, width=8, values=3, draws=100, chains=4)
+
+
+def test_the_demonstration_leaves_a_run_a_table_and_a_report(tmp_path):
+    threads = torch.get_num_threads()
+    said = xy_demo(tmp_path / "run", plan=TINY, seed=1)
+    assert torch.get_num_threads() == threads
+    lines = said.splitlines()
+    assert "trained for 30 steps" in lines[0]
+    assert [line.split()[0] for line in lines[3:6]] == ["0.05", "1.05", "2.05"]
+    z = [float(line.split()[3].replace("−", "-")) for line in lines[3:6]]
+    assert max(map(abs, z)) < 4.5  # energies of the flow and of the heat bath
+    assert (tmp_path / "run" / "report.html").exists()
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["passed"] is True
+    assert Run.open(tmp_path / "run").record["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"), [({"device": "cuda"}, "device"), ({"steps": 3}, "steps")]
+)
+def test_what_it_is_not_made_for_is_refused_before_anything_is_written(tmp_path, how, message):
+    with pytest.raises(ValueError, match=message):
+        demo.run("xy", tmp_path / "run", **how)
+    assert list(tmp_path.iterdir()) == []

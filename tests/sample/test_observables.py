@@ -1,0 +1,84 @@
+"""Observables with errors, against quadrature and against what a chain would do by chance."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Independent, Uniform
+
+from rkl.metrics import Mean
+from rkl.sample.mcmc import markov_chain
+from rkl.sample.metropolis import independent_metropolis
+from rkl.sample.observables import averages, beside_held_out, check_held_out
+from rkl.sample.targets import XY, MoG8
+
+CONDITION = torch.tensor([[0.5], [1.0]], dtype=torch.float64)
+MODEL = XY(side=2)
+
+
+def flat(batch=()):
+    low = torch.full((*batch, 4), -math.pi, dtype=torch.float64)
+    return Independent(Uniform(low, -low), 1)
+
+
+def exact(points=40):
+    line = torch.arange(points, dtype=torch.float64) * 2 * math.pi / points
+    x = torch.cartesian_prod(line, line, line)
+    x = torch.cat([torch.zeros_like(x[:, :1]), x], 1)
+    weight = MODEL.log_prob(x, CONDITION[:, None]).softmax(1)
+    measured = MODEL.observables(x, CONDITION[:, None])
+    e, m = measured["energy"], measured["magnetization"]
+    means = {name: (weight * it).sum(1) for name, it in measured.items() if name != "vortices"}
+    t = CONDITION[:, 0]
+    means["specific_heat"] = 4 * ((weight * e * e).sum(1) - means["energy"] ** 2) / t**2
+    means["susceptibility"] = 4 * ((weight * m * m).sum(1) - means["magnetization"] ** 2) / t
+    return means
+
+
+def test_averages_of_four_sites_are_those_of_quadrature():
+    walk = markov_chain(MODEL, CONDITION, draws=300, chains=100, measure=MODEL.observables)
+    flow = independent_metropolis(MODEL, flat((2,)), CONDITION, draws=4_000, chains=20)
+    for values in (walk.values, flow.measure(MODEL)):
+        found = averages(MODEL, values, CONDITION)
+        assert found.keys() == exact().keys() | {"vortices"}
+        for name, value in exact().items():
+            # each of 24 beyond 4.5 errors, themselves known to 10 %, once in 10⁴
+            assert ((found[name].value - value).abs() < 4.5 * found[name].error).all(), name
+            assert (found[name].error < 0.1).all()
+
+
+def test_a_target_without_lattice_has_the_means_of_what_it_measures():
+    values = {"x": torch.randn(3, 100, generator=torch.Generator().manual_seed(0))}
+    found = averages(MoG8(), values, torch.ones(1))
+    assert found.keys() == {"x"}
+    assert found["x"].value.item() == pytest.approx(values["x"].mean().item(), abs=1e-6)
+
+
+def test_values_of_another_batch_are_refused():
+    with pytest.raises(ValueError, match=r"values must be \[\*batch, chains, draws\].*\[2\]"):
+        averages(MODEL, {"energy": torch.zeros(3, 4, 9)}, CONDITION)
+
+
+def test_a_chain_that_is_exact_is_as_near_to_held_out_draws_as_these_to_themselves():
+    one = CONDITION[1]
+    held_out = markov_chain(MODEL, one, draws=100, chains=20, every=10).x.flatten(0, 1)
+    chain = independent_metropolis(MODEL, flat(), one, draws=1_000, chains=20)
+    found = beside_held_out(MODEL, flat(), chain, held_out)
+    assert all(isinstance(it, Mean) for it in found.values())
+    assert found["nll"].value.item() == pytest.approx(4 * math.log(2 * math.pi))
+    assert found["acceptance"].value.item() == pytest.approx(chain.acceptance.item())
+    assert found["overlap[-2, 0]"].value > found["overlap[-2, 0]_floor"].value - 0.05
+    assert found["overlap[-2, 0]"].value < found["overlap[-3, 0]"].value + 0.02
+    for name in ("energy", "magnetization", "helicity"):
+        assert found[f"emd_{name}"].value < 2 * found[f"emd_{name}_floor"].value + 0.02
+    frozen = MODEL.observables(held_out, one.expand(len(held_out), 1))["energy"].std()
+    blind = independent_metropolis(MODEL, flat(), 100 * one, draws=200, chains=20)
+    other = beside_held_out(MODEL, flat(), blind, held_out)
+    assert other["emd_energy"].value > 0.3 * frozen
+
+
+def test_rows_that_were_trained_on_are_not_held_out():
+    rows = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    check_held_out(rows[:5], rows[5:])
+    with pytest.raises(ValueError, match="held_out shares 2 of its 7 rows with train"):
+        check_held_out(rows[:5], rows[3:])

@@ -20,8 +20,16 @@ ALL = [cls() for cls in rkl.catalogue().values()] + [
     rkl.AlphaBeta(-0.5, 1.5),
     rkl.AKL(0.0),
     rkl.AKL(0.99, straddle="head"),
+    rkl.AMiD(-1.0, 0.3),
+    rkl.AMiD(1.0, 0.3),
+    rkl.AMiD(3.0, 0.9),
+    rkl.EntropyAwareReverseKL(0.0),
+    rkl.LKHybrid(0.5),
+    rkl.TAID(0.2),
+    rkl.TAID(1.0),
     0.3 * rkl.KL() + 0.7 * rkl.ReverseKL(),
     0.5 * rkl.AKL() + 0.5 * rkl.ToDi(),
+    0.5 * rkl.TAID() + 2.0 * rkl.NegLogAcceptance() + rkl.AMiD(),
 ]
 F = [d for d in ALL if isinstance(d, rkl.FDivergence)]
 every = pytest.mark.parametrize("divergence", ALL, ids=repr)

@@ -294,7 +294,8 @@ class _OverAtoms:
     def __call__(self, p: Distribution, q: Distribution) -> Tensor:
         logp, logq = self.nodes.log_mass(p), self.nodes.log_mass(q)
         logp, logq = torch.broadcast_tensors(logp, logq)
-        return self.divergence.excess(logp, logq, *self.divergence.held(logp, logq)).sum(-1)
+        inputs = self.divergence.held_inputs(logp)
+        return self.divergence.value(logp, logq, *self.divergence.held(logp, logq, *inputs))
 
 
 def over_few(loss: PosteriorLoss, numbers: int) -> PosteriorLoss:

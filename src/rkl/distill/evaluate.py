@@ -544,8 +544,10 @@ def _columns(
         "student.by_rank": _by_rank(q, ranked),
     }
     for name, divergence in divergences.items():
-        terms = divergence.excess(logp, logq, *divergence.held(logp, logq))
-        columns[f"{name}:all"] = terms.sum(-1)
+        inputs = divergence.held_inputs(logp, targets)
+        held = divergence.held(logp, logq, *inputs)
+        terms = divergence.by_atom(logp, logq, *held)
+        columns[f"{name}:all"] = divergence.value(logp, logq, *held)
         columns[f"{name}:head"] = terms.masked_fill(~head, 0.0).sum(-1)
         columns[f"{name}:tail"] = terms.masked_fill(head, 0.0).sum(-1)
         columns[f"{name}:by_rank"] = _by_rank(terms, ranked)

@@ -56,13 +56,14 @@ def at_temperature(known: Any, temperature: float) -> Any:
 
 
 def infinite_atoms(
-    divergence: Divergence, p: Observed, q: Known, token: int
+    divergence: Divergence, p: Observed, q: Known, token: int, labels: Int[Tensor, " tokens"]
 ) -> Int[Tensor, " atoms"] | None:
     """The atoms that make the divergence of a token infinite; None where p is known in part."""
     if isinstance(p, TopK | Sampled):
         return None
     logp, logq = (logits_of(_one_token(it, token)).log_softmax(-1) for it in (p, q))
-    terms = divergence.integrand(logp, logq, *divergence.held(logp, logq))
+    inputs = divergence.held_inputs(logp, labels[token : token + 1])
+    terms = divergence.by_atom(logp, logq, *divergence.held(logp, logq, *inputs))
     return (~terms.isfinite()).nonzero()[:, 1]
 
 

@@ -604,9 +604,9 @@ class DistillTrainer(Trainer):
         if loss.isfinite():
             return loss
         if loss.isnan():
-            self._note_nan(batch, self._values(p, q))
+            self._note_nan(batch, self._values(batch, p, q))
             return loss
-        infinite = self._values(p, q).isinf()
+        infinite = self._values(batch, p, q).isinf()
         if not infinite.any():  # the sum over tokens, or the term of hard labels, overflowed
             return loss
         self._infinite += int(infinite.sum())
@@ -642,7 +642,9 @@ class DistillTrainer(Trainer):
         compiled = self.args.compiled
         p, soft = (at_temperature(it, self.args.temperature) for it in (p, q))
         if isinstance(q, Tensor):  # of logits, exact cannot tell the temperature
-            loss = exact(self.divergence, p=p, q=soft, weight=weight, compiled=compiled)
+            labels = batch.targets if self.divergence.takes_labels else None
+            how: Any = {"weight": weight, "compiled": compiled, "labels": labels}
+            loss = exact(self.divergence, p=p, q=soft, **how)
             if not hard:
                 return loss
             entropy = cross_entropy(q.to(weight.dtype), batch.targets, reduction="none")
@@ -653,13 +655,14 @@ class DistillTrainer(Trainer):
             q=soft,
             weight=weight,
             compiled=compiled,
-            labels=batch.targets if hard else None,
+            labels=batch.targets if hard or self.divergence.takes_labels else None,
             hard_label_weight=hard,
         )
 
-    def _values(self, p: Observed, q: Known) -> Tensor:
+    def _values(self, batch: Batch, p: Observed, q: Known) -> Tensor:
         p, q = (at_temperature(it, self.args.temperature) for it in (p, q))
-        return per_token({"loss": self.divergence}, p=p, q=q)["loss"]
+        labels = batch.targets if self.divergence.takes_labels else None
+        return per_token({"loss": self.divergence}, p=p, q=q, labels=labels)["loss"]
 
     def _score(self, batch: Batch, p: Observed, q: Known) -> Tensor:
         """Of each row: the sums of finite divergences and of cross-entropies, two counts.
@@ -670,7 +673,7 @@ class DistillTrainer(Trainer):
         if not len(batch.targets):
             return totals
         self._observations.judge(p, q)
-        value = self._values(p, q)
+        value = self._values(batch, p, q)
         label = TopK(torch.zeros_like(value)[:, None], batch.targets[:, None])
         entropy = per_token({"label": KL()}, p=label, q=q)["label"]
         self._note_nan(batch, value)
@@ -686,7 +689,8 @@ class DistillTrainer(Trainer):
         self._named = True
         first = int(infinite.nonzero()[0])
         p, q = (at_temperature(it, self.args.temperature) for it in (p, q))
-        if (atoms := infinite_atoms(self.divergence, p, q, first)) is None:
+        atoms = infinite_atoms(self.divergence, p, q, first, batch.targets)
+        if atoms is None:
             warn(
                 f"{self.divergence} is infinite at {self._place(batch, first)}: among the atoms "
                 "known of the teacher and the rest, one of the distributions is 0 where the other "

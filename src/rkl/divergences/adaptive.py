@@ -22,11 +22,16 @@ from rkl.divergences.base import (
     power_excess,
     relative_entropy,
 )
-from rkl.divergences.f_divergences import KL, ReverseKL
+from rkl.divergences.f_divergences import KL, ReverseKL, TotalVariation
 
 __all__ = [
     "AKL",
+    "AMiD",
     "AlphaBeta",
+    "EntropyAwareReverseKL",
+    "LKHybrid",
+    "NegLogAcceptance",
+    "TAID",
     "ToDi",
 ]
 
@@ -59,6 +64,7 @@ class AKL(Divergence):
     ((tensor([0.3750]),), (tensor([0.5000]),))
     """
 
+    varying = ("mu",)
     mu: float = 0.5
     straddle: Literal["head", "tail"] = "tail"
 
@@ -90,8 +96,8 @@ class AKL(Divergence):
         index[wide], head[wide] = wider
         return index, head
 
-    def held(self, logp, logq, *found):
-        index, head = found or self.search(logp)
+    def held(self, logp, logq, *inputs):
+        _, index, head = inputs or self.held_inputs(logp)
         gap = (logp.exp() - logq.exp()).abs().sum(-1, keepdim=True)
         at_head = (logp.gather(-1, index).exp() - logq.gather(-1, index).exp()).abs()
         head_gap = (at_head * head).sum(-1, keepdim=True)
@@ -99,19 +105,205 @@ class AKL(Divergence):
         return ((head_gap / gap.clamp_min(tiny)).clamp_max(1.0),)
 
     def integrand(self, logp, logq, w):
-        forward, reverse = relative_entropy(logp, logq), relative_entropy(logq, logp)
-        forward, reverse = w * forward, (1 - w) * reverse
-        if occurs(lambda: (w == 0) | (w == 1)):  # 0 · ∞ = 0: a side without weight may be infinite
-            forward, reverse = torch.where(w > 0, forward, 0.0), torch.where(w < 1, reverse, 0.0)
-        return forward + reverse
+        return _weigh_kls(logp, logq, w, 1 - w)
 
     def excess(self, logp, logq, w):
-        """That of both KLs, weighted: one tangent plane and one series."""
-        (c, *forward), (d, *reverse) = (kl.taylor for kl in _PARENTS)
-        slope = w * c + (1 - w) * d
-        far = self.integrand(logp, logq, w) - slope * (logp.exp() - logq.exp())
-        series = [w * a + (1 - w) * b for a, b in zip(forward, reverse, strict=True)]
-        return near_or_far(logp, logq, far, series)
+        return _weigh_kl_excesses(logp, logq, w, 1 - w)
+
+
+@dataclass(frozen=True)
+class EntropyAwareReverseKL(Divergence):
+    r"""Entropy-aware reverse KL, KL(q ‖ p) + 1[H(p) > τ] KL(p ‖ q).
+
+    Mode-seeking where p is sure; where p hesitates between many atoms it also asks q to cover
+    them. The switch reads the entropy of the whole of p, so that a top k does not suffice.
+
+    Source: Jin et al. (2026), arXiv 2603.07079.
+
+    Neighbours: ReverseKL() for a large τ, Jeffreys() for a τ of 0 between distributions that
+    are not sure of one atom.
+
+    Args:
+        tau: Entropy of p in nats above which KL(p ‖ q) is added, at least 0.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> EntropyAwareReverseKL(tau=0.5)(p.log(), q.log())
+    tensor(0.8789)
+    >>> EntropyAwareReverseKL(tau=0.8)(p.log(), q.log())
+    tensor(0.3681)
+    """
+
+    varying = ("tau",)
+    needs_every_atom = (
+        "its switch reads the entropy of the whole of p, which a top k does not tell"
+    )
+    tau: float = 0.8
+
+    def __post_init__(self):
+        number("tau", self.tau, at_least=0)
+
+    def held(self, logp, logq, *inputs):
+        (tau,) = inputs or self.held_inputs(logp)
+        entropy = -relative_entropy(logp, torch.zeros_like(logp)).sum(-1, keepdim=True)
+        return ((entropy > tau).to(logp.dtype),)
+
+    def integrand(self, logp, logq, hesitates):
+        return _weigh_kls(logp, logq, hesitates, torch.ones_like(hesitates))
+
+    def excess(self, logp, logq, hesitates):
+        return _weigh_kl_excesses(logp, logq, hesitates, torch.ones_like(hesitates))
+
+
+@dataclass(frozen=True)
+class LKHybrid(Divergence):
+    r"""LK hybrid, λ KL(p ‖ q) + (1 − λ) TV(p, q), with λ = exp(−η Σ min(p, q)) held.
+
+    Σ min(p, q) is the chance that speculative decoding accepts a token drafted from q. Far from
+    p, where total variation hardly pulls, λ is near 1 and it is KL; near p, λ falls to exp(−η)
+    and acceptance itself counts for more. Infinite wherever p has mass and q has none.
+
+    Source: arXiv 2602.23881 (LK losses), for drafts of speculative decoding.
+
+    Neighbours: KL() at η = 0, TotalVariation() in the limit of large η;
+    NegLogAcceptance(), which needs no weight.
+
+    Args:
+        eta: How fast λ falls with acceptance, at least 0.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> LKHybrid()(p.log(), q.log())
+    tensor(0.4183)
+    """
+
+    varying = ("eta",)
+    eta: float = 3.0
+
+    def __post_init__(self):
+        number("eta", self.eta, at_least=0)
+
+    def held(self, logp, logq, *inputs):
+        (eta,) = inputs or self.held_inputs(logp)
+        acceptance = torch.minimum(logp, logq).exp().sum(-1, keepdim=True)
+        return ((-eta * acceptance).exp(),)
+
+    def integrand(self, logp, logq, lam):
+        return lam * _KL.integrand(logp, logq) + (1 - lam) * _TV.integrand(logp, logq)
+
+    def excess(self, logp, logq, lam):
+        return lam * _KL.excess(logp, logq) + (1 - lam) * _TV.integrand(logp, logq)
+
+
+@dataclass(frozen=True)
+class NegLogAcceptance(Divergence):
+    r"""Negative log-acceptance, −log Σ min(p, q) = −log(1 − TV(p, q)).
+
+    Σ min(p, q) is the chance that speculative decoding accepts a token drafted from q. The
+    order of models is that of TotalVariation(), but its pull is divided by the acceptance, and so
+    does not fade with it. Symmetric: infinite only where p and q share no atom.
+
+    Source: arXiv 2602.23881 (LK losses), for drafts of speculative decoding.
+
+    Neighbours: −log(1 − TotalVariation()); LKHybrid().
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> NegLogAcceptance()(p.log(), q.log())
+    tensor(0.5108)
+    """
+
+    def statistics(self, logp, logq, *held):
+        return (torch.minimum(logp, logq).logsumexp(-1, keepdim=True),)
+
+    def integrand(self, logp, logq, log_acceptance):
+        return _TV.integrand(logp, logq)
+
+    def outer(self, total, log_acceptance):
+        # The sum keeps the digits near agreement, the logarithm those of a small acceptance.
+        near = -(-total.clamp_max(0.5)).log1p()
+        return torch.where(total < 0.5, near, -log_acceptance)
+
+
+@dataclass(frozen=True)
+class TAID(Divergence):
+    r"""TAID, KL(r ‖ q) with r ∝ p^t q^(1−t) held.
+
+    r lies between the model and its target: the logits of q, detached, moved by the share t
+    towards those of p. A small t asks for little at a time; t is meant to rise during training,
+    which recompiles nothing.
+
+    Source: Shing et al. (2025), arXiv 2501.16937.
+
+    Neighbours: KL() at t = 1.
+
+    Args:
+        t: Share of the way from q to p, above 0 and at most 1.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> TAID(t=0.5)(p.log(), q.log()), TAID(t=1.0)(p.log(), q.log())
+    (tensor(0.0923), tensor(0.5108))
+    """
+
+    varying = ("t",)
+    t: float = 0.5
+
+    def __post_init__(self):
+        number("t", self.t, above=0, at_most=1, what=" (at 0 it would be 0 everywhere)")
+
+    def held(self, logp, logq, *inputs):
+        (t,) = inputs or self.held_inputs(logp)
+        mixed = t * logp + ((1 - t) * logq).masked_fill(t == 1, 0.0)  # 0 · −∞ at t = 1
+        total = mixed.logsumexp(-1, keepdim=True)
+        # Where p and q share no atom there is no r: p in its place makes the value infinite.
+        return (torch.where(total == -math.inf, logp, mixed - total),)
+
+    def integrand(self, logp, logq, logr):
+        return _KL.integrand(logr, logq)
+
+    def excess(self, logp, logq, logr):
+        return _KL.excess(logr, logq)
+
+
+@dataclass(frozen=True)
+class AMiD(Divergence):
+    r"""AMiD, KL(p ‖ r) with r ∝ (λ p^k + (1 − λ) q^k)^(1/k), where k = (1 − α)/2.
+
+    r is the α-mixture of p and q: p^λ q^(1−λ) at α = 1. Its normaliser depends on q, and the
+    gradient includes that. Bounded for α < 1; from 1 on infinite where p has mass and q has none.
+
+    Source: Shin et al. (2025), arXiv 2510.15982.
+
+    Neighbours: SkewKL(alpha=lam) at α = −1.
+
+    Args:
+        alpha: Shape of the mixture: −1 arithmetic, 1 geometric, 3 harmonic.
+        lam: Weight λ of p in the mixture, strictly between 0 and 1.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    >>> AMiD(alpha=-1.0, lam=0.3)(p.log(), q.log()), AMiD(alpha=1.0, lam=0.3)(p.log(), q.log())
+    (tensor(0.1881), tensor(0.2705))
+    """
+
+    varying = ("lam",)
+    alpha: float = -3.0
+    lam: float = 0.1
+
+    def __post_init__(self):
+        number("alpha", self.alpha)
+        number("lam", self.lam, above=0, below=1, what=" (at 0 it is KL)")
+
+    def held(self, logp, logq, *inputs):
+        return inputs or self.held_inputs(logp)
+
+    def statistics(self, logp, logq, lam):
+        """The logarithm of r, atom by atom."""
+        mixed = _log_alpha_mixture(logp, logq, (1 - self.alpha) / 2, lam)
+        total = mixed.logsumexp(-1, keepdim=True)
+        return (mixed - total.masked_fill(total == -math.inf, 0.0),)
+
+    def integrand(self, logp, logq, lam, logr):
+        return _KL.integrand(logp, logr)
+
+    def excess(self, logp, logq, lam, logr):
+        return _KL.excess(logp, logr)
 
 
 @dataclass(frozen=True)
@@ -130,9 +322,9 @@ class ToDi(Divergence):
     (tensor(0.8789), tensor(0.8789))
     """
 
-    aliases = ("todi",)
+    aliases = ("to-di",)
 
-    def held(self, logp, logq, *found):
+    def held(self, logp, logq, *inputs):
         return (log_ratio(logp, logq).sigmoid(),)
 
     def integrand(self, logp, logq, s):
@@ -215,4 +407,43 @@ def largest(
     return candidates.gather(-1, best)
 
 
-_PARENTS = KL(), ReverseKL()
+def _weigh_kls(logp, logq, forward, reverse):
+    """The weights times KL(p ‖ q) and KL(q ‖ p), atom by atom."""
+    of_p, of_q = relative_entropy(logp, logq), relative_entropy(logq, logp)
+    of_p, of_q = forward * of_p, reverse * of_q
+    if occurs(lambda: (forward == 0) | (reverse == 0)):
+        # 0 · ∞ = 0: a side without weight may be infinite
+        of_p = torch.where(forward > 0, of_p, 0.0)
+        of_q = torch.where(reverse > 0, of_q, 0.0)
+    return of_p + of_q
+
+
+def _weigh_kl_excesses(logp, logq, forward, reverse):
+    """The excess of both KLs, weighted: one tangent plane and one series."""
+    (c, *of_forward), (d, *of_reverse) = _KL.taylor, _REVERSE_KL.taylor
+    slope = forward * c + reverse * d
+    far = _weigh_kls(logp, logq, forward, reverse) - slope * (logp.exp() - logq.exp())
+    series = [forward * a + reverse * b for a, b in zip(of_forward, of_reverse, strict=True)]
+    return near_or_far(logp, logq, far, series)
+
+
+def _log_alpha_mixture(logp, logq, k, lam):
+    """The logarithm of (λ p^k + (1 − λ) q^k)^(1/k), or λ log p + (1 − λ) log q for k = 0.
+
+    With x the larger of p^k and q^k and w the weight of the other one, y, it is
+    (log x + log(1 + w (y/x − 1))) / k: nothing cancels, also for a small k.
+    """
+    nowhere = torch.minimum(logp, logq) if k <= 0 else torch.maximum(logp, logq)
+    nowhere = nowhere == -math.inf
+    logp, logq = (x.masked_fill(nowhere, 0.0) for x in (logp, logq))
+    t = logp - logq
+    if k == 0:
+        return (logq + lam * t).masked_fill(nowhere, -math.inf)
+    of_p = k * t > 0
+    log_x, w = torch.where(of_p, logp, logq), torch.where(of_p, 1 - lam, lam)
+    log_mean = (w * torch.where(of_p, -k * t, k * t).expm1()).log1p()
+    return (log_x + log_mean / k).masked_fill(nowhere, -math.inf)
+
+
+# One object each: what they compute once about themselves cannot be traced by a compiler.
+_KL, _REVERSE_KL, _TV = KL(), ReverseKL(), TotalVariation()

@@ -1,15 +1,16 @@
 """What a divergence is: the two base classes, sums of divergences, and silent logarithms."""
 
 import abc
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, Geometric
 from torch.func import grad
@@ -29,15 +30,27 @@ class Divergence(abc.ABC):
     To write one, make a frozen dataclass with
 
     - ``integrand``, the term F of one atom, from log p and log q;
-    - ``held``, only if F has coefficients that look at whole distributions, and ``search``
-      if finding them takes more than tensor operations of fixed shape;
     - ``__post_init__``, refusing parameters out of range.
+
+    Where F looks at whole distributions, add what it needs of
+
+    - ``held``: coefficients without a gradient, and ``search`` if finding them takes more than
+      tensor operations of fixed shape;
+    - ``statistics``: coefficients with a gradient, such as a normaliser that depends on q;
+    - ``outer``: D as a function of the sum over atoms, such as its logarithm;
+    - ``varying``: fields that change from step to step, given to ``held`` as tensors;
+    - ``takes_labels``: whether the coefficients look at the true token.
 
     Then let :func:`rkl.testing.check_divergence` judge it. Every estimator, the trainer, the
     command line and the documentation find it by its name in kebab case, or by an alias.
     """
 
     aliases: ClassVar[tuple[str, ...]] = ()
+    # Fields that reach held as tensors: compiled code is the same for all their values.
+    varying: ClassVar[tuple[str, ...]] = ()
+    takes_labels: ClassVar[bool] = False
+    # The reason why the top k of p are not enough; empty where they are.
+    needs_every_atom: ClassVar[str] = ""
 
     def search(self, logits: Float[Tensor, "*batch atoms"]) -> tuple:
         """What ``held`` needs and no compiler can trace, such as where the head of p ends.
@@ -46,29 +59,96 @@ class Divergence(abc.ABC):
         """
         return ()
 
-    def held(
-        self, logp: Float[Tensor, "*batch atoms"], logq: Float[Tensor, "*batch atoms"], *found
+    def held_inputs(
+        self,
+        logits: Float[Tensor, "*batch atoms"],
+        labels: Int[Tensor, "*batch"] | None = None,
     ) -> tuple:
-        """The coefficients, [*batch, 1] or [*batch, atoms] each; constant to autograd.
+        """What ``held`` gets beside log p and log q, in this order.
 
-        ``found`` is what ``search`` returned, where the caller has it.
+        The ``varying`` fields as tensors without axes, what ``search`` returned, and the labels
+        where the divergence takes them.
+
+        Raises:
+            ValueError: It takes labels, and there are none.
         """
+        values = (logits.new_full((), getattr(self, name)) for name in self.varying)
+        inputs = (*values, *self.search(logits))
+        if not self.takes_labels:
+            return inputs
+        if labels is None:
+            raise ValueError(f"labels must be given: {self} looks at the true token; got None.")
+        return (*inputs, labels)
+
+    def held(
+        self, logp: Float[Tensor, "*batch atoms"], logq: Float[Tensor, "*batch atoms"], *inputs
+    ) -> tuple:
+        """The coefficients, [*batch, 1], [*batch, atoms] or [] each; constant to autograd.
+
+        ``inputs`` are those of :meth:`held_inputs`.
+        """
+        return ()
+
+    def statistics(
+        self, logp: Float[Tensor, "*batch atoms"], logq: Float[Tensor, "*batch atoms"], *held
+    ) -> tuple:
+        """Coefficients with a gradient, shaped as those of ``held``, which they follow in F."""
         return ()
 
     @abc.abstractmethod
     def integrand(
-        self, logp: Float[Tensor, "*shape"], logq: Float[Tensor, "*shape"], *held
+        self, logp: Float[Tensor, "*shape"], logq: Float[Tensor, "*shape"], *coefficients
     ) -> Float[Tensor, "*shape"]:
         """F(p, q), elementwise. An atom with p = q = 0 contributes 0."""
 
+    def outer(self, total: Float[Tensor, "*batch 1"], *coefficients) -> Float[Tensor, "*batch 1"]:
+        """D as a function of Σ F; by default the sum itself."""
+        return total
+
+    def value(
+        self, logp: Float[Tensor, "*batch atoms"], logq: Float[Tensor, "*batch atoms"], *held
+    ) -> Float[Tensor, "*batch"]:
+        """D(p ‖ q) in nats, where the coefficients without a gradient are known."""
+        coefficients = (*held, *self.statistics(logp, logq, *held))
+        total = self.excess(logp, logq, *coefficients).sum(-1, keepdim=True)
+        return self.outer(total, *coefficients).squeeze(-1)
+
+    def by_atom(
+        self, logp: Float[Tensor, "*batch atoms"], logq: Float[Tensor, "*batch atoms"], *held
+    ) -> Float[Tensor, "*batch atoms"]:
+        """The share of each atom in D, in nats; those of an outer function in proportion to F."""
+        coefficients = (*held, *self.statistics(logp, logq, *held))
+        parts = self.excess(logp, logq, *coefficients)
+        if type(self).outer is Divergence.outer:
+            return parts
+        total = parts.sum(-1, keepdim=True)
+        factor = self.outer(total, *coefficients) / total
+        return (parts * factor).masked_fill(parts == 0, 0.0)
+
+    def template(self) -> "Divergence":
+        """The same with its ``varying`` fields at their defaults: what is compiled for all."""
+        if not self.varying:
+            return self
+        changing: Any = self
+        fields = {field.name: field.default for field in dataclasses.fields(changing)}
+        return dataclasses.replace(changing, **{name: fields[name] for name in self.varying})
+
     def __call__(
-        self, logp: Float[Tensor, "*batch atoms"], logq: Float[Tensor, "*batch atoms"]
+        self,
+        logp: Float[Tensor, "*batch atoms"],
+        logq: Float[Tensor, "*batch atoms"],
+        labels: Int[Tensor, "*batch"] | None = None,
     ) -> Float[Tensor, "*batch"]:
         """D(p ‖ q) in nats, exactly, from normalised log-probabilities.
 
+        Args:
+            logp: Those of the target.
+            logq: Those of the model.
+            labels: The true token of each row, for a divergence that takes labels.
+
         Raises:
             TypeError: They are no tensors of floating-point numbers.
-            ValueError: They are not over the same atoms.
+            ValueError: They are not over the same atoms, or labels are missing.
         """
         floats("logp", logp)
         floats("logq", logq)
@@ -78,14 +158,14 @@ class Divergence(abc.ABC):
                 f"got {list(logp.shape)} and {list(logq.shape)}."
             )
         with torch.no_grad():
-            held = self.held(logp, logq)
-        return self.excess(logp, logq, *held).sum(-1)
+            held = self.held(logp, logq, *self.held_inputs(logp, labels))
+        return self.value(logp, logq, *held)
 
     def excess(
-        self, logp: Float[Tensor, "*shape"], logq: Float[Tensor, "*shape"], *held
+        self, logp: Float[Tensor, "*shape"], logq: Float[Tensor, "*shape"], *coefficients
     ) -> Float[Tensor, "*shape"]:
         """F(p, q) in the form to sum over atoms; F itself where no better one is known."""
-        return self.integrand(logp, logq, *held)
+        return self.integrand(logp, logq, *coefficients)
 
     def between(self, p: Distribution, q: Distribution) -> Float[Tensor, "*batch"]:
         """D(p ‖ q) in nats between two distributions of torch, where a closed form is known.
@@ -114,13 +194,16 @@ class Divergence(abc.ABC):
     def symmetric(self) -> bool:
         """Whether D(p ‖ q) = D(q ‖ p), to rounding, over a few hundred pairs."""
         logp, logq = _examples()
-        return torch.allclose(self(logp, logq), self(logq, logp), rtol=1e-8, atol=1e-12)
+        labels = torch.zeros(len(logp), dtype=torch.long)
+        there, back = self(logp, logq, labels), self(logq, logp, labels)
+        return torch.allclose(there, back, rtol=1e-8, atol=1e-12)
 
     @functools.cached_property
     def bounded(self) -> bool:
         """Whether D stays finite between laws that share no atom."""
-        logp = torch.tensor([0.0, -math.inf], dtype=torch.float64)
-        return bool(self(logp, logp.flip(0)).isfinite())
+        logp = torch.tensor([[0.0, -math.inf]], dtype=torch.float64)
+        labels = torch.zeros(1, dtype=torch.long)
+        return bool(self(logp, logp.flip(-1), labels).isfinite())
 
     def __rmul__(self, weight: float) -> "Divergence":
         number("the weight", weight, above=0, what=f" in {shown(weight)} * {self}")
@@ -212,39 +295,66 @@ class _Combination(Divergence):
     def __repr__(self):
         return " + ".join(f"{term}" if w == 1 else f"{w} * {term}" for w, term in self.terms)
 
-    def search(self, logits):
-        return tuple(term.search(logits) for _, term in self.terms)
+    @property
+    def takes_labels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(term.takes_labels for _, term in self.terms)
 
-    def held(self, logp, logq, *found):
-        found = found or ((),) * len(self.terms)
-        pairs = zip(self.terms, found, strict=True)
-        return tuple(term.held(logp, logq, *f) for (_, term), f in pairs)
+    @property
+    def needs_every_atom(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return next(filter(None, (term.needs_every_atom for _, term in self.terms)), "")
+
+    def held_inputs(self, logits, labels=None):
+        return tuple(term.held_inputs(logits, labels) for _, term in self.terms)
+
+    def held(self, logp, logq, *inputs):
+        pairs = zip(self.terms, inputs or self.held_inputs(logp), strict=True)
+        return tuple(term.held(logp, logq, *given) for (_, term), given in pairs)
 
     def integrand(self, logp, logq, *held):
-        parts = (w * term.integrand(logp, logq, *h) for w, term, h in self._with(held))
-        return functools.reduce(torch.add, parts)
+        terms = self._with(logp, logq, held)
+        return _sum(w * term.integrand(logp, logq, *known) for w, term, known in terms)
 
     def excess(self, logp, logq, *held):
-        parts = (w * term.excess(logp, logq, *h) for w, term, h in self._with(held))
-        return functools.reduce(torch.add, parts)
+        terms = self._with(logp, logq, held)
+        return _sum(w * term.excess(logp, logq, *known) for w, term, known in terms)
+
+    def value(self, logp, logq, *held):
+        pairs = zip(self.terms, held, strict=True)
+        return _sum(w * term.value(logp, logq, *known) for (w, term), known in pairs)
+
+    def by_atom(self, logp, logq, *held):
+        pairs = zip(self.terms, held, strict=True)
+        return _sum(w * term.by_atom(logp, logq, *known) for (w, term), known in pairs)
+
+    def template(self):
+        return type(self)(tuple((w, term.template()) for w, term in self.terms))
 
     def between(self, p, q):
-        parts = (w * term.between(p, q) for w, term in self.terms)
-        return functools.reduce(torch.add, parts)
+        return _sum(w * term.between(p, q) for w, term in self.terms)
 
-    def _with(self, held):
+    def _with(self, logp, logq, held):
+        """The weights and divergences, with the coefficients of each."""
         held = held or ((),) * len(self.terms)
-        return [(w, term, h) for (w, term), h in zip(self.terms, held, strict=True)]
+        return [
+            (w, term, (*known, *term.statistics(logp, logq, *known)))
+            for (w, term), known in zip(self.terms, held, strict=True)
+        ]
 
 
-class _FCombination(_Combination, FDivergence):
+class _FCombination(_Combination, FDivergence):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Σ wᵢ Dᵢ of f-divergences, which is one."""
 
-    def search(self, logits):
+    def held_inputs(self, logits, labels=None):
         return ()
 
-    def held(self, logp, logq, *found):
+    def held(self, logp, logq, *inputs):
         return ()
+
+    def value(self, logp, logq, *held):
+        return self.excess(logp, logq).sum(-1)
+
+    def by_atom(self, logp, logq, *held):
+        return self.excess(logp, logq)
 
     def terms_q(self, log_ratio):
         return self._terms(log_ratio, 0)
@@ -256,8 +366,7 @@ class _FCombination(_Combination, FDivergence):
         controlled = math.isfinite(self.unseen[side])
 
         def total(x):
-            parts = (w * _one_sided(term, x, side, controlled) for w, term in self.terms)
-            return functools.reduce(torch.add, parts)
+            return _sum(w * _one_sided(term, x, side, controlled) for w, term in self.terms)
 
         # Terms that overflow with opposite signs have no sum: the one that wins 40 nats from
         # agreement, where all are finite, wins further out too.
@@ -267,6 +376,10 @@ class _FCombination(_Combination, FDivergence):
             undecided, math.inf * winner, 1.0
         )
         return torch.where(undecided, decided, total(torch.where(undecided, 1.0, log_ratio)))
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
 
 
 def weighted_terms(divergence: Divergence) -> tuple[tuple[float, Divergence], ...]:

@@ -36,11 +36,20 @@ def catalogue() -> dict[str, type[Divergence]]:
         return [cls, *(d for child in cls.__subclasses__() for d in descendants(child))]
 
     named = {
-        re.sub("(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower(): cls
+        _kebab(cls.__name__): cls
         for cls in descendants(Divergence)
         if not inspect.isabstract(cls) and not cls.__name__.startswith("_")
     }
     return dict(sorted(named.items()))
+
+
+def _kebab(name: str) -> str:
+    """The name of a class in kebab case: a word has three letters, or capitals behind a word.
+
+    >>> [_kebab(name) for name in ("SkewReverseKL", "LKHybrid", "AMiD", "ToDi")]
+    ['skew-reverse-kl', 'lk-hybrid', 'amid', 'todi']
+    """
+    return re.sub("(?<!^)(?=[A-Z][a-z]{2})|(?<=[a-z]{2})(?=[A-Z]{2})", "-", name).lower()
 
 
 def parse(

@@ -83,7 +83,7 @@ def exact(
         chunk: How many tokens' logits may exist at one time; by default 256 MiB of them.
         compiled: Whether to compile the step, once per divergence; by default, where there
             is work enough and a compiler.
-        labels: The true token, for the cross-entropy below.
+        labels: The true token, for the cross-entropy below and for a divergence that takes labels.
         hard_label_weight: Weight of the student's cross-entropy on the labels, at
             temperature 1, beside D.
 
@@ -103,7 +103,7 @@ def exact(
     _refuse_transforms()
     tokens = check_pair(divergence, p, q)
     kept, weight = _kept(weight, tokens, by_token(q))
-    labels = _check_labels(labels, hard_label_weight, kept, q)
+    labels = _check_labels(labels, hard_label_weight, divergence, kept, q)
     rows = kept.split(_chunk(chunk, p, q))
     if compiled not in (None, True, False):
         raise TypeError(f"compiled must be True, False or None; got {compiled!r}.")
@@ -200,8 +200,16 @@ def per_token(
     p: Logits | LinearHead | TopK | Sampled,
     q: Logits | LinearHead,
     chunk: int | None = None,
+    labels: Int[Tensor, " tokens"] | None = None,
 ) -> dict[str, Float[Tensor, " tokens"]]:
     """D(p ‖ q) of every token, in nats, for several divergences at once; no gradient.
+
+    Args:
+        divergences: By name.
+        p: The teacher's logits, the head that yields them, or its top k.
+        q: The student's logits, or the head that yields them.
+        chunk: How many tokens' logits may exist at one time; by default 256 MiB of them.
+        labels: The true token, for divergences that take labels.
 
     Raises:
         ValueError: Shapes do not fit; the message names the argument.
@@ -225,12 +233,15 @@ def per_token(
         }
     parts = {name: [] for name in divergences}
     everything = torch.arange(tokens, device=by_token(q).device)
+    for divergence in divergences.values():
+        _check_labels(labels, 0.0, divergence, everything, q)
     device = everything.device.type
     with torch.no_grad(), torch.autocast(device, enabled=False):  # it would round the products
         for rows in everything.split(_chunk(chunk, p, q)):
             logp, logq = _log_probabilities(p, q, rows)
             for name, divergence in divergences.items():
-                parts[name].append(divergence(logp, logq))
+                true = labels[rows] if labels is not None and divergence.takes_labels else None
+                parts[name].append(divergence(logp, logq, true))
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
@@ -404,7 +415,9 @@ def _kept(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return kept, weight
 
 
-def _check_labels(labels, hard_label_weight: float, kept: Tensor, q) -> Tensor | None:
+def _check_labels(
+    labels, hard_label_weight: float, divergence: Divergence, kept: Tensor, q
+) -> Tensor | None:
     if isinstance(hard_label_weight, bool) or not isinstance(hard_label_weight, int | float):
         raise TypeError(f"hard_label_weight must be a number; got {hard_label_weight!r}.")
     if not 0 <= hard_label_weight < math.inf:
@@ -412,6 +425,10 @@ def _check_labels(labels, hard_label_weight: float, kept: Tensor, q) -> Tensor |
     if labels is None:
         if hard_label_weight:
             raise ValueError("labels must be given where hard_label_weight is not 0; got None.")
+        if divergence.takes_labels:
+            raise ValueError(
+                f"labels must be given: {divergence} looks at the true token; got None."
+            )
         return None
     integers("labels", labels)
     like = by_token(q)
@@ -427,7 +444,7 @@ def _check_labels(labels, hard_label_weight: float, kept: Tensor, q) -> Tensor |
             f"got {seen.min().item()} to {seen.max().item()}. Give ignored tokens, such as those "
             "labelled -100, the weight 0."
         )
-    return labels if hard_label_weight else None
+    return labels if hard_label_weight or divergence.takes_labels else None
 
 
 def _chunk(chunk: int | None, p, q) -> int:

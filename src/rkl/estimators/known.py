@@ -138,6 +138,7 @@ def check_pair(
         raise ValueError(f"p must be on {device}, where q is; got {by_token(p).device}.")
     if isinstance(p, TopK):
         _check_index(p, vocabulary(q))
+        _check_coarse(divergence, p, vocabulary(q))
     elif isinstance(p, Sampled):
         _check_draws(divergence, p, vocabulary(q))
     elif vocabulary(p) != vocabulary(q):
@@ -200,6 +201,21 @@ def _check_factor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number; got a {type(value).__name__}.")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite; got {value}.")
+
+
+def _check_coarse(divergence: Divergence, p: TopK, vocab: int) -> None:
+    """Refuse a top k to a divergence that means nothing over the k atoms and the rest."""
+    if divergence.takes_labels:
+        raise ValueError(
+            f"p must be the whole distribution: {divergence} looks at the true token, which may "
+            "lie beyond the top k; got a TopK."
+        )
+    k = p.index.shape[-1]
+    if divergence.needs_every_atom and k < vocab:
+        raise ValueError(
+            f"p must be the whole distribution for {divergence}: {divergence.needs_every_atom}; "
+            f"got {k} of {vocab} atoms."
+        )
 
 
 def _check_index(p: TopK, vocab: int) -> None:

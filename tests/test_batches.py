@@ -5,7 +5,7 @@ import torch
 from test_chains import autoregressive
 
 from rkl.metrics import Mean
-from rkl.metrics.batches import BatchMeans, slots_of
+from rkl.metrics.batches import BatchMeans, beside, slots_of
 
 
 def error_of(x, weights=None, length=1):
@@ -162,3 +162,29 @@ def test_weighted_intervals_hold_the_mean_as_often_as_they_say():
         found = error_of(x[..., column], weights[..., column])
         covered.append(bool(found.value.abs() < 2.02 * found.error))
     assert 0.925 < sum(covered) / 3_000 < 0.975  # one standard error is 0.004
+
+
+@pytest.mark.parametrize("chains", [1, 4])
+@pytest.mark.parametrize("rho", [0.0, 0.95])
+def test_errors_from_covariances_are_those_from_the_shifts_of_each_function(chains, rho):
+    x = autoregressive(chains, 1_000, rho, columns=(3, 5))
+    x[:, :, 2] = x[:, :, 0] - 2 * x[:, :, 1]  # no direction of its own
+    x[: chains // 2, :, :, :2] += 20  # chains that disagree, in some columns
+    weights = torch.rand(chains, 1_000, generator=torch.Generator().manual_seed(2)).double()
+    slopes = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(1)).double()
+    means = BatchMeans(chains, (3, 5))
+    for chain in range(chains):
+        means.push(chain, x[chain], weights[chain])
+    wanted = means.error_of(torch.einsum("hck,cko->hko", means.shifts, slopes))
+    scatter = means.covariances()
+    changes = torch.einsum("dck,cko->dko", scatter.directions, slopes)
+    torch.testing.assert_close(scatter.error_of(changes), wanted, rtol=1e-7, atol=0)
+
+
+def test_means_beside_each_other_are_those_of_their_draws_together():
+    x = autoregressive(2, 200, 0.5, columns=(4,))
+    parts = [BatchMeans(2, (n,)) for n in (1, 3)]
+    for chain in range(2):
+        for means, draws in zip(parts, x[chain].split((1, 3), -1), strict=True):
+            means.push(chain, draws)
+    torch.testing.assert_close(beside(parts).total(), error_of(x), rtol=0, atol=0)

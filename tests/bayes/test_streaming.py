@@ -23,7 +23,6 @@ from rkl.bayes.closed import Weights
 from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.pythagoras import averages_of, least
 from rkl.bayes.streaming import one_pass
-from rkl.metrics import Mean
 from rkl.metrics.batches import BatchMeans
 
 
@@ -66,8 +65,7 @@ def act_of(moments, direction):
 def with_error(moments, direction, function):
     """A function of averages and a point in them, with the error that the act's numbers have."""
     known = averages_of(moments, (direction,))
-    above, below = (function(known, known.moved(sign)) for sign in (1, -1))
-    return Mean(function(known, known.here), known.error((above - below) / 2))
+    return known.with_errors(lambda at: {"": function(known, at)}, separate=True)[""]
 
 
 def risk_of(moments, direction):

@@ -16,7 +16,7 @@ from rkl.bayes.generic import expected_seconds, sampled
 from rkl.bayes.identified import not_used
 from rkl.bayes.losses import AnyLoss, Intrinsic, check_loss
 from rkl.bayes.modes import LogDensity, modes
-from rkl.bayes.pythagoras import averages, directions_of, towards
+from rkl.bayes.pythagoras import Point, averages, directions_of, towards
 from rkl.bayes.questions import Question, Variables
 from rkl.bayes.regions import periodic
 from rkl.bayes.solve import answer
@@ -154,9 +154,6 @@ def _exact_excess(estimate: Answer, weights: Weights, act: Variables) -> LossOf:
     """By Pythagoras exact for these draws; the error by the shifts of their batches."""
     question = estimate.question
     known = averages(question, directions_of(weights))
-    here, *sides = (
-        towards(known, at, weights) for at in (known.here, known.moved(1), known.moved(-1))
-    )
     unsure = _without_error(estimate)
 
     def natural(variables: Variables) -> Natural:
@@ -167,16 +164,17 @@ def _exact_excess(estimate: Answer, weights: Weights, act: Variables) -> LossOf:
 
     def excess(variables: Variables):
         t = natural(variables)
-        value = question.total(here(_first(t)) - here(_first(own)))
-        ahead, back = (question.total(side(t) - side(own)) for side in sides)
-        error = masked(known.error((ahead - back) / 2), unsure)
-        return settled(value), torch.where(value.abs() < ROUNDING, 0.0, error)
+
+        def outputs(at: Point) -> dict[str, Tensor]:
+            measure = towards(known, at, weights)
+            value = measure(t) - measure(own)  # which have an axis in place of the lead
+            return {"": question.total(value if at is not known.here else value[0])}
+
+        value, error = known.with_errors(outputs, not question.unwrapped.joint)[""]
+        error = torch.where(value.abs() < ROUNDING, 0.0, masked(error, unsure))
+        return settled(value), error
 
     return excess
-
-
-def _first(natural: Natural) -> Natural:
-    return tuple(x[0] for x in natural)
 
 
 def _without_error(estimate: Answer) -> Tensor:

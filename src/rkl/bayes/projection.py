@@ -14,7 +14,6 @@ from rkl.bayes.answer import Act, elements
 from rkl.bayes.averages import NO_ERROR, judged, masked, mean_of
 from rkl.bayes.closed import Weights
 from rkl.bayes.draws import read_draws
-from rkl.bayes.families import Natural
 from rkl.bayes.identified import Unidentified, sentences, unidentified, without_unidentified
 from rkl.bayes.laws import probe
 from rkl.bayes.losses import PosteriorLoss, node_mass
@@ -213,20 +212,17 @@ def _nearest(
     total = full.question.total
     found = nearest(one.question, one.model, known, weights)
 
-    def outputs(at: Point, act: Natural, member: Natural, variables: Variables):
+    def outputs(at: Point) -> dict[str, Tensor]:
         measure = towards(known, at, weights)
+        (act, _), (member, variables) = best.at(at), found.at(at)
         risk = least(known, at, weights) + measure(member)
         excess = measure(member) - measure(act)
         return {RISK: total(risk), EXCESS: total(excess)} | one.placed(variables)
 
-    values = outputs(known.here, best.natural, found.natural, found.variables)
-    ahead, back = (
-        outputs(known.moved(sign), best.moved(sign)[0], *found.moved(sign)) for sign in (1, -1)
-    )
     unsure = _unsure(full)
     means = {
-        name: Mean(x, masked(known.error((ahead[name] - back[name]) / 2), unsure))
-        for name, x in values.items()
+        name: Mean(x.value, masked(x.error, unsure))
+        for name, x in known.with_errors(outputs, separate=False).items()
     }
     risk, excess = means.pop(RISK), means.pop(EXCESS)
     endless, unsure = full.risk.value.isinf(), full.risk.error.isnan()

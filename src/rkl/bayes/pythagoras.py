@@ -24,13 +24,13 @@ from rkl.bayes.closed import Weights, balanced, swayed
 from rkl.bayes.families import ExponentialFamily, Natural
 from rkl.bayes.laws import Model
 from rkl.bayes.losses import slopes
-from rkl.bayes.minimise import Minimum, minimise
+from rkl.bayes.minimise import minimise
 from rkl.bayes.questions import Question, Variables
 from rkl.bayes.streaming import Moments, one_pass, plus
 from rkl.metrics import Mean
-from rkl.metrics.batches import BatchMeans
+from rkl.metrics.batches import BatchMeans, beside
 
-SHIFT = 0.1  # of a batch's share of the mean, for central differences
+SHIFT = 0.01  # of a standard error, or of what a batch adds: steps of central differences
 
 
 class Point(NamedTuple):
@@ -50,6 +50,22 @@ class Point(NamedTuple):
             self.to_reference[i],
         )
 
+    def moved(self, step: "Point", sign: int) -> "Point":
+        """The means with a step [*lead, *batch, ...] added, or taken away."""
+        return Point(
+            plus(self.natural, step.natural, sign),
+            self.from_reference + sign * step.from_reference,
+            plus(self.mean, step.mean, sign),
+            self.to_reference + sign * step.to_reference,
+        )
+
+
+class Steps(NamedTuple):
+    """Steps from the means, and the error of what changes along them."""
+
+    step: Point  # [steps, *batch, ...]
+    error_of: Callable[[Tensor], Tensor]  # from changes [steps, *outputs]
+
 
 @dataclass(frozen=True, eq=False)
 class Averages:
@@ -58,26 +74,63 @@ class Averages:
     Attributes:
         family: The exponential family, its statistic taken about the reference law.
         reference: The natural parameter of the reference law P_0.
-        here: The means.
-        shift: What a small share of each batch of draws adds to them, [batches, *batch, ...].
-        error: The standard error of anything, from what these shifts change of it.
+        directions: "reverse" or "forward", or both: which means were taken.
+        means: These, side by side [components, *batch].
     """
 
     family: ExponentialFamily
     reference: Natural
-    here: Point
-    shift: Point
-    error: Callable[[Tensor], Tensor]
+    directions: tuple[str, ...]
+    means: BatchMeans
 
-    def moved(self, sign: int) -> Point:
-        """The means with the shifts added, or taken away."""
-        here, shift = self.here, self.shift
-        return Point(
-            plus(here.natural, shift.natural, sign),
-            here.from_reference + sign * shift.from_reference,
-            plus(here.mean, shift.mean, sign),
-            here.to_reference + sign * shift.to_reference,
-        )
+    @functools.cached_property
+    def here(self) -> Point:
+        """The means."""
+        return self.point(self.means.mean, 0)
+
+    def point(self, components: Tensor, axis: int) -> Point:
+        """The components along an axis, taken apart."""
+        flat = components.movedim(axis, -1)
+        found: dict[str, tuple[Natural, Tensor]] = {}
+        for name, part in zip(self.directions, flat.chunk(len(self.directions), -1), strict=True):
+            found[name] = self.family.unflatten(part[..., :-1], self.reference), part[..., -1]
+        none = (), torch.zeros_like(flat[..., 0])
+        return Point(*found.get("reverse", none), *found.get("forward", none))
+
+    def with_errors(
+        self, outputs: Callable[[Point], dict[Any, Tensor]], separate: bool
+    ) -> dict[Any, Mean]:
+        """Functions of the means, with their Monte Carlo errors by the delta method.
+
+        Args:
+            outputs: From means [*lead, *batch, ...] to what is made of them [*lead, ...]; by
+                central differences it is linearised, once for all outputs.
+            separate: Whether each member of the batch has outputs [*batch] of its own means.
+        """
+        steps = self._steps(separate)
+        values = outputs(self.here)
+        above, below = (outputs(self.here.moved(steps.step, sign)) for sign in (1, -1))
+        return {
+            key: Mean(x, steps.error_of((above[key] - below[key]) / 2))
+            for key, x in values.items()
+        }
+
+    def _steps(self, separate: bool) -> Steps:
+        few = self.means.sums.shape[2] <= self.means.weights.numel()
+        return self._in_each if separate and few else self._of_batches
+
+    @functools.cached_property
+    def _in_each(self) -> Steps:
+        """As many steps as there are components, in each member of the batch by itself."""
+        scatter = self.means.covariances()
+        step = self.point(SHIFT * scatter.directions, 1)
+        return Steps(step, lambda changes: scatter.error_of(changes / SHIFT))
+
+    @functools.cached_property
+    def _of_batches(self) -> Steps:
+        """A step for each half batch of draws, all of whose members move together."""
+        step = self.point(SHIFT * self.means.shifts, 1)
+        return Steps(step, lambda changes: self.means.error_of(changes / SHIFT))
 
 
 def averages(question: Question, directions: tuple[str, ...]) -> Averages:
@@ -95,25 +148,10 @@ def averages(question: Question, directions: tuple[str, ...]) -> Averages:
 
 
 def averages_of(moments: Moments, directions: tuple[str, ...]) -> Averages:
-    """The means of one pass, and what each batch of draws adds to them, by component."""
-    first = moments.averaged(directions[0])
-
-    def point(read: Callable[[BatchMeans], Tensor], axis: int) -> Point:
-        parts = []
-        for name in ("reverse", "forward"):
-            flat = read(moments.averaged(name if name in directions else directions[0]))
-            flat = flat.movedim(axis, -1)
-            components = moments.family.unflatten(flat[..., :-1], moments.reference)
-            parts += [components if name in directions else (), flat[..., -1]]
-        return Point(*parts)
-
-    return Averages(
-        family=moments.family,
-        reference=moments.reference,
-        here=point(lambda means: means.mean, 0),
-        shift=point(lambda means: SHIFT * means.shifts, 1),
-        error=lambda changes: first.error_of(changes / SHIFT),
-    )
+    """The means of one pass, of one direction or of both."""
+    parts = [moments.averaged(name) for name in directions]
+    means = parts[0] if len(parts) == 1 else beside(parts)
+    return Averages(moments.family, moments.reference, directions, means)
 
 
 def closed_act(question: Question, weights: Weights) -> Answer:
@@ -161,19 +199,23 @@ def least(known: Averages, at: Point, weights: Weights) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """An act, and what it becomes when the posterior means shift.
+    """An act, as a function of the posterior means.
 
     Attributes:
         natural: Of the act.
-        variables: That stand for it; None where the family's own say all.
-        moved: From a sign to the natural parameters and the variables of the shifted acts.
+        variables: That stand for it.
+        in_family: Whether each law of the exponential family is one of those asked for, of which
+            the parameters are the variables.
+        at: From means near those of the draws [lead, *batch, ...] to the natural parameters of
+            their acts, right to first order, and to such variables as are no parameters.
         accuracy: By how much its risk may exceed the least, in nats.
         method: How it was found.
     """
 
     natural: Natural
     variables: Variables
-    moved: Callable[[int], tuple[Natural, Variables]]
+    in_family: bool
+    at: Callable[[Point], tuple[Natural, Variables]]
     accuracy: float
     method: str
 
@@ -186,19 +228,17 @@ def solve(question: Question, known: Averages, weights: Weights) -> Solved:
     if variables is None:
         return nearest(question, question.model, known, weights)
 
-    def moved(sign: int) -> tuple[Natural, Variables]:
-        if weights.reverse and weights.forward:
-            step = swayed(
-                family, natural, here.natural, here.mean, weights,
-                known.shift.natural, known.shift.mean,
-            )  # fmt: skip
-            t = plus(natural, step, sign)
-        else:
-            t = _free(known, known.moved(sign), weights)
-        return t, question.read(family, t, lead=1)
+    def at(point: Point) -> tuple[Natural, Variables]:
+        if point is here:
+            return natural, {}
+        if not all(weights):
+            return _free(known, point, weights), {}
+        changes = family.minus(point.natural, here.natural), family.minus(point.mean, here.mean)
+        step = swayed(family, natural, here.natural, here.mean, weights, *changes)
+        return plus(natural, step), {}
 
     how = "closed form" if not all(weights) else "Newton's method"
-    return Solved(natural, variables, moved, 0.0, how)
+    return Solved(natural, variables, True, at, 0.0, how)
 
 
 def _free(known: Averages, at: Point, weights: Weights) -> Natural:
@@ -230,17 +270,20 @@ def nearest(question: Question, model: Model, known: Averages, weights: Weights)
         return of
 
     found = minimise(excess(known.here), starts, tolerance=1e-14)
-    at = found.point[None]
-    sway = functools.cache(functools.partial(_sway, known, found, excess))
+    here = found.point[None]
+    slope = _slopes(excess(known.here), found.point)
+    variables = {name: x[0] for name, x in chart.point(here).items()}
+    natural = tuple(x[0] for x in naturals(here))
 
-    def moved(sign: int) -> tuple[Natural, Variables]:
-        u = found.point + sign * sway()
+    def at(point: Point) -> tuple[Natural, Variables]:
+        if point is known.here:
+            return natural, variables
+        # one step of Newton's method from the minimum, with the curvature there
+        u = found.point - found.inverse(_slopes_at(excess, point, found.point) - slope)
         return naturals(u), chart.point(u)
 
-    variables = {name: x[0] for name, x in chart.point(at).items()}
-    natural = tuple(x[0] for x in naturals(at))
     how = "minimised within the family"
-    return Solved(natural, variables, moved, found.decrement, how)
+    return Solved(natural, variables, False, at, found.decrement, how)
 
 
 def _starts(question: Question, model: Model) -> tuple[Chart, Tensor]:
@@ -251,16 +294,12 @@ def _starts(question: Question, model: Model) -> tuple[Chart, Tensor]:
     return chart, torch.stack([drawn.mean(0), drawn[0], drawn[-1]])
 
 
-def _sway(known: Averages, found: Minimum, excess) -> Tensor:
-    """How the minimum moves with each batch's shift, [batches, k]: −H⁻¹ by the slope's change."""
-    ahead, back = (known.moved(sign) for sign in (1, -1))
-    batches = range(len(ahead.to_reference))
-    if len(found.point) <= len(batches):  # one backward pass for each coordinate
-        change = _slopes(excess(ahead), found.point) - _slopes(excess(back), found.point)
-    else:
-        pairs = ((excess(ahead.row(i)), excess(back.row(i))) for i in batches)
-        change = torch.cat([_slopes(a, found.point) - _slopes(b, found.point) for a, b in pairs])
-    return found.inverse(-change) / 2
+def _slopes_at(excess, at: Point, u: Tensor) -> Tensor:
+    """Slopes [lead, k] in the coordinates u [k] of an excess at many points [lead]."""
+    lead = len(at.to_reference)
+    if len(u) <= lead:  # one backward pass for each coordinate
+        return _slopes(excess(at), u)
+    return torch.cat([_slopes(excess(at.row(i)), u) for i in range(lead)])
 
 
 def _slopes(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
@@ -315,21 +354,31 @@ def act_and_risk(
     family, plain = known.family, question.family
     assert plain is not None  # as weights are
 
-    def outputs(at: Point, natural: Natural, variables: Variables) -> dict[Any, Tensor]:
+    own_names = question.origins.values() if found.in_family else ()
+    named = dict.fromkeys((*family.parameters, *own_names))
+    exact = found.in_family and not all(weights)  # and nothing above the least there is
+
+    def outputs(at: Point) -> dict[Any, Tensor]:
+        natural, variables = found.at(at)
         law = family.from_natural(natural)
         own = plain.natural(law)
-        risk = least(known, at, weights) + towards(known, at, weights)(natural)
+        risk = least(known, at, weights)
+        risk = risk if exact else risk + towards(known, at, weights)(natural)
         return (
             {("risk", ""): question.total(risk)}
             | {("natural", i): x for i, x in enumerate(own)}
             | {("mean", i): x for i, x in enumerate(plain.mean(own))}
-            | {("parameter", name): getattr(law, name) for name in family.parameters}
+            | {("parameter", name): getattr(law, name) for name in named}
             | {("parameter", name): x for name, x in variables.items()}
         )
 
-    values = outputs(known.here, found.natural, found.variables)
-    above, below = (outputs(known.moved(sign), *found.moved(sign)) for sign in (1, -1))
-    return {key: Mean(x, known.error((above[key] - below[key]) / 2)) for key, x in values.items()}
+    means = known.with_errors(outputs, found.in_family and not question.unwrapped.joint)
+    if found.in_family:
+        means |= {
+            ("parameter", name): Mean(*(question.shrunk(name, x) for x in means["parameter", key]))
+            for name, key in question.origins.items()
+        }
+    return means
 
 
 def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) -> Answer:

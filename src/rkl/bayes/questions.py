@@ -203,13 +203,13 @@ class Question:
             each = by_member(loss, law)
         return each.reshape(self.draws.chains, self.draws.draws, *self.batch, -1).sum(-1)
 
-    def read(self, family: ExponentialFamily, natural: Natural, lead: int = 0) -> Variables:
-        """The variables that a natural parameter [*lead, *batch, ...] is made of, read off it."""
-        law = family.from_natural(natural)
-        return {
-            name: _shrunk(getattr(law, key), self.shape(name), lead)
-            for name, key in self.origins.items()
-        }
+    def shrunk(self, name: str, parameter: Tensor) -> Tensor:
+        """The variable [*shape] that a parameter [*batch, ...] of the act is shared from."""
+        value, shape = parameter, self.shape(name)
+        for axis in range(value.ndim):
+            if axis >= len(shape) or shape[axis] == 1:
+                value = value.narrow(axis, 0, 1)
+        return value.reshape(shape)
 
     def natural(self, family: ExponentialFamily, variables: Variables) -> Natural:
         """The natural parameter of the laws of variables [n, ...] each."""
@@ -223,7 +223,8 @@ class Question:
         """
         if self.origins.keys() != set(self.model.names):
             return None
-        found = self.read(family, natural)
+        law = family.from_natural(natural)
+        found = {name: self.shrunk(name, getattr(law, key)) for name, key in self.origins.items()}
         try:
             again = self.natural(family, {name: x[None] for name, x in found.items()})
         except ValueError:  # outside the domain
@@ -247,11 +248,3 @@ def _is(drawn: Tensor, parameter: Tensor) -> bool:
         return bool((aligned == parameter).all())
     except RuntimeError:
         return False
-
-
-def _shrunk(value: Tensor, shape: torch.Size, lead: int) -> Tensor:
-    """A parameter [*lead, *batch, ...] as the variable [*lead, *shape] that it is shared from."""
-    for axis in range(lead, value.ndim):
-        if axis - lead >= len(shape) or shape[axis - lead] == 1:
-            value = value.narrow(axis, 0, 1)
-    return value.reshape(value.shape[:lead] + shape)

@@ -1,7 +1,9 @@
 """The mean of dependent draws and its standard error, in one pass and constant memory."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -12,7 +14,8 @@ from rkl.metrics import Mean
 
 HALVES = 128  # half batches kept at most, over all chains: their number decides an error's own
 DEPENDENT = 1.4  # three standard errors above 1, the ratio of V for 64 independent batches
-FEWEST = 12  # batches that an error may rest on
+MIN_BATCHES = 12  # that an error may rest on
+SINGULAR = 1e-10  # share of a variance that is rounding, once other components are known
 DISAGREE = 3.09  # standard normal quantile of 0.999
 
 
@@ -145,9 +148,34 @@ class BatchMeans:
         """Standard error of anything, from how much each half batch moves it."""
         share = self.weights / self.weights.sum()
         flat = shifts.reshape(*share.shape, -1)
+        spreads = [_spread(x, w) for x, w in _levels(flat, share)]
         between = _spread(flat.sum(1, keepdim=True), share.sum(1, keepdim=True))
-        variance = self._bounded(_lugsail(flat, share, between), between)
-        return variance.sqrt().reshape(shifts.shape[1:])
+        return _error(spreads, between, len(share)).reshape(shifts.shape[1:])
+
+    def covariances(self) -> "Covariances":
+        """How the half batches of draws [components, *batch] scatter together."""
+        shares = [w for _, w in _levels(self.weights, self.weights / self.weights.sum())]
+        totals = [self.sums.new_zeros(self.sums.shape[2], *self.sums.shape[2:]) for _ in shares]
+        between, mean = torch.zeros_like(totals[0]), self.mean
+        # Row by row, for so all that is touched stays in the cache.
+        for rows, weights in zip(self.sums, self.weights.tolist(), strict=True):
+            waiting: list[Tensor | None] = [None] * len(shares)
+            apart = torch.zeros_like(mean)
+            for row, weight in zip(rows, weights, strict=True):
+                departure = torch.sub(row, mean, alpha=weight)
+                apart += departure
+                for level, total in enumerate(totals):
+                    total.addcmul_(departure[:, None], departure[None])
+                    if (first := waiting[level]) is None:
+                        waiting[level] = departure
+                        break
+                    departure, waiting[level] = departure + first, None
+            between.addcmul_(apart[:, None], apart[None])
+        scales = [float(self.weights.sum().square() * _freedom(w)) for w in shares]
+        chains = self.weights.sum(1) / self.weights.sum()
+        between /= self.weights.sum().square() * _freedom(chains)
+        levels = [total / scale for total, scale in zip(totals, scales, strict=True)]
+        return Covariances(levels, between, len(chains))
 
     def total(self) -> Mean:
         """The mean with its standard error."""
@@ -160,16 +188,19 @@ class BatchMeans:
             held[:, joined.shape[1] :] = 0
         self.length *= 2
 
-    def _bounded(self, variance: Tensor, between: Tensor) -> Tensor:
-        """The variance between chains in its place where chains disagree."""
-        if (chains := len(self.weights)) == 1:
-            return variance
-        return torch.where(between > _excessive(chains - 1) * variance, between, variance)
-
     def _shifts(self, sums: Tensor) -> Tensor:
         weights = self.weights.reshape(*self.weights.shape, *[1] * (sums.ndim - 2))
         total = self.weights.sum()
         return (sums - weights * (sums.sum((0, 1)) / total)) / total
+
+
+def beside(parts: Sequence[BatchMeans]) -> BatchMeans:
+    """The means of several components of the same draws in one, along the first axis of each."""
+    first = parts[0]
+    joined = BatchMeans(len(first.weights), length=first.length)
+    joined.sums = torch.cat([part.sums for part in parts], 2)
+    joined.weights, joined._pushed = first.weights, first._pushed
+    return joined
 
 
 def slots_of(chains: int, halves: int = HALVES) -> int:
@@ -179,30 +210,105 @@ def slots_of(chains: int, halves: int = HALVES) -> int:
     return max(4, 2 * (halves // (2 * chains)))
 
 
-def _joined(halves: Tensor) -> Tensor:
-    return halves[:, 0::2] + halves[:, 1::2]
+@dataclass(frozen=True, eq=False)
+class Covariances:
+    """The scatter of the means of components, from which functions of them have their errors.
 
+    For many functions of few components this is less work than the shifts of each function.
 
-def _lugsail(halves: Tensor, share: Tensor, between: Tensor) -> Tensor:
-    """Error² of each column, from half batches [chains, halves, columns].
-
-    Where no batch is long enough, it is at least that between several chains.
+    Attributes:
+        levels: Of half batches, of batches, and of longer ones [components, components, *batch].
+        between: Of the chains.
+        chains: How many there are.
     """
-    batches, weight = _joined(halves), _joined(share)
-    half, whole = _spread(halves, share), _spread(batches, weight)
+
+    levels: list[Tensor]
+    between: Tensor
+    chains: int
+
+    @functools.cached_property
+    def directions(self) -> Float[Tensor, "components components *batch"]:
+        """Steps from the means, one in each row: all are as likely, and not correlated.
+
+        They are the columns of the Cholesky factor of the covariance of half batches.
+        """
+        return _cholesky(self.levels[0]).transpose(0, 1)
+
+    def error_of(self, changes: Float[Tensor, "components *outputs"]) -> Float[Tensor, "*outputs"]:
+        """Standard error [*batch, ...] of a function, from its change along each direction."""
+        more = changes.ndim - self.directions.ndim + 1  # axes of the outputs after the batch's
+        upper, between, *levels = (
+            x[(..., *[None] * more)] for x in (self.directions, self.between, *self.levels)
+        )
+        slopes = _solve_upper(upper, changes)
+        spreads = [_along(slopes, x) for x in levels]
+        return _error(spreads, _along(slopes, between), self.chains)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """L with matrix = L Lᵀ [n, n, *batch], and columns of 0 where components depend on others."""
+    lower = torch.zeros_like(matrix)
+    for j in range(len(matrix)):
+        column = matrix[j:, j] - (lower[j:, :j] * lower[j, :j]).sum(1)
+        free = column[0] > SINGULAR * matrix[j, j]
+        lower[j:, j] = torch.where(free, column / column[0].sqrt(), 0.0)
+    return lower
+
+
+def _solve_upper(upper: Tensor, right: Tensor) -> Tensor:
+    """The solution s [n, *batch] of upper s = right; 0 where a row is 0."""
+    solution = torch.zeros_like(right)
+    for j in reversed(range(len(right))):
+        rest = right[j] - (upper[j, j + 1 :] * solution[j + 1 :]).sum(0)
+        solution[j] = torch.where(upper[j, j] > 0, rest / upper[j, j], 0.0)
+    return solution
+
+
+def _along(slopes: Tensor, covariance: Tensor) -> Tensor:
+    return ((covariance * slopes).sum(1) * slopes).sum(0)
+
+
+def _levels(halves: Tensor, share: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Half batches [chains, halves, ...], batches, and longer ones as long as enough remain."""
+    levels = [(halves, share)]
+    while len(levels) < 2 or (
+        not share.shape[1] % 2 and int((share > 0).sum()) >= 2 * MIN_BATCHES
+    ):
+        halves, share = (x[:, 0::2] + x[:, 1::2] for x in (halves, share))
+        levels.append((halves, share))
+    return levels
+
+
+def _error(spreads: list[Tensor], between: Tensor, chains: int) -> Tensor:
+    """Standard error from the scatter at each level; that of the chains where they disagree."""
+    variance = _lugsail(spreads, between, chains)
+    if chains > 1:
+        apart = between > _excessive(chains - 1) * variance
+        variance = torch.where(apart, between, variance)
+    return variance.sqrt()
+
+
+def _lugsail(spreads: list[Tensor], between: Tensor, chains: int) -> Tensor:
+    """Error² from batches long enough; where none is, at least that between several chains."""
+    half, whole = spreads[:2]
     variance = whole + (whole - half).clamp_min(0)
     dependent = whole > DEPENDENT * half
-    if dependent.any():
-        rest = between[dependent]
-        if not batches.shape[1] % 2 and (weight > 0).sum() >= 2 * FEWEST:
-            variance[dependent] = _lugsail(batches[..., dependent], weight, rest)
-        elif len(share) > 1:
-            variance[dependent] = torch.maximum(variance[dependent], rest)
-    return variance
+    if not dependent.any():
+        return variance
+    if len(spreads) > 2:
+        longer = _lugsail(spreads[1:], between, chains)
+    else:
+        longer = torch.maximum(variance, between) if chains > 1 else variance
+    return torch.where(dependent, longer, variance)
 
 
 def _spread(departures: Tensor, share: Tensor) -> Tensor:
-    return departures.square().sum((0, 1)) / (1 - share.square().sum())
+    return departures.square().sum((0, 1)) / _freedom(share)
+
+
+def _freedom(share: Tensor) -> Tensor:
+    """The share of the variance that is left when the mean is the draws' own."""
+    return 1 - share.square().sum()
 
 
 def _excessive(degrees: int) -> float:

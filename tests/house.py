@@ -68,9 +68,9 @@ def imported(tree: ast.Module, package: str, modules: Iterable[str]) -> set[str]
     return names & set(modules)
 
 
-def modules_in(files: Iterable[Path]) -> dict[str, Path]:
+def modules_in(files: Iterable[Path], source: Path = SOURCE) -> dict[str, Path]:
     """The files of the source by the names that they are imported by."""
-    parts = {path: path.relative_to(SOURCE).with_suffix("").parts for path in files}
+    parts = {path: path.relative_to(source).with_suffix("").parts for path in files}
     return {".".join(["rkl", *it]).removesuffix(".__init__"): path for path, it in parts.items()}
 
 

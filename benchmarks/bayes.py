@@ -40,7 +40,7 @@ from rkl.bayes.pythagoras import act_and_risk, averages, directions_of, solve  #
 from rkl.bayes.questions import Question  # noqa: E402
 from rkl.bayes.streaming import one_pass  # noqa: E402
 from rkl.divergences import Divergence  # noqa: E402
-from rkl.metrics import Mean  # noqa: E402
+from rkl.stats import Mean  # noqa: E402
 
 NAMES = ("mu", "sigma")
 BLOCK = 200  # rows of the floor's blocks

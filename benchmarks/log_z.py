@@ -26,7 +26,6 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch reads th
 
 import torch  # noqa: E402
 
-from rkl.metrics.chains import integrated_time  # noqa: E402
 from rkl.sample import (  # noqa: E402
     CoarseToFine,
     HeatBath,
@@ -41,6 +40,7 @@ from rkl.sample import (  # noqa: E402
 )
 from rkl.sample.mcmc import Wolff  # noqa: E402
 from rkl.sample.targets import XY  # noqa: E402
+from rkl.stats import integrated_time  # noqa: E402
 
 TEMPERATURES = torch.linspace(0.05, 2.05, 32)
 BLOCK = 1024

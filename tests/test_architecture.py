@@ -27,7 +27,7 @@ CORE = {
     "kernels": {"divergences", "checks"},
     "estimators": {"divergences", "kernels", "checks"},
     "testing": {"divergences", "kernels", "estimators", "checks"},
-    "stats": {"checks"},
+    "stats": {"checks", "lazy"},
     "metrics": {"divergences", "estimators", "stats", "tables", "readers", "checks"},
 }
 # Parts that any other may use, and that use nothing of rkl but what stands here.

@@ -1,4 +1,4 @@
-"""The names of a wing are those that type checkers know, and loading them costs nothing."""
+"""The names of a package are those that type checkers know, and loading them costs nothing."""
 
 import ast
 import importlib
@@ -11,6 +11,7 @@ import pytest
 COSTLY = {
     "rkl.bayes": {"torch", "xarray", "arviz"},
     "rkl.distill": {"torch", "transformers"},
+    "rkl.stats": {"torch", "numpy"},
     **dict.fromkeys(("rkl.flows", "rkl.fit", "rkl.sample"), {"torch", "zuko", "arviz"}),
 }
 

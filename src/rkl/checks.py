@@ -9,7 +9,10 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST_INTEGER = 2**63 - 1  # that torch and numpy hold
 LARGEST_COUNT = 10**9  # of steps, rows or draws: beyond it lies a slip of the hand
@@ -88,6 +91,22 @@ def integer(
         raise ValueError(f"{name} must be at least {at_least}; got {shown(value)}.")
     if not -LARGEST_INTEGER <= value <= at_most:
         raise ValueError(f"{name} must be at most {at_most:,}; got {shown(value)}.")
+
+
+def floats(name: str, value: "Tensor") -> None:
+    """Refuse what is not a tensor of real floating-point numbers of 16 bits or more.
+
+    Raises:
+        TypeError: It is none.
+    """
+    import torch  # which the command line does not load for its help
+
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor; got a {type(value).__name__}.")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must hold floating-point numbers; got {value.dtype}.")
+    if value.dtype.itemsize < 2:
+        raise TypeError(f"{name} must have 16 bits or more; got {value.dtype}: take .bfloat16().")
 
 
 def choice(name: str, value: Any, choices: Collection[Any]) -> None:

@@ -23,7 +23,7 @@ from rkl.bayes.closed import Weights
 from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.pythagoras import averages_of, least
 from rkl.bayes.streaming import one_pass
-from rkl.metrics.batches import BatchMeans
+from rkl.stats import BatchMeans
 
 
 def chains(*shape, seed=0, rho=0.5):

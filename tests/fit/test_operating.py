@@ -11,8 +11,8 @@ from rkl.fit import Method, fit_to_samples
 from rkl.fit.operating import DEARER, check_point, distil_rejection, draw_kept
 from rkl.fit.result import Reached
 from rkl.flows import Coupling, Critic, critic, draw
-from rkl.metrics import Mean
 from rkl.metrics.precision_recall import OperatingPoint
+from rkl.stats import Mean
 
 SMALL = Coupling(transforms=2, hidden=(8,))
 

@@ -6,7 +6,6 @@ import torch
 from subjects import Subject, fault
 from torch.distributions import Categorical, Independent, Normal
 
-from rkl.metrics import batches, chains
 from rkl.metrics.overlap import earth_mover, histogram_overlap
 from rkl.sample import (
     HeatBath,
@@ -28,6 +27,7 @@ from rkl.sample import (
     thermodynamics,
 )
 from rkl.sample.targets import XY, Density, MoG8
+from rkl.stats import batch_means, chains
 
 ONE = torch.ones(1)
 LAW = Independent(Normal(torch.zeros(2), 5.0), 1)
@@ -363,8 +363,8 @@ MEASURES = [
         ],
     ),
     Subject(
-        "batches.jackknife",
-        batches.jackknife,
+        "batch_means.jackknife",
+        batch_means.jackknife,
         lambda: {"function": torch.exp, "x": ROWS.mT, "weights": torch.ones(2, 40)},
         [
             fault("function", "a number", 1.0, "means", "1.0"),

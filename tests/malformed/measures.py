@@ -6,9 +6,9 @@ import torch
 from subjects import Subject, fault
 
 from rkl import plots, report
-from rkl.metrics import clustered_mean, mean
 from rkl.metrics.precision_recall import pr_curve
 from rkl.metrics.text import distinct_n, distinct_n_together, length, rouge_l, self_bleu, words
+from rkl.stats import clustered_mean, mean
 
 LOGP = torch.zeros(2, 4).log_softmax(-1)
 OF_SAMPLES = [

@@ -9,7 +9,7 @@ from subjects import Subject, fault
 
 from rkl import plots
 from rkl.bayes import Draws, read_draws
-from rkl.metrics import batches, chains, tails
+from rkl.stats import batch_means, chains, pareto
 
 CHAINS, DRAWS = 2, 40
 NORMAL = "normal(loc=mu, scale=sigma)"
@@ -175,14 +175,14 @@ MEASURING = [
         ],
     ),
     Subject(
-        "batches.slots_of",
-        batches.slots_of,
+        "batch_means.slots_of",
+        batch_means.slots_of,
         lambda: {"chains": 4},
         [fault("chains", "zero", 0, "at least 1", "0")],
     ),
     Subject(
-        "batches.BatchMeans",
-        batches.BatchMeans,
+        "batch_means.BatchMeans",
+        batch_means.BatchMeans,
         lambda: {"chains": 2, "length": 1},
         [
             fault("chains", "zero", 0, "at least 1", "0"),
@@ -191,8 +191,10 @@ MEASURING = [
         ],
     ),
     Subject(
-        "batches.BatchMeans.push",
-        lambda chain, values, weights: batches.BatchMeans(2, (3,)).push(chain, values, weights),
+        "batch_means.BatchMeans.push",
+        lambda chain, values, weights: batch_means.BatchMeans(2, (3,)).push(
+            chain, values, weights
+        ),
         lambda: {"chain": 1, "values": random(5, 3), "weights": torch.ones(5)},
         [
             fault("chain", "one too many", 2, "2"),
@@ -203,8 +205,8 @@ MEASURING = [
         ],
     ),
     Subject(
-        "tails.pareto_k",
-        tails.pareto_k,
+        "pareto.pareto_k",
+        pareto.pareto_k,
         lambda: {"values": random(100)},
         [
             fault("values", "a list", [1.0], "tensor", "list"),
@@ -214,8 +216,8 @@ MEASURING = [
         ],
     ),
     Subject(
-        "tails.tail",
-        tails.tail,
+        "pareto.tail",
+        pareto.tail,
         lambda: {"values": random(100)},
         [
             fault("values", "a list", [1.0], "tensor", "list"),

@@ -30,8 +30,9 @@ from subjects import DELIBERATE, UsageError
 import rkl.bayes
 import rkl.distill
 from rkl import cli
-from rkl.metrics import batches, chains, clusters, frechet, neighbours, tails
+from rkl.metrics import clusters, frechet, neighbours
 from rkl.runs.writers import LOCK
+from rkl.stats import batch_means, chains, pareto
 
 malformed = pytest.mark.malformed
 PARTS = (
@@ -73,7 +74,7 @@ OF_MEASURES = {
     "neighbours.centred",  # which, like common_unit, takes a checked pair
     "neighbours.checked_pair",
     "neighbours.common_unit",
-    "tails.Tail",
+    "pareto.Tail",
 }  # results, and what serves all
 SOURCE = str(Path(rkl.__file__).parent)
 
@@ -178,7 +179,7 @@ def test_every_function_and_every_command_is_among_them():
     assert public - without_arguments <= tested
     assert {f"rkl {name}" for name in cli.available()} <= tested
     assert {f"bayes.{name}" for name in dir(rkl.bayes)} - MADE_BY_FUNCTIONS <= tested
-    measured = (batches, chains, clusters, frechet, neighbours, tails)
+    measured = (batch_means, chains, clusters, frechet, neighbours, pareto)
     assert set().union(*map(functions_of, measured)) - OF_MEASURES <= tested
 
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from rkl.metrics import Mean
 from rkl.sample.importance import expectation, reweight, tails_of_averages, thermodynamics
 from rkl.sample.metropolis import independent_metropolis
 from rkl.sample.targets import GaussianMixture
+from rkl.stats import Mean
 
 
 def normal(*shape, seed=0):

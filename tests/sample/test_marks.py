@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.distributions import Independent, Normal
 
-from rkl.metrics import Mean
 from rkl.sample import evaluate_on_target, independent_metropolis
 from rkl.sample.evaluation import STAR, cells
 from rkl.sample.run import _judgement, _warnings
 from rkl.sample.targets import Condition, Density
+from rkl.stats import Mean
 
 GAUSSIAN = Density(
     lambda x, c: -x.square().sum(-1) / (2 * c[..., 0]), (6,), "line", (Condition("T", 0.5, 2.0),)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rkl.metrics.batches import jackknife
 from rkl.sample.lattice import circle
 from rkl.sample.mcmc import (
     HeatBath,
@@ -24,6 +23,7 @@ from rkl.sample.mcmc import (
 )
 from rkl.sample.mcmc.walks import chosen_kernel
 from rkl.sample.targets import XY, GaussianMixture, MoG8, Phi4
+from rkl.stats import jackknife
 
 TEMPERATURES = torch.tensor([[0.2], [0.7], [1.5]], dtype=torch.float64)
 KERNELS = [HeatBath(), HeatBath(over_relaxation=0), Metropolis(), RandomWalk(0.7)]

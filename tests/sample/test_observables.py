@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.distributions import Independent, Uniform
 
-from rkl.metrics import Mean
 from rkl.sample.mcmc import markov_chain
 from rkl.sample.metropolis import independent_metropolis
 from rkl.sample.observables import averages, beside_held_out, check_held_out
 from rkl.sample.targets import XY, MoG8
+from rkl.stats import Mean
 
 CONDITION = torch.tensor([[0.5], [1.0]], dtype=torch.float64)
 MODEL = XY(side=2)

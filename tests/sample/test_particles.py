@@ -2,7 +2,6 @@
 
 import torch
 
-from rkl.metrics.resampling import resample
 from rkl.sample.particles import Particles
 from rkl.sample.targets import Condition, Density, GaussianMixture, Rings
 
@@ -59,13 +58,6 @@ def test_draws_are_of_every_stratum_of_the_conditions():
     assert x.shape == (4, 10, 2)
     places = torch.searchsorted(particles.condition[:, 0], condition[:, 0])
     assert (places // 3 == torch.arange(10)).all()
-
-
-def test_resampling_keeps_weights_to_one_particle():
-    torch.manual_seed(0)
-    log_w = 3 * torch.randn(50, 7)
-    counts = torch.stack([it.bincount(minlength=50) for it in resample(log_w).T], 1)
-    assert (counts - 50 * log_w.softmax(0)).abs().max() < 1 + 1e-4
 
 
 def test_where_the_target_is_impossible_there_are_no_particles_and_no_nan():

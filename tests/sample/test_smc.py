@@ -7,12 +7,11 @@ import torch
 from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from rkl.metrics import Mean
-from rkl.metrics.resampling import resample
 from rkl.sample import evaluate, evaluate_on_target, judge_coverage, judge_ratios, smc
 from rkl.sample.lost_modes import LogDensity, find_lost_mode
 from rkl.sample.smc import evidence, normal_errors
 from rkl.sample.targets import XY, Condition, Density
+from rkl.stats import Mean
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -93,12 +92,6 @@ def test_evidence_of_xy_is_that_of_a_series_of_bessel_functions():
     exact = 4 * LOG_2PI + waves.mean(1).pow(4).sum().log()
     assert (found.log_z.value[0] - exact).abs() < 6 * found.log_z.error[0]
     assert found.x.abs().max() <= math.pi
-
-
-def test_resampling_is_as_even_as_can_be():
-    log_w = torch.tensor([[0.5, 0.25, 0.25], [1.0, 1e-30, 1e-30]]).log()
-    assert resample(log_w, 1, count=8).tolist() == [[0, 0, 0, 0, 1, 1, 2, 2], [0] * 8]
-    assert resample(log_w.mT, 0, count=4).mT.tolist() == [[0, 0, 1, 2], [0] * 4]
 
 
 @pytest.mark.parametrize(("errors", "degrees", "right"), [(5.408, 7, 3.29), (4.073, 15, 3.29)])

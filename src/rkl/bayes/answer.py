@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from rkl.bayes.tables import Cell, Table, parenthesised
 from rkl.divergences.parse import Stack
-from rkl.metrics import Mean, to_json
+from rkl.stats import Mean, to_json
 
 if TYPE_CHECKING:
     from rkl.bayes.questions import Question

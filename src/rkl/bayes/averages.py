@@ -9,10 +9,8 @@ from torch import Tensor
 
 from rkl.bayes.answer import Diagnostics
 from rkl.bayes.draws import Draws
-from rkl.metrics import Mean
-from rkl.metrics.batches import BatchMeans
-from rkl.metrics.chains import ess, rhat
-from rkl.metrics.tails import NO_ERROR, NO_MEAN, Tail, pareto_k, tail
+from rkl.stats import BatchMeans, Mean, Tail, ess, pareto_k, rhat, tail
+from rkl.stats.pareto import NO_ERROR, NO_MEAN
 
 NUMBERS = 2**24  # values of one quantity that its tails are judged by
 RANKED = 2**20  # those whose ranks tell what the draws are worth

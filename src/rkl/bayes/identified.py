@@ -17,7 +17,7 @@ from rkl.bayes.answer import Act
 from rkl.bayes.charts import LawOf, chart_of
 from rkl.bayes.families.regression import Regression
 from rkl.bayes.questions import Variables
-from rkl.metrics import Mean
+from rkl.stats import Mean
 
 SAME = 1e-9  # relative change of a parameter that is rounding
 RANK = 1e-9  # relative singular value below which a direction changes nothing

@@ -21,7 +21,7 @@ from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.progress import working
 from rkl.bayes.tables import Cell, Table, parenthesised
 from rkl.checks import integer
-from rkl.metrics import Mean, mean, to_json
+from rkl.stats import Mean, mean, to_json
 
 Labels = Int[Tensor, "draws items"]
 

@@ -33,7 +33,7 @@ from rkl.bayes.questions import Question, Variables
 from rkl.bayes.subfamilies import Subfamily, read_subfamilies
 from rkl.bayes.tables import Cell, Table, parenthesised
 from rkl.divergences import ReverseKL
-from rkl.metrics import Mean
+from rkl.stats import Mean
 
 SHOWN = 6  # numbers of an act that are printed
 ROUNDING = 1e-13  # error of a mean of equal numbers, relative to them

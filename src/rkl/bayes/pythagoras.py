@@ -27,8 +27,8 @@ from rkl.bayes.losses import slopes
 from rkl.bayes.minimise import minimise
 from rkl.bayes.questions import Question, Variables
 from rkl.bayes.streaming import Moments, one_pass, plus
-from rkl.metrics import Mean
-from rkl.metrics.batches import BatchMeans, beside
+from rkl.stats import BatchMeans, Mean
+from rkl.stats.batch_means import beside
 
 SHIFT = 0.01  # of a standard error, or of what a batch adds: steps of central differences
 

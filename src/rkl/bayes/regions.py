@@ -13,7 +13,7 @@ from torch import Tensor
 from rkl.bayes.answer import Answer, elements
 from rkl.bayes.questions import Question, by_member
 from rkl.bayes.tables import Cell, Table
-from rkl.divergences.base import number
+from rkl.checks import number
 
 TURN = 2 * math.pi
 GAP = 0.15  # of the range inside that is left empty between two pieces

@@ -25,7 +25,7 @@ from rkl.bayes.progress import working
 from rkl.bayes.pythagoras import closed_act
 from rkl.bayes.questions import Question
 from rkl.bayes.whole import whole_parameters
-from rkl.metrics import Mean
+from rkl.stats import Mean
 
 
 def answer(question: Question) -> Answer:

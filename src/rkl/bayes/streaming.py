@@ -15,7 +15,8 @@ from rkl.bayes.blocks import INNER, Law, Plan, Sums, Totals, check_domain, sums_
 from rkl.bayes.draws import Draws, read
 from rkl.bayes.families import ExponentialFamily, Natural, family_of
 from rkl.estimators import has_compiler
-from rkl.metrics.batches import HALVES, BatchMeans, slots_of
+from rkl.stats import BatchMeans
+from rkl.stats.batch_means import HALVES, slots_of
 
 DIRECTIONS = ("reverse", "forward")
 FIRST = 2**17  # numbers, but 8 to 64 draws, that the reference law is made from

@@ -107,7 +107,7 @@ class Evaluations:
         Returns:
             The difference and its standard error; None where it was not measured of both.
         """
-        from rkl.metrics import clustered_mean
+        from rkl.stats import clustered_mean
 
         a, b = (self.by_block.get(it, {}) for it in (run, other))
         if not self.paired() or name not in a or name not in b:

@@ -48,10 +48,10 @@ from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
 from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation
 from rkl.estimators import LinearHead
 from rkl.importing import names_in, only
-from rkl.metrics import Mean, clustered_mean, to_json
 from rkl.metrics.precision_recall import SLOPES, pr_curve
 from rkl.runs import Run, fingerprint, save_tensors, write_json
 from rkl.runs.integrity import check_inputs, hub_name, inputs_before, local_path
+from rkl.stats import Mean, clustered_mean, to_json
 
 DIVERGENCES: Mapping[str, Divergence] = {
     "forward-kl": KL(),
@@ -367,7 +367,7 @@ def evaluate(
     Both models run once over each batch; logits exist for one chunk of tokens at a time, and
     all figures come from them. They are means per token, at temperature 1 and over the tokens
     that both vocabularies share, with standard errors that take blocks, not tokens, as
-    independent (:func:`rkl.metrics.clustered_mean`): one block has none. A divergence that is
+    independent (:func:`rkl.stats.clustered_mean`): one block has none. A divergence that is
     infinite at any token is infinite; ``infinite_tokens`` says at how many.
 
     A divergence is also told by parts, which add up to it: the teacher's head (AKL's at

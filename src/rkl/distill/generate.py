@@ -31,9 +31,9 @@ from rkl.distill.rollouts import (
 from rkl.distill.sources import TOOLS, Row, Rows, kind_of, read_rows
 from rkl.distill.teachers import OF_MODEL, load_model, load_tokenizer
 from rkl.importing import names_in
-from rkl.metrics import Mean, clustered_mean, mean
 from rkl.metrics.text import distinct_n, distinct_n_together, rouge_l, self_bleu
 from rkl.runs import REPLIES, Run, check_out_file, write_atomic
+from rkl.stats import Mean, clustered_mean, mean
 
 SHORTEST = 2  # tokens of a text that gives a prompt and something to go on with
 

@@ -10,13 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rkl.checks import number
 from rkl.divergences.base import (
     POLE,
     Divergence,
     expansion,
     log_ratio,
     near_or_far,
-    number,
     occurs,
     power,
     power_excess,

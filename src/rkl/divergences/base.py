@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, Geometric
 from torch.func import grad
 
-from rkl.checks import number as number
-from rkl.checks import shown
+from rkl.checks import floats, number, shown
 
 _FAR, _END = 16.0, 600.0  # log-ratios between which a control variate is integrated
 _NO_MASS = -745.0  # the logarithm of what is 0 in double precision
@@ -393,16 +392,6 @@ def combine(*terms: tuple[float, Divergence]) -> Divergence:
         return terms[0][1]
     every_f = all(isinstance(term, FDivergence) for _, term in terms)
     return (_FCombination if every_f else _Combination)(terms)
-
-
-def floats(name: str, value: Tensor) -> None:
-    """Refuse what is not a tensor of real floating-point numbers, with a TypeError."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor; got a {type(value).__name__}.")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must hold floating-point numbers; got {value.dtype}.")
-    if value.dtype.itemsize < 2:
-        raise TypeError(f"{name} must have 16 bits or more; got {value.dtype}: take .bfloat16().")
 
 
 def check_laws(p: Distribution, q: Distribution) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rkl.checks import number
 from rkl.divergences.base import (
     POLE,
     FDivergence,
@@ -17,7 +18,6 @@ from rkl.divergences.base import (
     log_mixture,
     log_ratio,
     near_or_far,
-    number,
     power,
     power_excess,
     relative_entropy,

@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rkl.checks import warn
+from rkl.checks import floats, warn
 from rkl.divergences import KL, Divergence, FDivergence
-from rkl.divergences.base import floats, slope_from_terms, widest
+from rkl.divergences.base import slope_from_terms, widest
 from rkl.estimators.known import (
     LinearHead,
     Logits,

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rkl.checks import floats
 from rkl.divergences import Divergence, FDivergence
-from rkl.divergences.base import floats
 
 EXCESS = 1e-2  # of a top k's probabilities over 1 that rounding in half precision explains
 

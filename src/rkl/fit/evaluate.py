@@ -19,10 +19,10 @@ from rkl.flows.rows import Data
 from rkl.flows.runs import check_device, single_run, write_evaluation
 from rkl.flows.standardise import Units
 from rkl.importing import only
-from rkl.metrics import Mean, mean, to_json
 from rkl.metrics.samples import Measured, measure
 from rkl.metrics.written import parenthesised
 from rkl.runs import REPORT, Run
+from rkl.stats import Mean, mean, to_json
 
 MEASURED = 5_000  # rows that are measured by their neighbours, at most
 AT_ONCE = 10_000

@@ -25,8 +25,8 @@ from rkl.flows.rows import Data
 from rkl.flows.standardise import Standardised, Units
 from rkl.flows.training import Moment, Training, one_at_a_time, train
 from rkl.flows.weights import along_path, bounded_on_data, is_likelihood, on_data, on_draws
-from rkl.metrics import Mean, mean
 from rkl.runs import Run
+from rkl.stats import Mean, mean
 
 Estimator = Literal["data", "draws", "path", "both"]
 CRITIC_BEGINS = 0.8  # share of the maximum-likelihood phase after which the critic learns too

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rkl.divergences.base import number
+from rkl.checks import number
 from rkl.fit.result import Fit, Reached
 from rkl.flows.architectures import draw
 from rkl.flows.critic import Critic, lessons
 from rkl.flows.precision import single_precision
 from rkl.flows.rows import Data
 from rkl.flows.training import Moment, one_at_a_time, train
-from rkl.metrics import Mean, mean
 from rkl.metrics.precision_recall import OperatingPoint, operating_point
 from rkl.runs import Run
+from rkl.stats import Mean, mean
 
 DRAWS = 20_000  # on which a constant is fitted
 KEPT = 10_000  # accepted draws that are told from data

@@ -8,10 +8,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.distributions import Distribution
 
-from rkl.divergences.base import number
+from rkl.checks import number
 from rkl.flows.precision import single_precision
-from rkl.metrics import Mean, mean
 from rkl.metrics.precision_recall import OperatingPoint, operating_point
+from rkl.stats import Mean, mean
 
 LogRatio = Callable[[Tensor], Tensor]
 BATCH = 4_096  # draws at a time

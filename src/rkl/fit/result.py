@@ -11,9 +11,9 @@ from rkl.flows.critic import ScaledCritic
 from rkl.flows.rows import Data
 from rkl.flows.standardise import Standardised
 from rkl.flows.training import Training
-from rkl.metrics import Mean
 from rkl.metrics.precision_recall import OperatingPoint
 from rkl.runs import save
+from rkl.stats import Mean
 
 SPLINED = 5.0  # standard units within which splines bend
 

@@ -31,10 +31,10 @@ from rkl.flows.runs import (
 )
 from rkl.flows.training import goes_on, save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
-from rkl.metrics import Mean, to_json
 from rkl.metrics.written import parenthesised
 from rkl.runs import Run, check_out, fingerprint
 from rkl.runs.integrity import Input, local_path, values_of
+from rkl.stats import Mean, to_json
 
 MAY_CHANGE = "device", *BUDGET  # in a run that is resumed; more of the budget extends it
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rkl.checks import number
 from rkl.divergences import FDivergence, JensenShannon
-from rkl.divergences.base import number
 from rkl.estimators import variational_bound
 from rkl.flows.architectures.splines import check_sizes
 from rkl.flows.progress import progress_line

@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from rkl.checks import LARGEST_COUNT, LARGEST_RATE, warn
-from rkl.divergences.base import number
+from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number, warn
 from rkl.flows.precision import single_precision
 from rkl.flows.progress import progress_line
 from rkl.runs import Run, save_tensors

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import integer, warn
-from rkl.metrics import Mean
 from rkl.metrics.neighbours import centred, checked_pair, common_unit
 from rkl.metrics.precision_recall import SampledCurve
 from rkl.metrics.precision_recall.curve import checked_slopes
+from rkl.stats import Mean
 
 FEW = 5  # clusters with real samples, below which a curve says nothing
 HELD, FARTHEST = 0.9, 10.0  # share of the reals within a radius, and its multiple drawn in to

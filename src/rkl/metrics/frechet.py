@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.metrics import Mean
 from rkl.metrics.neighbours import checked_pair, common_unit
+from rkl.stats import Mean
 
 
 def frechet_distance(

@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.checks import warn
-from rkl.divergences.base import floats
-from rkl.metrics import Mean
+from rkl.checks import floats, warn
+from rkl.stats import Mean
 
 BLOCK = 2**21  # distances that exist at one time
 GROUPS = 16  # of columns, whose minima are looked at first

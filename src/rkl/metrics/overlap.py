@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.divergences.base import floats, number
-from rkl.metrics import Mean
+from rkl.checks import floats, number
+from rkl.stats import Mean
 
 
 def histogram_overlap(

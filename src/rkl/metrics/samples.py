@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import warn
-from rkl.metrics import Mean
 from rkl.metrics.clusters import equal_precision, prd_curve
 from rkl.metrics.frechet import frechet_bias, frechet_distance
 from rkl.metrics.neighbours import checked_pair, copies, prdc
 from rkl.metrics.written import parenthesised
 from rkl.readers import Contents, as_floats, place_of_nan, read
+from rkl.stats import Mean
 
 CLUSTERS = 20
 SLOPES = (0.25, 1.0, 4.0)

@@ -1,4 +1,4 @@
-"""Measures of generated text, one value per sample: their mean has an error (rkl.metrics.mean).
+"""Measures of generated text, one value per sample: their mean has an error (rkl.stats.mean).
 
 Text is cut by :func:`words`; whoever prefers another cut passes lists of tokens instead.
 """

@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from rkl.divergences.base import number
-from rkl.metrics import Mean, mean, to_json
+from rkl.checks import number
 from rkl.sample.importance import Importance, check_log_ratio, expectation, reweight
 from rkl.sample.mcmc.kernels import check_condition, check_whole, seeded
 from rkl.sample.metropolis import law_of, proposed
@@ -18,6 +17,7 @@ from rkl.sample.observables import check_draws, check_held_out
 from rkl.sample.targets.base import Target
 from rkl.sample.targets.lattices import XY
 from rkl.sample.targets.plane import GaussianMixture, MoG4, MoG8, Rings
+from rkl.stats import Mean, mean, to_json
 
 ERRORS = 4.0  # standard errors that a departure must exceed
 UNREACHED = 0.01  # mass that may go unreached

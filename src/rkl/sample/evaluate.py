@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from rkl.checks import warn
 from rkl.flows.precision import single_precision
 from rkl.flows.runs import check_device, single_run, write_evaluation
-from rkl.metrics import Mean
-from rkl.metrics.chains import rhat
 from rkl.runs import REPORT, Run
 from rkl.sample.coverage import Coverage, judge_coverage, judge_ratios
 from rkl.sample.evaluation import Evaluation, Reference, Values, has_temperature
@@ -30,6 +28,7 @@ from rkl.sample.run import TargetRun, count_drawn, load_target_run, read_draws
 from rkl.sample.settings import EvaluateSettings, condition_grid, parse_ranges
 from rkl.sample.smc import Evidence, evidence
 from rkl.sample.targets import XY, Phi4, Target
+from rkl.stats import Mean, rhat
 
 FEWEST = 400  # draws on which coverage is judged, at least
 JUDGED = 4_000  # and at most

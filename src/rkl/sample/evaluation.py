@@ -8,13 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.metrics import Mean, to_json
-from rkl.metrics.chains import ess
 from rkl.metrics.written import parenthesised
 from rkl.sample.coverage import Coverage
 from rkl.sample.importance import HEAVY, Importance, Thermodynamics
 from rkl.sample.metropolis import Chain
 from rkl.sample.targets import Target
+from rkl.stats import Mean, ess, to_json
 
 REASONS = 12  # of failed coverage that are printed
 FROM_WEIGHTS = "acceptance", "ESS", "v per site"

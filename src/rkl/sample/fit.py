@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.func import functional_call
 
+from rkl.checks import floats
 from rkl.divergences import FDivergence, ReverseKL
-from rkl.divergences.base import floats
 from rkl.flows.architectures import Architecture, CircularSplines, Conditioned, Scaled, draw
 from rkl.flows.architectures.circular import CircularFlow
 from rkl.flows.architectures.mixed import Bounded

@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.divergences.base import floats
-from rkl.metrics import Mean, to_json
-from rkl.metrics.tails import pareto_k
+from rkl.checks import floats
+from rkl.stats import Mean, pareto_k, to_json
 
 HEAVY = 0.7  # Pareto k above which neither a mean nor its error can be trusted
 LIGHT = 20.0  # means that the largest term of a mean must reach before its tail can be judged

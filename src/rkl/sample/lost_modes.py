@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.metrics import Mean, mean
+from rkl.stats import Mean, mean
 
 CLIMBS = 60  # steps of a search for a maximum with a gradient, or for each coordinate without
 CANDIDATES = 16_384  # points from which is climbed, at most

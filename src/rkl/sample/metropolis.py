@@ -11,14 +11,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from rkl.checks import warn
-from rkl.divergences.base import floats
+from rkl.checks import floats, warn
 from rkl.flows.architectures import draw
 from rkl.flows.precision import single_precision
-from rkl.metrics.chains import ess, ess_tail, integrated_time, rhat
 from rkl.sample.domain import check_domain
 from rkl.sample.mcmc.kernels import Kernel, check_condition, check_kernel, check_whole, seeded
 from rkl.sample.targets.base import Target
+from rkl.stats import ess, ess_tail, integrated_time, rhat
 
 NUMBERS = 2**24  # coordinates of proposals held at a time
 

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+from rkl.checks import number
 from rkl.divergences import KL, FDivergence, JensenShannon, ReverseKL, parse
-from rkl.divergences.base import number
 
 Source = Literal["target", "data", "critic"]
 _TERM = re.compile(r"\s*(?:([\d.]+(?:e-?\d+)?)\s*\*)?\s*(?:([a-z]+):)?(?!:)(.+)", re.DOTALL)

@@ -7,15 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.divergences.base import floats
-from rkl.metrics import Mean, mean
-from rkl.metrics.batches import jackknife
+from rkl.checks import floats
 from rkl.metrics.overlap import earth_mover, histogram_overlap
 from rkl.runs import row_fingerprint
 from rkl.sample.mcmc.kernels import check_condition
 from rkl.sample.metropolis import Chain, law_of
 from rkl.sample.targets.base import Target
 from rkl.sample.targets.lattices import XY
+from rkl.stats import Mean, jackknife, mean
 
 SHOWN = 4  # coordinates that are measured of a target without observables
 TURNS = 8  # configurations that are turned

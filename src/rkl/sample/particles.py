@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.metrics.resampling import resample
 from rkl.sample.targets import Target
+from rkl.stats import resample
 
 WIDE = 10.0  # standard deviation of the law that they are cooled from
 LADDER = torch.logspace(-6, 0, 80, dtype=torch.float32)  # their β

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rkl.metrics import Mean
 from rkl.sample.evaluation import (
     STAR,
     Evaluation,
@@ -18,6 +17,7 @@ from rkl.sample.evaluation import (
 )
 from rkl.sample.targets import XY
 from rkl.sample.targets.plane import MoG4, MoG8
+from rkl.stats import Mean
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section

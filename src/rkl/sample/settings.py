@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer
-from rkl.divergences.base import number
+from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer, number
 from rkl.divergences.parse import with_module
 from rkl.flows.architectures import (
     NSF,

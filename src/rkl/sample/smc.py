@@ -18,13 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import number
-from rkl.metrics import Mean
-from rkl.metrics.batches import jackknife
-from rkl.metrics.resampling import resample
 from rkl.sample.lost_modes import MAX_SIZE, LogDensity, find_lost_mode
 from rkl.sample.mcmc.kernels import HeatBath, check_condition, check_whole, seeded
 from rkl.sample.targets.base import Target, without_bounds
 from rkl.sample.targets.lattices import XY
+from rkl.stats import Mean, jackknife, resample
 
 WIDTH = 100.0  # standard deviation of the broad distribution on the line
 NARROWER = 10.0  # factor by which it is narrower for the other half of the islands

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rkl.flows import Coupling
-from rkl.metrics import mean
 from rkl.runs import Run, write_atomic
 from rkl.sample import CheckerboardRealNVP
 from rkl.sample.targets import XY, MoG4, MoG8, Rings
+from rkl.stats import mean
 from rkl.studies._workers import in_processes
 from rkl.studies.advnf_fits import (
     OURS,

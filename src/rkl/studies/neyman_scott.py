@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rkl.metrics import mean
 from rkl.runs import Run, write_atomic
+from rkl.stats import mean
 from rkl.studies import neyman_scott_lines as lines
 from rkl.studies import neyman_scott_panel as panel
 from rkl.studies import neyman_scott_variance as variance

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rkl.metrics import mean
+from rkl.stats import mean
 
 ML = "maximum likelihood"
 COLUMNS = "method", "ratio", "quantity", "seeds", "mean", "se", "se_samples", "gain", "gain_se"

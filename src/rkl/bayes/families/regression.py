@@ -23,7 +23,8 @@ from torch.nn.functional import softplus
 from rkl.bayes.families.base import ExponentialFamily, Fixed, Natural
 from rkl.bayes.families.matrices import log_det, times
 from rkl.bayes.families.special import bernoulli_kl, log_gap, relative_gap
-from rkl.divergences.base import broadcast_shape, floats
+from rkl.checks import floats
+from rkl.divergences.base import broadcast_shape
 
 
 class Regression(Distribution):

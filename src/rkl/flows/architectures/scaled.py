@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from rkl.divergences.base import number
+from rkl.checks import number
 from rkl.flows.architectures.base import Latent
 from rkl.flows.architectures.mixture import MixtureLatent
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.divergences.base import floats
+from rkl.checks import floats
 
 SLOPES = tuple(2.0 ** (octave / 2) for octave in range(-16, 17))  # 1/256 to 256, and 1 itself
 

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.checks import warn
-from rkl.divergences.base import number
+from rkl.checks import number, warn
 from rkl.metrics.precision_recall.sampled import checked_ratio
 
 

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.divergences.base import floats
-from rkl.metrics import Mean, mean
+from rkl.checks import floats
 from rkl.metrics.precision_recall.curve import checked_slopes
+from rkl.stats import Mean, mean
 
 
 class SampledCurve(NamedTuple):

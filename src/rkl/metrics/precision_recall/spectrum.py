@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rkl.checks import floats
 from rkl.divergences import FDivergence
-from rkl.divergences.base import floats
 from rkl.metrics.precision_recall.curve import checked_slopes
 
 FARTHEST = 20.0  # |log λ| up to which atoms are looked for

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rkl.divergences.base import number
+from rkl.checks import number
 from rkl.flows.architectures import Architecture
 from rkl.sample.lattice import circle
 from rkl.sample.lattice.law import SitesLaw

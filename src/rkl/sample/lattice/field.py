@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rkl.divergences.base import number
+from rkl.checks import number
 from rkl.flows.architectures import Architecture
 from rkl.flows.architectures.splines import imported_zuko
 from rkl.sample.lattice import quartic

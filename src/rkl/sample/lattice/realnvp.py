@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from rkl.divergences.base import number
+from rkl.checks import number
 from rkl.flows.architectures import Architecture
 from rkl.flows.architectures.base import Flow
 

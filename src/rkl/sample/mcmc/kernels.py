@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from rkl.checks import LARGEST_COUNT, integer
-from rkl.divergences.base import floats, number
+from rkl.checks import LARGEST_COUNT, floats, integer, number
 from rkl.sample.lattice import circle
 from rkl.sample.targets.base import Target, check_values
 from rkl.sample.targets.lattices import XY

@@ -6,13 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.metrics import Mean
-from rkl.metrics.batches import jackknife
-from rkl.metrics.resampling import resample
 from rkl.sample.mcmc.kernels import Kernel, check_condition, check_whole, seeded
 from rkl.sample.mcmc.walks import chosen_kernel, markov_chain
 from rkl.sample.targets.base import Target
 from rkl.sample.targets.lattices import XY
+from rkl.stats import Mean, jackknife, resample
 
 HALVING = 0.5  # share of effective particles below which they are resampled
 ITERATIONS = 200  # of Newton, of which about ten are needed

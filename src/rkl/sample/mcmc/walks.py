@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.divergences.base import floats
+from rkl.checks import floats
 from rkl.sample.mcmc.kernels import (
     HeatBath,
     Kernel,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.divergences.base import floats, number
+from rkl.checks import floats, number
 from rkl.divergences.parse import full_name, parse, with_module
 from rkl.importing import imported
 from rkl.sample.targets.domains import Chart, Domain, chart_of

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rkl.divergences.base import number
+from rkl.checks import number
 from rkl.sample.targets.base import Condition, Target
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rkl.metrics.tails import pareto_k, tail
+from rkl.stats import pareto_k, tail
 
 
 def even(draws):
@@ -62,7 +62,7 @@ def test_the_heavier_of_the_two_tails_counts_and_units_do_not():
 
 
 def test_columns_are_judged_one_by_one(monkeypatch):
-    monkeypatch.setattr("rkl.metrics.tails.NUMBERS", 10_000)
+    monkeypatch.setattr("rkl.stats.pareto.NUMBERS", 10_000)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 3, 2, generator=generator, dtype=torch.float64).exp()
     k = pareto_k(x)

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.divergences.base import floats
-from rkl.metrics import Mean
+from rkl.checks import floats
+from rkl.stats.means import Mean
 
 HALVES = 128  # half batches kept at most, over all chains: their number decides an error's own
 DEPENDENT = 1.4  # three standard errors above 1, the ratio of V for 64 independent batches

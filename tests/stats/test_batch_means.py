@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_chains import autoregressive
 
-from rkl.metrics import Mean
-from rkl.metrics.batches import BatchMeans, beside, slots_of
+from rkl.stats import BatchMeans, Mean
+from rkl.stats.batch_means import beside, slots_of
 
 
 def error_of(x, weights=None, length=1):

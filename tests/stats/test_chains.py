@@ -4,8 +4,7 @@ import math
 import pytest
 import torch
 
-from rkl.metrics.batches import jackknife
-from rkl.metrics.chains import autocorrelation_time, ess, ess_tail, integrated_time, rhat
+from rkl.stats import autocorrelation_time, ess, ess_tail, integrated_time, jackknife, rhat
 
 
 def autoregressive(chains, draws, rho, columns=(), seed=0):
@@ -130,7 +129,7 @@ def test_ranks_make_effective_numbers_indifferent_to_monotone_maps():
 
 
 def test_columns_are_judged_one_by_one(monkeypatch):
-    monkeypatch.setattr("rkl.metrics.chains.NUMBERS", 1_000)  # two columns at a time
+    monkeypatch.setattr("rkl.stats.chains.NUMBERS", 1_000)  # two columns at a time
     x = autoregressive(2, 250, 0.5, columns=(3, 2))
     for statistic in (autocorrelation_time, ess, ess_tail, rhat):
         together = statistic(x)

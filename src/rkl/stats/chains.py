@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.divergences.base import floats, number
+from rkl.checks import floats, number
 
 NUMBERS = 2**22  # draws looked at together, lest a Fourier transform of them all fill the memory
 

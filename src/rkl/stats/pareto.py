@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rkl.checks import choice
-from rkl.divergences.base import floats
+from rkl.checks import choice, floats
 
 PRIOR, GRID = 3, 30  # of Zhang and Stephens
 WEIGHT, TOWARDS = 10, 0.5  # the fit is drawn to 0.5 as if by ten more draws

@@ -1,0 +1,12 @@
+"""Means of draws with their standard errors, and what is known of the draws themselves."""
+
+from rkl.lazy import lazily
+
+HOMES = {
+    "batch_means": "BatchMeans jackknife",
+    "chains": "autocorrelation_time ess ess_tail integrated_time rhat",
+    "means": "Mean clustered_mean mean to_json",
+    "pareto": "Tail pareto_k tail",
+    "resampling": "resample",
+}
+__all__, __getattr__, __dir__ = lazily(__name__, HOMES)

@@ -1,0 +1,15 @@
+from rkl.stats.batch_means import BatchMeans as BatchMeans
+from rkl.stats.batch_means import jackknife as jackknife
+from rkl.stats.chains import autocorrelation_time as autocorrelation_time
+from rkl.stats.chains import ess as ess
+from rkl.stats.chains import ess_tail as ess_tail
+from rkl.stats.chains import integrated_time as integrated_time
+from rkl.stats.chains import rhat as rhat
+from rkl.stats.means import Mean as Mean
+from rkl.stats.means import clustered_mean as clustered_mean
+from rkl.stats.means import mean as mean
+from rkl.stats.means import to_json as to_json
+from rkl.stats.pareto import Tail as Tail
+from rkl.stats.pareto import pareto_k as pareto_k
+from rkl.stats.pareto import tail as tail
+from rkl.stats.resampling import resample as resample

@@ -30,6 +30,7 @@ from rkl.bayes.streaming import Moments, one_pass, plus
 from rkl.stats import BatchMeans, Mean
 from rkl.stats.batch_means import beside
 
+BLOCK = 2**16  # numbers of a chunk whose terms are judged, which the cache holds
 SHIFT = 0.01  # of a standard error, or of what a batch adds: steps of central differences
 
 
@@ -314,19 +315,28 @@ def _slopes(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
 def judgement(question: Question, known: Averages) -> Judgement:
     """The tails and the worth of all that is averaged."""
     family, few = known.family, thinned(question.draws, _numbers(known))
-    theta = {name: few[name].flatten(0, 1) for name in question.model.names}
+    ends = dict(zip(family.names, family.events, strict=True))
+    ends |= dict(zip(family.mean_names, family.events, strict=True))
+    parts = [
+        _terms(question, known, chunk) for _, _, chunk in few.chunks(question.model.names, BLOCK)
+    ]
+    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    values = {name: x.unflatten(0, (few.chains, few.draws)) for name, x in values.items()}
+    return judged(values, few, {name: n for name, n in ends.items() if name in values})
+
+
+def _terms(question: Question, known: Averages, theta: Variables) -> dict[str, Tensor]:
+    """What is averaged of some draws, by its names."""
+    family = known.family
     terms = family.terms(question.model.base(theta), known.reference)
-    values, events = {}, {}
-    for way, names, parts, gap, averaged in (
-        ("reverse", family.names, terms.natural, terms.from_reference, known.here.natural),
-        ("forward", family.mean_names, terms.mean, terms.to_reference, known.here.mean),
-    ):
-        if averaged:
-            values |= dict(zip(names, parts, strict=True)) | {f"risk ({way})": gap}
-            events |= dict(zip(names, family.events, strict=True))
-    return judged(
-        {name: x.unflatten(0, (few.chains, few.draws)) for name, x in values.items()}, few, events
-    )
+    found = {}
+    if "reverse" in known.directions:
+        found |= dict(zip(family.names, terms.natural, strict=True))
+        found |= {"risk (reverse)": terms.from_reference}
+    if "forward" in known.directions:
+        found |= dict(zip(family.mean_names, terms.mean, strict=True))
+        found |= {"risk (forward)": terms.to_reference}
+    return found
 
 
 def _numbers(known: Averages) -> int:

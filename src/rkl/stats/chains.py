@@ -233,30 +233,33 @@ def _normal_scores(x: Tensor) -> Tensor:
     """Normal quantiles of the ranks among all chains, ties at their mean rank."""
     rows = x.flatten(0, 1).mT.contiguous().numpy()  # NumPy sorts ten times as fast as torch
     order = np.argsort(rows, -1)
-    rank = np.empty_like(rows)
-    np.put_along_axis(rank, order, _ranks(np.take_along_axis(rows, order, -1)), -1)
-    scores = torch.special.ndtri(torch.from_numpy((rank - 0.375) / (rows.shape[1] + 0.25)))
-    return scores.mT.reshape(x.shape)
+    scores = np.empty_like(rows)
+    np.put_along_axis(scores, order, _scores(np.take_along_axis(rows, order, -1)), -1)
+    return torch.from_numpy(scores).mT.reshape(x.shape)
 
 
-def _ranks(ordered: np.ndarray) -> np.ndarray:
-    """Ranks, from 1, of rows in rising order; those that tie share the mean of theirs."""
+def _scores(ordered: np.ndarray) -> np.ndarray:
+    """Normal quantiles of rows in rising order; those that tie share the mean of their ranks."""
     count = ordered.shape[1]
-    place = np.broadcast_to(np.arange(1.0, count + 1), ordered.shape)
+    # of each rank that there may be, from 1 in steps of a half
+    ranks = (torch.arange(2, 2 * count + 1, dtype=torch.float64) / 2 - 0.375) / (count + 0.25)
+    known = torch.special.ndtri(ranks).numpy()
+    place = np.broadcast_to(np.arange(count), ordered.shape)
     tied = ordered[:, 1:] == ordered[:, :-1]
     if not tied.any():
-        return place
+        return np.broadcast_to(known[::2], ordered.shape)
     edge = np.zeros((len(ordered), 1), bool)
     first = np.maximum.accumulate(np.where(np.hstack([edge, tied]), 0, place), -1)
-    last = np.where(np.hstack([tied, edge]), count, place)[:, ::-1]
-    return (first + np.minimum.accumulate(last, -1)[:, ::-1]) / 2
+    last = np.where(np.hstack([tied, edge]), count - 1, place)[:, ::-1]
+    return known[first + np.minimum.accumulate(last, -1)[:, ::-1]]
 
 
 def _quantile(x: Tensor, at: float) -> Tensor:
     """Quantile of each column over all chains, interpolated."""
-    ordered = torch.from_numpy(np.sort(x.flatten(0, 1).mT.contiguous().numpy(), -1)).mT
-    place = at * (len(ordered) - 1)
-    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    rows = x.flatten(0, 1).mT.contiguous().numpy()
+    place = at * (rows.shape[1] - 1)
+    ends = [math.floor(place), math.ceil(place)]
+    low, high = torch.from_numpy(np.partition(rows, ends, -1)[:, ends]).unbind(-1)
     return low + (place - math.floor(place)) * (high - low)
 
 

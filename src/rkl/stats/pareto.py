@@ -15,8 +15,9 @@ PRIOR, GRID = 3, 30  # of Zhang and Stephens
 WEIGHT, TOWARDS = 10, 0.5  # the fit is drawn to 0.5 as if by ten more draws
 FEWEST = 25  # draws, for a tail of five
 NUMBERS = 2**22  # terms of the fit held at a time
+TOGETHER = 8  # factors 1 − θ x of which one logarithm is taken
 NO_MEAN, NO_ERROR = 1.0, 0.5  # shapes from which there is no mean, and no normal error of it
-SHORTER = 1, 2, 4  # parts of the tail that are fitted too
+SHORTER = 2, 4  # parts of the tail that are fitted too
 MAX_DISTANCE = 1.2  # √n times Kolmogorov's distance to the fit: 0.1 % of Pareto tails exceed it
 Z_CLUSTER = -3.719  # normal quantile of 1e-4, for the spacings of one length
 
@@ -56,9 +57,7 @@ def pareto_k(
     if not length:
         return torch.full(columns, math.nan, dtype=torch.float64)
     ends = 1 if side == "upper" else 2
-    k = [
-        torch.stack([_of_tail(top) for top in _ends(part, length)[:ends]]).amax(0) for part in rows
-    ]
+    k = [torch.stack([_shape(top) for top in _ends(part, length)[:ends]]).amax(0) for part in rows]
     return torch.cat(k).where(~_infinite(values), math.inf).reshape(columns)
 
 
@@ -100,18 +99,19 @@ def tail(values: Float[Tensor, "draws *columns"]) -> Tail:
         return Tail(unknown, torch.zeros(columns, dtype=torch.bool))
     k, infinite = [], []
     for part in rows:
-        middle = part.median(-1, keepdim=True).values
+        middle = part[:, (part.shape[1] - 1) // 2, None]
         sides = [_side(top) for top in _ends(part - middle, length)]
         both = torch.stack([side.k for side in sides])
         known = both.where(~both.isnan(), -math.inf).amax(0)
         k.append(torch.where(both.isnan().any(0) & (known < NO_ERROR), math.nan, known))
         infinite.append(sides[0].infinite_mean | sides[1].infinite_mean)
-    shape = torch.cat(k).where(~_infinite(values), math.inf).reshape(columns)
-    return Tail(shape, (torch.cat(infinite) | _infinite(values)).reshape(columns))
+    endless = _infinite(values)
+    shape = torch.cat(k).where(~endless, math.inf).reshape(columns)
+    return Tail(shape, (torch.cat(infinite) | endless).reshape(columns))
 
 
 def _rows(values: Tensor) -> tuple[torch.Size, int, Iterator[Tensor]]:
-    """The shape of the columns, the length of a tail (0 for too few draws), and rows of draws."""
+    """The shape of the columns, the length of a tail (0 for too few), and rows of rising draws."""
     floats("values", values)
     if not values.ndim:
         raise ValueError("values must be [draws, ...]; got a single number.")
@@ -122,7 +122,8 @@ def _rows(values: Tensor) -> tuple[torch.Size, int, Iterator[Tensor]]:
         return columns, 0, iter(())
     length = math.ceil(3 * math.sqrt(count)) if count > 225 else count // 5
     rows = values.detach().cpu().double().reshape(count, -1).mT.contiguous()
-    rows = torch.where(rows.isinf().any(-1, keepdim=True), 0.0, rows)
+    rows = torch.from_numpy(np.sort(rows.numpy(), -1))  # NumPy sorts faster than torch selects
+    rows = torch.where(rows[:, :1].isinf() | rows[:, -1:].isinf(), 0.0, rows)
     return columns, length, iter(rows.split(max(1, NUMBERS // (length * _points(length)))))
 
 
@@ -131,23 +132,24 @@ def _infinite(values: Tensor) -> Tensor:
 
 
 def _ends(rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The largest values of every row, and its smallest with their sign changed, rising."""
-    ordered = torch.from_numpy(np.sort(rows.numpy(), -1))  # NumPy sorts faster than torch selects
-    return ordered[:, -length - 1 :], -ordered[:, : length + 1].flip(-1)
+    """The largest values of every rising row; the smallest with their sign changed, rising."""
+    return rows[:, -length - 1 :], -rows[:, : length + 1].flip(-1)
 
 
 def _side(top: Tensor) -> Tail:
     """The verdict on one side, from its largest values less the median, rising."""
     length = top.shape[1] - 1
-    k = torch.full(top.shape[:1], math.nan, dtype=torch.float64)
-    infinite = ~_clustered(top, NO_MEAN)
-    for i, part in enumerate(SHORTER):
+    k, distance = _fit(top)
+    fitted = distance <= MAX_DISTANCE
+    infinite = ~_clustered(top, NO_MEAN) & (k >= NO_MEAN) & fitted
+    k = torch.where(fitted, k, math.nan)
+    for part in SHORTER:
         size = max(length // part, 5)
-        outer = top[:, -size - 1 :]
-        shape, distance = _of_tail(outer), _distance(outer)
-        slack = 2 * (1 + NO_MEAN) / math.sqrt(size) if i else 0.0
-        infinite &= (shape >= NO_MEAN - slack) & ((distance <= MAX_DISTANCE) | bool(i))
-        k = torch.where(k.isnan() & (distance <= MAX_DISTANCE), shape, k)
+        asked = (k.isnan() | infinite).nonzero()[:, 0]  # of the others the whole tail says all
+        shape, distance = _fit(top[asked, -size - 1 :])
+        infinite[asked] &= shape >= NO_MEAN - 2 * (1 + NO_MEAN) / math.sqrt(size)
+        shorter = torch.where(distance <= MAX_DISTANCE, shape, math.nan)
+        k[asked] = torch.where(k[asked].isnan(), shorter, k[asked])
     k = torch.where((k >= NO_ERROR) & _clustered(top, NO_ERROR), math.nan, k)
     return Tail(torch.where(top[:, -1] <= top[:, 0], -math.inf, k), infinite)
 
@@ -162,33 +164,37 @@ def _clustered(top: Tensor, k: float) -> Tensor:
     return (above < k * least)[:, 3:].any(-1)
 
 
-def _distance(top: Tensor) -> Tensor:
-    """√n times Kolmogorov's distance of the excesses from their fit."""
-    excess = top[:, 1:] - top[:, :1]
-    count = excess.shape[1]
-    excess = torch.where(excess[:, -1:] <= 0, 1.0, excess)
-    logs = _logs(excess)
-    below = -torch.expm1(-logs / logs.mean(-1, keepdim=True))
-    middles = (torch.arange(count, dtype=excess.dtype) + 0.5) / count
-    return ((below - middles).abs().amax(-1) + 0.5 / count) * math.sqrt(count)
-
-
 def _points(length: int) -> int:
     return GRID + math.isqrt(length)
 
 
-def _of_tail(top: Tensor) -> Tensor:
+def _shape(top: Tensor) -> Tensor:
     """K of excesses over the smallest of the top draws, which come in rising order."""
+    excess, flat = _excesses(top)
+    return torch.where(flat, -math.inf, _weighed(_logs(excess)))
+
+
+def _fit(top: Tensor) -> tuple[Tensor, Tensor]:
+    """The same k, and √n times Kolmogorov's distance of the excesses from their fit."""
+    excess, flat = _excesses(top)
+    logs, count = _logs(excess), excess.shape[1]
+    below = -torch.expm1(-logs / logs.mean(-1, keepdim=True))
+    middles = (torch.arange(count, dtype=excess.dtype) + 0.5) / count
+    distance = ((below - middles).abs().amax(-1) + 0.5 / count) * math.sqrt(count)
+    return torch.where(flat, -math.inf, _weighed(logs)), distance
+
+
+def _excesses(top: Tensor) -> tuple[Tensor, Tensor]:
+    """Excesses [rows, draws] over the smallest of the top draws, and the rows that have none."""
     excess = top[:, 1:] - top[:, :1]
     flat = excess[:, -1] <= 0
-    k = _fitted(torch.where(flat[:, None], 1.0, excess))
-    return torch.where(flat, -math.inf, k)
+    return torch.where(flat[:, None], 1.0, excess), flat
 
 
-def _fitted(excess: Tensor) -> Tensor:
-    """K of a generalised Pareto law, from rising excesses [rows, draws]."""
-    count = excess.shape[1]
-    return (count * _logs(excess).mean(-1) + WEIGHT * TOWARDS) / (count + WEIGHT)
+def _weighed(logs: Tensor) -> Tensor:
+    """Their mean, which is k, drawn to the prior's."""
+    count = logs.shape[1]
+    return (count * logs.mean(-1) + WEIGHT * TOWARDS) / (count + WEIGHT)
 
 
 def _logs(excess: Tensor) -> Tensor:
@@ -203,8 +209,20 @@ def _logs(excess: Tensor) -> Tensor:
     quartile = torch.where(quartile > 0, quartile, 1.0)
     grid = torch.arange(points, dtype=excess.dtype, device=excess.device) + 0.5
     theta = 1 + (1 - (points / grid).sqrt()) / (PRIOR * quartile)
-    shape = torch.log1p(-theta[:, :, None] * excess[:, None]).mean(-1)
+    shape = _mean_log(theta, excess)
     scale = torch.where(theta == 0, excess.mean(-1, keepdim=True), -shape / theta)
     likelihood = -count * (scale.log() + shape + 1)
     mean = (theta * likelihood.softmax(-1)).sum(-1, keepdim=True)
     return torch.log1p(-mean * excess)
+
+
+def _mean_log(theta: Tensor, excess: Tensor) -> Tensor:
+    """The mean [rows, points] of log(1 − θ x), by one logarithm for eight excesses."""
+    count = excess.shape[1]
+    padded = torch.nn.functional.pad(excess, (0, -count % TOGETHER))
+    product = torch.ones((), dtype=excess.dtype)
+    for part in padded.unflatten(1, (TOGETHER, -1)).unbind(1):
+        product = product * (1 - theta[:, :, None] * part[:, None])
+    if product.isfinite().all() and (product > 0).all():
+        return product.log().sum(-1) / count
+    return torch.log1p(-theta[:, :, None] * excess[:, None]).mean(-1)

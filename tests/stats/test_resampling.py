@@ -14,3 +14,10 @@ def test_resampling_keeps_weights_to_one_particle():
     log_w = 3 * torch.randn(50, 7)
     counts = torch.stack([it.bincount(minlength=50) for it in resample(log_w).T], 1)
     assert (counts - 50 * log_w.softmax(0)).abs().max() < 1 + 1e-4
+
+
+def test_a_fixed_offset_takes_the_same_draws_again_and_each_as_often_as_it_weighs():
+    log_w = torch.tensor([0.0, 1.0, 0.0, 3.0]).log()
+    assert resample(log_w, count=8, offset=0.5).tolist() == [1, 1, 3, 3, 3, 3, 3, 3]
+    equal = torch.zeros(1_000)
+    assert torch.equal(resample(equal, offset=0.5), torch.arange(1_000))

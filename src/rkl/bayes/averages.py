@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rkl.bayes.answer import Diagnostics
 from rkl.bayes.draws import Draws
-from rkl.stats import BatchMeans, Mean, Tail, ess, pareto_k, rhat, tail
+from rkl.stats import BatchMeans, Mean, Tail, ess, pareto_k, resample, rhat, tail
 from rkl.stats.pareto import NO_ERROR, NO_MEAN
 
 NUMBERS = 2**24  # values of one quantity that its tails are judged by
@@ -128,20 +128,15 @@ def _too_few(effective: float, total: int) -> str:
 def _tail(x: Tensor, weights: Tensor | None) -> Tail:
     """The tails of the terms of the mean; of weighted draws also of x itself, resampled."""
     flat = x.flatten(0, 1)
-    own = tail(flat if weights is None else flat[equal_weight(weights).unique()])
+    own = tail(
+        flat if weights is None else flat[resample(weights.flatten().log(), offset=0.5).unique()]
+    )
     if len(flat) < MIN_DRAWS_OF_TAIL:
         own = Tail(own.k.clamp_max(DOUBTFUL), torch.zeros_like(own.infinite_mean))
     if weights is None:
         return own
     terms = flat * weights.reshape(-1, *[1] * (flat.ndim - 1)) * len(flat)
     return Tail(torch.fmax(own.k, pareto_k(terms).clamp_max(DOUBTFUL)), own.infinite_mean)
-
-
-def equal_weight(weights: Tensor) -> Tensor:
-    """The places of as many draws of equal weight, by systematic resampling."""
-    weights = weights.flatten()
-    places = (torch.arange(len(weights), dtype=torch.float64) + 0.5) / len(weights)
-    return torch.searchsorted(weights.cumsum(0), places).clamp_max(len(weights) - 1)
 
 
 def _largest(k: Tensor, event: int) -> Tensor:

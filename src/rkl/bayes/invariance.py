@@ -11,7 +11,6 @@ from torch.distributions.transforms import ExpTransform, Transform
 
 from rkl.bayes.act import Estimate
 from rkl.bayes.answer import Answer
-from rkl.bayes.averages import equal_weight
 from rkl.bayes.compare import means_of
 from rkl.bayes.draws import Draws
 from rkl.bayes.generic import generic_act, laws_of
@@ -23,6 +22,7 @@ from rkl.bayes.regions import region
 from rkl.bayes.solve import answer
 from rkl.bayes.tables import Cell, Table
 from rkl.divergences import FDivergence
+from rkl.stats import resample
 
 PROB = 0.9  # of the regions and intervals that are compared
 
@@ -162,7 +162,7 @@ def _intervals(
 ) -> tuple[Variables, Variables]:
     """The shortest intervals before and after, the latter's ends in the order of the former."""
     weights, before, after = question.draws.weights, {}, {}
-    rows = slice(None) if weights is None else equal_weight(weights)
+    rows = slice(None) if weights is None else resample(weights.flatten().log(), offset=0.5)
     for name, x in question.theta.items():
         before[name] = _shortest(x[rows])
         ends = _shortest(renamed.theta[name][rows])

@@ -15,6 +15,7 @@ from rkl.bayes.charts import LawOf
 from rkl.bayes.laws import moving_edge, support_of
 from rkl.bayes.panels import COARSE, GONE, NUMBERS, ORDER, Panels, line_of, settle
 from rkl.divergences import FDivergence, Jeffreys
+from rkl.stats import resample
 
 PROBES, SAMPLES = 24, 64  # laws that decide where nodes go, and what is drawn of each at first
 SOME = 4096  # laws that tell whether the nodes will do, before all are asked
@@ -65,8 +66,7 @@ class Laws:
 
     def thinned(self, count: int) -> "Laws":
         """So many draws, of equal weights, evenly over the weights of all."""
-        places = (torch.arange(count).double() + 0.5) / count
-        rows = torch.searchsorted(self.weights.cumsum(0), places).clamp_max(len(self) - 1)
+        rows = resample(self.weights.log(), count=count, offset=0.5)
         equal = torch.full((count,), 1 / count, dtype=torch.float64)
         return replace(self.only(rows), weights=equal)
 
@@ -439,9 +439,7 @@ def _kind(law: Distribution) -> Literal["circle", "counts", "line"]:
 
 def _importance(laws: Laws, size: int) -> Nodes:
     """A sample of the posterior predictive r, weighted by 1/(m r)."""
-    places = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    drawn = torch.searchsorted(laws.weights.cumsum(0), places.double()).clamp_max(len(laws) - 1)
-    points = laws.at(drawn).sample()
+    points = laws.at(resample(laws.weights.log(), count=size, offset=0.5)).sample()
     members = laws.at(slice(0, 1)).batch_shape[1:].numel()
     nodes = Nodes(points, torch.zeros(members, size, dtype=torch.float64), "importance")
     density = torch.full((members, size), -math.inf, dtype=torch.float64)

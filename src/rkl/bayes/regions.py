@@ -14,6 +14,7 @@ from rkl.bayes.answer import Answer, elements
 from rkl.bayes.questions import Question, by_member
 from rkl.bayes.tables import Cell, Table
 from rkl.checks import number
+from rkl.stats import quantile
 
 TURN = 2 * math.pi
 GAP = 0.15  # of the range inside that is left empty between two pieces
@@ -147,7 +148,7 @@ def region(estimate: Answer, prob: float = 0.9) -> Region:
     number("prob", prob, above=0, below=1)
     question = estimate.question
     losses = question.losses(dict(estimate.act.point))
-    threshold = _quantile(losses.flatten(0, 1), prob, question.draws.weights)
+    threshold = quantile(losses.flatten(0, 1), prob, _weights(question))
     inside = losses <= threshold
     angles = periodic(question)
     unused = _unused(estimate)
@@ -185,14 +186,9 @@ def distance(estimate: Answer, theta: Mapping[str, Tensor]) -> Tensor:
         return by_member(at, at.laws.of(act)).reshape(*question.batch, -1).sum(-1)
 
 
-def _quantile(losses: Tensor, prob: float, weights: Tensor | None) -> Tensor:
-    """The smallest of the losses [draws, *batch] such that those up to it weigh ``prob``."""
-    ordered = losses.sort(0)
-    if weights is None:
-        return ordered.values[math.ceil(prob * len(losses) * (1 - 1e-12)) - 1]
-    share = weights.flatten()[ordered.indices].cumsum(0)
-    place = (share < prob * (1 - 1e-12)).sum(0, keepdim=True).clamp_max(len(losses) - 1)
-    return ordered.values.gather(0, place)[0]
+def _weights(question: Question) -> Tensor | None:
+    weights = question.draws.weights
+    return None if weights is None else weights.flatten()
 
 
 def _range(question: Question, x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +209,7 @@ def _inside(question: Question, x: Tensor, inside: Tensor) -> Tensor:
 def _interval(question: Question, x: Tensor, prob: float) -> tuple[Tensor, Tensor]:
     """The central quantiles of every number [*shape]; monotone maps take them along."""
     ends = (1 - prob) / 2, (1 + prob) / 2
-    low, high = (_quantile(x, end, question.draws.weights) for end in ends)
+    low, high = (quantile(x, end, _weights(question)) for end in ends)
     return low, high
 
 

@@ -261,8 +261,8 @@ def fitted_bend(values: Float[Tensor, "rows columns"], rows: Data) -> Bend | Non
     """
     count = len(values)
     ordered = values.sort(0).values
-    middle = _quantile(ordered, 0.5)
-    spread = (_quantile(ordered, 0.84) - _quantile(ordered, 0.16)) / 2
+    low, middle, high = ordered[[round(at * (count - 1)) for at in (0.16, 0.5, 0.84)]]
+    spread = (high - low) / 2
     usable = (spread > 0) & (rows.step_of_columns() == 0) & ~_tied(ordered)
     standard = (values - values.mean(0)) / values.std(0)
     skewness, kurtosis = standard.pow(3).mean(0), standard.pow(4).mean(0) - 3
@@ -284,10 +284,6 @@ def fitted_bend(values: Float[Tensor, "rows columns"], rows: Data) -> Bend | Non
     whole = [torch.zeros_like(values[0]), torch.ones_like(values[0])]
     whole[0][index], whole[1][index] = middle + spread * centre, spread * width
     return Bend(bent, torch.where(bent, whole[0], 0.0), torch.where(bent, whole[1], 1.0))
-
-
-def _quantile(ordered: Tensor, share: float) -> Tensor:
-    return ordered[round(share * (len(ordered) - 1))]
 
 
 def _tied(ordered: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ HOMES = {
     "chains": "autocorrelation_time ess ess_tail integrated_time rhat",
     "means": "Mean clustered_mean mean to_json",
     "pareto": "Tail pareto_k tail",
+    "quantiles": "interpolated_quantile quantile",
     "resampling": "resample",
 }
 __all__, __getattr__, __dir__ = lazily(__name__, HOMES)

@@ -12,4 +12,6 @@ from rkl.stats.means import to_json as to_json
 from rkl.stats.pareto import Tail as Tail
 from rkl.stats.pareto import pareto_k as pareto_k
 from rkl.stats.pareto import tail as tail
+from rkl.stats.quantiles import interpolated_quantile as interpolated_quantile
+from rkl.stats.quantiles import quantile as quantile
 from rkl.stats.resampling import resample as resample

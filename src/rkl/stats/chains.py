@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import floats, number
+from rkl.stats.quantiles import interpolated_quantile
 
 NUMBERS = 2**22  # draws looked at together, lest a Fourier transform of them all fill the memory
 
@@ -122,7 +123,10 @@ def ess_tail(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*colum
     """
 
     def of_quantiles(part: Tensor) -> Tensor:
-        times = [_time((part <= _quantile(part, at)).double()) for at in (0.05, 0.95)]
+        times = [
+            _time((part <= interpolated_quantile(part.flatten(0, 1), at)).double())
+            for at in (0.05, 0.95)
+        ]
         return _where_moving(part.shape[0] * part.shape[1] / torch.maximum(*times), part)
 
     return _by_columns(of_quantiles, _checked(x))
@@ -145,7 +149,7 @@ def rhat(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*columns"]
 
     def larger(part: Tensor) -> Tensor:
         halves = _halved(part)
-        distance = (halves - _quantile(halves, 0.5)).abs()
+        distance = (halves - interpolated_quantile(halves.flatten(0, 1), 0.5)).abs()
         ratios = _ratio(_normal_scores(halves)), _ratio(_normal_scores(distance))
         return _where_moving(torch.maximum(*ratios), part)
 
@@ -252,15 +256,6 @@ def _scores(ordered: np.ndarray) -> np.ndarray:
     first = np.maximum.accumulate(np.where(np.hstack([edge, tied]), 0, place), -1)
     last = np.where(np.hstack([tied, edge]), count - 1, place)[:, ::-1]
     return known[first + np.minimum.accumulate(last, -1)[:, ::-1]]
-
-
-def _quantile(x: Tensor, at: float) -> Tensor:
-    """Quantile of each column over all chains, interpolated."""
-    rows = x.flatten(0, 1).mT.contiguous().numpy()
-    place = at * (rows.shape[1] - 1)
-    ends = [math.floor(place), math.ceil(place)]
-    low, high = torch.from_numpy(np.partition(rows, ends, -1)[:, ends]).unbind(-1)
-    return low + (place - math.floor(place)) * (high - low)
 
 
 def _ratio(x: Tensor) -> Tensor:

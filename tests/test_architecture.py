@@ -46,7 +46,8 @@ WINGS = dict.fromkeys(("distill", "flows", "bayes"), FOR_WINGS)
 WINGS |= dict.fromkeys(("fit", "sample"), FOR_WINGS | {"flows"})
 ALLOWED = CORE | ALONE | WINGS
 ALLOWED["studies"] = FOR_WINGS | WINGS.keys()
-ALLOWED["cli"] = ALLOWED["studies"] | {"studies", "testing"}
+ALLOWED["demos"] = ALLOWED["studies"] | {"studies"}
+ALLOWED["cli"] = ALLOWED["demos"] | {"demos", "testing"}
 ALLOWED[""] = set()  # rkl itself resolves its names lazily
 ALLOWED["__main__"] = {"cli"}
 
@@ -165,11 +166,14 @@ FORBIDDEN = {
     "runs imports the core": ("rkl.runs", "from rkl import divergences"),
     "report imports the core": ("rkl.report", "from rkl import exact"),
     "metrics imports a wing": ("rkl.metrics.text", "from rkl.distill import data"),
-    "a wing imports studies": ("rkl.distill.run", "from rkl.studies import demo"),
+    "a wing imports studies": ("rkl.distill.run", "from rkl.studies import akl"),
+    "a wing imports demos": ("rkl.distill.run", "from rkl.demos import report"),
+    "a study imports demos": ("rkl.studies.akl", "from rkl import demos"),
+    "a demo imports the command line": ("rkl.demos.xy", "from rkl.cli import main"),
     "a study imports the command line": ("rkl.studies.akl", "from rkl.cli import main"),
     "rkl imports eagerly": ("rkl", "from rkl import divergences"),
     "transformers outside distill": ("rkl.estimators", "import transformers"),
-    "transformers in a study": ("rkl.studies.demo", "def f():\n    from transformers import A"),
+    "transformers in a study": ("rkl.demos.distill", "def f():\n    from transformers import A"),
     "datasets outside distill": ("rkl.metrics.text", "import datasets.arrow"),
     "zuko outside flows": ("rkl.bayes.families", "from zuko import flows"),
     "matplotlib outside plots": ("rkl.report", "import matplotlib.pyplot as plt"),

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+import rkl.demos.distill as demonstration
 from rkl import bayes, distill, fit, runs, sample
 from rkl.bayes.run import EstimateSettings, estimate
-from rkl.studies import demo
 
 SETTINGS = {"divergences": ["kl"], "before": "start"}
 VERBS = {
@@ -24,14 +24,14 @@ VERBS = {
     "report a distillation": lambda run, out, **how: distill.report_runs([run], out, **how),
     "report a flow": lambda run, out, **how: fit.report_runs([run], out, **how),
     "report a target": lambda run, out, **how: sample.report_runs([run], out, **how),
-    "report a demonstration": lambda run, out, **how: demo.report_runs([run], out, **how),
+    "report a demonstration": lambda run, out, **how: demonstration.report_runs([run], out, **how),
 }
 KIND = {
     "estimate": "bayes",
     "estimates": "bayes",
     **dict.fromkeys(("sample", "flow", "flows"), "fit"),
     **dict.fromkeys(("target", "targets"), "sample"),
-    "demonstration": "studies.demo",
+    "demonstration": "demos.distill",
 }
 
 

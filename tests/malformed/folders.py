@@ -75,7 +75,7 @@ SUBJECTS = [
         [
             *of_runs(),
             fault("name", "unknown", "dance_runs", named="rkl dance"),
-            fault("other", "of another kind", "other", "'studies.demo'", named="paths"),
+            fault("other", "of another kind", "other", "'demos.distill'", named="paths"),
         ],
     ),
     Subject(

@@ -95,7 +95,7 @@ def _make_runs(folder: Path) -> None:
         (folder / f"run-{name}").mkdir()
         (folder / f"run-{name}" / "run.json").write_text(text)
     Run.create(folder / "begun", "distill", {"teacher": str(folder / "teacher")}, seed=0)
-    Run.create(folder / "other", "studies.demo", {}, seed=0)
+    Run.create(folder / "other", "demos.distill", {}, seed=0)
     distill(material.settings(folder, max_steps=1, eval_blocks=1), folder / "run")
     settings = EvaluateSettings(
         str(folder / "held.txt"), max_length=16, max_blocks=2, prompts=0, device="cpu"

@@ -86,15 +86,10 @@ def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     _add_out_flags(parser, Path("runs/demo"))
 
     def demonstrated(parsed: Namespace) -> None:
-        from rkl.studies.demo_of_studies import STUDIES, run_study_demo
+        from rkl import demos
 
         how = {"steps": parsed.steps, "overwrite": parsed.overwrite, **_common(parsed)}
-        if parsed.name in STUDIES:  # without what language models need
-            _show(run_study_demo(parsed.name, parsed.out, **how))
-            return
-        from rkl.studies import demo
-
-        _show(demo.run(parsed.name, parsed.out, **how))
+        _show(demos.run(parsed.name, parsed.out, **how))
 
     return demonstrated
 
@@ -327,7 +322,7 @@ def report(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
 # Each command, and the module without which it is not there.
 COMMANDS: dict[str, tuple[Command, str]] = {
-    "demo": (demo, "studies.demo"),
+    "demo": (demo, "demos"),
     "distill": (distill, "distill.run"),
     "estimate": (estimate, "bayes.run"),
     "metrics": (metrics, "metrics"),
@@ -392,11 +387,9 @@ def _explain(text: str) -> None:
 
 
 def _studies() -> list[str]:
-    """One module each; modules named after a study, with something added, are parts of it."""
-    found = [module.name for module in pkgutil.iter_modules([str(HERE / "studies")])]
-    names = [name for name in found if not name.startswith(("_", "demo"))]
-    parts = {name for name in names for whole in names if name.startswith(f"{whole}_")}
-    return [name.replace("_", "-") for name in names if name not in parts]
+    """The papers: one folder each."""
+    found = pkgutil.iter_modules([str(HERE / "studies")])
+    return [module.name.replace("_", "-") for module in found if module.ispkg]
 
 
 def _add_out_flags(parser: ArgumentParser, default: Path | None) -> None:

@@ -88,8 +88,8 @@ __all__ = [
 REPORT, REPLIES = "report.html", "replies.jsonl"  # names in a run of what verbs write by default
 FORMAT = 1  # of run.json; raised when an older rkl could no longer read it
 KINDS = (  # of runs: no other module is imported because a run.json names it
-    *("distill", "fit", "sample", "bayes", "studies.demo", "studies.akl", "studies.advnf"),
-    *("studies.neyman_scott", "studies.precision_recall"),
+    *("distill", "fit", "sample", "bayes", "studies.akl", "studies.advnf"),
+    *("studies.neyman_scott", "studies.precision_recall", "demos.distill"),
 )
 RESUMABLE = "distill", "fit", "sample"  # kinds whose verbs take --resume
 MEASURED = (  # what is measured and drawn of the weights that a run came to
@@ -601,6 +601,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(f"path: {path} has no such kind of run: {record['kind']!r}.")
     if record["kind"] == "flows":  # as 0.1 called both kinds of runs that hold a flow
         record["kind"] = "sample" if "target" in record["settings"] else "fit"
+    if record["kind"] == "studies.demo":  # as 0.1 called the demonstrations of distillation
+        record["kind"] = "demos.distill"
     return record
 
 

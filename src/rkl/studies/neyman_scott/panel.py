@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from rkl.studies.neyman_scott_acts import Estimates, grid
+from rkl.studies.neyman_scott.acts import Estimates, grid
 
 EFFECT, CENTRE, SPREAD = 1.0, 1.0, 2.0  # the truth: β, and α_i ~ N(CENTRE, SPREAD²)
 EFFECT_SCALE = 3.0  # of the prior β ~ N(0, EFFECT_SCALE²)

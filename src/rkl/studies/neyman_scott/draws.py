@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rkl.bayes import GaussianRegression, Intrinsic, bayes_act
 from rkl.divergences import KL, ReverseKL
-from rkl.studies import neyman_scott_variance as variance
+from rkl.studies.neyman_scott import variance
 
 GROUPS, CHAINS, DRAWS = 10, 4, 500
 DIVERGENCES = {

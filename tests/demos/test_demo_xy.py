@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
+from rkl import demos
+from rkl.demos import xy
 from rkl.runs import Run
 from rkl.sample import thermodynamic_integration
-from rkl.studies import demo
-from rkl.studies.demo_xy import Plan, xy_demo
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +19,12 @@ def short_integration(monkeypatch):
     monkeypatch.setattr("rkl.sample.evaluate.thermodynamic_integration", short)
 
 
-TINY = Plan(side=2, minutes=None, steps=30, width=8, values=3, draws=100, chains=4)
+TINY = xy.Plan(side=2, minutes=None, steps=30, width=8, values=3, draws=100, chains=4)
 
 
 def test_the_demonstration_leaves_a_run_a_table_and_a_report(tmp_path):
     threads = torch.get_num_threads()
-    said = xy_demo(tmp_path / "run", plan=TINY, seed=1)
+    said = xy.run(tmp_path / "run", plan=TINY, seed=1)
     assert torch.get_num_threads() == threads
     lines = said.splitlines()
     assert "trained for 30 steps" in lines[0]
@@ -41,5 +41,5 @@ def test_the_demonstration_leaves_a_run_a_table_and_a_report(tmp_path):
 )
 def test_what_it_is_not_made_for_is_refused_before_anything_is_written(tmp_path, how, message):
     with pytest.raises(ValueError, match=message):
-        demo.run("xy", tmp_path / "run", **how)
+        demos.run("xy", tmp_path / "run", **how)
     assert list(tmp_path.iterdir()) == []

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rkl.runs import Run, check_out, write_atomic
-from rkl.studies import precision_recall_images as images
-from rkl.studies import precision_recall_ring as ring
-from rkl.studies._workers import in_processes
-from rkl.studies.precision_recall_rows import ML, Row, Seed, rows_of, to_csv
+from rkl.studies.precision_recall import images, ring
+from rkl.studies.precision_recall.rows import ML, Row, Seed, rows_of, to_csv
+from rkl.studies.study import in_processes
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section
@@ -88,16 +87,6 @@ PARTS: Mapping[str, Part] = {
         says=images.SAYS,
     ),
 }
-
-# What a demonstration has the time for.
-SMALL = ring.Plan(
-    ways=tuple(it for it in ring.WAYS if it.method in ring.FIRST),
-    seeds=2,
-    steps=600,
-    temperatures=(0.7,),
-    bounds=(2.0,),
-    budgets=(1.1,),
-)
 
 
 def study(

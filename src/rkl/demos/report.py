@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
+from rkl.demos.stages import REPLIES, WATCHED
 from rkl.distill.compare import Evaluations, evaluations_of, result_of
 from rkl.distill.report import curve_of, replies_section, settings_section, training_section
 from rkl.report import written
 from rkl.runs import REPORT, Run, check_out_file, read_jsonl
-from rkl.studies.demo_stages import REPLIES, WATCHED
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section

@@ -9,13 +9,10 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from rkl import plots
+from rkl import demos, plots
 from rkl.runs import Run
-from rkl.studies import demo
-from rkl.studies import neyman_scott as study
-from rkl.studies import neyman_scott_acts as acts
-from rkl.studies import neyman_scott_draws as draws
-from rkl.studies import neyman_scott_variance as variance
+from rkl.studies.neyman_scott import acts, draws, variance
+from rkl.studies.neyman_scott import report as study
 
 REFERENCE, JEFFREYS, SKEWED, HIERARCHICAL, WRONG = variance.PRIORS
 PAIRED, UNEQUAL = variance.DESIGNS.values()
@@ -322,7 +319,7 @@ def test_other_parts_and_devices_are_refused_before_anything_is_written(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 
 
 def written_rows(part):
@@ -361,7 +358,7 @@ def asked(monkeypatch):
         found.append((part, Path(out), how))
         return Path(out) / "report.html"
 
-    monkeypatch.setattr(study, "study", noted)
+    monkeypatch.setattr("rkl.studies.neyman_scott.study", noted)
     return found
 
 
@@ -377,10 +374,10 @@ def test_the_command_line_takes_the_first_part_and_lists_no_parts_as_studies(ask
 
 
 def test_the_demonstration_is_the_first_part(asked):
-    assert demo.run("neyman-scott", "out", seed=1) == f"The report: {Path('out', 'report.html')}"
+    assert demos.run("neyman-scott", "out", seed=1) == f"The report: {Path('out', 'report.html')}"
     assert asked[0][:2] == ("variance", Path("out"))
     with pytest.raises(ValueError, match="steps are of distillations"):
-        demo.run("neyman-scott", "out", steps=3)
+        demos.run("neyman-scott", "out", steps=3)
 
 
 # The figure

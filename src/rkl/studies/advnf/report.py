@@ -24,8 +24,7 @@ from rkl.runs import Run, write_atomic
 from rkl.sample import CheckerboardRealNVP
 from rkl.sample.targets import XY, MoG4, MoG8, Rings
 from rkl.stats import mean
-from rkl.studies._workers import in_processes
-from rkl.studies.advnf_fits import (
+from rkl.studies.advnf.fits import (
     OURS,
     QUANTITIES,
     WITH_DATA,
@@ -36,6 +35,7 @@ from rkl.studies.advnf_fits import (
     fit,
     ways,
 )
+from rkl.studies.study import in_processes
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section

@@ -26,7 +26,7 @@ from rkl.flows import NSF, Critic, Moment, latent, train
 from rkl.flows.weights import along_path
 from rkl.metrics.precision_recall import operating_point, pr_curve
 from rkl.metrics.precision_recall.curve import SLOPES
-from rkl.studies.precision_recall_rows import ML, Seed
+from rkl.studies.precision_recall.rows import ML, Seed
 
 RADIUS, SCALE, MODES = 2.0, 0.2, 8
 EDGE = RADIUS + 6 * SCALE  # of the square that is integrated over; what lies outside is one atom

@@ -14,10 +14,10 @@ from rkl.sample import CheckerboardRealNVP, CoarseToFine
 from rkl.sample.objectives import VARIANTS
 from rkl.sample.observables import check_held_out
 from rkl.sample.targets import XY, MoG8
-from rkl.studies import advnf as study
-from rkl.studies import advnf_fits as fits
+from rkl.studies.advnf import fits
+from rkl.studies.advnf import report as study
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 SMALL = fits.Plan(
     MoG8(),
     Coupling(transforms=2, hidden=(8,)),

@@ -12,7 +12,7 @@ from rkl.sample import Evaluation
 from rkl.sample.evaluate import measure_run, write_report
 from rkl.sample.run import fit_target
 from rkl.sample.settings import EvaluateSettings, TargetSettings
-from rkl.studies._workers import torch_threads
+from rkl.studies.study import torch_threads
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Plan:
     chains: int = 8
 
 
-def xy_demo(
+def run(
     out: str | os.PathLike,
     *,
     plan: Plan | None = None,
     overwrite: bool = False,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> str:
     """Train a flow without any data, correct it, compare it with a heat bath, and report.
 
@@ -58,7 +58,7 @@ def xy_demo(
     Returns:
         A short table, and where the report is.
     """
-    if device != "cpu":
+    if device not in (None, "cpu"):
         raise ValueError(f"device must be 'cpu', for which this is made; got {device!r}.")
     plan, began = plan or Plan(), time.perf_counter()
     settings = TargetSettings(

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
+from rkl import demos
+from rkl.demos import precision_recall
 from rkl.divergences import PrecisionHalf, PrecisionRecall
 from rkl.flows import Coupling, Critic
 from rkl.runs import Run
-from rkl.studies import demo
-from rkl.studies import precision_recall as study
-from rkl.studies import precision_recall_images as images
-from rkl.studies import precision_recall_ring as ring
-from rkl.studies.precision_recall_rows import ML, Seed, rows_of, to_csv
+from rkl.studies.precision_recall import images, ring
+from rkl.studies.precision_recall import report as study
+from rkl.studies.precision_recall.rows import ML, Seed, rows_of, to_csv
 
-FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 WIDE = MultivariateNormal(torch.tensor([0.3, 0.0]), 1.5 * torch.eye(2))
 
 
@@ -85,7 +85,12 @@ def test_gains_are_taken_seed_by_seed():
 
 
 TINY = replace(
-    study.SMALL, seeds=1, steps=30, rows=500, cells=60, flow=replace(ring.Plan().flow, hidden=(8,))
+    precision_recall.SMALL,
+    seeds=1,
+    steps=30,
+    rows=500,
+    cells=60,
+    flow=replace(ring.Plan().flow, hidden=(8,)),
 )
 
 
@@ -191,7 +196,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(FileNotFoundError, match="images-idx3"):
         study.study("mnist", out, data=tmp_path / "pictures.gz")
     with pytest.raises(ValueError, match="device must be 'cpu'"):
-        demo.run("precision-recall", out, device="cuda")
+        demos.run("precision-recall", out, device="cuda")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rkl.studies.neyman_scott_acts import Estimates, Nodes, Posterior, peak, widths
+from rkl.studies.neyman_scott.acts import Estimates, Nodes, Posterior, peak, widths
 
 SLOPE, SIGMA2, SPREAD = 1.0, 1.0, 4.0  # the truth, with ξ_i ~ N(0, SPREAD)
 ANGLES, VARIANCES = 61, 101  # nodes in φ and in log σ²

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rkl.studies._workers import in_processes
+from rkl.studies.study import in_processes
 
 STUDY = """
 import os
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 from rkl.runs import signals
-from rkl.studies._workers import in_processes
+from rkl.studies.study import in_processes
 
 def work(folder, number):
     Path(folder, str(os.getpid())).touch()

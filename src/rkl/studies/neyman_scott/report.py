@@ -23,10 +23,8 @@ from torch import Tensor
 
 from rkl.runs import Run, write_atomic
 from rkl.stats import mean
-from rkl.studies import neyman_scott_lines as lines
-from rkl.studies import neyman_scott_panel as panel
-from rkl.studies import neyman_scott_variance as variance
-from rkl.studies._workers import torch_threads
+from rkl.studies.neyman_scott import lines, panel, variance
+from rkl.studies.study import torch_threads
 
 if TYPE_CHECKING:
     from rkl.report import Section, Table
@@ -342,7 +340,7 @@ def _table(problem: Part, rows: Sequence[Row], size: int) -> "Table":
 def _through_draws(seed: int) -> "Table":
     """One data set's acts by the library's own verb."""
     from rkl.report import Table
-    from rkl.studies.neyman_scott_draws import CHAINS, DRAWS, GROUPS, compare
+    from rkl.studies.neyman_scott.draws import CHAINS, DRAWS, GROUPS, compare
 
     body = [[name, *found] for name, found in compare(seed).items()]
     title = f"σ of one data set, N = {GROUPS}, J = 2, reference prior"

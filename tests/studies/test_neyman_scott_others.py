@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from rkl.studies import neyman_scott_lines as lines
-from rkl.studies import neyman_scott_panel as panel
+from rkl.studies.neyman_scott import lines, panel
 
 
 def limits(estimates):

@@ -1,0 +1,54 @@
+"""``rkl demo``: a small problem watched from end to end, in minutes on two cores.
+
+A demonstration imports only what it shows: that of the XY model needs no transformers.
+"""
+
+import importlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+# Each demonstration, and the module here that runs it.
+DEMOS: Mapping[str, str] = {
+    "distill": "distill",
+    "real": "real",
+    "xy": "xy",
+    "precision-recall": "precision_recall",
+    "neyman-scott": "neyman_scott",
+}
+WITH_STEPS = "distill", "real"  # those that take a number of steps
+
+
+def run(
+    name: str,
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    steps: int | None = None,
+) -> str:
+    """Run a demonstration.
+
+    Args:
+        name: "distill", "real" for a pretrained model, "xy", "precision-recall" or
+            "neyman-scott".
+        out: The folder to write.
+        overwrite: Replaces the run that is there.
+        seed: Random seed.
+        device: "cpu" or "cuda"; a GPU by default if there is one, where the demonstration can
+            use it.
+        steps: Of each distillation; as many as fit its few minutes by default.
+
+    Returns:
+        What came out, and where the report is.
+    """
+    if name not in DEMOS:
+        *others, last = map(repr, DEMOS)
+        raise ValueError(f"name must be {', '.join(others)} or {last}; got {name!r}.")
+    how: dict[str, Any] = {"overwrite": overwrite, "seed": seed, "device": device}
+    if name in WITH_STEPS:
+        how["steps"] = steps
+    elif steps is not None:
+        raise ValueError(f"steps are of distillations, of which {name} has none; got {steps}.")
+    return importlib.import_module(f"rkl.demos.{DEMOS[name]}").run(out, **how)

@@ -67,6 +67,16 @@ class Pipeline:
         return [run.record["status"], logged, *((out / name).read_bytes() for name in KEPT)]
 
 
+class OwnText(Pipeline):
+    """The same with text of the student, some of it written ahead of the checkpoints."""
+
+    def __call__(self, folder: Path, out: Path) -> None:
+        """Begin, or go on with what is there."""
+        how = {"lmbda": 0.7, "max_completion_length": 6, "prompt_tokens": 4}
+        how |= {"steps_per_generation": 4, "max_steps": 6, "save_every": 2, "eval_every": 3}
+        distill(material.settings(folder, **how), out, resume=True)
+
+
 def forked(function, *arguments) -> int:
     """The process id of a copy of this process that calls the function and ends."""
     child = os.fork()
@@ -192,7 +202,7 @@ def main(folder: Path, what: str, point: str) -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     material.write(folder)
-    run = {"trainer": Trainer, "run": Pipeline}[what]()
+    run = {"trainer": Trainer, "run": Pipeline, "own text": OwnText}[what]()
     for whole in (folder / "first", folder / "whole"):  # the second tells how long one takes
         began = time_of_children()
         assert status_of(forked(run, folder, whole)) == 0

@@ -62,9 +62,11 @@ class ChatTemplate:
 
     Args:
         tokenizer: A tokenizer that has one.
+        variables: What else the template is called with, such as ``enable_thinking``.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    variables: Mapping[str, Any] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)  # what chats hold and it does not write
     _known: dict[str, bool] = field(default_factory=dict)
 
@@ -99,7 +101,9 @@ class ChatTemplate:
 
     def _call(self, messages: list[Message], place: str, tools: Any, **how: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, **how)
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, **self.variables, **how
+            )
         except Exception as error:  # whatever a template may do with a chat it was not made for
             message = str(error).rstrip(".")
             raise ValueError(f"{place}: the chat template refuses it: {message}.") from None

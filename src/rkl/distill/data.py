@@ -8,9 +8,11 @@ columns                    meaning                                             t
 ``text``                   plain text                                          all of it
 ``prompt, completion``     two texts, or two lists of messages                 completion
 ``messages``               a chat, put into words by the tokenizer's template  assistant
+``prompt``                 a text, or a list of messages, to reply to          the reply
 =========================  ==================================================  ============
 
-Messages may come with ``tools``, which the template is given.
+Messages may come with ``tools``, which the template is given. Rows with a prompt alone are for
+training on the student's own text.
 """
 
 import bisect
@@ -120,7 +122,7 @@ class TokenDataset(Dataset):
     The first token of a block is never trained on: nothing stands before it to predict it from.
 
     Args:
-        kind: What its rows were: "text", "completion" or "messages".
+        kind: What its rows were: "text", "completion", "messages" or "prompt".
         tokens: The tokens of all blocks, one after another.
         trained: Which of them are trained on.
         bounds: Where each block begins, and where the last one ends.
@@ -178,6 +180,8 @@ def tokenize(
     max_length: int = 1024,
     packing: bool = True,
     train_on: Literal["all", "last"] = "all",
+    prompts: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> TokenDataset:
     """Rows as blocks of at most ``max_length`` tokens, the same ones every time.
 
@@ -198,6 +202,8 @@ def tokenize(
         max_length: Longest block, in tokens, at least 2.
         packing: Whether rows share blocks.
         train_on: Of a chat, "all" turns of the assistant or the "last".
+        prompts: Whether rows with a prompt alone are taken, which somebody will reply to.
+        chat_template_kwargs: What else the chat template is called with.
 
     Raises:
         ValueError: If no token would be trained on, or the tokenizer lacks what the rows need.
@@ -208,7 +214,14 @@ def tokenize(
     if not len(rows):
         raise ValueError("data has no rows.")
     rows = read_rows(rows)
-    how = {"max_length": max_length, "packing": packing, "train_on": train_on}
+    if kind_of(rows[0], rows.place(0)) == "prompt" and not prompts:
+        raise NoTrainedTokensError(
+            f"{rows.place(0)}: a row with a prompt alone has nothing to train on; expected prompt "
+            "and completion, or lmbda=1 (--lmbda 1), where the student writes every completion."
+        )
+    how: Any = {"max_length": max_length, "packing": packing, "train_on": train_on}
+    if chat_template_kwargs:
+        how["chat_template_kwargs"] = dict(chat_template_kwargs)
     key = None
     if _is_large(rows):
         key = token_cache.key_of(rows, tokenizer, [rows.source, rows.unit, rows.numbers], **how)
@@ -236,33 +249,46 @@ def _characters(rows: Rows) -> int:
 
 
 def _tokenize(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, packing: bool, train_on: str
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    packing: bool,
+    train_on: str,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple["TokenDataset", list[str]]:
     """The blocks, and what is to be warned of."""
     kind, left_out, notes = kind_of(rows[0], rows.place(0)), LeftOut(rows), []
-    examples = _examples(rows, tokenizer, left_out, train_on, notes)
-    if kind == "text":
+    template = ChatTemplate(tokenizer, chat_template_kwargs or {}) if holds_chats(rows) else None
+    examples = _examples(rows, tokenizer, template, left_out, train_on, notes)
+    if kind == "prompt":
+        spans = _whole(examples, max_length, left_out)
+        losses = _losses(examples, None, left_out, rows)
+        blocks = [[span] for span in spans]
+    elif kind == "text":
         blocks = _cut(examples, max_length, packing)
         losses = _losses(examples, None, left_out, rows)
     else:
         spans = _shorten(examples, max_length, left_out)
         losses = _losses(examples, max_length, left_out, rows)
         blocks = _best_fit(spans, max_length) if packing else [[span] for span in spans]
-    cut = 0 if kind == "text" else _cut_tokens(examples, max_length)
+    cut = 0 if kind in ("text", "prompt") else _cut_tokens(examples, max_length)
     return _dataset(kind, examples, blocks, rows, cut, left_out), [*losses, *notes]
 
 
 def _examples(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate | None,
     left_out: LeftOut,
     train_on: str,
     notes: list[str],
 ) -> Examples:
     """The rows as tokens; what is to be warned of goes into ``notes``."""
-    if holds_chats(rows):
+    if {"messages", "completion", "text"}.isdisjoint(rows[0]):
+        return _prompt_examples(rows, tokenizer, template, left_out, notes)
+    if template is not None:
         with counted("tokenizing chats", len(rows), MANY_CHATS) as advance:
-            return _chat_examples(rows, tokenizer, left_out, train_on, notes, advance)
+            return _chat_examples(rows, template, left_out, train_on, notes, advance)
     with counted("tokenizing", _characters(rows), MANY_CHARACTERS) as advance:
         if "text" in rows[0]:
             return _text_examples(rows, tokenizer, left_out, notes, advance)
@@ -358,6 +384,17 @@ def _cut(examples: Examples, max_length: int, packing: bool) -> list[list[Span]]
         for start in range(begin, end, max_length)
         if end - start > 1
     ]
+
+
+def _whole(examples: Examples, max_length: int, left_out: LeftOut) -> list[Span]:
+    """The prompts, but those that are longer than a block."""
+    spans = []
+    for row, (start, end) in zip(examples.rows, examples.spans(), strict=True):
+        if end - start <= max_length:
+            spans.append((start, end))
+        else:
+            left_out.add(row, f"the prompt is longer than max_length={max_length} tokens")
+    return spans
 
 
 def _shorten(examples: Examples, max_length: int, left_out: LeftOut) -> list[Span]:
@@ -490,15 +527,46 @@ def _doubled_beginnings(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
             )
 
 
-def _chat_examples(
+def _prompt_examples(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate | None,
+    left_out: LeftOut,
+    notes: list[str],
+) -> Examples:
+    """Prompts up to where a reply begins."""
+    if template is None:
+        texts = [row["prompt"] for row in rows]
+        notes += _doubled_beginnings(texts, tokenizer)
+    else:
+        texts = [prompt_text(row, rows.place(place), template) for place, row in enumerate(rows)]
+    examples, special = Examples(), template is None
+    for row, ids in enumerate(encode(tokenizer, texts, special=special)):
+        if len(ids):
+            examples.add(row, ids, bytes(len(ids)))
+        else:
+            left_out.add(row, "the prompt is empty")
+    return examples
+
+
+def prompt_text(row: Row, place: str, template: ChatTemplate) -> str:
+    """The messages of a prompt in the words of a template, up to where a reply begins."""
+    try:
+        messages = template.prepare(row["prompt"], place)
+    except NothingToTrainOnError as nothing:
+        raise ValueError(f"{place}: {nothing.reason}.") from None
+    return template.render(messages, place, reply=True, tools=row.get(TOOLS))
+
+
+def _chat_examples(
+    rows: Rows,
+    template: ChatTemplate,
     left_out: LeftOut,
     train_on: str,
     notes: list[str],
     advance: Advance,
 ) -> Examples:
-    examples, template = Examples(), ChatTemplate(tokenizer)
+    examples, tokenizer = Examples(), template.tokenizer
     if not template.ends_turns:
         notes.append(
             "The chat template writes nothing behind what the assistant says, so that a student "

@@ -30,7 +30,13 @@ from rkl.distill.generate import (
 )
 from rkl.distill.heads import read_head
 from rkl.distill.known import Known, Observed, logits_of
-from rkl.distill.limits import check_context, check_counts, device_named, divergence_named
+from rkl.distill.limits import (
+    check_context,
+    check_counts,
+    device_named,
+    divergence_named,
+    template_variables,
+)
 from rkl.distill.processes import Processes, joined
 from rkl.distill.progress import quiet
 from rkl.distill.settings import DistillSettings
@@ -242,7 +248,8 @@ def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection
     for name in ("packing", "train_on"):
         chosen, default = getattr(settings, name), getattr(DistillSettings, name)
         shape[name] = run.settings.get(name, default) if chosen is None else chosen
-    blocks = tokenize(rows, tokenizer, **shape)
+    variables = template_variables(run.settings.get("chat_template_kwargs"))
+    blocks = tokenize(rows, tokenizer, chat_template_kwargs=variables, **shape)
     if of_teacher is not None:
         told = check_splits_alike(blocks.sample(SAMPLE), of_teacher, tokenizer)
         if told:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl.checks import warn
 from rkl.distill.chats import ChatTemplate, NothingToTrainOnError, text_of
-from rkl.distill.data import LeftOut, holds_chats
+from rkl.distill.data import LeftOut, holds_chats, prompt_text
 from rkl.distill.encoding import encode
 from rkl.distill.heads import inference
 from rkl.distill.limits import check_count, check_counts, context_of, device_named
@@ -385,7 +385,11 @@ def _answered(
     row, place = rows[index], rows.place(index)
     if template is None:
         (ids,) = encode(tokenizer, [row["prompt"]])
-        prompt = Prompt(list(ids), row["prompt"], row["completion"])
+        prompt = Prompt(list(ids), row["prompt"], row.get("completion", ""))
+    elif row.keys().isdisjoint({"completion", "messages"}):
+        text = prompt_text(row, place, template)
+        (ids,) = encode(tokenizer, [text], special=False)
+        prompt = Prompt(list(ids), text, "")
     else:
         split = "prompt" in row
         messages = [*row["prompt"], *row["completion"]] if split else row["messages"]

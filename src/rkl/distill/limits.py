@@ -1,6 +1,9 @@
 """What settings may be: counts, numbers within limits, a divergence, a device, a context."""
 
+import contextlib
+import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +12,10 @@ from transformers import PreTrainedModel
 from rkl.checks import LARGEST_COUNT, LARGEST_SEED, integer, number
 from rkl.divergences import Divergence, parse
 
+TEMPLATE_ARGUMENTS = {  # of apply_chat_template
+    *("tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"),
+    *("return_assistant_tokens_mask", "conversation", "chat_template"),
+}
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 
 
@@ -63,6 +70,25 @@ def check_one_of(settings: Any, name: str, *words: str) -> None:
     value = getattr(settings, name)
     if value not in words:
         raise ValueError(f"{name} must be one of {', '.join(words)}; got {value!r}.")
+
+
+def template_variables(value: Any) -> dict[str, Any]:
+    """What ``chat_template_kwargs`` call a chat template with: an object, or JSON of one."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            'chat_template_kwargs must be an object such as {"enable_thinking": false}; '
+            f"got {value!r}."
+        )
+    if clashing := sorted(TEMPLATE_ARGUMENTS & value.keys()):
+        raise ValueError(
+            f"chat_template_kwargs must not hold {clashing[0]}, which rkl sets for each row."
+        )
+    return dict(value)
 
 
 def divergence_named(text: str) -> Divergence:

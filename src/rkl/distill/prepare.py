@@ -36,11 +36,11 @@ from rkl.distill.data import (
     tokenize,
 )
 from rkl.distill.heads import check_causal
-from rkl.distill.limits import check_context, device_named
+from rkl.distill.limits import check_context, context_of, device_named, template_variables
 from rkl.distill.progress import journaled, say
-from rkl.distill.rollouts import ends_of
+from rkl.distill.rollouts import check_prompts, ends_of
 from rkl.distill.settings import DistillSettings
-from rkl.distill.sources import Row, Rows, read_rows
+from rkl.distill.sources import Row, Rows, kind_of, read_rows
 from rkl.distill.teachers import (
     Teacher,
     is_adapter,
@@ -57,6 +57,10 @@ from rkl.runs.integrity import Input, files_of, values_of
 BLANK_LINE = r"\n[^\S\n]*\n\s*"
 EXAMPLE = 600  # characters of the first block that are shown
 LOGGED = 1000  # rows that a run logs, about
+OF_GENERATION = (  # settings that the trainer has under the same names
+    *("lmbda", "seq_kd", "max_completion_length", "sampling_temperature", "top_p", "top_k"),
+    *("min_p", "num_generations", "steps_per_generation", "prompt_tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,8 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     for name, model in (("teacher", teacher), ("student", student)):
         check_causal(name, model)
         _check_fits(name, model, settings, text)
+        if settings.writes:
+            check_prompts(text.blocks, settings, context_of(model))
     if text.template is not None:
         _end_replies(student, tokenizers[1])
     if settings.lora_rank is not None:
@@ -213,6 +219,10 @@ def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> 
     rows = read_rows(settings.data, split=settings.split)
     shape: Any = {"max_length": settings.max_length, "packing": settings.packing}
     shape |= {"train_on": settings.train_on}
+    shape |= {"chat_template_kwargs": template_variables(settings.chat_template_kwargs)}
+    kind = kind_of(rows[0], rows.place(0))
+    if settings.writes and kind != "text":
+        shape["packing"] = False  # or a reply would follow the rows before its prompt
     if settings.eval_data is not None:
         held, origin = read_rows(settings.eval_data, split=settings.eval_split), settings.eval_data
         blocks = _tokens_of("eval_data", held, tokenizer, shape)
@@ -221,13 +231,18 @@ def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> 
         blocks = _held_out_blocks(held, tokenizer, shape)
         rows, held = (rows, held.some([])) if blocks is None else (train, held)
         origin = "nothing" if blocks is None else f"{settings.held_out:.0%} of {settings.data}"
-        if blocks is None and settings.held_out:
+        if blocks is None and settings.held_out and kind == "prompt":
+            say(
+                "NOTHING IS HELD OUT: prompts alone hold no text to compare on, so that the last "
+                "student is kept, not the best. Give --eval-data, or --held-out 0 to say so."
+            )
+        elif blocks is None and settings.held_out:
             say(
                 f"NOTHING IS HELD OUT: {settings.data} cannot be divided, so that the last "
                 "student is kept, not the best. Give --eval-data, or --held-out 0 to say so."
             )
     template = fingerprint([str(tokenizer.chat_template)]) if holds_chats(rows) else None
-    read = _tokens_of("data", rows, tokenizer, shape)
+    read = _tokens_of("data", rows, tokenizer, shape | {"prompts": settings.lmbda == 1})
     return Text(rows, read, blocks, origin, held, template)
 
 
@@ -475,6 +490,7 @@ def make_trainer(
         "max_length": settings.max_length,
         "compiled": settings.compiled,
         "allow_partial": settings.allow_partial,
+        **{name: getattr(settings, name) for name in OF_GENERATION},
         "bf16": settings.dtype == "bfloat16",
         "activation_checkpointing": settings.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False},

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from rkl.checks import number, warn
 from rkl.distill.batches import DATA, SOURCES
 from rkl.distill.chats import ChatTemplate
-from rkl.distill.data import IGNORED
+from rkl.distill.data import IGNORED, TokenDataset
 from rkl.distill.heads import inference
 from rkl.distill.limits import (
     MAX_TEMPERATURE,
@@ -256,6 +256,28 @@ def check_room(
             f"{name}={sampling.max_new_tokens} behind a prompt of {longest} tokens passes "
             f"the model's context of {context}."
         )
+
+
+def check_prompts(blocks: TokenDataset, settings: Any, context: float) -> None:
+    """Refuse blocks whose prompts leave no room for a reply in a model's context."""
+    longest = max(prompt_lengths(blocks, settings.prompt_tokens), default=0)
+    if longest + settings.max_completion_length > context:
+        raise ValueError(
+            f"max_completion_length={settings.max_completion_length} behind the longest prompt of "
+            f"{longest} tokens passes the model's context of {context}."
+        )
+
+
+def prompt_lengths(blocks: TokenDataset, prompt_tokens: int) -> list[int]:
+    """The length of the prompt of each block, as :func:`prompts_in` takes it, in tokens."""
+    trained, begin, end = blocks.trained, blocks.bounds[:-1], blocks.bounds[1:]
+    starts = (trained & ~trained.roll(1)).nonzero()[:, 0]  # the first of a block is not trained on
+    last = torch.searchsorted(starts, end) - 1
+    start = starts[last.clamp_min(0)] if len(starts) else end
+    start = start.where((last >= 0) & (start >= begin), end)
+    own = start - begin
+    beginning = (end - begin).div(2, rounding_mode="floor").clamp(1, prompt_tokens)
+    return own.where(own > 1, beginning).tolist()
 
 
 def ends_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

@@ -68,6 +68,7 @@ MAY_CHANGE = "device", "save_every", "keep_checkpoints", "max_steps", "epochs", 
 INPUTS = "teacher", "student", "data", "eval_data"  # settings that may be files or folders
 CACHE = "teacher"  # folder of its hidden states, there while the run lasts
 OF_TRAINER = "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json"
+OF_TRAINER += ("on_policy-*.json",)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from rkl.distill.limits import (
     check_within,
     device_named,
     divergence_named,
+    template_variables,
 )
+from rkl.distill.rollouts import check_generation
 from rkl.divergences import Divergence
 
 
@@ -49,10 +51,29 @@ class DistillSettings:
             --epochs takes.
         epochs: Passes over the data, where --max-steps says nothing.
         max_length: Longest block, in tokens; no longer than the models' context.
-        packing: Let short rows share a block, where they see the rows before them.
+        packing: Let short rows share a block, where they see the rows before them. Rows with a
+            prompt share none where --lmbda is above 0, or with --seq-kd.
         train_on: Of a chat, all turns of the assistant or the last.
         chat_template: A file with the chat template to use and to save with the student; by
             default the student's, or the teacher's where the student has none.
+        chat_template_kwargs: What else the chat template is called with, as JSON, such as
+            '{"enable_thinking": false}'; nothing by default.
+        lmbda: Probability, the share of batches, that a batch is text which the student writes to
+            its prompts at that step: 0 is the data alone, 1 own text alone. Rows may be prompts
+            alone where it is 1.
+        seq_kd: Have the teacher write the text of all other batches.
+        max_completion_length: Longest reply that is trained on, in tokens.
+        sampling_temperature: What the logits of the writer are divided by; 0 takes the likeliest
+            token. It has no part in the loss.
+        top_p: Probability mass of the likeliest tokens that a reply is drawn from, above 0.
+        top_k: Number of likeliest tokens that a reply is drawn from; 0 for all.
+        min_p: Smallest probability of a token that is drawn, as a share of the largest; none by
+            default.
+        num_generations: Replies to each prompt. A batch holds as many replies as blocks, so that
+            it uses that share of its prompts.
+        steps_per_generation: Batches written at once, before the first is trained on; by default
+            those of a step.
+        prompt_tokens: Length of a prompt in tokens, where the rows are plain text.
         batch_size: Blocks run together, which decides the memory needed; of several processes
             each runs as many.
         gradient_accumulation: Batches in a step, whose loss is that of one large batch.
@@ -104,6 +125,17 @@ class DistillSettings:
     packing: bool = True
     train_on: Literal["all", "last"] = "all"
     chat_template: str | None = None
+    chat_template_kwargs: str | None = None
+    lmbda: float = 0.0
+    seq_kd: bool = False
+    max_completion_length: int = 256
+    sampling_temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    num_generations: int = 1
+    steps_per_generation: int | None = None
+    prompt_tokens: int = 32
     batch_size: int = 8
     gradient_accumulation: int = 1
     learning_rate: float = 1e-4
@@ -136,6 +168,13 @@ class DistillSettings:
             *("eval_blocks", "max_steps", "batch_size", "gradient_accumulation"),
             *("eval_every", "save_every", "lora_rank"),
         )
+        check_generation(self, self.batch_size, self.gradient_accumulation)
+        if self.cache_teacher and self.writes:
+            raise ValueError(
+                "cache_teacher keeps what the teacher says of the data, and must be off where "
+                f"text is written later: with lmbda={self.lmbda}, seq_kd={self.seq_kd}."
+            )
+        template_variables(self.chat_template_kwargs)
         if self.lora_targets is not None and self.lora_rank is None:
             raise ValueError("lora_targets needs lora_rank, such as 16; got None.")
         if self.lora_targets is not None and "" in self.lora_targets.replace(" ", "").split(","):
@@ -172,6 +211,11 @@ class DistillSettings:
     def minimised(self) -> Divergence:
         """The divergence that the text means."""
         return divergence_named(self.divergence)
+
+    @property
+    def writes(self) -> bool:
+        """True if some batches are text of the student or the teacher."""
+        return self.lmbda > 0 or self.seq_kd
 
     @property
     def reporters(self) -> list[str]:

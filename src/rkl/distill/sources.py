@@ -22,6 +22,7 @@ COLUMNS = {
     "messages": ("messages",),
     "completion": ("prompt", "completion"),
     "text": ("text",),
+    "prompt": ("prompt",),  # which the student, or the teacher, replies to
 }
 TOOLS = "tools"  # a column that rows of messages may have
 OTHER_COLUMNS = (  # of rows in the words of Alpaca, ShareGPT and others
@@ -34,7 +35,7 @@ ROLES = {  # what ShareGPT calls them
     **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
     "system": "system",
 }
-EXPECTED = "expected text, or prompt and completion, or messages"
+EXPECTED = "expected text, or prompt and completion, or messages"  # or a prompt alone
 ALSO = "; instruction and output, or conversations, are read as messages"
 
 
@@ -163,7 +164,7 @@ def _without_filled_nulls(row: Row) -> tuple[Row, bool]:
 
 
 def kind_of(row: Any, place: str) -> str:
-    """Which kind of row this is, by its columns: "messages", "completion" or "text"."""
+    """Which kind of row this is, by its columns: "messages", "completion", "text" or "prompt"."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{place}: {EXPECTED}; got {_short(row)}, which is no object.")
     for kind, columns in COLUMNS.items():
@@ -187,7 +188,7 @@ def _in_our_words(row: Any, place: str) -> Any:
     if not isinstance(row, Mapping):
         return row
     known = {column for column in row if row[column] is not None}
-    if any(known.issuperset(columns) for columns in COLUMNS.values()):
+    if any(known.issuperset(COLUMNS[kind]) for kind in ("messages", "completion", "text")):
         return row
     if known >= {"prompt", "response"}:
         return {**row, "completion": row["response"]}

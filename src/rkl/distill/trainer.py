@@ -20,12 +20,24 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number, warn
 from rkl.distill.batches import DATA, Batch, PadRows, shifted, sources_of
 from rkl.distill.checkpoints import replacing_folder_together, rotate, settle
-from rkl.distill.data import IGNORED, tokenize
+from rkl.distill.data import IGNORED, TokenDataset, tokenize
 from rkl.distill.heads import read_head
 from rkl.distill.known import Known, Observations, Observed, at_temperature, infinite_atoms
-from rkl.distill.limits import check_counts, check_temperature, check_within, context_of
+from rkl.distill.limits import (
+    check_counts,
+    check_temperature,
+    check_within,
+    context_of,
+    template_variables,
+)
 from rkl.distill.on_policy import Mixture
-from rkl.distill.rollouts import ModelWriter, check_generation, common_ends, sampling_of
+from rkl.distill.rollouts import (
+    ModelWriter,
+    check_generation,
+    check_prompts,
+    common_ends,
+    sampling_of,
+)
 from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
 from rkl.distill.sources import is_row
 from rkl.distill.teachers import Teacher, as_teacher, check_peft, check_teacher
@@ -67,6 +79,7 @@ class DistillConfig(TrainingArguments):
             multiple of gradient_accumulation_steps, which is the default. More of them are
             written by an earlier student than the one that learns from them.
         prompt_tokens: Length of a prompt in tokens where rows have none, as plain text.
+        chat_template_kwargs: What else the chat template is called with, as an object or JSON.
         allow_partial: Whether to minimise, on a teacher known by its top k, also a divergence of
             which most may lie among the other atoms, such as reverse KL or AKL.
     """
@@ -105,9 +118,13 @@ class DistillConfig(TrainingArguments):
     allow_partial: bool = field(
         default=False, metadata={"help": "Minimise any divergence on a teacher's top k."}
     )
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "What else the chat template is called with."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        template_variables(self.chat_template_kwargs)
         check_generation(self, self.per_device_train_batch_size, self.gradient_accumulation_steps)
         check_temperature(self)
         check_within(self, "hard_label_weight", ends="[)")
@@ -193,6 +210,10 @@ class DistillTrainer(Trainer):
             pad = 0 if tokenizer is None else tokenizer.pad_token_id or 0
             # A padding token that only the student has would be none of the teacher's rows.
             kwargs["data_collator"] = PadRows(pad if pad < self._vocab else 0, args.max_length)
+        if isinstance(kwargs.get("train_dataset"), TokenDataset):
+            context = min(map(context_of, self._models().values()))
+            if args.lmbda or args.seq_kd:
+                check_prompts(kwargs["train_dataset"], args, context)
         super().__init__(model, args, **kwargs)  # last, for it makes the output folder
         # The loss is divided by the tokens of the whole step, counted as `shifted` counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
@@ -212,9 +233,14 @@ class DistillTrainer(Trainer):
     def _student(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
+    def _models(self) -> dict[str, Any]:
+        """The student, and the teacher where it is a model, by name."""
+        models = {"student": self._head.model, "teacher": self._teacher.model}
+        return {name: model for name, model in models.items() if model is not None}
+
     def _writers(self, teacher_tokenizer: Any, tokenizer: Any) -> Mixture | None:
         """What puts text of the student or the teacher into batches; None where all is data."""
-        args, models = self.args, {"student": self._head.model}
+        args, models = self.args, self._models()
         if not args.lmbda and not args.seq_kd:
             return None
         if not self._teacher.reads_any_text:
@@ -223,16 +249,14 @@ class DistillTrainer(Trainer):
                 f"{name}: a {type(self._teacher).__name__} holds the rows that it was made of, "
                 "and no text that is written later. Give the model itself as the teacher."
             )
-        if self._teacher.model is not None:
-            models["teacher"] = self._teacher.model
-        elif args.seq_kd:
+        if args.seq_kd and "teacher" not in models:
             raise ValueError(
                 "seq_kd needs a teacher that is a model, to write the text; got a "
                 f"{type(self._teacher).__name__}."
             )
         tokenizers = {"student": tokenizer, "teacher": teacher_tokenizer}
         ends = common_ends({name: (it, tokenizers[name]) for name, it in models.items()})
-        how: Any = {"context": min(context_of(cast(Any, it)) for it in models.values())}
+        how: Any = {"context": min(context_of(it) for it in models.values())}
         how |= {"vocab": self._vocab}
         how |= {"banned": [it for it in self._shared.differing if it < self._vocab]}
         autocast = cast(Any, self.accelerator.autocast)
@@ -775,7 +799,12 @@ def _tokenized(name: str, dataset: Any, tokenizer: Any, args: DistillConfig) -> 
     try:
         rows: Any = dataset
         return tokenize(
-            rows, tokenizer, max_length=args.max_length or LARGEST_COUNT, packing=False
+            rows,
+            tokenizer,
+            max_length=args.max_length or LARGEST_COUNT,
+            packing=False,
+            prompts=name == "train_dataset" and args.lmbda == 1,
+            chat_template_kwargs=template_variables(args.chat_template_kwargs),
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -3,11 +3,13 @@
 from rkl.lazy import lazily
 
 HOMES = {
+    "adapters.automodel": "KDLoss",
     "batches": "PadRows",
     "cache": "CachedTeacher cache_hidden_states",
     "compare": "Evaluations compare_runs",
     "evaluate": "EvaluateSettings evaluate_run",
     "generate": "GenerateSettings generate_run",
+    "loss": "distill_loss",
     "heads": "Head read_head",
     "report": "report_runs",
     "rollouts": "ModelWriter Reply Sampling Writer",

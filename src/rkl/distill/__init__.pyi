@@ -1,3 +1,4 @@
+from rkl.distill.adapters.automodel import KDLoss as KDLoss
 from rkl.distill.batches import PadRows as PadRows
 from rkl.distill.cache import CachedTeacher as CachedTeacher
 from rkl.distill.cache import cache_hidden_states as cache_hidden_states
@@ -9,6 +10,7 @@ from rkl.distill.generate import GenerateSettings as GenerateSettings
 from rkl.distill.generate import generate_run as generate_run
 from rkl.distill.heads import Head as Head
 from rkl.distill.heads import read_head as read_head
+from rkl.distill.loss import distill_loss as distill_loss
 from rkl.distill.report import report_runs as report_runs
 from rkl.distill.rollouts import ModelWriter as ModelWriter
 from rkl.distill.rollouts import Reply as Reply

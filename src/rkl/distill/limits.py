@@ -99,6 +99,18 @@ def divergence_named(text: str) -> Divergence:
         raise type(error)(f"divergence: {error}") from None
 
 
+def read_divergence(divergence: Divergence | str) -> Divergence:
+    """A divergence, or the one that a text means."""
+    if isinstance(divergence, str):
+        return divergence_named(divergence)
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"divergence must be a Divergence or its text, such as 'akl(mu=0.5)'; "
+            f"got {divergence!r}."
+        )
+    return divergence
+
+
 def device_named(name: str | None) -> torch.device:
     """The device of this name; without one, a GPU if there is one, else the CPU."""
     if name is None:

@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
@@ -30,6 +29,7 @@ from rkl.distill.limits import (
     context_of,
     template_variables,
 )
+from rkl.distill.loss import weighted_loss
 from rkl.distill.on_policy import Mixture
 from rkl.distill.rollouts import (
     ModelWriter,
@@ -43,7 +43,7 @@ from rkl.distill.sources import is_row
 from rkl.distill.teachers import Teacher, as_teacher, check_peft, check_teacher
 from rkl.distill.vocabulary import share_vocabulary
 from rkl.divergences import AKL, KL, Divergence
-from rkl.estimators import LinearHead, TopK, exact, per_token
+from rkl.estimators import LinearHead, TopK, per_token
 from rkl.runs import measure_written, replacing_files, sweep, write_json
 from rkl.runs.processes import world
 
@@ -663,24 +663,15 @@ class DistillTrainer(Trainer):
 
     def _divided(self, batch: Batch, p: Observed, q: Known, weight: Tensor, hard: float) -> Tensor:
         """The same with one weight of the labels for all tokens."""
-        compiled = self.args.compiled
-        p, soft = (at_temperature(it, self.args.temperature) for it in (p, q))
-        if isinstance(q, Tensor):  # of logits, exact cannot tell the temperature
-            labels = batch.targets if self.divergence.takes_labels else None
-            how: Any = {"weight": weight, "compiled": compiled, "labels": labels}
-            loss = exact(self.divergence, p=p, q=soft, **how)
-            if not hard:
-                return loss
-            entropy = cross_entropy(q.to(weight.dtype), batch.targets, reduction="none")
-            return loss + hard * (weight @ entropy)
-        return exact(
+        return weighted_loss(
             self.divergence,
             p=p,
-            q=soft,
+            q=q,
             weight=weight,
-            compiled=compiled,
-            labels=batch.targets if hard or self.divergence.takes_labels else None,
+            labels=batch.targets,
+            temperature=self.args.temperature,
             hard_label_weight=hard,
+            compiled=self.args.compiled,
         )
 
     def _values(self, batch: Batch, p: Observed, q: Known) -> Tensor:

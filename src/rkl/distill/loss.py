@@ -1,0 +1,173 @@
+"""The loss of a distillation as one function, for a training loop of any kind."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from rkl.checks import number
+from rkl.distill.data import IGNORED
+from rkl.distill.known import at_temperature
+from rkl.divergences import AKL, Divergence
+from rkl.estimators import LinearHead, Sampled, TopK, exact
+
+Logits = Float[Tensor, "..."]
+
+
+def distill_loss(
+    *,
+    teacher: Logits | LinearHead | TopK | Sampled,
+    student: Logits | LinearHead,
+    divergence: Divergence = AKL(),
+    labels: Int[Tensor, "..."] | None = None,
+    mask: Bool[Tensor, "..."] | Int[Tensor, "..."] | None = None,
+    shift: bool = True,
+    temperature: float = 1.0,
+    hard_label_weight: float = 0.0,
+    num_items_in_batch: int | Tensor | None = None,
+    ignore_index: int = IGNORED,
+    chunk: int | None = None,
+    compiled: bool | None = None,
+) -> Float[Tensor, ""]:
+    """Mean of D(teacher ‖ student) over the tokens trained on, differentiable in the student.
+
+    It is the loss of ``DistillTrainer``, for a loop that is not a Trainer. Nothing is multiplied
+    by the square of the temperature; multiply the divergence: ``4.0 * KL()``.
+
+    Args:
+        teacher: Its logits [..., vocab]; the :class:`rkl.LinearHead` that yields them, of hidden
+            states [..., width]; or a :class:`rkl.TopK` or :class:`rkl.Sampled` [..., k]. Held
+            constant.
+        student: Its logits or head. Of a head, logits exist for a chunk of tokens at a time.
+        divergence: Any divergence.
+        labels: Tokens as transformers has them, ``ignore_index`` where one is not trained on.
+        mask: Which tokens are trained on, as booleans or 0 and 1; with labels, both must agree to
+            a token. Without either every position counts.
+        shift: Whether labels and mask lie at their tokens, as in ``input_ids``: the logits at a
+            position are then compared where the next token counts. False if they already lie
+            at the position that predicts them.
+        temperature: What the logits of both are divided by, > 0; of a head with a temperature
+            of its own, in addition.
+        hard_label_weight: Weight of the cross-entropy on the labels, at temperature 1, beside D.
+        num_items_in_batch: Denominator, such as the tokens of all batches that are accumulated;
+            by default the tokens that are trained on in this one.
+        ignore_index: Label of a token that is not trained on.
+        chunk: How many tokens' logits of a head may exist at one time; 256 MiB by default.
+        compiled: Whether to compile the loss; by default, where there is work enough.
+
+    Returns:
+        The loss in nats per token; 0, with a gradient of 0, where no token is trained on.
+
+    Raises:
+        ValueError: Shapes do not fit, or a number is out of range; the message names the argument.
+        TypeError: An argument is of the wrong kind.
+
+    >>> from rkl import ReverseKL
+    >>> teacher, student = torch.zeros(1, 3, 2), torch.tensor([9.0, 1.0]).log().expand(1, 3, 2)
+    >>> labels = torch.tensor([[-100, 0, 1]])
+    >>> distill_loss(teacher=teacher, student=student, divergence=ReverseKL(), labels=labels)
+    tensor(0.3681)
+    """
+    number("temperature", temperature, above=0)
+    places = _places(student)
+    if (of_teacher := _places(teacher)) != places:
+        raise ValueError(
+            f"teacher must have the rows and positions of student, {list(places)}; "
+            f"got {list(of_teacher)}."
+        )
+    predicting, targets = _predicting(places, labels, mask, shift, ignore_index, student)
+    if not (count := int(predicting.sum())):
+        parameters = [it[:0].sum() for it in _parameters(student)]
+        return torch.stack(parameters).sum()  # 0, but not without a gradient
+    loss = weighted_loss(
+        divergence,
+        p=_flat(teacher),
+        q=_flat(student),
+        weight=predicting.to(_parameters(student)[0].dtype) / count,
+        labels=targets,
+        temperature=temperature,
+        hard_label_weight=hard_label_weight,
+        chunk=chunk,
+        compiled=compiled,
+    )
+    return loss if num_items_in_batch is None else loss * (count / num_items_in_batch)
+
+
+def weighted_loss(
+    divergence: Divergence,
+    *,
+    p: Any,
+    q: Any,
+    weight: Float[Tensor, " tokens"],
+    labels: Int[Tensor, " tokens"] | None,
+    temperature: float,
+    hard_label_weight: float,
+    chunk: int | None = None,
+    compiled: bool | None = None,
+) -> Float[Tensor, ""]:
+    """Weighted sum over tokens of D at a temperature and of cross-entropy at temperature 1."""
+    settings: dict[str, Any] = {"weight": weight, "chunk": chunk, "compiled": compiled}
+    # Of logits that are divided already, exact cannot tell the temperature.
+    apart = isinstance(q, Tensor) and hard_label_weight != 0 and temperature != 1
+    if divergence.takes_labels or (hard_label_weight and not apart):
+        settings["labels"] = labels
+    if not apart:
+        settings["hard_label_weight"] = hard_label_weight
+    soft = exact(divergence, p=_cooled(p, temperature), q=_cooled(q, temperature), **settings)
+    if labels is None or not apart:
+        return soft
+    counted = weight > 0  # the others may be NaN, whose gradient no mask makes 0
+    entropy = cross_entropy(q[counted].to(soft.dtype), labels[counted], reduction="none")
+    return soft + hard_label_weight * (weight[counted].to(soft.dtype) @ entropy)
+
+
+def _places(known: Any) -> torch.Size:
+    """The shape without the last axis, which is that of atoms or of the width."""
+    return (known[0] if isinstance(known, tuple) else known).shape[:-1]
+
+
+def _parameters(known: Any) -> tuple[Tensor, ...]:
+    if not isinstance(known, LinearHead):
+        return (known,)
+    return tuple(it for it in known[:3] if it is not None)
+
+
+def _predicting(places, labels, mask, shift, ignore_index, student):
+    """Positions whose next token is trained on, and that token; each [tokens]."""
+    first = _parameters(student)[0]
+    chosen = torch.ones(places, dtype=torch.bool, device=first.device)
+    targets = None
+    if shift and (labels is not None or mask is not None):
+        chosen[..., -1] = False  # nothing follows the last position
+    for name, tokens in (("labels", labels), ("mask", mask)):
+        if tokens is None:
+            continue
+        if tokens.shape != places:
+            raise ValueError(
+                f"{name} must be {list(places)}, the rows and positions of student; "
+                f"got {list(tokens.shape)}."
+            )
+        tokens = tokens.to(first.device)
+        if shift:
+            tokens = tokens.roll(-1, -1)
+        chosen &= tokens != ignore_index if name == "labels" else tokens != 0
+        if name == "labels":
+            targets = tokens.masked_fill(tokens == ignore_index, 0).flatten()
+    return chosen.flatten(), targets
+
+
+def _cooled(known: Any, temperature: float) -> Any:
+    """The same, its logits divided by a temperature, in addition to that of a head."""
+    own = known.temperature if isinstance(known, LinearHead) else 1.0
+    return at_temperature(known, temperature * own)
+
+
+def _flat(known: Any) -> Any:
+    """The same with one row for each token."""
+    if isinstance(known, Tensor):
+        return known.flatten(0, -2)
+    if isinstance(known, LinearHead):
+        return known._replace(hidden=known.hidden.flatten(0, -2))
+    return type(known)(*(it if it is None else it.flatten(0, -2) for it in known))

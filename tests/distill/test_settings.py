@@ -12,7 +12,7 @@ from rkl.distill import DistillSettings, EvaluateSettings, GenerateSettings
 SETTINGS = {"distill": DistillSettings, "evaluate": EvaluateSettings, "generate": GenerateSettings}
 UNITS = (
     "tokens|blocks|steps|passes|batches|prompts|replies|checkpoints|share|mass|logits|"
-    "nats per token|norm|rate"
+    "nats per token|norm|rate|seconds"
 )
 commands = pytest.mark.parametrize("command", SETTINGS)
 

@@ -14,6 +14,7 @@ HOMES = {
     "report": "report_runs",
     "rollouts": "ModelWriter Reply Sampling Writer",
     "selection": "DivergedError",
+    "server": "ServerError ServerTeacher",
     "run": "DistillSettings Distilled distill estimate load_run",
     "teachers": "Teacher load_model load_tokenizer",
     "trainer": "DistillConfig DistillTrainer",

@@ -22,6 +22,8 @@ from rkl.distill.run import distill as distill
 from rkl.distill.run import estimate as estimate
 from rkl.distill.run import load_run as load_run
 from rkl.distill.selection import DivergedError as DivergedError
+from rkl.distill.server import ServerError as ServerError
+from rkl.distill.server import ServerTeacher as ServerTeacher
 from rkl.distill.teachers import Teacher as Teacher
 from rkl.distill.teachers import load_model as load_model
 from rkl.distill.teachers import load_tokenizer as load_tokenizer

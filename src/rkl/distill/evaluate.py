@@ -35,6 +35,7 @@ from rkl.distill.limits import (
     check_counts,
     device_named,
     divergence_named,
+    is_address,
     template_variables,
 )
 from rkl.distill.processes import Processes, joined
@@ -311,6 +312,12 @@ def _load_teacher(
     if not isinstance(name, str):
         raise ValueError(f"teacher must be given: {run.path} does not say which it had.")
     quoted = shlex.quote(str(run.path))
+    if is_address(name):
+        raise ValueError(
+            f"teacher must be given: {run.path} learned from {name}, a server that gives part of "
+            "each distribution, and the whole is needed. Of the same weights here: "
+            f"rkl evaluate {quoted} --data DATA --teacher FOLDER"
+        )
     hint = f"Say where it is now: rkl evaluate {quoted} --data DATA --teacher FOLDER"
     known = inputs_before(run.path).get("teacher")
     if known is None:  # of an older run: whether the name is one of the Hub, nobody noted

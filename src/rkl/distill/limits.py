@@ -136,3 +136,8 @@ def check_context(name: str, model: PreTrainedModel, max_length: int) -> None:
         raise ValueError(
             f"max_length must be at most {room}, the {name}'s context; got {max_length}."
         )
+
+
+def is_address(name: str) -> bool:
+    """True for the name of a teacher that is the address of a server."""
+    return str(name).startswith(("http://", "https://"))

@@ -17,6 +17,7 @@ from rkl.distill.prepare import Models, Text, load, make_trainer, with_cached_te
 from rkl.distill.processes import Processes, check_launcher, joined
 from rkl.distill.progress import clock, forget_peak, in_words, peak_memory, quiet
 from rkl.distill.settings import DistillSettings
+from rkl.distill.teachers import Teacher
 
 STEPS = 4  # that are measured; the first, which may compile, is told apart
 DISK = 2e8  # bytes a second that are taken to reach it
@@ -156,6 +157,8 @@ def _measure(
 
 
 def _described(model: Any) -> str:
+    if isinstance(model, Teacher):
+        return str(model)
     config = model.config.get_text_config(decoder=True)
     parameters = sum(it.numel() for it in model.parameters())
     return (

@@ -36,12 +36,20 @@ from rkl.distill.data import (
     tokenize,
 )
 from rkl.distill.heads import check_causal
-from rkl.distill.limits import check_context, context_of, device_named, template_variables
+from rkl.distill.limits import (
+    check_context,
+    context_of,
+    device_named,
+    is_address,
+    template_variables,
+)
 from rkl.distill.progress import journaled, say
 from rkl.distill.rollouts import check_prompts, ends_of
+from rkl.distill.server import ServerTeacher
 from rkl.distill.settings import DistillSettings
 from rkl.distill.sources import Row, Rows, kind_of, read_rows
 from rkl.distill.teachers import (
+    ModelTeacher,
     Teacher,
     is_adapter,
     load_model,
@@ -56,6 +64,7 @@ from rkl.runs.integrity import Input, files_of, values_of
 
 BLANK_LINE = r"\n[^\S\n]*\n\s*"
 EXAMPLE = 600  # characters of the first block that are shown
+LOSS_TOP_K = 64  # tokens asked for at each place of a text, where nothing else is said
 LOGGED = 1000  # rows that a run logs, about
 OF_GENERATION = (  # settings that the trainer has under the same names
     *("lmbda", "seq_kd", "max_completion_length", "sampling_temperature", "top_p", "top_k"),
@@ -156,9 +165,11 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     text = read_text(settings, tokenizers[1])
     if text.template is not None and template:
         warn(template)
-    teacher = load_model(settings.teacher, dtype=settings.dtype)
+    teacher = _load_teacher(settings, tokenizers[0])
     student = _load_student(settings)
-    shared = share_vocabulary(_vocab(teacher), _vocab(student), *tokenizers)
+    is_model = not isinstance(teacher, Teacher)
+    of_teacher = _vocab(teacher) if is_model else teacher.vocab
+    shared = share_vocabulary(of_teacher, _vocab(student), *tokenizers)
     shared.check("data", text.blocks.tokens)
     if text.held_out is not None:
         shared.check("eval_data", text.held_out.tokens)
@@ -166,7 +177,8 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     for words in (shared.told() if shared.differing else "", told):
         if words:
             warn(words)
-    for name, model in (("teacher", teacher), ("student", student)):
+    models = {"teacher": teacher} if is_model else {}
+    for name, model in (models | {"student": student}).items():
         check_causal(name, model)
         _check_fits(name, model, settings, text)
         if settings.writes:
@@ -177,6 +189,26 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
         how = settings.lora_rank, settings.lora_targets
         student = lora.with_adapters(student, *how, seed=settings.seed)
     return text, Models(teacher, student, *tokenizers)
+
+
+def _load_teacher(
+    settings: DistillSettings, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | Teacher:
+    """The model that a setting names, or what stands at an address."""
+    if not is_address(settings.teacher):
+        return load_model(settings.teacher, dtype=settings.dtype)
+    reference = None
+    if settings.teacher_reference is not None:
+        device = device_named(settings.device)
+        model: Any = load_model(settings.teacher_reference, dtype=settings.dtype)
+        reference = ModelTeacher(model.to(device))
+    return ServerTeacher(
+        settings.teacher,
+        tokenizer,
+        top_k=settings.loss_top_k or LOSS_TOP_K,
+        timeout=settings.teacher_timeout,
+        reference=reference,
+    )
 
 
 def _check_extras(settings: DistillSettings) -> None:
@@ -202,7 +234,7 @@ def inputs_of(
         teacher: What is asked in place of the model; of a cache, its files count.
     """
     found = text.inputs(settings)
-    if teacher is None:
+    if teacher is None and not is_address(settings.teacher):
         found["teacher"] = model_input(settings.teacher)
     elif isinstance(teacher, CachedTeacher):
         files = {file.name: file for file in sorted(teacher.path.iterdir()) if file.is_file()}
@@ -312,6 +344,9 @@ def _load_tokenizers(
     settings: DistillSettings,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """The teacher's tokenizer and the student's, which is the teacher's if it has none."""
+    if is_address(settings.teacher):
+        student = load_tokenizer(str(settings.student))
+        return student, student
     teacher, path = load_tokenizer(settings.teacher), Path(settings.student or "none.json")
     has_none = path.is_dir() and not any(path.glob("tokenizer*")) and not is_adapter(path)
     if path.suffix == ".json" or has_none:

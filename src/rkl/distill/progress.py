@@ -39,6 +39,7 @@ PAUSE = 10.0  # seconds between lines where there is no terminal
 _STATUS = Path("/proc/self/status")
 Watch = Callable[[Any, int], None]
 _LOGGED = "loss", "grad_norm", "learning_rate", "infinite_tokens"
+_LOGGED += "captured_mass", "loss_error"
 _LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens", "eval_finite_loss"
 
 

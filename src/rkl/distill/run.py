@@ -54,6 +54,7 @@ from rkl.distill.progress import (
     say,
 )
 from rkl.distill.selection import DivergedError
+from rkl.distill.server import ServerError
 from rkl.distill.settings import DistillSettings
 from rkl.distill.teachers import Teacher, load_model, resolved
 from rkl.runs import Run, check_out, remove_folder, replacing_files, write_atomic
@@ -322,6 +323,15 @@ def _train(
         if error.sound:
             trainer.keep_weights()
         return error
+    except ServerError as error:
+        if processes.count > 1:  # the others may wait for this one elsewhere than in a checkpoint
+            raise
+        trainer.keep_weights()
+        quoted = shlex.quote(str(run.path))
+        raise ServerError(
+            f"{error} The checkpoint of step {trainer.state.global_step} of {total} is saved; "
+            f"once the server answers, go on with: rkl distill --out {quoted} --resume"
+        ) from None
     if trainer.state.global_step < total:
         say(f"A checkpoint of step {trainer.state.global_step} of {total} is saved.")
         raise StoppedError(stop.number or signal.SIGINT, agreed=True)

@@ -6,6 +6,7 @@ from typing import Literal
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from rkl.checks import LARGEST_RATE, number
+from rkl.distill.known import lost_in_the_rest
 from rkl.distill.limits import (
     check_counts,
     check_one_of,
@@ -13,6 +14,7 @@ from rkl.distill.limits import (
     check_within,
     device_named,
     divergence_named,
+    is_address,
     template_variables,
 )
 from rkl.distill.rollouts import check_generation
@@ -25,7 +27,9 @@ class DistillSettings:
 
     Args:
         teacher: The model to imitate, with the student's tokenizer: a folder of save_pretrained,
-            a .gguf file, package:NAME for the one in an installed package, or a name on the Hub.
+            a .gguf file, package:NAME for the one in an installed package, or a name on the Hub;
+            or the address of a server that gives log-probabilities, such as http://host:8000/v1,
+            whose key, if it wants one, is read from RKL_TEACHER_API_KEY.
         data: The text to learn on: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of
             datasets' save_to_disk, or the name of a data set on the Hub.
         student: The model to train, given as the teacher is, or a config.json for random weights
@@ -88,6 +92,12 @@ class DistillSettings:
         keep_checkpoints: Checkpoints kept on the disk, 2 or more: the best and the last too.
         dtype: What is computed in; the weights of the student stay float32.
         compiled: Compile the loss; by default where the work is worth the minute it takes.
+        loss_top_k: Of a teacher on a server, the number of likeliest tokens asked for at each
+            place; 64 by default. Servers of vLLM give 20 unless started with --max-logprobs.
+        teacher_timeout: Seconds that an answer of a server may take.
+        teacher_reference: A model here of the same weights as the one on the server, from which
+            the distance of its answers is measured on the first batch, and said; by default
+            nothing is measured.
         allow_partial: On a teacher known by its top k, minimise also a divergence of which most
             may lie among the other atoms, such as reverse KL or AKL.
         gradient_checkpointing: Compute activations twice rather than keep them: less memory, more
@@ -148,6 +158,9 @@ class DistillSettings:
     keep_checkpoints: int = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
     compiled: bool | None = None
+    loss_top_k: int | None = None
+    teacher_timeout: float = 120.0
+    teacher_reference: str | None = None
     allow_partial: bool = False
     gradient_checkpointing: bool = False
     lora_rank: int | None = None
@@ -163,8 +176,10 @@ class DistillSettings:
                 "student must be given, or drop_layers, which makes it out of the teacher."
             )
         _ = self.minimised
+        self._check_server()
         check_counts(
             self,
+            "loss_top_k",
             *("eval_blocks", "max_steps", "batch_size", "gradient_accumulation"),
             *("eval_every", "save_every", "lora_rank"),
         )
@@ -190,7 +205,7 @@ class DistillSettings:
         check_counts(self, "keep_checkpoints", "max_length", at_least=2)
         check_within(self, "held_out", "warmup", high=1, ends="[)")
         check_within(self, "hard_label_weight", "weight_decay", "max_gradient", ends="[)")
-        check_within(self, "epochs", "learning_rate")
+        check_within(self, "epochs", "learning_rate", "teacher_timeout")
         check_temperature(self)
         for name in ("learning_rate", "hard_label_weight", "weight_decay"):
             number(name, getattr(self, name), at_most=LARGEST_RATE)
@@ -206,6 +221,38 @@ class DistillSettings:
                 "which GPU."
             )
         device_named(self.device)
+
+    def _check_server(self) -> None:
+        """Refuse what a teacher on a server, known by its likeliest tokens, cannot do."""
+        if not is_address(self.teacher):
+            for name in ("loss_top_k", "teacher_reference"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(
+                        f"{name} is for a teacher on a server, such as http://host:8000/v1; got "
+                        f"{value!r} with {self.teacher}, of which everything is known."
+                    )
+            return
+        if self.student is None:
+            raise ValueError(
+                f"student must be given where the teacher is on a server; got {self.teacher}."
+            )
+        if self.cache_teacher:
+            raise ValueError(
+                "cache_teacher keeps hidden states, which a server does not give; got True with "
+                f"{self.teacher}."
+            )
+        if self.temperature != 1:
+            raise ValueError(
+                "temperature must be 1 for a teacher on a server, which is known by its likeliest "
+                f"tokens; got {self.temperature}."
+            )
+        reason = lost_in_the_rest(self.minimised)
+        if reason is not None and not self.allow_partial:
+            raise ValueError(
+                f"divergence: {self.divergence} on a teacher on a server, known by its likeliest "
+                f"tokens: {reason}, so that most of it may lie among the others. Take kl or "
+                "jensen-shannon, or say --allow-partial."
+            )
 
     @property
     def minimised(self) -> Divergence:

@@ -137,13 +137,19 @@ def test_a_run_with_adapters_resumes_to_the_same_bits(folder, tmp_path):
     pytest.importorskip("peft")
     how = {"lora_rank": 2, "save_every": 1, "eval_every": 1}
     distill(material.settings(folder, **how, max_steps=4), tmp_path / "whole")
-    distill(material.settings(folder, **how, max_steps=2, schedule="constant"), tmp_path / "run")
     distill(
-        material.settings(folder, **how, max_steps=4, schedule="constant"),
+        material.settings(folder, **how, max_steps=2, learning_rate_schedule="constant"),
+        tmp_path / "run",
+    )
+    distill(
+        material.settings(folder, **how, max_steps=4, learning_rate_schedule="constant"),
         tmp_path / "run",
         resume=True,
     )
-    distill(material.settings(folder, **how, max_steps=4, schedule="constant"), tmp_path / "once")
+    distill(
+        material.settings(folder, **how, max_steps=4, learning_rate_schedule="constant"),
+        tmp_path / "once",
+    )
     names = "model.safetensors", "adapter/adapter_model.safetensors"
     for name in names:
         first, second = (load_file(tmp_path / it / name) for it in ("run", "once"))

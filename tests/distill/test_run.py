@@ -149,7 +149,9 @@ def test_a_terminal_less_run_prints_plain_lines(folder, tmp_path, capsys):
 
 
 def test_the_best_student_on_held_out_text_is_the_one_kept(folder, tmp_path):
-    wild = material.settings(folder, learning_rate=3.0, max_steps=8, schedule="constant")
+    wild = material.settings(
+        folder, learning_rate=3.0, max_steps=8, learning_rate_schedule="constant"
+    )
     distill(wild, tmp_path / "run")
     rows = [row for row in Run(tmp_path / "run").metrics if row.get("eval_loss") and row["step"]]
     best = min(rows, key=lambda row: row["eval_loss"])
@@ -209,7 +211,9 @@ def test_a_second_signal_stops_at_once():
 
 
 def test_a_run_that_was_moved_goes_on_and_still_finds_its_best(folder, tmp_path, stopping):
-    wild = material.settings(folder, learning_rate=3.0, max_steps=8, schedule="constant")
+    wild = material.settings(
+        folder, learning_rate=3.0, max_steps=8, learning_rate_schedule="constant"
+    )
     distill(wild, tmp_path / "whole")
     stopping(signal.SIGINT, 6)
     with pytest.raises(KeyboardInterrupt):

@@ -53,6 +53,7 @@ from rkl.distill.teachers import (
 )
 from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
 from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation
+from rkl.divergences.schedule import read_schedule
 from rkl.estimators import LinearHead
 from rkl.importing import names_in, only
 from rkl.metrics.precision_recall import SLOPES, pr_curve
@@ -362,7 +363,9 @@ def _divergences(
     if text := run.settings.get("divergence"):
         said = names_in(*settings.divergences)
         with only([*allow, *said], source=run.path / "run.json"):
-            wanted.insert(0, divergence_named(text))
+            schedule = run.settings.get("schedule")
+            moving = schedule if isinstance(schedule, str) and "->" in schedule else None
+            wanted.insert(0, read_schedule(moving, divergence_named(text)).at(1.0))
     return {**DIVERGENCES, **{repr(it): it for it in wanted if it not in DIVERGENCES.values()}}
 
 

@@ -508,14 +508,16 @@ def make_trainer(
     total = settings.steps(len(text.blocks), processes)
     held_out = text.looked_at(settings.eval_blocks)
     tenth = max(1, total // 10)
-    warm = settings.schedule == "constant" and settings.warmup
+    rate = settings.learning_rate_schedule
+    warm = rate == "constant" and settings.warmup
     config: dict[str, Any] = {
         "max_steps": total,
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup" if warm else settings.schedule,
+        "lr_scheduler_type": "constant_with_warmup" if warm else rate,
+        "schedule": settings.schedule,
         "warmup_steps": settings.warmup,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_gradient,

@@ -109,6 +109,9 @@ class Journal(TrainerCallback):
         row = {name: logs[name] for name in _LOGGED if name in logs}
         if not row:
             return  # the summary at the end
+        row |= {
+            name: value for name, value in logs.items() if "." in name
+        }  # taid.t, of a schedule
         row = {"step": state.global_step, "epoch": logs.get("epoch", 0.0)} | row
         if "loss" in row:
             row |= self._speed(args, state)

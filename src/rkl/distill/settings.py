@@ -1,7 +1,7 @@
 """What ``rkl distill`` may be told, and what of it can be refused before anything is read."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -19,6 +19,9 @@ from rkl.distill.limits import (
 )
 from rkl.distill.rollouts import check_generation
 from rkl.divergences import Divergence
+from rkl.divergences.schedule import read_schedule
+
+_RateSchedule = Literal["cosine", "linear", "constant"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class DistillSettings:
         eval_blocks: Held-out blocks looked at in each evaluation, at most.
         divergence: What is minimised, in nats per token: a name, with settings or in a sum, as
             rkl divergences lists them.
+        schedule: Values of the divergence that change from the first step to the last, in a
+            straight line, such as "taid.t: 0.2 -> 1.0"; none by default. The student is evaluated
+            with the last ones.
         temperature: What the logits of both models are divided by before they are compared,
             above 0. The loss is not multiplied by its square.
         hard_label_weight: Weight, beside the divergence, of the cross-entropy on the text itself
@@ -82,7 +88,8 @@ class DistillSettings:
             each runs as many.
         gradient_accumulation: Batches in a step, whose loss is that of one large batch.
         learning_rate: Peak rate of AdamW, which is about how far a weight moves in a step.
-        schedule: How the learning rate goes on from its peak: down to 0, or constant.
+        learning_rate_schedule: How the learning rate goes on from its peak: down to 0, or
+            constant.
         warmup: Share of the steps in which the learning rate rises to its peak, at least 0 and
             below 1.
         weight_decay: Share of itself, times the learning rate, that a weight loses in a step.
@@ -126,6 +133,7 @@ class DistillSettings:
     held_out: float = 0.05
     eval_blocks: int | None = 64
     divergence: str = "akl(mu=0.5)"
+    schedule: str | None = None
     temperature: float = 1.0
     hard_label_weight: float = 0.0
     router_aux_loss: bool = True
@@ -149,7 +157,7 @@ class DistillSettings:
     batch_size: int = 8
     gradient_accumulation: int = 1
     learning_rate: float = 1e-4
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    learning_rate_schedule: _RateSchedule = "cosine"
     warmup: float = 0.05
     weight_decay: float = 0.0
     max_gradient: float = 1.0
@@ -175,6 +183,9 @@ class DistillSettings:
             raise ValueError(
                 "student must be given, or drop_layers, which makes it out of the teacher."
             )
+        if self.schedule in get_args(_RateSchedule):  # in settings from before there were two
+            object.__setattr__(self, "learning_rate_schedule", self.schedule)
+            object.__setattr__(self, "schedule", None)
         _ = self.minimised
         self._check_server()
         check_counts(
@@ -210,7 +221,7 @@ class DistillSettings:
         for name in ("learning_rate", "hard_label_weight", "weight_decay"):
             number(name, getattr(self, name), at_most=LARGEST_RATE)
         check_one_of(self, "train_on", "all", "last")
-        check_one_of(self, "schedule", "cosine", "linear", "constant")
+        check_one_of(self, "learning_rate_schedule", *get_args(_RateSchedule))
         check_one_of(self, "dtype", "float32", "bfloat16")
         check_counts(self, "seed", at_least=0)
         if self.seed >= 2**32:
@@ -256,8 +267,8 @@ class DistillSettings:
 
     @property
     def minimised(self) -> Divergence:
-        """The divergence that the text means."""
-        return divergence_named(self.divergence)
+        """The divergence that the text means, of a schedule that at the last step."""
+        return read_schedule(self.schedule, divergence_named(self.divergence)).at(1.0)
 
     @property
     def writes(self) -> bool:

@@ -43,6 +43,7 @@ from rkl.distill.sources import is_row
 from rkl.distill.teachers import Teacher, as_teacher, check_peft, check_teacher
 from rkl.distill.vocabulary import share_vocabulary
 from rkl.divergences import AKL, KL, Divergence
+from rkl.divergences.schedule import read_schedule
 from rkl.estimators import LinearHead, TopK, per_token
 from rkl.runs import measure_written, replacing_files, sweep, write_json
 from rkl.runs.processes import world
@@ -59,6 +60,9 @@ class DistillConfig(TrainingArguments):
             loss is not multiplied by its square.
         hard_label_weight: Weight of the cross-entropy on the labels, at temperature 1, beside
             the divergence, >= 0; the papers take 0.5.
+        schedule: Fields of the divergence that change from the first step to the last, in a
+            straight line, such as "taid.t: 0.2 -> 1.0", several parted by ";". A new value
+            compiles nothing. Evaluations take the last value, so that they compare.
         router_aux_loss: Whether to add the loss that balances the experts of a student that is a
             mixture of them, times its ``router_aux_loss_coef``, where its configuration has
             ``output_router_logits``.
@@ -87,6 +91,9 @@ class DistillConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both."})
     hard_label_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."}
+    )
+    schedule: str | None = field(
+        default=None, metadata={"help": 'Change the divergence, such as "taid.t: 0.2 -> 1.0".'}
     )
     router_aux_loss: bool = field(
         default=True, metadata={"help": "Add the loss that balances the student's experts."}
@@ -199,7 +206,8 @@ class DistillTrainer(Trainer):
             )
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = _tokenized(name, kwargs.get(name), tokenizer, args)
-        self.divergence = divergence
+        self._schedule = read_schedule(args.schedule, divergence)
+        self.divergence = self._schedule.at(1.0)
         self._head = read_head(cast(nn.Module, model))
         self._teacher = as_teacher(teacher, self._head, args.device)
         self._shared = share_vocabulary(
@@ -287,6 +295,7 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The batch's share of the loss of a whole step, in nats per token trained on."""
+        self.divergence = self._schedule.at(self._progress())
         self._batch = batch = shifted(inputs)
         sources = sources_of(inputs, batch)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
@@ -306,6 +315,10 @@ class DistillTrainer(Trainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, CausalLMOutput(loss=cast(Any, loss))) if return_outputs else loss
 
+    def _progress(self) -> float:
+        """The share of the steps before this one, 1 at the last."""
+        return self.state.global_step / max(1, self.state.max_steps - 1)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -315,6 +328,7 @@ class DistillTrainer(Trainer):
     ) -> tuple[Tensor | None, Any, Any]:
         """The mean divergence of a batch, noted down row by row for :meth:`evaluation_loop`."""
         inputs = self._prepare_inputs(inputs)
+        self.divergence = self._schedule.at(1.0)
         batch = shifted(inputs)
         with torch.no_grad():
             p = self._observe(batch)
@@ -352,11 +366,14 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log values, and with the training loss what it left out or did not know.
 
+        Fields that a schedule moves are logged at their value of that step.
         ``infinite_tokens`` counts tokens of infinite divergence. Of a teacher known in part,
         ``captured_mass`` is its mean probability of the atoms that are known, and of one known
         by draws ``loss_error`` is the standard error of the loss of the step that is logged.
         """
         if "loss" in logs:
+            last = max(0, self.state.global_step - 1) / max(1, self.state.max_steps - 1)
+            logs |= self._schedule.values(last)
             count = torch.tensor(self._infinite, device=self.args.device)
             total = int(cast(Tensor, self.accelerator.reduce(count, reduction="sum")))
             self._infinite = 0

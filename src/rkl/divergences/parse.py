@@ -239,6 +239,17 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
+def same_name(name: str, kind: type[Divergence]) -> bool:
+    """True if a divergence of this class is called so, in any spelling.
+
+    >>> from rkl import ReverseKL
+    >>> same_name("ReverseKL", ReverseKL), same_name("rkl", ReverseKL), same_name("kl", ReverseKL)
+    (True, True, False)
+    """
+    known = (kind.__name__, *kind.aliases)
+    return name == full_name(kind) or _plain(name) in map(_plain, known)
+
+
 def full_name(make: Any) -> str | None:
     """What a class or a function is imported by, as "module:name"; None for what has no name."""
     module, name = (getattr(make, it, None) for it in ("__module__", "__qualname__"))

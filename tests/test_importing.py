@@ -19,7 +19,7 @@ from rkl.cli import main
 from rkl.distill.settings import DistillSettings
 from rkl.fit.settings import FitSettings
 from rkl.flows.architectures import parse_architecture
-from rkl.importing import imported, names_in, only
+from rkl.importing import import_object, names_in, only
 from rkl.sample.objectives import parse_objective
 from rkl.sample.settings import TargetSettings
 from rkl.sample.targets import parse_target
@@ -145,16 +145,16 @@ def test_python_imports_what_it_asks_for_and_a_file_only_what_is_allowed(
 def test_what_is_allowed_is_one_name_and_no_other_of_its_module(folder):
     sys.path.append(str(folder))
     with only(["mine:Mine"]), pytest.raises(ValueError, match="say --allow mine:model"):
-        imported("mine:model")
+        import_object("mine:model")
 
 
 def test_a_block_within_a_block_allows_what_either_does():
     with only(["fractions:Fraction"]), only(["decimal:Decimal"]):
-        assert imported("fractions:Fraction")
-        assert imported("decimal:Decimal")
+        assert import_object("fractions:Fraction")
+        assert import_object("decimal:Decimal")
         with pytest.raises(ValueError, match="is not imported"):
-            imported("fractions:gcd")
-    assert copy_context().run(imported, "decimal:Context")  # and nothing is left behind
+            import_object("fractions:gcd")
+    assert copy_context().run(import_object, "decimal:Context")  # and nothing is left behind
 
 
 @pytest.mark.parametrize("name", ["mine", "mine:", "a.b", "mine:a.b", "mine:A()", ".mine:A", 3])
@@ -319,6 +319,6 @@ def test_a_module_that_may_be_imported_reads_what_it_names_itself(folder):
     )
     Path("inner.py").write_text("from rkl.divergences import KL\n\nclass Inner(KL):\n    pass\n")
     with only(["outer:READ"], source="R/run.json", folder=str(folder)):
-        assert type(imported("outer:READ")).__name__ == "Inner"
+        assert type(import_object("outer:READ")).__name__ == "Inner"
         with pytest.raises(ValueError, match="is not imported"):
-            imported("inner:KL")
+            import_object("inner:KL")

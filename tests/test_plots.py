@@ -128,14 +128,14 @@ def test_a_running_mean_is_drawn_over_the_values_it_averages():
 @pytest.mark.parametrize("logarithmic", [True, False])
 def test_a_long_vocabulary_is_averaged_over_neighbouring_ranks(logarithmic):
     """The mean of consecutive numbers is the middle one."""
-    rank, mean = plots._thinned(np.arange(1.0, 50_001), logarithmic)
+    rank, mean = plots._bin_means(np.arange(1.0, 50_001), logarithmic)
     np.testing.assert_allclose(mean, rank)
     assert len(rank) <= 300
     assert rank[-1] > 49_000
 
 
 def test_a_short_vocabulary_is_drawn_rank_by_rank():
-    rank, mean = plots._thinned(FALLING, logarithmic=False)
+    rank, mean = plots._bin_means(FALLING, logarithmic=False)
     np.testing.assert_array_equal(rank, [1, 2, 3, 4])
     np.testing.assert_allclose(mean, FALLING)
 

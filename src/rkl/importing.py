@@ -83,7 +83,7 @@ def names_in(*texts: Any) -> list[str]:
     return [it for text in texts if isinstance(text, str) for it in re.findall(_NAME, text)]
 
 
-def imported(name: str) -> Any:
+def import_object(name: str) -> Any:
     """What "module:name" stands for, if it may be imported; nothing of it is called.
 
     Raises:

@@ -117,7 +117,7 @@ def read(path: str | os.PathLike, *, name: str = "data", labels: str | None = No
     ([[1.5], [2.25]], ('height',), ['a', 'b'])
     """
     file, chosen = split_choice(path, name)
-    with _told(name, file):
+    with _naming(name, file):
         if file.is_dir():
             return _image_folder(file, labels)
         kind = _kind(file)
@@ -147,7 +147,7 @@ def read_arrays(path: str | os.PathLike, *, name: str = "data") -> dict[str, Con
         ValueError: It cannot be read.
     """
     file, chosen = split_choice(path, name)
-    with _told(name, file):
+    with _naming(name, file):
         if not file.is_dir() and _kind(file) == "npz" and chosen is None:
             members = _members(file)
             return {each: as_numbers(_load(members, each)) for each in members}
@@ -167,14 +167,14 @@ def read_labels(path: str | os.PathLike, *, rows: int, name: str = "labels") -> 
         ValueError: It does not hold one label for each row.
     """
     file, chosen = split_choice(path, name)
-    with _told(name, file):
+    with _naming(name, file):
         kind = _kind(file)
         if kind == "text":
             return _text_labels(file, rows)
         if kind == "parquet":
             table = _drop_index(_parquet(file)).columns
             if len(table) != 1:
-                raise _UnreadableError(f"it must hold one column; it has {_listed(table)}")
+                raise _UnreadableError(f"it must hold one column; it has {_join(table)}")
             array = next(iter(table.values()))
         elif kind == "npz":
             arrays = _members(file)
@@ -204,7 +204,7 @@ def read_columns(path: str | os.PathLike, *, name: str = "data") -> Columns:
         ValueError: It is no table, or has no names.
     """
     file, _chosen = split_choice(path, name)
-    with _told(name, file):
+    with _naming(name, file):
         kind = _kind(file)
         if kind not in ("text", "parquet"):
             raise _UnreadableError("it is no table of text or Parquet")
@@ -229,8 +229,8 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str]]
         ValueError: The file is no such table; names file and line.
     """
     file = Path(path)
-    with _told("data", file):
-        text, notes = _decoded(file)
+    with _naming("data", file):
+        text, notes = _decode(file)
     for note in notes:
         warn(f"data: {file}: {note}.")
     head = text.lstrip().partition("\n")[0]
@@ -268,7 +268,7 @@ def gunzip(path: str | os.PathLike) -> bytes:
     Raises:
         ValueError: Naming the file, where it cannot be decompressed.
     """
-    with _told("data", Path(path)):
+    with _naming("data", Path(path)):
         return _gunzip(Path(path))
 
 
@@ -463,7 +463,7 @@ def place_of_nan(values: "np.ndarray", columns: Sequence[str] = ()) -> str | Non
 
 
 @contextlib.contextmanager
-def _told(name: str, file: Path) -> Iterator[None]:
+def _naming(name: str, file: Path) -> Iterator[None]:
     """Put the argument and the file before the reason of any failure."""
     try:
         yield
@@ -530,7 +530,7 @@ def _gunzip(file: Path, size: int = -1) -> bytes:
     return found
 
 
-def _listed(names: Any) -> str:
+def _join(names: Any) -> str:
     names = [str(it) for it in names]
     return ", ".join(names[:MAX_NAMED]) + ", ..." * (len(names) > MAX_NAMED)
 
@@ -579,10 +579,10 @@ def _members(file: Path) -> dict[str, tuple[Path, str]]:
         )
     inside = [name for name in names if name.endswith(".npy")]
     if not inside:
-        raise _UnreadableError(f"it holds no arrays; it has {_listed(names) or 'nothing'}")
+        raise _UnreadableError(f"it holds no arrays; it has {_join(names) or 'nothing'}")
     twice = {name for name in inside if inside.count(name) > 1}
     if twice:
-        raise _UnreadableError(f"it holds {_listed(sorted(twice))} more than once")
+        raise _UnreadableError(f"it holds {_join(sorted(twice))} more than once")
     return {name.removesuffix(".npy"): (file, name) for name in inside}
 
 
@@ -603,12 +603,12 @@ def _choice(names: Any, chosen: str | None, known: Sequence[str], what: str = "a
     names = list(names)
     if chosen is not None:
         if chosen not in names:
-            raise _UnreadableError(f"it has no {what} {chosen!r}; it has {_listed(names)}")
+            raise _UnreadableError(f"it has no {what} {chosen!r}; it has {_join(names)}")
         return chosen
     found = [name for name in known if name in names] or names
     if len(found) != 1:
         raise _UnreadableError(
-            f"it must hold one array called {known[0]}; it has {_listed(names)}. Choose one by "
+            f"it must hold one array called {known[0]}; it has {_join(names)}. Choose one by "
             "FILE:NAME"
         )
     return found[0]
@@ -618,7 +618,7 @@ def _npz(file: Path, chosen: str | None, labels: str | None) -> Contents:
     """The array called data, x or values, or the only one beside the labels."""
     members = _members(file)
     if labels is not None and labels not in members:
-        raise _UnreadableError(f"it has no array {labels!r}; it has {_listed(members)}")
+        raise _UnreadableError(f"it has no array {labels!r}; it has {_join(members)}")
     named = labels or next((it for it in ("labels", "label", "y") if it in members), None)
     others = [name for name in members if name != named]
     if not others and labels is None:
@@ -693,7 +693,7 @@ def _hdf5(file: Path, chosen: str | None, labels: str | None) -> Contents:
     with xr.open_dataset(file, engine="h5netcdf", decode_times=False, phony_dims="sort") as opened:  # pyright: ignore[reportCallIssue]
         variables = {str(k): v for k, v in opened.data_vars.items()}
         if labels is not None and labels not in opened.variables:
-            raise _UnreadableError(f"it has no array {labels!r}; it has {_listed(variables)}")
+            raise _UnreadableError(f"it has no array {labels!r}; it has {_join(variables)}")
         others = {k: v for k, v in variables.items() if k != labels}
         numeric = [k for k, v in others.items() if v.dtype.kind in "fiub"]
         if not others:
@@ -757,7 +757,7 @@ def _contents(table: Columns, labels: str | None) -> Contents:
     import numpy as np
 
     if labels is not None and labels not in table.columns:
-        names = _listed(table.columns) if table.named else "no names"
+        names = _join(table.columns) if table.named else "no names"
         raise _UnreadableError(f"it has no column {labels!r}; it has {names}")
     table = _drop_index(table, labels)
     found = dict(table.columns)
@@ -847,7 +847,7 @@ def _refuse_twice(names: Sequence[str]) -> None:
     twice = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
     if twice:
         raise _UnreadableError(
-            f"{len(twice)} names stand over more than one column: {_listed(twice)}; rename them"
+            f"{len(twice)} names stand over more than one column: {_join(twice)}; rename them"
             if len(twice) > 1
             else f"more than one column is called {twice[0]!r}; rename them"
         )
@@ -907,7 +907,7 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _decoded(file: Path) -> tuple[str, list[str]]:
+def _decode(file: Path) -> tuple[str, list[str]]:
     """The text of a file, by its byte-order mark, else as UTF-8, else as Windows has it."""
     raw = _gunzip(file)
     marks = {
@@ -936,7 +936,7 @@ def _decoded(file: Path) -> tuple[str, list[str]]:
 
 
 def _lines(file: Path) -> _Lines:
-    text, notes = _decoded(file)
+    text, notes = _decode(file)
     every = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     found = _Lines([], [], [], notes)
     blank = []

@@ -71,7 +71,7 @@ class Figure(Block):
     def html(self, number: int) -> Markup:
         width = re.search(r'viewBox="[-\d.]+ [-\d.]+ ([\d.]+)', self.svg)
         wide = width is not None and float(width[1]) > NARROW
-        return _render(_FIGURE, block=self, wide=wide, svg=Markup(_numbered(self.svg, number)))
+        return _render(_FIGURE, block=self, wide=wide, svg=Markup(_with_own_ids(self.svg, number)))
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def _paragraphs(text: str) -> list[str]:
     return [part for part in re.split(r"\n\s*\n", text.strip()) if part]
 
 
-def _numbered(svg: str, number: int) -> str:
+def _with_own_ids(svg: str, number: int) -> str:
     """The drawing with ids of its own; a name space is for files only, HTML needs none."""
     svg = svg.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
     return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>figure-{number}-", svg)

@@ -71,7 +71,7 @@ MADE_BY_FUNCTIONS = {  # or without arguments, or to derive from
 OF_MEASURES = {
     "neighbours.Copies",
     "neighbours.PRDC",
-    "neighbours.centred",  # which, like common_unit, takes a checked pair
+    "neighbours.centre",  # which, like common_unit, takes a checked pair
     "neighbours.checked_pair",
     "neighbours.common_unit",
     "pareto.Tail",

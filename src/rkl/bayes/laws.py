@@ -40,7 +40,7 @@ from rkl.bayes.families.named import PoissonOrZero
 from rkl.divergences import parse
 from rkl.divergences.base import broadcast_shape
 from rkl.divergences.parse import Stack
-from rkl.importing import imported
+from rkl.importing import import_object
 
 NOT_TORCH = ("numpy", "all be instances of number", "converted to python scalars")
 PROBE = 16  # draws looked at before the rest is read
@@ -607,7 +607,7 @@ def _imported(text: str, draws: Draws, design: Any) -> Any:
     """What package.module:Name stands for; with settings, the model of that class."""
     path, opening, rest = text.partition("(")
     try:
-        found = imported(path.strip())
+        found = import_object(path.strip())
     except ValueError as error:
         raise ValueError(f"family {text!r}: {error}") from error
     made: Any = found.func if isinstance(found, functools.partial) else found

@@ -355,8 +355,8 @@ def _list() -> None:
     console.print("\np is the target, q the model. rkl divergences NAME explains one.")
 
 
-def _sentence(described: Any) -> str:
-    return documentation(described).partition("\n")[0]
+def _sentence(spectrum_text: Any) -> str:
+    return documentation(spectrum_text).partition("\n")[0]
 
 
 def _properties(divergence: "Divergence") -> dict[str, bool]:
@@ -381,9 +381,9 @@ def _explain(text: str) -> None:
     for word, holds in _properties(divergence).items():
         print(f"{word:14}{'yes' if holds else 'no'}")
     if isinstance(divergence, FDivergence):
-        from rkl.metrics.precision_recall.spectrum import described
+        from rkl.metrics.precision_recall.spectrum import spectrum_text
 
-        print(f"\n{described(divergence)}")
+        print(f"\n{spectrum_text(divergence)}")
 
 
 def _studies() -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rkl.divergences.base import Divergence
-from rkl.importing import imported
+from rkl.importing import import_object
 
 _STRING = r"'[^']*'|\"[^\"]*\""
 _NAME = r"(?<![\w.])[A-Za-z_][\w-]*(?:\.[A-Za-z_]\w*)*(?::[A-Za-z_]\w*)?"
@@ -175,7 +175,7 @@ class _Reader:
             if name in (kebab, getattr(make, "__name__", kebab), full_name(make)):
                 return make
         if ":" in name and self.kind is not None:
-            return imported(name)
+            return import_object(name)
         plain = {_plain(kebab): kebab for kebab in self.known}
         if _plain(name) in plain and not {":", "."} & set(name):
             return self.known[plain[_plain(name)]]

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import integer, warn
-from rkl.metrics.neighbours import centred, checked_pair, common_unit
+from rkl.metrics.neighbours import centre, checked_pair, common_unit
 from rkl.metrics.precision_recall import SampledCurve
 from rkl.metrics.precision_recall.curve import checked_slopes
 from rkl.stats import Mean
@@ -65,7 +65,7 @@ def prd_curve(
     real, fake = checked_pair(real, fake)
     slopes = checked_slopes(slopes)
     unit = common_unit(real, fake)
-    both = torch.cat(_drawn_in(*centred(real / unit, fake / unit)))
+    both = torch.cat(_drawn_in(*centre(real / unit, fake / unit)))
     for name, value, most in (("clusters", clusters, len(both)), ("runs", runs, math.inf)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an integer; got {value!r}.")
@@ -74,7 +74,7 @@ def prd_curve(
     generator = torch.Generator().manual_seed(seed)
     found, held = [], []
     for _ in range(runs):
-        member = _clustered(both, clusters, generator)
+        member = _cluster_of_rows(both, clusters, generator)
         in_real, in_fake = member[: len(real)], member[len(real) :]
         counts = (it.bincount(minlength=clusters).cpu() for it in (in_real, in_fake))
         counts = torch.stack(list(counts))
@@ -137,7 +137,7 @@ def _drawn_in(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     return parts[0], parts[1]
 
 
-def _clustered(x: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+def _cluster_of_rows(x: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
     """The cluster of each row, by Lloyd's algorithm from centres far apart."""
     centres = _far_apart(x, clusters, generator)
     member = _nearest(x, centres)

@@ -241,7 +241,7 @@ def _scores(real: Tensor, fake: Tensor, k: int, inclusive: bool) -> tuple[Tensor
 
     All comparisons are of |y|² − 2xy with R² − |x|²: one matrix product, and no norm to add.
     """
-    real, fake = centred(real, fake)
+    real, fake = centre(real, fake)
     norm_real, norm_fake = (it.square().sum(1) for it in (real, fake))
     near_real, near_fake = _nearest(real, norm_real, k), _nearest(fake, norm_fake, k)
     reach_real, reach_fake = near_real[:, -1], near_fake[:, -1]
@@ -277,7 +277,7 @@ def _noise(norms: Tensor, reach: Tensor) -> Tensor:
     return ROUNDED * torch.finfo(norms.dtype).eps * (3 * norms + 2 * radius)
 
 
-def centred(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+def centre(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     """Both moved near the origin, where |x|² + |y|² − 2xy loses few digits.
 
     By a multiple of a power of two, so that distances between integers remain exact.
@@ -393,7 +393,7 @@ def copies(
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
     """The distance of each row of x to the nearest of y, without the rounding of products."""
-    (x, y), found = centred(x, y), []
+    (x, y), found = centre(x, y), []
     for rows, block in _products(x, y, y.square().sum(1)):
         found.append((x[rows] - y[block.argmin(1)]).norm(dim=1))
     return torch.cat(found)

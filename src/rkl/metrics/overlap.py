@@ -37,7 +37,7 @@ def histogram_overlap(
     >>> histogram_overlap(a, a[1:], low=0.0, high=1.0, bins=2).value
     tensor(0.8333, dtype=torch.float64)
     """
-    a, b = _checked(a, b)
+    a, b = _check_draws(a, b)
     number("low", low)
     number("high", high, above=low)
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
@@ -69,7 +69,7 @@ def earth_mover(a: Float[Tensor, " draws"], b: Float[Tensor, " others"]) -> Mean
     >>> earth_mover(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0, 4.0, 4.0])).value
     tensor(2.5000, dtype=torch.float64)
     """
-    a, b = _checked(a, b)
+    a, b = _check_draws(a, b)
     edges = torch.cat([a, b]).sort().values
     width = edges.diff()
     gap = _below(a, edges[:-1]) - _below(b, edges[:-1])
@@ -84,7 +84,7 @@ def _below(x: Tensor, edges: Tensor) -> Tensor:
     return torch.searchsorted(x.sort().values, edges, right=True) / len(x)
 
 
-def _checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _check_draws(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     for name, it in (("a", a), ("b", b)):
         floats(name, it)
         if it.ndim != 1 or len(it) < 2:

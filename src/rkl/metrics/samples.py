@@ -117,12 +117,12 @@ def measure(
     scores, found = _scores(real, fake, k, inclusive, seed)
     notes = [*notes, *found, *_beyond(real, fake), *_near_copies(real, fake, seed)]
     if train is not None:
-        name, score, said = _copied(train, real, fake, seed)
+        name, score, said = _copy_score(train, real, fake, seed)
         scores, notes = {**scores, name: score}, [*notes, said]
     halves, ceiling = {}, {}
     if len(real) // 2 > max(k, CLUSTERS) and len(fake) // 2 > k:
-        one, other = real[_mixed(len(real), seed)].tensor_split(2)
-        some = fake[_mixed(len(fake), seed)][: len(other)]
+        one, other = real[_permutation(len(real), seed)].tensor_split(2)
+        some = fake[_permutation(len(fake), seed)][: len(other)]
         ceiling = _scores(one, other, k, inclusive, seed)[0]
         halves = _scores(one, some, k, inclusive, seed)[0]
         notes.append(
@@ -182,8 +182,8 @@ def _beyond(real: Tensor, fake: Tensor) -> list[str]:
 
 def _near_copies(real: Tensor, fake: Tensor, seed: int) -> list[str]:
     """That more fakes lie next to a real sample than reals lie to one another, if so."""
-    reals = real[_mixed(len(real), seed)[:LOOKED_AT]]
-    fakes = fake[_mixed(len(fake), seed)[:LOOKED_AT]]
+    reals = real[_permutation(len(real), seed)[:LOOKED_AT]]
+    fakes = fake[_permutation(len(fake), seed)[:LOOKED_AT]]
     if len(reals) < 4:
         return []
     one, other = reals.tensor_split(2)
@@ -199,9 +199,9 @@ def _near_copies(real: Tensor, fake: Tensor, seed: int) -> list[str]:
     ]
 
 
-def _copied(train: Tensor, real: Tensor, fake: Tensor, seed: int) -> tuple[str, Mean, str]:
+def _copy_score(train: Tensor, real: Tensor, fake: Tensor, seed: int) -> tuple[str, Mean, str]:
     """The share of fakes nearer to a row trained on than to a real one, and what it says."""
-    train, real, fake = (it[_mixed(len(it), seed)[:LOOKED_AT]] for it in (train, real, fake))
+    train, real, fake = (it[_permutation(len(it), seed)[:LOOKED_AT]] for it in (train, real, fake))
     found = copies(train=train, held_out=real, fake=fake, seed=seed)
     said = (
         f"Nearer to a row trained on than to a real one, of as many: 1/2 is right, more are "
@@ -250,7 +250,7 @@ def _others(real: Tensor, fake: Tensor, seed: int) -> dict[str, Mean]:
     }
 
 
-def _mixed(count: int, seed: int) -> Tensor:
+def _permutation(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 

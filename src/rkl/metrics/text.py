@@ -55,7 +55,7 @@ def rouge_l(
     >>> rouge_l(["the cat sat"], ["the dog sat down"])
     tensor([0.5714], dtype=torch.float64)
     """
-    told, wanted = _cut(candidates, "candidates"), _cut(references, "references")
+    told, wanted = _tokens_of(candidates, "candidates"), _tokens_of(references, "references")
     if len(told) != len(wanted):
         raise ValueError(f"{len(told)} candidates but {len(wanted)} references.")
     pairs = zip(told, wanted, strict=True)
@@ -82,7 +82,7 @@ def distinct_n(samples: Sequence[Sample], n: int = 2) -> Float[Tensor, " samples
     tensor([0.5000], dtype=torch.float64)
     """
     _check_order(n)
-    grams = [_grams(tokens, n) for tokens in _cut(samples, "samples")]
+    grams = [_grams(tokens, n) for tokens in _tokens_of(samples, "samples")]
     return _double([len(x) / x.total() if x else math.nan for x in grams])
 
 
@@ -99,7 +99,7 @@ def distinct_n_together(samples: Sequence[Sample], n: int = 2) -> float:
     """
     _check_order(n)
     together = Counter[tuple[Hashable, ...]]()
-    for tokens in _cut(samples, "samples"):
+    for tokens in _tokens_of(samples, "samples"):
         together.update(_grams(tokens, n))
     return len(together) / together.total() if together else math.nan
 
@@ -128,11 +128,11 @@ def self_bleu(samples: Sequence[Sample], n: int = 4) -> Float[Tensor, " samples"
     >>> self_bleu(["a b c d", "a b c d", "x y z w"]).round(decimals=6)
     tensor([1., 1., 0.], dtype=torch.float64)
     """
-    cut = _cut(samples, "samples")
+    cut = _tokens_of(samples, "samples")
     if len(cut) < 2:
         raise ValueError(f"samples must be two at least, to be compared; got {len(cut)}.")
     _check_order(n)
-    precision = [_clipped(cut, order) for order in range(1, n + 1)]
+    precision = [_shared_counts(cut, order) for order in range(1, n + 1)]
     lengths = sorted(map(len, cut))
     return _double(
         [
@@ -148,10 +148,10 @@ def length(samples: Sequence[Sample]) -> Float[Tensor, " samples"]:
     >>> length(["one two three", ""])
     tensor([3., 0.], dtype=torch.float64)
     """
-    return _double([len(tokens) for tokens in _cut(samples, "samples")])
+    return _double([len(tokens) for tokens in _tokens_of(samples, "samples")])
 
 
-def _cut(samples: Sequence[Sample], name: str) -> list[Sequence[Hashable]]:
+def _tokens_of(samples: Sequence[Sample], name: str) -> list[Sequence[Hashable]]:
     if isinstance(samples, str):
         raise TypeError(f"{name} must be a list of texts; got one text, {samples[:40]!r}.")
     if not isinstance(samples, Sequence):
@@ -192,7 +192,7 @@ def _grams(tokens: Sequence[Hashable], n: int) -> Counter[tuple[Hashable, ...]]:
     return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
-def _clipped(cut: list[Sequence[Hashable]], n: int) -> list[tuple[int, int]]:
+def _shared_counts(cut: list[Sequence[Hashable]], n: int) -> list[tuple[int, int]]:
     """For each sample: its n-grams that another sample has as often, and all its n-grams."""
     grams = [_grams(tokens, n) for tokens in cut]
     most: dict[tuple, tuple[int, int]] = {}  # the two largest counts, each in one sample

@@ -32,7 +32,7 @@ from rkl.plots.style import (
     make_logarithmic,
     one_panel,
     step_axis,
-    wrapped,
+    wrap,
 )
 from rkl.plots.svg import to_svg
 
@@ -116,7 +116,7 @@ def head_tail(
     for name, steps in students.items():
         _refuse_empty(f"students[{name!r}]", steps)
     columns = max(map(len, students.values()))
-    side = {name: f"{wrapped(name, 24)}\nprobability" for name in students}
+    side = {name: f"{wrap(name, 24)}\nprobability" for name in students}
     margin = 30 + 15 * max(text.count("\n") for text in side.values())
     figure = blank(margin + 190 * columns, 60 + 165 * len(students))
     grid = figure.subplots(len(students), columns, sharex=True, sharey=True, squeeze=False)
@@ -262,7 +262,7 @@ def bars(
     _refuse_empty("values", values)
     names, given = list(values), _numbers("values", list(values.values()))
     finite = np.where(np.isfinite(given), given, 0.0)
-    above = [wrapped(name, 54) for name in names]
+    above = [wrap(name, 54) for name in names]
     row_height = 26 + 15 * (1 + max(text.count("\n") for text in above))
     figure, axes = one_panel(height=50 + row_height * len(names))
     rows, thickness = np.arange(len(names)), 18 / row_height
@@ -326,17 +326,17 @@ def _panel(
     axes: Axes, p: NDArray[np.float64], q: NDArray[np.float64], i: int, logarithmic: bool
 ) -> tuple[Line2D, Line2D]:
     """One teacher and one student over the ranks; their lines."""
-    rank, p_mean = _thinned(p, logarithmic)
+    rank, p_mean = _bin_means(p, logarithmic)
     axes.fill_between(rank, p_mean, color=INK, alpha=0.15, linewidth=0)
     (teacher,) = axes.plot(rank, p_mean, color=INK, linewidth=1.2)
-    (student,) = axes.plot(rank, _thinned(q, logarithmic)[1], color=colour(i))
+    (student,) = axes.plot(rank, _bin_means(q, logarithmic)[1], color=colour(i))
     if logarithmic:
         make_logarithmic(axes, "x")
         make_logarithmic(axes, "y")
     return teacher, student
 
 
-def _thinned(
+def _bin_means(
     values: NDArray[np.float64], logarithmic: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Middle rank and mean of at most 300 bins of neighbouring ranks."""

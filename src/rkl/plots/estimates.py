@@ -54,7 +54,7 @@ def estimates(
     lines = {}
     for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
         for name, series in panel.items():
-            x, y, band = _checked(f"panels[{title!r}][{name!r}]", series)
+            x, y, band = _check_series(f"panels[{title!r}][{name!r}]", series)
             i = names.index(name)
             width = 3.2 - 2.2 * i / max(len(names) - 1, 1)
             style = line_style(i) | {"linewidth": width, "marker": MARKERS[i % len(MARKERS)]}
@@ -93,7 +93,7 @@ def _refuse(panels: Mapping, truth: float, columns: int) -> None:
         )
 
 
-def _checked(argument: str, series: Series) -> list[np.ndarray]:
+def _check_series(argument: str, series: Series) -> list[np.ndarray]:
     if len(series) != 3:
         raise ValueError(f"{argument} must be sizes, means and bands; got {len(series)} of three.")
     try:

@@ -271,21 +271,21 @@ def _series(argument: str, series: Any) -> list[NDArray[np.float64]]:
 
 
 def _vector(argument: str, values: ArrayLike) -> NDArray[np.float64]:
-    return _checked(argument, values, 1, "a non-empty vector")
+    return _as_array(argument, values, 1, "a non-empty vector")
 
 
 def _plane(argument: str, values: ArrayLike) -> NDArray[np.float64]:
-    return _checked(argument, values, 2, "[rows, columns]")
+    return _as_array(argument, values, 2, "[rows, columns]")
 
 
 def _points(argument: str, values: ArrayLike) -> NDArray[np.float64]:
-    points = _checked(argument, values, 2, "[points, 2]")
+    points = _as_array(argument, values, 2, "[points, 2]")
     if points.shape[1] != 2:
         raise ValueError(f"{argument} must be [points, 2]; got {list(points.shape)}.")
     return points
 
 
-def _checked(argument: str, values: Any, axes: int, expected: str) -> NDArray[np.float64]:
+def _as_array(argument: str, values: Any, axes: int, expected: str) -> NDArray[np.float64]:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

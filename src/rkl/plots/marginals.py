@@ -47,7 +47,7 @@ def posterior(
     panels = figure.subplots(len(draws), 1, squeeze=False)[:, 0]
     lines = {}
     for axes, (name, values) in zip(panels, draws.items(), strict=True):
-        shown = _drawn(axes, name, _numbers(name, values))
+        shown = _draw_density(axes, name, _numbers(name, values))
         for i, (act, value) in enumerate(acts.items()):
             if name in value and shown[0] <= value[name] <= shown[1]:
                 lines[act] = axes.axvline(value[name], **line_style(i))
@@ -67,7 +67,7 @@ def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
         raise TypeError(f"draws[{name!r}] must hold numbers: {error}.") from error
 
 
-def _drawn(axes: Axes, name: str, values: NDArray[np.float64]) -> tuple[float, float]:
+def _draw_density(axes: Axes, name: str, values: NDArray[np.float64]) -> tuple[float, float]:
     """Draw the density of one parameter, and say over what range."""
     finite = values[np.isfinite(values)]
     if not len(finite):

@@ -15,7 +15,7 @@ from rkl.plots.style import (
     colour,
     legend,
     one_panel,
-    wrapped,
+    wrap,
 )
 
 Point = tuple[tuple[float, float], tuple[float, float]]
@@ -82,7 +82,7 @@ def clouds(panels: Mapping[str, ArrayLike], *, columns: int = 3, reach: float = 
         axes.scatter(*shown.T, s=2.5, color=colour(0), alpha=0.6, linewidths=0, rasterized=True)
         axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         axes.set(xticks=[], yticks=[])
-        axes.set_title(wrapped(name, 26), fontsize=10)
+        axes.set_title(wrap(name, 26), fontsize=10)
     return figure
 
 
@@ -110,7 +110,7 @@ def montages(panels: Mapping[str, ArrayLike], *, columns: int = 3, across: int =
         whole = np.concatenate(list(np.concatenate(list(sheet), 1)), 1)
         axes.imshow(whole, cmap="gray_r", vmin=low, vmax=max(high, low + 1e-9), aspect="equal")
         axes.set_axis_off()
-        axes.set_title(wrapped(name, 26), fontsize=10)
+        axes.set_title(wrap(name, 26), fontsize=10)
     return figure
 
 
@@ -119,7 +119,7 @@ def _grid(panels: Mapping[str, ArrayLike], columns: int, side: int) -> tuple[Fig
         raise ValueError("panels is empty; a figure needs at least one law.")
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    lines = max(wrapped(name, 26).count("\n") for name in panels)
+    lines = max(wrap(name, 26).count("\n") for name in panels)
     figure = blank(columns * side, rows * (side + 14 * lines + 14))
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:

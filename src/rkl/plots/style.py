@@ -80,7 +80,7 @@ def step_axis(axes: Axes) -> None:
 
 def legend(figure: Figure, lines: Mapping[str, Any]) -> None:
     """The runs' names above the axes, in as many columns as the longest name leaves room for."""
-    labels = [wrapped(name, 44) for name in lines]
+    labels = [wrap(name, 44) for name in lines]
     longest = max(len(part) for label in labels for part in label.split("\n"))
     columns = max(1, int(figure.get_figwidth() * 72 / 6.8 / (longest + 8)))  # 8: the line drawn
     rows = -(-sum(1 + label.count("\n") for label in labels) // columns)
@@ -89,7 +89,7 @@ def legend(figure: Figure, lines: Mapping[str, Any]) -> None:
     figure.legend(list(lines.values()), labels, loc="outside upper left", ncols=columns)
 
 
-def wrapped(name: str, width: int) -> str:
+def wrap(name: str, width: int) -> str:
     """The name in lines that its figure has room for; an empty one as a blank."""
     return textwrap.fill(name, width, break_on_hyphens=False) or " "
 

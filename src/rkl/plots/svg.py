@@ -34,7 +34,7 @@ def to_svg(figure: Figure, title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
         f'class="figure" style="--width: {width:g}" stroke-linejoin="round" '
         f'role="img" aria-label="{escape(title)}">\n<title>{escape(title)}</title>'
-        + _themed(_bare(buffer.getvalue()))
+        + _with_theme_colours(_bare(buffer.getvalue()))
     )
 
 
@@ -50,7 +50,7 @@ def _bare(svg: str) -> str:
     return re.sub(r"\n\s*", "\n", svg)
 
 
-def _themed(svg: str) -> str:
+def _with_theme_colours(svg: str) -> str:
     """The stand-in colours and the font replaced by what the page says."""
     colours = {INK: "currentColor", GRID: "var(--figure-grid, #8886)"}
     colours |= {hue: f"var(--series-{i}, {hue})" for i, hue in enumerate(PALETTE, start=1)}

@@ -43,12 +43,12 @@ from rkl.runs.files import (
 )
 from rkl.runs.ownership import (
     check_out_file,
+    file_entries,
     foreign_files,
-    listed,
+    no_digest,
     refuse_foreign,
     refuse_inputs,
     remove_written,
-    unmeasured,
     written_files,
 )
 from rkl.runs.writers import LOCK, RunBusyError
@@ -179,7 +179,7 @@ class Run:
             # Again, now that nobody else can change it.
             begun = check_out(path, **how)
             if begun and resume:
-                return cls.open(path)._resumed(record, may_change)
+                return cls.open(path)._open_for_resume(record, may_change)
             if begun:
                 remove_written(path)
             sweep(path)
@@ -236,8 +236,8 @@ class Run:
         measured the file since it was written. Of a run from before run.json listed its files,
         the names are those that rkl is known to write.
         """
-        found = listed(self.record)
-        return dict.fromkeys(written_files(self.path), unmeasured()) if found is None else found
+        found = file_entries(self.record)
+        return dict.fromkeys(written_files(self.path), no_digest()) if found is None else found
 
     def update(self, **entries: Any) -> None:
         """Set entries of run.json, atomically, and leave what others set meanwhile."""
@@ -258,7 +258,7 @@ class Run:
                 is written again.
         """
         known = files if isinstance(files, Mapping) else {}
-        entries = {str(name): {**unmeasured(), **known.get(name, {})} for name in files}
+        entries = {str(name): {**no_digest(), **known.get(name, {})} for name in files}
         with writers.updating(self.path):
             merged = self.files | entries
             record = self.record | {"files": dict(sorted(merged.items()))}
@@ -270,7 +270,7 @@ class Run:
         """Take from the list in run.json whatever is no longer in the folder."""
         with writers.updating(self.path):
             there = {name: it for name, it in self.files.items() if (self.path / name).is_file()}
-            if there != listed(self.record):
+            if there != file_entries(self.record):
                 write_json(self.path / "run.json", self.record | {"files": there})
         if (writer := self._writer) is not None:
             writer.names &= there.keys()
@@ -321,9 +321,9 @@ class Run:
             ValueError: Some are not as rkl wrote them; each is named, with both digests.
         """
         files = self.files
-        listed = {name: it for name, it in files.items() if _is_settled(name)}
-        found = integrity.check_files(self.path, listed, missing=missing)
-        for name in files.keys() - listed.keys() - {"run.json"}:  # of runs within
+        file_entries = {name: it for name, it in files.items() if _is_settled(name)}
+        found = integrity.check_files(self.path, file_entries, missing=missing)
+        for name in files.keys() - file_entries.keys() - {"run.json"}:  # of runs within
             if (self.path / name).is_file():
                 found += Run((self.path / name).parent).verify(missing=missing)
         return found
@@ -395,7 +395,7 @@ class Run:
             )
         return sum(row_fingerprint(row) in seen for row in rows)
 
-    def _resumed(self, record: dict[str, Any], may_change: Collection[str]) -> "Run":
+    def _open_for_resume(self, record: dict[str, Any], may_change: Collection[str]) -> "Run":
         before = self.record
         if before["kind"] != record["kind"]:
             raise ValueError(
@@ -559,7 +559,7 @@ def _new_record(kind: str, settings: Mapping[str, Any], seed: int) -> dict[str, 
         "versions": versions(),
         "started": _now(),
         "ended": None,
-        "files": {"run.json": unmeasured()},
+        "files": {"run.json": no_digest()},
     }
 
 

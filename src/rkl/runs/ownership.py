@@ -61,15 +61,15 @@ _UNLISTED: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def listed(record: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
+def file_entries(record: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
     """The files in a run.json, if it lists them: ``{name: {"sha256": ..., "size": ...}}``."""
     found = record.get("files")
     if not isinstance(found, dict):
         return None
-    return {name: it if isinstance(it, dict) else unmeasured() for name, it in found.items()}
+    return {name: it if isinstance(it, dict) else no_digest() for name, it in found.items()}
 
 
-def unmeasured() -> dict[str, Any]:
+def no_digest() -> dict[str, Any]:
     """The entry of a file of which no digest is known."""
     return {"sha256": None, "size": None}
 
@@ -79,12 +79,12 @@ def written_files(folder: Path) -> list[str]:
 
     Links are never followed, and no link is a file of rkl's.
     """
-    return sorted(_split(folder)[0])
+    return sorted(_split_by_owner(folder)[0])
 
 
 def foreign_files(folder: Path) -> list[str]:
     """Whatever else is in a run folder, but for what killed processes of rkl left."""
-    return sorted(_split(folder)[1])
+    return sorted(_split_by_owner(folder)[1])
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -120,7 +120,7 @@ def remove_written(folder: Path) -> None:
     remove(folder / "run.json")
 
 
-def _split(folder: Path) -> tuple[set[str], set[str]]:
+def _split_by_owner(folder: Path) -> tuple[set[str], set[str]]:
     """The names of the files of rkl's, and of all others."""
     entries = list(_walk(folder))
     names = {it.relative_to(folder).as_posix(): it for it in entries if not is_leftover(it)}
@@ -140,9 +140,9 @@ def _add_owned(folder: Path, within: str, names: Iterable[str], owned: set[str])
     if not isinstance(record, dict):
         return
     inside = [name.removeprefix(within) for name in names if name.startswith(within)]
-    files = listed(record)
+    files = file_entries(record)
     if files is None:
-        patterns = (*_FOR_ALL, *_unlisted(record))
+        patterns = (*_FOR_ALL, *_patterns_before_listing(record))
         files = [name for name in inside if any(_matches(name, it) for it in patterns)]
         if str(record.get("kind")).startswith("studies."):
             files += [it for it in inside if it.count("/") == 1 and it.endswith("/run.json")]
@@ -153,7 +153,7 @@ def _add_owned(folder: Path, within: str, names: Iterable[str], owned: set[str])
             _add_owned(folder, within + name.removesuffix("run.json"), names, owned)
 
 
-def _unlisted(record: Mapping[str, Any]) -> tuple[str, ...]:
+def _patterns_before_listing(record: Mapping[str, Any]) -> tuple[str, ...]:
     return _UNLISTED.get(str(record.get("kind")).partition(".")[0], ())
 
 
@@ -251,8 +251,8 @@ def _run_of(path: Path) -> tuple[Path, str] | None:
             name = place.relative_to(folder).as_posix()
             if not isinstance(record, dict) or not {"format", "kind"} <= record.keys():
                 continue
-            patterns = (*_FOR_ALL, *_unlisted(record), LOCK)
-            if name in (listed(record) or {}) or any(_matches(name, it) for it in patterns):
+            patterns = (*_FOR_ALL, *_patterns_before_listing(record), LOCK)
+            if name in (file_entries(record) or {}) or any(_matches(name, it) for it in patterns):
                 return folder, name
     return None
 

@@ -89,7 +89,7 @@ def acquire(folder: Path, add: Callable[[list[str]], None]) -> Writer | None:
             raise RunBusyError(_busy(folder, _owner(os.getpid(), "another thread of it")))
         if held is not None:
             held.release()
-        writer = Writer(folder, _locked(folder), add)
+        writer = Writer(folder, _lock(folder), add)
         _WRITERS[str(folder)] = writer
     return writer
 
@@ -152,7 +152,7 @@ def updating(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _locked(folder: Path) -> int | None:
+def _lock(folder: Path) -> int | None:
     """A descriptor of the lock file of a folder, locked; None where locks do not work."""
     path = folder / LOCK
     while True:

@@ -77,7 +77,7 @@ def _precision(at_p: Tensor | None, at_q: Tensor | None, log_lam: float) -> Mean
     share = [len(it) / sum(map(len, laws)) for it in laws]
     over_q = [_log_mixture(it, *map(math.log, share)) for it in laws]  # log m/q
     terms = [((log_lam + it).clamp_max(0.0) - m).exp() for it, m in zip(laws, over_q, strict=True)]
-    return _controlled(terms, [(-m).exp() for m in over_q], share)
+    return _mean_with_control(terms, [(-m).exp() for m in over_q], share)
 
 
 def _log_mixture(log_ratio: Tensor, log_share_p: float, log_share_q: float) -> Tensor:
@@ -85,7 +85,7 @@ def _log_mixture(log_ratio: Tensor, log_share_p: float, log_share_q: float) -> T
     return torch.logaddexp(log_share_p + log_ratio, torch.full_like(log_ratio, log_share_q))
 
 
-def _controlled(terms: list[Tensor], control: list[Tensor], share: list[float]) -> Mean:
+def _mean_with_control(terms: list[Tensor], control: list[Tensor], share: list[float]) -> Mean:
     """The mean over the strata of a mixture, and a control whose mean there is 1."""
     together = list(zip(share, terms, control, strict=True))
     spread = sum(s * g.var(correction=0) for s, _, g in together)

@@ -63,7 +63,7 @@ def pr_spectrum(
     _check(divergence)
     slopes = checked_slopes(slopes)
     u = slopes.log()
-    density = _cumulated(divergence, u)[1] / (slopes * slopes.clamp_max(1.0))
+    density = _cumulative_weight(divergence, u)[1] / (slopes * slopes.clamp_max(1.0))
     return Spectrum(slopes, density, *_atoms(divergence))
 
 
@@ -91,15 +91,15 @@ def pr_weight(
     finite = ((edges > 0) & (edges < math.inf)).all()
     if edges.ndim != 1 or len(edges) < 2 or not finite or not (edges.diff() > 0).all():
         raise ValueError(f"edges must be two slopes at least, rising; got {edges.tolist()}.")
-    weight = _cumulated(divergence, edges.log())[0].diff()
+    weight = _cumulative_weight(divergence, edges.log())[0].diff()
     return weight.clamp_min(0.0)  # which only rounding undercuts: f is convex
 
 
-def described(divergence: FDivergence) -> str:
+def spectrum_text(divergence: FDivergence) -> str:
     """In three lines, the trade-offs at which a divergence looks.
 
     >>> from rkl import KL
-    >>> print(described(KL()))
+    >>> print(spectrum_text(KL()))
     looks at      1/256 █████████▅▃▂▁▁▁▁▁ 256   (slope λ, an octave each)
     weight        recall (λ < 1) 80 %, both (λ about 1) 9 %, precision (λ > 1) 10 %
     atoms         none
@@ -129,7 +129,7 @@ def _check(divergence: Any) -> None:
         )
 
 
-def _cumulated(divergence: FDivergence, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cumulative_weight(divergence: FDivergence, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""The weight M up to log λ = u, its derivative (atoms apart), and how wrong M may be.
 
     With f*(λ) = F(1, λ), M is λ f*′ − f* up to λ = 1 and f*′ above. It is computed from
@@ -182,7 +182,7 @@ def _atoms(divergence: FDivergence) -> tuple[Tensor, Tensor]:
 
 def _excess(divergence: FDivergence, low: Tensor, high: Tensor) -> Tensor:
     """How far the weight of each cell exceeds what its density gives; 0 where that is nothing."""
-    found = _cumulated(divergence, torch.cat([low, high]))
+    found = _cumulative_weight(divergence, torch.cat([low, high]))
     weight, density, rounding = (part.reshape(2, -1) for part in found)
     dense = (high - low) * density.mean(0)
     excess = weight[1] - weight[0] - dense

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rkl.checks import floats, number
 from rkl.divergences.parse import full_name, parse, with_module
-from rkl.importing import imported
+from rkl.importing import import_object
 from rkl.sample.targets.domains import Chart, Domain, chart_of
 
 PLACEHOLDER = "target_by_module"  # for "module:name" while its settings are read
@@ -273,7 +273,7 @@ def spelt(target: Target, text: str) -> str:
 def _maker(name: str) -> Callable[..., Target]:
     """What makes a target of "module:name": a class of them, a target, or a log-density."""
     try:
-        found: Any = imported(name)
+        found: Any = import_object(name)
     except ValueError as error:
         raise ValueError(f"target: {error}") from error
     if isinstance(found, Target):

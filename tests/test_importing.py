@@ -31,7 +31,7 @@ from torch.distributions import Distribution, Normal
 from rkl import FDivergence, KL
 from rkl.flows import NSF
 from rkl.flows.architectures import Architecture
-from rkl.flows.targets import Target
+from rkl.sample import Target
 
 class Loss(KL):
     aliases = ()

@@ -35,10 +35,10 @@ from torch.distributions import Normal  # noqa: E402
 
 from rkl import KL, ReverseKL  # noqa: E402
 from rkl.bayes.draws import Draws, read_draws  # noqa: E402
-from rkl.bayes.laws import read_family  # noqa: E402
-from rkl.bayes.pythagoras import act_and_risk, averages, directions_of, solve  # noqa: E402
-from rkl.bayes.questions import Question  # noqa: E402
-from rkl.bayes.streaming import one_pass  # noqa: E402
+from rkl.bayes.model import read_family  # noqa: E402
+from rkl.bayes.problem import Question  # noqa: E402
+from rkl.bayes.solve.closed import act_and_risk, averages, directions_of, solve  # noqa: E402
+from rkl.bayes.solve.streaming import one_pass  # noqa: E402
 from rkl.divergences import Divergence  # noqa: E402
 from rkl.stats import Mean  # noqa: E402
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import rkl
 from rkl import cli, readers
-from rkl.bayes.losses import parse_loss
+from rkl.bayes.loss.between import parse_loss
 from rkl.fit.data import read_data
 from rkl.fit.run import fit
 from rkl.fit.settings import FitSettings

@@ -14,7 +14,7 @@ import torch
 
 import rkl
 from rkl.bayes import bayes_act
-from rkl.bayes.losses import parse_loss
+from rkl.bayes.loss.between import parse_loss
 from rkl.cli import main
 from rkl.distill.settings import DistillSettings
 from rkl.fit.settings import FitSettings

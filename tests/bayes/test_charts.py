@@ -3,7 +3,7 @@ import torch
 from torch.distributions import Bernoulli, Categorical, Gamma, MixtureSameFamily, Normal
 from torch.distributions.transforms import SoftplusTransform
 
-from rkl.bayes.charts import chart_of
+from rkl.bayes.solve.unconstrained import chart_of
 
 DRAWS = 6
 

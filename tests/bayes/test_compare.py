@@ -10,9 +10,9 @@ import torch
 from torch.distributions import Independent, Normal, Poisson
 
 from rkl.bayes import Intrinsic, bayes_act, compare, progress, read_draws
-from rkl.bayes.averages import mean_of
 from rkl.bayes.compare import excess_over
-from rkl.bayes.generic import expected_seconds
+from rkl.bayes.diagnostics import mean_of
+from rkl.bayes.loss.expected import expected_seconds
 from rkl.bayes.tables import Table, parenthesised
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL, SquaredHellinger
 

@@ -39,9 +39,10 @@ from rkl import (
     ReverseKL,
     SquaredHellinger,
 )
-from rkl.bayes.families import ExponentialFamily, divergence_between, family_of
+from rkl.bayes.families import ExponentialFamily, family_of
 from rkl.bayes.families.gamma import GammaFamily
 from rkl.bayes.families.normal import NormalFamily
+from rkl.bayes.loss.between import divergence_between
 
 
 def close(got, expected, tolerance=1e-10):

@@ -22,10 +22,11 @@ from torch.distributions import (
 from torch.distributions.transforms import ExpTransform, SoftplusTransform
 
 import rkl
-from rkl.bayes import generic
-from rkl.bayes.generic import generic_act, laws_of
-from rkl.bayes.losses import Intrinsic
-from rkl.bayes.nodes import nodes_for
+from rkl.bayes.loss.between import Intrinsic
+from rkl.bayes.loss.nodes import nodes_for
+from rkl.bayes.model import laws_of
+from rkl.bayes.solve import numerical as generic
+from rkl.bayes.solve.numerical import generic_act
 
 
 def normal(*shape, seed=0):

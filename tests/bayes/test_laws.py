@@ -21,7 +21,7 @@ from torch.distributions import (
 )
 
 from rkl.bayes.draws import Draws
-from rkl.bayes.laws import moving_edge, probe, read_family, unwrap
+from rkl.bayes.model import moving_edge, probe, read_family, unwrap
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from torch.distributions import (
 )
 
 import rkl
-from rkl.bayes.generic import laws_of, posterior_loss, sampled
-from rkl.bayes.losses import DirectLoss, Intrinsic, NodeLoss, between, orders, slopes
-from rkl.bayes.nodes import nodes_for
-from rkl.bayes.panels import kinked
+from rkl.bayes.loss.between import Intrinsic, between, orders
+from rkl.bayes.loss.expected import DirectLoss, NodeLoss, posterior_loss, sampled, slopes
+from rkl.bayes.loss.nodes import nodes_for
+from rkl.bayes.loss.quadrature import kinked
+from rkl.bayes.model import laws_of
 
 every_loss = pytest.mark.parametrize("divergence", [*F, Intrinsic()], ids=repr)
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from rkl.bayes import minimise as module
-from rkl.bayes.minimise import minimise
+from rkl.bayes.solve import unconstrained as module
+from rkl.bayes.solve.unconstrained import minimise
 
 
 def starts(count, k, seed=0):

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, Poisson
 
 from rkl.bayes import bayes_act, families, read_draws
-from rkl.bayes.laws import Theta, read_family
+from rkl.bayes.model import Theta, read_family
 from rkl.divergences import KL, ReverseKL
 
 mp = mpmath.mp

@@ -29,8 +29,9 @@ from torch.distributions import (
 )
 
 from rkl import KL, Jeffreys, JensenShannon, ReverseKL, SquaredHellinger
-from rkl.bayes.nodes import Laws, nodes_for
-from rkl.bayes.panels import FEW, _summing
+from rkl.bayes.loss.nodes import nodes_for
+from rkl.bayes.loss.quadrature import MAX_SINGLE, _summing
+from rkl.bayes.model import Laws
 
 
 def drawn(count, seed=0, **spreads):
@@ -130,12 +131,14 @@ def test_angles_are_integrated_over_the_circle():
     assert nodes.defect < 1e-6  # torch's own normaliser is right to 1e-7
 
 
-@pytest.mark.parametrize("width", [3, FEW, FEW + 1, 100, 1000, 16_384, 16_385, 123_456])
+@pytest.mark.parametrize(
+    "width", [3, MAX_SINGLE, MAX_SINGLE + 1, 100, 1000, 16_384, 16_385, 123_456]
+)
 @pytest.mark.parametrize("order", [11, 16])
 def test_a_panel_of_counts_sums_polynomials_exactly_with_positive_weights(width, order):
     k, weights = _summing(width, order)
     assert (weights > 0).all()
-    assert len(k) == len(k.unique()) == (order if width > FEW else width)
+    assert len(k) == len(k.unique()) == (order if width > MAX_SINGLE else width)
     every = (2 * torch.arange(width).double() + 1 - width) / width
     some = (2 * k + 1 - width) / width
     for degree in (0, 1, 2, 5, order - 1):

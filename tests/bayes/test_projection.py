@@ -18,7 +18,7 @@ from torch.distributions import (
 from torch.nn.functional import softplus
 
 import rkl
-from rkl.bayes.losses import Intrinsic
+from rkl.bayes.loss.between import Intrinsic
 from rkl.bayes.projection import project
 
 FULL = "normal(loc=mu, scale=sigma)"

@@ -18,11 +18,11 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from rkl.bayes import blocks, streaming
-from rkl.bayes.closed import Weights
 from rkl.bayes.draws import Draws, read_draws
-from rkl.bayes.pythagoras import averages_of, least
-from rkl.bayes.streaming import one_pass
+from rkl.bayes.loss.between import Weights
+from rkl.bayes.solve import streaming
+from rkl.bayes.solve.closed import averages_of, least
+from rkl.bayes.solve.streaming import one_pass
 from rkl.stats import BatchMeans
 
 
@@ -189,10 +189,10 @@ def test_how_draws_are_cut_into_blocks_changes_nothing(batch, draws, monkeypatch
 def test_one_logarithm_for_eight_draws_is_as_good_as_eight():
     for law in (normal, log_normal):
         draws = posterior(70, draws=320)
-        plan = blocks.Plan(law, *plan_of(draws, law), unit=16, rest=0, rows=64, compiled=False)
+        plan = streaming.Plan(law, *plan_of(draws, law), unit=16, rest=0, rows=64, compiled=False)
         for chunk in ({"mu": draws["mu"][0], "sigma": draws["sigma"][0]},):
-            fast = blocks.sums_of(plan, 0, chunk)
-            plain = blocks.sums_of(plan._replace(kernels=False), 0, chunk)
+            fast = streaming.sums_of(plan, 0, chunk)
+            plain = streaming.sums_of(plan._replace(kernels=False), 0, chunk)
             for a, b in zip(fast, plain, strict=True):
                 for direction in ("reverse", "forward"):
                     torch.testing.assert_close(

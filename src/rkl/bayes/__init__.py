@@ -7,9 +7,9 @@ HOMES = {
     "answer": "Act Diagnostics",
     "draws": "Draws read_draws",
     "families": "ExponentialFamily GaussianRegression LogisticRegression PoissonRegression "
-    "divergence_between family_of",
+    "family_of",
     "invariance": "check_invariance",
-    "losses": "Intrinsic",
+    "loss.between": "Intrinsic divergence_between",
     "partitions": "PartitionAct partition_act",
     "projection": "Projection project",
     "regions": "Region",

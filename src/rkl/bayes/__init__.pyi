@@ -8,10 +8,10 @@ from rkl.bayes.families import ExponentialFamily as ExponentialFamily
 from rkl.bayes.families import GaussianRegression as GaussianRegression
 from rkl.bayes.families import LogisticRegression as LogisticRegression
 from rkl.bayes.families import PoissonRegression as PoissonRegression
-from rkl.bayes.families import divergence_between as divergence_between
 from rkl.bayes.families import family_of as family_of
 from rkl.bayes.invariance import check_invariance as check_invariance
-from rkl.bayes.losses import Intrinsic as Intrinsic
+from rkl.bayes.loss.between import Intrinsic as Intrinsic
+from rkl.bayes.loss.between import divergence_between as divergence_between
 from rkl.bayes.partitions import PartitionAct as PartitionAct
 from rkl.bayes.partitions import partition_act as partition_act
 from rkl.bayes.projection import Projection as Projection

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rkl.bayes.answer import Answer
-from rkl.bayes.blocks import check_domain
 from rkl.bayes.compare import compare
 from rkl.bayes.draws import Draws, read_draws, with_exact_simplexes
-from rkl.bayes.laws import PROBE, Model, family_in, read_family
-from rkl.bayes.losses import check_loss
-from rkl.bayes.questions import Question
+from rkl.bayes.loss.between import check_loss
+from rkl.bayes.model import PROBE, Model, family_in, read_family
+from rkl.bayes.problem import Question
 from rkl.bayes.regions import Region, region
 from rkl.bayes.report import posterior_figure
-from rkl.bayes.solve import answer
+from rkl.bayes.solve.act import answer
+from rkl.bayes.solve.streaming import check_domain
 from rkl.bayes.tables import Table
 from rkl.divergences import ReverseKL
 

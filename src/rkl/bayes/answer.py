@@ -16,7 +16,7 @@ from rkl.divergences.parse import Stack
 from rkl.stats import Mean, to_json
 
 if TYPE_CHECKING:
-    from rkl.bayes.questions import Question
+    from rkl.bayes.problem import Question
 
 SHOWN = 12  # elements of one parameter that are printed
 

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from rkl.bayes.answer import Answer, elements
-from rkl.bayes.averages import masked, mean_of
-from rkl.bayes.closed import Weights
+from rkl.bayes.diagnostics import masked, mean_of
 from rkl.bayes.families import Natural
-from rkl.bayes.generic import expected_seconds, sampled
 from rkl.bayes.identified import not_used
-from rkl.bayes.losses import AnyLoss, Intrinsic, check_loss
+from rkl.bayes.loss.between import AnyLoss, Intrinsic, Weights, check_loss
+from rkl.bayes.loss.expected import expected_seconds, sampled
 from rkl.bayes.modes import LogDensity, modes
-from rkl.bayes.pythagoras import Point, averages, directions_of, towards
-from rkl.bayes.questions import Question, Variables
+from rkl.bayes.problem import Question, Variables
 from rkl.bayes.regions import periodic
-from rkl.bayes.solve import answer
+from rkl.bayes.solve.act import answer
+from rkl.bayes.solve.closed import Point, averages, directions_of, towards
 from rkl.bayes.tables import ROUNDING, Cell, Table, settled
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
 

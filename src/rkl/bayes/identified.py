@@ -14,9 +14,10 @@ from torch.distributions import Distribution, MixtureSameFamily
 from torch.distributions.transforms import Transform
 
 from rkl.bayes.answer import Act
-from rkl.bayes.charts import LawOf, chart_of
 from rkl.bayes.families.regression import Regression
-from rkl.bayes.questions import Variables
+from rkl.bayes.model import LawOf
+from rkl.bayes.problem import Variables
+from rkl.bayes.solve.unconstrained import chart_of
 from rkl.stats import Mean
 
 SAME = 1e-9  # relative change of a parameter that is rounding

@@ -13,13 +13,13 @@ from rkl.bayes.act import Estimate
 from rkl.bayes.answer import Answer
 from rkl.bayes.compare import means_of
 from rkl.bayes.draws import Draws
-from rkl.bayes.generic import generic_act, laws_of
-from rkl.bayes.laws import Model, Theta
+from rkl.bayes.loss.nodes import nodes_for
+from rkl.bayes.model import Model, Theta, laws_of
 from rkl.bayes.modes import LogDensity, density_mode
-from rkl.bayes.nodes import nodes_for
-from rkl.bayes.questions import Question, Variables
+from rkl.bayes.problem import Question, Variables
 from rkl.bayes.regions import region
-from rkl.bayes.solve import answer
+from rkl.bayes.solve.act import answer
+from rkl.bayes.solve.numerical import generic_act
 from rkl.bayes.tables import Cell, Table
 from rkl.divergences import FDivergence
 from rkl.stats import resample

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributions.transforms import ExpTransform, SigmoidTransform, Transform
 
-from rkl.bayes.charts import Chart, chart_of
 from rkl.bayes.families import Natural
-from rkl.bayes.laws import Theta, probe
-from rkl.bayes.minimise import minimise
-from rkl.bayes.questions import Question, Variables
+from rkl.bayes.model import Theta, probe
+from rkl.bayes.problem import Question, Variables
+from rkl.bayes.solve.unconstrained import Chart, chart_of, minimise
 
 LogDensity = Callable[[Theta], Tensor]
 Bends = Mapping[str, Transform]

@@ -3,22 +3,25 @@
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from rkl.bayes.act import Estimate, bayes_act
 from rkl.bayes.answer import Act, elements
-from rkl.bayes.averages import NO_ERROR, judged, masked, mean_of
-from rkl.bayes.closed import Weights
-from rkl.bayes.draws import read_draws
+from rkl.bayes.diagnostics import judged, masked, mean_of
+from rkl.bayes.draws import Draws, read_draws
+from rkl.bayes.families.regression import Regression, by_rows
 from rkl.bayes.identified import Unidentified, sentences, unidentified, without_unidentified
-from rkl.bayes.laws import probe
-from rkl.bayes.losses import PosteriorLoss, node_mass
-from rkl.bayes.members import best_member
-from rkl.bayes.pythagoras import (
+from rkl.bayes.loss.between import Intrinsic, Weights, between
+from rkl.bayes.loss.expected import NodeLoss, PosteriorLoss, node_mass, over_few, posterior_loss
+from rkl.bayes.loss.nodes import nodes_for
+from rkl.bayes.model import Model, Theta, family_in, laws_of, probe, read_family, support_of
+from rkl.bayes.problem import Question, Variables
+from rkl.bayes.solve.closed import (
     Averages,
     Point,
     Solved,
@@ -29,15 +32,384 @@ from rkl.bayes.pythagoras import (
     solve,
     towards,
 )
-from rkl.bayes.questions import Question, Variables
-from rkl.bayes.subfamilies import Subfamily, read_subfamilies
+from rkl.bayes.solve.numerical import influences, on_all
+from rkl.bayes.solve.unconstrained import chart_of, minimise
 from rkl.bayes.tables import Cell, Table, parenthesised
-from rkl.divergences import ReverseKL
+from rkl.divergences import FDivergence, ReverseKL
+from rkl.divergences.parse import Stack
 from rkl.stats import Mean
+from rkl.stats.pareto import NO_ERROR
 
 SHOWN = 6  # numbers of an act that are printed
 ROUNDING = 1e-13  # error of a mean of equal numbers, relative to them
 RISK, EXCESS = "risk (nats)", "excess (nats)"
+HELD = 2**20  # log-densities over which a loss that needs every draw is minimised
+STARTS = 4  # draws that a minimiser starts from
+ASTRAY = 1e-6  # mass of a law that may lie beyond the nodes
+ROUNDS, BEYOND, DEAR = 6, 1.5, 1e3  # of choosing nodes; how far past a member; nats
+OWN = "of the subfamily: "  # before its variables, where they stand beside those of the family
+
+
+@dataclass(frozen=True, eq=False)
+class Subfamily:
+    """A simpler family, and how its variables follow from the posterior.
+
+    Attributes:
+        name: What it is called.
+        model: Its laws.
+        question: That of the whole family, its draws such that the model takes them.
+        places: By variable, where in the whole family's the numbers go that are kept of it:
+            [kept, all], of 0 and 1.
+        zeros: By variable, the shape of those of which no number is kept.
+    """
+
+    name: str
+    model: Model
+    question: Question
+    places: Mapping[str, Tensor] = field(default_factory=dict)
+    zeros: Mapping[str, torch.Size] = field(default_factory=dict)
+
+    @property
+    def theta(self) -> Variables:
+        """All draws of its variables [draws, *shape], in the shape that its act has."""
+        draws = self.question.draws
+        return {
+            name: self.question.aligned(name, draws[name].flatten(0, 1), self.model)
+            for name in self.model.names
+        }
+
+    def placed(self, variables: Mapping[str, Tensor]) -> Variables:
+        """The variables [*lead, *shape] with zeros for what was left out."""
+        name, first = next(iter(variables.items()))
+        lead = first.shape[: first.ndim - len(self.question.shape(name, self.model))]
+        found = {k: x @ self.places[k] if k in self.places else x for k, x in variables.items()}
+        return found | {k: first.new_zeros((*lead, *size)) for k, size in self.zeros.items()}
+
+    def within(self, whole: Question) -> bool:
+        """Whether it lies in the exponential family of the whole, under the same wrappings."""
+        law = self.model.law(probe(self.question.draws, self.model.names))
+        base = self.model.unwrapped(law).base
+        if whole.family is None or family_in(base) != whole.family:
+            return False
+        again = whole.unwrapped.wrap(base)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            x = law.sample()
+            try:
+                said, meant = law.log_prob(x), again.log_prob(x)
+            except ValueError:  # over other events, or beyond the support
+                return False
+        return said.shape == meant.shape and torch.allclose(said, meant)
+
+
+def read_subfamilies(whole: Question, given: Any) -> list[Subfamily]:
+    """What one simpler family, a list of them, or a dict of them by name stands for.
+
+    Raises:
+        ValueError: One does not go with the whole family, or two have one name.
+        TypeError: They are none of these.
+    """
+    match given:
+        case Mapping():
+            named = list(given.items())
+        case list() | tuple():
+            named = [(None, one) for one in given]
+        case _ if isinstance(given, str) or callable(given):
+            named = [(None, given)]
+        case _:
+            raise TypeError(
+                f"subfamilies must be a family, a list or a dict of families; got {given!r}."
+            )
+    if not named:
+        raise ValueError("subfamilies must hold at least one; got none.")
+    found = [_read(whole, name, one) for name, one in named]
+    names = [whole.model.text, *(one.name for one in found)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"subfamilies must have names of their own; got {twice[0]} twice. "
+            "Hand over a dict by names that you choose."
+        )
+    return found
+
+
+def _read(whole: Question, name: str | None, given: Any) -> Subfamily:
+    if isinstance(given, list | tuple | range):
+        return _of_columns(whole, name, list(given))
+    if not (isinstance(given, str) or callable(given)):
+        raise TypeError(
+            "each subfamily must be a text, a class, a callable or a list of columns; "
+            f"got {given!r}."
+        )
+    model = read_family(given, whole.draws, whole.model.design)
+    found = Subfamily(name or model.text, model, whole)
+    _refuse_unlike(found)
+    return found
+
+
+def _refuse_unlike(found: Subfamily) -> None:
+    """Refuse laws over other events than those of the whole family, or of other batches."""
+    whole, model = found.question, found.model
+    law, other = model.law(probe(whole.draws, model.names)), whole.model.law(whole.few)
+    shape, batch = law.batch_shape[1:], other.batch_shape[1:]
+    # A text speaks of each member of a batch by itself; a callable says what they share.
+    short = model.events is not None and len(shape) <= len(batch)
+    fits = shape == batch or (
+        short and all(n in (1, m) for n, m in zip(shape, batch, strict=False))
+    )
+    if _counts(law) != _counts(other):
+        raise ValueError(
+            f"subfamily {found.name} must make laws as {whole.model.text} does: one of them has "
+            "a density and the other counts."
+        )
+    if law.event_shape != other.event_shape or not fits:
+        raise ValueError(
+            f"subfamily {found.name} must make laws as {whole.model.text} does, of a batch "
+            f"{list(batch)} and events {list(other.event_shape)}; got {list(shape)} and "
+            f"{list(law.event_shape)}."
+        )
+
+
+def _counts(law: Distribution) -> bool:
+    support = support_of(law)
+    return support is not None and support.is_discrete
+
+
+def _of_columns(whole: Question, name: str | None, columns: list) -> Subfamily:
+    """The same regression, with zeros for the coefficients of all other columns."""
+    model, settings = whole.model, whole.model.settings or {}
+    coefficients = settings.get("coefficients")
+    regression = model.kind is not None and issubclass(model.kind, Regression)
+    if not (regression and isinstance(coefficients, str | Stack)):
+        raise ValueError(
+            f"a list of columns, {columns!r}, needs a regression by its name, such as "
+            f"'logistic-regression(coefficients=beta)', and its design=; got {model.text}."
+        )
+    parts = coefficients if isinstance(coefficients, Stack) else Stack([coefficients])
+    kept = _kept(columns, settings["design"].shape[1], model.columns, parts)
+    places, first = {}, 0
+    for part in parts:
+        size = (
+            whole.draws.shape(part)[-1] if isinstance(part, str) and _is_vector(model, part) else 1
+        )
+        own = [i - first for i in kept if first <= i < first + size]
+        first += size
+        if isinstance(part, str):
+            places[part] = torch.eye(size, dtype=torch.float64)[own]
+    return _shorter(whole, name or f"columns {', '.join(map(str, columns))}", places)
+
+
+def _is_vector(model: Model, name: str) -> bool:
+    return bool((model.events or {}).get(name, 0))
+
+
+def _shorter(whole: Question, name: str, places: Mapping[str, Tensor]) -> Subfamily:
+    """The model with only some numbers of some variables, and zeros for the others."""
+    model, shorter = whole.model, {k: whole.draws[k] for k in whole.model.names}
+    zeros = {}
+    for variable, place in places.items():
+        if not len(place):
+            zeros[variable] = whole.shape(variable)
+            del shorter[variable]
+        elif _is_vector(model, variable):
+            shorter[variable] = shorter[variable] @ place.T
+    partial = {k: x for k, x in places.items() if k in shorter and _is_vector(model, k)}
+    names = tuple(shorter)
+
+    def make(theta: Theta) -> Distribution:
+        full = {k: theta[k] @ partial[k] if k in partial else theta[k] for k in names}
+        like = full[names[0]]
+        # without the axis of the draws, which others have
+        full |= {k: like.new_zeros(whole.draws.shape(k)) for k in zeros}
+        return model.make(Theta({k: full[k] for k in model.names}))
+
+    draws = Draws(shorter, whole.draws.weights)
+    events = {k: n for k, n in (model.events or {}).items() if k in names}
+    few = probe(draws, names)
+    reduced = Model(name, names, make, events=events, design=model.design, few=few)
+    question = replace(whole, draws=draws, model=reduced)
+    return Subfamily(name, reduced, question, partial, zeros)
+
+
+def _kept(columns: list, count: int, labels: tuple[str, ...], parts: Stack) -> list[int]:
+    """The columns by their numbers, of those given by number or by name.
+
+    A name is that of a column of the design, or of a variable where each column has its own.
+    """
+    labels = labels if len(labels) == count else tuple(map(str, range(count)))
+    known = dict(enumerate(range(count))) | {label: i for i, label in enumerate(labels)}
+    if len(parts) == count:
+        known |= {part: i for i, part in enumerate(parts) if isinstance(part, str)}
+        labels = tuple(str(part) for part in parts)
+    found = [known.get(column, -1) for column in columns]
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise ValueError(
+            f"columns must be some of {', '.join(labels)}, each once; got {columns!r}."
+        )
+    return found
+
+
+def best_member(whole: Question, one: Subfamily) -> tuple[PosteriorLoss, "Member"]:
+    """The loss, on nodes that reach as far as the best member does, and that member.
+
+    Raises:
+        ValueError: No member has a finite loss, or no nodes reach the best.
+    """
+    reach, missed = one.theta, 0.0
+    for _ in range(ROUNDS):
+        loss = _loss(whole, one, reach)
+        found = _member(loss, one)
+        missed = _missed(loss, found.law).max().item()
+        if missed <= ASTRAY:
+            return loss, found
+        reach = found.reach
+    raise ValueError(
+        f"subfamily {one.name} must keep to where the posterior's laws have mass; its best "
+        f"member has {missed:.2g} of its own elsewhere, where the divergence is not known."
+    )
+
+
+def _loss(whole: Question, one: Subfamily, reach: Variables) -> PosteriorLoss:
+    """The expected loss over the draws; its laws are also those of the subfamily's variables.
+
+    Nodes are chosen for the laws of the draws and for those of as many ``reach``.
+    """
+    divergence, weights = whole.divergence, whole.draws.weights
+    one_law = one.model.law({name: x[:1] for name, x in one.theta.items()})
+    alike = type(one_law) is type(whole.model.law({k: x[:1] for k, x in whole.theta.items()}))
+
+    def either(theta: Mapping[str, Tensor]) -> Distribution:
+        own = {k.removeprefix(OWN): x for k, x in theta.items() if k.startswith(OWN)}
+        law = one.model.law(own) if own else whole.model.law(theta)
+        return law if alike else by_rows(law)
+
+    laws = laws_of(whole.theta, either, None if weights is None else weights.flatten())
+    loss = posterior_loss(laws, divergence, seed=whole.seed)
+    theirs, own = loss.laws, {OWN + name: x for name, x in reach.items()}
+    p, q = theirs.at(theirs.spread(1)), theirs.of({name: x[:1] for name, x in own.items()})
+    if loss.nodes is None and between(divergence, p, q) is not None:
+        return loss
+    if loss.nodes is not None and loss.nodes.kind == "enumeration":
+        return loss
+
+    def both(theta: Mapping[str, Tensor]) -> Distribution:
+        parts = (
+            {name: x for name, x in theta.items() if (name in own) is ours}
+            for ours in (False, True)
+        )
+        return _Halves(*(theirs.law(part) for part in parts))
+
+    mixed = replace(theirs, theta={**theirs.theta, **own}, law=both)
+    criterion = divergence if isinstance(divergence, FDivergence) else None
+    nodes = nodes_for(mixed, criterion, seed=whole.seed)
+    needed = p.event_shape != () or (loss.nodes is not None and loss.nodes.kind == "importance")
+    if nodes.kind == "importance" and not needed:  # a sample would not show an infinite loss
+        raise ValueError(
+            f"subfamily {one.name} must have its mass where the posterior's laws have theirs; "
+            "no nodes along the line follow the laws of both."
+        )
+    return posterior_loss(laws, divergence, nodes=nodes, seed=whole.seed)
+
+
+class _Halves(Distribution):
+    """Each law of one kind mixed with one of another: of both, nodes shall miss nothing."""
+
+    arg_constraints = {}  # pyright: ignore
+
+    def __init__(self, base_dist: Distribution, other: Distribution):
+        self.base_dist, self.other = base_dist, other
+        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
+
+    @property
+    def support(self):
+        return self.base_dist.support
+
+    def log_prob(self, value):
+        both = self.base_dist.log_prob(value), self.other.log_prob(value)
+        return torch.logaddexp(*both) - math.log(2)
+
+    def sample(self, sample_shape=()):
+        ones, others = self.base_dist.sample(sample_shape), self.other.sample(sample_shape)
+        coins = torch.rand(ones.shape[: ones.ndim - len(self.event_shape)]) < 0.5
+        return torch.where(coins.reshape(coins.shape + (1,) * len(self.event_shape)), ones, others)
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A member of a subfamily.
+
+    Attributes:
+        law: As the loss takes it, of batch shape [1, *batch].
+        variables: Those of the whole family's that stand for it, with zeros for what is left out.
+        own: The subfamily's own.
+        influence: By how much each draw moves the variables, [draws, *shape].
+        accuracy: By how much its expected loss may exceed the least, in nats.
+        reach: Members from where the draws are to beyond this one.
+    """
+
+    law: Distribution
+    variables: Variables
+    own: Variables
+    influence: Variables
+    accuracy: float
+    reach: Variables
+
+
+def _member(loss: PosteriorLoss, one: Subfamily) -> Member:
+    """The member of least loss on the nodes there are; of mass beyond them a price is asked."""
+    theta = one.theta
+    chart = chart_of(theta, one.model.law)
+    drawn = chart.coordinates(theta)
+    held = over_few(loss, HELD)
+
+    def law(t: Tensor) -> Distribution:
+        return loss.laws.of({OWN + name: x for name, x in chart.point(t[None]).items()})
+
+    starts = torch.cat([drawn.mean(0, keepdim=True), drawn[loss.laws.spread(STARTS)]])
+    scale = drawn.std(0, correction=0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    price = _price(loss.divergence) if isinstance(loss, NodeLoss) else 0.0
+
+    def expected(t: Tensor) -> Tensor:
+        member = law(t)
+        away = price * _missed(loss, member).sum() if price else 0.0
+        value = held.expected(member) + away
+        if not value.requires_grad:  # as torch has it where supports differ
+            raise ValueError("the loss is infinite")
+        return value
+
+    try:
+        least = minimise(expected, starts, scale=scale, smooth=loss.smooth)
+    except ValueError as error:
+        raise ValueError(
+            f"subfamily {one.name} must have a member of finite divergence from the posterior: "
+            f"{error}"
+        ) from error
+    settled = on_all(loss, law, least, held is not loss and loss.smooth)
+    values, influence = influences(
+        lambda t: one.placed({name: x[0] for name, x in chart.point(t[None]).items()}),
+        settled,
+        least,
+    )
+    point = settled.point
+    own = {k: x[0] for k, x in chart.point(point[None]).items()}
+    far = torch.linspace(0, BEYOND, len(drawn), dtype=torch.float64)[:, None]
+    reach = chart.point(starts[0] + far * (point - starts[0]))
+    return Member(law(point), values, own, influence, settled.decrement, reach)
+
+
+def _missed(loss: PosteriorLoss, law: Distribution) -> Tensor:
+    """The mass [members] of a law that is on no node, where nodes should hold it all."""
+    if not isinstance(loss, NodeLoss) or loss.nodes.kind == "importance":
+        return torch.zeros(1, dtype=torch.float64)
+    return torch.relu(1 - ASTRAY / 2 - loss.nodes.log_mass(law).exp().sum(-1))
+
+
+def _price(divergence: FDivergence | Intrinsic) -> float:
+    """What mass costs where the posterior's laws have none, or as much as drives it from there."""
+    if isinstance(divergence, Intrinsic):
+        return DEAR
+    nowhere = torch.tensor([-math.inf], dtype=torch.float64)
+    return min(DEAR, divergence.excess(nowhere, torch.zeros_like(nowhere)).item())
 
 
 @dataclass(frozen=True, eq=False)

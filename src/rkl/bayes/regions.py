@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rkl.bayes.answer import Answer, elements
-from rkl.bayes.questions import Question, by_member
+from rkl.bayes.problem import Question, by_member
 from rkl.bayes.tables import Cell, Table
 from rkl.checks import number
 from rkl.stats import quantile

@@ -18,7 +18,7 @@ from rkl.bayes.answer import elements
 from rkl.bayes.compare import excess_over, side_by_side, variables_of
 from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.identified import joined_labels, labels_in, not_used
-from rkl.bayes.losses import AnyLoss, parse_loss
+from rkl.bayes.loss.between import AnyLoss, parse_loss
 from rkl.bayes.regions import Region
 from rkl.bayes.report import Shown, page
 from rkl.bayes.tables import Cell, Table, number_or_nan

@@ -4,7 +4,6 @@ from rkl.bayes.families import discrete as discrete
 from rkl.bayes.families import gamma as gamma
 from rkl.bayes.families import normal as normal
 from rkl.bayes.families.base import ExponentialFamily, Natural, Terms, families, family_of
-from rkl.bayes.families.between import divergence_between
 from rkl.bayes.families.named import (
     BetaBinomial,
     GeneralizedPareto,
@@ -38,7 +37,6 @@ __all__ = [
     "Weibull",
     "ZeroInflatedNegativeBinomial",
     "ZeroInflatedPoisson",
-    "divergence_between",
     "families",
     "family_of",
 ]

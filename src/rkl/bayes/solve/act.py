@@ -1,12 +1,11 @@
-"""The answer to a question, by whatever solves it: in closed form, or minimised."""
+"""The answer to a problem: in closed form, or minimised numerically."""
 
 from dataclasses import replace
 
 import torch
 
 from rkl.bayes.answer import Act, Answer, Diagnostics
-from rkl.bayes.averages import (
-    NO_ERROR,
+from rkl.bayes.diagnostics import (
     WAYS_OUT,
     Judgement,
     diagnosed,
@@ -15,17 +14,17 @@ from rkl.bayes.averages import (
     masked,
     mean_of,
 )
-from rkl.bayes.components import sort_components
 from rkl.bayes.families.regression import Regression
-from rkl.bayes.generic import GenericAct, least_act
 from rkl.bayes.identified import sentences, unidentified, without_unidentified
-from rkl.bayes.laws import moving_edge
-from rkl.bayes.losses import Intrinsic, between, node_mass
+from rkl.bayes.loss.between import Intrinsic, between
+from rkl.bayes.loss.expected import node_mass
+from rkl.bayes.model import moving_edge, whole_parameters
+from rkl.bayes.problem import Question
 from rkl.bayes.progress import working
-from rkl.bayes.pythagoras import closed_act
-from rkl.bayes.questions import Question
-from rkl.bayes.whole import whole_parameters
+from rkl.bayes.solve.closed import closed_act
+from rkl.bayes.solve.numerical import GenericAct, least_act, sort_components
 from rkl.stats import Mean
+from rkl.stats.pareto import NO_ERROR
 
 
 def answer(question: Question) -> Answer:

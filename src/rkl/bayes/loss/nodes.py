@@ -1,7 +1,7 @@
 """Points and weights over which a divergence between laws is a sum, chosen once."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily, VonMises, constraints
 from torch.distributions.constraints import Constraint
 
-from rkl.bayes.charts import LawOf
-from rkl.bayes.laws import moving_edge, support_of
-from rkl.bayes.panels import COARSE, GONE, NUMBERS, ORDER, Panels, line_of, settle
+from rkl.bayes.loss.quadrature import COARSE, GONE, ORDER, Panels, line_of, settle
+from rkl.bayes.model import Laws, moving_edge, support_of
 from rkl.divergences import FDivergence, Jeffreys
 from rkl.stats import resample
 
@@ -24,55 +23,6 @@ NEVER = -1e4  # a log weight of 0, in arithmetic that infinity would spoil
 FAR = -100.0  # a log mass that nothing but an infinite divergence takes notice of
 NEGLIGIBLE = -69.0  # a log mass, 1e-30, that an act cannot depend on
 CLOSE, OFF = 1e-10, 1e-3  # by which the totals should miss 1 at most, and may not
-
-
-@dataclass(frozen=True)
-class Laws:
-    """Posterior draws, as the laws that they are the parameters of."""
-
-    theta: Mapping[str, Tensor]  # [draws, *shape] each
-    law: LawOf
-    weights: Float[Tensor, " draws"]  # sum 1
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def at(self, index: slice | Tensor) -> Distribution:
-        """The laws of some draws, of batch shape [n, *batch].
-
-        Raises:
-            ValueError: There is not one law for each draw.
-        """
-        return self.of({name: x[index] for name, x in self.theta.items()})
-
-    def of(self, theta: Mapping[str, Tensor]) -> Distribution:
-        """The laws of parameters [n, *shape] each."""
-        law, n = self.law(dict(theta)), len(next(iter(theta.values())))
-        if law.batch_shape[:1] != (n,):
-            raise ValueError(
-                f"law must make one distribution for each of {n} draws, of batch shape "
-                f"[{n}, ...]; got {list(law.batch_shape)}."
-            )
-        return law
-
-    def chunks(self, numbers: int) -> Iterator[slice]:
-        """All draws, so many at a time that ``numbers`` of each stay few."""
-        step = max(1, NUMBERS // max(1, numbers))
-        return (slice(i, min(i + step, len(self))) for i in range(0, len(self), step))
-
-    def only(self, rows: Tensor) -> "Laws":
-        """Some of the draws, with the weights that they have."""
-        return Laws({k: x[rows] for k, x in self.theta.items()}, self.law, self.weights[rows])
-
-    def thinned(self, count: int) -> "Laws":
-        """So many draws, of equal weights, evenly over the weights of all."""
-        rows = resample(self.weights.log(), count=count, offset=0.5)
-        equal = torch.full((count,), 1 / count, dtype=torch.float64)
-        return replace(self.only(rows), weights=equal)
-
-    def spread(self, count: int) -> Tensor:
-        """The places of up to ``count`` draws, from the first to the last."""
-        return torch.linspace(0, len(self) - 1, min(count, len(self))).long()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is asked: which law to report, of which family, for which posterior, under which loss."""
+"""What is asked: which distribution to report, of which family, for which posterior and loss."""
 
 import functools
 from collections.abc import Mapping
@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from rkl.bayes.closed import Weights, weights_of
 from rkl.bayes.draws import Draws
 from rkl.bayes.families import ExponentialFamily, Natural
-from rkl.bayes.generic import laws_of, posterior_loss
-from rkl.bayes.laws import Model, Unwrapped, family_in, moving_edge, probe
-from rkl.bayes.losses import AnyLoss, Intrinsic, PosteriorLoss
-from rkl.bayes.nodes import Laws
-from rkl.bayes.whole import whole_parameters
+from rkl.bayes.loss.between import AnyLoss, Intrinsic, Weights, weights_of
+from rkl.bayes.loss.expected import PosteriorLoss, posterior_loss
+from rkl.bayes.model import (
+    Laws,
+    Model,
+    Unwrapped,
+    family_in,
+    laws_of,
+    moving_edge,
+    probe,
+    whole_parameters,
+)
 
 Variables = dict[str, Tensor]
 SAME = 1e-9  # relative difference of natural parameters at which two laws are one

@@ -2,47 +2,39 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, MixtureSameFamily
 from torch.distributions.transforms import Transform
 
-from rkl.bayes.charts import Chart, LawOf, chart_of
-from rkl.bayes.losses import (
-    AnyLoss,
-    DirectLoss,
-    Intrinsic,
+from rkl.bayes.diagnostics import SWAPPED, most_exchanged
+from rkl.bayes.loss.between import AnyLoss, Intrinsic
+from rkl.bayes.loss.expected import (
+    KINKED,
     NodeLoss,
     PosteriorLoss,
-    between,
-    check_loss,
-    orders,
+    over_few,
+    posterior_loss,
     slopes,
 )
-from rkl.bayes.minimise import Minimum, minimise
-from rkl.bayes.nodes import OFF, Laws, Nodes, independent_parts, joint, nodes_for, with_slopes
-from rkl.bayes.panels import kinked
-from rkl.bayes.whole import chart_without, minimum_of, search, whole_parameters
-from rkl.divergences import Divergence, FDivergence
+from rkl.bayes.loss.nodes import OFF, Nodes
+from rkl.bayes.model import LawOf, Laws, laws_of, whole_parameters
+from rkl.bayes.problem import Question
+from rkl.bayes.solve.unconstrained import Chart, Minimum, chart_of, minimise
 
 QUICK = 2**16  # log-densities that the several starts look at, of a loss that needs every draw
 HELD = 2**18  # those that it is minimised over, before all draws are
-KINKED = 2**20  # the same for a loss with kinks, which only many draws smooth out
 NEWTON, ENOUGH = 8, 1e-18  # steps over all draws, and the decrement in nats at which they end
 TAIL = 1e-3  # share of the expected loss that tails without mass may have
 CANDIDATES = 32  # draws of which the best are starts
-# Seconds of a core of 2024: of one coordinate of a kinked loss; by number of a closed form; by
-# draw and node of a smooth loss, and of one gradient of a kinked one.
-OVERHEAD, CLOSED, AT_NODES, KINKS = 0.5, 2.5e-7, 2.5e-6, 2e-6
-FEW_NODES, ENDLESS = 64, 30.0  # nodes that any law takes, and seconds beyond which they suffice
 LawAt = Callable[[Tensor], Distribution]
-FEW = 32  # draws that tell whether the laws have a closed form between them
 
 
 @dataclass(frozen=True)
@@ -169,140 +161,6 @@ def _whole_act(loss, law, names, transforms, starts) -> GenericAct:
     else:
         minimum, tried = minimum_of(function(chart), drawn[:1], scale, loss.smooth), 1
     return dataclasses.replace(_act(law, loss, held, chart, minimum, tried), whole=names)
-
-
-def laws_of(theta: Mapping[str, Tensor], law: LawOf, weights: Tensor | None = None) -> Laws:
-    """The laws of posterior draws, in double precision.
-
-    Raises:
-        ValueError: There are none, they are not as many of each parameter, or not finite; or the
-            weights do not go with them.
-    """
-    if not theta:
-        raise ValueError("theta must hold the draws of at least one parameter; got none.")
-    counts = {name: len(x) if x.ndim else 0 for name, x in theta.items()}
-    draws = next(iter(counts.values()))
-    if draws == 0 or set(counts.values()) != {draws}:
-        raise ValueError(f"theta must hold as many draws of each parameter; got {counts}.")
-    for name, x in theta.items():
-        if not x.isfinite().all():
-            raise ValueError(f"{name} must be finite; got {x[~x.isfinite()][0].item()}.")
-    weights = torch.ones(draws) if weights is None else weights
-    if weights.shape != (draws,) or not (weights.isfinite() & (weights >= 0)).all():
-        raise ValueError(f"weights must be {draws} finite numbers, none negative; got {weights}.")
-    if not weights.sum() > 0:
-        raise ValueError("weights must not all be 0.")
-    weights = weights.double() / weights.double().sum()
-    reals = {k: x.double() if x.is_floating_point() else x for k, x in theta.items()}
-    return Laws(reals, law, weights)
-
-
-def posterior_loss(
-    laws: Laws,
-    divergence: AnyLoss,
-    *,
-    nodes: Nodes | None = None,
-    size: int = 4096,
-    seed: int = 0,
-) -> PosteriorLoss:
-    """The posterior expected divergence of a law, by a closed form or on nodes.
-
-    Raises:
-        TypeError: ``divergence`` is none.
-        ValueError: It needs a finite support, or no nodes serve these laws.
-    """
-    check_loss(divergence)
-    laws = _split(laws, divergence)
-    smooth = isinstance(divergence, FDivergence) and not kinked(divergence)
-    if nodes is None and _closed(laws, divergence):
-        return DirectLoss(laws, None, smooth, _InClosedForm(divergence))
-    if isinstance(divergence, FDivergence | Intrinsic):
-        criterion = divergence if isinstance(divergence, FDivergence) else None
-        nodes = nodes or nodes_for(laws, criterion, size=size, seed=seed)
-        return NodeLoss(laws, with_slopes(laws, nodes), smooth, divergence)
-    nodes = nodes or nodes_for(laws, size=1, seed=seed)
-    if nodes.kind != "enumeration":
-        raise ValueError(
-            f"divergence {divergence} is no f-divergence, and has no meaning beyond a finite "
-            f"support; that of a {type(laws.at(laws.spread(1))).__name__} is not finite."
-        )
-    return DirectLoss(laws, nodes, smooth, _OverAtoms(divergence, nodes))
-
-
-def sampled(laws: Laws, divergence: AnyLoss) -> bool:
-    """Whether the loss takes an importance sample, and so draws times nodes log-densities."""
-    laws = _split(laws, divergence)
-    return not _closed(laws, divergence) and joint(laws)
-
-
-def expected_seconds(laws: Laws, divergence: AnyLoss, draws: int) -> float:
-    """About how long an act takes on one core that is minimised numerically.
-
-    A count of numbers, so that the same posterior gets the same answer on any machine.
-
-    Args:
-        laws: Some draws.
-        divergence: The loss.
-        draws: How many draws there are.
-    """
-    members = laws.at(laws.spread(1)).batch_shape.numel()
-    if not _closed(laws, divergence) and AT_NODES * draws * members * FEW_NODES > ENDLESS:
-        return AT_NODES * draws * members * FEW_NODES  # placing nodes would take long itself
-    few = posterior_loss(laws, divergence)
-    coordinates = sum(x[0].numel() for x in laws.theta.values())
-    if few.nodes is None:
-        law = laws.at(laws.spread(1))
-        size = draws * law.batch_shape.numel() * law.event_shape.numel()
-        evaluations = coordinates if not few.smooth else 1
-        return evaluations * (OVERHEAD + CLOSED * size * coordinates)
-    numbers = draws * few.nodes.log_weight.numel()
-    if few.smooth:
-        return 1 + AT_NODES * numbers
-    return 1 + KINKS * (1 + 4 * coordinates) * min(numbers, KINKED)
-
-
-def _split(laws: Laws, divergence: AnyLoss) -> Laws:
-    """The laws, in independent parts where the divergence is a sum over these."""
-    known = orders(divergence)
-    if known is None or any(alpha not in (0, 1) for _, alpha in known):
-        return laws
-    return dataclasses.replace(laws, law=lambda theta: independent_parts(laws.law(theta)))
-
-
-def _closed(laws: Laws, divergence: AnyLoss) -> bool:
-    one, few = laws.at(laws.spread(1)), laws.at(laws.spread(FEW))  # what is fixed in one may move
-    return between(divergence, few, one) is not None
-
-
-@dataclass(frozen=True)
-class _InClosedForm:
-    divergence: AnyLoss
-
-    def __call__(self, p: Distribution, q: Distribution) -> Tensor:
-        value = between(self.divergence, p, q)
-        assert value is not None  # it was asked before
-        return value
-
-
-@dataclass(frozen=True)
-class _OverAtoms:
-    """A divergence that is none of ratios, its coefficients moving with the act."""
-
-    divergence: Divergence
-    nodes: Nodes
-
-    def __call__(self, p: Distribution, q: Distribution) -> Tensor:
-        logp, logq = self.nodes.log_mass(p), self.nodes.log_mass(q)
-        logp, logq = torch.broadcast_tensors(logp, logq)
-        inputs = self.divergence.held_inputs(logp)
-        return self.divergence.value(logp, logq, *self.divergence.held(logp, logq, *inputs))
-
-
-def over_few(loss: PosteriorLoss, numbers: int) -> PosteriorLoss:
-    """The loss over so few of the draws that an evaluation needs no more numbers."""
-    count = max(numbers // max(1, loss.numbers), 64)
-    few = loss.numbers == 0 or count >= len(loss.laws)
-    return loss if few else loss.over(loss.laws.thinned(count))
 
 
 def _minimum(loss, held, chart, drawn, scale, starts) -> tuple[Minimum, int]:
@@ -477,3 +335,164 @@ def _refuse_infinite(loss: NodeLoss, law: Distribution, losses: Tensor) -> None:
             f"divergence {loss.divergence} must be finite between the laws of the draws; between "
             "some it is infinite, or as good as, for it lies in tails that hold no mass."
         )
+
+
+SWEEPS = 8  # over all whole numbers, until none changes
+Function = Callable[[Chart], Callable[[Tensor], Tensor]]
+
+
+def chart_without(
+    laws: Laws, names: tuple[str, ...], transforms: Mapping | None = None
+) -> tuple[Chart, dict[str, Tensor]]:
+    """The chart of all other parameters, and their draws."""
+    free = {name: x for name, x in laws.theta.items() if name not in names}
+
+    def law(theta: Mapping[str, Tensor]) -> Distribution:
+        rows = len(next(iter(theta.values())))
+        return laws.law({**theta, **{name: laws.theta[name][:rows] for name in names}})
+
+    return chart_of(free, law, transforms), free
+
+
+def search(
+    laws: Laws, names: tuple[str, ...], chart: Chart, start: Mapping[str, Tensor], at: Tensor,
+    function: Function, scale: Tensor, smooth: bool,
+) -> Chart:  # fmt: skip
+    """The chart with the whole numbers of least loss, the other parameters minimised over.
+
+    One number at a time is moved, by steps that double while the loss falls.
+
+    Args:
+        laws: Of the draws, between whose extremes the numbers lie.
+        names: Of the whole parameters.
+        chart: Of the others.
+        start: The whole numbers to start from, [*shape] each.
+        at: The coordinates of the others to start from.
+        function: From a chart with whole numbers to the loss as a function of coordinates.
+        scale: Of the coordinates.
+        smooth: Whether the loss is.
+    """
+    known: dict[tuple[int, ...], Minimum] = {}
+    shapes = {name: laws.theta[name].shape[1:] for name in names}
+    flat = torch.cat([laws.theta[name].reshape(len(laws), -1) for name in names], -1)
+    low, high = flat.amin(0), flat.amax(0)
+
+    def chart_at(numbers: Tensor) -> Chart:
+        pieces = numbers.split([shape.numel() for shape in shapes.values()])
+        pairs = zip(shapes.items(), pieces, strict=True)
+        return replace(chart, fixed={name: x.reshape(shape) for (name, shape), x in pairs})
+
+    def solve(numbers: Tensor, coordinates: Tensor) -> Minimum:
+        key = tuple(int(x) for x in numbers.tolist())
+        if key not in known:
+            of = function(chart_at(numbers))
+            known[key] = minimum_of(of, coordinates[None], scale, smooth)
+        return known[key]
+
+    numbers = torch.cat([start[name].reshape(-1) for name in names]).double()
+    found = solve(numbers, at)
+    for _ in range(SWEEPS):
+        before = numbers
+        for place in range(len(numbers)):
+            numbers, found = _along(place, numbers, found, solve, low[place], high[place])
+        if torch.equal(before, numbers):
+            break
+    return chart_at(numbers)
+
+
+def _along(place, numbers, found, solve, low, high) -> tuple[Tensor, Minimum]:
+    """The best value of one of the numbers: steps double while the loss falls, then shrink."""
+    step, falling = 1.0, True
+    while step >= 1:
+        better = False
+        for sign in (1, -1):
+            trial = numbers.clone()
+            trial[place] = (numbers[place] + sign * step).clamp(low, high)
+            if torch.equal(trial, numbers):
+                continue
+            there = solve(trial, found.point)
+            if there.value < found.value:
+                numbers, found, better = trial, there, True
+                break
+        falling = falling and better
+        step = 2 * step if better and falling else step // 2
+    return numbers, found
+
+
+def minimum_of(of, starts: Tensor, scale: Tensor, smooth: bool) -> Minimum:
+    """The minimum, also where there is nothing to minimise over."""
+    if starts.shape[-1]:
+        return minimise(of, starts, scale=scale, smooth=smooth)
+    with torch.no_grad():
+        value = of(starts[0]).item()
+    return Minimum(starts[0], value, starts[0], lambda vectors: vectors, 0.0, True, 1)
+
+
+TRIED = 6  # variables of which every set may be what the components have
+SAME = 1e-9  # relative difference of log-densities of the same mixture in another order
+
+
+def sort_components(question: Question, found: GenericAct) -> GenericAct:
+    """The same act with its components sorted by their means.
+
+    Draws with labels that change places start the minimiser at any of them, so that two losses,
+    or two runs, would list the components differently. Labels that do not change places stay.
+    """
+    keys = _keys(question.law(question.few))
+    if keys is None or keys.ndim != 2 or most_exchanged(keys)[0] <= SWAPPED:
+        return found
+    law = question.law({name: x[None] for name, x in found.theta.items()})
+    at_act = _keys(law)
+    if at_act is None:
+        return found
+    order, count = at_act[0].argsort(stable=True), at_act.shape[-1]
+    if torch.equal(order, torch.arange(count)):
+        return found
+    axes = {k: x.shape.index(count) for k, x in found.theta.items() if count in x.shape}
+    for names in _subsets(list(axes)[:TRIED]):
+        moved = {
+            name: x.index_select(axes[name], order) if name in names else x
+            for name, x in found.theta.items()
+        }
+        if _same(law, question.law({name: x[None] for name, x in moved.items()})):
+            influence = {
+                name: x.index_select(1 + axes[name], order) if name in names else x
+                for name, x in found.influence.items()
+            }
+            return replace(found, theta=moved, influence=influence)
+    return found
+
+
+def _subsets(names: list[str]) -> Any:
+    sizes = range(len(names), 0, -1)
+    return itertools.chain.from_iterable(itertools.combinations(names, size) for size in sizes)
+
+
+def _keys(law: Distribution) -> Tensor | None:
+    """What the components of mixtures are sorted by [n, components]; None where there is nothing.
+
+    Their means, or their locations where they have no mean; of vectors the first coordinate.
+    """
+    while isinstance(law, Independent):
+        law = law.base_dist
+    if not isinstance(law, MixtureSameFamily) or len(law.batch_shape) != 1:
+        return None
+    parts: Any = law.component_distribution
+    for name in ("mean", "loc"):
+        try:
+            keys = getattr(parts, name)
+        except (AttributeError, NotImplementedError):
+            continue
+        keys = keys.expand(parts.batch_shape + parts.event_shape)
+        keys = keys.flatten(2)[..., 0] if keys.ndim > 2 else keys
+        if keys.isfinite().all():
+            return keys.detach()
+    return None
+
+
+def _same(law: Distribution, other: Distribution) -> bool:
+    """Whether two mixtures of batch shape [1] have the same density at draws of one of them."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        x = law.sample(torch.Size([16]))
+        return torch.allclose(law.log_prob(x), other.log_prob(x), rtol=SAME, atol=SAME)

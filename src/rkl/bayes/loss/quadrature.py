@@ -12,11 +12,11 @@ from numpy.polynomial import legendre
 from torch import Tensor
 from torch.distributions import Distribution
 
+from rkl.bayes.model import NUMBERS
 from rkl.divergences import FDivergence
 
-NUMBERS = 2**18  # log-densities computed at a time
 ORDER, COARSE = 16, 11  # nodes per panel, and those of the poorer rule that tells the error
-FEW = 64  # whole numbers of a panel that are summed one by one
+MAX_SINGLE = 64  # whole numbers of a panel that are summed one by one
 MOST = 2**13  # nodes in all
 ROUNDED = 1e-8  # relative error of an integral that may be left to rounding
 GONE = -690.0  # logarithm of a mass, 1e-300, of which second derivatives may overflow
@@ -216,7 +216,7 @@ def _first(line: Line, seen: Tensor, low: float, high: float) -> Tensor:
         place = torch.searchsorted(edges, drawn, right=True).clamp(1, len(edges) - 1) - 1
         counts = torch.zeros(len(edges) - 1, drawn.shape[1])
         counts.scatter_add_(0, place, torch.ones(drawn.shape))
-        finest = FEW if line.kind == "counts" else 1e-12
+        finest = MAX_SINGLE if line.kind == "counts" else 1e-12
         crowded = (counts > len(drawn) / 4).any(-1) & (edges.diff() > finest)
         if not crowded.any() or len(edges) > MOST // ORDER // 2:
             break
@@ -228,7 +228,7 @@ def _first(line: Line, seen: Tensor, low: float, high: float) -> Tensor:
 
 def _exact(line: Line, edges: Tensor) -> Tensor:
     """Which panels are summed one by one."""
-    return (edges.diff(dim=-1)[:, 0] <= FEW) & (line.kind == "counts")
+    return (edges.diff(dim=-1)[:, 0] <= MAX_SINGLE) & (line.kind == "counts")
 
 
 def _rule(line: Line, edges: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,7 +253,7 @@ def _summing(width: int, order: int) -> tuple[Tensor, Tensor]:
     The numbers next to the Gauss-Legendre nodes, for polynomials of as many coefficients; their
     weights come out positive. Few numbers are summed one by one.
     """
-    if width <= FEW:
+    if width <= MAX_SINGLE:
         return torch.arange(width).double(), torch.ones(width, dtype=torch.float64)
     k = np.round((legendre.leggauss(order)[0] + 1) / 2 * width - 0.5)
     degree, spacing = np.arange(order), 2 / width

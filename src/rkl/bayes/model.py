@@ -1,4 +1,4 @@
-"""The family as it was asked for, read into a map from posterior draws to distributions."""
+"""The family as it was asked for: a map from posterior draws to distributions."""
 
 import difflib
 import functools
@@ -7,13 +7,14 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributions
+from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import (
     Cauchy,
@@ -33,7 +34,6 @@ from torch.distributions.transforms import (
 )
 
 from rkl.bayes import families
-from rkl.bayes.alone import alone
 from rkl.bayes.draws import Draws
 from rkl.bayes.families import ExponentialFamily, family_of
 from rkl.bayes.families.named import PoissonOrZero
@@ -41,8 +41,11 @@ from rkl.divergences import parse
 from rkl.divergences.base import broadcast_shape
 from rkl.divergences.parse import Stack
 from rkl.importing import import_object
+from rkl.stats import resample
 
 NOT_TORCH = ("numpy", "all be instances of number", "converted to python scalars")
+LawOf = Callable[[dict[str, Tensor]], Distribution]
+NUMBERS = 2**18  # log-densities computed at a time
 PROBE = 16  # draws looked at before the rest is read
 PER_ROW = {"offset", "exposure", "trials"}  # what a regression knows of each row of its design
 # Classes that no text can describe, or of which torch has neither a density nor a KL to work with.
@@ -844,3 +847,181 @@ def probe(draws: Draws, names: Sequence[str]) -> dict[str, Tensor]:
         more = draws.at(name, places) if len(places) else x[:0, 0]
         found[name] = torch.cat([x.flatten(0, 1), more])
     return found
+
+
+def alone(law: Distribution, again: Callable[[], Distribution]) -> Distribution:
+    """The law of batch shape [*batch] that a law of batch shape [1, *batch] is.
+
+    Args:
+        law: Of one draw.
+        again: The law made once more, from parameters without the axis of the draws; a family
+            that needs that axis fails, or makes another law.
+    """
+    wrapped = OfOneDraw(law)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        x = wrapped.sample()
+        try:
+            made = again()
+            same = made.batch_shape == wrapped.batch_shape and made.event_shape == law.event_shape
+            if same and torch.equal(made.log_prob(x), wrapped.log_prob(x)):
+                return made
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            pass
+    return wrapped
+
+
+class OfOneDraw(Distribution):
+    """A law of batch shape [1, *batch], without its first axis."""
+
+    arg_constraints = {}  # pyright: ignore
+
+    def __init__(self, law: Distribution):
+        self.law = law
+        super().__init__(law.batch_shape[1:], law.event_shape, validate_args=False)
+
+    @property
+    def support(self):
+        return self.law.support
+
+    @property
+    def has_rsample(self) -> bool:  # pyright: ignore
+        return self.law.has_rsample
+
+    @property
+    def mean(self) -> Tensor:
+        return self.law.mean[0]
+
+    @property
+    def mode(self) -> Tensor:
+        return self.law.mode[0]
+
+    @property
+    def variance(self) -> Tensor:
+        return self.law.variance[0]
+
+    def sample(self, sample_shape=()) -> Tensor:
+        return self.law.sample(sample_shape).squeeze(len(sample_shape))
+
+    def rsample(self, sample_shape=()) -> Tensor:
+        return self.law.rsample(sample_shape).squeeze(len(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._on_values(self.law.log_prob, value)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        return self._on_values(self.law.cdf, value)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        return self._on_values(self.law.icdf, value)
+
+    def entropy(self) -> Tensor:
+        return self.law.entropy()[0]
+
+    def _on_values(self, of: Callable[[Tensor], Any], value: Tensor) -> Tensor:
+        """Of values [*sample, *batch, *event], or broadcast to these."""
+        axes = len(self.batch_shape)
+        lead = max(0, axes + len(self.event_shape) - value.ndim)
+        value = value.reshape((1,) * lead + value.shape)
+        place = value.ndim - axes - len(self.event_shape)
+        return of(value.unsqueeze(place)).squeeze(place)
+
+
+@dataclass(frozen=True)
+class Laws:
+    """Posterior draws, as the laws that they are the parameters of."""
+
+    theta: Mapping[str, Tensor]  # [draws, *shape] each
+    law: LawOf
+    weights: Float[Tensor, " draws"]  # sum 1
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def at(self, index: slice | Tensor) -> Distribution:
+        """The laws of some draws, of batch shape [n, *batch].
+
+        Raises:
+            ValueError: There is not one law for each draw.
+        """
+        return self.of({name: x[index] for name, x in self.theta.items()})
+
+    def of(self, theta: Mapping[str, Tensor]) -> Distribution:
+        """The laws of parameters [n, *shape] each."""
+        law, n = self.law(dict(theta)), len(next(iter(theta.values())))
+        if law.batch_shape[:1] != (n,):
+            raise ValueError(
+                f"law must make one distribution for each of {n} draws, of batch shape "
+                f"[{n}, ...]; got {list(law.batch_shape)}."
+            )
+        return law
+
+    def chunks(self, numbers: int) -> Iterator[slice]:
+        """All draws, so many at a time that ``numbers`` of each stay few."""
+        step = max(1, NUMBERS // max(1, numbers))
+        return (slice(i, min(i + step, len(self))) for i in range(0, len(self), step))
+
+    def only(self, rows: Tensor) -> "Laws":
+        """Some of the draws, with the weights that they have."""
+        return Laws({k: x[rows] for k, x in self.theta.items()}, self.law, self.weights[rows])
+
+    def thinned(self, count: int) -> "Laws":
+        """So many draws, of equal weights, evenly over the weights of all."""
+        rows = resample(self.weights.log(), count=count, offset=0.5)
+        equal = torch.full((count,), 1 / count, dtype=torch.float64)
+        return replace(self.only(rows), weights=equal)
+
+    def spread(self, count: int) -> Tensor:
+        """The places of up to ``count`` draws, from the first to the last."""
+        return torch.linspace(0, len(self) - 1, min(count, len(self))).long()
+
+
+def laws_of(theta: Mapping[str, Tensor], law: LawOf, weights: Tensor | None = None) -> Laws:
+    """The laws of posterior draws, in double precision.
+
+    Raises:
+        ValueError: There are none, they are not as many of each parameter, or not finite; or the
+            weights do not go with them.
+    """
+    if not theta:
+        raise ValueError("theta must hold the draws of at least one parameter; got none.")
+    counts = {name: len(x) if x.ndim else 0 for name, x in theta.items()}
+    draws = next(iter(counts.values()))
+    if draws == 0 or set(counts.values()) != {draws}:
+        raise ValueError(f"theta must hold as many draws of each parameter; got {counts}.")
+    for name, x in theta.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{name} must be finite; got {x[~x.isfinite()][0].item()}.")
+    weights = torch.ones(draws) if weights is None else weights
+    if weights.shape != (draws,) or not (weights.isfinite() & (weights >= 0)).all():
+        raise ValueError(f"weights must be {draws} finite numbers, none negative; got {weights}.")
+    if not weights.sum() > 0:
+        raise ValueError("weights must not all be 0.")
+    weights = weights.double() / weights.double().sum()
+    reals = {k: x.double() if x.is_floating_point() else x for k, x in theta.items()}
+    return Laws(reals, law, weights)
+
+
+def whole_parameters(laws: Laws) -> tuple[str, ...]:
+    """The parameters that are whole numbers in all draws and move the end of a finite support.
+
+    >>> theta = {"n": torch.tensor([5.0, 6.0]), "p": torch.tensor([0.0, 1.0])}
+    >>> law = lambda t: torch.distributions.Binomial(t["n"], t["p"])
+    >>> whole_parameters(Laws(theta, law, torch.ones(2) / 2))
+    ('n',)
+    """
+    law = laws.at(slice(None))
+    support = None if law.event_shape else support_of(law)
+    if support is None or not support.is_discrete or not moving_edge(law):
+        return ()
+    return tuple(
+        name
+        for name, x in laws.theta.items()
+        if bool((x == x.round()).all()) and moving_edge(_moved_alone(laws, name))
+    )
+
+
+def _moved_alone(laws: Laws, name: str) -> Distribution:
+    """The laws of draws of which only one parameter moves."""
+    theta = {key: x if key == name else x[:1].expand_as(x) for key, x in laws.theta.items()}
+    return laws.of(theta)

@@ -1,169 +1,31 @@
 """Posterior expected divergences as functions of the act, and what each draw contributes."""
 
 import abc
-import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution
 
-from rkl.bayes.families import family_of
-from rkl.bayes.families.base import spread
-from rkl.bayes.families.between import divergence_between, orders
-from rkl.bayes.nodes import Laws, Nodes
+from rkl.bayes.loss.between import (
+    AnyLoss,
+    Intrinsic,
+    between,
+    check_loss,
+    orders,
+)
+from rkl.bayes.loss.nodes import Nodes, independent_parts, joint, nodes_for, with_slopes
+from rkl.bayes.loss.quadrature import kinked
+from rkl.bayes.model import Laws
 from rkl.divergences import (
-    KL,
-    Amari,
     Divergence,
     FDivergence,
-    ReverseKL,
-    parse,
 )
-from rkl.divergences.base import broadcast_shape
-
-
-@dataclass(frozen=True)
-class Intrinsic:
-    r"""The intrinsic discrepancy, the smaller of KL(p ‖ q) and KL(q ‖ p).
-
-    A loss, not an f-divergence: it compares p and q as wholes, and so is no sum over atoms.
-    Finite where the support of one holds that of the other, as between uniform laws.
-
-    Source: Bernardo and Juárez (2003), definition 1.
-
-    >>> from torch.distributions import Uniform
-    >>> Intrinsic().between(Uniform(0.0, 1.0), Uniform(0.0, 2.0))
-    tensor(0.6931)
-    """
-
-    def held(self, logp: Tensor, logq: Tensor) -> tuple[Tensor]:
-        """Whether the forward divergence is the smaller one, [*batch, 1]."""
-        return ((_FORWARD(logp, logq) <= _REVERSE(logp, logq))[..., None],)
-
-    def excess(self, logp: Tensor, logq: Tensor, forward: Tensor) -> Tensor:
-        """The terms of the smaller one; an infinite one that is not taken has no slopes."""
-        forward = forward.expand(broadcast_shape(logp.shape, logq.shape))
-        sides = [
-            side.excess(torch.where(taken, logp, 0.0), torch.where(taken, logq, 0.0))
-            for side, taken in ((_FORWARD, forward), (_REVERSE, ~forward))
-        ]
-        return torch.where(forward, *sides)
-
-    def between(self, p: Distribution, q: Distribution) -> Float[Tensor, "*batch"]:
-        """The loss in nats, where both divergences have closed forms.
-
-        Raises:
-            NotImplementedError: One of them has none.
-        """
-        return torch.minimum(_FORWARD.between(p, q), _REVERSE.between(p, q))
-
-
-_FORWARD, _REVERSE = KL(), ReverseKL()  # each finds its series once
-AnyLoss = Divergence | Intrinsic
-
-
-def parse_loss(text: str) -> AnyLoss:
-    """A loss from its name: that of a divergence, or intrinsic.
-
-    >>> parse_loss("js"), parse_loss("intrinsic")
-    (JensenShannon(beta=0.5), Intrinsic())
-    """
-    if text.partition("(")[0].strip() in ("intrinsic", "Intrinsic"):
-        return parse(text, {"intrinsic": Intrinsic})
-    try:
-        return parse(text)
-    except ValueError as error:
-        if "there are " not in str(error):
-            raise
-        raise ValueError(str(error).replace("there are ", "there are intrinsic, ", 1)) from error
-
-
-def check_loss(divergence: Any) -> None:
-    """Refuse what is no loss, and say what to write for its name."""
-    if isinstance(divergence, Divergence | Intrinsic):
-        return
-    advice = ""
-    with contextlib.suppress(TypeError, ValueError):
-        ours = isinstance(divergence, type) and issubclass(divergence, Divergence | Intrinsic)
-        made: Any = divergence() if ours else parse_loss(str(divergence))
-        advice = f"; write {made!r}"
-    raise TypeError(
-        f"divergence must be one, such as rkl.ReverseKL(); got {divergence!r}{advice}."
-    )
-
-
-def between(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | None:
-    """D(p ‖ q) in nats of laws, the first axis that of draws, where it has a closed form.
-
-    >>> from rkl.divergences import SquaredHellinger
-    >>> from torch.distributions import Normal
-    >>> p, q = Normal(torch.zeros(1).double(), 1.0), Normal(torch.ones(1).double(), 1.0)
-    >>> between(Intrinsic(), p, q), between(SquaredHellinger(), p, q)
-    (tensor([0.5000], dtype=torch.float64), tensor([0.1175], dtype=torch.float64))
-    """
-    if isinstance(divergence, Intrinsic):
-        if (found := _intrinsic_at_edges(p, q)) is not None:
-            return found
-        both = between(_FORWARD, p, q), between(_REVERSE, p, q)
-        return None if both[0] is None or both[1] is None else torch.minimum(both[0], both[1])
-    if orders(divergence) is None:
-        return None
-    with contextlib.suppress(NotImplementedError):
-        return divergence.between(p, q)
-    with contextlib.suppress(NotImplementedError, ValueError):  # what is fixed moves
-        family = family_of(p)
-        if family is not None and type(p) is type(q):
-            natural = family.natural(p), family.natural(q)
-            return divergence_between(family, divergence, *natural)
-    return _joined(divergence, p, q)
-
-
-def _intrinsic_at_edges(p: Distribution, q: Distribution) -> Tensor | None:
-    """The intrinsic loss where some p have a probability or a rate of 0: KL(q ‖ p) is infinite.
-
-    Its slopes would be nan there, although the smaller KL has slopes.
-    """
-    try:
-        family = family_of(p)
-    except ValueError:
-        return None
-    if family is None or type(p) is not type(q):
-        return None
-    edge, natural = family.natural(p), family.natural(q)
-    inside = family.contains(edge)
-    if inside.all():
-        return None
-    safe = tuple(
-        torch.where(spread(inside, n), x, y)
-        for x, y, n in zip(edge, natural, family.events, strict=True)
-    )
-    reverse = torch.where(inside, family.kl(natural, safe), math.inf)
-    return torch.minimum(family.kl(edge, natural), reverse)
-
-
-def _joined(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | None:
-    """That of independent parts: their KLs add up, their affinities 1 + α(α − 1) D multiply."""
-    if not isinstance(p, Independent) or not isinstance(q, Independent):
-        return None
-    axes, total = tuple(range(-p.reinterpreted_batch_ndims, 0)), []
-    for weight, alpha in orders(divergence) or ():
-        one = {0.0: _REVERSE, 1.0: _FORWARD}.get(alpha) or Amari(alpha)
-        parts = between(one, p.base_dist, q.base_dist)
-        if parts is None:
-            return None
-        if alpha in (0, 1):
-            total.append(weight * parts.sum(axes))
-        else:
-            scale = alpha * (alpha - 1)
-            total.append(weight * torch.log1p(scale * parts).sum(axes).expm1() / scale)
-    return sum(total[1:], total[0])
 
 
 @dataclass(frozen=True)
@@ -406,3 +268,119 @@ def slopes(outputs: Float[Tensor, " n"], leaf: Tensor | None) -> Float[Tensor, "
             for each in pulled
         ]
     return torch.stack(columns, -1)
+
+
+# Seconds of a core of 2024: of one coordinate of a kinked loss; by number of a closed form; by
+# draw and node of a smooth loss, and of one gradient of a kinked one.
+OVERHEAD, CLOSED, AT_NODES, KINKS = 0.5, 2.5e-7, 2.5e-6, 2e-6
+FEW_NODES, ENDLESS = 64, 30.0  # nodes that any law takes, and seconds beyond which they suffice
+KINKED = 2**20  # log-densities that a loss with kinks is minimised over, which only many smooth
+FEW = 32  # draws that tell whether the laws have a closed form between them
+
+
+def posterior_loss(
+    laws: Laws,
+    divergence: AnyLoss,
+    *,
+    nodes: Nodes | None = None,
+    size: int = 4096,
+    seed: int = 0,
+) -> PosteriorLoss:
+    """The posterior expected divergence of a law, by a closed form or on nodes.
+
+    Raises:
+        TypeError: ``divergence`` is none.
+        ValueError: It needs a finite support, or no nodes serve these laws.
+    """
+    check_loss(divergence)
+    laws = _split(laws, divergence)
+    smooth = isinstance(divergence, FDivergence) and not kinked(divergence)
+    if nodes is None and _closed(laws, divergence):
+        return DirectLoss(laws, None, smooth, _InClosedForm(divergence))
+    if isinstance(divergence, FDivergence | Intrinsic):
+        criterion = divergence if isinstance(divergence, FDivergence) else None
+        nodes = nodes or nodes_for(laws, criterion, size=size, seed=seed)
+        return NodeLoss(laws, with_slopes(laws, nodes), smooth, divergence)
+    nodes = nodes or nodes_for(laws, size=1, seed=seed)
+    if nodes.kind != "enumeration":
+        raise ValueError(
+            f"divergence {divergence} is no f-divergence, and has no meaning beyond a finite "
+            f"support; that of a {type(laws.at(laws.spread(1))).__name__} is not finite."
+        )
+    return DirectLoss(laws, nodes, smooth, _OverAtoms(divergence, nodes))
+
+
+def sampled(laws: Laws, divergence: AnyLoss) -> bool:
+    """Whether the loss takes an importance sample, and so draws times nodes log-densities."""
+    laws = _split(laws, divergence)
+    return not _closed(laws, divergence) and joint(laws)
+
+
+def expected_seconds(laws: Laws, divergence: AnyLoss, draws: int) -> float:
+    """About how long an act takes on one core that is minimised numerically.
+
+    A count of numbers, so that the same posterior gets the same answer on any machine.
+
+    Args:
+        laws: Some draws.
+        divergence: The loss.
+        draws: How many draws there are.
+    """
+    members = laws.at(laws.spread(1)).batch_shape.numel()
+    if not _closed(laws, divergence) and AT_NODES * draws * members * FEW_NODES > ENDLESS:
+        return AT_NODES * draws * members * FEW_NODES  # placing nodes would take long itself
+    few = posterior_loss(laws, divergence)
+    coordinates = sum(x[0].numel() for x in laws.theta.values())
+    if few.nodes is None:
+        law = laws.at(laws.spread(1))
+        size = draws * law.batch_shape.numel() * law.event_shape.numel()
+        evaluations = coordinates if not few.smooth else 1
+        return evaluations * (OVERHEAD + CLOSED * size * coordinates)
+    numbers = draws * few.nodes.log_weight.numel()
+    if few.smooth:
+        return 1 + AT_NODES * numbers
+    return 1 + KINKS * (1 + 4 * coordinates) * min(numbers, KINKED)
+
+
+def _split(laws: Laws, divergence: AnyLoss) -> Laws:
+    """The laws, in independent parts where the divergence is a sum over these."""
+    known = orders(divergence)
+    if known is None or any(alpha not in (0, 1) for _, alpha in known):
+        return laws
+    return dataclasses.replace(laws, law=lambda theta: independent_parts(laws.law(theta)))
+
+
+def _closed(laws: Laws, divergence: AnyLoss) -> bool:
+    one, few = laws.at(laws.spread(1)), laws.at(laws.spread(FEW))  # what is fixed in one may move
+    return between(divergence, few, one) is not None
+
+
+@dataclass(frozen=True)
+class _InClosedForm:
+    divergence: AnyLoss
+
+    def __call__(self, p: Distribution, q: Distribution) -> Tensor:
+        value = between(self.divergence, p, q)
+        assert value is not None  # it was asked before
+        return value
+
+
+@dataclass(frozen=True)
+class _OverAtoms:
+    """A divergence that is none of ratios, its coefficients moving with the act."""
+
+    divergence: Divergence
+    nodes: Nodes
+
+    def __call__(self, p: Distribution, q: Distribution) -> Tensor:
+        logp, logq = self.nodes.log_mass(p), self.nodes.log_mass(q)
+        logp, logq = torch.broadcast_tensors(logp, logq)
+        inputs = self.divergence.held_inputs(logp)
+        return self.divergence.value(logp, logq, *self.divergence.held(logp, logq, *inputs))
+
+
+def over_few(loss: PosteriorLoss, numbers: int) -> PosteriorLoss:
+    """The loss over so few of the draws that an evaluation needs no more numbers."""
+    count = max(numbers // max(1, loss.numbers), 64)
+    few = loss.numbers == 0 or count >= len(loss.laws)
+    return loss if few else loss.over(loss.laws.thinned(count))

@@ -1,4 +1,4 @@
-"""What is averaged over the draws: which of it has a mean, and how well that mean is known."""
+"""Diagnostics of the posterior means: which of them exist, and how well they are known."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -1,0 +1,1 @@
+"""The loss between distributions, and its expectation over the posterior."""

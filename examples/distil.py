@@ -10,9 +10,7 @@ import sys
 from pydoc_data.topics import topics
 
 import rkl
-from rkl.distill import DistillConfig, DistillTrainer
-from rkl.distill.data import tokenize
-from rkl.distill.scratch import Shape, new_model, new_tokenizer
+from rkl.distill import DistillConfig, DistillTrainer, Shape, new_model, new_tokenizer, tokenize
 
 
 def main(out: str) -> None:

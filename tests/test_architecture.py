@@ -28,7 +28,7 @@ CORE = {
     "estimators": {"divergences", "kernels", "checks"},
     "testing": {"divergences", "kernels", "estimators", "checks"},
     "stats": {"checks", "lazy"},
-    "metrics": {"divergences", "estimators", "stats", "tables", "readers", "checks"},
+    "metrics": {"lazy", "divergences", "estimators", "stats", "tables", "readers", "checks"},
 }
 # Parts that any other may use, and that use nothing of rkl but what stands here.
 ALONE = {

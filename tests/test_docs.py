@@ -137,7 +137,7 @@ def test_the_estimators_agree():
 
 @pytest.mark.slow
 def test_the_picture_can_be_drawn_again(tmp_path):
-    printed = run("examples/picture.py", tmp_path / "drawn.png")
+    printed = run("docs/images/one_bump.py", tmp_path / "drawn.png")
     widths = [float(it) for it in re.findall(r"width (\d\.\d+)", printed)]
     assert widths == pytest.approx([2.25, 0.83, 0.50, 0.50], abs=0.02)
     assert (tmp_path / "drawn.png").stat().st_size > 10_000

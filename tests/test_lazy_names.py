@@ -11,7 +11,7 @@ import pytest
 COSTLY = {
     "rkl.bayes": {"torch", "xarray", "arviz"},
     "rkl.distill": {"torch", "transformers"},
-    "rkl.stats": {"torch", "numpy"},
+    **dict.fromkeys(("rkl.metrics", "rkl.stats"), {"torch", "numpy"}),
     **dict.fromkeys(("rkl.flows", "rkl.fit", "rkl.sample"), {"torch", "zuko", "arviz"}),
 }
 

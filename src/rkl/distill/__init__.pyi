@@ -4,6 +4,8 @@ from rkl.distill.cache import CachedTeacher as CachedTeacher
 from rkl.distill.cache import cache_hidden_states as cache_hidden_states
 from rkl.distill.compare import Evaluations as Evaluations
 from rkl.distill.compare import compare_runs as compare_runs
+from rkl.distill.data import show_example as show_example
+from rkl.distill.data import tokenize as tokenize
 from rkl.distill.evaluate import EvaluateSettings as EvaluateSettings
 from rkl.distill.evaluate import evaluate_run as evaluate_run
 from rkl.distill.generate import GenerateSettings as GenerateSettings
@@ -21,6 +23,9 @@ from rkl.distill.run import DistillSettings as DistillSettings
 from rkl.distill.run import distill as distill
 from rkl.distill.run import estimate as estimate
 from rkl.distill.run import load_run as load_run
+from rkl.distill.scratch import Shape as Shape
+from rkl.distill.scratch import new_model as new_model
+from rkl.distill.scratch import new_tokenizer as new_tokenizer
 from rkl.distill.selection import DivergedError as DivergedError
 from rkl.distill.server import ServerError as ServerError
 from rkl.distill.server import ServerTeacher as ServerTeacher

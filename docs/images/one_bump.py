@@ -4,7 +4,7 @@ A target p of two bumps on a grid, and a model q that can only be one bump: it m
 or invent something. All fits begin at the left bump; where they end is the divergence's doing. A
 model invents the mass it has where q > 10 p, and misses that of p where p > 10 q.
 
-    python examples/picture.py docs/images/one-bump.png
+    python docs/images/one_bump.py docs/images/one-bump.png
 """
 
 import sys

@@ -11,6 +11,7 @@ HOMES = {
     "evaluate": "EvaluateSettings evaluate_run",
     "generate": "GenerateSettings generate_run",
     "loss": "distill_loss",
+    "guard": "CollapseError CollapseLimits",
     "heads": "Head read_head",
     "report": "report_runs",
     "rollouts": "ModelWriter Reply Sampling Writer",

@@ -10,6 +10,8 @@ from rkl.distill.evaluate import EvaluateSettings as EvaluateSettings
 from rkl.distill.evaluate import evaluate_run as evaluate_run
 from rkl.distill.generate import GenerateSettings as GenerateSettings
 from rkl.distill.generate import generate_run as generate_run
+from rkl.distill.guard import CollapseError as CollapseError
+from rkl.distill.guard import CollapseLimits as CollapseLimits
 from rkl.distill.heads import Head as Head
 from rkl.distill.heads import read_head as read_head
 from rkl.distill.loss import distill_loss as distill_loss

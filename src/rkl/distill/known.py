@@ -61,7 +61,7 @@ def infinite_atoms(
     """The atoms that make the divergence of a token infinite; None where p is known in part."""
     if isinstance(p, TopK | Sampled):
         return None
-    logp, logq = (logits_of(_one_token(it, token)).log_softmax(-1) for it in (p, q))
+    logp, logq = (logits_of(_tokens(it, slice(token, token + 1))).log_softmax(-1) for it in (p, q))
     inputs = divergence.held_inputs(logp, labels[token : token + 1])
     terms = divergence.by_atom(logp, logq, *divergence.held(logp, logq, *inputs))
     return (~terms.isfinite()).nonzero()[:, 1]
@@ -215,7 +215,43 @@ class Observations:
             warn(f"{what}; loss_error in the log is its standard error, as far as these show it.")
 
 
-def _one_token(known: Known, token: int) -> LinearHead | Float[Tensor, "1 vocab"]:
+def confidence(p: Observed, q: Known, most: int) -> Float[Tensor, "measured 3"]:
+    """The entropies of q and p in nats, and the acceptance Σ min(p, q), at some tokens.
+
+    Where p is known by its top k both are coarsened to these atoms and the rest. Of drawn atoms
+    only q's entropy is known, and the others are NaN.
+
+    Args:
+        p: What is known of the teacher.
+        q: What is known of the student.
+        most: Tokens that are measured, evenly spaced, at most.
+    """
+    total = len(q.hidden if isinstance(q, LinearHead) else q)
+    device = (q.hidden if isinstance(q, LinearHead) else q).device
+    chosen = torch.linspace(0, max(total - 1, 0), min(most, total), device=device).long()
+    logq = logits_of(_tokens(q, chosen)).float().log_softmax(-1)
+    if isinstance(p, Sampled):
+        unknown = logq.new_full((len(chosen),), math.nan)
+        return torch.stack([_entropy(logq), unknown, unknown], -1)
+    if isinstance(p, TopK):
+        logp, index = p.logp[chosen].float(), p.index[chosen]
+        logp, logq = (_with_rest(it) for it in (logp, logq.gather(-1, index)))
+    else:
+        logp = logits_of(_tokens(p, chosen)).float().log_softmax(-1)
+    return torch.stack([_entropy(logq), _entropy(logp), logp.minimum(logq).exp().sum(-1)], -1)
+
+
+def _tokens(known: Known, chosen: Int[Tensor, " chosen"] | slice) -> Any:
     if isinstance(known, Tensor):
-        return known[token : token + 1]
-    return known._replace(hidden=known.hidden[token : token + 1])
+        return known[chosen]
+    return known._replace(hidden=known.hidden[chosen])
+
+
+def _with_rest(logp: Float[Tensor, "tokens atoms"]) -> Float[Tensor, "tokens more"]:
+    """The log-probabilities of some atoms, and of all others as one."""
+    rest = (1 - logp.exp().sum(-1, keepdim=True)).clamp_min(0.0).log()
+    return torch.cat([logp, rest], -1)
+
+
+def _entropy(logp: Float[Tensor, "tokens atoms"]) -> Float[Tensor, " tokens"]:
+    return torch.special.entr(logp.exp()).sum(-1)

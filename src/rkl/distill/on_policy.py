@@ -1,15 +1,22 @@
 """Batches of a training, some of them with the text of the student or the teacher."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from rkl.distill.batches import STUDENT, TEACHER
+from rkl.distill.batches import SOURCES, STUDENT, TEACHER
+from rkl.distill.data import IGNORED
 from rkl.distill.rollouts import Writer, batch_with, prompts_in, seed_of
+from rkl.runs.files import read_jsonl, write_atomic
 
 Inputs = dict[str, Any]
+COMPLETIONS = "completions.jsonl"
+MIN_LMBDA = 1 / 16  # below which a guard that mixes in data stops
+WRITERS = {STUDENT: "student", TEACHER: "teacher"}
 
 
 @dataclass
@@ -30,6 +37,7 @@ class Mixture:
         at_once: Batches that are taken and written together.
         num_generations: Replies to each prompt.
         prompt_tokens: Length of a prompt out of plain text.
+        ends: The tokens that end a reply.
     """
 
     student: Writer
@@ -42,6 +50,7 @@ class Mixture:
     at_once: int = 1
     num_generations: int = 1
     prompt_tokens: int = 32
+    ends: Collection[int] = ()
     ahead: list[Inputs] = field(default_factory=list)  # written, and not yet trained on
     _behind: int = 0  # batches of a new iterator that are in `ahead` already
 
@@ -92,3 +101,32 @@ class Mixture:
             for batch in state["ahead"]
         ]
         self._behind = len(self.ahead)
+
+
+def completions_of(batch: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """What somebody wrote in a batch, row by row, as tokens and as text.
+
+    Args:
+        batch: With labels and sources.
+        tokenizer: Puts tokens into words; None leaves the words out.
+    """
+    decode = getattr(tokenizer, "decode", None)
+    rows = []
+    columns = (batch[name].tolist() for name in ("input_ids", "labels", "attention_mask"))
+    for ids, labels, attended in zip(*columns, strict=True):
+        stop = sum(attended)
+        start = next((at for at in range(stop) if labels[at] != IGNORED), stop)
+        row: dict[str, Any] = {"prompt": ids[:start], "completion": ids[start:stop]}
+        if decode is not None:
+            words = {f"{name}_text": str(decode(part)) for name, part in row.items()}
+            row |= words
+        rows.append(row)
+    source = int(batch[SOURCES].max())
+    return {"source": WRITERS.get(source, "data"), "rows": rows}
+
+
+def rewind_completions(path: Path, step: int) -> None:
+    """Leave in a file what was written before a step; of a step 0 nothing."""
+    if path.is_file():
+        kept = [row for row in read_jsonl(path) if row["step"] < step]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -133,7 +133,7 @@ def _measure(
         caching = (time.perf_counter() - began) / (len(few.blocks) + held)
     idle: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.0, "weight_decay": 0.0}
     idle |= {"max_steps": min(STEPS, settings.steps(len(text.blocks), processes))}
-    idle |= {"save_strategy": "no"}
+    idle |= {"save_strategy": "no", "log_completions": False}
     idle |= {"eval_strategy": "no", "eval_on_start": False, "report_to": "none"}
     trainer = make_trainer(settings, folder, few, models, processes=processes, **idle)
     device, ticks = trainer.args.device, _Clock()

@@ -38,9 +38,14 @@ from rkl.text import printable
 PAUSE = 10.0  # seconds between lines where there is no terminal
 _STATUS = Path("/proc/self/status")
 Watch = Callable[[Any, int], None]
+OWN_TEXT = (  # figures of the student's own text
+    *("truncated", "completion_length", "repetition", "empty"),
+    *("student_entropy", "teacher_entropy", "acceptance"),
+)
 _LOGGED = "loss", "grad_norm", "learning_rate", "infinite_tokens"
 _LOGGED += "captured_mass", "loss_error"
 _LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens", "eval_finite_loss"
+_LOGGED += ("captured_mass", "loss_error", "lmbda", *OWN_TEXT)
 
 
 def say(message: str) -> None:

@@ -23,6 +23,7 @@ from rkl.distill.limits import (
     MIN_TEMPERATURE,
     check_count,
     check_counts,
+    check_one_of,
     check_temperature,
     check_within,
 )
@@ -80,10 +81,12 @@ def check_generation(settings: Any, batch_size: int, accumulation: int) -> None:
         low, high = MIN_TEMPERATURE, MAX_TEMPERATURE
         number("sampling_temperature", settings.sampling_temperature, at_least=low, at_most=high)
     names = "max_completion_length", "num_generations", "prompt_tokens", "steps_per_generation"
-    check_counts(settings, *names)
+    check_counts(settings, *names, "guard_window")
     sampling_of(settings)
-    if settings.seq_kd not in (True, False):
-        raise TypeError(f"seq_kd must be True or False; got {settings.seq_kd!r}.")
+    for name in ("seq_kd", "log_completions"):
+        if (value := getattr(settings, name)) not in (True, False):
+            raise TypeError(f"{name} must be True or False; got {value!r}.")
+    check_one_of(settings, "guard", "stop", "mix", "off")
     if not (settings.lmbda or settings.seq_kd):
         return
     if batch_size % settings.num_generations:

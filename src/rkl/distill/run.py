@@ -28,6 +28,7 @@ from rkl.distill.cache import CachedTeacher
 from rkl.distill.card import held_out_loss, model_card
 from rkl.distill.data import passages
 from rkl.distill.generate import finished
+from rkl.distill.on_policy import COMPLETIONS
 from rkl.distill.plan import Estimate, estimate
 from rkl.distill.prepare import (
     Models,
@@ -199,7 +200,8 @@ def _distill(
         if diverged is not None and not processes.main:
             raise PeerError("the first process says why.")
         if diverged is not None:
-            raise DivergedError(diverged.step, f"{run.path}: {diverged.reason}", _kept(run))
+            reason, advice = f"{run.path}: {diverged.reason}", f"{_kept(run)} {diverged.remedy}"
+            raise type(diverged)(diverged.step, reason, advice)
     return Distilled(run.path, run.record["result"])
 
 
@@ -312,6 +314,7 @@ def _train(
     board = [TensorBoard(run)] if "tensorboard" in settings.reporters else []
     if board:  # in place of the one that the Trainer made
         trainer.remove_callback(TensorBoardCallback)
+    trainer.completions = run.path / COMPLETIONS
     for callback in (Journal(run, display, watch), stop, FollowSchedule(), *board):
         trainer.add_callback(callback)
     try:
@@ -344,10 +347,7 @@ def _kept(run: Run) -> str:
     step, loss = result["best_step"], result["held_out_loss"]
     student = f"the student of step {step:,}" if step else "the student it began with"
     found = "" if loss is None else f", the best on held-out text ({held_out_loss(result)})"
-    return (
-        f"{run.path} holds {student}{found}. Try a smaller --learning-rate, or "
-        "--max-gradient 1, and see that no weight of the teacher is NaN."
-    )
+    return f"{run.path} holds {student}{found}."
 
 
 def _last_good(folder: Path, diverged: DivergedError | None) -> tuple[int, dict[str, Any]]:

@@ -20,10 +20,19 @@ class DivergedError(ArithmeticError):
         reason: What was NaN, in words.
         advice: What else there is to say.
         sound: True if the weights before the step give finite logits on its batch.
+
+    Attributes:
+        remedy: What to try against it, in words.
     """
 
+    when = "at"
+    remedy = (
+        "Try a smaller --learning-rate, or --max-gradient 1, and see that no weight of the "
+        "teacher is NaN."
+    )
+
     def __init__(self, step: int, reason: str, advice: str = "", *, sound: bool = False):
-        when = f"at step {step:,}" if step else "before the first step"
+        when = f"{self.when} step {step:,}" if step else "before the first step"
         super().__init__(f"{reason} {when}. {advice}".strip())
         self.step, self.reason, self.sound = step, reason, sound
 

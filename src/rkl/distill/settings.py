@@ -84,6 +84,12 @@ class DistillSettings:
         steps_per_generation: Batches written at once, before the first is trained on; by default
             those of a step.
         prompt_tokens: Length of a prompt in tokens, where the rows are plain text.
+        guard: What to do where the student's own text collapses (grows, repeats itself, or is
+            too sure): stop the training, mix in more of the data, or nothing (off).
+        guard_window: Steps with own text in the means that are judged; the first so many say how
+            the student began.
+        log_completions: Write the own text of logged steps into completions.jsonl, with the loss
+            of the batch in nats per token.
         batch_size: Blocks run together, which decides the memory needed; of several processes
             each runs as many.
         gradient_accumulation: Batches in a step, whose loss is that of one large batch.
@@ -154,6 +160,9 @@ class DistillSettings:
     num_generations: int = 1
     steps_per_generation: int | None = None
     prompt_tokens: int = 32
+    guard: Literal["stop", "mix", "off"] = "stop"
+    guard_window: int = 20
+    log_completions: bool = False
     batch_size: int = 8
     gradient_accumulation: int = 1
     learning_rate: float = 1e-4

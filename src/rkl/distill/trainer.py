@@ -14,14 +14,22 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number, warn
-from rkl.distill.batches import DATA, Batch, PadRows, shifted, sources_of
+from rkl.distill.batches import DATA, SOURCES, STUDENT, Batch, PadRows, shifted, sources_of
 from rkl.distill.checkpoints import replacing_folder_together, rotate, settle
 from rkl.distill.data import IGNORED, TokenDataset, tokenize
+from rkl.distill.guard import MAX_MEASURED, CollapseError, CollapseLimits, Watch
 from rkl.distill.heads import read_head
-from rkl.distill.known import Known, Observations, Observed, at_temperature, infinite_atoms
+from rkl.distill.known import (
+    Known,
+    Observations,
+    Observed,
+    at_temperature,
+    confidence,
+    infinite_atoms,
+)
 from rkl.distill.limits import (
     check_counts,
     check_temperature,
@@ -30,7 +38,13 @@ from rkl.distill.limits import (
     template_variables,
 )
 from rkl.distill.loss import weighted_loss
-from rkl.distill.on_policy import Mixture
+from rkl.distill.on_policy import (
+    COMPLETIONS,
+    MIN_LMBDA,
+    Mixture,
+    completions_of,
+    rewind_completions,
+)
 from rkl.distill.rollouts import (
     ModelWriter,
     check_generation,
@@ -46,6 +60,7 @@ from rkl.divergences import AKL, KL, Divergence
 from rkl.divergences.schedule import read_schedule
 from rkl.estimators import LinearHead, TopK, per_token
 from rkl.runs import measure_written, replacing_files, sweep, write_json
+from rkl.runs.files import append_jsonl
 from rkl.runs.processes import world
 
 _NOTHING = 1e-9  # nats per token below which a divergence is rounding
@@ -84,6 +99,12 @@ class DistillConfig(TrainingArguments):
             written by an earlier student than the one that learns from them.
         prompt_tokens: Length of a prompt in tokens where rows have none, as plain text.
         chat_template_kwargs: What else the chat template is called with, as an object or JSON.
+        guard: What to do where own text collapses: "stop" the training, "mix" in more of the
+            data, half the probability of own text at a time, or "off".
+        guard_window: Steps with own text in the means that are judged; the first so many say how
+            the student began.
+        log_completions: Whether to write the own text of the first batches of logged steps, of the
+            first process, into completions.jsonl.
         allow_partial: Whether to minimise, on a teacher known by its top k, also a divergence of
             which most may lie among the other atoms, such as reverse KL or AKL.
     """
@@ -128,6 +149,9 @@ class DistillConfig(TrainingArguments):
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "What else the chat template is called with."}
     )
+    guard: str = field(default="stop", metadata={"help": "Stop or mix where own text collapses."})
+    guard_window: int = field(default=20, metadata={"help": "Steps in the means it judges."})
+    log_completions: bool = field(default=False, metadata={"help": "Write own text to a file."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -172,6 +196,7 @@ class DistillTrainer(Trainer):
         teacher: A model with the student's tokenizer, which is left as it is; "base" for the
             model below a PEFT student's adapters; or any :class:`Teacher`, such as a cache.
         divergence: Any divergence.
+        limits: How far the student's own text may go from what it was in the beginning.
         teacher_processing_class: The teacher's tokenizer, to be compared with the student's,
             which is ``processing_class``.
         **kwargs: As for transformers.Trainer. Data sets may be rows of text, of prompt and
@@ -188,6 +213,7 @@ class DistillTrainer(Trainer):
         *,
         teacher: nn.Module | Literal["base"] | Teacher,
         divergence: Divergence = AKL(),
+        limits: CollapseLimits | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
@@ -235,8 +261,11 @@ class DistillTrainer(Trainer):
         self._endless = 0  # steps in a row whose loss was infinite
         self._batch: Batch | None = None  # the last one
         self._mixture = self._writers(teacher_processing_class or tokenizer, tokenizer)
+        ends = self._mixture.ends if self._mixture is not None else []
+        self._own_text = Watch(limits or CollapseLimits(), ends, args.guard_window)
+        self.completions = Path(str(self.args.output_dir), COMPLETIONS)
         self._balance = _balance(cast(nn.Module, model)) if args.router_aux_loss else 0.0
-        self.add_callback(_Guard(self._check_step))
+        self.add_callback(_Guard(self._check_step, self._rewind_completions))
 
     def _student(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
@@ -262,6 +291,13 @@ class DistillTrainer(Trainer):
                 "seq_kd needs a teacher that is a model, to write the text; got a "
                 f"{type(self._teacher).__name__}."
             )
+        rows: Any = self.train_dataset
+        alone = isinstance(rows, TokenDataset) and rows.kind == "prompt"
+        if args.guard == "mix" and alone and not args.seq_kd:
+            raise ValueError(
+                "guard must be stop or off for rows with a prompt alone, which hold no text to "
+                "mix in; got mix."
+            )
         tokenizers = {"student": tokenizer, "teacher": teacher_tokenizer}
         ends = common_ends({name: (it, tokenizers[name]) for name, it in models.items()})
         how: Any = {"context": min(context_of(it) for it in models.values())}
@@ -285,6 +321,7 @@ class DistillTrainer(Trainer):
             args.steps_per_generation or args.gradient_accumulation_steps,
             args.num_generations,
             args.prompt_tokens,
+            ends,
         )
 
     def compute_loss(
@@ -300,12 +337,15 @@ class DistillTrainer(Trainer):
         sources = sources_of(inputs, batch)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
         p, share = self._observe(batch), len(batch.targets) / count
-        loss = self._in_place_of_head(
-            model,
-            batch,
-            lambda q: self._loss(batch, sources, p, q, count),
-            balanced=self._balance * share if self._balance else None,
-        )
+
+        def measure(q: Known) -> Tensor:
+            loss = self._loss(batch, sources, p, q, count)
+            if sources is not None and len(sources):
+                self._note_own_text(inputs, p, q, loss.detach() * (count / len(sources)))
+            return loss
+
+        balanced = self._balance * share if self._balance else None
+        loss = self._in_place_of_head(model, batch, measure, balanced=balanced)
         if not self._moving and len(batch.targets):
             self._moving = True
             if self.is_world_process_zero():
@@ -318,6 +358,18 @@ class DistillTrainer(Trainer):
     def _progress(self) -> float:
         """The share of the steps before this one, 1 at the last."""
         return self.state.global_step / max(1, self.state.max_steps - 1)
+
+    def _note_own_text(
+        self, inputs: Mapping[str, Any], p: Observed, q: Known, mean: Tensor
+    ) -> None:
+        """Measure the student's text, and write any to a file if the step is logged."""
+        if bool((inputs[SOURCES] == STUDENT).any()):
+            with torch.no_grad():
+                self._own_text.note(inputs, confidence(p, q, MAX_MEASURED))
+        step, every = self.state.global_step, max(1, int(self.state.logging_steps or 1))
+        if self.args.log_completions and step % every == 0 and self.is_world_process_zero():
+            row = completions_of(inputs, self.processing_class)
+            append_jsonl(self.completions, {"step": step, "loss": float(mean), **row})
 
     def prediction_step(
         self,
@@ -379,6 +431,8 @@ class DistillTrainer(Trainer):
             self._infinite = 0
             if total:
                 logs["infinite_tokens"] = total
+            if self._mixture is not None:
+                logs |= {"lmbda": self._mixture.lmbda, **self._own_text.pop()}
             logs |= self._observations.pop(
                 lambda sums: cast(
                     Tensor, self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
@@ -392,6 +446,8 @@ class DistillTrainer(Trainer):
         Raises:
             DivergedError: At a NaN; the student then has the weights from before that step, or
                 with ``load_best_model_at_end`` those of the best evaluation.
+            CollapseError: Own text collapses; the student then has the weights of the best
+                evaluation, or else of the last checkpoint from before that began.
         """
         if self.args.should_save:
             sweep(Path(str(self.args.output_dir)))
@@ -399,10 +455,19 @@ class DistillTrainer(Trainer):
         self._losses, self._endless = [], 0
         try:
             return super().train(*args, **kwargs)
-        except DivergedError:
-            if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-                self._load_best_model()
+        except DivergedError as error:
+            self._return(error)
             raise
+
+    def _return(self, error: DivergedError) -> None:
+        """Go back to the best weights, or after a collapse to those saved before it began."""
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+        elif isinstance(error, CollapseError):
+            saved = [Path(it) for it in sort_checkpoints(str(self.args.output_dir))]
+            sound = [it for it in saved if int(it.name.rpartition("-")[2]) < error.step]
+            if sound:
+                self._load_from_checkpoint(str(sound[-1]))
 
     def keep_weights(self) -> None:
         """Save a checkpoint of the student as it is, unless there is one of this step."""
@@ -434,6 +499,7 @@ class DistillTrainer(Trainer):
         lost, bad, infinite = flags.tolist()
         self._losses, step = [], self.state.global_step + 1
         self._endless = self._endless + 1 if infinite == self.accelerator.num_processes else 0
+        self._judge_own_text(step)
         if lost or bad:
             what = "loss" if lost else "gradient"
             sound, place = self._together(not lost or self._student_is_finite())
@@ -449,6 +515,26 @@ class DistillTrainer(Trainer):
                 "that nothing is learned,",
                 sound=True,
             )
+
+    def _judge_own_text(self, step: int) -> None:
+        """End the training where own text collapses, or have less of it."""
+        if self._mixture is None:
+            return
+        wrong = self._own_text.end_step(
+            lambda sums: cast(
+                Tensor, self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
+            ).cpu()
+        )
+        if not wrong or self.args.guard == "off":
+            return
+        since = max(1, step + 1 - self.args.guard_window)
+        told, mixture = f"own text collapses ({'; '.join(wrong)})", self._mixture
+        if self.args.guard == "stop" or mixture.lmbda <= MIN_LMBDA:
+            raise CollapseError(since, told)
+        mixture.lmbda /= 2
+        self._own_text.forget_last()
+        if self.is_world_process_zero():
+            warn(f"At step {step:,} {told}: lmbda is now {mixture.lmbda:g}.")
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -484,7 +570,8 @@ class DistillTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self._mixture is not None:
-            write_json(self._state_file(output_dir), self._mixture.state())
+            state = self._mixture.state() | {"own_text": self._own_text.state()}
+            write_json(self._state_file(output_dir), state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -495,7 +582,13 @@ class DistillTrainer(Trainer):
                     f"resume_from_checkpoint: {checkpoint} has no {file.name}; it was saved by a "
                     "training without lmbda and seq_kd."
                 )
-            self._mixture.restore(json.loads(file.read_text(encoding="utf-8")))
+            state = json.loads(file.read_text(encoding="utf-8"))
+            self._mixture.restore(state)
+            self._own_text.restore(state["own_text"])
+
+    def _rewind_completions(self) -> None:
+        if self.args.log_completions and self.is_world_process_zero():
+            rewind_completions(self.completions, self.state.global_step)
 
     def _state_file(self, checkpoint: str) -> Path:
         return Path(checkpoint, f"on_policy-{self.args.process_index}.json")
@@ -768,10 +861,13 @@ class DistillTrainer(Trainer):
 
 
 class _Guard(TrainerCallback):
-    """Has a step checked between its gradient and its update."""
+    """Has a step checked between its gradient and its update, and something done before all."""
 
-    def __init__(self, check: Callable[[], None]):
-        self._check = check
+    def __init__(self, check: Callable[[], None], begin: Callable[[], None]):
+        self._check, self._begin = check, begin
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begin()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._check()

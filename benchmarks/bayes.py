@@ -36,7 +36,7 @@ from torch.distributions import Normal  # noqa: E402
 from rkl import KL, ReverseKL  # noqa: E402
 from rkl.bayes.draws import Draws, read_draws  # noqa: E402
 from rkl.bayes.model import read_family  # noqa: E402
-from rkl.bayes.problem import Question  # noqa: E402
+from rkl.bayes.problem import Problem  # noqa: E402
 from rkl.bayes.solve.closed import act_and_risk, averages, directions_of, solve  # noqa: E402
 from rkl.bayes.solve.streaming import one_pass  # noqa: E402
 from rkl.divergences import Divergence  # noqa: E402
@@ -144,11 +144,9 @@ def normal(theta: dict[str, Tensor]) -> Normal:
 def act(draws: Draws, loss: Divergence, compiled: bool | None) -> dict[tuple, Mean]:
     """An act and its risk with their errors: all of ``bayes_act`` but the diagnostics."""
     model = read_family("normal(loc=mu, scale=sigma)", draws)
-    question = Question(draws, model, loss, compiled)
-    known = averages(question, directions_of(question.weights))
-    return act_and_risk(
-        question, known, question.weights, solve(question, known, question.weights)
-    )
+    problem = Problem(draws, model, loss, compiled)
+    known = averages(problem, directions_of(problem.weights))
+    return act_and_risk(problem, known, problem.weights, solve(problem, known, problem.weights))
 
 
 def check(mu: Tensor, sigma: Tensor) -> None:

@@ -5,7 +5,8 @@ import pytest
 
 import rkl.demos.distill as demonstration
 from rkl import bayes, distill, fit, runs, sample
-from rkl.bayes.run import EstimateSettings, estimate
+from rkl.bayes.run import estimate
+from rkl.bayes.settings import EstimateSettings
 
 SETTINGS = {"divergences": ["kl"], "before": "start"}
 VERBS = {

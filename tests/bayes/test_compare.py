@@ -276,7 +276,7 @@ def test_what_would_take_long_is_left_out_with_its_time_until_it_is_asked_for(mo
 def test_a_hundred_rates_are_compared_without_what_would_take_minutes():
     generator = torch.Generator().manual_seed(0)
     rate = torch.rand(4, 1000, 100, generator=generator, dtype=torch.float64) + 1
-    some = bayes_act({"rate": rate}, Poisson).question.some
+    some = bayes_act({"rate": rate}, Poisson).problem.some
     for loss in (JensenShannon(), Intrinsic()):
         assert expected_seconds(some, loss, 4000) > 60
 

@@ -67,4 +67,4 @@ def test_a_variable_of_as_many_numbers_that_no_component_has_is_left_alone():
     estimate = bayes_act(posterior(1, switching=True), law)
     act = estimate.act
     assert torch.allclose(act["loc"], LOC, atol=0.3)
-    assert torch.allclose(estimate.question.losses(dict(act)).mean(), estimate.risk.value)
+    assert torch.allclose(estimate.problem.losses(dict(act)).mean(), estimate.risk.value)

@@ -11,8 +11,9 @@ import xarray as xr
 
 import rkl
 from rkl.bayes import bayes_act
+from rkl.bayes.evaluate import evaluate_run
 from rkl.bayes.report import posterior_figure
-from rkl.bayes.run import EvaluateSettings, evaluate_run
+from rkl.bayes.settings import EvaluateSettings
 from rkl.cli import main
 from rkl.runs import Run
 

@@ -26,7 +26,7 @@ from rkl.bayes.loss.between import Intrinsic
 from rkl.bayes.loss.nodes import nodes_for
 from rkl.bayes.model import laws_of
 from rkl.bayes.solve import numerical as generic
-from rkl.bayes.solve.numerical import generic_act
+from rkl.bayes.solve.numerical import numerical_act
 
 
 def normal(*shape, seed=0):
@@ -50,7 +50,7 @@ def close(found, expected, tolerance=1e-6):
 
 def act(theta, law, divergence, on_nodes=False, **settings):
     nodes = nodes_for(laws_of(theta, law)) if on_nodes else None
-    found = generic_act(theta, law, divergence, nodes=nodes, **settings)
+    found = numerical_act(theta, law, divergence, nodes=nodes, **settings)
     assert found.accuracy.converged
     assert found.accuracy.agreeing == found.accuracy.starts
     assert (found.accuracy.method == "closed form") != on_nodes
@@ -155,7 +155,7 @@ def test_student_and_cauchy_acts_are_the_best_of_a_grid(divergence, df):
     def law(t):
         return Cauchy(t["loc"], t["scale"]) if df == 1 else StudentT(df, t["loc"], t["scale"])
 
-    found = generic_act(theta, law, divergence)
+    found = numerical_act(theta, law, divergence)
     u = torch.linspace(-22, 22, 4001, dtype=torch.float64)
     x, slope = u.sinh(), u.cosh() * (u[1] - u[0])
     step = 0.002
@@ -189,7 +189,7 @@ def test_labels_switched_draw_by_draw_change_nothing_of_the_act_of_a_mixture(div
     theta = components()
     order = torch.rand(60, 3, generator=torch.Generator().manual_seed(3)).argsort(-1)
     switched = {name: x.gather(-1, order) for name, x in theta.items()}
-    one, other = (generic_act(t, mixture, divergence) for t in (theta, switched))
+    one, other = (numerical_act(t, mixture, divergence) for t in (theta, switched))
     x = torch.linspace(-6, 8, 200, dtype=torch.float64)[:, None]
     torch.testing.assert_close(one.law.log_prob(x), other.law.log_prob(x), rtol=0, atol=1e-10)
     assert one.risk == pytest.approx(other.risk, abs=1e-12)
@@ -204,7 +204,7 @@ def test_labels_switched_draw_by_draw_change_nothing_of_the_act_of_a_mixture(div
 def test_the_act_does_not_depend_on_the_chart(divergence):
     theta = normals(60)
     found = [
-        generic_act(
+        numerical_act(
             theta, lambda t: StudentT(3.0, t["loc"], t["scale"]), divergence,
             transforms={"scale": chart},
         )
@@ -234,7 +234,7 @@ def test_an_importance_sample_errs_by_what_it_says(divergence, seed):
     theta = vectors()
     exact = act(theta, vector_law, divergence)
     nodes = nodes_for(laws_of(theta, vector_law), size=2000, seed=seed)
-    found = generic_act(theta, vector_law, divergence, nodes=nodes)
+    found = numerical_act(theta, vector_law, divergence, nodes=nodes)
     laws = (found.law, exact.law) if divergence == rkl.ReverseKL() else (exact.law, found.law)
     excess = kl_divergence(*laws).item()  # by Pythagoras
     # The mean of a quadratic form of 5 normal errors, each of another weight: at most 4 times.
@@ -261,9 +261,9 @@ def test_the_intrinsic_estimates_of_a_proportion_are_the_published_ones(successe
     angle = (torch.arange(1001).double() + 0.5) / 1001 * math.pi / 2
     p = angle.sin() ** 2  # in which the reference prior is flat
     weights = p**successes * (1 - p) ** (10 - successes)
-    found = generic_act({"p": p}, lambda t: Binomial(10, t["p"]), Intrinsic(), weights=weights)
+    found = numerical_act({"p": p}, lambda t: Binomial(10, t["p"]), Intrinsic(), weights=weights)
     assert found.theta["p"].item() == pytest.approx(expected, abs=1e-4)
-    reverse = generic_act(
+    reverse = numerical_act(
         {"p": p}, lambda t: Binomial(10, t["p"]), rkl.ReverseKL(), weights=weights
     )
     logit = mpmath.digamma(successes + 0.5) - mpmath.digamma(10 - successes + 0.5)
@@ -275,11 +275,11 @@ def test_the_intrinsic_estimate_of_the_end_of_a_uniform_law_is_known():
     """After n points up to 3 the posterior is Pareto; the act is its median, 3 · 2^(1/n)."""
     n, quantile = 5, (torch.arange(2001).double() + 0.5) / 2001
     end = 3 * (1 - quantile) ** (-1 / n)
-    found = generic_act({"end": end}, lambda t: Uniform(0.0, t["end"]), Intrinsic())
+    found = numerical_act({"end": end}, lambda t: Uniform(0.0, t["end"]), Intrinsic())
     assert found.theta["end"].item() == pytest.approx(3 * 2 ** (1 / n), abs=1e-6)
     assert found.accuracy.converged
     weights = torch.rand(2001, generator=torch.Generator().manual_seed(0)).double()
-    weighted = generic_act(
+    weighted = numerical_act(
         {"end": end}, lambda t: Uniform(0.0, t["end"]), Intrinsic(), weights=weights
     )
     median = end[torch.searchsorted(weights.cumsum(0), weights.sum() / 2)]
@@ -289,14 +289,14 @@ def test_the_intrinsic_estimate_of_the_end_of_a_uniform_law_is_known():
 def test_the_intrinsic_estimate_of_the_scale_of_a_pareto_law_is_the_median_too():
     n, shape, quantile = 4, 1.5, (torch.arange(2001).double() + 0.5) / 2001
     scale = 2 * quantile ** (1 / (n * shape))
-    found = generic_act({"scale": scale}, lambda t: Pareto(t["scale"], shape), Intrinsic())
+    found = numerical_act({"scale": scale}, lambda t: Pareto(t["scale"], shape), Intrinsic())
     assert found.theta["scale"].item() == pytest.approx(2 * 2 ** (-1 / (n * shape)), abs=1e-6)
 
 
 def test_the_intrinsic_loss_without_closed_forms_is_taken_on_nodes():
     theta = {k: x[:40] for k, x in normals().items()}
-    closed = generic_act(theta, normal_law, Intrinsic())
-    on_nodes = generic_act(
+    closed = numerical_act(theta, normal_law, Intrinsic())
+    on_nodes = numerical_act(
         theta, normal_law, Intrinsic(), nodes=nodes_for(laws_of(theta, normal_law))
     )
     assert on_nodes.accuracy.method == "quadrature"
@@ -314,7 +314,7 @@ def test_on_a_finite_support_any_divergence_will_do():
         return Categorical(t["p"])
 
     for divergence in (rkl.AKL(), rkl.AlphaBeta(0.8, 0.4), 0.5 * rkl.AKL() + rkl.KL()):
-        found = generic_act(theta, law, divergence)
+        found = numerical_act(theta, law, divergence)
         steps = 0.01 * torch.randn(60, 3, generator=torch.Generator().manual_seed(0)).double()
         around = (found.theta["p"].log() + steps).softmax(-1)
         values = [
@@ -324,7 +324,7 @@ def test_on_a_finite_support_any_divergence_will_do():
         assert min(values) - found.risk < 3e-3
     # ToDi has the value of Jeffreys' divergence, and so its act; only as a loss to train on,
     # with its weights held, has it another gradient.
-    todi, jeffreys = (generic_act(theta, law, d) for d in (rkl.ToDi(), rkl.Jeffreys()))
+    todi, jeffreys = (numerical_act(theta, law, d) for d in (rkl.ToDi(), rkl.Jeffreys()))
     close(todi.theta, jeffreys.theta, 1e-5)
 
 
@@ -344,8 +344,8 @@ def test_weights_count_draws():
     counts = torch.arange(30) % 3
     repeated = {k: x.repeat_interleave(counts) for k, x in theta.items()}
     for divergence in (rkl.ReverseKL(), rkl.JensenShannon()):
-        weighted = generic_act(theta, normal_law, divergence, weights=counts.double())
-        plain = generic_act(repeated, normal_law, divergence)
+        weighted = numerical_act(theta, normal_law, divergence, weights=counts.double())
+        plain = numerical_act(repeated, normal_law, divergence)
         close(weighted.theta, plain.theta, 1e-9)
         assert weighted.risk == pytest.approx(plain.risk, rel=1e-9)
 
@@ -358,13 +358,15 @@ def test_weights_count_draws():
 def test_the_influence_of_a_draw_is_how_its_weight_moves_the_act(divergence):
     theta = {k: x[:20] for k, x in normals().items()}
     law = normal_law if divergence == rkl.KL() else lambda t: StudentT(3.0, t["loc"], t["scale"])
-    found = generic_act(theta, law, divergence)
+    found = numerical_act(theta, law, divergence)
     weights = torch.full((20,), 1 / 20).double()
     for name, x in found.influence.items():
         assert x.mean().item() == pytest.approx(0, abs=1e-9), name
     for draw in (0, 7):
         step = 1e-5 * torch.nn.functional.one_hot(torch.tensor(draw), 20).double()
-        sides = [generic_act(theta, law, divergence, weights=weights + s * step) for s in (1, -1)]
+        sides = [
+            numerical_act(theta, law, divergence, weights=weights + s * step) for s in (1, -1)
+        ]
         for name, x in found.influence.items():
             moved = (sides[0].theta[name] - sides[1].theta[name]) / 2e-5
             assert moved.item() == pytest.approx(x[draw].item(), rel=1e-4, abs=1e-6)
@@ -372,10 +374,10 @@ def test_the_influence_of_a_draw_is_how_its_weight_moves_the_act(divergence):
 
 def test_a_loss_that_needs_every_draw_is_minimised_over_few_and_then_over_all(monkeypatch):
     theta = normals(400)
-    whole = generic_act(theta, normal_law, rkl.JensenShannon())
+    whole = numerical_act(theta, normal_law, rkl.JensenShannon())
     assert whole.accuracy.draws == 400
     monkeypatch.setattr(generic, "HELD", 2**15)
-    few = generic_act(theta, normal_law, rkl.JensenShannon())
+    few = numerical_act(theta, normal_law, rkl.JensenShannon())
     assert few.accuracy.draws < 200
     assert few.accuracy.decrement < 1e-14
     close(few.theta, whole.theta, 1e-7)
@@ -384,9 +386,9 @@ def test_a_loss_that_needs_every_draw_is_minimised_over_few_and_then_over_all(mo
 
 def test_a_loss_with_kinks_that_is_minimised_over_few_draws_says_what_that_costs(monkeypatch):
     theta = normals(150)
-    whole = generic_act(theta, normal_law, rkl.TotalVariation())
+    whole = numerical_act(theta, normal_law, rkl.TotalVariation())
     monkeypatch.setattr(generic, "KINKED", 2**16)
-    few = generic_act(theta, normal_law, rkl.TotalVariation())
+    few = numerical_act(theta, normal_law, rkl.TotalVariation())
     assert few.accuracy.draws < 100
     excess = few.risk - whole.risk
     assert 0 < excess < 3 * few.accuracy.decrement
@@ -394,7 +396,7 @@ def test_a_loss_with_kinks_that_is_minimised_over_few_draws_says_what_that_costs
 
 def test_a_divergence_that_is_finite_only_at_wide_laws_is_minimised_among_these():
     theta = normals()
-    found = generic_act(theta, normal_law, rkl.PearsonChiSquare())
+    found = numerical_act(theta, normal_law, rkl.PearsonChiSquare())
     assert math.isfinite(found.risk)
     assert (2 * found.theta["scale"] ** 2 > theta["scale"].square().max()).all()
 
@@ -409,7 +411,7 @@ def test_what_a_closed_form_holds_fixed_may_move_from_draw_to_draw():
     def law(t):
         return NegativeBinomial(t["total_count"], t["probs"], validate_args=False)
 
-    found = generic_act(theta, law, rkl.ReverseKL())
+    found = numerical_act(theta, law, rkl.ReverseKL())
     assert found.accuracy.method != "closed form"
     x = torch.arange(200.0, dtype=torch.float64)[:, None]
     logp = law(theta).log_prob(x)
@@ -430,7 +432,7 @@ def test_a_divergence_that_is_infinite_everywhere_is_refused():
     narrow = {"scale": torch.tensor([1e-3, 1.0, 1e3]).double(), "loc": torch.zeros(3).double()}
     both = rkl.PearsonChiSquare() + rkl.NeymanChiSquare()
     with pytest.raises(ValueError, match="must be finite, on average over the draws, at some law"):
-        generic_act(narrow, normal_law, both)
+        numerical_act(narrow, normal_law, both)
 
 
 def test_a_divergence_whose_integral_has_no_end_is_refused_on_nodes():
@@ -438,15 +440,15 @@ def test_a_divergence_whose_integral_has_no_end_is_refused_on_nodes():
     theta = {"df": torch.tensor([1.0, 6.0]).double()}
     both = rkl.PearsonChiSquare() + rkl.NeymanChiSquare()
     with pytest.raises(ValueError, match="infinite, or as good as"):
-        generic_act(theta, lambda t: StudentT(t["df"]), both)
-    assert generic_act(theta, lambda t: StudentT(t["df"]), rkl.PearsonChiSquare()).risk < 1
+        numerical_act(theta, lambda t: StudentT(t["df"]), both)
+    assert numerical_act(theta, lambda t: StudentT(t["df"]), rkl.PearsonChiSquare()).risk < 1
 
 
 def test_an_act_that_has_mass_beyond_the_nodes_is_refused():
     theta = {"loc": torch.tensor([-9.0, 9.0]).double(), "scale": torch.ones(2).double()}
     near = nodes_for(laws_of({k: x[:1] for k, x in theta.items()}, normal_law))
     with pytest.raises(ValueError, match="nodes must reach as far as the act; .* beyond what"):
-        generic_act(theta, normal_law, rkl.SquaredHellinger(), nodes=near.only(near.points < -9))
+        numerical_act(theta, normal_law, rkl.SquaredHellinger(), nodes=near.only(near.points < -9))
 
 
 @pytest.mark.parametrize(
@@ -464,4 +466,4 @@ def test_draws_and_weights_that_are_malformed_are_refused(theta, weights, messag
     theta = {name: torch.tensor(x).double() for name, x in theta.items()}
     weights = None if weights is None else torch.tensor(weights).double()
     with pytest.raises(ValueError, match=message):
-        generic_act(theta, normal_law, rkl.KL(), weights=weights)
+        numerical_act(theta, normal_law, rkl.KL(), weights=weights)

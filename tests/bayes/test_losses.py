@@ -16,9 +16,9 @@ from torch.distributions import (
 
 import rkl
 from rkl.bayes.loss.between import Intrinsic, between, orders
-from rkl.bayes.loss.expected import DirectLoss, NodeLoss, posterior_loss, sampled, slopes
+from rkl.bayes.loss.expected import DirectLoss, NodeLoss, needs_sample, posterior_loss, slopes
 from rkl.bayes.loss.nodes import nodes_for
-from rkl.bayes.loss.quadrature import kinked
+from rkl.bayes.loss.quadrature import has_kinks
 from rkl.bayes.model import laws_of
 
 every_loss = pytest.mark.parametrize("divergence", [*F, Intrinsic()], ids=repr)
@@ -48,7 +48,7 @@ def test_the_expected_loss_is_the_weighted_mean_of_every_draw_s(divergence, node
     loss = posterior_loss(normals(), divergence, nodes=nodes)
     law, leaf = at(loss, [0.2, 0.03])
     losses, by_draw = loss.by_draw(law, leaf)
-    expected = loss.expected(law)
+    expected = loss.risk(law)
     (slope,) = torch.autograd.grad(expected, leaf)
     torch.testing.assert_close(expected.detach(), loss.laws.weights @ losses, rtol=1e-12, atol=0)
     torch.testing.assert_close(slope, loss.laws.weights @ by_draw, rtol=1e-10, atol=1e-13)
@@ -56,13 +56,13 @@ def test_the_expected_loss_is_the_weighted_mean_of_every_draw_s(divergence, node
     assert (losses >= 0).all()
 
 
-@pytest.mark.parametrize("divergence", [d for d in F if not kinked(d)], ids=repr)
+@pytest.mark.parametrize("divergence", [d for d in F if not has_kinks(d)], ids=repr)
 def test_its_second_derivatives_are_those_of_differences(divergence, nodes):
     loss = posterior_loss(normals(), divergence, nodes=nodes)
 
     def slope(point, create_graph=False):
         law, leaf = at(loss, point)
-        return torch.autograd.grad(loss.expected(law), leaf, create_graph=create_graph)[0], leaf
+        return torch.autograd.grad(loss.risk(law), leaf, create_graph=create_graph)[0], leaf
 
     first, leaf = slope([0.2, 0.03], create_graph=True)
     rows = [torch.autograd.grad(x, leaf, retain_graph=True)[0] for x in first]
@@ -150,8 +150,8 @@ def test_a_sum_of_amari_divergences_knows_its_orders():
 
 
 def test_only_total_variation_and_its_kin_have_kinks():
-    assert {type(d).__name__ for d in F if kinked(d)} == {"TotalVariation", "PrecisionRecall"}
-    assert kinked(rkl.KL() + 0.01 * rkl.TotalVariation())
+    assert {type(d).__name__ for d in F if has_kinks(d)} == {"TotalVariation", "PrecisionRecall"}
+    assert has_kinks(rkl.KL() + 0.01 * rkl.TotalVariation())
 
 
 def test_slopes_of_many_outputs_are_their_jacobian():
@@ -195,7 +195,7 @@ def test_only_joint_laws_without_a_closed_form_take_a_sample():
     theta = {"loc": torch.linspace(0, 1, 8).double()[:, None].expand(8, 3)}
     joint = laws_of(theta, lambda t: Independent(Normal(t["loc"], 1.0), 1))
     line = laws_of(theta, lambda t: Normal(t["loc"], 1.0))
-    assert sampled(joint, rkl.JensenShannon())
-    assert not sampled(line, rkl.JensenShannon())
-    assert not sampled(joint, rkl.Jeffreys())
-    assert not sampled(joint, rkl.SquaredHellinger())
+    assert needs_sample(joint, rkl.JensenShannon())
+    assert not needs_sample(line, rkl.JensenShannon())
+    assert not needs_sample(joint, rkl.Jeffreys())
+    assert not needs_sample(joint, rkl.SquaredHellinger())

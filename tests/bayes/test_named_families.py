@@ -119,7 +119,7 @@ def test_the_act_of_a_named_family_is_where_brute_force_finds_no_slope(draws, te
     ordered = text.startswith("ordered")
     family = (lambda t: families.OrderedLogistic(0 * t.c[..., 0], t.c)) if ordered else text
     estimate = bayes_act(draws, family, divergence)
-    model = estimate.question.model
+    model = estimate.problem.model
     x, weights = grid_of(text)
     theta = {name: draws[name].flatten(0, 1) for name in model.names}
     act = {name: estimate.act[name].detach()[None].requires_grad_() for name in model.names}

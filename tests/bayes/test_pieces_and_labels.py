@@ -79,7 +79,7 @@ def test_a_region_of_an_angle_is_an_arc_wherever_the_circle_is_cut(angle):
     assert high.item() == pytest.approx(inside.max())
     assert cut.angles == {"m"}
     assert any("modulo 2π" in note for note in cut.table().notes)
-    shaded = [end for ends in cut.shaded()["m"] for end in ends]
+    shaded = [end for ends in cut.shading()["m"] for end in ends]
     assert any(end < -math.pi / 2 for end in shaded)  # the part beyond the cut is shaded too
 
 

@@ -253,9 +253,9 @@ def test_transforms_are_spelt_in_words(draws):
 )
 def test_the_law_of_an_act_has_no_axis_of_draws(draws, family):
     estimate = bayes_act({k: x[:, :20] for k, x in draws.items()}, family, ReverseKL())
-    act = {name: estimate.act[name][None] for name in estimate.question.model.names}
-    law, meant = estimate.act.law, estimate.question.model.law(act)
-    assert law.batch_shape == estimate.question.batch == meant.batch_shape[1:]
+    act = {name: estimate.act[name][None] for name in estimate.problem.model.names}
+    law, meant = estimate.act.law, estimate.problem.model.law(act)
+    assert law.batch_shape == estimate.problem.batch == meant.batch_shape[1:]
     x = law.sample(torch.Size([3]))
     assert x.shape == (3, *law.batch_shape, *law.event_shape)
     torch.testing.assert_close(law.log_prob(x), meant.log_prob(x.unsqueeze(1)).squeeze(1))

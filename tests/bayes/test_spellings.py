@@ -325,7 +325,7 @@ NEW_NAMES = {"m": exp, "s": exp.inv, "a": exp.inv, "p": logit.inv}
 def test_no_name_of_a_parameter_moves_the_act_of_any_spelling(draws, family):
     for law in SPELLINGS[family]:
         estimate = bayes_act(draws, law)
-        renamed = {name: NEW_NAMES[name] for name in estimate.question.model.names}
+        renamed = {name: NEW_NAMES[name] for name in estimate.problem.model.names}
         rows = dict(check_invariance(estimate, renamed).rows)
         # in posterior standard deviations; the optimiser stops at 1e-10 of a nat
         assert rows["act"] < 1e-3

@@ -21,7 +21,7 @@ from torch.distributions import (
 from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.loss.between import Weights
 from rkl.bayes.solve import streaming
-from rkl.bayes.solve.closed import averages_of, least
+from rkl.bayes.solve.closed import averages_of, minimum_risk
 from rkl.bayes.solve.streaming import one_pass
 from rkl.stats import BatchMeans
 
@@ -70,7 +70,7 @@ def with_error(moments, direction, function):
 
 def risk_of(moments, direction):
     weights = Weights(float(direction == "reverse"), float(direction == "forward"))
-    return with_error(moments, direction, lambda known, at: least(known, at, weights))
+    return with_error(moments, direction, lambda known, at: minimum_risk(known, at, weights))
 
 
 def scale_of(known, at):

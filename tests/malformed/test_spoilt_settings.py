@@ -19,8 +19,8 @@ import xarray as xr
 from distill import material
 
 from rkl import cli
-from rkl.bayes.run import EstimateSettings
-from rkl.bayes.run import EvaluateSettings as EvaluateEstimate
+from rkl.bayes.settings import EstimateSettings
+from rkl.bayes.settings import EvaluateSettings as EvaluateEstimate
 from rkl.distill.evaluate import EvaluateSettings
 from rkl.distill.generate import GenerateSettings
 from rkl.distill.settings import DistillSettings

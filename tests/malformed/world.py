@@ -8,7 +8,8 @@ import numpy as np
 import xarray as xr
 from distill import material
 
-from rkl.bayes.run import EstimateSettings, estimate
+from rkl.bayes.run import estimate
+from rkl.bayes.settings import EstimateSettings
 from rkl.distill import cache_hidden_states, distill, evaluate_run, load_model, load_tokenizer
 from rkl.distill.data import tokenize
 from rkl.distill.evaluate import EvaluateSettings

@@ -13,8 +13,10 @@ HOMES = {
     "partitions": "PartitionAct partition_act",
     "projection": "Projection project",
     "regions": "Region",
-    "run": "EstimateSettings Estimated EvaluateSettings compare_runs evaluate_run load_run "
-    "report_runs",
+    "run": "Estimated load_run",
+    "settings": "EstimateSettings EvaluateSettings",
+    "evaluate": "compare_runs evaluate_run",
+    "report": "report_runs",
     "tables": "Table",
 }
 __all__, __getattr__, __dir__ = lazily(__name__, HOMES)

@@ -4,6 +4,8 @@ from rkl.bayes.answer import Act as Act
 from rkl.bayes.answer import Diagnostics as Diagnostics
 from rkl.bayes.draws import Draws as Draws
 from rkl.bayes.draws import read_draws as read_draws
+from rkl.bayes.evaluate import compare_runs as compare_runs
+from rkl.bayes.evaluate import evaluate_run as evaluate_run
 from rkl.bayes.families import ExponentialFamily as ExponentialFamily
 from rkl.bayes.families import GaussianRegression as GaussianRegression
 from rkl.bayes.families import LogisticRegression as LogisticRegression
@@ -17,11 +19,9 @@ from rkl.bayes.partitions import partition_act as partition_act
 from rkl.bayes.projection import Projection as Projection
 from rkl.bayes.projection import project as project
 from rkl.bayes.regions import Region as Region
+from rkl.bayes.report import report_runs as report_runs
 from rkl.bayes.run import Estimated as Estimated
-from rkl.bayes.run import EstimateSettings as EstimateSettings
-from rkl.bayes.run import EvaluateSettings as EvaluateSettings
-from rkl.bayes.run import compare_runs as compare_runs
-from rkl.bayes.run import evaluate_run as evaluate_run
 from rkl.bayes.run import load_run as load_run
-from rkl.bayes.run import report_runs as report_runs
+from rkl.bayes.settings import EstimateSettings as EstimateSettings
+from rkl.bayes.settings import EvaluateSettings as EvaluateSettings
 from rkl.bayes.tables import Table as Table

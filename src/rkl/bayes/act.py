@@ -12,7 +12,7 @@ from rkl.bayes.compare import compare
 from rkl.bayes.draws import Draws, read_draws, with_exact_simplexes
 from rkl.bayes.loss.between import check_loss
 from rkl.bayes.model import PROBE, Model, family_in, read_family
-from rkl.bayes.problem import Question
+from rkl.bayes.problem import Problem
 from rkl.bayes.regions import Region, region
 from rkl.bayes.report import posterior_figure
 from rkl.bayes.solve.act import answer
@@ -34,7 +34,7 @@ class Estimate(Answer):
         act: The law that is reported, by its parameters.
         risk: The posterior mean of the loss at the act, in nats, [*batch].
         diagnostics: How far the numbers can be trusted.
-        question: The posterior, the family and the loss, for what is asked next.
+        problem: The posterior, the family and the loss, for what is asked next.
     """
 
     def compare(
@@ -104,7 +104,7 @@ def bayes_act(
     held = with_exact_simplexes(read_draws(draws, weights))
     model = read_family(family, held, design)
     try:
-        found = answer(Question(held, model, divergence, compiled, seed))
+        found = answer(Problem(held, model, divergence, compiled, seed))
     except ValueError as error:
         if where := _astray(model, held):
             first, _, _ = str(error).partition("\n")

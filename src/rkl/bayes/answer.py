@@ -1,4 +1,4 @@
-"""What a question is answered by: the act, its risk and their errors."""
+"""What a problem is answered by: the act, its risk and their errors."""
 
 import itertools
 import math
@@ -16,8 +16,9 @@ from rkl.divergences.parse import Stack
 from rkl.stats import Mean, to_json
 
 if TYPE_CHECKING:
-    from rkl.bayes.problem import Question
+    from rkl.bayes.problem import Problem
 
+ERROR_ROUNDING = 1e-6  # relative, of errors that are the same
 SHOWN = 12  # elements of one parameter that are printed
 
 
@@ -48,7 +49,7 @@ class Act(Mapping):
     combined: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._known(name).value
+        return self._parameter(name).value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parameters)
@@ -57,9 +58,9 @@ class Act(Mapping):
         return len(self.parameters)
 
     def __repr__(self) -> str:
-        return f"Act({', '.join(self.told(self.parameters))})"
+        return f"Act({', '.join(self.summary(self.parameters))})"
 
-    def told(self, names: Iterable[str]) -> Iterator[str]:
+    def summary(self, names: Iterable[str]) -> Iterator[str]:
         """These parameters as text, of long ones the shape; without those of no influence."""
         for name in names:
             value, error = self.parameters[name]
@@ -74,7 +75,7 @@ class Act(Mapping):
         """Monte Carlo standard errors by name; nan where no normal theory holds."""
         return {name: mean.error for name, mean in self.parameters.items()}
 
-    def _known(self, name: str) -> Mean:
+    def _parameter(self, name: str) -> Mean:
         if name not in self.parameters:
             raise KeyError(f"the act has no {name!r}; it has {', '.join(self.parameters)}")
         return self.parameters[name]
@@ -126,10 +127,10 @@ class Answer:
     act: Act
     risk: Mean
     diagnostics: Diagnostics
-    question: "Question"
+    problem: "Problem"
 
     def __repr__(self) -> str:
-        said = ", ".join(self.act.told(self.question.model.names))
+        said = ", ".join(self.act.summary(self.problem.model.names))
         return f"{type(self).__name__}({said}; {self.family} under {self.divergence})"
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,11 +139,11 @@ class Answer:
         seen = self.diagnostics
         return {
             "family": self.family,
-            "design": _plain(self.question.model.design),
+            "design": _plain(self.problem.model.design),
             "divergence": str(self.divergence),
-            "variables": list(self.question.model.names),
+            "variables": list(self.problem.model.names),
             "act": {name: to_json(mean) for name, mean in act.parameters.items()},
-            "labels": {name: self.labels(name) for name in self.question.model.names},
+            "labels": {name: self.labels(name) for name in self.problem.model.names},
             "unused": {name: mask.tolist() for name, mask in act.unused.items() if mask.any()},
             "natural": None if act.natural is None else [to_json(mean) for mean in act.natural],
             "mean": None if act.mean is None else [to_json(mean) for mean in act.mean],
@@ -165,10 +166,10 @@ class Answer:
     def table(self, every: bool = False) -> Table:
         """The act and its risk, of long parameters the first elements or ``every`` one."""
         rows: list[tuple[Cell, ...]] = []
-        said = self.act.parameters if every else self._asked()
+        said = self.act.parameters if every else self._variables()
         for name, mean in {**said, "risk": self.risk}.items():
             unit = " (nats)" * (mean is self.risk)
-            values, errors, labels = self._used(name, mean)
+            values, errors, labels = self._identified_numbers(name, mean)
             labels = [label + unit for label in labels]
             if not labels:
                 continue
@@ -182,7 +183,9 @@ class Answer:
         title = f"Bayes act of {self.family} under {self.divergence}"
         return Table(title, ("parameter", "value"), rows, self._notes())
 
-    def _used(self, name: str, mean: Mean) -> tuple[list[float], list[float], list[str]]:
+    def _identified_numbers(
+        self, name: str, mean: Mean
+    ) -> tuple[list[float], list[float], list[str]]:
         """The numbers that the law depends on, their errors and labels."""
         used = ~mean.value.flatten().isnan()
         value, error = mean.value.flatten()[used], mean.error.flatten()[used]
@@ -191,11 +194,15 @@ class Answer:
 
     def _is_shared(self, name: str, mean: Mean) -> bool:
         """True of a variable without batch axes whose act is the same in each member."""
-        question = self.question
-        if name not in question.model.names or mean.value.numel() < 2:
+        problem = self.problem
+        if name not in problem.model.names or mean.value.numel() < 2:
             return False
-        alone = mean.value.shape == question.batch and not question.draws.shape(name)
-        return alone and all(bool((x == x.flatten()[0]).all()) for x in mean)
+        alone = mean.value.shape == problem.batch and not problem.draws.shape(name)
+        if not alone or not bool((mean.value == mean.value.flatten()[0]).all()):
+            return False
+        # each error was found beside what its member does not share, and rounded with it
+        error = mean.error.flatten()
+        return torch.allclose(error, error[:1].expand_as(error), ERROR_ROUNDING, 0.0, True)
 
     def labels(self, name: str) -> list[str]:
         """The names of the elements of a parameter of the act, or of "risk"."""
@@ -203,15 +210,15 @@ class Answer:
         return elements(name, value.shape, self._axes(name, value.shape))
 
     def _axes(self, name: str, shape: torch.Size) -> list[list[str] | None] | None:
-        question = self.question
-        settings = question.model.settings or {}
+        problem = self.problem
+        settings = problem.model.settings or {}
         variable = settings.get(name, name)
-        if variable in question.model.names:
-            return question.axes(variable)
+        if variable in problem.model.names:
+            return problem.axes(variable)
         if isinstance(variable, Stack):
-            return [*question.batch_axes, self._stack_labels(variable)]
-        batch = question.batch
-        return question.batch_axes if shape == batch else None
+            return [*problem.batch_axes, self._stack_labels(variable)]
+        batch = problem.batch
+        return problem.batch_axes if shape == batch else None
 
     def _stack_labels(self, parts: Stack) -> list[str]:
         """What the elements of a vector of variables and numbers are called."""
@@ -220,13 +227,13 @@ class Answer:
             found += self.labels(part) if isinstance(part, str) else [f"{part:g}"]
         return found
 
-    def _asked(self) -> dict[str, Mean]:
+    def _variables(self) -> dict[str, Mean]:
         """The variables of the posterior, which stand for the rest."""
-        return {name: self.act.parameters[name] for name in self.question.model.names}
+        return {name: self.act.parameters[name] for name in self.problem.model.names}
 
     def _notes(self) -> tuple[str, ...]:
         seen = self.diagnostics
-        design = self.question.model.design
+        design = self.problem.model.design
         told = () if design is None else (f"design: {_short(design)}",)
         how = (
             f"{seen.ess:,.0f} effective draws of {seen.judged:,}; Pareto-k at most "

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from rkl.bayes.answer import Answer, elements
-from rkl.bayes.diagnostics import masked, mean_of
+from rkl.bayes.diagnostics import mean_of, nan_where
 from rkl.bayes.families import Natural
 from rkl.bayes.identified import not_used
 from rkl.bayes.loss.between import AnyLoss, Intrinsic, Weights, check_loss
-from rkl.bayes.loss.expected import expected_seconds, sampled
+from rkl.bayes.loss.expected import expected_seconds, needs_sample
 from rkl.bayes.modes import LogDensity, modes
-from rkl.bayes.problem import Question, Variables
+from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.regions import periodic
 from rkl.bayes.solve.act import answer
-from rkl.bayes.solve.closed import Point, averages, directions_of, towards
-from rkl.bayes.tables import ROUNDING, Cell, Table, settled
+from rkl.bayes.solve.closed import Point, averages, directions_of, excess_risk
+from rkl.bayes.tables import ROUNDING, Cell, Table, zero_rounding
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
 
 LossOf = Callable[[Variables], tuple[Tensor, Tensor | None]]
@@ -57,16 +57,16 @@ def compare(
         ValueError: ``log_posterior`` names no such variable, or gives no log densities.
         TypeError: Some of ``losses`` are none.
     """
-    question = estimate.question
-    asked = _named(losses)
+    problem = estimate.problem
+    asked = _by_name(losses)
     if estimate.divergence not in asked.values():
         asked |= {_name_of(estimate.divergence, "own"): estimate.divergence}
     found, notes = {}, []
     for name, divergence in asked.items():
-        again = dataclasses.replace(question, divergence=divergence)
+        again = dataclasses.replace(problem, divergence=divergence)
         if divergence == estimate.divergence:
             found[name] = estimate
-        elif losses is None and sampled(again.some, divergence):
+        elif losses is None and needs_sample(again.some, divergence):
             notes.append(
                 f"{name} is left out: between joint laws it takes an importance sample, and "
                 f"seconds to minutes. Ask by losses=[{divergence!r}], or --losses and its name"
@@ -85,16 +85,16 @@ def compare(
                 notes.append(f"{name} is left out: {error}")
     candidates = {name: variables_of(one) for name, one in found.items()}
     judges = {name: excess_over(one) for name, one in found.items()}
-    candidates |= {"posterior mean": means_of(question), "posterior median": _medians(question)}
-    if angles := sorted(periodic(question)):
+    candidates |= {"posterior mean": means_of(problem), "posterior median": _medians(problem)}
+    if angles := sorted(periodic(problem)):
         notes.append(
             f"{', '.join(angles)} on a circle: posterior mean and median depend on where it is cut"
         )
-    densest, told = modes(question, log_posterior)
+    densest, told = modes(problem, log_posterior)
     candidates |= densest
     unused = {name: one.act.unused for name, one in found.items()}
     notes += [f"{name}: {text}" for name, text in _unused_in(found).items()]
-    return side_by_side(question, candidates, judges, (*notes, *told), unused)
+    return side_by_side(problem, candidates, judges, (*notes, *told), unused)
 
 
 def _unused_in(found: Mapping[str, Answer]) -> dict[str, str]:
@@ -106,12 +106,12 @@ def _unused_in(found: Mapping[str, Answer]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text}
 
 
-def _expected_seconds(question: Question) -> float:
+def _expected_seconds(problem: Problem) -> float:
     """About how long the act takes; 0 where the draws are averaged once."""
-    if question.weights is not None:
+    if problem.weights is not None:
         return 0.0
-    draws = question.draws.chains * question.draws.draws
-    return expected_seconds(question.some, question.divergence, draws)
+    draws = problem.draws.chains * problem.draws.draws
+    return expected_seconds(problem.some, problem.divergence, draws)
 
 
 def variables_of(estimate: Answer) -> Variables:
@@ -119,7 +119,7 @@ def variables_of(estimate: Answer) -> Variables:
     return dict(estimate.act.point)
 
 
-def _named(losses: Iterable[AnyLoss] | None) -> dict[str, AnyLoss]:
+def _by_name(losses: Iterable[AnyLoss] | None) -> dict[str, AnyLoss]:
     """Losses by the names of their rows and columns."""
     if losses is None:
         return dict(LOSSES)
@@ -137,27 +137,27 @@ def _name_of(divergence: AnyLoss, other: str) -> str:
 
 def excess_over(estimate: Answer) -> LossOf:
     """The excess risk [*batch] over that of the act, and its error where it has one."""
-    question, act = estimate.question, variables_of(estimate)
-    if question.weights is not None:
-        return _exact_excess(estimate, question.weights, act)
-    least = question.losses(act)
+    problem, act = estimate.problem, variables_of(estimate)
+    if problem.weights is not None:
+        return _exact_excess(estimate, problem.weights, act)
+    least = problem.losses(act)
 
-    def paired(variables: Variables):
-        found = mean_of(question.losses(variables) - least, question.draws)
-        return settled(found.value), settled(found.error)
+    def excess(variables: Variables):
+        found = mean_of(problem.losses(variables) - least, problem.draws)
+        return zero_rounding(found.value), zero_rounding(found.error)
 
-    return paired
+    return excess
 
 
 def _exact_excess(estimate: Answer, weights: Weights, act: Variables) -> LossOf:
     """By Pythagoras exact for these draws; the error by the shifts of their batches."""
-    question = estimate.question
-    known = averages(question, directions_of(weights))
+    problem = estimate.problem
+    known = averages(problem, directions_of(weights))
     unsure = _without_error(estimate)
 
     def natural(variables: Variables) -> Natural:
         law = {name: x[None] for name, x in variables.items()}
-        return question.natural(known.family, law)
+        return problem.natural(known.family, law)
 
     own = natural(act)
 
@@ -165,21 +165,21 @@ def _exact_excess(estimate: Answer, weights: Weights, act: Variables) -> LossOf:
         t = natural(variables)
 
         def outputs(at: Point) -> dict[str, Tensor]:
-            measure = towards(known, at, weights)
+            measure = excess_risk(known, at, weights)
             value = measure(t) - measure(own)  # which have an axis in place of the lead
-            return {"": question.total(value if at is not known.here else value[0])}
+            return {"": problem.total(value if at is not known.here else value[0])}
 
-        value, error = known.with_errors(outputs, not question.unwrapped.joint)[""]
-        error = torch.where(value.abs() < ROUNDING, 0.0, masked(error, unsure))
-        return settled(value), error
+        value, error = known.with_errors(outputs, not problem.structure.joint)[""]
+        error = torch.where(value.abs() < ROUNDING, 0.0, nan_where(error, unsure))
+        return zero_rounding(value), error
 
     return excess
 
 
 def _without_error(estimate: Answer) -> Tensor:
     """Where [*batch] the act has no error, and so no excess over it has one."""
-    batch, found = estimate.question.batch, torch.zeros(estimate.question.batch, dtype=torch.bool)
-    for name in estimate.question.model.names:
+    batch, found = estimate.problem.batch, torch.zeros(estimate.problem.batch, dtype=torch.bool)
+    for name in estimate.problem.model.names:
         # of these the loss has no slope, and what has no estimate needs no error
         free = (estimate.act.unused, estimate.act.combined)
         lost = estimate.act.error[name].isnan()
@@ -192,21 +192,21 @@ def _without_error(estimate: Answer) -> Tensor:
     return found
 
 
-def means_of(question: Question) -> Variables:
+def means_of(problem: Problem) -> Variables:
     """The posterior mean of every variable."""
-    weights = question.draws.weights
+    weights = problem.draws.weights
     if weights is None:
-        return {name: x.mean(0) for name, x in question.theta.items()}
-    return {name: torch.tensordot(weights.flatten(), x, 1) for name, x in question.theta.items()}
+        return {name: x.mean(0) for name, x in problem.theta.items()}
+    return {name: torch.tensordot(weights.flatten(), x, 1) for name, x in problem.theta.items()}
 
 
-def _medians(question: Question) -> Variables:
+def _medians(problem: Problem) -> Variables:
     """The median of every number; of weighted draws, where half of the weight is reached."""
-    weights = question.draws.weights
+    weights = problem.draws.weights
     if weights is None:
-        return {name: x.quantile(0.5, 0) for name, x in question.theta.items()}
+        return {name: x.quantile(0.5, 0) for name, x in problem.theta.items()}
     found = {}
-    for name, x in question.theta.items():
+    for name, x in problem.theta.items():
         ordered = x.sort(0)
         share = weights.flatten()[ordered.indices].cumsum(0)
         place = (share < 0.5 * (1 - 1e-12)).sum(0, keepdim=True)
@@ -215,7 +215,7 @@ def _medians(question: Question) -> Variables:
 
 
 def side_by_side(
-    question: Question,
+    problem: Problem,
     candidates: dict[str, Variables],
     judges: dict[str, LossOf],
     notes: tuple[str, ...] = (),
@@ -224,19 +224,21 @@ def side_by_side(
     """One row for each estimate, and for each member of the batch.
 
     Args:
-        question: What was asked.
+        problem: What was asked.
         candidates: By name, the variables of every estimate.
         judges: By name, the excess over the act of a loss.
         notes: Below the table.
         unused: By the name of an act, masks of the numbers that it does not depend on. What no
             act depends on has no column.
     """
-    batch = question.batch
-    labels = elements("", batch, question.batch_axes) if batch else [""]
+    batch = problem.batch
+    labels = elements("", batch, problem.batch_axes) if batch else [""]
     first = next(iter(candidates.values()))
     masks = unused or {}
-    shown_acts = {name: _masked(at, masks.get(name, {})) for name, at in candidates.items()}
-    parts = {name: _parts(question, name, x) for name, x in first.items()}
+    shown_acts = {
+        name: _nan_where_unused(at, masks.get(name, {})) for name, at in candidates.items()
+    }
+    parts = {name: _parts(problem, name, x) for name, x in first.items()}
     kept = {name: _columns_used(name, first[name], masks, batch) for name in first}
     wide = sum(map(sum, kept.values())) > COLUMNS
     shown = {} if wide else parts
@@ -247,11 +249,11 @@ def side_by_side(
     columns += [f"excess {name} (nats)" for name in judges]
     by_estimate: list[list[tuple[Cell, ...]]] = []
     for name, at in candidates.items():
-        if question.is_law(at):
+        if problem.is_law(at):
             excess = [_cells(judge(at), batch) for judge in judges.values()]
         else:
             excess = [[None] * len(labels)] * len(judges)
-            known = ", ".join(question.whole)
+            known = ", ".join(problem.whole)
             notes = (*notes, f"{name} has no excess: {known} must be whole, and is not there")
         numbers = [_numbers(shown_acts[name][key], batch, kept[key]) for key in shown]
         by_estimate.append([])
@@ -262,11 +264,11 @@ def side_by_side(
     # what is compared stands together: all estimates of a member, then those of the next
     rows = [rows[i] for i in range(len(labels)) for rows in by_estimate]
     told = ("there are too many parameters for a column each: see .acts",) if wide else ()
-    title = f"Estimates of {question.model.text}, and what each loses beside the best"
+    title = f"Estimates of {problem.model.text}, and what each loses beside the best"
     return Table(title, columns, rows, (*notes, *told), shown_acts)
 
 
-def _masked(at: Variables, unused: Mapping[str, Tensor]) -> Variables:
+def _nan_where_unused(at: Variables, unused: Mapping[str, Tensor]) -> Variables:
     """The variables, nan where an act does not depend on them."""
     return {
         name: x.masked_fill(unused[name], torch.nan) if name in unused else x
@@ -285,10 +287,10 @@ def _columns_used(
     return rows.reshape(batch.numel(), -1).any(0).tolist()
 
 
-def _parts(question: Question, name: str, x: Tensor) -> list[str]:
+def _parts(problem: Problem, name: str, x: Tensor) -> list[str]:
     """The names of the numbers of a variable that each row has."""
-    lead = len(question.batch) if _by_member(x, question.batch) else 0
-    return elements(name, x.shape[lead:], question.axes(name)[lead:])
+    lead = len(problem.batch) if _by_member(x, problem.batch) else 0
+    return elements(name, x.shape[lead:], problem.axes(name)[lead:])
 
 
 def _by_member(x: Tensor, batch: torch.Size) -> bool:

@@ -71,13 +71,13 @@ class Judgement:
         return (1 + k) / math.sqrt(3 * math.sqrt(self.draws))
 
 
-def thinned(draws: Draws, numbers: int) -> Draws:
+def thin(draws: Draws, numbers: int) -> Draws:
     """Every so many draws, so that few enough of so many numbers each are left."""
     most = max(1, NUMBERS // max(1, numbers) // draws.chains)
     return draws.every(-(-draws.draws // most))
 
 
-def judged(
+def diagnose(
     values: Mapping[str, Tensor], draws: Draws, events: Mapping[str, int] | None = None
 ) -> Judgement:
     """Judge quantities [chains, draws, *batch, *event] of these draws.
@@ -161,7 +161,7 @@ def mean_of(values: Tensor, draws: Draws) -> Mean:
     return means.total()
 
 
-def masked(error: Tensor, unsure: Tensor) -> Tensor:
+def nan_where(error: Tensor, unsure: Tensor) -> Tensor:
     """Errors [*batch, ...] where they hold, nan where [*batch] they do not.
 
     What all of the batch shares has an error where it holds for all.
@@ -177,7 +177,7 @@ def weak(k: Mapping[str, Tensor], bound: float) -> dict[str, Tensor]:
     return {name: value for name, value in k.items() if bool((value >= bound).any())}
 
 
-def diagnosed(
+def diagnostics_of(
     judgement: Judgement,
     draws: Draws,
     judged_on: Draws,
@@ -236,13 +236,13 @@ def label_switching(draws: Draws, names: tuple[str, ...], batch: torch.Size) -> 
     """
     if not 1 < batch.numel() <= MANY:
         return None
-    few = thinned(draws, batch.numel() * MANY)
+    few = thin(draws, batch.numel() * MANY)
     for name in names:
         if draws.shape(name)[: len(batch)] != tuple(batch):
             continue
         x = few[name].flatten(0, 1)
         for column in x.reshape(len(x), batch.numel(), -1).unbind(-1):
-            share, i, j = most_exchanged(column)
+            share, i, j = label_exchange(column)
             if share > SWAPPED:
                 return (
                     f"components {i} and {j} of {name} change places between draws (in "
@@ -253,7 +253,7 @@ def label_switching(draws: Draws, names: tuple[str, ...], batch: torch.Size) -> 
     return None
 
 
-def most_exchanged(x: Tensor) -> tuple[float, int, int]:
+def label_exchange(x: Tensor) -> tuple[float, int, int]:
     """The pair of components [draws, k] that is exchanged most often, and in what share."""
     ordered, order = x.sort(-1)
     gaps = ordered.diff(dim=-1)

@@ -67,7 +67,7 @@ class Draws:
     def __post_init__(self):
         if not self.variables:
             raise ValueError("draws must hold at least one variable; got none.")
-        held = {name: _held(name, value) for name, value in self.variables.items()}
+        held = {name: _as_array(name, value) for name, value in self.variables.items()}
         object.__setattr__(self, "variables", held)
         for name, array in held.items():
             size = array.sizes["chain"], array.sizes["draw"]
@@ -79,7 +79,7 @@ class Draws:
         if not self.chains * self.draws:
             raise ValueError(f"draws must not be empty; got {self.chains} x {self.draws}.")
         if self.weights is not None:
-            object.__setattr__(self, "weights", self._normalised(self.weights))
+            object.__setattr__(self, "weights", self._normalise(self.weights))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -209,7 +209,7 @@ class Draws:
         together = stored if stored > 1 else multiple
         return min(self.draws, -(-rows // together) * together)
 
-    def _normalised(self, weights: Tensor) -> Tensor:
+    def _normalise(self, weights: Tensor) -> Tensor:
         weights = weights.detach().to("cpu", torch.float64)
         if weights.shape != (self.chains, self.draws):
             raise ValueError(
@@ -328,9 +328,9 @@ def _places(array: xr.DataArray, axis: Any) -> list[str] | None:
     return [f"{x:g}" if isinstance(x, float) else str(x) for x in values]
 
 
-def _held(name: str, value: Any) -> xr.DataArray:
+def _as_array(name: str, value: Any) -> xr.DataArray:
     """A variable as it is kept: numbers over chain, draw and what else."""
-    array = value if isinstance(value, xr.DataArray) else _labelled(name, value)
+    array = value if isinstance(value, xr.DataArray) else _label_axes(name, value)
     if not {*AXES} <= {*array.dims}:
         raise ValueError(
             f"{name} must have the dimensions chain and draw; got {_dimensions(array)}."
@@ -344,7 +344,7 @@ def _real(array: xr.DataArray) -> bool:
     return array.dtype.kind in "biuf"
 
 
-def _labelled(name: str, value: Any) -> xr.DataArray:
+def _label_axes(name: str, value: Any) -> xr.DataArray:
     if isinstance(value, Tensor) and not value.is_complex():
         value = value.detach().to("cpu", torch.float64).numpy()
     elif not type(value).__module__.startswith("dask."):
@@ -498,7 +498,7 @@ def _of_tables(
         notes += [f"{place}: {note}." for note in table.notes]
         cmdstan = "lp__" in table.columns
         columns = _after_warm_up(table, place, notes) if cmdstan else dict(table.columns)
-        columns = _widened(columns, place)
+        columns = _widen(columns, place)
         chains = _by_chain(columns, place)
         if len(tables) > 1 and len(chains) > 1:
             raise ValueError(f"{place} holds {len(chains)} chains; read it alone.")
@@ -516,10 +516,10 @@ def _of_tables(
                 f"{place} has {rows} draws but {places[0]} has "
                 f"{len(next(iter(parts[0].values()))[0])}."
             )
-    return {name: _joined([part[name] for part in parts]) for name in parts[0]}
+    return {name: _concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _joined(parts: Sequence[Any]) -> Any:
+def _concatenate(parts: Sequence[Any]) -> Any:
     """Chains [chains, draws, ...] one after the other, with the labels of the first."""
     values = np.concatenate([np.asarray(part) for part in parts])
     first = parts[0]
@@ -559,7 +559,7 @@ def _after_warm_up(table: Columns, place: str, notes: list[str]) -> dict[str, np
     return kept | {"lp": table.columns["lp__"][skipped:]}
 
 
-def _widened(columns: dict[str, np.ndarray], place: str) -> dict[str, np.ndarray]:
+def _widen(columns: dict[str, np.ndarray], place: str) -> dict[str, np.ndarray]:
     """A long table, one row for each parameter and draw, with one column for each parameter."""
     name = next((it for it in PARAMETER if it in columns), None)
     value = next((it for it in VALUE if it in columns), None)
@@ -597,7 +597,7 @@ def _by_chain(columns: Mapping[str, np.ndarray], place: str) -> list[dict[str, n
             order = np.argsort(own[step], kind="stable")
             if len(np.unique(own[step])) < len(order):
                 raise ValueError(
-                    f"{place} has {step} {_repeated(own[step])} more than once"
+                    f"{place} has {step} {_first_repeated(own[step])} more than once"
                     + ("." if chain is None else f" in chain {each}.")
                 )
             own = {name: it[order] for name, it in own.items()}
@@ -608,7 +608,7 @@ def _by_chain(columns: Mapping[str, np.ndarray], place: str) -> list[dict[str, n
     return chains
 
 
-def _repeated(values: np.ndarray) -> Any:
+def _first_repeated(values: np.ndarray) -> Any:
     known, counts = np.unique(values, return_counts=True)
     return known[counts > 1][0]
 

@@ -48,7 +48,7 @@ class Unidentified(NamedTuple):
     combined: dict[str, Tensor]
 
 
-def unidentified(
+def find_unidentified(
     law: LawOf,
     at: Variables,
     few: Variables,
@@ -81,9 +81,9 @@ def unidentified(
 
     by_mass = mass is not None and _is_foreign(law({name: x[None] for name, x in at.items()}))
     numbers = _Numbers(masses, NO_MASS) if by_mass else _Numbers(parameters, 0.0)
-    unused = _unused(numbers, at, few)
+    unused = _find_unused(numbers, at, few)
     never = {name: torch.zeros_like(mask) for name, mask in unused.items()}
-    found = _combined(law, numbers, at, few, unused) if combined else never
+    found = _find_combined(law, numbers, at, few, unused) if combined else never
     return Unidentified(unused, found)
 
 
@@ -150,7 +150,7 @@ def labels_in(masks: Mapping[str, Tensor], labels: Callable[[str], list[str]]) -
     return found
 
 
-def _unused(numbers: _Numbers, at: Variables, few: Variables) -> dict[str, Tensor]:
+def _find_unused(numbers: _Numbers, at: Variables, few: Variables) -> dict[str, Tensor]:
     slopes = _slopes(numbers, at)
     largest = max((x.abs().max().item() for x in slopes.values() if x.numel()), default=0.0)
     masks = {name: torch.zeros(x.shape, dtype=torch.bool) for name, x in at.items()}
@@ -214,14 +214,14 @@ def _slopes(numbers: _Numbers, at: Variables) -> dict[str, Tensor]:
     """Slopes of a random combination of the distribution's parameters; 0 of whole numbers."""
     leaves = {name: x.requires_grad_() for name, x in at.items() if x.is_floating_point()}
     with torch.enable_grad():
-        pulled = _pulled(_of_one(numbers, at), list(leaves.values()))
+        pulled = _pull_back(_of_one(numbers, at), list(leaves.values()))
     slopes = dict(zip(leaves, pulled, strict=True))
     for x in leaves.values():
         x.requires_grad_(False)
     return {name: slopes.get(name, torch.zeros(x.shape)) for name, x in at.items()}
 
 
-def _pulled(numbers: list[Tensor], leaves: list[Tensor], seed: int = 0) -> list[Tensor]:
+def _pull_back(numbers: list[Tensor], leaves: list[Tensor], seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     parts = [x for x in numbers if x.requires_grad]
     if not parts:
@@ -260,7 +260,7 @@ def _is_foreign(law: Distribution) -> bool:
     return not known or isinstance(law, MixtureSameFamily) or any(map(_is_foreign, parts))
 
 
-def _combined(
+def _find_combined(
     law: LawOf, numbers: _Numbers, at: Variables, few: Variables, unused: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     never = {name: torch.zeros(x.shape, dtype=torch.bool) for name, x in at.items()}
@@ -274,7 +274,7 @@ def _combined(
         leaf = point.requires_grad_()
         with torch.enable_grad():
             made = numbers.of({**whole, **chart.point(leaf[None])})
-            pulls = [_pulled(made, [leaf], i)[0] for i in range(len(leaf) + 4)]
+            pulls = [_pull_back(made, [leaf], i)[0] for i in range(len(leaf) + 4)]
     except (RuntimeError, ValueError):  # on an edge, where there is no chart
         return never
     null = _null_space(torch.stack(pulls))

@@ -16,10 +16,10 @@ from rkl.bayes.draws import Draws
 from rkl.bayes.loss.nodes import nodes_for
 from rkl.bayes.model import Model, Theta, laws_of
 from rkl.bayes.modes import LogDensity, density_mode
-from rkl.bayes.problem import Question, Variables
+from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.regions import region
 from rkl.bayes.solve.act import answer
-from rkl.bayes.solve.numerical import generic_act
+from rkl.bayes.solve.numerical import numerical_act
 from rkl.bayes.tables import Cell, Table
 from rkl.divergences import FDivergence
 from rkl.stats import resample
@@ -62,7 +62,7 @@ def check_invariance(
         raise TypeError(f"estimate must be an Estimate; got a {type(estimate).__name__}.")
     if log_posterior is not None and not callable(log_posterior):
         raise TypeError(f"log_posterior must be a callable; got {log_posterior!r}.")
-    question = estimate.question
+    problem = estimate.problem
     if isinstance(bijection, Transform):
         _check({"the data": bijection})
         return _of_data(estimate, bijection)
@@ -75,8 +75,8 @@ def check_invariance(
         raise ValueError("bijection must rename at least one variable; got none.")
     _check(bijection)
     for name in bijection:
-        if name not in question.model.names:
-            known = ", ".join(question.model.names)
+        if name not in problem.model.names:
+            known = ", ".join(problem.model.names)
             raise ValueError(f"bijection must name variables of {known}; got {name!r}.")
     return _of_parameters(estimate, bijection, log_posterior)
 
@@ -87,38 +87,40 @@ def _check(transforms: Mapping[str, Transform]) -> None:
             raise TypeError(f"bijection must hold transforms of torch; {name} is {transform!r}.")
         if not transform.bijective:
             raise ValueError(
-                f"bijection must be one; that of {name}, {_spelt(transform)}, is not."
+                f"bijection must be one; that of {name}, {_spell(transform)}, is not."
             )
 
 
 def _of_parameters(
     estimate: Estimate, bijection: Mapping[str, Transform], log_posterior: LogDensity | None
 ) -> Table:
-    question = estimate.question
-    renamed = _renamed(question, bijection)
+    problem = estimate.problem
+    renamed = _rename(problem, bijection)
     again = answer(renamed)
 
-    def moved(before: Variables, after: Variables) -> float:
-        return _moved(question, before, {k: _back(bijection, k, x) for k, x in after.items()})
+    def change_of(before: Variables, after: Variables) -> float:
+        return _largest_change(
+            problem, before, {k: _back(bijection, k, x) for k, x in after.items()}
+        )
 
     sides = region(estimate, PROB).inside != region(again, PROB).inside
     rows: list[tuple[Cell, ...]] = [
-        ("act", moved(_shown(estimate), _shown(again))),
+        ("act", change_of(_variables_at(estimate), _variables_at(again))),
         ("region of the act (share of draws that change sides)", sides.double().mean().item()),
-        ("posterior mean", moved(means_of(question), means_of(renamed))),
-        ("interval of highest density", moved(*_intervals(question, renamed, bijection))),
+        ("posterior mean", change_of(means_of(problem), means_of(renamed))),
+        ("interval of highest density", change_of(*_intervals(problem, renamed, bijection))),
     ]
     if log_posterior is not None:
-        mode = density_mode(question, log_posterior)
-        other = density_mode(renamed, _carried(log_posterior, bijection))
-        rows.append(("posterior mode", moved(mode, other) if mode and other else None))
-    names = ", ".join(f"{name} by {_spelt(transform)}" for name, transform in bijection.items())
+        mode = density_mode(problem, log_posterior)
+        other = density_mode(renamed, _transform_density(log_posterior, bijection))
+        rows.append(("posterior mode", change_of(mode, other) if mode and other else None))
+    names = ", ".join(f"{name} by {_spell(transform)}" for name, transform in bijection.items())
     return _table(estimate, names, rows)
 
 
-def _renamed(question: Question, bijection: Mapping[str, Transform]) -> Question:
-    """The same question, its variables under their new names."""
-    draws, model = question.draws, question.model
+def _rename(problem: Problem, bijection: Mapping[str, Transform]) -> Problem:
+    """The same problem, its variables under their new names."""
+    draws, model = problem.draws, problem.model
     variables: dict[str, Tensor] = {name: draws[name] for name in draws.names}
     for name, transform in bijection.items():
         variables[name] = torch.as_tensor(transform(variables[name]))
@@ -131,19 +133,21 @@ def _renamed(question: Question, bijection: Mapping[str, Transform]) -> Question
         return model.make(Theta({k: _back(bijection, k, theta[k]) for k in model.names}))
 
     renamed = Model(f"{model.text}, renamed", model.names, make, events=model.events)
-    return dataclasses.replace(question, draws=Draws(variables, draws.weights), model=renamed)
+    return dataclasses.replace(problem, draws=Draws(variables, draws.weights), model=renamed)
 
 
-def _shown(estimate: Answer) -> Variables:
+def _variables_at(estimate: Answer) -> Variables:
     """The variables at the act, nan where it does not depend on them."""
-    return {name: estimate.act[name] for name in estimate.question.model.names}
+    return {name: estimate.act[name] for name in estimate.problem.model.names}
 
 
 def _back(bijection: Mapping[str, Transform], name: str, value: Tensor) -> Tensor:
     return torch.as_tensor(bijection[name].inv(value)) if name in bijection else value
 
 
-def _carried(log_posterior: LogDensity, bijection: Mapping[str, Transform]) -> LogDensity:
+def _transform_density(
+    log_posterior: LogDensity, bijection: Mapping[str, Transform]
+) -> LogDensity:
     """The log density of the new names."""
 
     def density(theta: Theta) -> Tensor:
@@ -158,12 +162,12 @@ def _carried(log_posterior: LogDensity, bijection: Mapping[str, Transform]) -> L
 
 
 def _intervals(
-    question: Question, renamed: Question, bijection: Mapping[str, Transform]
+    problem: Problem, renamed: Problem, bijection: Mapping[str, Transform]
 ) -> tuple[Variables, Variables]:
     """The shortest intervals before and after, the latter's ends in the order of the former."""
-    weights, before, after = question.draws.weights, {}, {}
+    weights, before, after = problem.draws.weights, {}, {}
     rows = slice(None) if weights is None else resample(weights.flatten().log(), offset=0.5)
-    for name, x in question.theta.items():
+    for name, x in problem.theta.items():
         before[name] = _shortest(x[rows])
         ends = _shortest(renamed.theta[name][rows])
         falls = _back(bijection, name, ends[0]) > _back(bijection, name, ends[1])
@@ -180,51 +184,53 @@ def _shortest(x: Tensor) -> Tensor:
 
 
 def _of_data(estimate: Estimate, transform: Transform) -> Table:
-    question, model = estimate.question, estimate.question.model
+    problem, model = estimate.problem, estimate.problem.model
 
     def make(theta: Theta) -> Distribution:
         return TransformedDistribution(model.make(theta), [transform])
 
     renamed = dataclasses.replace(
-        question, model=Model(f"{model.text}, renamed", model.names, make, events=model.events)
+        problem, model=Model(f"{model.text}, renamed", model.names, make, events=model.events)
     )
-    before, again = _shown(estimate), answer(renamed)
+    before, again = _variables_at(estimate), answer(renamed)
     sides = region(estimate, PROB).inside != region(again, PROB).inside
     rows: list[tuple[Cell, ...]] = [
-        ("act", _moved(question, before, _shown(again))),
+        ("act", _largest_change(problem, before, _variables_at(again))),
         ("region of the act (share of draws that change sides)", sides.double().mean().item()),
     ]
-    integrated = _integrated(renamed)
+    integrated = _act_on_nodes(renamed)
     if integrated is not None:
-        rows.append(("act, integrated over the new data", _moved(question, before, integrated)))
-    return _table(estimate, f"the data by {_spelt(transform)}", rows)
+        rows.append(
+            ("act, integrated over the new data", _largest_change(problem, before, integrated))
+        )
+    return _table(estimate, f"the data by {_spell(transform)}", rows)
 
 
-def _integrated(question: Question) -> Variables | None:
+def _act_on_nodes(problem: Problem) -> Variables | None:
     """The act by sums over nodes of the new data, the bijection never taken off."""
-    if not isinstance(question.divergence, FDivergence):
+    if not isinstance(problem.divergence, FDivergence):
         return None
-    weights = question.draws.weights
+    weights = problem.draws.weights
     weights = None if weights is None else weights.flatten()
-    laws = laws_of(question.theta, question.model.law, weights)
-    nodes = nodes_for(laws, question.divergence, seed=question.seed)
+    laws = laws_of(problem.theta, problem.model.law, weights)
+    nodes = nodes_for(laws, problem.divergence, seed=problem.seed)
     if nodes.kind == "importance":
         return None
-    return generic_act(
-        question.theta, question.model.law, question.divergence, weights=weights, nodes=nodes
+    return numerical_act(
+        problem.theta, problem.model.law, problem.divergence, weights=weights, nodes=nodes
     ).theta
 
 
-def _spelt(transform: Transform) -> str:
+def _spell(transform: Transform) -> str:
     """A transform in words, where torch has a private name for an inverse."""
     inverse = isinstance(transform, type(ExpTransform().inv))  # zuko renames the class
     return f"the inverse of {transform.inv}" if inverse else repr(transform)
 
 
-def _moved(question: Question, before: Variables, after: Variables) -> float:
+def _largest_change(problem: Problem, before: Variables, after: Variables) -> float:
     """The largest change of any number, in its posterior standard deviations."""
     changes = []
-    for name, x in question.theta.items():
+    for name, x in problem.theta.items():
         spread = x.std(0)
         change = (after[name] - before[name]).abs() / torch.where(spread > 0, spread, 1.0)
         changes.append(change.nan_to_num(0.0).max().item())  # nan: of no influence

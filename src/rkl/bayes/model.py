@@ -216,7 +216,7 @@ class Model:
         known = _constraints(self.kind)
         for parameter, name in self.settings.items():
             if isinstance(name, Stack) and parameter in known:
-                value = stacked(theta, name, self.events or {})
+                value = stack_columns(theta, name, self.events or {})
                 if not bool(known[parameter].check(value).all()):
                     raise ValueError(
                         f"{name} must satisfy {known[parameter]}, as {parameter} of "
@@ -259,21 +259,21 @@ class Model:
         if self.few is None:
             return None
         try:
-            return unwrap(simplified(self.law(self.few))).layers
+            return unwrap(simplify(self.law(self.few))).layers
         except ValueError:  # a draw is at fault, and will be named where it is met
             return None
 
-    def unwrapped(self, law: Distribution) -> "Unwrapped":
+    def unwrap(self, law: Distribution) -> "Unwrapped":
         """A distribution of the family without ``Independent`` and fixed bijections."""
-        return unwrap(simplified(law), self.layers)
+        return unwrap(simplify(law), self.layers)
 
     def bare(self, theta: Mapping[str, Tensor]) -> Distribution:
         """The base distributions of draws that are checked elsewhere."""
-        return self.unwrapped(self.make(Theta(theta))).base
+        return self.unwrap(self.make(Theta(theta))).base
 
     def base(self, theta: Mapping[str, Tensor]) -> Distribution:
         """The distributions without what leaves divergences unchanged."""
-        return self.unwrapped(self.law(theta)).base
+        return self.unwrap(self.law(theta)).base
 
 
 class Unwrapped(NamedTuple):
@@ -316,7 +316,7 @@ def unwrap(law: Distribution, layers: int | None = None) -> Unwrapped:
             lambda base: Independent(wrap(base), axes),
             inner.layers + 1,
         )
-    if isinstance(law, TransformedDistribution) and (layers is not None or _fixed(law)):
+    if isinstance(law, TransformedDistribution) and (layers is not None or _is_constant(law)):
         inner = unwrap(law.base_dist, layers and layers - 1)
         transforms, wrap = law.transforms, inner.wrap
         if layers is not None or family_in(inner.base) is not None:
@@ -337,7 +337,7 @@ def family_in(law: Distribution) -> ExponentialFamily | None:
         return None
 
 
-def _fixed(law: TransformedDistribution) -> bool:
+def _is_constant(law: TransformedDistribution) -> bool:
     """Whether the transforms are bijections, and the same for every draw."""
     if not all(transform.bijective for transform in law.transforms):
         return False
@@ -351,7 +351,7 @@ def _fixed(law: TransformedDistribution) -> bool:
     return torch.allclose(x, x[:1].expand_as(x), rtol=1e-12, atol=1e-14)
 
 
-def simplified(law: Distribution) -> Distribution:
+def simplify(law: Distribution) -> Distribution:
     """The same distribution, with elementwise transforms inside ``Independent`` and affine maps
     of a symmetric location-scale family absorbed: closed forms know these.
 
@@ -362,19 +362,19 @@ def simplified(law: Distribution) -> Distribution:
     if type(law) in _REPLACED:
         return _REPLACED[type(law)](law)
     if type(law) is Independent:
-        base = simplified(law.base_dist)
+        base = simplify(law.base_dist)
         same = base is law.base_dist
         return law if same else Independent(base, law.reinterpreted_batch_ndims)
     if type(law) is not TransformedDistribution:
         return law
-    base, transforms = simplified(law.base_dist), list(law.transforms)
+    base, transforms = simplify(law.base_dist), list(law.transforms)
     inner = [_elementwise(transform) for transform in transforms]
     if type(base) is Independent and None not in inner:
         axes = base.reinterpreted_batch_ndims
         moved = TransformedDistribution(base.base_dist, [x for x in inner if x is not None])
-        return Independent(simplified(moved), axes)
+        return Independent(simplify(moved), axes)
     while transforms and type(base) in _LOCATION_SCALE and _is_affine(transforms[0]):
-        base = _moved(base, transforms.pop(0))
+        base = _absorb_affine(base, transforms.pop(0))
     if base is law.base_dist:
         return law
     return TransformedDistribution(base, transforms) if transforms else base
@@ -405,7 +405,7 @@ if hasattr(torch.distributions, "GeneralizedPareto"):
 _LOCATION_SCALE = Normal, Laplace, Cauchy, StudentT  # symmetric: a scale below 0 is one above
 
 
-def _moved(base: Any, transform: Any) -> Distribution:
+def _absorb_affine(base: Any, transform: Any) -> Distribution:
     """The image of a location-scale distribution under an affine transform."""
     parts = {key: getattr(base, key) for key in base.arg_constraints}
     parts["loc"] = transform.loc + transform.scale * base.loc
@@ -508,12 +508,12 @@ def read_family(family: Any, draws: Draws, design: Any = None) -> Model:
         TypeError: It is none of these.
     """
     if isinstance(family, str) and ":" in family.partition("(")[0]:
-        family = _imported(family, draws, design)
+        family = _import_family(family, draws, design)
     if isinstance(family, Model):
         return family
     if isinstance(family, str):
-        kind, settings = _parsed(family, family, _catalogue(), draws, design)
-        return _named(family, kind, settings, draws, design)
+        kind, settings = _parse(family, family, _catalogue(), draws, design)
+        return _model_of_class(family, kind, settings, draws, design)
     if isinstance(family, functools.partial) and _is_law(family.func) and not family.args:
         return _from_class(family.func, dict(family.keywords), draws, design)
     if _is_law(family):
@@ -526,11 +526,11 @@ def read_family(family: Any, draws: Draws, design: Any = None) -> Model:
     )
 
 
-def _parsed(text: str, read: str, known: Mapping[str, Callable], draws: Draws, design: Any):
+def _parse(text: str, read: str, known: Mapping[str, Callable], draws: Draws, design: Any):
     """The class and the settings of a text."""
     names = (*draws.names, "design", *labels_of(design)) if design is not None else draws.names
     try:
-        return parse(_renamed(read, known), known, names)
+        return parse(_with_torch_name(read, known), known, names)
     except ValueError as error:
         reason = str(error).partition(": ")[2].rstrip(".")
         if "must be a number or a string" in reason:
@@ -543,7 +543,7 @@ def _parsed(text: str, read: str, known: Mapping[str, Callable], draws: Draws, d
         raise ValueError(f"family {text!r} cannot be read: {reason}.") from None
 
 
-def _renamed(text: str, known: Mapping[str, Callable]) -> str:
+def _with_torch_name(text: str, known: Mapping[str, Callable]) -> str:
     """The text with the name of the family as torch has it."""
     name, opening, rest = text.partition("(")
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
@@ -606,7 +606,7 @@ def _binder(cls: type[Distribution]) -> Callable[..., tuple[type[Distribution], 
     return bind
 
 
-def _imported(text: str, draws: Draws, design: Any) -> Any:
+def _import_family(text: str, draws: Draws, design: Any) -> Any:
     """What package.module:Name stands for; with settings, the model of that class."""
     path, opening, rest = text.partition("(")
     try:
@@ -623,8 +623,8 @@ def _imported(text: str, draws: Draws, design: Any) -> Any:
         return found
     law: Any = found
     known = {"imported": _binder(law)}
-    kind, settings = _parsed(text, f"imported({rest}", known, draws, design)
-    return _named(text, kind, settings, draws, design)
+    kind, settings = _parse(text, f"imported({rest}", known, draws, design)
+    return _model_of_class(text, kind, settings, draws, design)
 
 
 def _from_class(cls, settings: dict[str, Any], draws: Draws, design: Any) -> Model:
@@ -644,10 +644,10 @@ def _from_class(cls, settings: dict[str, Any], draws: Draws, design: Any) -> Mod
             "say which is which, as in family='normal(loc=mu, scale=sigma)'."
         )
     said = ", ".join(f"{k}={v}" for k, v in (found | settings).items())
-    return _named(f"{cls.__name__}({said})", cls, found | settings, draws, design)
+    return _model_of_class(f"{cls.__name__}({said})", cls, found | settings, draws, design)
 
 
-def _named(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) -> Model:
+def _model_of_class(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) -> Model:
     columns: tuple[str, ...] = ()
     if design is not None and "design" in inspect.signature(cls).parameters:
         settings, columns = _with_design(text, settings, design)
@@ -671,8 +671,8 @@ def _named(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) 
 
     def make(theta: Theta) -> Distribution:
         batch = max(theta[name].ndim - events[name] for name in names)
-        aligned = {k: _aligned(theta[v], ranks[k], batch) for k, v in variables.items()}
-        aligned |= {k: stacked(theta, v, events) for k, v in stacks.items()}
+        aligned = {k: _align(theta[v], ranks[k], batch) for k, v in variables.items()}
+        aligned |= {k: stack_columns(theta, v, events) for k, v in stacks.items()}
         return cls(**aligned, **fixed, validate_args=None if not known else False)
 
     for name in names:
@@ -688,7 +688,7 @@ def _names_in(value: Any) -> tuple[str, ...]:
     return tuple(x for x in value if isinstance(x, str)) if isinstance(value, Stack) else ()
 
 
-def stacked(theta: Theta, parts: Stack, events: Mapping[str, int]) -> Tensor:
+def stack_columns(theta: Theta, parts: Stack, events: Mapping[str, int]) -> Tensor:
     """Variables and numbers side by side along a last axis; vectors give several columns each."""
     columns = {name: theta[name] for name in _names_in(parts)}
     columns = {k: x if events[k] else x[..., None] for k, x in columns.items()}
@@ -784,7 +784,7 @@ def _constraints(cls) -> Mapping[str, Constraint]:
     return cls.arg_constraints if isinstance(cls.arg_constraints, Mapping) else {}
 
 
-def _aligned(x: Tensor, event: int, batch: int) -> Tensor:
+def _align(x: Tensor, event: int, batch: int) -> Tensor:
     """Batch axes flush left: sigma [n] beside mu [n, 8] is [n, 1], shared by the eight."""
     lead = x.ndim - event
     return x.reshape(x.shape[:lead] + (1,) * (batch - lead) + x.shape[lead:])
@@ -965,7 +965,7 @@ class Laws:
         """Some of the draws, with the weights that they have."""
         return Laws({k: x[rows] for k, x in self.theta.items()}, self.law, self.weights[rows])
 
-    def thinned(self, count: int) -> "Laws":
+    def thin(self, count: int) -> "Laws":
         """So many draws, of equal weights, evenly over the weights of all."""
         rows = resample(self.weights.log(), count=count, offset=0.5)
         equal = torch.full((count,), 1 / count, dtype=torch.float64)

@@ -9,7 +9,7 @@ from torch.distributions.transforms import ExpTransform, SigmoidTransform, Trans
 
 from rkl.bayes.families import Natural
 from rkl.bayes.model import Theta, probe
-from rkl.bayes.problem import Question, Variables
+from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.solve.unconstrained import Chart, chart_of, minimise
 
 LogDensity = Callable[[Theta], Tensor]
@@ -24,7 +24,7 @@ class Modes(NamedTuple):
     notes: tuple[str, ...]
 
 
-def modes(question: Question, log_posterior: LogDensity | str | None) -> Modes:
+def modes(problem: Problem, log_posterior: LogDensity | str | None) -> Modes:
     """The posterior mode in two parametrisations, and Wallace and Freeman's estimate.
 
     Raises:
@@ -37,43 +37,41 @@ def modes(question: Question, log_posterior: LogDensity | str | None) -> Modes:
         )
         return Modes({}, (f"MAP and Wallace–Freeman are left out: {why}.",))
     if isinstance(log_posterior, str):
-        return _of_variable(question, log_posterior)
+        return _of_variable(problem, log_posterior)
     if not callable(log_posterior):
         raise TypeError(
             f"log_posterior must be a callable or the name of a variable; got {log_posterior!r}."
         )
-    return _of_function(question, log_posterior)
+    return _of_function(problem, log_posterior)
 
 
-def _of_variable(question: Question, name: str) -> Modes:
-    draws = question.draws
+def _of_variable(problem: Problem, name: str) -> Modes:
+    draws = problem.draws
     if draws.shape(name):
         raise ValueError(f"{name} must be one log density a draw; got {list(draws.shape(name))}.")
-    theta = {key: draws[key].flatten(0, 1) for key in question.model.names}
+    theta = {key: draws[key].flatten(0, 1) for key in problem.model.names}
     note = (
         f"{name} is a density in whichever coordinates it was written (of Stan, PyMC and NumPyro "
         "unconstrained ones); its highest draw is near the mode in these alone. For the mode in "
         "two parametrisations, and Wallace–Freeman, log_posterior= must be a function of theta."
     )
-    return Modes(
-        {f"draw of highest {name}": _row(question, theta, draws[name].flatten())}, (note,)
-    )
+    return Modes({f"draw of highest {name}": _row(problem, theta, draws[name].flatten())}, (note,))
 
 
-def _densest(question: Question, seen: "_Seen", bends: Bends) -> dict[str, Variables]:
+def _densest(problem: Problem, seen: "_Seen", bends: Bends) -> dict[str, Variables]:
     """The draw of highest density, and that of highest density in other coordinates."""
     name, theta = "draw of highest log_posterior", seen.theta
-    found = {name: _row(question, theta, seen.density)}
+    found = {name: _row(problem, theta, seen.density)}
     if bends:
         bent = seen.density + _log_slope(bends, theta)
-        found[f"{name}, in {_spelt(theta, bends)}"] = _row(question, theta, bent)
+        found[f"{name}, in {_spell(theta, bends)}"] = _row(problem, theta, bent)
     return found
 
 
-def _row(question: Question, theta: Mapping[str, Tensor], density: Tensor) -> Variables:
+def _row(problem: Problem, theta: Mapping[str, Tensor], density: Tensor) -> Variables:
     i = int(density.argmax())
-    names = question.model.names
-    return {name: question.aligned(name, theta[name][i : i + 1])[0] for name in names}
+    names = problem.model.names
+    return {name: problem.align(name, theta[name][i : i + 1])[0] for name in names}
 
 
 class _Seen(NamedTuple):
@@ -83,51 +81,51 @@ class _Seen(NamedTuple):
     density: Tensor
 
 
-def _seen(question: Question, log_posterior: LogDensity) -> _Seen:
-    draws = question.draws
+def _evaluate(problem: Problem, log_posterior: LogDensity) -> _Seen:
+    draws = problem.draws
     shown = Theta(probe(draws, draws.names))
     try:
         told = log_posterior(shown)
     except KeyError as error:
         raise ValueError(f"log_posterior cannot take the draws: {error.args[0]}.") from error
-    _checked(told, len(next(iter(shown._drawn.values()))))
-    names = [name for name in draws.names if name in shown._seen | {*question.model.names}]
+    _check_density(told, len(next(iter(shown._drawn.values()))))
+    names = [name for name in draws.names if name in shown._seen | {*problem.model.names}]
     few = draws.every(-(-draws.chains * draws.draws // LOOKED_AT))
     theta = {name: few[name].flatten(0, 1) for name in names}
-    return _Seen(theta, _checked(log_posterior(Theta(theta)), len(theta[names[0]])).detach())
+    return _Seen(theta, _check_density(log_posterior(Theta(theta)), len(theta[names[0]])).detach())
 
 
-def density_mode(question: Question, log_posterior: LogDensity) -> Variables:
+def density_mode(problem: Problem, log_posterior: LogDensity) -> Variables:
     """Where the density is highest, in the variables as they are named; empty if nowhere.
 
     Raises:
         RuntimeError: Autograd finds no way from the density back to the variables.
     """
-    seen = _seen(question, log_posterior)
-    return _maximum(question, log_posterior, seen)
+    seen = _evaluate(problem, log_posterior)
+    return _maximum(problem, log_posterior, seen)
 
 
-def _of_function(question: Question, log_posterior: LogDensity) -> Modes:
-    seen = _seen(question, log_posterior)
-    bends = _bends(question, seen.theta)
-    targets: dict[str, LogDensity] = {f"MAP in {_spelt(seen.theta, {})}": log_posterior}
+def _of_function(problem: Problem, log_posterior: LogDensity) -> Modes:
+    seen = _evaluate(problem, log_posterior)
+    bends = _bends(problem, seen.theta)
+    targets: dict[str, LogDensity] = {f"MAP in {_spell(seen.theta, {})}": log_posterior}
     if bends:
         bent = lambda t: log_posterior(t) + _log_slope(bends, t)  # noqa: E731
-        targets[f"MAP in {_spelt(seen.theta, bends)}"] = bent
-    fisher, why = _log_fisher(question, list(seen.theta))
+        targets[f"MAP in {_spell(seen.theta, bends)}"] = bent
+    fisher, why = _log_fisher(problem, list(seen.theta))
     if fisher is not None:
         targets["Wallace–Freeman"] = lambda t: log_posterior(t) - fisher(t) / 2
     notes = [] if why is None else [f"Wallace–Freeman is left out: {why}."]
     try:
-        found = {name: _maximum(question, f, seen) for name, f in targets.items()}
+        found = {name: _maximum(problem, f, seen) for name, f in targets.items()}
     except RuntimeError:  # autograd finds no way back to theta
         note = "log_posterior is not differentiable: its highest draws stand for its modes."
-        return Modes(_densest(question, seen, bends), (note,))
+        return Modes(_densest(problem, seen, bends), (note,))
     notes += [f"{name} is left out: there is no mode." for name in found if not found[name]]
     return Modes({name: at for name, at in found.items() if at}, tuple(notes))
 
 
-def _checked(density: Tensor, rows: int) -> Tensor:
+def _check_density(density: Tensor, rows: int) -> Tensor:
     if not isinstance(density, Tensor) or density.shape != (rows,) or density.isnan().any():
         got = list(density.shape) if isinstance(density, Tensor) else repr(density)
         raise ValueError(
@@ -136,29 +134,29 @@ def _checked(density: Tensor, rows: int) -> Tensor:
     return density
 
 
-def _maximum(question: Question, target: LogDensity, seen: _Seen) -> Variables:
+def _maximum(problem: Problem, target: LogDensity, seen: _Seen) -> Variables:
     """The variables of the family at the maximum; none where it runs away."""
-    chart = _chart(question, seen.theta)
+    chart = _chart(problem, seen.theta)
     drawn = chart.coordinates(seen.theta)
     starts = drawn[seen.density.topk(min(3, len(drawn))).indices]
     found = minimise(lambda t: -target(Theta(chart.point(t[None])))[0], starts)
     if not found.converged or found.point.abs().max() > 1e3:
         return {}
     at = chart.point(found.point[None])
-    return {name: question.aligned(name, at[name])[0].detach() for name in question.model.names}
+    return {name: problem.align(name, at[name])[0].detach() for name in problem.model.names}
 
 
-def _chart(question: Question, theta: Mapping[str, Tensor]) -> Chart:
+def _chart(problem: Problem, theta: Mapping[str, Tensor]) -> Chart:
     """Coordinates of what a density looks at: the family knows its own, draws tell of the rest."""
-    own = {name: theta[name] for name in question.model.names}
+    own = {name: theta[name] for name in problem.model.names}
     rest = {name: x for name, x in theta.items() if name not in own}
-    found = {**chart_of(own, question.law).parts, **chart_of(rest).parts}
+    found = {**chart_of(own, problem.law).parts, **chart_of(rest).parts}
     return Chart({name: found[name] for name in theta})
 
 
-def _bends(question: Question, theta: Mapping[str, Tensor]) -> Bends:
+def _bends(problem: Problem, theta: Mapping[str, Tensor]) -> Bends:
     """The logarithm or the logit as coordinates of what is positive, or between 0 and 1."""
-    parts = _chart(question, theta).parts
+    parts = _chart(problem, theta).parts
     return {
         name: part.transform
         for name, part in parts.items()
@@ -175,14 +173,14 @@ def _log_slope(bends: Bends, theta: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(list(each), -1).sum(-1)
 
 
-def _spelt(theta: Mapping[str, Tensor], bends: Bends) -> str:
+def _spell(theta: Mapping[str, Tensor], bends: Bends) -> str:
     words = {ExpTransform: "log ", SigmoidTransform: "logit "}
     return ", ".join(f"{words[type(bends[k])] if k in bends else ''}{k}" for k in theta)
 
 
-def _log_fisher(question: Question, names: list[str]) -> tuple[LogDensity | None, str | None]:
+def _log_fisher(problem: Problem, names: list[str]) -> tuple[LogDensity | None, str | None]:
     """Log det of the Fisher information about the variables, of one row, or why it is unknown."""
-    family, model = question.family, question.model
+    family, model = problem.family, problem.model
     if family is None:
         return None, "the Fisher information of this family is not known"
     if {*names} != {*model.names}:
@@ -211,7 +209,7 @@ def _log_fisher(question: Question, names: list[str]) -> tuple[LogDensity | None
             ]
         return torch.stack(rows).slogdet().logabsdet[None]
 
-    one = {name: x[:1].detach().requires_grad_() for name, x in question.few.items()}
+    one = {name: x[:1].detach().requires_grad_() for name, x in problem.few.items()}
     if not of(one).isfinite().all():
         return None, f"{', '.join(names)} hold more numbers than the family has parameters"
     return of, None

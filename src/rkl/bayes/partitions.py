@@ -285,7 +285,7 @@ class _Search:
         for item in orders.T:
             target = self._costs(item).argmin(1)
             given = begun.gather(1, item[: len(begun), None]).squeeze(1)
-            free = ~self._closed()[self.row[: len(begun)], given]
+            free = ~self._full_clusters()[self.row[: len(begun)], given]
             first = given.where(free, target[: len(begun)])
             self._join(item, torch.cat([first, target[len(begun) :]]))
 
@@ -311,9 +311,9 @@ class _Search:
         said = self.draws[:, item].T[:, None, :, None].expand(-1, self.size.shape[1], -1, -1)
         met = self.shared.gather(3, said).squeeze(3).long()
         cost = self.gain[self.size] - 2 * self.gain[met] @ self.weight
-        return cost.masked_fill(self._closed(), math.inf)
+        return cost.masked_fill(self._full_clusters(), math.inf)
 
-    def _closed(self) -> Bool[Tensor, "starts clusters"]:
+    def _full_clusters(self) -> Bool[Tensor, "starts clusters"]:
         """The clusters that must stay empty, where there are as many as there may be."""
         used = self.size > 0
         return ~used & (used.sum(1, keepdim=True) >= self.most)

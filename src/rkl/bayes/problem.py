@@ -29,7 +29,7 @@ SAME = 1e-9  # relative difference of natural parameters at which two laws are o
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class Problem:
     """A posterior, a family, and the loss under which one law of it is to stand for all."""
 
     draws: Draws
@@ -50,14 +50,14 @@ class Question:
         return {name: few[name] for name in self.model.names}
 
     @functools.cached_property
-    def unwrapped(self) -> Unwrapped:
+    def structure(self) -> Unwrapped:
         """Their distributions, without what leaves divergences unchanged."""
-        return self.model.unwrapped(self.model.law(self.few))
+        return self.model.unwrap(self.model.law(self.few))
 
     @functools.cached_property
     def family(self) -> ExponentialFamily | None:
         """The exponential family that the laws lie in."""
-        return family_in(self.unwrapped.base)
+        return family_in(self.structure.base)
 
     @property
     def weights(self) -> Weights | None:
@@ -69,29 +69,29 @@ class Question:
     @property
     def batch(self) -> torch.Size:
         """Batch shape of the law that is reported."""
-        shape = self.unwrapped.base.batch_shape[1:]
-        return shape[: len(shape) - self.unwrapped.joint]
+        shape = self.structure.base.batch_shape[1:]
+        return shape[: len(shape) - self.structure.joint]
 
     def total(self, values: Tensor) -> Tensor:
         """The loss of one event from those of its parts: their sum over what Independent joins."""
-        joint = self.unwrapped.joint
+        joint = self.structure.joint
         return values.sum(tuple(range(-joint, 0))) if joint else values
 
     def law(self, variables: Mapping[str, Tensor]) -> Distribution:
         """The laws of n draws, rid of what no divergence sees, but not of Independent."""
-        base, joint, *_ = self.model.unwrapped(self.model.law(variables))
+        base, joint, *_ = self.model.unwrap(self.model.law(variables))
         return Independent(base, joint) if joint else base
 
-    def wrapped(self, base: Distribution, variables: Variables) -> Distribution:
+    def wrap(self, base: Distribution, variables: Variables) -> Distribution:
         """The law of the family [*batch] that has this base, its bijections those of one draw."""
         if self.model.settings is not None:
             return self.model.at(variables)
         law = self.model.law({name: x[None] for name, x in variables.items()})
-        return self.model.unwrapped(law).wrap(base)
+        return self.model.unwrap(law).wrap(base)
 
     def any(self, parts: Tensor) -> Tensor:
         """Whether it holds of some of what Independent joins."""
-        return parts.flatten(len(self.batch)).any(-1) if self.unwrapped.joint else parts
+        return parts.flatten(len(self.batch)).any(-1) if self.structure.joint else parts
 
     def shape(self, name: str, model: Model | None = None) -> torch.Size:
         """Shape of a variable in the act, or in that of a smaller model.
@@ -104,7 +104,7 @@ class Question:
         return drawn if events is None else self.batch + drawn[len(drawn) - events[name] :]
 
     @functools.cached_property
-    def averaged(self) -> dict[tuple[str, ...], Any]:
+    def passes(self) -> dict[tuple[str, ...], Any]:
         """What passes over the draws left, by direction, for the act and for excesses over it."""
         return {}
 
@@ -158,21 +158,21 @@ class Question:
         return found
 
     def _parameters(self):
-        constraints = self.unwrapped.base.arg_constraints
-        given = [key for key in constraints if key in vars(self.unwrapped.base)]
+        constraints = self.structure.base.arg_constraints
+        given = [key for key in constraints if key in vars(self.structure.base)]
         return [*given, *(key for key in constraints if key not in given)]
 
     def _parameter(self, key: str) -> Tensor:
-        return torch.as_tensor(getattr(self.unwrapped.base, key))
+        return torch.as_tensor(getattr(self.structure.base, key))
 
     @functools.cached_property
     def theta(self) -> Variables:
         """All draws of the variables [draws, *shape], in the shape that the act has."""
         return {
-            name: self.aligned(name, self.draws[name].flatten(0, 1)) for name in self.model.names
+            name: self.align(name, self.draws[name].flatten(0, 1)) for name in self.model.names
         }
 
-    def aligned(self, name: str, drawn: Tensor, model: Model | None = None) -> Tensor:
+    def align(self, name: str, drawn: Tensor, model: Model | None = None) -> Tensor:
         """Draws [n, ...] of a variable, in the shape that the act has."""
         events = (model or self.model).events
         if events is not None:
@@ -190,7 +190,7 @@ class Question:
     @property
     def some(self) -> Laws:
         """The laws of some draws."""
-        theta = {name: self.aligned(name, x) for name, x in self.few.items()}
+        theta = {name: self.align(name, x) for name, x in self.few.items()}
         return laws_of(theta, self.law)
 
     @functools.cached_property

@@ -12,27 +12,33 @@ from torch.distributions import Distribution
 
 from rkl.bayes.act import Estimate, bayes_act
 from rkl.bayes.answer import Act, elements
-from rkl.bayes.diagnostics import judged, masked, mean_of
+from rkl.bayes.diagnostics import diagnose, mean_of, nan_where
 from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.families.regression import Regression, by_rows
-from rkl.bayes.identified import Unidentified, sentences, unidentified, without_unidentified
+from rkl.bayes.identified import Unidentified, find_unidentified, sentences, without_unidentified
 from rkl.bayes.loss.between import Intrinsic, Weights, between
-from rkl.bayes.loss.expected import NodeLoss, PosteriorLoss, node_mass, over_few, posterior_loss
+from rkl.bayes.loss.expected import (
+    NodeLoss,
+    PosteriorLoss,
+    node_mass,
+    posterior_loss,
+    thin_loss,
+)
 from rkl.bayes.loss.nodes import nodes_for
 from rkl.bayes.model import Model, Theta, family_in, laws_of, probe, read_family, support_of
-from rkl.bayes.problem import Question, Variables
+from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.solve.closed import (
     Averages,
     Point,
-    Solved,
+    Solution,
     averages,
     directions_of,
-    least,
+    excess_risk,
+    minimum_risk,
     nearest,
     solve,
-    towards,
 )
-from rkl.bayes.solve.numerical import influences, on_all
+from rkl.bayes.solve.numerical import influences, refine_on_all
 from rkl.bayes.solve.unconstrained import chart_of, minimise
 from rkl.bayes.tables import Cell, Table, parenthesised
 from rkl.divergences import FDivergence, ReverseKL
@@ -57,7 +63,7 @@ class Subfamily:
     Attributes:
         name: What it is called.
         model: Its laws.
-        question: That of the whole family, its draws such that the model takes them.
+        problem: That of the whole family, its draws such that the model takes them.
         places: By variable, where in the whole family's the numbers go that are kept of it:
             [kept, all], of 0 and 1.
         zeros: By variable, the shape of those of which no number is kept.
@@ -65,33 +71,33 @@ class Subfamily:
 
     name: str
     model: Model
-    question: Question
+    problem: Problem
     places: Mapping[str, Tensor] = field(default_factory=dict)
     zeros: Mapping[str, torch.Size] = field(default_factory=dict)
 
     @property
     def theta(self) -> Variables:
         """All draws of its variables [draws, *shape], in the shape that its act has."""
-        draws = self.question.draws
+        draws = self.problem.draws
         return {
-            name: self.question.aligned(name, draws[name].flatten(0, 1), self.model)
+            name: self.problem.align(name, draws[name].flatten(0, 1), self.model)
             for name in self.model.names
         }
 
-    def placed(self, variables: Mapping[str, Tensor]) -> Variables:
+    def place(self, variables: Mapping[str, Tensor]) -> Variables:
         """The variables [*lead, *shape] with zeros for what was left out."""
         name, first = next(iter(variables.items()))
-        lead = first.shape[: first.ndim - len(self.question.shape(name, self.model))]
+        lead = first.shape[: first.ndim - len(self.problem.shape(name, self.model))]
         found = {k: x @ self.places[k] if k in self.places else x for k, x in variables.items()}
         return found | {k: first.new_zeros((*lead, *size)) for k, size in self.zeros.items()}
 
-    def within(self, whole: Question) -> bool:
+    def within(self, whole: Problem) -> bool:
         """Whether it lies in the exponential family of the whole, under the same wrappings."""
-        law = self.model.law(probe(self.question.draws, self.model.names))
-        base = self.model.unwrapped(law).base
+        law = self.model.law(probe(self.problem.draws, self.model.names))
+        base = self.model.unwrap(law).base
         if whole.family is None or family_in(base) != whole.family:
             return False
-        again = whole.unwrapped.wrap(base)
+        again = whole.structure.wrap(base)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             x = law.sample()
@@ -102,7 +108,7 @@ class Subfamily:
         return said.shape == meant.shape and torch.allclose(said, meant)
 
 
-def read_subfamilies(whole: Question, given: Any) -> list[Subfamily]:
+def read_subfamilies(whole: Problem, given: Any) -> list[Subfamily]:
     """What one simpler family, a list of them, or a dict of them by name stands for.
 
     Raises:
@@ -132,7 +138,7 @@ def read_subfamilies(whole: Question, given: Any) -> list[Subfamily]:
     return found
 
 
-def _read(whole: Question, name: str | None, given: Any) -> Subfamily:
+def _read(whole: Problem, name: str | None, given: Any) -> Subfamily:
     if isinstance(given, list | tuple | range):
         return _of_columns(whole, name, list(given))
     if not (isinstance(given, str) or callable(given)):
@@ -148,7 +154,7 @@ def _read(whole: Question, name: str | None, given: Any) -> Subfamily:
 
 def _refuse_unlike(found: Subfamily) -> None:
     """Refuse laws over other events than those of the whole family, or of other batches."""
-    whole, model = found.question, found.model
+    whole, model = found.problem, found.model
     law, other = model.law(probe(whole.draws, model.names)), whole.model.law(whole.few)
     shape, batch = law.batch_shape[1:], other.batch_shape[1:]
     # A text speaks of each member of a batch by itself; a callable says what they share.
@@ -174,7 +180,7 @@ def _counts(law: Distribution) -> bool:
     return support is not None and support.is_discrete
 
 
-def _of_columns(whole: Question, name: str | None, columns: list) -> Subfamily:
+def _of_columns(whole: Problem, name: str | None, columns: list) -> Subfamily:
     """The same regression, with zeros for the coefficients of all other columns."""
     model, settings = whole.model, whole.model.settings or {}
     coefficients = settings.get("coefficients")
@@ -185,7 +191,7 @@ def _of_columns(whole: Question, name: str | None, columns: list) -> Subfamily:
             f"'logistic-regression(coefficients=beta)', and its design=; got {model.text}."
         )
     parts = coefficients if isinstance(coefficients, Stack) else Stack([coefficients])
-    kept = _kept(columns, settings["design"].shape[1], model.columns, parts)
+    kept = _column_places(columns, settings["design"].shape[1], model.columns, parts)
     places, first = {}, 0
     for part in parts:
         size = (
@@ -202,7 +208,7 @@ def _is_vector(model: Model, name: str) -> bool:
     return bool((model.events or {}).get(name, 0))
 
 
-def _shorter(whole: Question, name: str, places: Mapping[str, Tensor]) -> Subfamily:
+def _shorter(whole: Problem, name: str, places: Mapping[str, Tensor]) -> Subfamily:
     """The model with only some numbers of some variables, and zeros for the others."""
     model, shorter = whole.model, {k: whole.draws[k] for k in whole.model.names}
     zeros = {}
@@ -226,11 +232,11 @@ def _shorter(whole: Question, name: str, places: Mapping[str, Tensor]) -> Subfam
     events = {k: n for k, n in (model.events or {}).items() if k in names}
     few = probe(draws, names)
     reduced = Model(name, names, make, events=events, design=model.design, few=few)
-    question = replace(whole, draws=draws, model=reduced)
-    return Subfamily(name, reduced, question, partial, zeros)
+    problem = replace(whole, draws=draws, model=reduced)
+    return Subfamily(name, reduced, problem, partial, zeros)
 
 
-def _kept(columns: list, count: int, labels: tuple[str, ...], parts: Stack) -> list[int]:
+def _column_places(columns: list, count: int, labels: tuple[str, ...], parts: Stack) -> list[int]:
     """The columns by their numbers, of those given by number or by name.
 
     A name is that of a column of the design, or of a variable where each column has its own.
@@ -248,7 +254,7 @@ def _kept(columns: list, count: int, labels: tuple[str, ...], parts: Stack) -> l
     return found
 
 
-def best_member(whole: Question, one: Subfamily) -> tuple[PosteriorLoss, "Member"]:
+def best_member(whole: Problem, one: Subfamily) -> tuple[PosteriorLoss, "Member"]:
     """The loss, on nodes that reach as far as the best member does, and that member.
 
     Raises:
@@ -258,7 +264,7 @@ def best_member(whole: Question, one: Subfamily) -> tuple[PosteriorLoss, "Member
     for _ in range(ROUNDS):
         loss = _loss(whole, one, reach)
         found = _member(loss, one)
-        missed = _missed(loss, found.law).max().item()
+        missed = _mass_beyond(loss, found.law).max().item()
         if missed <= ASTRAY:
             return loss, found
         reach = found.reach
@@ -268,7 +274,7 @@ def best_member(whole: Question, one: Subfamily) -> tuple[PosteriorLoss, "Member
     )
 
 
-def _loss(whole: Question, one: Subfamily, reach: Variables) -> PosteriorLoss:
+def _loss(whole: Problem, one: Subfamily, reach: Variables) -> PosteriorLoss:
     """The expected loss over the draws; its laws are also those of the subfamily's variables.
 
     Nodes are chosen for the laws of the draws and for those of as many ``reach``.
@@ -359,7 +365,7 @@ def _member(loss: PosteriorLoss, one: Subfamily) -> Member:
     theta = one.theta
     chart = chart_of(theta, one.model.law)
     drawn = chart.coordinates(theta)
-    held = over_few(loss, HELD)
+    held = thin_loss(loss, HELD)
 
     def law(t: Tensor) -> Distribution:
         return loss.laws.of({OWN + name: x for name, x in chart.point(t[None]).items()})
@@ -369,24 +375,24 @@ def _member(loss: PosteriorLoss, one: Subfamily) -> Member:
     scale = torch.where(scale > 0, scale, 1.0)
     price = _price(loss.divergence) if isinstance(loss, NodeLoss) else 0.0
 
-    def expected(t: Tensor) -> Tensor:
+    def penalised_risk(t: Tensor) -> Tensor:
         member = law(t)
-        away = price * _missed(loss, member).sum() if price else 0.0
-        value = held.expected(member) + away
+        away = price * _mass_beyond(loss, member).sum() if price else 0.0
+        value = held.risk(member) + away
         if not value.requires_grad:  # as torch has it where supports differ
             raise ValueError("the loss is infinite")
         return value
 
     try:
-        least = minimise(expected, starts, scale=scale, smooth=loss.smooth)
+        least = minimise(penalised_risk, starts, scale=scale, smooth=loss.smooth)
     except ValueError as error:
         raise ValueError(
             f"subfamily {one.name} must have a member of finite divergence from the posterior: "
             f"{error}"
         ) from error
-    settled = on_all(loss, law, least, held is not loss and loss.smooth)
+    settled = refine_on_all(loss, law, least, held is not loss and loss.smooth)
     values, influence = influences(
-        lambda t: one.placed({name: x[0] for name, x in chart.point(t[None]).items()}),
+        lambda t: one.place({name: x[0] for name, x in chart.point(t[None]).items()}),
         settled,
         least,
     )
@@ -397,7 +403,7 @@ def _member(loss: PosteriorLoss, one: Subfamily) -> Member:
     return Member(law(point), values, own, influence, settled.decrement, reach)
 
 
-def _missed(loss: PosteriorLoss, law: Distribution) -> Tensor:
+def _mass_beyond(loss: PosteriorLoss, law: Distribution) -> Tensor:
     """The mass [members] of a law that is on no node, where nodes should hold it all."""
     if not isinstance(loss, NodeLoss) or loss.nodes.kind == "importance":
         return torch.zeros(1, dtype=torch.float64)
@@ -446,8 +452,8 @@ class Projection:
     def table(self) -> Table:
         """A row for each family, and for each member of the batch."""
         full = self.full
-        none = torch.zeros(full.question.batch, dtype=torch.float64)
-        own = {name: full.act.parameters[name] for name in full.question.model.names}
+        none = torch.zeros(full.problem.batch, dtype=torch.float64)
+        own = {name: full.act.parameters[name] for name in full.problem.model.names}
         act = replace(full.act, parameters=own)
         every = {full.family: (act, full.risk, Mean(none, none))}
         every |= {name: (x.act, x.risk, x.excess) for name, x in self.submodels.items()}
@@ -474,14 +480,14 @@ class Projection:
         return self.table.to_dataframe()
 
     def _rows(self, name: str, act: Act, risk: Mean, excess: Mean) -> list[tuple[Cell, ...]]:
-        batch = self.full.question.batch
+        batch = self.full.problem.batch
         cells = (
             zip(*(x.expand(batch).flatten().tolist() for x in mean), strict=True)
             for mean in (risk, excess)
         )
-        question = self.full.question
-        told = [_told(question, act, member) for member in range(batch.numel())]
-        labels = elements(f"{name} ", batch, self.full.question.batch_axes)
+        problem = self.full.problem
+        told = [_act_text(problem, act, member) for member in range(batch.numel())]
+        labels = elements(f"{name} ", batch, self.full.problem.batch_axes)
         return [(label.strip(), *row) for label, *row in zip(labels, *cells, told, strict=True)]
 
     def _notes(self) -> tuple[str, ...]:
@@ -493,13 +499,13 @@ class Projection:
         return (*told, *(f"Warning: {text}" for text in self.full.diagnostics.warnings))
 
 
-def _told(question: Question, act: Act, member: int) -> str:
+def _act_text(problem: Problem, act: Act, member: int) -> str:
     """The parameters of one member of a batch, as text."""
-    told, batch = [], question.batch
+    told, batch = [], problem.batch
     for name, mean in act.parameters.items():
         value, error = mean
-        known = name in question.model.names and question.shape(name) == value.shape
-        axes = question.axes(name) if known else [None] * value.ndim
+        known = name in problem.model.names and problem.shape(name) == value.shape
+        axes = problem.axes(name) if known else [None] * value.ndim
         if batch and value.shape[: len(batch)] == batch:
             value, error = (x.flatten(0, len(batch) - 1)[member] for x in mean)
             axes = axes[len(batch) :]
@@ -562,64 +568,64 @@ def project(
     True
     """
     full = bayes_act(read_draws(draws, weights), family, divergence, design=design, seed=seed)
-    asked = read_subfamilies(full.question, subfamilies)
-    kl = full.question.weights
-    near = [one for one in asked if kl is not None and one.within(full.question)]
+    asked = read_subfamilies(full.problem, subfamilies)
+    kl = full.problem.weights
+    near = [one for one in asked if kl is not None and one.within(full.problem)]
     found = _by_pythagoras(full, kl, near) if kl is not None and near else {}
     return Projection(full, {x.name: found.get(x.name) or _over_draws(full, x) for x in asked})
 
 
 def _by_pythagoras(full: Estimate, weights: Weights, asked: list[Subfamily]):
     """The submodels by their names, from one pass over the draws."""
-    whole = full.question
+    whole = full.problem
     known = averages(whole, directions_of(weights))
     best = solve(whole, known, weights)
     return {one.name: _nearest(full, weights, known, best, one) for one in asked}
 
 
 def _nearest(
-    full: Estimate, weights: Weights, known: Averages, best: Solved, one: Subfamily
+    full: Estimate, weights: Weights, known: Averages, best: Solution, one: Subfamily
 ) -> Submodel:
     """A submodel, its errors those of a function of the averages."""
-    total = full.question.total
-    found = nearest(one.question, one.model, known, weights)
+    total = full.problem.total
+    found = nearest(one.problem, one.model, known, weights)
 
     def outputs(at: Point) -> dict[str, Tensor]:
-        measure = towards(known, at, weights)
+        measure = excess_risk(known, at, weights)
         (act, _), (member, variables) = best.at(at), found.at(at)
-        risk = least(known, at, weights) + measure(member)
+        risk = minimum_risk(known, at, weights) + measure(member)
         excess = measure(member) - measure(act)
-        return {RISK: total(risk), EXCESS: total(excess)} | one.placed(variables)
+        return {RISK: total(risk), EXCESS: total(excess)} | one.place(variables)
 
     unsure = _unsure(full)
     means = {
-        name: Mean(x.value, masked(x.error, unsure))
+        name: Mean(x.value, nan_where(x.error, unsure))
         for name, x in known.with_errors(outputs, separate=False).items()
     }
     risk, excess = means.pop(RISK), means.pop(EXCESS)
     endless, unsure = full.risk.value.isinf(), full.risk.error.isnan()
-    risk = Mean(torch.where(endless, torch.inf, risk.value), masked(risk.error, unsure))
-    law = full.question.unwrapped.wrap(known.family.from_natural(found.natural))
-    act, told = _identified(full.question, one, Act(means, law), found.variables, None)
+    risk = Mean(torch.where(endless, torch.inf, risk.value), nan_where(risk.error, unsure))
+    law = full.problem.structure.wrap(known.family.from_natural(found.natural))
+    act, told = _drop_unidentified(full.problem, one, Act(means, law), found.variables, None)
     return Submodel(act, risk, excess, found.method, found.accuracy, told)
 
 
-def _identified(
-    whole: Question,
+def _drop_unidentified(
+    whole: Problem,
     one: Subfamily,
     act: Act,
     variables: Variables,
     loss: PosteriorLoss | None,
 ) -> tuple[Act, tuple[str, ...]]:
     """The member without values of what it does not depend on, and the sentences on these."""
-    own = replace(one.question, model=one.model)
-    few = probe(one.question.draws, one.model.names)
-    few = {name: one.question.aligned(name, x, one.model) for name, x in few.items()}
+    own = replace(one.problem, model=one.model)
+    few = probe(one.problem.draws, one.model.names)
+    few = {name: one.problem.align(name, x, one.model) for name, x in few.items()}
     mass = node_mass(loss) if loss is not None else None
-    found = unidentified(own.law, variables, few, mass=mass)
+    found = find_unidentified(own.law, variables, few, mass=mass)
     placed = Unidentified(
         *(
-            {k: x > 0 for k, x in one.placed({k: m.double() for k, m in masks.items()}).items()}
+            {k: x > 0 for k, x in one.place({k: m.double() for k, m in masks.items()}).items()}
             for masks in found
         )
     )
@@ -629,48 +635,46 @@ def _identified(
         known = whole.shape(name) == mask.shape if name in whole.model.names else False
         return elements(name, mask.shape, whole.axes(name) if known else None)
 
-    point = one.placed(variables)
+    point = one.place(variables)
     clean = without_unidentified(replace(act, point=point), placed, {})
     return clean, tuple(sentences(placed, labels))
 
 
 def _unsure(full: Estimate) -> Tensor:
     """Where [*batch] no normal error holds of what the act averages."""
-    batch = full.question.batch
+    batch = full.problem.batch
     errors = (mean.error.isnan().reshape(*batch, -1).any(-1) for mean in full.act.natural or ())
     return functools.reduce(torch.logical_or, errors, torch.zeros(batch, dtype=torch.bool))
 
 
 def _over_draws(full: Estimate, one: Subfamily) -> Submodel:
     """A submodel by minimisation of the expected loss over the draws themselves."""
-    whole, draws = full.question, full.question.draws
+    whole, draws = full.problem, full.problem.draws
     loss, found = best_member(whole, one)
     risk = whole.losses_at(loss, found.law)
     excess = risk - whole.losses(dict(full.act.point), loss)
     shape = (draws.chains, draws.draws)
     moved = {name: x.unflatten(0, shape) for name, x in found.influence.items()}
     events = {name: max(0, x.ndim - 2 - len(whole.batch)) for name, x in moved.items()}
-    seen = judged({RISK: risk, EXCESS: excess, **moved}, draws, events)
+    seen = diagnose({RISK: risk, EXCESS: excess, **moved}, draws, events)
 
-    def averaged(name: str, values: Tensor) -> Mean:
+    def mean(name: str, values: Tensor) -> Mean:
         mean = mean_of(values, draws)
         value = torch.where(seen.surely_infinite(name), torch.inf, mean.value)
         rounded = mean.error <= ROUNDING * mean.value.abs()
-        error = torch.where(rounded, 0.0, masked(mean.error, seen.pareto_k[name] >= NO_ERROR))
+        error = torch.where(rounded, 0.0, nan_where(mean.error, seen.pareto_k[name] >= NO_ERROR))
         return Mean(value, error)
 
-    means = {
-        name: Mean(x, averaged(name, moved[name]).error) for name, x in found.variables.items()
-    }
+    means = {name: Mean(x, mean(name, moved[name]).error) for name, x in found.variables.items()}
     law = one.model.at(found.own)
     how = "in closed form"
     if loss.nodes is not None:
         how = f"on {len(loss.nodes):,} nodes ({loss.nodes.kind})"
-    act, told = _identified(whole, one, Act(means, law), found.own, loss)
+    act, told = _drop_unidentified(whole, one, Act(means, law), found.own, loss)
     return Submodel(
         act,
-        averaged(RISK, risk),
-        averaged(EXCESS, excess),
+        mean(RISK, risk),
+        mean(EXCESS, excess),
         f"minimised over the draws {how}",
         found.accuracy,
         told,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rkl.bayes.answer import Answer, elements
-from rkl.bayes.problem import Question, by_member
+from rkl.bayes.problem import Problem, by_member
 from rkl.bayes.tables import Cell, Table
 from rkl.checks import number
 from rkl.stats import quantile
@@ -58,24 +58,24 @@ class Region:
             ValueError: A variable is missing, or has another shape than its draws.
             TypeError: A variable is no number.
         """
-        question, given = self.estimate.question, {}
+        problem, given = self.estimate.problem, {}
         if not isinstance(theta, Mapping):
-            needed = ", ".join(question.model.names)
+            needed = ", ".join(problem.model.names)
             raise TypeError(f"theta must be a mapping with {needed}; got {theta!r:.60}.")
-        point, unused = self.estimate.act.point, _unused(self.estimate)
-        for name in question.model.names:
+        point, unused = self.estimate.act.point, _unused_masks(self.estimate)
+        for name in problem.model.names:
             if name not in theta and bool(unused[name].all()):  # any value does
                 given[name] = point[name][None]
                 continue
             if name not in theta:
-                needed = ", ".join(question.model.names)
+                needed = ", ".join(problem.model.names)
                 raise ValueError(f"theta must have {needed}; got {', '.join(theta) or 'nothing'}.")
             try:
                 value = torch.as_tensor(theta[name], dtype=torch.float64)
             except (TypeError, ValueError) as error:
                 raise TypeError(f"{name} must be numbers; got {theta[name]!r:.60}.") from error
-            shape = question.shape(name)
-            if value.shape not in (shape, torch.Size(question.draws.shape(name))):
+            shape = problem.shape(name)
+            if value.shape not in (shape, torch.Size(problem.draws.shape(name))):
                 raise ValueError(f"{name} must be {list(shape)}; got {list(value.shape)}.")
             given[name] = value.expand(shape)[None] if value.ndim else value.expand(1, *shape)
         return distance(self.estimate, given) <= self.threshold
@@ -104,8 +104,8 @@ class Region:
 
     def table(self) -> Table:
         """The least and the greatest value inside of every number, piece by piece."""
-        joint = len(self.pieces) > max(1, self.estimate.question.batch.numel())
-        alone = _by_label(self.estimate.question, self.intervals) if joint else {}
+        joint = len(self.pieces) > max(1, self.estimate.problem.batch.numel())
+        alone = _by_label(self.estimate.problem, self.intervals) if joint else {}
         rows: list[tuple[Cell, ...]] = []
         for label, pieces in self.pieces.items():
             for place, piece in enumerate(pieces):
@@ -129,7 +129,7 @@ class Region:
         columns = ("variable", "from", "to", *(("alone from", "alone to") if joint else ()))
         return Table(title, columns, rows, notes)
 
-    def shaded(self) -> dict[str, list[tuple[float, float]]]:
+    def shading(self) -> dict[str, list[tuple[float, float]]]:
         """The pieces by label, arcs cut where the draws of an angle are cut."""
         found = {}
         for label, pieces in self.pieces.items():
@@ -146,95 +146,95 @@ def region(estimate: Answer, prob: float = 0.9) -> Region:
         ValueError: ``prob`` does not lie strictly between 0 and 1.
     """
     number("prob", prob, above=0, below=1)
-    question = estimate.question
-    losses = question.losses(dict(estimate.act.point))
-    threshold = quantile(losses.flatten(0, 1), prob, _weights(question))
+    problem = estimate.problem
+    losses = problem.losses(dict(estimate.act.point))
+    threshold = quantile(losses.flatten(0, 1), prob, _weights(problem))
     inside = losses <= threshold
-    angles = periodic(question)
-    unused = _unused(estimate)
+    angles = periodic(problem)
+    unused = _unused_masks(estimate)
     numbers = sum((~mask).sum() for mask in unused.values())
-    sole = int(numbers) == question.batch.numel()
+    sole = int(numbers) == problem.batch.numel()
     ranges, intervals, pieces = {}, {}, {}
-    for name in question.model.names:
-        values = _unrolled(question, name, inside) if name in angles else question.theta[name]
-        low, high = _range(question, values, inside)
+    for name in problem.model.names:
+        values = _unroll(problem, name, inside) if name in angles else problem.theta[name]
+        low, high = _range(problem, values, inside)
         mask = unused[name]
         ranges[name] = low.masked_fill(mask, torch.nan), high.masked_fill(mask, torch.nan)
-        intervals[name] = _interval(question, values, prob)
-        found = _pieces(question, name, values, inside, sole)
+        intervals[name] = _interval(problem, values, prob)
+        found = _pieces(problem, name, values, inside, sole)
         pieces |= dict(itertools.compress(found.items(), (~mask).flatten().tolist()))
     return Region(prob, threshold, inside, ranges, estimate, pieces, intervals, angles)
 
 
-def _unused(estimate: Answer) -> dict[str, Tensor]:
+def _unused_masks(estimate: Answer) -> dict[str, Tensor]:
     """By variable, the numbers that the act does not depend on, [*shape]."""
     none = {
-        name: torch.zeros(estimate.question.shape(name), dtype=torch.bool)
-        for name in estimate.question.model.names
+        name: torch.zeros(estimate.problem.shape(name), dtype=torch.bool)
+        for name in estimate.problem.model.names
     }
     return none | dict(estimate.act.unused)
 
 
 def distance(estimate: Answer, theta: Mapping[str, Tensor]) -> Tensor:
     """D(P_θ ‖ P_act) of one θ [1, ...], [*batch]."""
-    question = estimate.question
-    loss = question.loss
+    problem = estimate.problem
+    loss = problem.loss
     act = {name: x[None] for name, x in estimate.act.point.items()}
     laws = dataclasses.replace(loss.laws, theta=theta, weights=torch.ones(1, dtype=torch.float64))
     at = dataclasses.replace(loss, laws=laws)
     with torch.no_grad():
-        return by_member(at, at.laws.of(act)).reshape(*question.batch, -1).sum(-1)
+        return by_member(at, at.laws.of(act)).reshape(*problem.batch, -1).sum(-1)
 
 
-def _weights(question: Question) -> Tensor | None:
-    weights = question.draws.weights
+def _weights(problem: Problem) -> Tensor | None:
+    weights = problem.draws.weights
     return None if weights is None else weights.flatten()
 
 
-def _range(question: Question, x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+def _range(problem: Problem, x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """The ends of a variable [draws, *batch, ...] among those inside; of all members if shared."""
-    inside = _inside(question, x, inside)
+    inside = _inside(problem, x, inside)
     low = torch.where(inside, x, torch.inf).amin(0)
     return low, torch.where(inside, x, -torch.inf).amax(0)
 
 
-def _inside(question: Question, x: Tensor, inside: Tensor) -> Tensor:
+def _inside(problem: Problem, x: Tensor, inside: Tensor) -> Tensor:
     """Which draws of each number of a variable [draws, *shape] are inside."""
-    inside, batch = inside.flatten(0, 1), len(question.batch)
-    if x.shape[1 : 1 + batch] != question.batch:
+    inside, batch = inside.flatten(0, 1), len(problem.batch)
+    if x.shape[1 : 1 + batch] != problem.batch:
         inside, batch = inside.reshape(len(inside), -1).all(-1), 0
     return inside.reshape(inside.shape + (1,) * (x.ndim - 1 - batch)).expand_as(x)
 
 
-def _interval(question: Question, x: Tensor, prob: float) -> tuple[Tensor, Tensor]:
+def _interval(problem: Problem, x: Tensor, prob: float) -> tuple[Tensor, Tensor]:
     """The central quantiles of every number [*shape]; monotone maps take them along."""
     ends = (1 - prob) / 2, (1 + prob) / 2
-    low, high = (quantile(x, end, _weights(question)) for end in ends)
+    low, high = (quantile(x, end, _weights(problem)) for end in ends)
     return low, high
 
 
-def periodic(question: Question) -> frozenset[str]:
+def periodic(problem: Problem) -> frozenset[str]:
     """The variables that are angles: a full turn changes no distribution, but a part does."""
     found = set()
-    theta = {name: x[:4] for name, x in question.theta.items()}
+    theta = {name: x[:4] for name, x in problem.theta.items()}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:
-            law = question.law(theta)
+            law = problem.law(theta)
             points = law.sample()
             here = law.log_prob(points)
         except (NotImplementedError, RuntimeError, ValueError):
             return frozenset()
         for name, x in theta.items():
-            turned = [_log_prob(question, theta | {name: x + by}, points) for by in (TURN, 1.0)]
+            turned = [_log_prob(problem, theta | {name: x + by}, points) for by in (TURN, 1.0)]
             if _close(turned[0], here) and not _close(turned[1], here):
                 found.add(name)
     return frozenset(found)
 
 
-def _log_prob(question: Question, theta: Mapping[str, Tensor], points: Tensor) -> Tensor | None:
+def _log_prob(problem: Problem, theta: Mapping[str, Tensor], points: Tensor) -> Tensor | None:
     try:
-        return question.law(theta).log_prob(points)
+        return problem.law(theta).log_prob(points)
     except (RuntimeError, ValueError):
         return None
 
@@ -243,10 +243,10 @@ def _close(x: Tensor | None, y: Tensor) -> bool:
     return x is not None and torch.allclose(x, y, rtol=1e-9, atol=1e-9)
 
 
-def _unrolled(question: Question, name: str, inside: Tensor) -> Tensor:
+def _unroll(problem: Problem, name: str, inside: Tensor) -> Tensor:
     """Angles [draws, *shape] on a line that is cut in the middle of the widest gap inside."""
-    x = question.theta[name]
-    flat, within = x.reshape(len(x), -1), _inside(question, x, inside).reshape(len(x), -1)
+    x = problem.theta[name]
+    flat, within = x.reshape(len(x), -1), _inside(problem, x, inside).reshape(len(x), -1)
     columns = []
     for values, kept in zip(flat.unbind(-1), within.unbind(-1), strict=True):
         ordered = torch.remainder(values[kept], TURN).sort().values
@@ -260,20 +260,20 @@ def _unrolled(question: Question, name: str, inside: Tensor) -> Tensor:
 
 
 def _pieces(
-    question: Question, name: str, x: Tensor, inside: Tensor, sole: bool
+    problem: Problem, name: str, x: Tensor, inside: Tensor, sole: bool
 ) -> dict[str, list[tuple[float, float]]]:
     """The intervals of every number in which the region lies, by its label.
 
     Args:
-        question: What was asked.
+        problem: What was asked.
         name: A variable.
         x: Its draws [draws, *shape].
         inside: Which draws of each member are in the region.
         sole: Whether each member of the batch has a single number.
     """
-    within = _inside(question, x, inside).reshape(len(x), -1)
+    within = _inside(problem, x, inside).reshape(len(x), -1)
     flat = x.reshape(len(x), -1)
-    labels = elements(name, x.shape[1:], question.axes(name))
+    labels = elements(name, x.shape[1:], problem.axes(name))
     pairs = zip(flat.unbind(-1), within.unbind(-1), strict=True)
     return {
         label: _runs(values, kept) if sole else _clusters(values[kept])
@@ -317,11 +317,11 @@ def _clusters(values: Tensor, span: float | None = None) -> list[tuple[float, fl
 
 
 def _by_label(
-    question: Question, ends: Mapping[str, tuple[Tensor, Tensor]]
+    problem: Problem, ends: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, tuple[float, float]]:
     found = {}
     for name, (low, high) in ends.items():
-        labels = elements(name, low.shape, question.axes(name))
+        labels = elements(name, low.shape, problem.axes(name))
         pairs = zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)
         found |= dict(zip(labels, pairs, strict=True))
     return found

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor
 
 from rkl.bayes.answer import Answer, elements
+from rkl.bayes.identified import joined_labels, labels_in
 from rkl.bayes.regions import Region
-from rkl.bayes.tables import Table
-from rkl.runs import write_atomic, write_json
+from rkl.bayes.tables import Cell, Table
+from rkl.runs import REPORT, Run, check_out_file, write_atomic, write_json
 
 if TYPE_CHECKING:
     from rkl.plots import Figure
     from rkl.report import Block, Section
 
+RESULT = "estimate.json"
 PANELS = 6  # marginals that are drawn
 DRAWN = 20_000  # draws that a histogram is made of
 KEPT, MARGINALS = "report.json", "marginals.npz"
@@ -55,7 +58,7 @@ class Shown:
         """What is shown of an estimate."""
         lead = f"{estimate.family} under {estimate.divergence}."
         tables = estimate.table(), region.table(), comparison
-        return cls(lead, *tables, _marginals(estimate), region.shaded(), _labels(estimate))
+        return cls(lead, *tables, _marginals(estimate), region.shading(), _labels(estimate))
 
     def write(self, folder: Path) -> None:
         """Keep it in a run."""
@@ -115,7 +118,7 @@ def posterior_figure(
 ) -> "Figure":
     """Every marginal posterior, up to six, with the acts marked and the region shaded."""
     acts = {"act": estimate.act} if comparison is None else comparison.acts
-    shaded = {} if region is None else region.shaded()
+    shaded = {} if region is None else region.shading()
     return _figure(_marginals(estimate), acts, shaded, _labels(estimate))
 
 
@@ -133,19 +136,19 @@ def _figure(
 
 
 def _labels(estimate: Answer) -> dict[str, list[str]]:
-    return {name: estimate.labels(name) for name in estimate.question.model.names}
+    return {name: estimate.labels(name) for name in estimate.problem.model.names}
 
 
 def _marginals(estimate: Answer) -> dict[str, Any]:
-    question = estimate.question
+    problem = estimate.problem
     found = {}
-    for name in question.model.names:
+    for name in problem.model.names:
         if len(found) >= PANELS:
             break
-        values = question.draws[name].flatten(0, 1)
+        values = problem.draws[name].flatten(0, 1)
         shape = values.shape[1:]
         values = values[:: max(1, len(values) // DRAWN)].reshape(-1, max(1, values[0].numel()))
-        labels = elements(name, shape, question.labels(name))
+        labels = elements(name, shape, problem.labels(name))
         unused = estimate.act.unused.get(name, torch.zeros(shape, dtype=torch.bool))
         used = torch.ones(shape) if unused.shape != shape else ~unused
         places = used.flatten().nonzero()[:PANELS, 0].tolist()
@@ -215,3 +218,93 @@ def _bars(table: Table) -> list["Block"]:
             caption = "What each estimate loses beyond the best under this loss: less is better."
             blocks.append(drawn(title, drawing, caption))
     return blocks
+
+
+def report_runs(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write the report of one run or several, a single HTML file, of what they kept.
+
+    Args:
+        paths: Folders of runs.
+        out: The file; ``report.html`` in the folder of the run if there is only one.
+        overwrite: Replaces a file of others there.
+    """
+    from rkl.report import write
+
+    runs = open_runs(paths)
+    if out is None and len(runs) > 1:
+        raise ValueError(f"out must say where the report of {len(runs)} runs goes.")
+    place = runs[0].path / REPORT if out is None else Path(out)
+    check_out_file(place, overwrite=overwrite, own=REPORT)
+    found = {str(run.path): Shown.read(run.path) for run in runs}
+    table = acts_side_by_side(runs) if len(runs) > 1 else None
+    write(place, page(found, [run.record for run in runs], table))
+    return place
+
+
+def open_runs(paths: Sequence[str | os.PathLike]) -> list[Run]:
+    """The runs in these folders, each once; refused if some are of another kind."""
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(f"paths must be a list of folders; got one alone, {str(paths)!r}.")
+    if not paths:
+        raise ValueError("paths must name at least one run; got none.")
+    runs = [Run.open(path) for path in dict.fromkeys(map(Path, paths))]  # each once
+    for run in runs:
+        refuse_other_kinds(run)
+    return runs
+
+
+def acts_side_by_side(runs: Sequence[Run]) -> Table:
+    """The acts of several runs: a row for every number of every variable."""
+    results = {str(run.path): result_of(run)["estimate"] for run in runs}
+    rows: dict[str, dict[str, Cell]] = {}
+    for place, kept in results.items():
+        for name in kept["variables"]:
+            for label, cell in _numbers_of(kept, name).items():
+                rows.setdefault(label, {})[place] = cell
+    said = [("loss", *(kept["divergence"] for kept in results.values()))]
+    if len({kept["family"] for kept in results.values()}) > 1:
+        said.insert(0, ("family", *(kept["family"] for kept in results.values())))
+    numbers = [(label, *(cells.get(place) for place in results)) for label, cells in rows.items()]
+    told = [
+        f"{place}: {joined_labels(labels)} not used by the family"
+        for place, kept in results.items()
+        if (labels := _unused_of(kept))
+    ]
+    return Table("Bayes acts", ("parameter", *results), [*said, *numbers], told)
+
+
+def _unused_of(kept: dict[str, Any]) -> list[str]:
+    """The labels of what the act of a run does not depend on."""
+    masks = {k: torch.tensor(mask) for k, mask in kept.get("unused", {}).items()}
+    return labels_in(masks, lambda name: kept["labels"][name])
+
+
+def _numbers_of(kept: dict[str, Any], name: str) -> dict[str, Cell]:
+    """The numbers of one variable of an act, by label, with their errors."""
+    value, error = (np.asarray(kept["act"][name][key], np.float64) for key in ("value", "error"))
+    labels = kept.get("labels", {}).get(name) or elements(name, torch.Size(value.shape))
+    pairs = zip(value.flatten().tolist(), error.flatten().tolist(), strict=True)
+    return {k: pair for k, pair in zip(labels, pairs, strict=True) if not math.isnan(pair[0])}
+
+
+def result_of(run: Run) -> dict[str, Any]:
+    """The content of ``estimate.json``."""
+    path = run.path / RESULT
+    if not path.exists():
+        raise FileNotFoundError(f"path: {run.path} has no {RESULT}: the run was not finished.")
+    run.check_files(RESULT)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"path: {path} cannot be read as JSON: {error}.") from error
+
+
+def refuse_other_kinds(run: Run) -> None:
+    """Refuse a run that is no estimate."""
+    if run.kind != "bayes":
+        raise ValueError(f"path: {run.path} is a run of kind {run.kind!r}; expected 'bayes'.")

@@ -105,7 +105,7 @@ class Table:
         return pandas.DataFrame(wide)
 
 
-def settled(value: Tensor) -> Tensor:
+def zero_rounding(value: Tensor) -> Tensor:
     """The same, 0 where it is 0 but for rounding."""
     return torch.where(value.abs() < ROUNDING, 0.0, value)
 

@@ -133,8 +133,9 @@ def estimate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl estimate chain_*.csv --family "normal(loc=mu, scale=sigma)"
     """
     from rkl.bayes import run
+    from rkl.bayes.settings import EstimateSettings
 
-    settings.add_flags(parser, run.EstimateSettings)
+    settings.add_flags(parser, EstimateSettings)
     parser.add_argument(  # the chains of CmdStan, which a shell lists behind the first
         "chains",
         type=path,
@@ -149,7 +150,7 @@ def estimate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     def estimated(parsed: Namespace) -> None:
         if parsed.chains:
             parsed.further = [*getattr(parsed, "further", ()), *parsed.chains]
-        chosen = settings.gather(run.EstimateSettings, parsed)
+        chosen = settings.gather(EstimateSettings, parsed)
         found = run.estimate(chosen, parsed.out, overwrite=parsed.overwrite)
         _show(json.dumps(found.to_dict(), indent=2) if parsed.json else found)
 

@@ -296,7 +296,7 @@ def family_of(law: Distribution, draws: bool = True) -> ExponentialFamily | None
     return None if kind is None else kind.of(law, draws)
 
 
-def fixed(value: Tensor, draws: bool) -> Fixed | None:
+def fixed_value(value: Tensor, draws: bool) -> Fixed | None:
     """What is fixed: one number where it is one, else one per law, or None where it moves."""
     first = value.flatten()[0]
     if (value == first).all():

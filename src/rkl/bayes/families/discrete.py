@@ -18,7 +18,7 @@ from torch.distributions import (
 )
 from torch.nn.functional import logsigmoid, softplus
 
-from rkl.bayes.families.base import ExponentialFamily, Fixed, fixed
+from rkl.bayes.families.base import ExponentialFamily, Fixed, fixed_value
 from rkl.bayes.families.special import bernoulli_kl, log1mexp, relative_gap
 
 
@@ -35,7 +35,7 @@ class BinomialFamily(ExponentialFamily):
 
     @classmethod
     def of(cls, law: Binomial, draws: bool = True):
-        total = fixed(law.total_count, draws)
+        total = fixed_value(law.total_count, draws)
         if total is None:
             raise ValueError(
                 "total_count must be known, but it moves from draw to draw: the support of a "
@@ -100,11 +100,11 @@ class NegativeBinomialFamily(ExponentialFamily):
 
     @classmethod
     def of(cls, law: NegativeBinomial, draws: bool = True):
-        total = fixed(law.total_count, draws)
+        total = fixed_value(law.total_count, draws)
         return None if total is None else cls(total)
 
     def natural(self, law: NegativeBinomial | Geometric):
-        given = _given(law)
+        given = _parametrisation(law)
         return (logsigmoid(law.logits) if given == "logits" else law.probs.log(),)
 
     def from_natural(self, natural):
@@ -154,7 +154,7 @@ class GeometricFamily(NegativeBinomialFamily):
         return cls()
 
     def natural(self, law: Geometric):
-        given = _given(law)
+        given = _parametrisation(law)
         return (logsigmoid(-law.logits) if given == "logits" else torch.log1p(-law.probs),)
 
     def from_natural(self, natural):
@@ -220,7 +220,7 @@ class MultinomialFamily(ExponentialFamily):
 
     def natural(self, law: Categorical | Multinomial | OneHotCategorical):
         law = law if isinstance(law, Categorical) else law._categorical
-        return (law.logits if _given(law) == "logits" else law.probs.log(),)
+        return (law.logits if _parametrisation(law) == "logits" else law.probs.log(),)
 
     def from_natural(self, natural):
         return Multinomial(self.total_count, logits=natural[0])
@@ -286,9 +286,9 @@ class CategoricalFamily(MultinomialFamily):
 
 def logits_of(law: Bernoulli | Binomial) -> Tensor:
     """The logits as given, or those of the probabilities: ±∞ at 0 and 1, where torch clamps."""
-    return law.logits if _given(law) == "logits" else torch.logit(law.probs)
+    return law.logits if _parametrisation(law) == "logits" else torch.logit(law.probs)
 
 
-def _given(law: Distribution) -> str:
+def _parametrisation(law: Distribution) -> str:
     """Which of its two parameters a law was made with: the other is computed, and kept later."""
     return next(name for name in law.__dict__ if name in ("probs", "logits"))

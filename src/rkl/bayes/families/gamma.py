@@ -15,7 +15,7 @@ from torch.distributions import (
     Wishart,
 )
 
-from rkl.bayes.families.base import ExponentialFamily, Fixed, fixed
+from rkl.bayes.families.base import ExponentialFamily, Fixed, fixed_value
 from rkl.bayes.families.matrices import excess_matrix, inverse, log_det, positive_definite
 from rkl.bayes.families.special import (
     digamma_inverse,
@@ -81,7 +81,7 @@ class LaplaceFamily(ExponentialLawFamily):
 
     @classmethod
     def of(cls, law: Laplace, draws: bool = True):
-        loc = fixed(law.loc, draws)
+        loc = fixed_value(law.loc, draws)
         return None if loc is None else cls(loc)
 
     def natural(self, law: Laplace):

@@ -43,12 +43,12 @@ class _Named(Distribution):
             setattr(self, name, value)
         super().__init__(values[0].shape, validate_args=validate_args)
 
-    def _expanded(self, sample_shape) -> torch.Size:
+    def _expand(self, sample_shape) -> torch.Size:
         return torch.Size(sample_shape) + self.batch_shape
 
     def _uniform(self, sample_shape) -> Tensor:
         first = getattr(self, next(iter(self.arg_constraints)))
-        shape = self._expanded(sample_shape)
+        shape = self._expand(sample_shape)
         return torch.rand(shape, dtype=first.dtype).clamp(1e-16, 1 - 1e-16)
 
 
@@ -237,7 +237,7 @@ class NegativeBinomial2(_Named):
         return law.sample(torch.Size(sample_shape))
 
     def _uniform(self, sample_shape):
-        return torch.rand(self._expanded(sample_shape), dtype=self._mean.dtype)
+        return torch.rand(self._expand(sample_shape), dtype=self._mean.dtype)
 
 
 class _ZeroInflated(_Named):
@@ -312,7 +312,7 @@ class PoissonOrZero(_Named):
         return torch.where(none, zeros, counts)
 
     def sample(self, sample_shape=()):
-        return torch.poisson(self.rate.expand(self._expanded(sample_shape)))
+        return torch.poisson(self.rate.expand(self._expand(sample_shape)))
 
 
 class HurdlePoisson(_Named):

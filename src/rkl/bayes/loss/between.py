@@ -218,7 +218,7 @@ def between(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | N
         if family is not None and type(p) is type(q):
             natural = family.natural(p), family.natural(q)
             return divergence_between(family, divergence, *natural)
-    return _joined(divergence, p, q)
+    return _of_independent_parts(divergence, p, q)
 
 
 def _intrinsic_at_edges(p: Distribution, q: Distribution) -> Tensor | None:
@@ -244,7 +244,7 @@ def _intrinsic_at_edges(p: Distribution, q: Distribution) -> Tensor | None:
     return torch.minimum(family.kl(edge, natural), reverse)
 
 
-def _joined(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | None:
+def _of_independent_parts(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | None:
     """That of independent parts: their KLs add up, their affinities 1 + α(α − 1) D multiply."""
     if not isinstance(p, Independent) or not isinstance(q, Independent):
         return None

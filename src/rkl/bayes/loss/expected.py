@@ -20,7 +20,7 @@ from rkl.bayes.loss.between import (
     orders,
 )
 from rkl.bayes.loss.nodes import Nodes, independent_parts, joint, nodes_for, with_slopes
-from rkl.bayes.loss.quadrature import kinked
+from rkl.bayes.loss.quadrature import has_kinks
 from rkl.bayes.model import Laws
 from rkl.divergences import (
     Divergence,
@@ -46,7 +46,7 @@ class PosteriorLoss(abc.ABC):
         """How many numbers an evaluation needs of each draw; 0 where moments serve."""
 
     @abc.abstractmethod
-    def expected(self, law: Distribution) -> Tensor:
+    def risk(self, law: Distribution) -> Tensor:
         """The expected loss in nats of a law of batch shape [1, *batch], for autograd twice."""
 
     @abc.abstractmethod
@@ -70,7 +70,7 @@ class DirectLoss(PosteriorLoss):
     def numbers(self):
         return self.nodes.log_weight.numel() if self.nodes else 1
 
-    def expected(self, law):
+    def risk(self, law):
         return (self._losses(law) * self.laws.weights).sum()
 
     def by_draw(self, law, leaf=None):
@@ -102,7 +102,7 @@ class NodeLoss(PosteriorLoss):
     def numbers(self):
         return 0 if orders(self.divergence) is not None else self.nodes.log_weight.numel()
 
-    def expected(self, law):
+    def risk(self, law):
         logq = self.nodes.log_mass(law)[0]
         known = orders(self.divergence)
         if known is None:
@@ -158,14 +158,14 @@ class NodeLoss(PosteriorLoss):
         return self.divergence.excess(logp, logq, *held)
 
     @functools.cached_property
-    def _held(self) -> list[tuple[slice, Tensor]]:
+    def _log_masses(self) -> list[tuple[slice, Tensor]]:
         rows = list(self.laws.chunks(self.nodes.log_weight.numel()))
         return [(r, self.nodes.log_mass(self.laws.at(r))) for r in rows]
 
     def mean(self, logq: Tensor, order: int) -> tuple[Tensor, Tensor]:
         """The expected loss, and its first or second derivatives [members, m] in log w q."""
         value, slope = torch.zeros((), dtype=logq.dtype), torch.zeros_like(logq)
-        for rows, logp in self._held:
+        for rows, logp in self._log_masses:
             leaf = logq.detach().requires_grad_()
             with torch.enable_grad():
                 terms = self._excess(logp, leaf.expand_as(logp)).sum((-1, -2))
@@ -293,9 +293,9 @@ def posterior_loss(
         ValueError: It needs a finite support, or no nodes serve these laws.
     """
     check_loss(divergence)
-    laws = _split(laws, divergence)
-    smooth = isinstance(divergence, FDivergence) and not kinked(divergence)
-    if nodes is None and _closed(laws, divergence):
+    laws = _independent_parts(laws, divergence)
+    smooth = isinstance(divergence, FDivergence) and not has_kinks(divergence)
+    if nodes is None and _has_closed_form(laws, divergence):
         return DirectLoss(laws, None, smooth, _InClosedForm(divergence))
     if isinstance(divergence, FDivergence | Intrinsic):
         criterion = divergence if isinstance(divergence, FDivergence) else None
@@ -310,10 +310,10 @@ def posterior_loss(
     return DirectLoss(laws, nodes, smooth, _OverAtoms(divergence, nodes))
 
 
-def sampled(laws: Laws, divergence: AnyLoss) -> bool:
+def needs_sample(laws: Laws, divergence: AnyLoss) -> bool:
     """Whether the loss takes an importance sample, and so draws times nodes log-densities."""
-    laws = _split(laws, divergence)
-    return not _closed(laws, divergence) and joint(laws)
+    laws = _independent_parts(laws, divergence)
+    return not _has_closed_form(laws, divergence) and joint(laws)
 
 
 def expected_seconds(laws: Laws, divergence: AnyLoss, draws: int) -> float:
@@ -327,7 +327,7 @@ def expected_seconds(laws: Laws, divergence: AnyLoss, draws: int) -> float:
         draws: How many draws there are.
     """
     members = laws.at(laws.spread(1)).batch_shape.numel()
-    if not _closed(laws, divergence) and AT_NODES * draws * members * FEW_NODES > ENDLESS:
+    if not _has_closed_form(laws, divergence) and AT_NODES * draws * members * FEW_NODES > ENDLESS:
         return AT_NODES * draws * members * FEW_NODES  # placing nodes would take long itself
     few = posterior_loss(laws, divergence)
     coordinates = sum(x[0].numel() for x in laws.theta.values())
@@ -342,7 +342,7 @@ def expected_seconds(laws: Laws, divergence: AnyLoss, draws: int) -> float:
     return 1 + KINKS * (1 + 4 * coordinates) * min(numbers, KINKED)
 
 
-def _split(laws: Laws, divergence: AnyLoss) -> Laws:
+def _independent_parts(laws: Laws, divergence: AnyLoss) -> Laws:
     """The laws, in independent parts where the divergence is a sum over these."""
     known = orders(divergence)
     if known is None or any(alpha not in (0, 1) for _, alpha in known):
@@ -350,7 +350,7 @@ def _split(laws: Laws, divergence: AnyLoss) -> Laws:
     return dataclasses.replace(laws, law=lambda theta: independent_parts(laws.law(theta)))
 
 
-def _closed(laws: Laws, divergence: AnyLoss) -> bool:
+def _has_closed_form(laws: Laws, divergence: AnyLoss) -> bool:
     one, few = laws.at(laws.spread(1)), laws.at(laws.spread(FEW))  # what is fixed in one may move
     return between(divergence, few, one) is not None
 
@@ -379,8 +379,8 @@ class _OverAtoms:
         return self.divergence.value(logp, logq, *self.divergence.held(logp, logq, *inputs))
 
 
-def over_few(loss: PosteriorLoss, numbers: int) -> PosteriorLoss:
+def thin_loss(loss: PosteriorLoss, numbers: int) -> PosteriorLoss:
     """The loss over so few of the draws that an evaluation needs no more numbers."""
     count = max(numbers // max(1, loss.numbers), 64)
     few = loss.numbers == 0 or count >= len(loss.laws)
-    return loss if few else loss.over(loss.laws.thinned(count))
+    return loss if few else loss.over(loss.laws.thin(count))

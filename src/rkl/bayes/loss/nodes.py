@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily, VonMises, constraints
 from torch.distributions.constraints import Constraint
 
-from rkl.bayes.loss.quadrature import COARSE, GONE, ORDER, Panels, line_of, settle
+from rkl.bayes.loss.quadrature import COARSE, GONE, ORDER, Panels, line_of, refine_panels
 from rkl.bayes.model import Laws, moving_edge, support_of
 from rkl.divergences import FDivergence, Jeffreys
 from rkl.stats import resample
@@ -123,7 +123,7 @@ def _nodes(laws: Laws, divergence: FDivergence, size: int, seed: int) -> Nodes:
     every = laws.at(slice(None))
     if edge := moving_edge(every):
         if (atoms := _atoms_of_all(every)) is not None:
-            return _checked(laws, *atoms, masked=True)
+            return _with_defect(laws, *atoms, masked=True)
         raise ValueError(
             f"the support of {type(every).__name__} moves from draw to draw ({edge}), and its "
             f"divergences have no closed form: only the KLs between uniform or Pareto "
@@ -133,7 +133,7 @@ def _nodes(laws: Laws, divergence: FDivergence, size: int, seed: int) -> Nodes:
     first = laws.at(laws.spread(1))
     atoms = _atoms(first)
     if atoms is not None:
-        return _checked(laws, *atoms)
+        return _with_defect(laws, *atoms)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         return _quadrature(laws, divergence, size) if _on_line(first) else _importance(laws, size)
@@ -312,7 +312,7 @@ def _axes(law: Distribution) -> list[Tensor] | None:
     return [axis] * law.event_shape.numel() if few else None
 
 
-def _checked(laws: Laws, points: Tensor, log_weight: Tensor, masked: bool = False) -> Nodes:
+def _with_defect(laws: Laws, points: Tensor, log_weight: Tensor, masked: bool = False) -> Nodes:
     nodes = Nodes(points, log_weight, "enumeration", masked=masked)
     totals, _ = _totals(laws, nodes)
     return replace(nodes, defect=_refuse(totals))
@@ -344,7 +344,7 @@ def _totals(laws: Laws, nodes: Nodes) -> tuple[Tensor, Tensor]:
 
 def _quadrature(laws: Laws, divergence: FDivergence, size: int) -> Nodes:
     probes, some = laws.spread(PROBES), laws.spread(SOME)
-    panels = _settled(laws, probes, divergence)
+    panels = _place_panels(laws, probes, divergence)
     for _ in range(3):
         totals, _ = _totals(laws.only(some), _of_rule(panels, ORDER))
         off = (totals - 1).abs().amax(-1).nan_to_num(math.inf)
@@ -352,10 +352,10 @@ def _quadrature(laws: Laws, divergence: FDivergence, size: int) -> Nodes:
             break
         worst = some[off.topk(min(PROBES // 3, len(some))).indices]
         probes = torch.cat([probes, worst]).unique()
-        panels = _settled(laws, probes, divergence)
+        panels = _place_panels(laws, probes, divergence)
     nodes = _of_rule(panels, ORDER)
     totals, peak = _totals(laws, nodes)
-    if panels.crowded and (totals - 1).abs().max() > OFF:
+    if panels.is_full and (totals - 1).abs().max() > OFF:
         return _importance(laws, size)
     defect, kept = _refuse(totals), peak > GONE
     u, v = panels.rule(ORDER)[0][kept], panels.rule(COARSE)[0]
@@ -364,12 +364,12 @@ def _quadrature(laws: Laws, divergence: FDivergence, size: int) -> Nodes:
     return replace(nodes.only(kept), defect=defect, coarse=coarse, far=far)
 
 
-def _settled(laws: Laws, probes: Tensor, divergence: FDivergence) -> Panels:
+def _place_panels(laws: Laws, probes: Tensor, divergence: FDivergence) -> Panels:
     """Panels for some of the laws."""
     law = laws.at(probes)
     sample = law.sample(torch.Size([SAMPLES])).double()
     line = line_of(*_ends(law), _kind(law), sample.flatten(0, 1))
-    return settle(law, line, sample, divergence, every=len(probes) == len(laws))
+    return refine_panels(law, line, sample, divergence, every=len(probes) == len(laws))
 
 
 def _of_rule(panels: Panels, order: int) -> Nodes:

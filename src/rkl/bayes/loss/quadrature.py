@@ -99,7 +99,7 @@ class Panels:
     edges: Float[Tensor, "n 2"]
 
     @property
-    def crowded(self) -> bool:
+    def is_full(self) -> bool:
         """Whether more of them would have been too many."""
         return ORDER * len(self.edges) >= MOST
 
@@ -110,7 +110,7 @@ class Panels:
         return u, x, log_slope + weight.log().reshape(-1, *[1] * (x.ndim - 1))
 
 
-def settle(
+def refine_panels(
     law: Distribution, line: Line, sample: Tensor, divergence: FDivergence, every: bool
 ) -> Panels:
     r"""Panels in which the totals of laws, and the divergences between them, stand.
@@ -125,7 +125,7 @@ def settle(
         parts = edges.split(most)
         return torch.cat([_integrals(law, line, divergence, part) for part in parts])
 
-    smooth = not kinked(divergence)
+    smooth = not has_kinks(divergence)
     asked = 1e-13 if smooth else 1e-11 if every else 1e-7
     tolerance = max(asked, line.noise)
     seen = line.coordinate(sample)
@@ -158,7 +158,7 @@ def settle(
 
 
 @functools.cache
-def kinked(divergence: FDivergence) -> bool:
+def has_kinks(divergence: FDivergence) -> bool:
     """Whether the slope of F jumps, so that second derivatives do not say how E F curves."""
     jumps = []
     for steps in (2_000, 4_000):

@@ -8,48 +8,48 @@ from rkl.bayes.answer import Act, Answer, Diagnostics
 from rkl.bayes.diagnostics import (
     WAYS_OUT,
     Judgement,
-    diagnosed,
-    judged,
+    diagnose,
+    diagnostics_of,
     label_switching,
-    masked,
     mean_of,
+    nan_where,
 )
 from rkl.bayes.families.regression import Regression
-from rkl.bayes.identified import sentences, unidentified, without_unidentified
+from rkl.bayes.identified import find_unidentified, sentences, without_unidentified
 from rkl.bayes.loss.between import Intrinsic, between
 from rkl.bayes.loss.expected import node_mass
 from rkl.bayes.model import moving_edge, whole_parameters
-from rkl.bayes.problem import Question
+from rkl.bayes.problem import Problem
 from rkl.bayes.progress import working
 from rkl.bayes.solve.closed import closed_act
-from rkl.bayes.solve.numerical import GenericAct, least_act, sort_components
+from rkl.bayes.solve.numerical import NumericalAct, find_act, sort_components
 from rkl.stats import Mean
 from rkl.stats.pareto import NO_ERROR
 
 
-def answer(question: Question) -> Answer:
-    """The act of a question that is put already."""
-    _refuse_moving(question)
-    with working(f"the act under {question.divergence}"):
-        weights = question.weights
-        found = _optimised(question) if weights is None else closed_act(question, weights)
-        return _identified(found)
+def answer(problem: Problem) -> Answer:
+    """The act of a problem that is put already."""
+    _refuse_moving(problem)
+    with working(f"the act under {problem.divergence}"):
+        weights = problem.weights
+        found = _minimise_loss(problem) if weights is None else closed_act(problem, weights)
+        return _drop_unidentified(found)
 
 
-def _identified(estimate: Answer) -> Answer:
+def _drop_unidentified(estimate: Answer) -> Answer:
     """The estimate without values of what the reported distribution does not depend on."""
-    question, act, seen = estimate.question, estimate.act, estimate.diagnostics
-    named = question.origins.keys() == set(question.model.names)
+    problem, act, seen = estimate.problem, estimate.act, estimate.diagnostics
+    named = problem.origins.keys() == set(problem.model.names)
     # a family gives its own parameters one of the values that mean the same, as logits
-    canonical = named and question.weights is not None
-    regression = isinstance(question.unwrapped.base, Regression)
-    some = question.some.theta
-    mass = node_mass(question.loss) if question.weights is None else None
-    found = unidentified(
-        question.law, dict(act.point), dict(some), regression or not canonical, mass
+    canonical = named and problem.weights is not None
+    regression = isinstance(problem.structure.base, Regression)
+    some = problem.some.theta
+    mass = node_mass(problem.loss) if problem.weights is None else None
+    found = find_unidentified(
+        problem.law, dict(act.point), dict(some), regression or not canonical, mass
     )
-    settings = question.model.settings or {}
-    variables = {key: name for name, key in question.origins.items()}
+    settings = problem.model.settings or {}
+    variables = {key: name for name, key in problem.origins.items()}
     variables |= {key: name for key, name in settings.items() if isinstance(name, str)}
     told = sentences(found, estimate.labels)
     if not told:
@@ -61,24 +61,24 @@ def _identified(estimate: Answer) -> Answer:
     )
 
 
-def _refuse_moving(question: Question) -> None:
+def _refuse_moving(problem: Problem) -> None:
     """Refuse a loss that is infinite wherever supports differ, if they do."""
-    divergence = question.divergence
+    divergence = problem.divergence
     if isinstance(divergence, Intrinsic) or divergence.bounded:
         return
-    law = question.model.law(question.few)
+    law = problem.model.law(problem.few)
     if edge := moving_edge(law):
         kind = type(law).__name__
         raise ValueError(
             f"The support of {kind} moves with its parameters ({edge} differs from draw to "
             f"draw), so the act under {divergence} is the edge of the posterior's support, "
-            f"wherever the data lie; {_way_out_of_moving(question)}"
+            f"wherever the data lie; {_way_out_of_moving(problem)}"
         )
 
 
-def _way_out_of_moving(question: Question) -> str:
+def _way_out_of_moving(problem: Problem) -> str:
     """What to ask instead where supports move: a loss that is finite between them, if any is."""
-    laws = question.some
+    laws = problem.some
     if between(Intrinsic(), laws.at(slice(0, 2)), laws.at(slice(0, 1))) is not None:
         return "use Intrinsic()."
     if whole_parameters(laws):
@@ -89,19 +89,19 @@ def _way_out_of_moving(question: Question) -> str:
     )
 
 
-def _optimised(question: Question) -> Answer:
+def _minimise_loss(problem: Problem) -> Answer:
     """The act by minimisation, its errors from the influence of each draw."""
-    draws = question.draws
-    found = sort_components(question, least_act(question.loss, question.law))
+    draws = problem.draws
+    found = sort_components(problem, find_act(problem.loss, problem.law))
     by_chain = (draws.chains, draws.draws)
     influence = {name: x.unflatten(0, by_chain) for name, x in found.influence.items()}
-    losses = question.losses(found.theta) if question.batch else found.losses.reshape(by_chain)
+    losses = problem.losses(found.theta) if problem.batch else found.losses.reshape(by_chain)
     influence = {name: x for name, x in influence.items() if name not in found.whole}
-    seen = judged({**influence, "risk": losses}, draws)
-    _refuse_without_mean(question, seen)
+    seen = diagnose({**influence, "risk": losses}, draws)
+    _refuse_without_mean(problem, seen)
     parameters = {
         name: Mean(
-            x, masked(mean_of(influence[name], draws).error, seen.pareto_k[name] >= NO_ERROR)
+            x, nan_where(mean_of(influence[name], draws).error, seen.pareto_k[name] >= NO_ERROR)
         )
         if name in influence
         else Mean(x, torch.full_like(x, torch.nan))
@@ -111,35 +111,35 @@ def _optimised(question: Question) -> Answer:
     risk = mean_of(losses, draws)
     risk = Mean(
         torch.where(seen.surely_infinite("risk"), torch.inf, risk.value),
-        masked(risk.error, k >= NO_ERROR),
+        nan_where(risk.error, k >= NO_ERROR),
     )
-    for key, name in (question.model.settings or {}).items():
+    for key, name in (problem.model.settings or {}).items():
         if isinstance(name, str):
             parameters.setdefault(key, parameters[name])
-    act = Act(parameters, question.model.at(found.theta), point=found.theta)
+    act = Act(parameters, problem.model.at(found.theta), point=found.theta)
     return Answer(
-        question.model.text,
-        question.divergence,
+        problem.model.text,
+        problem.divergence,
         act,
         risk,
-        _diagnostics(question, found, seen),
-        question,
+        _diagnostics(problem, found, seen),
+        problem,
     )
 
 
-def _refuse_without_mean(question: Question, seen: Judgement) -> None:
+def _refuse_without_mean(problem: Problem, seen: Judgement) -> None:
     for name, k in seen.without_mean().items():
         if name != "risk":
             raise ValueError(
-                f"The act under {question.divergence} does not exist: the influence of a draw on "
+                f"The act under {problem.divergence} does not exist: the influence of a draw on "
                 f"{name} has no posterior mean, as far as {seen.draws:,} draws show (Pareto-k "
                 f"{k.nan_to_num(0).max():.2f}, and 1 is too much). "
                 f"{WAYS_OUT}"
             )
 
 
-def _diagnostics(question: Question, found: GenericAct, seen: Judgement) -> Diagnostics:
-    draws, how, told = question.draws, found.accuracy, []
+def _diagnostics(problem: Problem, found: NumericalAct, seen: Judgement) -> Diagnostics:
+    draws, how, told = problem.draws, found.accuracy, []
     if not how.converged:
         told.append("the minimiser stopped before it came to rest")
     if how.agreeing < how.starts:
@@ -150,6 +150,6 @@ def _diagnostics(question: Question, found: GenericAct, seen: Judgement) -> Diag
             "other parameters are given that it is right"
         )
     nodes = f" over {how.nodes:,} nodes ({how.method})" if how.nodes else ", in closed form"
-    switching = label_switching(draws, question.model.names, question.batch)
+    switching = label_switching(draws, problem.model.names, problem.batch)
     accuracy = how.decrement + how.node_excess
-    return diagnosed(seen, draws, draws, f"minimised{nodes}", accuracy, (switching, *told))
+    return diagnostics_of(seen, draws, draws, f"minimised{nodes}", accuracy, (switching, *told))

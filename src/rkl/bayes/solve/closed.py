@@ -12,18 +12,18 @@ from rkl.bayes.answer import Act, Answer, Diagnostics
 from rkl.bayes.diagnostics import (
     WAYS_OUT,
     Judgement,
-    diagnosed,
-    judged,
+    diagnose,
+    diagnostics_of,
     label_switching,
-    masked,
-    thinned,
+    nan_where,
+    thin,
 )
 from rkl.bayes.families import ExponentialFamily, Natural
 from rkl.bayes.families.base import jacobian
 from rkl.bayes.loss.between import Weights
 from rkl.bayes.loss.expected import slopes
 from rkl.bayes.model import Model
-from rkl.bayes.problem import Question, Variables
+from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.solve.streaming import Moments, one_pass, plus
 from rkl.bayes.solve.unconstrained import Chart, chart_of, minimise
 from rkl.stats import BatchMeans, Mean
@@ -51,7 +51,7 @@ class Point(NamedTuple):
             self.to_reference[i],
         )
 
-    def moved(self, step: "Point", sign: int) -> "Point":
+    def plus(self, step: "Point", sign: int) -> "Point":
         """The means with a step [*lead, *batch, ...] added, or taken away."""
         return Point(
             plus(self.natural, step.natural, sign),
@@ -110,7 +110,7 @@ class Averages:
         """
         steps = self._steps(separate)
         values = outputs(self.here)
-        above, below = (outputs(self.here.moved(steps.step, sign)) for sign in (1, -1))
+        above, below = (outputs(self.here.plus(steps.step, sign)) for sign in (1, -1))
         return {
             key: Mean(x, steps.error_of((above[key] - below[key]) / 2))
             for key, x in values.items()
@@ -134,38 +134,38 @@ class Averages:
         return Steps(step, lambda changes: self.means.error_of(changes / SHIFT))
 
 
-def averages(question: Question, directions: tuple[str, ...]) -> Averages:
+def averages(problem: Problem, directions: tuple[str, ...]) -> Averages:
     """One pass over the draws.
 
     Args:
-        question: Of a family that is exponential.
+        problem: Of a family that is exponential.
         directions: "reverse" for what the reverse-KL act needs, "forward" for the other's.
     """
-    if directions not in question.averaged:
-        model = question.model
-        moments = one_pass(question.draws, model.bare, model.names, directions, question.compiled)
-        question.averaged[directions] = averages_of(moments, directions)
-    return question.averaged[directions]
+    if directions not in problem.passes:
+        model = problem.model
+        moments = one_pass(problem.draws, model.bare, model.names, directions, problem.compiled)
+        problem.passes[directions] = averages_of(moments, directions)
+    return problem.passes[directions]
 
 
 def averages_of(moments: Moments, directions: tuple[str, ...]) -> Averages:
     """The means of one pass, of one direction or of both."""
-    parts = [moments.averaged(name) for name in directions]
+    parts = [moments.means_of(name) for name in directions]
     means = parts[0] if len(parts) == 1 else beside(parts)
     return Averages(moments.family, moments.reference, directions, means)
 
 
-def closed_act(question: Question, weights: Weights) -> Answer:
+def closed_act(problem: Problem, weights: Weights) -> Answer:
     """The act under a sum of KLs.
 
     Raises:
         ValueError: What would have to be averaged has no mean.
     """
-    known = averages(question, directions_of(weights))
-    seen = judgement(question, known)
-    _refuse_without_mean(question, known, seen)
-    found = solve(question, known, weights)
-    return _estimate(question, known, weights, found, seen)
+    known = averages(problem, directions_of(weights))
+    seen = judgement(problem, known)
+    _refuse_without_mean(problem, known, seen)
+    found = solve(problem, known, weights)
+    return _estimate(problem, known, weights, found, seen)
 
 
 def directions_of(weights: Weights) -> tuple[str, ...]:
@@ -173,7 +173,7 @@ def directions_of(weights: Weights) -> tuple[str, ...]:
     return tuple(name for name, w in zip(("reverse", "forward"), weights, strict=True) if w)
 
 
-def towards(known: Averages, at: Point, weights: Weights) -> Callable[[Natural], Tensor]:
+def excess_risk(known: Averages, at: Point, weights: Weights) -> Callable[[Natural], Tensor]:
     """The excess risk of a law over what no law avoids [*batch], as a function of it."""
     family = known.family
     forward = family.from_mean(at.mean) if weights.forward else ()
@@ -186,7 +186,7 @@ def towards(known: Averages, at: Point, weights: Weights) -> Callable[[Natural],
     return excess
 
 
-def least(known: Averages, at: Point, weights: Weights) -> Tensor:
+def minimum_risk(known: Averages, at: Point, weights: Weights) -> Tensor:
     """The part of the risk that no law avoids [*batch]: a Jensen gap."""
     family, parts = known.family, []
     if weights.reverse:
@@ -199,7 +199,7 @@ def least(known: Averages, at: Point, weights: Weights) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Solved:
+class Solution:
     """An act, as a function of the posterior means.
 
     Attributes:
@@ -221,13 +221,13 @@ class Solved:
     method: str
 
 
-def solve(question: Question, known: Averages, weights: Weights) -> Solved:
+def solve(problem: Problem, known: Averages, weights: Weights) -> Solution:
     """The act in the exponential family, or where that is too large, in the one asked for."""
     family, here = known.family, known.here
     natural = _free(known, here, weights)
-    variables = question.holds(family, natural)
+    variables = problem.holds(family, natural)
     if variables is None:
-        return nearest(question, question.model, known, weights)
+        return nearest(problem, problem.model, known, weights)
 
     def at(point: Point) -> tuple[Natural, Variables]:
         if point is here:
@@ -235,11 +235,11 @@ def solve(question: Question, known: Averages, weights: Weights) -> Solved:
         if not all(weights):
             return _free(known, point, weights), {}
         changes = family.minus(point.natural, here.natural), family.minus(point.mean, here.mean)
-        step = swayed(family, natural, here.natural, here.mean, weights, *changes)
+        step = sensitivity(family, natural, here.natural, here.mean, weights, *changes)
         return plus(natural, step), {}
 
     how = "closed form" if not all(weights) else "Newton's method"
-    return Solved(natural, variables, True, at, 0.0, how)
+    return Solution(natural, variables, True, at, 0.0, how)
 
 
 def _free(known: Averages, at: Point, weights: Weights) -> Natural:
@@ -247,20 +247,20 @@ def _free(known: Averages, at: Point, weights: Weights) -> Natural:
         known.family.check(at.natural)
         return at.natural
     forward = known.family.from_mean(at.mean)
-    return balanced(known.family, at.natural, forward, weights) if weights.reverse else forward
+    return newton_act(known.family, at.natural, forward, weights) if weights.reverse else forward
 
 
-def nearest(question: Question, model: Model, known: Averages, weights: Weights) -> Solved:
+def nearest(problem: Problem, model: Model, known: Averages, weights: Weights) -> Solution:
     """The law of a smaller family with the least risk: by Pythagoras, no draws are needed."""
     family = known.family
-    chart, starts = _starts(question, model)
+    chart, starts = _starts(problem, model)
 
     def naturals(coordinates: Tensor) -> Natural:
         return family.natural(model.base(chart.point(coordinates)))
 
     def excess(at: Point) -> Callable[[Tensor], Tensor]:
         """Of the whole batch, as a function of the coordinates; one for each of many points."""
-        measure, lead = towards(known, at, weights), at.to_reference.ndim
+        measure, lead = excess_risk(known, at, weights), at.to_reference.ndim
         lead -= known.here.to_reference.ndim
 
         def of(u: Tensor) -> Tensor:
@@ -284,12 +284,12 @@ def nearest(question: Question, model: Model, known: Averages, weights: Weights)
         return naturals(u), chart.point(u)
 
     how = "minimised within the family"
-    return Solved(natural, variables, False, at, found.decrement, how)
+    return Solution(natural, variables, False, at, found.decrement, how)
 
 
-def _starts(question: Question, model: Model) -> tuple[Chart, Tensor]:
-    few = thinned(question.draws, 2**14)
-    theta = {k: question.aligned(k, few[k].flatten(0, 1), model) for k in model.names}
+def _starts(problem: Problem, model: Model) -> tuple[Chart, Tensor]:
+    few = thin(problem.draws, 2**14)
+    theta = {k: problem.align(k, few[k].flatten(0, 1), model) for k in model.names}
     chart = chart_of(theta, model.law)
     drawn = chart.coordinates(theta)
     return chart, torch.stack([drawn.mean(0), drawn[0], drawn[-1]])
@@ -312,23 +312,23 @@ def _slopes(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
         return torch.autograd.grad(outputs, leaf)[0][None]
 
 
-def judgement(question: Question, known: Averages) -> Judgement:
+def judgement(problem: Problem, known: Averages) -> Judgement:
     """The tails and the worth of all that is averaged."""
-    family, few = known.family, thinned(question.draws, _numbers(known))
+    family, few = known.family, thin(problem.draws, _numbers(known))
     ends = dict(zip(family.names, family.events, strict=True))
     ends |= dict(zip(family.mean_names, family.events, strict=True))
     parts = [
-        _terms(question, known, chunk) for _, _, chunk in few.chunks(question.model.names, BLOCK)
+        _terms(problem, known, chunk) for _, _, chunk in few.chunks(problem.model.names, BLOCK)
     ]
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     values = {name: x.unflatten(0, (few.chains, few.draws)) for name, x in values.items()}
-    return judged(values, few, {name: n for name, n in ends.items() if name in values})
+    return diagnose(values, few, {name: n for name, n in ends.items() if name in values})
 
 
-def _terms(question: Question, known: Averages, theta: Variables) -> dict[str, Tensor]:
+def _terms(problem: Problem, known: Averages, theta: Variables) -> dict[str, Tensor]:
     """What is averaged of some draws, by its names."""
     family = known.family
-    terms = family.terms(question.model.base(theta), known.reference)
+    terms = family.terms(problem.model.base(theta), known.reference)
     found = {}
     if "reverse" in known.directions:
         found |= dict(zip(family.names, terms.natural, strict=True))
@@ -343,14 +343,14 @@ def _numbers(known: Averages) -> int:
     return max(x.numel() for x in known.reference)
 
 
-def _refuse_without_mean(question: Question, known: Averages, seen: Judgement) -> None:
+def _refuse_without_mean(problem: Problem, known: Averages, seen: Judgement) -> None:
     for name, k in seen.without_mean().items():
         if name.startswith("risk"):
             continue
         forward = name in known.family.mean_names
         other = ("ReverseKL()", "natural") if forward else ("KL()", "mean")
         raise ValueError(
-            f"The act under {question.divergence} does not exist: it averages {name}, whose "
+            f"The act under {problem.divergence} does not exist: it averages {name}, whose "
             f"posterior mean is infinite, as far as {seen.draws:,} draws show (Pareto-k "
             f"{k.nan_to_num(0).max():.2f}, and 1 is too much). {other[0]} averages the "
             f"{other[1]} parameter instead; {WAYS_OUT}"
@@ -358,13 +358,13 @@ def _refuse_without_mean(question: Question, known: Averages, seen: Judgement) -
 
 
 def act_and_risk(
-    question: Question, known: Averages, weights: Weights, found: Solved
+    problem: Problem, known: Averages, weights: Weights, found: Solution
 ) -> dict[tuple[str, Any], Mean]:
     """The risk and the parameters of an act, each with its error: all but the diagnostics."""
-    family, plain = known.family, question.family
+    family, plain = known.family, problem.family
     assert plain is not None  # as weights are
 
-    own_names = question.origins.values() if found.in_family else ()
+    own_names = problem.origins.values() if found.in_family else ()
     named = dict.fromkeys((*family.parameters, *own_names))
     exact = found.in_family and not all(weights)  # and nothing above the least there is
 
@@ -372,41 +372,41 @@ def act_and_risk(
         natural, variables = found.at(at)
         law = family.from_natural(natural)
         own = plain.natural(law)
-        risk = least(known, at, weights)
-        risk = risk if exact else risk + towards(known, at, weights)(natural)
+        risk = minimum_risk(known, at, weights)
+        risk = risk if exact else risk + excess_risk(known, at, weights)(natural)
         return (
-            {("risk", ""): question.total(risk)}
+            {("risk", ""): problem.total(risk)}
             | {("natural", i): x for i, x in enumerate(own)}
             | {("mean", i): x for i, x in enumerate(plain.mean(own))}
             | {("parameter", name): getattr(law, name) for name in named}
             | {("parameter", name): x for name, x in variables.items()}
         )
 
-    means = known.with_errors(outputs, found.in_family and not question.unwrapped.joint)
+    means = known.with_errors(outputs, found.in_family and not problem.structure.joint)
     if found.in_family:
         means |= {
-            ("parameter", name): Mean(*(question.shrunk(name, x) for x in means["parameter", key]))
-            for name, key in question.origins.items()
+            ("parameter", name): Mean(*(problem.shrunk(name, x) for x in means["parameter", key]))
+            for name, key in problem.origins.items()
         }
     return means
 
 
-def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) -> Answer:
-    measured = act_and_risk(question, known, weights, found)
-    unsure, endless = _unsure(question, seen)
+def _estimate(problem, known: Averages, weights: Weights, found: Solution, seen) -> Answer:
+    measured = act_and_risk(problem, known, weights, found)
+    unsure, endless = _unsure(problem, seen)
     means = {
-        key: Mean(x.value, masked(x.error, unsure[key[0] == "risk"]))
+        key: Mean(x.value, nan_where(x.error, unsure[key[0] == "risk"]))
         for key, x in measured.items()
     }
     risk = means["risk", ""]
     risk = Mean(torch.where(endless, torch.inf, risk.value), risk.error)
     parameters = {key[1]: mean for key, mean in means.items() if key[0] == "parameter"}
-    for key, name in (question.model.settings or {}).items():
+    for key, name in (problem.model.settings or {}).items():
         if isinstance(name, str):
             parameters.setdefault(key, parameters[name])
     act = Act(
         parameters,
-        question.wrapped(known.family.from_natural(found.natural), found.variables),
+        problem.wrap(known.family.from_natural(found.natural), found.variables),
         *(
             tuple(m for key, m in means.items() if key[0] == which)
             for which in ("natural", "mean")
@@ -414,41 +414,41 @@ def _estimate(question, known: Averages, weights: Weights, found: Solved, seen) 
         point=found.variables,
     )
     return Answer(
-        question.model.text,
-        question.divergence,
+        problem.model.text,
+        problem.divergence,
         act,
         risk,
-        _diagnostics(question, known, seen, found),
-        question,
+        _diagnostics(problem, known, seen, found),
+        problem,
     )
 
 
-def _unsure(question: Question, seen: Judgement) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _unsure(problem: Problem, seen: Judgement) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Where [*batch] no normal error holds, of the act and of the risk; where that is infinite."""
-    act = risk = endless = torch.zeros(question.batch, dtype=torch.bool)
+    act = risk = endless = torch.zeros(problem.batch, dtype=torch.bool)
     for name, k in seen.pareto_k.items():
         if name.startswith("risk"):
-            risk = risk | question.any(k >= NO_ERROR)
-            endless = endless | question.any(seen.surely_infinite(name))
+            risk = risk | problem.any(k >= NO_ERROR)
+            endless = endless | problem.any(seen.surely_infinite(name))
         else:
-            act = act | question.any(k >= NO_ERROR)
+            act = act | problem.any(k >= NO_ERROR)
     return (act, risk | act), endless
 
 
 def _diagnostics(
-    question: Question, known: Averages, seen: Judgement, found: Solved
+    problem: Problem, known: Averages, seen: Judgement, found: Solution
 ) -> Diagnostics:
-    draws = question.draws
-    told = [label_switching(draws, question.model.names, question.batch)]
-    few = thinned(draws, _numbers(known))
-    return diagnosed(seen, draws, few, found.method, found.accuracy, told)
+    draws = problem.draws
+    told = [label_switching(draws, problem.model.names, problem.batch)]
+    few = thin(draws, _numbers(known))
+    return diagnostics_of(seen, draws, few, found.method, found.accuracy, told)
 
 
 CLOSE = 1e-22  # Newton decrement in nats at which an act is found
 STEPS, HALVINGS = 500, 40
 
 
-def balanced(
+def newton_act(
     family: ExponentialFamily, reverse: Natural, forward: Natural, weights: Weights
 ) -> Natural:
     """The law that minimises w_R KL(P_t ‖ P_R) + w_F KL(P_F ‖ P_t), by Newton's method.
@@ -484,8 +484,10 @@ def _times(family: ExponentialFamily, at: Natural, vector: Natural) -> Tensor:
 
 def _descending(family, act: Natural, reverse, mean, weights: Weights, gap: Tensor) -> Tensor:
     """Newton's step, and where that would climb, the natural gradient's."""
-    newton = solved(_curvature(family, act, reverse, mean, weights), gap[..., None])[..., 0]
-    natural = solved(fisher(family, act), gap[..., None])[..., 0] / sum(weights)
+    newton = solve_symmetric(_curvature(family, act, reverse, mean, weights), gap[..., None])[
+        ..., 0
+    ]
+    natural = solve_symmetric(fisher(family, act), gap[..., None])[..., 0] / sum(weights)
     return torch.where(((gap * newton).sum(-1) > 0)[..., None], newton, natural)
 
 
@@ -503,7 +505,7 @@ def _length(family, objective, act: Natural, step: Natural, decrement: Tensor) -
     return length
 
 
-def swayed(
+def sensitivity(
     family: ExponentialFamily,
     act: Natural,
     reverse: Natural,
@@ -515,7 +517,7 @@ def swayed(
     """How the balanced act moves when E η and E m do, [shifts, *batch, ...]: to first order."""
     pull = weights.reverse * (fisher(family, act) @ family.flatten(by_natural)[..., None])
     pull += weights.forward * family.flatten(by_mean)[..., None]
-    moved = solved(_curvature(family, act, reverse, mean, weights), pull)[..., 0]
+    moved = solve_symmetric(_curvature(family, act, reverse, mean, weights), pull)[..., 0]
     return family.unflatten(moved, act)
 
 
@@ -533,7 +535,7 @@ def _curvature(family, act, reverse, mean, weights) -> Tensor:
         return _symmetric(family, act, jacobian(slope, leaf))
 
 
-def solved(matrix: Tensor, right: Tensor) -> Tensor:
+def solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
     """Matrix⁻¹ right of symmetric matrices, by the pseudo-inverse of the scaled matrix.
 
     A natural parameter that is a symmetric matrix has each entry twice, and one of logits a

@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily
 from torch.distributions.transforms import Transform
 
-from rkl.bayes.diagnostics import SWAPPED, most_exchanged
+from rkl.bayes.diagnostics import SWAPPED, label_exchange
 from rkl.bayes.loss.between import AnyLoss, Intrinsic
 from rkl.bayes.loss.expected import (
     KINKED,
     NodeLoss,
     PosteriorLoss,
-    over_few,
     posterior_loss,
     slopes,
+    thin_loss,
 )
 from rkl.bayes.loss.nodes import OFF, Nodes
 from rkl.bayes.model import LawOf, Laws, laws_of, whole_parameters
-from rkl.bayes.problem import Question
+from rkl.bayes.problem import Problem
 from rkl.bayes.solve.unconstrained import Chart, Minimum, chart_of, minimise
 
 QUICK = 2**16  # log-densities that the several starts look at, of a loss that needs every draw
@@ -54,7 +54,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class GenericAct:
+class NumericalAct:
     """The act, its law and its losses, with what a Monte Carlo error of it needs."""
 
     theta: dict[str, Tensor]
@@ -66,7 +66,7 @@ class GenericAct:
     whole: tuple[str, ...] = ()  # parameters that are whole numbers, and have no influences
 
 
-def generic_act(
+def numerical_act(
     theta: Mapping[str, Tensor],
     law: LawOf,
     divergence: AnyLoss,
@@ -77,7 +77,7 @@ def generic_act(
     starts: int = 4,
     size: int = 4096,
     seed: int = 0,
-) -> GenericAct:
+) -> NumericalAct:
     r"""The parameters t that minimise E D(P_θ ‖ P_t) over posterior draws θ.
 
     The expectation is over the draws as they are, and D a closed form or a sum over nodes that
@@ -110,16 +110,16 @@ def generic_act(
     """
     laws = laws_of(theta, law, weights)
     loss = posterior_loss(laws, divergence, nodes=nodes, size=size, seed=seed)
-    return least_act(loss, law, transforms=transforms, starts=starts)
+    return find_act(loss, law, transforms=transforms, starts=starts)
 
 
-def least_act(
+def find_act(
     loss: PosteriorLoss,
     law: LawOf,
     *,
     transforms: Mapping[str, Transform] | None = None,
     starts: int = 4,
-) -> GenericAct:
+) -> NumericalAct:
     """The act under a loss whose nodes are chosen."""
     laws = loss.laws
     if names := whole_parameters(laws):
@@ -128,23 +128,23 @@ def least_act(
     drawn = chart.coordinates(laws.theta)
     scale = drawn.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
-    held = over_few(loss, HELD if loss.smooth else KINKED)
+    held = thin_loss(loss, HELD if loss.smooth else KINKED)
     minimum, tried = _minimum(loss, held, chart, drawn, scale, starts)
     return _act(law, loss, held, chart, minimum, tried)
 
 
-def _whole_act(loss, law, names, transforms, starts) -> GenericAct:
+def _whole_act(loss, law, names, transforms, starts) -> NumericalAct:
     """The act where some parameters are whole numbers: the best of these, then of the others."""
     laws = loss.laws
     chart, free = chart_without(laws, names, transforms)
     drawn = chart.coordinates(free) if free else torch.zeros(len(laws), 0, dtype=torch.float64)
     scale = drawn.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
-    held = over_few(loss, HELD)
-    quick = over_few(held, QUICK)
+    held = thin_loss(loss, HELD)
+    quick = thin_loss(held, QUICK)
 
     def function(at: Chart):
-        return lambda t: quick.expected(_law(quick, at, t))
+        return lambda t: quick.risk(_law(quick, at, t))
 
     def whole(row: int) -> dict[str, Tensor]:
         return {name: laws.theta[name][row] for name in names}
@@ -152,7 +152,10 @@ def _whole_act(loss, law, names, transforms, starts) -> GenericAct:
     rows = laws.spread(CANDIDATES).tolist()
     with torch.no_grad():
         values = torch.stack(
-            [_quiet(function(dataclasses.replace(chart, fixed=whole(i))), drawn[i]) for i in rows]
+            [
+                _finite_or_inf(function(dataclasses.replace(chart, fixed=whole(i))), drawn[i])
+                for i in rows
+            ]
         )
     best = rows[int(values.argmin())]
     chart = search(laws, names, chart, whole(best), drawn[best], function, scale, loss.smooth)
@@ -165,17 +168,17 @@ def _whole_act(loss, law, names, transforms, starts) -> GenericAct:
 
 def _minimum(loss, held, chart, drawn, scale, starts) -> tuple[Minimum, int]:
     """From the best of many draws on few of them, then on all that are held; and how many."""
-    quick = over_few(held, QUICK)
+    quick = thin_loss(held, QUICK)
 
     def function(of):
-        return lambda t: of.expected(_law(of, chart, t))
+        return lambda t: of.risk(_law(of, chart, t))
 
     # The extremes too: some divergences are finite only at the widest law.
     outer = [drawn[:, :CANDIDATES].argmax(0), drawn[:, :CANDIDATES].argmin(0)]
     rows = torch.cat([loss.laws.spread(CANDIDATES), *outer]).unique()
     candidates = torch.cat([drawn[rows], drawn.mean(0, keepdim=True)])
     with torch.no_grad():
-        values = torch.stack([_quiet(function(quick), t) for t in candidates])
+        values = torch.stack([_finite_or_inf(function(quick), t) for t in candidates])
     if not values.isfinite().any():
         raise ValueError(
             "divergence must be finite, on average over the draws, at some law; it is infinite "
@@ -190,7 +193,7 @@ def _minimum(loss, held, chart, drawn, scale, starts) -> tuple[Minimum, int]:
     return dataclasses.replace(again, agreeing=found.agreeing), len(best)
 
 
-def _quiet(function, point) -> Tensor:
+def _finite_or_inf(function, point) -> Tensor:
     """The loss, infinite where it is not defined."""
     try:
         return function(point).nan_to_num(math.inf, math.inf)
@@ -205,8 +208,8 @@ def _law(loss: PosteriorLoss, chart: Chart, coordinates: Tensor) -> Distribution
     return loss.laws.of(point)
 
 
-def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
-    found = on_all(loss, functools.partial(_law, loss, chart), minimum, held is not loss)
+def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> NumericalAct:
+    found = refine_on_all(loss, functools.partial(_law, loss, chart), minimum, held is not loss)
     point, losses = found.point, found.losses
     theta, by_name = influences(
         lambda t: {name: x[0] for name, x in chart.point(t[None]).items()}, found, minimum
@@ -227,7 +230,7 @@ def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> GenericAct:
         draws=len(held.laws),
     )
     own = law({name: x[None] for name, x in theta.items()})
-    return GenericAct(theta, own, losses, float(loss.laws.weights @ losses), by_name, accuracy)
+    return NumericalAct(theta, own, losses, float(loss.laws.weights @ losses), by_name, accuracy)
 
 
 class OnAll(NamedTuple):
@@ -239,7 +242,7 @@ class OnAll(NamedTuple):
     decrement: float
 
 
-def on_all(loss: PosteriorLoss, law: LawAt, minimum: Minimum, again: bool) -> OnAll:
+def refine_on_all(loss: PosteriorLoss, law: LawAt, minimum: Minimum, again: bool) -> OnAll:
     """The minimum; ``again``, of few draws, with Newton's method over all and their curvature."""
     weights = loss.laws.weights
 
@@ -315,7 +318,7 @@ def _node_error(loss, chart, point, inverse, losses) -> tuple[float, float]:
         excess = float((inverse(spread) * spread).sum()) / 2
         return excess, (values - values.mean()).square().sum().sqrt().item()
     _refuse_infinite(loss, _law(loss, chart, point), losses)
-    few = loss.laws.thinned(max(64, HELD // loss.nodes.log_weight.numel()))
+    few = loss.laws.thin(max(64, HELD // loss.nodes.log_weight.numel()))
     few = dataclasses.replace(loss, laws=few)
     values, slope = by_node(few)
     poorer = by_node(dataclasses.replace(few, nodes=loss.nodes.coarse))
@@ -432,16 +435,16 @@ TRIED = 6  # variables of which every set may be what the components have
 SAME = 1e-9  # relative difference of log-densities of the same mixture in another order
 
 
-def sort_components(question: Question, found: GenericAct) -> GenericAct:
+def sort_components(problem: Problem, found: NumericalAct) -> NumericalAct:
     """The same act with its components sorted by their means.
 
     Draws with labels that change places start the minimiser at any of them, so that two losses,
     or two runs, would list the components differently. Labels that do not change places stay.
     """
-    keys = _keys(question.law(question.few))
-    if keys is None or keys.ndim != 2 or most_exchanged(keys)[0] <= SWAPPED:
+    keys = _keys(problem.law(problem.few))
+    if keys is None or keys.ndim != 2 or label_exchange(keys)[0] <= SWAPPED:
         return found
-    law = question.law({name: x[None] for name, x in found.theta.items()})
+    law = problem.law({name: x[None] for name, x in found.theta.items()})
     at_act = _keys(law)
     if at_act is None:
         return found
@@ -454,7 +457,7 @@ def sort_components(question: Question, found: GenericAct) -> GenericAct:
             name: x.index_select(axes[name], order) if name in names else x
             for name, x in found.theta.items()
         }
-        if _same(law, question.law({name: x[None] for name, x in moved.items()})):
+        if _same(law, problem.law({name: x[None] for name, x in moved.items()})):
             influence = {
                 name: x.index_select(1 + axes[name], order) if name in names else x
                 for name, x in found.influence.items()

@@ -70,7 +70,7 @@ def sums_of(
     for first, last, run in pieces(start, start + len(next(iter(drawn.values()))), plan):
         part = slice(first - start, last - start)
         w = None if weights is None else weights[part]
-        block = {name: _laid(x[part]) for name, x in drawn.items()}
+        block = {name: _lay_out(x[part]) for name, x in drawn.items()}
         compiled = plan.compiled and run in (plan.unit, plan.rest)
         place = room(first, run, (last - first) // run) if compiled and w is None else None
         totals = _totals_of(plan, compiled, block, run, w, place)
@@ -109,13 +109,13 @@ def _totals_of(
     def compile_step():
         for x in [*own.values(), *([] if w is None else [w]), *(place or {}).values()]:
             torch._dynamo.maybe_mark_dynamic(x, 0)  # one graph for every number of runs
-        return _compiled(*key)
+        return _compile(*key)
 
     return compiled_or_eager(key, compile_step, eager, family, own, plan.reference, w, place)
 
 
 @functools.cache
-def _compiled(batch, directions, run, kernel, *kind) -> Callable[..., Totals]:
+def _compile(batch, directions, run, kernel, *kind) -> Callable[..., Totals]:
     # A cache of its own for each, as all share one code object. Only tensors are worth a guard:
     # the rest, of the family too, is in the key, and guards cost time.
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
@@ -229,7 +229,7 @@ def check_domain(law: Distribution) -> None:
             )
 
 
-def _laid(x: Tensor) -> Tensor:
+def _lay_out(x: Tensor) -> Tensor:
     """Draws [n, ...] so that in memory the longer of both lies together."""
     if x.ndim == 1 or x[0].numel() >= NARROW:
         return x
@@ -276,7 +276,7 @@ class Moments:
     reverse: BatchMeans | None
     forward: BatchMeans | None
 
-    def averaged(self, direction: str) -> BatchMeans:
+    def means_of(self, direction: str) -> BatchMeans:
         """What was averaged for one of the acts, "reverse" or "forward"."""
         found = {"reverse": self.reverse, "forward": self.forward}.get(direction)
         if found is None:
@@ -329,9 +329,9 @@ def one_pass(
         rest = draws.draws % unit // INNER * INNER
         plan = Plan(law, family, reference, batch, tuple(directions), unit, rest, rows, compiled)
         try:
-            moments = _averaged(draws, names, plan, length)
+            moments = _average(draws, names, plan, length)
             if not moments.finite:
-                moments = _averaged(draws, names, plan._replace(kernels=False), length)
+                moments = _average(draws, names, plan._replace(kernels=False), length)
         except ValueError:
             _refuse(draws, law, names, family, directions)
             raise
@@ -356,7 +356,7 @@ def _halves(laws: int) -> int:
     return HALVES // 2 if laws >= WIDE else HALVES
 
 
-def _averaged(draws: Draws, names: Sequence[str], plan: Plan, length: int) -> Moments:
+def _average(draws: Draws, names: Sequence[str], plan: Plan, length: int) -> Moments:
     shape = (plan.family.flatten(plan.reference).shape[-1] + 1, *plan.batch)
     halves = _halves(math.prod(plan.batch))
     means = {

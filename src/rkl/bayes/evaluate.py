@@ -1,0 +1,78 @@
+"""What was reported, judged by other draws, and the acts of several runs."""
+
+import dataclasses
+import os
+from collections.abc import Collection, Sequence
+
+import torch
+
+from rkl.bayes.compare import excess_over, side_by_side, variables_of
+from rkl.bayes.identified import not_used
+from rkl.bayes.report import acts_side_by_side, open_runs, report_runs, result_of
+from rkl.bayes.run import estimate_act, settings_of
+from rkl.bayes.settings import EvaluateSettings
+from rkl.bayes.tables import Table, number_or_nan
+from rkl.importing import only
+from rkl.runs import Run, check_out_file
+
+
+def evaluate_run(
+    path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
+) -> Table:
+    """What was reported, judged by other draws: by how much their own act would be better.
+
+    Args:
+        path: The folder of the run.
+        settings: The other draws.
+        allow: What its ``run.json`` may have imported, each "module:name".
+    """
+    run = Run.open(path)
+    there = dataclasses.replace(
+        settings_of(run),
+        posterior=settings.posterior,
+        further=(),
+        seed=settings.seed,
+        device=settings.device,
+    )
+    kept = result_of(run)["estimate"]["act"]
+    with only(allow, source=run.path / "run.json"):
+        own = estimate_act(there)
+    reported = {name: number_or_nan(kept[name]["value"]) for name in own.problem.model.names}
+    for name, value in reported.items():
+        if value.shape != own.act[name].shape:
+            raise ValueError(
+                f"posterior must hold {name} as the run's did, {list(value.shape)}; "
+                f"got {list(own.act[name].shape)}."
+            )
+    here = variables_of(own)
+    # no value was reported of what the distribution does not depend on, and any serves
+    filled = {name: torch.where(x.isnan(), here[name], x) for name, x in reported.items()}
+    candidates = {"as reported": filled, "of these draws": here}
+    unused = {
+        "as reported": {name: x.isnan() for name, x in reported.items()},
+        "of these draws": own.act.unused,
+    }
+    judges = {str(own.divergence): excess_over(own)}
+    told = not_used(own.act.unused, own.labels)
+    return side_by_side(own.problem, candidates, judges, (told,) if told else (), unused)
+
+
+def compare_runs(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    overwrite: bool = False,
+) -> str:
+    """The acts of several runs in one table, and with ``out`` in one report.
+
+    Args:
+        paths: Folders of runs.
+        out: The HTML file.
+        overwrite: Replaces a file of others there.
+    """
+    if out is not None:
+        check_out_file(out, overwrite=overwrite)
+    table = acts_side_by_side(open_runs(paths))
+    if out is None:
+        return str(table)
+    return f"{table}\n\nThe report: {report_runs(paths, out, overwrite=overwrite)}"

@@ -1,0 +1,77 @@
+"""The settings of ``rkl estimate`` and ``rkl evaluate``."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rkl.bayes.loss.between import AnyLoss, parse_loss
+from rkl.checks import LARGEST_SEED, integer
+
+
+@dataclass(frozen=True)
+class EstimateSettings:
+    """What is estimated, of what posterior, under which loss.
+
+    Args:
+        posterior: Draws: .nc or .zarr as ArviZ writes them, an .npz, a table from R with .chain
+            and .iteration, or CmdStan's .csv, several or a pattern.
+        family: Law of an experiment given the parameters, which are called as the draws are:
+            "normal(loc=mu, scale=sigma)", or of a regression with its design
+            "poisson-regression(coefficients=[Intercept, x1])".
+        divergence: Loss between a draw's law and the reported one: a divergence, or intrinsic.
+        prob: Posterior probability of the credible region.
+        losses: Losses of the comparison, such as js intrinsic; by default five, without what takes
+            minutes.
+        log_posterior: Variable that holds the log posterior density of each draw, such as lp;
+            without it there is no posterior mode to compare with.
+        weights: Variable that holds the weight of each draw, if they are weighted.
+        design: Design matrix of a regression: .npy, .csv, or another table of numbers. The family
+            may name columns of it: offset=NAME, exposure=NAME, trials=NAME.
+        further: More files of CmdStan, each one chain more.
+        seed: Of the random numbers of a family whose divergences need some.
+        device: Where to compute.
+    """
+
+    posterior: Path = field(metadata={"positional": True, "metavar": "POSTERIOR"})
+    family: str = field(metadata={"metavar": "LAW"})
+    divergence: str = field(default="reverse-kl", metadata={"metavar": "D"})
+    prob: float = field(default=0.9, metadata={"metavar": "P"})
+    losses: tuple[str, ...] = field(default=(), metadata={"metavar": "D"})
+    log_posterior: str | None = field(default=None, metadata={"metavar": "NAME"})
+    weights: str | None = field(default=None, metadata={"metavar": "NAME"})
+    design: Path | None = field(default=None, metadata={"metavar": "FILE"})
+    further: tuple[Path, ...] = field(default=(), metadata={"metavar": "FILE"})
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self):
+        for name in ("posterior", "design"):
+            path = getattr(self, name)
+            object.__setattr__(self, name, None if path is None else Path(path))
+        object.__setattr__(self, "further", tuple(map(Path, self.further)))
+        if isinstance(self.prob, bool) or not isinstance(self.prob, int | float):
+            raise TypeError(f"prob must be a number; got {self.prob!r}.")
+        if not 0 < self.prob < 1:
+            raise ValueError(f"prob must lie strictly between 0 and 1; got {self.prob}.")
+        integer("seed", self.seed, at_most=LARGEST_SEED)
+        if self.device != "cpu":
+            raise ValueError(
+                f"device must be cpu, where double precision is at home; got {self.device!r}."
+            )
+
+    @property
+    def loss(self) -> AnyLoss:
+        """The divergence, or the intrinsic loss."""
+        return parse_loss(self.divergence)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What ``rkl evaluate`` is told of an estimate.
+
+    Args:
+        posterior: Other draws of the same variables: of another model, or of later data.
+    """
+
+    posterior: Path
+    seed: int = 0
+    device: str = "cpu"

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rkl.distill.adapters.shards import whole
 from rkl.distill.limits import read_divergence
 from rkl.distill.loss import distill_loss
 from rkl.divergences import Divergence
@@ -56,7 +57,7 @@ class KDLoss(nn.Module):
 
         Labels lie at the positions that predict them, as the recipe puts them.
         """
-        student, teacher, labels = map(_whole, (student_logits, teacher_logits, labels))
+        student, teacher, labels = map(whole, (student_logits, teacher_logits, labels))
         loss = distill_loss(
             teacher=teacher,
             student=student,
@@ -68,9 +69,3 @@ class KDLoss(nn.Module):
             ignore_index=self.ignore_index,
         )
         return loss * self.temperature**2
-
-
-def _whole(tensor: Any) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -169,13 +169,16 @@ def drawn(title: str, drawing: "Drawing", caption: str = "") -> Figure:
     return Figure(title, to_svg(drawing, title), caption)
 
 
-def render(title: str, sections: Sequence[Section], *, lead: str = "") -> str:
+def render(
+    title: str, sections: Sequence[Section], *, lead: str = "", points: Sequence[str] = ()
+) -> str:
     """The report as one HTML document; the same input gives the same bytes.
 
     Args:
         title: Heading of the page.
         sections: Its sections, in order; settings belong into the last one.
-        lead: One or two sentences under the heading: what was done and what came out.
+        lead: At most three sentences under the heading: what was done and what came out.
+        points: A list under them, of what else came out.
     """
     for section in sections if isinstance(sections, Sequence) else [sections]:
         if not isinstance(section, Section) or section is sections:
@@ -187,7 +190,7 @@ def render(title: str, sections: Sequence[Section], *, lead: str = "") -> str:
         for section in sections
     ]
     page = _jinja.get_template("report.html")
-    return page.render(title=title, lead=lead, body=body) + "\n"
+    return page.render(title=title, lead=lead, points=points, body=body) + "\n"
 
 
 def write(path: Path, html: str) -> None:

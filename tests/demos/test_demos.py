@@ -1,31 +1,35 @@
-"""The studies: what a paper claims, and the demonstrations from end to end, in miniature."""
+"""The demonstration of distillation from end to end, in miniature."""
 
 import html
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rkl import demos
 from rkl.demos import distill as demo
-from rkl.demos import real, report
+from rkl.demos import report
 from rkl.demos.corpus import read_manual
 from rkl.distill.data import passages
 from rkl.distill.report import SHOWN
 from rkl.distill.scratch import Schooling, Shape
 from rkl.distill.trainer import DistillTrainer
-from rkl.divergences import KL, ReverseKL
 from rkl.report import written
 from rkl.runs import Run, read_jsonl, verb
-from rkl.studies.akl import toy as akl
 
-TINY = demo.Plan(
+TINY = demo.Toy(
     vocabulary=400,
-    teacher=Shape(layers=1, width=64),
+    teacher_shape=Shape(layers=1, width=64),
     teacher_schooling=Schooling(steps=6, batch_size=2),
-    student=Shape(layers=1, width=32),
+    student_shape=Shape(layers=1, width=32),
     start_schooling=Schooling(steps=2, batch_size=2),
     steps=4,
     block=32,
@@ -36,76 +40,6 @@ TINY = demo.Plan(
     reply_tokens=6,
     watched_blocks=2,
 )
-
-
-@pytest.fixture(scope="module")
-def orders():
-    """What forward and reverse KL fitted first, below 1 the head, in 60 fits from random starts.
-
-    The thresholds below lie two standard errors or more from the shares seen over 240 such fits.
-    """
-    toy = akl.problem(0, repeats=20)
-    random = torch.tensor([name[1] == "random" for name in toy.names])
-    found = {}
-    for descent in akl.DESCENTS:
-        fits = (akl.fit(toy, it, descent, steps=200) for it in (KL(), ReverseKL()))
-        found[descent] = [akl.order(it)[random] for it in fits]
-    return found
-
-
-def share(holds):
-    return holds.double().mean().item()
-
-
-@pytest.mark.parametrize(("descent", "least"), [("gradient descent", 0.9), ("Adam", 0.75)])
-def test_forward_kl_favours_the_head_more_than_reverse_kl(orders, descent, least):
-    forward, reverse = orders[descent]
-    assert share(forward < reverse) >= least  # 0.97 and 0.87 over 240 fits
-
-
-def test_by_gradient_descent_forward_kl_fits_the_head_first_and_reverse_kl_the_tail(orders):
-    forward, reverse = orders["gradient descent"]
-    assert share(forward < 1) >= 0.95  # 0.99
-    assert share(reverse > 1) >= 0.65  # 0.76
-
-
-def test_adam_has_both_kls_fit_the_tail_first(orders):
-    """Where the paper's claim, taken as an order, fails: Adam makes all logits equally fast."""
-    forward, reverse = orders["Adam"]
-    assert share(forward > 1) >= 0.85  # 0.95
-    assert share(reverse > 1) >= 0.9  # 0.97
-
-
-@pytest.mark.parametrize("divergence", [KL(), ReverseKL()], ids=repr)
-def test_both_kls_reach_the_teacher(divergence):
-    trace = akl.fit(akl.problem(0, repeats=2), divergence, "Adam", steps=400)
-    assert trace.gaps[0].sum(-1).min() > 0.3
-    assert trace.gaps[-1].sum(-1).max() < 0.02
-
-
-def test_the_study_writes_its_numbers_and_says_what_it_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(akl, "STEPS", 40)
-    monkeypatch.setattr(akl, "SHOWN", (0, 5, 40))
-    monkeypatch.setattr(akl, "REPEATS", 1)
-    page = akl.study("toy", tmp_path / "toy").read_text()
-    counts = Run.open(tmp_path / "toy").record["counts"]
-    for descent in akl.DESCENTS:
-        both = [counts[f"{descent}, {start} start"] for start in akl.STARTS]
-        head, fits = (sum(it[key] for it in both) for key in (akl.CLAIMS[0], "fits"))
-        assert f"By {descent}, forward KL fitted the head first in {head} of {fits} fits" in page
-    first = (tmp_path / "toy" / "toy.csv").read_text().splitlines()[1].split(",")
-    toy = akl.problem(0, repeats=1)
-    gap = (toy.logp[0].exp() - toy.start[0].softmax(-1)).abs()
-    expected = gap[toy.head[0]].sum(), gap[~toy.head[0]].sum()
-    assert [float(it) for it in first[-2:]] == pytest.approx(
-        [it.item() for it in expected], rel=1e-6
-    )
-
-
-def test_a_study_has_no_other_parts(tmp_path):
-    with pytest.raises(ValueError, match="part must be 'toy'; got 'all'"):
-        akl.study("all", tmp_path / "all")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_passage_of_the_manual_is_both_trained_on_and_held_out():
@@ -134,7 +68,7 @@ def tiny(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DistillTrainer, "compute_loss", recording)
-        answer = demo.distill_demo(TINY, out, device="cpu")
+        answer = demo.demonstrate(TINY, out, device="cpu")
     return out, given, answer
 
 
@@ -163,19 +97,112 @@ def test_the_four_students_see_the_same_batches(tiny):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
+STAGES = [
+    *(f"the {name}, on the text itself" for name in ("teacher", "start")),
+    *(f"distilling under {name}" for name in TINY.divergences),
+    *(f"evaluating {name}" for name in (*TINY.divergences, "start")),
+    "replies of the teacher",
+]
+
+
+def test_the_stages_are_noted_with_their_times(tiny):
+    assert list(Run.open(tiny[0]).record["phases"]) == STAGES
+
+
+@pytest.mark.parametrize("stopped", ["start", "akl", "evaluating"])
+def test_a_demonstration_goes_on_after_the_last_stage_that_it_finished(
+    tiny, tmp_path, monkeypatch, stopped
+):
+    """With the weights, the replies and the figures of one that was never stopped."""
+
+    def stop(*_args, **_how):
+        raise KeyboardInterrupt
+
+    def distil_or_stop(settings, out, **how):
+        return stop() if out.name == stopped else distill(settings, out, **how)
+
+    def school_or_stop(model, tokenizer, blocks, schooling, run, **how):
+        return (
+            stop()
+            if run.path.name == stopped
+            else school(model, tokenizer, blocks, schooling, run, **how)
+        )
+
+    out, distill, school = tmp_path / "out", demo.distill, demo.school
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "distill", distil_or_stop)
+        patch.setattr(demo, "school", school_or_stop)
+        patch.setattr(demo, "evaluate_run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            demo.demonstrate(TINY, out, device="cpu")
+    finished = list(Run.open(out).record["phases"])
+    count = {"start": 1, "akl": 4, "evaluating": 6}[stopped]
+    assert finished == STAGES[:count]
+    times = {it: (out / it / "model.safetensors").stat().st_mtime_ns for it in ("teacher",)}
+    assert demo.demonstrate(TINY, out, device="cpu", resume=True) == out / "report.html"
+    assert list(Run.open(out).record["phases"]) == STAGES
+    assert Run.open(out).record["status"] == "finished"
+    for name in times:
+        assert (out / name / "model.safetensors").stat().st_mtime_ns == times[name]
+    for name in ("teacher", "start", *TINY.divergences):
+        one, other = ((it / name / "model.safetensors").read_bytes() for it in (tiny[0], out))
+        assert one == other
+    for name in ("start", *TINY.divergences):
+        one, other = (read_jsonl(it / name / "generations.jsonl") for it in (tiny[0], out))
+        assert one == other
+    one, other = (load_file(it / "head-tail.safetensors") for it in (tiny[0], out))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+KILLED = """
+import os, signal, sys
+from rkl.demos import distill as demo
+from test_demos import TINY
+
+if sys.argv[2:]:
+    original = demo.distill
+
+    def killed(settings, out, **how):
+        original(settings, out, **how)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    demo.distill = killed
+demo.demonstrate(TINY, sys.argv[1], device="cpu", resume=True)
+"""
+
+
+@pytest.mark.kill
+def test_a_demonstration_that_was_killed_within_a_stage_goes_on(tiny, tmp_path):
+    out = tmp_path / "out"
+    place = {"cwd": Path(__file__).parent, "check": False}
+    words = [sys.executable, "-c", KILLED, str(out)]
+    assert subprocess.run([*words, "die"], **place).returncode == -signal.SIGKILL
+    assert list(Run.open(out).record["phases"]) == STAGES[:2]
+    assert subprocess.run(words, **place).returncode == 0
+    for name in TINY.divergences:
+        one, other = ((it / name / "model.safetensors").read_bytes() for it in (tiny[0], out))
+        assert one == other
+
+
+def test_a_demonstration_is_resumed_with_the_settings_it_began_with(tiny):
+    with pytest.raises(ValueError, match="resume: settings of .* differ: plan was"):
+        demo.demonstrate(replace(TINY, steps=5), tiny[0], device="cpu", resume=True)
+
+
 def test_the_students_end_apart(tiny):
-    digests = {(tiny[0] / it / "model.safetensors").read_bytes() for it in demo.DIVERGENCES}
-    assert len(digests) == len(demo.DIVERGENCES)
+    digests = {(tiny[0] / it / "model.safetensors").read_bytes() for it in TINY.divergences}
+    assert len(digests) == len(TINY.divergences)
 
 
 def test_the_demonstration_leaves_ordinary_runs(tiny):
-    for name in ("teacher", "start", *demo.DIVERGENCES):
+    for name in ("teacher", "start", *TINY.divergences):
         run = Run.open(tiny[0] / name)
         assert run.kind == "distill"
         assert run.record["status"] == "finished"
         assert run.metrics
     assert Run.open(tiny[0]).record["status"] == "finished"
-    assert tiny[2].endswith(str(tiny[0] / "report.html"))
+    assert tiny[2] == tiny[0] / "report.html"
 
 
 def test_the_report_has_every_figure(tiny, page):
@@ -201,7 +228,7 @@ def test_the_report_has_every_figure(tiny, page):
 
 def test_numbers_in_the_report_are_those_of_the_evaluations(tiny, page):
     lines = page.split("\n")
-    for name in ("start", *demo.DIVERGENCES):
+    for name in ("start", *TINY.divergences):
         result = json.loads((tiny[0] / name / "evaluation.json").read_text())
         means = [result["perplexity"]["student"], result["top1_agreement"]]
         means += [*result["divergences"].values(), result["generations"]["rouge_l"]]
@@ -210,7 +237,7 @@ def test_numbers_in_the_report_are_those_of_the_evaluations(tiny, page):
 
 
 def test_the_report_shows_what_the_models_wrote(tiny, page):
-    for name in ("start", *demo.DIVERGENCES):
+    for name in ("start", *TINY.divergences):
         replies = read_jsonl(tiny[0] / name / "generations.jsonl")
         assert len(replies) == TINY.prompts * TINY.seeds
         for reply in replies[: min(SHOWN, TINY.prompts)]:
@@ -221,7 +248,7 @@ def test_the_report_shows_what_the_models_wrote(tiny, page):
 def test_the_words_on_top_follow_from_the_figures(tiny, page):
     results = {
         name: json.loads((tiny[0] / name / "evaluation.json").read_text())
-        for name in demo.DIVERGENCES
+        for name in TINY.divergences
     }
     best = {
         name: min(results, key=lambda it: results[it]["divergences"][name]["value"])
@@ -263,10 +290,11 @@ def test_the_demonstration_says_what_to_install_for_the_real_model(tmp_path, mon
 
 @pytest.mark.real
 def test_two_steps_begin_to_heal_the_pruned_model(tmp_path, monkeypatch):
-    two = {name: real.DIVERGENCES[name] for name in ("forward-kl", "akl")}
-    monkeypatch.setattr(real, "DIVERGENCES", two)
+    two = {name: demo.Real.divergences[name] for name in ("forward-kl", "akl")}
+    monkeypatch.setattr(demo.Real, "divergences", two)
     sizes = {"steps": 2, "characters": 120, "held_out_blocks": 2, "prompts": 2, "reply_tokens": 8}
-    answer = real.real_demo(real.Plan(**sizes), tmp_path / "real", device="cpu")
+    path = demo.demonstrate(demo.Real(**sizes), tmp_path / "real", device="cpu")
+    answer = demo.markdown(Run.open(tmp_path / "real"))
     values = {
         name: json.loads((tmp_path / "real" / name / "evaluation.json").read_text())["divergences"]
         for name in ("pruned", *two)
@@ -277,7 +305,7 @@ def test_two_steps_begin_to_heal_the_pruned_model(tmp_path, monkeypatch):
         if name != "pruned":
             assert found["forward-kl"]["value"] < values["pruned"]["forward-kl"]["value"]
     assert not (tmp_path / "real" / "cache").exists()
-    assert answer.endswith("report.html")
+    assert path.name == "report.html"
 
 
 @pytest.mark.slow

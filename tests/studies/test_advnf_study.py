@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rkl import studies
 from rkl.flows import NSF, Coupling
 from rkl.sample import CheckerboardRealNVP, CoarseToFine
 from rkl.sample.objectives import VARIANTS
@@ -16,6 +17,7 @@ from rkl.sample.observables import check_held_out
 from rkl.sample.targets import XY, MoG8
 from rkl.studies.advnf import fits
 from rkl.studies.advnf import report as study
+from rkl.studies.study import run_part
 
 DOCS = Path(__file__).parents[2] / "docs"
 SMALL = fits.Plan(
@@ -90,12 +92,12 @@ def quick_fit():
     ids=["figures repeated", "fitted"],
 )
 def test_the_study_in_miniature(really, quick_fit, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "WORKERS", 1)
+    part = replace(study.PARTS["mog-8"], plan=SMALL, workers=1)
     if not really:
         monkeypatch.setattr(
             study, "fit", lambda plan, way, seed: replace(quick_fit, way=way, seed=seed)
         )
-    page = study.conducted("mog-8", SMALL, tmp_path / "run", seed=3)
+    page = run_part("advnf", "mog-8", part, tmp_path / "run", seed=3)
     with open(tmp_path / "run" / "mog-8.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     found = list(fits.ways(SMALL))
@@ -167,13 +169,13 @@ def test_the_xy_model_is_compared_by_energies(name):
     )
     way = next(it for it in fits.ways(plan) if it.name == name)
     done = fits.fit(plan, way, 0)
-    for overlap in done.found["overlap"] + done.found["overlap_floor"]:
+    for overlap in done.figures["overlap"] + done.figures["overlap_floor"]:
         assert 0 <= overlap <= 100
 
 
 def test_what_it_refuses(tmp_path):
     with pytest.raises(ValueError, match="part must be one of mog-4, mog-8, rings, xy; got 'a'"):
-        study.study("a", tmp_path / "run")
+        studies.run("advnf", "a", tmp_path / "run")
     with pytest.raises(ValueError, match="device must be 'cpu'"):
-        study.study("xy", tmp_path / "run", device="cuda")
+        studies.run("advnf", "xy", tmp_path / "run", device="cuda")
     assert not (tmp_path / "run").exists()

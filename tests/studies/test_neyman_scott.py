@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import mpmath
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from rkl import demos, plots
+from rkl import demos, plots, studies
 from rkl.runs import Run
 from rkl.studies.neyman_scott import acts, draws, variance
 from rkl.studies.neyman_scott import report as study
+from rkl.studies.study import run_part
 
 REFERENCE, JEFFREYS, SKEWED, HIERARCHICAL, WRONG = variance.PRIORS
 PAIRED, UNEQUAL = variance.DESIGNS.values()
@@ -279,17 +281,16 @@ def test_the_acts_from_draws_are_those_of_quadrature_within_their_stated_errors(
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(study, "SIZES", (6,))
-    monkeypatch.setattr(study, "REPLICATIONS", 4)
     monkeypatch.setattr(draws, "DRAWS", 40)
+    return study.Plan(sizes=(6,), replications=4)
 
 
 @pytest.mark.parametrize("part", study.PARTS)
 def test_a_part_writes_every_estimate_and_shows_it(part, small, tmp_path):
     threads = torch.get_num_threads()
-    page = study.study(part, tmp_path / "run", seed=3).read_text()
+    problem = replace(study.PARTS[part], plan=small, workers=1)
+    page = run_part("neyman_scott", part, problem, tmp_path / "run", seed=3).read_text()
     assert torch.get_num_threads() == threads
-    problem = study.PARTS[part]
     with open(tmp_path / "run" / f"{part}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["prior"] for row in rows} == {"no prior", *problem.priors}
@@ -304,7 +305,8 @@ def test_a_part_writes_every_estimate_and_shows_it(part, small, tmp_path):
 
 def test_a_row_holds_mean_error_spread_and_distance_from_the_truth():
     values = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    row = study.Row("prior", "design", "σ²", "estimator", 10, 1.0, values)
+    labels = {"prior": "prior", "design": "design", "quantity": "σ²", "estimator": "estimator"}
+    row = study.Row.of(values, 1.0, size=10, **labels)
     *words, mean, se, sd, rmse = row.cells()
     assert words == ["prior", "design", "σ²", "estimator", "10", "1", "3"]
     expected = 2, 1 / math.sqrt(3), 1, math.sqrt(5 / 3)
@@ -313,9 +315,9 @@ def test_a_row_holds_mean_error_spread_and_distance_from_the_truth():
 
 def test_other_parts_and_devices_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="part must be one of variance, panel"):
-        study.study("toy", tmp_path / "run")
+        studies.run("neyman-scott", "toy", tmp_path / "run")
     with pytest.raises(ValueError, match="device must be 'cpu'.*got 'cuda'"):
-        study.study("panel", tmp_path / "run", device="cuda")
+        studies.run("neyman-scott", "panel", tmp_path / "run", device="cuda")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -327,10 +329,16 @@ def written_rows(part):
         return list(csv.DictReader(file))
 
 
+def rows_of(problem, sizes, seed):
+    for design in problem.designs:
+        for size in sizes:
+            yield from problem.rows(design, size, seed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", study.PARTS)
 def test_the_figures_of_the_page_are_those_of_the_study(part):
-    rows = study.PARTS[part].rows(study.SIZES, study.REPLICATIONS, 0)
+    rows = rows_of(study.PARTS[part], study.Plan().sizes, 0)
     for row, written in zip(rows, written_rows(part), strict=True):
         found = dict(zip(study.COLUMNS, row.cells(), strict=True))
         for name in ("mean", "se", "sd", "rmse"):
@@ -342,7 +350,7 @@ def test_the_figures_of_the_page_are_those_of_the_study(part):
 @pytest.mark.parametrize("part", study.PARTS)
 def test_other_data_give_the_figures_of_the_page_within_their_errors(part):
     """Some 900 means, of which those of one prior go together: 5 standard errors."""
-    rows = study.PARTS[part].rows(study.SIZES[1:], study.REPLICATIONS, 1)
+    rows = rows_of(study.PARTS[part], study.Plan().sizes[1:], 1)
     kept = [it for it in written_rows(part) if it["N"] != "10"]
     for row, written in zip(rows, kept, strict=True):
         mean, error = row.mean
@@ -354,22 +362,24 @@ def asked(monkeypatch):
     """What the study was asked for, which it then does not do."""
     found = []
 
-    def noted(part, out, **how):
+    def noted(paper, parts, part, out, **how):
+        assert paper == "neyman_scott"
         found.append((part, Path(out), how))
         return Path(out) / "report.html"
 
-    monkeypatch.setattr("rkl.studies.neyman_scott.study", noted)
+    monkeypatch.setattr("rkl.studies.study.run_study", noted)
     return found
 
 
 def test_the_command_line_takes_the_first_part_and_lists_no_parts_as_studies(asked, capsys):
     from rkl import cli
-    from rkl.cli import commands
 
-    assert commands._studies() == ["advnf", "akl", "neyman-scott", "precision-recall"]
+    assert studies.papers() == ["advnf", "akl", "neyman-scott", "precision-recall"]
     assert cli.main(["study", "neyman-scott", "--seed", "1"]) in (0, None)
     place = Path("runs", "neyman-scott-variance")
-    assert asked == [("variance", place, {"overwrite": False, "seed": 1})]
+    assert asked == [
+        ("variance", place, {"overwrite": False, "resume": False, "data": None, "seed": 1})
+    ]
     assert capsys.readouterr().out == f"{place / 'report.html'}\n"
 
 

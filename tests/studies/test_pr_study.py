@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from rkl import demos
+from rkl import demos, studies
 from rkl.demos import precision_recall
 from rkl.divergences import PrecisionHalf, PrecisionRecall
 from rkl.flows import Coupling, Critic
 from rkl.runs import Run
 from rkl.studies.precision_recall import images, ring
 from rkl.studies.precision_recall import report as study
-from rkl.studies.precision_recall.rows import ML, Seed, rows_of, to_csv
+from rkl.studies.precision_recall.rows import COLUMNS, ML, Seed, rows_of
+from rkl.studies.study import Outcome, run_part, to_csv
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 WIDE = MultivariateNormal(torch.tensor([0.3, 0.0]), 1.5 * torch.eye(2))
@@ -39,7 +40,7 @@ def test_the_ring_has_mass_one_and_its_draws_have_its_density(grid):
 
 def test_sums_over_the_grid_are_what_draws_say(grid):
     """E_q min(1, λr), of 100,000 draws, at every slope that is reported."""
-    found = grid.judged(grid.log_q(WIDE))["found"]
+    found = grid.judge(grid.log_q(WIDE))["figures"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         x = WIDE.sample((100_000,))
@@ -59,10 +60,10 @@ def test_rejection_by_the_exact_ratio_costs_its_budget_and_ends_at_the_target(gr
     exact = grid.log_p - log_q
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        some, cost = grid.accepted(log_q, exact, 1.5)
-        most, dear = grid.accepted(log_q, exact, 0.99 * exact.exp().max().item())
+        some, cost = grid.reject(log_q, exact, 1.5)
+        most, dear = grid.reject(log_q, exact, 0.99 * exact.exp().max().item())
     assert cost == pytest.approx(1.5, rel=0.03)  # fitted on 20,000 draws
-    before, after, last = (grid.judged(it)["found"]["both(1)"][0] for it in (log_q, some, most))
+    before, after, last = (grid.judge(it)["figures"]["both(1)"][0] for it in (log_q, some, most))
     assert before < after < last
     assert last > 0.99
     assert dear > 3
@@ -79,9 +80,15 @@ def test_gains_are_taken_seed_by_seed():
     assert second.gain == pytest.approx((0.15, 0.05))
     assert second.sampled == pytest.approx(0.3 / math.sqrt(2))
     assert second.mean == pytest.approx((0.75, 0.3 / math.sqrt(2)))  # the larger of the errors
-    table = list(csv.DictReader(to_csv([first, second]).splitlines()))
+    outcome = Outcome(COLUMNS, [first.cells(), second.cells()], "", [])
+    table = list(csv.DictReader(to_csv(outcome).splitlines()))
     assert float(table[1]["mean"]) == 0.75
     assert float(table[1]["se"]) == pytest.approx(0.15)
+
+
+def run_plan(name, plan, out, workers=2, **how):
+    part = replace(study.PARTS[name], plan=plan, workers=workers)
+    return run_part("precision_recall", name, part, out, **how)
 
 
 TINY = replace(
@@ -96,7 +103,7 @@ TINY = replace(
 
 def test_the_ring_in_miniature_writes_every_method_and_shows_it(tmp_path):
     threads = torch.get_num_threads()
-    page = study.conducted("ring", TINY, tmp_path / "run", seed=3).read_text()
+    page = run_plan("ring", TINY, tmp_path / "run", seed=3).read_text()
     assert torch.get_num_threads() == threads
     with open(tmp_path / "run" / "ring.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -111,13 +118,43 @@ def test_the_ring_in_miniature_writes_every_method_and_shows_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_seeds_in_processes_find_what_one_process_finds(tmp_path, monkeypatch):
+def test_seeds_in_processes_find_what_one_process_finds(tmp_path):
     plan = replace(TINY, seeds=2, ways=(), steps=10)
-    study.conducted("ring", plan, tmp_path / "two")
-    monkeypatch.setattr(study, "WORKERS", 1)
-    study.conducted("ring", plan, tmp_path / "one")
+    run_plan("ring", plan, tmp_path / "two")
+    run_plan("ring", plan, tmp_path / "one", workers=1)
     one, two = ((tmp_path / name / "ring.csv").read_text() for name in ("one", "two"))
     assert one == two
+
+
+def test_a_study_that_was_stopped_goes_on_with_the_jobs_that_are_missing(tmp_path, monkeypatch):
+    plan = replace(TINY, seeds=2, ways=(), steps=10)
+    computed, compute = [], study.Trade.compute
+
+    def stop_at_the_second(self, seed):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return compute(self, seed)
+
+    def count(self, seed):
+        computed.append(seed)
+        return compute(self, seed)
+
+    whole = run_plan("ring", plan, tmp_path / "whole", workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Trade, "compute", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run_plan("ring", plan, tmp_path / "run", workers=1)
+    assert Run.open(tmp_path / "run").record["status"] == "interrupted"
+    monkeypatch.setattr(study.Trade, "compute", count)
+    page = run_plan("ring", plan, tmp_path / "run", workers=1, resume=True)
+    assert computed == [1]
+    assert not (tmp_path / "run" / "jobs").exists()
+    one, other = ((it.parent / "ring.csv").read_text() for it in (whole, page))
+    assert one == other
+    assert run_plan("ring", plan, tmp_path / "run", workers=1, resume=True) == page
+    assert computed == [1]  # what is finished is not computed again
+    with pytest.raises(ValueError, match="resume: settings of .* differ: plan was"):
+        run_plan("ring", replace(plan, steps=11), tmp_path / "run", resume=True)
 
 
 @pytest.fixture
@@ -152,7 +189,7 @@ SMALL_PICTURES = images.Plan(
 def test_pictures_in_miniature_are_measured_in_two_spaces_beside_their_ceiling(
     stripes, tmp_path, monkeypatch
 ):
-    page = study.conducted("digits", SMALL_PICTURES, tmp_path / "run").read_text()
+    page = run_plan("digits", SMALL_PICTURES, tmp_path / "run").read_text()
     with open(tmp_path / "run" / "digits.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     by = {(it["method"], it["quantity"]): it for it in rows}
@@ -179,22 +216,22 @@ def test_without_scikit_learn_the_digits_name_what_to_install(monkeypatch, tmp_p
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     images._digits.cache_clear()
     with pytest.raises(ImportError, match="pip install scikit-learn"):
-        study.study("digits", tmp_path / "run")
+        studies.run("precision-recall", "digits", tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(ValueError, match="part must be one of ring, digits, mnist; got 'toy'"):
-        study.study("toy", out)
+        studies.run("precision-recall", "toy", out)
     with pytest.raises(ValueError, match="device must be 'cpu'"):
-        study.study("ring", out, device="cuda")
+        studies.run("precision-recall", "ring", out, device="cuda")
     with pytest.raises(ValueError, match="data must be the IDX file"):
-        study.study("mnist", out)
+        studies.run("precision-recall", "mnist", out)
     with pytest.raises(ValueError, match="data is for mnist alone"):
-        study.study("ring", out, data="here")
+        studies.run("precision-recall", "ring", out, data="here")
     with pytest.raises(FileNotFoundError, match="images-idx3"):
-        study.study("mnist", out, data=tmp_path / "pictures.gz")
+        studies.run("precision-recall", "mnist", out, data=tmp_path / "pictures.gz")
     with pytest.raises(ValueError, match="device must be 'cpu'"):
         demos.run("precision-recall", out, device="cuda")
     assert list(tmp_path.iterdir()) == []

@@ -5,9 +5,7 @@ is imported only here, inside the command that needs it.
 """
 
 import importlib
-import inspect
 import json
-import pkgutil
 import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -83,12 +81,13 @@ def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     known = "distill (default), real, neyman-scott, precision-recall or xy"
     parser.add_argument("name", nargs="?", default="distill", help=known)
     parser.add_argument("--steps", type=int, metavar="N", help="of each distillation")
-    _add_out_flags(parser, Path("runs/demo"))
+    _add_out_flags(parser, Path("runs/demo"), resumable=True)
 
     def demonstrated(parsed: Namespace) -> None:
         from rkl import demos
 
-        how = {"steps": parsed.steps, "overwrite": parsed.overwrite, **_common(parsed)}
+        how = {name: getattr(parsed, name) for name in ("steps", "overwrite", "resume")}
+        how |= _common(parsed)
         _show(demos.run(parsed.name, parsed.out, **how))
 
     return demonstrated
@@ -104,21 +103,17 @@ def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl study advnf --part xy
       rkl study precision-recall --part mnist --data t10k-images-idx3-ubyte.gz
     """
-    parser.add_argument("name", choices=_studies(), help="the paper")
+    from rkl import studies
+
+    parser.add_argument("name", choices=studies.papers(), help="the paper")
     parser.add_argument("--part", help="which of its claims; the first of them by default")
     parser.add_argument("--data", type=path, help="what a part reads that rkl does not have")
-    _add_out_flags(parser, None)
+    _add_out_flags(parser, None, resumable=True)
 
     def studied(parsed: Namespace) -> None:
-        module = importlib.import_module(f"rkl.studies.{parsed.name.replace('-', '_')}")
-        part = parsed.part or next(iter(module.PARTS))
-        parsed.out = out = parsed.out or Path("runs", f"{parsed.name}-{part}")
-        how = {"overwrite": parsed.overwrite, **_common(parsed)}
-        if parsed.data is not None:
-            if "data" not in inspect.signature(module.study).parameters:
-                raise ValueError(f"data: the study {parsed.name} reads none; got {parsed.data}.")
-            how["data"] = parsed.data
-        _show(module.study(part, out, **how))
+        parsed.out = parsed.out or studies.default_folder(parsed.name, parsed.part)
+        how = {name: getattr(parsed, name) for name in ("overwrite", "resume", "data")}
+        _show(studies.run(parsed.name, parsed.part, parsed.out, **how, **_common(parsed)))
 
     return studied
 
@@ -387,17 +382,16 @@ def _explain(text: str) -> None:
         print(f"\n{spectrum_text(divergence)}")
 
 
-def _studies() -> list[str]:
-    """The papers: one folder each."""
-    found = pkgutil.iter_modules([str(HERE / "studies")])
-    return [module.name.replace("_", "-") for module in found if module.ispkg]
-
-
-def _add_out_flags(parser: ArgumentParser, default: Path | None) -> None:
+def _add_out_flags(
+    parser: ArgumentParser, default: Path | None, *, resumable: bool = False
+) -> None:
     parser.add_argument(
         "--out", type=path, default=default, metavar="RUN", help="the folder to write"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is there")
+    if resumable:
+        words = "go on with the run that is there, after the last stage that it finished"
+        parser.add_argument("--resume", action="store_true", help=words)
 
 
 def _add_verify_flag(parser: Any) -> None:

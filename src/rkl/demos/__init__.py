@@ -8,13 +8,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-# Each demonstration, and the module here that runs it.
+# Each demonstration, and what runs it, by module and function of this package.
 DEMOS: Mapping[str, str] = {
-    "distill": "distill",
-    "real": "real",
-    "xy": "xy",
-    "precision-recall": "precision_recall",
-    "neyman-scott": "neyman_scott",
+    "distill": "distill.run",
+    "real": "distill.run_real",
+    "xy": "xy.run",
+    "precision-recall": "precision_recall.run",
+    "neyman-scott": "neyman_scott.run",
 }
 WITH_STEPS = "distill", "real"  # those that take a number of steps
 
@@ -24,6 +24,7 @@ def run(
     out: str | os.PathLike,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     seed: int = 0,
     device: str | None = None,
     steps: int | None = None,
@@ -35,6 +36,7 @@ def run(
             "neyman-scott".
         out: The folder to write.
         overwrite: Replaces the run that is there.
+        resume: Goes on with the run that is there, after the last stage that it finished.
         seed: Random seed.
         device: "cpu" or "cuda"; a GPU by default if there is one, where the demonstration can
             use it.
@@ -46,9 +48,11 @@ def run(
     if name not in DEMOS:
         *others, last = map(repr, DEMOS)
         raise ValueError(f"name must be {', '.join(others)} or {last}; got {name!r}.")
-    how: dict[str, Any] = {"overwrite": overwrite, "seed": seed, "device": device}
+    how: dict[str, Any] = {"overwrite": overwrite, "resume": resume}
+    how |= {"seed": seed, "device": device}
     if name in WITH_STEPS:
         how["steps"] = steps
     elif steps is not None:
         raise ValueError(f"steps are of distillations, of which {name} has none; got {steps}.")
-    return importlib.import_module(f"rkl.demos.{DEMOS[name]}").run(out, **how)
+    module, function = DEMOS[name].split(".")
+    return getattr(importlib.import_module(f"rkl.demos.{module}"), function)(out, **how)

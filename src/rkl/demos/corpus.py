@@ -15,7 +15,7 @@ EVERY, FIRST = 6, 3  # of the groups of topics, from the largest to the smallest
 
 @dataclass(frozen=True)
 class Manual:
-    """The manual, by topic, apart into what is trained on and what is held out.
+    """The manual, by topic, split into what is trained on and what is held out.
 
     Attributes:
         train: The text of each topic that is trained on, by name.
@@ -27,8 +27,10 @@ class Manual:
     held_out: Mapping[str, str]
     digest: str
 
-    def beginnings(self, characters: int) -> "Manual":
-        """The same with no more than the first so many characters of each topic trained on."""
+    def beginnings(self, characters: int | None) -> "Manual":
+        """The same with the first characters of each topic trained on; None is all of them."""
+        if characters is None:
+            return self
         return replace(self, train={name: it[:characters] for name, it in self.train.items()})
 
     def write(self, folder: Path) -> None:
@@ -39,7 +41,7 @@ class Manual:
             write_atomic(path, "".join(json.dumps({"text": it}) + "\n" for it in topics.values()))
 
     def record(self) -> dict[str, Any]:
-        """What ``run.json`` keeps of it."""
+        """The entries of ``run.json``."""
         return {
             "source": "pydoc_data.topics",
             "digest": self.digest,

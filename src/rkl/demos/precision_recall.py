@@ -1,8 +1,11 @@
 """``rkl demo precision-recall``: as much of the study of eight Gaussians as three minutes hold."""
 
 import os
+from dataclasses import replace
+from typing import Any
 
-from rkl.studies.precision_recall import report, ring
+from rkl.studies.precision_recall import PARTS, ring
+from rkl.studies.study import run_part
 
 # What there is time for.
 SMALL = ring.Plan(
@@ -19,6 +22,7 @@ def run(
     out: str | os.PathLike,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     seed: int = 0,
     device: str | None = None,
 ) -> str:
@@ -29,5 +33,6 @@ def run(
     """
     if device not in (None, "cpu"):
         raise ValueError(f"device must be 'cpu', for which this is made; got {device!r}.")
-    path = report.conducted("ring", SMALL, out, overwrite=overwrite, seed=seed)
-    return f"The report: {path}"
+    part = replace(PARTS["ring"], plan=SMALL)
+    how: Any = {"overwrite": overwrite, "resume": resume, "seed": seed}
+    return f"The report: {run_part('precision_recall', 'ring', part, out, **how)}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from rkl.demos.stages import REPLIES, WATCHED
+from rkl.demos.watched import WATCHED
 from rkl.distill.compare import Evaluations, evaluations_of, result_of
 from rkl.distill.report import curve_of, replies_section, settings_section, training_section
 from rkl.report import written
@@ -18,6 +18,7 @@ from rkl.runs import REPORT, Run, check_out_file, read_jsonl
 if TYPE_CHECKING:
     from rkl.report import Block, Section
 
+REPLIES = "teacher-generations.jsonl"
 CLEAR = 2.0  # standard errors of the difference beyond which the best is called so
 
 
@@ -76,25 +77,33 @@ def report_runs(
     if len(paths) != 1:
         raise ValueError(f"paths must be the folder of one demonstration; got {len(paths)}.")
     whole = Run.open(paths[0])
-    _refuse_others(whole)
+    _check_names(whole)
     place = whole.path / REPORT if out is None else Path(out)
     check_out_file(place, overwrite=overwrite, own=REPORT)
     students, before = list(whole.settings["divergences"]), whole.settings["before"]
     evaluations = results_of(whole)
-    found = verdicts({name: evaluations.results[name] for name in students}, evaluations)
+    best = verdicts({name: evaluations.results[name] for name in students}, evaluations)
     sections = [
-        *_with_first(evaluations.sections(), _best_table(found)),
+        *_with_first(evaluations.sections(), _best_table(best)),
         _training(whole, students, before),
         _head_tail(whole, students),
         *replies_section(_replies(whole, [before, *students])),
         _settings(whole, students),
     ]
     title = f"One student, {len(students)} divergences"
-    write(place, render(title, sections, lead=lead(whole, found)))
+    write(place, render(title, sections, lead=summary(whole, best), points=points(whole, best)))
     return place
 
 
-def _refuse_others(whole: Run) -> None:
+def markdown(whole: Run) -> str:
+    """The figures of the evaluations as a Markdown table."""
+    evaluations = results_of(whole)
+    lines = [["", "teacher", *evaluations.results], ["---"] * (2 + len(evaluations.results))]
+    lines += [[written(cell).strip() for cell in row] for row in evaluations.rows()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _check_names(whole: Run) -> None:
     """Refuse a record that names no runs within its own folder."""
     names, before = (whole.settings.get(it) for it in ("divergences", "before"))
     named = [*names, before] if isinstance(names, dict | list) and names else [None]
@@ -122,17 +131,17 @@ def verdicts(
         results: Of each student.
         evaluations: Pairs students block by block; without it they are taken as independent.
     """
-    found = [
+    best = [
         _verdict(words, {name: value(it) for name, it in results.items()}, sign)
         for words, (value, sign) in _MEASURES.items()
     ]
     for name in next(iter(results.values()))["divergences"]:
         values = {run: it["divergences"][name] for run, it in results.items()}
-        found.append(_verdict(f"divergence {name}", values, -1))
+        best.append(_verdict(f"divergence {name}", values, -1))
     if all("generations" in it for it in results.values()):
         values = {run: it["generations"]["rouge_l"] for run, it in results.items()}
-        found.append(_verdict("ROUGE-L of replies", values, 1))
-    return [_in_pairs(it, evaluations) for it in found] if evaluations is not None else found
+        best.append(_verdict("ROUGE-L of replies", values, 1))
+    return [_in_pairs(it, evaluations) for it in best] if evaluations is not None else best
 
 
 def _in_pairs(verdict: Verdict, evaluations: Evaluations) -> Verdict:
@@ -169,21 +178,30 @@ def _verdict(measure: str, values: Mapping[str, Mapping[str, Any]], sign: int) -
     return Verdict(measure, ranked[0], pairs[0], ranked[1], pairs[1])
 
 
-def lead(whole: Run, found: Sequence[Verdict]) -> str:
-    """What was done, and who did best at what: the figures decide the words."""
-    clear = [it for it in found if it.clear]
-    words = []
+def summary(whole: Run, best: Sequence[Verdict]) -> str:
+    """What was done, and how much of the differences is more than noise."""
+    clear = sum(it.clear for it in best)
+    return (
+        f"{whole.record['done']} On held-out text the best student is more than {CLEAR:g} "
+        f"standard errors ahead of the next at {clear} of {len(best)} measures."
+    )
+
+
+def points(whole: Run, best: Sequence[Verdict]) -> list[str]:
+    """Who did best at what: the figures decide the words."""
+    clear = [it for it in best if it.clear]
+    lines = []
     for name in whole.settings["divergences"]:
         if mine := [it.measure for it in clear if it.best == name]:
-            words.append(f"{name} did clearly best at {', '.join(mine)}")
-    close = [f"{it.measure} ({it.best}, then {it.second})" for it in found if not it.clear]
+            lines.append(f"{name} did best at {', '.join(mine)}.")
+    close = [f"{it.measure} ({it.best}, then {it.second})" for it in best if not it.clear]
     if close:
-        words.append(f"the best two are within {CLEAR:g} standard errors at {', '.join(close)}")
-    return f"{whole.record['done']} On text held out, {'; '.join(words)}. {_entropies(whole)}"
+        lines.append(f"The best two are within {CLEAR:g} standard errors at {', '.join(close)}.")
+    return [*lines, _entropies(whole)]
 
 
 def _entropies(whole: Run) -> str:
-    """Who is surest and who least sure, which is neither good nor bad by itself."""
+    """The lowest and the highest entropy, neither of which is good or bad by itself."""
     results = {name: result_of(whole.path / name) for name in whole.settings["divergences"]}
     entropy = {name: _pair(it["entropy"]["student"]) for name, it in results.items()}
     teacher = _pair(next(iter(results.values()))["entropy"]["teacher"])
@@ -198,13 +216,13 @@ def _pair(mean: Mapping[str, Any]) -> tuple[float, float]:
     return mean["value"], mean["error"]
 
 
-def _best_table(found: Sequence[Verdict]) -> "Block":
+def _best_table(best: Sequence[Verdict]) -> "Block":
     from rkl.report import Table
 
     columns = ["measure", "best", "its value", "next", "its value", "apart (standard errors)"]
     rows = [
         [it.measure, it.best, it.value, it.second, it.second_value, round(it.apart, 1)]
-        for it in found
+        for it in best
     ]
     return Table("Who did best at what", columns, rows, _BEST_SAYS)
 
@@ -259,10 +277,10 @@ def _settings(whole: Run, students: Sequence[str]) -> "Section":
     """What was set: for the whole, for all students, for each of them."""
     from rkl.report import Settings
 
-    told = {"phases", "done"}  # elsewhere
-    own = {key: value for key, value in whole.record.items() if key not in told}
+    elsewhere = {"phases", "done"}  # on the page
+    entries = {key: value for key, value in whole.record.items() if key not in elsewhere}
     (section,) = settings_section({name: Run(whole.path / name).record for name in students})
-    blocks = [_times(whole), Settings(own, "The demonstration"), *section.blocks]
+    blocks = [_times(whole), Settings(entries, "The demonstration"), *section.blocks]
     return replace(section, title="Time and settings", blocks=blocks)
 
 

@@ -43,6 +43,7 @@ def run(
     *,
     plan: Plan | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     seed: int = 0,
     device: str | None = None,
 ) -> str:
@@ -51,8 +52,9 @@ def run(
     Args:
         out: The folder to write, an ordinary run of ``rkl fit --target``.
         plan: The sizes.
-        overwrite: Whether to replace the run that is there.
-        seed: What all random numbers start from.
+        overwrite: Replaces the run that is there.
+        resume: Goes on with the run that is there: with its training, or with what follows it.
+        seed: Random seed.
         device: "cpu", for which this is made.
 
     Returns:
@@ -70,7 +72,7 @@ def run(
     )
     how: dict[str, Any] = {name: getattr(plan, name) for name in ("values", "draws", "chains")}
     with torch_threads(1):
-        fitted = fit_target(settings, out, overwrite=overwrite)
+        fitted = fit_target(settings, out, overwrite=overwrite, resume=resume)
         found = measure_run(out, EvaluateSettings(**how, reference=True, seed=seed + 1))
     run = Run.open(out)
     run.record_files([EVALUATION])

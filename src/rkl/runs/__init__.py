@@ -91,7 +91,10 @@ KINDS = (  # of runs: no other module is imported because a run.json names it
     *("distill", "fit", "sample", "bayes", "studies.akl", "studies.advnf"),
     *("studies.neyman_scott", "studies.precision_recall", "demos.distill"),
 )
-RESUMABLE = "distill", "fit", "sample"  # kinds whose verbs take --resume
+RESUMABLE = (  # kinds whose verbs take --resume
+    *("distill", "fit", "sample", "studies.akl", "studies.advnf", "studies.neyman_scott"),
+    *("studies.precision_recall", "demos.distill"),
+)
 MEASURED = (  # what is measured and drawn of the weights that a run came to
     *("evaluation.json", "evaluation-blocks.safetensors", "generations.jsonl", "report.html"),
 )

@@ -1,14 +1,243 @@
-"""The parts of a study side by side, in processes that end with it; and how many threads."""
+"""A part of a study: its run folder, its jobs in processes, its csv, figures and report.
 
+A paper is a folder here, with a mapping ``PARTS`` of :class:`Part`. The results of a part's jobs
+lie in the run folder as JSON until all are there, so that ``--resume`` repeats none of them.
+"""
+
+import abc
 import contextlib
+import csv
+import io
+import json
+import math
 import multiprocessing
+import os
+import re
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rkl.runs import REPORT, Run, check_out, remove_folder, write_atomic
+from rkl.stats import mean
+
+if TYPE_CHECKING:
+    from rkl.report import Section
 
 WORKERS = 2  # processes
 PATIENCE = 5.0  # seconds in which a process that is told to end must have ended
+JOBS = "jobs"  # folder of the results that are there, while a study lasts
+
+Pair = tuple[float, float]  # a value and its standard error
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of a part.
+
+    Attributes:
+        columns: Names of the columns of the csv.
+        rows: Its rows, numbers as they are written.
+        summary: At most three sentences at the head of the report.
+        points: The rest, as a list below them.
+        sections: Of the report. Each of its figures is written as an SVG too.
+        record: Entries of ``run.json`` beside the usual ones.
+    """
+
+    columns: Sequence[str]
+    rows: Iterable[Sequence[Any]]
+    summary: str
+    sections: "Sequence[Section]"
+    points: Sequence[str] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part(abc.ABC):
+    """One claim of a paper, and how it is tested.
+
+    To add one, write a frozen dataclass with
+
+    - ``jobs``, the arguments of each computation;
+    - ``compute``, one of them, whose result is what JSON can write;
+    - ``outcome``, what all results come to.
+
+    Attributes:
+        title: Of its report.
+        plan: Its sizes, a dataclass, which ``run.json`` keeps.
+        workers: Most processes that the jobs are shared among.
+    """
+
+    title: str
+    plan: Any
+    workers: int = field(default=WORKERS, kw_only=True)
+
+    def prepared(self, device: str, data: str | os.PathLike | None) -> "Part":
+        """The part on a device and some data, of which most take the CPU and none.
+
+        Raises:
+            ValueError: It cannot be computed there, or so.
+        """
+        if device != "cpu":
+            raise ValueError(f"device must be 'cpu', for which this is made; got {device!r}.")
+        if data is not None:
+            raise ValueError(f"data: this part reads none; got {data}.")
+        return self
+
+    @abc.abstractmethod
+    def jobs(self, seed: int) -> Sequence[tuple[Any, ...]]:
+        """The arguments of each job; they can be pickled."""
+
+    @abc.abstractmethod
+    def compute(self, *arguments: Any) -> Any:
+        """The result of one job."""
+
+    @abc.abstractmethod
+    def outcome(self, results: Sequence[Any], seed: int) -> Outcome:
+        """What the results of all jobs come to."""
+
+
+def run_study(
+    paper: str,
+    parts: Mapping[str, Part],
+    part: str,
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    data: str | os.PathLike | None = None,
+) -> Path:
+    """Test one claim of a paper, and write the figures.
+
+    Args:
+        paper: The name of its folder.
+        parts: All of its parts.
+        part: Which one.
+        out: The folder to write: a csv of all figures, pictures, a report.
+        overwrite: Replaces the run that is there.
+        resume: Goes on with the run that is there.
+        seed: Random seed.
+        device: Where to compute.
+        data: A file that a part reads and rkl does not have.
+
+    Returns:
+        The report.
+    """
+    if part not in parts:
+        raise ValueError(f"part must be one of {', '.join(parts)}; got {part!r}.")
+    check_out(out, overwrite=overwrite, resume=resume, inputs={"data": data})
+    chosen = parts[part].prepared(device, data)
+    how: Any = {"overwrite": overwrite, "resume": resume, "seed": seed}
+    return run_part(paper, part, chosen, out, **how)
+
+
+def run_part(
+    paper: str,
+    name: str,
+    part: Part,
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Compute a part as it is, and write its csv, its figures and its report."""
+    settings = {"part": name, "plan": {key: repr(it) for key, it in vars(part.plan).items()}}
+    how: Any = {"overwrite": overwrite, "resume": resume, "seed": seed}
+    with Run.create(out, f"studies.{paper}", settings, **how) as run:
+        if resume and run.record["status"] == "finished" and (run.path / REPORT).is_file():
+            return run.path / REPORT
+        with run.running():
+            with torch_threads(1):
+                outcome = part.outcome(_results(run, part, seed), seed)
+            write_atomic(run.path / f"{name}.csv", to_csv(outcome))
+            run.update(**outcome.record)
+            _write_report(run, part.title, outcome)
+            remove_folder(run.path / JOBS)
+    return run.path / REPORT
+
+
+def _results(run: Run, part: Part, seed: int) -> list[Any]:
+    """The results of all jobs: those on the disk, and those still to compute."""
+    folder = run.path / JOBS
+    folder.mkdir(exist_ok=True)
+    jobs = dict(enumerate(part.jobs(seed)))
+    files = {number: folder / f"{number}.json" for number in jobs}
+    missing = [number for number in jobs if not files[number].exists()]
+
+    def keep(place: int, result: Any) -> None:
+        write_atomic(files[missing[place]], json.dumps(result))
+
+    if missing:
+        columns = zip(*(jobs[number] for number in missing), strict=True)
+        workers = min(part.workers, WORKERS)
+        in_processes(part.compute, *columns, workers=workers, done=keep)
+    return [json.loads(path.read_bytes()) for path in files.values()]
+
+
+def to_csv(outcome: Outcome) -> str:
+    """The rows of an outcome as text."""
+    page = io.StringIO()
+    table = csv.writer(page, lineterminator="\n")
+    table.writerow(outcome.columns)
+    table.writerows(outcome.rows)
+    return page.getvalue()
+
+
+def _write_report(run: Run, title: str, outcome: Outcome) -> None:
+    """The page, and beside it every figure on it."""
+    from rkl.report import Figure, Section, Settings, render, write
+
+    for block in [it for section in outcome.sections for it in section.blocks]:
+        if isinstance(block, Figure):
+            write_atomic(run.path / f"{file_name(block.title)}.svg", block.svg)
+    sections = [it for it in outcome.sections if it.blocks or it.text]
+    sections.append(Section("Settings", blocks=[Settings(run.record)]))
+    page = render(title, sections, lead=outcome.summary, points=outcome.points)
+    write(run.path / REPORT, page)
+
+
+def file_name(title: str) -> str:
+    """A title in small letters with hyphens.
+
+    >>> file_name("σ², J = 2: estimate against N")
+    'variance-j-2-estimate-against-n'
+    """
+    for sign, word in {"σ²": "variance", "β": "slope", "λ": "slope"}.items():
+        title = title.replace(sign, word)
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def mean_over_seeds(values: Sequence[float], *, geometric: bool = False) -> Pair:
+    """The mean and its standard error; of a geometric mean both are of size, not of logarithms.
+
+    >>> mean_over_seeds([1.0, 2.0, 3.0])
+    (2.0, 0.5773502691896258)
+    """
+    numbers = torch.tensor(values, dtype=torch.float64)
+    value, error = (it.item() for it in mean(numbers.log() if geometric else numbers))
+    return (math.exp(value), math.exp(value) * error) if geometric else (value, error)
+
+
+def paired_gain(
+    values: Sequence[float], reference: Sequence[float], *, geometric: bool = False
+) -> Pair:
+    """What values exceed a reference by, seed by seed: the mean and its standard error.
+
+    A geometric one is a factor.
+
+    >>> paired_gain([1.0, 4.0], [0.5, 2.0], geometric=True)
+    (2.0, 0.0)
+    """
+    value, other = (torch.tensor(it, dtype=torch.float64) for it in (values, reference))
+    gains = value / other if geometric else value - other
+    return mean_over_seeds(gains.tolist(), geometric=geometric)
 
 
 def in_processes(
@@ -16,6 +245,7 @@ def in_processes(
     *columns: Iterable[Any],
     workers: int = WORKERS,
     threads: int | None = 1,
+    done: Callable[[int, Any], None] = lambda place, result: None,
 ) -> list[Any]:
     """The values of a function for rows of arguments, computed in processes of their own.
 
@@ -27,25 +257,33 @@ def in_processes(
         columns: The first arguments, the second ones, and so on.
         workers: Number of processes; no more are started than there are rows.
         threads: Of torch, in each of them; None leaves torch alone.
+        done: Called in this process with the place of a row and its value, as soon as it is there.
     """
     rows = list(zip(*columns, strict=True))
     workers = min(workers, len(rows))
     if workers <= 1:
+        values = []
         with torch_threads(threads):
-            return [function(*row) for row in rows]
+            for place, row in enumerate(rows):
+                values.append(function(*row))
+                done(place, values[-1])
+        return values
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _begin, (threads,))
     try:
-        with _unheard():
-            futures = [pool.submit(function, *row) for row in rows]
-        found = [it.result() for it in futures]
+        with _interrupt_blocked():
+            places = {pool.submit(function, *row): place for place, row in enumerate(rows)}
+        values = [None] * len(rows)
+        for future in as_completed(places):
+            values[places[future]] = future.result()
+            done(places[future], values[places[future]])
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         _end(set(multiprocessing.active_children()) - others)
         raise
     pool.shutdown()
-    return found
+    return values
 
 
 @contextlib.contextmanager
@@ -58,8 +296,6 @@ def torch_threads(count: int | None) -> Iterator[None]:
     if count is None:
         yield
         return
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -71,14 +307,12 @@ def torch_threads(count: int | None) -> Iterator[None]:
 def _begin(threads: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if threads is not None:
-        import torch
-
         torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """Processes begun meanwhile never hear of Ctrl-C; this one does, as soon as this is over."""
+def _interrupt_blocked() -> Iterator[None]:
+    """Processes begun meanwhile ignore Ctrl-C; this one receives it as soon as this is over."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

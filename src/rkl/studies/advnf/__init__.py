@@ -1,5 +1,5 @@
-"""The study of one paper: its parts, and what runs one."""
+"""Does an adversarial term keep a flow from losing modes, and does it save data?"""
 
-from rkl.studies.advnf.report import PARTS, study
+from rkl.studies.advnf.report import PARTS
 
-__all__ = ["PARTS", "study"]
+__all__ = ["PARTS"]

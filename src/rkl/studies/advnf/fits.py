@@ -106,7 +106,7 @@ class Fit:
         gradient: Norm of the gradient of a step at its end, where its mean is next to nothing:
             what is left is noise.
         conditions: Where it was judged.
-        found: Under each quantity its value at each condition.
+        figures: Under each quantity its value at each condition.
         samples: A few draws at the first condition, of a law in the plane.
     """
 
@@ -116,7 +116,7 @@ class Fit:
     cpu_s: float
     gradient: float
     conditions: list[float]
-    found: dict[str, list[float]]
+    figures: dict[str, list[float]]
     samples: list[Any] = field(default_factory=list)
 
 
@@ -145,8 +145,8 @@ def fit(plan: Plan, way: Way, seed: int) -> Fit:
     fitted = fit_to_target(architecture, target, steps=steps, every=max(1, steps // 20), **how)
     flow, done = fitted.flow, fitted.training
     spent = time.process_time() - began
-    found = [
-        _judged(plan, flow, k, held_out[k], how["data"][0] if way.ensemble else None, seed)
+    judged = [
+        _figures(plan, flow, k, held_out[k], how["data"][0] if way.ensemble else None, seed)
         for k in range(plan.values)
     ]
     with torch.no_grad(), torch.random.fork_rng():
@@ -159,7 +159,7 @@ def fit(plan: Plan, way: Way, seed: int) -> Fit:
         spent,
         done.history[-1].get("gradient", math.nan),
         conditions[:, 0].tolist(),
-        {name: [it[name] for it in found] for name in QUANTITIES},
+        {name: [it[name] for it in judged] for name in QUANTITIES},
         samples,
     )
 
@@ -197,23 +197,23 @@ def _affordable(plan: Plan, architecture: Architecture, how: dict[str, Any]) -> 
     return max(1, int((plan.cpu_s - spent[1]) / each) + WARM)
 
 
-def _judged(plan: Plan, flow: nn.Module, k: int, held_out: Tensor, train, seed: int):
+def _figures(plan: Plan, flow: nn.Module, k: int, held_out: Tensor, train, seed: int):
     """The figures under one condition."""
     target, condition = plan.target, plan.conditions[k]
-    found = judge_coverage(
+    coverage = judge_coverage(
         target, flow, condition, held_out=held_out, train=train, draws=plan.draws, seed=seed
     )
-    assert found.eubo is not None
-    assert found.target_ess is not None
+    assert coverage.eubo is not None
+    assert coverage.target_ess is not None
     figures = {
-        "acceptance": found.weights.acceptance.value,
-        "acceptance_error": found.weights.acceptance.error,
-        "ess": found.weights.ess.value,
-        "ess_at_target": found.target_ess.value,
-        "v": found.weights.v.value,
-        "bracket": found.eubo.value - found.elbo.value,
-        "reached": math.nan if found.reached is None else found.reached.value,
-        "missing": _missing(found),
+        "acceptance": coverage.weights.acceptance.value,
+        "acceptance_error": coverage.weights.acceptance.error,
+        "ess": coverage.weights.ess.value,
+        "ess_at_target": coverage.target_ess.value,
+        "v": coverage.weights.v.value,
+        "bracket": coverage.eubo.value - coverage.elbo.value,
+        "reached": math.nan if coverage.reached is None else coverage.reached.value,
+        "missing": _missing(coverage),
     }
     chain = independent_metropolis(target, flow, condition, draws=plan.draws, chains=1, seed=seed)
     beside = beside_held_out(target, flow, chain, held_out)
@@ -222,5 +222,5 @@ def _judged(plan: Plan, flow: nn.Module, k: int, held_out: Tensor, train, seed: 
     return {name: float(it) for name, it in figures.items()}
 
 
-def _missing(found: Coverage) -> float:
-    return sum(it.missing for it in found.modes) if found.modes else math.nan
+def _missing(coverage: Coverage) -> float:
+    return sum(it.missing for it in coverage.modes) if coverage.modes else math.nan

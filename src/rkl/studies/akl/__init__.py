@@ -1,5 +1,5 @@
-"""The study of one paper: its parts, and what runs one."""
+"""What the paper on adaptive KL claims of the two KLs, tested on its toy."""
 
-from rkl.studies.akl.toy import PARTS, study
+from rkl.studies.akl.toy import PARTS
 
-__all__ = ["PARTS", "study"]
+__all__ = ["PARTS"]

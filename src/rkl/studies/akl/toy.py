@@ -8,12 +8,8 @@ Source: Wu et al., Rethinking Kullback-Leibler Divergence in Knowledge Distillat
 Language Models, arXiv 2404.02657.
 """
 
-import csv
-import io
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,15 +18,12 @@ from torch import Tensor
 
 from rkl.divergences import AKL, KL, Divergence, ReverseKL
 from rkl.estimators import exact
-from rkl.runs import Run, write_atomic
+from rkl.studies.study import Outcome, Part
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section
 
-PARTS = ("toy",)
 ATOMS = 80
-STEPS = 400
-REPEATS = 20  # teachers of each kind
 KINDS = "peaked", "two bumps", "zipf"
 STARTS = "random", "uniform"
 DIVERGENCES: Mapping[str, Divergence] = {
@@ -40,8 +33,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
 }
 # The paper's Adam divides each logit's gradient by its own size, which is what the claim is about.
 DESCENTS = {"gradient descent": (torch.optim.SGD, 5.0), "Adam": (torch.optim.Adam, 0.2)}
-DRAWN = "two bumps"  # the paper's kind of teacher; its first one, from a random start, is drawn
-SHOWN = 0, 5, 20, 100, STEPS
+DRAWN = "two bumps", "random", 0  # the fit that is drawn: the paper's kind of teacher
 HEAD = AKL(mu=0.5)
 
 CLAIMS = (
@@ -51,6 +43,21 @@ CLAIMS = (
 )
 
 Counts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of the toy.
+
+    Args:
+        steps: Of each fit.
+        repeats: Teachers of each kind.
+        shown: Steps at which one fit is drawn.
+    """
+
+    steps: int = 400
+    repeats: int = 20
+    shown: tuple[int, ...] = (0, 5, 20, 100, 400)
 
 
 @dataclass(frozen=True)
@@ -76,52 +83,64 @@ class Trace:
 
     Attributes:
         gaps: Sum of abs(p - q) over the head and over the tail, before each step and at the end.
-        q: What the students said then.
+        q: The probabilities of the students then.
     """
 
     gaps: Float[Tensor, "steps fits 2"]
     q: Float[Tensor, "steps fits atoms"]
 
 
-def study(
-    part: str,
-    out: str | os.PathLike,
-    *,
-    overwrite: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-) -> Path:
-    """Test a claim, and write its figures.
+@dataclass(frozen=True)
+class Toy(Part):
+    """Fits of free logits under every divergence, by both optimisers.
 
-    Args:
-        part: Which one: "toy".
-        out: The folder to write: ``toy.csv``, figures, ``run.json`` with the counts, a report.
-        overwrite: Whether to replace the run that is there.
-        seed: What teachers and starts are drawn from.
+    Attributes:
         device: Where to compute.
-
-    Returns:
-        The report.
     """
-    if part not in PARTS:
-        raise ValueError(f"part must be 'toy'; got {part!r}.")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: {device!r} cannot be computed on: {reason}") from None
-    settings = {"part": part, "atoms": ATOMS, "steps": STEPS, "repeats": REPEATS}
-    run = Run.create(out, "studies.akl", settings, seed=seed, overwrite=overwrite)
-    with run.running():
-        toy = problem(seed, repeats=REPEATS, device=device)
-        traces = {
-            descent: {name: fit(toy, it, descent, STEPS) for name, it in DIVERGENCES.items()}
-            for descent in DESCENTS
-        }
-        write_atomic(run.path / "toy.csv", _csv(toy, traces))
-        run.update(counts=count(toy, traces))
-        _report(run, toy, traces)
-    return run.path / "report.html"
+
+    device: str = "cpu"
+    workers: int = field(default=1, kw_only=True)
+
+    def prepared(self, device: str, data: Any) -> "Toy":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device: {device!r} cannot be computed on: {reason}") from None
+        super().prepared("cpu", data)
+        return replace(self, device=device)
+
+    def jobs(self, seed: int) -> list[tuple[str, str, int]]:
+        return [(descent, name, seed) for descent in DESCENTS for name in DIVERGENCES]
+
+    def compute(self, descent: str, name: str, seed: int) -> dict[str, Any]:
+        toy = problem(seed, repeats=self.plan.repeats, device=self.device)
+        trace = fit(toy, DIVERGENCES[name], descent, self.plan.steps)
+        drawn = toy.names.index(DRAWN)
+        q = {str(step): trace.q[step, drawn].tolist() for step in self.plan.shown}
+        return {"descent": descent, "name": name, "gaps": trace.gaps.tolist(), "q": q}
+
+    def outcome(self, results: Sequence[Mapping[str, Any]], seed: int) -> Outcome:
+        from rkl.report import Section
+
+        toy = problem(seed, repeats=self.plan.repeats)
+        gaps: dict[str, dict[str, Tensor]] = {descent: {} for descent in DESCENTS}
+        students: dict[str, dict[str, dict]] = {descent: {} for descent in DESCENTS}
+        for result in results:
+            descent, name = result["descent"], result["name"]
+            gaps[descent][name] = torch.tensor(result["gaps"], dtype=torch.float64)
+            q = {int(step): torch.tensor(it).numpy() for step, it in result["q"].items()}
+            students[descent][name] = q
+        counts = count(toy, gaps)
+        pictures = [_pictures(toy, gaps[it], students[it], it) for it in DESCENTS]
+        sections = [
+            Section("The claims, counted", _READING, [_table(self.plan, counts)]),
+            *pictures,
+        ]
+        summary = f"Free logits over {ATOMS} atoms, fitted to fixed teachers."
+        points = list(_shares(counts))
+        rows = _rows(toy, gaps)
+        return Outcome(COLUMNS, rows, summary, sections, points, {"counts": counts})
 
 
 def problem(seed: int, *, repeats: int, device: str = "cpu") -> Problem:
@@ -169,37 +188,34 @@ def fit(toy: Problem, divergence: Divergence, descent: str, steps: int) -> Trace
             optimizer.zero_grad()
             exact(divergence, p=toy.logp, q=logits, weight=weight, compiled=False).backward()
             optimizer.step()
-    said = torch.stack(q)
-    gap = (p - said).abs()
+    student = torch.stack(q)
+    gap = (p - student).abs()
     parts = [gap.masked_fill(~part, 0.0).sum(-1) for part in (toy.head, ~toy.head)]
-    return Trace(torch.stack(parts, -1), said)
+    return Trace(torch.stack(parts, -1), student)
 
 
-def order(trace: Trace) -> Float[Tensor, " fits"]:
+def order(gaps: Float[Tensor, "steps fits 2"]) -> Float[Tensor, " fits"]:
     """What is left of the head's gap over what is left of the tail's, half-way.
 
     Both are relative to the start, and half-way is the first step at which the whole gap is below
     half of what it was. Below 1 the head was fitted first, above 1 the tail. Nan: never half-way.
     """
-    left = trace.gaps / trace.gaps[0]
-    whole = trace.gaps.sum(-1) / trace.gaps[0].sum(-1)
+    left = gaps / gaps[0]
+    whole = gaps.sum(-1) / gaps[0].sum(-1)
     halved = whole < 0.5
     step = halved.to(torch.int8).argmax(0)  # the first of the largest
     head, tail = left[step, torch.arange(len(step), device=step.device)].unbind(-1)
     return (head / tail).where(halved.any(0), torch.nan)
 
 
-def count(toy: Problem, traces: Mapping[str, Mapping[str, Trace]]) -> Counts:
+def count(toy: Problem, gaps: Mapping[str, Mapping[str, Tensor]]) -> Counts:
     """In how many fits each claim holds, descent by descent and start by start."""
     counts: Counts = {}
-    for descent, by_name in traces.items():
+    for descent, by_name in gaps.items():
         for start in STARTS:
             chosen = torch.tensor([name[1] == start for name in toy.names])
-            ratio = {name: order(trace).cpu()[chosen] for name, trace in by_name.items()}
-            left = {
-                name: trace.gaps[-1].sum(-1).cpu()[chosen].max().item()
-                for name, trace in by_name.items()
-            }
+            ratio = {name: order(it)[chosen] for name, it in by_name.items()}
+            left = {name: it[-1].sum(-1)[chosen].max().item() for name, it in by_name.items()}
             forward, reverse = ratio["forward-kl"], ratio["reverse-kl"]
             holding = forward < 1, reverse > 1, forward < reverse
             counts[f"{descent}, {start} start"] = {
@@ -210,97 +226,81 @@ def count(toy: Problem, traces: Mapping[str, Mapping[str, Trace]]) -> Counts:
     return counts
 
 
-def _csv(toy: Problem, traces: Mapping[str, Mapping[str, Trace]]) -> str:
-    page = io.StringIO()
-    table = csv.writer(page, lineterminator="\n")
-    table.writerow(
-        ["descent", "divergence", "teacher", "start", "number", "step", "head_gap", "tail_gap"]
-    )
-    steps = [it for it in range(STEPS + 1) if it < 20 or it % (10 if it < 100 else 50) == 0]
-    for descent, by_name in traces.items():
-        for name, trace in by_name.items():
-            for gaps, labels in zip(trace.gaps.unbind(1), toy.names, strict=True):
+COLUMNS = (
+    *("descent", "divergence", "teacher", "start", "number", "step", "head_gap", "tail_gap"),
+)
+
+
+def _rows(toy: Problem, gaps: Mapping[str, Mapping[str, Tensor]]) -> Iterator[list[Any]]:
+    for descent, by_name in gaps.items():
+        for name, of_fits in by_name.items():
+            steps = [
+                it for it in range(len(of_fits)) if it < 20 or it % (10 if it < 100 else 50) == 0
+            ]
+            for one, labels in zip(of_fits.unbind(1), toy.names, strict=True):
                 for step in steps:
-                    numbers = (f"{gap:.6e}" for gap in gaps[step].tolist())
-                    table.writerow([descent, name, *labels, step, *numbers])
-    return page.getvalue()
+                    numbers = (f"{gap:.6e}" for gap in one[step].tolist())
+                    yield [descent, name, *labels, step, *numbers]
 
 
-def _report(run: Run, toy: Problem, traces: Mapping[str, Mapping[str, Trace]]) -> None:
-    from rkl.report import Section, Settings, render, write
-
-    counts = run.record["counts"]
-    drawn = toy.names.index((DRAWN, "random", 0))
-    sections = [
-        Section("The claims, counted", _SAYS, [_table(counts)]),
-        *(_pictures(run, toy, it, descent, drawn) for descent, it in traces.items()),
-        Section("Settings", blocks=[Settings(run.record)]),
-    ]
-    page = render("The toy of adaptive KL", sections, lead=_lead(counts))
-    write(run.path / "report.html", page)
-
-
-def _lead(counts: Counts) -> str:
+def _shares(counts: Counts) -> Iterator[str]:
     """The counts of both starts together, in words."""
-    told = []
     for descent in DESCENTS:
         both = [counts[f"{descent}, {start} start"] for start in STARTS]
         head, tail, favours, fits = (sum(it[key] for it in both) for key in (*CLAIMS, "fits"))
-        told.append(
+        yield (
             f"By {descent}, forward KL fitted the head first in {head} of {fits} fits and reverse "
             f"KL the tail first in {tail}; forward KL favoured the head more than reverse KL in "
             f"{favours}."
         )
-    return f"Free logits over {ATOMS} atoms, fitted to fixed teachers. {' '.join(told)}"
 
 
-def _table(counts: Counts) -> "Block":
+def _table(plan: Plan, counts: Counts) -> "Block":
     from rkl.report import Table
 
-    rows = [[key, *(found[key] for found in counts.values())] for key in ("fits", *CLAIMS)]
+    rows = [[key, *(it[key] for it in counts.values())] for key in ("fits", *CLAIMS)]
     for name in DIVERGENCES:
-        gaps = (found["largest gap left"][name] for found in counts.values())
-        rows.append([f"largest Σ |p − q| left, {name}", *gaps])
-    caption = f"{STEPS} steps; {REPEATS} teachers of each kind: {', '.join(KINDS)}."
+        largest = (it["largest gap left"][name] for it in counts.values())
+        rows.append([f"largest Σ |p − q| left, {name}", *largest])
+    caption = f"{plan.steps} steps; {plan.repeats} teachers of each kind: {', '.join(KINDS)}."
     return Table("In how many fits", ["", *counts], rows, caption)
 
 
 def _pictures(
-    run: Run, toy: Problem, traces: Mapping[str, Trace], descent: str, drawn: int
+    toy: Problem,
+    gaps: Mapping[str, Tensor],
+    students: Mapping[str, Mapping[int, Any]],
+    descent: str,
 ) -> "Section":
+    """One fit, rank by rank and step by step."""
     from rkl import plots
-    from rkl.report import Figure, Section
+    from rkl.report import Section, drawn
 
-    students = {
-        name: {step: trace.q[step, drawn].cpu().numpy() for step in SHOWN}
-        for name, trace in traces.items()
-    }
-    p, head = toy.logp[drawn].exp().cpu().numpy(), int(toy.head[drawn].sum())
-    gaps = {name: trace.gaps[:, drawn].T.cpu().numpy() for name, trace in traces.items()}
-    steps = list(range(STEPS + 1))
+    chosen = toy.names.index(DRAWN)
+    p, head = toy.logp[chosen].exp().numpy(), int(toy.head[chosen].sum())
+    parts = {name: it[:, chosen].T.numpy() for name, it in gaps.items()}
+    steps = list(range(len(next(iter(gaps.values())))))
     drawings = {
         "Rank by rank": plots.head_tail(p, students, head=head, logarithmic=False),
         "Gap of head and tail": plots.head_tail_by_step(
-            steps, {name: (both[0], both[1]) for name, both in gaps.items()}
+            steps, {name: (both[0], both[1]) for name, both in parts.items()}
         ),
     }
-    blocks = []
-    for title, drawing in drawings.items():
-        whole = f"{title}, {descent}"
-        svg = plots.to_svg(drawing, whole)
-        write_atomic(run.path / f"{whole.lower().replace(',', '').replace(' ', '-')}.svg", svg)
-        blocks.append(Figure(whole, svg, _CAPTIONS[title]))
+    blocks = [
+        drawn(f"{title}, {descent}", drawing, _CAPTIONS[title])
+        for title, drawing in drawings.items()
+    ]
     return Section(f"One fit, {descent}", blocks=blocks)
 
 
-_SAYS = (
+_READING = (
     "A part is fitted first if, when the whole gap Σ |p − q| has fallen to half, less is left of "
     "that part's gap than of the other's, each relative to its start. The teacher's head is its "
     "most probable atoms up to half of its mass.\n\n"
     "The gradient of forward KL, q − p, is large where the teacher is; that of reverse KL, "
-    "q (log q/p − KL), where the student says what the teacher would not. Gradient descent "
+    "q (log q/p − KL), where the student has mass and the teacher little. Gradient descent "
     "follows these sizes. Adam divides each logit's gradient by its own running size, so that "
-    "every logit moves by about the learning rate at first, whatever the divergence says: the "
+    "every logit moves by about the learning rate at first, whatever the divergence: the "
     "order then depends on how far each logit has to go, and little of the claim is left."
 )
 _CAPTIONS = {
@@ -310,3 +310,5 @@ _CAPTIONS = {
     ),
     "Gap of head and tail": "What is left of Σ |p − q| over the head and over the tail.",
 }
+
+PARTS: Mapping[str, Toy] = {"toy": Toy("The toy of adaptive KL", Plan())}

@@ -1,5 +1,5 @@
-"""The study of one paper: its parts, and what runs one."""
+"""Where the reverse-KL act is consistent for the variance of many small groups, and where not."""
 
-from rkl.studies.neyman_scott.report import PARTS, study
+from rkl.studies.neyman_scott.report import PARTS
 
-__all__ = ["PARTS", "study"]
+__all__ = ["PARTS"]

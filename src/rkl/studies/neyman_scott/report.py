@@ -8,32 +8,36 @@ person (``panel``) and with errors in both variables (``errors-in-variables``).
 Source: Brand (2017), arXiv 1707.06366; Neyman and Scott (1948), Econometrica 16.
 """
 
-import csv
-import io
 import math
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rkl.runs import Run, write_atomic
-from rkl.stats import mean
 from rkl.studies.neyman_scott import lines, panel, variance
-from rkl.studies.study import torch_threads
+from rkl.studies.study import Outcome, Pair, Part, mean_over_seeds
 
 if TYPE_CHECKING:
-    from rkl.report import Section, Table
+    from rkl.report import Block, Section, Table
 
-SIZES = 10, 100, 1_000, 10_000
-REPLICATIONS = 200
 CLASSICAL = "no prior"
 WORDS = "prior", "design", "quantity", "estimator"
 COLUMNS = *WORDS, "N", "truth", "replications", "mean", "se", "sd", "rmse"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a part.
+
+    Args:
+        sizes: How many unknowns there are beside what is estimated.
+        replications: Data sets of each size.
+    """
+
+    sizes: tuple[int, ...] = (10, 100, 1_000, 10_000)
+    replications: int = 200
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,10 @@ class Row:
         estimator: How.
         size: N, how many unknowns there are beside it.
         truth: Its true value.
-        values: The estimates.
+        count: Replications in which it is finite.
+        mean: Of the estimates, with its standard error.
+        sd: Of the estimates; undefined for one.
+        rmse: About the truth.
     """
 
     prior: str
@@ -56,37 +63,31 @@ class Row:
     estimator: str
     size: int
     truth: float
-    values: Tensor
+    count: int
+    mean: Pair
+    sd: float
+    rmse: float
 
-    @property
-    def mean(self) -> tuple[float, float]:
-        """Of the estimates, with its standard error."""
-        value, error = mean(self.values)
-        return value.item(), error.item()
-
-    @property
-    def sd(self) -> float:
-        """Of the estimates; undefined for one."""
-        return self.values.std().item() if len(self.values) > 1 else math.nan
-
-    @property
-    def rmse(self) -> float:
-        """About the truth."""
-        return (self.values - self.truth).square().mean().sqrt().item()
+    @classmethod
+    def of(cls, values: Tensor, truth: float, **labels: Any) -> "Row":
+        """The row of some estimates, at least one."""
+        mean = mean_over_seeds(values.tolist())
+        sd = values.std().item() if len(values) > 1 else math.nan
+        rmse = (values - truth).square().mean().sqrt().item()
+        return cls(truth=truth, count=len(values), mean=mean, sd=sd, rmse=rmse, **labels)
 
     def cells(self) -> list[str]:
         """As the csv has it."""
         words = (getattr(self, it) for it in WORDS)
         numbers = (f"{it:.6g}" for it in (*self.mean, self.sd, self.rmse))
-        return [*words, str(self.size), f"{self.truth:g}", str(len(self.values)), *numbers]
+        return [*words, str(self.size), f"{self.truth:g}", str(self.count), *numbers]
 
 
 @dataclass(frozen=True)
-class Part:
-    """One problem.
+class Problem(Part):
+    """One problem, under all priors and by all estimators.
 
     Attributes:
-        title: Of its report.
         truths: What is estimated, and its true value.
         designs: From N, the number of replications and a seed to their data.
         priors: By name.
@@ -94,10 +95,10 @@ class Part:
         bayesian: The same, from the data and a prior.
         drawn: The estimators in the figures, the widest line first.
         sizes: What N counts.
-        says: What to see.
+        reading: How the figures are to be read.
+        with_draws: True where the acts are computed from posterior draws of one data set too.
     """
 
-    title: str
     truths: Mapping[str, float]
     designs: Mapping[str, Callable[[int, int, int], Any]]
     priors: Mapping[str, Any]
@@ -105,32 +106,51 @@ class Part:
     bayesian: Callable[[Any, Any], Mapping[str, Any]]
     drawn: Sequence[str]
     sizes: str
-    says: str
+    reading: str
+    with_draws: bool = False
 
-    def rows(self, sizes: Sequence[int], replications: int, seed: int) -> Iterator[Row]:
-        """All estimates; every prior sees the same data."""
-        for design, simulate in self.designs.items():
-            for size in sizes:
-                data = simulate(size, replications, seed)
-                found = {CLASSICAL: self.classical(data)}
-                found |= {name: self.bayesian(data, it) for name, it in self.priors.items()}
-                for prior, estimates in found.items():
-                    for name, x in estimates.items():
-                        yield from self._of_each(x, prior, design, name, size)
+    def jobs(self, seed: int) -> list[tuple[str, int, int]]:
+        return [(design, size, seed) for design in self.designs for size in self.plan.sizes]
 
-    def _of_each(
-        self, estimates: Any, prior: str, design: str, name: str, size: int
-    ) -> Iterator[Row]:
-        each = estimates if isinstance(estimates, tuple) else (estimates,)
-        for x, (quantity, truth) in zip(each, self.truths.items(), strict=True):
-            finite = x[x.isfinite()]
-            if len(finite):
-                yield Row(prior, design, quantity, name, size, truth, finite)
+    def compute(self, design: str, size: int, seed: int) -> list[dict[str, Any]]:
+        return [asdict(it) for it in self.rows(design, size, seed)]
+
+    def rows(self, design: str, size: int, seed: int) -> Iterator[Row]:
+        """All estimates from data sets of one size; every prior sees the same data."""
+        data = self.designs[design](size, self.plan.replications, seed)
+        estimates = {CLASSICAL: self.classical(data)}
+        estimates |= {name: self.bayesian(data, prior) for name, prior in self.priors.items()}
+        for prior, by_name in estimates.items():
+            for name, values in by_name.items():
+                each = values if isinstance(values, tuple) else (values,)
+                for x, (quantity, truth) in zip(each, self.truths.items(), strict=True):
+                    finite = x[x.isfinite()]
+                    if len(finite):
+                        labels = {"prior": prior, "design": design, "quantity": quantity}
+                        yield Row.of(finite, truth, estimator=name, size=size, **labels)
+
+    def outcome(self, results: Sequence[Sequence[Mapping[str, Any]]], seed: int) -> Outcome:
+        from rkl.report import Section
+
+        rows = [Row(**{**it, "mean": tuple(it["mean"])}) for part in results for it in part]
+        blocks: list[Block] = [_from_draws(seed)] if self.with_draws else []
+        sections = [Section("What came out", self.reading, blocks)]
+        for design in self.designs:
+            for quantity in self.truths:
+                chosen = [it for it in rows if (it.design, it.quantity) == (design, quantity)]
+                sections.append(_section(self, chosen))
+        summary = (
+            f"{self.plan.replications} data sets of each size. At N = {max(self.plan.sizes):,} "
+            f"reverse KL estimates {rows[0].quantity} = {rows[0].truth:g} by:"
+        )
+        cells = (it.cells() for it in rows)
+        return Outcome(COLUMNS, cells, summary, sections, list(_estimates(self, rows)))
 
 
-PARTS: Mapping[str, Part] = {
-    "variance": Part(
+PARTS: Mapping[str, Problem] = {
+    "variance": Problem(
         title="One variance, many unknown means",
+        plan=Plan(),
         truths={"σ²": variance.SIGMA2},
         designs={name: partial(variance.simulate, it) for name, it in variance.DESIGNS.items()},
         priors=variance.PRIORS,
@@ -148,7 +168,7 @@ PARTS: Mapping[str, Part] = {
             "MAP in σ",
         ),
         sizes="number of groups N",
-        says=(
+        reading=(
             "Reverse KL estimates σ² by 1 / E[1/σ²]: it goes where the marginal posterior of σ² "
             "goes, and so is consistent exactly when that is. So are the posterior's mean and "
             "median. Forward KL adds the mean posterior variance of a group's mean, which does "
@@ -159,9 +179,11 @@ PARTS: Mapping[str, Part] = {
             "whose power of σ grows with the number of means, nor where the means' own law is "
             "fixed and wrong, proper as it is."
         ),
+        with_draws=True,
     ),
-    "panel": Part(
+    "panel": Problem(
         title="A common effect, many unknown intercepts",
+        plan=Plan(),
         truths={"β": panel.EFFECT},
         designs={"two answers each": panel.simulate},
         priors=panel.PRIORS,
@@ -176,7 +198,7 @@ PARTS: Mapping[str, Part] = {
             "maximum likelihood",
         ),
         sizes="number of persons N",
-        says=(
+        reading=(
             "β is a natural parameter, so that reverse KL reports its posterior mean. Forward KL "
             "averages probabilities, which flattens the curve, and stays below even where the "
             "prior is the truth. Reverse KL breaks where the marginal posterior of β does: under "
@@ -185,8 +207,9 @@ PARTS: Mapping[str, Part] = {
             "needs no law of the intercepts at all."
         ),
     ),
-    "errors-in-variables": Part(
+    "errors-in-variables": Problem(
         title="A line through points with errors in both coordinates",
+        plan=Plan(),
         truths={"β": lines.SLOPE, "σ²": lines.SIGMA2},
         designs={"points on a line": lines.simulate},
         priors=lines.PRIORS,
@@ -203,7 +226,7 @@ PARTS: Mapping[str, Part] = {
             "least squares",  # of the slope alone, hence last
         ),
         sizes="number of points N",
-        says=(
+        reading=(
             "A prior flat in the true x is not flat along the line: a steeper line has more room "
             "for the same x. That factor comes once for each point, and under it the marginal "
             "posterior of the slope is that of least squares, too flat however many points there "
@@ -215,80 +238,17 @@ PARTS: Mapping[str, Part] = {
 }
 
 
-def study(
-    part: str,
-    out: str | os.PathLike,
-    *,
-    overwrite: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-) -> Path:
-    """Test the claim in one problem, and write its figures.
-
-    Args:
-        part: "variance", "panel" or "errors-in-variables".
-        out: The folder to write: a csv of all estimates, figures, a report.
-        overwrite: Whether to replace the run that is there.
-        seed: What the data are drawn from.
-        device: The cpu, for which the sums are small enough.
-
-    Returns:
-        The report.
-    """
-    if part not in PARTS:
-        raise ValueError(f"part must be one of {', '.join(PARTS)}; got {part!r}.")
-    if device != "cpu":
-        raise ValueError(f"device must be 'cpu', for which this is little work; got {device!r}.")
-    problem = PARTS[part]
-    settings = {"part": part, "sizes": SIZES, "replications": REPLICATIONS}
-    run = Run.create(out, "studies.neyman_scott", settings, seed=seed, overwrite=overwrite)
-    with run.running(), torch_threads(1):
-        rows = list(problem.rows(SIZES, REPLICATIONS, seed))
-        write_atomic(run.path / f"{part}.csv", _csv(rows))
-        _report(run, problem, rows)
-    return run.path / "report.html"
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    page = io.StringIO()
-    table = csv.writer(page, lineterminator="\n")
-    table.writerow(COLUMNS)
-    table.writerows(row.cells() for row in rows)
-    return page.getvalue()
-
-
-def _report(run: Run, problem: Part, rows: Sequence[Row]) -> None:
-    from rkl.report import Section, Settings, render, write
-
-    blocks = [_through_draws(run.record["seed"])] if problem is PARTS["variance"] else []
-    first = Section("What came out", problem.says, blocks)
-    sections = [
-        _section(run, problem, [it for it in rows if [it.design, it.quantity] == chosen])
-        for chosen in ([design, it] for design in problem.designs for it in problem.truths)
-    ]
-    last = Section("Settings", blocks=[Settings(run.record)])
-    page = render(problem.title, [first, *sections, last], lead=_lead(problem, rows))
-    write(run.path / "report.html", page)
-
-
-def _lead(problem: Part, rows: Sequence[Row]) -> str:
+def _estimates(problem: Problem, rows: Sequence[Row]) -> Iterator[str]:
     """What reverse KL came to at the largest N, prior by prior."""
     from rkl.report import written
 
-    row = rows[0]
-    told = [
-        f"{written(it.mean)} ({it.prior})"
-        for it in rows
-        if (it.design, it.quantity, it.estimator, it.size)
-        == (row.design, row.quantity, "reverse KL", max(SIZES))
-    ]
-    return (
-        f"{REPLICATIONS} data sets of each size. At N = {max(SIZES):,} reverse KL estimates "
-        f"{row.quantity} = {row.truth:g} by {'; '.join(told)}."
-    )
+    first = rows[0].design, rows[0].quantity, "reverse KL", max(problem.plan.sizes)
+    for row in rows:
+        if (row.design, row.quantity, row.estimator, row.size) == first:
+            yield f"{written(row.mean)}: {row.prior}"
 
 
-def _section(run: Run, problem: Part, rows: Sequence[Row]) -> "Section":
+def _section(problem: Problem, rows: Sequence[Row]) -> "Section":
     """One quantity in one design: the figure, and tables of the largest N and the smallest."""
     from rkl import plots
     from rkl.report import Section, drawn
@@ -311,9 +271,8 @@ def _section(run: Run, problem: Part, rows: Sequence[Row]) -> "Section":
     )
     title = f"{quantity}, {design}"
     block = drawn(f"{title}: estimate against N", figure, _CAPTION)
-    name = re.sub(r"\W+", "-", f"{_FILES[quantity]} {design}")
-    write_atomic(run.path / f"{name}.svg", block.svg)
-    tables = [_table(problem, rows, size) for size in (max(SIZES), min(SIZES))]
+    sizes = problem.plan.sizes
+    tables = [_table(problem, rows, size) for size in dict.fromkeys((max(sizes), min(sizes)))]
     return Section(title, blocks=[block, *tables])
 
 
@@ -323,7 +282,7 @@ def _series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float], lis
     return [it.size for it in chosen], [it.mean[0] for it in chosen], [it.sd for it in chosen]
 
 
-def _table(problem: Part, rows: Sequence[Row], size: int) -> "Table":
+def _table(problem: Problem, rows: Sequence[Row], size: int) -> "Table":
     """Mean and standard error by estimator and prior."""
     from rkl.report import Table
 
@@ -337,19 +296,18 @@ def _table(problem: Part, rows: Sequence[Row], size: int) -> "Table":
     return Table(f"Mean estimate at N = {size:,}", ["", *columns], body, _TABLED)
 
 
-def _through_draws(seed: int) -> "Table":
+def _from_draws(seed: int) -> "Table":
     """One data set's acts by the library's own verb."""
     from rkl.report import Table
     from rkl.studies.neyman_scott.draws import CHAINS, DRAWS, GROUPS, compare
 
-    body = [[name, *found] for name, found in compare(seed).items()]
+    body = [[name, *act] for name, act in compare(seed).items()]
     title = f"σ of one data set, N = {GROUPS}, J = 2, reference prior"
     columns = ["act", "bayes_act, from draws", "quadrature"]
     caption = f"{CHAINS * DRAWS:,} independent draws; ± is the error that bayes_act states."
     return Table(title, columns, body, caption)
 
 
-_FILES = {"σ²": "variance", "β": "slope"}
 _CAPTION = (
     "The mean over the data sets, and one standard deviation of them on either side; the truth "
     "dashed. Estimators that agree lie on one another, the later one narrower."

@@ -1,5 +1,5 @@
-"""The study of one paper: its parts, and what runs one."""
+"""What flows trained for precision or for recall come to, beside sampling for it."""
 
-from rkl.studies.precision_recall.report import PARTS, study
+from rkl.studies.precision_recall.report import PARTS
 
-__all__ = ["PARTS", "study"]
+__all__ = ["PARTS"]

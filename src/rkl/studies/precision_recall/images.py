@@ -53,7 +53,7 @@ DRAWN = (
     ("PrecisionHalf(1), no guard", "critic"),
     ("distilled, budget 4", OF_FEATURES),
 )
-SAYS = (
+READING = (
     "Precision is the share of draws inside a ball about a real picture, recall the share of "
     "real pictures inside a ball about a draw: once in the last hidden layer of a classifier, "
     "once in the first principal components of the pixels. A critic of pixels has not seen the "
@@ -172,10 +172,10 @@ def read(plan: Plan) -> Pictures:
     """
     if plan.data is None:
         return _digits()
-    found = _idx(Path(plan.data))
-    return (
-        found if plan.levels is None else replace(found, values=found.values * plan.levels // 256)
-    )
+    pictures = _idx(Path(plan.data))
+    if plan.levels is None:
+        return pictures
+    return replace(pictures, values=pictures.values * plan.levels // 256)
 
 
 @cache
@@ -186,10 +186,10 @@ def _digits() -> Pictures:
         raise ImportError(
             "the digits are those of scikit-learn, which is not there: pip install scikit-learn"
         ) from None
-    found: Any = load_digits()
-    values = torch.from_numpy(found.data).long()
+    digits: Any = load_digits()
+    values = torch.from_numpy(digits.data).long()
     places = ((values > 0).sum(0) >= SELDOM).nonzero().flatten()
-    return Pictures(values[:, places], torch.from_numpy(found.target).long(), 8, places)
+    return Pictures(values[:, places], torch.from_numpy(digits.target).long(), 8, places)
 
 
 @cache
@@ -272,7 +272,7 @@ class Spaces:
 
     def compare(self, sets: Sequence[Tensor]) -> dict[str, Pair]:
         """Precision and recall of sets of draws of one law, averaged."""
-        found: dict[str, list[Pair]] = {}
+        pairs: dict[str, list[Pair]] = {}
         real = self.seen(self.real)
         for fake in map(self.seen, sets):
             for space in real:
@@ -282,11 +282,11 @@ class Spaces:
                 for name in ("precision", "recall"):
                     value, error = getattr(scores, name)
                     pair = value.item(), error.item()
-                    found.setdefault(f"{space}: {name}", []).append(pair)
+                    pairs.setdefault(f"{space}: {name}", []).append(pair)
         mean = statistics.fmean  # the sets have the real ones in common: errors do not average out
         return {
             name: (mean(value for value, _ in it), mean(error for _, error in it))
-            for name, it in found.items()
+            for name, it in pairs.items()
         }
 
 
@@ -296,7 +296,7 @@ def spread(values: Int[Tensor, "rows *event"]) -> Float[Tensor, "rows *event"]:
 
 
 def run(plan: Plan, seed: int) -> Iterator[Seed]:
-    """All laws of one seed, each judged; maximum likelihood comes first."""
+    """All distributions of one seed, each judged; maximum likelihood comes first."""
     judges, pictures = read(plan).split(plan.most, seed)
     spaces = Spaces(judges, pictures, seed)
     judge = _Judge(plan, pictures, spaces, seed)
@@ -342,8 +342,8 @@ def _accepted(law: Distribution, critic: Any, budget: float, count: int) -> tupl
         return law.sample(torch.Size([count])).detach(), 1.0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "budget=.* buys nothing")  # then it costs less
-        found = reject(law, critic, n=count, budget=budget)
-    return found.samples, found.cost
+        accepted = reject(law, critic, n=count, budget=budget)
+    return accepted.samples, accepted.cost
 
 
 class _Judge:
@@ -357,16 +357,16 @@ class _Judge:
         size = len(self.spaces.real)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(self.seed)
-            return self._told(way, law.sample(torch.Size([SETS * size])), 1.0, history)
+            return self._seed(way, law.sample(torch.Size([SETS * size])), 1.0, history)
 
     def rejected(self, law: Distribution, critic: Any, budget: float, ratio: str) -> Seed:
         """Sifted by a critic, at the cost of the budget."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             drawn, cost = _accepted(law, critic, budget, SETS * len(self.spaces.real))
-        return self._told((f"rejection, budget {budget:g}", ratio), drawn, cost, [])
+        return self._seed((f"rejection, budget {budget:g}", ratio), drawn, cost, [])
 
-    def _told(self, way: tuple[str, str], drawn: Tensor, cost: float, history: list) -> Seed:
-        found = self.spaces.compare(list(drawn.tensor_split(SETS)))
-        found["cost"] = cost, 0.0
-        return Seed(*way, self.seed, found, samples=self.pictures.shown(drawn), history=history)
+    def _seed(self, way: tuple[str, str], drawn: Tensor, cost: float, history: list) -> Seed:
+        figures = self.spaces.compare(list(drawn.tensor_split(SETS)))
+        figures["cost"] = cost, 0.0
+        return Seed(*way, self.seed, figures, samples=self.pictures.shown(drawn), history=history)

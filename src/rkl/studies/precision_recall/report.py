@@ -8,48 +8,81 @@ Source: Verine et al. (2023), arXiv 2302.00628; Verine et al. (2024), arXiv 2311
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rkl.runs import Run, check_out, write_atomic
 from rkl.studies.precision_recall import images, ring
-from rkl.studies.precision_recall.rows import ML, Row, Seed, rows_of, to_csv
-from rkl.studies.study import in_processes
+from rkl.studies.precision_recall.rows import COLUMNS, ML, Row, Seed, rows_of
+from rkl.studies.study import Outcome, Part
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section
 
-WORKERS = 2  # processes, of one thread each
-FREE, MUCH = 1.001, 0.06  # draws per sample that count as one; a loss of precision or recall
+MAX_FREE_COST = 1.001  # draws per sample that count as one
+MAX_LOSS = 0.06  # of precision where recall is gained, or the other way round
 
 
 @dataclass(frozen=True)
-class Part:
-    """One set of data.
+class Trade(Part):
+    """Precision and recall of many ways to fit and to sample, on one set of data.
 
     Attributes:
-        title: Of its report.
-        plan: Its sizes.
-        run: All laws from one seed.
+        run: All distributions from one seed.
         axes: What is drawn against what, by the title of the figure: recall and precision.
         drawn: Methods whose samples, and curves where they are known, are shown.
-        says: What to see.
+        reading: How the figures are to be read.
+        needs_data: True where the images come in a file of the user's.
     """
 
-    title: str
-    plan: Any
     run: Callable[[Any, int], Iterable[Seed]]
     axes: Mapping[str, tuple[str, str]]
     drawn: Sequence[tuple[str, str]]
-    says: str
+    reading: str
+    needs_data: bool = False
+
+    def prepared(self, device: str, data: str | os.PathLike | None) -> "Trade":
+        super().prepared(device, None)
+        part = self
+        if (data is None) == self.needs_data:
+            wanted = "must be the IDX file of the images" if data is None else "is for mnist alone"
+            raise ValueError(f"data {wanted}; got {data}.")
+        if isinstance(self.plan, images.Plan):
+            plan = replace(self.plan, data=None if data is None else os.fspath(data))
+            images.read(plan)  # refused before anything is written
+            part = replace(part, plan=plan)
+        return part
+
+    def jobs(self, seed: int) -> list[tuple[int]]:
+        return [(each,) for each in range(seed, seed + self.plan.seeds)]
+
+    def compute(self, seed: int) -> list[dict[str, Any]]:
+        return [asdict(it) for it in self.run(self.plan, seed)]
+
+    def outcome(self, results: Sequence[Sequence[Mapping[str, Any]]], seed: int) -> Outcome:
+        from rkl.report import Section
+
+        seeds = [Seed.read(it) for one in results for it in one]
+        rows = rows_of(seeds)
+        sections = [
+            Section("What came out", self.reading, [*_points(self, rows), *_tables(rows)]),
+            _pictures(self, seeds),
+            *_curves(self, seeds),
+            _training(self, seeds),
+        ]
+        summary = (
+            f"{len(rows[0].values)} seeds. The most that a method reached at one draw per sample, "
+            f"losing at most {MAX_LOSS:g} of the other of precision and recall:"
+        )
+        return Outcome(
+            COLUMNS, (it.cells() for it in rows), summary, sections, list(_best(self, rows))
+        )
 
 
-PARTS: Mapping[str, Part] = {
-    "ring": Part(
+PARTS: Mapping[str, Trade] = {
+    "ring": Trade(
         title="Precision and recall: eight Gaussians on a ring",
         plan=ring.Plan(),
         run=ring.run,
@@ -63,152 +96,74 @@ PARTS: Mapping[str, Part] = {
             ("ReverseKL", "exact"),
             ("rejection, budget 1.1", "critic"),
         ),
-        says=(
-            "Both laws are known, so that precision α(λ) and recall β(λ) are sums over a grid, "
+        reading=(
+            "Both seeds are known, so that precision α(λ) and recall β(λ) are sums over a grid, "
             "and the errors are those over seeds alone: new data, a new flow, a new critic. "
             "Every fit takes the same number of steps, the maximum likelihood that it begins "
             "with included."
         ),
     ),
-    "digits": Part(
+    "digits": Trade(
         title="Precision and recall: the digits of scikit-learn",
         plan=images.Plan(),
         run=images.run,
         axes=images.AXES,
         drawn=images.DRAWN,
-        says=images.SAYS,
+        reading=images.READING,
     ),
-    "mnist": Part(
+    "mnist": Trade(
         title="Precision and recall: MNIST",
         plan=images.MNIST,
         run=images.run,
         axes=images.AXES,
         drawn=images.DRAWN,
-        says=images.SAYS,
+        reading=images.READING,
+        needs_data=True,
     ),
 }
 
 
-def study(
-    part: str,
-    out: str | os.PathLike,
-    *,
-    overwrite: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-    data: str | os.PathLike | None = None,
-) -> Path:
-    """Fit, sample and measure in every way, and write the figures.
-
-    Args:
-        part: "ring", "digits" or "mnist".
-        out: The folder to write: a csv of all figures, pictures, a report.
-        overwrite: Whether to replace the run that is there.
-        seed: Of the first data set and fit; the others follow.
-        device: The cpu, for which this is made.
-        data: IDX file of images, with its labels beside it, for "mnist".
-
-    Returns:
-        The report.
-    """
-    if part not in PARTS:
-        raise ValueError(f"part must be one of {', '.join(PARTS)}; got {part!r}.")
-    if device != "cpu":
-        raise ValueError(f"device must be 'cpu', for which this is made; got {device!r}.")
-    plan = PARTS[part].plan
-    if (data is None) == (part == "mnist"):
-        told = "must be the IDX file of the images" if data is None else "is for mnist alone"
-        raise ValueError(f"data {told}, in part {part!r}; got {data}.")
-    if isinstance(plan, images.Plan):
-        plan = replace(plan, data=None if data is None else os.fspath(data))
-        inputs = {"data": data}
-        check_out(out, overwrite=overwrite, resumable=False, inputs=inputs)
-        images.read(plan)  # refused before anything is written
-    return conducted(part, plan, out, overwrite=overwrite, seed=seed)
-
-
-def conducted(
-    part: str, plan: Any, out: str | os.PathLike, *, overwrite: bool = False, seed: int = 0
-) -> Path:
-    """One part in the sizes of a plan."""
-    settings = {"part": part, "plan": {name: repr(it) for name, it in vars(plan).items()}}
-    run = Run.create(out, "studies.precision_recall", settings, seed=seed, overwrite=overwrite)
-    with run.running():
-        laws = _all_laws(PARTS[part], plan, range(seed, seed + plan.seeds))
-        rows = rows_of(laws)
-        write_atomic(run.path / f"{part}.csv", to_csv(rows))
-        _report(run, PARTS[part], rows, laws)
-    return run.path / "report.html"
-
-
-def _all_laws(part: Part, plan: Any, seeds: Sequence[int]) -> list[Seed]:
-    """Seed by seed, in processes of one thread each where there are several."""
-    columns = [part.run] * len(seeds), [plan] * len(seeds), seeds
-    return [law for laws in in_processes(_laws, *columns, workers=WORKERS) for law in laws]
-
-
-def _laws(run: Callable[[Any, int], Iterable[Seed]], plan: Any, seed: int) -> list[Seed]:
-    return list(run(plan, seed))
-
-
-def _report(run: Run, part: Part, rows: Sequence[Row], laws: Sequence[Seed]) -> None:
-    from rkl.report import Section, Settings, render, write
-
-    sections = [
-        Section("What came out", part.says, [*_points(run, part, rows), *_tables(rows)]),
-        _pictures(run, part, laws),
-        *_curves(part, laws),
-        _training(part, laws),
-        Section("Settings", blocks=[Settings(run.record)]),
-    ]
-    page = render(part.title, [it for it in sections if it.blocks], lead=_lead(part, rows))
-    write(run.path / "report.html", page)
-
-
-def _told(method: str, ratio: str) -> str:
+def _label(method: str, ratio: str) -> str:
     return method if ratio == "none" else f"{method}, {ratio}"
 
 
-def _lead(part: Part, rows: Sequence[Row]) -> str:
-    """Who gained most at one draw per sample without losing much of the other, in words."""
+def _best(part: Trade, rows: Sequence[Row]) -> Iterator[str]:
+    """Who gained most at one draw per sample without losing much of the other."""
     from rkl.report import written
 
     by = {(it.method, it.ratio, it.quantity): it for it in rows}
-    free = [key[:2] for key, it in by.items() if key[2] == "cost" and it.mean[0] < FREE]
-    told = []
+    free = [
+        (it.method, it.ratio)
+        for it in rows
+        if it.quantity == "cost" and it.mean[0] < MAX_FREE_COST
+    ]
     for axes in part.axes.values():
         for wanted, other in (axes, axes[::-1]):
-            fair = [it for it in free if by[(*it, other)].gain[0] > -MUCH]
+            fair = [it for it in free if by[(*it, other)].gain[0] > -MAX_LOSS]
             best = max(fair, key=lambda it: by[(*it, wanted)].mean[0])
-            told.append(
-                f"most {wanted}: {_told(*best)}, {written(by[(*best, wanted)].mean)} (maximum "
+            yield (
+                f"{wanted}: {_label(*best)}, {written(by[(*best, wanted)].mean)} (maximum "
                 f"likelihood {written(by[(ML, 'none', wanted)].mean)})"
             )
-    return (
-        f"{len(rows[0].values)} seeds. At one draw per sample, losing at most {MUCH:g} of the "
-        f"other, {'; '.join(told)}."
-    )
 
 
-def _points(run: Run, part: Part, rows: Sequence[Row]) -> "list[Block]":
+def _points(part: Trade, rows: Sequence[Row]) -> "list[Block]":
     """Precision against recall, a point per method."""
     from rkl.plots.operating import operating_points
     from rkl.report import drawn
 
     blocks = []
-    for i, (title, (recall, precision)) in enumerate(part.axes.items()):
+    for title, (recall, precision) in part.axes.items():
         by = {(it.method, it.ratio, it.quantity): it.mean for it in rows}
         names = dict.fromkeys((it.method, it.ratio) for it in rows)
         points = {
-            _told(*name): (by[(*name, recall)], by[(*name, precision)])
+            _label(*name): (by[(*name, recall)], by[(*name, precision)])
             for name in names
             if (*name, recall) in by
         }
         sampled = frozenset(name for name in points if name.startswith(_SAMPLED))
         figure = operating_points(points, recall=recall, precision=precision, hollow=sampled)
-        block = drawn(title, figure, _POINTS)
-        write_atomic(run.path / f"points-{i + 1}.svg", block.svg)
-        blocks.append(block)
+        blocks.append(drawn(title, figure, _POINTS))
     return blocks
 
 
@@ -222,7 +177,10 @@ def _tables(rows: Sequence[Row]) -> "list[Block]":
 
     def body(value: Callable[[Row], Any]) -> list[list[Any]]:
         return [
-            [_told(*name), *(value(by[(*name, it)]) if (*name, it) in by else None for it in them)]
+            [
+                _label(*name),
+                *(value(by[(*name, it)]) if (*name, it) in by else None for it in them),
+            ]
             for name in names
         ]
 
@@ -236,41 +194,40 @@ def _tables(rows: Sequence[Row]) -> "list[Block]":
     return [first, second]
 
 
-def _pictures(run: Run, part: Part, laws: Sequence[Seed]) -> "Section":
+def _pictures(part: Trade, seeds: Sequence[Seed]) -> "Section":
     from rkl.plots.operating import clouds, montages
     from rkl.report import Section, drawn
 
     shown = {
-        _told(it.method, it.ratio): torch.tensor(it.samples)
-        for it in laws
-        if it.samples and it.seed == laws[0].seed and (it.method, it.ratio) in part.drawn
+        _label(it.method, it.ratio): torch.tensor(it.samples)
+        for it in seeds
+        if it.samples and it.seed == seeds[0].seed and (it.method, it.ratio) in part.drawn
     }
     if not shown:
         return Section("Samples")
     flat = next(iter(shown.values())).ndim == 2
     figure = (clouds if flat else montages)(shown)
     block = drawn("Draws", figure, "The first seed.")
-    write_atomic(run.path / "samples.svg", block.svg)
     return Section("Samples", blocks=[block])
 
 
-def _curves(part: Part, laws: Sequence[Seed]) -> "list[Section]":
+def _curves(part: Trade, seeds: Sequence[Seed]) -> "list[Section]":
     """The curves with a band of two standard errors, and where the divergences look."""
     from rkl import plots
     from rkl.report import Section, drawn
 
     curves, bands = {}, {}
     for method, ratio in part.drawn:
-        mine = [it.curve for it in laws if (it.method, it.ratio) == (method, ratio)]
+        mine = [it.curve for it in seeds if (it.method, it.ratio) == (method, ratio)]
         if not mine or not mine[0][0]:
             continue
         slopes = torch.tensor(mine[0][0]).double()
         precision = torch.tensor([it[1] for it in mine]).double()
         middle = precision.mean(0)
-        curves[_told(method, ratio)] = middle.numpy(), (middle / slopes).numpy()
+        curves[_label(method, ratio)] = middle.numpy(), (middle / slopes).numpy()
         if len(mine) > 1:
             error = 2 * precision.std(0) / len(mine) ** 0.5
-            bands[_told(method, ratio)] = (middle - error).numpy(), (middle + error).numpy()
+            bands[_label(method, ratio)] = (middle - error).numpy(), (middle + error).numpy()
     if not curves:
         return []
     figure = plots.precision_recall(curves, bands=bands, between=("ring", "flow"))
@@ -283,33 +240,33 @@ def _spectrum() -> "Block":
     from rkl.plots.trade_offs import spectrum
     from rkl.report import drawn
 
-    wanted = {ring.named(it): it for it in _LOOKING}
+    looking = {ring.name_of(it): it for it in _LOOKING}
     slopes = torch.logspace(-2, 2, 401, dtype=torch.float64)
-    found = {name: pr_spectrum(it, slopes) for name, it in wanted.items()}
+    spectra = {name: pr_spectrum(it, slopes) for name, it in looking.items()}
     weights = {
-        name: (it.density * slopes * slopes.clamp_max(1.0)).numpy() for name, it in found.items()
+        name: (it.density * slopes * slopes.clamp_max(1.0)).numpy() for name, it in spectra.items()
     }
     atoms = {
         name: list(zip(it.atom_slopes.tolist(), it.atom_weights.tolist(), strict=True))
-        for name, it in found.items()
+        for name, it in spectra.items()
     }
     figure = spectrum(slopes.numpy(), weights, atoms=atoms)
     return drawn("Where on the curve the divergences look", figure, _LOOKED)
 
 
-def _training(part: Part, laws: Sequence[Seed]) -> "Section":
+def _training(part: Trade, seeds: Sequence[Seed]) -> "Section":
     from rkl import plots
     from rkl.report import Section, drawn
 
     blocks = []
     for key, label in (("held_out", "held-out log-likelihood (nats)"), ("divergence", "D (nats)")):
         curves = {}
-        for it in laws:
-            if it.seed == laws[0].seed and (it.method, it.ratio) in part.drawn:
+        for it in seeds:
+            if it.seed == seeds[0].seed and (it.method, it.ratio) in part.drawn:
                 steps = [row for row in it.history if key in row]
                 if steps:
                     pair = [row["step"] for row in steps], [row[key] for row in steps]
-                    curves[_told(it.method, it.ratio)] = pair
+                    curves[_label(it.method, it.ratio)] = pair
         if curves:
             figure = plots.training_curves(curves, label=label)
             blocks.append(drawn(f"In training: {label}", figure, _TRAINED[key]))

@@ -55,9 +55,9 @@ class Way:
     @property
     def method(self) -> str:
         """What the rows call it."""
-        told = "" if self.estimator is None else f", {self.estimator}"
-        told = ", as published" if self.published else told
-        return f"{named(self.divergence)}{told}{'' if self.guard else ', no guard'}"
+        how = "" if self.estimator is None else f", {self.estimator}"
+        how = ", as published" if self.published else how
+        return f"{name_of(self.divergence)}{how}{'' if self.guard else ', no guard'}"
 
     @property
     def ratio(self) -> str:
@@ -65,10 +65,10 @@ class Way:
         return "exact" if self.exact else "critic"
 
 
-def named(divergence: FDivergence) -> str:
+def name_of(divergence: FDivergence) -> str:
     """The divergence as it is written on the command line, without what is obvious.
 
-    >>> named(PrecisionHalf(lam=10.0))
+    >>> name_of(PrecisionHalf(lam=10.0))
     'PrecisionHalf(10)'
     """
     lam = getattr(divergence, "lam", None)
@@ -146,7 +146,7 @@ def _modes() -> Tensor:
 
 
 class Grid:
-    """Cells of the plane, over which laws are summed.
+    """Cells of the plane, over which distributions are summed.
 
     Args:
         cells: How many a side.
@@ -170,17 +170,17 @@ class Grid:
         with torch.no_grad():
             return self._atoms(law.log_prob(self.points))
 
-    def judged(self, log_q: Tensor, cost: float = 1.0) -> dict[str, Any]:
+    def judge(self, log_q: Tensor, cost: float = 1.0) -> dict[str, Any]:
         """Precision and recall of a law at a few slopes, and its whole curve."""
         curve = pr_curve(p=self.log_p, q=log_q, slopes=self.slopes)
         slopes, precision = self.slopes.tolist(), curve.precision.tolist()
         at = dict(zip(slopes, precision, strict=True))
-        found = {"precision(10)": at[HIGH], "precision(3)": at[3.0], "both(1)": at[1.0]}
-        found |= {"recall(0.3)": at[0.3] / 0.3, "recall(0.1)": at[LOW] / LOW, "cost": cost}
-        exactly = {name: (round(value, 9), 0.0) for name, value in found.items()}
-        return {"found": exactly, "curve": (slopes, precision)}
+        values = {"precision(10)": at[HIGH], "precision(3)": at[3.0], "both(1)": at[1.0]}
+        values |= {"recall(0.3)": at[0.3] / 0.3, "recall(0.1)": at[LOW] / LOW, "cost": cost}
+        exactly = {name: (round(value, 9), 0.0) for name, value in values.items()}
+        return {"figures": exactly, "curve": (slopes, precision)}
 
-    def accepted(self, log_q: Tensor, log_ratio: Tensor, budget: float) -> tuple[Tensor, float]:
+    def reject(self, log_q: Tensor, log_ratio: Tensor, budget: float) -> tuple[Tensor, float]:
         """What rejection makes of a law by a ratio that may be wrong, and the draws it costs.
 
         The constant is fitted on 20,000 draws, as whoever samples has to.
@@ -193,7 +193,7 @@ class Grid:
 
 
 def run(plan: Plan, seed: int) -> Iterator[Seed]:
-    """All laws of one data set, each judged; maximum likelihood comes first."""
+    """All distributions of one data set, each judged; maximum likelihood comes first."""
     grid, data = Grid(plan.cells), draws(plan.rows, 1000 + seed)
     fitted = _fit(plan, data, Way(KL()), seed)
     yield _seed(grid, (ML, "none"), seed, fitted.flow(), fitted.history)
@@ -218,7 +218,7 @@ def _seed(grid: Grid, way: tuple[str, str], seed: int, law: Distribution, histor
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         points = law.sample(torch.Size([SHOWN])).tolist()
-    return Seed(*way, seed, **grid.judged(grid.log_q(law)), samples=points, history=history)
+    return Seed(*way, seed, **grid.judge(grid.log_q(law)), samples=points, history=history)
 
 
 def _sampled(plan: Plan, grid: Grid, fitted: Fit, seed: int) -> Iterator[Seed]:
@@ -237,8 +237,8 @@ def _sampled(plan: Plan, grid: Grid, fitted: Fit, seed: int) -> Iterator[Seed]:
         for budget in plan.budgets:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                kept, cost = grid.accepted(log_q, ratio, budget)
-            yield Seed(f"rejection, budget {budget:g}", name, seed, **grid.judged(kept, cost))
+                kept, cost = grid.reject(log_q, ratio, budget)
+            yield Seed(f"rejection, budget {budget:g}", name, seed, **grid.judge(kept, cost))
 
 
 def as_published(

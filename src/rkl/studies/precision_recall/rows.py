@@ -1,20 +1,14 @@
 """What a fit of the study of precision and recall came to, and the table of them all."""
 
-import csv
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from rkl.stats import mean
+from rkl.studies.study import Pair, mean_over_seeds, paired_gain
 
 ML = "maximum likelihood"
 COLUMNS = "method", "ratio", "quantity", "seeds", "mean", "se", "se_samples", "gain", "gain_se"
-
-Pair = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -25,7 +19,7 @@ class Seed:
         method: How.
         ratio: How p/q was known: "exact", "critic", or "none" where it was not needed.
         seed: Of data and fit.
-        found: Under each quantity its value and its error from the samples, 0 where exact.
+        figures: Under each quantity its value and its error from the samples, 0 where exact.
         curve: Slopes and the precision at each; empty where it is not known.
         samples: A few draws.
         history: Of its training.
@@ -34,10 +28,17 @@ class Seed:
     method: str
     ratio: str
     seed: int
-    found: dict[str, Pair]
+    figures: dict[str, Pair]
     curve: tuple[list[float], list[float]] = ((), ())  # type: ignore[assignment]
     samples: list[Any] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, entries: Mapping[str, Any]) -> "Seed":
+        """The law whose fields JSON has kept."""
+        figures = {name: (value, error) for name, (value, error) in entries["figures"].items()}
+        slopes, precision = entries["curve"]
+        return cls(**{**entries, "figures": figures, "curve": (slopes, precision)})
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Row:
         quantity: What was measured.
         values: Its value from each seed.
         errors: The error of each from the samples it was measured on.
-        gains: By how much each exceeds maximum likelihood of the same seed.
+        reference: The value of maximum likelihood from the same seed.
     """
 
     method: str
@@ -58,18 +59,18 @@ class Row:
     quantity: str
     values: tuple[float, ...]
     errors: tuple[float, ...]
-    gains: tuple[float, ...]
+    reference: tuple[float, ...]
 
     @property
     def mean(self) -> Pair:
         """Over seeds, with the larger of its error over them and of that from the samples."""
-        value, spread = _mean(self.values)
+        value, spread = mean_over_seeds(self.values)
         return value, max(spread, self.sampled)
 
     @property
     def gain(self) -> Pair:
         """Over maximum likelihood, pair by pair."""
-        return _mean(self.gains)
+        return paired_gain(self.values, self.reference)
 
     @property
     def sampled(self) -> float:
@@ -78,36 +79,19 @@ class Row:
 
     def cells(self) -> list[str]:
         """As the csv has it."""
-        numbers = *_mean(self.values), self.sampled, *self.gain
-        told = [self.method, self.ratio, self.quantity, str(len(self.values))]
-        return told + [f"{it:.6g}" for it in numbers]
+        words = [self.method, self.ratio, self.quantity, str(len(self.values))]
+        numbers = *mean_over_seeds(self.values), self.sampled, *self.gain
+        return words + [f"{it:.6g}" for it in numbers]
 
 
 def rows_of(seeds: Sequence[Seed]) -> list[Row]:
     """The rows of all methods, in the order in which they were tried."""
-    before = {it.seed: it.found for it in seeds if it.method == ML}
-    found = []
+    before = {it.seed: it.figures for it in seeds if it.method == ML}
+    rows = []
     for method, ratio in dict.fromkeys((it.method, it.ratio) for it in seeds):
         mine = [it for it in seeds if (it.method, it.ratio) == (method, ratio)]
-        for quantity in mine[0].found:
-            values, errors = zip(*(it.found[quantity] for it in mine), strict=True)
-            gains = tuple(
-                it.found[quantity][0] - before[it.seed].get(quantity, (math.nan,))[0]
-                for it in mine
-            )
-            found.append(Row(method, ratio, quantity, values, errors, gains))
-    return found
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """The rows as text."""
-    page = io.StringIO()
-    table = csv.writer(page, lineterminator="\n")
-    table.writerow(COLUMNS)
-    table.writerows(it.cells() for it in rows)
-    return page.getvalue()
-
-
-def _mean(values: Sequence[float]) -> Pair:
-    value, error = mean(torch.tensor(values, dtype=torch.float64))
-    return value.item(), error.item()
+        for quantity in mine[0].figures:
+            values, errors = zip(*(it.figures[quantity] for it in mine), strict=True)
+            reference = tuple(before[it.seed].get(quantity, (math.nan,))[0] for it in mine)
+            rows.append(Row(method, ratio, quantity, values, errors, reference))
+    return rows

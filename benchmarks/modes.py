@@ -20,7 +20,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch reads th
 import torch  # noqa: E402
 
 from rkl.sample import fit_to_target, judge_coverage  # noqa: E402
-from rkl.sample.settings import suited  # noqa: E402
+from rkl.sample.architecture import default_architecture  # noqa: E402
 from rkl.sample.targets import GaussianMixture, MoG4, MoG8, Rings  # noqa: E402
 
 TARGETS = {
@@ -46,8 +46,8 @@ def truth(target, scale: float) -> torch.Tensor:
         return target.masses
     torch.manual_seed(0)  # where modes overlap, draws of a heavy one are nearer to a light one
     x = target.sample(torch.tensor([scale]), (2_000_000,))
-    nearest = torch.cdist(x, target.modes.to(x)).argmin(-1)
-    return nearest.bincount(minlength=len(target.modes)) / len(x)
+    nearest = torch.cdist(x, target.centres.to(x)).argmin(-1)
+    return nearest.bincount(minlength=len(target.centres)) / len(x)
 
 
 def judged(target, flow, scale: float, draws: int) -> dict:
@@ -88,7 +88,9 @@ def main() -> None:
         for name in args.targets:
             for seed in args.seeds:
                 target, start = TARGETS[name], time.process_time()
-                flow = fit_to_target(suited(target), target, steps=args.steps, seed=seed).flow
+                flow = fit_to_target(
+                    default_architecture(target), target, steps=args.steps, seed=seed
+                ).flow
                 spent = time.process_time() - start
                 (it,) = target.conditions
                 for scale in torch.linspace(it.low, it.high, 5).tolist():

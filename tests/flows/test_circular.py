@@ -7,7 +7,7 @@ import torch
 
 from rkl.flows import CircularSplines
 from rkl.sample import CoarseToFine, evaluate_on_target, fit_to_target
-from rkl.sample.settings import suited
+from rkl.sample.architecture import default_architecture
 from rkl.sample.targets import XY, Condition, Density
 
 TEMPERATURES = (Condition("T", 0.5, 1.0),)
@@ -51,13 +51,13 @@ def test_its_density_has_the_period_of_angles_and_integrates_to_one():
 
 def test_angles_of_ones_own_have_a_flow_of_angles_that_suits_them():
     lattice = Density(bonds, (16,), "circle", TEMPERATURES)
-    assert suited(lattice) == CoarseToFine(integrate="none")
+    assert default_architecture(lattice) == CoarseToFine(integrate="none")
     for target in (
         Density(in_a_field, (16,), "circle", TEMPERATURES),
         Density(torsions, (2,), "circle", TEMPERATURES),
         Density(torsions, (12,), "circle", TEMPERATURES),
     ):
-        assert isinstance(suited(target), CircularSplines)
+        assert isinstance(default_architecture(target), CircularSplines)
 
 
 def test_angles_are_fitted_beside_particles_that_keep_all_wells():
@@ -91,8 +91,8 @@ def test_relative_splines_have_a_common_turn_as_a_symmetry_and_integrate_to_one(
 
 def test_lattices_of_other_sides_get_splines_that_know_no_direction():
     for side in (3, 5, 6, 10):
-        assert suited(XY(side=side)) == CircularSplines(passes=2, relative=True)
+        assert default_architecture(XY(side=side)) == CircularSplines(passes=2, relative=True)
     ring = Density(lambda x, _: (x - x.roll(1, -1)).cos().sum(-1), (5,), "circle")
-    assert suited(ring) == CircularSplines(relative=True)
+    assert default_architecture(ring) == CircularSplines(relative=True)
     in_a_field = Density(lambda x, _: x.cos().sum(-1), (5,), "circle")
-    assert suited(in_a_field) == CircularSplines()
+    assert default_architecture(in_a_field) == CircularSplines()

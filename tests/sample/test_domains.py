@@ -11,8 +11,7 @@ from rkl.cli import main
 from rkl.flows import MixedSplines
 from rkl.flows.architectures.mixed import Bounded
 from rkl.sample import evaluate_on_target, evidence, fit_to_target, markov_chain
-from rkl.sample.built import built
-from rkl.sample.settings import SPLINES, suited
+from rkl.sample.architecture import SPLINES, build_flow, default_architecture
 from rkl.sample.targets import Condition, Density, check_target, parse_target
 from rkl.sample.targets.base import without_bounds
 from rkl.sample.targets.domains import chart_of, parse_domain
@@ -147,8 +146,8 @@ def test_a_flow_of_mixed_coordinates_is_a_density_of_the_period():
 def test_a_flow_of_bounded_coordinates_is_a_density_inside_of_them():
     torch.manual_seed(0)
     square = Density(lambda x, _: x.new_zeros(x.shape[:-1]), (2,), ((0, 1), (2, 4)))
-    assert suited(square) == SPLINES
-    flow = built(suited(square), square, ())
+    assert default_architecture(square) == SPLINES
+    flow = build_flow(default_architecture(square), square, ())
     assert isinstance(flow, Bounded)
     side = (torch.arange(500) + 0.5) / 500
     x = torch.cartesian_prod(side, 2 + 2 * side)
@@ -160,10 +159,10 @@ def test_a_flow_of_bounded_coordinates_is_a_density_inside_of_them():
 
 def test_angles_that_are_not_those_of_the_target_are_refused():
     with pytest.raises(ValueError, match=r"angles must be those of .*, \(3,\); got \(0,\)"):
-        built(MixedSplines(angles=(0,)), target(), target().conditions)
+        build_flow(MixedSplines(angles=(0,)), target(), target().conditions)
     with pytest.raises(ValueError, match=r"MixedSplines is"):
-        built(SPLINES, target(), target().conditions)
-    whole = built(suited(target()), target(), target().conditions)
+        build_flow(SPLINES, target(), target().conditions)
+    whole = build_flow(default_architecture(target()), target(), target().conditions)
     with pytest.raises(ValueError, match="flow must be an architecture for"):
         fit_to_target(whole.flow, target(), steps=1)
 
@@ -171,7 +170,7 @@ def test_angles_that_are_not_those_of_the_target_are_refused():
 @pytest.mark.slow
 def test_log_z_of_mixed_coordinates_is_that_of_the_closed_form():
     """Weights are independent: 5 errors of a normal distribution, and at most 0.01 nats."""
-    fitted = fit_to_target(suited(target()), target(), steps=300)
+    fitted = fit_to_target(default_architecture(target()), target(), steps=300)
     at = torch.tensor([[0.5], [3.0]])
     found = evaluate_on_target(fitted.flow, target(), at, draws=1_000, reference=True)
     for row, kappa in enumerate((0.5, 3.0)):
@@ -180,7 +179,7 @@ def test_log_z_of_mixed_coordinates_is_that_of_the_closed_form():
     assert found.passed
     assert set(found.averages) == {"log_density", "x0", "x1", "x2", "cos(x3)", "sin(x3)"}
     together = Density(coupled, (2,), ("positive", "circle"))
-    flow = fit_to_target(suited(together), together, steps=300).flow
+    flow = fit_to_target(default_architecture(together), together, steps=300).flow
     log_z = evaluate_on_target(flow, together, draws=1_000).thermodynamics.log_z
     assert abs(log_z.value[0] - COUPLED) < 5 * log_z.error[0] < 0.05
 

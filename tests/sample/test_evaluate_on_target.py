@@ -32,7 +32,7 @@ class Mixture(nn.Module):
         self.modes = modes
 
     def forward(self, condition):
-        centres = MoG8().modes[self.modes].float()
+        centres = MoG8().centres[self.modes].float()
         scale = 1.2 * condition[..., None, :].expand(*condition.shape[:-1], *centres.shape)
         parts = Independent(Normal(centres.expand_as(scale), scale), 1)
         return MixtureSameFamily(Categorical(torch.ones(parts.batch_shape)), parts)

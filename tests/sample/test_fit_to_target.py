@@ -14,11 +14,11 @@ from rkl.flows import NSF, Coupling
 from rkl.flows.training import Moment
 from rkl.runs import Run
 from rkl.sample import judge_coverage
+from rkl.sample.architecture import default_architecture
 from rkl.sample.fit import COLDEST, _Conditions, _Fitting, _Rows, fit_to_target
 from rkl.sample.lattice import CoarseToFine
 from rkl.sample.objectives import Objective, Term
 from rkl.sample.particles import LADDER, MOVES
-from rkl.sample.settings import suited
 from rkl.sample.targets import XY, Condition, Density, GaussianMixture, MoG4, MoG8, Rings, Target
 
 
@@ -262,7 +262,7 @@ def test_all_modes_are_found_without_data_and_have_their_masses(target, seed):
     From 50,000 draws a mass of 1/8 has an error of 1.3 %, and one of 1/4 that of 1.4 % where no
     more than 30 % of the draws are effective, as for the narrowest rings.
     """
-    flow = fit_to_target(suited(target), target, steps=1000, seed=seed).flow
+    flow = fit_to_target(default_architecture(target), target, steps=1000, seed=seed).flow
     (it,) = target.conditions
     mass = 1 / (8 if isinstance(target, MoG8) else 4)
     for scale in torch.linspace(it.low, it.high, 4).tolist():

@@ -103,7 +103,7 @@ class Half(nn.Module):
     """Five of the eight modes."""
 
     def forward(self, condition):
-        centres = MoG8().modes[:5].float()
+        centres = MoG8().centres[:5].float()
         scale = 1.2 * condition[..., None, :].expand(*condition.shape[:-1], *centres.shape)
         parts = Independent(Normal(centres.expand_as(scale), scale), 1)
         return MixtureSameFamily(Categorical(torch.ones(parts.batch_shape)), parts)

@@ -15,7 +15,7 @@ def test_every_mode_has_its_mass():
     """To 5 standard errors, as the 64 groups of particles scatter, each independent of others."""
     torch.manual_seed(0)
     x = Particles(UNEQUAL, torch.full((64, 1), 0.1), each=256).x
-    labels = torch.cdist(x, UNEQUAL.modes.float()).argmin(-1)
+    labels = torch.cdist(x, UNEQUAL.centres.float()).argmin(-1)
     for k, mass in enumerate(UNEQUAL.masses.tolist()):
         share = (labels == k).float().mean(0)
         assert (share.mean() - mass).abs() < 5 * share.std() / 8 + 1e-3

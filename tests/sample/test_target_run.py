@@ -25,9 +25,10 @@ from rkl.sample import (
     independent_metropolis,
     sample_run,
 )
+from rkl.sample.architecture import SPLINES, default_architecture
 from rkl.sample.lattice import CheckerboardRealNVP, CoarseToFineField
 from rkl.sample.run import fit_target, load_target_run, read_draws
-from rkl.sample.settings import SPLINES, TargetSettings, parse_ranges, suited
+from rkl.sample.settings import TargetSettings, parse_ranges
 from rkl.sample.targets import XY, Phi4, parse_target
 
 MODULE = """
@@ -271,14 +272,14 @@ def test_a_dry_run_of_a_target_foretells_and_writes_nothing(folder, capsys):
 
 
 def test_each_kind_of_target_has_an_architecture_that_suits_it():
-    assert suited(XY(side=4, ring_exchange=None)) == CoarseToFine(ring_exchange=None)
-    assert suited(Phi4(side=4)) == CoarseToFineField(mass_squared=-4.0)
-    assert suited(Phi4(side=6)) == CheckerboardRealNVP(filters=16, circle=False)
-    assert suited(Phi4(side=5)) == Coupling()
-    assert suited(parse_target("mog4")) == SPLINES
+    assert default_architecture(XY(side=4, ring_exchange=None)) == CoarseToFine(ring_exchange=None)
+    assert default_architecture(Phi4(side=4)) == CoarseToFineField(mass_squared=-4.0)
+    assert default_architecture(Phi4(side=6)) == CheckerboardRealNVP(filters=16, circle=False)
+    assert default_architecture(Phi4(side=5)) == Coupling()
+    assert default_architecture(parse_target("mog4")) == SPLINES
     broken = "textwrap:wrap(event_shape=({},), domain='circle', conditions={{'T': (1.0, 2.0)}})"
     for angles in (3, 16):
-        assert suited(parse_target(broken.format(angles))).domain == "circle"
+        assert default_architecture(parse_target(broken.format(angles))).domain == "circle"
 
 
 def test_ranges_are_read_and_what_is_none_is_refused():

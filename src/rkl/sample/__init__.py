@@ -21,8 +21,8 @@ HOMES = {
     "settings": "EvaluateSettings SampleSettings TargetSettings condition_grid",
     "smc": "Evidence evidence",
     "targets": (
-        "Condition Density GaussianMixture MoG4 MoG8 Phi4 Rings Target XY check_target "
-        "parse_target"
+        "Condition Density Fluctuation GaussianMixture Kernel MoG4 MoG8 Modes Phi4 Rings Target "
+        "XY check_target parse_target"
     ),
 }
 __all__, __getattr__, __dir__ = lazily(__name__, HOMES)

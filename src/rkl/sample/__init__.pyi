@@ -48,7 +48,10 @@ from rkl.sample.smc import evidence as evidence
 from rkl.sample.targets import XY as XY
 from rkl.sample.targets import Condition as Condition
 from rkl.sample.targets import Density as Density
+from rkl.sample.targets import Fluctuation as Fluctuation
 from rkl.sample.targets import GaussianMixture as GaussianMixture
+from rkl.sample.targets import Kernel as Kernel
+from rkl.sample.targets import Modes as Modes
 from rkl.sample.targets import MoG4 as MoG4
 from rkl.sample.targets import MoG8 as MoG8
 from rkl.sample.targets import Phi4 as Phi4

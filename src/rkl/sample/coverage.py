@@ -11,12 +11,10 @@ from torch.distributions import Distribution
 
 from rkl.checks import number
 from rkl.sample.importance import Importance, check_log_ratio, expectation, reweight
-from rkl.sample.mcmc.kernels import check_condition, check_whole, seeded
+from rkl.sample.mcmc.kernels import check_whole, seeded
 from rkl.sample.metropolis import law_of, proposed
 from rkl.sample.observables import check_draws, check_held_out
-from rkl.sample.targets.base import Target
-from rkl.sample.targets.lattices import XY
-from rkl.sample.targets.plane import GaussianMixture, MoG4, MoG8, Rings
+from rkl.sample.targets.base import Target, check_condition, exact_draws, exact_log_z
 from rkl.stats import Mean, mean, to_json
 
 ERRORS = 4.0  # standard errors that a departure must exceed
@@ -138,8 +136,8 @@ def judge_coverage(
     """Judge under one condition whether a flow covers its target, and say loudly if it does not.
 
     It takes independent draws of the target: those given, else its exact ones where it has a
-    sampler. Modes are the components of a mixture (each x belongs to the nearest centre), the
-    rings, or the winding sectors of the XY model.
+    sampler. Modes are those of :meth:`Target.modes`: the components of a mixture, the rings, the
+    winding sectors of the XY model.
 
     Args:
         target: What the flow should cover.
@@ -169,23 +167,24 @@ def judge_coverage(
     with seeded(seed, condition.device):
         law = law_of(proposal, target, condition)
         x, log_p, log_q = proposed(target, law, condition, (draws,))
-        held_out = _exact_draws(target, condition, draws) if held_out is None else held_out
-    exact = _log_z(target, condition)
-    at_target, labels, names = None, None, ()
+        held_out = exact_draws(target, condition, (draws,)) if held_out is None else held_out
+    exact = exact_log_z(target, condition)
+    at_target, modes = None, None
     if held_out is not None:
         each = condition.expand(len(held_out), -1)
         at_target = target.log_prob(held_out, each) - law.log_prob(held_out)
-        labels, names = _labels(target, torch.cat([x, held_out.to(x)]))
+        both = torch.cat([x, held_out.to(x)])
+        modes = target.modes(both, condition.expand(len(both), -1))
     return judge_ratios(
         log_p - log_q,
         at_target,
-        log_z=log_z if exact is None else exact,
+        log_z=log_z if exact is None else float(exact),
         islands=islands,
         doubts=doubts,
         source=source,
-        labels=None if labels is None else labels[:draws],
-        target_labels=None if labels is None else labels[draws:],
-        names=names,
+        labels=None if modes is None else modes.labels[:draws],
+        target_labels=None if modes is None else modes.labels[draws:],
+        names=() if modes is None else modes.names,
         sites=max(1, math.prod(target.event_shape)),
     )
 
@@ -309,37 +308,6 @@ def _modes(log_ratio: Tensor, labels: Tensor, target_labels: Tensor, names, isla
         enough = mass.value * min(len(inside), len(held)) >= FEWEST
         missing = bool(enough & (drawn.value < RARE * mass.value))
         yield Mode(name, mass, drawn, expectation(inside, log_ratio), missing)
-
-
-def _labels(target: Target, x: Tensor) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Which mode each x is in, and how the modes are called; None where there are none."""
-    if isinstance(target, XY):
-        sectors, labels = target.sector(x).unique(dim=0, return_inverse=True)
-        return labels, tuple(f"winding ({a}, {b})" for a, b in sectors.tolist())
-    if isinstance(target, GaussianMixture | MoG4 | MoG8):
-        centres = target.modes.to(x)
-        places = [
-            ", ".join(f"{round(c, 3) + 0.0:.3g}" for c in centre) for centre in centres.tolist()
-        ]
-        return torch.cdist(x, centres).argmin(-1), tuple(f"at ({place})" for place in places)
-    if isinstance(target, Rings):
-        apart = (x.norm(dim=-1, keepdim=True) - target.radii.to(x)).abs()
-        return apart.argmin(-1), tuple(f"ring of radius {r:.3g}" for r in target.radii.tolist())
-    return None, ()
-
-
-def _exact_draws(target: Target, condition: Tensor, draws: int) -> Tensor | None:
-    try:
-        return target.sample(condition, (draws,))
-    except NotImplementedError:
-        return None
-
-
-def _log_z(target: Target, condition: Tensor) -> float | None:
-    try:
-        return float(target.log_normaliser(condition))
-    except NotImplementedError:
-        return None
 
 
 def _check_labels(name: str, labels: Any, at: Any, names: tuple[str, ...]) -> None:

@@ -18,16 +18,22 @@ from rkl.flows.precision import single_precision
 from rkl.flows.runs import check_device, single_run, write_evaluation
 from rkl.runs import REPORT, Run
 from rkl.sample.coverage import Coverage, judge_coverage, judge_ratios
-from rkl.sample.evaluation import Evaluation, Reference, Values, has_temperature
+from rkl.sample.evaluation import Evaluation, Reference, Values
 from rkl.sample.importance import Thermodynamics, reweight, tails_of_averages, thermodynamics
 from rkl.sample.mcmc import markov_chain, thermodynamic_integration
-from rkl.sample.mcmc.kernels import check_condition, check_whole, seeded
+from rkl.sample.mcmc.kernels import check_whole, kernel_of_angles, name_of, seeded
 from rkl.sample.metropolis import Chain, independent_metropolis, law_of, proposed
-from rkl.sample.observables import DERIVED, averages, beside_held_out, observe
+from rkl.sample.observables import averages, beside_held_out, observe
 from rkl.sample.run import TargetRun, count_drawn, load_target_run, read_draws
 from rkl.sample.settings import EvaluateSettings, condition_grid, parse_ranges
 from rkl.sample.smc import Evidence, evidence
-from rkl.sample.targets import XY, Phi4, Target
+from rkl.sample.targets.base import (
+    Target,
+    check_condition,
+    exact_draws,
+    exact_log_z,
+    has_temperature,
+)
 from rkl.stats import Mean, rhat
 
 FEWEST = 400  # draws on which coverage is judged, at least
@@ -42,7 +48,7 @@ DEVIATES = 6.0  # errors by which an average may differ from the reference's
 EFFECTIVE = 100  # effective draws below which it is not compared
 UNMIXED = 1.1  # R-hat above which a reference is none
 LADDERS = 16  # chains at each rung of thermodynamic integration
-MANY = 128  # chains of a reference, at most, of 50 draws or more
+MAX_CHAINS = 128  # of a reference, of 50 draws or more
 
 
 @torch.no_grad()
@@ -70,8 +76,8 @@ def evaluate_on_target(
         held_out: Independent draws of the target under each condition, not trained on.
         train: What it was trained on, to see that no row of it is held out.
         reference: Whether to draw the target without the flow as well: exactly where it has a
-            sampler, else by particles cooled to it (:func:`rkl.sample.evidence`), from which a
-            heat bath goes on for XY and Phi4.
+            sampler, else by particles cooled to it (:func:`rkl.sample.evidence`), from which the
+            target's own kernel goes on, such as the heat bath of XY and Phi4.
         seed: Of all random numbers.
 
     >>> from rkl.sample import GaussianMixture
@@ -175,11 +181,10 @@ def _weighed(flow, target, condition, draws: int, seed: int) -> tuple[Tensor, Te
         law = law_of(flow, target, condition)
         x, log_p, log_q = proposed(target, law, condition, (draws,))
     log_ratio, tails = (log_p - log_q).T, {}
-    derived = {of: name for of, name, _power in DERIVED} if isinstance(target, XY) else {}
+    derived = target.derived(condition)
     for name, it in observe(target, x, condition.expand(draws, *condition.shape)).items():
         tails[name], of_variance = tails_of_averages(it.T, log_ratio)
-        if name in derived:
-            tails[derived[name]] = of_variance
+        tails |= {of: of_variance for of, it in derived.items() if it.of == name}
     return log_ratio, log_p.T, tails
 
 
@@ -193,10 +198,9 @@ def _reference(
 ) -> tuple[Reference, _Judges]:
     """Draws of the target without the flow, and what coverage is judged by."""
     began = time.perf_counter()
-    try:
-        x = _exactly_drawn(target, condition, draws, seed)
-    except NotImplementedError:
-        return _cooled(target, condition, draws, seed, judges)
+    x = _exact_chains(target, condition, draws, seed)
+    if x is None:
+        return _cooled_reference(target, condition, draws, seed, judges)
     seconds = time.perf_counter() - began
     values = _observed(target, x, condition)
     means = averages(target, values, condition)
@@ -205,12 +209,13 @@ def _reference(
     return drawn, judges if judges.held_out is not None else _Judges(_thinned(x))
 
 
-def _exactly_drawn(target: Target, condition: Tensor, draws: int, seed: int) -> Tensor:
-    chains = max(1, min(MANY, draws // 50))
+def _exact_chains(target: Target, condition: Tensor, draws: int, seed: int) -> Tensor | None:
+    """Exact draws [rows, chains, draws, *event], where the target has a sampler."""
+    chains = max(1, min(MAX_CHAINS, draws // 50))
     shape = (len(condition), chains, draws // chains)
     with seeded(seed, condition.device):
-        x = target.sample(condition, (math.prod(shape[1:]),))
-    return x.movedim(0, 1).reshape(*shape, *target.event_shape)
+        x = exact_draws(target, condition, (math.prod(shape[1:]),))
+    return None if x is None else x.movedim(0, 1).reshape(*shape, *target.event_shape)
 
 
 def _thinned(x: Tensor) -> list[Tensor]:
@@ -219,29 +224,30 @@ def _thinned(x: Tensor) -> list[Tensor]:
     return list(flat[:, :: -(-flat.shape[1] // JUDGED)])
 
 
-def _cooled(
+def _cooled_reference(
     target: Target, condition: Tensor, draws: int, seed: int, judges: _Judges
 ) -> tuple[Reference, _Judges]:
-    """Particles, and chains of a heat bath that go on from them where there is one."""
+    """Particles, and chains of the target's kernel that go on from them where it has one."""
     began = time.perf_counter()
     particles = _particles(target, len(condition))
     cooled = evidence(target, condition, particles=particles, islands=ISLANDS, seed=seed)
     x, source, mixed = cooled.x, "particles", not any(cooled.doubts)
-    if isinstance(target, XY | Phi4):
-        chains = max(1, min(MANY, draws // 50))
+    kernel = target.kernel()
+    if kernel is not None:
+        chains = max(1, min(MAX_CHAINS, draws // 50))
         flat = x.flatten(1, 2)
         start = flat[:, torch.arange(chains) * flat.shape[1] // chains]
         how: dict[str, Any] = {"draws": draws // chains, "chains": chains, "seed": seed, **SWEEPS}
         walk = markov_chain(target, condition, start=start, **how).x
         assert walk is not None
-        x, source = walk, "heat bath"
+        x, source = walk, name_of(kernel)
     seconds = time.perf_counter() - began
     values = _observed(target, x, condition)
     means = averages(target, values, condition)
-    if source == "particles":
+    if kernel is None:
         means = {name: _with_islands(it, values[name]) for name, it in means.items()}
     else:
-        mixed = _agree(values)
+        mixed = _agree(values, source)
     log_z = _log_z(target, condition, seed)
     if log_z[0] is None:
         log_z = cooled.log_z, "particles", seconds
@@ -275,14 +281,14 @@ def _with_islands(mean: Mean, values: Tensor) -> Mean:
     return Mean(mean.value, torch.maximum(mean.error, scatter))
 
 
-def _agree(values: Values) -> bool:
-    """Whether chains have mixed; where they have not, a warning says so."""
+def _agree(values: Values, source: str) -> bool:
+    """True if chains have mixed; a warning where they have not."""
     ratios = torch.stack([rhat(it.movedim(0, -1)) for it in values.values()])
     stuck = bool(ratios.isnan().all(0).any())  # one quantity may be constant, not all of them
     worst = math.inf if stuck else ratios.nan_to_num(1.0).max().item()
     if worst > UNMIXED:
         warn(
-            f"reference: the chains of the heat bath have an R-hat of up to {worst:.2f}; they "
+            f"reference: the chains of the {source} have an R-hat of up to {worst:.2f}; they "
             "have not mixed, and no average is judged by them."
         )
     return worst <= UNMIXED
@@ -290,12 +296,11 @@ def _agree(values: Values) -> bool:
 
 def _log_z(target, condition, seed: int) -> tuple[Mean | None, str, float]:
     """Without the flow: log Z, where it comes from, and how long it took."""
-    try:
-        exact = target.log_normaliser(condition).double()
-        return Mean(exact, torch.zeros_like(exact)), "its known value", 0.0
-    except NotImplementedError:
-        if not isinstance(target, XY):
-            return None, "", 0.0
+    exact = exact_log_z(target, condition)
+    if exact is not None:
+        return Mean(exact.double(), torch.zeros_like(exact.double())), "its known value", 0.0
+    if not kernel_of_angles(target):
+        return None, "", 0.0
     began = time.perf_counter()
     parts = [
         thermodynamic_integration(target, condition[k], seed=seed) for k in _series(condition)
@@ -305,7 +310,8 @@ def _log_z(target, condition, seed: int) -> tuple[Mean | None, str, float]:
 
 
 def _coverage(flow, target, condition, log_ratio, judges, train, seed) -> Iterator[Coverage]:
-    known = judges.held_out is not None or _knows_itself(target, condition)
+    known = judges.held_out is not None or exact_log_z(target, condition[:1]) is not None
+    known = known or exact_draws(target, condition[:1], (1,)) is not None
     count = min(JUDGED, max(FEWEST, log_ratio.shape[-1]))
     for row, at in enumerate(condition):
         if not known:
@@ -313,17 +319,6 @@ def _coverage(flow, target, condition, log_ratio, judges, train, seed) -> Iterat
             continue
         how: dict[str, Any] = {"train": train, "draws": count, **judges.of(row)}
         yield judge_coverage(target, flow, at, **how, seed=seed + row)
-
-
-def _knows_itself(target: Target, condition: Tensor) -> bool:
-    """Whether log Z is known, or exact draws are to be had."""
-    for ability in (target.log_normaliser, target.sample):
-        try:
-            ability(condition[:1])
-        except NotImplementedError:
-            continue
-        return True
-    return False
 
 
 def _beside(flow, target, chain: Chain, held_out) -> Iterator[dict[str, Mean]]:

@@ -12,13 +12,12 @@ from rkl.metrics.written import parenthesised
 from rkl.sample.coverage import Coverage
 from rkl.sample.importance import HEAVY, Importance, Thermodynamics
 from rkl.sample.metropolis import Chain
-from rkl.sample.targets import Target
+from rkl.sample.targets.base import Target, has_temperature
 from rkl.stats import Mean, ess, to_json
 
 REASONS = 12  # of failed coverage that are printed
 FROM_WEIGHTS = "acceptance", "ESS", "v per site"
 STAR = "* Pareto k above 0.7: neither this figure nor its error can be trusted"
-UNITS = {"specific_heat": "k_B per site", "susceptibility": "per J and site"}
 
 Values = dict[str, Float[Tensor, "rows chains draws"]]
 
@@ -165,7 +164,8 @@ class Evaluation:
 
     def units(self) -> dict[str, str]:
         """The unit of each average that has one."""
-        return {**self.target.units, **UNITS}
+        derived = self.target.derived(self.condition)
+        return {**self.target.units, **{name: it.unit for name, it in derived.items() if it.unit}}
 
     def __str__(self) -> str:
         return "\n".join(_written(self))
@@ -261,11 +261,6 @@ def thermal_tail(found: Evaluation, name: str, known: Tensor | None = None) -> T
         "C": "heat_capacity"
     }
     return found.thermodynamics.tails.get(quantity.get(letter, ""), known)
-
-
-def has_temperature(target: Target) -> bool:
-    """Whether p = exp(−E/T), as a target says that calls its first condition T."""
-    return bool(target.conditions) and target.conditions[0].name == "T"
 
 
 def _verdicts(found: Evaluation) -> Iterator[str]:

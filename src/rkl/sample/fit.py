@@ -27,13 +27,12 @@ from rkl.flows.precision import single_precision
 from rkl.flows.training import Moment, Training, one_at_a_time, train
 from rkl.flows.weights import along_path, is_likelihood, on_data, on_draws
 from rkl.runs import Run
-from rkl.sample.built import FEW, built
+from rkl.sample.architecture import MAX_COOLED_SIZE, build_flow
 from rkl.sample.domain import check_domain
 from rkl.sample.lattice import CoarseToFine, CoarseToFineField, SitesLaw
 from rkl.sample.objectives import Objective, as_objective
 from rkl.sample.particles import Particles
-from rkl.sample.targets import XY, Phi4, Target
-from rkl.sample.targets.base import Condition, check_values, without_bounds
+from rkl.sample.targets.base import Condition, Target, check_values, exact_log_z, without_bounds
 from rkl.sample.targets.check import check_log_prob
 from rkl.sample.targets.domains import check_inside
 
@@ -122,7 +121,7 @@ def fit_to_target(
     each = _draws(batch, given.count)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fitted = flow if isinstance(flow, nn.Module) else built(flow, target, given.trained)
+        fitted = flow if isinstance(flow, nn.Module) else build_flow(flow, target, given.trained)
         trained, aim = fitted, without_bounds(target)
         if target.chart.bounded:
             trained, data = _without_bounds(fitted, target, data)
@@ -179,7 +178,7 @@ def _anneals(flow, target: Target, objective: Objective, data, anneal: bool | No
 
 def _cools(target: Target, anneal: bool) -> bool:
     """Whether particles are cooled to the target."""
-    return anneal and math.prod(target.event_shape) <= FEW
+    return anneal and math.prod(target.event_shape) <= MAX_COOLED_SIZE
 
 
 def _check_terms(objective: Objective, target: Target, drawn: bool, log_z) -> None:
@@ -188,7 +187,7 @@ def _check_terms(objective: Objective, target: Target, drawn: bool, log_z) -> No
     for term in objective.terms:
         if term.estimator != "target" and not drawn:
             raise ValueError(f"data must be given for the term {term} of the objective; got None.")
-        free = term.divergence.scale_free or log_z == "learned" or _known(target)
+        free = term.divergence.scale_free or log_z == "learned" or _has_log_z(target)
         if term.estimator == "target" and not free:
             raise ValueError(
                 f"objective: log Z of {target} is unknown, and it moves the minimiser of "
@@ -197,12 +196,8 @@ def _check_terms(objective: Objective, target: Target, drawn: bool, log_z) -> No
             )
 
 
-def _known(target: Target) -> bool:
-    try:
-        target.log_normaliser(torch.tensor([[it.low for it in target.conditions]]))
-    except NotImplementedError:
-        return False
-    return True
+def _has_log_z(target: Target) -> bool:
+    return exact_log_z(target, torch.tensor([[it.low for it in target.conditions]])) is not None
 
 
 def _of_target(target: Target, ranges: Any) -> tuple[Condition, ...]:
@@ -391,7 +386,7 @@ class _Fitting:
         log_ratio, log_q = _log_ratio(self, law, condition)
         held = log_ratio.detach()
         self.tell(moment, held)
-        if _known(self.target) and self.beta == 1:
+        if _has_log_z(self.target) and self.beta == 1:
             log_ratio = log_ratio - self.target.log_normaliser(condition)
         else:
             log_ratio = log_ratio - (held.logsumexp(0) - math.log(len(held)))
@@ -428,7 +423,7 @@ class _Fitting:
         if is_likelihood(divergence):
             return on_data(divergence, torch.zeros_like(log_q).flatten(), log_q.flatten()).mean()
         log_ratio = self.log_prob(x, condition) - log_q.detach()
-        if _known(self.target):
+        if _has_log_z(self.target):
             log_ratio = log_ratio - self.target.log_normaliser(condition)
         else:  # E_p[q/p] = 1
             log_ratio = log_ratio + ((-log_ratio).logsumexp(1) - math.log(x.shape[1]))[:, None]
@@ -496,11 +491,8 @@ def _check_integrated(law: SitesLaw, target: Target) -> None:
     if law.integrates(target.log_prob):
         return
     circular = target.domain == "circle"
-    remedy = CoarseToFine(integrate="none") if circular else CoarseToFineField()
-    if isinstance(target, XY):
-        remedy = CoarseToFine.of(target)
-    elif isinstance(target, Phi4):
-        remedy = CoarseToFineField.of(target)
+    generic = CoarseToFine(integrate="none") if circular else CoarseToFineField()
+    remedy = target.architecture() or generic
     raise ValueError(
         f"flow draws a part of the sites exactly for {law.flow.architecture}, which {target} is "
         f"not; build it from {remedy}."

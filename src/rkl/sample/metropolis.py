@@ -15,8 +15,8 @@ from rkl.checks import floats, warn
 from rkl.flows.architectures import draw
 from rkl.flows.precision import single_precision
 from rkl.sample.domain import check_domain
-from rkl.sample.mcmc.kernels import Kernel, check_condition, check_kernel, check_whole, seeded
-from rkl.sample.targets.base import Target
+from rkl.sample.mcmc.kernels import check_kernel, check_whole, seeded
+from rkl.sample.targets.base import Kernel, Target, check_condition
 from rkl.stats import ess, ess_tail, integrated_time, rhat
 
 NUMBERS = 2**24  # coordinates of proposals held at a time

@@ -1,7 +1,7 @@
 """Observables of chains with their errors, and a flow beside Markov chains it has not seen."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -10,15 +10,12 @@ from torch import Tensor
 from rkl.checks import floats
 from rkl.metrics.overlap import earth_mover, histogram_overlap
 from rkl.runs import row_fingerprint
-from rkl.sample.mcmc.kernels import check_condition
 from rkl.sample.metropolis import Chain, law_of
-from rkl.sample.targets.base import Target
-from rkl.sample.targets.lattices import XY
+from rkl.sample.targets.base import Target, check_condition
 from rkl.stats import Mean, jackknife, mean
 
 SHOWN = 4  # coordinates that are measured of a target without observables
 TURNS = 8  # configurations that are turned
-DERIVED = ("energy", "specific_heat", 2), ("magnetization", "susceptibility", 1)  # power of T
 RANGES = (-2.0, 0.0), (-3.0, 0.0)  # of energies per site, in which AdvNF's code and text count
 
 
@@ -30,8 +27,9 @@ def averages(
 ) -> dict[str, Mean]:
     r"""Mean of each observable over chains, with errors that know how dependent draws are.
 
-    For the XY model also the specific heat N (⟨e²⟩ − ⟨e⟩²)/T² and the susceptibility
-    N (⟨m²⟩ − ⟨|m|⟩²)/T, per site, with e the energy per site and k_B = 1.
+    Also of the response coefficients that a target derives from them, such as the specific heat
+    N (⟨e²⟩ − ⟨e⟩²)/T² and the susceptibility N (⟨m²⟩ − ⟨|m|⟩²)/T of the XY model, per site, with
+    e the energy per site and k_B = 1.
 
     Args:
         target: What the chains sample.
@@ -58,26 +56,17 @@ def averages(
         )
     found = jackknife(lambda it: it, rows, weights)
     named = {name: Mean(found.value[..., k], found.error[..., k]) for k, name in enumerate(names)}
-    if not isinstance(target, XY):
-        return named
-    temperature = condition[..., 0].double()
-    for of, name, power in DERIVED:
-        if of in names:
-            x = rows[..., names.index(of)]
-            # about the mean, lest the difference of squares lose its digits
-            x = x.double() - named[of].value
-            scale = target.side**2 / temperature**power
+    for name, it in target.derived(condition).items():
+        if it.of in names:
+            # about the mean, so that the difference of squares keeps its digits
+            x = rows[..., names.index(it.of)].double() - named[it.of].value
             moments = torch.stack([x, x.square()], -1)
-            named[name] = jackknife(_Variance(scale), moments, weights)
+            named[name] = jackknife(_scaled_variance(it.factor), moments, weights)
     return named
 
 
-class _Variance:
-    def __init__(self, scale: Tensor):
-        self.scale = scale
-
-    def __call__(self, moments: Tensor) -> Tensor:
-        return self.scale * (moments[..., 1] - moments[..., 0].square())
+def _scaled_variance(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda moments: factor * (moments[..., 1] - moments[..., 0].square())
 
 
 @torch.no_grad()

@@ -10,13 +10,11 @@ from rkl.sample.evaluation import (
     STAR,
     Evaluation,
     Reference,
-    has_temperature,
     thermal_columns,
     thermal_tail,
     with_stars,
 )
-from rkl.sample.targets import XY
-from rkl.sample.targets.plane import MoG4, MoG8
+from rkl.sample.targets.base import has_temperature
 from rkl.stats import Mean
 
 if TYPE_CHECKING:
@@ -224,27 +222,17 @@ def _draws(found: Evaluation) -> "Section":
         panel[FLOW] = found.values[name][k].flatten().numpy()
     label = f"{_words(name)} ({unit})" if unit else _words(name)
     blocks = [drawn("How often", histograms(panels, label=label), _HISTOGRAM_SAYS)]
-    if isinstance(found.target, XY):
-        blocks.append(drawn("Configurations", _wheels(found), _WHEELS_SAYS))
+    last = {
+        found.conditions()[k]: found.chain.x[k, 0, -1] for k in _spread(len(found.condition), 7)
+    }
+    figure = found.target.figure(last)
+    if figure is not None:
+        blocks.append(drawn("Configurations", *figure))
     if found.target.event_shape == (2,):
         for k in dict.fromkeys((rows[0], rows[-1])):
             drawing = planes(_points(found, k), marks=_missing(found, k))
             blocks.append(drawn(f"The plane, {found.conditions()[k]}", drawing, _PLANE_SAYS))
     return Section("Draws", blocks=blocks)
-
-
-def _wheels(found: Evaluation) -> Any:
-    from rkl.plots.lattices import wheels
-
-    target = found.target
-    assert isinstance(target, XY)
-    rows = _spread(len(found.condition), 7)
-    last = {found.conditions()[k]: found.chain.x[k, 0, -1] for k in rows}
-    shape = target.side, target.side
-    angles = {at: it.reshape(shape).numpy() for at, it in last.items()}
-    return wheels(
-        angles, {at: target.vorticity(it).reshape(shape).numpy() for at, it in last.items()}
-    )
 
 
 def _points(found: Evaluation, row: int) -> dict[str, Any]:
@@ -259,8 +247,12 @@ def _points(found: Evaluation, row: int) -> dict[str, Any]:
 def _missing(found: Evaluation, row: int) -> dict[str, Any]:
     target, modes = found.target, found.coverage[row].modes
     lost = [k for k, it in enumerate(modes) if it.missing]
-    known = isinstance(target, MoG4 | MoG8)
-    return {FLOW: target.modes[lost].numpy()} if lost and known else {}
+    if not lost:
+        return {}
+    x = found.chain.x[row, 0, :1]
+    known = target.modes(x, found.condition[row].expand(1, -1))
+    centres = None if known is None else known.centres
+    return {} if centres is None else {FLOW: centres[lost].cpu().numpy()}
 
 
 def _training(metrics: Rows) -> list["Section"]:
@@ -436,8 +428,4 @@ _MODES_SAYS = (
     "lacks a mode cannot see it in its own draws, however well their weights look."
 )
 _HISTOGRAM_SAYS = "Grey: the reference. Line: the flow after Metropolis."
-_WHEELS_SAYS = (
-    "One draw at each temperature: hue and arrow are the angle. Around a vortex the angle turns "
-    "once, around an antivortex once the other way; pairs of them unbind with rising temperature."
-)
 _PLANE_SAYS = "Crosses mark modes that the flow lacks."

@@ -43,7 +43,7 @@ from rkl.runs.integrity import (
     values_of,
 )
 from rkl.runs.typed import settings_from
-from rkl.sample.built import built
+from rkl.sample.architecture import build_flow
 from rkl.sample.files import write_chain
 from rkl.sample.fit import TargetFit, fit_to_target
 from rkl.sample.importance import reweight
@@ -51,8 +51,7 @@ from rkl.sample.mcmc.kernels import seeded
 from rkl.sample.metropolis import Chain, independent_metropolis, law_of, proposed
 from rkl.sample.observables import observe
 from rkl.sample.settings import SampleSettings, TargetSettings, condition_grid, parse_ranges
-from rkl.sample.targets import Target
-from rkl.sample.targets.base import Condition, check_values
+from rkl.sample.targets.base import Condition, Target, check_values
 from rkl.sample.targets.domains import check_inside
 
 DRAWN = "drawn.bin"  # digests of draws that rkl sample wrote
@@ -213,7 +212,7 @@ def load_target_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> 
     with only(allow, source=source):
         settings = settings_from(TargetSettings, run.settings, source)
     target = settings.aim
-    flow = built(settings.architecture, target, settings.ranges)
+    flow = build_flow(settings.architecture, target, settings.ranges)
     flow.load_state_dict(load_state(run.path / WEIGHTS)["flow"])
     check_finite(flow.named_parameters(), run.path / WEIGHTS, "flow")
     return TargetRun(flow.requires_grad_(False), target, settings.ranges, settings)
@@ -359,7 +358,7 @@ def _begun(settings: TargetSettings) -> nn.Module:
     target = settings.aim
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        flow = built(settings.architecture, target, settings.ranges)
+        flow = build_flow(settings.architecture, target, settings.ranges)
     if settings.start_from is not None:
         begin: Any = getattr(flow, "start_from", None)
         if begin is None:

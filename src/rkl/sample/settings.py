@@ -13,26 +13,16 @@ from torch import Tensor
 
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer, number
 from rkl.divergences.parse import with_module
-from rkl.flows.architectures import (
-    NSF,
-    Architecture,
-    CircularSplines,
-    Coupling,
-    MixedSplines,
-    parse_architecture,
-)
+from rkl.flows.architectures import Architecture, parse_architecture
 from rkl.flows.precision import single_precision
 from rkl.flows.training import MINUTES
-from rkl.sample.fit import FEW
-from rkl.sample.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
+from rkl.sample.architecture import default_architecture
 from rkl.sample.mcmc.kernels import check_whole
 from rkl.sample.objectives import Objective, parse_objective
-from rkl.sample.observables import turn_invariant
-from rkl.sample.targets import XY, Phi4, Target, parse_target
-from rkl.sample.targets.base import Condition, check_values, spelt
+from rkl.sample.targets.base import Condition, Target, check_values
+from rkl.sample.targets.parse import parse_target, spelt
 
 VALUES = 8  # of the first condition, where none are given
-SPLINES = NSF(transforms=3, hidden=(128, 128), bins=16)  # of few coordinates
 
 
 @dataclass(frozen=True)
@@ -108,7 +98,9 @@ class TargetSettings:
     @property
     def architecture(self) -> Architecture:
         """What is built."""
-        return suited(self.aim) if self.flow is None else parse_architecture(self.flow)
+        return (
+            default_architecture(self.aim) if self.flow is None else parse_architecture(self.flow)
+        )
 
     @property
     def chosen(self) -> Objective:
@@ -138,55 +130,13 @@ class TargetSettings:
         return {name: getattr(self, name) for name in names}
 
 
-def suited(target: Target) -> Architecture:
-    """The architecture that a target is fitted with where none is named.
-
-    >>> suited(XY(side=4)) == CoarseToFine.of(XY(side=4))
-    True
-    """
-    side = math.isqrt(math.prod(target.event_shape))
-    checkered = side**2 == math.prod(target.event_shape) and side % 2 == 0
-    power_of_two = side & (side - 1) == 0
-    if isinstance(target, XY) and power_of_two:
-        return CoarseToFine.of(target)
-    if isinstance(target, Phi4) and target.side & (target.side - 1) == 0:
-        return CoarseToFineField.of(target)
-    if isinstance(target, Phi4) and checkered:
-        return CheckerboardRealNVP(filters=16, circle=False)
-    few = math.prod(target.event_shape) <= FEW
-    if target.domain == "circle":
-        if checkered and power_of_two and _knows_no_direction(target):
-            return CoarseToFine(integrate="none")
-        relative = math.prod(target.event_shape) > 1 and _ignores_turns(target)
-        return CircularSplines(passes=None if few else 2, relative=relative)
-    if target.chart.circle.any():
-        return MixedSplines(passes=None if few else 2)
-    return SPLINES if few else Coupling()
-
-
-def _knows_no_direction(target: Target) -> bool:
-    """True for angles at one temperature whose density a common turn leaves as it is."""
-    if [it.name for it in target.conditions] != ["T"] or len(target.event_shape) != 1:
-        return False
-    return _ignores_turns(target)
-
-
-def _ignores_turns(target: Target) -> bool:
-    """True for angles whose density a common turn leaves as it is."""
-    middle = [(it.low + it.high) / 2 for it in target.conditions]
-    try:
-        return turn_invariant(target, torch.tensor([middle]))
-    except Exception:  # of the user's function, which the fit refuses in words
-        return False
-
-
 def parse_ranges(text: str | None, target: Target) -> tuple[Condition, ...]:
     """The conditions of a target, with ranges from a text such as "T=0.5:1.5, K=0".
 
     Raises:
         ValueError: It cannot be read, or names what is no condition.
 
-    >>> parse_ranges("T=0.5:1.5", XY(side=2))
+    >>> parse_ranges("T=0.5:1.5", parse_target("xy(side=2)"))
     (Condition(name='T', low=0.5, high=1.5, unit='J', above=0.0, at_least=None),)
     """
     known, given = {it.name: it for it in target.conditions}, set()

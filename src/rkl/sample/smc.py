@@ -19,14 +19,13 @@ from torch import Tensor
 
 from rkl.checks import number
 from rkl.sample.lost_modes import MAX_SIZE, LogDensity, find_lost_mode
-from rkl.sample.mcmc.kernels import HeatBath, check_condition, check_whole, seeded
-from rkl.sample.targets.base import Target, without_bounds
-from rkl.sample.targets.lattices import XY
+from rkl.sample.mcmc.kernels import check_whole, kernel_of_angles, seeded
+from rkl.sample.targets.base import Kernel, Target, check_condition, without_bounds
 from rkl.stats import Mean, jackknife, resample
 
 WIDTH = 100.0  # standard deviation of the broad distribution on the line
 NARROWER = 10.0  # factor by which it is narrower for the other half of the islands
-EQUAL = {False: 0.95, True: 0.85}  # effective share of particles that a step in β leaves; XY: True
+EQUAL, EQUAL_BY_KERNEL = 0.95, 0.85  # effective share of particles that a step in β leaves
 MIN_SHARE = 0.5  # effective share below which an island is resampled
 LEAPFROGS = 5  # of a Hamiltonian move
 SMALLEST = 0.05  # share of the largest step that a move may take, by chance
@@ -91,8 +90,9 @@ def evidence(
     r"""Log Z of a target under each condition, and draws, by sequential Monte Carlo.
 
     Particles move by Hamiltonian Monte Carlo where the log-density has a gradient, else by a
-    random walk; for XY by a heat bath. They find modes that are not much further from 0 than
-    ``width``, each in proportion to its mass as long as modes come apart one after another.
+    random walk; angles at a temperature move by the kernel of their target, those of XY by a heat
+    bath. They find modes that are not much further from 0 than ``width``, each in proportion to
+    its mass as long as modes come apart one after another.
 
     Source: Del Moral, Doucet and Jasra (2006), J. R. Statist. Soc. B 68, 411; Neal (2011), arXiv
     1206.1901, for the moves.
@@ -102,8 +102,9 @@ def evidence(
     islands that differ, moves that are hardly ever accepted, particles that drift as they move on
     under the target itself, and a mode that some particle met and all have lost: from the highest
     and the steepest points of the way maxima are climbed, and the mass about them is compared with
-    the share of particles there (:mod:`rkl.sample.lost_modes`; up to 64 coordinates, not for XY).
-    A mode so narrow or so far that no point of the way was uphill to it remains unseen.
+    the share of particles there (:mod:`rkl.sample.lost_modes`; up to 64 coordinates, and not with
+    the kernel of a target). A mode so narrow or so far that no point of the way was uphill to it
+    remains unseen.
 
     Args:
         target: The density, up to log Z of each condition; of coordinates with bounds too, which
@@ -306,7 +307,7 @@ class _Sampler:
         self.asked = condition
         self.condition, self.dtype = _precise(target, condition)
         self.gradient = _has_gradient(target, self.condition)
-        self.heat_bath = isinstance(target, XY)
+        self.kernel = kernel_of_angles(target)
         self.kept: list[Tensor] = []
 
     def run(self, islands: int, particles: int, plan: list[_Rung] | None) -> _Path:
@@ -340,7 +341,7 @@ class _Sampler:
             made.append(rung)
             self.keep(state.log_p, state.x)
             accepted = torch.minimum(accepted, share)
-            if plan is None and not self.heat_bath:
+            if plan is None and self.kernel is None:
                 aim = ACCEPTED["gradient" if self.gradient else "walk"]
                 step = step * (1.5 * (share - aim)).exp()
             if len(made) > MAX_RUNGS:
@@ -358,7 +359,7 @@ class _Sampler:
 
     def keep(self, priority: Tensor, x: Tensor) -> None:
         """Keep the points of highest priority, from which modes are looked for."""
-        if self.heat_bath or self.size > MAX_SIZE:
+        if self.kernel is not None or self.size > MAX_SIZE:
             return
         index = priority.topk(min(CANDIDATES, priority.shape[2]), 2).indices[..., None]
         kept = x.gather(2, index.expand(*index.shape[:3], x.shape[-1]))
@@ -407,7 +408,7 @@ class _Sampler:
     def computed(self, x: Tensor) -> _State:
         """Particles with their log-density, and its gradient where it is used."""
         score = torch.zeros_like(x)
-        if self.gradient and not self.heat_bath:
+        if self.gradient and self.kernel is None:
             with torch.enable_grad():
                 y = x.detach().requires_grad_(True)
                 log_p = self.target.log_prob(*self.given(y))
@@ -421,11 +422,12 @@ class _Sampler:
     def next_beta(self, beta: Tensor, gain: Tensor, log_w: Tensor) -> Tensor:
         """The largest β at which the particles keep their effective share, row by row."""
         flat, log_w = gain.flatten(1), log_w.flatten(1).log_softmax(1)
+        equal = EQUAL if self.kernel is None else EQUAL_BY_KERNEL
 
         def enough(step: Tensor) -> Tensor:
             moved = step[:, None] * flat
             once, twice = (log_w + k * moved for k in (1, 2))
-            return (2 * once.logsumexp(1) - twice.logsumexp(1)).exp() >= EQUAL[self.heat_bath]
+            return (2 * once.logsumexp(1) - twice.logsumexp(1)).exp() >= equal
 
         rest = 1 - beta.double()
         low, high = torch.full_like(rest, -60.0), rest.clamp_min(1e-30).log()
@@ -457,16 +459,16 @@ class _Sampler:
 
     def moved(self, state: _State, rung: _Rung) -> tuple[_State, Tensor]:
         """Particles after a move that leaves p₀^(1 − β) p^β as it is, and what was accepted."""
-        if self.heat_bath:
-            return self.heated(state, rung)
+        if self.kernel is not None:
+            return self.moved_by(self.kernel, state, rung)
         return self.guided(state, rung) if self.gradient else self.walked(state, rung)
 
-    def heated(self, state: _State, rung: _Rung) -> tuple[_State, Tensor]:
-        """Particles of the XY model after a heat bath at the temperature T/β."""
-        _, each = self.given(state.x)
+    def moved_by(self, kernel: Kernel, state: _State, rung: _Rung) -> tuple[_State, Tensor]:
+        """Particles after a move of the target's kernel at the temperature T/β."""
+        x, each = self.given(state.x)
         hot = each.clone()
         hot[..., 0] = each[..., 0] / rung.beta[:, None, None].clamp_min(1e-9)
-        x = HeatBath(over_relaxation=0).move(self.target, hot, state.x, 1)
+        x = kernel.move(self.target, hot, x, 1).reshape(state.x.shape)
         return self.computed(x), torch.ones_like(rung.beta)
 
     def walked(self, state: _State, rung: _Rung) -> tuple[_State, Tensor]:

@@ -13,10 +13,10 @@ from rkl.checks import number
 from rkl.flows.architectures import Architecture
 from rkl.sample.lattice import circle
 from rkl.sample.lattice.law import SitesLaw
+from rkl.sample.lattice.models import Rotors
 from rkl.sample.lattice.network import Site
 from rkl.sample.lattice.ordering import Ordering, Pass, ordering
 from rkl.sample.lattice.spin_waves import Wave, spin_waves
-from rkl.sample.targets import XY
 
 TINY = 1e-10  # squared length of a sum of spins below which it has no direction
 TOO_STRONG = 4.0  # nats by which a network may change the log of a concentration
@@ -72,7 +72,7 @@ class CoarseToFine(Architecture):
             )
 
     @classmethod
-    def of(cls, target: XY, **settings: Any) -> "CoarseToFine":
+    def of(cls, target: Rotors, **settings: Any) -> "CoarseToFine":
         """The architecture whose von Mises laws are those of a target."""
         return cls(target.coupling, target.ring_exchange, **settings)
 

@@ -13,9 +13,9 @@ from rkl.flows.architectures import Architecture
 from rkl.flows.architectures.splines import imported_zuko
 from rkl.sample.lattice import quartic
 from rkl.sample.lattice.law import SitesLaw
+from rkl.sample.lattice.models import QuarticField
 from rkl.sample.lattice.network import Site
 from rkl.sample.lattice.ordering import Ordering, ordering
-from rkl.sample.targets import Phi4
 
 BOUND = 5.0  # standard deviations within which a spline bends
 PULL = 0.6  # share of the mean of four neighbours that a site begins with
@@ -58,7 +58,7 @@ class CoarseToFineField(Architecture):
             number("mass_squared", self.mass_squared)
 
     @classmethod
-    def of(cls, target: Phi4, **settings: Any) -> "CoarseToFineField":
+    def of(cls, target: QuarticField, **settings: Any) -> "CoarseToFineField":
         """The architecture that draws half of the sites of a target exactly."""
         return cls(target.mass_squared, **settings)
 

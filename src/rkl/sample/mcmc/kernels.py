@@ -2,27 +2,19 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from rkl.checks import LARGEST_COUNT, floats, integer, number
+from rkl.checks import LARGEST_COUNT, integer, number
 from rkl.sample.lattice import circle
-from rkl.sample.targets.base import Target, check_values
-from rkl.sample.targets.lattices import XY
-
-
-@runtime_checkable
-class Kernel(Protocol):
-    """A move of a Markov chain that leaves a target invariant."""
-
-    def move(self, target: Any, condition: Tensor, x: Tensor, sweeps: int) -> Tensor:
-        r"""The states after some sweeps, from states x [\*batch, \\*event]."""
-        ...
+from rkl.sample.lattice.models import Rotors
+from rkl.sample.targets.base import Kernel, Target, has_temperature
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,8 @@ class Wolff:
     ) -> Tensor:
         """The angles after as many clusters as there are sweeps."""
         lattice = _lattice(target)
-        if lattice.ring_exchange != 0:
+        ring = lattice.ring(condition)
+        if isinstance(ring, Tensor) or ring != 0:
             raise ValueError(
                 f"target must have ring_exchange=0 for Wolff's clusters; got {target}: a mirror "
                 "leaves no sum over plaquettes as it is but for a bond. HeatBath() is exact."
@@ -108,7 +101,7 @@ class Wolff:
         return _wrapped(theta).flatten(-2)
 
     @staticmethod
-    def _mirrored(lattice: XY, temperature: Tensor, theta: Tensor) -> Tensor:
+    def _mirrored(lattice: Rotors, temperature: Tensor, theta: Tensor) -> Tensor:
         direction = 2 * math.pi * torch.rand_like(theta[..., :1, :1])
         along = (theta - direction).cos()
         bonds = []
@@ -167,8 +160,8 @@ class Colour(NamedTuple):
     plaquettes: Int[Tensor, "sites 4 3"]  # two neighbours and the corner across
 
 
-def _lattice(target: Target) -> XY:
-    if not isinstance(target, XY):
+def _lattice(target: Any) -> Rotors:
+    if not isinstance(target, Rotors):
         raise TypeError(f"target must be XY(...) for this move; got {target}. See RandomWalk().")
     return target
 
@@ -248,21 +241,18 @@ def check_whole(name: str, value: int, least: int) -> None:
     integer(name, value, at_most=LARGEST_COUNT)
 
 
-def check_condition(target: Any, condition: Tensor | None) -> Tensor:
-    """The condition, of the length that target wants; empty where it wants none."""
-    if not isinstance(target, Target):
-        raise TypeError(f"target must be a Target such as XY(side=8); got {target!r}.")
-    condition = torch.zeros(0) if condition is None else condition
-    floats("condition", condition)
-    expected = len(target.conditions)
-    if condition.shape[-1:] != (expected,):
-        names = ", ".join(it.name for it in target.conditions) or "none"
-        raise ValueError(
-            f"condition must be [*batch, {expected}] for {target} ({names}); "
-            f"got {list(condition.shape)}."
-        )
-    check_values(target, condition)
-    return condition
+def kernel_of_angles(target: Target) -> Kernel | None:
+    """The kernel of a target of angles at a temperature, valid at any higher one; else None."""
+    return target.kernel() if target.domain == "circle" and has_temperature(target) else None
+
+
+def name_of(kernel: Kernel) -> str:
+    """The name of the class of a kernel in words.
+
+    >>> name_of(HeatBath())
+    'heat bath'
+    """
+    return re.sub("(?<=[a-z0-9])(?=[A-Z])", " ", type(kernel).__name__).lower()
 
 
 def check_kernel(name: str, kernel: Any) -> Kernel:

@@ -1,4 +1,4 @@
-"""log Z of the XY model by Markov chains: thermodynamic integration, MBAR, annealed importance."""
+"""log Z along a ladder of temperatures: thermodynamic integration, MBAR, annealed importance."""
 
 import math
 
@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.sample.mcmc.kernels import Kernel, check_condition, check_whole, seeded
+from rkl.sample.mcmc.kernels import check_whole, seeded
 from rkl.sample.mcmc.walks import chosen_kernel, markov_chain
-from rkl.sample.targets.base import Target
-from rkl.sample.targets.lattices import XY
+from rkl.sample.targets.base import Kernel, Target, check_condition, has_temperature
 from rkl.stats import Mean, jackknife, resample
 
 HALVING = 0.5  # share of effective particles below which they are resampled
@@ -38,12 +37,12 @@ def thermodynamic_integration(
     Source: Gelman and Meng (1998), Statistical Science 13, 163; the corrected trapezoidal rule.
 
     Args:
-        target: An XY model.
-        condition: Temperatures, all with the same ring exchange.
+        target: Angles at a temperature, such as XY(side=8).
+        condition: Temperatures, with all other conditions alike.
         rungs: Rungs of the ladder, about; those of the temperatures come on top.
         draws: Draws of each chain at each rung.
         chains: Chains at each rung.
-        kernel: How they move; by default HeatBath().
+        kernel: The move; by default that of the target, such as a heat bath.
         seed: Of all random numbers.
 
     Returns:
@@ -53,11 +52,13 @@ def thermodynamic_integration(
     >>> round(thermodynamic_integration(XY(side=2), torch.ones(1, 1)).value.item())
     11
     """
-    lattice, beta = _checked(target, condition)
+    beta = check_temperatures(target, condition)
     ladder, place = _ladder(beta, rungs)
-    energy = _energies(lattice, condition, ladder, draws, chains, kernel, seed)
+    energy = _energies(target, condition, ladder, draws, chains, kernel, seed)
     moments = torch.stack([energy, energy.square()], -1).movedim(0, 2)
-    log_z = jackknife(lambda mean: _integrated(ladder, mean, lattice.side**2), moments)
+    log_z = jackknife(
+        lambda mean: _integrated(ladder, mean, math.prod(target.event_shape)), moments
+    )
     return Mean(log_z.value[place], log_z.error[place])
 
 
@@ -94,12 +95,12 @@ def mbar(
     Source: Shirts and Chodera (2008), J. Chem. Phys. 129, 124105, arXiv 0801.1426, eq. (11).
 
     Args:
-        target: An XY model.
-        condition: Temperatures, all with the same ring exchange.
+        target: Angles at a temperature, such as XY(side=8).
+        condition: Temperatures, with all other conditions alike.
         rungs: Rungs of the ladder from β = 0, about.
         draws: Draws of each chain at each rung.
         chains: Chains at each rung.
-        kernel: How they move; by default HeatBath().
+        kernel: The move; by default that of the target, such as a heat bath.
         seed: Of all random numbers.
 
     Returns:
@@ -109,11 +110,11 @@ def mbar(
     >>> round(mbar(XY(side=2), torch.ones(1, 1)).value.item())
     11
     """
-    lattice, beta = _checked(target, condition)
+    beta = check_temperatures(target, condition)
     ladder, place = _ladder(beta, rungs)
-    energy = _energies(lattice, condition, ladder, draws, chains, kernel, seed)
+    energy = _energies(target, condition, ladder, draws, chains, kernel, seed)
     moments = torch.stack([energy, energy.square()], -1).mean((1, 2))
-    sites = lattice.side**2
+    sites = math.prod(target.event_shape)
     log_z, error = _reweighted(ladder, energy, _integrated(ladder, moments, sites))
     return Mean(log_z[place], error[place])
 
@@ -164,13 +165,13 @@ def annealed_importance(
     J. R. Statist. Soc. B 68, 411.
 
     Args:
-        target: An XY model.
-        condition: Temperatures, all with the same ring exchange.
+        target: Angles at a temperature, such as XY(side=8).
+        condition: Temperatures, with all other conditions alike.
         rungs: Rungs of the ladder, about.
         particles: Particles of each island.
         islands: Populations that have nothing to do with each other; two at least.
         sweeps: Moves at each rung.
-        kernel: How they move; by default HeatBath().
+        kernel: The move; by default that of the target, such as a heat bath.
         seed: Of all random numbers.
 
     Returns:
@@ -180,24 +181,24 @@ def annealed_importance(
     >>> round(annealed_importance(XY(side=2), torch.ones(1, 1)).value.item())
     11
     """
-    lattice, beta = _checked(target, condition)
+    beta = check_temperatures(target, condition)
     check_whole("particles", particles, 2)
     check_whole("islands", islands, 2)
     check_whole("sweeps", sweeps, 1)
     ladder, place = _ladder(beta, rungs)
-    kernel = chosen_kernel(lattice, kernel)
+    kernel = chosen_kernel(target, kernel)
     with seeded(seed, condition.device):
-        path = _cooled(lattice, condition, ladder, (islands, particles, sweeps), kernel)
+        path = _cooled(target, condition, ladder, (islands, particles, sweeps), kernel)
     by_island = path[:, place]
     top = by_island.amax(0)
     log_z = jackknife(torch.log, (by_island - top).exp()[:, None])
     return Mean(log_z.value + top, log_z.error)
 
 
-def _cooled(lattice, condition, ladder, size: tuple[int, int, int], kernel: Kernel) -> Tensor:
+def _cooled(target, condition, ladder, size: tuple[int, int, int], kernel: Kernel) -> Tensor:
     """Log Z of every island at every rung, [islands, rungs]."""
     islands, particles, sweeps = size
-    sites = lattice.side**2
+    sites = math.prod(target.event_shape)
     x = torch.rand(islands, particles, sites, dtype=condition.dtype, device=condition.device)
     x = 2 * math.pi * x - math.pi
     log_w = torch.zeros(islands, particles, dtype=torch.float64, device=x.device)
@@ -205,10 +206,10 @@ def _cooled(lattice, condition, ladder, size: tuple[int, int, int], kernel: Kern
     for k in range(1, len(ladder)):
         each = _conditions(condition, ladder[k : k + 1])[0].expand(islands, particles, -1)
         before = log_w.logsumexp(1)
-        log_w = log_w - ladder.diff()[k - 1] * _energy(lattice, each, x)
+        log_w = log_w - ladder.diff()[k - 1] * _energy(target, each, x)
         path.append(path[-1] + log_w.logsumexp(1) - before)
         x, log_w = _resampled(x, log_w)
-        x = kernel.move(lattice, each, x, sweeps)
+        x = kernel.move(target, each, x, sweeps)
     return torch.stack(path, -1)
 
 
@@ -226,17 +227,17 @@ def _resampled(x: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _energies(lattice, condition, ladder, draws, chains, kernel, seed) -> Tensor:
+def _energies(target, condition, ladder, draws, chains, kernel, seed) -> Tensor:
     """Energies at every rung, in the units of T: [rungs, chains, draws]."""
 
     def measure(x: Tensor, each: Tensor) -> dict[str, Tensor]:
-        return {"energy": _energy(lattice, each, x)}
+        return {"energy": _energy(target, each, x)}
 
     each = _conditions(
         condition, ladder.clamp_min(1e-6)
     )  # β of 1e-6 is 0 to all digits that E has
     walk = markov_chain(
-        lattice,
+        target,
         each,
         draws=draws,
         chains=chains,
@@ -247,8 +248,9 @@ def _energies(lattice, condition, ladder, draws, chains, kernel, seed) -> Tensor
     return walk.values["energy"]
 
 
-def _energy(lattice: XY, condition: Tensor, x: Tensor) -> Tensor:
-    return lattice.energy(x, lattice.ring(condition)).double()
+def _energy(target: Target, condition: Tensor, x: Tensor) -> Tensor:
+    """E of p = exp(−E/T), in the unit of T."""
+    return -target.log_prob(x, condition).double() * condition[..., 0].double()
 
 
 def _conditions(condition: Tensor, beta: Tensor) -> Tensor:
@@ -258,10 +260,14 @@ def _conditions(condition: Tensor, beta: Tensor) -> Tensor:
     )
 
 
-def _checked(target: Target, condition: Tensor) -> tuple[XY, Tensor]:
+def check_temperatures(target: Target, condition: Tensor) -> Tensor:
+    """The inverse temperatures of a target of angles, refused where log Z at β = 0 is unknown."""
     condition = check_condition(target, condition)
-    if not isinstance(target, XY):
-        raise TypeError(f"target must be XY(...), whose log Z is known at β = 0; got {target}.")
+    if target.domain != "circle" or not has_temperature(target):
+        raise TypeError(
+            "target must be angles at a temperature T, such as XY(side=8), whose log Z is known "
+            f"at β = 0; got {target}."
+        )
     if condition.ndim != 2 or not len(condition):
         raise ValueError(
             "condition must be [temperatures, conditions], not empty; "
@@ -270,8 +276,20 @@ def _checked(target: Target, condition: Tensor) -> tuple[XY, Tensor]:
     if not (condition[:, 0] > 0).all():
         raise ValueError(f"condition must hold T above 0; got {condition[:, 0].min():.4g}.")
     if not (condition[:, 1:] == condition[:1, 1:]).all():
-        raise ValueError("condition must have one ring exchange K for all temperatures of a call.")
-    return target, 1 / condition[:, 0].double()
+        names = ", ".join(it.name for it in target.conditions[1:])
+        raise ValueError(f"condition must have one value of {names} for all T of a call.")
+    beta = 1 / condition[:, 0].double()
+    x = torch.linspace(0, 3, math.prod(target.event_shape), dtype=condition.dtype).square()
+    x = x.reshape(1, *target.event_shape).to(condition.device)
+    one, other = (
+        _energy(target, _conditions(condition, it), x) for it in (beta[:1], beta[:1] / 2)
+    )
+    if ((one - other).abs() > 1e-4 * (1 + one.abs())).any():
+        raise ValueError(
+            f"target: log_prob of {target} must be −E(x)/T, with nothing else that depends on T; "
+            f"−T log_prob is {one.item():.6g} at one T and {other.item():.6g} at twice that."
+        )
+    return beta
 
 
 def _ladder(beta: Tensor, rungs: int) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,15 @@
 """A heat bath for scalar φ⁴."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rkl.sample.lattice import quartic
+from rkl.sample.lattice.models import QuarticField
 from rkl.sample.mcmc.kernels import colours
-from rkl.sample.targets.base import Target
-from rkl.sample.targets.lattices import Phi4
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Phi4HeatBath:
     """
 
     def move(
-        self, target: Target, condition: Float[Tensor, "*batch conditions"], x: Tensor, sweeps: int
+        self, target: Any, condition: Float[Tensor, "*batch conditions"], x: Tensor, sweeps: int
     ) -> Tensor:
         """The fields after some sweeps."""
-        if not isinstance(target, Phi4):
+        if not isinstance(target, QuarticField):
             raise TypeError(
                 f"target must be Phi4(...) for this move; got {target}. See RandomWalk()."
             )

@@ -8,18 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import floats
-from rkl.sample.mcmc.kernels import (
-    HeatBath,
-    Kernel,
-    RandomWalk,
-    check_condition,
-    check_kernel,
-    check_whole,
-    seeded,
-)
-from rkl.sample.mcmc.phi4 import Phi4HeatBath
-from rkl.sample.targets.base import Target
-from rkl.sample.targets.lattices import XY, Phi4
+from rkl.sample.mcmc.kernels import RandomWalk, check_kernel, check_whole, seeded
+from rkl.sample.targets.base import Kernel, Target, check_condition
 
 Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -64,7 +54,7 @@ def markov_chain(
         condition: One condition or a batch of them.
         draws: Number of draws kept of each chain.
         chains: Number of chains for each condition.
-        kernel: How they move: by default a heat bath for XY and Phi4, else RandomWalk().
+        kernel: The move; by default that of the target, else RandomWalk().
         every: Sweeps from one draw to the next.
         warm_up: Sweeps before the first draw.
         seed: Of all random numbers.
@@ -103,12 +93,11 @@ def markov_chain(
 
 
 def chosen_kernel(target: Target, kernel: Kernel | None) -> Kernel:
-    """The kernel given, or else a heat bath where there is one."""
-    if kernel is None:
-        if isinstance(target, Phi4):
-            return Phi4HeatBath()
-        return HeatBath() if isinstance(target, XY) else RandomWalk()
-    return check_kernel("kernel", kernel)
+    """The kernel given, or that of the target, or a random walk."""
+    if kernel is not None:
+        return check_kernel("kernel", kernel)
+    own = target.kernel()
+    return RandomWalk() if own is None else check_kernel(f"kernel of {target}", own)
 
 
 def _begun(target: Target, each: Tensor) -> Tensor:

@@ -1,23 +1,17 @@
-"""What a target is: an unnormalised density that depends on conditions, with its units."""
+"""Unnormalised densities that depend on conditions, and what may be known of one besides."""
 
 import abc
-import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import BuiltinFunctionType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rkl.checks import floats, number
-from rkl.divergences.parse import full_name, parse, with_module
-from rkl.importing import import_object
+from rkl.flows.architectures import Architecture
 from rkl.sample.targets.domains import Chart, Domain, chart_of
-
-PLACEHOLDER = "target_by_module"  # for "module:name" while its settings are read
 
 
 class Condition(NamedTuple):
@@ -40,6 +34,43 @@ class Condition(NamedTuple):
     at_least: float | None = None
 
 
+@runtime_checkable
+class Kernel(Protocol):
+    """A move of a Markov chain that leaves a target invariant."""
+
+    def move(self, target: Any, condition: Tensor, x: Tensor, sweeps: int) -> Tensor:
+        r"""The states after some sweeps, from states x [\*batch, \\*event]."""
+        ...
+
+
+class Modes(NamedTuple):
+    """The mode that each x belongs to.
+
+    Attributes:
+        labels: The number of the mode of each x.
+        names: The name of each mode.
+        centres: A point of each mode, where figures mark it; then the names are always the same.
+    """
+
+    labels: Int[Tensor, "*batch"]
+    names: tuple[str, ...]
+    centres: Float[Tensor, "modes *event"] | None = None
+
+
+class Fluctuation(NamedTuple):
+    """A response coefficient: the variance of an observable times a factor.
+
+    Attributes:
+        of: The name of the observable.
+        factor: What its variance is multiplied by, such as N/T² for a specific heat.
+        unit: The unit of the product.
+    """
+
+    of: str
+    factor: Float[Tensor, "*batch"]
+    unit: str = ""
+
+
 class Target(abc.ABC):
     r"""An unnormalised density exp(log_prob(x, c)) for every value of its conditions c.
 
@@ -48,12 +79,22 @@ class Target(abc.ABC):
     - ``log_prob``, in nats and up to a function of c, from x [*batch, *event] and c [*batch,
       conditions];
     - ``event_shape``, ``conditions`` and ``domain``: "line", "circle", "positive" or (low, high),
-      for all coordinates or a tuple with one for each;
-    - ``observables`` and their ``units``, if something is to be measured; ``sample`` and
-      ``log_normaliser``, if they are known.
+      for all coordinates or a tuple with one for each. A first condition called T is a
+      temperature: log_prob = −E(x)/T;
+    - ``observables`` and their ``units``, if something is to be measured.
 
-    Then let :func:`rkl.sample.targets.check_target` judge it. The command line finds it by its
-    name in kebab case, or as ``module:Name``.
+    Every other method is optional. Give those that you know:
+
+    - ``sample`` and ``log_normaliser``: exact draws, and log Z, which then are the reference;
+    - ``kernel``: a move of Markov chains made for it, such as a heat bath, which then draws the
+      reference and the particles of :func:`rkl.sample.evidence`;
+    - ``architecture``: the flow that ``rkl fit`` takes where none is named;
+    - ``modes``: the parts of the density that coverage names;
+    - ``derived``: specific heats, susceptibilities and other variances of observables;
+    - ``figure``: how a report shows some draws.
+
+    Then let :func:`rkl.sample.check_target` judge it. The command line finds it by its name in
+    kebab case, or as ``module:Name``.
     """
 
     domain: ClassVar[Domain] = "line"
@@ -96,6 +137,33 @@ class Target(abc.ABC):
             NotImplementedError: It is not.
         """
         raise NotImplementedError(f"log Z of {self} is not known; estimate it.")
+
+    def kernel(self) -> Kernel | None:
+        """A move of Markov chains made for this target; None, a random walk serves.
+
+        Of angles at a temperature it must be valid at any temperature above those in use too.
+        """
+        return None
+
+    def architecture(self) -> Architecture | None:
+        """The architecture of a flow made for this target; None, the domain decides."""
+        return None
+
+    def modes(
+        self, x: Float[Tensor, "*batch event"], condition: Float[Tensor, "*batch conditions"]
+    ) -> Modes | None:
+        """The mode that each x belongs to; None where none are known."""
+        return None
+
+    def derived(self, condition: Float[Tensor, "*batch conditions"]) -> dict[str, Fluctuation]:
+        """Response coefficients by name, each from the variance of an observable."""
+        return {}
+
+    def figure(
+        self, states: Mapping[str, Float[Tensor, "*event"]]
+    ) -> tuple[Any, str] | None:  # a figure of matplotlib
+        """A figure of some x, by the text of their conditions, and its caption; None for none."""
+        return None
 
     @property
     def chart(self) -> Chart:
@@ -187,6 +255,48 @@ def without_bounds(target: Target) -> Target:
     return Density(log_prob, target.event_shape, chart.unbounded, target.limits, repr(target))
 
 
+def has_temperature(target: Target) -> bool:
+    """True if p = exp(−E/T), which a target states by calling its first condition T."""
+    return bool(target.conditions) and target.conditions[0].name == "T"
+
+
+def exact_draws(
+    target: Target, condition: Float[Tensor, "*batch conditions"], shape: tuple[int, ...]
+) -> Float[Tensor, "*shape_and_batch event"] | None:
+    """Exact independent draws; None where the target has no sampler."""
+    try:
+        return target.sample(condition, shape)
+    except NotImplementedError:
+        return None
+
+
+def exact_log_z(
+    target: Target, condition: Float[Tensor, "*batch conditions"]
+) -> Float[Tensor, "*batch"] | None:
+    """Log Z in nats; None where it is not known."""
+    try:
+        return target.log_normaliser(condition)
+    except NotImplementedError:
+        return None
+
+
+def check_condition(target: Any, condition: Tensor | None) -> Tensor:
+    """The condition, of the length that the target expects; empty where it has none."""
+    if not isinstance(target, Target):
+        raise TypeError(f"target must be a Target such as XY(side=8); got {target!r}.")
+    condition = torch.zeros(0) if condition is None else condition
+    floats("condition", condition)
+    expected = len(target.conditions)
+    if condition.shape[-1:] != (expected,):
+        names = ", ".join(it.name for it in target.conditions) or "none"
+        raise ValueError(
+            f"condition must be [*batch, {expected}] for {target} ({names}); "
+            f"got {list(condition.shape)}."
+        )
+    check_values(target, condition)
+    return condition
+
+
 def check_values(target: Target, values: Tensor | Sequence[Sequence[float]]) -> None:
     """Refuse values of the conditions [*batch, conditions] at which a target has no density.
 
@@ -212,100 +322,3 @@ def _check_shape(shape) -> None:
     whole = isinstance(shape, tuple) and all(type(n) is int and n > 0 for n in shape)
     if not (whole and shape):
         raise ValueError(f"event_shape must be a tuple of positive sizes; got {shape!r}.")
-
-
-def catalogue() -> dict[str, type[Target]]:
-    """Every target by its command-line name; a subclass is listed by existing.
-
-    >>> [name for name in catalogue() if name.startswith("mo")]
-    ['mog4', 'mog8']
-    """
-
-    def descendants(cls):
-        return [it for child in cls.__subclasses__() for it in (child, *descendants(child))]
-
-    named = {
-        re.sub("(?<=[a-z])(?=[A-Z][a-z])", "-", cls.__name__).lower(): cls
-        for cls in descendants(Target)
-        if not inspect.isabstract(cls) and cls is not Density
-    }
-    return dict(sorted(named.items()))
-
-
-def parse_target(text: str) -> Target:
-    """A target from its repr, or the same in kebab case, or ``module:Name`` with its settings.
-
-    A plain function log_prob(x, condition) is told its shape, domain and conditions:
-    "my_model:log_prob(event_shape=(16,), domain='circle', conditions={'T': (0.5, 2.0)})",
-    or with a domain for each coordinate, domain=('line', 'positive', (0, 1), 'circle').
-
-    Raises:
-        ValueError: It cannot be read, or is no target.
-        TypeError: It is not a string.
-
-    >>> parse_target("xy(side=8)")
-    XY(side=8, coupling=1.0, ring_exchange=0.0)
-    """
-    if not isinstance(text, str):
-        raise TypeError(f"target must be a string such as 'xy(side=8)'; got {text!r}.")
-    name = text.partition("(")[0].strip()
-    known: dict[str, Callable[..., Target]] = dict(catalogue())
-    if ":" not in name or name in map(full_name, known.values()):
-        return parse(text, known)
-    try:
-        return parse(PLACEHOLDER + text.strip()[len(name) :], {PLACEHOLDER: _maker(name)})
-    except ValueError as error:
-        raise ValueError(str(error).replace(PLACEHOLDER, name)) from error
-
-
-def spelt(target: Target, text: str) -> str:
-    """The text from which another process makes the same target: its repr with its module.
-
-    >>> spelt(parse_target("mog4"), "mog4")
-    'MoG4(radius=2.0)'
-    """
-    name, _, settings = text.partition("(")
-    if isinstance(target, Density) or (":" in name and name.strip() != full_name(type(target))):
-        return text.strip()  # a function, an instance, or a class by the name it is given by
-    return with_module(target)
-
-
-def _maker(name: str) -> Callable[..., Target]:
-    """What makes a target of "module:name": a class of them, a target, or a log-density."""
-    try:
-        found: Any = import_object(name)
-    except ValueError as error:
-        raise ValueError(f"target: {error}") from error
-    if isinstance(found, Target):
-        return lambda: found
-    if isinstance(found, type) and issubclass(found, Target):
-        return found
-    if isinstance(found, type | BuiltinFunctionType) or not callable(found):
-        raise ValueError(
-            f"target {name} must be a Target, a class of them, or a function "
-            f"log_prob(x, condition); got {found!r}."
-        )
-
-    function: Any = found
-
-    def density(event_shape=None, domain: Any = "line", conditions: Any = ()):
-        if event_shape is None:
-            raise ValueError(
-                f"target {name} is a function: say the shape of its x, as in "
-                f"\"{name}(event_shape=(2,))\", for angles with domain='circle'."
-            )
-        return Density(function, event_shape, domain, _ranges(name, conditions), name)
-
-    return density
-
-
-def _ranges(name: str, conditions: Any) -> tuple[Condition, ...]:
-    """The conditions of a function, from {'T': (0.5, 2.0)}."""
-    try:
-        named = dict(conditions)
-        return tuple(Condition(it, low, high) for it, (low, high) in named.items())
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"target {name}: conditions must map names to ranges, as in {{'T': (0.5, 2.0)}}; "
-            f"got {conditions!r}."
-        ) from None

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from rkl.sample.targets.base import Target
+from rkl.sample.domain import check_architecture
+from rkl.sample.targets.base import Kernel, Target, exact_draws
 
 
 def check_target(target: Target, *, draws: int = 64) -> None:
@@ -14,7 +15,8 @@ def check_target(target: Target, *, draws: int = 64) -> None:
     Its log-density is finite with a finite gradient, one value per x, whatever else is in the
     batch; in angles it has the period 2 pi; each observable has a unit and one value per
     x; single precision keeps its digits; exact draws, where there are any, have a mean score
-    of 0.
+    of 0, also after a move of its kernel. Modes have names, response coefficients are derived
+    from observables, and an architecture builds a flow of its events.
 
     Args:
         target: The target on trial.
@@ -43,6 +45,7 @@ def check_target(target: Target, *, draws: int = 64) -> None:
     condition = low + (high - low) * u
     _check_density(target, x, condition)
     _check_observables(target, x, condition)
+    _check_abilities(target, x, condition)
     _check_sampler(target, (low + high) / 2)
 
 
@@ -176,14 +179,48 @@ def _check_observables(target, x, condition):
         assert values.shape == x.shape[:1], f"{target}: {name} must be [*batch], one per x."
 
 
+def _check_abilities(target, x, condition):
+    """The optional methods: kernel, modes, derived and architecture."""
+    kernel = target.kernel()
+    assert kernel is None or isinstance(kernel, Kernel), (
+        f"{target}: kernel must be None or have a method move; got {kernel!r}."
+    )
+    if kernel is not None:
+        with torch.random.fork_rng():
+            moved = kernel.move(target, condition, x, 1)
+        law = f"{target}: a move of its kernel must return finite x of the same shape."
+        assert moved.shape == x.shape, law
+        assert moved.isfinite().all(), law
+    modes = target.modes(x, condition)
+    if modes is not None:
+        count = len(modes.names)
+        inside = modes.labels.shape == x.shape[:1] and not modes.labels.is_floating_point()
+        inside = inside and bool(((modes.labels >= 0) & (modes.labels < count)).all())
+        law = f"{target}: the labels of its modes must be numbers below {count}, one for each x."
+        assert inside, law
+    for name, it in target.derived(condition).items():
+        law = f"{target} derives {name} from {it.of}, which it does not measure."
+        assert it.of in target.units, law
+    architecture = target.architecture()
+    if architecture is not None:
+        check_architecture(architecture, target)
+        with torch.random.fork_rng():
+            architecture.build(target.event_shape, len(target.conditions))
+
+
 def _check_sampler(target, condition, draws: int = 20_000):
     """E[d log p/dx] = 0: each mean within 5 standard errors, 2 in a million by chance."""
+    each, kernel = condition.expand(draws, -1), target.kernel()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        try:
-            x = target.sample(condition, (draws,))
-        except NotImplementedError:
+        x = exact_draws(target, condition, (draws,))
+        if x is None:
             return
-    _, score = _score(target, x, condition.expand(draws, -1))
-    z = score.mean(0) / score.std(0) * draws**0.5
-    assert z.abs().max() < 5, f"{target}: the draws of sample do not follow log_prob."
+        moved = x if kernel is None else kernel.move(target, each, x, 1)
+    for rows, law in (
+        (x, "the draws of sample do not follow log_prob."),
+        (moved, "its kernel does not leave it invariant."),
+    ):
+        _, score = _score(target, rows, each)
+        z = score.mean(0) / score.std(0) * draws**0.5
+        assert z.abs().max() < 5, f"{target}: {law}"

@@ -9,7 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rkl.checks import number
-from rkl.sample.targets.base import Condition, Target
+from rkl.sample.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
+from rkl.sample.mcmc.kernels import HeatBath
+from rkl.sample.mcmc.phi4 import Phi4HeatBath
+from rkl.sample.targets.base import Condition, Fluctuation, Modes, Target
+
+WHEELS_CAPTION = (
+    "One draw at each temperature: hue and arrow are the angle. Around a vortex the angle turns "
+    "once, around an antivortex once the other way; pairs of them unbind with rising temperature."
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,35 @@ class XY(Target):
             "helicity": helicity,
         }
 
+    def kernel(self):
+        return HeatBath()
+
+    def architecture(self):
+        """A coarse-to-fine flow that draws half of the sites exactly, where the side allows it."""
+        return CoarseToFine.of(self) if _is_power_of_two(self.side) else None
+
+    def modes(self, x, condition):
+        """The winding sectors."""
+        sectors, labels = self.sector(x).unique(dim=0, return_inverse=True)
+        return Modes(labels, tuple(f"winding ({a}, {b})" for a, b in sectors.tolist()))
+
+    def derived(self, condition):
+        """Specific heat N var(e)/T² and susceptibility N var(|m|)/T, with k_B = 1."""
+        sites, temperature = self.side**2, condition[..., 0].double()
+        return {
+            "specific_heat": Fluctuation("energy", sites / temperature**2, "k_B per site"),
+            "susceptibility": Fluctuation("magnetization", sites / temperature, "per J and site"),
+        }
+
+    def figure(self, states):
+        """Configurations as wheels of colours, with their vortices."""
+        from rkl.plots.lattices import wheels
+
+        shape = self.side, self.side
+        angles = {at: x.reshape(shape).numpy() for at, x in states.items()}
+        vortices = {at: self.vorticity(x).reshape(shape).numpy() for at, x in states.items()}
+        return wheels(angles, vortices), WHEELS_CAPTION
+
     def vorticity(self, x: Float[Tensor, "*batch sites"]) -> Float[Tensor, "*batch sites"]:
         """The vorticity of each plaquette, −1, 0 or 1; its site is the corner it starts at."""
         across, down = self.wrapped(x)
@@ -177,10 +214,23 @@ class Phi4(Target):
         local = square * (self.mass_squared + condition[..., None, None, 0] * square)
         return -(slopes + local).sum((-1, -2))
 
+    def kernel(self):
+        return Phi4HeatBath()
+
+    def architecture(self):
+        """A flow that draws half of the sites exactly, or affine couplings on a checkerboard."""
+        if _is_power_of_two(self.side):
+            return CoarseToFineField.of(self)
+        return CheckerboardRealNVP(filters=16, circle=False) if self.side % 2 == 0 else None
+
     def observables(self, x, condition):
         """The action S per site, and |φ| averaged over sites before the absolute value."""
         action = -self.log_prob(x, condition) / self.side**2
         return {"action": action, "magnetization": x.mean(-1).abs()}
+
+
+def _is_power_of_two(side: int) -> bool:
+    return side & (side - 1) == 0
 
 
 def _check_side(side) -> None:

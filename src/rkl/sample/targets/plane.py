@@ -10,32 +10,32 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import number
-from rkl.sample.targets.base import Condition, Target
+from rkl.sample.targets.base import Condition, Modes, Target
 
 
 class _Mixture(Target):
-    """Σ masses N(x; modes, scale² I), normalised; the condition is the scale."""
+    """Σ masses N(x; centres, scale² I), normalised; the condition is the scale."""
 
     conditions = (Condition("scale", 0.1, 1.0, above=0.0),)
 
     @property
     @abc.abstractmethod
-    def modes(self) -> Float[Tensor, "modes event"]:
+    def centres(self) -> Float[Tensor, "modes event"]:
         """The centre of each component."""
 
     @property
     def masses(self) -> Float[Tensor, " modes"]:
         """The mass of each component; they add up to 1."""
-        return torch.full((len(self.modes),), 1 / len(self.modes), dtype=torch.float64)
+        return torch.full((len(self.centres),), 1 / len(self.centres), dtype=torch.float64)
 
     @property
     def event_shape(self):
-        return (self.modes.shape[-1],)
+        return (self.centres.shape[-1],)
 
     def log_prob(self, x, condition):
         self.check(x, condition)
         scale = condition[..., None, :]
-        away = (x[..., None, :] - self.modes.to(x)) / scale
+        away = (x[..., None, :] - self.centres.to(x)) / scale
         constants = self.masses.log().to(x) - self.event_shape[0] * math.log(2 * math.pi) / 2
         terms = constants - away.square().sum(-1) / 2
         return terms.logsumexp(-1) - self.event_shape[0] * condition[..., 0].log()
@@ -43,11 +43,20 @@ class _Mixture(Target):
     def sample(self, condition, shape=()):
         full = (*shape, *condition.shape[:-1])
         which = torch.multinomial(self.masses, math.prod(full), replacement=True)
-        centres = self.modes[which].to(condition).reshape(*full, *self.event_shape)
+        centres = self.centres[which].to(condition).reshape(*full, *self.event_shape)
         return centres + condition * torch.randn_like(centres)
 
     def log_normaliser(self, condition):
         return torch.zeros_like(condition[..., 0])
+
+    def modes(self, x, condition):
+        """The components; each x belongs to the nearest centre."""
+        centres = self.centres.to(x)
+        places = [
+            ", ".join(f"{round(c, 3) + 0.0:.3g}" for c in centre) for centre in centres.tolist()
+        ]
+        names = tuple(f"at ({place})" for place in places)
+        return Modes(torch.cdist(x, centres).argmin(-1), names, centres)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class GaussianMixture(_Mixture):
             number("weights", weight, above=0)
 
     @property
-    def modes(self):
+    def centres(self):
         return torch.tensor(self.means, dtype=torch.float64)
 
     @property
@@ -94,7 +103,7 @@ class MoG4(_Mixture):
 
     AdvNF's first toy (arXiv 2401.15948, section 4.1); centres are ``radius`` off either axis.
 
-    >>> MoG4().modes[0]
+    >>> MoG4().centres[0]
     tensor([2., 2.], dtype=torch.float64)
     """
 
@@ -104,7 +113,7 @@ class MoG4(_Mixture):
         number("radius", self.radius, above=0)
 
     @property
-    def modes(self):
+    def centres(self):
         r = self.radius
         return torch.tensor([(r, r), (r, -r), (-r, r), (-r, -r)], dtype=torch.float64)
 
@@ -115,7 +124,7 @@ class MoG8(_Mixture):
 
     AdvNF's second toy (arXiv 2401.15948, section 4.1).
 
-    >>> MoG8(radius=3.0).modes[0]
+    >>> MoG8(radius=3.0).centres[0]
     tensor([3., 0.], dtype=torch.float64)
     """
 
@@ -125,7 +134,7 @@ class MoG8(_Mixture):
         number("radius", self.radius, above=0)
 
     @property
-    def modes(self):
+    def centres(self):
         angle = torch.arange(8, dtype=torch.float64) * (math.pi / 4)
         return self.radius * torch.stack([angle.cos(), angle.sin()], -1)
 
@@ -183,3 +192,9 @@ class Rings(Target):
 
     def log_normaliser(self, condition):
         return torch.zeros_like(condition[..., 0])
+
+    def modes(self, x, condition):
+        """The rings; each x belongs to the nearest one."""
+        apart = (x.norm(dim=-1, keepdim=True) - self.radii.to(x)).abs()
+        names = tuple(f"ring of radius {r:.3g}" for r in self.radii.tolist())
+        return Modes(apart.argmin(-1), names)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from rkl.divergences import KL, ReverseKL
 from rkl.flows import Architecture
 from rkl.sample import fit_to_target, independent_metropolis, markov_chain
+from rkl.sample.architecture import default_architecture
 from rkl.sample.coverage import Coverage, judge_coverage
 from rkl.sample.objectives import VARIANTS, Objective, Term
 from rkl.sample.observables import beside_held_out
-from rkl.sample.settings import suited
 from rkl.sample.targets import Target
 
 NO_DATA, WITH_DATA = "ours, no data", "ours, with data"
@@ -73,7 +73,7 @@ class Plan:
 
     def flow(self, name: str) -> Architecture:
         """What is fitted under the name of a way."""
-        return (self.ours or suited(self.target)) if name in OURS else self.baseline
+        return (self.ours or default_architecture(self.target)) if name in OURS else self.baseline
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A flow for a target, as it is before it is fitted: standardised, and knowing its ranges."""
+"""The flow of a target before it is fitted: its architecture, standardised units and ranges."""
 
 import math
 from collections.abc import Sequence
@@ -8,20 +8,66 @@ import torch
 from torch import Tensor, nn
 
 from rkl.checks import warn
-from rkl.flows.architectures import Architecture, Conditioned, MixedSplines, Scaled
+from rkl.flows.architectures import (
+    NSF,
+    Architecture,
+    CircularSplines,
+    Conditioned,
+    Coupling,
+    MixedSplines,
+    Scaled,
+)
 from rkl.flows.architectures.mixed import Bounded
 from rkl.flows.architectures.placed import FURTHEST, FURTHEST_LOG, Placed
 from rkl.flows.precision import single_precision
 from rkl.sample.domain import check_architecture
-from rkl.sample.targets import Condition, Target
-from rkl.sample.targets.base import without_bounds
+from rkl.sample.lattice import CoarseToFine
+from rkl.sample.observables import turn_invariant
+from rkl.sample.targets.base import Condition, Target, without_bounds
 from rkl.sample.targets.domains import Chart
 
-FEW = 8  # coordinates up to which particles are cooled, and flows have tails
+MAX_COOLED_SIZE = 8  # coordinates up to which particles are cooled, and flows have tails
+SPLINES = NSF(transforms=3, hidden=(128, 128), bins=16)  # of few coordinates
+
+
+def default_architecture(target: Target) -> Architecture:
+    """The architecture that a target is fitted with where none is named: its own, or by domain.
+
+    >>> from rkl.sample import XY
+    >>> default_architecture(XY(side=4)) == CoarseToFine.of(XY(side=4))
+    True
+    """
+    own = target.architecture()
+    if own is not None:
+        return own
+    size = math.prod(target.event_shape)
+    passes = None if size <= MAX_COOLED_SIZE else 2
+    if target.domain == "circle":
+        side = math.isqrt(size)
+        square = side > 1 and side**2 == size and side & (side - 1) == 0
+        ignores_turns = _ignores_turns(target)
+        by_temperature = [it.name for it in target.conditions] == ["T"]
+        if square and by_temperature and len(target.event_shape) == 1 and ignores_turns:
+            return CoarseToFine(integrate="none")
+        return CircularSplines(passes=passes, relative=size > 1 and ignores_turns)
+    if target.chart.circle.any():
+        return MixedSplines(passes=passes)
+    return SPLINES if size <= MAX_COOLED_SIZE else Coupling()
+
+
+def _ignores_turns(target: Target) -> bool:
+    """True for angles whose density a common turn leaves as it is."""
+    middle = [(it.low + it.high) / 2 for it in target.conditions]
+    try:
+        return turn_invariant(target, torch.tensor([middle]))
+    except Exception:  # of the user's function, which the fit refuses in words
+        return False
 
 
 @single_precision()
-def built(architecture: Architecture, target: Target, ranges: Sequence[Condition]) -> nn.Module:
+def build_flow(
+    architecture: Architecture, target: Target, ranges: Sequence[Condition]
+) -> nn.Module:
     """A flow that warns beyond these ranges of the conditions, where it is not trained.
 
     Unless the architecture has units of its own, or events are angles, it sees conditions on a
@@ -29,7 +75,7 @@ def built(architecture: Architecture, target: Target, ranges: Sequence[Condition
 
     >>> from rkl.flows import NSF
     >>> from rkl.sample import MoG8
-    >>> built(NSF(transforms=1), MoG8(), MoG8().conditions)(torch.tensor([0.5])).event_shape
+    >>> build_flow(NSF(transforms=1), MoG8(), MoG8().conditions)(torch.tensor([0.5])).event_shape
     torch.Size([2])
     """
     check_architecture(architecture, target)
@@ -54,7 +100,7 @@ def _in_units(
         flow = Conditioned(flow, low.clone(), high.clone())
     if target.domain == "circle":
         return flow
-    if math.prod(target.event_shape) <= FEW:
+    if math.prod(target.event_shape) <= MAX_COOLED_SIZE:
         furthest = torch.where(chart.has_bounds, FURTHEST_LOG, FURTHEST)
         return Placed(flow, target.event_shape, count, chart.circle, furthest)
     return Scaled(flow, torch.zeros(target.event_shape), torch.ones(target.event_shape))

@@ -1,0 +1,15 @@
+from rkl.sample.targets.base import Condition as Condition
+from rkl.sample.targets.base import Density as Density
+from rkl.sample.targets.base import Fluctuation as Fluctuation
+from rkl.sample.targets.base import Kernel as Kernel
+from rkl.sample.targets.base import Modes as Modes
+from rkl.sample.targets.base import Target as Target
+from rkl.sample.targets.check import check_target as check_target
+from rkl.sample.targets.lattices import XY as XY
+from rkl.sample.targets.lattices import Phi4 as Phi4
+from rkl.sample.targets.parse import catalogue as catalogue
+from rkl.sample.targets.parse import parse_target as parse_target
+from rkl.sample.targets.plane import GaussianMixture as GaussianMixture
+from rkl.sample.targets.plane import MoG4 as MoG4
+from rkl.sample.targets.plane import MoG8 as MoG8
+from rkl.sample.targets.plane import Rings as Rings

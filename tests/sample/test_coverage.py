@@ -18,7 +18,7 @@ SCALE = torch.tensor([0.5], dtype=torch.float64)
 def some_of_the_modes(count, scale=0.55):
     """The analytic mixture of some of the eight Gaussians, a little wider than they are."""
     spread = torch.full((count, 2), scale, dtype=torch.float64)
-    centres = Independent(Normal(MoG8().modes[:count], spread), 1)
+    centres = Independent(Normal(MoG8().centres[:count], spread), 1)
     return MixtureSameFamily(Categorical(torch.ones(count, dtype=torch.float64)), centres)
 
 
@@ -26,7 +26,7 @@ def narrow(scale=0.3):
     """Five of the modes of a narrow MoG-8: log-weights of the flow's draws obey their law."""
     target = MoG8(radius=6.0)
     spread = torch.full((5, 2), 1.2 * scale, dtype=torch.float64)
-    law = Independent(Normal(target.modes[:5], spread), 1)
+    law = Independent(Normal(target.centres[:5], spread), 1)
     return target, MixtureSameFamily(Categorical(torch.ones(5, dtype=torch.float64)), law), scale
 
 

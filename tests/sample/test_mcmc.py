@@ -7,21 +7,21 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rkl.sample.lattice import circle
-from rkl.sample.mcmc import (
+from rkl.sample import (
     HeatBath,
     Metropolis,
     Phi4HeatBath,
     RandomWalk,
     Wolff,
     annealed_importance,
-    kernels,
     log_z,
     markov_chain,
     mbar,
     thermodynamic_integration,
 )
-from rkl.sample.mcmc.walks import chosen_kernel
+from rkl.sample.lattice import circle
+from rkl.sample.mcmc import kernels
+from rkl.sample.mcmc.walks import kernel_of
 from rkl.sample.targets import XY, GaussianMixture, MoG8, Phi4
 from rkl.stats import jackknife
 
@@ -127,7 +127,7 @@ def test_over_relaxation_keeps_the_energy_and_moves():
     torch.manual_seed(0)
     x = torch.rand(5, 16, dtype=torch.float64) * 6
     condition = torch.ones(5, 1, dtype=torch.float64)
-    moved = kernels._swept(model, condition, x, [kernels._mirrored] * 3)
+    moved = kernels._sweep(model, condition, x, [kernels._over_relax] * 3)
     torch.testing.assert_close(model.energy(moved, 0.3), model.energy(x, 0.3))
     assert (moved - x).abs().mean() > 0.1
 
@@ -162,7 +162,7 @@ def test_the_quadrature_of_a_ladder_is_exact_where_energies_are():
     ladder = torch.linspace(0, 3, 40, dtype=torch.float64).expm1()
     first, variance = -9 / (1 + ladder) ** 2, -18 / (1 + ladder) ** 3
     mean = torch.stack([first, variance + first.square()], -1)
-    found = log_z._integrated(ladder, mean, 0)
+    found = log_z._integrate(ladder, mean, 0)
     torch.testing.assert_close(found, 9 * ladder / (1 + ladder), rtol=0, atol=1e-5)
 
 
@@ -172,7 +172,7 @@ def test_mbar_solves_its_equation_and_knows_a_gaussian_ladder():
     ladder = torch.linspace(0, 2, 9, dtype=torch.float64)
     noise = torch.randn(9, 4, 500, generator=generator, dtype=torch.float64)
     energy = 2 * noise - 4 * ladder[:, None, None]
-    found, error = log_z._reweighted(ladder, energy, torch.zeros_like(ladder))
+    found, error = log_z._solve_mbar(ladder, energy, torch.zeros_like(ladder))
     share = (-ladder[:, None] * energy.flatten() - found[:, None]).softmax(0).sum(1)
     torch.testing.assert_close(share, torch.full_like(share, 2_000.0), rtol=1e-8, atol=0)
     assert ((found - 2 * ladder.square())[1:] / error[1:]).abs().max() < 4.5
@@ -293,6 +293,6 @@ def test_the_heat_bath_of_phi4_samples_its_law(side, mass_squared):
 
 
 def test_the_heat_bath_of_phi4_is_the_default_and_for_phi4_alone():
-    assert isinstance(chosen_kernel(Phi4(side=4), None), Phi4HeatBath)
+    assert isinstance(kernel_of(Phi4(side=4), None), Phi4HeatBath)
     with pytest.raises(TypeError, match=r"target must be Phi4\(...\) for this move; got XY"):
         markov_chain(XY(side=2), torch.ones(1), draws=1, kernel=Phi4HeatBath())

@@ -10,10 +10,8 @@ HOMES = {
     "fit": "TargetFit fit_to_target",
     "importance": "Importance Thermodynamics expectation reweight thermodynamics",
     "lattice": "CheckerboardRealNVP CoarseToFine CoarseToFineField",
-    "mcmc": (
-        "HeatBath Metropolis Phi4HeatBath RandomWalk Walk Wolff annealed_importance "
-        "markov_chain mbar thermodynamic_integration"
-    ),
+    "log_z": "annealed_importance mbar thermodynamic_integration",
+    "mcmc": "HeatBath Metropolis Phi4HeatBath RandomWalk Walk Wolff markov_chain",
     "metropolis": "Chain independent_metropolis",
     "objectives": "Objective Term parse_objective",
     "observables": "averages beside_held_out check_held_out",

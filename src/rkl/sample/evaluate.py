@@ -20,7 +20,8 @@ from rkl.runs import REPORT, Run
 from rkl.sample.coverage import Coverage, judge_coverage, judge_ratios
 from rkl.sample.evaluation import Evaluation, Reference, Values
 from rkl.sample.importance import Thermodynamics, reweight, tails_of_averages, thermodynamics
-from rkl.sample.mcmc import markov_chain, thermodynamic_integration
+from rkl.sample.log_z import thermodynamic_integration
+from rkl.sample.mcmc import markov_chain
 from rkl.sample.mcmc.kernels import check_whole, kernel_of_angles, name_of, seeded
 from rkl.sample.metropolis import Chain, independent_metropolis, law_of, proposed
 from rkl.sample.observables import averages, beside_held_out, observe

@@ -86,10 +86,10 @@ class CircularLaw(Distribution):
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self.law.log_prob(_wrapped(value))
+        return self.law.log_prob(wrap_angles(value))
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        return _wrapped(self.law.rsample(sample_shape))
+        return wrap_angles(self.law.rsample(sample_shape))
 
 
 class RelativeLaw(Distribution):
@@ -117,9 +117,10 @@ class RelativeLaw(Distribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         others = self.law.rsample(sample_shape)
         first = math.pi * (2 * torch.rand_like(others[..., :1]) - 1)
-        x = _wrapped(torch.cat([first, first + others], -1))
+        x = wrap_angles(torch.cat([first, first + others], -1))
         return x.reshape(*x.shape[:-1], *self.event_shape)
 
 
-def _wrapped(x: Tensor) -> Tensor:
+def wrap_angles(x: Tensor) -> Tensor:
+    """Angles in [−π, π)."""
     return torch.remainder(x + math.pi, 2 * math.pi) - math.pi

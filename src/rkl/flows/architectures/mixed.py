@@ -11,6 +11,7 @@ from torch.distributions import Distribution, constraints
 from torch.distributions.transforms import ComposeTransform, Transform
 
 from rkl.flows.architectures.base import Architecture, draw
+from rkl.flows.architectures.circular import wrap_angles
 from rkl.flows.architectures.splines import check_sizes, imported_zuko
 
 BOUND = 5.0  # of the splines; half of a period is as much
@@ -149,7 +150,7 @@ class MixedLaw(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         x = value.flatten(value.ndim - len(self.event_shape))
-        angles = (torch.remainder(x + math.pi, 2 * math.pi) - math.pi) * (BOUND / math.pi)
+        angles = wrap_angles(x) * (BOUND / math.pi)
         x = torch.where(self.circle, angles, x)
         batch = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
         x = x.expand(*batch, x.shape[-1])

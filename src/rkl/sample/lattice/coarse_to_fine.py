@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rkl.checks import number
 from rkl.flows.architectures import Architecture
+from rkl.flows.architectures.circular import wrap_angles
 from rkl.sample.lattice import circle
 from rkl.sample.lattice.law import SitesLaw
 from rkl.sample.lattice.models import Rotors
@@ -232,7 +233,7 @@ class LatticeLaw(SitesLaw):
             theta = torch.cat([theta, centre + away])
             log_q = log_q + _von_mises(away, kappa)
         turn = 2 * math.pi * torch.rand_like(log_q)
-        theta = torch.remainder(theta + turn + math.pi, 2 * math.pi) - math.pi
+        theta = wrap_angles(theta + turn)
         return theta[self.place].T, log_q
 
     def _judge(self, x, condition):
@@ -259,7 +260,7 @@ class LatticeLaw(SitesLaw):
     def _exact(self, rows, condition):
         centre, kappa = self.flow.field(rows.cos(), rows.sin(), condition)
         drawn = centre + circle.von_mises(kappa)
-        return torch.remainder(drawn + math.pi, 2 * math.pi) - math.pi
+        return wrap_angles(drawn)
 
     def _exact_log_prob(self, rows, condition):
         centre, kappa = self.flow.field(rows.cos(), rows.sin(), condition)

@@ -1,7 +1,6 @@
-"""Markov chains for targets: reference draws, and log Z along a ladder of temperatures."""
+"""Markov chains for targets."""
 
 from rkl.sample.mcmc.kernels import HeatBath, Metropolis, RandomWalk, Wolff
-from rkl.sample.mcmc.log_z import annealed_importance, mbar, thermodynamic_integration
 from rkl.sample.mcmc.phi4 import Phi4HeatBath
 from rkl.sample.mcmc.walks import Walk, markov_chain
 
@@ -12,8 +11,5 @@ __all__ = [
     "RandomWalk",
     "Walk",
     "Wolff",
-    "annealed_importance",
     "markov_chain",
-    "mbar",
-    "thermodynamic_integration",
 ]

@@ -12,9 +12,11 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from rkl.checks import LARGEST_COUNT, integer, number
+from rkl.flows.architectures.circular import wrap_angles
 from rkl.sample.lattice import circle
 from rkl.sample.lattice.models import Rotors
 from rkl.sample.targets.base import Kernel, Target, has_temperature
+from rkl.sample.tempering import Points, random_walk, wrap
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class HeatBath:
         self, target: Target, condition: Float[Tensor, "*batch conditions"], x: Tensor, sweeps: int
     ) -> Tensor:
         """The angles after some sweeps, each a heat bath and its over-relaxations."""
-        updates = [_drawn, *[_mirrored] * self.over_relaxation]
-        return _swept(target, condition, x, updates * sweeps)
+        updates = [_heat_bath, *[_over_relax] * self.over_relaxation]
+        return _sweep(target, condition, x, updates * sweeps)
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,13 @@ class Metropolis:
     ) -> Tensor:
         """The angles after some sweeps."""
 
-        def turned(z: Tensor, field: Tensor, beta: Tensor) -> Tensor:
+        def turn(z: Tensor, field: Tensor, beta: Tensor) -> Tensor:
             angle = self.step * (2 * torch.rand_like(beta.expand(z.shape)) - 1)
             new = z * torch.polar(torch.ones_like(angle), angle)
             gain = beta * (field.conj() * (new - z)).real
             return torch.where(torch.rand_like(gain) < gain.exp(), new, z)
 
-        return _swept(target, condition, x, [turned] * sweeps)
+        return _sweep(target, condition, x, [turn] * sweeps)
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,11 @@ class Wolff:
             )
         theta = x.unflatten(-1, (lattice.side, lattice.side))
         for _ in range(sweeps):
-            theta = self._mirrored(lattice, condition[..., 0, None, None], theta)
-        return _wrapped(theta).flatten(-2)
+            theta = self._flip_cluster(lattice, condition[..., 0, None, None], theta)
+        return wrap_angles(theta).flatten(-2)
 
     @staticmethod
-    def _mirrored(lattice: Rotors, temperature: Tensor, theta: Tensor) -> Tensor:
+    def _flip_cluster(lattice: Rotors, temperature: Tensor, theta: Tensor) -> Tensor:
         direction = 2 * math.pi * torch.rand_like(theta[..., :1, :1])
         along = (theta - direction).cos()
         bonds = []
@@ -135,21 +137,20 @@ class RandomWalk:
         self, target: Target, condition: Float[Tensor, "*batch conditions"], x: Tensor, sweeps: int
     ) -> Tensor:
         """The states after some steps."""
-        log_p, chart = target.log_prob(x, condition), target.chart
+        chart, axes = target.chart, len(target.event_shape)
+        points = Points(x, target.log_prob(x, condition))
+
+        def evaluate(new: Tensor) -> Points:
+            if not chart.bounded:
+                return Points(new, target.log_prob(new, condition))
+            inside = chart.inside(new).flatten(new.ndim - axes).all(-1)
+            wide = inside.reshape(*inside.shape, *[1] * axes)
+            log_p = target.log_prob(torch.where(wide, new, points.x), condition)
+            return Points(new, torch.where(inside, log_p, -math.inf))
+
         for _ in range(sweeps):
-            new = x + self.step * torch.randn_like(x)
-            inside = chart.inside(new).flatten(x.ndim - len(target.event_shape)).all(-1)
-            if chart.bounded:
-                new = torch.where(_beside(inside, target), new, x)
-            log_new = torch.where(inside, target.log_prob(new, condition), -math.inf)
-            taken = torch.rand_like(log_p) < (log_new - log_p).exp()
-            log_p = torch.where(taken, log_new, log_p)
-            x = torch.where(_beside(taken, target), new, x)
-        return torch.where(chart.circle.to(x.device), _wrapped(x), x)
-
-
-def _beside(of_each: Tensor, target: Target) -> Tensor:
-    return of_each.reshape(*of_each.shape, *[1] * len(target.event_shape))
+            points, _ = random_walk(points, evaluate, lambda it: it.log_p, self.step)
+        return wrap(points.x, chart.circle.to(x.device))
 
 
 class Colour(NamedTuple):
@@ -189,7 +190,7 @@ def colours(side: int, ring: bool, device: torch.device) -> list[Colour]:
     return [Colour(sites, neighbours[sites], plaquettes[sites]) for sites in found]
 
 
-def _swept(target: Target, condition: Tensor, x: Tensor, updates: list[Callable]) -> Tensor:
+def _sweep(target: Target, condition: Tensor, x: Tensor, updates: list[Callable]) -> Tensor:
     """Every colour by each update in turn; inside, angles are complex and walkers come last."""
     lattice = _lattice(target)
     shape, walkers = x.shape, x.shape[:-1]
@@ -221,17 +222,13 @@ def _direction(field: Tensor) -> Tensor:
     return torch.where(field == 0, 1, field.sgn())
 
 
-def _mirrored(z: Tensor, field: Tensor, beta: Tensor) -> Tensor:
+def _over_relax(z: Tensor, field: Tensor, beta: Tensor) -> Tensor:
     return _direction(field).square() * z.conj()
 
 
-def _drawn(z: Tensor, field: Tensor, beta: Tensor) -> Tensor:
+def _heat_bath(z: Tensor, field: Tensor, beta: Tensor) -> Tensor:
     turn, accepted = circle.von_mises_try(beta * field.abs())
     return torch.where(accepted, _direction(field) * turn, z)
-
-
-def _wrapped(x: Tensor) -> Tensor:
-    return torch.remainder(x + math.pi, 2 * math.pi) - math.pi
 
 
 def check_whole(name: str, value: int, least: int) -> None:

@@ -78,7 +78,7 @@ def markov_chain(
         ("warm_up", warm_up, 0),
     ):
         check_whole(name, value, least)
-    kernel = chosen_kernel(target, kernel)
+    kernel = kernel_of(target, kernel)
     each = condition[..., None, :].expand(*condition.shape[:-1], chains, condition.shape[-1])
     with seeded(seed, condition.device):
         x = _begun(target, each) if start is None else _checked_start(target, each, start)
@@ -92,7 +92,7 @@ def markov_chain(
     return Walk(None if measure else found.pop("x"), found, x)
 
 
-def chosen_kernel(target: Target, kernel: Kernel | None) -> Kernel:
+def kernel_of(target: Target, kernel: Kernel | None) -> Kernel:
     """The kernel given, or that of the target, or a random walk."""
     if kernel is not None:
         return check_kernel("kernel", kernel)

@@ -70,7 +70,7 @@ def check_log_prob(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(draws, *target.event_shape, generator=generator).to(dtype)
     each = condition.to(dtype).expand(draws, -1)
-    value = _computed(target, x, each)
+    value = call_log_prob(target, x, each)
     if value.shape != (draws,):
         shape = ", ".join(map(str, x.shape))
         raise ValueError(
@@ -86,7 +86,7 @@ def check_log_prob(
             f"target: log_prob of {target} is nan at {int(value.isnan().sum())} of {draws} x from "
             "N(0, 1); it must be a number, or -inf where the density is 0 (torch.where)."
         )
-    alone, finite = _computed(target, x[:1], each[:1]), value[:1].isfinite()
+    alone, finite = call_log_prob(target, x[:1], each[:1]), value[:1].isfinite()
     apart = (alone - value[:1]).abs()[finite]
     if (apart > 1e-4 * (1 + value[:1].abs()[finite])).any():
         raise ValueError(
@@ -97,7 +97,8 @@ def check_log_prob(
         _check_gradient(target, x, each)
 
 
-def _computed(target: Target, x: Tensor, condition: Tensor) -> Tensor:
+def call_log_prob(target: Target, x: Tensor, condition: Tensor) -> Tensor:
+    """log_prob of a target, whose failures are ValueErrors that say where."""
     try:
         value = target.log_prob(x, condition)
     except Exception as error:

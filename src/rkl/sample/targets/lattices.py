@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rkl.checks import number
+from rkl.flows.architectures.circular import wrap_angles
 from rkl.sample.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
 from rkl.sample.mcmc.kernels import HeatBath
 from rkl.sample.mcmc.phi4 import Phi4HeatBath
@@ -164,7 +165,7 @@ class XY(Target):
         """θ of the next site minus θ, in [−π, π), along rows and along columns."""
         theta = x.unflatten(-1, (self.side, self.side))
         ahead = [theta.roll(-1, axis) - theta for axis in (-1, -2)]
-        across, down = [torch.remainder(it + math.pi, 2 * math.pi) - math.pi for it in ahead]
+        across, down = map(wrap_angles, ahead)
         return across, down
 
 

@@ -7,12 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.sample.mcmc.kernels import check_whole, seeded
-from rkl.sample.mcmc.walks import chosen_kernel, markov_chain
+from rkl.sample.mcmc.walks import kernel_of, markov_chain
 from rkl.sample.targets.base import Kernel, Target, check_condition, has_temperature
-from rkl.stats import Mean, jackknife, resample
+from rkl.sample.tempering import Rung, Sampler, log_mean
+from rkl.stats import Mean, jackknife
 
-HALVING = 0.5  # share of effective particles below which they are resampled
-ITERATIONS = 200  # of Newton, of which about ten are needed
+WIDTH = 1.0  # of the broad distribution on the line, where there are no coordinates
+MAX_ITERATIONS = 200  # of Newton, of which about ten are needed
 
 
 @torch.no_grad()
@@ -56,13 +57,12 @@ def thermodynamic_integration(
     ladder, place = _ladder(beta, rungs)
     energy = _energies(target, condition, ladder, draws, chains, kernel, seed)
     moments = torch.stack([energy, energy.square()], -1).movedim(0, 2)
-    log_z = jackknife(
-        lambda mean: _integrated(ladder, mean, math.prod(target.event_shape)), moments
-    )
+    origin = _at_beta_0(target)
+    log_z = jackknife(lambda mean: _integrate(ladder, mean, origin), moments)
     return Mean(log_z.value[place], log_z.error[place])
 
 
-def _integrated(ladder: Tensor, mean: Tensor, sites: int) -> Tensor:
+def _integrate(ladder: Tensor, mean: Tensor, origin: float) -> Tensor:
     """Log Z at every rung, from ⟨E⟩ and ⟨E²⟩ [..., rungs, 2]."""
     scale, step = 1 + ladder, torch.log1p(ladder).diff()
     first, variance = mean[..., 0], mean[..., 1] - mean[..., 0].square()
@@ -71,7 +71,7 @@ def _integrated(ladder: Tensor, mean: Tensor, sites: int) -> Tensor:
     area = step * (height[..., 1:] + height[..., :-1]) / 2
     area -= step.square() * slope.diff() / 12
     zero = torch.zeros_like(area[..., :1])
-    return sites * math.log(2 * math.pi) - torch.cat([zero, area.cumsum(-1)], -1)
+    return origin - torch.cat([zero, area.cumsum(-1)], -1)
 
 
 @torch.no_grad()
@@ -114,17 +114,17 @@ def mbar(
     ladder, place = _ladder(beta, rungs)
     energy = _energies(target, condition, ladder, draws, chains, kernel, seed)
     moments = torch.stack([energy, energy.square()], -1).mean((1, 2))
-    sites = math.prod(target.event_shape)
-    log_z, error = _reweighted(ladder, energy, _integrated(ladder, moments, sites))
+    origin = _at_beta_0(target)
+    log_z, error = _solve_mbar(ladder, energy, _integrate(ladder, moments, origin))
     return Mean(log_z[place], error[place])
 
 
-def _reweighted(ladder: Tensor, energy: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+def _solve_mbar(ladder: Tensor, energy: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
     """Log Z of all rungs from energies [rungs, chains, draws], that of the first being known."""
     count = energy[0].numel()
     log_p = -ladder[:, None] * energy.flatten()  # [rungs, all draws]
     log_z = guess.clone()
-    for _ in range(ITERATIONS):
+    for _ in range(MAX_ITERATIONS):
         share = (log_p - log_z[:, None]).softmax(0)
         excess = share.sum(1) - count
         curvature = torch.diag(share.sum(1)) - share @ share.mT
@@ -158,8 +158,8 @@ def annealed_importance(
         log Z(βₖ₊₁)/Z(βₖ) = log ⟨exp(−(βₖ₊₁ − βₖ) E)⟩ over weighed particles
 
     Sequential Monte Carlo: where less than half of an island's particles are effective, they
-    are drawn anew in proportion to their weights. Z of every island is without bias; how the
-    islands scatter is the error.
+    are resampled in proportion to their weights. Z of every island is unbiased; the scatter of the
+    islands is the error.
 
     Source: Neal (2001), Statistics and Computing 11, 125; Del Moral, Doucet and Jasra (2006),
     J. R. Statist. Soc. B 68, 411.
@@ -186,45 +186,18 @@ def annealed_importance(
     check_whole("islands", islands, 2)
     check_whole("sweeps", sweeps, 1)
     ladder, place = _ladder(beta, rungs)
-    kernel = chosen_kernel(target, kernel)
+    kernel = kernel_of(target, kernel)
+    # p at a temperature T/β is p^β, so that one path to the coldest passes through all others
+    share = ladder / ladder[-1]
     with seeded(seed, condition.device):
-        path = _cooled(target, condition, ladder, (islands, particles, sweeps), kernel)
-    by_island = path[:, place]
-    top = by_island.amax(0)
-    log_z = jackknife(torch.log, (by_island - top).exp()[:, None])
-    return Mean(log_z.value + top, log_z.error)
-
-
-def _cooled(target, condition, ladder, size: tuple[int, int, int], kernel: Kernel) -> Tensor:
-    """Log Z of every island at every rung, [islands, rungs]."""
-    islands, particles, sweeps = size
-    sites = math.prod(target.event_shape)
-    x = torch.rand(islands, particles, sites, dtype=condition.dtype, device=condition.device)
-    x = 2 * math.pi * x - math.pi
-    log_w = torch.zeros(islands, particles, dtype=torch.float64, device=x.device)
-    path = [torch.full_like(log_w[:, 0], sites * math.log(2 * math.pi))]
-    for k in range(1, len(ladder)):
-        each = _conditions(condition, ladder[k : k + 1])[0].expand(islands, particles, -1)
-        before = log_w.logsumexp(1)
-        log_w = log_w - ladder.diff()[k - 1] * _energy(target, each, x)
-        path.append(path[-1] + log_w.logsumexp(1) - before)
-        x, log_w = _resampled(x, log_w)
-        x = kernel.move(target, each, x, sweeps)
-    return torch.stack(path, -1)
-
-
-def _resampled(x: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Islands whose weights have degenerated begin again with equal ones (systematically)."""
-    share = log_w.softmax(1)
-    particles = share.shape[1]
-    poor = 1 / share.square().sum(1) < HALVING * particles
-    if not poor.any():
-        return x, log_w
-    drawn = x.gather(1, resample(log_w, 1)[..., None].expand_as(x))
-    return (
-        torch.where(poor[:, None, None], drawn, x),
-        torch.where(poor[:, None], 0.0, log_w),
-    )
+        coldest = _conditions(condition, ladder[-1:])
+        sampler = Sampler(target, coldest, WIDTH, sweeps, kernel)
+        one = torch.ones(1, sampler.size, dtype=sampler.dtype)
+        plan = [Rung(it.to(one), one[:, 0], one) for it in share[1:, None]]
+        path = sampler.run(islands, particles, plan).log_z[:, 0]
+    from_uniform = torch.cat([torch.zeros_like(path[:1]), path])
+    log_z = log_mean(from_uniform[place])
+    return Mean(log_z.value + (1 - share[place]) * _at_beta_0(target), log_z.error)
 
 
 def _energies(target, condition, ladder, draws, chains, kernel, seed) -> Tensor:
@@ -246,6 +219,11 @@ def _energies(target, condition, ladder, draws, chains, kernel, seed) -> Tensor:
         measure=measure,
     )
     return walk.values["energy"]
+
+
+def _at_beta_0(target: Target) -> float:
+    """Log Z of uniform angles, in nats."""
+    return math.prod(target.event_shape) * math.log(2 * math.pi)
 
 
 def _energy(target: Target, condition: Tensor, x: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def test_the_four_nearest_come_first_and_sites_of_a_colour_see_alike(side):
 
 
 def test_a_wrong_colouring_is_refused():
-    odd = ordering.chosen(4, "half")
+    odd = ordering.sites_to_integrate(4, "half")
     ordering.check_colouring(4, odd, ring=False)
     with pytest.raises(ValueError, match="share a bond"):
         ordering.check_colouring(4, odd | {0}, ring=False)
@@ -76,14 +76,16 @@ def laws(knots=12, count=6, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     correction = torch.randn(knots, count, generator=generator, dtype=torch.float64)
     kappa = torch.logspace(-2, 2, count, dtype=torch.float64)
-    return circle.bent(correction.to(dtype), kappa.to(dtype))
+    return circle.near_von_mises(correction.to(dtype), kappa.to(dtype))
 
 
 def test_a_bent_law_integrates_to_one():
     theta = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000 * 2 * math.pi - math.pi
     law = laws()
     for k in range(6):
-        one = circle.Bent(law.weight[:, k : k + 1].expand(-1, 20000), law.warp[k].expand(20000))
+        one = circle.SplineDensity(
+            law.weight[:, k : k + 1].expand(-1, 20000), law.warp[k].expand(20000)
+        )
         total = circle.log_density(one, theta.cos(), theta.sin()).exp().mean() * 2 * math.pi
         assert total.item() == pytest.approx(1, abs=1e-7)
 
@@ -105,7 +107,7 @@ def test_no_gradient_is_lost_at_seams(theta):
     correction = torch.zeros(12, 1, dtype=torch.float64, requires_grad=True)
     kappa = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
     angle = torch.tensor([theta], dtype=torch.float64, requires_grad=True)
-    law = circle.bent(correction, kappa)
+    law = circle.near_von_mises(correction, kappa)
     circle.log_density(law, angle.cos(), angle.sin()).sum().backward()
     for it in (correction, kappa, angle):
         assert it.grad is not None
@@ -125,15 +127,15 @@ def test_positions_move_with_the_parameters_as_the_distribution_function_says(kn
         return cosine + 0.5 * sine + sine * cosine
 
     def mean(step):
-        law = circle.bent((correction + step * way).expand(-1, 4000), kappa.expand(4000))
+        law = circle.near_von_mises((correction + step * way).expand(-1, 4000), kappa.expand(4000))
         weight = circle.log_density(law, theta.cos(), theta.sin()).exp() * (2 * math.pi / 4000)
         return (weight * f(theta.cos(), theta.sin())).sum()
 
     expected = (mean(1e-5) - mean(-1e-5)) / 2e-5
     draws = 200_000
     step = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    law = circle.bent((correction + step * way).expand(-1, draws), kappa.expand(draws))
-    position = circle.moved(law, circle.draw(law))
+    law = circle.near_von_mises((correction + step * way).expand(-1, draws), kappa.expand(draws))
+    position = circle.reparameterise(law, circle.draw(law))
     values = f(*circle.angles(law, position))
     (slope,) = torch.autograd.grad(values.mean(), step)
     assert slope.item() == pytest.approx(expected.item(), abs=0.01)

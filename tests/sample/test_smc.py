@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from rkl.sample import evaluate, evaluate_on_target, judge_coverage, judge_ratios, smc
+from rkl.sample import evaluate, evaluate_on_target, judge_coverage, judge_ratios, tempering
 from rkl.sample.lost_modes import LogDensity, find_lost_mode
 from rkl.sample.smc import evidence, normal_errors
 from rkl.sample.targets import XY, Condition, Density
@@ -288,7 +288,7 @@ def test_a_funnel_is_doubted(dimensions, seed):
 
 
 def test_a_density_that_cannot_be_normalised_is_refused(monkeypatch):
-    monkeypatch.setattr(smc, "MAX_RUNGS", 200)  # a normal distribution takes about 60
+    monkeypatch.setattr(tempering, "MAX_RUNGS", 200)  # a normal distribution takes about 60
     flat = Density(lambda x, _: torch.zeros_like(x[..., 0]), (2,))
     with pytest.raises(ValueError, match="where the density cannot be normalised"):
         evidence(flat, particles=64, islands=4)

@@ -29,7 +29,7 @@ from rkl.flows.weights import along_path, is_likelihood, on_data, on_draws
 from rkl.runs import Run
 from rkl.sample.architecture import MAX_COOLED_SIZE, build_flow
 from rkl.sample.domain import check_domain
-from rkl.sample.lattice import CoarseToFine, CoarseToFineField, SitesLaw
+from rkl.sample.lattice import CoarseToFine, CoarseToFineField, SitesDistribution
 from rkl.sample.objectives import Objective, as_objective
 from rkl.sample.particles import Particles
 from rkl.sample.targets.base import Condition, Target, check_values, exact_log_z, without_bounds
@@ -316,7 +316,7 @@ class _Fitting:
                 f"got {list(law.event_shape)}."
             )
         check_domain(law, target, torch.ones((), dtype=self.dtype))
-        if isinstance(law, SitesLaw):
+        if isinstance(law, SitesDistribution):
             _check_integrated(law, target)
 
     def place(self) -> None:
@@ -467,7 +467,7 @@ class _Fitting:
 def _log_ratio(fitting: _Fitting, law: Distribution, condition: Tensor):
     """Log p − log q [draws, strata]; and log q, where the draws do not follow the parameters."""
     shape = (fitting.draws,)
-    if isinstance(law, SitesLaw):
+    if isinstance(law, SitesDistribution):
         return law.path_log_ratio(fitting.log_prob, shape, fitting.beta), None
     batch = (fitting.draws, *condition.shape)
     if not fitting.target.conditions:
@@ -487,7 +487,7 @@ def _log_ratio(fitting: _Fitting, law: Distribution, condition: Tensor):
     return torch.maximum(log_ratio, floor), log_q
 
 
-def _check_integrated(law: SitesLaw, target: Target) -> None:
+def _check_integrated(law: SitesDistribution, target: Target) -> None:
     if law.integrates(target.log_prob):
         return
     circular = target.domain == "circle"

@@ -1,8 +1,8 @@
 """Flows of fields and angles on periodic square lattices."""
 
-from rkl.sample.lattice.coarse_to_fine import CoarseToFine, LatticeFlow, LatticeLaw
+from rkl.sample.lattice.base import SitesDistribution
+from rkl.sample.lattice.coarse_to_fine import CoarseToFine, LatticeDistribution, LatticeFlow
 from rkl.sample.lattice.field import CoarseToFineField
-from rkl.sample.lattice.law import SitesLaw
 from rkl.sample.lattice.realnvp import CheckerboardRealNVP
 
 __all__ = [
@@ -10,6 +10,6 @@ __all__ = [
     "CoarseToFine",
     "CoarseToFineField",
     "LatticeFlow",
-    "LatticeLaw",
-    "SitesLaw",
+    "LatticeDistribution",
+    "SitesDistribution",
 ]

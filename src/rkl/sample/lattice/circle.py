@@ -1,10 +1,10 @@
-r"""Laws of one angle in closed form: a von Mises law bent by splines, and von Mises itself.
+r"""Densities of one angle in closed form: von Mises bent by splines, and von Mises itself.
 
-The spline law lives on a circle warped by φ ↦ θ, tan(θ/2) = ρ tan(φ/2), so that its knots stand
-where the mass is. In φ its density is a mixture of cubic B-splines, one on each of ``knots``
-equidistant knots: normalised by construction, twice differentiable everywhere, and drawn by
-picking a knot and adding four uniform numbers. Its log-weights are such that it is nearly a von
-Mises law of concentration κ, with 1/ρ² = 1 + κ/2, plus what a network adds.
+The spline density lives on a circle warped by φ ↦ θ, tan(θ/2) = ρ tan(φ/2), so that its knots are
+where the mass is. In φ it is a mixture of cubic B-splines, one on each of ``knots`` equidistant
+knots: normalised by construction, twice differentiable everywhere, and drawn by choosing a knot
+and adding four uniform numbers. Its log-weights are those of nearly a von Mises density of
+concentration κ, with 1/ρ² = 1 + κ/2, plus the output of a network.
 
 Angles are written as a pair (cos, sin), which no seam divides.
 """
@@ -16,24 +16,24 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-STEEP = 1.05  # of log-weights, by trial: nearest to von Mises laws with 12 to 24 knots
-LEAST = -40.0  # log-weight, the middle's being 0: single precision has no zeros there
-STEEPEST, NARROWEST = 20.0, 1e-4  # bounds that matter only where weights are next to nothing
+STEEPNESS = 1.05  # of log-weights, by trial: nearest to von Mises densities with 12 to 24 knots
+MIN_LOG_WEIGHT = -40.0  # the middle's being 0: single precision has no zeros there
+MAX_SLOPE, MIN_WIDTH = 20.0, 1e-4  # bounds that matter only where weights are next to nothing
 MAX_TRIES = 1_000  # of a rejection sampler that accepts 0.65 of them at least
 
 Angles = Float[Tensor, " angles"]
 Knots = Float[Tensor, "knots angles"]
 
 
-class Bent(NamedTuple):
+class SplineDensity(NamedTuple):
     """The mass on each knot, and the square of the warp ρ."""
 
     weight: Knots
     warp: Angles
 
 
-def bent(correction: Knots, kappa: Angles) -> Bent:
-    """A law near that of von Mises of concentration κ, and a correction of its log-weights.
+def near_von_mises(correction: Knots, kappa: Angles) -> SplineDensity:
+    """A density near von Mises of concentration κ, with a correction of its log-weights.
 
     The weights at knots of a mixture with the density f are f − δ²f/6 up to fourth differences.
     """
@@ -44,14 +44,14 @@ def bent(correction: Knots, kappa: Angles) -> Bent:
     far = half.sin().square()
     spread = half.cos().square() + far * warp
     # κ (cos θ − 1) and log dθ/dφ at the knots; what does not depend on the knot drops out
-    height = -STEEP * ((2 * kappa * warp) * (far / spread) + spread.log())
-    height = height.clamp_min(LEAST)
-    ahead, behind = ((height.roll(k, 0) - height).clamp_max(STEEPEST).exp() for k in (1, -1))
-    narrowed = (1 - (ahead + behind - 2) / 6).clamp_min(NARROWEST).log()
-    return Bent((height + narrowed + correction).softmax(0), warp)
+    height = -STEEPNESS * ((2 * kappa * warp) * (far / spread) + spread.log())
+    height = height.clamp_min(MIN_LOG_WEIGHT)
+    ahead, behind = ((height.roll(k, 0) - height).clamp_max(MAX_SLOPE).exp() for k in (1, -1))
+    narrowed = (1 - (ahead + behind - 2) / 6).clamp_min(MIN_WIDTH).log()
+    return SplineDensity((height + narrowed + correction).softmax(0), warp)
 
 
-def draw(law: Bent) -> Angles:
+def draw(law: SplineDensity) -> Angles:
     """Positions in units of the spacing of knots, from 0 at θ = −π; no gradient."""
     weight = law.weight.detach()
     uniform = torch.rand(5, weight.shape[1], dtype=weight.dtype)
@@ -59,7 +59,7 @@ def draw(law: Bent) -> Angles:
     return torch.remainder(knot + uniform[1:].sum(0) - 2, len(weight))
 
 
-def moved(law: Bent, position: Angles) -> Angles:
+def reparameterise(law: SplineDensity, position: Angles) -> Angles:
     """Positions that follow the parameters as draws do, by the implicit function theorem.
 
     dt = −dF(t)/q(t), with F the distribution function, from an origin that rides along.
@@ -72,7 +72,7 @@ def moved(law: Bent, position: Angles) -> Angles:
     return position - ((law.weight - weight) * slope).sum(0)
 
 
-def angles(law: Bent, position: Angles) -> tuple[Angles, Angles]:
+def angles(law: SplineDensity, position: Angles) -> tuple[Angles, Angles]:
     """The cosine and sine of θ at positions."""
     half = position * (math.pi / len(law.weight)) - math.pi / 2
     a, b = half.cos(), law.warp.sqrt() * half.sin()
@@ -80,7 +80,7 @@ def angles(law: Bent, position: Angles) -> tuple[Angles, Angles]:
     return (a * a - b * b) / square, 2 * a * b / square
 
 
-def log_density(law: Bent, cosine: Angles, sine: Angles) -> Angles:
+def log_density(law: SplineDensity, cosine: Angles, sine: Angles) -> Angles:
     """Log-density per radian of θ, in nats."""
     ahead = cosine >= 0  # 1 − cos or 1 + cos, whichever is small, without cancellation
     large = 1 + cosine.abs()
@@ -157,8 +157,8 @@ def von_mises_try(
 ) -> tuple[Complex[Tensor, "*shape"], Tensor]:
     """One try to draw exp(i φ) with φ von Mises about 0: where it is accepted, it is exact.
 
-    The proposal is a wrapped Cauchy law, the image (u + ρ)/(1 + ρ u) of a uniform u on the
-    circle; at least 0.65 of the tries are accepted, all of them where concentration is 0.
+    The proposal is wrapped Cauchy, the image (u + ρ)/(1 + ρ u) of a uniform u on the circle; at
+    least 0.65 of the tries are accepted, all of them where concentration is 0.
 
     Source: Best and Fisher (1979), Applied Statistics 28, 152, in a form free of cancellation.
     """

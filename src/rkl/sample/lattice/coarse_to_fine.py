@@ -7,16 +7,15 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from rkl.checks import number
 from rkl.flows.architectures import Architecture
 from rkl.flows.architectures.circular import wrap_angles
 from rkl.sample.lattice import circle
-from rkl.sample.lattice.law import SitesLaw
+from rkl.sample.lattice.base import SitesDistribution, SitesFlow, square_side
 from rkl.sample.lattice.models import Rotors
-from rkl.sample.lattice.network import Site
-from rkl.sample.lattice.ordering import Ordering, Pass, ordering
+from rkl.sample.lattice.ordering import Pass
 from rkl.sample.lattice.spin_waves import Wave, spin_waves
 
 TINY = 1e-10  # squared length of a sum of spins below which it has no direction
@@ -25,22 +24,22 @@ TOO_STRONG = 4.0  # nats by which a network may change the log of a concentratio
 
 @dataclass(frozen=True)
 class CoarseToFine(Architecture):
-    """A flow of angles on a periodic square lattice, drawn level by level given what is near.
+    """A flow of angles on a periodic square lattice, drawn level by level given near sites.
 
-    Each site has a circular law in closed form, in the frame of its four nearest neighbours
-    of the level above, made by a small network that all levels and places share. Whatever of
-    the lattice does not interact is drawn exactly from its von Mises laws instead: half the
-    sites without ring exchange, a quarter with it. The flow has the global rotation as an
-    exact symmetry; translations it learns. Drawing takes 8 log2(side) passes.
+    Each site has a circular distribution in closed form, in the frame of its four nearest
+    neighbours of the level above, made by a small network that all levels and places share.
+    Sites that do not interact are drawn exactly from von Mises distributions instead: half of them
+    without ring exchange, a quarter with it. The global rotation is an exact symmetry of the flow;
+    translations are learnt. Drawing takes 8 log2(side) passes.
 
     The first condition is the temperature in units of J; the second, if any, ring exchange.
 
     Args:
-        coupling: J of the von Mises laws.
-        ring_exchange: K of the von Mises laws; None where it is the second condition.
+        coupling: J of the von Mises distributions.
+        ring_exchange: K of the von Mises distributions; None where it is the second condition.
         integrate: Which sites are drawn exactly; "auto" does as many as K allows.
         width: Units of each of two hidden layers.
-        knots: Knots of the circular laws.
+        knots: Knots of the circular distributions.
 
     >>> flow = CoarseToFine(width=8).build((16,), conditions=1)
     >>> flow(torch.tensor([0.9])).sample((5,)).shape
@@ -74,15 +73,11 @@ class CoarseToFine(Architecture):
 
     @classmethod
     def of(cls, target: Rotors, **settings: Any) -> "CoarseToFine":
-        """The architecture whose von Mises laws are those of a target."""
+        """The architecture whose von Mises distributions are those of a target."""
         return cls(target.coupling, target.ring_exchange, **settings)
 
     def build(self, event_shape: tuple[int, ...], conditions: int = 1) -> "LatticeFlow":
-        side = math.isqrt(math.prod(event_shape))
-        if len(event_shape) != 1 or side**2 != event_shape[0]:
-            raise ValueError(
-                f"event_shape must be (side²,), a square lattice; got {tuple(event_shape)}."
-            )
+        side = square_side(event_shape)
         expected = 2 if self.ring_exchange is None else 1
         if conditions != expected:
             raise ValueError(f"conditions must be {expected} for {self}; got {conditions}.")
@@ -95,45 +90,22 @@ def _ratio(architecture: CoarseToFine) -> float:
     return max(0.0, ring / abs(architecture.coupling or 1.0))
 
 
-class LatticeFlow(nn.Module):
-    """What :class:`CoarseToFine` builds for one side."""
+class LatticeFlow(SitesFlow):
+    """The flow that :class:`CoarseToFine` builds for one side."""
 
     def __init__(self, architecture: CoarseToFine, side: int):
-        super().__init__()
-        self.architecture, self.side = architecture, side
         integrate = architecture.integrate
         if integrate == "auto":
             integrate = "half" if architecture.ring_exchange == 0 else "quarter"
-        self.ordering: Ordering = ordering(side, integrate)
-        self.conditions = 2 if architecture.ring_exchange is None else 1
+        conditions = 2 if architecture.ring_exchange is None else 1
+        super().__init__(architecture, side, conditions, integrate)
         self.waves = spin_waves(self.ordering, _ratio(architecture))
-        per_colour = {it.colour: len(it.near) for it in self.ordering.passes}
-        self.sites = nn.ModuleList(
-            Site(2 * per_colour[c] + self.conditions + 2, architecture, self.ordering.levels)
-            for c in sorted(per_colour)
-        )
 
-    def forward(self, condition: Float[Tensor, "*batch conditions"]) -> "LatticeLaw":
-        """The law of configurations, [*batch, side²] in radians, given the conditions."""
-        if condition.shape[-1:] != (self.conditions,):
-            raise ValueError(
-                f"condition must be [*batch, {self.conditions}]; got {list(condition.shape)}."
-            )
-        return LatticeLaw(self, condition)
+    def features(self, near):
+        return 2 * near + self.conditions + 2
 
-    def start_from(self, other: "LatticeFlow") -> "LatticeFlow":
-        """Take the weights of a flow for another side; coarser levels start from its coarsest.
-
-        Raises:
-            ValueError: It is of another architecture.
-        """
-        if other.architecture != self.architecture:
-            raise ValueError(
-                f"other must be a flow of {self.architecture}; got {other.architecture}."
-            )
-        for mine, theirs in zip(self.sites, other.sites, strict=False):
-            mine.start_from(theirs)  # pyright: ignore[reportCallIssue]
-        return self
+    def distribution(self, condition):
+        return LatticeDistribution(self, condition)
 
     def context(self, condition: Float[Tensor, "draws conditions"]) -> Float[Tensor, "rows draws"]:
         """Scales of sines, cosines and concentrations, and the features of the conditions.
@@ -150,7 +122,7 @@ class LatticeFlow(nn.Module):
         return zip(self.ordering.passes, self.waves, strict=True)
 
     def inputs(self, step: Pass, wave: Wave, cosine: Tensor, sine: Tensor, context: Tensor):
-        """What a pass knows: features, the frame of its sites, and their concentration.
+        """The features of a pass, the frame of its sites, and their concentration.
 
         The frame and the concentration are exact at low temperature; at high temperature, the
         concentration is that of sites at both ends of one that is integrated.
@@ -167,27 +139,29 @@ class LatticeFlow(nn.Module):
         kappa = length / (scales[2] * (wave.variance + scales[2] / 4))
         return torch.cat([along, across, scales[2:]]), (x, y), kappa
 
-    def law(self, output: Tensor, kappa: Tensor) -> circle.Bent:
-        """The circular laws that a network's output stands for."""
-        return circle.bent(output[:-1], kappa * output[-1].clamp(-TOO_STRONG, TOO_STRONG).exp())
+    def law(self, output: Tensor, kappa: Tensor) -> circle.SplineDensity:
+        """The circular distributions that a network's output stands for."""
+        return circle.near_von_mises(
+            output[:-1], kappa * output[-1].clamp(-TOO_STRONG, TOO_STRONG).exp()
+        )
 
-    def drawn(self, condition: Float[Tensor, "draws conditions"], path: bool = False):
+    def draw(self, condition: Float[Tensor, "draws conditions"], path: bool = False):
         """Cosines and sines of all rows but the integrated ones, and their log-density.
 
-        On a ``path`` both follow the parameters, but the density only where the angles do.
+        On a ``path`` both follow the parameters, the density only through the angles.
         """
         context = self.context(condition)
         cosine, sine = torch.ones_like(context[:1]), torch.zeros_like(context[:1])
         log_q = torch.full_like(context[0], -math.log(2 * math.pi))
         for step, wave in self.passes():
             features, (x, y), kappa = self.inputs(step, wave, cosine, sine, context)
-            output, held = self.sites[step.colour](features, step, path)
+            output, fixed = self.sites[step.colour](features, step, path)
             law = self.law(output, kappa)
             position = circle.draw(law)
             if path:
-                position = circle.moved(law, position)
+                position = circle.reparameterise(law, position)
             c, s = circle.angles(law, position)
-            terms = circle.log_density(self.law(held, kappa) if path else law, c, s)
+            terms = circle.log_density(self.law(fixed, kappa) if path else law, c, s)
             log_q = log_q + terms.reshape(step.sites, -1).sum(0)
             new = (c * x - s * y).reshape(step.sites, -1), (s * x + c * y).reshape(step.sites, -1)
             cosine, sine = torch.cat([cosine, new[0]]), torch.cat([sine, new[1]])
@@ -206,11 +180,11 @@ class LatticeFlow(nn.Module):
         return log_q
 
     def field(self, cosine: Tensor, sine: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Direction and concentration of the von Mises laws of the integrated sites."""
-        rows, chosen_ = self.ordering, self.architecture
-        ring = condition[:, 1] if chosen_.ring_exchange is None else chosen_.ring_exchange
+        """Direction and concentration of the von Mises distributions of the integrated sites."""
+        rows, model = self.ordering, self.architecture
+        ring = condition[:, 1] if model.ring_exchange is None else model.ring_exchange
         spin = torch.complex(cosine, sine)
-        total = chosen_.coupling * spin[rows.bonds].sum(0)
+        total = model.coupling * spin[rows.bonds].sum(0)
         if not isinstance(ring, float) or ring:
             a, b, opposite = spin[rows.plaquettes]
             total = total + ring * (a * b * opposite.conj()).sum(0)
@@ -219,13 +193,13 @@ class LatticeFlow(nn.Module):
         return torch.atan2(y, x), kappa
 
 
-class LatticeLaw(SitesLaw):
+class LatticeDistribution(SitesDistribution):
     """Angles of a lattice; densities are per radian of each."""
 
     at_once = 8192
 
     def _draw(self, condition):
-        cosine, sine, log_q = self.flow.drawn(condition)
+        cosine, sine, log_q = self.flow.draw(condition)
         theta = torch.atan2(sine, cosine)
         if self.flow.ordering.integrated:
             centre, kappa = self.flow.field(cosine, sine, condition)
@@ -236,7 +210,7 @@ class LatticeLaw(SitesLaw):
         theta = wrap_angles(theta + turn)
         return theta[self.place].T, log_q
 
-    def _judge(self, x, condition):
+    def _log_prob(self, x, condition):
         rows = x[:, self.flow.ordering.site].T
         rows = rows - rows[:1]
         cosine, sine = rows.cos(), rows.sin()
@@ -246,9 +220,9 @@ class LatticeLaw(SitesLaw):
         return log_q
 
     def path_log_ratio(self, log_prob, shape=(), beta=1.0):
-        """As of any such law; the integrated sites stand at the modes of their laws."""
+        """The integrated sites stand at their modes."""
         batch, condition = self._flat(shape)
-        cosine, sine, log_q = self.flow.drawn(condition, path=True)
+        cosine, sine, log_q = self.flow.draw(condition, path=True)
         theta = torch.atan2(sine, cosine)
         if self.flow.ordering.integrated:
             centre, kappa = self.flow.field(cosine, sine, condition)

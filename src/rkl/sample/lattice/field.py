@@ -12,10 +12,8 @@ from rkl.checks import number
 from rkl.flows.architectures import Architecture
 from rkl.flows.architectures.splines import imported_zuko
 from rkl.sample.lattice import quartic
-from rkl.sample.lattice.law import SitesLaw
+from rkl.sample.lattice.base import SitesDistribution, SitesFlow, square_side
 from rkl.sample.lattice.models import QuarticField
-from rkl.sample.lattice.network import Site
-from rkl.sample.lattice.ordering import Ordering, ordering
 
 BOUND = 5.0  # standard deviations within which a spline bends
 PULL = 0.6  # share of the mean of four neighbours that a site begins with
@@ -24,13 +22,13 @@ WIDTH = 0.5  # standard deviation that it begins with
 
 @dataclass(frozen=True)
 class CoarseToFineField(Architecture):
-    """A flow of a field φ, such as of φ⁴, drawn level by level given what is near.
+    """A flow of a field φ, such as of φ⁴, drawn level by level given near sites.
 
-    Each site has a normal law bent by a monotone spline, moved and scaled; all of it is made by a
-    small network, shared by all places and levels, of the fields nearest that are drawn before.
-    The field is drawn up to its sign, at which the law is symmetric, φ → −φ; translations are
-    learnt. Drawing takes 8 log2(side) passes. Of φ⁴ half of the sites is drawn exactly, given
-    the other half, with λ the first condition.
+    Each site has a normal distribution bent by a monotone spline, moved and scaled; all of it is
+    made by a small network, shared by all places and levels, of the nearest fields drawn before.
+    The flow is symmetric under φ → −φ, the sign being drawn last; translations are learnt. Drawing
+    takes 8 log2(side) passes. Half of the sites of φ⁴ are drawn exactly, given the other half; λ
+    is the first condition.
 
     Source: the order of :class:`CoarseToFine`; splines of Durkan et al. (2019), arXiv 1906.04032.
 
@@ -64,81 +62,57 @@ class CoarseToFineField(Architecture):
 
     @property
     def knots(self) -> int:
-        """Numbers of a law, less one: shift, scale, widths, heights and slopes."""
+        """Parameters of a site, less one: shift, scale, widths, heights and slopes."""
         return 3 * self.bins
 
     def build(self, event_shape: tuple[int, ...], conditions: int = 1) -> "FieldFlow":
-        side = math.isqrt(math.prod(event_shape))
-        if len(event_shape) != 1 or side**2 != event_shape[0]:
-            raise ValueError(
-                f"event_shape must be (side²,), a square lattice; got {tuple(event_shape)}."
-            )
+        side = square_side(event_shape)
         if self.mass_squared is not None and conditions < 1:
             raise ValueError(f"conditions must begin with λ for {self}; got none.")
         return FieldFlow(self, side, conditions)
 
 
-class FieldFlow(nn.Module):
-    """What :class:`CoarseToFineField` builds for one side."""
+class FieldFlow(SitesFlow):
+    """The flow that :class:`CoarseToFineField` builds for one side."""
 
     def __init__(self, architecture: CoarseToFineField, side: int, conditions: int):
-        super().__init__()
-        self.architecture, self.side, self.conditions = architecture, side, conditions
         integrate = "none" if architecture.mass_squared is None else "half"
-        self.ordering: Ordering = ordering(side, integrate)
-        per_colour = {it.colour: len(it.near) for it in self.ordering.passes}
-        self.sites = nn.ModuleList(
-            Site(per_colour[c] + conditions, architecture, self.ordering.levels)
-            for c in sorted(per_colour)
-        )
-        outputs = architecture.knots + 1
-        self.origin = nn.Parameter(torch.zeros(outputs, conditions + 1))
+        super().__init__(architecture, side, conditions, integrate)
+        self.origin = nn.Parameter(torch.zeros(architecture.knots + 1, conditions + 1))
 
-    def forward(self, condition: Float[Tensor, "*batch conditions"]) -> "FieldLaw":
-        """The law of fields, [*batch, side²], given the conditions."""
-        if condition.shape[-1:] != (self.conditions,):
-            raise ValueError(
-                f"condition must be [*batch, {self.conditions}]; got {list(condition.shape)}."
-            )
-        return FieldLaw(self, condition)
+    def features(self, near):
+        return near + self.conditions
+
+    def distribution(self, condition):
+        return FieldDistribution(self, condition)
 
     @torch.no_grad()
-    def start_from(self, other: "FieldFlow") -> "FieldFlow":
-        """Take the weights of a flow for another side; coarser levels start from its coarsest.
-
-        Raises:
-            ValueError: It is of another architecture.
-        """
-        if other.architecture != self.architecture or other.conditions != self.conditions:
-            raise ValueError(
-                f"other must be a flow of {self.architecture}; got {other.architecture}."
-            )
-        for mine, theirs in zip(self.sites, other.sites, strict=False):
-            mine.start_from(theirs)  # pyright: ignore[reportCallIssue]
+    def start_from(self, other):
+        super().start_from(other)
         self.origin.copy_(other.origin)
         return self
 
     def first(self, condition: Float[Tensor, "conditions draws"]) -> Tensor:
-        """The numbers of the law of the first site."""
+        """The parameters of the first site."""
         return torch.addmm(self.origin[:, -1:], self.origin[:, :-1], condition)
 
-    def drawn(self, condition: Float[Tensor, "draws conditions"], path: bool = False):
+    def draw(self, condition: Float[Tensor, "draws conditions"], path: bool = False):
         """Fields of all rows but the integrated ones [sites, draws], and their log-density.
 
-        On a ``path`` both follow the parameters, but the density only where the fields do.
+        On a ``path`` both follow the parameters, the density only through the fields.
         """
         given = condition.T
         output = self.first(given)
-        field = _Law(output, 0.0).draw().abs()
+        field = _BentNormal(output, 0.0).draw().abs()
         log_q = _folded(output.detach() if path else output, field)
         rows = field[None]
         for step in self.ordering.passes:
             near = self.near(rows, step.near)
             pull = PULL * near[:4].mean(0)
             features = torch.cat([near, given.repeat(1, step.sites)])
-            output, held = self.sites[step.colour](features, step, path)
-            field = _Law(output, pull).draw()
-            terms = _Law(held, pull).log_prob(field)
+            output, fixed = self.sites[step.colour](features, step, path)
+            field = _BentNormal(output, pull).draw()
+            terms = _BentNormal(fixed, pull).log_prob(field)
             log_q = log_q + terms.reshape(step.sites, -1).sum(0)
             rows = torch.cat([rows, field.reshape(step.sites, -1)])
         return rows, log_q - math.log(2)
@@ -151,14 +125,14 @@ class FieldFlow(nn.Module):
             near = self.near(rows[:at], step.near)
             features = torch.cat([near, given.repeat(1, step.sites)])
             output, _ = self.sites[step.colour](features, step, False)
-            terms = _Law(output, PULL * near[:4].mean(0)).log_prob(
+            terms = _BentNormal(output, PULL * near[:4].mean(0)).log_prob(
                 rows[at : at + step.sites].reshape(-1)
             )
             log_q, at = log_q + terms.reshape(step.sites, -1).sum(0), at + step.sites
         return log_q - math.log(2)
 
     def exact(self, rows: Tensor, condition: Tensor) -> tuple[Tensor, float, Tensor]:
-        """h, a and λ of the laws exp(hφ − aφ² − λφ⁴) of the integrated sites."""
+        """h, a and λ of the densities exp(hφ − aφ² − λφ⁴) of the integrated sites."""
         assert self.architecture.mass_squared is not None
         around = rows[self.ordering.bonds].sum(0)
         return 2 * around, 4 + self.architecture.mass_squared, condition[:, 0]
@@ -168,8 +142,8 @@ class FieldFlow(nn.Module):
         return rows.index_select(0, near.flatten().to(rows.device)).reshape(len(near), -1)
 
 
-class _Law:
-    """Shift + scale · spline(z) with z standard normal, a law for each column of an output."""
+class _BentNormal:
+    """Shift + scale · spline(z) with z standard normal, for each column of an output."""
 
     def __init__(self, output: Float[Tensor, "numbers sites"], pull: Tensor | float):
         bins = (len(output) - 1) // 3
@@ -191,23 +165,23 @@ class _Law:
 
 def _folded(output: Tensor, field: Tensor) -> Float[Tensor, " draws"]:
     """Log-density of the absolute value of a draw."""
-    law = _Law(output, 0.0)
+    law = _BentNormal(output, 0.0)
     field = field.reshape(-1)
     return torch.logaddexp(law.log_prob(field), law.log_prob(-field))
 
 
-class FieldLaw(SitesLaw):
+class FieldDistribution(SitesDistribution):
     """Fields of a lattice, of either sign."""
 
     def _draw(self, condition):
-        rows, log_q = self.flow.drawn(condition)
+        rows, log_q = self.flow.draw(condition)
         if self.flow.ordering.integrated:
             rows = torch.cat([rows, self._exact(rows, condition)])
             log_q = log_q + self._exact_log_prob(rows, condition)
         sign = torch.randint(2, log_q.shape, device=log_q.device).to(log_q) * 2 - 1
         return (sign * rows)[self.place].T, log_q
 
-    def _judge(self, x, condition):
+    def _log_prob(self, x, condition):
         rows = x[:, self.flow.ordering.site].T
         log_q = self.flow.log_density(rows, condition)
         if self.flow.ordering.integrated:
@@ -216,7 +190,7 @@ class FieldLaw(SitesLaw):
 
     def path_log_ratio(self, log_prob, shape=(), beta=1.0):
         batch, condition = self._flat(shape)
-        rows, log_q = self.flow.drawn(condition, path=True)
+        rows, log_q = self.flow.draw(condition, path=True)
         if self.flow.ordering.integrated:
             law = [beta * it for it in self.flow.exact(rows, condition)]
             rows = torch.cat([rows, quartic.mean(*law)])

@@ -82,7 +82,7 @@ def corners(side: int, site: int) -> list[tuple[int, int, int]]:
 
 
 def check_colouring(side: int, sites: set[int], ring: bool) -> None:
-    """Refuse to integrate sites that interact: their joint law would be no product.
+    """Refuse to integrate sites that interact: their joint density would be no product.
 
     Raises:
         ValueError: Two of the sites share a bond, or a plaquette where these interact.
@@ -98,7 +98,7 @@ def check_colouring(side: int, sites: set[int], ring: bool) -> None:
             )
 
 
-def chosen(side: int, integrate: str) -> set[int]:
+def sites_to_integrate(side: int, integrate: str) -> set[int]:
     """The sites to integrate: "half" of them, of odd parity, a "quarter" of them, or "none"."""
     odd = {"half": lambda i, j: (i + j) % 2, "quarter": lambda i, j: i % 2 and not j % 2}
     test = odd.get(integrate, lambda i, j: False)
@@ -114,7 +114,7 @@ def ordering(side: int, integrate: str) -> Ordering:
     sites are drawn colour by colour, each given all that is drawn before and near.
     """
     check_side(side)
-    left = chosen(side, integrate)
+    left = sites_to_integrate(side, integrate)
     check_colouring(side, left, ring=integrate == "quarter")
     site, drawn = [0], []
     steps = [side >> k // 2 for k in range(2 * (side.bit_length() - 1))]

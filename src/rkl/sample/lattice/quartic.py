@@ -1,4 +1,4 @@
-r"""The law of one site of φ⁴ given its neighbours, proportional to exp(hφ − aφ² − λφ⁴)."""
+r"""The distribution of one site of φ⁴ given its neighbours, ∝ exp(hφ − aφ² − λφ⁴)."""
 
 import math
 
@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 NODES = 64  # of the trapezoidal rule
-BEYOND = 45.0  # nats below the mode at which it ends
-STEPS = 8  # of Newton's method
+MAX_FALL = 45.0  # nats below the mode at which it ends
+NEWTON_STEPS = 8
 MAX_TRIES = 100_000  # of the rejection sampler
 
 
@@ -35,7 +35,7 @@ def log_normaliser(
     >>> log_normaliser(torch.tensor(0.0), 0.5, torch.tensor(0.0))  # log √(2π)
     tensor(0.9189)
     """
-    value, slope = _integrated(field, square, quartic)
+    value, slope = _integrate(field, square, quartic)
     return value + slope * (field - field.detach())
 
 
@@ -43,18 +43,18 @@ def mean(
     field: Float[Tensor, "*shape"], square: float, quartic: Tensor
 ) -> Float[Tensor, "*shape"]:
     """The mean of φ."""
-    return _integrated(field, square, quartic)[1]
+    return _integrate(field, square, quartic)[1]
 
 
 @torch.no_grad()
-def _integrated(field: Tensor, square: float, quartic: Tensor) -> tuple[Tensor, Tensor]:
+def _integrate(field: Tensor, square: float, quartic: Tensor) -> tuple[Tensor, Tensor]:
     """The logarithm of the integral, and the mean."""
     sign, field, quartic = field.sign(), field.abs(), quartic.expand_as(field)
     mode = _mode(field, square, quartic)
     peak = log_density(mode, field, square, quartic)
     high = mode + _reach(square + 6 * quartic * mode.square(), quartic)
     # At a distance t below the mode the loss is t² (a + 2λ m² + λ (t − 2m)²), m being the mode.
-    steep = (BEYOND / (square + 2 * quartic * mode.square()).clamp_min(0)).sqrt()
+    steep = (MAX_FALL / (square + 2 * quartic * mode.square()).clamp_min(0)).sqrt()
     low = torch.maximum(-high, mode - steep)
     if square >= 0:
         low = torch.maximum(low, mode - _reach(torch.full_like(mode, square), quartic / 3))
@@ -74,7 +74,7 @@ def _mode(field: Tensor, square: float, quartic: Tensor) -> Tensor:
         mode = torch.minimum(cubic, field / (2 * square))
     else:
         mode = cubic + (-square / (2 * quartic)).sqrt()
-    for _ in range(STEPS):
+    for _ in range(NEWTON_STEPS):
         slope = (2 * square + 12 * quartic * mode.square()).clamp_min(1e-30)
         mode = mode - (mode * (2 * square + 4 * quartic * mode.square()) - field) / slope
     return mode
@@ -82,8 +82,8 @@ def _mode(field: Tensor, square: float, quartic: Tensor) -> Tensor:
 
 def _reach(square: Tensor, quartic: Tensor) -> Tensor:
     """The distance t at which a t² + λ t⁴ is all that is lost beyond."""
-    root = (square.square() + 4 * BEYOND * quartic).sqrt()
-    return (2 * BEYOND / (square + root)).sqrt()
+    root = (square.square() + 4 * MAX_FALL * quartic).sqrt()
+    return (2 * MAX_FALL / (square + root)).sqrt()
 
 
 def _below(field: Tensor, square: float, quartic: Tensor) -> Tensor:
@@ -100,10 +100,10 @@ def _below(field: Tensor, square: float, quartic: Tensor) -> Tensor:
 def draw(
     field: Float[Tensor, "*shape"], square: float, quartic: Tensor
 ) -> Float[Tensor, "*shape"]:
-    """Exact draws, by rejection from a normal law.
+    """Exact draws, by rejection from a normal distribution.
 
-    As λ(φ² − c)² ≥ 0, the density is nowhere above that of a normal law with a + 2λc for a; best
-    is the c that is the mean of φ² by that law.
+    As λ(φ² − c)² ≥ 0, the density is nowhere above that of a normal density with a + 2λc for a;
+    best is the c that is the mean of φ² by that law.
 
     Raises:
         ValueError: λ is negative or nan, 0 where a is not positive, or h is not finite.
@@ -118,7 +118,7 @@ def draw(
             f"field={float(h[wrong][0]):g}."
         )
     curved = _below(h, square, lam)
-    for _ in range(STEPS):  # what is to vanish is concave and rises
+    for _ in range(NEWTON_STEPS):  # what is to vanish is concave and rises
         excess = curved - square - lam / curved - lam * h.square() / (2 * curved.square())
         slope = 1 + lam / curved.square() + lam * h.square() / curved.pow(3)
         curved = curved - excess / slope

@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 from rkl.checks import number
 from rkl.flows.architectures import Architecture
 from rkl.flows.architectures.base import Flow
+from rkl.sample.lattice.base import square_side
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class CheckerboardRealNVP(Architecture):
 
     @property
     def domain(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The circle, unless it is told otherwise."""
+        """The circle or the line."""
         return "circle" if self.circle else "line"
 
     def __post_init__(self):
@@ -49,8 +50,8 @@ class CheckerboardRealNVP(Architecture):
         number("filters", self.filters, at_least=1)
 
     def build(self, event_shape: tuple[int, ...], conditions: int = 0) -> "Checkerboards":
-        side = math.isqrt(math.prod(event_shape))
-        if len(event_shape) != 1 or side**2 != event_shape[0] or side % 2:
+        side = square_side(event_shape)
+        if side % 2:
             raise ValueError(
                 "event_shape must be (side²,) of an even side, for a checkerboard; "
                 f"got {tuple(event_shape)}."
@@ -59,7 +60,7 @@ class CheckerboardRealNVP(Architecture):
 
 
 class Checkerboards(Flow):
-    """What :class:`CheckerboardRealNVP` builds."""
+    """The flow that :class:`CheckerboardRealNVP` builds."""
 
     parity: Tensor
 
@@ -87,7 +88,7 @@ class Checkerboards(Flow):
             frozen, scale, shift = self._step(k, coupling, field, condition)
             field = frozen * field + (1 - frozen) * (field * scale.exp() + shift)
             total = total + scale.sum((1, 2, 3))
-        value, log_jacobian = self._shaped(field, total, latent.shape)
+        value, log_jacobian = self._reshape(field, total, latent.shape)
         if not self.circle:
             return value, log_jacobian
         log_jacobian = log_jacobian + self._log_slope(value)
@@ -99,7 +100,7 @@ class Checkerboards(Flow):
             frozen, scale, shift = self._step(k, self.couplings[k], field, condition)
             field = frozen * field + (1 - frozen) * (field - shift) * (-scale).exp()
             total = total - scale.sum((1, 2, 3))
-        return self._shaped(field, total, value.shape)
+        return self._reshape(field, total, value.shape)
 
     def _log_slope(self, opened: Tensor) -> Tensor:
         """Log of dθ/dy for θ = 2π sigmoid(y) − π, over all sites."""
@@ -108,17 +109,17 @@ class Checkerboards(Flow):
     def _field(self, value: Tensor) -> Tensor:
         return value.reshape(-1, 1, self.side, self.side)
 
-    def _shaped(self, field, total, shape):
+    def _reshape(self, field, total, shape):
         return field.reshape(shape), total.reshape(shape[:-1])
 
     def _step(self, k: int, coupling: nn.Module, field: Tensor, condition: Tensor | None):
         """Which sites stay, and by how much the others are scaled (in logs) and shifted."""
         frozen = self.parity if k % 2 else 1 - self.parity
-        seen = [frozen * field]
+        inputs = [frozen * field]
         if condition is not None:
             flat = condition.reshape(len(field), -1, 1, 1)
-            seen.append(flat.expand(-1, -1, self.side, self.side))
-        scale, shift = coupling(torch.cat(seen, 1)).chunk(2, 1)
+            inputs.append(flat.expand(-1, -1, self.side, self.side))
+        scale, shift = coupling(torch.cat(inputs, 1)).chunk(2, 1)
         return frozen, (1 - frozen) * scale.tanh(), shift
 
 

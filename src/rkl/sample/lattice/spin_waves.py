@@ -1,4 +1,4 @@
-"""The laws of single sites at low temperature, where a lattice of angles is a Gaussian field."""
+"""Single sites at low temperature, where a lattice of angles is a Gaussian field."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,13 @@ from torch import Tensor
 
 from rkl.sample.lattice.ordering import Ordering
 
-SMALLEST = 1e-10  # share of the largest eigenvalue at which neighbours are counted as the same
+MIN_EIGENVALUE = (
+    1e-10  # share of the largest eigenvalue at which neighbours are counted as the same
+)
 
 
 class Wave(NamedTuple):
-    """The law of the sites of a pass at low temperature, given what they look at.
+    """The Gaussian of the sites of a pass at low temperature, given the sites they look at.
 
     Attributes:
         weights: Of the angles in its mean; they add up to 1.
@@ -24,14 +26,14 @@ class Wave(NamedTuple):
 
 
 def spin_waves(order: Ordering, ring_exchange: float = 0.0) -> list[Wave]:
-    r"""The law at low temperature of the sites of each pass.
+    r"""The Gaussian at low temperature of the sites of each pass.
 
     At low T the energy is ½ θᵀ L θ, and a site is Gaussian given others, with
 
     E[θᵢ | θ_S] = Σ wₛ θₛ,  Σ wₛ = 1,  var = (T/J) (Gᵢᵢ − 2 Σ wₛ Gₛᵢ + Σ wₛ wᵣ Gₛᵣ),
 
-    G being the pseudo-inverse of L and w what makes the variance least: that its sites may be
-    integrated, or drawn later, needs no further care. All sites of a pass have the same weights.
+    G being the pseudo-inverse of L and w of least variance; the sites of a pass may be integrated,
+    or drawn later. All sites of a pass have the same weights.
 
     Args:
         order: The order in which sites are drawn.
@@ -44,7 +46,7 @@ def spin_waves(order: Ordering, ring_exchange: float = 0.0) -> list[Wave]:
     """
     green, at, found = _green(order, ring_exchange), 1, []
     for step in order.passes:
-        found.append(_given(green, at, step.near[:, 0]))
+        found.append(_krige(green, at, step.near[:, 0]))
         at += step.sites
     return found
 
@@ -61,13 +63,13 @@ def _green(order: Ordering, ring: float) -> Float[Tensor, "sites sites"]:
     return green[(i[:, None] - i) % side, (j[:, None] - j) % side]
 
 
-def _given(green: Tensor, row: int, near: Tensor) -> Wave:
+def _krige(green: Tensor, row: int, near: Tensor) -> Wave:
     """Kriging: the least variance under the condition that the weights add up to 1."""
     count = len(near)
     matrix, right = green.new_ones(count + 1, count + 1), green.new_ones(count + 1)
     matrix[-1, -1], right[:-1] = 0, green[near, row]
     matrix[:-1, :-1] = green[near][:, near]
-    inverse = torch.linalg.pinv(matrix, hermitian=True, rtol=SMALLEST)
+    inverse = torch.linalg.pinv(matrix, hermitian=True, rtol=MIN_EIGENVALUE)
     weights = (inverse @ right)[:-1]
     away = weights @ matrix[:-1, :-1] @ weights - 2 * weights @ right[:-1]
     return Wave(weights, float(green[row, row] + away))

@@ -1,17 +1,80 @@
-"""What the laws of coarse-to-fine flows share: draws and densities, so many at a time."""
+"""Coarse-to-fine flows of square lattices: their networks, draws and densities, in batches."""
 
 import abc
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from rkl.sample.lattice.network import Site
+from rkl.sample.lattice.ordering import Ordering, ordering
 
-class SitesLaw(Distribution, abc.ABC):
+
+def square_side(event_shape: tuple[int, ...]) -> int:
+    """The side of a square lattice, refused where the sites make none."""
+    side = math.isqrt(math.prod(event_shape))
+    if len(event_shape) != 1 or side**2 != event_shape[0]:
+        raise ValueError(
+            f"event_shape must be (side²,), a square lattice; got {tuple(event_shape)}."
+        )
+    return side
+
+
+class SitesFlow(nn.Module, abc.ABC):
+    """A flow of one side: a network for each colour of sites, shared by all levels and places.
+
+    Args:
+        architecture: Its width and number of knots.
+        side: Sites along one side.
+        conditions: Number of conditions.
+        integrate: Which sites are drawn exactly: "half", "quarter" or "none".
+    """
+
+    def __init__(self, architecture: Any, side: int, conditions: int, integrate: str):
+        super().__init__()
+        self.architecture, self.side, self.conditions = architecture, side, conditions
+        self.ordering: Ordering = ordering(side, integrate)
+        near = {it.colour: len(it.near) for it in self.ordering.passes}
+        self.sites = nn.ModuleList(
+            Site(self.features(near[c]), architecture, self.ordering.levels) for c in sorted(near)
+        )
+
+    @abc.abstractmethod
+    def features(self, near: int) -> int:
+        """Number of features of a site that looks at so many others."""
+
+    @abc.abstractmethod
+    def distribution(self, condition: Float[Tensor, "*batch conditions"]) -> "SitesDistribution":
+        """The distribution of configurations under the conditions."""
+
+    def forward(self, condition: Float[Tensor, "*batch conditions"]) -> "SitesDistribution":
+        """The distribution of configurations, [*batch, side²], given the conditions."""
+        if condition.shape[-1:] != (self.conditions,):
+            raise ValueError(
+                f"condition must be [*batch, {self.conditions}]; got {list(condition.shape)}."
+            )
+        return self.distribution(condition)
+
+    def start_from(self, other: Self) -> Self:
+        """Take the weights of a flow for another side; coarser levels start from its coarsest.
+
+        Raises:
+            ValueError: It is of another architecture.
+        """
+        if other.architecture != self.architecture or other.conditions != self.conditions:
+            raise ValueError(
+                f"other must be a flow of {self.architecture}; got {other.architecture}."
+            )
+        for mine, theirs in zip(self.sites, other.sites, strict=False):
+            mine.start_from(theirs)  # pyright: ignore[reportCallIssue]
+        return self
+
+
+class SitesDistribution(Distribution, abc.ABC):
     """Values on the sites of a lattice: independent draws, and their density."""
 
     at_once: ClassVar[int] = 1024  # configurations drawn or judged at one time
@@ -23,7 +86,7 @@ class SitesLaw(Distribution, abc.ABC):
         self.flow, self.condition = flow, condition
         self.place = flow.ordering.site.argsort()
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "SitesLaw":
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "SitesDistribution":
         return type(self)(self.flow, self.condition.expand(*batch_shape, -1))
 
     @property
@@ -51,7 +114,7 @@ class SitesLaw(Distribution, abc.ABC):
             condition.reshape(len(rows), -1).split(self.at_once),
             strict=True,
         )
-        return torch.cat([self._judge(x, given) for x, given in pairs]).reshape(batch)
+        return torch.cat([self._log_prob(x, given) for x, given in pairs]).reshape(batch)
 
     @abc.abstractmethod
     def path_log_ratio(
@@ -61,7 +124,7 @@ class SitesLaw(Distribution, abc.ABC):
 
         So minus its mean has the path gradient of the reverse KL, whose noise vanishes where
         q = p. ``beta`` is that of ``log_prob``, β log p, whose sites are then integrated. It
-        does not depend on where these are, provided that their laws are those of p.
+        does not depend on where these are, if they follow p given the others.
 
         Source: G. Roeder, Y. Wu, D. Duvenaud (2017), arXiv 1703.09194, eq. (8).
         """
@@ -81,7 +144,7 @@ class SitesLaw(Distribution, abc.ABC):
         return torch.cat(parts).reshape(x.shape)
 
     def integrates(self, log_prob: Callable[[Tensor, Tensor], Tensor]) -> bool:
-        """Whether the laws of the integrated sites are those of p: redrawing changes no weight."""
+        """True if the integrated sites follow p given the others: redrawing changes no weight."""
         with torch.no_grad(), torch.random.fork_rng():
             condition = self.condition.reshape(-1, self.condition.shape[-1]).double()
             condition = condition[torch.arange(4) % len(condition)]
@@ -118,5 +181,5 @@ class SitesLaw(Distribution, abc.ABC):
         """One draw for each condition, and their log-density."""
 
     @abc.abstractmethod
-    def _judge(self, x: Tensor, condition: Tensor) -> Tensor:
+    def _log_prob(self, x: Tensor, condition: Tensor) -> Tensor:
         """The log-density of one configuration for each condition."""

@@ -3,7 +3,7 @@
 import abc
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -59,7 +59,7 @@ class SitesFlow(nn.Module, abc.ABC):
             )
         return self.distribution(condition)
 
-    def start_from(self, other: Self) -> Self:
+    def start_from(self, other: Any) -> "SitesFlow":
         """Take the weights of a flow for another side; coarser levels start from its coarsest.
 
         Raises:

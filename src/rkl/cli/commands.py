@@ -287,14 +287,39 @@ def generate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
 
 def evaluate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
-    """Measure a run on data held out from it, or on its target.
+    """Measure a run on data held out from it or on its target, or compare any two models.
 
     Examples:
       rkl evaluate RUN --data heldout.jsonl
       rkl evaluate RUN --data heldout.txt --divergences todi --prompts 0
       rkl evaluate RUN --reference --strict
+      rkl evaluate STUDENT --teacher BASE --data heldout.txt
     """
-    return _on_run(parser, words, "evaluate")
+    before = ["", *words]
+    named = [word for word, last in zip(words, before, strict=False) if last != "--teacher"]
+    run = any(Path(word, "run.json").is_file() for word in named)
+    if not run and settings.is_set("teacher", words):
+        return _on_models(parser)
+    runner = _on_run(parser, words, "evaluate")
+    if not run and {"-h", "--help"} & set(words):
+        shown = _flags_by_kind(parser, "PairSettings", "settings of two models")
+        parser.epilog = "\n\n".join([str(parser.epilog), *shown])
+    return runner
+
+
+def _on_models(parser: ArgumentParser) -> Runner:
+    """The comparison of two models of which neither need be a run."""
+    from rkl import distill
+
+    words = "the model to compare: a folder, a .gguf file, package:NAME or a name on the Hub"
+    parser.add_argument("student", metavar="STUDENT", help=words)
+    settings.add_flags(parser, distill.PairSettings)
+
+    def compared(parsed: Namespace) -> None:
+        chosen = settings.gather(distill.PairSettings, parsed)
+        _show(distill.evaluate_pair(parsed.student, chosen))
+
+    return compared
 
 
 def compare(parser: ArgumentParser, words: Sequence[str]) -> Runner:
@@ -451,12 +476,12 @@ def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
     return done
 
 
-def _flags_by_kind(parser: ArgumentParser, name: str) -> Iterator[str]:
+def _flags_by_kind(parser: ArgumentParser, name: str, said: str = "") -> Iterator[str]:
     """The help of the settings of this name, wing by wing, found in their sources."""
     for source in sorted(HERE.glob("*/__init__.py")):
         if name in source.read_text("utf-8"):
             wing = source.parent.name
-            title = f"settings, where rkl {wing} made RUN"
+            title = said or f"settings, where rkl {wing} made RUN"
             try:
                 wanted = getattr(importlib.import_module(f"rkl.{wing}"), name)
             except Exception as error:  # a broken package of one wing leaves the help of the rest

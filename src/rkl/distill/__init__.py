@@ -13,6 +13,7 @@ HOMES = {
     "loss": "distill_loss",
     "guard": "CollapseError CollapseLimits",
     "heads": "Head read_head",
+    "pair": "Comparison PairSettings evaluate_pair",
     "report": "report_runs",
     "rollouts": "ModelWriter Reply Sampling Writer",
     "scratch": "Shape new_model new_tokenizer",

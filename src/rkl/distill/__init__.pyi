@@ -15,6 +15,9 @@ from rkl.distill.guard import CollapseLimits as CollapseLimits
 from rkl.distill.heads import Head as Head
 from rkl.distill.heads import read_head as read_head
 from rkl.distill.loss import distill_loss as distill_loss
+from rkl.distill.pair import Comparison as Comparison
+from rkl.distill.pair import PairSettings as PairSettings
+from rkl.distill.pair import evaluate_pair as evaluate_pair
 from rkl.distill.report import report_runs as report_runs
 from rkl.distill.rollouts import ModelWriter as ModelWriter
 from rkl.distill.rollouts import Reply as Reply

@@ -165,7 +165,7 @@ def _evaluate_run(
     parts = processes.together(lambda: _load(path, settings, allow))
     run, student, rows, blocks = parts.run, parts.student, parts.rows, parts.blocks
     places = range(min(len(blocks), settings.max_blocks or len(blocks)))
-    with _progress(processes.main) as progress:
+    with progress_bar(processes.main) as progress:
         sums, vocab = processes.together(
             lambda: _summed(
                 student,
@@ -281,7 +281,7 @@ def _prompts(
 
 
 @contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, with the time still to go; nothing elsewhere."""
     from rich.console import Console
     from rich.progress import Progress
@@ -308,7 +308,7 @@ def _load_teacher(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model that is asked for, or the very one that the run learned from; its tokenizer."""
     if settings.teacher is not None:
-        return load_model(settings.teacher), _tokenizer_of(settings.teacher)
+        return load_model(settings.teacher), tokenizer_of(settings.teacher)
     name = run.settings.get("teacher")
     if not isinstance(name, str):
         raise ValueError(f"teacher must be given: {run.path} does not say which it had.")
@@ -329,7 +329,7 @@ def _load_teacher(
                     f"teacher: {run.path} learned from {name!r}, which is no folder here. {hint}, "
                     f"or, if it is a name on the Hub, --teacher hub:{name}"
                 )
-        return load_model(name), _tokenizer_of(name)
+        return load_model(name), tokenizer_of(name)
     if known["local"] and local_path(known["path"]) is None:
         raise FileNotFoundError(
             f"teacher: {run.path} learned from {known['path']}, which is no longer there. {hint}"
@@ -343,10 +343,10 @@ def _load_teacher(
         argument="teacher",
         advice="Put it back, or compare with what is there on purpose: --teacher FOLDER",
     )
-    return teacher, _tokenizer_of(name, revision=known.get("commit"))
+    return teacher, tokenizer_of(name, revision=known.get("commit"))
 
 
-def _tokenizer_of(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a teacher; None where its folder holds only the model."""
     folder = local_path(name)
     has_none = folder is not None and folder.is_dir() and not any(folder.glob("tokenizer*"))
@@ -449,7 +449,7 @@ def _summed(
         row = rows_of_batch[batch.predicting.nonzero()[:, 0]]
         p = teacher.observe(batch.inputs, batch.predicting, vocab=vocab)
         q = head.observe(batch.inputs, batch.predicting, vocab=vocab)
-        for part, logp, logq in _chunks(p, q):
+        for part, logp, logq in log_probabilities(p, q):
             sums.add(row[part], _columns(logp, logq, batch.targets[part], divergences))
         sums.sign(row, batch.targets)
         first += len(batch.predicting)
@@ -503,7 +503,7 @@ class _Sums:
         return clustered_mean(self.total[name][kept], self.count[kept])
 
 
-def _chunks(p: Observed, q: Known) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def log_probabilities(p: Observed, q: Known) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """The log-probabilities of some tokens at a time, few enough to stay in a core's cache."""
     if isinstance(q, LinearHead):
         tokens, vocab = len(q.hidden), len(q.weight)

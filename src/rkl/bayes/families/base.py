@@ -175,11 +175,6 @@ class ExponentialFamily(abc.ABC):
         to, fro = self.kl(natural, reference), self.kl(reference, natural)
         return Terms(natural, self.mean(natural), from_reference=fro, to_reference=to)
 
-    def dual(self, mean: Natural) -> Tensor:
-        """A*(m) = max over η of ⟨η, m⟩ − A(η): minus the entropy, less E log h."""
-        natural = self.from_mean(mean)
-        return self.inner(natural, mean) - self.log_partition(natural)
-
     def log_fisher(self, law: Distribution) -> Tensor | None:
         """Log determinant of the Fisher information of ``parameters`` [*batch]."""
         leaves = [getattr(law, name).detach() for name in self.parameters]

@@ -18,11 +18,6 @@ def log_gap(u: Tensor) -> Tensor:
     return torch.where(u.abs() < NEAR, near * near * series, u - torch.log1p(u))
 
 
-def exp_gap(t: Tensor) -> Tensor:
-    """The excess exp(t) − 1 − t, at least 0, to relative precision."""
-    return torch.where(t.abs() < NEAR, _exp_series(t), torch.expm1(t) - t)
-
-
 def relative_gap(logp: Tensor, logq: Tensor) -> Tensor:
     """The excess p log(p/q) − p + q, at least 0, to relative precision; q where p = 0."""
     nowhere = logp == -torch.inf

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily
-from torch.distributions.transforms import Transform
 
 from rkl.bayes.diagnostics import SWAPPED, label_exchange
 from rkl.bayes.loss.between import AnyLoss, Intrinsic
@@ -33,7 +32,7 @@ QUICK = 2**16  # log-densities that the several starts look at, of a loss that n
 HELD = 2**18  # those that it is minimised over, before all draws are
 NEWTON, ENOUGH = 8, 1e-18  # steps over all draws, and the decrement in nats at which they end
 TAIL = 1e-3  # share of the expected loss that tails without mass may have
-CANDIDATES = 32  # draws of which the best are starts
+CANDIDATES, STARTS = 32, 4  # draws that are looked at, and the best of them that are starts
 LawAt = Callable[[Tensor], Distribution]
 
 
@@ -73,9 +72,6 @@ def numerical_act(
     *,
     weights: Float[Tensor, " draws"] | None = None,
     nodes: Nodes | None = None,
-    transforms: Mapping[str, Transform] | None = None,
-    starts: int = 4,
-    size: int = 4096,
     seed: int = 0,
 ) -> NumericalAct:
     r"""The parameters t that minimise E D(P_θ ‖ P_t) over posterior draws θ.
@@ -91,9 +87,6 @@ def numerical_act(
         divergence: The loss. What is no f-divergence needs a finite support, except Intrinsic.
         weights: Of the draws; equal by default.
         nodes: Where to integrate; by default a closed form, or :func:`nodes_for`.
-        transforms: Maps from coordinates to parameters, by name, instead of those chosen.
-        starts: How many draws to start from.
-        size: Number of nodes, where they are an importance sample.
         seed: Of its random numbers.
 
     Raises:
@@ -109,34 +102,31 @@ def numerical_act(
     (tensor(1.5119, dtype=torch.float64), tensor(1.5119, dtype=torch.float64))
     """
     laws = laws_of(theta, law, weights)
-    loss = posterior_loss(laws, divergence, nodes=nodes, size=size, seed=seed)
-    return find_act(loss, law, transforms=transforms, starts=starts)
+    loss = posterior_loss(laws, divergence, nodes=nodes, seed=seed)
+    return find_act(loss, law)
 
 
 def find_act(
     loss: PosteriorLoss,
     law: LawOf,
-    *,
-    transforms: Mapping[str, Transform] | None = None,
-    starts: int = 4,
 ) -> NumericalAct:
     """The act under a loss whose nodes are chosen."""
     laws = loss.laws
     if names := whole_parameters(laws):
-        return _whole_act(loss, law, names, transforms, starts)
-    chart = chart_of(laws.theta, law, transforms)
+        return _whole_act(loss, law, names)
+    chart = chart_of(laws.theta, law)
     drawn = chart.coordinates(laws.theta)
     scale = drawn.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
     held = thin_loss(loss, HELD if loss.smooth else KINKED)
-    minimum, tried = _minimum(loss, held, chart, drawn, scale, starts)
+    minimum, tried = _minimum(loss, held, chart, drawn, scale)
     return _act(law, loss, held, chart, minimum, tried)
 
 
-def _whole_act(loss, law, names, transforms, starts) -> NumericalAct:
+def _whole_act(loss, law, names) -> NumericalAct:
     """The act where some parameters are whole numbers: the best of these, then of the others."""
     laws = loss.laws
-    chart, free = chart_without(laws, names, transforms)
+    chart, free = chart_without(laws, names)
     drawn = chart.coordinates(free) if free else torch.zeros(len(laws), 0, dtype=torch.float64)
     scale = drawn.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
@@ -160,13 +150,13 @@ def _whole_act(loss, law, names, transforms, starts) -> NumericalAct:
     best = rows[int(values.argmin())]
     chart = search(laws, names, chart, whole(best), drawn[best], function, scale, loss.smooth)
     if free:
-        minimum, tried = _minimum(loss, held, chart, drawn, scale, starts)
+        minimum, tried = _minimum(loss, held, chart, drawn, scale)
     else:
         minimum, tried = minimum_of(function(chart), drawn[:1], scale, loss.smooth), 1
     return dataclasses.replace(_act(law, loss, held, chart, minimum, tried), whole=names)
 
 
-def _minimum(loss, held, chart, drawn, scale, starts) -> tuple[Minimum, int]:
+def _minimum(loss, held, chart, drawn, scale) -> tuple[Minimum, int]:
     """From the best of many draws on few of them, then on all that are held; and how many."""
     quick = thin_loss(held, QUICK)
 
@@ -184,7 +174,7 @@ def _minimum(loss, held, chart, drawn, scale, starts) -> tuple[Minimum, int]:
             "divergence must be finite, on average over the draws, at some law; it is infinite "
             f"at each of {len(candidates)} that were tried."
         )
-    order = values.argsort()[: min(starts, int(values.isfinite().sum()))]
+    order = values.argsort()[: min(STARTS, int(values.isfinite().sum()))]
     best = candidates[order]
     found = minimise(function(quick), best, scale=scale, smooth=loss.smooth)
     if quick is held:
@@ -344,9 +334,7 @@ SWEEPS = 8  # over all whole numbers, until none changes
 Function = Callable[[Chart], Callable[[Tensor], Tensor]]
 
 
-def chart_without(
-    laws: Laws, names: tuple[str, ...], transforms: Mapping | None = None
-) -> tuple[Chart, dict[str, Tensor]]:
+def chart_without(laws: Laws, names: tuple[str, ...]) -> tuple[Chart, dict[str, Tensor]]:
     """The chart of all other parameters, and their draws."""
     free = {name: x for name, x in laws.theta.items() if name not in names}
 
@@ -354,7 +342,7 @@ def chart_without(
         rows = len(next(iter(theta.values())))
         return laws.law({**theta, **{name: laws.theta[name][:rows] for name in names}})
 
-    return chart_of(free, law, transforms), free
+    return chart_of(free, law), free
 
 
 def search(

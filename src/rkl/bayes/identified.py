@@ -52,7 +52,6 @@ def find_unidentified(
     law: LawOf,
     at: Variables,
     few: Variables,
-    combined: bool = True,
     mass: Callable[[Distribution], Tensor] | None = None,
 ) -> Unidentified:
     """The numbers of an act that its distribution does not depend on.
@@ -61,13 +60,12 @@ def find_unidentified(
         law: From parameters [n, *shape] to n distributions.
         at: The act, [*shape] each.
         few: Some draws, [n, *shape] each: values that a number is replaced by.
-        combined: Whether to look for combinations too.
         mass: From a distribution to its log-mass at nodes, for a class of others, which may keep
             parameters that it does not use.
 
     >>> law = lambda t: torch.distributions.Normal(t["a"] + 0 * t["b"], 1.0)
     >>> few = {"a": torch.randn(4).double(), "b": torch.randn(4).double()}
-    >>> unidentified(law, {name: x[0] for name, x in few.items()}, few).unused
+    >>> find_unidentified(law, {name: x[0] for name, x in few.items()}, few).unused
     {'a': tensor(False), 'b': tensor(True)}
     """
     at = {name: x.detach().clone() for name, x in at.items()}
@@ -82,9 +80,7 @@ def find_unidentified(
     by_mass = mass is not None and _is_foreign(law({name: x[None] for name, x in at.items()}))
     numbers = _Numbers(masses, NO_MASS) if by_mass else _Numbers(parameters, 0.0)
     unused = _find_unused(numbers, at, few)
-    never = {name: torch.zeros_like(mask) for name, mask in unused.items()}
-    found = _find_combined(law, numbers, at, few, unused) if combined else never
-    return Unidentified(unused, found)
+    return Unidentified(unused, _find_combined(law, numbers, at, few, unused))
 
 
 def without_unidentified(act: Act, found: Unidentified, variables: Mapping[str, str]) -> Act:

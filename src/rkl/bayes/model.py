@@ -356,7 +356,7 @@ def simplify(law: Distribution) -> Distribution:
     of a symmetric location-scale family absorbed: closed forms know these.
 
     >>> from torch.distributions.transforms import AffineTransform
-    >>> simplified(TransformedDistribution(Normal(0.0, 1.0), [AffineTransform(3.0, -2.0)]))
+    >>> simplify(TransformedDistribution(Normal(0.0, 1.0), [AffineTransform(3.0, -2.0)]))
     Normal(loc: 3.0, scale: 2.0)
     """
     if type(law) in _REPLACED:

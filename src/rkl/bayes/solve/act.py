@@ -40,14 +40,14 @@ def _drop_unidentified(estimate: Answer) -> Answer:
     """The estimate without values of what the reported distribution does not depend on."""
     problem, act, seen = estimate.problem, estimate.act, estimate.diagnostics
     named = problem.origins.keys() == set(problem.model.names)
-    # a family gives its own parameters one of the values that mean the same, as logits
-    canonical = named and problem.weights is not None
-    regression = isinstance(problem.structure.base, Regression)
-    some = problem.some.theta
+    if (
+        named
+        and problem.weights is not None
+        and not isinstance(problem.structure.base, Regression)
+    ):
+        return estimate  # each variable is a parameter of an exponential family
     mass = node_mass(problem.loss) if problem.weights is None else None
-    found = find_unidentified(
-        problem.law, dict(act.point), dict(some), regression or not canonical, mass
-    )
+    found = find_unidentified(problem.law, dict(act.point), dict(problem.some.theta), mass)
     settings = problem.model.settings or {}
     variables = {key: name for name, key in problem.origins.items()}
     variables |= {key: name for key, name in settings.items() if isinstance(name, str)}
@@ -63,17 +63,15 @@ def _drop_unidentified(estimate: Answer) -> Answer:
 
 def _refuse_moving(problem: Problem) -> None:
     """Refuse a loss that is infinite wherever supports differ, if they do."""
-    divergence = problem.divergence
-    if isinstance(divergence, Intrinsic) or divergence.bounded:
+    law, divergence = problem.model.law(problem.few), problem.divergence
+    edge = moving_edge(law)
+    if not edge or isinstance(divergence, Intrinsic) or divergence.bounded:
         return
-    law = problem.model.law(problem.few)
-    if edge := moving_edge(law):
-        kind = type(law).__name__
-        raise ValueError(
-            f"The support of {kind} moves with its parameters ({edge} differs from draw to "
-            f"draw), so the act under {divergence} is the edge of the posterior's support, "
-            f"wherever the data lie; {_way_out_of_moving(problem)}"
-        )
+    raise ValueError(
+        f"The support of {type(law).__name__} moves with its parameters ({edge} differs from draw "
+        f"to draw), so the act under {divergence} is the edge of the posterior's support, "
+        f"wherever the data lie; {_way_out_of_moving(problem)}"
+    )
 
 
 def _way_out_of_moving(problem: Problem) -> str:

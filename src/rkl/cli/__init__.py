@@ -64,6 +64,12 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30)
         self._action_max_length = 16  # argparse forgets that subcommands are indented
 
+    def _format_usage(self, usage, actions, groups, prefix):
+        """Words and flags that must be given; the others are listed below."""
+        shown = [it for it in actions if it.required or not it.option_strings]
+        line = super()._format_usage(usage, shown, [], prefix)
+        return line if usage or shown == list(actions) else f"{line.rstrip()} [flags]\n\n"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
@@ -165,8 +171,8 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         if name == asked_for:
-            _add_common_flags(subparser)
             subparser.set_defaults(command=command(subparser, words))
+            _add_common_flags(subparser)
     return parser
 
 
@@ -176,9 +182,7 @@ def _command(words: list[str]) -> str | None:
 
 def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     common = parser.add_argument_group("everywhere")
-    common.add_argument(
-        "--seed", type=int, default=argparse.SUPPRESS, help="what random numbers start from"
-    )
+    common.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="random seed")
     common.add_argument(
         "--device",
         default=argparse.SUPPRESS,

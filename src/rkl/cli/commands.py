@@ -1,21 +1,22 @@
-"""One thin function per command: it declares its arguments and returns what runs them.
+"""One thin function per command: it declares its flags and returns what runs them.
 
-The first line of its docstring is its summary in ``rkl --help``, the rest its examples. A wing
-is imported only here, inside the command that needs it.
+What can be chosen is a dataclass of settings, of the wing or of this file; ``--out`` and its like
+say where a run is. The first line of a command's docstring is its summary in ``rkl --help``, the
+rest its examples. A wing is imported only here, inside the command that needs it.
 """
 
 import importlib
 import json
 import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rkl import runs
+from rkl import demos, runs, studies
 from rkl.cli import settings
-from rkl.cli.documentation import documentation
+from rkl.cli.documentation import documentation, without_markup
 from rkl.cli.settings import path
 from rkl.cli.terminal import in_words, root_cause
 from rkl.text import printable
@@ -26,6 +27,119 @@ if TYPE_CHECKING:
 Runner = Callable[[Namespace], None]
 Command = Callable[[ArgumentParser, Sequence[str]], Runner]
 HERE = Path(__file__).parents[1]
+WORD = {"positional": True}
+
+# Flags that say where a run is and what becomes of the one that is there.
+FLAGS: Mapping[str, dict[str, Any]] = {
+    "out": {"type": path, "metavar": "RUN", "help": "the folder to write"},
+    "overwrite": {"action": "store_true", "help": "replace the run that is there"},
+    "resume": {"action": "store_true", "help": "go on with the run that is there"},
+    "verify": {
+        "action": "store_true",
+        "help": "read all that rkl wrote into the run, compare it with its sha256, and say what "
+        "was read",
+    },
+    "dry_run": {
+        "action": "store_true",
+        "help": "say what would happen, in what time and memory",
+    },
+}
+
+
+@dataclass(frozen=True)
+class DivergencesSettings:
+    """What ``rkl divergences`` explains.
+
+    Args:
+        name: A divergence; all of them if left out.
+    """
+
+    name: str | None = field(default=None, metadata=WORD)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Which demonstration ``rkl demo`` runs.
+
+    Args:
+        name: What is shown.
+        steps: Of each distillation; by default as many as fit a few minutes.
+        seed: Random seed.
+        device: Such as cpu or cuda; by default a GPU if there is one and it is of use.
+    """
+
+    name: str = field(default="distill", metadata=WORD | {"choices": demos.DEMOS})
+    steps: int | None = None
+    seed: int = 0
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Which claim of which paper ``rkl study`` tests.
+
+    Args:
+        name: The paper.
+        part: Which of its claims; by default the first.
+        data: A file that a part reads and rkl does not have.
+        seed: Random seed.
+        device: Where to compute.
+    """
+
+    name: str = field(metadata=WORD | {"choices": studies.papers()})
+    part: str | None = None
+    data: Path | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class MetricsSettings:
+    """What ``rkl metrics`` measures.
+
+    Args:
+        real: Samples of the target, [samples, features].
+        fake: Samples of the model, [samples, features].
+        k: Which neighbour a ball reaches to.
+        inclusive: Closed balls, not open ones.
+        standardise: Divide each column by its spread among the real samples.
+        train: What the model was trained on, where --real was not: the samples that are copies
+            of it are counted.
+        json: Print JSON instead of a table.
+        seed: Random seed.
+    """
+
+    real: Path = field(metadata={"metavar": "FILE"})
+    fake: Path = field(metadata={"metavar": "FILE"})
+    k: int = 5
+    inclusive: bool = False
+    standardise: bool = False
+    train: Path | None = field(default=None, metadata={"metavar": "FILE"})
+    json: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvidenceSettings:
+    """How ``rkl evidence`` finds log Z.
+
+    Args:
+        target: Unnormalised density: "xy(side=8)", or "module:function(event_shape=(2,))".
+        condition: Where: "T=0.9" or "T=0.5:1.5"; by default the whole range of the target.
+        values: Values of the first condition.
+        particles: Particles of an island.
+        islands: Independent populations.
+        seed: Random seed.
+        device: The cpu, where targets are computed.
+    """
+
+    target: str
+    condition: str | None = field(default=None, metadata={"metavar": "RANGES"})
+    values: int = field(default=8, metadata={"metavar": "N"})
+    particles: int = field(default=512, metadata={"metavar": "N"})
+    islands: int = field(default=8, metadata={"metavar": "N"})
+    seed: int = 0
+    device: str = "cpu"
 
 
 def divergences(parser: ArgumentParser, words: Sequence[str]) -> Runner:
@@ -36,8 +150,11 @@ def divergences(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl divergences "akl(mu=0.3)"
       rkl divergences "0.5*kl + 0.5*my_package.losses:Mine"
     """
-    parser.add_argument("name", nargs="?", help="a divergence; all of them if left out")
-    return lambda parsed: _explain(parsed.name) if parsed.name else _list()
+
+    def show(chosen: DivergencesSettings, _parsed: Namespace) -> None:
+        _explain(chosen.name) if chosen.name else _list()
+
+    return _command(parser, DivergencesSettings, show)
 
 
 def distill(parser: ArgumentParser, words: Sequence[str]) -> Runner:
@@ -51,20 +168,7 @@ def distill(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """
     from rkl.distill import run
 
-    settings.add_flags(parser, run.DistillSettings)
-    _add_run_flags(parser)
-
-    def distilled(parsed: Namespace) -> None:
-        _verify_resumed(parsed)
-        earlier = parsed.out if parsed.resume and (parsed.out / "run.json").exists() else None
-        chosen = settings.gather(run.DistillSettings, parsed, earlier)
-        if parsed.dry_run:
-            _show(run.estimate(chosen))
-        else:
-            how = {"resume": parsed.resume, "overwrite": parsed.overwrite}
-            _show(run.distill(chosen, parsed.out, **how))
-
-    return distilled
+    return _run_command(parser, run.DistillSettings, run.estimate, run.distill)
 
 
 def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
@@ -77,20 +181,16 @@ def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl demo neyman-scott --out runs/neyman-scott
       rkl demo precision-recall --out runs/precision-recall
       rkl demo xy --out runs/xy
+      rkl demo --resume
     """
-    known = "distill (default), real, neyman-scott, precision-recall or xy"
-    parser.add_argument("name", nargs="?", default="distill", help=known)
-    parser.add_argument("--steps", type=int, metavar="N", help="of each distillation")
-    _add_out_flags(parser, Path("runs/demo"), resumable=True)
 
-    def demonstrated(parsed: Namespace) -> None:
-        from rkl import demos
+    def show(chosen: DemoSettings, parsed: Namespace) -> str:
+        how = {"overwrite": parsed.overwrite, "resume": parsed.resume}
+        return demos.run(out=parsed.out, **vars(chosen), **how)
 
-        how = {name: getattr(parsed, name) for name in ("steps", "overwrite", "resume")}
-        how |= _common(parsed)
-        _show(demos.run(parsed.name, parsed.out, **how))
-
-    return demonstrated
+    run = _command(parser, DemoSettings, show)
+    _add_flags(parser, "out", "overwrite", "resume", default=Path("runs/demo"))
+    return run
 
 
 def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
@@ -103,23 +203,20 @@ def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl study advnf --part xy
       rkl study precision-recall --part mnist --data t10k-images-idx3-ubyte.gz
     """
-    from rkl import studies
 
-    parser.add_argument("name", choices=studies.papers(), help="the paper")
-    parser.add_argument("--part", help="which of its claims; the first of them by default")
-    parser.add_argument("--data", type=path, help="what a part reads that rkl does not have")
-    _add_out_flags(parser, None, resumable=True)
+    def test(chosen: StudySettings, parsed: Namespace) -> Path:
+        parsed.out = parsed.out or studies.default_folder(chosen.name, chosen.part)
+        how = {"overwrite": parsed.overwrite, "resume": parsed.resume}
+        how |= {name: getattr(chosen, name) for name in ("data", "seed", "device")}
+        return studies.run(chosen.name, chosen.part, parsed.out, **how)
 
-    def studied(parsed: Namespace) -> None:
-        parsed.out = parsed.out or studies.default_folder(parsed.name, parsed.part)
-        how = {name: getattr(parsed, name) for name in ("overwrite", "resume", "data")}
-        _show(studies.run(parsed.name, parsed.part, parsed.out, **how, **_common(parsed)))
-
-    return studied
+    run = _command(parser, StudySettings, test)
+    _add_flags(parser, "out", "overwrite", "resume")
+    return run
 
 
 def estimate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
-    """Say which single value to report of a posterior, with its error.
+    """Find the single value of a posterior to report, with its error.
 
     Examples:
       rkl estimate posterior.nc --family "normal(loc=mu, scale=sigma)"
@@ -127,29 +224,23 @@ def estimate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl estimate draws.zarr --family "normal(loc=theta, scale=10)" --prob 0.9 --out RUN
       rkl estimate chain_*.csv --family "normal(loc=mu, scale=sigma)"
     """
-    from rkl.bayes import run
-    from rkl.bayes.settings import EstimateSettings
+    from rkl.bayes import run as wing
 
-    settings.add_flags(parser, EstimateSettings)
-    parser.add_argument(  # the chains of CmdStan, which a shell lists behind the first
-        "chains",
-        type=path,
-        nargs="*",
-        default=[],
-        metavar="FILE",
-        help="more chains of CmdStan",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    _add_out_flags(parser, None)
+    def report_value(chosen: wing.EstimateSettings, parsed: Namespace) -> Any:
+        estimate = wing.estimate(chosen, parsed.out, overwrite=parsed.overwrite)
+        return json.dumps(estimate.to_dict(), indent=2) if parsed.json else estimate
 
-    def estimated(parsed: Namespace) -> None:
+    def with_chains(parsed: Namespace) -> None:
         if parsed.chains:
             parsed.further = [*getattr(parsed, "further", ()), *parsed.chains]
-        chosen = settings.gather(EstimateSettings, parsed)
-        found = run.estimate(chosen, parsed.out, overwrite=parsed.overwrite)
-        _show(json.dumps(found.to_dict(), indent=2) if parsed.json else found)
+        run(parsed)
 
-    return estimated
+    run = _command(parser, wing.EstimateSettings, report_value)
+    more = {"type": path, "nargs": "*", "default": [], "metavar": "FILE"}
+    parser.add_argument("chains", help="more chains of CmdStan", **more)  # as a shell lists them
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _add_flags(parser, "out", "overwrite")
+    return with_chains
 
 
 def metrics(parser: ArgumentParser, words: Sequence[str]) -> Runner:
@@ -160,28 +251,17 @@ def metrics(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl metrics --real real.npy --fake samples.npy --k 3 --inclusive --json
       rkl metrics --real held-out.csv --fake samples.csv --train train.csv --standardise
     """
-    for side, of in (("real", "the target"), ("fake", "the model")):
-        says = f"samples of {of}, [samples, features] (required)"
-        parser.add_argument(f"--{side}", type=path, required=True, metavar="FILE", help=says)
-    parser.add_argument("--k", type=int, default=5, help="which neighbour (default: 5)")
-    parser.add_argument("--inclusive", action="store_true", help="closed balls, not open ones")
-    says = "divide each column by its spread among the real samples"
-    parser.add_argument("--standardise", action="store_true", help=says)
-    says = "what the model was trained on, where --real was not: are the samples copies of it?"
-    parser.add_argument("--train", type=path, metavar="FILE", help=says)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    def measured(parsed: Namespace) -> None:
+    def measure(chosen: MetricsSettings, _parsed: Namespace) -> Any:
         from rkl.metrics import samples
 
-        arrays, notes = samples.read_both(parsed.real, parsed.fake, parsed.train)
-        seed = {name: value for name, value in _common(parsed).items() if name == "seed"}
-        how = {name: getattr(parsed, name) for name in ("k", "inclusive", "standardise")}
-        found = samples.measure(**arrays, **how, **seed)
-        found = replace(found, notes=[*found.notes, *notes])
-        _show(json.dumps(found.to_dict(), indent=2) if parsed.json else found)
+        arrays, notes = samples.read_both(chosen.real, chosen.fake, chosen.train)
+        how = {name: getattr(chosen, name) for name in ("k", "inclusive", "standardise", "seed")}
+        scores = samples.measure(**arrays, **how)
+        scores = replace(scores, notes=[*scores.notes, *notes])
+        return json.dumps(scores.to_dict(), indent=2) if chosen.json else scores
 
-    return measured
+    return _command(parser, MetricsSettings, measure)
 
 
 def fit(parser: ArgumentParser, words: Sequence[str]) -> Runner:
@@ -196,36 +276,30 @@ def fit(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl fit --start-from RUN --distil-budget 4 --steps 500 --out RUN2
       rkl fit --out RUN --resume
     """
-    from rkl.fit import run
-    from rkl.sample import run as target_run
-
-    wanted, dry_run, run_fit = run.FitSettings, run.dry_run, run.fit
     if settings.is_set("target", words):
-        wanted = target_run.TargetSettings
-        dry_run, run_fit = target_run.dry_run, target_run.fit_target
-    elif {"-h", "--help"} & set(words):
-        flags = _help_of(parser, target_run.TargetSettings, "settings, with --target")
-        parser.epilog = f"{parser.epilog}\n\n{flags}"
-    settings.add_flags(parser, wanted)
-    _add_run_flags(parser)
+        from rkl.sample import run as wing
 
-    def fitted(parsed: Namespace) -> None:
-        _verify_resumed(parsed)
-        begun = parsed.resume and (parsed.out / "run.json").exists()
-        earlier = parsed.out if begun else _distilled(wanted, parsed)
-        chosen: Any = settings.gather(wanted, parsed, earlier)
-        if parsed.dry_run:
-            _show(dry_run(chosen))
-        else:
-            how = {"resume": parsed.resume, "overwrite": parsed.overwrite}
-            _show(run_fit(chosen, parsed.out, **how))
+        return _run_command(parser, wing.TargetSettings, wing.dry_run, wing.fit_target)
+    from rkl.fit import run as wing
 
-    return fitted
+    if {"-h", "--help"} & set(words):
+        from rkl.sample import run as other
+
+        parser.description = f"{parser.description}\n\n{TWO_WAYS}"
+        flags = _help_of(parser, other.TargetSettings, "settings, with --target")
+        parser.epilog = f"{flags}\n\n{parser.epilog}"
+    title = "settings, with --data"
+    return _run_command(parser, wing.FitSettings, wing.dry_run, wing.fit, title, _start)
 
 
-def _distilled(wanted: type, parsed: Namespace) -> Path | None:
-    """The run that a flow of data starts from, whose settings serve where no flag says others."""
-    if not hasattr(parsed, "distil_budget") or not hasattr(wanted, "distil_budget"):
+TWO_WAYS = """two ways in:
+  --data DATA                 fit to rows of a file or to a folder of images
+  --target TARGET             fit to an unnormalised density, without data"""
+
+
+def _start(parsed: Namespace) -> Path | None:
+    """The run that a flow of data is distilled from, whose settings are the defaults."""
+    if not hasattr(parsed, "distil_budget"):
         return None
     for name in ("budget", "target_precision", "critic"):
         if hasattr(parsed, name):
@@ -242,27 +316,17 @@ def evidence(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl evidence --target "mine:log_prob(event_shape=(2,))"
       rkl evidence --target "xy(side=4)" --condition T=0.5:1.5 --values 5 --out draws.npz
     """
-    says = 'unnormalised density: "xy(side=8)", or "module:function(event_shape=(2,))" (required)'
-    parser.add_argument("--target", required=True, metavar="TARGET", help=says)
-    says = 'where: "T=0.9" or "T=0.5:1.5"; by default across all of the range of the target'
-    parser.add_argument("--condition", metavar="RANGES", help=says)
-    says = "values of the first condition (default: 8)"
-    parser.add_argument("--values", type=int, default=8, metavar="N", help=says)
-    says = "particles of an island (default: 512)"
-    parser.add_argument("--particles", type=int, default=512, metavar="N", help=says)
-    says = "independent populations (default: 8)"
-    parser.add_argument("--islands", type=int, default=8, metavar="N", help=says)
-    says = "write the draws too: .npz with x and condition, as fit and evaluate --data read them"
-    parser.add_argument("--out", type=path, metavar="FILE", help=says)
-    _add_overwrite_flag(parser)
 
-    def found(parsed: Namespace) -> None:
+    def find(chosen: EvidenceSettings, parsed: Namespace) -> str:
         from rkl.sample.evidence_run import find_evidence
 
-        names = "target", "condition", "values", "particles", "islands", "out", "overwrite"
-        _show(find_evidence(**{name: getattr(parsed, name) for name in names}, **_common(parsed)))
+        return find_evidence(**vars(chosen), out=parsed.out, overwrite=parsed.overwrite)
 
-    return found
+    run = _command(parser, EvidenceSettings, find)
+    words_of_out = "write the draws too: .npz with x and condition, as fit and evaluate read them"
+    parser.add_argument("--out", type=path, metavar="FILE", help=words_of_out)
+    _add_overwrite_flag(parser)
+    return run
 
 
 def sample(parser: ArgumentParser, words: Sequence[str]) -> Runner:
@@ -278,7 +342,7 @@ def sample(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
 
 def generate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
-    """Let the model of a run write.
+    """Generate text with the model of a run.
 
     Examples:
       rkl generate RUN --data prompts.jsonl --seeds 3
@@ -313,17 +377,15 @@ def _on_models(parser: ArgumentParser) -> Runner:
 
     words = "the model to compare: a folder, a .gguf file, package:NAME or a name on the Hub"
     parser.add_argument("student", metavar="STUDENT", help=words)
-    settings.add_flags(parser, distill.PairSettings)
 
-    def compared(parsed: Namespace) -> None:
-        chosen = settings.gather(distill.PairSettings, parsed)
-        _show(distill.evaluate_pair(parsed.student, chosen))
+    def compare_pair(chosen: distill.PairSettings, parsed: Namespace) -> Any:
+        return distill.evaluate_pair(parsed.student, chosen)
 
-    return compared
+    return _command(parser, distill.PairSettings, compare_pair)
 
 
 def compare(parser: ArgumentParser, words: Sequence[str]) -> Runner:
-    """Put runs side by side, in one table and one report.
+    """Compare runs in one table and one report.
 
     Examples:
       rkl compare RUN1 RUN2 --out comparison.html
@@ -376,8 +438,8 @@ def _list() -> None:
     console.print("\np is the target, q the model. rkl divergences NAME explains one.")
 
 
-def _sentence(spectrum_text: Any) -> str:
-    return documentation(spectrum_text).partition("\n")[0]
+def _sentence(explained: Any) -> str:
+    return without_markup(documentation(explained)).partition("\n")[0]
 
 
 def _properties(divergence: "Divergence") -> dict[str, bool]:
@@ -398,7 +460,7 @@ def _explain(text: str) -> None:
     from rkl.divergences import FDivergence, parse
 
     divergence = parse(text)
-    print(f"{divergence!r}\n\n{documentation(divergence)}\n")
+    print(f"{divergence!r}\n\n{without_markup(documentation(divergence))}\n")
     for word, holds in _properties(divergence).items():
         print(f"{word:14}{'yes' if holds else 'no'}")
     if isinstance(divergence, FDivergence):
@@ -407,47 +469,61 @@ def _explain(text: str) -> None:
         print(f"\n{spectrum_text(divergence)}")
 
 
-def _add_out_flags(
-    parser: ArgumentParser, default: Path | None, *, resumable: bool = False
+def _command(
+    parser: ArgumentParser, wanted: type, verb: Callable[[Any, Namespace], Any]
+) -> Runner:
+    """The flags of these settings, and what gathers them, calls the verb and shows its result."""
+    settings.add_flags(parser, wanted)
+
+    def run(parsed: Namespace) -> None:
+        result = verb(settings.gather(wanted, parsed), parsed)
+        if result is not None:
+            _show(result)
+
+    return run
+
+
+def _run_command(
+    parser: ArgumentParser,
+    wanted: type,
+    dry_run: Callable[[Any], Any],
+    make: Callable[..., Any],
+    title: str = "settings",
+    start: Callable[[Namespace], Path | None] = lambda parsed: None,
+) -> Runner:
+    """A command that makes a run, of which the settings are the defaults once it is resumed."""
+    settings.add_flags(parser, wanted, title)
+    _add_flags(parser, *FLAGS, required=True)
+
+    def run(parsed: Namespace) -> None:
+        if parsed.verify and not parsed.resume:
+            raise ValueError("verify goes with --resume: there is nothing to verify before a run.")
+        exists = (parsed.out / "run.json").exists()
+        _verify(parsed, *([parsed.out] if exists else []))
+        earlier = parsed.out if parsed.resume and exists else start(parsed)
+        chosen = settings.gather(wanted, parsed, earlier)
+        if parsed.dry_run:
+            _show(dry_run(chosen))
+        else:
+            _show(make(chosen, parsed.out, resume=parsed.resume, overwrite=parsed.overwrite))
+
+    return run
+
+
+def _add_flags(
+    parser: ArgumentParser, *names: str, required: bool = False, default: Path | None = None
 ) -> None:
-    parser.add_argument(
-        "--out", type=path, default=default, metavar="RUN", help="the folder to write"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that is there")
-    if resumable:
-        words = "go on with the run that is there, after the last stage that it finished"
-        parser.add_argument("--resume", action="store_true", help=words)
-
-
-def _add_verify_flag(parser: Any) -> None:
-    words = (
-        "read all that rkl wrote into the run, compare it with its sha256, and say what was read"
-    )
-    parser.add_argument("--verify", action="store_true", help=words)
+    """Some of the flags that say where a run is."""
+    group = parser.add_argument_group("the run")
+    for name in names:
+        how = {"required": required, "default": default} if name == "out" else {}
+        group.add_argument(f"--{name.replace('_', '-')}", **FLAGS[name], **how)
 
 
 def _verify(parsed: Namespace, *folders: Path) -> None:
-    """Do as --verify says; what was read is said beside the result, which stays alone."""
+    """Verify runs if asked to, and say so on stderr: the result stays alone on stdout."""
     for folder in folders if parsed.verify else ():
         print(printable(runs.Run.open(folder).verify()), file=sys.stderr)
-
-
-def _verify_resumed(parsed: Namespace) -> None:
-    if parsed.verify and not parsed.resume:
-        raise ValueError("verify goes with --resume: there is nothing to verify before a run.")
-    if (parsed.out / "run.json").exists():
-        _verify(parsed, parsed.out)
-
-
-def _add_run_flags(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("the run")
-    group.add_argument("--out", type=path, required=True, metavar="RUN", help="its folder")
-    group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
-    group.add_argument("--resume", action="store_true", help="go on with the run that is there")
-    _add_verify_flag(group)
-    group.add_argument(
-        "--dry-run", action="store_true", help="say what would happen, in what time and memory"
-    )
 
 
 def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
@@ -456,7 +532,7 @@ def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
     Where no run says which kind it is, the help shows the flags of them all.
     """
     parser.add_argument("run", type=_run, metavar="RUN", help="the folder of a run of any kind")
-    _add_verify_flag(parser)
+    parser.add_argument("--verify", **FLAGS["verify"])
     named = [word for word in words if Path(word, "run.json").is_file()]
     flags = f"{name.capitalize()}Settings"
     wanted: Any = runs.verb(flags, named[0]) if named else None
@@ -467,27 +543,27 @@ def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
     if not wanted and {"-h", "--help"} & set(words):
         parser.epilog = "\n\n".join([str(parser.epilog), *_flags_by_kind(parser, flags)])
 
-    def done(parsed: Namespace) -> None:
+    def run(parsed: Namespace) -> None:
         chosen: Any = settings.gather(wanted, parsed)
         how = {} if name == "evaluate" else {"overwrite": parsed.overwrite}
         _verify(parsed, parsed.run)
         _show(runs.verb(f"{name}_run", parsed.run)(parsed.run, chosen, **how))
 
-    return done
+    return run
 
 
-def _flags_by_kind(parser: ArgumentParser, name: str, said: str = "") -> Iterator[str]:
+def _flags_by_kind(parser: ArgumentParser, name: str, title: str = "") -> Iterator[str]:
     """The help of the settings of this name, wing by wing, found in their sources."""
     for source in sorted(HERE.glob("*/__init__.py")):
         if name in source.read_text("utf-8"):
             wing = source.parent.name
-            title = said or f"settings, where rkl {wing} made RUN"
+            heading = title or f"settings, where rkl {wing} made RUN"
             try:
                 wanted = getattr(importlib.import_module(f"rkl.{wing}"), name)
             except Exception as error:  # a broken package of one wing leaves the help of the rest
-                yield f"{title}:\n  not shown: {in_words(root_cause(error))}"
+                yield f"{heading}:\n  not shown: {in_words(root_cause(error))}"
             else:
-                yield _help_of(parser, wanted, title)
+                yield _help_of(parser, wanted, heading)
 
 
 def _help_of(parser: ArgumentParser, wanted: type, title: str) -> str:
@@ -510,14 +586,14 @@ def _across_runs(parser: ArgumentParser, name: str) -> Runner:
     parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--out", type=path, default=None, metavar="FILE", help="the HTML file")
     _add_overwrite_flag(parser)
-    _add_verify_flag(parser)
+    parser.add_argument("--verify", **FLAGS["verify"])
 
-    def done(parsed: Namespace) -> None:
+    def run(parsed: Namespace) -> None:
         _verify(parsed, *parsed.runs)
         how = {"out": parsed.out, "overwrite": parsed.overwrite}
         _show(runs.verb(name, *parsed.runs)(parsed.runs, **how))
 
-    return done
+    return run
 
 
 def _add_overwrite_flag(parser: ArgumentParser) -> None:
@@ -528,8 +604,3 @@ def _add_overwrite_flag(parser: ArgumentParser) -> None:
 def _show(result: Any) -> None:
     """Print what a verb gives back, in which a name may hold what a terminal would obey."""
     print(printable(result))
-
-
-def _common(parsed: Namespace) -> dict[str, Any]:
-    """What was said of --seed and --device; the verb's own defaults serve otherwise."""
-    return {name: value for name, value in vars(parsed).items() if name in settings.COMMON}

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import sys
 import textwrap
 from typing import Any
@@ -32,3 +33,13 @@ def _from_source(described: Any) -> str:
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return ""
     return ast.get_docstring(node) or ""
+
+
+def without_markup(text: str) -> str:
+    """A docstring as it is read in a terminal, without the roles of reStructuredText.
+
+    >>> without_markup("As :func:`rkl.exact` and :class:`~rkl.divergences.KL` do with ``p``.")
+    'As rkl.exact and KL do with p.'
+    """
+    text = re.sub(r":\w+:`~[\w.]*?(\w+)`", r"\1", text)
+    return re.sub(r":\w+:`([^`]+)`", r"\1", text).replace("``", "")

@@ -1,8 +1,8 @@
 """Settings, declared once as a frozen dataclass: its fields are the flags and the keys of a file.
 
 The type and the default of a field say how it is read, and the Args of the docstring what it does;
-its metadata may hold another ``help``, a ``metavar``, ``positional`` for a word without flag, and
-``instead_of``, a setting of the file that the flag replaces beside its own.
+its metadata may hold another ``help``, a ``metavar``, ``choices``, ``positional`` for a word
+without flag, and ``instead_of``, a setting of the file that the flag replaces beside its own.
 A field without a default must be given, on the command line or by the file.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from rkl.cli.documentation import documentation
+from rkl.cli.documentation import documentation, without_markup
 from rkl.runs.typed import conform, without_none
 
 COMMON = "seed", "device"  # flags that every command has, settings or not
@@ -110,7 +110,7 @@ def _described(settings: type) -> dict[str, str]:
     """What the Args of the docstring say of each name, on one line."""
     listed = documentation(settings).partition("Args:\n")[2]
     entries = re.findall(r"^ +(\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
-    return {name: " ".join(text.replace("``", "").split()) for name, text in entries}
+    return {name: " ".join(without_markup(text).split()) for name, text in entries}
 
 
 def _help(field: dataclasses.Field, described: str) -> str:
@@ -130,6 +130,8 @@ def _reading(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
     kind, _optional = without_none(kind)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
+    if choices := field.metadata.get("choices"):
+        return {"choices": list(choices)}
     if typing.get_origin(kind) is Literal:
         return {"choices": typing.get_args(kind)}
     several = typing.get_origin(kind) is tuple

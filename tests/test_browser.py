@@ -11,7 +11,8 @@ import pytest
 from patience import HANGS
 
 from rkl import plots
-from rkl.report import Generations, Section, Settings, Table, drawn, render, write
+from rkl.report import Generations, Section, Settings, drawn, render, write
+from rkl.tables import Table
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)

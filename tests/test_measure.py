@@ -9,7 +9,7 @@ from rkl.metrics.clusters import equal_precision, prd_curve
 from rkl.metrics.frechet import frechet_bias, frechet_distance
 from rkl.metrics.neighbours import copies, prdc
 from rkl.metrics.samples import measure
-from rkl.metrics.written import parenthesised
+from rkl.tables import cell_text
 
 
 def normal(rows, columns, seed=0):
@@ -146,7 +146,7 @@ def test_where_all_subsets_agree_the_error_is_not_nought():
     assert scores["precision"].value == 1
     for score in scores.values():
         assert score.error > 1e-6
-    assert parenthesised((1.0, 1e-16)) == "1"
+    assert cell_text((1.0, 1e-16)) == "1"
 
 
 def test_the_command_takes_training_rows_and_the_spread(tmp_path, capsys):

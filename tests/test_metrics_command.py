@@ -10,7 +10,7 @@ from rkl import cli
 from rkl.metrics.frechet import frechet_distance
 from rkl.metrics.neighbours import prdc, prdc_ceiling
 from rkl.metrics.samples import measure, read_features
-from rkl.metrics.written import parenthesised
+from rkl.tables import cell_text
 
 
 @pytest.fixture
@@ -37,10 +37,10 @@ def test_the_table_shows_every_score_with_its_error_beside_the_ceiling(folder, c
     for name in score._fields:
         expected = [getattr(it, name) for it in (score, ceiling)]
         assert [table[name][0], table[name][2]] == [
-            parenthesised((it.value.item(), it.error.item())) for it in expected
+            cell_text((it.value.item(), it.error.item())) for it in expected
         ]
     distance = frechet_distance(real=real, fake=fake)
-    assert table["Fréchet distance"][0] == parenthesised(
+    assert table["Fréchet distance"][0] == cell_text(
         (distance.value.item(), distance.error.item())
     )
     assert lines[-2].startswith("Real against real: one half against the other, 150 and 150.")

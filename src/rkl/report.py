@@ -8,7 +8,6 @@ To add a kind of block, write one frozen dataclass under :class:`Block`.
 """
 
 import abc
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rkl.runs import Run, write_atomic
+from rkl.tables import Table
 
 if TYPE_CHECKING:
     from rkl.plots import Figure as Drawing
 
-Cell = str | bool | int | float | tuple[float, float] | tuple[float, float, str] | None
-SMALL = 1e-4  # values and errors below it are written by their order of size
-TINY = 1e-300  # an error that is none
 NARROW = 460  # units of an SVG up to which two of them share a row
 _jinja = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -75,39 +72,6 @@ class Figure(Block):
 
 
 @dataclass(frozen=True)
-class Table(Block):
-    """A table; its first column names the rows.
-
-    Attributes:
-        title: What is shown.
-        columns: Names of the columns, with units.
-        rows: One cell per column: text, a number, a pair (value, standard error), or a pair with
-            a mark, as "*", that the caption explains.
-        caption: What the reader can see in it.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    caption: str = ""
-
-    def __post_init__(self):
-        for i, row in enumerate(self.rows):
-            if len(row) != len(self.columns):
-                expected = f"the {len(self.columns)} of columns"
-                raise ValueError(f"rows[{i}] must hold {expected}; got {len(row)} cells.")
-            for cell in row:
-                _check_cell(f"rows[{i}]", cell)
-
-    def html(self, number: int) -> Markup:
-        rows = [[written(cell) for cell in row] for row in self.rows]
-        texts = [
-            any(isinstance(it, str) for it in column) for column in zip(*self.rows, strict=True)
-        ]
-        return _render(_TABLE, block=self, rows=rows, texts=texts or [False] * len(self.columns))
-
-
-@dataclass(frozen=True)
 class Generations(Block):
     """What each model wrote after the same prompts, side by side.
 
@@ -150,16 +114,17 @@ class Settings(Block):
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, some text (a blank line starts a new paragraph), and blocks."""
+    """A heading, some text (a blank line starts a new paragraph), and blocks and tables."""
 
     title: str
     text: str = ""
-    blocks: Sequence[Block] = ()
+    blocks: Sequence[Block | Table] = ()
 
     def __post_init__(self):
         for block in self.blocks:
-            if not isinstance(block, Block):
-                raise TypeError(f"blocks must hold Blocks; got a {type(block).__name__}.")
+            if not isinstance(block, Block | Table):
+                got = type(block).__name__
+                raise TypeError(f"blocks must hold Blocks and Tables; got a {got}.")
 
 
 def drawn(title: str, drawing: "Drawing", caption: str = "") -> Figure:
@@ -186,7 +151,7 @@ def render(
             raise TypeError(f"sections must be a list of Sections; got a {got}.")
     numbers = iter(range(1, 1 + sum(len(section.blocks) for section in sections)))
     body = [
-        (section, _paragraphs(section.text), [b.html(next(numbers)) for b in section.blocks])
+        (section, _paragraphs(section.text), [_html(b, next(numbers)) for b in section.blocks])
         for section in sections
     ]
     page = _jinja.get_template("report.html")
@@ -203,60 +168,10 @@ def write(path: Path, html: str) -> None:
         Run.open(path.parent).measure_files([path.name])
 
 
-def written(cell: Cell) -> str:
-    """A cell as text: a value with an error to the error's leading digit, others to four.
-
-    >>> written((0.12345, 0.0042)), written((12.3, 0.16)), written((2.5e-9, 4e-10))
-    ('0.123 ± 0.004', '12.30 ± 0.16', '(2.5 ± 0.4)e−9')
-    >>> written(12345), written(0.123456), written((1.5, 0.3, "*"))
-    ('12,345', '0.1235', '1.5 ± 0.3*')
-    """
-    if cell is None:
-        return "–"
-    if isinstance(cell, str):
-        return cell
-    if isinstance(cell, tuple):
-        return _with_error(*cell[:2]) + "".join(cell[2:])
-    if isinstance(cell, bool):
-        return "yes" if cell else "no"
-    if isinstance(cell, int):
-        return f"{cell:,}".replace("-", "−")
-    return _number(cell)
-
-
-def _check_cell(argument: str, cell: object) -> None:
-    if isinstance(cell, tuple):
-        mark = cell[2] if len(cell) == 3 else ""
-        numbers = all(isinstance(it, int | float) for it in cell[:2])
-        if len(cell) not in (2, 3) or not numbers or not isinstance(mark, str):
-            raise ValueError(
-                f"{argument} must hold pairs (value, standard error), which may have a mark; got "
-                f"{cell}."
-            )
-    elif not (cell is None or isinstance(cell, str | int | float)):
-        got = type(cell).__name__
-        raise TypeError(f"{argument} must hold text, numbers or pairs; got a {got}.")
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "undefined"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return (f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}").replace("-", "−")
-
-
-def _with_error(value: float, error: float) -> str:
-    """The last digit printed is the error's first, or its second if the first is 1."""
-    if not (math.isfinite(value) and math.isfinite(error) and error > TINY):
-        return _number(value)
-    greatest = max(abs(value), error)
-    if greatest < SMALL:
-        power = math.floor(math.log10(greatest))
-        return f"({_with_error(value / 10**power, error / 10**power)})e{power}".replace("-", "−")
-    leading, exponent = f"{error:.1e}".split("e")
-    digits = max(0, -int(exponent) + leading.startswith("1"))
-    return f"{value:,.{digits}f} ± {error:,.{digits}f}".replace("-", "−")
+def _html(block: Block | Table, number: int) -> Markup:
+    if isinstance(block, Table):
+        return _render(_TABLE, table=block, html=Markup(block.to_html()))
+    return block.html(number)
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -295,24 +210,12 @@ _FIGURE = """\
 
 _TABLE = """\
 <figure class="card">
-<h3>{{ block.title }}</h3>
-<div class="scroll" tabindex="0" role="region" aria-label="{{ block.title }}">
-<table>
-<thead><tr>{% for name in block.columns %}
-<th scope="col"{% if texts[loop.index0] %} class="text"{% endif %}>{{ name }}</th>
-{%- endfor %}</tr></thead>
-<tbody>
-{% for row in rows %}
-<tr>{% for text in row %}
-{% if loop.first %}<th scope="row">{{ text }}</th>
-{% else %}<td{% if texts[loop.index0] %} class="text"{% endif %}>{{ text }}</td>
-{% endif %}{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table>
+<h3>{{ table.title }}</h3>
+<div class="scroll" tabindex="0" role="region" aria-label="{{ table.title }}">
+{{ html }}
 </div>
-{% if block.caption %}
-<figcaption>{{ block.caption }}</figcaption>
+{% if table.notes %}
+<figcaption>{{ table.notes | join(" ") }}</figcaption>
 {% endif %}
 </figure>
 """

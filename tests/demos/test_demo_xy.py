@@ -28,8 +28,10 @@ def test_the_demonstration_leaves_a_run_a_table_and_a_report(tmp_path):
     assert torch.get_num_threads() == threads
     lines = said.splitlines()
     assert "trained for 30 steps" in lines[0]
-    assert [line.split()[0] for line in lines[3:6]] == ["0.05", "1.05", "2.05"]
-    z = [float(line.split()[3].replace("−", "-")) for line in lines[3:6]]
+    first = next(k for k, line in enumerate(lines) if line.startswith("0.05"))
+    rows = [line.split() for line in lines[first : first + 3]]
+    assert [row[0] for row in rows] == ["0.05", "1.05", "2.05"]
+    z = [float(row[3].replace("−", "-")) for row in rows]
     assert max(map(abs, z)) < 4.5  # energies of the flow and of the heat bath
     assert (tmp_path / "run" / "report.html").exists()
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["passed"] is True

@@ -22,8 +22,8 @@ from rkl.distill.data import passages
 from rkl.distill.report import SHOWN
 from rkl.distill.scratch import Schooling, Shape
 from rkl.distill.trainer import DistillTrainer
-from rkl.report import written
 from rkl.runs import Run, read_jsonl, verb
+from rkl.tables import cell_text
 
 TINY = demo.Toy(
     vocabulary=400,
@@ -233,7 +233,7 @@ def test_numbers_in_the_report_are_those_of_the_evaluations(tiny, page):
         means = [result["perplexity"]["student"], result["top1_agreement"]]
         means += [*result["divergences"].values(), result["generations"]["rouge_l"]]
         for mean in means:
-            assert written((mean["value"], mean["error"])) in lines
+            assert cell_text((mean["value"], mean["error"]), plus_minus=True) in lines
 
 
 def test_the_report_shows_what_the_models_wrote(tiny, page):
@@ -300,7 +300,9 @@ def test_two_steps_begin_to_heal_the_pruned_model(tmp_path, monkeypatch):
         for name in ("pruned", *two)
     }
     for name, found in values.items():
-        value = written((found["forward-kl"]["value"], found["forward-kl"]["error"]))
+        value = cell_text(
+            (found["forward-kl"]["value"], found["forward-kl"]["error"]), plus_minus=True
+        )
         assert f"| {value} |" in answer
         if name != "pruned":
             assert found["forward-kl"]["value"] < values["pruned"]["forward-kl"]["value"]

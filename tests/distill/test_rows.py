@@ -152,4 +152,4 @@ def test_runs_on_the_same_blocks_are_compared_in_pairs(world, tmp_path):
     means = [compared.results[it]["divergences"]["forward-kl"] for it in ("two", "one")]
     assert value == pytest.approx(means[0]["value"] - means[1]["value"], rel=1e-6)
     assert 0 < error < math.hypot(*(it["error"] for it in means))
-    assert "less one ± error, paired by block" in str(compared)
+    assert "Difference from one, paired by block" in str(compared)

@@ -13,8 +13,8 @@ from rkl.fit import compare_runs, load_critic
 from rkl.fit.run import dry_run, fit
 from rkl.fit.samples import sample_run
 from rkl.fit.settings import FitSettings, SampleSettings
-from rkl.metrics.written import parenthesised
 from rkl.runs import Run
+from rkl.tables import cell_text
 
 FLOW = "coupling(transforms=2, hidden=(8,))"
 
@@ -163,8 +163,9 @@ def test_runs_are_compared_in_a_table_with_heads_and_on_a_page(folder, tmp_path,
     assert "precision-half(lam=3)" in said
     result = Run.open(folder / "plain").record["result"]
     row = next(line for line in said.splitlines() if line.startswith(str(folder / "plain")))
-    assert parenthesised((result["held_out"]["value"], result["held_out"]["error"])) in row
-    assert "held-out log-density (nats per row)" in said
+    assert cell_text((result["held_out"]["value"], result["held_out"]["error"])) in row
+    assert "held-out log-density" in said
+    assert "nats per row" in said
     html = page.read_text("utf-8")
     assert "precision-half(lam=3)" in html
     assert "held-out log-density" in html

@@ -7,10 +7,11 @@ from torch import nn
 from torch.distributions import Independent, Normal
 
 from rkl.sample import evaluate_on_target, independent_metropolis
-from rkl.sample.evaluation import STAR, cells
+from rkl.sample.evaluation import STAR, with_stars
 from rkl.sample.run import _judgement, _warnings
 from rkl.sample.targets import Condition, Density
 from rkl.stats import Mean
+from rkl.tables import cell_text
 
 GAUSSIAN = Density(
     lambda x, c: -x.square().sum(-1) / (2 * c[..., 0]), (6,), "line", (Condition("T", 0.5, 2.0),)
@@ -44,8 +45,9 @@ def test_rows_of_heavy_tails_have_a_star_and_others_none():
 
 def test_a_star_follows_the_figure_of_its_row():
     mean = Mean(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.5]))
-    assert cells(mean, torch.tensor([0.2, 0.8])) == ["1.0(5)", "2.0(5)*"]
-    assert cells(mean, None) == ["1.0(5)", "2.0(5)"]
+    starred = with_stars(mean, torch.tensor([0.2, 0.8]))
+    assert [*map(cell_text, starred)] == ["1.0(5)", "2.0(5)*"]
+    assert [*map(cell_text, with_stars(mean, None))] == ["1.0(5)", "2.0(5)"]
 
 
 def test_a_hamiltonian_with_a_temperature_has_its_energy_and_heat_capacity():

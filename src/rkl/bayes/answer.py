@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from rkl.bayes.tables import Cell, Table, parenthesised
+from rkl.bayes.tables import Table
 from rkl.divergences.parse import Stack
 from rkl.stats import Mean, to_json
+from rkl.tables import Cell, cell_text
 
 if TYPE_CHECKING:
     from rkl.bayes.problem import Problem
@@ -67,7 +68,7 @@ class Act(Mapping):
             if name in self.unused and bool(self.unused[name].all()):
                 continue
             alone = not value.ndim
-            said = parenthesised((value.item(), error.item())) if alone else list(value.shape)
+            said = cell_text((value.item(), error.item())) if alone else list(value.shape)
             yield f"{name}={said}"
 
     @property
@@ -237,7 +238,7 @@ class Answer:
         told = () if design is None else (f"design: {_short(design)}",)
         how = (
             f"{seen.ess:,.0f} effective draws of {seen.judged:,}; Pareto-k at most "
-            f"{parenthesised(seen.worst_k())}; {seen.method}"
+            f"{cell_text(seen.worst_k())}; {seen.method}"
         )
         exact = (
             () if not seen.accuracy else (f"risk within {seen.accuracy:.1g} nats of the least",)

@@ -19,8 +19,9 @@ from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.regions import periodic
 from rkl.bayes.solve.act import answer
 from rkl.bayes.solve.closed import Point, averages, directions_of, excess_risk
-from rkl.bayes.tables import ROUNDING, Cell, Table, zero_rounding
+from rkl.bayes.tables import ROUNDING, Table, zero_rounding
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
+from rkl.tables import Cell
 
 LossOf = Callable[[Variables], tuple[Tensor, Tensor | None]]
 LOSSES: dict[str, AnyLoss] = {

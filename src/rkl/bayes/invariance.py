@@ -20,9 +20,10 @@ from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.regions import region
 from rkl.bayes.solve.act import answer
 from rkl.bayes.solve.numerical import numerical_act
-from rkl.bayes.tables import Cell, Table
+from rkl.bayes.tables import Table
 from rkl.divergences import FDivergence
 from rkl.stats import resample
+from rkl.tables import Cell
 
 PROB = 0.9  # of the regions and intervals that are compared
 

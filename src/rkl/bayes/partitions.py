@@ -19,9 +19,10 @@ from torch import Tensor
 
 from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.progress import working
-from rkl.bayes.tables import Cell, Table, parenthesised
+from rkl.bayes.tables import Table
 from rkl.checks import integer
 from rkl.stats import Mean, mean, to_json
+from rkl.tables import Cell, with_error
 
 Labels = Int[Tensor, "draws items"]
 
@@ -88,7 +89,7 @@ class PartitionAct:
             names += [f"and {more:,} more"] if more > 0 else []
             rows.append((str(cluster), len(places), alike, ", ".join(names)))
         told = [
-            f"expected loss: {parenthesised((self.risk.value.item(), self.risk.error.item()))} "
+            f"expected loss: {with_error(*self.risk)} "
             f"({UNITS[self.loss]}); {self.agreeing} of {self.starts} searches ended here",
             "similarity: the mean posterior probability of two items of the cluster to be in one",
         ]

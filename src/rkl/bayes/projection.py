@@ -40,11 +40,12 @@ from rkl.bayes.solve.closed import (
 )
 from rkl.bayes.solve.numerical import influences, refine_on_all
 from rkl.bayes.solve.unconstrained import chart_of, minimise
-from rkl.bayes.tables import Cell, Table, parenthesised
+from rkl.bayes.tables import Table
 from rkl.divergences import FDivergence, ReverseKL
 from rkl.divergences.parse import Stack
 from rkl.stats import Mean
 from rkl.stats.pareto import NO_ERROR
+from rkl.tables import Cell, cell_text
 
 SHOWN = 6  # numbers of an act that are printed
 ROUNDING = 1e-13  # error of a mean of equal numbers, relative to them
@@ -512,7 +513,7 @@ def _act_text(problem: Problem, act: Act, member: int) -> str:
         pairs = zip(value.flatten().tolist(), error.flatten().tolist(), strict=True)
         labels = elements(name, value.shape, axes)
         told += [
-            f"{k} = {parenthesised(pair)}"
+            f"{k} = {cell_text(pair)}"
             for k, pair in zip(labels, pairs, strict=True)
             if not math.isnan(pair[0])
         ]

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rkl.bayes.answer import Answer, elements
 from rkl.bayes.problem import Problem, by_member
-from rkl.bayes.tables import Cell, Table
+from rkl.bayes.tables import Table
 from rkl.checks import number
 from rkl.stats import quantile
+from rkl.tables import Cell
 
 TURN = 2 * math.pi
 GAP = 0.15  # of the range inside that is left empty between two pieces

@@ -17,8 +17,9 @@ from torch import Tensor
 from rkl.bayes.answer import Answer, elements
 from rkl.bayes.identified import joined_labels, labels_in
 from rkl.bayes.regions import Region
-from rkl.bayes.tables import Cell, Table
+from rkl.bayes.tables import Table
 from rkl.runs import REPORT, Run, check_out_file, write_atomic, write_json
+from rkl.tables import Cell
 
 if TYPE_CHECKING:
     from rkl.plots import Figure
@@ -84,7 +85,7 @@ class Shown:
                 )
         try:
             kept = json.loads((folder / KEPT).read_text(encoding="utf-8"))
-            tables = {name: Table.of(kept[name]) for name in TABLES}
+            tables = {name: Table.from_dict(kept[name]) for name in TABLES}
             with np.load(folder / MARGINALS, allow_pickle=False) as arrays:
                 more: Any = {name: kept[name] for name in ("lead", "shaded", "labels")}
                 return cls(marginals=dict(arrays), **tables, **more)
@@ -102,7 +103,7 @@ def page(
 
     sections = []
     if comparison is not None:
-        sections.append(Section("Side by side", blocks=[_table(comparison)]))
+        sections.append(Section("Side by side", blocks=[comparison]))
     for name, it in found.items():
         title = "The estimate" if len(found) == 1 else name
         sections.append(_section(title, it))
@@ -173,8 +174,8 @@ def _section(title: str, it: Shown) -> "Section":
     from rkl.report import Section, drawn
 
     numbers = sum(map(len, it.labels.values()))
-    blocks: list[Block] = [
-        _table(it.act),
+    blocks: list[Block | Table] = [
+        it.act,
         drawn(
             "The posterior, and what is reported of it",
             _figure(it.marginals, it.comparison.acts, it.shaded, it.labels),
@@ -183,17 +184,11 @@ def _section(title: str, it: Shown) -> "Section":
             "reported one; it is the same region in every parametrisation."
             + (f" The first {PANELS} of {numbers:,} numbers." if numbers > PANELS else ""),
         ),
-        _table(it.region),
-        _table(it.comparison),
+        it.region,
+        it.comparison,
         *_bars(it.comparison),
     ]
     return Section(title, blocks=blocks)
-
-
-def _table(table: Table) -> "Block":
-    from rkl.report import Table as Shown
-
-    return Shown(table.title, table.columns, table.rows, " ".join(table.notes))
 
 
 def _bars(table: Table) -> list["Block"]:

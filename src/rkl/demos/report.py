@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from rkl.demos.watched import WATCHED
 from rkl.distill.compare import Evaluations, evaluations_of, result_of
 from rkl.distill.report import curve_of, replies_section, settings_section, training_section
-from rkl.report import written
 from rkl.runs import REPORT, Run, check_out_file, read_jsonl
+from rkl.tables import Table, cell_text, pair_of
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section
@@ -97,10 +97,7 @@ def report_runs(
 
 def markdown(whole: Run) -> str:
     """The figures of the evaluations as a Markdown table."""
-    evaluations = results_of(whole)
-    lines = [["", "teacher", *evaluations.results], ["---"] * (2 + len(evaluations.results))]
-    lines += [[written(cell).strip() for cell in row] for row in evaluations.rows()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return results_of(whole).tables()[0].to_markdown()
 
 
 def _check_names(whole: Run) -> None:
@@ -174,7 +171,7 @@ _MEASURES = {
 
 def _verdict(measure: str, values: Mapping[str, Mapping[str, Any]], sign: int) -> Verdict:
     ranked = sorted(values, key=lambda name: -sign * values[name]["value"])
-    pairs = [_pair(values[name]) for name in ranked[:2]]
+    pairs = [pair_of(values[name]) for name in ranked[:2]]
     return Verdict(measure, ranked[0], pairs[0], ranked[1], pairs[1])
 
 
@@ -203,21 +200,20 @@ def points(whole: Run, best: Sequence[Verdict]) -> list[str]:
 def _entropies(whole: Run) -> str:
     """The lowest and the highest entropy, neither of which is good or bad by itself."""
     results = {name: result_of(whole.path / name) for name in whole.settings["divergences"]}
-    entropy = {name: _pair(it["entropy"]["student"]) for name, it in results.items()}
-    teacher = _pair(next(iter(results.values()))["entropy"]["teacher"])
-    low, high = (pick(entropy, key=lambda name: entropy[name][0]) for pick in (min, max))
+    entropy = {name: pair_of(it["entropy"]["student"]) for name, it in results.items()}
+    teacher = pair_of(next(iter(results.values()))["entropy"]["teacher"])
+    ranked = sorted(entropy, key=lambda name: results[name]["entropy"]["student"]["value"])
+    low, high = ranked[0], ranked[-1]
+    least, most, own = (
+        cell_text(cell, plus_minus=True) for cell in (entropy[low], entropy[high], teacher)
+    )
     return (
-        f"The teacher's entropy is {written(teacher)} nats per token; of the students, {low} has "
-        f"the lowest, {written(entropy[low])}, and {high} the highest, {written(entropy[high])}."
+        f"The teacher's entropy is {own} nats per token; of the students, {low} has "
+        f"the lowest, {least}, and {high} the highest, {most}."
     )
 
 
-def _pair(mean: Mapping[str, Any]) -> tuple[float, float]:
-    return mean["value"], mean["error"]
-
-
-def _best_table(best: Sequence[Verdict]) -> "Block":
-    from rkl.report import Table
+def _best_table(best: Sequence[Verdict]) -> Table:
 
     columns = ["measure", "best", "its value", "next", "its value", "apart (standard errors)"]
     rows = [
@@ -227,7 +223,7 @@ def _best_table(best: Sequence[Verdict]) -> "Block":
     return Table("Who did best at what", columns, rows, _BEST_SAYS)
 
 
-def _with_first(sections: "list[Section]", block: "Block") -> "list[Section]":
+def _with_first(sections: "list[Section]", block: "Block | Table") -> "list[Section]":
     """The sections, with one more block at the head of the first of them."""
     return [replace(sections[0], blocks=[block, *sections[0].blocks]), *sections[1:]]
 
@@ -284,8 +280,7 @@ def _settings(whole: Run, students: Sequence[str]) -> "Section":
     return replace(section, title="Time and settings", blocks=blocks)
 
 
-def _times(whole: Run) -> "Block":
-    from rkl.report import Table
+def _times(whole: Run) -> Table:
 
     phases = whole.record["phases"]
     rows = [[name, it["seconds"], it["cpu_seconds"]] for name, it in phases.items()]

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rkl.flows.runs import EVALUATION
-from rkl.metrics.written import parenthesised
 from rkl.runs import Run, write_json
 from rkl.sample import Evaluation
 from rkl.sample.evaluate import measure_run, write_report
 from rkl.sample.run import fit_target
 from rkl.sample.settings import EvaluateSettings, TargetSettings
+from rkl.stats import Mean
 from rkl.studies.study import torch_threads
+from rkl.tables import Cell, Table
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,11 @@ def run(
     done = fitted.fit.training
     trained = f"trained for {done.steps:,} steps in {done.seconds:.0f} s, without data"
     whole = f"{time.perf_counter() - began:.0f} s in all"
-    return "\n".join(
-        [f"{found.target}: {trained}; {whole}", "", table(found), "", f"The report: {report}"]
-    )
+    head = f"{found.target}: {trained}; {whole}"
+    return f"{head}\n\n{table(found).text()}\n\nThe report: {report}"
 
 
-def table(found: Evaluation) -> str:
+def table(found: Evaluation) -> Table:
     """The flow beside the heat bath, temperature by temperature."""
     reference, thermal = found.reference, found.thermodynamics
     assert reference is not None
@@ -95,25 +95,19 @@ def table(found: Evaluation) -> str:
         "energy (J per site)": (found.averages["energy"], reference.averages["energy"]),
         "log Z (nats)": (thermal.log_z, reference.log_z),
     }
-    heads = ["T (J)"]
-    for name in pairs:
-        heads += [name, "without flow", "z"]
-    heads += ["acceptance", "v per site"]
-    rows = [heads]
-    for k, temperature in enumerate(found.condition[:, 0].tolist()):
-        row = [f"{temperature:.3g}"]
-        for one, other in pairs.values():
-            apart = (one.value[k] - other.value[k]) / (
-                one.error[k] ** 2 + other.error[k] ** 2
-            ).sqrt()
-            row += [*(_text(it, k) for it in (one, other)), f"{apart:+.1f}".replace("-", "−")]
-        row += [f"{found.chain.acceptance[k]:.2f}", f"{found.weights.v.value[k]:.1e}"]
-        rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(it.rjust(w) for it, w in zip(row, widths, strict=True)) for row in rows
-    )
+    columns: dict[str, list[Cell]] = {
+        "T (J)": [f"{value:.3g}" for value in found.condition[:, 0].tolist()]
+    }
+    for name, (one, other) in pairs.items():
+        apart = (one.value - other.value) / (one.error**2 + other.error**2).sqrt()
+        columns[name] = _cells(one)
+        columns[f"heat bath's {name}"] = _cells(other)
+        columns["z of " + name.partition(" (")[0]] = [round(z, 1) for z in apart.tolist()]
+    columns["acceptance"] = [round(it, 2) for it in found.chain.acceptance.tolist()]
+    columns["v per site"] = found.weights.v.value.tolist()
+    rows = list(zip(*columns.values(), strict=True))
+    return Table("The flow beside the heat bath", list(columns), rows)
 
 
-def _text(it: Any, k: int) -> str:
-    return parenthesised((it.value[k].item(), it.error[k].item()))
+def _cells(mean: Mean) -> list[Cell]:
+    return list(zip(mean.value.tolist(), mean.error.tolist(), strict=True))

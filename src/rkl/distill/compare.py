@@ -1,7 +1,6 @@
 """What was measured of one run or several: a table of it, and its figures."""
 
 import functools
-import io
 import json
 import operator
 import os
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from rkl.checks import warn
 from rkl.runs import Run, check_out_file
+from rkl.tables import Cell, Table, pair_of
 
 if TYPE_CHECKING:
     from rkl.report import Section
 
 BY_BLOCK = "evaluation-blocks.safetensors"
-Cell = str | int | float | tuple[float, float] | None
 
 # What the table says, and where a result holds it: of teacher and student, or of the student.
 _OF_BOTH = {
@@ -67,18 +66,18 @@ class Evaluations:
         alike = max(teachers) - min(teachers) <= 1e-6 * max(teachers)
         table = []
         for words, key in _OF_BOTH.items():
-            teacher = _pair(results[0][key]["teacher"]) if alike else None
-            table.append((words, teacher, *(_pair(it[key]["student"]) for it in results)))
+            teacher = pair_of(results[0][key]["teacher"]) if alike else None
+            table.append((words, teacher, *(pair_of(it[key]["student"]) for it in results)))
         for words, keys in _OF_STUDENT.items():
             means = (functools.reduce(operator.getitem, keys, it) for it in results)
-            table.append((words, None, *map(_pair, means)))
+            table.append((words, None, *map(pair_of, means)))
         names = dict.fromkeys(name for result in results for name in result["divergences"])
         for name in names:
             found = [result["divergences"].get(name) for result in results]
             table += _divergence_rows(name, found)
         if any("generations" in result for result in results):
             for words, key in _OF_REPLIES.items():
-                cells = (_pair(result.get("generations", {}).get(key)) for result in results)
+                cells = (pair_of(result.get("generations", {}).get(key)) for result in results)
                 table.append((words, None, *cells))
         return table
 
@@ -114,7 +113,7 @@ class Evaluations:
             return None
         kept = a["tokens"] > 0
         found = clustered_mean((a[name] - b[name])[kept], a["tokens"][kept])
-        return found.value.item(), found.error.item()
+        return found.pair()
 
     def differences(self) -> list[tuple[Cell, ...]]:
         """A table of each run's differences from the first one; empty where none are paired."""
@@ -134,35 +133,22 @@ class Evaluations:
                 rows.append((words, *cells))
         return rows
 
-    def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        from rkl.report import written
-
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("mean ± standard error")
-        for name in ("teacher", *self.results):
-            table.add_column(name, justify="right")
-        for row in self.rows():
-            table.add_row(*map(written, row))
-        page = io.StringIO()
-        console = Console(file=page, width=44 + 20 * (1 + len(self.results)))
-        console.print(table)
-        first, *others = self.results
+    def tables(self) -> list[Table]:
+        """The results of every run and, where they are paired, differences from the first."""
+        gaps = (_GAPS_SAY, *self.gaps) if self.gaps else ()
+        columns = "", "teacher", *self.results
+        tables = [Table("Held-out data", columns, self.rows(), (_TABLE_SAYS, *gaps))]
         if rows := self.differences():
-            beside = Table(box=None, header_style="bold", pad_edge=False)
-            beside.add_column(f"less {first} ± error, paired by block")
-            for name in others:
-                beside.add_column(name, justify="right")
-            for row in rows:
-                beside.add_row(*map(written, row))
-            console.print()
-            console.print(beside)
-        elif others:
-            console.print(f"\n{_NOT_PAIRED}")
-        lines = [line.rstrip() for line in page.getvalue().splitlines()]
-        return "\n".join(lines + (["", _GAPS_SAY, *self.gaps] if self.gaps else []))
+            first, *others = self.results
+            title = f"Difference from {first}, paired by block"
+            tables.append(Table(title, ("", *others), rows, _PAIRED_SAYS))
+        return tables
+
+    def __str__(self) -> str:
+        text = [table.text() for table in self.tables()]
+        if len(self.results) > 1 and len(text) == 1:
+            text.append(_NOT_PAIRED)
+        return "\n\n".join(text)
 
     def precision_recall(self) -> dict[str, Any]:
         """The arguments of :func:`rkl.plots.precision_recall`, bands of two standard errors."""
@@ -194,22 +180,15 @@ class Evaluations:
     def sections(self) -> list["Section"]:
         """The results as sections of a report: the table, then the figures."""
         from rkl import plots
-        from rkl.report import Section, Table, drawn
+        from rkl.report import Section, drawn
 
-        columns = ["", "teacher", *self.results]
-        gaps = [f" {_GAPS_SAY} {'; '.join(self.gaps)}"] if self.gaps else []
-        table = Table("Held-out data", columns, self.rows(), "".join([_TABLE_SAYS, *gaps]))
-        tables = [table]
-        if rows := self.differences():
-            first, *others = self.results
-            tables.append(Table(f"Difference from {first}", ["", *others], rows, _PAIRED_SAYS))
         curve = plots.precision_recall(**self.precision_recall())
         figures = [drawn("Precision and recall of the students", curve, _CURVE_SAYS)]
         for name in ("forward-kl", "reverse-kl"):
             if all(name in result["divergences"] for result in self.results.values()):
                 drawing = plots.divergence_by_rank(**self.divergence_by_rank(name))
                 figures.append(drawn(f"{name} by rank under the teacher", drawing, _RANKS_SAY))
-        return [Section("Held-out evaluation", blocks=[*tables, *figures])]
+        return [Section("Held-out evaluation", blocks=[*self.tables(), *figures])]
 
 
 # What is compared in pairs beside divergences, and the column that has it block by block.
@@ -318,17 +297,13 @@ def result_of(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"path: {file} is corrupt: {error}.") from None
 
 
-def _pair(mean: Mapping[str, Any] | None) -> tuple[float, float] | None:
-    return None if mean is None else (mean["value"], mean["error"])
-
-
 def _divergence_rows(
     name: str, found: Sequence[Mapping[str, Any] | None]
 ) -> list[tuple[Cell, ...]]:
     unit = "share of mass" if name == "tv" else "nats/token"
-    rows: list[tuple[Cell, ...]] = [(f"{name} ({unit})", None, *map(_pair, found))]
+    rows: list[tuple[Cell, ...]] = [(f"{name} ({unit})", None, *map(pair_of, found))]
     for part in ("head", "tail"):
-        cells = (None if it is None else _pair(it[part]) for it in found)
+        cells = (None if it is None else pair_of(it[part]) for it in found)
         rows.append((f"  of it in the {part}", None, *cells))
     if any(it and it["infinite_tokens"] for it in found):
         cells = (None if it is None else it["infinite_tokens"] for it in found)

@@ -5,15 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rkl.flows.compare import (
     FlowComparison,
-    FlowTable,
     comparison,
     curves_of,
     last_row,
     open_runs,
-    pair_of,
     setting_of,
 )
 from rkl.runs import Run
+from rkl.tables import Table, pair_of
 
 NAMED = {"held_out": "held-out log-density (nats per row)", "gaussian": "a Gaussian's"}
 
@@ -38,7 +37,7 @@ def compare_runs(
     return comparison(runs, _tables(runs), curves_of(runs, "held_out", NAMED["held_out"]), out)
 
 
-def _tables(runs: Mapping[str, Run]) -> Iterator[FlowTable]:
+def _tables(runs: Mapping[str, Run]) -> Iterator[Table]:
     columns = ("run", "divergence", "flow", *NAMED.values(), "kept step", "steps")
     rows = []
     for name, run in runs.items():
@@ -55,7 +54,7 @@ def _tables(runs: Mapping[str, Run]) -> Iterator[FlowTable]:
     said = _DATA_SAYS + " The data differ, so log-densities cannot be compared." * (
         len(fingerprints) > 1
     )
-    yield FlowTable("Flows of data", columns, tuple(rows), said)
+    yield Table("Flows of data", columns, tuple(rows), said)
 
 
 _DATA_SAYS = (

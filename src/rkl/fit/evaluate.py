@@ -20,9 +20,9 @@ from rkl.flows.runs import check_device, single_run, write_evaluation
 from rkl.flows.standardise import Units
 from rkl.importing import only
 from rkl.metrics.samples import Measured, measure
-from rkl.metrics.written import parenthesised
 from rkl.runs import REPORT, Run
 from rkl.stats import Mean, mean, to_json
+from rkl.tables import with_error
 
 MEASURED = 5_000  # rows that are measured by their neighbours, at most
 AT_ONCE = 10_000
@@ -47,7 +47,7 @@ class DataEvaluation:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        density = parenthesised((self.log_density.value.item(), self.log_density.error.item()))
+        density = with_error(*self.log_density)
         lines = [f"log-density  {density} nats per row, over {self.rows:,} rows"]
         if self.rows_seen:
             lines.append(f"{self.rows_seen:,} of the rows were fitted: that is no held-out figure")

@@ -115,7 +115,7 @@ class _Judge:
     def reached(self, target: float | None, budget: float, seconds: float) -> Reached:
         """What the judge finds of a budget, in so many seconds."""
         (precision, hurried), point = self.precision(budget, seconds), self.point(budget)
-        figures = point.budget, precision.value.item(), precision.error.item()
+        figures = point.budget, *precision.pair()
         if not hurried:
             self.found.append(figures)
         judged = tuple(self.found)

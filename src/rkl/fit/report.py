@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,7 @@ def _samples(
 ) -> "Section":
     from rkl import plots
     from rkl.plots.lattices import planes
-    from rkl.report import Section, Table, drawn
+    from rkl.report import Section, drawn
 
     sides = {"held out": real, "flow": fake}
     blocks: list[Block] = []
@@ -77,21 +78,16 @@ def _samples(
         bands={"flow": (low, high)},
         between=("data", "flow"),
     )
-    beside = measured.halves, measured.ceiling
-    rows = [
-        [name, _pair(it), *(_pair(them[name]) if name in them else None for them in beside)]
-        for name, it in measured.scores.items()
-    ]
     drawings = [drawn("Precision against recall, over all slopes", drawing, _CURVE_SAYS)]
     if said:  # too few clusters hold real samples
         drawings = []
-    notes = " ".join([f"{measured.about}.", *measured.notes])
+    notes = f"{measured.about}.", *measured.notes
     return Section(
         "Samples",
         blocks=[
             *blocks,
             *drawings,
-            Table("Scores", ["score", "flow", "of halves", "real against real"], rows, notes),
+            replace(measured.table(), title="Scores", notes=notes),
         ],
     )
 
@@ -120,10 +116,6 @@ def _spectrum(name: str, divergence: FDivergence) -> "Section":
     atoms = list(zip(found.atom_slopes.tolist(), found.atom_weights.tolist(), strict=True))
     figure = spectrum(slopes.numpy(), {name: weights}, atoms={name: atoms})
     return Section("Where the divergence looks", blocks=[drawn("Its spectrum", figure, _LOOKS)])
-
-
-def _pair(it: Any) -> tuple[float, float]:
-    return it.value.item(), it.error.item()
 
 
 _TRACES = {

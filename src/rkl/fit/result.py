@@ -14,6 +14,7 @@ from rkl.flows.training import Training
 from rkl.metrics.precision_recall import OperatingPoint
 from rkl.runs import save
 from rkl.stats import Mean
+from rkl.tables import with_error
 
 SPLINED = 5.0  # standard units within which splines bend
 
@@ -43,13 +44,13 @@ class Reached:
     @property
     def met(self) -> bool:
         """Whether the lower end of the bound, two standard errors down, is the precision asked."""
-        value, error = self.precision.value.item(), self.precision.error.item()
+        value, error = self.precision.pair()
         return self.asked is None or (not self.hurried and value - 2 * error >= self.asked)
 
     def __str__(self) -> str:
-        value, error = self.precision.value.item(), self.precision.error.item()
+        value = self.precision.value.item()
         cost = f"{self.point.budget:.3g} draws per sample"
-        got = f"precision at most {value:.3f} ± {error:.3f} at {cost}"
+        got = f"precision at most {with_error(*self.precision)} at {cost}"
         if self.hurried:
             return (
                 f"{got}: the minutes ended before the critic that judges it had learnt, or had "

@@ -31,10 +31,10 @@ from rkl.flows.runs import (
 )
 from rkl.flows.training import goes_on, save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
-from rkl.metrics.written import parenthesised
 from rkl.runs import Run, check_out, fingerprint
 from rkl.runs.integrity import Input, local_path, values_of
-from rkl.stats import Mean, to_json
+from rkl.stats import to_json
+from rkl.tables import with_error
 
 MAY_CHANGE = "device", *BUDGET  # in a run that is resumed; more of the budget extends it
 
@@ -61,13 +61,13 @@ class Fitted:
         if fit.critic is not None and fit.critic_seconds >= 1:
             lines[0] += f", and critics in {fit.critic_seconds:.0f} s"
         if fit.log_density is not None:
-            density = parenthesised(_pair(fit.log_density))
+            density = with_error(*fit.log_density)
             kept = done.steps if done.best_step is None else done.best_step
             lines += [
                 f"held-out log-density {density} nats per row, of step {kept:,}, which is kept"
             ]
         if fit.gaussian is not None:
-            lines += [f"a Gaussian of the same rows has {parenthesised(_pair(fit.gaussian))}"]
+            lines += [f"a Gaussian of the same rows has {with_error(*fit.gaussian)}"]
         if isinstance(fit.flow.flow, MixtureStart):
             lines += ["it begins as a mixture of Gaussians, which BIC prefers on so few rows"]
         if (below := fit.below_gaussian) is not None:
@@ -243,10 +243,6 @@ def save_run(fitted: Fit, out: str | os.PathLike) -> Path:
                 run.log(row)
             _save(run, replace(fitted, trained_on=rows))
     return run.path
-
-
-def _pair(figure: Mean) -> tuple[float, float]:
-    return figure.value.item(), figure.error.item()
 
 
 def _read(settings: FitSettings) -> Data:

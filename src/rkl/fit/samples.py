@@ -22,6 +22,7 @@ from rkl.flows.runs import (
     check_samples,
 )
 from rkl.runs import Run, check_out_file
+from rkl.tables import with_error
 
 FAR = 20.0  # standard deviations, beyond which a sample is no likely one of the data
 BATCH = 10_000  # samples made at a time
@@ -145,7 +146,7 @@ def _judged_budget(settings: SampleSettings, held: HeldPoint) -> SampleSettings:
     best = max(held.judged, key=lambda it: it[1])
     raise ValueError(
         f"target_precision={wanted} was judged at no budget of the fit; the best was at most "
-        f"{best[1]:.3f} ± {best[2]:.3f}, at budget={best[0]:.3g}. Fit with --target-precision "
+        f"{with_error(*best[1:3])}, at budget={best[0]:.3g}. Fit with --target-precision "
         f"{wanted}, or say --budget."
     )
 
@@ -174,5 +175,5 @@ def _rejected(
         budget=settings.budget,
         target_precision=settings.target_precision,
     )
-    accepted = f"{kept.acceptance.value:.3f} ± {kept.acceptance.error:.3f}"
+    accepted = with_error(*kept.acceptance)
     return kept.samples, f", {kept.cost:.3g} draws each (accepted: {accepted})"

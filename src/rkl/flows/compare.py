@@ -6,31 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rkl.metrics.written import Cell, parenthesised
 from rkl.runs import Run, check_out_file
-
-
-@dataclass(frozen=True)
-class FlowTable:
-    """Figures of runs side by side.
-
-    Attributes:
-        title: What is shown.
-        columns: A head for each column.
-        rows: A cell for each column; the first names the row.
-        caption: Where the figures come from.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    caption: str
-
-    def __str__(self) -> str:
-        lines = [self.columns, *(tuple(map(parenthesised, row)) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-        return "\n".join([self.title, "", *text, "", self.caption])
+from rkl.tables import Table
 
 
 @dataclass(frozen=True)
@@ -44,24 +21,23 @@ class FlowComparison:
         settings: What each run was fitted with.
     """
 
-    tables: tuple[FlowTable, ...]
+    tables: tuple[Table, ...]
     curves: Mapping[str, Mapping[str, tuple[list[int], list[float]]]]
     settings: Mapping[str, Mapping[str, Any]]
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self.tables))
+        return "\n\n".join(table.text() for table in self.tables)
 
     def page(self) -> str:
         """The tables, the course of training and the settings as HTML."""
         from rkl import plots
-        from rkl.report import Section, Settings, Table, drawn, render
+        from rkl.report import Section, Settings, drawn, render
 
-        tables = [Table(it.title, it.columns, it.rows, it.caption) for it in self.tables]
         figures = [
             drawn(label, plots.training_curves(dict(curves), label=label))
             for label, curves in self.curves.items()
         ]
-        sections: list[Section] = [Section("Figures", blocks=tables)]
+        sections: list[Section] = [Section("Figures", blocks=self.tables)]
         if figures:
             sections.append(Section("Training", blocks=figures))
         shown = [Settings(it, title=name) for name, it in self.settings.items()]
@@ -88,7 +64,7 @@ def open_runs(
 
 def comparison(
     runs: Mapping[str, Run],
-    tables: Iterable[FlowTable],
+    tables: Iterable[Table],
     curves: Iterable[tuple[str, Any]],
     out: str | os.PathLike | None,
 ) -> FlowComparison:
@@ -116,11 +92,6 @@ def curves_of(runs: Mapping[str, Run], name: str, label: str) -> Iterator[tuple[
 def last_row(run: Run) -> Mapping[str, Any]:
     """The last row of ``metrics.jsonl``; empty where there is none."""
     return (run.metrics or [{}])[-1]
-
-
-def pair_of(kept: Mapping[str, float] | None) -> tuple[float, float] | None:
-    """Value and standard error of a mean in ``run.json``."""
-    return None if kept is None else (kept["value"], kept["error"])
 
 
 def setting_of(run: Run, name: str) -> Any:

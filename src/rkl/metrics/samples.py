@@ -16,9 +16,9 @@ from rkl.checks import warn
 from rkl.metrics.clusters import equal_precision, prd_curve
 from rkl.metrics.frechet import frechet_bias, frechet_distance
 from rkl.metrics.neighbours import checked_pair, copies, prdc
-from rkl.metrics.written import parenthesised
 from rkl.readers import Contents, as_floats, place_of_nan, read
 from rkl.stats import Mean
+from rkl.tables import Table
 
 CLUSTERS = 20
 SLOPES = (0.25, 1.0, 4.0)
@@ -45,17 +45,20 @@ class Measured:
     about: str
     notes: Sequence[str]
 
+    def table(self) -> Table:
+        """A row for each score, beside those of halves and of real samples alone."""
+        sides = self.scores, self.halves, self.ceiling
+        rows = [
+            (name, *(side[name].pair() if name in side else None for side in sides))
+            for name in self.scores
+        ]
+        return Table(self.about, ("", "score", "of halves", "real against real"), rows, self.notes)
+
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("", "score", "of halves", "real against real")]
-        for name, score in self.scores.items():
-            sides = score, self.halves.get(name), self.ceiling.get(name)
-            rows.append((name, *map(_text, sides)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        )
-        return "\n".join([self.about, "", *lines, "", *self.notes])
+        return self.table().text()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as JSON can hold them; an error that is not known is null."""
@@ -258,12 +261,8 @@ def _upper(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def _text(score: Mean | None) -> str:
-    return parenthesised(None if score is None else (score.value.item(), score.error.item()))
-
-
 def _numbers(score: Mean) -> dict[str, float | None]:
-    value, error = score.value.item(), score.error.item()
+    value, error = score.pair()
     return {"value": value, "error": error if math.isfinite(error) else None}
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from rkl.flows.compare import (
     FlowComparison,
-    FlowTable,
     comparison,
     curves_of,
     last_row,
@@ -16,8 +15,8 @@ from rkl.flows.compare import (
     setting_of,
 )
 from rkl.flows.runs import EVALUATION
-from rkl.metrics.written import Cell
 from rkl.runs import Run
+from rkl.tables import Cell, Table
 
 LAST_STEPS = {"ess": "ESS", "acceptance": "acceptance", "v": "v"}
 
@@ -42,7 +41,7 @@ def compare_runs(
     return comparison(runs, _tables(runs), curves_of(runs, "ess", "effective share of draws"), out)
 
 
-def _tables(runs: Mapping[str, Run]) -> Iterator[FlowTable]:
+def _tables(runs: Mapping[str, Run]) -> Iterator[Table]:
     columns = ("run", "target", "objective", "flow", *LAST_STEPS.values(), "steps")
     rows = []
     for name, run in runs.items():
@@ -51,11 +50,11 @@ def _tables(runs: Mapping[str, Run]) -> Iterator[FlowTable]:
         figures = [last.get(it, math.nan) for it in LAST_STEPS]
         words = str(setting_of(run, "target")), str(minimised), str(setting_of(run, "flow"))
         rows.append((name, *words, *figures, last.get("step")))
-    yield FlowTable("Flows of targets", columns, tuple(rows), _TARGETS_SAY)
+    yield Table("Flows of targets", columns, tuple(rows), _TARGETS_SAY)
     yield from _evaluated(runs)
 
 
-def _evaluated(runs: Mapping[str, Run]) -> Iterator[FlowTable]:
+def _evaluated(runs: Mapping[str, Run]) -> Iterator[Table]:
     """Log Z, acceptance and coverage under each condition of the runs that were evaluated."""
     rows: list[tuple[Cell, ...]] = []
     for name, run in runs.items():
@@ -65,14 +64,13 @@ def _evaluated(runs: Mapping[str, Run]) -> Iterator[FlowTable]:
         named = [it["name"] for it in kept["conditions"]]
         for k, values in enumerate(kept["condition"]):
             at = ", ".join(f"{it} = {v:.4g}" for it, v in zip(named, values, strict=True)) or "all"
-            log_z, weights = kept["thermodynamics"]["log_z"], kept["weights"]
-            ess = weights["ess"]
+            log_z, ess = kept["thermodynamics"]["log_z"], kept["weights"]["ess"]
             figures = (log_z["value"][k], log_z["error"][k]), (ess["value"][k], ess["error"][k])
             covered = str(kept["coverage"][k]["verdict"]).partition(":")[0]
             rows.append((name, at, *figures, kept["acceptance"][k], covered))
     if rows:
         columns = ("run", "condition", "log Z (nats)", "ESS", "acceptance", "coverage")
-        yield FlowTable("Under each condition", columns, tuple(rows), _EVALUATED_SAYS)
+        yield Table("Under each condition", columns, tuple(rows), _EVALUATED_SAYS)
 
 
 def _evaluation(run: Run) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from rkl.sample.metropolis import law_of, proposed
 from rkl.sample.observables import check_draws, check_held_out
 from rkl.sample.targets.base import Target, check_condition, exact_draws, exact_log_z
 from rkl.stats import Mean, mean, to_json
+from rkl.tables import Table, with_error
 
 ERRORS = 4.0  # standard errors that a departure must exceed
 UNREACHED = 0.01  # mass that may go unreached
@@ -34,6 +35,11 @@ class Mode:
     drawn: Mean
     reweighted: Mean
     missing: bool
+
+    @property
+    def masses(self) -> tuple[Mean, Mean, Mean]:
+        """The masses of the target, of the flow and after reweighting."""
+        return self.target, self.drawn, self.reweighted
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,15 @@ class Coverage:
             "mass reached": self.reached,
         }
         lines = [self.verdict, *(f"- {it}" for it in (*self.reasons, *self.doubts[1:]))]
-        lines += [f"{name:30}{_written(it)}" for name, it in figures.items() if it is not None]
+        rows = [(name, it.pair()) for name, it in figures.items() if it is not None]
+        lines += ["", Table("How near the flow is", ("", "value"), rows).text()]
         if self.modes:
-            lines.append(f"{'mode':30}{'target':22}{'flow':22}reweighted")
-        for it in self.modes:
-            columns = f"{_written(it.target):22}{_written(it.drawn):22}{_written(it.reweighted)}"
-            lines.append(f"{it.name:30}{columns}{'  MISSING' * it.missing}")
+            columns = "mode", "target", "flow", "reweighted", ""
+            masses = [
+                (mode.name, *(mass.pair() for mass in mode.masses), "MISSING" * mode.missing)
+                for mode in self.modes
+            ]
+            lines += ["", Table("Masses of the modes", columns, masses).text()]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -259,7 +268,7 @@ def _lacking(reached: Mean, source: str):
     """The flow has what its judges have not: then nothing can be said of what both lack."""
     if reached.value - 1 > UNREACHED + ERRORS * reached.error:
         yield (
-            f"the flow's weights add up to {_written(reached)} of the Z of {source}, which so "
+            f"the flow's weights add up to {with_error(*reached)} of the Z of {source}, which so "
             "lack a part of the target themselves."
         )
 
@@ -268,27 +277,29 @@ def _reasons(found: Coverage):
     if found.reached is not None:
         value, margin = found.reached.value, UNREACHED + ERRORS * found.reached.error
         if 1 - value > margin:
-            yield f"the flow's draws account for {_written(found.reached)} of the target's mass."
+            reached = with_error(*found.reached)
+            yield f"the flow's draws account for {reached} of the target's mass."
         if value - 1 > margin and not found.source:
-            yield f"the flow's weights add up to {_written(found.reached)} of log Z: one is wrong."
+            reached = with_error(*found.reached)
+            yield f"the flow's weights add up to {reached} of log Z: one is wrong."
     if found.target_ess is not None and found.eubo is not None:
         ess, own = found.target_ess, found.weights.ess
         if ess.value + ERRORS * ess.error < SHARE * (own.value - 2 * own.error):
             yield (
-                f"the effective share is {_written(ess)} at draws of the target, "
-                f"and {_written(own)} at the flow's own."
+                f"the effective share is {with_error(*ess)} at draws of the target, "
+                f"and {with_error(*own)} at the flow's own."
             )
         width = found.eubo.value - found.elbo.value
         error = torch.hypot(found.eubo.error, found.elbo.error)
         spread = found.weights.variance.value
         if width > 2 * spread + UNREACHED + ERRORS * error:
             yield (
-                f"EUBO - ELBO is {_written(Mean(width, error))} nats, where the variance of the "
+                f"EUBO - ELBO is {with_error(width, error)} nats, where the variance of the "
                 f"flow's own log-weights makes for {spread:.3g}."
             )
     missing = [it for it in found.modes if it.missing]
     if missing:
-        named = ", ".join(f"{it.name} with mass {_written(it.target)}" for it in missing)
+        named = ", ".join(f"{it.name} with mass {with_error(*it.target)}" for it in missing)
         yield f"{len(missing)} of {len(found.modes)} modes are missing: {named}."
         return  # the masses of all others are too large by as much
     for it in found.modes:
@@ -296,8 +307,8 @@ def _reasons(found: Coverage):
         error = torch.hypot(it.reweighted.error, it.target.error)
         if apart > OFF * it.target.value + ERRORS * error:
             yield (
-                f"mode {it.name} has mass {_written(it.target)}, "
-                f"and {_written(it.reweighted)} after reweighting."
+                f"mode {it.name} has mass {with_error(*it.target)}, "
+                f"and {with_error(*it.reweighted)} after reweighting."
             )
 
 
@@ -362,7 +373,3 @@ def _ess_of_target(log_ratio: Tensor, islands: int | None) -> Mean:
 
 def _share(log: Mean) -> Mean:
     return Mean(log.value.exp(), log.value.exp() * log.error)
-
-
-def _written(it: Mean) -> str:
-    return f"{it.value.item():.4g} ± {it.error.item():.2g}"

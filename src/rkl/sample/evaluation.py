@@ -1,6 +1,6 @@
 """What is known of a flow beside its target: figures with their errors, as text and as JSON."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.metrics.written import parenthesised
 from rkl.sample.coverage import Coverage
 from rkl.sample.importance import HEAVY, Importance, Thermodynamics
 from rkl.sample.metropolis import Chain
 from rkl.sample.targets.base import Target, has_temperature
 from rkl.stats import Mean, ess, to_json
+from rkl.tables import Table
 
 REASONS = 12  # of failed coverage that are printed
 FROM_WEIGHTS = "acceptance", "ESS", "v per site"
@@ -221,19 +221,18 @@ def _of_reference(found: Evaluation) -> dict[str, Any]:
 def _written(found: Evaluation) -> Iterator[str]:
     chains, draws = found.chain.accepted.shape[-2:]
     yield f"{found.target}: {chains} chains of {draws:,} draws under each condition"
-    yield "\nAfter Metropolis; errors in units of the last digit"
     units = found.units()
-    heads = [f"{it} ({units[it]})" if it in units else it for it in found.averages]
+    means = {f"{k} ({units[k]})" if k in units else k: it for k, it in found.averages.items()}
     tails = [found.tails.get(name) for name in found.averages]
-    yield from _columns(found, heads, list(found.averages.values()), tails)
-    yield "\nThe flow itself, and what the weights of its draws give"
+    title = "After Metropolis; errors in units of the last digit"
+    yield f"\n{figures(found, title, means, tails).text()}\n"
     weights = found.weights
     own = {"acceptance": weights.acceptance, "ESS": weights.ess, "v per site": weights.v}
     own |= thermal_columns(found)
     tails = [weights.tail if name in FROM_WEIGHTS else None for name in own]
     tails = [thermal_tail(found, name, of) for name, of in zip(own, tails, strict=True)]
-    yield from _columns(found, list(own), list(own.values()), tails)
-    yield ""
+    title = "The flow itself, and what the weights of its draws give"
+    yield f"{figures(found, title, own, tails).text()}\n"
     yield from _verdicts(found)
 
 
@@ -303,26 +302,15 @@ def with_stars(mean: Mean, tail: Tensor | None) -> Iterator[tuple[float, float, 
     return ((value, error, "*" * star) for value, error, star in rows)
 
 
-def cells(mean: Mean, tail: Tensor | None) -> list[str]:
-    """The same as text."""
-    return [parenthesised((value, error)) + star for value, error, star in with_stars(mean, tail)]
-
-
-def _columns(
-    found: Evaluation, heads: list[str], means: list[Mean], tails: list[Tensor | None]
-) -> Iterator[str]:
-    columns_of = [cells(it, tail) for it, tail in zip(means, tails, strict=True)]
-    above, below = zip(("", ""), *map(_over_unit, heads), strict=True)
-    columns = [found.conditions(), *columns_of]
-    lines = [above, below, *zip(*columns, strict=True)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cut = [it.rjust(w) for it, w in zip(line[1:], widths[1:], strict=True)]
-        yield "  ".join([line[0].ljust(widths[0]), *cut]).rstrip()
-    if any(cell.endswith("*") for column in columns_of for cell in column):
-        yield STAR
-
-
-def _over_unit(head: str) -> tuple[str, str]:
-    name, _, unit = head.partition(" (")
-    return name, unit.rstrip(")")
+def figures(
+    found: Evaluation,
+    title: str,
+    means: Mapping[str, Mean],
+    tails: Sequence[Tensor | None],
+    notes: Sequence[str] = (),
+) -> Table:
+    """Values with their errors under every condition, starred where their tails are heavy."""
+    columns = [list(with_stars(it, tail)) for it, tail in zip(means.values(), tails, strict=True)]
+    starred = any(mark for column in columns for *_, mark in column)
+    rows = list(zip(found.conditions(), *columns, strict=True))
+    return Table(title, ["condition", *means], rows, (*notes, *[STAR][:starred]))

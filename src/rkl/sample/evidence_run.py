@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rkl.metrics.written import parenthesised
 from rkl.runs import check_out_file, replacing
 from rkl.sample.settings import condition_grid, parse_ranges
 from rkl.sample.smc import Evidence, evidence
 from rkl.sample.targets import parse_target
+from rkl.tables import Table
 
 
 def find_evidence(
@@ -58,16 +58,17 @@ def find_evidence(
         or "all"
         for row in grid.tolist()
     ]
-    width = max(map(len, names))
-    lines = [f"{aim}: {islands} islands of {particles:,} particles under each condition"]
-    lines += [f"{'':{width}}  log Z (nats)"]
+    title = f"{aim}: {islands} islands of {particles:,} particles under each condition"
     pairs = zip(found.log_z.value.tolist(), found.log_z.error.tolist(), strict=True)
-    lines += [f"{at:{width}}  {parenthesised(it)}" for at, it in zip(names, pairs, strict=True)]
-    for at, doubts in zip(names, found.doubts, strict=True):
-        lines += [f"Warning: {at}: {doubt}" for doubt in doubts]
+    notes = [
+        f"Warning: {at}: {doubt}"
+        for at, doubts in zip(names, found.doubts, strict=True)
+        for doubt in doubts
+    ]
     if out is not None:
-        lines.append(f"{len(grid) * islands * particles:,} draws in {out}")
-    return "\n".join(lines)
+        notes.append(f"{len(grid) * islands * particles:,} draws in {out}")
+    rows = list(zip(names, pairs, strict=True))
+    return Table(title, ("", "log Z (nats)"), rows, notes).text()
 
 
 def _write(out: Path, found: Evidence) -> None:

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from rkl.sample.evaluation import (
-    STAR,
     Evaluation,
     Reference,
+    figures,
     thermal_columns,
     thermal_tail,
-    with_stars,
 )
 from rkl.sample.targets.base import has_temperature
 from rkl.stats import Mean
+from rkl.tables import Table
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section
@@ -93,16 +93,12 @@ def _results(found: Evaluation) -> "Section":
         f"{_words(n)} ({units[n]})" if n in units else n: it for n, it in found.averages.items()
     }
     thermal = thermal_columns(found)
+    tails = [*map(found.tails.get, found.averages)]
+    thermal_tails = [thermal_tail(found, name) for name in thermal]
+    notes = ["With standard errors.", *["k_B = 1."][: has_temperature(found.target)]]
     tables = [
-        _figures(
-            found, "Averages, after Metropolis", named, [*map(found.tails.get, found.averages)]
-        ),
-        _figures(
-            found,
-            "Thermodynamics, from the weights",
-            thermal,
-            [thermal_tail(found, name) for name in thermal],
-        ),
+        figures(found, "Averages, after Metropolis", named, tails, notes),
+        figures(found, "Thermodynamics, from the weights", thermal, thermal_tails, notes),
     ]
     judged = found.reference is not None and found.reference.mixed
     agreement = [_agreement(found)] if judged else []
@@ -130,10 +126,8 @@ def _thermal_figure(found: Evaluation) -> Any:
     return against(panels, label=_label(found), band=band)
 
 
-def _agreement(found: Evaluation) -> "Block":
+def _agreement(found: Evaluation) -> Table:
     """How far each figure is from the reference's, in standard errors."""
-    from rkl.report import Table
-
     rows = [
         [_words(name), it.square().mean().sqrt().item(), it.abs().max().item()]
         for name, it in found.deviations().items()
@@ -144,21 +138,9 @@ def _agreement(found: Evaluation) -> "Block":
     return Table("Agreement with the reference", columns, rows, _AGREEMENT_SAYS + together)
 
 
-def _figures(
-    found: Evaluation, title: str, named: Mapping[str, Mean], tails: Sequence[Tensor | None]
-) -> "Block":
-    from rkl.report import Table
-
-    columns = [list(with_stars(it, tail)) for it, tail in zip(named.values(), tails, strict=True)]
-    starred = any(mark for column in columns for *_, mark in column)
-    rows = [[at, *(it[k] for it in columns)] for k, at in enumerate(found.conditions())]
-    said = _FIGURES_SAYS + " k_B = 1." * has_temperature(found.target) + f" {STAR}." * starred
-    return Table(title, ["condition", *named], rows, said)
-
-
 def _trust(found: Evaluation) -> "Section":
     from rkl.plots.lattices import against
-    from rkl.report import Section, Table, drawn
+    from rkl.report import Section, drawn
 
     weights, blocks = found.weights, []
     nothing = torch.zeros_like(weights.predicted_ess)
@@ -175,10 +157,7 @@ def _trust(found: Evaluation) -> "Section":
     blocks.append(_chains(found))
     worst = max(found.coverage, key=lambda it: len(it.reasons))
     at = found.conditions()[found.coverage.index(worst)]
-    modes = [
-        [it.name, *(_pair(m) for m in (it.target, it.drawn, it.reweighted)), it.missing]
-        for it in worst.modes
-    ]
+    modes = [[it.name, *(mass.pair() for mass in it.masses), it.missing] for it in worst.modes]
     if len(modes) > 1:
         columns = ["mode", "target", "flow", "flow, reweighted", "missing"]
         blocks.append(Table(f"Masses of the modes at {at}", columns, modes, _MODES_SAYS))
@@ -188,10 +167,8 @@ def _trust(found: Evaluation) -> "Section":
     return Section("Whether to trust it", text, blocks)
 
 
-def _chains(found: Evaluation) -> "Block":
+def _chains(found: Evaluation) -> Table:
     """How well the chains of the flow mix, by the worst quantity under each condition."""
-    from rkl.report import Table
-
     judged = found.chain.diagnose(found.values).values()
     ratio = torch.stack([it["rhat"] for it in judged]).nan_to_num(1.0).amax(0)
     time = torch.stack([it["time"] for it in judged]).nan_to_num(1.0).amax(0)
@@ -273,7 +250,7 @@ def _training(metrics: Rows) -> list["Section"]:
 
 
 def _cost(found: Evaluation, metrics: Rows) -> list["Section"]:
-    from rkl.report import Section, Table
+    from rkl.report import Section
 
     drawn = found.reference
     if drawn is None:
@@ -368,11 +345,6 @@ def _spread(rows: int, most: int = SHOWN) -> list[int]:
     return sorted({round(k) for k in torch.linspace(0, rows - 1, min(rows, most)).tolist()})
 
 
-def _pair(it: Mean) -> tuple[float, float]:
-    """Value and error, those of rounding alone left out."""
-    return round(it.value.item(), 9), round(it.error.item(), 9)
-
-
 def _words(name: str) -> str:
     return {"magnetization": "|m|", "specific_heat": "specific heat"}.get(
         name, name.replace("_", " ")
@@ -409,7 +381,6 @@ _AGREEMENT_SAYS = (
     "own error is about 1/√(2 conditions)."
 )
 _TOGETHER = " The errors of log Z by integration go together, for it begins at T = ∞."
-_FIGURES_SAYS = "With standard errors."
 _NEAR_SAYS = (
     "Acceptance and effective share against what s², the variance of the log-weights, foretells "
     "if they are normal; where the two part, weights have heavy tails, or a part of the target is "

@@ -16,6 +16,10 @@ class Mean(NamedTuple):
     value: Float[Tensor, "*columns"]
     error: Float[Tensor, "*columns"]
 
+    def pair(self) -> tuple[float, float]:
+        """Value and error of a single number, as a cell of a table holds them."""
+        return self.value.item(), self.error.item()
+
 
 def mean(values: Float[Tensor, "draws *columns"]) -> Mean:
     """The mean of independent draws and its standard error, s/√n.

@@ -30,6 +30,7 @@ from rkl.studies.advnf.fits import (
     ways,
 )
 from rkl.studies.study import Outcome, Pair, Part, mean_over_seeds, paired_gain
+from rkl.tables import Table, cell_text
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section
@@ -151,7 +152,6 @@ def _conditions(plan: Plan) -> str:
 
 
 def _summary(plan: Plan, fits: Sequence[Fit]) -> str:
-    from rkl.report import written
 
     best: dict[bool, tuple[Pair, Way]] = {}
     for way in ways(plan):
@@ -160,7 +160,7 @@ def _summary(plan: Plan, fits: Sequence[Fit]) -> str:
         if ours not in best or value[0] > best[ours][0][0]:
             best[ours] = value, way
     variant, own = (
-        f"{_label(way)} accepts {written(value)} of independent proposals"
+        f"{_label(way)} accepts {cell_text(value, plus_minus=True)} of independent proposals"
         for value, way in best.values()
     )
     return f"The best of the seven variants: {variant}. The best of ours: {own}."
@@ -170,8 +170,7 @@ def _label(way: Way) -> str:
     return f"{way.name} ({way.ensemble:,} draws)" if way.ensemble else way.name
 
 
-def _table(part: Comparison, fits: Sequence[Fit]) -> "Block":
-    from rkl.report import Table
+def _table(part: Comparison, fits: Sequence[Fit]) -> Table:
 
     tried = dict.fromkeys(it.way for it in fits)
     rows = [[_label(it), *(over_seeds(fits, it, name) for name in part.shown)] for it in tried]
@@ -197,8 +196,7 @@ def _lines(part: Comparison, fits: Sequence[Fit]) -> "list[Block]":
     return [drawn("Figures against the ensemble", figure, "Level lines use no draws.")]
 
 
-def _gains(part: Comparison, fits: Sequence[Fit]) -> "Block":
-    from rkl.report import Table
+def _gains(part: Comparison, fits: Sequence[Fit]) -> Table:
 
     rows = []
     for name, with_it in ADDED.items():

@@ -19,9 +19,10 @@ from torch import Tensor
 from rkl.divergences import AKL, KL, Divergence, ReverseKL
 from rkl.estimators import exact
 from rkl.studies.study import Outcome, Part
+from rkl.tables import Table
 
 if TYPE_CHECKING:
-    from rkl.report import Block, Section
+    from rkl.report import Section
 
 ATOMS = 80
 KINDS = "peaked", "two bumps", "zipf"
@@ -255,8 +256,7 @@ def _shares(counts: Counts) -> Iterator[str]:
         )
 
 
-def _table(plan: Plan, counts: Counts) -> "Block":
-    from rkl.report import Table
+def _table(plan: Plan, counts: Counts) -> Table:
 
     rows = [[key, *(it[key] for it in counts.values())] for key in ("fits", *CLAIMS)]
     for name in DIVERGENCES:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from rkl.studies.neyman_scott import lines, panel, variance
 from rkl.studies.study import Outcome, Pair, Part, mean_over_seeds
+from rkl.tables import Table, cell_text
 
 if TYPE_CHECKING:
-    from rkl.report import Block, Section, Table
+    from rkl.report import Block, Section
 
 CLASSICAL = "no prior"
 WORDS = "prior", "design", "quantity", "estimator"
@@ -133,7 +134,7 @@ class Problem(Part):
         from rkl.report import Section
 
         rows = [Row(**{**it, "mean": tuple(it["mean"])}) for part in results for it in part]
-        blocks: list[Block] = [_from_draws(seed)] if self.with_draws else []
+        blocks: list[Block | Table] = [_from_draws(seed)] if self.with_draws else []
         sections = [Section("What came out", self.reading, blocks)]
         for design in self.designs:
             for quantity in self.truths:
@@ -240,12 +241,10 @@ PARTS: Mapping[str, Problem] = {
 
 def _estimates(problem: Problem, rows: Sequence[Row]) -> Iterator[str]:
     """What reverse KL came to at the largest N, prior by prior."""
-    from rkl.report import written
-
     first = rows[0].design, rows[0].quantity, "reverse KL", max(problem.plan.sizes)
     for row in rows:
         if (row.design, row.quantity, row.estimator, row.size) == first:
-            yield f"{written(row.mean)}: {row.prior}"
+            yield f"{cell_text(row.mean, plus_minus=True)}: {row.prior}"
 
 
 def _section(problem: Problem, rows: Sequence[Row]) -> "Section":
@@ -282,10 +281,8 @@ def _series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float], lis
     return [it.size for it in chosen], [it.mean[0] for it in chosen], [it.sd for it in chosen]
 
 
-def _table(problem: Problem, rows: Sequence[Row], size: int) -> "Table":
+def _table(problem: Problem, rows: Sequence[Row], size: int) -> Table:
     """Mean and standard error by estimator and prior."""
-    from rkl.report import Table
-
     chosen = [it for it in rows if it.size == size]
     cells = {(it.estimator, it.prior): it.mean for it in chosen}
     columns = [CLASSICAL, *problem.priors]
@@ -296,9 +293,8 @@ def _table(problem: Problem, rows: Sequence[Row], size: int) -> "Table":
     return Table(f"Mean estimate at N = {size:,}", ["", *columns], body, _TABLED)
 
 
-def _from_draws(seed: int) -> "Table":
+def _from_draws(seed: int) -> Table:
     """One data set's acts by the library's own verb."""
-    from rkl.report import Table
     from rkl.studies.neyman_scott.draws import CHAINS, DRAWS, GROUPS, compare
 
     body = [[name, *act] for name, act in compare(seed).items()]

@@ -17,6 +17,7 @@ import torch
 from rkl.studies.precision_recall import images, ring
 from rkl.studies.precision_recall.rows import COLUMNS, ML, Row, Seed, rows_of
 from rkl.studies.study import Outcome, Part
+from rkl.tables import Table, cell_text
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section
@@ -129,8 +130,6 @@ def _label(method: str, ratio: str) -> str:
 
 def _best(part: Trade, rows: Sequence[Row]) -> Iterator[str]:
     """Who gained most at one draw per sample without losing much of the other."""
-    from rkl.report import written
-
     by = {(it.method, it.ratio, it.quantity): it for it in rows}
     free = [
         (it.method, it.ratio)
@@ -141,10 +140,10 @@ def _best(part: Trade, rows: Sequence[Row]) -> Iterator[str]:
         for wanted, other in (axes, axes[::-1]):
             fair = [it for it in free if by[(*it, other)].gain[0] > -MAX_LOSS]
             best = max(fair, key=lambda it: by[(*it, wanted)].mean[0])
-            yield (
-                f"{wanted}: {_label(*best)}, {written(by[(*best, wanted)].mean)} (maximum "
-                f"likelihood {written(by[(ML, 'none', wanted)].mean)})"
+            most, likely = (
+                cell_text(by[(*way, wanted)].mean, plus_minus=True) for way in (best, (ML, "none"))
             )
+            yield f"{wanted}: {_label(*best)}, {most} (maximum likelihood {likely})"
 
 
 def _points(part: Trade, rows: Sequence[Row]) -> "list[Block]":
@@ -167,10 +166,8 @@ def _points(part: Trade, rows: Sequence[Row]) -> "list[Block]":
     return blocks
 
 
-def _tables(rows: Sequence[Row]) -> "list[Block]":
+def _tables(rows: Sequence[Row]) -> list[Table]:
     """All quantities, and what each gained over maximum likelihood."""
-    from rkl.report import Table
-
     quantities = list(dict.fromkeys(it.quantity for it in rows))
     names = dict.fromkeys((it.method, it.ratio) for it in rows)
     by = {(it.method, it.ratio, it.quantity): it for it in rows}

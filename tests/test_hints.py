@@ -23,6 +23,10 @@ FLOW = "--flow 'coupling(transforms=1, hidden=(4,))' --steps 3 --batch 16"
 FAMILY = "--family 'normal(loc=mu, scale=sigma)' --losses kl"
 COMMANDS = {  # and what must be there at the end
     "distill": (f"distill {MODELS} --data text.txt {QUICK} --out new", "new/model.safetensors"),
+    "cache": (
+        "cache --teacher teacher --data text.txt --max-length 8 --device cpu --out new",
+        "new/index.json",
+    ),
     "fit": (f"fit --data x.npy {FLOW} --out new", "new/flow.safetensors"),
     "fit --target": (
         f"fit --target mog4 {FLOW} --strata 2 --no-anneal --out new",

@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import rkl
 from rkl.distill import DistillConfig
 from rkl.distill.batches import DATA, SOURCES, STUDENT, TEACHER, shifted, sources_of
-from rkl.distill.cache import cache_hidden_states
+from rkl.distill.cache import cache_teacher
 from rkl.distill.data import IGNORED
 from rkl.distill.rollouts import (
     ModelWriter,
@@ -327,7 +327,7 @@ def test_models_without_an_end_of_text_are_refused(tiny_model):
 
 
 def test_a_cache_cannot_read_what_is_written_later(tmp_path, tiny_model, tiny_rows, tiny_trainer):
-    cached = cache_hidden_states(tiny_model(seed=1), tiny_rows(4), tmp_path / "cache")
+    cached = cache_teacher(tiny_model(seed=1), tiny_rows(4), tmp_path / "cache")
     with pytest.raises(ValueError, match=r"lmbda: a CachedTeacher holds the rows"):
         tiny_trainer(tiny_model(seed=2), cached, tiny_rows(4), **OWN)
 

@@ -7,9 +7,10 @@ import re
 import pytest
 
 from rkl.cli import main, settings
-from rkl.distill import DistillSettings, EvaluateSettings, GenerateSettings
+from rkl.distill import CacheSettings, DistillSettings, EvaluateSettings, GenerateSettings
 
 SETTINGS = {"distill": DistillSettings, "evaluate": EvaluateSettings, "generate": GenerateSettings}
+SETTINGS |= {"cache": CacheSettings}
 UNITS = (
     "tokens|blocks|steps|passes|batches|prompts|replies|checkpoints|share|mass|logits|"
     "nats per token|norm|rate|seconds"

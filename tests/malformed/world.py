@@ -10,7 +10,7 @@ from distill import material
 
 from rkl.bayes.run import estimate
 from rkl.bayes.settings import EstimateSettings
-from rkl.distill import cache_hidden_states, distill, evaluate_run, load_model, load_tokenizer
+from rkl.distill import cache_teacher, distill, evaluate_run, load_model, load_tokenizer
 from rkl.distill.data import tokenize
 from rkl.distill.evaluate import EvaluateSettings
 from rkl.distill.sources import read_rows
@@ -112,19 +112,22 @@ def _make_caches(folder: Path) -> None:
     rows = tokenize(
         read_rows(folder / "rows.jsonl")[:2], load_tokenizer(folder / "teacher"), max_length=16
     )
-    cache_hidden_states(load_model(folder / "teacher"), rows, folder / "cache")
+    cache_teacher(load_model(folder / "teacher"), rows, folder / "cache")
     for name, file, content in (
         ("torn-cache", "cache.json", b'{"format": 1, "teach'),
         ("later-cache", "cache.json", b'{"format": 99}'),
         ("list-cache", "cache.json", b"[]"),
-        ("hollow-cache", "cache.json", b'{"format": 1}'),
+        ("old-cache", "cache.json", b'{"format": 1}'),
+        ("hollow-cache", "index.json", b'{"format": 2}'),
         ("torn-head", "head.safetensors", b"torn"),
-        ("torn-hidden", "hidden.bin", b"torn"),
+        ("torn-hidden", "shard-00000.safetensors", b"torn"),
     ):
         shutil.copytree(folder / "cache", folder / name)
         (folder / name / file).write_bytes(content)
     shutil.copytree(folder / "cache", folder / "lost-hidden")
-    (folder / "lost-hidden" / "hidden.bin").unlink()
+    (folder / "lost-hidden" / "shard-00000.safetensors").unlink()
+    shutil.copytree(folder / "cache", folder / "unfinished-cache")
+    (folder / "unfinished-cache" / "index.json").unlink()
 
 
 def _make_posteriors(folder: Path) -> None:

@@ -303,7 +303,9 @@ def _program() -> str:
 
 
 def _last_written(folder: Path) -> float | None:
-    """When the run.json in a folder was last changed; None where there is no run."""
+    """When the run, or the cache, in a folder was last changed; None where there is none."""
+    with contextlib.suppress(OSError):
+        return Path(folder, "cache.json").stat().st_mtime
     try:
         return runs.Run.open(folder).path.joinpath("run.json").stat().st_mtime
     except (OSError, ValueError):

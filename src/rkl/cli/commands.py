@@ -171,6 +171,36 @@ def distill(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     return _run_command(parser, run.DistillSettings, run.estimate, run.distill)
 
 
+def cache(parser: ArgumentParser, words: Sequence[str]) -> Runner:
+    """Keep what a teacher tells of some text, for any number of runs.
+
+    Examples:
+      rkl cache --teacher T --data train.jsonl --out CACHE
+      rkl cache --teacher T --data train.jsonl --keep top-k=64 --out CACHE --dry-run
+      rkl distill --teacher CACHE --student S --data train.jsonl --out RUN
+    """
+    from rkl.distill import cache_run
+
+    settings.add_flags(parser, cache_run.CacheSettings)
+    group = parser.add_argument_group("the cache")
+    group.add_argument("--out", type=path, required=True, metavar="CACHE", help="its folder")
+    group.add_argument("--overwrite", action="store_true", help="replace the cache that is there")
+    group.add_argument("--resume", action="store_true", help="go on with the cache that is there")
+    group.add_argument(
+        "--dry-run", action="store_true", help="say what it takes, and when it pays"
+    )
+
+    def cached(parsed: Namespace) -> None:
+        chosen = settings.gather(cache_run.CacheSettings, parsed)
+        if parsed.dry_run:
+            _show(cache_run.estimate_cache(chosen))
+        else:
+            how = {"resume": parsed.resume, "overwrite": parsed.overwrite}
+            _show(cache_run.told(cache_run.write_cache(chosen, parsed.out, **how)))
+
+    return cached
+
+
 def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Watch the whole of rkl at work on a small problem, and read the report.
 
@@ -407,6 +437,7 @@ def report(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 COMMANDS: dict[str, tuple[Command, str]] = {
     "demo": (demo, "demos"),
     "distill": (distill, "distill.run"),
+    "cache": (cache, "distill.run"),
     "estimate": (estimate, "bayes.run"),
     "metrics": (metrics, "metrics"),
     "fit": (fit, "fit.run"),

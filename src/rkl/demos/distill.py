@@ -20,7 +20,7 @@ from rkl.demos.corpus import HELD_OUT, TRAIN, Manual, read_manual
 from rkl.demos.report import REPLIES, markdown, report_runs
 from rkl.demos.stages import Stage, run_stages
 from rkl.demos.watched import WATCHED, Watched, watch
-from rkl.distill.cache import CachedTeacher, cache_hidden_states
+from rkl.distill.cache import CachedTeacher, cache_teacher
 from rkl.distill.data import TokenDataset, passages, tokenize
 from rkl.distill.evaluate import EvaluateSettings, evaluate_run
 from rkl.distill.generate import choose_prompts, reply_to, save
@@ -289,7 +289,7 @@ class Real(Plan):
             setting.tokenizer.save_pretrained(folder)
 
     def _cache(self, setting: Setting) -> None:
-        cache_hidden_states(
+        cache_teacher(
             load_model(self.model, dtype="float32"),
             setting.blocks,
             setting.whole.path / CACHE,

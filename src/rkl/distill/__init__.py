@@ -5,7 +5,8 @@ from rkl.lazy import lazily
 HOMES = {
     "adapters.automodel": "KDLoss",
     "batches": "PadRows",
-    "cache": "CachedTeacher cache_hidden_states",
+    "cache": "CachedTeacher cache_teacher",
+    "cache_run": "CacheSettings estimate_cache write_cache",
     "compare": "Evaluations compare_runs",
     "data": "show_example tokenize",
     "evaluate": "EvaluateSettings evaluate_run",

@@ -1,7 +1,10 @@
 from rkl.distill.adapters.automodel import KDLoss as KDLoss
 from rkl.distill.batches import PadRows as PadRows
 from rkl.distill.cache import CachedTeacher as CachedTeacher
-from rkl.distill.cache import cache_hidden_states as cache_hidden_states
+from rkl.distill.cache import cache_teacher as cache_teacher
+from rkl.distill.cache_run import CacheSettings as CacheSettings
+from rkl.distill.cache_run import estimate_cache as estimate_cache
+from rkl.distill.cache_run import write_cache as write_cache
 from rkl.distill.compare import Evaluations as Evaluations
 from rkl.distill.compare import compare_runs as compare_runs
 from rkl.distill.data import show_example as show_example

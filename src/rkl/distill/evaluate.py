@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl.checks import warn
 from rkl.distill.batches import PadRows, shifted
+from rkl.distill.cache import is_cache
 from rkl.distill.compare import BY_BLOCK, Evaluations
 from rkl.distill.data import TokenDataset, passages, tokenize
 from rkl.distill.generate import (
@@ -318,6 +319,12 @@ def _load_teacher(
             f"teacher must be given: {run.path} learned from {name}, a server that gives part of "
             "each distribution, and the whole is needed. Of the same weights here: "
             f"rkl evaluate {quoted} --data DATA --teacher FOLDER"
+        )
+    if is_cache(name):
+        raise ValueError(
+            f"teacher must be given: {run.path} learned from {name}, a cache of the rows that it "
+            f"was trained on. Of the same weights: rkl evaluate {quoted} --data DATA --teacher "
+            "FOLDER"
         )
     hint = f"Say where it is now: rkl evaluate {quoted} --data DATA --teacher FOLDER"
     known = inputs_before(run.path).get("teacher")

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from rkl.checks import warn
 from rkl.distill import lora
-from rkl.distill.cache import CachedTeacher, cache_hidden_states
+from rkl.distill.cache import INDEX, CachedTeacher, cache_teacher, is_cache
 from rkl.distill.chats import ChatTemplate, read_template
 from rkl.distill.data import (
     SHORTEST_PASSAGE,
@@ -134,6 +134,11 @@ class Text:
         example = show_example(self.blocks, tokenizer)
         return example if len(example) <= EXAMPLE else f"{example[:EXAMPLE]} ..."
 
+    def observed(self, settings: DistillSettings) -> list[Dataset]:
+        """All blocks that a run observes: those trained on, and of those held out some."""
+        held_out = self.looked_at(settings.eval_blocks)
+        return [self.blocks] if held_out is None else [self.blocks, held_out]
+
     def looked_at(self, count: int | None) -> Subset | None:
         """At most so many of the blocks held out, evenly spaced."""
         if self.held_out is None:
@@ -170,6 +175,10 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     student = _load_student(settings)
     is_model = not isinstance(teacher, Teacher)
     of_teacher = _vocab(teacher) if is_model else teacher.vocab
+    if isinstance(teacher, Teacher):
+        teacher.check_tokenizer(tokenizers[1])
+        for blocks in text.observed(settings):
+            teacher.check_rows(blocks, settings.max_length)
     shared = share_vocabulary(of_teacher, _vocab(student), *tokenizers)
     shared.check("data", text.blocks.tokens)
     if text.held_out is not None:
@@ -192,10 +201,28 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     return text, Models(teacher, student, *tokenizers)
 
 
+def load_for_cache(
+    settings: DistillSettings,
+) -> tuple[Text, PreTrainedModel | Teacher, PreTrainedTokenizerBase]:
+    """What a cache is made of: the text of a run with these settings, and the teacher."""
+    tokenizers = _load_tokenizers(settings)
+    template = _choose_template(settings, *tokenizers)
+    text = read_text(settings, tokenizers[1])
+    if text.template is not None and template:
+        warn(template)
+    teacher = _load_teacher(settings, tokenizers[0])
+    if not isinstance(teacher, Teacher):
+        check_causal("teacher", teacher)
+        _check_fits("teacher", teacher, settings, text)
+    return text, teacher, tokenizers[1]
+
+
 def _load_teacher(
     settings: DistillSettings, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel | Teacher:
-    """The model that a setting names, or what stands at an address."""
+    """The model that a setting names, or what a cache or an address stands for."""
+    if is_cache(settings.teacher):
+        return CachedTeacher(settings.teacher)
     if not is_address(settings.teacher):
         return load_model(settings.teacher, dtype=settings.dtype)
     reference = None
@@ -235,11 +262,13 @@ def inputs_of(
         teacher: What is asked in place of the model; of a cache, its files count.
     """
     found = text.inputs(settings)
-    if teacher is None and not is_address(settings.teacher):
+    place = Path(settings.teacher) if teacher is None else getattr(teacher, "path", None)
+    if place is not None and is_cache(place):
+        found["teacher"] = files_of(
+            place, {INDEX: place / INDEX}
+        )  # with the digests of the others
+    elif teacher is None and not is_address(settings.teacher):
         found["teacher"] = model_input(settings.teacher)
-    elif isinstance(teacher, CachedTeacher):
-        files = {file.name: file for file in sorted(teacher.path.iterdir()) if file.is_file()}
-        found["teacher"] = files_of(teacher.path, files)
     if settings.student is not None:
         found["student"] = model_input(settings.student)
     elif teacher is not None:
@@ -345,7 +374,7 @@ def _load_tokenizers(
     settings: DistillSettings,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """The teacher's tokenizer and the student's, which is the teacher's if it has none."""
-    if is_address(settings.teacher):
+    if is_address(settings.teacher) or is_cache(settings.teacher):
         student = load_tokenizer(str(settings.student))
         return student, student
     teacher, path = load_tokenizer(settings.teacher), Path(settings.student or "none.json")
@@ -395,12 +424,9 @@ def with_cached_teacher(
     settings: DistillSettings, folder: Path, text: Text, models: Models
 ) -> Models:
     """The same with what the teacher says of the text kept on the disk, and no model of it."""
-    parts: list[Dataset] = [text.blocks]
-    if (held_out := text.looked_at(settings.eval_blocks)) is not None:
-        parts.append(held_out)
-    cached = cache_hidden_states(
-        cast(PreTrainedModel, models.teacher),
-        ConcatDataset(parts),
+    cached = cache_teacher(
+        models.teacher,
+        ConcatDataset(text.observed(settings)),
         folder,
         batch_size=settings.batch_size,
         max_length=settings.max_length,

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from rkl.checks import LARGEST_RATE, number
+from rkl.distill.cache import is_cache
 from rkl.distill.known import lost_in_the_rest
 from rkl.distill.limits import (
     check_counts,
@@ -32,7 +33,8 @@ class DistillSettings:
         teacher: The model to imitate, with the student's tokenizer: a folder of save_pretrained,
             a .gguf file, package:NAME for the one in an installed package, or a name on the Hub;
             or the address of a server that gives log-probabilities, such as http://host:8000/v1,
-            whose key, if it wants one, is read from RKL_TEACHER_API_KEY.
+            whose key, if it wants one, is read from RKL_TEACHER_API_KEY; or a folder that
+            rkl cache wrote.
         data: The text to learn on: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of
             datasets' save_to_disk, or the name of a data set on the Hub.
         student: The model to train, given as the teacher is, or a config.json for random weights
@@ -197,6 +199,13 @@ class DistillSettings:
             object.__setattr__(self, "schedule", None)
         _ = self.minimised
         self._check_server()
+        if self.student is None and is_cache(self.teacher):
+            raise ValueError(
+                f"student must be given where the teacher is a cache, which holds no model; got "
+                f"{self.teacher}."
+            )
+        if self.cache_teacher and is_cache(self.teacher):
+            raise ValueError(f"cache_teacher: {self.teacher} is a cache already; got True.")
         check_counts(
             self,
             "loss_top_k",

@@ -66,6 +66,14 @@ class Teacher(abc.ABC):
     model: nn.Module | None = None
     reads_any_text: bool = True
 
+    def check_rows(self, rows: Any, max_length: int | None = None) -> None:
+        """Refuse rows that it cannot observe; most teachers can observe any."""
+        return
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a student's tokenizer that it does not share, where it knows its own."""
+        return
+
     def writing(self) -> AbstractContextManager:
         """While this lasts, ``model`` writes as the teacher does."""
         return nullcontext()

@@ -287,6 +287,15 @@ def by_formula(name, p, q, beta=0.3):
     """The formulas of KDFlow's losses, with logarithms of probabilities."""
     kl = lambda a, b: (a.exp() * (a - b)).sum(-1)  # noqa: E731
     mixed = lambda a, b, weight: (weight * a.exp() + (1 - weight) * b.exp()).log()  # noqa: E731
+
+    def adaptive():
+        """Its tail is the unlikely tokens, up to a mass of its adaptive_alpha."""
+        mass, order = p.exp().sort(-1)
+        tail = mass.cumsum(-1) <= beta
+        gaps = (p.exp() - q.exp()).abs().gather(-1, order)
+        share = ((gaps * ~tail).sum(-1) / gaps.sum(-1)).detach()
+        return share * kl(p, q) + (1 - share) * kl(q, p)
+
     return {
         "kl": lambda: kl(p, q),
         "rkl": lambda: kl(q, p),
@@ -294,6 +303,7 @@ def by_formula(name, p, q, beta=0.3):
         "jsd": lambda: beta * kl(q, mixed(q, p, beta)) + (1 - beta) * kl(p, mixed(q, p, beta)),
         "skl": lambda: kl(p, mixed(p, q, beta)),
         "srkl": lambda: kl(q, mixed(q, p, beta)),
+        "akl": adaptive,
         "tvd": lambda: (p.exp() - q.exp()).abs().sum(-1) / 2,
     }[name]()
 
@@ -304,6 +314,7 @@ IN_KDFLOW = {
     "jsd": "jensen-shannon(beta=0.7)",
     "skl": "skew-kl(alpha=0.3)",
     "srkl": "skew-reverse-kl(alpha=0.3)",
+    "akl": "akl(mu=0.7, straddle='head')",
     "tvd": "total-variation",
 }
 
@@ -368,6 +379,13 @@ def test_terms_and_slopes_at_drawn_tokens_have_no_bias(divergence):
     gradient = torch.autograd.grad(exact, logits, retain_graph=True)[0]
     sampled = torch.autograd.grad((weights * slopes) @ q, logits)[0]
     torch.testing.assert_close(sampled, gradient)
+
+
+def test_k3_without_the_policy_gradient_has_the_gradient_of_forward_kl():
+    logits, p, q, *_ = enumerated(rkl.KL())
+    k3 = (p - q).exp() - (p - q) - 1
+    sampled = torch.autograd.grad(q.exp().detach() @ k3, logits, retain_graph=True)[0]
+    torch.testing.assert_close(sampled, torch.autograd.grad(rkl.KL()(p, q), logits)[0])
 
 
 def test_k3_as_a_reward_has_the_gradient_of_a_difference_of_divergences():

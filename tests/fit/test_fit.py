@@ -8,7 +8,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 import rkl
 from rkl.fit import Method, fit_to_samples
-from rkl.fit.guard import annealed, measured, slope_of
+from rkl.fit.guard import anneal, guard_divergence, slope_of
 from rkl.flows import MAF, Coupling, Critic, draw
 from rkl.runs import Run
 
@@ -186,11 +186,11 @@ def test_a_critic_is_trained_in_the_end_where_it_is_asked_for():
 def test_the_slope_goes_from_one_to_its_value():
     both = 0.5 * rkl.KL() + 0.5 * rkl.RecallHalf(lam=0.01)
     assert slope_of(both) == 0.01
-    assert annealed(both, 0.0) == 0.5 * rkl.KL() + 0.5 * rkl.RecallHalf(lam=1.0)
-    assert annealed(rkl.PrecisionRecall(lam=9.0), 0.5) == rkl.PrecisionRecall(lam=3.0)
-    assert annealed(rkl.ReverseKL(), 0.3) == rkl.ReverseKL()
-    assert measured(rkl.PrecisionHalf(lam=4.0)) == rkl.PrecisionRecall(lam=4.0)
-    assert measured(rkl.ReverseKL()) == rkl.ReverseKL()
+    assert anneal(both, 0.0) == 0.5 * rkl.KL() + 0.5 * rkl.RecallHalf(lam=1.0)
+    assert anneal(rkl.PrecisionRecall(lam=9.0), 0.5) == rkl.PrecisionRecall(lam=3.0)
+    assert anneal(rkl.ReverseKL(), 0.3) == rkl.ReverseKL()
+    assert guard_divergence(rkl.PrecisionHalf(lam=4.0)) == rkl.PrecisionRecall(lam=4.0)
+    assert guard_divergence(rkl.ReverseKL()) == rkl.ReverseKL()
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from rkl.sample import (
     Wolff,
     annealed_importance,
     averages,
-    beside_held_out,
     check_held_out,
+    compare_with_held_out,
     expectation,
     independent_metropolis,
     judge_coverage,
@@ -300,8 +300,8 @@ MEASURES = [
         ],
     ),
     Subject(
-        "sample.beside_held_out",
-        beside_held_out,
+        "sample.compare_with_held_out",
+        compare_with_held_out,
         lambda: {
             "target": MoG8(),
             "proposal": LAW,

@@ -79,13 +79,13 @@ OF_MEASURES = {
 SOURCE = str(Path(rkl.__file__).parent)
 
 
-def spelt(subject, fault):
+def spelling(subject, fault):
     return f"{subject.function}: {fault.argument}, {fault.kind}"
 
 
 def case(subject, fault):
     """A tenth of the cases, chosen by a hash of their names, is in the default suite."""
-    name = spelt(subject, fault)
+    name = spelling(subject, fault)
     marks = malformed if zlib.crc32(name.encode()) % 10 else ()
     return pytest.param(subject, fault, id=name, marks=marks)
 

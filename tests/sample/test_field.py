@@ -58,7 +58,7 @@ def test_on_a_path_the_parameters_do_not_move_the_density():
     for path in found:
         torch.manual_seed(0)
         for _ in range(60):
-            rows, log_q = flow.drawn(condition, path)
+            rows, log_q = flow.draw(condition, path)
             x = rows[flow.ordering.site.argsort()].T
             loss = (log_q - target.log_prob(x, condition)).mean()
             found[path].append(torch.autograd.grad(loss, flow.origin)[0])
@@ -97,7 +97,7 @@ def test_the_path_where_half_of_the_sites_are_integrated(beta):
             lambda x, given: beta * target.log_prob(x, given), (), beta
         )
         found[0].append(torch.autograd.grad(-ratio.mean(), flow.origin)[0])
-        rows, log_q = flow.drawn(condition, path=True)
+        rows, log_q = flow.draw(condition, path=True)
         loss = (log_q - log_marginal(rows)).mean()
         found[1].append(torch.autograd.grad(loss, flow.origin)[0])
     one, other = (torch.stack(it) for it in found)

@@ -35,7 +35,7 @@ def test_rows_of_heavy_tails_have_a_star_and_others_none():
     found = evaluate_on_target(Normals(0.8), GAUSSIAN, condition, draws=500)
     lines = str(found).splitlines()
     assert STAR in lines
-    assert found.marked
+    assert found.has_heavy_tail
     assert any("*" in line for line in lines if line.startswith("T = 2"))
     assert not any("*" in line for line in lines if line.startswith("T = 0.5"))
     saved = found.to_dict()["pareto_k"]

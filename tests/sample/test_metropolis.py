@@ -197,13 +197,13 @@ def test_a_lattice_flow_made_for_another_target_redraws_nothing():
     assert metropolis._redraw(XY(side=4, coupling=2.0), law) is None
 
 
-def test_the_longest_sojourn_and_acceptance_are_counted():
+def test_the_longest_rejection_run_and_acceptance_are_counted():
     taken = torch.tensor([[True, False, False, True], [True, True, True, False]])
     nothing = torch.zeros(2, 4)
     chain = metropolis.Chain(
         torch.zeros(2, 4, 1), taken, nothing, nothing, nothing, torch.zeros(0)
     )
-    assert chain.sojourn == 3
+    assert chain.longest_rejection_run == 3
     assert chain.acceptance.item() == pytest.approx(3 / 6)
     assert not chain.failed
 

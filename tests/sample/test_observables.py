@@ -8,7 +8,7 @@ from torch.distributions import Independent, Uniform
 
 from rkl.sample.mcmc import markov_chain
 from rkl.sample.metropolis import independent_metropolis
-from rkl.sample.observables import averages, beside_held_out, check_held_out
+from rkl.sample.observables import averages, check_held_out, compare_with_held_out
 from rkl.sample.targets import XY, MoG8
 from rkl.stats import Mean
 
@@ -63,7 +63,7 @@ def test_a_chain_that_is_exact_is_as_near_to_held_out_draws_as_these_to_themselv
     one = CONDITION[1]
     held_out = markov_chain(MODEL, one, draws=100, chains=20, every=10).x.flatten(0, 1)
     chain = independent_metropolis(MODEL, flat(), one, draws=1_000, chains=20)
-    found = beside_held_out(MODEL, flat(), chain, held_out)
+    found = compare_with_held_out(MODEL, flat(), chain, held_out)
     assert all(isinstance(it, Mean) for it in found.values())
     assert found["nll"].value.item() == pytest.approx(4 * math.log(2 * math.pi))
     assert found["acceptance"].value.item() == pytest.approx(chain.acceptance.item())
@@ -73,7 +73,7 @@ def test_a_chain_that_is_exact_is_as_near_to_held_out_draws_as_these_to_themselv
         assert found[f"emd_{name}"].value < 2 * found[f"emd_{name}_floor"].value + 0.02
     frozen = MODEL.observables(held_out, one.expand(len(held_out), 1))["energy"].std()
     blind = independent_metropolis(MODEL, flat(), 100 * one, draws=200, chains=20)
-    other = beside_held_out(MODEL, flat(), blind, held_out)
+    other = compare_with_held_out(MODEL, flat(), blind, held_out)
     assert other["emd_energy"].value > 0.3 * frozen
 
 

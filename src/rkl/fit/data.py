@@ -149,7 +149,7 @@ def _read_file(path: Path, labels: str | os.PathLike | None) -> tuple[Contents, 
 
 def _read_object(source: Any) -> Contents:
     if isinstance(source, DataLoader | Dataset):
-        values, labels = _collected(source)
+        values, labels = _collect(source)
         found = replace(_numbers(values), labels=labels)
     elif isinstance(source, Tensor | np.ndarray) or type(source).__module__.startswith("pandas"):
         found = _numbers(source)
@@ -183,7 +183,7 @@ def _numbers(source: Any) -> Contents:
         raise type(error)(f"data: {error}.") from None
 
 
-def _collected(source: Any) -> tuple[Tensor, Tensor | None]:
+def _collect(source: Any) -> tuple[Tensor, Tensor | None]:
     """All that a Dataset or a DataLoader gives, as rows and, from pairs, labels."""
     loaded = isinstance(source, DataLoader)
     items = list(source) if loaded else [source[i] for i in range(len(source))]

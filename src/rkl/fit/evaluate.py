@@ -104,16 +104,16 @@ def _evaluate_on_rows(
         laws = [flow() if it.condition is None else flow(it.condition) for it in parts]
         log_q = torch.cat([law.log_prob(it.values) for law, it in zip(laws, parts, strict=True)])
         chosen = spread.rows(torch.randperm(len(data))[:MEASURED])
-        drawn, said = _drawn(run, flow, chosen.condition, len(chosen.values), allow)
+        drawn, said = _draw_samples(run, flow, chosen.condition, len(chosen.values), allow)
     train = _trained_on(run, flow, allow)
-    samples = _measured(flow.units, chosen.values, drawn, train, settings.seed)
+    samples = _sample_metrics(flow.units, chosen.values, drawn, train, settings.seed)
     seen = run.count_seen([row.tobytes() for row in data.values.numpy()])
     if samples is not None:
         samples = replace(samples, notes=[*samples.notes, *said])
     return DataEvaluation(len(data), seen, mean(log_q), samples, data.notes)
 
 
-def _drawn(
+def _draw_samples(
     run: Run, flow: Any, condition: Tensor | None, count: int, allow: Collection[str]
 ) -> tuple[Tensor, list[str]]:
     """Samples at the operating point of the run, if its fit was asked for one; and what to say."""
@@ -140,7 +140,7 @@ def _check_columns(run: Run, data: Data) -> None:
         )
 
 
-def _measured(
+def _sample_metrics(
     units: Units, real: Tensor, fake: Tensor, train: Tensor | None, seed: int
 ) -> Measured | None:
     """Precision, recall and the like in units of the spread, where there are rows enough."""
@@ -211,8 +211,8 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         count = MEASURED if real is None else len(real)
-        fake, said = _drawn(run, flow, condition, count, ())
-    measured = None if real is None else _measured(flow.units, real, fake, train, seed)
+        fake, said = _draw_samples(run, flow, condition, count, ())
+    measured = None if real is None else _sample_metrics(flow.units, real, fake, train, seed)
     if measured is not None:
         measured = replace(measured, notes=[*measured.notes, *said])
     free = None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rkl.checks import LARGEST_COUNT, integer, number, warn
 from rkl.divergences import KL, FDivergence
 from rkl.fit.data import read_data
-from rkl.fit.guard import Guard, LogProb, annealed, slope_of
+from rkl.fit.guard import Guard, LogProb, anneal, slope_of
 from rkl.fit.mixtures import begin_as_mixture
 from rkl.fit.operating import check_point, reach
 from rkl.fit.result import SPLINED, Fit
@@ -177,7 +177,7 @@ def fit_to_samples(
     share = share_of_steps(divergence, critic=learnt, aimed=aimed)
     done = problem.train(steps, minutes and minutes * share, run, every)
     problem.seconds = math.inf if minutes is None else 60 * minutes * (1 - share)
-    return problem.finished(done, learnt, target_precision, budget)
+    return problem.finish(done, learnt, target_precision, budget)
 
 
 def share_of_steps(divergence: FDivergence, *, critic: bool, aimed: bool) -> float:
@@ -198,7 +198,7 @@ def share_of_steps(divergence: FDivergence, *, critic: bool, aimed: bool) -> flo
     return 0.75 if is_likelihood(divergence) else 0.9
 
 
-def _standardised(
+def _standardise(
     flow: Architecture | nn.Module, rows: Data, training: Data, held_out: Data, seed: int
 ) -> Standardised:
     """The flow in the user's units, with its columns bent where the rows held out agree."""
@@ -242,7 +242,7 @@ class _Problem:
     def __init__(self, flow, data, divergence, method, log_prob, seed):
         rows, held_out = data.split(method.held_out, seed)
         self.classes, self.method, self.divergence = data.classes, method, divergence
-        self.scaled = scaled = _standardised(flow, data, rows, held_out, seed)
+        self.scaled = scaled = _standardise(flow, data, rows, held_out, seed)
         self.plain = Units.of_rows(rows, bend=False)
         self.blur = method.blur(rows)
         self.flow, self.seed, self.log_prob = scaled.flow, seed, log_prob
@@ -311,7 +311,7 @@ class _Problem:
         """Log p/q as the critic or the exact density says, cut off."""
         if self.log_prob is None:
             return self.ratio(value, condition)
-        return self.ratio.cut(self._exact(value, condition) - log_q)
+        return self.ratio.cut_off(self._exact(value, condition) - log_q)
 
     def objective(self, moment: Moment) -> Tensor:
         """The loss of one step."""
@@ -332,11 +332,13 @@ class _Problem:
             return likelihood
         since = (moment.progress - self.method.start) / (1 - self.method.start)
         since = self.guard.advance(since)
-        guided = self._guided(annealed(self.divergence, 2 * since), value, log_q, draws, moment)
+        guided = self._divergence_loss(
+            anneal(self.divergence, 2 * since), value, log_q, draws, moment
+        )
         anchor = 1 - (1 - self.method.anchor) * min(1.0, 4 * since)
         return anchor * likelihood + (1 - anchor) * guided
 
-    def _guided(
+    def _divergence_loss(
         self, divergence: FDivergence, value: Tensor, log_q: Tensor, draws: _Draws, moment: Moment
     ) -> Tensor:
         if self.estimator == "path":
@@ -368,7 +370,7 @@ class _Problem:
         """Held-out likelihood; and, once the divergence is followed, what was gained by it."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed + 2)  # the same draws of latents every time
-            rows, held_out = self.judged()
+            rows, held_out = self.held_out_log_prob()
             mean_held_out = held_out.mean().item()
             moment.log(held_out=mean_held_out)
             if not self.guided:
@@ -380,7 +382,7 @@ class _Problem:
             score = self.guard.score(moment, condition, self.method.draws)
             return score if self.method.guard else None
 
-    def judged(self) -> tuple[Data, Tensor]:
+    def held_out_log_prob(self) -> tuple[Data, Tensor]:
         """Rows held out, with noise on their levels, and their log-density in the user's units."""
         count = min(len(self.held_out), self.method.draws)
         rows = self.held_out.rows(torch.arange(count, device=self.device)).spread()
@@ -392,7 +394,7 @@ class _Problem:
         """The log-density of rows held out under the flow, and under a Gaussian."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed + 2)
-            rows, held_out = self.judged()
+            rows, held_out = self.held_out_log_prob()
             return mean(held_out), mean(self.plain.to(self.device).gaussian(rows.values))
 
     def keep_start(self, done: Training) -> Training:
@@ -405,14 +407,14 @@ class _Problem:
             for state in (self.initial, kept):
                 torch.manual_seed(self.seed + 2)
                 self.flow.load_state_dict(state)
-                found.append(self.judged()[1])
+                found.append(self.held_out_log_prob()[1])
         gain = found[1] - found[0]
         if len(gain) < 2 or gain.mean() > ERRORS * gain.std() / math.sqrt(len(gain)):
             return done
         self.flow.load_state_dict(self.initial)
         return replace(done, best=found[0].mean().item(), best_step=0)
 
-    def finished(
+    def finish(
         self,
         done: Training,
         learnt: bool,

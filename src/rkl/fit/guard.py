@@ -31,7 +31,7 @@ def slope_of(divergence: FDivergence) -> float:
     return float(max(slopes, key=lambda lam: abs(math.log(lam)), default=1.0))
 
 
-def annealed(divergence: FDivergence, progress: float) -> FDivergence:
+def anneal(divergence: FDivergence, progress: float) -> FDivergence:
     """The divergence with λ on its way from 1, geometrically, to its value at progress 1.
 
     >>> annealed(PrecisionHalf(lam=100.0), 0.5)
@@ -48,7 +48,7 @@ def annealed(divergence: FDivergence, progress: float) -> FDivergence:
     return changed
 
 
-def measured(divergence: FDivergence) -> FDivergence:
+def guard_divergence(divergence: FDivergence) -> FDivergence:
     """The divergence by which a fit is judged: PrecisionRecall(λ) for what has a slope λ."""
     if any(isinstance(term, SLOPED) for _, term in weighted_terms(divergence)):
         return PrecisionRecall(lam=slope_of(divergence))
@@ -74,7 +74,7 @@ class Guard:
         self, flow: nn.Module, ratio: Ratio, divergence: FDivergence, exact: LogProb | None
     ):
         self.flow, self.ratio, self.exact = flow, ratio, exact
-        self.divergence = measured(divergence)
+        self.divergence = guard_divergence(divergence)
         self.start_flow = copy.deepcopy(flow).requires_grad_(False)
         self.start_ratio = copy.deepcopy(ratio).requires_grad_(False)
         self.begun, self.reached = False, 0.0
@@ -114,8 +114,8 @@ class Guard:
         return self._judge(moment, condition, count)
 
     def _judge(self, moment: Moment, condition: Tensor | None, count: int) -> float:
-        start = self._drawn(self.start_flow, condition, count)
-        now = self._drawn(self.flow, condition, count)
+        start = self._draw(self.start_flow, condition, count)
+        now = self._draw(self.flow, condition, count)
         gains, after = [], start[1]
         for density in self._densities():
             before, after = (
@@ -144,7 +144,7 @@ class Guard:
         """Terms of D at draws, the ratio normalised where it is a critic's."""
         if self.exact is None:
             log_ratio = log_ratio - log_ratio.logsumexp(0) + math.log(len(log_ratio))
-        return monte_carlo(self.divergence, self.ratio.cut(log_ratio), sampled_from="q")
+        return monte_carlo(self.divergence, self.ratio.cut_off(log_ratio), sampled_from="q")
 
     def _densities(self) -> list[LogProb]:
         """The log-density of the data, up to a constant, in each way that it is known."""
@@ -161,7 +161,7 @@ class Guard:
         return [by(self.start_flow, self.start_ratio), by(self.flow, self.ratio)]
 
     @staticmethod
-    def _drawn(flow: nn.Module, condition: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    def _draw(flow: nn.Module, condition: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
         with torch.random.fork_rng():  # the same latents for each, so that they are compared well
             law = flow() if condition is None else flow(condition)
             return draw(law, () if condition is not None else (count,))

@@ -76,7 +76,7 @@ class Mixture:
         weight = self.log_weight if not self.of_classes or condition is None else condition.log()
         return (self.log_parts(rows) + weight).logsumexp(1)
 
-    def mapped(self, matrix: Float[Tensor, "columns columns"]) -> "Mixture":
+    def transform(self, matrix: Float[Tensor, "columns columns"]) -> "Mixture":
         """The mixture of the images of its events under a linear map."""
         root = torch.linalg.cholesky(matrix @ self.root @ self.root.mT @ matrix.T)
         return Mixture(self.log_weight, self.mean @ matrix.T, root, self.kind, self.of_classes)
@@ -104,7 +104,7 @@ def begin_as_mixture(
     plain = units if units.bending is None else Units.of_rows(training, bend=False)
     least, best = _gaussian_bic(units, rows), None
     for one in {id(it): it for it in (units, plain)}.values():
-        inner, log_slope = _unmixed(one, rows)
+        inner, log_slope = _in_spread_units(one, rows)
         found = best_mixture(inner, rows.condition, seed)
         if found is None:
             continue
@@ -114,12 +114,12 @@ def begin_as_mixture(
     if best is None or (len(best[1]) == 1 and best[1].kind != "diag"):  # what it begins as anyway
         return flow, units
     chosen, mixture = best
-    inner, log_slope = _unmixed(chosen, judges)
+    inner, log_slope = _in_spread_units(chosen, judges)
     density = mixture.log_prob(inner, judges.condition) + log_slope
     if density.mean() < units.gaussian(judges.values).mean():
         return flow, units
     mix = _matrix(chosen.mix)
-    mixture = mixture.mapped(to_latents if mix is None else to_latents @ mix)
+    mixture = mixture.transform(to_latents if mix is None else to_latents @ mix)
     mixture = mixture if mixture.of_classes else _with_outliers(mixture, len(rows))
     kind = next(flow.parameters()).dtype
     log_weight, mean, root = (
@@ -140,7 +140,7 @@ def _with_outliers(mixture: Mixture, rows: int) -> Mixture:
     return Mixture(log_weight, mean, root, "full")
 
 
-def _unmixed(units: Units, rows: Data) -> tuple[Tensor, Tensor]:
+def _in_spread_units(units: Units, rows: Data) -> tuple[Tensor, Tensor]:
     """Events bent and in units of their spread, but with their correlations; and log slopes."""
     inner, log_slope = units.encode(rows.values)
     mix, inner = _matrix(units.mix), inner.double()
@@ -180,7 +180,7 @@ def best_mixture(
         densities = [it.log_prob(rows, condition) for it in runs]
         cost = min(bic(it, density) for it, density in zip(runs, densities, strict=True))
         if cost < least:
-            best, least = _averaged(runs, [it.mean().item() for it in densities]), cost
+            best, least = _average(runs, [it.mean().item() for it in densities]), cost
     return None if best is None else (best, least)
 
 
@@ -202,7 +202,7 @@ def _candidates(rows: Tensor, condition: Tensor | None, seed: int) -> Iterator[l
                 break
 
 
-def _averaged(runs: list[Mixture], densities: list[float]) -> Mixture:
+def _average(runs: list[Mixture], densities: list[float]) -> Mixture:
     """The mean of the mixtures that are nearly as likely as the best, each maximum once."""
     best = max(densities)
     near = [i for i, one in enumerate(densities) if one > best - NEAR]

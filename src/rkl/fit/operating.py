@@ -60,10 +60,10 @@ def reach(
         torch.manual_seed(seed + 4)
         judge, most = _Judge(fitted, chosen), MOST if budget is None else budget
         if target is None:
-            return judge.reached(None, most, seconds)
+            return judge.precision_bound(None, most, seconds)
         spent, best, left = 1.0, None, seconds
         while True:
-            found = judge.reached(target, spent, left)
+            found = judge.precision_bound(target, spent, left)
             value = found.precision.value.item()
             if best is None or (value > best.precision.value.item() and not found.hurried):
                 best = found
@@ -102,7 +102,7 @@ class _Judge:
         self.held_out = fitted.held_out.to(device).spread()
         shape, conditions = self.rows.event_shape, self.rows.conditions
         self.ratio = chosen.build(shape, conditions, WIDEST).to(device, fitted.flow.dtype)
-        log_ratio = self._drawn(DRAWS)[2].double().cpu()
+        log_ratio = self._draws(DRAWS)[2].double().cpu()
         self.normaliser = (log_ratio.logsumexp(0) - math.log(DRAWS)).item()
         self.log_ratio = log_ratio - self.normaliser
         self.found: list[tuple[float, float, float]] = []
@@ -112,7 +112,7 @@ class _Judge:
         found = operating_point(self.log_ratio, budget=min(budget, self.useful))
         return found._replace(target_precision=min(1.0, found.target_precision))
 
-    def reached(self, target: float | None, budget: float, seconds: float) -> Reached:
+    def precision_bound(self, target: float | None, budget: float, seconds: float) -> Reached:
         """What the judge finds of a budget, in so many seconds."""
         (precision, hurried), point = self.precision(budget, seconds), self.point(budget)
         figures = point.budget, *precision.pair()
@@ -121,7 +121,7 @@ class _Judge:
         judged = tuple(self.found)
         return Reached(target, precision, point, self.normaliser, judged, hurried)
 
-    def _drawn(self, count: int) -> tuple[Data, Tensor, Tensor]:
+    def _draws(self, count: int) -> tuple[Data, Tensor, Tensor]:
         """Rows; draws under their conditions; and what the critic that rejects says of these."""
         rows = self.rows.batch(count)
         law = self.scaled() if rows.condition is None else self.scaled(rows.condition)
@@ -129,9 +129,9 @@ class _Judge:
         with torch.no_grad():
             return rows, value, self.rejects(value, rows.condition)
 
-    def _kept(self, point: OperatingPoint) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _accept(self, point: OperatingPoint) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rows, accepted draws under their conditions, and these."""
-        rows, value, log_ratio = self._drawn(math.ceil(KEPT * point.budget))
+        rows, value, log_ratio = self._draws(math.ceil(KEPT * point.budget))
         log_keep = log_ratio - self.normaliser + math.log(point.accept_lam)
         keep = torch.rand_like(log_keep).log() < log_keep
         given = None if rows.condition is None else rows.condition[keep]
@@ -143,13 +143,13 @@ class _Judge:
     def precision(self, budget: float, seconds: float) -> tuple[Mean, bool]:
         """What held-out rows say of it, once the judge has learnt; whether its time was short."""
         point, step = self.point(budget), 0
-        p, q, given = self._kept(point)
+        p, q, given = self._accept(point)
         for progress in lessons("critic of what is kept", self.lessons, seconds):
             index = torch.randint(len(q), (BATCH,), device=q.device)
             condition = None if given is None else given[index]
             self.ratio.update(p[index], q[index], condition, 1 - progress)
             step += 1
-        _, q, given = self._kept(point)
+        _, q, given = self._accept(point)
         with torch.no_grad():
             found = self.ratio(q, given) > 0
             own = self.ratio(self._inner(self.held_out.values), self.held_out.condition) > 0

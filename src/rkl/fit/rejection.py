@@ -99,11 +99,11 @@ def reject(
         )
     knob = {"budget": budget, "accept_lam": accept_lam, "target_precision": target_precision}
     with torch.no_grad():
-        point = operating_point(_drawn(law, log_ratio, pilot)[1].double(), **knob)
-        return _kept(law, log_ratio, n, point)
+        point = operating_point(_draw(law, log_ratio, pilot)[1].double(), **knob)
+        return _accept(law, log_ratio, n, point)
 
 
-def _kept(law: Distribution, log_ratio: LogRatio, n: int, point: OperatingPoint) -> Accepted:
+def _accept(law: Distribution, log_ratio: LogRatio, n: int, point: OperatingPoint) -> Accepted:
     log_lam, most = torch.tensor(point.accept_lam).double().log(), 100 * n * point.budget + BATCH
     samples, ratios, flags, accepted, draws = [], [], [], 0, 0
     while accepted < n:
@@ -112,7 +112,7 @@ def _kept(law: Distribution, log_ratio: LogRatio, n: int, point: OperatingPoint)
                 f"only {accepted} of {draws:,} draws were accepted, where the pilot promised one "
                 f"in {point.budget:.4g}: log_ratio answers otherwise than before."
             )
-        x, ratio = _drawn(law, log_ratio, BATCH)
+        x, ratio = _draw(law, log_ratio, BATCH)
         uniform = torch.rand(len(x), dtype=torch.float64, device=x.device)
         keep = uniform.log() < ratio.double() + log_lam.to(x.device)
         samples.append(x[keep])
@@ -125,7 +125,7 @@ def _kept(law: Distribution, log_ratio: LogRatio, n: int, point: OperatingPoint)
     return Accepted(*kept, point, last, mean(every.double().cpu()))
 
 
-def _drawn(law: Distribution, log_ratio: LogRatio, count: int) -> tuple[Tensor, Tensor]:
+def _draw(law: Distribution, log_ratio: LogRatio, count: int) -> tuple[Tensor, Tensor]:
     x = law.sample(torch.Size([count]))
     ratio = log_ratio(x)
     if not isinstance(ratio, Tensor) or ratio.shape != (count,):

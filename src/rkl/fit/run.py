@@ -26,7 +26,7 @@ from rkl.flows.runs import (
     WEIGHTS,
     check_device,
     check_same_data,
-    moved,
+    movable_paths,
     run_input,
 )
 from rkl.flows.training import goes_on, save_state
@@ -104,12 +104,12 @@ def fit(
     allowed = settings.allowance
     more = goes_on(Path(out), **allowed, share=settings.share_of_steps) if resume else True
     data = _read(settings)
-    begun = _begun(settings, data)
+    begun = _prepare(settings, data)
     kept = asdict(settings) | {"data": str(settings.data.resolve())}
     if settings.start_from is not None:
         kept["start_from"] = str(settings.start_from.resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
-    places = moved(out, resume)
+    places = movable_paths(out, resume)
     if (labels := _labels_file(settings)) is not None:
         kept["labels"] = str(labels)
         places = (*places, "labels") if places else ()
@@ -125,7 +125,7 @@ def fit(
             if more:  # of the earlier weights, measured meanwhile
                 run.remove_measured()
             _save(run, fitted)
-    followed = settings.start_from is None and not is_likelihood(settings.chosen)
+    followed = settings.start_from is None and not is_likelihood(settings.parsed_divergence)
     return Fitted(run.path, fitted, followed, data.notes)
 
 
@@ -150,7 +150,7 @@ def _inputs(settings: FitSettings, data: Data) -> dict[str, Input]:
     return found
 
 
-def _begun(settings: FitSettings, data: Data) -> Callable[..., Fit]:
+def _prepare(settings: FitSettings, data: Data) -> Callable[..., Fit]:
     """All that can be refused has been; what is left to say is how long, and in which run."""
     if settings.start_from is not None:
         return distillation(settings, data)
@@ -161,15 +161,15 @@ def _begun(settings: FitSettings, data: Data) -> Callable[..., Fit]:
     how: dict[str, Any] = {"seed": settings.seed, "method": settings.method}
     how |= {"with_critic": settings.critic, "budget": settings.budget}
     how |= {"target_precision": settings.target_precision}
-    return partial(fit_to_samples, flow.to(device), data, settings.chosen, **how)
+    return partial(fit_to_samples, flow.to(device), data, settings.parsed_divergence, **how)
 
 
 def dry_run(settings: FitSettings) -> str:
     """What a fit would do and how long it would take, from a few steps; nothing is written."""
     data = _read(settings)
-    flow, divergence = settings.architecture, settings.chosen
+    flow, divergence = settings.architecture, settings.parsed_divergence
     aimless = replace(settings, critic=False, budget=None, target_precision=None)
-    tried = _begun(aimless, data)(steps=TRIED)
+    tried = _prepare(aimless, data)(steps=TRIED)
     size = sum(it.numel() for it in tried.flow.parameters())
     per_step = tried.training.seconds / TRIED
     estimator = settings.estimator
@@ -201,7 +201,7 @@ def _critics(settings: FitSettings, tried: Fit, steps: int) -> tuple[str, float]
     if settings.share_of_steps == 1:
         return None
     aimed = settings.target_precision is not None or settings.budget is not None
-    likelihood = is_likelihood(settings.chosen)
+    likelihood = is_likelihood(settings.parsed_divergence)
     chosen = settings.method.critic
     seconds = seconds_of_update(tried, chosen, settings.batch)
     count = max(chosen.lessons_after(steps) if aimed else 50, steps // (3 if likelihood else 10))

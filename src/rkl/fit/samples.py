@@ -75,7 +75,9 @@ def sample_run(
             wanted = settings
             if held is not None and settings.target_precision is not None:
                 wanted = _judged_budget(settings, held)
-            samples, cost = _rejected(law, load_critic(path, allow=allow), condition, wanted)
+            samples, cost = _rejection_sample(
+                law, load_critic(path, allow=allow), condition, wanted
+            )
             if wanted.target_precision is not None:
                 cost += (
                     "; the precision is the critic's own claim, which nothing has judged: fit "
@@ -164,7 +166,7 @@ def _refuse_changed_latents(settings: SampleSettings) -> None:
         )
 
 
-def _rejected(
+def _rejection_sample(
     law: Any, critic: ScaledCritic, condition: Tensor | None, settings: SampleSettings
 ) -> tuple[Tensor, str]:
     critic.to(settings.device)

@@ -87,7 +87,7 @@ class FitSettings:
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), above=0, at_most=most)
         integer("seed", self.seed, at_most=LARGEST_SEED)
-        _ = self.method, self.architecture, self.chosen
+        _ = self.method, self.architecture, self.parsed_divergence
 
     @property
     def method(self) -> Method:
@@ -102,7 +102,7 @@ class FitSettings:
         return parse_architecture(self.flow)
 
     @property
-    def chosen(self) -> FDivergence:
+    def parsed_divergence(self) -> FDivergence:
         """What is minimised."""
         divergence = parse(self.divergence)
         if not isinstance(divergence, FDivergence):
@@ -122,8 +122,8 @@ class FitSettings:
         if self.start_from is not None:
             return 1.0
         aimed = self.target_precision is not None or self.budget is not None
-        critic = self.critic or aimed or not is_likelihood(self.chosen)
-        return share_of_steps(self.chosen, critic=critic, aimed=aimed)
+        critic = self.critic or aimed or not is_likelihood(self.parsed_divergence)
+        return share_of_steps(self.parsed_divergence, critic=critic, aimed=aimed)
 
 
 @dataclass(frozen=True)

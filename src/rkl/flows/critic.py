@@ -110,9 +110,9 @@ class Ratio(nn.Module):
         condition: Float[Tensor, "batch conditions"] | None = None,
     ) -> Float[Tensor, " batch"]:
         """Log p(x) − log q(x) in nats."""
-        return self.cut(self.score(value, condition) - self.log_normaliser)
+        return self.cut_off(self.score(value, condition) - self.log_normaliser)
 
-    def cut(self, log_ratio: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def cut_off(self, log_ratio: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Log-ratios within ± bound; beyond it they are guesses, and would bias the gradient."""
         return log_ratio.clamp(-self.bound, self.bound)
 

@@ -54,7 +54,7 @@ def check_same_data(run: Run, found: str, inputs: dict[str, Input], **others: An
     run.update(data={"fingerprint": found, **others}, inputs=inputs)
 
 
-def moved(out: str | os.PathLike, resume: bool) -> tuple[str, ...]:
+def movable_paths(out: str | os.PathLike, resume: bool) -> tuple[str, ...]:
     """The settings that name files, which a resumed run may find in other places.
 
     They may only where run.json has the digests by which their contents are compared.

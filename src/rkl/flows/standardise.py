@@ -263,7 +263,7 @@ def fitted_bend(values: Float[Tensor, "rows columns"], rows: Data) -> Bend | Non
     ordered = values.sort(0).values
     low, middle, high = ordered[[round(at * (count - 1)) for at in (0.16, 0.5, 0.84)]]
     spread = (high - low) / 2
-    usable = (spread > 0) & (rows.step_of_columns() == 0) & ~_tied(ordered)
+    usable = (spread > 0) & (rows.step_of_columns() == 0) & ~_columns_with_ties(ordered)
     standard = (values - values.mean(0)) / values.std(0)
     skewness, kurtosis = standard.pow(3).mean(0), standard.pow(4).mean(0) - 3
     index = (usable & ((skewness.abs() > HEAVY) | (kurtosis > HEAVY))).nonzero().flatten()
@@ -286,7 +286,7 @@ def fitted_bend(values: Float[Tensor, "rows columns"], rows: Data) -> Bend | Non
     return Bend(bent, torch.where(bent, whole[0], 0.0), torch.where(bent, whole[1], 1.0))
 
 
-def _tied(ordered: Tensor) -> Tensor:
+def _columns_with_ties(ordered: Tensor) -> Tensor:
     """Columns of which one value is that of many rows."""
     apart = max(1, round(TIED * len(ordered)))
     return (ordered[apart:] == ordered[:-apart]).any(0)

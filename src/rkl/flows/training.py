@@ -193,7 +193,7 @@ def train(
             ended = loop.moment.progress >= 1 or loop.moment.stopped
             if ended or loop.moment.step % every == 0 or loop.moment.step in looks:
                 loop.pause(watch, show)
-    return loop.finished()
+    return loop.finish()
 
 
 def early_steps(every: int) -> frozenset[int]:
@@ -278,7 +278,7 @@ class _Loop:
     def pause(self, watch: Watch | None, show: Callable[[Moment, dict], None]) -> None:
         """Look at the averaged parameters, write a row and a checkpoint."""
         if watch is not None:
-            with self._averaged(), torch.no_grad():
+            with self._average_parameters(), torch.no_grad():
                 score = watch(self.moment)
             if score is not None:
                 self.moment.log(score=score)
@@ -303,7 +303,7 @@ class _Loop:
             self.best = {"score": score, "step": self.moment.step, "parameters": kept}
 
     @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def _average_parameters(self) -> Iterator[None]:
         own = [it.detach().clone() for it in self.parameters]
         _copy(self.average, self.parameters)
         try:
@@ -352,7 +352,7 @@ class _Loop:
         self.run.rewind(self.moment.step)
         self.history = self.run.metrics
 
-    def finished(self) -> Training:
+    def finish(self) -> Training:
         _copy(self.best["parameters"] or self.average, self.parameters)
         self.optimizer.zero_grad()
         moment, best = self.moment, self.best
@@ -373,7 +373,7 @@ def save_state(path: str | os.PathLike, state: Any) -> None:
     The structure is in the file's header; nothing that is read can run code.
     """
     tensors: dict[str, Tensor] = {}
-    packed = _packed(state, tensors)
+    packed = _pack(state, tensors)
     digest = _digest(json.dumps(packed), tensors.__getitem__, list(tensors))
     # In one entry: safetensors writes several in an order of chance, and equal states must be
     # equal files.
@@ -388,12 +388,12 @@ def load_state(path: str | os.PathLike) -> Any:
         with safe_open(path, "pt") as file:
             structure = json.loads(file.metadata()["structure"])
             if not (isinstance(structure, dict) and "sha256" in structure):  # of earlier versions
-                return _unpacked(structure, file.get_tensor)
+                return _unpack(structure, file.get_tensor)
             kept, packed = structure["sha256"], structure["state"]
             found = _digest(json.dumps(packed), file.get_tensor, list(file.keys()))
             if found != kept:
                 raise ValueError(f"it is damaged: its sha256 is {found}, and was {kept}")
-            return _unpacked(packed, file.get_tensor)
+            return _unpack(packed, file.get_tensor)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path: {path} holds no state that rkl wrote: {error}.") from None
 
@@ -404,25 +404,25 @@ def _digest(structure: str, tensor: Callable[[str], Any], names: Collection[str]
     return values_of(None, [structure, ordered, *map(tensor, ordered)])["sha256"]
 
 
-def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().clone()
         return {"tensor": name}
     if isinstance(value, Mapping):  # as pairs: the keys of optimisers are integers
-        return {"pairs": [[key, _packed(it, tensors)] for key, it in value.items()]}
+        return {"pairs": [[key, _pack(it, tensors)] for key, it in value.items()]}
     if isinstance(value, list | tuple):
-        return [_packed(it, tensors) for it in value]
+        return [_pack(it, tensors) for it in value]
     return value
 
 
-def _unpacked(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+def _unpack(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     if isinstance(value, list):
-        return [_unpacked(it, tensor) for it in value]
+        return [_unpack(it, tensor) for it in value]
     if isinstance(value, dict) and "tensor" in value:
         return tensor(value["tensor"])
     if isinstance(value, dict):
-        return {key: _unpacked(it, tensor) for key, it in value["pairs"]}
+        return {key: _unpack(it, tensor) for key, it in value["pairs"]}
     return value
 
 

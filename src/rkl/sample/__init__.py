@@ -14,7 +14,7 @@ HOMES = {
     "mcmc": "HeatBath Metropolis Phi4HeatBath RandomWalk Walk Wolff markov_chain",
     "metropolis": "Chain independent_metropolis",
     "objectives": "Objective Term parse_objective",
-    "observables": "averages beside_held_out check_held_out",
+    "observables": "averages compare_with_held_out check_held_out",
     "run": "load_run sample_run",
     "settings": "EvaluateSettings SampleSettings TargetSettings condition_grid",
     "smc": "Evidence evidence",

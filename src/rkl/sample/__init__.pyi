@@ -35,8 +35,8 @@ from rkl.sample.objectives import Objective as Objective
 from rkl.sample.objectives import Term as Term
 from rkl.sample.objectives import parse_objective as parse_objective
 from rkl.sample.observables import averages as averages
-from rkl.sample.observables import beside_held_out as beside_held_out
 from rkl.sample.observables import check_held_out as check_held_out
+from rkl.sample.observables import compare_with_held_out as compare_with_held_out
 from rkl.sample.run import load_run as load_run
 from rkl.sample.run import sample_run as sample_run
 from rkl.sample.settings import EvaluateSettings as EvaluateSettings

@@ -51,10 +51,10 @@ def _tables(runs: Mapping[str, Run]) -> Iterator[Table]:
         words = str(setting_of(run, "target")), str(minimised), str(setting_of(run, "flow"))
         rows.append((name, *words, *figures, last.get("step")))
     yield Table("Flows of targets", columns, tuple(rows), _TARGETS_SAY)
-    yield from _evaluated(runs)
+    yield from _evaluation_tables(runs)
 
 
-def _evaluated(runs: Mapping[str, Run]) -> Iterator[Table]:
+def _evaluation_tables(runs: Mapping[str, Run]) -> Iterator[Table]:
     """Log Z, acceptance and coverage under each condition of the runs that were evaluated."""
     rows: list[tuple[Cell, ...]] = []
     for name, run in runs.items():

@@ -11,8 +11,8 @@ from torch.distributions import Distribution
 
 from rkl.checks import number
 from rkl.sample.importance import Importance, check_log_ratio, expectation, reweight
-from rkl.sample.mcmc.kernels import check_whole, seeded
-from rkl.sample.metropolis import law_of, proposed
+from rkl.sample.mcmc.kernels import check_whole, random_seed
+from rkl.sample.metropolis import law_of, draw_proposals
 from rkl.sample.observables import check_draws, check_held_out
 from rkl.sample.targets.base import Target, check_condition, exact_draws, exact_log_z
 from rkl.stats import Mean, mean, to_json
@@ -173,9 +173,9 @@ def judge_coverage(
         check_draws("held_out", target, held_out, 2)
     if train is not None and held_out is not None:
         check_held_out(train, held_out)
-    with seeded(seed, condition.device):
+    with random_seed(seed, condition.device):
         law = law_of(proposal, target, condition)
-        x, log_p, log_q = proposed(target, law, condition, (draws,))
+        x, log_p, log_q = draw_proposals(target, law, condition, (draws,))
         held_out = exact_draws(target, condition, (draws,)) if held_out is None else held_out
     exact = exact_log_z(target, condition)
     at_target, modes = None, None
@@ -242,7 +242,7 @@ def judge_ratios(
     elbo, eubo, ess, reached = mean(log_ratio), None, None, None
     if at_target is not None:
         at_target = _checked_at_target(at_target)
-        eubo, ess = _grouped(at_target, islands), _ess_of_target(at_target, islands)
+        eubo, ess = _mean_of_islands(at_target, islands), _ess_of_target(at_target, islands)
     if isinstance(log_z, Mean):
         error = torch.hypot(weights.log_z.error, log_z.error)
         reached = _share(Mean(weights.log_z.value - log_z.value, error))
@@ -315,7 +315,7 @@ def _reasons(found: Coverage):
 def _modes(log_ratio: Tensor, labels: Tensor, target_labels: Tensor, names, islands: int | None):
     for k, name in enumerate(names):
         inside, held = (labels == k).double(), (target_labels == k).double()
-        mass, drawn = _grouped(held, islands), mean(inside)
+        mass, drawn = _mean_of_islands(held, islands), mean(inside)
         enough = mass.value * min(len(inside), len(held)) >= FEWEST
         missing = bool(enough & (drawn.value < RARE * mass.value))
         yield Mode(name, mass, drawn, expectation(inside, log_ratio), missing)
@@ -348,7 +348,7 @@ def _checked_at_target(at_target: Any) -> Tensor:
     return at_target
 
 
-def _grouped(values: Tensor, islands: int | None) -> Mean:
+def _mean_of_islands(values: Tensor, islands: int | None) -> Mean:
     """The mean, with the error that independent groups of rows give where it is the larger."""
     found = mean(values)
     if islands is None:
@@ -368,7 +368,7 @@ def _ess_of_target(log_ratio: Tensor, islands: int | None) -> Mean:
     up, down = (it.softmax(0) * len(it) for it in (log_ratio, -log_ratio))
     log_mean = [it.logsumexp(0) - math.log(len(it)) for it in (log_ratio, -log_ratio)]
     ess = (-log_mean[0] - log_mean[1]).exp()
-    return Mean(ess, ess * _grouped(up + down, islands).error)
+    return Mean(ess, ess * _mean_of_islands(up + down, islands).error)
 
 
 def _share(log: Mean) -> Mean:

@@ -18,7 +18,7 @@ def check_architecture(architecture: Architecture, target: Target) -> None:
     Raises:
         ValueError: It is of the other domain.
     """
-    domain, wanted = architecture.domain, target.chart.unbounded
+    domain, wanted = architecture.domain, target.chart.unbounded_domain
     wanted = wanted if isinstance(wanted, str) else "mixed"
     if domain in (None, wanted, "mixed"):
         return

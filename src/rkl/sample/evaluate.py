@@ -22,9 +22,9 @@ from rkl.sample.evaluation import Evaluation, Reference, Values
 from rkl.sample.importance import Thermodynamics, reweight, tails_of_averages, thermodynamics
 from rkl.sample.log_z import thermodynamic_integration
 from rkl.sample.mcmc import markov_chain
-from rkl.sample.mcmc.kernels import check_whole, kernel_of_angles, name_of, seeded
-from rkl.sample.metropolis import Chain, independent_metropolis, law_of, proposed
-from rkl.sample.observables import averages, beside_held_out, observe
+from rkl.sample.mcmc.kernels import check_whole, kernel_of_angles, name_of, random_seed
+from rkl.sample.metropolis import Chain, draw_proposals, independent_metropolis, law_of
+from rkl.sample.observables import averages, compare_with_held_out, observe
 from rkl.sample.run import TargetRun, count_drawn, load_target_run, read_draws
 from rkl.sample.settings import EvaluateSettings, condition_grid, parse_ranges
 from rkl.sample.smc import Evidence, evidence
@@ -90,13 +90,13 @@ def evaluate_on_target(
     >>> abs(found.thermodynamics.log_z.value.item()) < 0.1  # the target is normalised
     True
     """
-    condition = _checked(target, condition, draws, chains, held_out)
+    condition = _check_arguments(target, condition, draws, chains, held_out)
     began = time.perf_counter()
     chain = independent_metropolis(target, flow, condition, draws=draws, chains=chains, seed=seed)
     seconds = time.perf_counter() - began
-    values = _observed(target, chain.x, condition)
+    values = _observables(target, chain.x, condition)
     began = time.perf_counter()
-    log_ratio, log_p, tails = _weighed(flow, target, condition, draws * chains, seed + 1)
+    log_ratio, log_p, tails = _log_ratios(flow, target, condition, draws * chains, seed + 1)
     weights_seconds = time.perf_counter() - began
     drawn, judges = None, _Judges(held_out)
     if reference:
@@ -158,7 +158,7 @@ def _with_deviations(found: Evaluation) -> Iterator[Coverage]:
         yield it if it.reached is None else replace(it, reasons=(*it.reasons, *reasons))
 
 
-def _checked(target: Target, condition: Tensor | None, draws, chains, held_out) -> Tensor:
+def _check_arguments(target: Target, condition: Tensor | None, draws, chains, held_out) -> Tensor:
     if condition is None:
         condition = condition_grid(target.conditions)
     condition = check_condition(target, condition)
@@ -176,11 +176,11 @@ def _checked(target: Target, condition: Tensor | None, draws, chains, held_out) 
     return condition
 
 
-def _weighed(flow, target, condition, draws: int, seed: int) -> tuple[Tensor, Tensor, dict]:
+def _log_ratios(flow, target, condition, draws: int, seed: int) -> tuple[Tensor, Tensor, dict]:
     """Log p − log q and log p of independent draws [rows, draws], and Pareto k of averages."""
-    with seeded(seed, condition.device):
+    with random_seed(seed, condition.device):
         law = law_of(flow, target, condition)
-        x, log_p, log_q = proposed(target, law, condition, (draws,))
+        x, log_p, log_q = draw_proposals(target, law, condition, (draws,))
     log_ratio, tails = (log_p - log_q).T, {}
     derived = target.derived(condition)
     for name, it in observe(target, x, condition.expand(draws, *condition.shape)).items():
@@ -189,7 +189,7 @@ def _weighed(flow, target, condition, draws: int, seed: int) -> tuple[Tensor, Te
     return log_ratio, log_p.T, tails
 
 
-def _observed(target: Target, x: Tensor, condition: Tensor) -> Values:
+def _observables(target: Target, x: Tensor, condition: Tensor) -> Values:
     """What is measured of states [rows, chains, draws, *event]."""
     return observe(target, x, condition[:, None, None, :].expand(*x.shape[:3], -1))
 
@@ -203,23 +203,23 @@ def _reference(
     if x is None:
         return _cooled_reference(target, condition, draws, seed, judges)
     seconds = time.perf_counter() - began
-    values = _observed(target, x, condition)
+    values = _observables(target, x, condition)
     means = averages(target, values, condition)
     log_z = _log_z(target, condition, seed)
     drawn = Reference(x, values, means, "exact draws", seconds, True, *log_z)
-    return drawn, judges if judges.held_out is not None else _Judges(_thinned(x))
+    return drawn, judges if judges.held_out is not None else _Judges(_thin(x))
 
 
 def _exact_chains(target: Target, condition: Tensor, draws: int, seed: int) -> Tensor | None:
     """Exact draws [rows, chains, draws, *event], where the target has a sampler."""
     chains = max(1, min(MAX_CHAINS, draws // 50))
     shape = (len(condition), chains, draws // chains)
-    with seeded(seed, condition.device):
+    with random_seed(seed, condition.device):
         x = exact_draws(target, condition, (math.prod(shape[1:]),))
     return None if x is None else x.movedim(0, 1).reshape(*shape, *target.event_shape)
 
 
-def _thinned(x: Tensor) -> list[Tensor]:
+def _thin(x: Tensor) -> list[Tensor]:
     """Some of the draws [rows, chains, draws, *event] of each row."""
     flat = x.flatten(1, 2)
     return list(flat[:, :: -(-flat.shape[1] // JUDGED)])
@@ -243,7 +243,7 @@ def _cooled_reference(
         assert walk is not None
         x, source = walk, name_of(kernel)
     seconds = time.perf_counter() - began
-    values = _observed(target, x, condition)
+    values = _observables(target, x, condition)
     means = averages(target, values, condition)
     if kernel is None:
         means = {name: _with_islands(it, values[name]) for name, it in means.items()}
@@ -326,20 +326,20 @@ def _beside(flow, target, chain: Chain, held_out) -> Iterator[dict[str, Mean]]:
     parts = "x", "accepted", "log_ratio", "log_p", "log_q", "condition"
     for row, rows in enumerate(held_out):
         one = Chain(**{name: getattr(chain, name)[row] for name in parts})
-        yield beside_held_out(target, flow, one, rows)
+        yield compare_with_held_out(target, flow, one, rows)
 
 
 def _thermodynamics(target, condition, log_ratio, log_p) -> Thermodynamics:
     """With T where there is one, and one series of temperatures for each value of the rest."""
     if not has_temperature(target):
         one = torch.ones(len(condition))
-        return _joined(
+        return _concatenate(
             [thermodynamics(log_ratio[[k]], -log_p[[k]], one[[k]]) for k in range(len(one))]
         )
     temperature = condition[:, 0]
     energy = -log_p * temperature[:, None]
     series = _series(condition)
-    return _joined([thermodynamics(log_ratio[k], energy[k], temperature[k]) for k in series])
+    return _concatenate([thermodynamics(log_ratio[k], energy[k], temperature[k]) for k in series])
 
 
 def _series(condition: Tensor) -> list[list[int]]:
@@ -348,7 +348,7 @@ def _series(condition: Tensor) -> list[list[int]]:
     return [list(rows) for _, rows in itertools.groupby(range(len(others)), others.__getitem__)]
 
 
-def _joined(parts: list[Thermodynamics]) -> Thermodynamics:
+def _concatenate(parts: list[Thermodynamics]) -> Thermodynamics:
     names = "log_z", "energy", "free_energy", "entropy", "heat_capacity", "gap"
     columns = ([getattr(it, name) for it in parts] for name in names)
     tails = {name: torch.cat([it.tails[name] for it in parts]) for name in names[:-1]}

@@ -106,7 +106,7 @@ class Evaluation:
         return [f"{at}: {reason}" for at, it in pairs for reason in it.reasons]
 
     @property
-    def marked(self) -> bool:
+    def has_heavy_tail(self) -> bool:
         """Whether a figure has a tail too heavy to be trusted; tables mark it with a star."""
         tails = (self.weights.tail, *self.thermodynamics.tails.values(), *self.tails.values())
         return any(bool((it > HEAVY).any()) for it in tails)
@@ -142,7 +142,7 @@ class Evaluation:
         ]
 
     @property
-    def unmixed(self) -> list[str]:
+    def reference_warnings(self) -> list[str]:
         """A sentence about a reference that cannot be trusted; none about another."""
         if self.reference is None or self.reference.mixed:
             return []
@@ -168,7 +168,7 @@ class Evaluation:
         return {**self.target.units, **{name: it.unit for name, it in derived.items() if it.unit}}
 
     def __str__(self) -> str:
-        return "\n".join(_written(self))
+        return "\n".join(_lines(self))
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as JSON can hold them."""
@@ -187,7 +187,7 @@ class Evaluation:
             },
             "averages": {name: to_json(it) for name, it in self.averages.items()},
             "acceptance": self.chain.acceptance.tolist(),
-            "longest_sojourn": self.chain.sojourn.tolist(),
+            "longest_rejection_run": self.chain.longest_rejection_run.tolist(),
             "failed": self.chain.failed.tolist(),
             "effective": {name: it.tolist() for name, it in self.effective.items()},
             "seconds": self.seconds,
@@ -218,7 +218,7 @@ def _of_reference(found: Evaluation) -> dict[str, Any]:
     }
 
 
-def _written(found: Evaluation) -> Iterator[str]:
+def _lines(found: Evaluation) -> Iterator[str]:
     chains, draws = found.chain.accepted.shape[-2:]
     yield f"{found.target}: {chains} chains of {draws:,} draws under each condition"
     units = found.units()
@@ -287,7 +287,7 @@ def _verdicts(found: Evaluation) -> Iterator[str]:
     stuck = int(found.chain.failed.sum())
     if stuck:
         yield f"Warning: {stuck} conditions have a chain that never moved; they are no result."
-    yield from (f"Warning: {it}" for it in found.unmixed)
+    yield from (f"Warning: {it}" for it in found.reference_warnings)
     for name, z in found.deviations().items():
         rms = z.square().mean().sqrt().item()
         assert found.reference is not None

@@ -121,7 +121,11 @@ def fit_to_target(
     each = _draws(batch, given.count)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fitted = flow if isinstance(flow, nn.Module) else build_flow(flow, target, given.trained)
+        fitted = (
+            flow
+            if isinstance(flow, nn.Module)
+            else build_flow(flow, target, given.training_ranges)
+        )
         trained, aim = fitted, without_bounds(target)
         if target.chart.bounded:
             trained, data = _without_bounds(fitted, target, data)
@@ -150,7 +154,7 @@ def _without_bounds(flow: nn.Module, target: Target, data) -> tuple[nn.Module, A
 def _check_target(flow, target: Target, given: "_Conditions", chosen: Objective, anneal) -> None:
     """Refuse a log-density that the terms of the objective could not use."""
     dtype = next(flow.parameters()).dtype
-    middle = torch.tensor([(it.low + it.high) / 2 for it in given.trained])
+    middle = torch.tensor([(it.low + it.high) / 2 for it in given.training_ranges])
     gradient = chosen.uses("target") and not _cools(target, anneal)
     check_log_prob(target, middle, dtype=dtype, gradient=gradient)
 
@@ -236,7 +240,7 @@ class _Conditions:
         self.count = strata if values is None else len(values)
 
     @property
-    def trained(self) -> tuple[Condition, ...]:
+    def training_ranges(self) -> tuple[Condition, ...]:
         """Each condition with its least and its greatest value."""
         if self.values is None:
             return tuple(self.ranges)
@@ -375,7 +379,7 @@ class _Fitting:
 
     def on_particles(self, particles: Particles, moment: Moment) -> Tensor:
         """Minus the mean log-likelihood of particles."""
-        x, condition = self._drawn(particles)
+        x, condition = self._particles_of_step(particles)
         nll = -self.law(condition).log_prob(x).mean()
         moment.log(nll=nll)
         return nll
@@ -429,7 +433,7 @@ class _Fitting:
             log_ratio = log_ratio + ((-log_ratio).logsumexp(1) - math.log(x.shape[1]))[:, None]
         return on_data(divergence, log_ratio.flatten(), log_q.flatten()).mean()
 
-    def _drawn(self, particles: Particles) -> tuple[Tensor, Tensor]:
+    def _particles_of_step(self, particles: Particles) -> tuple[Tensor, Tensor]:
         batch = self.draws * self.conditions.count
         strata = max(self.conditions.count, math.ceil(batch / particles.each))
         return particles.draw(strata, batch // strata)
@@ -438,7 +442,7 @@ class _Fitting:
         """Data or particles [conditions, each, *event], with their conditions."""
         if self.rows is None:
             assert self.particles is not None
-            x, condition = self._drawn(self.particles)
+            x, condition = self._particles_of_step(self.particles)
             return x.transpose(0, 1), condition[:, None].expand(-1, len(x), -1)
         x, condition = self.rows.draw(self.draws * self.conditions.count)
         return x.to(self.dtype), condition.to(self.dtype)
@@ -449,7 +453,7 @@ class _Fitting:
         flat = condition.flatten(0, 1)
         law = self.law(flat)
         drawn = law.rsample() if law.has_rsample else draw(law)[0]
-        p, q = self.seen(x.flatten(0, 1)), self.seen(drawn)
+        p, q = self.critic_input(x.flatten(0, 1)), self.critic_input(drawn)
         given = flat if self.target.conditions else None
         share = 1 - moment.progress
         moment.log(critic=self.critic.update(p, q.detach(), given, share))
@@ -458,7 +462,7 @@ class _Fitting:
             return along_path(divergence, log_ratio).mean()
         return on_draws(divergence, log_ratio, law.log_prob(drawn)).mean()
 
-    def seen(self, x: Tensor) -> Tensor:
+    def critic_input(self, x: Tensor) -> Tensor:
         """What a critic sees of events: angles as points of the circle."""
         x, circle = x.flatten(1), self.target.chart.circle.flatten()
         return torch.cat([x[:, ~circle], x[:, circle].cos(), x[:, circle].sin()], 1)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.sample.mcmc.kernels import check_whole, seeded
+from rkl.sample.mcmc.kernels import check_whole, random_seed
 from rkl.sample.mcmc.walks import kernel_of, markov_chain
 from rkl.sample.targets.base import Kernel, Target, check_condition, has_temperature
 from rkl.sample.tempering import Rung, Sampler, log_mean
@@ -189,7 +189,7 @@ def annealed_importance(
     kernel = kernel_of(target, kernel)
     # p at a temperature T/β is p^β, so that one path to the coldest passes through all others
     share = ladder / ladder[-1]
-    with seeded(seed, condition.device):
+    with random_seed(seed, condition.device):
         coldest = _conditions(condition, ladder[-1:])
         sampler = Sampler(target, coldest, WIDTH, sweeps, kernel)
         one = torch.ones(1, sampler.size, dtype=sampler.dtype)

@@ -68,7 +68,7 @@ def find_lost_mode(
         log_z: Their log Z in nats.
     """
     scale = x.flatten(0, 1).std(0).clamp_min(1e-12)
-    tops = _climbed(density, candidates[:: -(-len(candidates) // CANDIDATES)], scale)
+    tops = _climb(density, candidates[:: -(-len(candidates) // CANDIDATES)], scale)
     tops = _distinct(tops, density.value(tops), scale)
     step = _steps(density, tops, scale)
     constant = tops.shape[1] / 2 * math.log(2 * math.pi)
@@ -87,7 +87,7 @@ def find_lost_mode(
     return worst
 
 
-def _climbed(density: LogDensity, x: Tensor, scale: Tensor) -> Tensor:
+def _climb(density: LogDensity, x: Tensor, scale: Tensor) -> Tensor:
     """Points uphill from these, by steps that grow where they succeed."""
     size = x.shape[1]
     length = torch.ones_like(x[:, :1])

@@ -15,7 +15,7 @@ from rkl.checks import floats, warn
 from rkl.flows.architectures import draw
 from rkl.flows.precision import single_precision
 from rkl.sample.domain import check_domain
-from rkl.sample.mcmc.kernels import check_kernel, check_whole, seeded
+from rkl.sample.mcmc.kernels import check_kernel, check_whole, random_seed
 from rkl.sample.targets.base import Kernel, Target, check_condition
 from rkl.stats import ess, ess_tail, integrated_time, rhat
 
@@ -66,7 +66,7 @@ class Chain:
         return ~self.accepted[..., 1:].any(-1).all(-1)
 
     @property
-    def sojourn(self) -> Int[Tensor, "*batch"]:
+    def longest_rejection_run(self) -> Int[Tensor, "*batch"]:
         """The longest number of draws that a chain spent in one state."""
         time = torch.arange(self.accepted.shape[-1], device=self.accepted.device)
         arrived = torch.where(self.accepted, time, 0).cummax(-1).values
@@ -175,10 +175,14 @@ def independent_metropolis(
     check_whole("chains", chains, 1)
     size = draws, chains
     local = None if local is None else check_kernel("local", local)
-    with seeded(seed, condition.device):
+    with random_seed(seed, condition.device):
         law = law_of(proposal, target, condition)
         present = _present(target, law, condition, chains, start)
-        steps = _scanned if local is None else functools.partial(_walked, local=local)
+        steps = (
+            _scan_proposals
+            if local is None
+            else functools.partial(_walk_with_local_moves, local=local)
+        )
         parts = steps(target, law, condition, size, present)
         x, taken, *logs = (_batch_first(it, condition.ndim - 1) for it in parts)
         chain = Chain(x, taken, logs[0], logs[1], logs[2], condition)
@@ -210,7 +214,7 @@ def law_of(proposal: Any, target: Target, condition: Tensor) -> Any:
     return law.expand(condition.shape[:-1]) if law.batch_shape != condition.shape[:-1] else law
 
 
-def proposed(target: Target, law: Any, condition: Tensor, shape: tuple[int, ...]) -> tuple:
+def draw_proposals(target: Target, law: Any, condition: Tensor, shape: tuple[int, ...]) -> tuple:
     """Draws of a law with their log p and log q, both looked at: x, log_p, log_q."""
     x, log_q = draw(law, shape)
     log_p = target.log_prob(x, condition.expand(*shape, *condition.shape))
@@ -251,13 +255,13 @@ def _block(law: Any, chains: int) -> int:
     return max(1, NUMBERS // (chains * max(1, math.prod((*law.batch_shape, *law.event_shape)))))
 
 
-def _scanned(target, law, condition, size: tuple[int, int], present: tuple | None) -> tuple:
+def _scan_proposals(target, law, condition, size: tuple[int, int], present: tuple | None) -> tuple:
     """All steps, a block of proposals at a time; every part is [draws, chains, *batch, ...]."""
     draws, chains = size
     block = _block(law, chains)
     kept: list[tuple] = []
     for start in range(0, draws, block):
-        parts = proposed(target, law, condition, (min(block, draws - start), chains))
+        parts = draw_proposals(target, law, condition, (min(block, draws - start), chains))
         if present:  # it goes before the proposals
             pairs = zip(present, parts, strict=True)
             parts = tuple(torch.cat([old[None], new]) for old, new in pairs)
@@ -316,7 +320,7 @@ def _scan(steps: tuple) -> tuple:
     return whole
 
 
-def _walked(
+def _walk_with_local_moves(
     target, law, condition, size: tuple[int, int], present: tuple | None, local: Kernel
 ) -> tuple:
     """Step after step, each with a local move behind it."""
@@ -326,7 +330,7 @@ def _walked(
     redraw = _redraw(target, law)
     kept: list[tuple] = []
     for start in range(0, draws, block):
-        proposals = proposed(target, law, condition, (min(block, draws - start), chains))
+        proposals = draw_proposals(target, law, condition, (min(block, draws - start), chains))
         for new, log_p, log_q in zip(*proposals, strict=True):
             x, old_p, old_q = present or (new, log_q - math.inf, log_q)
             taken = log_p - log_q + torch.empty_like(log_p).exponential_() > old_p - old_q

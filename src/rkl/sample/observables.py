@@ -116,7 +116,7 @@ def turn_invariant(target: Target, condition: Float[Tensor, "*batch conditions"]
 
 
 @torch.no_grad()
-def beside_held_out(
+def compare_with_held_out(
     target: Target,
     proposal: torch.nn.Module | torch.distributions.Distribution,
     chain: Chain,

@@ -162,7 +162,7 @@ def _trust(found: Evaluation) -> "Section":
         columns = ["mode", "target", "flow", "flow, reweighted", "missing"]
         blocks.append(Table(f"Masses of the modes at {at}", columns, modes, _MODES_SAYS))
     said = [worst.verdict if found.passed is None else found.why or "nothing is missing."]
-    said += [*found.unmixed, *found.warnings]
+    said += [*found.reference_warnings, *found.warnings]
     text = "\n\n".join(it[:1].upper() + it[1:] for it in said)
     return Section("Whether to trust it", text, blocks)
 
@@ -173,7 +173,7 @@ def _chains(found: Evaluation) -> Table:
     ratio = torch.stack([it["rhat"] for it in judged]).nan_to_num(1.0).amax(0)
     time = torch.stack([it["time"] for it in judged]).nan_to_num(1.0).amax(0)
     least = torch.stack([*found.effective.values()]).nan_to_num(0.0).amin(0)
-    figures = found.chain.acceptance, found.chain.sojourn, ratio, time, least
+    figures = found.chain.acceptance, found.chain.longest_rejection_run, ratio, time, least
     rows = [[at, *(it[k].item() for it in figures)] for k, at in enumerate(found.conditions())]
     columns = ["condition", "accepted", "longest run without an accepted proposal (draws)"]
     columns += [

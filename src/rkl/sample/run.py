@@ -23,7 +23,7 @@ from rkl.flows.runs import (
     check_device,
     check_same_data,
     check_samples,
-    moved,
+    movable_paths,
     run_input,
 )
 from rkl.flows.training import goes_on, load_state, save_state
@@ -47,8 +47,8 @@ from rkl.sample.architecture import build_flow
 from rkl.sample.files import write_chain
 from rkl.sample.fit import TargetFit, fit_to_target
 from rkl.sample.importance import reweight
-from rkl.sample.mcmc.kernels import seeded
-from rkl.sample.metropolis import Chain, independent_metropolis, law_of, proposed
+from rkl.sample.mcmc.kernels import random_seed
+from rkl.sample.metropolis import Chain, draw_proposals, independent_metropolis, law_of
 from rkl.sample.observables import observe
 from rkl.sample.settings import SampleSettings, TargetSettings, condition_grid, parse_ranges
 from rkl.sample.targets.base import Condition, Target, check_values
@@ -125,15 +125,13 @@ def fit_target(
     check_out(out, overwrite=overwrite, resume=resume, inputs=inputs)
     more = goes_on(Path(out), **settings.budget) if resume else True
     data = _data(settings)
-    flow = _begun(settings)
-    _fitted(
-        settings, copy.deepcopy(flow), data, {"steps": 1}
-    )  # refuses before anything is written
+    flow = _build_flow(settings)
+    _fit(settings, copy.deepcopy(flow), data, {"steps": 1})  # refuses before anything is written
     kept = asdict(settings)
     for name in PATHS:
         kept[name] = None if kept[name] is None else str(kept[name].resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
-    how["may_change"] = (*BUDGET, *moved(out, resume))
+    how["may_change"] = (*BUDGET, *movable_paths(out, resume))
     with Run.create(out, "sample", kept, **how) as run:
         rows = [] if data is None else [row.tobytes() for row in data[0].numpy()]
         check_same_data(run, fingerprint(rows), _inputs(settings, data), rows=len(rows))
@@ -142,7 +140,7 @@ def fit_target(
         with run.running():
             if more:
                 run.remove_measured()
-            fitted = _fitted(settings, flow, data, settings.budget, run)
+            fitted = _fit(settings, flow, data, settings.budget, run)
             run.remember_rows(rows)
             if more:  # of the earlier weights, measured meanwhile
                 run.remove_measured()
@@ -156,12 +154,12 @@ def fit_target(
 @single_precision()
 def _worst(flow: nn.Module, settings: TargetSettings) -> str:
     """The condition, of a few across the range, with the smallest share of effective draws."""
-    condition, target = condition_grid(settings.ranges, WORST_OF), settings.aim
+    condition, target = condition_grid(settings.ranges, WORST_OF), settings.parsed_target
     if len(condition) < 2:
         return ""
-    with seeded(settings.seed, condition.device):
+    with random_seed(settings.seed, condition.device):
         law = law_of(flow, target, condition)
-        _, log_p, log_q = proposed(target, law, condition, (WORST_BY,))
+        _, log_p, log_q = draw_proposals(target, law, condition, (WORST_BY,))
     try:
         found = reweight((log_p - log_q).T)
     except ValueError:  # there is a condition all of whose draws have no density
@@ -179,14 +177,14 @@ def _worst(flow: nn.Module, settings: TargetSettings) -> str:
 
 def dry_run(settings: TargetSettings) -> str:
     """What a fit would do and how long it would take, from a few steps; nothing is written."""
-    data, flow = _data(settings), _begun(settings)
-    tried = _fitted(settings, flow, data, {"steps": TRIED})
+    data, flow = _data(settings), _build_flow(settings)
+    tried = _fit(settings, flow, data, {"steps": TRIED})
     per_step, budget = tried.training.seconds / TRIED, settings.budget
     steps = budget.get("steps") or round(60 * budget["minutes"] / per_step)
     size = sum(it.numel() for it in flow.parameters())
     ranges = [f"{it.name} in [{it.low:g}, {it.high:g}] {it.unit}" for it in settings.ranges]
     lines = [f"{settings.target}, {', '.join(ranges).rstrip() or 'without conditions'}"]
-    lines += [f"{settings.flow}: {size:,} parameters", f"{settings.chosen}"]
+    lines += [f"{settings.flow}: {size:,} parameters", f"{settings.parsed_objective}"]
     lines += [f"{len(data[0]):,} draws"] if data is not None else []
     return "\n".join([*lines, f"about {steps:,} steps in {steps * per_step / 60:.2g} minutes"])
 
@@ -211,7 +209,7 @@ def load_target_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> 
     source = run.path / "run.json"
     with only(allow, source=source):
         settings = settings_from(TargetSettings, run.settings, source)
-    target = settings.aim
+    target = settings.parsed_target
     flow = build_flow(settings.architecture, target, settings.ranges)
     flow.load_state_dict(load_state(run.path / WEIGHTS)["flow"])
     check_finite(flow.named_parameters(), run.path / WEIGHTS, "flow")
@@ -276,7 +274,8 @@ def sample_run(
     write_chain(out, chain, observed, found.target)
     _remember_drawn(Run.open(path), chain.x.flatten(0, 1))
     said = f"{chains} chains of {draws:,} draws in {out}; accepted: {chain.acceptance:.3f}"
-    said += f"; longest sojourn: {int(chain.sojourn)} draws"
+    longest = int(chain.longest_rejection_run)
+    said += f"; longest run without an accepted proposal: {longest} draws"
     measured = {"log p": chain.log_p}
     if draws >= 4:
         each = at.expand(*chain.accepted.shape, -1)
@@ -353,9 +352,9 @@ def _inputs(settings: TargetSettings, data: tuple[Tensor, Tensor] | None) -> dic
     return found
 
 
-def _begun(settings: TargetSettings) -> nn.Module:
+def _build_flow(settings: TargetSettings) -> nn.Module:
     """The flow as it is before the first step."""
-    target = settings.aim
+    target = settings.parsed_target
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         flow = build_flow(settings.architecture, target, settings.ranges)
@@ -368,7 +367,7 @@ def _begun(settings: TargetSettings) -> nn.Module:
     return flow
 
 
-def _fitted(
+def _fit(
     settings: TargetSettings,
     flow: nn.Module,
     data: tuple[Tensor, Tensor] | None,
@@ -376,13 +375,13 @@ def _fitted(
     run: Run | None = None,
 ) -> TargetFit:
     ranges = settings.ranges or None
-    aim, chosen = settings.aim, settings.chosen
+    aim, chosen = settings.parsed_target, settings.parsed_objective
     how = budget | settings.how
     return fit_to_target(flow, aim, ranges, chosen, data=data, run=run, every=EVERY, **how)
 
 
 def _data(settings: TargetSettings) -> tuple[Tensor, Tensor] | None:
-    return None if settings.data is None else read_draws(settings.data, settings.aim)
+    return None if settings.data is None else read_draws(settings.data, settings.parsed_target)
 
 
 def read_draws(

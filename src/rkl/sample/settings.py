@@ -20,7 +20,7 @@ from rkl.sample.architecture import default_architecture
 from rkl.sample.mcmc.kernels import check_whole
 from rkl.sample.objectives import Objective, parse_objective
 from rkl.sample.targets.base import Condition, Target, check_values
-from rkl.sample.targets.parse import parse_target, spelt
+from rkl.sample.targets.parse import parse_target, spelling
 
 VALUES = 8  # of the first condition, where none are given
 
@@ -86,12 +86,12 @@ class TargetSettings:
         integer("seed", self.seed, at_most=LARGEST_SEED)
         for name in ("batch", "strata"):
             integer(name, getattr(self, name), at_most=LARGEST_COUNT)
-        object.__setattr__(self, "target", spelt(self.aim, self.target))
+        object.__setattr__(self, "target", spelling(self.parsed_target, self.target))
         object.__setattr__(self, "flow", with_module(self.architecture))
-        _ = self.chosen, self.ranges
+        _ = self.parsed_objective, self.ranges
 
     @property
-    def aim(self) -> Target:
+    def parsed_target(self) -> Target:
         """The density."""
         return parse_target(self.target)
 
@@ -99,11 +99,13 @@ class TargetSettings:
     def architecture(self) -> Architecture:
         """What is built."""
         return (
-            default_architecture(self.aim) if self.flow is None else parse_architecture(self.flow)
+            default_architecture(self.parsed_target)
+            if self.flow is None
+            else parse_architecture(self.flow)
         )
 
     @property
-    def chosen(self) -> Objective:
+    def parsed_objective(self) -> Objective:
         """What is minimised."""
         if self.divergence is not None:
             return parse_objective(f"target:{self.divergence}")
@@ -114,7 +116,7 @@ class TargetSettings:
     @property
     def ranges(self) -> tuple[Condition, ...]:
         """The conditions, each with the range that is trained."""
-        return parse_ranges(self.condition, self.aim)
+        return parse_ranges(self.condition, self.parsed_target)
 
     @property
     def budget(self) -> dict[str, Any]:

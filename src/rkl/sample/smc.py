@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rkl.checks import number
 from rkl.sample.lost_modes import find_lost_mode
-from rkl.sample.mcmc.kernels import check_whole, kernel_of_angles, seeded
+from rkl.sample.mcmc.kernels import check_whole, kernel_of_angles, random_seed
 from rkl.sample.targets.base import Target, check_condition, without_bounds
 from rkl.sample.tempering import Rung, Sampler, log_mean
 from rkl.stats import Mean, resample
@@ -128,7 +128,7 @@ def evidence(
         if circle
         else [(width, -(-islands // 2)), (width / NARROWER, islands // 2)]
     )
-    with seeded(seed, condition.device):
+    with random_seed(seed, condition.device):
         paths, samplers = [], []
         for wide, count in sizes:
             sampler = Sampler(target, condition, wide, sweeps, kernel_of_angles(target))
@@ -183,10 +183,10 @@ def _join(sampler: Sampler, width: float, paths: list[_Path]) -> Evidence:
         why += _doubts([paths[k] for k in chosen], row, found.error.item())
         log_z.append(found.value[0])
         error.append(found.error[0])
-        x.append(_weighed(paths, chosen, row))
+        x.append(_draws_of_equal_weight(paths, chosen, row))
         candidates = torch.cat([it.candidates[row] for it in paths])
         log_z_of = Mean(found.value[0], found.error[0])
-        why += _lost(sampler, row, candidates, x[-1], log_z_of)
+        why += _lost_mode_doubts(sampler, row, candidates, x[-1], log_z_of)
         doubts.append(tuple(why))
     least = torch.stack([it.accepted for it in paths]).amin(0)
     by_island = torch.cat([it.log_z for it in paths], 1)
@@ -197,7 +197,7 @@ def _join(sampler: Sampler, width: float, paths: list[_Path]) -> Evidence:
     return Evidence(mean, drawn, by_island, least, rungs, width, condition, tuple(doubts))
 
 
-def _weighed(paths: list[_Path], chosen: list[int], row: int) -> Tensor:
+def _draws_of_equal_weight(paths: list[_Path], chosen: list[int], row: int) -> Tensor:
     """Particles of as many islands as there are, drawn in proportion to their Z."""
     x = torch.cat([paths[k].x[row] for k in chosen])
     log_z = torch.cat([paths[k].log_z[row] for k in chosen])
@@ -230,7 +230,9 @@ def _doubts(paths: list[_Path], row: int, error: float) -> list[str]:
     return found
 
 
-def _lost(sampler: Sampler, row: int, candidates: Tensor, x: Tensor, log_z: Mean) -> Iterator[str]:
+def _lost_mode_doubts(
+    sampler: Sampler, row: int, candidates: Tensor, x: Tensor, log_z: Mean
+) -> Iterator[str]:
     """A mode that particles met on their way and have lost, if there is one."""
     if not len(candidates):
         return

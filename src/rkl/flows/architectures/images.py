@@ -75,7 +75,7 @@ class MultiScaleFlow(Flow):
         for nets in self._scales():
             images = pixel_unshuffle(images, 2)
             for i, net in enumerate(nets):
-                images, log_jacobian = _coupled(net, images, condition, PAIRS[i % 6], 1)
+                images, log_jacobian = _couple(net, images, condition, PAIRS[i % 6], 1)
                 total = total + log_jacobian
             images, finished = images.chunk(2, 1)
             done.append(finished.flatten(1))
@@ -93,7 +93,7 @@ class MultiScaleFlow(Flow):
         for nets, finished, shape in reversed([*zip(self._scales(), done, shapes, strict=True)]):
             images = torch.cat([images, finished.reshape(-1, *shape)], 1)
             for i in reversed(range(len(nets))):
-                images, log_jacobian = _coupled(nets[i], images, condition, PAIRS[i % 6], -1)
+                images, log_jacobian = _couple(nets[i], images, condition, PAIRS[i % 6], -1)
                 total = total + log_jacobian
             images = pixel_shuffle(images, 2)
         return images.reshape(*batch, *self.event_shape), total.reshape(batch)
@@ -136,7 +136,7 @@ class _Convolutions(nn.Module):
         return self.last(self.rest(inside))
 
 
-def _coupled(
+def _couple(
     net: nn.Module, images: Tensor, condition: Tensor | None, pairs: tuple[int, ...], way: int
 ) -> tuple[Tensor, Tensor]:
     """One coupling, forth or back (``way`` 1 or −1), with its log-Jacobian."""

@@ -231,5 +231,5 @@ class BoundedLaw(Distribution):
         """Events and the log-density there; of z itself, which has more digits than x."""
         with torch.no_grad():
             z, log_q = draw(self.law, shape)
-            x, log_slope = self.chart.to_bounded(self.chart.clamped(z))
+            x, log_slope = self.chart.to_bounded(self.chart.clamp(z))
             return x, log_q - log_slope

@@ -40,7 +40,7 @@ class MixtureLatent(Distribution):
         self.log_weight, self.centre, self.root = log_weight, mean, root
         self.scale, self.bound = scale, bound
 
-    def tempered(self, scale: float, bound: float) -> "MixtureLatent":
+    def with_temperature(self, scale: float, bound: float) -> "MixtureLatent":
         """The same components with other spreads."""
         return MixtureLatent(self.log_weight, self.centre, self.root, scale, bound)
 

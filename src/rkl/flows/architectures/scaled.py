@@ -159,7 +159,7 @@ def latent(law: Distribution, temperature: float = 1.0, bound: float = math.inf)
         )
     changed = copy.copy(anyone)
     if isinstance(base, MixtureLatent):
-        changed.base = base.tempered(float(temperature), float(bound))
+        changed.base = base.with_temperature(float(temperature), float(bound))
         return changed
     like = base.like if isinstance(base, Latent) else base.mean
     shape = base.batch_shape + base.event_shape

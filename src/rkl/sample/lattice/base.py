@@ -14,12 +14,13 @@ from rkl.sample.lattice.network import Site
 from rkl.sample.lattice.ordering import Ordering, ordering
 
 
-def square_side(event_shape: tuple[int, ...]) -> int:
-    """The side of a square lattice, refused where the sites make none."""
+def square_side(event_shape: tuple[int, ...], *, even: bool = False) -> int:
+    """The side of a square lattice, refused where the sites make none, or no even one."""
     side = math.isqrt(math.prod(event_shape))
-    if len(event_shape) != 1 or side**2 != event_shape[0]:
+    if len(event_shape) != 1 or side**2 != event_shape[0] or (even and side % 2):
+        expected = "(side²,) of an even side, for a checkerboard" if even else "(side²,)"
         raise ValueError(
-            f"event_shape must be (side²,), a square lattice; got {tuple(event_shape)}."
+            f"event_shape must be {expected}, a square lattice; got {tuple(event_shape)}."
         )
     return side
 

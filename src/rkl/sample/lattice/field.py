@@ -104,7 +104,7 @@ class FieldFlow(SitesFlow):
         given = condition.T
         output = self.first(given)
         field = _BentNormal(output, 0.0).draw().abs()
-        log_q = _folded(output.detach() if path else output, field)
+        log_q = _log_prob_of_absolute(output.detach() if path else output, field)
         rows = field[None]
         for step in self.ordering.passes:
             near = self.near(rows, step.near)
@@ -120,7 +120,7 @@ class FieldFlow(SitesFlow):
     def log_density(self, rows: Float[Tensor, "sites draws"], condition: Tensor) -> Tensor:
         """Log-density of all rows but the integrated ones, of either sign."""
         given, rows = condition.T, torch.where(rows[:1] < 0, -rows, rows)
-        log_q, at = _folded(self.first(given), rows[:1]), 1
+        log_q, at = _log_prob_of_absolute(self.first(given), rows[:1]), 1
         for step in self.ordering.passes:
             near = self.near(rows[:at], step.near)
             features = torch.cat([near, given.repeat(1, step.sites)])
@@ -163,7 +163,7 @@ class _BentNormal:
         return log_jacobian - self.scale.log() - latent.square() / 2 - math.log(2 * math.pi) / 2
 
 
-def _folded(output: Tensor, field: Tensor) -> Float[Tensor, " draws"]:
+def _log_prob_of_absolute(output: Tensor, field: Tensor) -> Float[Tensor, " draws"]:
     """Log-density of the absolute value of a draw."""
     law = _BentNormal(output, 0.0)
     field = field.reshape(-1)

@@ -50,12 +50,7 @@ class CheckerboardRealNVP(Architecture):
         number("filters", self.filters, at_least=1)
 
     def build(self, event_shape: tuple[int, ...], conditions: int = 0) -> "Checkerboards":
-        side = square_side(event_shape)
-        if side % 2:
-            raise ValueError(
-                "event_shape must be (side²,) of an even side, for a checkerboard; "
-                f"got {tuple(event_shape)}."
-            )
+        side = square_side(event_shape, even=True)
         return Checkerboards(self, side, conditions)
 
 

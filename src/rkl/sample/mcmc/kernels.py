@@ -260,7 +260,7 @@ def check_kernel(name: str, kernel: Any) -> Kernel:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def random_seed(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's global generators begin from a seed here, and are put back afterwards."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be a whole number; got {seed!r}.")

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import floats
-from rkl.sample.mcmc.kernels import RandomWalk, check_kernel, check_whole, seeded
+from rkl.sample.mcmc.kernels import RandomWalk, check_kernel, check_whole, random_seed
 from rkl.sample.targets.base import Kernel, Target, check_condition
 
 Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
@@ -80,8 +80,8 @@ def markov_chain(
         check_whole(name, value, least)
     kernel = kernel_of(target, kernel)
     each = condition[..., None, :].expand(*condition.shape[:-1], chains, condition.shape[-1])
-    with seeded(seed, condition.device):
-        x = _begun(target, each) if start is None else _checked_start(target, each, start)
+    with random_seed(seed, condition.device):
+        x = _initial_states(target, each) if start is None else _checked_start(target, each, start)
         x = kernel.move(target, each, x, warm_up) if warm_up else x
         kept = []
         for _ in range(draws):
@@ -100,7 +100,7 @@ def kernel_of(target: Target, kernel: Kernel | None) -> Kernel:
     return RandomWalk() if own is None else check_kernel(f"kernel of {target}", own)
 
 
-def _begun(target: Target, each: Tensor) -> Tensor:
+def _initial_states(target: Target, each: Tensor) -> Tensor:
     shape = (*each.shape[:-1], *target.event_shape)
     chart = target.chart
     z = torch.randn(shape, dtype=each.dtype, device=each.device)

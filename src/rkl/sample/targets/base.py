@@ -219,7 +219,7 @@ class Density(Target):
         _check_shape(self.event_shape)
         chart = chart_of(self.domain, self.event_shape)
         if not chart.bounded:  # of one kind for all, where it is
-            object.__setattr__(self, "domain", chart.unbounded)
+            object.__setattr__(self, "domain", chart.unbounded_domain)
         for it in self.conditions:
             for limit in (it.low, it.high):
                 number(f"conditions[{it.name!r}]", limit)
@@ -252,7 +252,9 @@ def without_bounds(target: Target) -> Target:
         x, log_slope = chart.to_bounded(z)
         return target.log_prob(x, condition) + log_slope
 
-    return Density(log_prob, target.event_shape, chart.unbounded, target.limits, repr(target))
+    return Density(
+        log_prob, target.event_shape, chart.unbounded_domain, target.limits, repr(target)
+    )
 
 
 def has_temperature(target: Target) -> bool:

@@ -98,7 +98,7 @@ class Chart:
         self.bounded = bool(self.has_bounds.any())
 
     @property
-    def unbounded(self) -> Domain:
+    def unbounded_domain(self) -> Domain:
         """The domain of the new coordinates."""
         if self.circle.all():
             return "circle"
@@ -129,9 +129,9 @@ class Chart:
         of_both = size.log() + logsigmoid(w) + logsigmoid(-w)
         log_slope = torch.where(both, of_both, torch.where(some, w, 0.0))
         log_slope = torch.where(some & (w != z), -math.inf, log_slope)
-        return x, _summed(log_slope, self.event_shape)
+        return x, _sum_over_event(log_slope, self.event_shape)
 
-    def clamped(self, z: Float[Tensor, "*batch_event"]) -> Float[Tensor, "*batch_event"]:
+    def clamp(self, z: Float[Tensor, "*batch_event"]) -> Float[Tensor, "*batch_event"]:
         """The same z, but none so large that x has no more digits."""
         return torch.where(self.has_bounds.to(z.device), z.clamp(LOWEST, HIGHEST), z)
 
@@ -168,7 +168,7 @@ def chart_of(domain: Domain, event_shape: tuple[int, ...]) -> Chart:
 _made_once = functools.lru_cache(maxsize=64)(Chart)
 
 
-def _summed(values: Tensor, event_shape: tuple[int, ...]) -> Tensor:
+def _sum_over_event(values: Tensor, event_shape: tuple[int, ...]) -> Tensor:
     return values.flatten(values.ndim - len(event_shape)).sum(-1)
 
 

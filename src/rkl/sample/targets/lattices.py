@@ -138,7 +138,7 @@ class XY(Target):
 
     def vorticity(self, x: Float[Tensor, "*batch sites"]) -> Float[Tensor, "*batch sites"]:
         """The vorticity of each plaquette, −1, 0 or 1; its site is the corner it starts at."""
-        across, down = self.wrapped(x)
+        across, down = self.bond_differences(x)
         turns = across + down.roll(-1, -1) - across.roll(-1, -2) - down
         return (turns / (2 * math.pi)).round().flatten(-2)
 
@@ -157,11 +157,11 @@ class XY(Target):
 
     def _turns(self, x: Tensor) -> Int[Tensor, "*batch 2"]:
         """The windings of all lines along either axis, added up."""
-        across, down = self.wrapped(x)
+        across, down = self.bond_differences(x)
         turns = torch.stack([across.sum(-1), down.sum(-2)], -2) / (2 * math.pi)
         return turns.round().long().sum(-1)
 
-    def wrapped(self, x: Float[Tensor, "*batch sites"]) -> tuple[Tensor, Tensor]:
+    def bond_differences(self, x: Float[Tensor, "*batch sites"]) -> tuple[Tensor, Tensor]:
         """θ of the next site minus θ, in [−π, π), along rows and along columns."""
         theta = x.unflatten(-1, (self.side, self.side))
         ahead = [theta.roll(-1, axis) - theta for axis in (-1, -2)]

@@ -59,7 +59,7 @@ def parse_target(text: str) -> Target:
         raise ValueError(str(error).replace(PLACEHOLDER, name)) from error
 
 
-def spelt(target: Target, text: str) -> str:
+def spelling(target: Target, text: str) -> str:
     """The text from which another process makes the same target: its repr with its module.
 
     >>> spelt(parse_target("mog4"), "mog4")

@@ -16,7 +16,7 @@ from rkl.sample import fit_to_target, independent_metropolis, markov_chain
 from rkl.sample.architecture import default_architecture
 from rkl.sample.coverage import Coverage, judge_coverage
 from rkl.sample.objectives import VARIANTS, Objective, Term
-from rkl.sample.observables import beside_held_out
+from rkl.sample.observables import compare_with_held_out
 from rkl.sample.targets import Target
 
 NO_DATA, WITH_DATA = "ours, no data", "ours, with data"
@@ -216,7 +216,7 @@ def _figures(plan: Plan, flow: nn.Module, k: int, held_out: Tensor, train, seed:
         "missing": _missing(coverage),
     }
     chain = independent_metropolis(target, flow, condition, draws=plan.draws, chains=1, seed=seed)
-    beside = beside_held_out(target, flow, chain, held_out)
+    beside = compare_with_held_out(target, flow, chain, held_out)
     for name, key in (("overlap", "overlap[-2, 0]"), ("overlap_floor", "overlap[-2, 0]_floor")):
         figures[name] = beside[key].value if key in beside else math.nan
     return {name: float(it) for name, it in figures.items()}

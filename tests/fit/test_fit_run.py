@@ -270,7 +270,7 @@ def test_an_extended_fit_does_not_fall_back_to_likelihood(folder, monkeypatch):
         seen[moment.step] = divergence.lam
         return original(self, divergence, value, log_q, draws, moment)
 
-    monkeypatch.setattr(_Problem, "_guided", guided)
+    monkeypatch.setattr(_Problem, "_divergence_loss", guided)
     fit(replace(settings, steps=160), folder / "guided", resume=True)
     assert seen == dict.fromkeys(range(52, 160), 3)
 

@@ -98,10 +98,10 @@ def test_a_chain_that_starts_at_a_draw_of_the_target_stays_one():
 
 @short_chains
 def test_a_chain_that_forgets_the_density_of_its_proposals_is_found_out(monkeypatch):
-    honest = metropolis.proposed
+    honest = metropolis.draw_proposals
     monkeypatch.setattr(
         metropolis,
-        "proposed",
+        "draw_proposals",
         lambda *given: (*honest(*given)[:2], torch.zeros_like(honest(*given)[2])),
     )
     assert uniformity(calibrated()) > 20

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from rkl.checks import number
 from rkl.sample.importance import Importance, check_log_ratio, expectation, reweight
 from rkl.sample.mcmc.kernels import check_whole, random_seed
-from rkl.sample.metropolis import law_of, draw_proposals
+from rkl.sample.metropolis import draw_proposals, law_of
 from rkl.sample.observables import check_draws, check_held_out
 from rkl.sample.targets.base import Target, check_condition, exact_draws, exact_log_z
 from rkl.stats import Mean, mean, to_json

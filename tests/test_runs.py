@@ -793,3 +793,13 @@ def test_a_run_of_a_flow_that_0_1_made_opens_as_one_of_data_or_of_a_target(
     with Run.create(tmp_path, kind, settings, seed=0, resume=True) as run:
         run.update(status="done")
     assert json.loads((tmp_path / "run.json").read_text())["kind"] == kind
+
+
+def test_a_setting_that_an_earlier_rkl_did_not_have_was_at_its_default(tmp_path):
+    Run.create(tmp_path, "fit", {"steps": 1}, seed=0).release()
+    how = {"seed": 0, "resume": True, "upgrade": lambda old: {"guard": True, "steps": 5} | old}
+    with pytest.raises(ValueError, match=r"guard was True and is False\.$"):
+        Run.create(tmp_path, "fit", {"steps": 1, "guard": False}, **how)
+    with pytest.raises(ValueError, match=r"steps was 1 and is 5\.$"):
+        Run.create(tmp_path, "fit", {"steps": 5, "guard": True}, **how)
+    Run.create(tmp_path, "fit", {"steps": 1, "guard": True}, **how).release()

@@ -486,3 +486,14 @@ def test_help_says_defaults_and_takes_percent_signs():
     assert "--dtype {float32,bfloat16} (default: float32)" in shown
     assert "--compiled, --no-compiled (default: --no-compiled)" in shown
     assert "--layers INT [INT ...] Which ones." in shown
+
+
+def test_a_run_that_is_called_as_the_command_is_not_taken_for_the_run(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Run.create("sample", "sample", {"target": "mog4()"}, seed=0).release()
+    Run.create("flow", "fit", {"data": "x.npy"}, seed=0).release()
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["sample", "flow", "--help"])
+    assert "--latent-temperature" in capsys.readouterr().out

@@ -564,7 +564,8 @@ def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
     """
     parser.add_argument("run", type=_run, metavar="RUN", help="the folder of a run of any kind")
     parser.add_argument("--verify", **FLAGS["verify"])
-    named = [word for word in words if Path(word, "run.json").is_file()]
+    rest = words[list(words).index(name) + 1 :] if name in words else words
+    named = [word for word in rest if Path(word, "run.json").is_file()]
     flags = f"{name.capitalize()}Settings"
     wanted: Any = runs.verb(flags, named[0]) if named else None
     if wanted:

@@ -56,7 +56,7 @@ from rkl.distill.progress import (
 )
 from rkl.distill.selection import DivergedError
 from rkl.distill.server import ServerError
-from rkl.distill.settings import DistillSettings
+from rkl.distill.settings import DistillSettings, upgrade
 from rkl.distill.teachers import Teacher, load_model, resolved
 from rkl.runs import Run, check_out, remove_folder, replacing_files, write_atomic
 from rkl.runs.integrity import check_inputs, inputs_before
@@ -145,6 +145,7 @@ def distill(
             inputs = inputs_of(settings, text, teacher)
             before = inputs_before(out) if resume else {}
             how["may_change"] = (*MAY_CHANGE, *(INPUTS if before else ()))
+            how["upgrade"] = upgrade
             record = dataclasses.asdict(settings)
             run = Run.create(out, "distill", record, seed=settings.seed, **how)
             stack.enter_context(run)

@@ -1,7 +1,8 @@
 """What ``rkl distill`` may be told, and what of it can be refused before anything is read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -21,6 +22,7 @@ from rkl.distill.limits import (
 from rkl.distill.rollouts import check_generation
 from rkl.divergences import Divergence
 from rkl.divergences.schedule import read_schedule
+from rkl.runs.typed import with_defaults
 
 _RateSchedule = Literal["cosine", "linear", "constant"]
 
@@ -304,3 +306,11 @@ class DistillSettings:
             return self.max_steps
         batches = -(-blocks // (self.batch_size * processes))
         return max(1, round(self.epochs * -(-batches // self.gradient_accumulation)))
+
+
+def upgrade(earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that an earlier rkl began, as they are called today."""
+    values = {**earlier}
+    if values.get("schedule") in get_args(_RateSchedule):  # from before there were two
+        values["learning_rate_schedule"] = values.pop("schedule")
+    return with_defaults(DistillSettings, values)

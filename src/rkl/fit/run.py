@@ -33,6 +33,7 @@ from rkl.flows.training import goes_on, save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
 from rkl.runs import Run, check_out, fingerprint
 from rkl.runs.integrity import Input, local_path, values_of
+from rkl.runs.typed import with_defaults
 from rkl.stats import to_json
 from rkl.tables import with_error
 
@@ -109,6 +110,7 @@ def fit(
     if settings.start_from is not None:
         kept["start_from"] = str(settings.start_from.resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
+    how["upgrade"] = partial(with_defaults, FitSettings)
     places = movable_paths(out, resume)
     if (labels := _labels_file(settings)) is not None:
         kept["labels"] = str(labels)

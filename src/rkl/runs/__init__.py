@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -107,6 +107,7 @@ _ENTRIES: dict[str, Any] = {  # what else run.json holds of which type, where it
     "result": dict | None,
     "status": str | None,
 }
+Upgrade = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # of settings that run.json holds
 _KIND = re.compile(r"[a-z_]+(\.[a-z_]+)*")
 
 
@@ -153,6 +154,7 @@ class Run:
         overwrite: bool = False,
         resume: bool = False,
         may_change: Collection[str] = (),
+        upgrade: Upgrade | None = None,
     ) -> "Run":
         """Begin a run in the folder ``out``, or go on with the one that is there.
 
@@ -167,6 +169,8 @@ class Run:
             resume: Goes on with the run there, of the same kind and settings; begins it where
                 the folder is missing or empty, as after a crash in its first moments.
             may_change: Settings in which the resumed run may differ from the one before.
+            upgrade: What turns the settings of a run that an earlier rkl began into those of
+                today; by default they are compared as they are.
         """
         path = Path(out)
         record = _new_record(kind, settings, seed)
@@ -182,7 +186,7 @@ class Run:
             # Again, now that nobody else can change it.
             begun = check_out(path, **how)
             if begun and resume:
-                return cls.open(path)._open_for_resume(record, may_change)
+                return cls.open(path)._open_for_resume(record, may_change, upgrade)
             if begun:
                 remove_written(path)
             sweep(path)
@@ -398,7 +402,9 @@ class Run:
             )
         return sum(row_fingerprint(row) in seen for row in rows)
 
-    def _open_for_resume(self, record: dict[str, Any], may_change: Collection[str]) -> "Run":
+    def _open_for_resume(
+        self, record: dict[str, Any], may_change: Collection[str], upgrade: Upgrade | None
+    ) -> "Run":
         before = self.record
         if before["kind"] != record["kind"]:
             raise ValueError(
@@ -406,6 +412,7 @@ class Run:
                 f"expected {record['kind']!r}."
             )
         old, new = (it["settings"] | {"seed": it["seed"]} for it in (before, record))
+        old = old if upgrade is None else {**upgrade(old)}
         changed = [
             f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
             for name in sorted(old.keys() | new.keys())

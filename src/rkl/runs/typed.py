@@ -42,6 +42,25 @@ def settings_from(
         raise ValueError(f"{source}: {error}") from error
 
 
+def with_defaults(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of an earlier rkl, with the defaults of the settings that it did not have.
+
+    >>> @dataclasses.dataclass
+    ... class Two:
+    ...     needed: int
+    ...     other: int = 3
+    >>> with_defaults(Two, {"needed": 1})
+    {'other': 3, 'needed': 1}
+    """
+    defaults = {}
+    for field in dataclasses.fields(settings):  # pyright: ignore[reportArgumentType]
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+    return defaults | {**values}
+
+
 def conform(name: str, kind: Any, value: Any) -> Any:
     """The value as its field wants it, or an error that says what was expected."""
     inner, optional = without_none(kind)

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from rkl.runs.integrity import (
     check_finite,
     values_of,
 )
-from rkl.runs.typed import settings_from
+from rkl.runs.typed import settings_from, with_defaults
 from rkl.sample.architecture import build_flow
 from rkl.sample.files import write_chain
 from rkl.sample.fit import TargetFit, fit_to_target
@@ -132,6 +133,7 @@ def fit_target(
         kept[name] = None if kept[name] is None else str(kept[name].resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
     how["may_change"] = (*BUDGET, *movable_paths(out, resume))
+    how["upgrade"] = partial(with_defaults, TargetSettings)
     with Run.create(out, "sample", kept, **how) as run:
         rows = [] if data is None else [row.tobytes() for row in data[0].numpy()]
         check_same_data(run, fingerprint(rows), _inputs(settings, data), rows=len(rows))

@@ -22,8 +22,8 @@ SOME = 64  # draws of each chain that show whether a variable is a simplex
 SINGLE = 1e-6  # by which sums of single precision, or torch, may miss 1
 ROUNDED = 5.1e-4  # of an element of a simplex that was written with three digits
 READ = 2**20  # flags of a file that are read although no variable is asked for
-ELEMENTS = 8, 64  # at least and at most, of one variable, whose extremes are looked for
-PROBED = 2**16  # numbers of the draws at these extremes, unless fewer are the least
+ELEMENTS = 4, 64  # at least and at most, of one variable, whose extremes are looked for
+PROBED = 2**15  # numbers of the draws at these extremes, unless fewer are the least
 AXES = ("chain", "draw")
 READABLE = (
     "a DataTree or InferenceData with a group 'posterior', an xarray Dataset, a dict of arrays "

@@ -165,12 +165,15 @@ class BatchMeans:
                 departure = torch.sub(row, mean, alpha=weight)
                 apart += departure
                 for level, total in enumerate(totals):
-                    total.addcmul_(departure[:, None], departure[None])
+                    _add_products(total, departure)
                     if (first := waiting[level]) is None:
                         waiting[level] = departure
                         break
                     departure, waiting[level] = departure + first, None
-            between.addcmul_(apart[:, None], apart[None])
+            _add_products(between, apart)
+        for total in (*totals, between):
+            for i in range(len(total)):
+                total[i + 1 :, i] = total[i, i + 1 :]
         scales = [float(self.weights.sum().square() * _freedom(w)) for w in shares]
         chains = self.weights.sum(1) / self.weights.sum()
         between /= self.weights.sum().square() * _freedom(chains)
@@ -243,6 +246,12 @@ class Covariances:
         slopes = _solve_upper(upper, changes)
         spreads = [_along(slopes, x) for x in levels]
         return _error(spreads, _along(slopes, between), self.chains)
+
+
+def _add_products(total: Tensor, x: Tensor) -> None:
+    """Add the products x_i x_j [n, n, *batch] of components, above the diagonal alone."""
+    for i, component in enumerate(x):
+        total[i, i:].addcmul_(component, x[i:])
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def closed_act(problem: Problem, weights: Weights) -> Answer:
         ValueError: What would have to be averaged has no mean.
     """
     known = averages(problem, directions_of(weights))
-    seen = judgement(problem, known)
+    seen = diagnose_averages(problem, known)
     _refuse_without_mean(problem, known, seen)
     found = solve(problem, known, weights)
     return _estimate(problem, known, weights, found, seen)
@@ -312,7 +312,7 @@ def _slopes(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
         return torch.autograd.grad(outputs, leaf)[0][None]
 
 
-def judgement(problem: Problem, known: Averages) -> Judgement:
+def diagnose_averages(problem: Problem, known: Averages) -> Judgement:
     """The tails and the worth of all that is averaged."""
     family, few = known.family, thin(problem.draws, _numbers(known))
     ends = dict(zip(family.names, family.events, strict=True))

@@ -1,5 +1,6 @@
 """What each divergence is: its value, its gradient, its kin, and the laws all of them obey."""
 
+import dataclasses
 import math
 
 import mpmath
@@ -557,3 +558,49 @@ def test_independent_parts_are_as_far_apart_as_all_of_them_together():
     torch.testing.assert_close(rkl.KL().between(p, q), parts.sum(-1))
     with pytest.raises(NotImplementedError, match=r"use rkl\.monte_carlo"):
         rkl.KL().between(Independent(p, 1), Independent(Poisson(rate), 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Threshold(rkl.FDivergence):
+    """A PrecisionHalf of somebody's own, whose slope has another name."""
+
+    threshold: float = 5.0
+    weight: float = 2.0
+
+    def integrand(self, logp, logq):
+        return self.weight * rkl.PrecisionHalf(self.threshold).integrand(logp, logq)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SymmetricChiSquare(rkl.FDivergence):
+    """Σ (p − q)² (p + q) / 2pq, which is half of both chi-squares."""
+
+    def integrand(self, logp, logq):
+        chi = rkl.PearsonChiSquare().integrand(logp, logq)
+        return (chi + rkl.NeymanChiSquare().integrand(logp, logq)) / 2
+
+
+def test_sums_of_amari_divergences_are_recognised_by_their_integrand():
+    known = {repr(d): d.amari_orders for d in F if d.amari_orders is not None}
+    assert known == {
+        "KL()": ((1.0, 1.0),),
+        "ReverseKL()": ((1.0, 0.0),),
+        "Jeffreys()": ((1.0, 1.0), (1.0, 0.0)),
+        "SquaredHellinger()": ((0.25, 0.5),),
+        "PearsonChiSquare()": ((2.0, 2.0),),
+        "NeymanChiSquare()": ((2.0, -1.0),),
+        "Amari(alpha=0.5)": ((1.0, 0.5),),
+        "Amari(alpha=-2.0)": ((1.0, -2.0),),
+        "Amari(alpha=3.0)": ((1.0, 3.0),),
+        "0.3 * KL() + 0.7 * ReverseKL()": ((0.3, 1.0), (0.7, 0.0)),
+    }
+    assert _SymmetricChiSquare().amari_orders == ((1.0, 2.0), (1.0, -1.0))
+    assert (0.5 * _SymmetricChiSquare()).amari_orders == ((0.5, 2.0), (0.5, -1.0))
+    assert (rkl.KL() + rkl.TotalVariation()).amari_orders is None
+
+
+def test_slopes_are_recognised_by_what_the_field_does():
+    named = {type(d): d.slope_field for d in F if d.slope_field is not None}
+    assert named == dict.fromkeys((rkl.PrecisionRecall, rkl.PrecisionHalf, rkl.RecallHalf), "lam")
+    assert (_Threshold().slope_field, _Threshold().slope) == ("threshold", 5.0)
+    assert rkl.JensenShannon(0.2).slope is None

@@ -1,5 +1,6 @@
 """Fits reach what is known of their problem, and end no lower than maximum likelihood."""
 
+import dataclasses
 import math
 
 import pytest
@@ -191,6 +192,22 @@ def test_the_slope_goes_from_one_to_its_value():
     assert anneal(rkl.ReverseKL(), 0.3) == rkl.ReverseKL()
     assert guard_divergence(rkl.PrecisionHalf(lam=4.0)) == rkl.PrecisionRecall(lam=4.0)
     assert guard_divergence(rkl.ReverseKL()) == rkl.ReverseKL()
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfOnesOwn(rkl.FDivergence):
+    """A divergence that rkl does not know, with a slope that it calls otherwise."""
+
+    strictness: float = 16.0
+
+    def integrand(self, logp, logq):
+        return rkl.PrecisionHalf(self.strictness).integrand(logp, logq)
+
+
+def test_a_divergence_of_ones_own_has_its_slope_annealed():
+    assert anneal(_OfOnesOwn(), 0.5) == _OfOnesOwn(4.0)
+    assert slope_of(rkl.KL() + _OfOnesOwn()) == 16.0
+    assert guard_divergence(_OfOnesOwn()) == rkl.PrecisionRecall(lam=16.0)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a divergence is: the two base classes, sums of divergences, and silent logarithms."""
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import math
@@ -20,6 +21,7 @@ from rkl.checks import floats, number, shown
 _FAR, _END = 16.0, 600.0  # log-ratios between which a control variate is integrated
 _NO_MASS = -745.0  # the logarithm of what is 0 in double precision
 POLE = 0.13  # distance of a parameter from its limits within which forms without poles are used
+_FACTOR = 1.5  # by which a field is changed to see whether it is a slope
 NEAR = 0.02  # |log p/q| below which an excess is summed by its series
 
 
@@ -266,19 +268,110 @@ class FDivergence(Divergence):
         return expansion(self.integrand, degree=1.0)
 
     @functools.cached_property
+    def amari_orders(self) -> tuple[tuple[float, float], ...] | None:
+        """The weights and orders of one or two Amari divergences of which this is the sum.
+
+        Of order 1 is KL, of order 0 reverse KL; None where it is no such sum. With t = log p/q,
+        F'' − F' = q Σ w exp(α t), whose derivatives at p = q give w and α by Prony's method.
+        """
+        _, *series = self.taylor
+        if not series or not series[0] > 0:
+            return None
+        a, b, c, d = (math.factorial(n) * x for n, x in enumerate(series, start=2))
+        found = _exponentials(a, b - a, c - b, d - c)
+        t = 2.0 ** torch.arange(-1, 10, dtype=torch.float64)  # also far out, where halves end
+        t = torch.cat([-t, t])
+        excess = self.integrand(t, torch.zeros_like(t)) - self.taylor[0] * t.expm1()
+        told = sum(w * _amari_excess(t, alpha) for w, alpha in found)
+        alike = bool(found) and torch.allclose(
+            torch.as_tensor(told), excess, rtol=1e-8, atol=1e-10
+        )
+        return found if alike else None
+
+    @functools.cached_property
+    def slope_field(self) -> str | None:
+        """The field that is a slope λ of the precision-recall curve, up to a factor.
+
+        With c times the field, F is that of (c p, q), but for multiples of F, p and q.
+        """
+        if self.scale_free:
+            return None
+        for name, value in vars(self).items():
+            if isinstance(value, float | int) and not isinstance(value, bool) and value > 0:
+                with contextlib.suppress(ValueError, TypeError):
+                    changing: Any = self
+                    other = dataclasses.replace(changing, **{name: _FACTOR * value})
+                    if self._is_rescaled(other):
+                        return name
+        return None
+
+    def _is_rescaled(self, other: "FDivergence") -> bool:
+        """True if F of the other is a multiple of F(c p, q), plus multiples of p and q."""
+        logp, logq = _along(60)
+        scaled = self.integrand(logp + math.log(_FACTOR), logq)
+        return _is_affine_in(other.integrand(logp, logq), scaled, logp, logq)
+
+    @property
+    def slope(self) -> float | None:
+        """The value of :attr:`slope_field`."""
+        return None if self.slope_field is None else float(getattr(self, self.slope_field))
+
+    @functools.cached_property
     def scale_free(self) -> bool:
         """Whether an unknown constant in log p leaves the minimiser over q where it is.
 
         It does where F(cp, q) is a positive multiple of F(p, q) plus multiples of p and q:
         for both KLs and every Amari divergence.
         """
-        t = torch.linspace(-4, 4, 401, dtype=torch.float64)
-        logp, logq = t / 2, -t / 2
-        basis = torch.stack([self.integrand(logp, logq), logp.exp(), logq.exp()], -1)
-        scaled = self.integrand(logp + 1, logq)
-        fit = torch.linalg.lstsq(basis, scaled, driver="gelsd").solution
-        worst = (basis @ fit - scaled).abs().max()
-        return bool(fit[0] > 0 and worst < 1e-8 * scaled.abs().max())
+        logp, logq = _along(4)
+        f = self.integrand(logp, logq)
+        return _is_affine_in(self.integrand(logp + 1, logq), f, logp, logq)
+
+
+def _along(reach: float) -> tuple[Tensor, Tensor]:
+    """Masses whose log-ratio goes evenly from −reach to reach, and whose product is 1."""
+    t = torch.linspace(-reach, reach, 401, dtype=torch.float64)
+    return t / 2, -t / 2
+
+
+def _is_affine_in(target: Tensor, f: Tensor, logp: Tensor, logq: Tensor) -> bool:
+    """True if the target is a positive multiple of f plus multiples of p and q."""
+    scale = logp.exp() + logq.exp()
+    basis = torch.stack([f, logp.exp(), logq.exp()], -1) / scale[:, None]
+    target = target / scale
+    fit = torch.linalg.lstsq(basis, target, driver="gelsd").solution
+    worst = (basis @ fit - target).abs().max()
+    return bool(fit[0] > 0 and worst < 1e-8 * target.abs().max())
+
+
+def _exponentials(*moments: float) -> tuple[tuple[float, float], ...]:
+    """Weights w and exponents α of one or two terms whose Σ w αⁿ are these; rounded."""
+    a, b, c, d = moments
+    determinant = a * c - b * b
+    if abs(determinant) < 1e-9 * (abs(a * c) + b * b + a * a):
+        roots = [b / a]
+    else:
+        constant, linear = (b * d - c * c) / determinant, (b * c - a * d) / determinant
+        square = linear * linear - 4 * constant
+        if square < 0:
+            return ()
+        roots = [(-linear + sign * math.sqrt(square)) / 2 for sign in (1, -1)]
+    if len(roots) == 1:
+        weights = [a]
+    else:
+        first = (b - a * roots[1]) / (roots[0] - roots[1])
+        weights = [first, a - first]
+    terms = zip(weights, roots, strict=True)
+    return tuple((float(f"{w:.10g}"), round(alpha, 9) + 0.0) for w, alpha in terms)
+
+
+def _amari_excess(t: Tensor, alpha: float) -> Tensor:
+    """The excess over q of Amari's divergence at log p/q = t."""
+    if alpha == 0:
+        return t.expm1() - t
+    if alpha == 1:
+        return t * t.exp() - t.expm1()
+    return ((alpha * t).expm1() - alpha * t.expm1()) / (alpha * (alpha - 1))
 
 
 @dataclass(frozen=True, repr=False)
@@ -343,6 +436,13 @@ class _Combination(Divergence):
 class _FCombination(_Combination, FDivergence):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Σ wᵢ Dᵢ of f-divergences, which is one."""
 
+    @property
+    def amari_orders(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        parts = [(w, _as_f(term).amari_orders) for w, term in self.terms]
+        if any(orders is None for _, orders in parts):
+            return None
+        return tuple((w * v, alpha) for w, orders in parts for v, alpha in orders or ())
+
     def held_inputs(self, logits, labels=None):
         return ()
 
@@ -375,6 +475,10 @@ class _FCombination(_Combination, FDivergence):  # pyright: ignore[reportIncompa
             undecided, math.inf * winner, 1.0
         )
         return torch.where(undecided, decided, total(torch.where(undecided, 1.0, log_ratio)))
+
+
+def _as_f(term: Any) -> FDivergence:
+    return term
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:

@@ -387,6 +387,10 @@ class Amari(FDivergence):
     def __post_init__(self):
         number("alpha", self.alpha, unequal=(0, 1), what=" (they are ReverseKL and KL)")
 
+    @property
+    def amari_orders(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return ((1.0, self.alpha),)  # to the last digit
+
     def integrand(self, logp, logq):
         a = self.alpha
         return (power(logp, logq, a, 1 - a) - logq.exp()) / (a * (a - 1))

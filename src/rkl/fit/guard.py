@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rkl.divergences import FDivergence, PrecisionHalf, PrecisionRecall, RecallHalf
+from rkl.divergences import FDivergence, PrecisionRecall
 from rkl.divergences.base import combine, weighted_terms
 from rkl.estimators import monte_carlo
 from rkl.flows.architectures import draw
@@ -18,39 +18,44 @@ from rkl.flows.training import Moment
 
 LogProb = Callable[..., Tensor]
 LOST = 0.5  # share of log-ratios cut off, from which on a critic is said to have collapsed
-SLOPED = PrecisionRecall, PrecisionHalf, RecallHalf
 
 
 def slope_of(divergence: FDivergence) -> float:
     """The slope λ of the divergence; of a sum, the one farthest from 1; 1 without any.
 
+    >>> from rkl import PrecisionHalf
     >>> slope_of(PrecisionHalf(lam=10.0))
     10.0
     """
-    slopes = [term.lam for _, term in weighted_terms(divergence) if isinstance(term, SLOPED)]
-    return float(max(slopes, key=lambda lam: abs(math.log(lam)), default=1.0))
+    return max(_slopes(divergence), key=lambda lam: abs(math.log(lam)), default=1.0)
+
+
+def _slopes(divergence: FDivergence) -> list[float]:
+    terms: Any = (term for _, term in weighted_terms(divergence))
+    return [term.slope for term in terms if term.slope is not None]
 
 
 def anneal(divergence: FDivergence, progress: float) -> FDivergence:
     """The divergence with λ on its way from 1, geometrically, to its value at progress 1.
 
-    >>> annealed(PrecisionHalf(lam=100.0), 0.5)
+    >>> from rkl import PrecisionHalf
+    >>> anneal(PrecisionHalf(lam=100.0), 0.5)
     PrecisionHalf(lam=10.0)
     """
     share = min(max(progress, 0.0), 1.0)
-    terms: list[tuple[float, Any]] = [
-        (weight, dataclasses.replace(term, lam=float(term.lam**share)))
-        if isinstance(term, SLOPED)
-        else (weight, term)
-        for weight, term in weighted_terms(divergence)
-    ]
-    changed: Any = combine(*terms)
+    changed: Any = combine(*((w, _moved(term, share)) for w, term in weighted_terms(divergence)))
     return changed
+
+
+def _moved(term: Any, share: float) -> Any:
+    if term.slope is None:
+        return term
+    return dataclasses.replace(term, **{term.slope_field: term.slope**share})
 
 
 def guard_divergence(divergence: FDivergence) -> FDivergence:
     """The divergence by which a fit is judged: PrecisionRecall(λ) for what has a slope λ."""
-    if any(isinstance(term, SLOPED) for _, term in weighted_terms(divergence)):
+    if _slopes(divergence):
         return PrecisionRecall(lam=slope_of(divergence))
     return divergence
 

@@ -17,14 +17,10 @@ from rkl.divergences import (
     Amari,
     Divergence,
     FDivergence,
-    Jeffreys,
-    NeymanChiSquare,
-    PearsonChiSquare,
     ReverseKL,
-    SquaredHellinger,
     parse,
 )
-from rkl.divergences.base import broadcast_shape, weighted_terms
+from rkl.divergences.base import broadcast_shape
 
 
 def orders(divergence: object) -> list[tuple[float, float]] | None:
@@ -33,29 +29,12 @@ def orders(divergence: object) -> list[tuple[float, float]] | None:
     Of order 1 is KL, of order 0 reverse KL. Each needs of the draws, node by node, no more than
     E p^α, or E log p in the limit 0.
 
+    >>> from rkl import KL, Jeffreys, PearsonChiSquare
     >>> orders(0.5 * KL() + Jeffreys()), orders(PearsonChiSquare())
     ([(0.5, 1.0), (1.0, 1.0), (1.0, 0.0)], [(2.0, 2.0)])
     """
-    if not isinstance(divergence, FDivergence):
-        return None
-    found = []
-    for weight, term in weighted_terms(divergence):
-        known = _ORDERS.get(type(term), ())
-        known = [(1.0, term.alpha)] if isinstance(term, Amari) else known
-        if not known:
-            return None
-        found += [(weight * w, alpha) for w, alpha in known]
-    return found
-
-
-_ORDERS = {
-    KL: [(1.0, 1.0)],
-    ReverseKL: [(1.0, 0.0)],
-    Jeffreys: [(1.0, 1.0), (1.0, 0.0)],
-    SquaredHellinger: [(0.25, 0.5)],
-    PearsonChiSquare: [(2.0, 2.0)],
-    NeymanChiSquare: [(2.0, -1.0)],
-}
+    known = divergence.amari_orders if isinstance(divergence, FDivergence) else None
+    return None if known is None else list(known)
 
 
 def divergence_between(
@@ -78,6 +57,7 @@ def divergence_between(
         NotImplementedError: There is no closed form; the message says for which divergence.
 
     >>> from torch.distributions import Normal
+    >>> from rkl import PearsonChiSquare
     >>> from rkl.bayes.families import family_of
     >>> p, q = Normal(torch.tensor(0.0), 1.0), Normal(torch.tensor(1.0), 1.0)
     >>> family = family_of(p)

@@ -47,7 +47,7 @@ def only(
         ValueError: One of them is no "module:name".
 
     >>> with only(["fractions:Fraction"]):
-    ...     imported("fractions:Decimal")
+    ...     import_object("fractions:Decimal")
     Traceback (most recent call last):
     ValueError: fractions:Decimal, which a file names, is not imported: that would run its code. \
 If you trust it, say --allow fractions:Decimal, or allow=['fractions:Decimal'] in Python.

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rkl.distill.data import IGNORED
 
 SOURCES = "sources"  # a column of batches: who wrote each token
+ROUTE = "teacher_of_row"  # another: the number of each row's teacher, where there are several
 DATA, STUDENT, TEACHER = 0, 1, 2  # its values
 
 
@@ -30,7 +31,9 @@ def shifted(inputs: Mapping[str, Any]) -> Batch:
             f"the batch must have labels, {IGNORED} where a token is not trained on; "
             f"got {', '.join(inputs)}."
         )
-    rest = {name: value for name, value in inputs.items() if name not in ("labels", SOURCES)}
+    rest = {
+        name: value for name, value in inputs.items() if name not in ("labels", SOURCES, ROUTE)
+    }
     labels = inputs["labels"][:, 1:]
     predicting = labels != IGNORED
     return Batch(rest, predicting, labels[predicting])

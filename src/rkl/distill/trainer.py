@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number, warn
-from rkl.distill.batches import DATA, SOURCES, STUDENT, Batch, PadRows, shifted, sources_of
+from rkl.distill.batches import DATA, ROUTE, SOURCES, STUDENT, Batch, PadRows, shifted, sources_of
 from rkl.distill.checkpoints import replacing_folder_together, rotate, settle
 from rkl.distill.data import IGNORED, TokenDataset, tokenize
 from rkl.distill.guard import MAX_MEASURED, CollapseError, CollapseLimits, Watch
@@ -32,6 +32,7 @@ from rkl.distill.known import (
 )
 from rkl.distill.limits import (
     check_counts,
+    check_one_of,
     check_temperature,
     check_within,
     context_of,
@@ -53,6 +54,7 @@ from rkl.distill.rollouts import (
     sampling_of,
 )
 from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
+from rkl.distill.several import RouteRows, SeveralTeachers
 from rkl.distill.sources import is_row
 from rkl.distill.teachers import Teacher, as_teacher, check_peft, check_teacher
 from rkl.distill.vocabulary import share_vocabulary
@@ -105,6 +107,10 @@ class DistillConfig(TrainingArguments):
             the student began.
         log_completions: Whether to write the own text of the first batches of logged steps, of the
             first process, into completions.jsonl.
+        teacher_routing_column: Column of the data with the name of each row's teacher, where
+            there are several.
+        teachers_on_device: "all" of several teachers, or "one" at a time, the others waiting on
+            the CPU.
         allow_partial: Whether to minimise, on a teacher known by its top k, also a divergence of
             which most may lie among the other atoms, such as reverse KL or AKL.
     """
@@ -143,6 +149,12 @@ class DistillConfig(TrainingArguments):
     prompt_tokens: int = field(
         default=32, metadata={"help": "Length of a prompt out of plain text, in tokens."}
     )
+    teacher_routing_column: str = field(
+        default="teacher_id", metadata={"help": "Column that names each row's teacher."}
+    )
+    teachers_on_device: str = field(
+        default="all", metadata={"help": "All of several teachers, or one at a time."}
+    )
     allow_partial: bool = field(
         default=False, metadata={"help": "Minimise any divergence on a teacher's top k."}
     )
@@ -164,6 +176,7 @@ class DistillConfig(TrainingArguments):
         if self.router_aux_loss not in (True, False):
             got = self.router_aux_loss
             raise TypeError(f"router_aux_loss must be True or False; got {got!r}.")
+        check_one_of(self, "teachers_on_device", "all", "one")
         if self.allow_partial not in (True, False):
             raise TypeError(f"allow_partial must be True or False; got {self.allow_partial!r}.")
         if self.compiled not in (None, True, False):
@@ -195,6 +208,8 @@ class DistillTrainer(Trainer):
         args: Its settings.
         teacher: A model with the student's tokenizer, which is left as it is; "base" for the
             model below a PEFT student's adapters; or any :class:`Teacher`, such as a cache.
+        teachers: Several of them, by name, in place of one: the column of the data that
+            ``teacher_routing_column`` names says which of them a row learns from.
         divergence: Any divergence.
         limits: How far the student's own text may go from what it was in the beginning.
         teacher_processing_class: The teacher's tokenizer, to be compared with the student's,
@@ -211,14 +226,15 @@ class DistillTrainer(Trainer):
         model: nn.Module | None = None,
         args: DistillConfig | None = None,
         *,
-        teacher: nn.Module | Literal["base"] | Teacher,
+        teacher: nn.Module | Literal["base"] | Teacher | None = None,
+        teachers: Mapping[str, nn.Module | Teacher] | None = None,
         divergence: Divergence = AKL(),
         limits: CollapseLimits | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
         args = DistillConfig() if args is None else args
-        _check(model, args, teacher, divergence, kwargs)
+        _check(model, args, teacher, teachers, divergence, kwargs)
         tokenizer = kwargs.get("processing_class")
         if (started := world().size) != args.world_size:
             raise ValueError(
@@ -235,7 +251,7 @@ class DistillTrainer(Trainer):
         self._schedule = read_schedule(args.schedule, divergence)
         self.divergence = self._schedule.at(1.0)
         self._head = read_head(cast(nn.Module, model))
-        self._teacher = as_teacher(teacher, self._head, args.device)
+        self._teacher = self._as_one(teacher, teachers, args)
         self._shared = share_vocabulary(
             self._teacher.vocab, self._head.vocab, teacher_processing_class, tokenizer
         )
@@ -244,6 +260,9 @@ class DistillTrainer(Trainer):
             pad = 0 if tokenizer is None else tokenizer.pad_token_id or 0
             # A padding token that only the student has would be none of the teacher's rows.
             kwargs["data_collator"] = PadRows(pad if pad < self._vocab else 0, args.max_length)
+        if teachers is not None:
+            column, names = args.teacher_routing_column, [*teachers]
+            kwargs["data_collator"] = RouteRows(kwargs["data_collator"], column, names)
         if isinstance(kwargs.get("train_dataset"), TokenDataset):
             context = min(map(context_of, self._models().values()))
             if args.lmbda or args.seq_kd:
@@ -266,6 +285,22 @@ class DistillTrainer(Trainer):
         self.completions = Path(str(self.args.output_dir), COMPLETIONS)
         self._balance = _balance(cast(nn.Module, model)) if args.router_aux_loss else 0.0
         self.add_callback(_Guard(self._check_step, self._rewind_completions))
+
+    def _as_one(self, teacher: Any, teachers: Any, args: DistillConfig) -> Teacher:
+        """The teacher, or several behind one; a single one of them is that one itself."""
+        if teachers is None:
+            return as_teacher(teacher, self._head, args.device)
+        one = args.teachers_on_device == "one" and len(teachers) > 1
+        device = "cpu" if one else args.device
+        made = {name: as_teacher(it, self._head, device) for name, it in teachers.items()}
+        if len(made) == 1:
+            return next(iter(made.values()))
+        if args.lmbda or args.seq_kd:
+            raise NotImplementedError(
+                "teachers: text that is written in the course of the training has one teacher so "
+                f"far; got {len(made)} with lmbda={args.lmbda}, seq_kd={args.seq_kd}."
+            )
+        return SeveralTeachers(made, device=args.device if one else None)
 
     def _student(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
@@ -336,7 +371,7 @@ class DistillTrainer(Trainer):
         self._batch = batch = shifted(inputs)
         sources = sources_of(inputs, batch)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
-        p, share = self._observe(batch), len(batch.targets) / count
+        p, share = self._observe(batch, inputs), len(batch.targets) / count
 
         def measure(q: Known) -> Tensor:
             loss = self._loss(batch, sources, p, q, count)
@@ -383,7 +418,7 @@ class DistillTrainer(Trainer):
         self.divergence = self._schedule.at(1.0)
         batch = shifted(inputs)
         with torch.no_grad():
-            p = self._observe(batch)
+            p = self._observe(batch, inputs)
             scores = self._in_place_of_head(model, batch, lambda q: self._score(batch, p, q))
             self._scores.append(cast(Tensor, self.accelerator.gather_for_metrics(scores)))
             loss = scores[:, 0].sum() / scores[:, 3].sum().clamp_min(1)
@@ -479,7 +514,8 @@ class DistillTrainer(Trainer):
         """The Trainer's, and what says where the texts in a row begin."""
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        self._signature_columns = [*dict.fromkeys([*columns, "seq_lengths"])]
+        more = "seq_lengths", self.args.teacher_routing_column
+        self._signature_columns = [*dict.fromkeys([*columns, *more])]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's, which notes the loss for the check before the update."""
@@ -674,7 +710,7 @@ class DistillTrainer(Trainer):
             if isinstance(self.processing_class, PreTrainedTokenizerBase):
                 self.processing_class.save_pretrained(folder)
 
-    def _observe(self, batch: Batch) -> Observed:
+    def _observe(self, batch: Batch, inputs: Mapping[str, Any]) -> Observed:
         """What the teacher says of a batch, in the precision that the Trainer trains in."""
         tokens = batch.inputs.get("input_ids")
         if self._shared.differing and isinstance(tokens, Tensor):
@@ -684,7 +720,9 @@ class DistillTrainer(Trainer):
                 "train_dataset" if self._student().training else "eval_dataset", read
             )
         with torch.no_grad(), self.accelerator.autocast():
-            return self._teacher.observe(batch.inputs, batch.predicting, vocab=self._vocab)
+            routed = {ROUTE: inputs[ROUTE]} if ROUTE in inputs else {}
+            read = batch.inputs | routed if self._teacher.is_routed else batch.inputs
+            return self._teacher.observe(read, batch.predicting, vocab=self._vocab)
 
     def _in_place_of_head(
         self,
@@ -926,7 +964,12 @@ def _first_row(dataset: Any) -> Any:
 
 
 def _check(
-    model: Any, args: Any, teacher: Any, divergence: Any, settings: Mapping[str, Any]
+    model: Any,
+    args: Any,
+    teacher: Any,
+    teachers: Any,
+    divergence: Any,
+    settings: Mapping[str, Any],
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -941,7 +984,14 @@ def _check(
             f"divergence must be a Divergence such as AKL(); got {divergence!r}. "
             "rkl.parse makes one from a string."
         )
-    check_teacher(teacher)
+    if teachers is None:
+        check_teacher(teacher)
+    elif teacher is not None:
+        raise ValueError("teacher and teachers exclude one another; got both.")
+    elif not isinstance(teachers, Mapping) or not teachers:
+        raise TypeError(f"teachers must map names to one teacher at least; got {teachers!r}.")
+    for one in (teachers or {}).values():
+        check_teacher(one)
     if settings.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func must be left out: the divergence is the loss.")
     if settings.get("model_init") is not None:

@@ -1,4 +1,4 @@
-"""The Bayes act: the one law of a family that is closest to the posterior on average."""
+"""The Bayes act: the distribution of a family that is closest to the posterior on average."""
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Estimate(Answer):
-    """A Bayes act, as :func:`rkl.bayes.bayes_act` found it.
+    """A Bayes act, its risk and diagnostics: the result of :func:`rkl.bayes.bayes_act`.
 
     Attributes:
-        family: The family as it was asked for.
+        family: The family, as text.
         divergence: The loss.
-        act: The law that is reported, by its parameters.
+        act: The reported distribution, by its parameters.
         risk: The posterior mean of the loss at the act, in nats, [*batch].
-        diagnostics: How far the numbers can be trusted.
-        problem: The posterior, the family and the loss, for what is asked next.
+        diagnostics: Effective draws, tails and warnings.
+        problem: The posterior, the family and the loss, for comparisons and regions.
     """
 
     def compare(
@@ -75,17 +75,17 @@ def bayes_act(
 
     Args:
         draws: The posterior: whatever :func:`rkl.bayes.read_draws` reads.
-        family: The law of an experiment, given the parameters: a text such as
+        family: The distribution of one experiment, given the parameters: a text such as
             "normal(loc=mu, scale=sigma)", a class of torch.distributions whose parameters are
-            called as the draws are, or a callable from theta, n draws by name, to n laws.
+            called as the draws are, or a callable from theta, n draws by name, to n distributions.
         divergence: The loss, D(posterior draw ‖ act).
         weights: Weight of every draw, [chains, draws].
         design: Given to a callable as its second argument, or to a regression.
-        compiled: Whether to compile the pass over the draws; by default where it pays.
-        seed: Of the random numbers of a family whose divergences need some.
+        compiled: Compile the pass over the draws; by default where this saves time.
+        seed: Random seed, for families whose divergences are estimated from samples.
 
     Returns:
-        The act with its errors, its risk in nats, and how far these can be trusted.
+        The act with its errors, its risk in nats, and diagnostics.
 
     Raises:
         ValueError: The draws, the family or the act itself do not exist; the message says why.

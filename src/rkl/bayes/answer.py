@@ -25,7 +25,7 @@ SHOWN = 12  # elements of one parameter that are printed
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Act(Mapping):
-    """The law that is reported: act["scale"], with its Monte Carlo error in act.error["scale"].
+    """The reported distribution: act["scale"], with its Monte Carlo error in act.error["scale"].
 
     Attributes:
         parameters: Value and standard error by name, [*batch, ...] each: those of the law, and
@@ -84,7 +84,7 @@ class Act(Mapping):
 
 @dataclass(frozen=True, eq=False)
 class Diagnostics:
-    """How far the numbers can be trusted.
+    """Effective draws, tails and warnings.
 
     Attributes:
         chains: Number of chains.
@@ -100,7 +100,7 @@ class Diagnostics:
         method: How the act was found.
         accuracy: By how much its risk may exceed the least, in nats, as far as the minimiser
             can tell; 0 for a closed form.
-        warnings: What the reader should know, one sentence each.
+        warnings: One sentence each.
     """
 
     chains: int

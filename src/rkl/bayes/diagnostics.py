@@ -29,7 +29,7 @@ MANY = 24  # components whose order is looked at
 
 @dataclass(frozen=True)
 class Judgement:
-    """The worth of the draws for some quantities, by name.
+    """Effective draws and tails of some quantities, by name.
 
     Attributes:
         ess: Effective number of draws, the least over all of them; of many, over some of them.
@@ -72,7 +72,7 @@ class Judgement:
 
 
 def thin(draws: Draws, numbers: int) -> Draws:
-    """Every so many draws, so that few enough of so many numbers each are left."""
+    """A subsample of draws, evenly spread, so that diagnostics stay cheap."""
     most = max(1, NUMBERS // max(1, numbers) // draws.chains)
     return draws.every(-(-draws.draws // most))
 
@@ -80,7 +80,7 @@ def thin(draws: Draws, numbers: int) -> Draws:
 def diagnose(
     values: Mapping[str, Tensor], draws: Draws, events: Mapping[str, int] | None = None
 ) -> Judgement:
-    """Judge quantities [chains, draws, *batch, *event] of these draws.
+    """Effective draws and tails of quantities [chains, draws, *batch, *event].
 
     Raises:
         ValueError: There are fewer than 4 effective draws.
@@ -113,7 +113,7 @@ def _least(values: Tensor) -> float:
 
 
 def _some(x: Tensor) -> Tensor:
-    """So many columns [chains, draws, columns], evenly spread, that their ranks are soon found."""
+    """A subsample of columns [chains, draws, columns], so that ranking stays cheap."""
     columns = x.reshape(*x.shape[:2], -1)
     return columns[..., :: math.ceil(columns.numel() / RANKED)]
 
@@ -185,7 +185,7 @@ def diagnostics_of(
     accuracy: float,
     told: Iterable[str | None] = (),
 ) -> Diagnostics:
-    """What a reader of an estimate should know: of these draws, and what else is told of it."""
+    """The diagnostics of an estimate, with the warnings on its draws and further ones."""
     return Diagnostics(
         chains=draws.chains,
         draws=draws.draws,
@@ -200,7 +200,6 @@ def diagnostics_of(
 
 
 def _warnings(judgement: Judgement, draws: Draws, judged_on: Draws) -> list[str]:
-    """What a reader of numbers made of these draws should know."""
     told = []
     for name, k in weak(judgement.pareto_k, NO_ERROR).items():
         worst, beyond = k[k >= NO_ERROR].max(), "no error of normal theory holds for its mean"

@@ -180,8 +180,8 @@ def _section(title: str, it: Shown) -> "Section":
             "The posterior, and what is reported of it",
             _figure(it.marginals, it.comparison.acts, it.shaded, it.labels),
             "Grey: the draws of each parameter. Lines: the estimates. Shaded: the values that "
-            "occur in the credible region, which holds the draws whose laws are closest to the "
-            "reported one; it is the same region in every parametrisation."
+            "occur in the credible region, which holds the draws whose distributions are closest "
+            "to the reported one; it is the same region in every parametrisation."
             + (f" The first {PANELS} of {numbers:,} numbers." if numbers > PANELS else ""),
         ),
         it.region,

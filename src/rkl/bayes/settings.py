@@ -9,30 +9,31 @@ from rkl.checks import LARGEST_SEED, integer
 
 @dataclass(frozen=True)
 class EstimateSettings:
-    """What is estimated, of what posterior, under which loss.
+    """The posterior, the family and the loss of an estimate.
 
     Args:
         posterior: Draws: .nc or .zarr as ArviZ writes them, an .npz, a table from R with .chain
             and .iteration, or CmdStan's .csv, several or a pattern.
-        family: Law of an experiment given the parameters, which are called as the draws are:
+        family: Distribution of one experiment, its parameters named as the draws are:
             "normal(loc=mu, scale=sigma)", or of a regression with its design
             "poisson-regression(coefficients=[Intercept, x1])".
-        divergence: Loss between a draw's law and the reported one: a divergence, or intrinsic.
+        divergence: Loss, from the distribution of each draw to the reported one: a divergence, or
+            intrinsic.
         prob: Posterior probability of the credible region.
-        losses: Losses of the comparison, such as js intrinsic; by default five, without what takes
-            minutes.
+        losses: Losses of the comparison, such as js intrinsic; by default five, without those that
+            take minutes.
         log_posterior: Variable that holds the log posterior density of each draw, such as lp;
             without it there is no posterior mode to compare with.
         weights: Variable that holds the weight of each draw, if they are weighted.
         design: Design matrix of a regression: .npy, .csv, or another table of numbers. The family
             may name columns of it: offset=NAME, exposure=NAME, trials=NAME.
-        further: More files of CmdStan, each one chain more.
-        seed: Of the random numbers of a family whose divergences need some.
+        further: More files of CmdStan, one chain each.
+        seed: Random seed, for families whose divergences are estimated from samples.
         device: Where to compute.
     """
 
     posterior: Path = field(metadata={"positional": True, "metavar": "POSTERIOR"})
-    family: str = field(metadata={"metavar": "LAW"})
+    family: str = field(metadata={"metavar": "FAMILY"})
     divergence: str = field(default="reverse-kl", metadata={"metavar": "D"})
     prob: float = field(default=0.9, metadata={"metavar": "P"})
     losses: tuple[str, ...] = field(default=(), metadata={"metavar": "D"})

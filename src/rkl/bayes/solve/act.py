@@ -28,7 +28,7 @@ from rkl.stats.pareto import NO_ERROR
 
 
 def answer(problem: Problem) -> Answer:
-    """The act of a problem that is put already."""
+    """The act, its risk and diagnostics."""
     _refuse_moving(problem)
     with working(f"the act under {problem.divergence}"):
         weights = problem.weights
@@ -139,13 +139,13 @@ def _refuse_without_mean(problem: Problem, seen: Judgement) -> None:
 def _diagnostics(problem: Problem, found: NumericalAct, seen: Judgement) -> Diagnostics:
     draws, how, told = problem.draws, found.accuracy, []
     if not how.converged:
-        told.append("the minimiser stopped before it came to rest")
+        told.append("the optimiser did not converge")
     if how.agreeing < how.starts:
-        told.append(f"only {how.agreeing} of {how.starts} starts came to the same risk")
+        told.append(f"only {how.agreeing} of {how.starts} starts reached the lowest risk")
     if found.whole:
         told.append(
-            f"{', '.join(found.whole)} is a whole number and has no standard error; those of the "
-            "other parameters are given that it is right"
+            f"{', '.join(found.whole)} is a whole number and has no standard error; the errors of "
+            "the other parameters assume that it is right"
         )
     nodes = f" over {how.nodes:,} nodes ({how.method})" if how.nodes else ", in closed form"
     switching = label_switching(draws, problem.model.names, problem.batch)

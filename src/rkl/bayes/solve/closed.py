@@ -454,7 +454,7 @@ def newton_act(
     """The law that minimises w_R KL(P_t ‖ P_R) + w_F KL(P_F ‖ P_t), by Newton's method.
 
     Raises:
-        ValueError: The steps do not come to rest.
+        ValueError: Newton's method does not converge.
     """
     total = weights.reverse + weights.forward
     wanted = family.mean(forward)
@@ -475,7 +475,7 @@ def newton_act(
         if (decrement < CLOSE).all():
             return family.along(act, step, torch.ones_like(decrement))
         act = family.along(act, step, _length(family, objective, act, step, decrement))
-    raise ValueError(f"The act under both KLs did not come to rest in {STEPS} steps.")
+    raise ValueError(f"Newton's method found no act under both KLs in {STEPS} steps.")
 
 
 def _times(family: ExponentialFamily, at: Natural, vector: Natural) -> Tensor:

@@ -208,9 +208,29 @@ def test_packed_text_is_one_stream_that_loses_nothing(tokenizer):
     stream = torch.cat([block["input_ids"] for block in dataset])
     assert tokenizer.decode(stream) == "a b c <eos> d e <eos> f g h i <eos>"
     assert [len(block["input_ids"]) for block in dataset] == [5, 5, 2]
-    assert shown(dataset, tokenizer) == ["[a]b c <eos> d", "[e]<eos> f g h", "[i]<eos>"]
-    assert dataset.trained_tokens == 9
+    assert shown(dataset, tokenizer) == ["[a]b c <eos>[d]", "[e]<eos>[f]g h", "[i]<eos>"]
+    assert dataset.trained_tokens == 7  # all but the first of a text, or of a part of one
     assert dataset.cut_tokens == 0
+    positions = [block["position_ids"].tolist() for block in dataset]
+    assert positions == [[0, 1, 2, 3, 0], [0, 1, 0, 1, 2], [0, 1]]
+
+
+def test_unpacked_each_text_has_a_block(tokenizer):
+    rows = [{"text": "a b c"}, {"text": "d e"}, {"text": "f g h i"}]
+    packed = tokenize(rows, tokenizer, max_length=5)
+    assert shown(packed.unpacked(), tokenizer) == [
+        "[a]b c <eos>",
+        "[e]<eos>",
+        "[f]g h",
+        "[i]<eos>",
+    ]
+    assert packed.unpacked().trained_tokens == packed.trained_tokens
+    pairs = [{"prompt": f"{it} ", "completion": "a"} for it in "bcdef"]
+    apart = tokenize(pairs, tokenizer, packing=False)
+    together = tokenize(pairs, tokenizer)
+    assert len(together) == 1
+    assert shown(together.unpacked(), tokenizer) == shown(apart, tokenizer)
+    assert apart.unpacked() is apart
 
 
 def test_unpacked_text_shares_no_block_and_loses_nothing(tokenizer):

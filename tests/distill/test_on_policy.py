@@ -11,9 +11,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import rkl
-from rkl.distill import DistillConfig
+from rkl.distill import DistillConfig, cache_teacher
 from rkl.distill.batches import DATA, SOURCES, STUDENT, TEACHER, shifted, sources_of
-from rkl.distill.cache import cache_teacher
 from rkl.distill.data import IGNORED
 from rkl.distill.rollouts import (
     ModelWriter,

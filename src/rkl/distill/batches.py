@@ -39,6 +39,21 @@ def shifted(inputs: Mapping[str, Any]) -> Batch:
     return Batch(rest, predicting, labels[predicting])
 
 
+def attended(inputs: Mapping[str, Any]) -> Bool[Tensor, "rows positions"]:
+    """Where a batch holds text, and not padding.
+
+    Without a mask texts are told apart by positions, and padding is at position 0 with nothing
+    behind it. So is a text of one token, which has nothing to predict.
+    """
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None and mask.ndim == 2:
+        return mask.bool()
+    if mask is not None or positions is None:
+        return torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    following = torch.cat([positions[:, 1:], torch.zeros_like(positions[:, :1])], 1)
+    return (positions > 0) | (following == 1)
+
+
 def sources_of(inputs: Mapping[str, Any], batch: Batch) -> Int[Tensor, " tokens"] | None:
     """Who wrote each target of a batch; None where all are of the data set."""
     sources = inputs.get(SOURCES)

@@ -290,20 +290,25 @@ def written(path: str | os.PathLike) -> list[Path]:
 def row_keys(inputs: Mapping[str, Any], predicting: Bool[Tensor, "rows steps"]) -> list[str]:
     """A digest of each row up to the last token it is trained on: what the teacher depends on.
 
-    Padding on the right has no part in it; a row that is not trained on has the empty key.
+    Padding on the right has no part in it, nor have positions that count from 0 on, which a row
+    gets beside others whose positions begin anew. A row that is not trained on has the empty key.
     """
     shape = inputs["input_ids"].shape
     names = sorted(it for it in inputs if it != "attention_mask" and _is_like(inputs[it], shape))
     attended = inputs.get("attention_mask")
     attended = torch.ones(shape, dtype=torch.bool) if attended is None else attended.bool()
-    columns = [predicting, attended, *(inputs[name] for name in names)]
-    columns = [column.cpu() for column in columns]
+    columns = {"": predicting, " ": attended} | {name: inputs[name] for name in names}
+    columns = {name: column.cpu() for name, column in columns.items()}
     keys = []
-    for row, trained in enumerate(columns[0]):
+    for row, trained in enumerate(columns[""]):
         end = int(trained.nonzero().max()) + 1 if trained.any() else 0
-        digest = hashlib.blake2b(",".join(names).encode(), digest_size=16)
-        for column in columns:
-            digest.update(_bytes(column[row, :end]))
+        own = {name: column[row, :end] for name, column in columns.items()}
+        if "position_ids" in own and torch.equal(own["position_ids"], torch.arange(end)):
+            del own["position_ids"]
+        named = ",".join(name for name in own if name.strip())
+        digest = hashlib.blake2b(named.encode(), digest_size=16)
+        for column in own.values():
+            digest.update(_bytes(column))
         keys.append(digest.hexdigest() if end else "")
     return keys
 

@@ -22,7 +22,7 @@ import itertools
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -130,6 +130,8 @@ class TokenDataset(Dataset):
         cut_tokens: Tokens left out because their rows were longer than a block.
         left_out: Number of rows that gave nothing to train on.
         reasons: Why they did not, in words.
+        begins: Which tokens begin a text; None where each block is one. Blocks then have
+            ``position_ids`` that begin anew with each text, by which models keep texts apart.
     """
 
     kind: str
@@ -140,6 +142,7 @@ class TokenDataset(Dataset):
     cut_tokens: int
     left_out: int = 0
     reasons: str = ""
+    begins: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -150,7 +153,26 @@ class TokenDataset(Dataset):
         index %= len(self)
         block = slice(int(self.bounds[index]), int(self.bounds[index + 1]))
         tokens = self.tokens[block].long()
-        return {"input_ids": tokens, "labels": tokens.where(self.trained[block], IGNORED)}
+        row = {"input_ids": tokens, "labels": tokens.where(self.trained[block], IGNORED)}
+        if self.begins is not None:
+            place = torch.arange(len(tokens))
+            row["position_ids"] = place - place.where(self.begins[block], 0).cummax(0).values
+        return row
+
+    def unpacked(self) -> "TokenDataset":
+        """The same with a block for each text, or each part of one that was cut.
+
+        A part of a single token, from which nothing is predicted, is left out.
+        """
+        if self.begins is None:
+            return self
+        starts = self.begins.nonzero()[:, 0]
+        ends = torch.cat([starts[1:], self.bounds[-1:]])
+        long = ends - starts > 1
+        kept = torch.repeat_interleave(long, ends - starts)
+        bounds = torch.cat([starts.new_zeros(1), (ends - starts)[long].cumsum(0)])
+        how = {"tokens": self.tokens[kept], "trained": self.trained[kept], "bounds": bounds}
+        return replace(self, **how, begins=None)
 
     def sample(self, count: int) -> list[list[int]]:
         """The tokens of at most so many blocks, evenly spaced."""
@@ -188,8 +210,9 @@ def tokenize(
     Plain text gets an end-of-text token behind each row and loses nothing: rows longer than a
     block are cut into several. Packed, all rows are one stream cut every ``max_length`` tokens.
     A row with a prompt stays whole, so that no completion loses its prompt, and one longer than
-    a block loses its end. Packed, such rows share blocks by best fit. Tokens of a block attend
-    to all that stands before them, an earlier row included; teacher and student do so alike.
+    a block loses its end. Packed, such rows share blocks by best fit. Rows of one block have
+    ``position_ids`` that begin anew, by which models of transformers keep them apart, and the
+    first token of each is not trained on.
 
     Completions and assistant turns alone are trained on: -100 elsewhere. Each turn is trained on
     as the chat template renders it when it is said; a chat whose rendering changes afterwards
@@ -360,7 +383,11 @@ def _dataset(
     lengths = np.fromiter((stop - start for start, stop in spans), np.int64, len(spans))
     chosen = [slice(*span) for span in spans]
     bits = np.concatenate([trained[it] for it in chosen])
-    bits[np.cumsum(lengths) - lengths] = False
+    is_first = np.zeros(len(tokens), np.bool)
+    is_first[np.frombuffer(examples.bounds, np.int64)[:-1]] = True
+    begins = np.concatenate([is_first[it] for it in chosen])
+    begins[np.cumsum(lengths) - lengths] = True
+    bits[begins] = False
     blocks_end = np.cumsum([0, *map(len, blocks)])
     bounds = np.concatenate([[0], np.cumsum(lengths)])[blocks_end]
     return TokenDataset(
@@ -372,6 +399,7 @@ def _dataset(
         cut,
         len(left_out),
         str(left_out),
+        torch.from_numpy(begins) if begins.sum() > len(blocks) else None,
     )
 
 

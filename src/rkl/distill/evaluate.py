@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl.checks import warn
-from rkl.distill.batches import PadRows, shifted
+from rkl.distill.batches import PadRows, attended, shifted
 from rkl.distill.cache import is_cache
 from rkl.distill.compare import BY_BLOCK, Evaluations
 from rkl.distill.data import TokenDataset, passages, tokenize
@@ -29,7 +29,7 @@ from rkl.distill.generate import (
     sampling_of,
     save,
 )
-from rkl.distill.heads import read_head
+from rkl.distill.heads import read_head, why_not_apart
 from rkl.distill.known import Known, Observed, logits_of
 from rkl.distill.limits import (
     check_context,
@@ -253,6 +253,9 @@ def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection
         shape[name] = run.settings.get(name, default) if chosen is None else chosen
     variables = template_variables(run.settings.get("chat_template_kwargs"))
     blocks = tokenize(rows, tokenizer, chat_template_kwargs=variables, **shape)
+    models = [it for it in (student, teacher) if isinstance(it, nn.Module)]
+    if blocks.begins is not None and any(map(why_not_apart, models)):
+        blocks = blocks.unpacked()
     if of_teacher is not None:
         told = check_splits_alike(blocks.sample(SAMPLE), of_teacher, tokenizer)
         if told:
@@ -452,7 +455,7 @@ def _summed(
         batch = shifted({name: values.to(student.device) for name, values in padded.items()})
         rows_of_batch = numbers[first : first + len(batch.predicting)].to(batch.predicting.device)
         if shared.differing:
-            shared.check("data", batch.inputs["input_ids"][batch.inputs["attention_mask"].bool()])
+            shared.check("data", batch.inputs["input_ids"][attended(batch.inputs)])
         row = rows_of_batch[batch.predicting.nonzero()[:, 0]]
         p = teacher.observe(batch.inputs, batch.predicting, vocab=vocab)
         q = head.observe(batch.inputs, batch.predicting, vocab=vocab)

@@ -177,6 +177,38 @@ def check_causal(name: str, model: Any) -> None:
         _check_logits(name, model, model(**_two_rows(model)))
 
 
+def why_not_apart(model: Any) -> str | None:
+    """Reason why rows that share a block would see one another; None where they do not.
+
+    Without an attention mask and a cache, models of transformers keep texts apart whose
+    positions begin anew. Some do not, such as those with a recurrent state. So two short rows are
+    run as one block: the second must not change with the first, and be what it is alone.
+    """
+    pad = model.config.get_text_config(decoder=True).pad_token_id
+    first, second, third = [token for token in range(4) if token != pad][:3]
+    device = next(model.parameters()).device
+    before = [[first, second, third, first], [second, second, first, third]]
+    after = [second, third, first, second, first]
+    blocks = torch.tensor([[*row, *after] for row in before], device=device)
+    places = torch.tensor([[*range(4), *range(5)]] * 2, device=device)
+    try:
+        with inference(model):
+            how: dict[str, Any] = {"use_cache": False}
+            packed = model(input_ids=blocks, position_ids=places, **how).logits[:, 4:].float()
+            row = {"input_ids": blocks[:1, 4:], "position_ids": places[:1, 4:]}
+            own = model(**row, **how).logits[0].float()
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        return f"it cannot be run on positions that begin anew ({str(error).splitlines()[0]})"
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    rounding, largest = eps**0.5 / 4, float(own.abs().max())
+    across = float((packed[0] - packed[1]).abs().max()) / largest
+    if not across <= min(64 * eps, rounding):  # what is masked adds nothing, in any precision
+        return f"the second of two rows changes with the first, by {across:.2g} of its logits"
+    if not (alone := float((packed[0] - own).abs().max()) / largest) <= rounding:
+        return f"the second of two rows is not what it is alone, by {alone:.2g} of its logits"
+    return None
+
+
 def _check_kind(name: str, model: Any) -> None:
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):

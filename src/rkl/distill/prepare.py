@@ -35,7 +35,7 @@ from rkl.distill.data import (
     spread,
     tokenize,
 )
-from rkl.distill.heads import check_causal
+from rkl.distill.heads import check_causal, why_not_apart
 from rkl.distill.limits import (
     check_context,
     context_of,
@@ -114,7 +114,9 @@ class Text:
         source = settings.data if settings.eval_data is None else settings.eval_data
         held, more = self.held_out, {"rows": len(self.rows)}
         blocks = [self.blocks] if held is None else [self.blocks, held]
-        parts = [it for block in blocks for it in (block.tokens, block.trained, block.bounds)]
+        columns = "tokens", "trained", "bounds", "begins"
+        parts = [getattr(block, name) for block in blocks for name in columns]
+        parts = [it for it in parts if it is not None]
         found = {
             "data": values_of(settings.data, self.rows, **more),
             "tokens of data": values_of(None, parts, of="tokenizer, chat template, max_length"),
@@ -128,6 +130,16 @@ class Text:
         """The same with no more than so many blocks, and so many held out."""
         held = None if self.held_out is None else _first(self.held_out, count)
         return replace(self, blocks=_first(self.blocks, count), held_out=held)
+
+    @property
+    def packs(self) -> bool:
+        """True if some rows share a block."""
+        return any(it is not None and it.begins is not None for it in (self.blocks, self.held_out))
+
+    def unpacked(self) -> "Text":
+        """The same with a block for each row."""
+        held = None if self.held_out is None else self.held_out.unpacked()
+        return replace(self, blocks=self.blocks.unpacked(), held_out=held)
 
     def first_block(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The beginning of the first block, what is not trained on in brackets."""
@@ -150,7 +162,9 @@ class Text:
 def _first(blocks: TokenDataset, count: int) -> TokenDataset:
     bounds = blocks.bounds[: count + 1]
     end = int(bounds[-1])
-    return replace(blocks, tokens=blocks.tokens[:end], trained=blocks.trained[:end], bounds=bounds)
+    part: dict[str, Any] = {"tokens": blocks.tokens[:end], "trained": blocks.trained[:end]}
+    part |= {"begins": None if blocks.begins is None else blocks.begins[:end]}
+    return replace(blocks, bounds=bounds, **part)
 
 
 @dataclass(frozen=True)
@@ -190,6 +204,9 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     models = {"teacher": teacher} if is_model else {}
     for name, model in (models | {"student": student}).items():
         check_causal(name, model)
+        if text.packs and (reason := why_not_apart(model)) is not None:
+            warn(f"packing: rows get a block each, for the {name} mixes them: {reason}.")
+            text = text.unpacked()
         _check_fits(name, model, settings, text)
         if settings.writes:
             check_prompts(text.blocks, settings, context_of(model))
@@ -283,7 +300,7 @@ def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> 
     shape |= {"train_on": settings.train_on}
     shape |= {"chat_template_kwargs": template_variables(settings.chat_template_kwargs)}
     kind = kind_of(rows[0], rows.place(0))
-    if settings.writes and kind != "text":
+    if settings.writes:
         shape["packing"] = False  # or a reply would follow the rows before its prompt
     if settings.eval_data is not None:
         held, origin = read_rows(settings.eval_data, split=settings.eval_split), settings.eval_data

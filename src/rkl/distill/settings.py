@@ -65,8 +65,8 @@ class DistillSettings:
             --epochs takes.
         epochs: Passes over the data, where --max-steps says nothing.
         max_length: Longest block, in tokens; no longer than the models' context.
-        packing: Let short rows share a block, where they see the rows before them. Rows with a
-            prompt share none where --lmbda is above 0, or with --seq-kd.
+        packing: Let short rows share a block, in which they do not see one another. They share
+            none where a model cannot keep them apart, --lmbda is above 0, or with --seq-kd.
         train_on: Of a chat, all turns of the assistant or the last.
         chat_template: A file with the chat template to use and to save with the student; by
             default the student's, or the teacher's where the student has none.

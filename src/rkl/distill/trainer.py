@@ -17,11 +17,21 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number, warn
-from rkl.distill.batches import DATA, ROUTE, SOURCES, STUDENT, Batch, PadRows, shifted, sources_of
+from rkl.distill.batches import (
+    DATA,
+    ROUTE,
+    SOURCES,
+    STUDENT,
+    Batch,
+    PadRows,
+    attended,
+    shifted,
+    sources_of,
+)
 from rkl.distill.checkpoints import replacing_folder_together, rotate, settle
 from rkl.distill.data import IGNORED, TokenDataset, tokenize
 from rkl.distill.guard import MAX_MEASURED, CollapseError, CollapseLimits, Watch
-from rkl.distill.heads import read_head
+from rkl.distill.heads import read_head, why_not_apart
 from rkl.distill.known import (
     Known,
     Observations,
@@ -252,6 +262,8 @@ class DistillTrainer(Trainer):
         self.divergence = self._schedule.at(1.0)
         self._head = read_head(cast(nn.Module, model))
         self._teacher = self._as_one(teacher, teachers, args)
+        for name in ("train_dataset", "eval_dataset"):
+            kwargs[name] = self._kept_apart(kwargs[name])
         self._shared = share_vocabulary(
             self._teacher.vocab, self._head.vocab, teacher_processing_class, tokenizer
         )
@@ -304,6 +316,23 @@ class DistillTrainer(Trainer):
 
     def _student(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
+
+    def _kept_apart(self, dataset: Any) -> Any:
+        """A data set of which rows share no block where a model would mix them up."""
+        if isinstance(dataset, TokenDataset) and dataset.begins is not None:
+            for name, model in self._models().items():
+                if (reason := why_not_apart(model)) is not None:
+                    warn(
+                        f"packing: rows get a block each, for the {name} mixes them up: {reason}."
+                    )
+                    return dataset.unpacked()
+        return dataset
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """The Trainer's, but padding is told from text also where there is no mask."""
+        if "attention_mask" not in inputs and "position_ids" in inputs:
+            inputs = {**inputs, "attention_mask": attended(inputs)}
+        super()._track_num_input_tokens(inputs)
 
     def _models(self) -> dict[str, Any]:
         """The student, and the teacher where it is a model, by name."""
@@ -714,10 +743,9 @@ class DistillTrainer(Trainer):
         """What the teacher says of a batch, in the precision that the Trainer trains in."""
         tokens = batch.inputs.get("input_ids")
         if self._shared.differing and isinstance(tokens, Tensor):
-            mask = batch.inputs.get("attention_mask")
-            read = tokens if mask is None or mask.ndim != 2 else tokens[mask.bool()]
             self._shared.check(
-                "train_dataset" if self._student().training else "eval_dataset", read
+                "train_dataset" if self._student().training else "eval_dataset",
+                tokens[attended(batch.inputs)],
             )
         with torch.no_grad(), self.accelerator.autocast():
             routed = {ROUTE: inputs[ROUTE]} if ROUTE in inputs else {}

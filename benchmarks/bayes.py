@@ -28,6 +28,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch reads th
     os.environ[variable] = "1"
 
 import numpy as np  # noqa: E402
+import quick  # noqa: E402
 import torch  # noqa: E402
 from linear_head import _peak_resident  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -97,7 +98,7 @@ def _arguments() -> argparse.Namespace:
     add("--arviz", type=int, default=0, help="laws that arviz.summary is shown, once")
     add("--lazy", type=int, default=0, help="draws of each chain of a file; measures memory only")
     add("--out", type=Path, help="csv of every repetition")
-    return parser.parse_args()
+    return quick.parse(parser, draws=200, laws=50, repeats=1)
 
 
 def measure_time(settings: argparse.Namespace) -> Iterator[Row]:

@@ -20,6 +20,7 @@ import time
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch reads them
     os.environ[variable] = "1"
 
+import quick  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -133,19 +134,21 @@ def nflows(spline):
     return build
 
 
-def contenders(splines):
+def contenders(asked):
     found = {
         "rkl, compiled": ours(lambda hidden: Coupling(COUPLINGS, (hidden, hidden), compiled=True)),
         "rkl": ours(lambda hidden: Coupling(COUPLINGS, (hidden, hidden))),
         "normflows": normflows(False),
         "nflows": nflows(False),
     }
-    if splines:
+    if asked.splines:
         found |= {
             "zuko spline": ours(lambda hidden: NSF(COUPLINGS, (hidden, hidden), BINS, passes=2)),
             "normflows spline": normflows(True),
             "nflows spline": nflows(True),
         }
+    if not asked.peers:
+        found = {name: it for name, it in found.items() if "flows" not in name}
     return found
 
 
@@ -158,18 +161,18 @@ def timed(work, least=0.05):
     return spent / calls
 
 
-def measure(size, repeats, splines):
+def measure(size, asked):
     features, hidden, batch = SIZES[size]
     torch.manual_seed(0)
     x = torch.randn(batch, features)
     floor = Products(features, hidden, batch)
-    built = {name: it(features, hidden, x) for name, it in contenders(splines).items()}
+    built = {name: it(features, hidden, x) for name, it in contenders(asked).items()}
     for what in ("train", "sample"):
         for it in (floor, *built.values()):  # compiles, and allocates
             for _ in range(3):
                 getattr(it, what)()
         before = timed(getattr(floor, what))
-        for repetition in range(repeats):
+        for repetition in range(asked.repeats):
             for name, it in built.items():
                 spent = timed(getattr(it, what))
                 after = timed(getattr(floor, what))
@@ -183,10 +186,11 @@ def main():
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--splines", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", help="a csv of all repetitions")
-    asked = parser.parse_args()
+    asked = quick.parse(parser, sizes=["small"], repeats=1, peers=False)
     torch.set_num_threads(1)
-    rows = [row for size in asked.sizes for row in measure(size, asked.repeats, asked.splines)]
+    rows = [row for size in asked.sizes for row in measure(size, asked)]
     for size, what, name in dict.fromkeys((it["size"], it["what"], it["flow"]) for it in rows):
         same = [it for it in rows if (it["size"], it["what"], it["flow"]) == (size, what, name)]
         ratio, spent = (statistics.median(it[key] for it in same) for key in ("ratio", "cpu_s"))

@@ -15,6 +15,7 @@ import time
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
+import quick  # noqa: E402
 import torch  # noqa: E402
 
 import rkl  # noqa: E402
@@ -22,15 +23,15 @@ import rkl  # noqa: E402
 TOKENS, VOCAB, WIDTHS = 256, 16_000, (512, 1024)
 
 
-def head(width, dtype, *, seed):
+def head(width, dtype, *, seed, tokens):
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(TOKENS, width, generator=generator)
+    hidden = torch.randn(tokens, width, generator=generator)
     weight = 3 / width**0.5 * torch.randn(VOCAB, width, generator=generator)
     return rkl.LinearHead(hidden.to(dtype), weight.to(dtype))
 
 
-def seconds(dtype, compiled):
-    q, p = (head(width, dtype, seed=seed) for seed, width in enumerate(WIDTHS))
+def seconds(dtype, compiled, tokens):
+    q, p = (head(width, dtype, seed=seed, tokens=tokens) for seed, width in enumerate(WIDTHS))
     q = rkl.LinearHead(q.hidden.requires_grad_(), q.weight.requires_grad_())
     start = time.process_time()
     rkl.exact(rkl.AKL(), p=p, q=q, compiled=compiled).backward()
@@ -40,15 +41,19 @@ def seconds(dtype, compiled):
 def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--repeats", type=int, default=15)
+    options.add_argument("--tokens", type=int, default=TOKENS)
     options.add_argument("--out")
-    chosen = options.parse_args()
+    chosen = quick.parse(options, repeats=2, tokens=32)
     rows = []
     for compiled in (False, True):
         for dtype in (torch.bfloat16, torch.float32):
-            seconds(dtype, compiled)  # to warm up
-        before = seconds(torch.float32, compiled)
+            seconds(dtype, compiled, chosen.tokens)  # to warm up
+        before = seconds(torch.float32, compiled, chosen.tokens)
         for repetition in range(chosen.repeats):
-            half, after = seconds(torch.bfloat16, compiled), seconds(torch.float32, compiled)
+            half, after = (
+                seconds(torch.bfloat16, compiled, chosen.tokens),
+                seconds(torch.float32, compiled, chosen.tokens),
+            )
             ratio = 2 * half / (before + after)
             rows.append([compiled, repetition, half, after, ratio, os.getloadavg()[0]])
             before = after

@@ -35,6 +35,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch reads th
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import contenders  # noqa: E402
+import quick  # noqa: E402
 import torch  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
@@ -107,7 +108,8 @@ def _arguments() -> argparse.Namespace:
     add("--memory", action="store_true", help="peak memory too")
     add("--repeats", type=int, default=5)
     add("--out", type=Path, help="csv of every repetition")
-    settings = parser.parse_args()
+    small = {"vocab": [512], "tokens": 64, "divergence": ["akl"], "repeats": 1}
+    settings = quick.parse(parser, **small, memory=True, eager=True)
     settings.vocab = settings.vocab or [VOCABULARIES[0]]
     chosen = [parse(text) for text in settings.divergence]
     if settings.all or not chosen:

@@ -24,6 +24,7 @@ import time
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch reads them
     os.environ[variable] = "1"
 
+import quick  # noqa: E402
 import torch  # noqa: E402
 
 from rkl.sample import (  # noqa: E402
@@ -42,7 +43,6 @@ from rkl.sample.mcmc import Wolff  # noqa: E402
 from rkl.sample.targets import XY  # noqa: E402
 from rkl.stats import integrated_time  # noqa: E402
 
-TEMPERATURES = torch.linspace(0.05, 2.05, 32)
 BLOCK = 1024
 PEERS = {
     "thermodynamic integration": lambda target, at, effort: thermodynamic_integration(
@@ -216,7 +216,10 @@ def main():
     parser.add_argument("--most", type=float, default=60, help="CPU seconds of a peer; 0: none")
     parser.add_argument("--reference", help="csv of means of 8 x 8 at K = 0, to be compared with")
     parser.add_argument("--out", required=True, help="csv")
-    args = parser.parse_args()
+    parser.add_argument("--temperatures", type=int, default=32, help="from 0.05 to 2.05")
+    small = {"stages": [(4, 0.03)], "draws": 1024, "most": 0.1, "temperatures": 3}
+    args = quick.parse(parser, **small, out=os.devnull)
+    temperatures = torch.linspace(0.05, 2.05, args.temperatures)[:, None]
     with open(args.out, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
@@ -229,15 +232,15 @@ def main():
                 flow.start_from(smaller)
             trained += train(flow, target, minutes, args)
             rows = [
-                *of_flow(flow, target, TEMPERATURES[:, None], args),
-                *of_clock(flow, target, TEMPERATURES[:, None]),
+                *of_flow(flow, target, temperatures, args),
+                *of_clock(flow, target, temperatures),
             ]
             rows = [row | {"trained_s": trained} for row in rows]
             if args.reference and (side, args.ring_exchange) == (8, 0):
                 rows += of_reference(flow, target, args)
             if args.most:
-                rows += of_peers(target, TEMPERATURES[:, None], args)
-                rows += of_chains(target, TEMPERATURES[:, None], args)
+                rows += of_peers(target, temperatures, args)
+                rows += of_chains(target, temperatures, args)
             shared = {"side": side, "ring_exchange": args.ring_exchange, "seed": args.seed}
             for row in rows:
                 figures = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}

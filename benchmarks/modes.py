@@ -17,6 +17,7 @@ import time
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch reads them
     os.environ[variable] = "1"
 
+import quick  # noqa: E402
 import torch  # noqa: E402
 
 from rkl.sample import fit_to_target, judge_coverage  # noqa: E402
@@ -80,7 +81,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--draws", type=int, default=100_000)
     parser.add_argument("--out", required=True)
-    args = parser.parse_args()
+    small = {"targets": ["mog4"], "seeds": [0], "steps": 20, "draws": 1_000}
+    args = quick.parse(parser, **small, out=os.devnull)
     torch.set_num_threads(1)
     with open(args.out, "w", newline="") as file:
         rows: csv.DictWriter[str] = csv.DictWriter(file, FIELDS, lineterminator="\n")

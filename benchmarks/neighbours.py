@@ -21,6 +21,7 @@ import warnings
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch reads them
     os.environ[variable] = "1"
 
+import quick  # noqa: E402
 import torch  # noqa: E402
 from linear_head import _peak_resident  # noqa: E402
 
@@ -73,7 +74,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=int, metavar="FEATURES", help="print the peak alone")
     parser.add_argument("--out", help="a csv of all repetitions")
-    asked = parser.parse_args()
+    asked = quick.parse(parser, samples=300, features=[16], repeats=1)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if asked.memory:

@@ -18,6 +18,7 @@ import time
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch reads them
     os.environ[variable] = "1"
 
+import quick  # noqa: E402
 import torch  # noqa: E402
 
 from rkl.sample import CoarseToFineField, fit_to_target, reweight  # noqa: E402
@@ -61,7 +62,8 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8192)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
-    args = parser.parse_args()
+    small = {"stages": ["4:5:32", "8:5:32"], "draws": 512, "out": os.devnull}
+    args = quick.parse(parser, **small)
     torch.set_num_threads(1)
     condition, smaller, trained = torch.tensor([[args.coupling]]), None, 0.0
     with open(args.out, "w", newline="") as file:

@@ -32,6 +32,7 @@ for variable, value in (
 ):
     os.environ[variable] = value
 
+import quick  # noqa: E402
 from linear_head import _peak_resident  # noqa: E402
 
 from rkl.distill import load_tokenizer  # noqa: E402
@@ -155,7 +156,7 @@ def main():
     options.add_argument("--turns", action="store_true")
     options.add_argument("--out")
     options.add_argument("--memory", nargs=2)
-    chosen = options.parse_args()
+    chosen = quick.parse(options, size=2e5, repeats=1)
     warnings.simplefilter("ignore")
     os.environ["XDG_CACHE_HOME"] = os.devnull  # no cache of tokens
     if chosen.memory:

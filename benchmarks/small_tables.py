@@ -10,6 +10,7 @@ methods. Needs scikit-learn (`rkl[studies]`).
 
 import argparse
 import csv
+import os
 import sys
 import time
 import warnings
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import quick
 import torch
 from sklearn import datasets
 from sklearn.mixture import GaussianMixture
@@ -28,7 +30,7 @@ from rkl.flows.architectures import parse_architecture
 
 TABLES = "wine", "iris", "diabetes", "breast_cancer"
 SPREAD = ("diabetes",)
-COMPONENTS = range(1, 9)
+COMPONENTS = 8  # at most
 KINDS = "full", "tied", "diag", "spherical"
 COLUMNS = (
     "table", "rows", "columns", "flow", "budget", "seed", "log_density", "less_gaussian",
@@ -37,13 +39,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def mixture(rows: np.ndarray, test: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
+def mixture(
+    rows: np.ndarray, test: np.ndarray, seed: int, components: int
+) -> tuple[np.ndarray, str]:
     """Log-densities of the mixture with the least BIC, of columns in units of their spread."""
     mean, spread = rows.mean(0), rows.std(0)
     rows, test = (rows - mean) / spread, (test - mean) / spread
     found = []
     for kind in KINDS:
-        for count in COMPONENTS:
+        for count in range(1, components + 1):
             how: dict[str, Any] = {"covariance_type": kind, "n_init": 3, "random_state": seed}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -63,11 +67,11 @@ def gaussian(rows: np.ndarray, test: np.ndarray) -> np.ndarray:
     )
 
 
-def folds(name: str, seed: int) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+def folds(name: str, seed: int, count: int) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
     """Rows to fit, as they are and spread over their levels, and rows to test."""
     values = getattr(datasets, f"load_{name}")().data
     torch.manual_seed(seed)
-    for train, test in KFold(5, shuffle=True, random_state=seed).split(values):
+    for train, test in KFold(count, shuffle=True, random_state=seed).split(values):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             data = read_data(values[train], dequantise=name in SPREAD)
@@ -78,11 +82,13 @@ def folds(name: str, seed: int) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
 MIXTURES: dict[tuple[str, int, int], tuple[np.ndarray, str]] = {}  # of each fold, for all budgets
 
 
-def measured(name: str, flow: str, budget: dict[str, Any], seed: int) -> dict[str, Any]:
+def measured(
+    name: str, flow: str, budget: dict[str, Any], seed: int, asked: argparse.Namespace
+) -> dict[str, Any]:
     parts, kinds, kept, began = [], [], [], time.perf_counter()
-    for fold, (data, rows, test) in enumerate(folds(name, seed)):
+    for fold, (data, rows, test) in enumerate(folds(name, seed, asked.folds)):
         if (name, seed, fold) not in MIXTURES:
-            MIXTURES[name, seed, fold] = mixture(rows, test, seed)
+            MIXTURES[name, seed, fold] = mixture(rows, test, seed, asked.components)
         mixed, kind = MIXTURES[name, seed, fold]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -112,7 +118,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="*", default=[1000])
     parser.add_argument("--minutes", type=float, nargs="*", default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    asked = parser.parse_args()
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--components", type=int, default=COMPONENTS, help="most of a mixture")
+    small = {"tables": ["iris"], "steps": [20], "seeds": [0], "folds": 2, "components": 1}
+    asked = quick.parse(parser, **small, out=Path(os.devnull))
     budgets = [{"steps": it} for it in asked.steps] + [{"minutes": it} for it in asked.minutes]
     with asked.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -121,7 +130,7 @@ def main() -> None:
             for flow in asked.flows:
                 for budget in budgets:
                     for seed in asked.seeds:
-                        row = measured(name, flow, budget, seed)
+                        row = measured(name, flow, budget, seed, asked)
                         writer.writerow(
                             {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
                         )

@@ -21,6 +21,7 @@ from rkl.bayes.solve.act import answer
 from rkl.bayes.solve.closed import Point, averages, directions_of, excess_risk
 from rkl.bayes.tables import ROUNDING, Table, zero_rounding
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
+from rkl.stats import quantile
 from rkl.tables import Cell
 
 LossOf = Callable[[Variables], tuple[Tensor, Tensor | None]]
@@ -206,13 +207,7 @@ def _medians(problem: Problem) -> Variables:
     weights = problem.draws.weights
     if weights is None:
         return {name: x.quantile(0.5, 0) for name, x in problem.theta.items()}
-    found = {}
-    for name, x in problem.theta.items():
-        ordered = x.sort(0)
-        share = weights.flatten()[ordered.indices].cumsum(0)
-        place = (share < 0.5 * (1 - 1e-12)).sum(0, keepdim=True)
-        found[name] = ordered.values.gather(0, place)[0]
-    return found
+    return {name: quantile(x, 0.5, weights.flatten()) for name, x in problem.theta.items()}
 
 
 def side_by_side(

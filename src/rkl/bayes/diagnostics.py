@@ -17,6 +17,7 @@ RANKED = 2**20  # those whose ranks tell what the draws are worth
 DOUBTFUL = 0.99  # Pareto-k of what has no error, though its mean is not denied
 MIN_DRAWS_OF_TAIL = 600  # from which tails may deny a mean: fewer hide a cluster of draws
 FEWEST = 4  # effective draws
+ROUNDING = 1e-13  # error of a mean of equal numbers, relative to them
 DISAGREE = 1.01  # R-hat above which chains are said not to agree
 APART = 2.5  # mean distance of two components, in its standard deviations, that tells them apart
 SWAPPED = 0.005  # share of draws in which they have changed places
@@ -159,6 +160,17 @@ def mean_of(values: Tensor, draws: Draws) -> Mean:
         weights = None if draws.weights is None else draws.weights[chain]
         means.push(chain, values[chain], weights)
     return means.total()
+
+
+def mean_of_diagnosed(name: str, values: Tensor, draws: Draws, judgement: Judgement) -> Mean:
+    """The posterior mean of diagnosed values [chains, draws, ...], inf where it surely is.
+
+    Its error is nan where no normal one holds, and 0 where it is but rounding.
+    """
+    value, error = mean_of(values, draws)
+    error = nan_where(error, judgement.pareto_k[name] >= NO_ERROR)
+    error = torch.where(error <= ROUNDING * value.abs(), 0.0, error)
+    return Mean(torch.where(judgement.surely_infinite(name), torch.inf, value), error)
 
 
 def nan_where(error: Tensor, unsure: Tensor) -> Tensor:

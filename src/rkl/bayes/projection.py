@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 
 from rkl.bayes.act import Estimate, bayes_act
 from rkl.bayes.answer import Act, elements
-from rkl.bayes.diagnostics import diagnose, mean_of, nan_where
+from rkl.bayes.diagnostics import diagnose, mean_of_diagnosed, nan_where
 from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.families.regression import Regression, by_rows
 from rkl.bayes.identified import Unidentified, find_unidentified, sentences, without_unidentified
@@ -44,11 +44,9 @@ from rkl.bayes.tables import Table
 from rkl.divergences import FDivergence, ReverseKL
 from rkl.divergences.parse import Stack
 from rkl.stats import Mean
-from rkl.stats.pareto import NO_ERROR
 from rkl.tables import Cell, cell_text
 
 SHOWN = 6  # numbers of an act that are printed
-ROUNDING = 1e-13  # error of a mean of equal numbers, relative to them
 RISK, EXCESS = "risk (nats)", "excess (nats)"
 HELD = 2**20  # log-densities over which a loss that needs every draw is minimised
 STARTS = 4  # draws that a minimiser starts from
@@ -657,16 +655,10 @@ def _over_draws(full: Estimate, one: Subfamily) -> Submodel:
     shape = (draws.chains, draws.draws)
     moved = {name: x.unflatten(0, shape) for name, x in found.influence.items()}
     events = {name: max(0, x.ndim - 2 - len(whole.batch)) for name, x in moved.items()}
-    seen = diagnose({RISK: risk, EXCESS: excess, **moved}, draws, events)
-
-    def mean(name: str, values: Tensor) -> Mean:
-        mean = mean_of(values, draws)
-        value = torch.where(seen.surely_infinite(name), torch.inf, mean.value)
-        rounded = mean.error <= ROUNDING * mean.value.abs()
-        error = torch.where(rounded, 0.0, nan_where(mean.error, seen.pareto_k[name] >= NO_ERROR))
-        return Mean(value, error)
-
-    means = {name: Mean(x, mean(name, moved[name]).error) for name, x in found.variables.items()}
+    averaged = {RISK: risk, EXCESS: excess, **moved}
+    seen = diagnose(averaged, draws, events)
+    known = {name: mean_of_diagnosed(name, x, draws, seen) for name, x in averaged.items()}
+    means = {name: Mean(x, known[name].error) for name, x in found.variables.items()}
     law = one.model.at(found.own)
     how = "in closed form"
     if loss.nodes is not None:
@@ -674,8 +666,8 @@ def _over_draws(full: Estimate, one: Subfamily) -> Submodel:
     act, told = _drop_unidentified(whole, one, Act(means, law), found.own, loss)
     return Submodel(
         act,
-        mean(RISK, risk),
-        mean(EXCESS, excess),
+        known[RISK],
+        known[EXCESS],
         f"minimised over the draws {how}",
         found.accuracy,
         told,

@@ -11,8 +11,7 @@ from rkl.bayes.diagnostics import (
     diagnose,
     diagnostics_of,
     label_switching,
-    mean_of,
-    nan_where,
+    mean_of_diagnosed,
 )
 from rkl.bayes.families.regression import Regression
 from rkl.bayes.identified import find_unidentified, sentences, without_unidentified
@@ -24,7 +23,6 @@ from rkl.bayes.progress import working
 from rkl.bayes.solve.closed import closed_act
 from rkl.bayes.solve.numerical import NumericalAct, find_act, sort_components
 from rkl.stats import Mean
-from rkl.stats.pareto import NO_ERROR
 
 
 def answer(problem: Problem) -> Answer:
@@ -98,19 +96,12 @@ def _minimise_loss(problem: Problem) -> Answer:
     seen = diagnose({**influence, "risk": losses}, draws)
     _refuse_without_mean(problem, seen)
     parameters = {
-        name: Mean(
-            x, nan_where(mean_of(influence[name], draws).error, seen.pareto_k[name] >= NO_ERROR)
-        )
+        name: Mean(x, mean_of_diagnosed(name, influence[name], draws, seen).error)
         if name in influence
         else Mean(x, torch.full_like(x, torch.nan))
         for name, x in found.theta.items()
     }
-    k = seen.pareto_k["risk"]
-    risk = mean_of(losses, draws)
-    risk = Mean(
-        torch.where(seen.surely_infinite("risk"), torch.inf, risk.value),
-        nan_where(risk.error, k >= NO_ERROR),
-    )
+    risk = mean_of_diagnosed("risk", losses, draws, seen)
     for key, name in (problem.model.settings or {}).items():
         if isinstance(name, str):
             parameters.setdefault(key, parameters[name])

@@ -15,6 +15,7 @@ HOMES = {
     "guard": "CollapseError CollapseLimits",
     "heads": "Head read_head",
     "pair": "Comparison PairSettings evaluate_pair",
+    "published": "PublishedTeacher",
     "report": "report_runs",
     "rollouts": "ModelWriter Reply Sampling Writer",
     "scratch": "Shape new_model new_tokenizer",

@@ -21,6 +21,7 @@ from rkl.distill.loss import distill_loss as distill_loss
 from rkl.distill.pair import Comparison as Comparison
 from rkl.distill.pair import PairSettings as PairSettings
 from rkl.distill.pair import evaluate_pair as evaluate_pair
+from rkl.distill.published import PublishedTeacher as PublishedTeacher
 from rkl.distill.report import report_runs as report_runs
 from rkl.distill.rollouts import ModelWriter as ModelWriter
 from rkl.distill.rollouts import Reply as Reply

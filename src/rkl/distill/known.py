@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rkl.checks import warn
@@ -97,6 +97,19 @@ def lost_in_the_rest(divergence: Divergence) -> str | None:
     if twice > 4 * max(once, 1.0):
         return "it grows faster than log(p/q) where the student has little mass"
     return None
+
+
+def distinct_atoms(
+    index: Int[Tensor, "tokens k"], missing: Bool[Tensor, "tokens k"], vocab: int
+) -> Int[Tensor, "tokens k"]:
+    """The atoms, and in the place of missing ones, which have no mass, any not there yet."""
+    if not missing.any():
+        return index
+    candidates = torch.arange(min(2 * index.shape[-1], vocab), device=index.device)
+    there = index.masked_fill(missing, -1)[..., None] == candidates
+    unused = there.any(1).int().argsort(dim=-1, stable=True)
+    place = (missing.cumsum(-1) - 1).clamp_min(0)
+    return torch.where(missing, unused.gather(-1, place).to(index.dtype), index)
 
 
 class Observations:

@@ -17,12 +17,11 @@ import functools
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rkl.distill.adapters.shards import whole
 from rkl.distill.heads import Head, read_head
-from rkl.distill.known import lost_in_the_rest
+from rkl.distill.known import distinct_atoms, lost_in_the_rest
 from rkl.distill.limits import read_divergence
 from rkl.distill.loss import distill_loss
 from rkl.divergences import KL, Divergence
@@ -141,7 +140,7 @@ class TopKLoss:
         )
         present = target_mask.bool() & target_logprobs.isfinite()
         chosen = present.any(-1)
-        index = _distinct(target_token_ids[chosen], ~present[chosen], len(student.weight))
+        index = distinct_atoms(target_token_ids[chosen], ~present[chosen], len(student.weight))
         logp = target_logprobs.float().masked_fill(~present, -torch.inf)[chosen]
         loss = (
             self.alpha
@@ -167,16 +166,3 @@ class TopKLoss:
             num_items_in_batch=1,
         )
         return loss + self.hard_label_weight * entropy
-
-
-def _distinct(
-    index: Int[Tensor, "tokens k"], missing: Bool[Tensor, "tokens k"], vocab: int
-) -> Int[Tensor, "tokens k"]:
-    """The atoms, and in the place of missing ones, which have no mass, any not there yet."""
-    if not missing.any():
-        return index
-    candidates = torch.arange(min(2 * index.shape[-1], vocab), device=index.device)
-    there = index.masked_fill(missing, -1)[..., None] == candidates
-    unused = there.any(1).int().argsort(dim=-1, stable=True)
-    place = (missing.cumsum(-1) - 1).clamp_min(0)
-    return torch.where(missing, unused.gather(-1, place).to(index.dtype), index)

@@ -155,7 +155,7 @@ def test_what_does_not_count_is_never_looked_at():
 WRONG = {
     "teacher": ({"teacher": torch.zeros(2, 4, 11)}, "teacher must have the rows and positions"),
     "labels": ({"labels": torch.zeros(2, 4, dtype=torch.long)}, r"labels must be \[2, 5\]"),
-    "mask": ({"mask": torch.ones(10)}, r"mask must be \[2, 5\]"),
+    "mask": ({"mask": torch.ones(10, dtype=torch.long)}, r"mask must be \[2, 5\]"),
     "temperature": ({"temperature": 0.0}, "temperature must be"),
     "hard labels without labels": ({"hard_label_weight": 1.0}, "labels"),
     "vocabularies": ({"teacher": torch.zeros(2, 5, 12)}, "vocabulary of 12"),

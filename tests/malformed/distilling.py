@@ -20,6 +20,7 @@ from rkl.distill import (
     cache_teacher,
     compare_runs,
     distill,
+    distill_loss,
     estimate,
     evaluate_run,
     generate_run,
@@ -405,4 +406,39 @@ def known():
     return {"inputs": inputs, "predicting": predicting}
 
 
-SUBJECTS = [*TRAINER, *SETTINGS, *RUNNING, *CACHES]
+LOSS = [
+    Subject(
+        "distill_loss",
+        distill_loss,
+        lambda: {
+            "teacher": torch.zeros(2, 3, 5),
+            "student": torch.zeros(2, 3, 5),
+            "labels": torch.ones(2, 3, dtype=torch.long),
+            "hard_label_weight": 0.5,
+        },
+        [
+            fault("teacher", "a list", [[0.0]], "tensor", "list"),
+            fault("teacher", "integers", torch.zeros(2, 3, 5, dtype=torch.long), "int64"),
+            fault("teacher", "of another length", torch.zeros(2, 4, 5), "[2, 3]", "[2, 4]"),
+            fault("teacher", "of another vocabulary", torch.zeros(2, 3, 6), "6", "5"),
+            fault("student", "one token alone", torch.zeros(5), "[5]"),
+            fault("student", "nothing", None, "tensor", "NoneType"),
+            fault("divergence", "a word of no divergence", "nonsense", "nonsense"),
+            fault("divergence", "a number", 0.5, "Divergence", "0.5"),
+            fault("labels", "of another length", torch.ones(2, 4, dtype=torch.long), "[2, 4]"),
+            fault("labels", "floats", torch.ones(2, 3), "integers", "float32"),
+            fault("labels", "beyond", torch.full((2, 3), 5), "5"),
+            fault("labels", "left out", None),
+            fault("mask", "floats", torch.ones(2, 3), "booleans", "float32"),
+            fault("temperature", "zero", 0.0, "0.0"),
+            fault("temperature", "nan", math.nan, "nan"),
+            fault("hard_label_weight", "negative", -0.5, "-0.5"),
+            fault("num_items_in_batch", "negative", -1, "-1"),
+            fault("num_items_in_batch", "a word", "many", "'many'"),
+            fault("chunk", "zero", 0, "0"),
+            fault("compiled", "a word", "yes", "'yes'"),
+        ],
+    ),
+]
+
+SUBJECTS = [*TRAINER, *LOSS, *SETTINGS, *RUNNING, *CACHES]

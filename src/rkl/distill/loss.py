@@ -7,9 +7,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from rkl.checks import number
+from rkl.checks import floats, number
 from rkl.distill.data import IGNORED
 from rkl.distill.known import at_temperature
+from rkl.distill.limits import read_divergence
 from rkl.divergences import AKL, Divergence
 from rkl.estimators import LinearHead, Sampled, TopK, exact
 
@@ -71,12 +72,12 @@ def distill_loss(
     tensor(0.3681)
     """
     number("temperature", temperature, above=0)
+    number("hard_label_weight", hard_label_weight, at_least=0)
+    divergence = read_divergence(divergence)
+    if num_items_in_batch is not None and not isinstance(num_items_in_batch, Tensor):
+        number("num_items_in_batch", num_items_in_batch, at_least=0)
+    _check_pair(teacher, student)
     places = _places(student)
-    if (of_teacher := _places(teacher)) != places:
-        raise ValueError(
-            f"teacher must have the rows and positions of student, {list(places)}; "
-            f"got {list(of_teacher)}."
-        )
     predicting, targets = _predicting(places, labels, mask, shift, ignore_index, student)
     if not (count := int(predicting.sum())):
         parameters = [it[:0].sum() for it in _parameters(student)]
@@ -123,6 +124,36 @@ def weighted_loss(
     return soft + hard_label_weight * (weight[counted].to(soft.dtype) @ entropy)
 
 
+def _check_pair(teacher: Any, student: Any) -> None:
+    """Refuse what is no teacher or student, or does not fit, by the names that it has here."""
+    kinds = {"teacher": (Tensor, LinearHead, TopK, Sampled), "student": (Tensor, LinearHead)}
+    for name, known in (("teacher", teacher), ("student", student)):
+        if not isinstance(known, kinds[name]):
+            expected = ", ".join(it.__name__ for it in kinds[name][1:])
+            raise TypeError(
+                f"{name} must be a tensor of logits or a {expected}; got a {type(known).__name__}."
+            )
+        rows: Any = known[0] if isinstance(known, tuple) else known
+        floats(name, rows)
+        if rows.ndim < 2:
+            raise ValueError(f"{name} must be [..., tokens, vocab]; got {list(rows.shape)}.")
+    if (of_teacher := _places(teacher)) != (places := _places(student)):
+        raise ValueError(
+            f"teacher must have the rows and positions of student, {list(places)}; "
+            f"got {list(of_teacher)}."
+        )
+    sizes = [
+        len(it.weight) if isinstance(it, LinearHead) else it.shape[-1]
+        for it in (teacher, student)
+        if isinstance(it, LinearHead | Tensor)
+    ]
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"teacher has a vocabulary of {sizes[0]} but student of {sizes[1]}; cut both to the "
+            "tokens that they share, or pad the shorter one with logits of −inf."
+        )
+
+
 def _places(known: Any) -> torch.Size:
     """The shape without the last axis, which is that of atoms or of the width."""
     return (known[0] if isinstance(known, tuple) else known).shape[:-1]
@@ -144,6 +175,9 @@ def _predicting(places, labels, mask, shift, ignore_index, student):
     for name, tokens in (("labels", labels), ("mask", mask)):
         if tokens is None:
             continue
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+            got = tokens.dtype if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+            raise TypeError(f"{name} must be a tensor of integers or booleans; got {got}.")
         if tokens.shape != places:
             raise ValueError(
                 f"{name} must be {list(places)}, the rows and positions of student; "

@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import rkl
 from rkl.distill import DistillConfig, cache_teacher
-from rkl.distill.batches import DATA, SOURCES, STUDENT, TEACHER, shifted, sources_of
+from rkl.distill.batches import DATA, ROUTE, SOURCES, STUDENT, TEACHER, shifted, sources_of
 from rkl.distill.data import IGNORED
 from rkl.distill.rollouts import (
     ModelWriter,
@@ -261,6 +261,50 @@ def test_each_prompt_gets_as_many_replies_as_asked(tiny_model, tiny_rows, tiny_t
     assert len({*map(tuple, prompts)}) == 2
     replies = [tuple(ids.tolist()) for ids, _ in trained_rows([batch])]
     assert len({*replies}) > 2
+
+
+def test_a_reply_is_compared_with_the_teacher_of_its_prompt(tiny_model, tiny_rows, tiny_trainer):
+    how = OWN | {"num_generations": 2, "per_device_train_batch_size": 4}
+    trainer = tiny_trainer(tiny_model(seed=2), tiny_model(seed=1), tiny_rows(4), **how)
+    batch = trainer.data_collator(tiny_rows(4)) | {ROUTE: torch.tensor([2, 0, 1, 3])}
+    (written,) = trainer._mixture.take(iter([(batch, 4)]), 1, 0)
+    assert written[ROUTE].tolist() == [2, 2, 0, 0]
+
+
+def test_neither_a_padding_token_nor_a_tokenizer_is_needed(tiny_model, tiny_rows, tiny_trainer):
+    models = [tiny_model(seed=it, pad_token_id=None) for it in (2, 1)]
+    for model in models:
+        model.generation_config.pad_token_id = None
+    trainer = tiny_trainer(*models, tiny_rows(4), per_device_train_batch_size=4, **OWN)
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_a_student_that_writes_nothing_is_trained_on_where_it_ends(
+    tiny_model, tiny_rows, tiny_trainer
+):
+    class Silent(Writer):
+        def __init__(self, tokens):
+            self.tokens = tokens
+
+        def write(self, prompts, *, seed):
+            return [Reply(self.tokens, bool(self.tokens)) for _ in prompts]
+
+    for tokens, expected in (([1], 4), ([], 0)):
+        trainer = tiny_trainer(
+            tiny_model(seed=2), tiny_model(seed=1), tiny_rows(4), max_steps=1, **OWN
+        )
+        trainer._mixture.student = Silent(tokens)
+        batches = taken_by(trainer)
+        trainer.train()
+        assert sum(int((it["labels"] != IGNORED).sum()) for it in batches) == expected
+
+
+def test_messages_without_a_chat_template_are_refused(tiny_model, tiny_trainer, tiny_tokenizer):
+    rows = [{"prompt": [{"role": "user", "content": "w5"}]}]
+    settings = {"processing_class": tiny_tokenizer(40)}
+    with pytest.raises(ValueError, match="The tokenizer has no chat template"):
+        tiny_trainer(tiny_model(seed=2), tiny_model(seed=1), rows, settings=settings, **OWN)
 
 
 def weights_after(trainer, **how):

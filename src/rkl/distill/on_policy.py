@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rkl.distill.batches import SOURCES, STUDENT, TEACHER
+from rkl.distill.batches import ROUTE, SOURCES, STUDENT, TEACHER
 from rkl.distill.data import IGNORED
 from rkl.distill.rollouts import Writer, batch_with, prompts_in, seed_of
 from rkl.runs.files import read_jsonl, write_atomic
@@ -86,7 +86,11 @@ class Mixture:
         seed = seed_of(self.seed, step, place, self.process)
         replies = writer.write(prompts, seed=seed)
         source = STUDENT if own else TEACHER
-        return batch_with(prompts, replies, source, pad=self.pad, device=self.device)
+        written = batch_with(prompts, replies, source, pad=self.pad, device=self.device)
+        if ROUTE in batch:  # a reply has the teacher of its prompt
+            route = batch[ROUTE].repeat_interleave(self.num_generations)[: len(prompts)]
+            written[ROUTE] = route
+        return written
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: batches written ahead, and the mixture."""

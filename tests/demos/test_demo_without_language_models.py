@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 BLOCKED = """
 import sys
 
@@ -17,8 +19,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_broken_transformers_does_not_stop_the_demonstration_of_a_study(tmp_path):
-    words = ["demo", "precision-recall", "--device", "tpu", "--out", str(tmp_path / "run")]
+@pytest.mark.parametrize("name", ["precision-recall", "neyman-scott", "xy"])
+def test_a_broken_transformers_does_not_stop_a_demonstration_without_it(name, tmp_path):
+    words = ["demo", name, "--device", "tpu", "--out", str(tmp_path / "run")]
     ended = subprocess.run(
         [sys.executable, "-c", BLOCKED, *words], capture_output=True, text=True, check=False
     )

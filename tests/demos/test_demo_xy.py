@@ -38,6 +38,22 @@ def test_the_demonstration_leaves_a_run_a_table_and_a_report(tmp_path):
     assert Run.open(tmp_path / "run").record["status"] == "finished"
 
 
+def test_the_demonstration_goes_on_with_the_flow_that_it_had_trained(tmp_path, monkeypatch):
+    def stop(*_args, **_how):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(xy, "measure_run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            xy.run(tmp_path / "run", plan=TINY, seed=1)
+    flow, before = tmp_path / "run" / "flow.safetensors", Run.open(tmp_path / "run").metrics
+    weights = flow.read_bytes()
+    assert "trained for 30 steps" in xy.run(tmp_path / "run", plan=TINY, seed=1, resume=True)
+    assert flow.read_bytes() == weights
+    assert Run.open(tmp_path / "run").metrics == before  # nothing was trained again
+    assert (tmp_path / "run" / "evaluation.json").exists()
+
+
 @pytest.mark.parametrize(
     ("how", "message"), [({"device": "cuda"}, "device"), ({"steps": 3}, "steps")]
 )

@@ -1,6 +1,5 @@
 """Any two models, without a run: how far apart they are, and what one is worth as a draft."""
 
-import io
 import json
 import math
 import os
@@ -16,10 +15,10 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl.checks import number, warn
-from rkl.distill.batches import PadRows, shifted
+from rkl.distill.batches import PadRows, attended, shifted
 from rkl.distill.data import TokenDataset, spread, tokenize
 from rkl.distill.evaluate import log_probabilities, progress_bar, tokenizer_of
-from rkl.distill.heads import read_head
+from rkl.distill.heads import read_head, why_not_apart
 from rkl.distill.limits import (
     check_context,
     check_counts,
@@ -36,6 +35,7 @@ from rkl.divergences import KL, Divergence, ReverseKL, TotalVariation
 from rkl.runs import check_out_file, write_json
 from rkl.runs.processes import world
 from rkl.stats import Mean, clustered_mean, mean, to_json
+from rkl.tables import Table, pair_of
 
 DIVERGENCES: Mapping[str, Divergence] = {
     "forward-kl": KL(),
@@ -125,50 +125,42 @@ class Comparison:
         """What is measured, and its value with its error."""
         found = self.result
         rows: list[tuple[Any, ...]] = [
-            ("perplexity of the teacher", _cell(found["perplexity"]["teacher"])),
-            ("perplexity of the student", _cell(found["perplexity"]["student"])),
-            ("ratio of the perplexities", _cell(found["perplexity"]["ratio"])),
-            ("same likeliest token", _cell(found["top1_agreement"])),
-            ("calibration error of the teacher", _cell(found["calibration_error"]["teacher"])),
-            ("calibration error of the student", _cell(found["calibration_error"]["student"])),
+            ("perplexity of the teacher", pair_of(found["perplexity"]["teacher"])),
+            ("perplexity of the student", pair_of(found["perplexity"]["student"])),
+            ("ratio of the perplexities", pair_of(found["perplexity"]["ratio"])),
+            ("same likeliest token", pair_of(found["top1_agreement"])),
+            ("calibration error of the teacher", pair_of(found["calibration_error"]["teacher"])),
+            ("calibration error of the student", pair_of(found["calibration_error"]["student"])),
         ]
         for name, it in found["divergences"].items():
-            rows.append((f"{name} (nats/token)", _cell(it)))
-            rows += [(f"  {at} %", _cell(value)) for at, value in it["percentiles"].items()]
+            unit = "share of mass" if name == "tv" else "nats/token"
+            rows.append((f"{name} ({unit})", pair_of(it)))
+            rows += [(f"  {at} %", pair_of(value)) for at, value in it["percentiles"].items()]
         if "mass_left_out" in found:
-            rows.append(("mass of the teacher left out", _cell(found["mass_left_out"])))
-        rows.append(("acceptance of a token", _cell(found["acceptance"])))
+            rows.append(("mass of the teacher left out", pair_of(found["mass_left_out"])))
+        rows.append(("acceptance of a token", pair_of(found["acceptance"])))
         if "drafts" in found:
             drafts = found["drafts"]
             for length, accepted, speed_up in zip(
                 drafts["lengths"], drafts["accepted"], drafts["speed_up"], strict=True
             ):
-                rows.append((f"accepted of {length} drafted", _cell(accepted)))
-                rows.append(("  speed-up", _cell(speed_up)))
+                rows.append((f"accepted of {length} drafted", pair_of(accepted)))
+                rows.append(("  speed-up", pair_of(speed_up)))
         return rows
 
-    def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        from rkl.report import written
-
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("value ± standard error")
-        table.add_column(str(self.result["student"]), justify="right")
-        for row in self.rows():
-            table.add_row(*map(written, row))
-        page = io.StringIO()
-        Console(file=page, width=80).print(table)
-        lines = [line.rstrip() for line in page.getvalue().splitlines()]
-        if "drafts" in self.result:
-            drafts = self.result["drafts"]
-            share = f"{drafts['cost']:.3g}"
-            lines.append(
-                f"Speed-ups count a drafted token as {share} of a token of the teacher's; "
-                f"{drafts['contexts']} contexts."
+    def table(self) -> Table:
+        """The figures with their standard errors, and what they are."""
+        notes = ["Standard errors in units of the last digit, from block to block."]
+        if drafts := self.result.get("drafts"):
+            notes.append(
+                f"Speed-ups count a drafted token as {drafts['cost']:.3g} of a token of the "
+                f"teacher's; {drafts['contexts']} contexts."
             )
-        return "\n".join(lines)
+        columns = "", Path(self.result["student"]).name
+        return Table(f"Beside {self.result['teacher']}", columns, self.rows(), notes)
+
+    def __str__(self) -> str:
+        return self.table().text()
 
 
 @quiet()
@@ -228,6 +220,8 @@ def compare_models(
     """The figures of :func:`evaluate_pair`, of models and blocks that are at hand."""
     p, q = ModelTeacher(teacher), read_head(student)
     shared = share_vocabulary(p.vocab, q.vocab, *tokenizers)
+    if blocks.begins is not None and any(map(why_not_apart, (student, teacher))):
+        blocks = blocks.unpacked()
     allowed = _allowed(settings.vocab, shared.size)
     divergences = {**DIVERGENCES, **{it: divergence_named(it) for it in settings.divergences}}
     places = range(min(len(blocks), settings.max_blocks or len(blocks)))
@@ -235,7 +229,7 @@ def compare_models(
     for padded in DataLoader(Subset(blocks, places), settings.batch_size, collate_fn=PadRows()):
         batch = shifted({name: x.to(student.device) for name, x in padded.items()})
         if shared.differing:
-            shared.check("data", batch.inputs["input_ids"][batch.inputs["attention_mask"].bool()])
+            shared.check("data", batch.inputs["input_ids"][attended(batch.inputs)])
         known = (it.observe(batch.inputs, batch.predicting, vocab=shared.size) for it in (p, q))
         for part, logp, logq in log_probabilities(*known):
             columns.append(_columns(logp, logq, batch.targets[part], divergences, allowed))
@@ -536,8 +530,3 @@ def _drafts(passed: Float[Tensor, "contexts draft_length"], cost: float) -> dict
             for it, time in zip(accepted, times, strict=True)
         ],
     }
-
-
-def _cell(it: Mapping[str, Any]) -> Any:
-    value, error = it["value"], it["error"]
-    return value if error is None else (value, error)

@@ -67,6 +67,35 @@ def infinite_atoms(
     return (~terms.isfinite()).nonzero()[:, 1]
 
 
+def token_weights(
+    weigh: Callable[..., Any], p: Observed, q: Known, batch: Any
+) -> Float[Tensor, " tokens"]:
+    """Weights of the tokens, from both distributions, constant to autograd.
+
+    Args:
+        weigh: Called with log p and log q, [tokens, vocab] each, and the batch, whose ``targets``
+            are the tokens themselves; gives a weight of at least 0 for each token.
+        p: What is known of the teacher, which must be all.
+        q: What is known of the student.
+        batch: The batch.
+
+    Raises:
+        ValueError: A weight is negative, not finite, or missing.
+    """
+    with torch.no_grad():
+        logp, logq = (logits_of(it).detach().log_softmax(-1) for it in (p, q))
+        weights = weigh(logp, logq, batch)
+    if not isinstance(weights, Tensor) or weights.shape != logp.shape[:1]:
+        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(
+            f"token_weight must give a tensor of [{len(logp)}], one weight for each token; "
+            f"got {got}."
+        )
+    if not ((weights >= 0) & (weights < math.inf)).all():
+        raise ValueError("token_weight must give weights of at least 0, all of them finite.")
+    return weights.detach()
+
+
 def captured_mass(p: Observed) -> Float[Tensor, " tokens"] | None:
     """The teacher's probability of the atoms that are known; None where all are."""
     if isinstance(p, TopK):

@@ -75,6 +75,18 @@ class Teacher(abc.ABC):
         """Refuse a student's tokenizer that it does not share, where it knows its own."""
         return
 
+    def follow(self, step: int) -> None:
+        """Change with the student, after a step of it; most teachers stay as they are."""
+        return
+
+    def save(self, folder: Path) -> None:
+        """Keep in a checkpoint what has changed of it since the beginning."""
+        return
+
+    def load(self, folder: Path) -> None:
+        """Go on as a checkpoint left it."""
+        return
+
     def writing(self) -> AbstractContextManager:
         """While this lasts, ``model`` writes as the teacher does."""
         return nullcontext()

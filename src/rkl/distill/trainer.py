@@ -39,6 +39,7 @@ from rkl.distill.known import (
     at_temperature,
     confidence,
     infinite_atoms,
+    token_weights,
 )
 from rkl.distill.limits import (
     check_counts,
@@ -64,6 +65,7 @@ from rkl.distill.rollouts import (
     sampling_of,
 )
 from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
+from rkl.distill.self_teacher import KINDS, SelfTeacher
 from rkl.distill.several import RouteRows, SeveralTeachers
 from rkl.distill.sources import is_row
 from rkl.distill.teachers import Teacher, as_teacher, check_peft, check_teacher
@@ -119,6 +121,11 @@ class DistillConfig(TrainingArguments):
             first process, into completions.jsonl.
         teacher_routing_column: Column of the data with the name of each row's teacher, where
             there are several.
+        teacher_model_kind: In place of a teacher, the student itself: "base", as it began; "ema",
+            its moving average; or "live", as it is at each step.
+        teacher_update_rate: Share of the way to the student that the moving average goes at a
+            time, in (0, 1].
+        teacher_sync_steps: Steps between two of them.
         teachers_on_device: "all" of several teachers, or "one" at a time, the others waiting on
             the CPU.
         allow_partial: Whether to minimise, on a teacher known by its top k, also a divergence of
@@ -162,6 +169,15 @@ class DistillConfig(TrainingArguments):
     teacher_routing_column: str = field(
         default="teacher_id", metadata={"help": "Column that names each row's teacher."}
     )
+    teacher_model_kind: str | None = field(
+        default=None, metadata={"help": "The student as teacher: base, ema or live."}
+    )
+    teacher_update_rate: float = field(
+        default=0.05, metadata={"help": "Share of the way that the moving average goes."}
+    )
+    teacher_sync_steps: int = field(
+        default=1, metadata={"help": "Steps between updates of the moving average."}
+    )
     teachers_on_device: str = field(
         default="all", metadata={"help": "All of several teachers, or one at a time."}
     )
@@ -187,6 +203,10 @@ class DistillConfig(TrainingArguments):
             got = self.router_aux_loss
             raise TypeError(f"router_aux_loss must be True or False; got {got!r}.")
         check_one_of(self, "teachers_on_device", "all", "one")
+        check_within(self, "teacher_update_rate", high=1, ends="(]")
+        check_counts(self, "teacher_sync_steps")
+        if self.teacher_model_kind is not None:
+            check_one_of(self, "teacher_model_kind", *KINDS)
         if self.allow_partial not in (True, False):
             raise TypeError(f"allow_partial must be True or False; got {self.allow_partial!r}.")
         if self.compiled not in (None, True, False):
@@ -221,6 +241,9 @@ class DistillTrainer(Trainer):
         teachers: Several of them, by name, in place of one: the column of the data that
             ``teacher_routing_column`` names says which of them a row learns from.
         divergence: Any divergence.
+        token_weight: Called with log p, log q [tokens, vocab] and the batch, gives the weight of
+            each token in the loss of training, at least 0 and constant to autograd. The
+            denominator stays the number of tokens. Full logits of both then exist at once.
         limits: How far the student's own text may go from what it was in the beginning.
         teacher_processing_class: The teacher's tokenizer, to be compared with the student's,
             which is ``processing_class``.
@@ -239,6 +262,7 @@ class DistillTrainer(Trainer):
         teacher: nn.Module | Literal["base"] | Teacher | None = None,
         teachers: Mapping[str, nn.Module | Teacher] | None = None,
         divergence: Divergence = AKL(),
+        token_weight: Callable[..., Any] | None = None,
         limits: CollapseLimits | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
@@ -283,6 +307,7 @@ class DistillTrainer(Trainer):
         # The loss is divided by the tokens of the whole step, counted as `shifted` counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._infinite = 0
+        self._token_weight = token_weight
         self._observations = Observations(divergence, allow_partial=args.allow_partial)
         self._nan_at = ""  # the first token whose loss is NaN, in words
         self._named = self._moving = False
@@ -297,9 +322,13 @@ class DistillTrainer(Trainer):
         self.completions = Path(str(self.args.output_dir), COMPLETIONS)
         self._balance = _balance(cast(nn.Module, model)) if args.router_aux_loss else 0.0
         self.add_callback(_Guard(self._check_step, self._rewind_completions))
+        self.add_callback(_Follow(self._teacher))
 
     def _as_one(self, teacher: Any, teachers: Any, args: DistillConfig) -> Teacher:
         """The teacher, or several behind one; a single one of them is that one itself."""
+        if args.teacher_model_kind is not None:
+            how: Any = {"rate": args.teacher_update_rate, "sync_steps": args.teacher_sync_steps}
+            return SelfTeacher(self._head, args.teacher_model_kind, device=args.device, **how)
         if teachers is None:
             return as_teacher(teacher, self._head, args.device)
         one = args.teachers_on_device == "one" and len(teachers) > 1
@@ -634,12 +663,16 @@ class DistillTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            self._teacher.save(Path(output_dir))
         if self._mixture is not None:
             state = self._mixture.state() | {"own_text": self._own_text.state()}
             write_json(self._state_file(output_dir), state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._teacher.load(Path(checkpoint))
         if self._mixture is not None and checkpoint is not None:
             file = self._state_file(checkpoint)
             if not file.is_file():
@@ -792,12 +825,16 @@ class DistillTrainer(Trainer):
         count: Tensor | int,
     ) -> Tensor:
         if not len(batch.targets):
-            parts = q[:3] if isinstance(q, LinearHead) else (q,)
-            # It is 0, and yet every parameter takes part, as DDP demands.
-            return torch.stack([part[:0].sum() for part in parts if part is not None]).sum()
+            return _zero(q)
         like = q.hidden if isinstance(q, LinearHead) else q
         dtype = torch.promote_types(like.dtype, torch.float32)
         weight = torch.ones(len(batch.targets), dtype=dtype, device=like.device) / count
+        if self._token_weight is not None:
+            cooled_p, cooled_q = (at_temperature(it, self.args.temperature) for it in (p, q))
+            weights = token_weights(self._token_weight, cooled_p, cooled_q, batch)
+            weight = weight * weights.to(weight)
+            if not weight.any():
+                return _zero(q)
         logged = (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
         self._observations.note(p, q, weight, logged=logged)
         loss = self._weighted(batch, sources, p, q, weight)
@@ -926,6 +963,12 @@ class DistillTrainer(Trainer):
         return f"{int(token)} {tokenizer.decode([int(token)])!r}"
 
 
+def _zero(q: Known) -> Tensor:
+    """A loss of 0 in which every parameter takes part, as DDP demands."""
+    parts = q[:3] if isinstance(q, LinearHead) else (q,)
+    return torch.stack([part[:0].sum() for part in parts if part is not None]).sum()
+
+
 class _Guard(TrainerCallback):
     """Has a step checked between its gradient and its update, and something done before all."""
 
@@ -937,6 +980,16 @@ class _Guard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._check()
+
+
+class _Follow(TrainerCallback):
+    """Has the teacher follow the student, before a checkpoint of the step is saved."""
+
+    def __init__(self, teacher: Teacher):
+        self._teacher = teacher
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._teacher.follow(state.global_step)
 
 
 def _balance(student: Any) -> float:
@@ -1012,7 +1065,13 @@ def _check(
             f"divergence must be a Divergence such as AKL(); got {divergence!r}. "
             "rkl.parse makes one from a string."
         )
-    if teachers is None:
+    if args.teacher_model_kind is not None:
+        if teacher is not None or teachers is not None:
+            raise ValueError(
+                f"teacher must be left out where teacher_model_kind is {args.teacher_model_kind}: "
+                "the student is its own."
+            )
+    elif teachers is None:
         check_teacher(teacher)
     elif teacher is not None:
         raise ValueError("teacher and teachers exclude one another; got both.")

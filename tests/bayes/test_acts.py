@@ -401,7 +401,7 @@ def test_an_estimate_prints_errors_in_units_of_the_last_digit(draws):
     text = str(estimate)
     value, error = estimate.act["sigma"].item(), estimate.act.error["sigma"].item()
     assert 0.001 < error < 0.1
-    lines = {line.split()[0]: line.split()[-1] for line in text.splitlines()[2:4]}
+    lines = {line.split()[0]: line.split()[-1] for line in text.splitlines()[3:5]}
     shown, _, last = lines["sigma"].rstrip(")").partition("(")
     digits = len(shown.partition(".")[2])
     assert float(shown) == pytest.approx(value, abs=0.5 * 10**-digits)

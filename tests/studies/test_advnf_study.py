@@ -70,7 +70,7 @@ def test_ensembles_are_shared_out_over_conditions_and_never_judge(target):
     x, held_out = fits.exact_draws(plan, 30, 0), fits.exact_draws(plan, 30, 1)
     assert x.shape == (4, 30, *target.event_shape)
     check_held_out(x.flatten(0, 1), held_out.flatten(0, 1))
-    rows, condition = fits._chosen(x, plan.conditions, 22, seed=0)
+    rows, condition = fits._choose(x, plan.conditions, 22, seed=0)
     values, counts = condition.unique(return_counts=True)
     assert torch.equal(values, plan.conditions[:, 0])
     assert counts.tolist() == [6, 6, 5, 5]

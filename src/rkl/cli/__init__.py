@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with signals.raising(), terminal.one_line_warnings(), only(), terminal.first_speaks():
             parsed = _parser(words).parse_args(words)
             _check_processes(words)
-            with only(_allowed(parsed), folder=_working_folder()):
+            with only(_importable(parsed), folder=_working_folder()):
                 _run(parsed)
             return _flush()
     except KeyboardInterrupt as stop:
@@ -124,7 +124,7 @@ def _run(parsed: argparse.Namespace) -> None:
         raise RuntimeError(f"what was run ended the program, with code {error.code!r}.") from error
 
 
-def _allowed(parsed: argparse.Namespace) -> list[str]:
+def _importable(parsed: argparse.Namespace) -> list[str]:
     """What may be imported: what --allow or a flag that may name one's own code says itself."""
     said = [getattr(parsed, name, None) for name in NAMING]
     texts = [text for it in said for text in (it if isinstance(it, list | tuple) else [it])]

@@ -24,7 +24,7 @@ Settings = TypeVar("Settings")
 
 def add_flags(parser: argparse.ArgumentParser, settings: type, title: str = "settings") -> None:
     """Give the parser a flag for every setting, and --config for a file that holds them."""
-    group, described = parser.add_argument_group(title), _described(settings)
+    group, described = parser.add_argument_group(title), _descriptions(settings)
     for name, (field, kind) in _fields(settings).items():
         if name not in COMMON:
             flag = f"--{name.replace('_', '-')}"
@@ -77,7 +77,7 @@ def gather(
 
 def is_set(name: str, words: Sequence[str]) -> bool:
     """Whether words set this by its flag, by --config, or by the run in --out that they resume."""
-    said = {flag: _said(flag, words) for flag in (f"--{name}", "--config", "--out")}
+    said = {flag: _value_of(flag, words) for flag in (f"--{name}", "--config", "--out")}
     if said[f"--{name}"] is not None:
         return True
     resumed = said["--out"] if "--resume" in words else None
@@ -86,7 +86,7 @@ def is_set(name: str, words: Sequence[str]) -> bool:
     return source.is_file() and _read(source, "config").get(name) is not None
 
 
-def _said(flag: str, words: Sequence[str]) -> str | None:
+def _value_of(flag: str, words: Sequence[str]) -> str | None:
     """What follows a flag."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word == flag:
@@ -106,7 +106,7 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default if made is dataclasses.MISSING else made()
 
 
-def _described(settings: type) -> dict[str, str]:
+def _descriptions(settings: type) -> dict[str, str]:
     """What the Args of the docstring say of each name, on one line."""
     listed = documentation(settings).partition("Args:\n")[2]
     entries = re.findall(r"^ +(\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
@@ -158,17 +158,17 @@ def _read(path: Path, argument: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{argument}: there is no file {path}.")
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except RecursionError:
         raise ValueError(f"{argument}: {path} is nested too deeply to be settings.") from None
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{argument}: {path} cannot be read: {reason}") from None
-    found = {} if found is None else found
-    if isinstance(found, dict) and isinstance(found.get("settings"), dict):
-        found = found["settings"]  # of a run.json, or of what an evaluation says of itself
-    if not isinstance(found, dict):
+    values = {} if values is None else values
+    if isinstance(values, dict) and isinstance(values.get("settings"), dict):
+        values = values["settings"]  # of a run.json, or of what an evaluation says of itself
+    if not isinstance(values, dict):
         raise ValueError(
-            f"{argument}: {path} must hold names with their values; got {found!r:.80}."
+            f"{argument}: {path} must hold names with their values; got {values!r:.80}."
         )
-    return {str(name).replace("-", "_"): value for name, value in found.items()}
+    return {str(name).replace("-", "_"): value for name, value in values.items()}

@@ -76,7 +76,7 @@ class Part(abc.ABC):
     plan: Any
     workers: int = field(default=WORKERS, kw_only=True)
 
-    def prepared(self, device: str, data: str | os.PathLike | None) -> "Part":
+    def prepare(self, device: str, data: str | os.PathLike | None) -> "Part":
         """The part on a device and some data, of which most take the CPU and none.
 
         Raises:
@@ -132,7 +132,7 @@ def run_study(
     if part not in parts:
         raise ValueError(f"part must be one of {', '.join(parts)}; got {part!r}.")
     check_out(out, overwrite=overwrite, resume=resume, inputs={"data": data})
-    chosen = parts[part].prepared(device, data)
+    chosen = parts[part].prepare(device, data)
     how: Any = {"overwrite": overwrite, "resume": resume, "seed": seed}
     return run_part(paper, part, chosen, out, **how)
 

@@ -136,7 +136,7 @@ def fit(plan: Plan, way: Way, seed: int) -> Fit:
     held_out = exact_draws(plan, plan.draws, 2 * seed + 1)
     how: dict[str, Any] = {"objective": way.objective, "seed": seed}
     if way.ensemble:
-        how["data"] = _chosen(trained, conditions, way.ensemble, seed)
+        how["data"] = _choose(trained, conditions, way.ensemble, seed)
     if way.name not in OURS:
         how |= {"anneal": False, "lr": plan.lr, "batch": plan.batch, "strata": plan.values}
     architecture = plan.flow(way.name)
@@ -179,7 +179,7 @@ def exact_draws(plan: Plan, each: int, seed: int) -> Tensor:
         return x.flatten(1, 2)[:, :each]
 
 
-def _chosen(x: Tensor, conditions: Tensor, ensemble: int, seed: int) -> tuple[Tensor, Tensor]:
+def _choose(x: Tensor, conditions: Tensor, ensemble: int, seed: int) -> tuple[Tensor, Tensor]:
     """As many draws of every condition as make up an ensemble, and their conditions."""
     order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(seed))
     rows = x[:, order].transpose(0, 1).flatten(0, 1)[:ensemble]  # conditions take turns

@@ -102,13 +102,13 @@ class Toy(Part):
     device: str = "cpu"
     workers: int = field(default=1, kw_only=True)
 
-    def prepared(self, device: str, data: Any) -> "Toy":
+    def prepare(self, device: str, data: Any) -> "Toy":
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device: {device!r} cannot be computed on: {reason}") from None
-        super().prepared("cpu", data)
+        super().prepare("cpu", data)
         return replace(self, device=device)
 
     def jobs(self, seed: int) -> list[tuple[str, str, int]]:

@@ -117,7 +117,7 @@ def _bayesian(counts: Counts, prior: Prior) -> dict[str, Estimates]:
         "MAP": _minimise(mode, mean, counts),
         "posterior mean": mean.beta,
         "posterior mean of the odds ratio": (weight.log() + beta).logsumexp(1),
-        "posterior median": _interpolated(weight.cumsum(1) - weight / 2, beta, 0.5),
+        "posterior median": _interpolate(weight.cumsum(1) - weight / 2, beta, 0.5),
         "forward KL": _minimise(_forward, mean, counts, mean.p),
         "symmetric KL": _minimise(_symmetric, mean, counts, mean.p, mean.alpha, mean.beta),
         "reverse KL": mean.beta,
@@ -189,7 +189,7 @@ def _minimise(
     return at[:, 4]
 
 
-def _interpolated(x: Tensor, y: Tensor, at: float) -> Estimates:
+def _interpolate(x: Tensor, y: Tensor, at: float) -> Estimates:
     """The y where x, which rises, passes a value."""
     right = (x < at).sum(1, keepdim=True).clamp(1, x.shape[1] - 1)
     (x0, x1), (y0, y1) = ((it.gather(1, right - 1), it.gather(1, right)) for it in (x, y))

@@ -315,7 +315,7 @@ def run(plan: Plan, seed: int) -> Iterator[Seed]:
     critics = {OF_PIXELS: fitted.critic, OF_FEATURES: lambda x, _=None: of_features(spaces.of(x))}
     for name, critic in critics.items():
         for budget in plan.budgets:
-            yield judge.rejected(fitted.flow(), critic, budget, name)
+            yield judge.reject_by(fitted.flow(), critic, budget, name)
     for budget in plan.distilled:
         how: dict[str, Any] = {"budget": budget, "steps": plan.steps, "batch": plan.batch}
         how |= {"critic": critics[OF_FEATURES], "seed": seed}
@@ -337,7 +337,7 @@ def _fit(
     return fit_to_samples(plan.flow, values, divergence, with_critic=with_critic, **how)
 
 
-def _accepted(law: Distribution, critic: Any, budget: float, count: int) -> tuple[Tensor, float]:
+def _accept(law: Distribution, critic: Any, budget: float, count: int) -> tuple[Tensor, float]:
     if budget == 1:
         return law.sample(torch.Size([count])).detach(), 1.0
     with warnings.catch_warnings():
@@ -359,11 +359,11 @@ class _Judge:
             torch.manual_seed(self.seed)
             return self._seed(way, law.sample(torch.Size([SETS * size])), 1.0, history)
 
-    def rejected(self, law: Distribution, critic: Any, budget: float, ratio: str) -> Seed:
+    def reject_by(self, law: Distribution, critic: Any, budget: float, ratio: str) -> Seed:
         """Sifted by a critic, at the cost of the budget."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            drawn, cost = _accepted(law, critic, budget, SETS * len(self.spaces.real))
+            drawn, cost = _accept(law, critic, budget, SETS * len(self.spaces.real))
         return self._seed((f"rejection, budget {budget:g}", ratio), drawn, cost, [])
 
     def _seed(self, way: tuple[str, str], drawn: Tensor, cost: float, history: list) -> Seed:

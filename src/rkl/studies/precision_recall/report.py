@@ -44,8 +44,8 @@ class Trade(Part):
     reading: str
     needs_data: bool = False
 
-    def prepared(self, device: str, data: str | os.PathLike | None) -> "Trade":
-        super().prepared(device, None)
+    def prepare(self, device: str, data: str | os.PathLike | None) -> "Trade":
+        super().prepare(device, None)
         part = self
         if (data is None) == self.needs_data:
             wanted = "must be the IDX file of the images" if data is None else "is for mnist alone"

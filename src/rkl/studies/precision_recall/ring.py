@@ -197,7 +197,7 @@ def run(plan: Plan, seed: int) -> Iterator[Seed]:
     grid, data = Grid(plan.cells), draws(plan.rows, 1000 + seed)
     fitted = _fit(plan, data, Way(KL()), seed)
     yield _seed(grid, (ML, "none"), seed, fitted.flow(), fitted.history)
-    yield from _sampled(plan, grid, fitted, seed)
+    yield from _sampling(plan, grid, fitted, seed)
     for way in plan.ways:
         if way.published:
             law, history = as_published(plan, data, way, seed)
@@ -221,7 +221,7 @@ def _seed(grid: Grid, way: tuple[str, str], seed: int, law: Distribution, histor
     return Seed(*way, seed, **grid.judge(grid.log_q(law)), samples=points, history=history)
 
 
-def _sampled(plan: Plan, grid: Grid, fitted: Fit, seed: int) -> Iterator[Seed]:
+def _sampling(plan: Plan, grid: Grid, fitted: Fit, seed: int) -> Iterator[Seed]:
     """What sampling makes of the flow of maximum likelihood."""
     law = fitted.flow()
     cooled = {f"latent temperature {t:g}": latent(law, temperature=t) for t in plan.temperatures}

@@ -62,7 +62,7 @@ def parse_target(text: str) -> Target:
 def spelling(target: Target, text: str) -> str:
     """The text from which another process makes the same target: its repr with its module.
 
-    >>> spelt(parse_target("mog4"), "mog4")
+    >>> spelling(parse_target("mog4"), "mog4")
     'MoG4(radius=2.0)'
     """
     name, _, settings = text.partition("(")

@@ -24,5 +24,6 @@ HOMES = {
     "run": "DistillSettings Distilled distill estimate load_run",
     "teachers": "Teacher load_model load_tokenizer",
     "trainer": "DistillConfig DistillTrainer",
+    "writing_server": "ServerWriter",
 }
 __all__, __getattr__, __dir__ = lazily(__name__, HOMES)

@@ -43,3 +43,4 @@ from rkl.distill.teachers import load_model as load_model
 from rkl.distill.teachers import load_tokenizer as load_tokenizer
 from rkl.distill.trainer import DistillConfig as DistillConfig
 from rkl.distill.trainer import DistillTrainer as DistillTrainer
+from rkl.distill.writing_server import ServerWriter as ServerWriter

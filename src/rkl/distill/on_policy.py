@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rkl.distill.batches import ROUTE, SOURCES, STUDENT, TEACHER
 from rkl.distill.data import IGNORED
@@ -34,6 +35,7 @@ class Mixture:
         pad: The token behind the end of a row.
         device: Where batches are put.
         teacher: Writes the text of all other batches; None leaves them the data's.
+        model: The student, which its writer follows.
         at_once: Batches that are taken and written together.
         num_generations: Replies to each prompt.
         prompt_tokens: Length of a prompt out of plain text.
@@ -47,6 +49,7 @@ class Mixture:
     pad: int
     device: torch.device
     teacher: Writer | None = None
+    model: nn.Module | None = None
     at_once: int = 1
     num_generations: int = 1
     prompt_tokens: int = 32
@@ -66,6 +69,8 @@ class Mixture:
             next(batches, None)
         self._behind = 0
         if not self.ahead:
+            if self.model is not None and self.lmbda:
+                self.student.follow(self.model)
             for place in range(max(self.at_once, count)):
                 if (batch := next(batches, None)) is None:
                     break

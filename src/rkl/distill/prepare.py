@@ -69,7 +69,7 @@ LOGGED = 1000  # rows that a run logs, about
 OF_GENERATION = (  # settings that the trainer has under the same names
     *("lmbda", "seq_kd", "max_completion_length", "sampling_temperature", "top_p", "top_k"),
     *("min_p", "num_generations", "steps_per_generation", "prompt_tokens"),
-    *("guard", "guard_window", "log_completions"),
+    *("guard", "guard_window", "log_completions", "student_server", "student_server_weights"),
 )
 
 

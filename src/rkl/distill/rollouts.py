@@ -26,6 +26,7 @@ from rkl.distill.limits import (
     check_one_of,
     check_temperature,
     check_within,
+    is_address,
 )
 
 
@@ -87,6 +88,15 @@ def check_generation(settings: Any, batch_size: int, accumulation: int) -> None:
         if (value := getattr(settings, name)) not in (True, False):
             raise TypeError(f"{name} must be True or False; got {value!r}.")
     check_one_of(settings, "guard", "stop", "mix", "off")
+    if (server := settings.student_server) is not None:
+        if not settings.lmbda:
+            raise ValueError(
+                f"student_server needs lmbda above 0, so that it writes; got {server}."
+            )
+        if not is_address(server):
+            raise ValueError(
+                f"student_server must be an address such as http://host:8000/v1; got {server!r}."
+            )
     if not (settings.lmbda or settings.seq_kd):
         return
     if batch_size % settings.num_generations:
@@ -113,8 +123,12 @@ class Writer(abc.ABC):
 
     To write one, give it
 
-    - ``write``, which replies to prompts.
+    - ``write``, which replies to prompts;
+    - ``follow``, where it does not write with the student itself, but with a copy of it.
     """
+
+    def follow(self, model: nn.Module) -> None:  # noqa: B027
+        """Take over the weights of the student as it is, before some batches are written."""
 
     @abc.abstractmethod
     def write(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Reply]:

@@ -111,10 +111,10 @@ class ServerTeacher(Teacher):
         number("timeout", timeout, above=0, at_most=86_400)
         if kind not in (None, *_FORMS):
             raise ValueError(f"kind must be one of {', '.join(_FORMS)} or None; got {kind!r}.")
-        self.server = _Server(url, timeout, attempts)
+        self.server = Server(url, timeout, attempts)
         self.tokenizer, self.top_k, self.reference = tokenizer, top_k, reference
         self.vocab = max(tokenizer.get_vocab().values()) + 1
-        self.model_name, owner = self._served(model)
+        self.model_name, owner = self.server.served(model)
         self.kind = kind or next((it for it in _FORMS if it in owner.lower()), "completions")
         self.gap: Gap | None = None
         self._as_text = False  # completions of servers that take no numbers
@@ -124,25 +124,6 @@ class ServerTeacher(Teacher):
     def __str__(self) -> str:
         atoms = min(self.top_k, self.vocab)
         return f"{self.model_name} at {self.server.url}, {atoms} of {self.vocab:,} tokens a place"
-
-    def _served(self, model: str | None) -> tuple[str, str]:
-        """The name of the model, and who serves it."""
-        answer = self.server.ask("models")
-        listed = answer.get("data") if isinstance(answer, Mapping) else None
-        entries = [it for it in listed or () if isinstance(it, Mapping) and "id" in it]
-        if not entries:
-            raise ServerError(f"{self.server} lists no models at {self.server.url}/models.")
-        names = [str(it["id"]) for it in entries]
-        if model is None and len(names) > 1:
-            raise ValueError(
-                f"model must be one of {', '.join(names)}, which {self.server} has; got None."
-            )
-        if model is not None and model not in names:
-            raise ValueError(
-                f"model must be one that {self.server} has, {', '.join(names)}; got {model!r}."
-            )
-        entry = entries[0 if model is None else names.index(model)]
-        return str(entry["id"]), str(entry.get("owned_by", ""))
 
     def observe(self, inputs, predicting, *, vocab=None) -> TopK:
         """The likeliest tokens of each predicted place; the texts of a packed row apart."""
@@ -376,30 +357,40 @@ class RefusedError(ServerError):
         self.message = message
 
 
-class _Server:
-    """An address, asked with time limits and attempts; its key is in no message."""
+class Server:
+    """An address, asked with time limits and attempts; its key is in no message.
 
-    def __init__(self, url: str, timeout: float, attempts: int):
+    Args:
+        url: The address.
+        timeout: Seconds that an answer may take.
+        attempts: How often a request is sent, at most.
+        name: What messages call the server.
+        key: The environment variable that holds the key.
+    """
+
+    def __init__(
+        self, url: str, timeout: float, attempts: int, name: str = "teacher", key: str = KEY
+    ):
+        self.name, self.variable = name, key
         parts = urllib.parse.urlsplit(url)
         if not is_address(url) or not parts.hostname:
             raise ValueError(f"url must be an address such as http://host:8000/v1; got {url!r}.")
         if parts.username or parts.password or parts.query:
             raise ValueError(
-                f"url must hold no key, no password and no ?; a key is read from {KEY}. "
+                f"url must hold no key, no password and no ?; a key is read from {key}. "
                 f"Expected {parts.scheme}://{parts.hostname}:{parts.port or 8000}/v1."
             )
         self.url, self.timeout, self.attempts = url.rstrip("/"), timeout, attempts
         self._opener = urllib.request.build_opener(_NoRedirect)
         alone = parts.hostname in ("localhost", "127.0.0.1", "::1")
         if self._key() and parts.scheme == "http" and not alone:
-            warn(f"teacher: the key in {KEY} is sent to {url} unencrypted; use https.")
+            warn(f"{name}: the key in {key} is sent to {url} unencrypted; use https.")
 
     def __str__(self) -> str:
-        return f"teacher: {self.url}"
+        return f"{self.name}: {self.url}"
 
-    @staticmethod
-    def _key() -> str:
-        return os.environ.get(KEY, "")
+    def _key(self) -> str:
+        return os.environ.get(self.variable, "")
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer to a request, sent again while the server is busy or not reached."""
@@ -463,7 +454,8 @@ class _Server:
         if status in (401, 403):
             have = "the key in it is refused" if self._key() else "it is not set"
             return ServerError(
-                f"{self} wants a key ({status}). It is read from the environment variable {KEY}; "
+                f"{self} wants a key ({status}). It is read from the environment variable "
+                f"{self.variable}; "
                 f"{have}."
             )
         if status == 404:
@@ -475,6 +467,25 @@ class _Server:
 
     def _scrubbed(self, text: str) -> str:
         return text.replace(self._key(), "***") if self._key() else text
+
+    def served(self, model: str | None) -> tuple[str, str]:
+        """The name of a model that is served, the only one if None is named, and who serves it."""
+        answer = self.ask("models")
+        listed = answer.get("data") if isinstance(answer, Mapping) else None
+        entries = [it for it in listed or () if isinstance(it, Mapping) and "id" in it]
+        if not entries:
+            raise ServerError(f"{self} lists no models at {self.url}/models.")
+        names = [str(it["id"]) for it in entries]
+        if model is None and len(names) > 1:
+            raise ValueError(
+                f"model must be one of {', '.join(names)}, which {self} has; got None."
+            )
+        if model is not None and model not in names:
+            raise ValueError(
+                f"model must be one that {self} has, {', '.join(names)}; got {model!r}."
+            )
+        entry = entries[0 if model is None else names.index(model)]
+        return str(entry["id"]), str(entry.get("owned_by", ""))
 
 
 class _BusyError(Exception):

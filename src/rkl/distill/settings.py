@@ -92,6 +92,10 @@ class DistillSettings:
             too sure): stop the training, mix in more of the data, or nothing (off).
         guard_window: Steps with own text in the means that are judged; the first so many say how
             the student began.
+        student_server: Address of an OpenAI-compatible server that writes the student's replies,
+            such as http://localhost:8000/v1; by default they are written here.
+        student_server_weights: A folder that this server sees, through which it gets the weights;
+            by default RUN/checkpoints/served.
         log_completions: Write the own text of logged steps into completions.jsonl, with the loss
             of the batch in nats per token.
         batch_size: Blocks run together, which decides the memory needed; of several processes
@@ -166,6 +170,8 @@ class DistillSettings:
     prompt_tokens: int = 32
     guard: Literal["stop", "mix", "off"] = "stop"
     guard_window: int = 20
+    student_server: str | None = None
+    student_server_weights: str | None = None
     log_completions: bool = False
     batch_size: int = 8
     gradient_accumulation: int = 1

@@ -70,6 +70,7 @@ from rkl.distill.several import RouteRows, SeveralTeachers
 from rkl.distill.sources import is_row
 from rkl.distill.teachers import Teacher, as_teacher, check_peft, check_teacher
 from rkl.distill.vocabulary import share_vocabulary
+from rkl.distill.writing_server import ServerWriter
 from rkl.divergences import AKL, KL, Divergence
 from rkl.divergences.schedule import read_schedule
 from rkl.estimators import LinearHead, TopK, per_token
@@ -117,6 +118,10 @@ class DistillConfig(TrainingArguments):
             data, half the probability of own text at a time, or "off".
         guard_window: Steps with own text in the means that are judged; the first so many say how
             the student began.
+        student_server: Address of a server that writes as the student, such as
+            http://localhost:8000/v1; None writes here. Of several processes it is refused.
+        student_server_weights: A folder through which that server gets the student's weights;
+            None takes one in the output folder.
         log_completions: Whether to write the own text of the first batches of logged steps, of the
             first process, into completions.jsonl.
         teacher_routing_column: Column of the data with the name of each row's teacher, where
@@ -189,6 +194,12 @@ class DistillConfig(TrainingArguments):
     )
     guard: str = field(default="stop", metadata={"help": "Stop or mix where own text collapses."})
     guard_window: int = field(default=20, metadata={"help": "Steps in the means it judges."})
+    student_server: str | None = field(
+        default=None, metadata={"help": "Address of a server that writes as the student."}
+    )
+    student_server_weights: str | None = field(
+        default=None, metadata={"help": "Folder through which it gets the student's weights."}
+    )
     log_completions: bool = field(default=False, metadata={"help": "Write own text to a file."})
 
     def __post_init__(self):
@@ -403,6 +414,26 @@ class DistillTrainer(Trainer):
             around = self._teacher.writing
             teacher = ModelWriter(models["teacher"], sampling_of(args), ends, around=around, **how)
         pad = getattr(tokenizer, "pad_token_id", None) or 0
+        if args.student_server is not None:
+            if not isinstance(tokenizer, PreTrainedTokenizerBase):
+                raise ValueError(
+                    "student_server needs processing_class, the student's tokenizer, which goes "
+                    f"to the server with its weights; got {tokenizer!r}."
+                )
+            if args.world_size > 1:
+                raise ValueError(
+                    f"student_server takes one process; got {args.world_size}, which would all "
+                    "write their weights into one folder."
+                )
+            weights = args.student_server_weights or Path(str(args.output_dir), "served")
+            student = ServerWriter(
+                args.student_server,
+                tokenizer,
+                sampling_of(args),
+                ends,
+                weights=weights,
+                context=how["context"],
+            )
         return Mixture(
             student,
             args.lmbda,
@@ -411,6 +442,7 @@ class DistillTrainer(Trainer):
             pad if pad < self._vocab else 0,
             args.device,
             teacher,
+            models["student"],
             args.steps_per_generation or args.gradient_accumulation_steps,
             args.num_generations,
             args.prompt_tokens,

@@ -154,7 +154,7 @@ def test_a_lattice_is_learnt_and_what_is_logged_is_no_kl():
 @pytest.fixture
 def many(monkeypatch):
     """Any number of coordinates is too many for particles."""
-    monkeypatch.setattr("rkl.sample.fit.FEW", 0)
+    monkeypatch.setattr("rkl.sample.fit.MAX_COOLED_SIZE", 0)
 
 
 def test_annealing_is_never_faster_than_its_ceiling(many):

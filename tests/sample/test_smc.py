@@ -237,7 +237,7 @@ def test_a_mode_that_particles_lack_is_found_uphill_from_a_point_and_its_mass_is
         lost = find_lost_mode(density, starts, x, log_z)
         assert find_lost_mode(density, starts[1:], x, log_z) is None
     assert lost is not None
-    assert lost.held == 0
+    assert lost.particles == 0
     assert lost.x.tolist() == pytest.approx([8, 8], abs=0.1)
     assert lost.share == pytest.approx(1 - math.exp(-4), abs=0.02)  # within 8 squared widths
 

@@ -51,10 +51,10 @@ def _tables(runs: Mapping[str, Run]) -> Iterator[Table]:
         flow = str(setting_of(run, "flow"))
         rows.append((name, minimised, flow, *figures, result.get("kept_step"), steps))
     fingerprints = {(run.record.get("data") or {}).get("fingerprint") for run in runs.values()}
-    said = _DATA_SAYS + " The data differ, so log-densities cannot be compared." * (
+    caption = _DATA_SAYS + " The data differ, so log-densities cannot be compared." * (
         len(fingerprints) > 1
     )
-    yield Table("Flows of data", columns, tuple(rows), said)
+    yield Table("Flows of data", columns, tuple(rows), caption)
 
 
 _DATA_SAYS = (

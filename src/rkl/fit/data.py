@@ -69,13 +69,13 @@ def read_data(
     >>> data.event_shape, data.classes
     ((2,), ('a', 'b'))
     """
-    found = _read(source, labels)
-    notes, columns = found.notes, found.columns
-    array = found.values
+    rows = _read(source, labels)
+    notes, columns = rows.notes, rows.columns
+    array = rows.values
     _check_rows(array, columns)
     if step is None:
         steps, said = _steps(
-            array, True if found.images and dequantise is None else dequantise, columns
+            array, True if rows.images and dequantise is None else dequantise, columns
         )
         notes = (*notes, *said)
     else:
@@ -86,7 +86,7 @@ def read_data(
         raise ValueError(f"data: {error}.") from None
     _check_spread(values, columns)
     unasked = labels is None and classes is not None and not len(classes)
-    condition, names = _one_hot(None if unasked else found.labels, len(values), classes)
+    condition, names = _one_hot(None if unasked else rows.labels, len(values), classes)
     steps = torch.as_tensor(steps).to(values)
     steps = steps.flatten()[0] if (steps == steps.flatten()[0]).all() else steps
     data = Data(values, condition, names, steps, columns)
@@ -120,23 +120,23 @@ def _read(source: Any, labels: Any) -> Contents:
     """The values, and the labels that came with them or were given."""
     named = labels if isinstance(labels, str | os.PathLike) else None
     if isinstance(source, str | os.PathLike):
-        found, given = _read_file(Path(source), named)
+        rows, given = _read_file(Path(source), named)
     else:
-        found, given = _read_object(source), None
+        rows, given = _read_object(source), None
     if named is not None and given is None:
-        given = read_labels(named, rows=len(found.values))
+        given = read_labels(named, rows=len(rows.values))
     elif labels is not None and named is None:
         given = labels
-    return found if given is None else replace(found, labels=given)
+    return rows if given is None else replace(rows, labels=given)
 
 
 def _read_file(path: Path, labels: str | os.PathLike | None) -> tuple[Contents, Any]:
     """A file with the labels in it: those of the column or array of this name, if it has it."""
     if labels is None or isinstance(labels, os.PathLike):
-        found = read(path)
-        return found, None if labels is not None else found.labels
+        rows = read(path)
+        return rows, None if labels is not None else rows.labels
     try:
-        found = read(path, labels=labels)
+        rows = read(path, labels=labels)
     except ValueError as error:
         if not Path(labels).is_file():
             raise
@@ -144,18 +144,18 @@ def _read_file(path: Path, labels: str | os.PathLike | None) -> tuple[Contents, 
             return read(path), None
         except ValueError:
             raise error from None
-    return found, found.labels
+    return rows, rows.labels
 
 
 def _read_object(source: Any) -> Contents:
     if isinstance(source, DataLoader | Dataset):
         values, labels = _collect(source)
-        found = replace(_numbers(values), labels=labels)
+        rows = replace(_numbers(values), labels=labels)
     elif isinstance(source, Tensor | np.ndarray) or type(source).__module__.startswith("pandas"):
-        found = _numbers(source)
+        rows = _numbers(source)
     elif isinstance(source, list | tuple):
         try:
-            found = _numbers(np.asarray(source))
+            rows = _numbers(np.asarray(source))
         except ValueError as error:  # of lengths that differ
             raise ValueError(f"data must hold rows of one length; {error}") from None
     else:
@@ -163,7 +163,7 @@ def _read_object(source: Any) -> Contents:
             "data must be an array, rows in a list, a path, a Dataset or a DataLoader; got a "
             f"{type(source).__name__}."
         )
-    return found
+    return rows
 
 
 def _numbers(source: Any) -> Contents:
@@ -216,16 +216,16 @@ def _steps(
         return _step(values, wanted), []  # of one unit, as those of an image laid flat
     if wanted is False and values.dtype.kind == "f":
         return np.zeros(values.shape[1]), []
-    found = [_column(column) for column in values.T]
-    named = list(columns) if len(columns) == len(found) else list(map(str, range(len(found))))
-    coarse = [it for it, one in enumerate(found) if one is not None and one.coarse]
+    levels = [_column(column) for column in values.T]
+    named = list(columns) if len(columns) == len(levels) else list(map(str, range(len(levels))))
+    coarse = [it for it, one in enumerate(levels) if one is not None and one.coarse]
     if not wanted:
-        every = all(it is not None and (it.coarse or it.whole) for it in found)
+        every = all(it is not None and (it.coarse or it.whole) for it in levels)
         if every and (coarse or values.dtype.kind != "f" or _whole(values)):
-            spacing = min(it.step for it in found if it is not None)
+            spacing = min(it.step for it in levels if it is not None)
             raise ValueError(_REFUSED.format(spacing, values.dtype))
-        return np.zeros(values.shape[1]), _unspread(coarse, found, named)
-    steps = np.array([0.0 if it is None else it.step for it in found])
+        return np.zeros(values.shape[1]), _unspread(coarse, levels, named)
+    steps = np.array([0.0 if it is None else it.step for it in levels])
     none = ["dequantise: no column holds levels, so that nothing was spread"]
     return steps, [] if steps.any() else none
 
@@ -233,9 +233,10 @@ def _steps(
 def _unspread(coarse: list[int], found: list[Any], names: Sequence[str]) -> list[str]:
     if not coarse:
         return []
-    said = some_of([f"{names[it]} ({found[it].levels} levels)" for it in coarse])
+    columns = some_of([f"{names[it]} ({found[it].levels} levels)" for it in coarse])
     return [
-        f"columns of levels have no density, and their log-density rises without bound: {said}; "
+        f"columns of levels have no density, and their log-density rises without bound: "
+        f"{columns}; "
         "dequantise=True (--dequantise) spreads each over one step"
     ]
 
@@ -265,15 +266,15 @@ def _column(column: np.ndarray) -> _Column | None:
         return _Column(1.0, count, False, True) if column.dtype.kind != "f" else None
     gaps = np.diff(levels) if column.dtype.kind != "f" else np.diff(levels.astype(np.float64))
     whole = _whole(column)
-    few = count <= LEVELS and PER_LEVEL * count <= rows
+    few_levels = count <= LEVELS and PER_LEVEL * count <= rows
     if whole:
         # Of few levels a wider spacing may be chance.
         step = float(np.gcd.reduce(gaps.astype(np.int64))) if count >= 5 else 1.0
-        return _Column(step, count, few or (4 * count <= rows and count <= LEVELS), True)
+        return _Column(step, count, few_levels or (4 * count <= rows and count <= LEVELS), True)
     step = float(gaps.min())
     apart = gaps / step
     tied = 2 * count <= rows and bool((np.abs(apart - apart.round()) < 1e-3 * apart).all())
-    return _Column(step, count, few, False) if few or tied else None
+    return _Column(step, count, few_levels, False) if few_levels or tied else None
 
 
 def _whole(values: np.ndarray) -> bool:
@@ -320,14 +321,14 @@ def _one_hot(
     if isinstance(labels, Tensor):
         labels = labels.cpu().numpy()
     names = class_names(labels, rows=rows)
-    known = sorted(set(names), key=natural_order) if classes is None else list(classes)
-    place = {name: i for i, name in enumerate(known)}
+    ordered = sorted(set(names), key=natural_order) if classes is None else list(classes)
+    place = {name: i for i, name in enumerate(ordered)}
     others = sorted(set(names) - place.keys(), key=natural_order)
     if others:
         raise ValueError(
-            f"labels must be of the classes {some_of(known) or 'none'}; got {some_of(others)}."
+            f"labels must be of the classes {some_of(ordered) or 'none'}; got {some_of(others)}."
         )
-    if len(known) > math.sqrt(rows) * 4 and classes is None:
-        raise ValueError(f"labels name {len(known)} classes for {rows} rows; too many to learn.")
+    if len(ordered) > math.sqrt(rows) * 4 and classes is None:
+        raise ValueError(f"labels name {len(ordered)} classes for {rows} rows; too many to learn.")
     index = torch.tensor([place[name] for name in names])
-    return torch.nn.functional.one_hot(index, len(known)).float(), tuple(known)
+    return torch.nn.functional.one_hot(index, len(ordered)).float(), tuple(ordered)

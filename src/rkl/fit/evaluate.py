@@ -57,9 +57,9 @@ class DataEvaluation:
     def to_dict(self) -> dict[str, Any]:
         """All figures as JSON can hold them."""
         measured = None if self.samples is None else self.samples.to_dict()
-        kept = {"rows": self.rows, "rows_seen": self.rows_seen, "samples": measured}
-        kept |= {"notes": list(self.notes)}
-        return kept | {"log_density": to_json(self.log_density)}
+        record = {"rows": self.rows, "rows_seen": self.rows_seen, "samples": measured}
+        record |= {"notes": list(self.notes)}
+        return record | {"log_density": to_json(self.log_density)}
 
 
 @single_precision()
@@ -104,12 +104,12 @@ def _evaluate_on_rows(
         laws = [flow() if it.condition is None else flow(it.condition) for it in parts]
         log_q = torch.cat([law.log_prob(it.values) for law, it in zip(laws, parts, strict=True)])
         chosen = spread.rows(torch.randperm(len(data))[:MEASURED])
-        drawn, said = _draw_samples(run, flow, chosen.condition, len(chosen.values), allow)
+        drawn, notes = _draw_samples(run, flow, chosen.condition, len(chosen.values), allow)
     train = _trained_on(run, flow, allow)
     samples = _sample_metrics(flow.units, chosen.values, drawn, train, settings.seed)
     seen = run.count_seen([row.tobytes() for row in data.values.numpy()])
     if samples is not None:
-        samples = replace(samples, notes=[*samples.notes, *said])
+        samples = replace(samples, notes=[*samples.notes, *notes])
     return DataEvaluation(len(data), seen, mean(log_q), samples, data.notes)
 
 
@@ -118,16 +118,16 @@ def _draw_samples(
 ) -> tuple[Tensor, list[str]]:
     """Samples at the operating point of the run, if its fit was asked for one; and what to say."""
     law = flow() if condition is None else flow(condition)
-    held = load_point(run.path)
-    if held is None:
+    point = load_point(run.path)
+    if point is None:
         return law.sample(() if condition is not None else (count,)), []
     critic = load_critic(run.path, allow=allow)
-    drawn, made = draw_kept(law, critic, held.log_lam, count, condition)
-    said = (
+    drawn, made = draw_kept(law, critic, point.log_lam, count, condition)
+    note = (
         f"Samples are at the operating point of the fit, {made / count:.3g} draws each; the "
         "log-density is the flow's, without rejection."
     )
-    return drawn, [said]
+    return drawn, [note]
 
 
 def _check_columns(run: Run, data: Data) -> None:
@@ -159,15 +159,17 @@ def _trained_on(run: Run, flow: Any, allow: Collection[str]) -> Tensor | None:
     path = Path(run.settings["data"])
     if not path.exists():
         return None
-    kept, classes = settings_of(run, allow=allow), run.record["data"]["classes"]
+    settings, classes = settings_of(run, allow=allow), run.record["data"]["classes"]
     try:
-        data = read_data(kept.data, kept.labels, step=flow.units.step_of_rows(), classes=classes)
-        rows = data.split(kept.held_out, kept.seed)[0]
+        data = read_data(
+            settings.data, settings.labels, step=flow.units.step_of_rows(), classes=classes
+        )
+        rows = data.split(settings.held_out, settings.seed)[0]
     except (OSError, ValueError):  # it is other data by now
         return None
-    found = rows.rows(torch.arange(min(len(rows), MEASURED)))
-    seen = run.count_seen([row.tobytes() for row in found.values.numpy()])
-    return found.spread().values if seen == len(found) else None
+    first = rows.rows(torch.arange(min(len(rows), MEASURED)))
+    seen = run.count_seen([row.tobytes() for row in first.values.numpy()])
+    return first.spread().values if seen == len(first) else None
 
 
 def report_runs(
@@ -211,10 +213,10 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         count = MEASURED if real is None else len(real)
-        fake, said = _draw_samples(run, flow, condition, count, ())
+        fake, notes = _draw_samples(run, flow, condition, count, ())
     measured = None if real is None else _sample_metrics(flow.units, real, fake, train, seed)
     if measured is not None:
-        measured = replace(measured, notes=[*measured.notes, *said])
+        measured = replace(measured, notes=[*measured.notes, *notes])
     free = None
     if real is not None:
         free = flow.units.spread_of(real).flatten(1), flow.units.spread_of(fake).flatten(1)

@@ -212,14 +212,14 @@ def _standardise(
     if isinstance(flow, CouplingFlow):
         flow.within = SPLINED  # networks see what splines would bend
     device = next(flow.parameters()).device
-    found = Units.of_rows(training)
-    if found.bending is not None:
+    units = Units.of_rows(training)
+    if units.bending is not None:
         plain = Units.of_rows(training, bend=False)
-        scores = [it.gaussian(held_out.values).mean() for it in (found, plain)]
-        found = found if scores[0] >= scores[1] else plain
+        scores = [it.gaussian(held_out.values).mean() for it in (units, plain)]
+        units = units if scores[0] >= scores[1] else plain
     if len(training) < FULL_RATE:
-        flow, found = begin_as_mixture(flow, training, held_out, found, seed)
-    return Standardised(flow, found).to(device)
+        flow, units = begin_as_mixture(flow, training, held_out, units, seed)
+    return Standardised(flow, units).to(device)
 
 
 class _Draws(NamedTuple):
@@ -261,8 +261,8 @@ class _Problem:
         self.guard = Guard(self.flow, self.ratio, divergence, exact)
         self.settings: dict[str, Any] = {"divergence": repr(divergence), "seed": seed}
         if isinstance(flow, Architecture):
-            own = type(flow).__module__.startswith("rkl.")
-            spelt = repr(flow) if own else f"{type(flow).__module__}:{flow!r}"
+            of_rkl = type(flow).__module__.startswith("rkl.")
+            spelt = repr(flow) if of_rkl else f"{type(flow).__module__}:{flow!r}"
             self.settings |= {"flow": spelt, "estimator": method.estimator or "auto"}
             names = "start", "anchor", "batch", "lr", "held_out", "guard"
             self.settings |= {name: getattr(method, name) for name in names}
@@ -304,8 +304,8 @@ class _Problem:
         assert self.log_prob is not None
         given = () if condition is None else (condition,)
         event = self.scaled.units.decode(value)
-        found = self.log_prob(event, *given) - self.scaled.units.encode(event)[1]
-        return found.to(value.dtype)
+        log_p = self.log_prob(event, *given) - self.scaled.units.encode(event)[1]
+        return log_p.to(value.dtype)
 
     def _log_ratio(self, value: Tensor, log_q: Tensor, condition: Tensor | None) -> Tensor:
         """Log p/q as the critic or the exact density says, cut off."""
@@ -401,18 +401,18 @@ class _Problem:
         """The flow as it began, where nothing shows that it became better: by two errors."""
         if self.guided or not self.method.guard or not done.best_step:
             return done
-        kept = copy.deepcopy(self.flow.state_dict())
-        found = []
+        trained = copy.deepcopy(self.flow.state_dict())
+        densities = []
         with torch.random.fork_rng(), torch.no_grad():
-            for state in (self.initial, kept):
+            for state in (self.initial, trained):
                 torch.manual_seed(self.seed + 2)
                 self.flow.load_state_dict(state)
-                found.append(self.held_out_log_prob()[1])
-        gain = found[1] - found[0]
+                densities.append(self.held_out_log_prob()[1])
+        gain = densities[1] - densities[0]
         if len(gain) < 2 or gain.mean() > ERRORS * gain.std() / math.sqrt(len(gain)):
             return done
         self.flow.load_state_dict(self.initial)
-        return replace(done, best=found[0].mean().item(), best_step=0)
+        return replace(done, best=densities[0].mean().item(), best_step=0)
 
     def finish(
         self,

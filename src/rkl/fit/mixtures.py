@@ -105,12 +105,14 @@ def begin_as_mixture(
     least, best = _gaussian_bic(units, rows), None
     for one in {id(it): it for it in (units, plain)}.values():
         inner, log_slope = _in_spread_units(one, rows)
-        found = best_mixture(inner, rows.condition, seed)
-        if found is None:
+        candidate = best_mixture(inner, rows.condition, seed)
+        if candidate is None:
             continue
-        cost = found[1] - log_slope.sum().item() + _numbers_of_bend(one) * math.log(len(rows)) / 2
+        cost = (
+            candidate[1] - log_slope.sum().item() + _numbers_of_bend(one) * math.log(len(rows)) / 2
+        )
         if cost < least:
-            least, best = cost, (one, found[0])
+            least, best = cost, (one, candidate[0])
     if best is None or (len(best[1]) == 1 and best[1].kind != "diag"):  # what it begins as anyway
         return flow, units
     chosen, mixture = best
@@ -133,8 +135,8 @@ def _with_outliers(mixture: Mixture, rows: int) -> Mixture:
 
     A row far from every component would else have a density that is lower without limit.
     """
-    few = torch.tensor([rows / (rows + 1), 1 / (rows + 1)], dtype=torch.float64).log()
-    log_weight = torch.cat([mixture.log_weight + few[0], few[1:]])
+    shares = torch.tensor([rows / (rows + 1), 1 / (rows + 1)], dtype=torch.float64).log()
+    log_weight = torch.cat([mixture.log_weight + shares[0], shares[1:]])
     mean = torch.cat([mixture.mean, torch.zeros_like(mixture.mean[:1])])
     root = torch.cat([mixture.root, torch.eye(mean.shape[1]).to(mixture.root)[None]])
     return Mixture(log_weight, mean, root, "full")
@@ -229,15 +231,15 @@ def _runs(rows: Tensor, count: int, kind: Kind, seed: int) -> list[Mixture]:
 
 def _run(rows: Tensor, count: int, kind: Kind, generator: torch.Generator) -> Mixture:
     """EM until a sweep gains next to nothing."""
-    found, last = _moments(rows, _nearest(rows, count, generator), kind), -math.inf
+    mixture, last = _moments(rows, _nearest(rows, count, generator), kind), -math.inf
     for _ in range(SWEEPS - 1):
-        joint = found.log_parts(rows) + found.log_weight
+        joint = mixture.log_parts(rows) + mixture.log_weight
         density = joint.logsumexp(1)
         share, now = (joint - density[:, None]).exp(), density.mean().item()
         if now - last < SETTLED:
             break
-        found, last = _moments(rows, share, kind), now
-    return found
+        mixture, last = _moments(rows, share, kind), now
+    return mixture
 
 
 def _nearest(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -63,15 +63,17 @@ def reach(
             return judge.precision_bound(None, most, seconds)
         spent, best, left = 1.0, None, seconds
         while True:
-            found = judge.precision_bound(target, spent, left)
-            value = found.precision.value.item()
-            if best is None or (value > best.precision.value.item() and not found.hurried):
-                best = found
-            over = found.met or spent >= min(most, judge.useful)
+            reached = judge.precision_bound(target, spent, left)
+            value = reached.precision.value.item()
+            if best is None or (value > best.precision.value.item() and not reached.hurried):
+                best = reached
+            over = reached.met or spent >= min(most, judge.useful)
             before, left = left, seconds - (time.perf_counter() - began)
-            if over or found.hurried or left < before - left:  # as long as this one took
-                best = found if found.met else best
-                return replace(best, judged=tuple(judge.found), hurried=found.hurried or not over)
+            if over or reached.hurried or left < before - left:  # as long as this one took
+                best = reached if reached.met else best
+                return replace(
+                    best, judged=tuple(judge.found), hurried=reached.hurried or not over
+                )
             spent = min(most, judge.useful, spent * DEARER)
 
 
@@ -109,8 +111,8 @@ class _Judge:
         self.useful = max(1.0, self.log_ratio.max().exp().item())  # then all that is left is p
 
     def point(self, budget: float) -> OperatingPoint:
-        found = operating_point(self.log_ratio, budget=min(budget, self.useful))
-        return found._replace(target_precision=min(1.0, found.target_precision))
+        point = operating_point(self.log_ratio, budget=min(budget, self.useful))
+        return point._replace(target_precision=min(1.0, point.target_precision))
 
     def precision_bound(self, target: float | None, budget: float, seconds: float) -> Reached:
         """What the judge finds of a budget, in so many seconds."""
@@ -151,9 +153,11 @@ class _Judge:
             step += 1
         _, q, given = self._accept(point)
         with torch.no_grad():
-            found = self.ratio(q, given) > 0
-            own = self.ratio(self._inner(self.held_out.values), self.held_out.condition) > 0
-        seen, taken = mean(own.double().cpu()), mean(found.double().cpu())
+            above = self.ratio(q, given) > 0
+            above_held_out = (
+                self.ratio(self._inner(self.held_out.values), self.held_out.condition) > 0
+            )
+        seen, taken = mean(above_held_out.double().cpu()), mean(above.double().cpu())
         least = (1 - seen.value + taken.value).clamp(max=point.target_precision)
         return Mean(least, torch.hypot(seen.error, taken.error)), step < self.lessons
 

@@ -66,7 +66,7 @@ def _samples(
     if real is None or measured is None:
         return Section("Samples", _GONE if real is None else _FEW.format(len(real)), blocks)
     one, other = (real, fake) if free is None else free
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         curve = prd_curve(real=one, fake=other, clusters=min(20, len(one) + len(other)))
     precision, recall = curve.precision, curve.recall
@@ -79,7 +79,7 @@ def _samples(
         between=("data", "flow"),
     )
     drawings = [drawn("Precision against recall, over all slopes", drawing, _CURVE_SAYS)]
-    if said:  # too few clusters hold real samples
+    if caught:  # too few clusters hold real samples
         drawings = []
     notes = f"{measured.about}.", *measured.notes
     return Section(

@@ -63,9 +63,10 @@ class Fitted:
             lines[0] += f", and critics in {fit.critic_seconds:.0f} s"
         if fit.log_density is not None:
             density = with_error(*fit.log_density)
-            kept = done.steps if done.best_step is None else done.best_step
+            best_step = done.steps if done.best_step is None else done.best_step
             lines += [
-                f"held-out log-density {density} nats per row, of step {kept:,}, which is kept"
+                f"held-out log-density {density} nats per row, of step {best_step:,}, whose "
+                "parameters are kept"
             ]
         if fit.gaussian is not None:
             lines += [f"a Gaussian of the same rows has {with_error(*fit.gaussian)}"]
@@ -106,19 +107,21 @@ def fit(
     more = goes_on(Path(out), **allowed, share=settings.share_of_steps) if resume else True
     data = _read(settings)
     begun = _prepare(settings, data)
-    kept = asdict(settings) | {"data": str(settings.data.resolve())}
+    record = asdict(settings) | {"data": str(settings.data.resolve())}
     if settings.start_from is not None:
-        kept["start_from"] = str(settings.start_from.resolve())
+        record["start_from"] = str(settings.start_from.resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
     how["upgrade"] = partial(with_defaults, FitSettings)
     places = movable_paths(out, resume)
     if (labels := _labels_file(settings)) is not None:
-        kept["labels"] = str(labels)
+        record["labels"] = str(labels)
         places = (*places, "labels") if places else ()
-    with Run.create(out, "fit", kept, may_change=(*MAY_CHANGE, *places), **how) as run:
-        found = fingerprint([data.values.numpy().tobytes()])
-        check_same_data(run, found, _inputs(settings, data), rows=len(data), **_names(data))
-        changed = {name: kept[name] for name in (*PATHS, "labels", *MAY_CHANGE)}
+    with Run.create(out, "fit", record, may_change=(*MAY_CHANGE, *places), **how) as run:
+        data_fingerprint = fingerprint([data.values.numpy().tobytes()])
+        check_same_data(
+            run, data_fingerprint, _inputs(settings, data), rows=len(data), **_names(data)
+        )
+        changed = {name: record[name] for name in (*PATHS, "labels", *MAY_CHANGE)}
         run.update(settings=run.settings | changed)
         with run.running():
             if more:
@@ -143,13 +146,13 @@ def _labels_file(settings: FitSettings) -> Path | None:
 
 def _inputs(settings: FitSettings, data: Data) -> dict[str, Input]:
     """The digests of rows, labels, and of the run that the fit starts from."""
-    found = {"data": values_of(settings.data, [data.values, data.step])}
+    inputs = {"data": values_of(settings.data, [data.values, data.step])}
     if data.condition is not None:
         source = settings.data if settings.labels is None else settings.labels
-        found["labels"] = values_of(source, [data.condition, list(data.classes)])
+        inputs["labels"] = values_of(source, [data.condition, list(data.classes)])
     if settings.start_from is not None:
-        found["start_from"] = run_input(settings.start_from)
-    return found
+        inputs["start_from"] = run_input(settings.start_from)
+    return inputs
 
 
 def _prepare(settings: FitSettings, data: Data) -> Callable[..., Fit]:
@@ -191,10 +194,12 @@ def dry_run(settings: FitSettings) -> str:
     lines += [f"about {steps:,} steps in {minutes:.2g} minutes"]
     critics = _critics(settings, tried, steps)
     if critics is not None:
-        said, most = critics
+        description, most = critics
         if "minutes" in budget:
             most = min(most, (1 - share) * budget["minutes"])
-        lines += [f"{said} in up to {most:.2g} minutes: up to {minutes + most:.2g} minutes in all"]
+        lines += [
+            f"{description} in up to {most:.2g} minutes: up to {minutes + most:.2g} minutes in all"
+        ]
     return "\n".join(lines)
 
 
@@ -212,8 +217,8 @@ def _critics(settings: FitSettings, tried: Fit, steps: int) -> tuple[str, float]
     judged = 1 if settings.target_precision is None else POINTS
     more = judged * max(1, chosen.lessons_after(steps) // 2)
     up_to = "up to " * (judged > 1)
-    said = f"then two critics: {count:,} and {up_to}{more:,} steps"
-    return said, (count + more) * seconds / 60
+    description = f"then two critics: {count:,} and {up_to}{more:,} steps"
+    return description, (count + more) * seconds / 60
 
 
 def save_run(fitted: Fit, out: str | os.PathLike) -> Path:
@@ -237,9 +242,9 @@ def save_run(fitted: Fit, out: str | os.PathLike) -> Path:
     settings = asdict(FitSettings(Path("rows-in-memory"), steps=max(1, fitted.training.steps)))
     settings |= {"data": "rows-in-memory"} | dict(chosen)
     with Run.create(out, "fit", settings, seed=chosen["seed"]) as run:
-        found = fingerprint([rows.values.numpy().tobytes()])
+        data_fingerprint = fingerprint([rows.values.numpy().tobytes()])
         names = {"classes": list(fitted.classes), "columns": list(rows.columns)}
-        run.update(data={"fingerprint": found, "rows": len(rows), **names})
+        run.update(data={"fingerprint": data_fingerprint, "rows": len(rows), **names})
         with run.running():
             for row in fitted.history:
                 run.log(row)
@@ -266,8 +271,8 @@ def _save(run: Run, fitted: Fit) -> None:
     }
     save_state(run.path / WEIGHTS, state)
     done = fitted.training
-    kept = done.steps if done.best_step is None else done.best_step
-    result: dict[str, Any] = {"steps": done.steps, "kept_step": kept, "stopped": done.stopped}
+    best_step = done.steps if done.best_step is None else done.best_step
+    result: dict[str, Any] = {"steps": done.steps, "kept_step": best_step, "stopped": done.stopped}
     named = {"held_out": fitted.log_density, "gaussian": fitted.gaussian}
     result |= {name: to_json(it) for name, it in named.items() if it is not None}
     if fitted.reached is not None:

@@ -62,19 +62,19 @@ def sample_run(
         bound = math.inf if settings.truncation is None else settings.truncation
         law = flow() if condition is None else flow(condition.to(device))
         law = latent(law, settings.latent_temperature, bound)
-        held = None if _changed_latents(settings) else load_point(path)
+        point = None if _changed_latents(settings) else load_point(path)
         chosen = settings.budget is not None or settings.target_precision is not None
-        if not chosen and held is not None:
+        if not chosen and point is not None:
             critic = load_critic(path, allow=allow).to(device)
-            samples, cost = _at_point(law, critic, condition, settings.n, held)
+            samples, cost = _at_point(law, critic, condition, settings.n, point)
         elif not chosen:
             counts = [min(BATCH, settings.n - i) for i in range(0, settings.n, BATCH)]
             samples, cost = torch.cat([law.sample(torch.Size([it])) for it in counts]), ""
         else:
             _refuse_changed_latents(settings)
             wanted = settings
-            if held is not None and settings.target_precision is not None:
-                wanted = _judged_budget(settings, held)
+            if point is not None and settings.target_precision is not None:
+                wanted = _judged_budget(settings, point)
             samples, cost = _rejection_sample(
                 law, load_critic(path, allow=allow), condition, wanted
             )

@@ -181,8 +181,8 @@ class ScaledCritic(nn.Module):
         batch = inner.shape[: inner.ndim - len(self.ratio.event_shape)]
         if condition is not None:
             condition = condition.expand(*batch, condition.shape[-1]).flatten(0, -2)
-        found = self.ratio(inner.reshape(-1, *self.ratio.event_shape), condition)
-        return found.reshape(batch)
+        log_ratio = self.ratio(inner.reshape(-1, *self.ratio.event_shape), condition)
+        return log_ratio.reshape(batch)
 
 
 def _head(inputs: int, hidden: tuple[int, ...]) -> nn.Sequential:

@@ -91,9 +91,9 @@ class Data:
             raise ValueError(
                 f"held_out must leave two rows to learn from; got {share} of {len(self):,} rows."
             )
-        kept = self.rows(torch.tensor(rest))
-        _check_spread(kept.values, self.columns, self.step_of_columns(), of=len(self))
-        return kept, self.rows(torch.tensor(held_out, dtype=torch.long))
+        training = self.rows(torch.tensor(rest))
+        _check_spread(training.values, self.columns, self.step_of_columns(), of=len(self))
+        return training, self.rows(torch.tensor(held_out, dtype=torch.long))
 
     def centre_and_spread(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation: of each coordinate of a vector, of all pixels of images."""

@@ -108,29 +108,33 @@ class Units(nn.Module):
     @property
     def bending(self) -> Bend | None:
         """Which coordinates are bent, and how."""
-        held: Any = self
-        return None if held.bent is None else Bend(held.bent, held.centre, held.width)
+        transform: Any = self
+        return (
+            None
+            if transform.bent is None
+            else Bend(transform.bent, transform.centre, transform.width)
+        )
 
     def encode(self, value: Float[Tensor, "*batch_event"]) -> tuple[Tensor, Tensor]:
         """Standardised events, and log |d standard / d event|."""
-        held: Any = self
+        transform: Any = self
         bending = self.bending
         inner, log_slope = value, -self.scale.log().sum()
         if bending is not None:
             inner = _bent(value, bending)
             log_slope = log_slope + _log_slope(value, bending).sum(-1)
         inner = (inner - self.shift) / self.scale
-        if held.mix is not None:
-            inner = inner @ held.mix.T
-            log_slope = log_slope + torch.linalg.slogdet(held.mix)[1]
+        if transform.mix is not None:
+            inner = inner @ transform.mix.T
+            log_slope = log_slope + torch.linalg.slogdet(transform.mix)[1]
         return inner, log_slope
 
     def decode(self, value: Float[Tensor, "*batch_event"]) -> Float[Tensor, "*batch_event"]:
         """Standardised events in the user's units."""
-        held: Any = self
+        transform: Any = self
         inner = value.to(self.shift.dtype)
-        if held.unmix is not None:
-            inner = inner @ held.unmix.T
+        if transform.unmix is not None:
+            inner = inner @ transform.unmix.T
         inner = self.shift + self.scale * inner
         return inner if self.bending is None else _unbent(inner, self.bending)
 
@@ -148,17 +152,17 @@ class Units(nn.Module):
 
     def step_of_rows(self) -> Tensor:
         """The step over which quantised values are spread, 0 of continuous ones."""
-        held: Any = self
-        return self.shift.new_zeros(()) if held.step is None else held.step
+        transform: Any = self
+        return self.shift.new_zeros(()) if transform.step is None else transform.step
 
     def to_levels(self, value: Float[Tensor, "*batch_event"]) -> Float[Tensor, "*batch_event"]:
         """Events with each quantised coordinate on the nearest of its levels, between the ends."""
-        held: Any = self
-        if held.step is None:
+        transform: Any = self
+        if transform.step is None:
             return value
-        step = torch.where(held.step > 0, held.step, 1.0)
-        near = held.low + step * ((value - held.low) / step).round()
-        return torch.where(held.step > 0, near.clamp(held.low, held.high), value)
+        step = torch.where(transform.step > 0, transform.step, 1.0)
+        near = transform.low + step * ((value - transform.low) / step).round()
+        return torch.where(transform.step > 0, near.clamp(transform.low, transform.high), value)
 
 
 class Standardised(nn.Module):

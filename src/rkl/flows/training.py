@@ -299,17 +299,17 @@ class _Loop:
 
     def _keep(self, score: float) -> None:
         if self.best["score"] is None or score > self.best["score"]:
-            kept = [it.clone() for it in self.average]
-            self.best = {"score": score, "step": self.moment.step, "parameters": kept}
+            copies = [it.clone() for it in self.average]
+            self.best = {"score": score, "step": self.moment.step, "parameters": copies}
 
     @contextlib.contextmanager
     def _average_parameters(self) -> Iterator[None]:
-        own = [it.detach().clone() for it in self.parameters]
+        originals = [it.detach().clone() for it in self.parameters]
         _copy(self.average, self.parameters)
         try:
             yield
         finally:
-            _copy(own, self.parameters)
+            _copy(originals, self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
         moment, cuda = self.moment, self.device.type == "cuda"
@@ -389,10 +389,10 @@ def load_state(path: str | os.PathLike) -> Any:
             structure = json.loads(file.metadata()["structure"])
             if not (isinstance(structure, dict) and "sha256" in structure):  # of earlier versions
                 return _unpack(structure, file.get_tensor)
-            kept, packed = structure["sha256"], structure["state"]
-            found = _digest(json.dumps(packed), file.get_tensor, list(file.keys()))
-            if found != kept:
-                raise ValueError(f"it is damaged: its sha256 is {found}, and was {kept}")
+            expected, packed = structure["sha256"], structure["state"]
+            digest = _digest(json.dumps(packed), file.get_tensor, list(file.keys()))
+            if digest != expected:
+                raise ValueError(f"it is damaged: its sha256 is {digest}, and was {expected}")
             return _unpack(packed, file.get_tensor)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path: {path} holds no state that rkl wrote: {error}.") from None

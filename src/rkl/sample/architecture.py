@@ -38,9 +38,9 @@ def default_architecture(target: Target) -> Architecture:
     >>> default_architecture(XY(side=4)) == CoarseToFine.of(XY(side=4))
     True
     """
-    own = target.architecture()
-    if own is not None:
-        return own
+    preferred = target.architecture()
+    if preferred is not None:
+        return preferred
     size = math.prod(target.event_shape)
     passes = None if size <= MAX_COOLED_SIZE else 2
     if target.domain == "circle":

@@ -58,16 +58,16 @@ def _evaluation_tables(runs: Mapping[str, Run]) -> Iterator[Table]:
     """Log Z, acceptance and coverage under each condition of the runs that were evaluated."""
     rows: list[tuple[Cell, ...]] = []
     for name, run in runs.items():
-        kept = _evaluation(run)
-        if kept is None:
+        record = _evaluation(run)
+        if record is None:
             continue
-        named = [it["name"] for it in kept["conditions"]]
-        for k, values in enumerate(kept["condition"]):
+        named = [it["name"] for it in record["conditions"]]
+        for k, values in enumerate(record["condition"]):
             at = ", ".join(f"{it} = {v:.4g}" for it, v in zip(named, values, strict=True)) or "all"
-            log_z, ess = kept["thermodynamics"]["log_z"], kept["weights"]["ess"]
+            log_z, ess = record["thermodynamics"]["log_z"], record["weights"]["ess"]
             figures = (log_z["value"][k], log_z["error"][k]), (ess["value"][k], ess["error"][k])
-            covered = str(kept["coverage"][k]["verdict"]).partition(":")[0]
-            rows.append((name, at, *figures, kept["acceptance"][k], covered))
+            covered = str(record["coverage"][k]["verdict"]).partition(":")[0]
+            rows.append((name, at, *figures, record["acceptance"][k], covered))
     if rows:
         columns = ("run", "condition", "log Z (nats)", "ESS", "acceptance", "coverage")
         yield Table("Under each condition", columns, tuple(rows), _EVALUATED_SAYS)

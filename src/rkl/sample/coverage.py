@@ -108,8 +108,8 @@ class Coverage:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON can hold it."""
-        known = {"elbo": self.elbo, "eubo": self.eubo, "target_ess": self.target_ess}
-        known["reached"] = self.reached
+        figures = {"elbo": self.elbo, "eubo": self.eubo, "target_ess": self.target_ess}
+        figures["reached"] = self.reached
         masses = ("target", "drawn", "reweighted")
         return {
             "passed": self.passed,
@@ -117,7 +117,7 @@ class Coverage:
             "reasons": list(self.reasons),
             "doubts": list(self.doubts),
             "source": self.source,
-            **{name: None if it is None else to_json(it) for name, it in known.items()},
+            **{name: None if it is None else to_json(it) for name, it in figures.items()},
             "weights": self.weights.to_dict(),
             "modes": [
                 {"name": it.name, "missing": it.missing}
@@ -258,10 +258,10 @@ def judge_ratios(
         modes = tuple(
             _modes(check_log_ratio("log_ratio", log_ratio), labels, target_labels, names, islands)
         )
-    found = Coverage(weights, elbo, eubo, ess, reached, modes, (), doubts, source)
+    coverage = Coverage(weights, elbo, eubo, ess, reached, modes, (), doubts, source)
     if source and reached is not None:
-        found = replace(found, doubts=(*doubts, *_lacking(reached, source)))
-    return replace(found, reasons=tuple(_reasons(found)))
+        coverage = replace(coverage, doubts=(*doubts, *_lacking(reached, source)))
+    return replace(coverage, reasons=tuple(_reasons(coverage)))
 
 
 def _lacking(reached: Mean, source: str):
@@ -314,9 +314,9 @@ def _reasons(found: Coverage):
 
 def _modes(log_ratio: Tensor, labels: Tensor, target_labels: Tensor, names, islands: int | None):
     for k, name in enumerate(names):
-        inside, held = (labels == k).double(), (target_labels == k).double()
-        mass, drawn = _mean_of_islands(held, islands), mean(inside)
-        enough = mass.value * min(len(inside), len(held)) >= FEWEST
+        inside, target_inside = (labels == k).double(), (target_labels == k).double()
+        mass, drawn = _mean_of_islands(target_inside, islands), mean(inside)
+        enough = mass.value * min(len(inside), len(target_inside)) >= FEWEST
         missing = bool(enough & (drawn.value < RARE * mass.value))
         yield Mode(name, mass, drawn, expectation(inside, log_ratio), missing)
 
@@ -350,10 +350,10 @@ def _checked_at_target(at_target: Any) -> Tensor:
 
 def _mean_of_islands(values: Tensor, islands: int | None) -> Mean:
     """The mean, with the error that independent groups of rows give where it is the larger."""
-    found = mean(values)
+    by_row = mean(values)
     if islands is None:
-        return found
-    return Mean(found.value, torch.maximum(found.error, mean(_by_island(values, islands)).error))
+        return by_row
+    return Mean(by_row.value, torch.maximum(by_row.error, mean(_by_island(values, islands)).error))
 
 
 def _by_island(values: Tensor, islands: int) -> Tensor:

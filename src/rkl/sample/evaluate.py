@@ -102,7 +102,7 @@ def evaluate_on_target(
     if reference:
         drawn, judges = _reference(target, condition, draws * chains, seed + 2, judges)
     held_out = judges.held_out
-    found = Evaluation(
+    evaluation = Evaluation(
         target,
         condition,
         reweight(log_ratio, sites=math.prod(target.event_shape)),
@@ -117,7 +117,7 @@ def evaluate_on_target(
         weights_seconds,
         tails,
     )
-    return replace(found, coverage=tuple(_with_deviations(found)))
+    return replace(evaluation, coverage=tuple(_with_deviations(evaluation)))
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,15 @@ class _Judges:
 
     def of(self, row: int) -> dict[str, Any]:
         """What they say under one condition."""
-        found: dict[str, Any] = {"source": self.source}
+        arguments: dict[str, Any] = {"source": self.source}
         if self.held_out is not None:
-            found["held_out"] = self.held_out[row]
+            arguments["held_out"] = self.held_out[row]
         if self.evidence is not None:
             log_z = self.evidence.log_z
-            found["log_z"] = Mean(log_z.value[row], log_z.error[row])
-            found["islands"] = self.evidence.x.shape[1]
-            found["doubts"] = self.evidence.doubts[row]
-        return found
+            arguments["log_z"] = Mean(log_z.value[row], log_z.error[row])
+            arguments["islands"] = self.evidence.x.shape[1]
+            arguments["doubts"] = self.evidence.doubts[row]
+        return arguments
 
 
 def _with_deviations(found: Evaluation) -> Iterator[Coverage]:
@@ -256,15 +256,15 @@ def _cooled_reference(
     if judges.held_out is not None:
         return drawn, judges
     chart, normal = target.chart, f"N(0, {cooled.width:g}²)"
-    told = "particles cooled from uniform angles" + f" and {normal}" * (
+    description = "particles cooled from uniform angles" + f" and {normal}" * (
         not bool(chart.circle.all())
     )
     if not chart.circle.any():
-        told = f"particles cooled from {normal}"
-    told += " of log x or log(x − low)/(high − x)" * chart.bounded
+        description = f"particles cooled from {normal}"
+    description += " of log x or log(x − low)/(high − x)" * chart.bounded
     count = max(1, JUDGED // ISLANDS)
-    few = cooled.x[:, :, :: -(-cooled.x.shape[2] // count)]
-    return drawn, _Judges(list(few.flatten(1, 2)), cooled, told)
+    subsample = cooled.x[:, :, :: -(-cooled.x.shape[2] // count)]
+    return drawn, _Judges(list(subsample.flatten(1, 2)), cooled, description)
 
 
 def _particles(target: Target, rows: int) -> int:
@@ -311,11 +311,11 @@ def _log_z(target, condition, seed: int) -> tuple[Mean | None, str, float]:
 
 
 def _coverage(flow, target, condition, log_ratio, judges, train, seed) -> Iterator[Coverage]:
-    known = judges.held_out is not None or exact_log_z(target, condition[:1]) is not None
-    known = known or exact_draws(target, condition[:1], (1,)) is not None
+    has_reference = judges.held_out is not None or exact_log_z(target, condition[:1]) is not None
+    has_reference = has_reference or exact_draws(target, condition[:1], (1,)) is not None
     count = min(JUDGED, max(FEWEST, log_ratio.shape[-1]))
     for row, at in enumerate(condition):
-        if not known:
+        if not has_reference:
             yield judge_ratios(log_ratio[row], sites=math.prod(target.event_shape))
             continue
         how: dict[str, Any] = {"train": train, "draws": count, **judges.of(row)}
@@ -393,12 +393,12 @@ def measure_run(
     path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
 ) -> Evaluation:
     """Measure the flow of a run on its target; nothing is written."""
-    found = load_target_run(path, allow=allow)
-    condition, held_out = _where(found, settings, Run.open(path))
+    loaded = load_target_run(path, allow=allow)
+    condition, held_out = _where(loaded, settings, Run.open(path))
     how: dict[str, Any] = {name: getattr(settings, name) for name in ("draws", "chains", "seed")}
     return evaluate_on_target(
-        found.flow.to(settings.device),
-        found.target,
+        loaded.flow.to(settings.device),
+        loaded.target,
         condition.to(settings.device),
         held_out=held_out,
         reference=settings.reference,
@@ -430,10 +430,10 @@ def _where(
             f"data: {seen:,} of the {len(x):,} draws in {settings.data} were trained on; held-out "
             "draws must share none."
         )
-    own = count_drawn(run, x)
-    if own:
+    drawn_here = count_drawn(run, x)
+    if drawn_here:
         raise ValueError(
-            f"data: {own:,} of the {len(x):,} draws in {settings.data} are of the flow of "
+            f"data: {drawn_here:,} of the {len(x):,} draws in {settings.data} are of the flow of "
             f"{run.path} itself (rkl sample), which cannot show what it lacks; give independent "
             "draws of the target, or --reference."
         )

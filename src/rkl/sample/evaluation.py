@@ -156,11 +156,11 @@ class Evaluation:
         pairs = {name: (it, self.reference.averages[name]) for name, it in self.averages.items()}
         if self.reference.log_z is not None:
             pairs["log Z"] = self.thermodynamics.log_z, self.reference.log_z
-        found = {}
+        scores = {}
         for name, (a, b) in pairs.items():
             apart, error = a.value - b.value, torch.hypot(a.error, b.error)
-            found[name] = torch.where(apart == 0, 0.0, apart / error)
-        return found
+            scores[name] = torch.where(apart == 0, 0.0, apart / error)
+        return scores
 
     def units(self) -> dict[str, str]:
         """The unit of each average that has one."""
@@ -227,12 +227,12 @@ def _lines(found: Evaluation) -> Iterator[str]:
     title = "After Metropolis; errors in units of the last digit"
     yield f"\n{figures(found, title, means, tails).text()}\n"
     weights = found.weights
-    own = {"acceptance": weights.acceptance, "ESS": weights.ess, "v per site": weights.v}
-    own |= thermal_columns(found)
-    tails = [weights.tail if name in FROM_WEIGHTS else None for name in own]
-    tails = [thermal_tail(found, name, of) for name, of in zip(own, tails, strict=True)]
+    columns = {"acceptance": weights.acceptance, "ESS": weights.ess, "v per site": weights.v}
+    columns |= thermal_columns(found)
+    tails = [weights.tail if name in FROM_WEIGHTS else None for name in columns]
+    tails = [thermal_tail(found, name, of) for name, of in zip(columns, tails, strict=True)]
     title = "The flow itself, and what the weights of its draws give"
-    yield f"{figures(found, title, own, tails).text()}\n"
+    yield f"{figures(found, title, columns, tails).text()}\n"
     yield from _verdicts(found)
 
 

@@ -47,9 +47,9 @@ def find_evidence(
         check_out_file(out, overwrite=overwrite)
     aim = parse_target(target)
     grid = condition_grid(parse_ranges(condition, aim), values)
-    found = evidence(aim, grid, particles=particles, islands=islands, seed=seed)
+    result = evidence(aim, grid, particles=particles, islands=islands, seed=seed)
     if out is not None:
-        _write(out, found)
+        _write(out, result)
     names = [
         ", ".join(
             f"{it.name} = {value:.4g} {it.unit}".rstrip()
@@ -59,10 +59,10 @@ def find_evidence(
         for row in grid.tolist()
     ]
     title = f"{aim}: {islands} islands of {particles:,} particles under each condition"
-    pairs = zip(found.log_z.value.tolist(), found.log_z.error.tolist(), strict=True)
+    pairs = zip(result.log_z.value.tolist(), result.log_z.error.tolist(), strict=True)
     notes = [
         f"Warning: {at}: {doubt}"
-        for at, doubts in zip(names, found.doubts, strict=True)
+        for at, doubts in zip(names, result.doubts, strict=True)
         for doubt in doubts
     ]
     if out is not None:

@@ -341,11 +341,11 @@ class _Fitting:
 
     def stateful(self) -> dict[str, Any]:
         """What is saved beside the flow."""
-        own: dict[str, Any] = {"annealing": self}
-        own |= {} if self.particles is None else {"particles": self.particles}
+        states: dict[str, Any] = {"annealing": self}
+        states |= {} if self.particles is None else {"particles": self.particles}
         if self.critic is None:
-            return own
-        return own | {"critic": self.critic, "critic_optimizer": self.critic.optimizer}
+            return states
+        return states | {"critic": self.critic, "critic_optimizer": self.critic.optimizer}
 
     def state_dict(self) -> dict[str, float]:
         return {"beta": self.beta, "share": self.share}
@@ -388,12 +388,12 @@ class _Fitting:
         condition = self.conditions.draw().to(self.dtype)
         law = self.law(condition)
         log_ratio, log_q = _log_ratio(self, law, condition)
-        held = log_ratio.detach()
-        self.tell(moment, held)
+        detached = log_ratio.detach()
+        self.tell(moment, detached)
         if _has_log_z(self.target) and self.beta == 1:
             log_ratio = log_ratio - self.target.log_normaliser(condition)
         else:
-            log_ratio = log_ratio - (held.logsumexp(0) - math.log(len(held)))
+            log_ratio = log_ratio - (detached.logsumexp(0) - math.log(len(detached)))
         if log_q is None:
             return along_path(divergence, log_ratio.flatten()).mean()
         losses = [on_draws(divergence, *it) for it in zip(log_ratio.T, log_q.T, strict=True)]

@@ -64,7 +64,7 @@ class Importance:
     @property
     def warnings(self) -> list[str]:
         """Why not to trust the figures, a sentence each; none where they agree with the law."""
-        found = []
+        sentences = []
         laws = (
             ("acceptance", self.acceptance, self.predicted_acceptance),
             ("ESS", self.ess, self.predicted_ess),
@@ -74,7 +74,7 @@ class Importance:
             wrong = ~(apart <= APART + 4 * measured.error)
             if wrong.any():
                 k = int(torch.where(wrong, apart.nan_to_num(math.inf), -1).flatten().argmax())
-                found.append(
+                sentences.append(
                     f"{name} departs from the law of normal log-weights under "
                     f"{int(wrong.sum())} of {wrong.numel()} conditions, at worst "
                     f"{measured.value.flatten()[k]:.3f} for {law.flatten()[k]:.3f}: heavy tails, "
@@ -82,12 +82,12 @@ class Importance:
                 )
         heavy = self.tail > HEAVY
         if heavy.any():
-            found.append(
+            sentences.append(
                 f"the weights have a Pareto k of up to {self.tail.max():.2f} under "
                 f"{int(heavy.sum())} of {heavy.numel()} conditions: above {HEAVY} neither figures "
                 "nor errors can be trusted."
             )
-        return found
+        return sentences
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as JSON can hold them."""

@@ -273,8 +273,8 @@ def check_temperatures(target: Target, condition: Tensor) -> Tensor:
 def _ladder(beta: Tensor, rungs: int) -> tuple[Tensor, Tensor]:
     """β from 0, even in log(1 + β), with all that are asked for, and where those are."""
     check_whole("rungs", rungs, 2)
-    known, place = torch.cat([beta.new_zeros(1), beta]).unique(return_inverse=True)
-    ends = torch.log1p(known)
+    asked, place = torch.cat([beta.new_zeros(1), beta]).unique(return_inverse=True)
+    ends = torch.log1p(asked)
     width = ends[-1] / rungs
     parts = (ends.diff() / width).ceil().long().clamp_min(1)
     pieces = [

@@ -49,7 +49,7 @@ class LostMode(NamedTuple):
     """A mode of which particles lack a part: its share of their Z, theirs, and its place."""
 
     share: float
-    held: float
+    particles: float
     x: Float[Tensor, " coordinates"]
 
 
@@ -81,9 +81,11 @@ def find_lost_mode(
         if (near < SAME).any():
             continue
         seen.append(k)
-        share, held, excess = _masses(density, tops[k], step[k], x, log_z)
-        if excess > LOST and (worst is None or share - held > worst.share - worst.held):
-            worst = LostMode(share, held, tops[k])
+        share, particles_share, excess = _masses(density, tops[k], step[k], x, log_z)
+        if excess > LOST and (
+            worst is None or share - particles_share > worst.share - worst.particles
+        ):
+            worst = LostMode(share, particles_share, tops[k])
     return worst
 
 
@@ -169,9 +171,9 @@ def _masses(
     terms = torch.where(inside, (density.value(top + way) - log_q - log_z.value).exp(), 0.0)
     share = mean(terms)
     back = torch.linalg.solve(root, density.difference(top, x).flatten(0, 1).mT)
-    held = (back.square().sum(0) <= within).double().reshape(x.shape[:2]).mean(1)
+    inside_top = (back.square().sum(0) <= within).double().reshape(x.shape[:2]).mean(1)
     error = torch.stack(
-        [share.error, share.value * log_z.error, held.std() / math.sqrt(len(held))]
+        [share.error, share.value * log_z.error, inside_top.std() / math.sqrt(len(inside_top))]
     ).norm()
-    lacking = share.value - held.mean()
-    return share.value.item(), held.mean().item(), (lacking - ERRORS * error).item()
+    lacking = share.value - inside_top.mean()
+    return share.value.item(), inside_top.mean().item(), (lacking - ERRORS * error).item()

@@ -259,7 +259,7 @@ def _scan_proposals(target, law, condition, size: tuple[int, int], present: tupl
     """All steps, a block of proposals at a time; every part is [draws, chains, *batch, ...]."""
     draws, chains = size
     block = _block(law, chains)
-    kept: list[tuple] = []
+    blocks: list[tuple] = []
     for start in range(0, draws, block):
         parts = draw_proposals(target, law, condition, (min(block, draws - start), chains))
         if present:  # it goes before the proposals
@@ -267,10 +267,10 @@ def _scan_proposals(target, law, condition, size: tuple[int, int], present: tupl
             parts = tuple(torch.cat([old[None], new]) for old, new in pairs)
         taken, state = _states(parts[1] - parts[2])
         first = 1 if present else 0
-        found = tuple(_rows(it, state[first:]) for it in parts)
-        kept.append((taken[first:], *found))
-        present = tuple(it[-1] for it in found)
-    taken, x, log_p, log_q = map(torch.cat, zip(*kept, strict=True))
+        states = tuple(_rows(it, state[first:]) for it in parts)
+        blocks.append((taken[first:], *states))
+        present = tuple(it[-1] for it in states)
+    taken, x, log_p, log_q = map(torch.cat, zip(*blocks, strict=True))
     log_ratio = log_p - log_q
     if redraw := _redraw(target, law):
         x = torch.cat([redraw(part) for part in x.split(block)])
@@ -328,7 +328,7 @@ def _walk_with_local_moves(
     block = _block(law, chains)
     each = condition.expand(chains, *condition.shape)
     redraw = _redraw(target, law)
-    kept: list[tuple] = []
+    steps: list[tuple] = []
     for start in range(0, draws, block):
         proposals = draw_proposals(target, law, condition, (min(block, draws - start), chains))
         for new, log_p, log_q in zip(*proposals, strict=True):
@@ -338,8 +338,8 @@ def _walk_with_local_moves(
             x = local.move(target, each, x, 1)
             x = redraw(x) if redraw else x
             present = x, target.log_prob(x, each), law.log_prob(x)
-            kept.append((x, taken, present[1] - present[2], *present[1:]))
-    return tuple(map(torch.stack, zip(*kept, strict=True)))
+            steps.append((x, taken, present[1] - present[2], *present[1:]))
+    return tuple(map(torch.stack, zip(*steps, strict=True)))
 
 
 def _redraw(target: Target, law: Any) -> Callable[[Tensor], Tensor] | None:

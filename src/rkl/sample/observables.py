@@ -54,8 +54,8 @@ def averages(
             f"values must be [*batch, chains, draws] with the batch {list(condition.shape[:-1])} "
             f"of condition; got {list(values[names[0]].shape)}."
         )
-    found = jackknife(lambda it: it, rows, weights)
-    named = {name: Mean(found.value[..., k], found.error[..., k]) for k, name in enumerate(names)}
+    means = jackknife(lambda it: it, rows, weights)
+    named = {name: Mean(means.value[..., k], means.error[..., k]) for k, name in enumerate(names)}
     for name, it in target.derived(condition).items():
         if it.of in names:
             # about the mean, so that the difference of squares keeps its digits
@@ -81,20 +81,21 @@ def observe(
     of differences where a common turn leaves the density as it is, as every angle is uniform
     then, and else cosines and sines of the first angles.
     """
-    found = target.observables(x, condition)
-    if found:
-        return found
+    measured = target.observables(x, condition)
+    if measured:
+        return measured
     batch = x.shape[: x.ndim - len(target.event_shape)]
-    few = x.reshape(*batch, -1)[..., :SHOWN]
+    first = x.reshape(*batch, -1)[..., :SHOWN]
     named: dict[str, Tensor] = {}
     if turn_invariant(target, condition):
         named = {
-            f"cos(x0 - x{k})": (few[..., 0] - few[..., k]).cos() for k in range(1, few.shape[-1])
+            f"cos(x0 - x{k})": (first[..., 0] - first[..., k]).cos()
+            for k in range(1, first.shape[-1])
         }
     else:
         angles = target.chart.circle.flatten().tolist()
-        for k in range(few.shape[-1]):
-            one = few[..., k]
+        for k in range(first.shape[-1]):
+            one = first[..., k]
             named |= (
                 {f"cos(x{k})": one.cos(), f"sin(x{k})": one.sin()} if angles[k] else {f"x{k}": one}
             )
@@ -154,18 +155,18 @@ def compare_with_held_out(
     each = chain.condition.expand(len(held_out), -1)
     log_q = law_of(proposal, target, chain.condition).log_prob(held_out)
     accepted = chain.accepted[:, 1:].double()
-    found = {"nll": mean(-log_q), "acceptance": jackknife(lambda it: it, accepted)}
+    figures = {"nll": mean(-log_q), "acceptance": jackknife(lambda it: it, accepted)}
     real = target.observables(held_out, each)
     for name, values in chain.measure(target).items():
         one, two = values.flatten(), real[name]
         half = len(two) // 2
         pairs = {"": (one, two), "_floor": (two[:half], two[half:])}
         for suffix, pair in pairs.items():
-            found[f"emd_{name}{suffix}"] = earth_mover(*pair)
+            figures[f"emd_{name}{suffix}"] = earth_mover(*pair)
             for low, high in RANGES if name == "energy" else ():
                 key = f"overlap[{low:g}, {high:g}]{suffix}"
-                found[key] = histogram_overlap(*pair, low=low, high=high)
-    return found
+                figures[key] = histogram_overlap(*pair, low=low, high=high)
+    return figures
 
 
 def check_held_out(

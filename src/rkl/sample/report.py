@@ -161,9 +161,9 @@ def _trust(found: Evaluation) -> "Section":
     if len(modes) > 1:
         columns = ["mode", "target", "flow", "flow, reweighted", "missing"]
         blocks.append(Table(f"Masses of the modes at {at}", columns, modes, _MODES_SAYS))
-    said = [worst.verdict if found.passed is None else found.why or "nothing is missing."]
-    said += [*found.reference_warnings, *found.warnings]
-    text = "\n\n".join(it[:1].upper() + it[1:] for it in said)
+    sentences = [worst.verdict if found.passed is None else found.why or "nothing is missing."]
+    sentences += [*found.reference_warnings, *found.warnings]
+    text = "\n\n".join(it[:1].upper() + it[1:] for it in sentences)
     return Section("Whether to trust it", text, blocks)
 
 
@@ -227,8 +227,8 @@ def _missing(found: Evaluation, row: int) -> dict[str, Any]:
     if not lost:
         return {}
     x = found.chain.x[row, 0, :1]
-    known = target.modes(x, found.condition[row].expand(1, -1))
-    centres = None if known is None else known.centres
+    target_modes = target.modes(x, found.condition[row].expand(1, -1))
+    centres = None if target_modes is None else target_modes.centres
     return {} if centres is None else {FLOW: centres[lost].cpu().numpy()}
 
 
@@ -295,7 +295,7 @@ def _judgement(found: Evaluation, trained: float, own: float, theirs: float) -> 
     first, second = (drawn.source, "the flow") if theirs > own else ("the flow", drawn.source)
     mixing = "Averages belong to Markov chains where these mix well, as they do here."
     mixing = mixing if theirs > own else "The chains mix slowly here."
-    said = [
+    sentences = [
         f"Plain averages: {first} is {max(own, theirs) / min(own, theirs):.3g} times faster than "
         f"{second} ({theirs:,.0f} effective draws per second by {drawn.source}, {own:,.0f} by the "
         f"flow, its {trained:.0f} s of training not counted). {mixing} What the flow adds are "
@@ -308,14 +308,14 @@ def _judgement(found: Evaluation, trained: float, own: float, theirs: float) -> 
         first, second = (
             ("The flow", "integration") if whole < alone else ("Integration", "the flow")
         )
-        said.append(
+        sentences.append(
             f"log Z: the flow is within {error:.2g} nats everywhere after {whole:.0f} s, training "
             f"included, at {len(found.condition)} conditions and any other that it was trained "
             f"on; {drawn.log_z_source} would take {alone:.0f} s to come as near. {first} is "
             f"cheaper than {second} here, by a factor of "
             f"{max(whole, alone) / min(whole, alone):.2g}."
         )
-    return "\n\n".join(said)
+    return "\n\n".join(sentences)
 
 
 def _by_series(found: Evaluation, name: str, of: Mean) -> dict[str, Any]:

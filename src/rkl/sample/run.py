@@ -128,16 +128,16 @@ def fit_target(
     data = _data(settings)
     flow = _build_flow(settings)
     _fit(settings, copy.deepcopy(flow), data, {"steps": 1})  # refuses before anything is written
-    kept = asdict(settings)
+    record = asdict(settings)
     for name in PATHS:
-        kept[name] = None if kept[name] is None else str(kept[name].resolve())
+        record[name] = None if record[name] is None else str(record[name].resolve())
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
     how["may_change"] = (*BUDGET, *movable_paths(out, resume))
     how["upgrade"] = partial(with_defaults, TargetSettings)
-    with Run.create(out, "sample", kept, **how) as run:
+    with Run.create(out, "sample", record, **how) as run:
         rows = [] if data is None else [row.tobytes() for row in data[0].numpy()]
         check_same_data(run, fingerprint(rows), _inputs(settings, data), rows=len(rows))
-        changed = {name: kept[name] for name in (*PATHS, *BUDGET)}
+        changed = {name: record[name] for name in (*PATHS, *BUDGET)}
         run.update(settings=run.settings | changed)
         with run.running():
             if more:
@@ -163,17 +163,17 @@ def _worst(flow: nn.Module, settings: TargetSettings) -> str:
         law = law_of(flow, target, condition)
         _, log_p, log_q = draw_proposals(target, law, condition, (WORST_BY,))
     try:
-        found = reweight((log_p - log_q).T)
+        weights = reweight((log_p - log_q).T)
     except ValueError:  # there is a condition all of whose draws have no density
         return "Under some conditions no draw of the flow has density."
-    k = int(found.ess.value.argmin())
+    k = int(weights.ess.value.argmin())
     at = ", ".join(
         f"{it.name} = {value:.4g} {it.unit}".rstrip()
         for it, value in zip(target.conditions, condition[k].tolist(), strict=True)
     )
     return (
         f"Of {len(condition)} conditions {at} is the worst: share of effective draws "
-        f"{found.ess.value[k]:.4g}, acceptance {found.acceptance.value[k]:.4g}"
+        f"{weights.ess.value[k]:.4g}, acceptance {weights.acceptance.value[k]:.4g}"
     )
 
 
@@ -257,35 +257,35 @@ def sample_run(
     if out.suffix not in (".nc", ".npz", ".npy"):
         raise ValueError(f"out must end in .nc, .npz or .npy for draws of a target; got {out}.")
     place = check_device(settings.device)
-    found = load_target_run(path, allow=allow)
-    at = _values(settings.condition, found).to(place)
+    loaded = load_target_run(path, allow=allow)
+    at = _values(settings.condition, loaded).to(place)
     draws = math.ceil(n / chains)
     with warnings.catch_warnings():
         if draws > FEWEST:
             warnings.filterwarnings("ignore", message=".*they are no result")  # said below
-        flow = found.flow.to(place)
+        flow = loaded.flow.to(place)
         how: dict[str, Any] = {"draws": draws, "chains": chains, "seed": settings.seed}
-        chain = independent_metropolis(found.target, flow, at, **how)
+        chain = independent_metropolis(loaded.target, flow, at, **how)
     if draws > FEWEST and bool(chain.failed):
         raise RuntimeError(
             f"a chain took none of its {draws - 1:,} proposals: the flow is too far from the "
             "target for a result, and nothing was written. Train it longer."
         )
     check_samples(chain.x.flatten(0, 1))
-    observed = chain.measure(found.target)
-    write_chain(out, chain, observed, found.target)
+    observed = chain.measure(loaded.target)
+    write_chain(out, chain, observed, loaded.target)
     _remember_drawn(Run.open(path), chain.x.flatten(0, 1))
-    said = f"{chains} chains of {draws:,} draws in {out}; accepted: {chain.acceptance:.3f}"
+    summary = f"{chains} chains of {draws:,} draws in {out}; accepted: {chain.acceptance:.3f}"
     longest = int(chain.longest_rejection_run)
-    said += f"; longest run without an accepted proposal: {longest} draws"
+    summary += f"; longest run without an accepted proposal: {longest} draws"
     measured = {"log p": chain.log_p}
     if draws >= 4:
         each = at.expand(*chain.accepted.shape, -1)
-        measured |= observe(found.target, chain.x, each)
+        measured |= observe(loaded.target, chain.x, each)
         measured.pop("log_density", None)
     judged = chain.diagnose(measured) if draws >= 4 else {}
     lines = [f"{name}: {_judgement(it)}" for name, it in judged.items()]
-    return "\n".join([said, *lines, *_warnings(chain, judged)])
+    return "\n".join([summary, *lines, *_warnings(chain, judged)])
 
 
 def _judgement(of: Mapping[str, Tensor]) -> str:
@@ -326,10 +326,10 @@ def _remember_drawn(run: Run, x: Float[Tensor, "draws *event"]) -> None:
     """Note down some draws, which say nothing of what the flow lacks: see :func:`count_drawn`."""
     if not os.access(run.path, os.W_OK):
         return
-    few = x[:: -(-len(x) // REMEMBERED)].cpu().float()
-    known = (run.path / DRAWN).read_bytes() if (run.path / DRAWN).exists() else b""
-    digests = {known[k : k + DIGEST] for k in range(0, len(known), DIGEST)}
-    digests |= {row_fingerprint(row.tobytes()) for row in few.numpy()}
+    subsample = x[:: -(-len(x) // REMEMBERED)].cpu().float()
+    earlier = (run.path / DRAWN).read_bytes() if (run.path / DRAWN).exists() else b""
+    digests = {earlier[k : k + DIGEST] for k in range(0, len(earlier), DIGEST)}
+    digests |= {row_fingerprint(row.tobytes()) for row in subsample.numpy()}
     run.record_files([DRAWN])
     write_atomic(run.path / DRAWN, b"".join(sorted(digests)))
     run.measure_files([DRAWN])
@@ -338,20 +338,20 @@ def _remember_drawn(run: Run, x: Float[Tensor, "draws *event"]) -> None:
 def count_drawn(run: Run, x: Float[Tensor, "draws *event"]) -> int:
     """How many of these rows are draws of the run itself, of those that it remembers."""
     path = run.path / DRAWN
-    known = path.read_bytes() if path.exists() else b""
-    digests = {known[k : k + DIGEST] for k in range(0, len(known), DIGEST)}
+    stored = path.read_bytes() if path.exists() else b""
+    digests = {stored[k : k + DIGEST] for k in range(0, len(stored), DIGEST)}
     return sum(row_fingerprint(row.tobytes()) in digests for row in x.cpu().float().numpy())
 
 
 def _inputs(settings: TargetSettings, data: tuple[Tensor, Tensor] | None) -> dict[str, Input]:
     """The digests of the draws, their conditions, and of the run that the fit starts from."""
-    found = {}
+    inputs = {}
     if data is not None:
-        found["data"] = values_of(settings.data, [data[0]])
-        found["conditions of data"] = values_of(settings.data, [data[1]])
+        inputs["data"] = values_of(settings.data, [data[0]])
+        inputs["conditions of data"] = values_of(settings.data, [data[1]])
     if settings.start_from is not None:
-        found["start_from"] = run_input(settings.start_from)
-    return found
+        inputs["start_from"] = run_input(settings.start_from)
+    return inputs
 
 
 def _build_flow(settings: TargetSettings) -> nn.Module:
@@ -364,8 +364,8 @@ def _build_flow(settings: TargetSettings) -> nn.Module:
         begin: Any = getattr(flow, "start_from", None)
         if begin is None:
             raise ValueError(f"start_from goes with coarse-to-fine flows; got {settings.flow}.")
-        said = settings.target, settings.flow, settings.objective, settings.divergence
-        begin(load_target_run(settings.start_from, allow=names_in(*said)).flow)
+        texts = settings.target, settings.flow, settings.objective, settings.divergence
+        begin(load_target_run(settings.start_from, allow=names_in(*texts)).flow)
     return flow
 
 

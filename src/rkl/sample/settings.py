@@ -141,11 +141,11 @@ def parse_ranges(text: str | None, target: Target) -> tuple[Condition, ...]:
     >>> parse_ranges("T=0.5:1.5", parse_target("xy(side=2)"))
     (Condition(name='T', low=0.5, high=1.5, unit='J', above=0.0, at_least=None),)
     """
-    known, given = {it.name: it for it in target.conditions}, set()
+    ranges, given = {it.name: it for it in target.conditions}, set()
     for part in [] if text is None else text.split(","):
         name, _, limits = (it.strip() for it in part.partition("="))
-        if name not in known:
-            has = ", ".join(known) or "none"
+        if name not in ranges:
+            has = ", ".join(ranges) or "none"
             raise ValueError(f"condition: those of {target} are {has}; got {part.strip()!r}.")
         if name in given:
             raise ValueError(f"condition: {name} is given twice; got {text!r}.")
@@ -160,9 +160,9 @@ def parse_ranges(text: str | None, target: Target) -> tuple[Condition, ...]:
                 f"condition: {part.strip()!r} cannot be read; expected a value such as "
                 f"{name}=0.9, or a range such as {name}=0.5:1.5."
             )
-        known[name] = known[name]._replace(low=one, high=other)
-    check_values(target, [[it.low for it in known.values()]])
-    return tuple(known.values())
+        ranges[name] = ranges[name]._replace(low=one, high=other)
+    check_values(target, [[it.low for it in ranges.values()]])
+    return tuple(ranges.values())
 
 
 @dataclass(frozen=True)

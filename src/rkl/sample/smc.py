@@ -120,8 +120,8 @@ def evidence(
     number("width", width, above=0)
     if target.chart.bounded:
         how: dict[str, Any] = {"particles": particles, "islands": islands, "width": width}
-        found = evidence(without_bounds(target), condition, sweeps=sweeps, seed=seed, **how)
-        return replace(found, x=target.chart.to_bounded(found.x)[0])
+        without = evidence(without_bounds(target), condition, sweeps=sweeps, seed=seed, **how)
+        return replace(without, x=target.chart.to_bounded(without.x)[0])
     circle = bool(target.chart.circle.all())
     sizes = (
         [(width, islands)]
@@ -179,13 +179,13 @@ def _join(sampler: Sampler, width: float, paths: list[_Path]) -> Evidence:
                         f"particles of N(0, {width:g}²) lost what those of N(0, "
                         f"{width / NARROWER:g}²) found: log Z is {one:.4g} and {other:.4g}."
                     )
-        found = log_mean(torch.cat([paths[k].log_z[row : row + 1] for k in chosen], 1))
-        why += _doubts([paths[k] for k in chosen], row, found.error.item())
-        log_z.append(found.value[0])
-        error.append(found.error[0])
+        log_z_of_row = log_mean(torch.cat([paths[k].log_z[row : row + 1] for k in chosen], 1))
+        why += _doubts([paths[k] for k in chosen], row, log_z_of_row.error.item())
+        log_z.append(log_z_of_row.value[0])
+        error.append(log_z_of_row.error[0])
         x.append(_draws_of_equal_weight(paths, chosen, row))
         candidates = torch.cat([it.candidates[row] for it in paths])
-        log_z_of = Mean(found.value[0], found.error[0])
+        log_z_of = Mean(log_z_of_row.value[0], log_z_of_row.error[0])
         why += _lost_mode_doubts(sampler, row, candidates, x[-1], log_z_of)
         doubts.append(tuple(why))
     least = torch.stack([it.accepted for it in paths]).amin(0)
@@ -208,26 +208,26 @@ def _draws_of_equal_weight(paths: list[_Path], chosen: list[int], row: int) -> T
 
 
 def _doubts(paths: list[_Path], row: int, error: float) -> list[str]:
-    found = []
+    sentences = []
     if not error <= MAX_ERROR:
-        found.append(
+        sentences.append(
             f"islands of particles differ: log Z has an error of {error:.2g} nats, above "
             f"{MAX_ERROR}."
         )
     accepted = min(it.accepted[row].item() for it in paths)
     if accepted < MIN_ACCEPTED:
-        found.append(
+        sentences.append(
             f"particles hardly moved: at some β a share of {accepted:.2g} of the moves was "
             f"accepted, below {MIN_ACCEPTED}."
         )
     change = torch.cat([it.change[row] for it in paths])
     drift = (change.mean().abs() / (change.std() / len(change) ** 0.5).clamp_min(1e-12)).item()
     if normal_errors(drift, len(change) - 1) > MAX_DRIFT:
-        found.append(
+        sentences.append(
             f"particles do not follow the target yet: as they move on under it, their mean "
             f"log-density changes by {drift:.1f} errors."
         )
-    return found
+    return sentences
 
 
 def _lost_mode_doubts(
@@ -236,14 +236,14 @@ def _lost_mode_doubts(
     """A mode that particles met on their way and have lost, if there is one."""
     if not len(candidates):
         return
-    found = find_lost_mode(sampler.density(row), candidates, x, log_z)
-    if found is None:
+    lost = find_lost_mode(sampler.density(row), candidates, x, log_z)
+    if lost is None:
         return
-    place = ", ".join(f"{it:.3g}" for it in found.x[:SHOWN].tolist())
-    place += ", ..." * (len(found.x) > SHOWN)
+    place = ", ".join(f"{it:.3g}" for it in lost.x[:SHOWN].tolist())
+    place += ", ..." * (len(lost.x) > SHOWN)
     yield (
         f"particles lost a mode that they met: about x = ({place}) the density has "
-        f"{found.share:.2g} of their Z, and {found.held:.2g} of the particles are there."
+        f"{lost.share:.2g} of their Z, and {lost.particles:.2g} of the particles are there."
     )
 
 

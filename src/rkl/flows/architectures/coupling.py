@@ -76,28 +76,28 @@ class CouplingFlow(Flow):
     def encode(self, value, condition):
         """The latents of events, and log |d latent / d event|."""
         value = value.flatten(value.ndim - len(self.event_shape))
-        known, moved = value[..., 0::2], value[..., 1::2]
+        unchanged, moved = value[..., 0::2], value[..., 1::2]
         total = value.new_zeros(())
         for net in self.nets:
-            shift, log_scale = self._affine(net, known, condition)
+            shift, log_scale = self._affine(net, unchanged, condition)
             moved = moved * log_scale.exp() + shift
             total = total + log_scale.sum(-1)
-            known, moved = moved, known
-        latent = torch.cat([known, moved], -1)
+            unchanged, moved = moved, unchanged
+        latent = torch.cat([unchanged, moved], -1)
         return latent.unflatten(-1, self.event_shape), total
 
     def decode(self, latent, condition):
         """The events of latents, and log |d event / d latent|."""
         latent = latent.flatten(latent.ndim - len(self.event_shape))
         swapped = len(self.nets) % 2
-        known, moved = latent.split(self.halves[::-1] if swapped else self.halves, -1)
+        unchanged, moved = latent.split(self.halves[::-1] if swapped else self.halves, -1)
         total = latent.new_zeros(())
         for net in reversed(self.nets):
-            known, moved = moved, known
-            shift, log_scale = self._affine(net, known, condition)
+            unchanged, moved = moved, unchanged
+            shift, log_scale = self._affine(net, unchanged, condition)
             moved = (moved - shift) * (-log_scale).exp()
             total = total - log_scale.sum(-1)
-        value = torch.cat([known, moved], -1)[..., self.places]
+        value = torch.cat([unchanged, moved], -1)[..., self.places]
         return value.unflatten(-1, self.event_shape), total
 
     def _affine(self, net, known, condition):

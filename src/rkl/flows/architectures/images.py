@@ -141,11 +141,11 @@ def _couple(
 ) -> tuple[Tensor, Tensor]:
     """One coupling, forth or back (``way`` 1 or −1), with its log-Jacobian."""
     blocks = images.unflatten(1, (-1, 4))  # pixel_unshuffle puts the pixels of a block last
-    known = blocks[:, :, pairs[:2]].flatten(1, 2)
+    unchanged = blocks[:, :, pairs[:2]].flatten(1, 2)
     moved = blocks[:, :, pairs[2:]].flatten(1, 2)
-    shift, log_scale = net(known, condition).chunk(2, 1)
+    shift, log_scale = net(unchanged, condition).chunk(2, 1)
     log_scale = STEEPEST * torch.tanh(log_scale / STEEPEST)
     moved = moved * log_scale.exp() + shift if way > 0 else (moved - shift) * (-log_scale).exp()
-    both = torch.cat([known.unflatten(1, (-1, 2)), moved.unflatten(1, (-1, 2))], 2)
+    both = torch.cat([unchanged.unflatten(1, (-1, 2)), moved.unflatten(1, (-1, 2))], 2)
     back = sorted(range(4), key=pairs.__getitem__)
     return both[:, :, back].flatten(1, 2), way * log_scale.flatten(1).sum(1)

@@ -56,11 +56,11 @@ class MixtureLatent(Distribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         which = Categorical(logits=self.log_weight, validate_args=False).sample(sample_shape)
         inner = self._inner(which.shape).rsample()
-        found = torch.empty_like(inner)
+        x = torch.empty_like(inner)
         for i, (mean, root) in enumerate(zip(self.centre, self.root, strict=True)):
             chosen = which == i
-            found[chosen] = mean + inner[chosen] @ root.T
-        return found
+            x[chosen] = mean + inner[chosen] @ root.T
+        return x
 
     def log_prob(self, value: Tensor) -> Tensor:
         eye = torch.eye(self.centre.shape[-1]).to(self.root)
@@ -140,13 +140,13 @@ def latent_map(law: Any) -> Float[Tensor, "columns columns"] | None:
     points = torch.eye(size + 1, size).to(base.like if isinstance(base, Latent) else base.mean)
     points = points.reshape(size + 1, *[1] * len(law.batch_shape), size)
     if hasattr(law, "transform"):  # of zuko
-        found = law.transform(points)
+        images = law.transform(points)
     else:
-        found = law.flow.encode(points, law._condition(points.shape[:-1]))[0]
-    found = found.reshape(size + 1, -1, size)[:, 0].double()
-    whole = found.round()
+        images = law.flow.encode(points, law._condition(points.shape[:-1]))[0]
+    images = images.reshape(size + 1, -1, size)[:, 0].double()
+    whole = images.round()
     permutes = bool((whole.sum(0) == 1).all() and (whole[:size].sum(1) == 1).all())
-    return whole[:size].T if permutes and torch.allclose(found, whole, atol=1e-4) else None
+    return whole[:size].T if permutes and torch.allclose(images, whole, atol=1e-4) else None
 
 
 def seen_within(flow: nn.Module) -> float | None:

@@ -166,13 +166,13 @@ def _colours(side: int, basis: tuple, left: set[int], regular: bool):
         new = [s for s in place if colour[s] == c and s not in left]
         near = []
         for s in new:
-            known = [at(s, 2 * a + 1, 2 * b + 1) for a, b in (*KNOWN, *FURTHER)]
+            coarser = [at(s, 2 * a + 1, 2 * b + 1) for a, b in (*KNOWN, *FURTHER)]
             same = [at(s, 2 * a, 2 * b) for a, b in DRAWN[c]]
             earlier = [it for it in place if colour[it] < c and it not in left]
             if not regular and earlier:
                 same = [earlier[k % len(earlier)] for k in range(len(same))]
-            same = [it if it in earlier else known[k % 4] for k, it in enumerate(same)]
-            near.append(known + same)
+            same = [it if it in earlier else coarser[k % 4] for k, it in enumerate(same)]
+            near.append(coarser + same)
         if new:
             yield c, new, near
 

@@ -44,11 +44,11 @@ def spin_waves(order: Ordering, ring_exchange: float = 0.0) -> list[Wave]:
     >>> weights[:4], round(variance, 4)
     (tensor([0.1667, 0.1667, 0.1667, 0.1667], dtype=torch.float64), 0.3333)
     """
-    green, at, found = _green(order, ring_exchange), 1, []
+    green, at, waves = _green(order, ring_exchange), 1, []
     for step in order.passes:
-        found.append(_krige(green, at, step.near[:, 0]))
+        waves.append(_krige(green, at, step.near[:, 0]))
         at += step.sites
-    return found
+    return waves
 
 
 def _green(order: Ordering, ring: float) -> Float[Tensor, "sites sites"]:

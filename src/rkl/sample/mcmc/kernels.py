@@ -186,8 +186,8 @@ def colours(side: int, ring: bool, device: torch.device) -> list[Colour]:
     plaquettes = torch.stack(
         [torch.stack([beside(i, 0), beside(0, j), beside(i, j)], -1) for i, j in corners], -2
     )
-    found = [(colour == it).nonzero().squeeze(-1) for it in colour.unique()]
-    return [Colour(sites, neighbours[sites], plaquettes[sites]) for sites in found]
+    classes = [(colour == it).nonzero().squeeze(-1) for it in colour.unique()]
+    return [Colour(sites, neighbours[sites], plaquettes[sites]) for sites in classes]
 
 
 def _sweep(target: Target, condition: Tensor, x: Tensor, updates: list[Callable]) -> Tensor:

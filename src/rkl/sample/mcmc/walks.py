@@ -83,21 +83,21 @@ def markov_chain(
     with random_seed(seed, condition.device):
         x = _initial_states(target, each) if start is None else _checked_start(target, each, start)
         x = kernel.move(target, each, x, warm_up) if warm_up else x
-        kept = []
+        steps = []
         for _ in range(draws):
             x = kernel.move(target, each, x, every)
-            kept.append(measure(x, each) if measure else {"x": x})
+            steps.append(measure(x, each) if measure else {"x": x})
     axis = each.ndim - 1
-    found = {name: torch.stack([it[name] for it in kept], axis) for name in kept[0]}
-    return Walk(None if measure else found.pop("x"), found, x)
+    series = {name: torch.stack([it[name] for it in steps], axis) for name in steps[0]}
+    return Walk(None if measure else series.pop("x"), series, x)
 
 
 def kernel_of(target: Target, kernel: Kernel | None) -> Kernel:
     """The kernel given, or that of the target, or a random walk."""
     if kernel is not None:
         return check_kernel("kernel", kernel)
-    own = target.kernel()
-    return RandomWalk() if own is None else check_kernel(f"kernel of {target}", own)
+    preferred = target.kernel()
+    return RandomWalk() if preferred is None else check_kernel(f"kernel of {target}", preferred)
 
 
 def _initial_states(target: Target, each: Tensor) -> Tensor:

@@ -50,9 +50,9 @@ def parse_target(text: str) -> Target:
     if not isinstance(text, str):
         raise TypeError(f"target must be a string such as 'xy(side=8)'; got {text!r}.")
     name = text.partition("(")[0].strip()
-    known: dict[str, Callable[..., Target]] = dict(catalogue())
-    if ":" not in name or name in map(full_name, known.values()):
-        return parse(text, known)
+    targets: dict[str, Callable[..., Target]] = dict(catalogue())
+    if ":" not in name or name in map(full_name, targets.values()):
+        return parse(text, targets)
     try:
         return parse(PLACEHOLDER + text.strip()[len(name) :], {PLACEHOLDER: _maker(name)})
     except ValueError as error:

@@ -140,7 +140,7 @@ def fit_to_samples(
         divergence: Any f-divergence.
         steps: The budget in steps, or
         minutes: in minutes, critics included: of these up to a half, if a point is asked for.
-        seed: Of all random numbers.
+        seed: Random seed.
         labels: Class of each row, which conditions the flow.
         dequantise: Whether to spread quantised values, such as grey levels, over one step.
         log_prob: Log-density of the data in nats, if known, at events [batch, *event], conditions.

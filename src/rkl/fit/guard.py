@@ -1,4 +1,4 @@
-"""What keeps a fit from ending below maximum likelihood on its own objective."""
+"""Keeps the best parameters since maximum likelihood, by a paired estimate of the divergence."""
 
 import copy
 import dataclasses

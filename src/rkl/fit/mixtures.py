@@ -19,14 +19,14 @@ from rkl.flows.standardise import Units
 
 Kind = Literal["full", "tied", "diag"]
 KINDS: tuple[Kind, ...] = ("full", "tied", "diag")
-MOST = 8  # components
-SWEEPS = 200  # of EM
+MAX_COMPONENTS = 8
+MAX_SWEEPS = 200  # of EM
 SETTLED = 1e-3  # nats a row, by which a sweep of EM gains where it has converged
 STARTS = 5  # of EM, each from other rows
 NEAR = 0.3  # nats a row, by which runs of EM that are averaged are less likely than the best
 SHRUNK = 0.2  # rows with the covariance within components that each of them is given
 FLOOR = 1e-4  # share of the variance of a column that it has within each component at least
-WIDEST = 64  # columns
+MAX_COLUMNS = 64
 TRIED = 2  # numbers of components without a gain, after which no more are tried
 
 
@@ -91,7 +91,7 @@ def begin_as_mixture(
     Units with bends are tried beside those without.
     """
     size = training.values[0].numel()
-    if len(training.event_shape) != 1 or not 1 < size <= WIDEST:
+    if len(training.event_shape) != 1 or not 1 < size <= MAX_COLUMNS:
         return flow, units
     given = () if training.condition is None else (training.condition[:1],)
     with torch.no_grad():
@@ -193,9 +193,9 @@ def _candidates(rows: Tensor, condition: Tensor | None, seed: int) -> Iterator[l
             share = condition.to(rows)
             yield from ([_moments(rows, share, kind, of_classes=True)] for kind in KINDS)
         return
-    for kind in KINDS if len(rows) >= 2 * (rows.shape[1] + MOST) else KINDS[-1:]:
+    for kind in KINDS if len(rows) >= 2 * (rows.shape[1] + MAX_COMPONENTS) else KINDS[-1:]:
         least, worse = math.inf, 0
-        for count in range(1, MOST + 1):
+        for count in range(1, MAX_COMPONENTS + 1):
             runs = _runs(rows, count, kind, seed)
             yield runs
             cost = min(bic(it, it.log_prob(rows)) for it in runs)
@@ -232,7 +232,7 @@ def _runs(rows: Tensor, count: int, kind: Kind, seed: int) -> list[Mixture]:
 def _run(rows: Tensor, count: int, kind: Kind, generator: torch.Generator) -> Mixture:
     """EM until a sweep gains next to nothing."""
     mixture, last = _moments(rows, _nearest(rows, count, generator), kind), -math.inf
-    for _ in range(SWEEPS - 1):
+    for _ in range(MAX_SWEEPS - 1):
         joint = mixture.log_parts(rows) + mixture.log_weight
         density = joint.logsumexp(1)
         share, now = (joint - density[:, None]).exp(), density.mean().item()

@@ -19,29 +19,28 @@ class FitSettings:
 
     Args:
         data: Rows: .csv or another table, .npy, .npz, .parquet, .nc, IDX, or a folder of images.
-        divergence: What is minimised, an f-divergence: "precision-half(lam=10)".
+        divergence: f-divergence to minimise: "precision-half(lam=10)".
         flow: Architecture: coupling, nsf, maf or multi-scale, with settings in brackets.
         labels: Class of each row: a file of them, or the name of a column or an array.
         dequantise: Spread quantised values over one step, as image files are; --no-dequantise
             takes floats on a grid as they are.
-        steps: The budget in steps.
-        minutes: The budget in minutes, critics included; 2 where none is given.
-        estimator: How the gradient is estimated; auto chooses.
+        steps: Budget in steps.
+        minutes: Budget in minutes, critics included; by default 2.
+        estimator: Estimator of the gradient; auto chooses.
         start: Share of the budget for maximum likelihood, with which a fit begins.
         anchor: Weight of plain likelihood after that.
         batch: Rows in a step; all of them, where they are fewer.
         lr: Highest learning rate; by default 2e-3, and less where there are few rows.
         held_out: Share of the rows to hold out.
-        guard: Keep the parameters that held-out rows judge best, not the last.
-        critic: Train a critic at the end even where none is needed, to reject samples by.
-        target_precision: Precision that rejection is to reach; the fit says how near it came.
+        guard: Keep the parameters that are best on held-out rows, not the last.
+        critic: Train a critic at the end even where none is needed, for rejection.
+        target_precision: Precision that rejection should reach; the fit reports what it reached.
         budget: Draws per sample that rejection may take.
-        start_from: Run with a critic, of which --distil-budget distils; all that is not said here
-            is as it was there.
+        start_from: Run with a critic, for --distil-budget; its settings are the defaults here.
         distil_budget: Draws per sample of the rejection to train into the flow of that run, so
             that a sample takes one draw.
-        seed: Of all random numbers.
-        device: Where to compute.
+        seed: Random seed.
+        device: Device to compute on.
     """
 
     data: Path = field(metadata={"metavar": "DATA"})
@@ -91,19 +90,19 @@ class FitSettings:
 
     @property
     def method(self) -> Method:
-        """How it is fitted."""
+        """The method of the fit."""
         names = "start", "anchor", "batch", "lr", "held_out", "guard"
         estimator = None if self.estimator == "auto" else self.estimator
         return Method(estimator=estimator, **{name: getattr(self, name) for name in names})
 
     @property
     def architecture(self) -> Architecture:
-        """What is built."""
+        """The architecture, parsed."""
         return parse_architecture(self.flow)
 
     @property
     def parsed_divergence(self) -> FDivergence:
-        """What is minimised."""
+        """The divergence, parsed."""
         divergence = parse(self.divergence)
         if not isinstance(divergence, FDivergence):
             raise ValueError(f"divergence must be an f-divergence; got {divergence!r}.")
@@ -128,19 +127,19 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How many samples, of which flow, at which trade-off.
+    """The number of samples, and the trade-off between precision and recall.
 
     Args:
         n: Number of samples.
         out: File to write: .npy or .csv.
-        condition: Class to draw, where rows had labels.
+        condition: Class to draw, if rows had labels.
         latent_temperature: Standard deviation of the latents; below 1 for the middle alone.
         truncation: Where the latents are cut off, in standard deviations.
         levels: Put quantised values back on their levels; --no-levels leaves them spread.
         budget: Draws per sample in optimal rejection by the critic; 1 rejects none.
-        target_precision: Precision that rejection is to reach, instead of a budget.
-        seed: Of all random numbers.
-        device: Where to compute.
+        target_precision: Precision that rejection should reach, instead of a budget.
+        seed: Random seed.
+        device: Device to compute on.
     """
 
     n: int = field(default=1000, metadata={"metavar": "N"})
@@ -171,8 +170,8 @@ class EvaluateSettings:
         data: Rows that the flow was not fitted to.
         labels: Class of each row, as for the fit.
         dequantise: Spread quantised values over one step; always as the fit did.
-        seed: Of all random numbers.
-        device: Where to compute.
+        seed: Random seed.
+        device: Device to compute on.
     """
 
     data: Path | None = field(default=None, metadata={"metavar": "DATA"})

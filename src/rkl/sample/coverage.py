@@ -1,4 +1,4 @@
-"""Whether a flow covers its target: what the weights of its own draws cannot show."""
+"""Coverage of a target by a flow, which the weights of its own draws cannot show."""
 
 import math
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from rkl.tables import Table, with_error
 ERRORS = 4.0  # standard errors that a departure must exceed
 UNREACHED = 0.01  # mass that may go unreached
 RARE = 0.1  # share of its mass below which a mode counts as missing
-FEWEST = 10  # expected draws below which a mode cannot be called missing
+MIN_EXPECTED_DRAWS = 10  # below which a mode cannot be called missing
 SHARE = 0.5  # share of the flow's own ESS that must remain at draws of the target
 OFF = 0.1  # share by which a reweighted mass may be off, beyond its errors
 
@@ -44,7 +44,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Whether a flow reaches all of its target, and what shows it.
+    """Coverage of a target by a flow, with the evidence for it.
 
     Attributes:
         weights: What the flow's own draws say; blind to what it never draws.
@@ -70,7 +70,7 @@ class Coverage:
 
     @property
     def passed(self) -> bool | None:
-        """Whether nothing is missing; None where coverage is unknown."""
+        """True if nothing is missing; None if coverage is unknown."""
         return None if self.reached is None or self.doubts else not self.reasons
 
     @property
@@ -142,7 +142,7 @@ def judge_coverage(
     doubts: tuple[str, ...] = (),
     source: str = "",
 ) -> Coverage:
-    """Judge under one condition whether a flow covers its target, and say loudly if it does not.
+    """Test under one condition whether a flow covers its target.
 
     It takes independent draws of the target: those given, else its exact ones where it has a
     sampler. Modes are those of :meth:`Target.modes`: the components of a mixture, the rings, the
@@ -155,7 +155,7 @@ def judge_coverage(
         held_out: Independent draws of the target that the flow was not trained on.
         train: What it was trained on, to see that no row of it is held out.
         draws: Draws of the flow, and of the target where it has an exact sampler.
-        seed: Of all random numbers.
+        seed: Random seed.
         log_z: An estimate of log Z in nats, where it is not known.
         islands: Number of independent groups of equal size that held_out comes in, one after
             another; None where every row is independent.
@@ -316,7 +316,7 @@ def _modes(log_ratio: Tensor, labels: Tensor, target_labels: Tensor, names, isla
     for k, name in enumerate(names):
         inside, target_inside = (labels == k).double(), (target_labels == k).double()
         mass, drawn = _mean_of_islands(target_inside, islands), mean(inside)
-        enough = mass.value * min(len(inside), len(target_inside)) >= FEWEST
+        enough = mass.value * min(len(inside), len(target_inside)) >= MIN_EXPECTED_DRAWS
         missing = bool(enough & (drawn.value < RARE * mass.value))
         yield Mode(name, mass, drawn, expectation(inside, log_ratio), missing)
 

@@ -37,14 +37,13 @@ from rkl.sample.targets.base import (
 )
 from rkl.stats import Mean, rhat
 
-FEWEST = 400  # draws on which coverage is judged, at least
-JUDGED = 4_000  # and at most
+MIN_COVERAGE_DRAWS, MAX_COVERAGE_DRAWS = 400, 4_000  # on which coverage is tested
 SWEEPS = {"warm_up": 50, "every": 2}  # of a heat bath, before the first draw and between draws
 ISLANDS = 16  # of the particles of a reference
 PARTICLES = ((4, 1_024), (8, 512), (math.inf, 256))  # of an island, up to so many coordinates
 OF_ANGLES = 128  # particles of an island at most, where no mode is as narrow as on the line
 COORDINATES = 2**19  # of all particles together, about
-FEWEST_PARTICLES = 16  # of an island
+MIN_PARTICLES = 16  # of an island
 DEVIATES = 6.0  # errors by which an average may differ from the reference's
 EFFECTIVE = 100  # effective draws below which it is not compared
 UNMIXED = 1.1  # R-hat above which a reference is none
@@ -79,7 +78,7 @@ def evaluate_on_target(
         reference: Whether to draw the target without the flow as well: exactly where it has a
             sampler, else by particles cooled to it (:func:`rkl.sample.evidence`), from which the
             target's own kernel goes on, such as the heat bath of XY and Phi4.
-        seed: Of all random numbers.
+        seed: Random seed.
 
     >>> from rkl.sample import GaussianMixture
     >>> from rkl.flows import NSF
@@ -222,7 +221,7 @@ def _exact_chains(target: Target, condition: Tensor, draws: int, seed: int) -> T
 def _thin(x: Tensor) -> list[Tensor]:
     """Some of the draws [rows, chains, draws, *event] of each row."""
     flat = x.flatten(1, 2)
-    return list(flat[:, :: -(-flat.shape[1] // JUDGED)])
+    return list(flat[:, :: -(-flat.shape[1] // MAX_COVERAGE_DRAWS)])
 
 
 def _cooled_reference(
@@ -262,7 +261,7 @@ def _cooled_reference(
     if not chart.circle.any():
         description = f"particles cooled from {normal}"
     description += " of log x or log(x − low)/(high − x)" * chart.bounded
-    count = max(1, JUDGED // ISLANDS)
+    count = max(1, MAX_COVERAGE_DRAWS // ISLANDS)
     subsample = cooled.x[:, :, :: -(-cooled.x.shape[2] // count)]
     return drawn, _Judges(list(subsample.flatten(1, 2)), cooled, description)
 
@@ -273,7 +272,7 @@ def _particles(target: Target, rows: int) -> int:
     particles = next(count for most, count in PARTICLES if size <= most)
     if bool(target.chart.circle.all()):
         particles = min(particles, OF_ANGLES)
-    return max(FEWEST_PARTICLES, min(particles, COORDINATES // (rows * ISLANDS * size)))
+    return max(MIN_PARTICLES, min(particles, COORDINATES // (rows * ISLANDS * size)))
 
 
 def _with_islands(mean: Mean, values: Tensor) -> Mean:
@@ -313,7 +312,7 @@ def _log_z(target, condition, seed: int) -> tuple[Mean | None, str, float]:
 def _coverage(flow, target, condition, log_ratio, judges, train, seed) -> Iterator[Coverage]:
     has_reference = judges.held_out is not None or exact_log_z(target, condition[:1]) is not None
     has_reference = has_reference or exact_draws(target, condition[:1], (1,)) is not None
-    count = min(JUDGED, max(FEWEST, log_ratio.shape[-1]))
+    count = min(MAX_COVERAGE_DRAWS, max(MIN_COVERAGE_DRAWS, log_ratio.shape[-1]))
     for row, at in enumerate(condition):
         if not has_reference:
             yield judge_ratios(log_ratio[row], sites=math.prod(target.event_shape))

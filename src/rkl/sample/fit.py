@@ -98,7 +98,7 @@ def fit_to_target(
         data: Draws of the target [rows, *event], and their conditions.
         steps: The budget in steps, or
         minutes: in minutes.
-        seed: Of all random numbers.
+        seed: Random seed.
         batch: Draws of a step, all conditions together.
         strata: Of each condition, all seen equally by every step; of several, in Latin squares.
         anneal: By default on the line: to 8 coordinates a target's terms join the likelihood of

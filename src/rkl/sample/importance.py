@@ -14,7 +14,7 @@ from rkl.stats import Mean, pareto_k, to_json
 
 HEAVY = 0.7  # Pareto k above which neither a mean nor its error can be trusted
 LIGHT = 20.0  # means that the largest term of a mean must reach before its tail can be judged
-MANY = 16  # sites from which log-weights are sums of many terms, and so about normal
+MIN_NORMAL_SITES = 16  # sites from which log-weights are sums of many terms, and so about normal
 APART = 0.03  # by how much acceptance or ESS may leave the law, beyond 4 standard errors
 
 
@@ -69,7 +69,7 @@ class Importance:
             ("acceptance", self.acceptance, self.predicted_acceptance),
             ("ESS", self.ess, self.predicted_ess),
         )
-        for name, measured, law in laws if self.sites >= MANY else ():
+        for name, measured, law in laws if self.sites >= MIN_NORMAL_SITES else ():
             apart = (measured.value - law).abs()
             wrong = ~(apart <= APART + 4 * measured.error)
             if wrong.any():

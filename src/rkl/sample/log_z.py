@@ -44,7 +44,7 @@ def thermodynamic_integration(
         draws: Draws of each chain at each rung.
         chains: Chains at each rung.
         kernel: The move; by default that of the target, such as a heat bath.
-        seed: Of all random numbers.
+        seed: Random seed.
 
     Returns:
         log Z in nats with respect to dθ on [−π, π)^N, and its standard error, [temperatures].
@@ -101,7 +101,7 @@ def mbar(
         draws: Draws of each chain at each rung.
         chains: Chains at each rung.
         kernel: The move; by default that of the target, such as a heat bath.
-        seed: Of all random numbers.
+        seed: Random seed.
 
     Returns:
         log Z in nats with respect to dθ on [−π, π)^N, and its standard error, [temperatures].
@@ -172,7 +172,7 @@ def annealed_importance(
         islands: Populations that have nothing to do with each other; two at least.
         sweeps: Moves at each rung.
         kernel: The move; by default that of the target, such as a heat bath.
-        seed: Of all random numbers.
+        seed: Random seed.
 
     Returns:
         log Z in nats with respect to dθ on [−π, π)^N, and its standard error, [temperatures].

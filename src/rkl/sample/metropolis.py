@@ -152,7 +152,7 @@ def independent_metropolis(
         condition: One condition or a batch of them, each with chains of its own.
         draws: Number of draws of each chain, the first included.
         chains: Number of chains for each condition.
-        seed: Of all random numbers.
+        seed: Random seed.
         start: States to begin at, [\*batch, chains, \*event]; else the first proposal is taken.
         local: A move that leaves p invariant, such as HeatBath(), made after every step.
 

@@ -52,8 +52,8 @@ def _lead(found: Evaluation) -> str:
     chains, draws = found.chain.accepted.shape[-2:]
     low, high = found.chain.acceptance.min(), found.chain.acceptance.max()
     verdict = {
-        True: "It covers the target wherever it was looked at.",
-        False: "IT DOES NOT COVER THE TARGET: see why before using it.",
+        True: "It covers the target under every condition measured.",
+        False: "IT DOES NOT COVER THE TARGET: read why before using it.",
         None: "Whether it covers the target is not known.",
     }[found.passed]
     least, most = f"{low:.0%}", f"{high:.0%}"
@@ -357,8 +357,8 @@ _TRACES = (
     ("On data", ("nll",), "−log q (nats)", False),
 )
 _TRAINING = (
-    "What was seen of the draws of single steps, all conditions together. The bound on −log Z "
-    "that is minimised is not drawn: it follows the temperatures that a step happens to draw."
+    "Figures of the draws of single steps, all conditions together. The bound on −log Z that is "
+    "minimised is not shown: it varies with the conditions that a step draws."
 )
 _GIVES = {
     "flow": "averages, at any condition, no burn-in",
@@ -382,21 +382,21 @@ _AGREEMENT_SAYS = (
 )
 _TOGETHER = " The errors of log Z by integration go together, for it begins at T = ∞."
 _NEAR_SAYS = (
-    "Acceptance and effective share against what s², the variance of the log-weights, foretells "
-    "if they are normal; where the two part, weights have heavy tails, or a part of the target is "
-    "missing. v does not depend on the size of the lattice: lower is better."
+    "Acceptance and effective share, measured and predicted from s², the variance of the "
+    "log-weights, if these are normal. Where they differ, weights have heavy tails, or a part of "
+    "the target is missing. v does not depend on the size of the lattice: lower is better."
 )
 _NOT_JUDGED = (
-    "It was not shown that the flow covers the target. Draws of a part of it are no gain however "
-    "fast they come, so no method is called the cheaper one here."
+    "Coverage was not shown. Fast draws of a part of the target are no gain, so no method is "
+    "called cheaper here."
 )
 _CHAINS_SAY = (
     "Of the quantity that is worst under each condition. R-hat above 1.01 or fewer than 400 "
     "effective draws: the errors are uncertain."
 )
 _MODES_SAYS = (
-    "Mass of each mode: of the target, of the flow's draws, of these reweighted. A flow that "
-    "lacks a mode cannot see it in its own draws, however well their weights look."
+    "Mass of each mode: in the target, in the flow's draws, and in these reweighted. The draws of "
+    "a flow that lacks a mode cannot show it, however good their weights look."
 )
 _HISTOGRAM_SAYS = "Grey: the reference. Line: the flow after Metropolis."
 _PLANE_SAYS = "Crosses mark modes that the flow lacks."

@@ -58,9 +58,9 @@ from rkl.sample.targets.domains import check_inside
 DRAWN = "drawn.bin"  # digests of draws that rkl sample wrote
 REMEMBERED, DIGEST = 1_000, 8  # how many of one file, and bytes of each
 EVERY = 25  # steps from one row, and one checkpoint, to the next
-WORST_OF, WORST_BY = 8, 500  # values of the first condition, and draws, to find the worst by
+WORST_VALUES, WORST_DRAWS = 8, 500  # of the first condition, to find the worst by
 MAX_RHAT, MIN_EFFECTIVE = 1.01, 400  # beyond which draws are warned of
-FEWEST = 20  # draws of a chain, of which more than this must have moved
+MIN_MOVING_DRAWS = 20  # of a chain, beyond which it must have moved
 
 
 @dataclass(frozen=True)
@@ -156,12 +156,12 @@ def fit_target(
 @single_precision()
 def _worst(flow: nn.Module, settings: TargetSettings) -> str:
     """The condition, of a few across the range, with the smallest share of effective draws."""
-    condition, target = condition_grid(settings.ranges, WORST_OF), settings.parsed_target
+    condition, target = condition_grid(settings.ranges, WORST_VALUES), settings.parsed_target
     if len(condition) < 2:
         return ""
     with random_seed(settings.seed, condition.device):
         law = law_of(flow, target, condition)
-        _, log_p, log_q = draw_proposals(target, law, condition, (WORST_BY,))
+        _, log_p, log_q = draw_proposals(target, law, condition, (WORST_DRAWS,))
     try:
         weights = reweight((log_p - log_q).T)
     except ValueError:  # there is a condition all of whose draws have no density
@@ -261,12 +261,12 @@ def sample_run(
     at = _values(settings.condition, loaded).to(place)
     draws = math.ceil(n / chains)
     with warnings.catch_warnings():
-        if draws > FEWEST:
+        if draws > MIN_MOVING_DRAWS:
             warnings.filterwarnings("ignore", message=".*they are no result")  # said below
         flow = loaded.flow.to(place)
         how: dict[str, Any] = {"draws": draws, "chains": chains, "seed": settings.seed}
         chain = independent_metropolis(loaded.target, flow, at, **how)
-    if draws > FEWEST and bool(chain.failed):
+    if draws > MIN_MOVING_DRAWS and bool(chain.failed):
         raise RuntimeError(
             f"a chain took none of its {draws - 1:,} proposals: the flow is too far from the "
             "target for a result, and nothing was written. Train it longer."

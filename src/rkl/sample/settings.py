@@ -27,7 +27,7 @@ VALUES = 8  # of the first condition, where none are given
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """Which density is fitted, under which conditions and objective, within which budget.
+    """The density to fit, its conditions, the objective and the budget.
 
     Args:
         target: Unnormalised density: "xy(side=8)", or "module:function(event_shape=(2,))".
@@ -36,19 +36,19 @@ class TargetSettings:
         divergence: Instead of an objective, one divergence on the target.
         data: Draws of the target: .npz with x and condition, such as rkl sample writes; or
             .npy where the target has no conditions.
-        condition: Where to train: "T=0.5:1.5" or "T=0.9"; else all of the target's range.
-        flow: Architecture, with settings in brackets; by default what suits the target.
-        start_from: A run on a lattice of another side, whose weights to begin with.
-        steps: The budget in steps.
-        minutes: The budget in minutes; 2 where none is given.
+        condition: Conditions to train at: "T=0.5:1.5" or "T=0.9"; by default the target's ranges.
+        flow: Architecture, with settings in brackets; by default that of the target.
+        start_from: A run on a lattice of another side, whose weights are the initial ones.
+        steps: Budget in steps.
+        minutes: Budget in minutes; by default 2.
         batch: Draws in a step, all conditions together.
         strata: Conditions in a step.
-        anneal: Whether it begins with particles cooled to the target, by default on the line; or
-            with many coordinates with the target flattened, by default without data too.
+        anneal: Begin with particles cooled to the target, the default on the line up to 8
+            coordinates; beyond, with the target flattened, the default without data.
         log_z: "learned" allows divergences that are not scale-free where log Z is unknown.
         lr: Highest learning rate.
-        seed: Of all random numbers.
-        device: The cpu, where targets and their chains are computed.
+        seed: Random seed.
+        device: Always cpu: targets and their chains are computed there.
     """
 
     target: str = field(metadata={"metavar": "TARGET"})
@@ -92,7 +92,7 @@ class TargetSettings:
 
     @property
     def parsed_target(self) -> Target:
-        """The density."""
+        """The target, parsed."""
         return parse_target(self.target)
 
     @property
@@ -106,7 +106,7 @@ class TargetSettings:
 
     @property
     def parsed_objective(self) -> Objective:
-        """What is minimised."""
+        """The objective, parsed."""
         if self.divergence is not None:
             return parse_objective(f"target:{self.divergence}")
         if self.objective is not None:
@@ -127,7 +127,7 @@ class TargetSettings:
 
     @property
     def how(self) -> dict[str, Any]:
-        """The rest of what :func:`fit_to_target` is told."""
+        """The other arguments of :func:`fit_to_target`."""
         names = "seed", "batch", "strata", "anneal", "log_z", "lr"
         return {name: getattr(self, name) for name in names}
 
@@ -167,7 +167,7 @@ def parse_ranges(text: str | None, target: Target) -> tuple[Condition, ...]:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How many draws of a target, under which condition, by how many chains.
+    """The number of draws of a target, their condition, and the chains.
 
     Args:
         n: Number of draws, all chains together; rounded up to the same for each.
@@ -175,8 +175,8 @@ class SampleSettings:
             states alone.
         condition: A value of every condition: "T=0.9".
         chains: Number of chains, each corrected by Metropolis.
-        seed: Of all random numbers.
-        device: Where to compute.
+        seed: Random seed.
+        device: Device to compute on.
     """
 
     n: int = field(default=1000, metadata={"metavar": "N"})
@@ -195,19 +195,19 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """Where a flow of a target is measured, and beside what.
+    """The conditions and draws that a flow of a target is measured with.
 
     Args:
         data: Draws of the target by other means, x with their conditions (.npz).
-        condition: Where to measure, "T=0.9" or "T=0.5:1.5"; by default wherever it was trained.
-        values: How many values of the first condition.
+        condition: Conditions to measure at, "T=0.9" or "T=0.5:1.5"; by default those of training.
+        values: Number of values of the first condition.
         draws: Draws of each chain.
         chains: Chains under each condition.
-        reference: Draw the target without the flow too, exactly or by particles cooled to it,
-            and compare.
-        strict: Fail where the flow lacks a part of its target, or this is not known.
-        seed: Of all random numbers.
-        device: Where to compute.
+        reference: Compare with draws of the target without the flow: exact ones, its own Markov
+            chains, or particles cooled to it.
+        strict: Fail unless the flow is shown to cover its target.
+        seed: Random seed.
+        device: Device to compute on.
     """
 
     data: Path | None = field(default=None, metadata={"metavar": "DRAWS"})

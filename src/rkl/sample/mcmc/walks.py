@@ -57,7 +57,7 @@ def markov_chain(
         kernel: The move; by default that of the target, else RandomWalk().
         every: Sweeps from one draw to the next.
         warm_up: Sweeps before the first draw.
-        seed: Of all random numbers.
+        seed: Random seed.
         start: States to begin at, [\*batch, chains, \*event].
         measure: Measures states x under a condition, as ``target.observables`` does; then
             what it returns is kept and the states are not.

@@ -191,7 +191,7 @@ def test_particles_that_lack_what_the_flow_has_make_coverage_unknown_and_no_fail
     half = Mean(torch.tensor(-math.log(2)).double(), torch.tensor(0.02).double())
     found = judge_ratios(log_ratio, log_z=half, source="particles")
     assert found.passed is None
-    assert "the flow's weights add up to 2 ± 0.04 of the Z of particles" in found.verdict
+    assert "the flow's weights add up to 2.00(4) of the Z of particles" in found.verdict
     assert judge_ratios(log_ratio, log_z=half).passed is False
 
 

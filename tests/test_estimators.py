@@ -353,9 +353,9 @@ def test_mismatches_are_refused(p, q, weight, message):
     [
         ({"weight": torch.zeros(50, 7)}, r"q.weight must be \[vocab, 8\].* got \[50, 7\]"),
         ({"bias": torch.zeros(49)}, r"q.bias must be \[50\]; got \[49\]"),
-        ({"temperature": 0.0}, "q.temperature must be positive and finite; got 0.0"),
-        ({"scale": math.nan}, "q.scale must be positive and finite; got nan"),
-        ({"softcap": -1.0}, "q.softcap must be positive and finite; got -1.0"),
+        ({"temperature": 0.0}, "q.temperature must be finite, above 0; got 0.0"),
+        ({"scale": math.nan}, "q.scale must be finite, above 0; got nan"),
+        ({"softcap": -1.0}, "q.softcap must be finite, above 0; got -1.0"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(change, message):
@@ -366,9 +366,9 @@ def test_a_head_that_does_not_fit_is_refused(change, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"chunk": 0}, "chunk must be a positive number of tokens; got 0"),
+        ({"chunk": 0}, "chunk must be at least 1; got 0"),
         ({"hard_label_weight": 1.0}, "labels must be given .* got None"),
-        ({"hard_label_weight": -1.0}, "hard_label_weight must be at least 0; got -1.0"),
+        ({"hard_label_weight": -1.0}, "hard_label_weight must be finite, at least 0; got -1.0"),
         (
             {"hard_label_weight": 1.0, "labels": torch.tensor([0, 9, 1])},
             r"labels must lie in \[0, 9\).* got 0 to 9",

@@ -186,7 +186,7 @@ def test_tensors_are_drawn_like_arrays():
             lambda: plots.training_curves({"a": ([], [])}),
             r"runs\['a'\] values must be a non-empty",
         ),
-        (lambda: plots.training_curves(PAIR, window=0), "window must be a positive.*got 0"),
+        (lambda: plots.training_curves(PAIR, window=0), "window must be at least 1; got 0"),
         (lambda: plots.head_tail(FALLING, {}), "students is empty"),
         (lambda: plots.head_tail(FALLING, {"a": {}}), r"students\['a'\] is empty"),
         (lambda: plots.head_tail([FALLING], {"a": {0: FALLING}}), r"teacher must.*\(1, 4\)"),

@@ -191,7 +191,7 @@ def test_malformed_draws_are_refused_by_name(change, named):
     ("arguments", "named"),
     [
         ((torch.zeros(3), 2), r"logits must be \[tokens, vocab\]; got \[3\]"),
-        ((torch.zeros(1, 3), 0), "draws must be a positive number of atoms; got 0"),
+        ((torch.zeros(1, 3), 0), "draws must be at least 1; got 0"),
     ],
 )
 def test_malformed_arguments_of_draw_are_refused(arguments, named):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch import device as Device
 
 LARGEST_INTEGER = 2**63 - 1  # that torch and numpy hold
 LARGEST_COUNT = 10**9  # of steps, rows or draws: beyond it lies a slip of the hand
@@ -86,7 +87,8 @@ def integer(
         ValueError: It is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer; got {shown(value)}.")
+        range_of = "" if at_least is None else f" of at least {at_least}"
+        raise TypeError(f"{name} must be an integer{range_of}; got {shown(value)}.")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be at least {at_least}; got {shown(value)}.")
     if not -LARGEST_INTEGER <= value <= at_most:
@@ -107,6 +109,31 @@ def floats(name: str, value: "Tensor") -> None:
         raise TypeError(f"{name} must hold floating-point numbers; got {value.dtype}.")
     if value.dtype.itemsize < 2:
         raise TypeError(f"{name} must have 16 bits or more; got {value.dtype}: take .bfloat16().")
+
+
+def device(value: str | None) -> "Device":
+    """The device of this name; without one, a GPU if there is one, else the CPU.
+
+    A GPU is counted and not touched, so that a process may still be forked.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if value is None:
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        found = torch.device(value)
+        if found.type != "cuda":
+            torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device must be cpu, cuda, cuda:1 or the like; got {value!r}.") from None
+    if found.type == "cuda" and (found.index or 0) >= gpus:
+        count = f"{gpus} GPUs" if gpus else "no GPU, and computes on the cpu"
+        raise ValueError(f"device must be one that torch finds; got {value}, it finds {count}.")
+    return found
 
 
 def choice(name: str, value: Any, choices: Collection[Any]) -> None:

@@ -190,7 +190,7 @@ def test_clusters_are_numbered_by_their_first_items():
         ([[0, 1]], {"weights": [-1.0]}, "weights must be finite, at least 0"),
         ([[0, 1]], {"weights": [math.inf]}, "weights must be finite"),
         ([[0, 1]], {"weights": [0.0]}, "weights must be .* not all 0"),
-        ([[0, 1]], {"starts": 0}, "starts must be a positive number"),
+        ([[0, 1]], {"starts": 0}, "starts must be at least 1; got 0"),
     ],
 )
 def test_bad_input_is_named(labels, settings, said):

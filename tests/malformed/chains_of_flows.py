@@ -55,13 +55,13 @@ OF_CONDITION = [
 
 def of_count(name, least):
     return [
-        fault(name, "too few", least - 1, f"{least} or more", str(least - 1)),
-        fault(name, "a fraction", 7.5, "whole number", "7.5"),
-        fault(name, "a truth value", True, "whole number", "True"),
+        fault(name, "too few", least - 1, f"at least {least}", str(least - 1)),
+        fault(name, "a fraction", 7.5, "integer", "7.5"),
+        fault(name, "a truth value", True, "integer", "True"),
     ]
 
 
-OF_SEED = [fault("seed", "a fraction", 0.5, "whole number", "0.5")]
+OF_SEED = [fault("seed", "a fraction", 0.5, "integer", "0.5")]
 OF_PROPOSAL = [
     fault("proposal", "a word", "nsf", "flow", "str"),
     fault("proposal", "other events", Independent(Normal(torch.zeros(3), 1.0), 1), "[2]", "[3]"),

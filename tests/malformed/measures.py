@@ -144,8 +144,8 @@ PLOTS = [
             fault("runs", "a list", [CURVE], "mapping", "list"),
             fault("runs", "values alone", {"a": CURVE}, "a pair", "3"),
             fault("runs", "a step too few", {"a": ([0, 1], CURVE)}, "3", "2"),
-            fault("window", "zero", 0, "positive", "0"),
-            fault("window", "a fraction", 2.5, "positive", "2.5"),
+            fault("window", "zero", 0, "at least 1", "0"),
+            fault("window", "a fraction", 2.5, "at least 1", "2.5"),
         ],
     ),
     Subject(

@@ -19,9 +19,9 @@ from rkl.bayes import (
 from rkl.bayes.run import estimate
 
 OF_SETTINGS = [
-    fault("prob", "zero", 0.0, "between 0 and 1", "0.0"),
-    fault("prob", "all", 1.0, "between 0 and 1", "1.0"),
-    fault("prob", "nan", math.nan, "between 0 and 1", "nan"),
+    fault("prob", "zero", 0.0, "above 0", "0.0"),
+    fault("prob", "all", 1.0, "below 1", "1.0"),
+    fault("prob", "nan", math.nan, "below 1", "nan"),
     fault("prob", "a word", "half", "number", "'half'"),
     fault("device", "unknown", "abacus", "cpu", "'abacus'"),
 ]
@@ -142,7 +142,7 @@ RUNNING = [
                 for kind, path, *says in OF_FILES
             ),
             *OF_PLACES,
-            fault("prob", "a percentage", 90, "between 0 and 1", "90"),
+            fault("prob", "a percentage", 90, "below 1", "90"),
             fault("prob", "a word", "half", "'half'"),
             fault("seed", "a word", "one", "'one'"),
             fault("device", "unknown", "abacus", "'abacus'"),

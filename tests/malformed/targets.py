@@ -24,7 +24,7 @@ def flat(x, condition):
 
 
 SIDE = [
-    fault("side", "one", 1, "2 at least", "1"),
+    fault("side", "one", 1, "at least 2", "1"),
     fault("side", "a share", 2.5, "2.5"),
     fault("side", "a truth", True, "True"),
     fault("side", "a text", "8", "'8'"),
@@ -83,7 +83,7 @@ TARGETS = [
         Rings,
         lambda: {"rings": 2, "spacing": 1.0},
         [
-            fault("rings", "none", 0, "1 at least"),
+            fault("rings", "none", 0, "at least 1"),
             fault("rings", "a share", 1.5, "1.5"),
             fault("spacing", "nothing", 0.0, "above 0"),
         ],
@@ -108,7 +108,7 @@ TARGETS = [
             fault("text", "a number", 4, "4", named="target"),
             fault("text", "unknown", "ising(side=4)", named="'ising'"),
             fault("text", "another setting", "xy(size=4)", "side", named="'size'"),
-            fault("text", "a bad setting", "xy(side=1)", "2 at least", named="side"),
+            fault("text", "a bad setting", "xy(side=1)", "at least 2", named="side"),
             fault("text", "no module", "nowhere_at_all:Mine()", "nowhere_at_all", named="target"),
             fault("text", "no target", "math:sqrt(event_shape=3)", "a Target", named="math:sqrt"),
         ],

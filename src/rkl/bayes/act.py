@@ -18,6 +18,7 @@ from rkl.bayes.report import posterior_figure
 from rkl.bayes.solve.act import answer
 from rkl.bayes.solve.streaming import check_domain
 from rkl.bayes.tables import Table
+from rkl.checks import integer
 from rkl.divergences import ReverseKL
 
 if TYPE_CHECKING:
@@ -99,8 +100,7 @@ def bayes_act(
     True
     """
     check_loss(divergence)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer; got {seed!r}.")
+    integer("seed", seed)
     held = with_exact_simplexes(read_draws(draws, weights))
     model = read_family(family, held, design)
     try:

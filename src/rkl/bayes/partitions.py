@@ -176,10 +176,8 @@ def partition_act(
     chains = len(labels) if np.ndim(labels) == 3 else 1
     f, scale = _loss(loss, draws.shape[1])
     weight = _weights(weights, len(draws))
-    if isinstance(starts, bool) or not isinstance(starts, int) or starts < 1:
-        raise ValueError(f"starts must be a positive number of searches; got {starts!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer; got {seed!r}.")
+    integer("starts", starts, at_least=1)
+    integer("seed", seed)
     if max_clusters is not None:
         integer("max_clusters", max_clusters, at_least=1)
     distinct, which = draws.unique(dim=0, return_inverse=True)

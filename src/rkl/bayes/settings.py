@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rkl.bayes.loss.between import AnyLoss, parse_loss
-from rkl.checks import LARGEST_SEED, integer
+from rkl.checks import LARGEST_SEED, integer, number
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ class EstimateSettings:
             path = getattr(self, name)
             object.__setattr__(self, name, None if path is None else Path(path))
         object.__setattr__(self, "further", tuple(map(Path, self.further)))
-        if isinstance(self.prob, bool) or not isinstance(self.prob, int | float):
-            raise TypeError(f"prob must be a number; got {self.prob!r}.")
-        if not 0 < self.prob < 1:
-            raise ValueError(f"prob must lie strictly between 0 and 1; got {self.prob}.")
+        number("prob", self.prob, above=0, below=1)
         integer("seed", self.seed, at_most=LARGEST_SEED)
         if self.device != "cpu":
             raise ValueError(

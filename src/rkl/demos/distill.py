@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from safetensors.torch import load_file
 
+from rkl import checks
 from rkl.demos.corpus import HELD_OUT, TRAIN, Manual, read_manual
 from rkl.demos.report import REPLIES, markdown, report_runs
 from rkl.demos.stages import Stage, run_stages
@@ -24,7 +25,6 @@ from rkl.distill.cache import CachedTeacher, cache_teacher
 from rkl.distill.data import TokenDataset, passages, tokenize
 from rkl.distill.evaluate import EvaluateSettings, evaluate_run
 from rkl.distill.generate import choose_prompts, reply_to, save
-from rkl.distill.limits import device_named
 from rkl.distill.progress import quiet, say
 from rkl.distill.run import DistillSettings, distill
 from rkl.distill.scratch import Schooling, Shape, new_model, new_tokenizer, school
@@ -294,7 +294,7 @@ class Real(Plan):
             setting.blocks,
             setting.whole.path / CACHE,
             batch_size=1,
-            device=device_named(setting.device),
+            device=checks.device(setting.device),
             progress=_say_every_tenth,
         )
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import ConcatDataset
 
+from rkl import checks
 from rkl.distill.cache import (
     CachedTeacher,
     Source,
@@ -20,7 +21,7 @@ from rkl.distill.cache import (
     stored_tensors,
     written,
 )
-from rkl.distill.limits import check_one_of, device_named, is_address
+from rkl.distill.limits import check_one_of, is_address
 from rkl.distill.prepare import load_for_cache
 from rkl.distill.progress import clock, in_words, quiet, say
 from rkl.distill.settings import DistillSettings
@@ -213,7 +214,7 @@ def _load(settings: CacheSettings) -> tuple[Any, Source, Any]:
     text, teacher, tokenizer = load_for_cache(settings.of_run)
     if not isinstance(teacher, Teacher):
         model: Any = teacher
-        teacher = ModelTeacher(model.to(device_named(settings.device)))
+        teacher = ModelTeacher(model.to(checks.device(settings.device)))
     rows = ConcatDataset(text.observed(settings.of_run))
     return text, Source(teacher, rows, settings.batch_size, settings.max_length), tokenizer
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rkl import checks
 from rkl.checks import warn
 from rkl.distill.batches import PadRows, attended, shifted
 from rkl.distill.cache import is_cache
@@ -34,7 +35,6 @@ from rkl.distill.known import Known, Observed, logits_of
 from rkl.distill.limits import (
     check_context,
     check_counts,
-    device_named,
     divergence_named,
     is_address,
     template_variables,
@@ -130,7 +130,7 @@ class EvaluateSettings:
             raise TypeError(f"divergences must be a tuple of names; got {self.divergences!r}.")
         for text in self.divergences:
             divergence_named(text)
-        device_named(self.device)
+        checks.device(self.device)
         sampling_of(self)
 
 
@@ -246,7 +246,7 @@ def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection
     student, (teacher, of_teacher) = load_model(run.path), _load_teacher(run, settings)
     for name, model in (("student", student), ("teacher", teacher)):
         check_context(name, model, max_length)
-        cast(nn.Module, model).to(device_named(settings.device))
+        cast(nn.Module, model).to(checks.device(settings.device))
     shape: dict[str, Any] = {"max_length": max_length}
     for name in ("packing", "train_on"):
         chosen, default = getattr(settings, name), getattr(DistillSettings, name)

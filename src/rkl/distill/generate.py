@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rkl import checks
 from rkl.checks import warn
 from rkl.distill.chats import ChatTemplate, NothingToTrainOnError, text_of
 from rkl.distill.data import LeftOut, holds_chats, prompt_text
 from rkl.distill.encoding import encode
 from rkl.distill.heads import inference
-from rkl.distill.limits import check_count, check_counts, context_of, device_named
+from rkl.distill.limits import check_count, check_counts, context_of
 from rkl.distill.progress import quiet
 from rkl.distill.rollouts import (
     Sampling,
@@ -92,7 +93,7 @@ class GenerateSettings:
 
     def __post_init__(self):
         check_counts(self, "prompts", "prompt_tokens", "seeds", "batch_size")
-        device_named(self.device)
+        checks.device(self.device)
         sampling_of(self)
 
 
@@ -129,7 +130,7 @@ def generate_run(
         )
     if left_out:
         warn(f"Some rows give no prompt: {left_out}.")
-    cast(nn.Module, student).to(device_named(settings.device))
+    cast(nn.Module, student).to(checks.device(settings.device))
     if settings.out is None:
         run.record_files([out.name])
     save(out, reply_to(prompts, student, tokenizer, settings, batch_size=settings.batch_size))

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from rkl.checks import LARGEST_COUNT, LARGEST_SEED, integer, number
@@ -28,11 +27,8 @@ def check_counts(settings: Any, *names: str, at_least: int = 1) -> None:
 
 def check_count(name: str, value: Any, at_least: int = 1) -> None:
     """Refuse what is no integer, or too small."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer of at least {at_least}; got {value!r}.")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}; got {value}.")
-    integer(name, value, at_most=LARGEST_SEED if name == "seed" else LARGEST_COUNT)
+    most = LARGEST_SEED if name == "seed" else LARGEST_COUNT
+    integer(name, value, at_least=at_least, at_most=most)
 
 
 def check_within(
@@ -109,19 +105,6 @@ def read_divergence(divergence: Divergence | str) -> Divergence:
             f"got {divergence!r}."
         )
     return divergence
-
-
-def device_named(name: str | None) -> torch.device:
-    """The device of this name; without one, a GPU if there is one, else the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda, cuda:1 or the like; got {name!r}.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name}, but torch finds no GPU; expected cpu.")
-    return device
 
 
 def context_of(model: PreTrainedModel) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rkl import checks
 from rkl.checks import number, warn
 from rkl.distill.batches import PadRows, attended, shifted
 from rkl.distill.data import TokenDataset, spread, tokenize
@@ -23,7 +24,6 @@ from rkl.distill.limits import (
     check_context,
     check_counts,
     check_temperature,
-    device_named,
     divergence_named,
 )
 from rkl.distill.progress import quiet
@@ -108,7 +108,7 @@ class PairSettings:
         for text in self.divergences:
             if divergence_named(text).takes_labels and self.vocab is not None:
                 raise ValueError(f"divergences: {text} looks at the true token; leave out vocab.")
-        device_named(self.device)
+        checks.device(self.device)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def evaluate_pair(student: str | os.PathLike, settings: PairSettings) -> Compari
     q, p = load_model(name), load_model(settings.teacher)
     for side, model in (("student", q), ("teacher", p)):
         check_context(side, model, settings.max_length)
-        cast(nn.Module, model).eval().to(device_named(settings.device))
+        cast(nn.Module, model).eval().to(checks.device(settings.device))
     of_p, of_q = tokenizer_of(settings.teacher), tokenizer_of(name)
     if (tokenizer := of_q or of_p) is None:
         raise ValueError(

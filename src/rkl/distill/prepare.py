@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_callback import PrinterCallback
 
+from rkl import checks
 from rkl.checks import warn
 from rkl.distill import lora
 from rkl.distill.cache import INDEX, CachedTeacher, cache_teacher, is_cache
@@ -39,7 +40,6 @@ from rkl.distill.heads import check_causal, why_not_apart
 from rkl.distill.limits import (
     check_context,
     context_of,
-    device_named,
     is_address,
     template_variables,
 )
@@ -244,7 +244,7 @@ def _load_teacher(
         return load_model(settings.teacher, dtype=settings.dtype)
     reference = None
     if settings.teacher_reference is not None:
-        device = device_named(settings.device)
+        device = checks.device(settings.device)
         model: Any = load_model(settings.teacher_reference, dtype=settings.dtype)
         reference = ModelTeacher(model.to(device))
     return ServerTeacher(
@@ -447,7 +447,7 @@ def with_cached_teacher(
         folder,
         batch_size=settings.batch_size,
         max_length=settings.max_length,
-        device=device_named(settings.device),
+        device=checks.device(settings.device),
     )
     return replace(models, teacher=cached)
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from rkl import checks
 from rkl.checks import warn
-from rkl.distill.limits import device_named
 from rkl.distill.selection import DivergedError
 from rkl.runs import processes
 from rkl.runs.processes import ADVICE, PeerError, World
@@ -147,7 +147,7 @@ def joined(device: str | None) -> Iterator[Processes]:
 
 def on_cpu(device: str | None) -> bool:
     """True if processes that are told this device compute on CPUs."""
-    return device_named(device).type == "cpu"
+    return checks.device(device).type == "cpu"
 
 
 def check_launcher(dtype: str) -> None:

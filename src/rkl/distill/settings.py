@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from rkl import checks
 from rkl.checks import LARGEST_RATE, number
 from rkl.distill.cache import is_cache
 from rkl.distill.known import lost_in_the_rest
@@ -14,7 +15,6 @@ from rkl.distill.limits import (
     check_one_of,
     check_temperature,
     check_within,
-    device_named,
     divergence_named,
     is_address,
     template_variables,
@@ -257,7 +257,7 @@ class DistillSettings:
                 f"device must be cpu or cuda; got {self.device!r}. CUDA_VISIBLE_DEVICES says "
                 "which GPU."
             )
-        device_named(self.device)
+        checks.device(self.device)
 
     def _check_server(self) -> None:
         """Refuse what a teacher on a server, known by its likeliest tokens, cannot do."""

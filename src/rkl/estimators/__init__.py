@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rkl.checks import floats, warn
+from rkl.checks import floats, integer, number, warn
 from rkl.divergences import KL, Divergence, FDivergence
 from rkl.divergences.base import slope_from_terms, widest
 from rkl.estimators.known import (
@@ -418,10 +418,7 @@ def _kept(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
 def _check_labels(
     labels, hard_label_weight: float, divergence: Divergence, kept: Tensor, q
 ) -> Tensor | None:
-    if isinstance(hard_label_weight, bool) or not isinstance(hard_label_weight, int | float):
-        raise TypeError(f"hard_label_weight must be a number; got {hard_label_weight!r}.")
-    if not 0 <= hard_label_weight < math.inf:
-        raise ValueError(f"hard_label_weight must be at least 0; got {hard_label_weight}.")
+    number("hard_label_weight", hard_label_weight, at_least=0)
     if labels is None:
         if hard_label_weight:
             raise ValueError("labels must be given where hard_label_weight is not 0; got None.")
@@ -451,8 +448,7 @@ def _chunk(chunk: int | None, p, q) -> int:
     if chunk is None:
         bytes_per_token = 2 * 4 * vocabulary(q)
         return max(16, BUDGET // bytes_per_token // 16 * 16)
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk must be a positive number of tokens; got {chunk!r}.")
+    integer("chunk", chunk, at_least=1)
     return chunk
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rkl.checks import floats
+from rkl.checks import floats, integer, number
 from rkl.divergences import Divergence, FDivergence
 
 EXCESS = 1e-2  # of a top k's probabilities over 1 that rounding in half precision explains
@@ -81,9 +81,8 @@ def draw(
     floats("logits", logits)
     if logits.ndim != 2 or not logits.shape[1]:
         raise ValueError(f"logits must be [tokens, vocab]; got {list(logits.shape)}.")
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws must be a positive number of atoms; got {draws!r}.")
-    _check_factor("temperature", temperature)
+    integer("draws", draws, at_least=1)
+    number("temperature", temperature, above=0)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = logits.log_softmax(-1)
     proposal = logp if temperature == 1 else (logits / temperature).log_softmax(-1)
@@ -181,10 +180,10 @@ def _check_head(name: str, head: LinearHead) -> None:
         if head.bias.shape != (vocab,):
             raise ValueError(f"{name}.bias must be [{vocab}]; got {list(head.bias.shape)}.")
         _check_alike(f"{name}.bias", head.bias, head.hidden)
-    _check_factor(f"{name}.scale", head.scale)
+    number(f"{name}.scale", head.scale, above=0)
     if head.softcap is not None:
-        _check_factor(f"{name}.softcap", head.softcap)
-    _check_factor(f"{name}.temperature", head.temperature)
+        number(f"{name}.softcap", head.softcap, above=0)
+    number(f"{name}.temperature", head.temperature, above=0)
 
 
 def _check_alike(name: str, x: Tensor, hidden: Tensor) -> None:
@@ -194,13 +193,6 @@ def _check_alike(name: str, x: Tensor, hidden: Tensor) -> None:
             f"{name} must be {hidden.dtype} on {hidden.device}, as the hidden states are; "
             f"got {x.dtype} on {x.device}."
         )
-
-
-def _check_factor(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number; got a {type(value).__name__}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite; got {value}.")
 
 
 def _check_coarse(divergence: Divergence, p: TopK, vocab: int) -> None:

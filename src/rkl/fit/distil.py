@@ -5,12 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rkl import checks
 from rkl.fit.load import load_critic, load_run, rows_of, settings_of
 from rkl.fit.operating import distil_rejection
 from rkl.fit.result import Fit
 from rkl.fit.settings import FitSettings
 from rkl.flows.rows import Data
-from rkl.flows.runs import check_device
 from rkl.flows.training import Training
 from rkl.importing import names_in
 from rkl.runs import Run
@@ -49,7 +49,7 @@ def _fit_of(settings: FitSettings, data: Data) -> Fit:
     trained_on, held_out = data.split(earlier.held_out, earlier.seed)
     if run.count_seen(rows_of(trained_on)) < len(trained_on):
         raise ValueError(f"start_from: {settings.data} no longer holds the rows of {path}.")
-    device, untrained = check_device(settings.device), Training([], 0, 0.0, None, None, None)
+    device, untrained = checks.device(settings.device), Training([], 0, 0.0, None, None, None)
     scaled: Any = flow.to(device)
     rows = held_out, trained_on, data.classes
     return Fit(scaled, critic.to(device), untrained, *rows)

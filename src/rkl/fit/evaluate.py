@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rkl import checks
 from rkl.checks import warn
 from rkl.fit.data import read_data
 from rkl.fit.load import load_critic, load_point, load_run, settings_of
@@ -16,7 +17,7 @@ from rkl.fit.operating import draw_kept
 from rkl.fit.settings import EvaluateSettings
 from rkl.flows.precision import single_precision
 from rkl.flows.rows import Data
-from rkl.flows.runs import check_device, single_run, write_evaluation
+from rkl.flows.runs import single_run, write_evaluation
 from rkl.flows.standardise import Units
 from rkl.importing import only
 from rkl.metrics.samples import Measured, measure
@@ -76,7 +77,7 @@ def evaluate_run(
     Raises:
         ValueError: The rows do not fit the run.
     """
-    run, _device = Run.open(path), check_device(settings.device)
+    run, _device = Run.open(path), checks.device(settings.device)
     evaluation = _evaluate_on_rows(run, settings, allow)
     write_evaluation(run, evaluation.to_dict())
     return evaluation

@@ -85,12 +85,9 @@ class Method:
         if self.estimator not in (None, "data", "draws", "path", "both"):
             expected = "'data', 'draws', 'path', 'both' or None"
             raise ValueError(f"estimator must be {expected}; got {self.estimator!r}.")
-        for name in ("start", "anchor", "held_out"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number; got {value!r}.")
-            if not 0 <= value < 1 or (name != "anchor" and not value):
-                raise ValueError(f"{name} must be a share between 0 and 1; got {value}.")
+        number("start", self.start, above=0, below=1)
+        number("anchor", self.anchor, at_least=0, below=1)
+        number("held_out", self.held_out, above=0, below=1)
         for name in ("batch", "draws"):
             value = getattr(self, name)
             integer(name, value, at_least=2, at_most=LARGEST_COUNT)

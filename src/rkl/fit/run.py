@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rkl import checks
 from rkl.fit.data import read_data
 from rkl.fit.distil import distillation
 from rkl.fit.fit import fit_to_samples
@@ -24,7 +25,6 @@ from rkl.flows.runs import (
     PATHS,
     TRIED,
     WEIGHTS,
-    check_device,
     check_same_data,
     movable_paths,
     run_input,
@@ -159,7 +159,7 @@ def _prepare(settings: FitSettings, data: Data) -> Callable[..., Fit]:
     """All that can be refused has been; what is left to say is how long, and in which run."""
     if settings.start_from is not None:
         return distillation(settings, data)
-    device = check_device(settings.device)
+    device = checks.device(settings.device)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         flow = settings.architecture.build(data.event_shape, data.conditions)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rkl import checks
 from rkl.fit.load import HeldPoint, load_critic, load_fit, load_point
 from rkl.fit.operating import draw_kept
 from rkl.fit.rejection import reject
@@ -18,7 +19,6 @@ from rkl.flows.critic import ScaledCritic
 from rkl.flows.files import write_samples
 from rkl.flows.precision import single_precision
 from rkl.flows.runs import (
-    check_device,
     check_samples,
 )
 from rkl.runs import Run, check_out_file
@@ -55,7 +55,7 @@ def sample_run(
     if settings.out.suffix not in (".npy", ".csv"):
         raise ValueError(f"out must end in .npy or .csv; got {settings.out}.")
     condition = _condition(settings.condition, classes)
-    device = check_device(settings.device)
+    device = checks.device(settings.device)
     flow.to(device)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(settings.seed)

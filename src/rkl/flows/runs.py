@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -66,20 +65,6 @@ def run_input(path: str | os.PathLike) -> Input:
     """The digest of the weights of a run that another one starts from."""
     weights = Path(path, WEIGHTS)
     return files_of(path, {WEIGHTS: weights})
-
-
-def check_device(name: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: There is none.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):  # the latter where torch is built without CUDA
-        raise ValueError(
-            f"device must be one that torch finds here, as cpu; got {name!r}."
-        ) from None
 
 
 def single_run(

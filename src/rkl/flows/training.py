@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number, warn
+from rkl.checks import LARGEST_COUNT, LARGEST_RATE, integer, number, warn
 from rkl.flows.precision import single_precision
 from rkl.flows.progress import progress_line
 from rkl.runs import Run, save_tensors
@@ -469,14 +469,12 @@ def goes_on(
 def _check(steps, minutes, lr, clip, ema, every) -> None:
     if (steps is None) == (minutes is None):
         raise ValueError(f"one of steps and minutes must be given; got {steps} and {minutes}.")
-    for name, value in (("steps", steps), ("every", every)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an integer; got {value!r}.")
-    limits = {"steps": LARGEST_COUNT, "lr": LARGEST_RATE}
-    for name, value in (("steps", steps), ("minutes", minutes), ("lr", lr), ("clip", clip)):
+    if steps is not None:
+        integer("steps", steps, at_least=1, at_most=LARGEST_COUNT)
+    integer("every", every, at_least=1)
+    for name, value in (("minutes", minutes), ("lr", lr), ("clip", clip)):
         if value is not None:
-            number(name, value, above=0, at_most=limits.get(name, math.inf))
-    number("every", every, at_least=1)
+            number(name, value, above=0, at_most=LARGEST_RATE if name == "lr" else math.inf)
     number("ema", ema, at_least=0, below=1)
 
 

@@ -66,11 +66,8 @@ def prd_curve(
     slopes = checked_slopes(slopes)
     unit = common_unit(real, fake)
     both = torch.cat(_drawn_in(*centre(real / unit, fake / unit)))
-    for name, value, most in (("clusters", clusters, len(both)), ("runs", runs, math.inf)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer; got {value!r}.")
-        if not 1 <= value <= most:
-            raise ValueError(f"{name} must lie between 1 and {most}; got {value}.")
+    integer("clusters", clusters, at_least=1, at_most=len(both))
+    integer("runs", runs, at_least=1)
     generator = torch.Generator().manual_seed(seed)
     found, held = [], []
     for _ in range(runs):

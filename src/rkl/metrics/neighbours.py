@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.checks import floats, warn
+from rkl.checks import floats, integer, warn
 from rkl.stats import Mean
 
 BLOCK = 2**21  # distances that exist at one time
@@ -182,11 +182,8 @@ def common_unit(real: Tensor, fake: Tensor) -> float:
 
 
 def _check_counts(real: Tensor, fake: Tensor, k: int, subsamples: int) -> None:
-    for name, value, least in (("k", k, 1), ("subsamples", subsamples, 0)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer; got {value!r}.")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}.")
+    integer("k", k, at_least=1)
+    integer("subsamples", subsamples, at_least=0)
     for name, features in (("real", real), ("fake", fake)):
         if len(features) <= k:
             raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.checks import floats, number
+from rkl.checks import floats, integer, number
 from rkl.stats import Mean
 
 
@@ -40,8 +40,7 @@ def histogram_overlap(
     a, b = _check_draws(a, b)
     number("low", low)
     number("high", high, above=low)
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
-        raise ValueError(f"bins must be a whole number of 1 or more; got {bins!r}.")
+    integer("bins", bins, at_least=1)
     share_a, share_b = (torch.histc(it, bins, low, high) / len(it) for it in (a, b))
     below = share_a < share_b
     counted = share_a[below].sum(), share_b[~below].sum()

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rkl.checks import integer
+
 Sample = str | Sequence[Hashable]
 
 _WORD = re.compile(r"[^\W_]+")
@@ -81,7 +83,7 @@ def distinct_n(samples: Sequence[Sample], n: int = 2) -> Float[Tensor, " samples
     >>> distinct_n(["no no no yes"], n=1)
     tensor([0.5000], dtype=torch.float64)
     """
-    _check_order(n)
+    integer("n", n, at_least=1)
     grams = [_grams(tokens, n) for tokens in _tokens_of(samples, "samples")]
     return _double([len(x) / x.total() if x else math.nan for x in grams])
 
@@ -97,7 +99,7 @@ def distinct_n_together(samples: Sequence[Sample], n: int = 2) -> float:
     >>> distinct_n_together(["yes", "yes", "no", "no"], n=1)
     0.5
     """
-    _check_order(n)
+    integer("n", n, at_least=1)
     together = Counter[tuple[Hashable, ...]]()
     for tokens in _tokens_of(samples, "samples"):
         together.update(_grams(tokens, n))
@@ -131,7 +133,7 @@ def self_bleu(samples: Sequence[Sample], n: int = 4) -> Float[Tensor, " samples"
     cut = _tokens_of(samples, "samples")
     if len(cut) < 2:
         raise ValueError(f"samples must be two at least, to be compared; got {len(cut)}.")
-    _check_order(n)
+    integer("n", n, at_least=1)
     precision = [_shared_counts(cut, order) for order in range(1, n + 1)]
     lengths = sorted(map(len, cut))
     return _double(
@@ -181,11 +183,6 @@ def _common(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
         kept = row & places.get(token, 0)
         row = (row + kept | row - kept) & full
     return len(a) - row.bit_count()
-
-
-def _check_order(n: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n must be an integer of at least 1; got {n!r}.")
 
 
 def _grams(tokens: Sequence[Hashable], n: int) -> Counter[tuple[Hashable, ...]]:

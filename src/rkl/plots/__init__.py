@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
+from rkl.checks import integer
 from rkl.plots.estimates import estimates
 from rkl.plots.marginals import posterior
 from rkl.plots.style import (
@@ -67,8 +68,7 @@ def training_curves(
             themselves are then drawn pale behind it.
         logarithmic: Whether the values are on a logarithmic axis.
     """
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window must be a positive number of values; got {window!r}.")
+    integer("window", window, at_least=1)
     _refuse_empty("runs", runs)
     figure, axes = one_panel()
     lines = {}

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from numpy.typing import ArrayLike
 
+from rkl.checks import integer, number
 from rkl.plots.style import (
     INK,
     MARKERS,
@@ -83,10 +84,8 @@ def estimates(
 
 
 def _refuse(panels: Mapping, truth: float, columns: int) -> None:
-    if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
-        raise ValueError(f"columns must be an integer of at least 1; got {columns!r}.")
-    if isinstance(truth, bool) or not isinstance(truth, int | float):
-        raise TypeError(f"truth must be a number; got {truth!r}.")
+    integer("columns", columns, at_least=1)
+    number("truth", truth)
     if not panels or not all(panels.values()):
         raise ValueError(
             "panels is empty, or one of them is; a figure needs an estimator in each."

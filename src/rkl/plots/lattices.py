@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from rkl.checks import integer
 from rkl.plots.style import (
     DASHES,
     INK,
@@ -242,8 +243,7 @@ def _grid(argument: str, panels: Any, columns: int, size: tuple[int, int]):
         raise TypeError(f"{argument} must be a mapping of titles; got a {type(panels).__name__}.")
     if not panels or any(isinstance(it, Mapping) and not it for it in panels.values()):
         raise ValueError(f"{argument} is empty, or one of its panels is.")
-    if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
-        raise ValueError(f"columns must be an integer of at least 1; got {columns!r}.")
+    integer("columns", columns, at_least=1)
     across = min(columns, len(panels))
     rows = -(-len(panels) // across)
     figure = blank(25 + size[0] * across, 25 + size[1] * rows)

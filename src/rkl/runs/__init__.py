@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rkl.checks import integer
 from rkl.importing import only
 from rkl.runs import integrity, writers
 from rkl.runs.files import (
@@ -554,8 +555,7 @@ def verb(name: str, *paths: str | os.PathLike) -> Any:
 def _new_record(kind: str, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     if not isinstance(kind, str) or not _KIND.fullmatch(kind):
         raise ValueError(f"kind must name a module below rkl, such as 'distill'; got {kind!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer; got {seed!r}.")
+    integer("seed", seed)
     if not isinstance(settings, Mapping):
         raise TypeError(f"settings must be a mapping that JSON can write; got {settings!r}.")
     settings = json.loads(as_json("settings", dict(settings)))  # tuples now equal the lists read

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from rkl.checks import number
+from rkl.checks import LARGEST_COUNT, integer, number
 from rkl.sample.importance import Importance, check_log_ratio, expectation, reweight
-from rkl.sample.mcmc.kernels import check_whole, random_seed
+from rkl.sample.mcmc.kernels import random_seed
 from rkl.sample.metropolis import draw_proposals, law_of
 from rkl.sample.observables import check_draws, check_held_out
 from rkl.sample.targets.base import Target, check_condition, exact_draws, exact_log_z
@@ -165,7 +165,7 @@ def judge_coverage(
     Raises:
         ValueError: A row of held_out is in train.
     """
-    check_whole("draws", draws, 100)
+    integer("draws", draws, at_least=100, at_most=LARGEST_COUNT)
     condition = check_condition(target, condition)
     if condition.ndim != 1:
         raise ValueError(f"condition must be one, [conditions]; got {list(condition.shape)}.")

@@ -13,16 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rkl.checks import warn
+from rkl import checks
+from rkl.checks import LARGEST_COUNT, integer, warn
 from rkl.flows.precision import single_precision
-from rkl.flows.runs import check_device, single_run, write_evaluation
+from rkl.flows.runs import single_run, write_evaluation
 from rkl.runs import REPORT, Run
 from rkl.sample.coverage import Coverage, judge_coverage, judge_ratios
 from rkl.sample.evaluation import Evaluation, Reference, Values
 from rkl.sample.importance import Thermodynamics, reweight, tails_of_averages, thermodynamics
 from rkl.sample.log_z import thermodynamic_integration
 from rkl.sample.mcmc import markov_chain
-from rkl.sample.mcmc.kernels import check_whole, kernel_of_angles, name_of, random_seed
+from rkl.sample.mcmc.kernels import kernel_of_angles, name_of, random_seed
 from rkl.sample.metropolis import Chain, draw_proposals, independent_metropolis, law_of
 from rkl.sample.observables import averages, compare_with_held_out, observe
 from rkl.sample.run import TargetRun, count_drawn, load_target_run, read_draws
@@ -165,8 +166,8 @@ def _check_arguments(target: Target, condition: Tensor | None, draws, chains, he
         raise ValueError(
             f"condition must be [rows, {len(target.conditions)}]; got {list(condition.shape)}."
         )
-    check_whole("draws", draws, 2)
-    check_whole("chains", chains, 1)
+    integer("draws", draws, at_least=2, at_most=LARGEST_COUNT)
+    integer("chains", chains, at_least=1, at_most=LARGEST_COUNT)
     if held_out is not None and len(held_out) != len(condition):
         raise ValueError(
             f"held_out must be draws under each of {len(condition)} conditions; "
@@ -379,7 +380,7 @@ def evaluate_run(
         NotCoveredError: Under ``strict``, a part of the target is missing or may be.
         ValueError: The held-out draws were trained on, or a setting does not fit the run.
     """
-    run, _device = Run.open(path), check_device(settings.device)
+    run, _device = Run.open(path), checks.device(settings.device)
     evaluation = measure_run(path, settings, allow=allow)
     write_evaluation(run, evaluation.to_dict())
     if settings.strict and (not evaluation.passed or bool(evaluation.chain.failed.any())):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.func import functional_call
 
-from rkl.checks import floats
+from rkl.checks import floats, integer
 from rkl.divergences import FDivergence, ReverseKL
 from rkl.flows.architectures import Architecture, CircularSplines, Conditioned, Scaled, draw
 from rkl.flows.architectures.circular import CircularFlow
@@ -161,7 +161,8 @@ def _check_target(flow, target: Target, given: "_Conditions", chosen: Objective,
 
 def _draws(batch: int, conditions: int) -> int:
     """Draws of one condition in a step."""
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 2 * conditions:
+    integer("batch", batch)
+    if batch < 2 * conditions:
         raise ValueError(
             f"batch must be at least two draws for each of {conditions} conditions; got {batch!r}."
         )
@@ -235,8 +236,7 @@ class _Conditions:
                     f"got {list(values.shape)}."
                 )
             check_values(target, values)
-        if isinstance(strata, bool) or not isinstance(strata, int) or strata < 1:
-            raise ValueError(f"strata must be a positive whole number; got {strata!r}.")
+        integer("strata", strata, at_least=1)
         self.count = strata if values is None else len(values)
 
     @property

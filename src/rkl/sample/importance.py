@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.checks import floats
+from rkl.checks import floats, integer
 from rkl.stats import Mean, pareto_k, to_json
 
 HEAVY = 0.7  # Pareto k above which neither a mean nor its error can be trusted
@@ -120,8 +120,7 @@ def reweight(log_ratio: Float[Tensor, "*conditions draws"], *, sites: int = 1) -
     (0.78, 0.72)
     """
     log_ratio = check_log_ratio("log_ratio", log_ratio)
-    if isinstance(sites, bool) or not isinstance(sites, int) or sites < 1:
-        raise ValueError(f"sites must be a whole number of 1 or more; got {sites!r}.")
+    integer("sites", sites, at_least=1)
     weight, top = _weights(log_ratio)
     log_z = top.squeeze(-1), weight - 1
     ess = 1 / weight.square().mean(-1, keepdim=True)

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.sample.mcmc.kernels import check_whole, random_seed
+from rkl.checks import LARGEST_COUNT, integer
+from rkl.sample.mcmc.kernels import random_seed
 from rkl.sample.mcmc.walks import kernel_of, markov_chain
 from rkl.sample.targets.base import Kernel, Target, check_condition, has_temperature
 from rkl.sample.tempering import Rung, Sampler, log_mean
@@ -182,9 +183,9 @@ def annealed_importance(
     11
     """
     beta = check_temperatures(target, condition)
-    check_whole("particles", particles, 2)
-    check_whole("islands", islands, 2)
-    check_whole("sweeps", sweeps, 1)
+    integer("particles", particles, at_least=2, at_most=LARGEST_COUNT)
+    integer("islands", islands, at_least=2, at_most=LARGEST_COUNT)
+    integer("sweeps", sweeps, at_least=1, at_most=LARGEST_COUNT)
     ladder, place = _ladder(beta, rungs)
     kernel = kernel_of(target, kernel)
     # p at a temperature T/β is p^β, so that one path to the coldest passes through all others
@@ -272,7 +273,7 @@ def check_temperatures(target: Target, condition: Tensor) -> Tensor:
 
 def _ladder(beta: Tensor, rungs: int) -> tuple[Tensor, Tensor]:
     """β from 0, even in log(1 + β), with all that are asked for, and where those are."""
-    check_whole("rungs", rungs, 2)
+    integer("rungs", rungs, at_least=2, at_most=LARGEST_COUNT)
     asked, place = torch.cat([beta.new_zeros(1), beta]).unique(return_inverse=True)
     ends = torch.log1p(asked)
     width = ends[-1] / rungs

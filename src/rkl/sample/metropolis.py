@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from rkl.checks import floats, warn
+from rkl.checks import LARGEST_COUNT, floats, integer, warn
 from rkl.flows.architectures import draw
 from rkl.flows.precision import single_precision
 from rkl.sample.domain import check_domain
-from rkl.sample.mcmc.kernels import check_kernel, check_whole, random_seed
+from rkl.sample.mcmc.kernels import check_kernel, random_seed
 from rkl.sample.targets.base import Kernel, Target, check_condition
 from rkl.stats import ess, ess_tail, integrated_time, rhat
 
@@ -171,8 +171,8 @@ def independent_metropolis(
     (0.58, 1.0)
     """
     condition = check_condition(target, condition)
-    check_whole("draws", draws, 1)
-    check_whole("chains", chains, 1)
+    integer("draws", draws, at_least=1, at_most=LARGEST_COUNT)
+    integer("chains", chains, at_least=1, at_most=LARGEST_COUNT)
     size = draws, chains
     local = None if local is None else check_kernel("local", local)
     with random_seed(seed, condition.device):

@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rkl import checks
 from rkl.flows.precision import single_precision
 from rkl.flows.runs import (
     BUDGET,
     PATHS,
     TRIED,
     WEIGHTS,
-    check_device,
     check_same_data,
     check_samples,
     movable_paths,
@@ -256,7 +256,7 @@ def sample_run(
     check_out_file(out, overwrite=overwrite)
     if out.suffix not in (".nc", ".npz", ".npy"):
         raise ValueError(f"out must end in .nc, .npz or .npy for draws of a target; got {out}.")
-    place = check_device(settings.device)
+    place = checks.device(settings.device)
     loaded = load_target_run(path, allow=allow)
     at = _values(settings.condition, loaded).to(place)
     draws = math.ceil(n / chains)

@@ -17,7 +17,6 @@ from rkl.flows.architectures import Architecture, parse_architecture
 from rkl.flows.precision import single_precision
 from rkl.flows.training import MINUTES
 from rkl.sample.architecture import default_architecture
-from rkl.sample.mcmc.kernels import check_whole
 from rkl.sample.objectives import Objective, parse_objective
 from rkl.sample.targets.base import Condition, Target, check_values
 from rkl.sample.targets.parse import parse_target, spelling
@@ -225,7 +224,7 @@ class EvaluateSettings:
             object.__setattr__(self, "data", Path(self.data))
         integer("seed", self.seed, at_most=LARGEST_SEED)
         for name, least in (("values", 1), ("draws", 2), ("chains", 1)):
-            check_whole(name, getattr(self, name), least)
+            integer(name, getattr(self, name), at_least=least, at_most=LARGEST_COUNT)
 
 
 @single_precision()
@@ -240,7 +239,7 @@ def condition_grid(
             [1.0500],
             [2.0500]])
     """
-    check_whole("values", values, 1)
+    integer("values", values, at_least=1, at_most=LARGEST_COUNT)
     columns = []
     for k, it in enumerate(ranges):
         several = (2 if k else values) if it.low < it.high else 1

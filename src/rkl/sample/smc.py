@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.checks import number
+from rkl.checks import LARGEST_COUNT, integer, number
 from rkl.sample.lost_modes import find_lost_mode
-from rkl.sample.mcmc.kernels import check_whole, kernel_of_angles, random_seed
+from rkl.sample.mcmc.kernels import kernel_of_angles, random_seed
 from rkl.sample.targets.base import Target, check_condition, without_bounds
 from rkl.sample.tempering import Rung, Sampler, log_mean
 from rkl.stats import Mean, resample
@@ -114,9 +114,9 @@ def evidence(
         raise ValueError(
             f"condition must be [rows, {len(target.conditions)}]; got {list(condition.shape)}."
         )
-    check_whole("particles", particles, 16)
-    check_whole("islands", islands, 4)
-    check_whole("sweeps", sweeps, 1)
+    integer("particles", particles, at_least=16, at_most=LARGEST_COUNT)
+    integer("islands", islands, at_least=4, at_most=LARGEST_COUNT)
+    integer("sweeps", sweeps, at_least=1, at_most=LARGEST_COUNT)
     number("width", width, above=0)
     if target.chart.bounded:
         how: dict[str, Any] = {"particles": particles, "islands": islands, "width": width}

@@ -84,11 +84,7 @@ def check_sizes(hidden: tuple[int, ...], **counts: int) -> None:
     if not isinstance(hidden, tuple):
         raise TypeError(f"hidden must be a tuple of widths such as (64, 64); got {hidden!r}.")
     for name, value in [*counts.items(), *(("hidden", width) for width in hidden)]:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be of integers; got {value!r}.")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}.")
-        integer(name, value, at_most=LARGEST_COUNT)
+        integer(name, value, at_least=1, at_most=LARGEST_COUNT)
 
 
 def build_zuko(name: str, chosen: Any, event_shape, conditions: int, **settings) -> nn.Module:

@@ -40,7 +40,7 @@ class HeatBath:
     over_relaxation: int = 2
 
     def __post_init__(self):
-        check_whole("over_relaxation", self.over_relaxation, 0)
+        integer("over_relaxation", self.over_relaxation, at_least=0, at_most=LARGEST_COUNT)
 
     def move(
         self, target: Target, condition: Float[Tensor, "*batch conditions"], x: Tensor, sweeps: int
@@ -231,13 +231,6 @@ def _heat_bath(z: Tensor, field: Tensor, beta: Tensor) -> Tensor:
     return torch.where(accepted, _direction(field) * turn, z)
 
 
-def check_whole(name: str, value: int, least: int) -> None:
-    """Refuse what is not a whole number, too small, or beyond any use."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of {least} or more; got {value!r}.")
-    integer(name, value, at_most=LARGEST_COUNT)
-
-
 def kernel_of_angles(target: Target) -> Kernel | None:
     """The kernel of a target of angles at a temperature, valid at any higher one; else None."""
     return target.kernel() if target.domain == "circle" and has_temperature(target) else None
@@ -262,8 +255,7 @@ def check_kernel(name: str, kernel: Any) -> Kernel:
 @contextlib.contextmanager
 def random_seed(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's global generators begin from a seed here, and are put back afterwards."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be a whole number; got {seed!r}.")
+    integer("seed", seed)
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
         yield

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.checks import floats
-from rkl.sample.mcmc.kernels import RandomWalk, check_kernel, check_whole, random_seed
+from rkl.checks import LARGEST_COUNT, floats, integer
+from rkl.sample.mcmc.kernels import RandomWalk, check_kernel, random_seed
 from rkl.sample.targets.base import Kernel, Target, check_condition
 
 Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
@@ -77,7 +77,7 @@ def markov_chain(
         ("every", every, 1),
         ("warm_up", warm_up, 0),
     ):
-        check_whole(name, value, least)
+        integer(name, value, at_least=least, at_most=LARGEST_COUNT)
     kernel = kernel_of(target, kernel)
     each = condition[..., None, :].expand(*condition.shape[:-1], chains, condition.shape[-1])
     with random_seed(seed, condition.device):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rkl.checks import number
+from rkl.checks import integer, number
 from rkl.flows.architectures.circular import wrap_angles
 from rkl.sample.lattice import CheckerboardRealNVP, CoarseToFine, CoarseToFineField
 from rkl.sample.mcmc.kernels import HeatBath
@@ -53,7 +53,7 @@ class XY(Target):
     }
 
     def __post_init__(self):
-        _check_side(self.side)
+        integer("side", self.side, at_least=2)
         number("coupling", self.coupling)
         if self.ring_exchange is not None:
             number("ring_exchange", self.ring_exchange)
@@ -193,7 +193,7 @@ class Phi4(Target):
     units: ClassVar = {"action": "nats per site", "magnetization": "per site"}
 
     def __post_init__(self):
-        _check_side(self.side)
+        integer("side", self.side, at_least=2)
         number("mass_squared", self.mass_squared)
 
     @property
@@ -232,8 +232,3 @@ class Phi4(Target):
 
 def _is_power_of_two(side: int) -> bool:
     return side & (side - 1) == 0
-
-
-def _check_side(side) -> None:
-    if isinstance(side, bool) or not isinstance(side, int) or side < 2:
-        raise ValueError(f"side must be a whole number of sites, 2 at least; got {side!r}.")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.checks import number
+from rkl.checks import integer, number
 from rkl.sample.targets.base import Condition, Modes, Target
 
 
@@ -158,8 +158,7 @@ class Rings(Target):
     conditions: ClassVar = (Condition("scale", 0.05, 0.2, above=0.0),)
 
     def __post_init__(self):
-        if isinstance(self.rings, bool) or not isinstance(self.rings, int) or self.rings < 1:
-            raise ValueError(f"rings must be a whole number, 1 at least; got {self.rings!r}.")
+        integer("rings", self.rings, at_least=1)
         number("spacing", self.spacing, above=0)
 
     @property

@@ -154,7 +154,7 @@ METRICS = [
             fault("clusters", "zero", 0, "at least 1", "0"),
             fault("clusters", "too many", 121, "at most 120", "121"),
             fault("clusters", "a fraction", 2.5, "integer", "2.5"),
-            fault("runs", "zero", 0, "between 1", "0"),
+            fault("runs", "zero", 0, "at least 1", "0"),
         ],
     ),
     Subject(

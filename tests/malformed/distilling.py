@@ -11,23 +11,32 @@ from subjects import Lazy, Subject, fault
 from rkl import KL
 from rkl.distill import (
     CachedTeacher,
+    CacheSettings,
     DistillConfig,
     DistillSettings,
     DistillTrainer,
     EvaluateSettings,
     GenerateSettings,
+    PairSettings,
     Sampling,
+    Shape,
     cache_teacher,
     compare_runs,
     distill,
     distill_loss,
     estimate,
+    estimate_cache,
+    evaluate_pair,
     evaluate_run,
     generate_run,
     load_model,
     load_run,
     load_tokenizer,
+    new_model,
+    new_tokenizer,
     report_runs,
+    show_example,
+    write_cache,
 )
 from rkl.distill.batches import shifted
 from rkl.distill.data import tokenize
@@ -441,4 +450,78 @@ LOSS = [
     ),
 ]
 
-SUBJECTS = [*TRAINER, *LOSS, *SETTINGS, *RUNNING, *CACHES]
+CACHED = {"teacher": "teacher", "data": "rows.jsonl", "max_length": 16, "device": "cpu"}
+MADE = [
+    Subject(
+        "estimate_cache",
+        lambda **settings: estimate_cache(CacheSettings(**settings)),
+        lambda: dict(CACHED),
+        [
+            fault("keep", "of no kind", "all", "top-k=64", "'all'"),
+            fault("data", "no file", "nowhere.jsonl", "nowhere.jsonl"),
+        ],
+        costly=True,
+    ),
+    Subject(
+        "write_cache",
+        lambda out, **settings: write_cache(CacheSettings(**settings), out),
+        lambda: CACHED | {"out": "written-cache"},
+        [
+            fault("out", "other files", "run", "is no cache"),
+            fault("data", "no file", "nowhere.jsonl", "nowhere.jsonl"),
+        ],
+        costly=True,
+    ),
+    Subject(
+        "evaluate_pair",
+        lambda student, **settings: evaluate_pair(student, PairSettings(**settings)),
+        lambda: {"student": "student", "contexts": 0} | CACHED,
+        [
+            fault("student", "no folder", "nowhere", "nowhere", named="model"),
+            fault("divergences", "no divergence", ("nonsense",), "nonsense", named="divergence"),
+            fault("cost", "negative", -1.0, "-1.0"),
+            fault("draft_length", "zero", 0, "0"),
+        ],
+        costly=True,
+    ),
+    Subject(
+        "new_tokenizer",
+        new_tokenizer,
+        lambda: {"texts": ["one and one"], "size": 300},
+        [
+            fault("texts", "one text", "one and one", "a str"),
+            fault("texts", "a number among them", ["one", 1], "texts[1]"),
+            fault("size", "too few for bytes", 100, "257", "100"),
+        ],
+    ),
+    Subject(
+        "new_model",
+        new_model,
+        lambda: {"tokenizer": new_tokenizer(["one"], 300), "shape": Shape(1, 32), "seed": 0},
+        [
+            fault("shape", "a pair", (1, 32), "(1, 32)"),
+            fault("seed", "negative", -1, "-1"),
+        ],
+    ),
+    Subject(
+        "Shape",
+        Shape,
+        lambda: {"layers": 1, "width": 32, "context": 16},
+        [
+            fault("layers", "none", 0, "0"),
+            fault("width", "no multiple of 32", 40, "40"),
+            fault("context", "a fraction", 16.5, "16.5"),
+        ],
+    ),
+    Subject(
+        "show_example",
+        show_example,
+        lambda: {"dataset": ROWS, "tokenizer": load_tokenizer("teacher"), "index": 0},
+        [
+            fault("dataset", "without labels", [{"input_ids": [1, 2]}], "labels"),
+            fault("index", "beyond", 5, "2 rows", "5"),
+        ],
+    ),
+]
+
+SUBJECTS = [*TRAINER, *LOSS, *MADE, *SETTINGS, *RUNNING, *CACHES]

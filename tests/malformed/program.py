@@ -149,6 +149,16 @@ SUBJECTS = [
         [*EVERYWHERE, *OF_DISTILL],
     ),
     Subject(
+        "rkl cache",
+        command("cache"),
+        lambda: {"teacher": "teacher", "data": "rows.jsonl", "out": "new-kept", "max_length": 16},
+        [
+            fault("keep", "of no kind", "all", "top-k=64", "'all'"),
+            fault("data", "no file", "nowhere.jsonl", "nowhere.jsonl"),
+            fault("out", "no cache", "run", "is no cache"),
+        ],
+    ),
+    Subject(
         "rkl distill --resume",
         command("distill", "--resume"),
         lambda: {"out": "run"},

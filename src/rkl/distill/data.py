@@ -332,8 +332,19 @@ def show_example(
     tokenizer: PreTrainedTokenizerBase,
     index: int = 0,
 ) -> str:
-    """A block as text, what is not trained on between brackets."""
+    """A block as text, what is not trained on between brackets.
+
+    Args:
+        dataset: Rows with ``input_ids`` and ``labels``, as :func:`tokenize` makes them.
+        tokenizer: The tokenizer that they were made with.
+        index: Which row.
+    """
+    if not -len(dataset) <= index < len(dataset):
+        raise ValueError(f"index must be that of one of {len(dataset):,} rows; got {index}.")
     example = dataset[index]
+    for name in ("input_ids", "labels"):
+        if name not in example:
+            raise ValueError(f"dataset: row {index} must have {name}; got {list(example)}.")
     pairs = zip(list(example["input_ids"]), list(example["labels"]), strict=True)
     parts = []
     for trained, stretch in itertools.groupby(pairs, lambda pair: int(pair[1]) != IGNORED):

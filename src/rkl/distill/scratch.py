@@ -15,6 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from rkl.checks import LARGEST_COUNT, LARGEST_SEED, integer
 from rkl.distill.batches import PadRows
 from rkl.distill.data import TokenDataset
 from rkl.distill.encoding import end_of_text
@@ -22,6 +23,9 @@ from rkl.distill.progress import Display, Journal, journaled
 from rkl.runs import Run, replacing_files
 
 END = "<|endoftext|>"
+
+
+HEAD = 32  # width of an attention head
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,13 @@ class Shape:
     layers: int
     width: int
     context: int = 256
+
+    def __post_init__(self):
+        integer("layers", self.layers, at_least=1, at_most=LARGEST_COUNT)
+        integer("width", self.width, at_least=HEAD, at_most=LARGEST_COUNT)
+        integer("context", self.context, at_least=2, at_most=LARGEST_COUNT)
+        if self.width % HEAD:
+            raise ValueError(f"width must be a multiple of {HEAD}; got {self.width}.")
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,22 @@ class Schooling:
 
 
 def new_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most ``size`` tokens, the first of which ends a text."""
+    """A byte-level BPE of at most ``size`` tokens, the first of which ends a text.
+
+    Args:
+        texts: What it is learnt from.
+        size: Most tokens, at least 257: those of single bytes and of the end of a text.
+
+    Raises:
+        TypeError: ``texts`` is a single text, or holds what is none.
+    """
+    integer("size", size, at_least=257, at_most=LARGEST_COUNT)
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts must be a list of texts; got a {type(texts).__name__}.")
+    texts = list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts must be a list of texts; texts[{number}] is {text!r:.40}.")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -72,14 +98,23 @@ def new_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, shape: Shape, *, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights and tied embeddings."""
+    """A Llama with random weights and tied embeddings.
+
+    Args:
+        tokenizer: Whose tokens it reads.
+        shape: Its size.
+        seed: Random seed of the weights.
+    """
+    if not isinstance(shape, Shape):
+        raise TypeError(f"shape must be a Shape; got {shape!r:.80}.")
+    integer("seed", seed, at_least=0, at_most=LARGEST_SEED)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.width,
         intermediate_size=8 * -(-shape.width // 3),
         num_hidden_layers=shape.layers,
-        num_attention_heads=max(1, shape.width // 32),
+        num_attention_heads=shape.width // HEAD,
         max_position_embeddings=shape.context,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -69,6 +69,8 @@ MADE_BY_FUNCTIONS = {  # or without arguments, or to derive from
     )
 }
 OF_MEASURES = {
+    "batch_means.Covariances",
+    "batch_means.beside",
     "neighbours.Copies",
     "neighbours.PRDC",
     "neighbours.centre",  # which, like common_unit, takes a checked pair

@@ -339,8 +339,9 @@ def show_example(
         tokenizer: The tokenizer that they were made with.
         index: Which row.
     """
-    if not -len(dataset) <= index < len(dataset):
-        raise ValueError(f"index must be that of one of {len(dataset):,} rows; got {index}.")
+    count = len(cast(Sequence, dataset))
+    if not -count <= index < count:
+        raise ValueError(f"index must be that of one of {count:,} rows; got {index}.")
     example = dataset[index]
     for name in ("input_ids", "labels"):
         if name not in example:

@@ -48,7 +48,6 @@ MIN_PARTICLES = 16  # of an island
 DEVIATES = 6.0  # errors by which an average may differ from the reference's
 EFFECTIVE = 100  # effective draws below which it is not compared
 UNMIXED = 1.1  # R-hat above which a reference is none
-LADDERS = 16  # chains at each rung of thermodynamic integration
 MAX_CHAINS = 128  # of a reference, of 50 draws or more
 
 

@@ -43,7 +43,6 @@ OWN_TEXT = (  # figures of the student's own text
     *("student_entropy", "teacher_entropy", "acceptance"),
 )
 _LOGGED = "loss", "grad_norm", "learning_rate", "infinite_tokens"
-_LOGGED += "captured_mass", "loss_error"
 _LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens", "eval_finite_loss"
 _LOGGED += ("captured_mass", "loss_error", "lmbda", *OWN_TEXT)
 

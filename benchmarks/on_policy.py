@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import quick
 import torch
 
 import rkl
@@ -30,7 +31,7 @@ PROMPT, REPLY, BLOCK = 8, 32, 64  # tokens
 FIGURES = "truncated", "repetition", "student_entropy", "teacher_entropy", "acceptance"
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, schooling: int | None) -> None:
     """Fill a folder with train.jsonl, held-out.jsonl, a teacher and a student."""
     rows = [part for name in sorted(topics) for part in topics[name].split("\n\n")]
     rows = [{"text": row} for row in rows if len(row) > 80]
@@ -44,7 +45,8 @@ def prepare(folder: Path) -> None:
         model = new_model(tokenizer, shape, seed=0)
         run = Run.create(folder / name, "studies", {}, seed=0)
         with run:
-            school(model, tokenizer, blocks, Schooling(steps), run, seed=0, device="cpu")
+            lessons = Schooling(schooling or steps)
+            school(model, tokenizer, blocks, lessons, run, seed=0, device="cpu")
 
 
 def own_text(student, teacher, tokenizer, prompts: list[list[int]]) -> rkl.stats.Mean:
@@ -109,13 +111,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument(
+        "--schooling", type=int, help="steps of teacher and student; by default 500, 100"
+    )
     parser.add_argument("--folder", type=Path)
-    asked = parser.parse_args()
+    asked = quick.parse(parser, seeds=1, steps=4, schooling=4)
     torch.set_num_threads(1)
     folder = asked.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "student" / "config.json").exists():
-        prepare(folder)
+        prepare(folder, asked.schooling)
     kinds = ("kl", 1e-3), ("reverse-kl", 1e-3), ("reverse-kl", 3e-2)
     cells = [(divergence, lmbda, rate) for divergence, rate in kinds for lmbda in (0.0, 0.5, 1.0)]
     names = ["forward-kl", "reverse-kl", "own", *FIGURES]

@@ -310,7 +310,7 @@ def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path):
     [
         ({}, "one of steps and minutes"),
         ({"steps": 3, "minutes": 1.0}, "one of steps and minutes"),
-        ({"steps": 0}, "steps must be finite, above 0"),
+        ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"minutes": -1.0}, "minutes must be"),
         ({"steps": 1, "ema": 1.0}, "ema must be"),
         ({"steps": 1, "lr": math.nan}, "lr must be"),

@@ -301,7 +301,7 @@ BAD = {
     "wrong conditions": ({"conditions": torch.ones(3, 2)}, r"conditions must be \[strata, 1\]"),
     "too small a batch": ({"batch": 32}, "batch must be at least two"),
     "no batch": ({"batch": 0}, "batch must be at least two"),
-    "no strata": ({"strata": 0}, "strata must be a positive"),
+    "no strata": ({"strata": 0}, "strata must be at least 1; got 0"),
     "a wrong flow": ({"flow": CoarseToFine(coupling=2.0)}, "build it from"),
     "too small a flow": ({"flow": CoarseToFine().build((4,), 1)}, "events of shape"),
     "wrong data": ({"data": (torch.ones(3, 16), torch.ones(2, 1))}, "as many draws"),

@@ -85,7 +85,7 @@ def test_a_reference_in_doubt_judges_nothing_and_the_report_says_so(monkeypatch)
     assert says in page
     assert "Agreement with the reference" not in page
     assert "particles (not to be trusted)" in page
-    assert "no method is called the cheaper one here" in page
+    assert "no method is called cheaper here" in page
     assert "k_B" not in page
     _mixed, page = lattice_page()
     assert "cannot be trusted here" not in page

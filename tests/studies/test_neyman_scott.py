@@ -378,7 +378,11 @@ def test_the_command_line_takes_the_first_part_and_lists_no_parts_as_studies(ask
     assert cli.main(["study", "neyman-scott", "--seed", "1"]) in (0, None)
     place = Path("runs", "neyman-scott-variance")
     assert asked == [
-        ("variance", place, {"overwrite": False, "resume": False, "data": None, "seed": 1})
+        (
+            "variance",
+            place,
+            {"overwrite": False, "resume": False, "data": None, "seed": 1, "device": "cpu"},
+        )
     ]
     assert capsys.readouterr().out == f"{place / 'report.html'}\n"
 

@@ -155,7 +155,8 @@ def check_splits_alike(
         return ""
     differing, first = 0, ""
     for passage in passages:
-        text = str(student.decode(passage, skip_special_tokens=True))
+        # A block may begin or end within a character, of which bytes alone are no text.
+        text = str(student.decode(passage, skip_special_tokens=True)).strip("\ufffd")
         ours: Any = student(text, add_special_tokens=False)["input_ids"]
         theirs: Any = teacher(text, add_special_tokens=False)["input_ids"]
         if ours != theirs:

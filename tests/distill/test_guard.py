@@ -95,10 +95,10 @@ def trainer_on(reply, tiny_model, tiny_rows, tiny_trainer, models=None, **change
 # The way of collapse, and the detector that must notice it.
 WAYS = {
     "length inflation": "length_inflation",
-    "repetition": "repeating",
+    "repetition": "more_repetition",
     "entropy collapse": "entropy_collapse",
     "overconfidence": "overconfidence",
-    "no text": "writing_nothing",
+    "no text": "empty_replies",
 }
 
 

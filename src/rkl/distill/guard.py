@@ -89,7 +89,7 @@ def length_inflation(limits: CollapseLimits, first: Figures, now: Figures) -> st
     )
 
 
-def repeating(limits: CollapseLimits, first: Figures, now: Figures) -> str:
+def more_repetition(limits: CollapseLimits, first: Figures, now: Figures) -> str:
     """Replies say the same again."""
     if now["repetition"] - first["repetition"] <= limits.repetition:
         return ""
@@ -122,7 +122,7 @@ def overconfidence(limits: CollapseLimits, first: Figures, now: Figures) -> str:
     )
 
 
-def writing_nothing(limits: CollapseLimits, first: Figures, now: Figures) -> str:
+def empty_replies(limits: CollapseLimits, first: Figures, now: Figures) -> str:
     """Replies are empty."""
     if now["empty"] <= limits.empty:
         return ""
@@ -131,10 +131,10 @@ def writing_nothing(limits: CollapseLimits, first: Figures, now: Figures) -> str
 
 DETECTORS: tuple[Detector, ...] = (
     length_inflation,
-    repeating,
+    more_repetition,
     entropy_collapse,
     overconfidence,
-    writing_nothing,
+    empty_replies,
 )
 
 
@@ -189,11 +189,11 @@ class Watch:
         self._logged = sums if self._logged is None else self._logged + sums
         if len(self.first) < self.window:
             self.first.append(sums.tolist())
-            return self._judged(self.first) if len(self.first) == self.window else []
+            return self._judge(self.first) if len(self.first) == self.window else []
         self.last = [*self.last, sums.tolist()][-self.window :]
-        return self._judged(self.last) if len(self.last) == self.window else []
+        return self._judge(self.last) if len(self.last) == self.window else []
 
-    def _judged(self, steps: Sequence[Sequence[float]]) -> list[str]:
+    def _judge(self, steps: Sequence[Sequence[float]]) -> list[str]:
         return self.limits.reasons(_means(self.first), _means(steps))
 
     def forget_last(self) -> None:

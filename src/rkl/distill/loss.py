@@ -116,7 +116,12 @@ def weighted_loss(
         settings["labels"] = labels
     if not apart:
         settings["hard_label_weight"] = hard_label_weight
-    soft = exact(divergence, p=_cooled(p, temperature), q=_cooled(q, temperature), **settings)
+    soft = exact(
+        divergence,
+        p=_with_temperature(p, temperature),
+        q=_with_temperature(q, temperature),
+        **settings,
+    )
     if labels is None or not apart:
         return soft
     counted = weight > 0  # the others may be NaN, whose gradient no mask makes 0
@@ -192,7 +197,7 @@ def _predicting(places, labels, mask, shift, ignore_index, student):
     return chosen.flatten(), targets
 
 
-def _cooled(known: Any, temperature: float) -> Any:
+def _with_temperature(known: Any, temperature: float) -> Any:
     """The same, its logits divided by a temperature, in addition to that of a head."""
     own = known.temperature if isinstance(known, LinearHead) else 1.0
     return at_temperature(known, temperature * own)

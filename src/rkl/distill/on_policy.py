@@ -74,11 +74,11 @@ class Mixture:
             for place in range(max(self.at_once, count)):
                 if (batch := next(batches, None)) is None:
                     break
-                self.ahead.append(self._written(*batch, step, place))
+                self.ahead.append(self._write(*batch, step, place))
         taken, self.ahead = self.ahead[:count], self.ahead[count:]
         return taken
 
-    def _written(self, batch: Inputs, rows: int, step: int, place: int) -> Inputs:
+    def _write(self, batch: Inputs, rows: int, step: int, place: int) -> Inputs:
         """The batch itself, or the text that somebody writes to its prompts."""
         draw = torch.Generator().manual_seed(seed_of(self.seed, step, place))
         own = float(torch.rand((), generator=draw, dtype=torch.float64)) < self.lmbda

@@ -35,6 +35,8 @@ def main(folder: Path) -> None:
         log = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         results = {name: metrics[name] for name in ("eval_loss", "eval_cross_entropy")}
         (folder / "results.json").write_text(json.dumps(results | {"loss": log[0]}))
+    # Threads of gloo that outlive the interpreter end the process by SIGABRT, now and then.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

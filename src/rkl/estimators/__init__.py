@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from rkl.checks import floats, integer, number, warn
 from rkl.divergences import KL, Divergence, FDivergence
 from rkl.divergences.base import slope_from_terms, widest
-from rkl.estimators.known import (
+from rkl.estimators.inputs import (
     LinearHead,
     Logits,
     Sampled,

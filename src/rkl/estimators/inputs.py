@@ -1,4 +1,4 @@
-"""What may be known of p and q over a finite vocabulary, and what of it is refused."""
+"""What an estimator takes of p and q over a finite vocabulary, and what of it is refused."""
 
 import math
 from typing import Any, NamedTuple

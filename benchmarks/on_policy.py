@@ -22,10 +22,11 @@ from rkl.distill import CollapseError, DistillSettings, distill, load_model, loa
 from rkl.distill.data import tokenize
 from rkl.distill.evaluate import evaluate
 from rkl.distill.heads import inference
-from rkl.distill.rollouts import ModelWriter, Sampling, ends_of
+from rkl.distill.rollouts import ModelWriter, ends_of
+from rkl.distill.sampling import Sampling
 from rkl.distill.scratch import Schooling, Shape, new_model, new_tokenizer, school
 from rkl.runs import Run
-from rkl.stats import mean
+from rkl.stats import Mean, mean
 
 PROMPT, REPLY, BLOCK = 8, 32, 64  # tokens
 FIGURES = "truncated", "repetition", "student_entropy", "teacher_entropy", "acceptance"
@@ -49,7 +50,7 @@ def prepare(folder: Path, schooling: int | None) -> None:
             school(model, tokenizer, blocks, lessons, run, seed=0, device="cpu")
 
 
-def own_text(student, teacher, tokenizer, prompts: list[list[int]]) -> rkl.stats.Mean:
+def own_text(student, teacher, tokenizer, prompts: list[list[int]]) -> Mean:
     """Reverse KL on what a student writes, in nats per token, with its error over replies."""
     writer = ModelWriter(student, Sampling(REPLY), ends_of(student, tokenizer))
     values = []

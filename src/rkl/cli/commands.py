@@ -166,9 +166,15 @@ def distill(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl distill --out RUN --resume
       rkl distill --config RUN --divergence reverse-kl --out RUN2
     """
-    from rkl.distill import run
+    from rkl import distill as wing
 
-    return _run_command(parser, run.DistillSettings, run.estimate, run.distill)
+    def dry_run(chosen: Any) -> Any:
+        return wing.estimate(chosen)
+
+    def make(chosen: Any, out: Path, **how: Any) -> Any:
+        return wing.distill(chosen, out, **how)
+
+    return _run_command(parser, wing.DistillSettings, dry_run, make)  # help waits for no model
 
 
 def cache(parser: ArgumentParser, words: Sequence[str]) -> Runner:

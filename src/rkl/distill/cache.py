@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rkl.distill.batches import Batch, PadRows, shifted
 from rkl.distill.known import Observed, logits_of
-from rkl.distill.limits import check_count
+from rkl.distill.limits import ABOUT, check_count
 from rkl.distill.teachers import ModelTeacher, Teacher
 from rkl.estimators import LinearHead, Sampled, TopK, draw
 from rkl.runs import fingerprint, save_tensors, write_json, writers
@@ -35,7 +35,7 @@ from rkl.runs.integrity import difference, first_not_finite, measure, values_of
 FORMAT = 2  # of cache.json and index.json; raised when an older rkl could no longer read them
 SHARD = 2**28  # bytes after which a shard is closed, behind the batch that fills it
 INDEX = "index.json"
-_ABOUT, _JOURNAL, _HEAD = "cache.json", "shards.jsonl", "head.safetensors"
+_JOURNAL, _HEAD = "shards.jsonl", "head.safetensors"
 _TOKENS = 256  # tokens whose logits exist at one time
 _ENTRIES = {"keep", "stored", "teacher", "data", "tokenizer", "vocab", "scale", "softcap", "made"}
 
@@ -275,15 +275,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(tokens.encode()).hexdigest()
 
 
-def is_cache(name: str | os.PathLike) -> bool:
-    """True for the name of a folder that holds a cache, finished or not."""
-    text = os.fspath(name)
-    return not text.startswith(("package:", "hub:")) and Path(text, _ABOUT).is_file()
-
-
 def written(path: str | os.PathLike) -> list[Path]:
     """The files of a cache in a folder, by their names."""
-    names = f"^({'|'.join(map(re.escape, (_ABOUT, INDEX, _JOURNAL, _HEAD)))}|shard-\\d+\\.saf.*)$"
+    names = f"^({'|'.join(map(re.escape, (ABOUT, INDEX, _JOURNAL, _HEAD)))}|shard-\\d+\\.saf.*)$"
     return [it for it in sorted(Path(path).iterdir()) if re.match(names, it.name)]
 
 
@@ -397,12 +391,12 @@ def _write(
 ) -> None:
     """Add the shards that are missing, and then the index."""
     sweep(path)
-    if (path / _ABOUT).exists():
+    if (path / ABOUT).exists():
         _check_same(path, about)
     elif any(it.name != writers.LOCK for it in path.iterdir()):
         raise FileExistsError(f"path: {path} holds other files than a cache; choose another.")
     else:
-        write_json(path / _ABOUT, about)
+        write_json(path / ABOUT, about)
     if keep.kind == "hidden" and not (path / _HEAD).exists():
         linear: Any = cast(Any, source.teacher).head.linear
         bias = {} if linear.bias is None else {"bias": linear.bias}
@@ -541,7 +535,7 @@ def _batches(rows: Any, batch_size: int, max_length: int | None) -> Iterator[Bat
 
 def _check_same(path: Path, about: Mapping[str, Any]) -> None:
     """Refuse a cache that is there and is not the one wanted."""
-    there = _read(path / _ABOUT)
+    there = _read(path / ABOUT)
     names = [it for it in about if it not in ("made", "tokenizer")]
     for name in names:
         if there.get(name) != about[name]:
@@ -595,14 +589,14 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The record and the head in a folder, or an error that names it."""
-    if not (path / _ABOUT).is_file():
-        raise FileNotFoundError(f"path: {path} is no cache: it has no {_ABOUT}.")
+    if not (path / ABOUT).is_file():
+        raise FileNotFoundError(f"path: {path} is no cache: it has no {ABOUT}.")
     if _is_old(path):
         raise ValueError(
             f"path: {path} is a cache of rkl 0.1, which this rkl does not read. Make it anew: "
             f"rkl cache --teacher T --data D --out NEW"
         )
-    _read(path / _ABOUT)
+    _read(path / ABOUT)
     if not (path / INDEX).is_file():
         raise ValueError(
             f"path: {path} is not finished. Go on with the command that began it, and --resume."
@@ -626,6 +620,6 @@ def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _is_old(path: Path) -> bool:
     try:
-        return json.loads((path / _ABOUT).read_bytes()).get("format") == 1
+        return json.loads((path / ABOUT).read_bytes()).get("format") == 1
     except (OSError, ValueError, AttributeError):
         return False

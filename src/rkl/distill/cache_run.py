@@ -16,12 +16,11 @@ from rkl.distill.cache import (
     CachedTeacher,
     Source,
     cache_teacher,
-    is_cache,
     parse_keep,
     stored_tensors,
     written,
 )
-from rkl.distill.limits import check_one_of, is_address
+from rkl.distill.limits import check_one_of, is_address, is_cache
 from rkl.distill.prepare import load_for_cache
 from rkl.distill.progress import clock, in_words, quiet, say
 from rkl.distill.settings import DistillSettings

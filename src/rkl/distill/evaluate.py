@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rkl import checks
 from rkl.checks import warn
 from rkl.distill.batches import PadRows, attended, shifted
-from rkl.distill.cache import is_cache
 from rkl.distill.compare import BY_BLOCK, Evaluations
 from rkl.distill.data import TokenDataset, passages, tokenize
 from rkl.distill.generate import (
@@ -37,6 +36,7 @@ from rkl.distill.limits import (
     check_counts,
     divergence_named,
     is_address,
+    is_cache,
     template_variables,
 )
 from rkl.distill.processes import Processes, joined

@@ -22,13 +22,13 @@ from rkl.distill.heads import inference
 from rkl.distill.limits import check_count, check_counts, context_of
 from rkl.distill.progress import quiet
 from rkl.distill.rollouts import (
-    Sampling,
     check_room,
     ends_with_turn,
     generation_config,
     replies_of,
     seeded,
 )
+from rkl.distill.sampling import Sampling
 from rkl.distill.sources import TOOLS, Row, Rows, kind_of, read_rows
 from rkl.distill.teachers import OF_MODEL, load_model, load_tokenizer
 from rkl.importing import names_in

@@ -1,15 +1,24 @@
-"""What settings may be: counts, numbers within limits, a divergence, a device, a context."""
+"""What settings may be: counts, numbers within limits, a divergence, a cache, a context.
+
+Neither torch nor transformers is loaded here, so that the help of a command is quick.
+"""
 
 import contextlib
 import json
 import math
+import os
 from collections.abc import Mapping
-from typing import Any
-
-from transformers import PreTrainedModel
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rkl.checks import LARGEST_COUNT, LARGEST_SEED, integer, number
-from rkl.divergences import Divergence, parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rkl.divergences import Divergence
+
+ABOUT = "cache.json"  # of a folder in which rkl cache keeps what a teacher told
 
 TEMPLATE_ARGUMENTS = {  # of apply_chat_template
     *("tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"),
@@ -87,16 +96,20 @@ def template_variables(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def divergence_named(text: str) -> Divergence:
+def divergence_named(text: str) -> "Divergence":
     """The divergence that a setting means, or an error that names the setting."""
+    from rkl.divergences import parse
+
     try:
         return parse(text)
     except (ValueError, TypeError) as error:
         raise type(error)(f"divergence: {error}") from None
 
 
-def read_divergence(divergence: Divergence | str) -> Divergence:
+def read_divergence(divergence: "Divergence | str") -> "Divergence":
     """A divergence, or the one that a text means."""
+    from rkl.divergences import Divergence
+
     if isinstance(divergence, str):
         return divergence_named(divergence)
     if not isinstance(divergence, Divergence):
@@ -107,13 +120,13 @@ def read_divergence(divergence: Divergence | str) -> Divergence:
     return divergence
 
 
-def context_of(model: PreTrainedModel) -> float:
+def context_of(model: "PreTrainedModel") -> float:
     """How many tokens a model can read, as its configuration says; infinite if it does not."""
     config = model.config.get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", None) or math.inf
 
 
-def check_context(name: str, model: PreTrainedModel, max_length: int) -> None:
+def check_context(name: str, model: "PreTrainedModel", max_length: int) -> None:
     """Refuse blocks longer than a model can read."""
     if max_length > (room := context_of(model)):
         raise ValueError(
@@ -124,3 +137,9 @@ def check_context(name: str, model: PreTrainedModel, max_length: int) -> None:
 def is_address(name: str) -> bool:
     """True for the name of a teacher that is the address of a server."""
     return str(name).startswith(("http://", "https://"))
+
+
+def is_cache(name: str | os.PathLike) -> bool:
+    """True for the name of a folder that holds a cache, finished or not."""
+    text = os.fspath(name)
+    return not text.startswith(("package:", "hub:")) and Path(text, ABOUT).is_file()

@@ -27,7 +27,8 @@ from rkl.distill.limits import (
     divergence_named,
 )
 from rkl.distill.progress import quiet
-from rkl.distill.rollouts import ModelWriter, Reply, Sampling
+from rkl.distill.rollouts import ModelWriter, Reply
+from rkl.distill.sampling import Sampling
 from rkl.distill.sources import read_rows
 from rkl.distill.teachers import ModelTeacher, load_model
 from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary

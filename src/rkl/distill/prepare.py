@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from rkl import checks
 from rkl.checks import warn
 from rkl.distill import lora
-from rkl.distill.cache import INDEX, CachedTeacher, cache_teacher, is_cache
+from rkl.distill.cache import INDEX, CachedTeacher, cache_teacher
 from rkl.distill.chats import ChatTemplate, read_template
 from rkl.distill.data import (
     SHORTEST_PASSAGE,
@@ -41,6 +41,7 @@ from rkl.distill.limits import (
     check_context,
     context_of,
     is_address,
+    is_cache,
     template_variables,
 )
 from rkl.distill.progress import journaled, say

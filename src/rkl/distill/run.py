@@ -63,7 +63,7 @@ from rkl.runs.integrity import check_inputs, inputs_before
 from rkl.runs.processes import PeerError
 from rkl.runs.signals import StoppedError, StopRequest
 
-__all__ = ["DistillSettings", "Distilled", "Estimate", "distill", "estimate", "load_run"]
+__all__ = ["Distilled", "Estimate", "distill", "estimate", "load_run"]
 
 # In a run that is resumed; more steps extend it.
 MAY_CHANGE = "device", "save_every", "keep_checkpoints", "max_steps", "epochs", "report_to"

@@ -1,15 +1,14 @@
-"""What ``rkl distill`` may be told, and what of it can be refused before anything is read."""
+"""What ``rkl distill`` may be told, and what of it can be refused before anything is read.
+
+torch and transformers are imported where a setting needs them: the help of the command does not.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rkl import checks
 from rkl.checks import LARGEST_RATE, number
-from rkl.distill.cache import is_cache
-from rkl.distill.known import lost_in_the_rest
 from rkl.distill.limits import (
     check_counts,
     check_one_of,
@@ -17,12 +16,14 @@ from rkl.distill.limits import (
     check_within,
     divergence_named,
     is_address,
+    is_cache,
     template_variables,
 )
-from rkl.distill.rollouts import check_generation
-from rkl.divergences import Divergence
-from rkl.divergences.schedule import read_schedule
+from rkl.distill.sampling import check_generation
 from rkl.runs.typed import with_defaults
+
+if TYPE_CHECKING:
+    from rkl.divergences import Divergence
 
 _RateSchedule = Literal["cosine", "linear", "constant"]
 
@@ -234,10 +235,7 @@ class DistillSettings:
                 f"lora_targets must be names of modules such as q_proj,v_proj; "
                 f"got {self.lora_targets!r}."
             )
-        for name in self.reporters:
-            if name not in INTEGRATION_TO_CALLBACK:
-                known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-                raise ValueError(f"report_to must be none or of {known}; got {name!r}.")
+        self._check_reporters()
         # Two checkpoints for the best and the last, two tokens for one and the next.
         check_counts(self, "keep_checkpoints", "max_length", at_least=2)
         check_within(self, "held_out", "warmup", high=1, ends="[)")
@@ -258,6 +256,17 @@ class DistillSettings:
                 "which GPU."
             )
         checks.device(self.device)
+
+    def _check_reporters(self) -> None:
+        """Refuse what transformers reports to under no such name."""
+        if not self.reporters:
+            return
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        for name in self.reporters:
+            if name not in INTEGRATION_TO_CALLBACK:
+                known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+                raise ValueError(f"report_to must be none or of {known}; got {name!r}.")
 
     def _check_server(self) -> None:
         """Refuse what a teacher on a server, known by its likeliest tokens, cannot do."""
@@ -283,6 +292,8 @@ class DistillSettings:
                 "temperature must be 1 for a teacher on a server, which is known by its likeliest "
                 f"tokens; got {self.temperature}."
             )
+        from rkl.distill.known import lost_in_the_rest
+
         reason = lost_in_the_rest(self.minimised)
         if reason is not None and not self.allow_partial:
             raise ValueError(
@@ -292,8 +303,10 @@ class DistillSettings:
             )
 
     @property
-    def minimised(self) -> Divergence:
+    def minimised(self) -> "Divergence":
         """The divergence that the text means, of a schedule that at the last step."""
+        from rkl.divergences.schedule import read_schedule
+
         return read_schedule(self.schedule, divergence_named(self.divergence)).at(1.0)
 
     @property

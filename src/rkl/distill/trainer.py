@@ -59,11 +59,10 @@ from rkl.distill.on_policy import (
 )
 from rkl.distill.rollouts import (
     ModelWriter,
-    check_generation,
     check_prompts,
     common_ends,
-    sampling_of,
 )
+from rkl.distill.sampling import check_generation, sampling_of
 from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
 from rkl.distill.self_teacher import KINDS, SelfTeacher
 from rkl.distill.several import RouteRows, SeveralTeachers

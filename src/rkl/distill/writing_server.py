@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from rkl.checks import number, warn
 from rkl.distill.encoding import encode
 from rkl.distill.limits import check_count
-from rkl.distill.rollouts import Reply, Sampling, Writer, check_room
+from rkl.distill.rollouts import Reply, Writer, check_room
+from rkl.distill.sampling import Sampling
 from rkl.distill.server import Server, ServerError
 from rkl.runs import replacing_files
 

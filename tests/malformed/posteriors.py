@@ -160,7 +160,7 @@ OF_X = [
 MEASURING = [
     *(
         Subject(f"chains.{name}", getattr(chains, name), lambda: {"x": MU}, OF_X)
-        for name in ("autocorrelation_time", "ess", "ess_tail", "rhat")
+        for name in ("autocorrelation_time", "ess", "ess_and_rhat", "ess_tail", "rhat")
     ),
     Subject(
         "chains.ess of weighted draws",

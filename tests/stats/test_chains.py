@@ -4,7 +4,15 @@ import math
 import pytest
 import torch
 
-from rkl.stats import autocorrelation_time, ess, ess_tail, integrated_time, jackknife, rhat
+from rkl.stats import (
+    autocorrelation_time,
+    ess,
+    ess_and_rhat,
+    ess_tail,
+    integrated_time,
+    jackknife,
+    rhat,
+)
 
 
 def autoregressive(chains, draws, rho, columns=(), seed=0):
@@ -126,6 +134,19 @@ def test_ranks_make_effective_numbers_indifferent_to_monotone_maps():
     for statistic in (ess, ess_tail):
         torch.testing.assert_close(statistic(x.exp()), statistic(x), rtol=1e-12, atol=0)
     assert (autocorrelation_time(x.mul(3).exp()) - autocorrelation_time(x)).abs() > 0.1
+
+
+@pytest.mark.parametrize("draws", [100, 101])
+@pytest.mark.parametrize("ties", [False, True])
+def test_one_ranking_gives_the_effective_numbers_and_the_rhat_of_two(draws, ties, monkeypatch):
+    monkeypatch.setattr("rkl.stats.chains.NUMBERS", 500)  # one column at a time
+    x = autoregressive(4, draws, 0.5, columns=(2, 3), seed=1)
+    x = x.round() if ties else x
+    x[..., 1, 2] = 3.0  # a constant, of which both are nan
+    for found, expected in zip(ess_and_rhat(x), (ess(x), rhat(x)), strict=True):
+        # the same ranks, whose sums are taken in another order
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0, equal_nan=True)
+        assert found.isnan().tolist() == [[False] * 3, [False, False, True]]
 
 
 def test_columns_are_judged_one_by_one(monkeypatch):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rkl.bayes.answer import Diagnostics
 from rkl.bayes.draws import Draws
-from rkl.stats import BatchMeans, Mean, Tail, ess, pareto_k, resample, rhat, tail
+from rkl.stats import BatchMeans, Mean, Tail, ess, ess_and_rhat, pareto_k, resample, tail
 from rkl.stats.pareto import NO_ERROR, NO_MEAN
 
 NUMBERS = 2**24  # values of one quantity that its tails are judged by
@@ -98,13 +98,14 @@ def diagnose(
     if draws.draws < FEWEST:
         return Judgement(kish, math.nan, k, infinite, total)
     some = [_some(x) for x in values.values() if x.numel()]
-    worth = _least(torch.cat([ess(x, weights) for x in some]))
-    if weights is None and worth < FEWEST:
-        raise ValueError(_too_few(worth, total))
     if weights is not None:
+        worth = _least(torch.cat([ess(x, weights) for x in some]))
         return Judgement(worth, math.nan, k, infinite, total)
-    ratio = -_least(-torch.cat([rhat(x) for x in some]))
-    return Judgement(worth, ratio, k, infinite, total)
+    bulks, ratios = zip(*map(ess_and_rhat, some), strict=True)
+    worth = _least(torch.cat(bulks))
+    if worth < FEWEST:
+        raise ValueError(_too_few(worth, total))
+    return Judgement(worth, -_least(-torch.cat(ratios)), k, infinite, total)
 
 
 def _least(values: Tensor) -> float:

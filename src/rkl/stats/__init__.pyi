@@ -2,6 +2,7 @@ from rkl.stats.batch_means import BatchMeans as BatchMeans
 from rkl.stats.batch_means import jackknife as jackknife
 from rkl.stats.chains import autocorrelation_time as autocorrelation_time
 from rkl.stats.chains import ess as ess
+from rkl.stats.chains import ess_and_rhat as ess_and_rhat
 from rkl.stats.chains import ess_tail as ess_tail
 from rkl.stats.chains import integrated_time as integrated_time
 from rkl.stats.chains import rhat as rhat

@@ -148,12 +148,39 @@ def rhat(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*columns"]
     """
 
     def larger(part: Tensor) -> Tensor:
-        halves = _halved(part)
-        distance = (halves - interpolated_quantile(halves.flatten(0, 1), 0.5)).abs()
-        ratios = _ratio(_normal_scores(halves)), _ratio(_normal_scores(distance))
-        return _where_moving(torch.maximum(*ratios), part)
+        return _where_moving(torch.maximum(*map(_ratio, _scores_of_halves(part))), part)
 
     return _by_columns(larger, _checked(x))
+
+
+def ess_and_rhat(
+    x: Float[Tensor, "chains draws *columns"],
+) -> tuple[Float[Tensor, "*columns"], Float[Tensor, "*columns"]]:
+    """Effective number of draws for the bulk, and R̂, from one ranking of the draws.
+
+    The same as :func:`ess` and :func:`rhat`, in less time.
+
+    Args:
+        x: Draws of one or many quantities, at least 4 in each chain.
+
+    >>> x = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+    >>> bulk, ratio = ess_and_rhat(x)
+    >>> torch.allclose(bulk, ess(x)), torch.allclose(ratio, rhat(x))
+    (True, True)
+    """
+    x = _checked(x)
+    count = x.shape[0] * x.shape[1]
+    if x.shape[1] % 2:  # ess ranks the middle draws too, rhat the halves without them
+        return ess(x), rhat(x)
+
+    def both(part: Tensor) -> Tensor:
+        location, scale = _scores_of_halves(part)
+        bulk = count / _time_of_halves(location)
+        ratio = torch.maximum(_ratio(location), _ratio(scale))
+        return _where_moving(torch.stack([bulk, ratio]), part)
+
+    bulk, ratio = _by_columns(both, x)
+    return bulk, ratio
 
 
 def _where_moving(value: Tensor, x: Tensor) -> Tensor:
@@ -177,10 +204,11 @@ def _checked(x: Tensor) -> Tensor:
 
 
 def _by_columns(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A function of [chains, draws, columns], some columns at a time."""
+    """A function from [chains, draws, columns] to [..., columns], some columns at a time."""
     flat = x.flatten(2) if x.ndim > 2 else x[..., None]
     width = max(1, NUMBERS // (x.shape[0] * x.shape[1]))
-    return torch.cat([function(part) for part in flat.split(width, -1)]).reshape(x.shape[2:])
+    values = torch.cat([function(part) for part in flat.split(width, -1)], -1)
+    return values.reshape((*values.shape[:-1], *x.shape[2:]))
 
 
 def _kish(weights: Tensor, x: Tensor) -> float:
@@ -204,7 +232,10 @@ def _halved(x: Tensor) -> Tensor:
 
 def _time(x: Tensor) -> Tensor:
     """τ of columns [chains, draws, columns] after halving their chains."""
-    x = _halved(x)
+    return _time_of_halves(_halved(x))
+
+
+def _time_of_halves(x: Tensor) -> Tensor:
     chains, draws, columns = x.shape
     covariance = _autocovariance(x)
     within = covariance[0] * draws / (draws - 1)
@@ -235,11 +266,35 @@ def _autocovariance(x: Tensor) -> Tensor:
 
 def _normal_scores(x: Tensor) -> Tensor:
     """Normal quantiles of the ranks among all chains, ties at their mean rank."""
+    order, ordered = _sort(x)
+    return _unsort(_scores(ordered), order, x)
+
+
+def _scores_of_halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Normal scores of half chains, and of the distances of their draws to the median."""
+    halves = _halved(x)
+    order, ordered = _sort(halves)
+    middle = ordered.shape[1] // 2  # of an even number of draws
+    low, high = ordered[:, middle - 1, None], ordered[:, middle, None]
+    distance = np.abs(ordered - (low + (high - low) / 2))
+    fold = np.argsort(distance, -1, kind="stable")  # it falls, then rises: two runs to merge
+    folded = np.empty_like(distance)
+    np.put_along_axis(folded, fold, _scores(np.take_along_axis(distance, fold, -1)), -1)
+    return _unsort(_scores(ordered), order, halves), _unsort(folded, order, halves)
+
+
+def _sort(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Order and sorted draws [columns, chains · draws] of [chains, draws, columns]."""
     rows = x.flatten(0, 1).mT.contiguous().numpy()  # NumPy sorts ten times as fast as torch
     order = np.argsort(rows, -1)
-    scores = np.empty_like(rows)
-    np.put_along_axis(scores, order, _scores(np.take_along_axis(rows, order, -1)), -1)
-    return torch.from_numpy(scores).mT.reshape(x.shape)
+    return order, np.take_along_axis(rows, order, -1)
+
+
+def _unsort(values: np.ndarray, order: np.ndarray, like: Tensor) -> Tensor:
+    """Values of sorted draws, where their draws were [chains, draws, columns]."""
+    rows = np.empty(order.shape)
+    np.put_along_axis(rows, order, values, -1)
+    return torch.from_numpy(rows).mT.reshape(like.shape)
 
 
 def _scores(ordered: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@
 #                    1 and with 2 threads; ALL=1 runs all tests so
 #   make test-tools  rkl with ArviZ, PyMC, NumPyro, emcee, dask and Zarr, which it installs
 #   make test-peers  the losses of TRL, Liger, Axolotl, NeMo Automodel and verl beside ours
+#   make docs        this documentation as a site, build/site/html, with every warning an error
 #   make lint        ruff and pyright;   make bench      rkl against its peers
 # A machine without a GPU takes PyTorch's CPU wheels, and no gigabytes of CUDA:
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu test
@@ -22,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo demo-real test test-portable test-slow test-tools test-peers coverage lint format bench clean
+.PHONY: demo demo-real test test-portable test-slow test-tools test-peers coverage docs lint format bench clean
 .SECONDARY:
 .NOTPARALLEL: # two pips at once would spoil the environment
 .DEFAULT_GOAL := test
@@ -50,6 +51,10 @@ test-peers: $(VENV)/.installed-test $(VENV)/.installed-peers $(VENV)/.installed-
 
 coverage: $(VENV)/.installed-test
 	$(PYTEST) --cov --cov-report=term-missing $(PYTEST_ARGS)
+
+# DOCS_ONLINE=1 links to the documentation of torch, transformers, xarray and zuko.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/site/make_site.py
 
 # pyright's wheel holds pyright itself, and node comes from a wheel too: nothing is asked of npm.
 lint: $(VENV)/.installed-test $(VENV)/.installed-lint

@@ -1,0 +1,108 @@
+"""Build the documentation site from the pages of the repository and the code itself.
+
+    python docs/site/make_site.py [FOLDER]
+
+The pages are copied into FOLDER/source at the places that they have in the repository, so that
+their links stay true; pages made from the code are added, and Sphinx builds FOLDER/html, with
+warnings as errors. FOLDER is build/site by default. No network is used, unless DOCS_ONLINE=1 asks
+for links to the documentation of torch, transformers, xarray and zuko.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from api_pages import write_api
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
+    *("docs/*.md", "docs/studies/*.md", "docs/images/*.png", "docs/figures/*.csv"),
+    *("benchmarks/*.md", "benchmarks/*.py", "benchmarks/figures/*", "examples/*.py"),
+    *("Makefile", "docs/images/*.py", "docs/site/public_names.py"),
+]
+# Links that lead to folders, where a forge lists what is in them.
+FOLDERS = {"](docs)": "](index.md)", "](examples)": "](reference/examples.md)"}
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file unless it holds this text, so that Sphinx reads again only what has changed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text("utf-8") != text:
+        path.write_text(text, "utf-8")
+
+
+def stage(source: Path) -> None:
+    """Copy the pages of the repository and what they link to."""
+    for pattern in PAGES:
+        for path in sorted(ROOT.glob(pattern)):
+            target = source / path.relative_to(ROOT)
+            if path.suffix == ".md":
+                text = path.read_text("utf-8")
+                for link, instead in FOLDERS.items():
+                    text = text.replace(link, instead)
+                write(target, text)
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, target)
+    for path in HERE.glob("pages/**/*.md"):
+        write(source / path.relative_to(HERE / "pages"), path.read_text("utf-8"))
+    shutil.copytree(HERE / "static", source / "_static", dirs_exist_ok=True)
+    shutil.copy2(HERE / "conf.py", source)
+
+
+def write_examples(source: Path) -> None:
+    """One page that shows every example."""
+    parts = ["# Examples\n\nEach is a page long, and is run as a test.\n"]
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        summary = path.read_text("utf-8").split('"""')[1].strip().partition("\n")[0]
+        parts.append(
+            f"## {path.name}\n\n{summary}\n\n"
+            f"```{{literalinclude}} ../examples/{path.name}\n:language: python\n```\n"
+        )
+    write(source / "reference" / "examples.md", "\n".join(parts))
+
+
+def build(folder: Path) -> int:
+    """Stage and build; returns the exit code of Sphinx."""
+    source, html = folder / "source", folder / "html"
+    stage(source)
+    write_examples(source)
+    write_api(source / "api", write)
+    words = [
+        "-m",
+        "sphinx",
+        "-b",
+        "html",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-j",
+        "auto",
+        "-d",
+        str(folder / "doctrees"),
+    ]
+    built = subprocess.run(
+        [sys.executable, *words, str(source), str(html)],
+        env={**os.environ, "RKL_SITE": str(HERE)},
+        check=False,
+    )
+    if not built.returncode:
+        print(f"The site is {html / 'index.html'}")
+    return built.returncode
+
+
+def outer_links(html: Path) -> list[str]:
+    """Addresses on other hosts that the pages link to, each once."""
+    found: set[str] = set()
+    for page in html.rglob("*.html"):
+        found |= set(re.findall(r'href="(https?://[^"#]+)', page.read_text("utf-8")))
+    return sorted(found)
+
+
+if __name__ == "__main__":
+    sys.exit(build(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build" / "site")))

@@ -1,5 +1,7 @@
 """What Sphinx is told of our docstrings: their brackets, their links and their formulas."""
 
+# pyright: reportMissingImports=false
+# Sphinx and docutils are of the group docs, which the type checker does without.
 import importlib
 import inspect
 from functools import cache
@@ -94,7 +96,7 @@ def math(block: bool):
 def use_dashes(app, domain, objtype, content):
     """A dash between an argument and what it is, where Sphinx writes two hyphens."""
     for text in list(content.findall(nodes.Text)):
-        if text == " -- ":
+        if str(text) == " -- ":
             text.parent.replace(text, nodes.Text(" – "))
 
 

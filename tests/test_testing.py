@@ -72,6 +72,14 @@ class _NotConvex(rkl.FDivergence):
         )
 
 
+class _NotIncreasing(rkl.TAID):
+    """Merging atoms may move its target r, and with it KL(r ‖ q), either way."""
+
+    @property
+    def increasing_in(self):
+        return (rkl.KL(),)
+
+
 class _Negative(rkl.Divergence):
     def integrand(self, logp, logq):
         return rkl.KL().integrand(logp, logq) - 3 * rkl.ReverseKL().integrand(logp, logq)
@@ -82,6 +90,7 @@ class _Negative(rkl.Divergence):
     [
         (_EntropyDropped, "of a distribution from itself"),
         (_NotConvex, "is not convex"),
+        (_NotIncreasing, "grows when atoms are merged"),
         (_Negative, "is negative"),
         (_Nothing, "is 0 between every two"),
         (_Detached, "the gradient is not that of the value"),

@@ -12,9 +12,9 @@ from rkl.distill.heads import logits_of
 from rkl.distill.known import captured_mass, lost_in_the_rest
 
 CLOSE = "kl", "jensen-shannon", "skew-kl", "skew-reverse-kl", "total-variation"
-CLOSE += "squared-hellinger", "precision-recall"
+CLOSE += "squared-hellinger", "precision-recall", "neg-log-acceptance", "lk-hybrid"
 LOST = "reverse-kl", "jeffreys", "akl", "todi", "alpha-beta"
-LOST += "pearson-chi-square", "neyman-chi-square"
+LOST += "pearson-chi-square", "neyman-chi-square", "taid", "amid", "entropy-aware-reverse-kl"
 
 
 class _Declares(Teacher):
@@ -101,6 +101,8 @@ def test_the_others_are_taken_with_a_warning_below_95_of_100(name, losses):
 def test_a_sum_with_a_part_that_may_lie_in_the_rest_is_refused():
     assert lost_in_the_rest(0.5 * rkl.KL() + 0.5 * rkl.JensenShannon()) is None
     assert lost_in_the_rest(0.9 * rkl.KL() + 0.1 * rkl.ReverseKL()) is not None
+    assert lost_in_the_rest(0.5 * rkl.KL() + 0.5 * rkl.NegLogAcceptance()) is None
+    assert lost_in_the_rest(0.9 * rkl.LKHybrid() + 0.1 * rkl.TAID()) is not None
 
 
 def test_what_is_no_f_divergence_is_refused_on_draws(losses):

@@ -112,19 +112,25 @@ def captured_mass(p: Observed) -> Float[Tensor, " tokens"] | None:
 def lost_in_the_rest(divergence: Divergence) -> str | None:
     """Reason why a divergence cannot be judged by a top k; None where little of it is lost.
 
-    Coarsening rare atoms into one leaves a lower bound. It is close where F(0, 1) is finite and
-    F(1, e⁻ˣ) grows no faster than x, as for forward KL and Jensen-Shannon. Where one of them
-    fails, what the divergence measures may lie in the rest: of 1,000 atoms with Gaussian logits
-    of standard deviation 3, the first 100 keep 37 % of reverse KL and 96 % of forward KL.
+    Coarsening rare atoms into one leaves a lower bound on f-divergences and on increasing
+    functions of them. It is close where F(0, 1) is finite and F(1, e⁻ˣ) grows no faster than x,
+    as for forward KL and Jensen-Shannon. Where one of them fails, what the divergence measures
+    may lie in the rest: of 1,000 atoms with Gaussian logits of standard deviation 3, the first
+    100 keep 36 % of reverse KL, 79 % of −log acceptance, 87 % of LK hybrid and 96 % of forward
+    KL. Of what is no such function, as TAID (20 %), the coarsened value may even be larger.
     """
-    if not isinstance(divergence, FDivergence):
-        return "it weighs atoms by whole distributions or by their rank, not by p/q alone"
-    if not math.isfinite(divergence.unseen[1]):
-        return "it grows without bound where the teacher has little mass"
+    if not (parts := divergence.increasing_in):
+        return (
+            "it weighs atoms by whole distributions or by their rank, so that the rest as one "
+            "atom may change it either way"
+        )
     far = torch.tensor([-_FAR, -2 * _FAR], dtype=torch.float64)
-    once, twice = divergence.integrand(torch.zeros_like(far), far).tolist()
-    if twice > 4 * max(once, 1.0):
-        return "it grows faster than log(p/q) where the student has little mass"
+    for part in parts:
+        if not math.isfinite(part.unseen[1]):
+            return "it grows without bound where the teacher has little mass"
+        once, twice = part.integrand(torch.zeros_like(far), far).tolist()
+        if twice > 4 * max(once, 1.0):
+            return "it grows faster than log(p/q) where the student has little mass"
     return None
 
 

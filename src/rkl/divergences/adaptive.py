@@ -181,6 +181,15 @@ class LKHybrid(Divergence):
     def __post_init__(self):
         number("eta", self.eta, at_least=0)
 
+    @property
+    def increasing_in(self):
+        """KL and TV: with T = TV its slope in T is ηλ(KL − T) + 1 − λ.
+
+        As (1 − λ)/λ = exp(η(1 − T)) − 1 ≥ η(1 − T), that is negative only where KL < 2T − 1,
+        which KL ≥ 2T² (Pinsker) rules out.
+        """
+        return _KL, _TV
+
     def held(self, logp, logq, *inputs):
         (eta,) = inputs or self.held_inputs(logp)
         acceptance = torch.minimum(logp, logq).exp().sum(-1, keepdim=True)
@@ -209,6 +218,10 @@ class NegLogAcceptance(Divergence):
     >>> NegLogAcceptance()(p.log(), q.log())
     tensor(0.5108)
     """
+
+    @property
+    def increasing_in(self):
+        return (_TV,)
 
     def statistics(self, logp, logq, *held):
         return (torch.minimum(logp, logq).logsumexp(-1, keepdim=True),)

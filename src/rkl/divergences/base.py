@@ -4,6 +4,7 @@ import abc
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ class Divergence(abc.ABC):
     - ``statistics``: coefficients with a gradient, such as a normaliser that depends on q;
     - ``outer``: D as a function of the sum over atoms, such as its logarithm;
     - ``varying``: fields that change from step to step, given to ``held`` as tensors;
-    - ``takes_labels``: whether the coefficients look at the true token.
+    - ``takes_labels``: whether the coefficients look at the true token;
+    - ``increasing_in``: the f-divergences of which it is an increasing function, if it is one.
 
     Then let :func:`rkl.testing.check_divergence` judge it. Every estimator, the trainer, the
     command line and the documentation find it by its name in kebab case, or by an alias.
@@ -52,6 +54,15 @@ class Divergence(abc.ABC):
     takes_labels: ClassVar[bool] = False
     # The reason why the top k of p are not enough; empty where they are.
     needs_every_atom: ClassVar[str] = ""
+
+    @property
+    def increasing_in(self) -> "tuple[FDivergence, ...]":
+        """F-divergences of which this is an increasing function, so that merging atoms lowers it.
+
+        Over the top k of p and the rest as one atom it is then a lower bound. Empty where it is
+        no such function.
+        """
+        return ()
 
     def search(self, logits: Float[Tensor, "*batch atoms"]) -> tuple:
         """What ``held`` needs and no compiler can trace, such as where the head of p ends.
@@ -251,6 +262,10 @@ class FDivergence(Divergence):
         none = torch.full_like(one, -math.inf)
         return self.integrand(one, none).item(), self.integrand(none, one).item()
 
+    @property
+    def increasing_in(self):
+        return (self,)
+
     def excess(self, logp, logq):
         """F(p, q) − c (p − q), F over its tangent plane at p = q: at least 0.
 
@@ -394,6 +409,11 @@ class _Combination(Divergence):
     @property
     def needs_every_atom(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return next(filter(None, (term.needs_every_atom for _, term in self.terms)), "")
+
+    @property
+    def increasing_in(self):
+        parts = [term.increasing_in for _, term in self.terms]
+        return tuple(itertools.chain(*parts)) if all(parts) else ()
 
     def held_inputs(self, logits, labels=None):
         return tuple(term.held_inputs(logits, labels) for _, term in self.terms)

@@ -376,6 +376,8 @@ def _divergences(
             schedule = run.settings.get("schedule")
             moving = schedule if isinstance(schedule, str) and "->" in schedule else None
             wanted.insert(0, read_schedule(moving, divergence_named(text)).at(1.0))
+            if own := run.settings.get("on_policy_divergence"):
+                wanted.insert(1, divergence_named(own))
     return {**DIVERGENCES, **{repr(it): it for it in wanted if it not in DIVERGENCES.values()}}
 
 

@@ -195,7 +195,8 @@ def finished(path: str | os.PathLike) -> Run:
     """The run in a folder that must hold its student."""
     run = Run.open(path)
     if not (run.path / "config.json").exists():
-        own = "".join(f" --allow {it}" for it in names_in(run.settings.get("divergence")))
+        texts = (run.settings.get(name) for name in ("divergence", "on_policy_divergence"))
+        own = "".join(f" --allow {it}" for it in names_in(*texts))
         raise FileNotFoundError(
             f"path: {path} is not finished, and holds no student yet. Go on with: "
             f"rkl distill --out {shlex.quote(str(path))} --resume{own}"

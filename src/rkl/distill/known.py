@@ -151,58 +151,66 @@ class Observations:
     """What a teacher told in the course of a training: judged at first, then summed for the log.
 
     Args:
-        divergence: What is minimised.
         allow_partial: Whether a divergence of which a top k keeps little is minimised
             nevertheless.
     """
 
-    def __init__(self, divergence: Divergence, *, allow_partial: bool = False):
-        self.divergence, self.allow_partial = divergence, allow_partial
-        self._judged = False
+    def __init__(self, *, allow_partial: bool = False):
+        self.allow_partial = allow_partial
+        self._judged: set[bool] = set()  # of data and of own text
         # The sums and the numbers of: captured mass and tokens, variance of the loss and batches.
         self._captured, self._variance = torch.zeros(2, 2)
 
     def note(
         self,
+        divergence: Divergence,
         p: Observed,
         q: Known,
         weight: Float[Tensor, " tokens"],
         *,
         logged: bool,
+        of_student: bool = False,
     ) -> None:
         """Judge the first tokens, and sum captured mass; of steps that are logged also errors.
 
         Args:
+            divergence: What is minimised at tokens of weight above 0.
             p: What is known of the teacher, at temperature 1.
             q: What is known of the student.
             weight: Weight of each token in the loss of the step.
             logged: Whether the loss of this step is logged.
+            of_student: Whether the student wrote these tokens.
 
         Raises:
             ValueError: The divergence says nothing on what is known of p.
         """
         if (captured := captured_mass(p)) is None or not len(captured):
             return
-        self.judge(p, q)
+        self.judge(divergence, p, q, of_student=of_student)
+        captured = captured[weight.to(captured.device) > 0]
         self._captured += torch.stack([captured.sum().cpu(), torch.tensor(float(len(captured)))])
         if logged and isinstance(p, Sampled) and p.index.shape[-1] > 1:
-            terms = sampled_terms(self.divergence, p=p, q=q)
+            terms = sampled_terms(divergence, p=p, q=q)
             variance = (weight.square() * terms.var(-1).to(weight)).sum() / terms.shape[-1]
             self._variance += torch.stack([variance.cpu(), torch.ones(())])
 
-    def judge(self, p: Observed, q: Known) -> None:
+    def judge(
+        self, divergence: Divergence, p: Observed, q: Known, *, of_student: bool = False
+    ) -> None:
         """Refuse, or warn once of, a divergence that what is known of p says little about.
 
         Raises:
             ValueError: Most of the divergence may lie where nothing is known.
         """
-        if self._judged or not isinstance(p, TopK | Sampled) or not len(p.logp):
+        if not isinstance(p, TopK | Sampled) or not len(p.logp):
             return
-        self._judged = True
+        if of_student in self._judged:
+            return
+        self._judged.add(of_student)
         if isinstance(p, Sampled):
-            self._judge_draws(p, q)
+            self._judge_draws(divergence, p, q)
         elif not self._is_whole(p, q):
-            self._judge_top(p)
+            self._judge_top(divergence, p)
 
     def pop(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means since the last call, for the log; nothing where the whole of p is known.
@@ -221,13 +229,13 @@ class Observations:
         vocab = len(q.weight) if isinstance(q, LinearHead) else q.shape[-1]
         return p.index.shape[-1] == vocab
 
-    def _judge_top(self, p: TopK) -> None:
+    def _judge_top(self, divergence: Divergence, p: TopK) -> None:
         captured = float(p.logp.exp().sum(-1).clamp_max(1.0).mean())
         mass = f"the {p.index.shape[-1]} likeliest atoms, with {captured:.3f} of its mass"
-        reason = lost_in_the_rest(self.divergence)
+        reason = lost_in_the_rest(divergence)
         if reason is not None and not self.allow_partial:
             raise ValueError(
-                f"divergence: {self.divergence} on a teacher known by {mass}: {reason}, so that "
+                f"divergence: {divergence} on a teacher known by {mass}: {reason}, so that "
                 "most of it may lie among the atoms that are not known. Take KL() or "
                 "JensenShannon(), ask for more atoms, or say allow_partial=True "
                 "(--allow-partial) to minimise the part on these atoms and the rest as one."
@@ -238,9 +246,9 @@ class Observations:
                 "the rest as one may be far below the whole. Ask for more atoms."
             )
 
-    def _judge_draws(self, p: Sampled, q: Known) -> None:
+    def _judge_draws(self, divergence: Divergence, p: Sampled, q: Known) -> None:
         """Count effective draws of p alone, or of q where the terms grow with q/p."""
-        f: Any = self.divergence
+        f: Any = divergence
         unbounded = isinstance(f, FDivergence) and not math.isfinite(f.unseen[1])
         if not unbounded and p.log_weight is None:
             return
@@ -251,7 +259,7 @@ class Observations:
             log = log.double()
             draws = float((2 * log.logsumexp(-1) - (2 * log).logsumexp(-1)).exp().mean())
         what = (
-            f"{self.divergence} on atoms drawn from the teacher: {p.index.shape[-1]} draws a "
+            f"{divergence} on atoms drawn from the teacher: {p.index.shape[-1]} draws a "
             f"token are worth {draws:.1f} of the distribution that its terms weigh"
         )
         if draws < MIN_EFFECTIVE_DRAWS and not self.allow_partial:

@@ -96,14 +96,14 @@ def template_variables(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def divergence_named(text: str) -> "Divergence":
+def divergence_named(text: str, setting: str = "divergence") -> "Divergence":
     """The divergence that a setting means, or an error that names the setting."""
     from rkl.divergences import parse
 
     try:
         return parse(text)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"divergence: {error}") from None
+        raise type(error)(f"{setting}: {error}") from None
 
 
 def read_divergence(divergence: "Divergence | str") -> "Divergence":

@@ -594,6 +594,7 @@ def make_trainer(
         DistillConfig(str(folder), **config | changes),
         teacher=models.teacher,
         divergence=settings.minimised,
+        on_policy_divergence=settings.minimised_on_policy,
         teacher_processing_class=models.teacher_tokenizer,
         processing_class=models.tokenizer,
         train_dataset=text.blocks,

@@ -44,7 +44,7 @@ OWN_TEXT = (  # figures of the student's own text
 )
 _LOGGED = "loss", "grad_norm", "learning_rate", "infinite_tokens"
 _LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens", "eval_finite_loss"
-_LOGGED += ("captured_mass", "loss_error", "lmbda", *OWN_TEXT)
+_LOGGED += ("captured_mass", "loss_error", "lmbda", "data_loss", "on_policy_loss", *OWN_TEXT)
 
 
 def say(message: str) -> None:

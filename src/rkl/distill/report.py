@@ -181,5 +181,7 @@ def _origin(settings: Mapping[str, Any]) -> str:
     if teacher is None:
         return "learned the next token of plain text by cross-entropy"
     if "divergence" in settings:
-        return f"learned from {teacher} under {settings['divergence']}"
+        own = settings.get("on_policy_divergence")
+        besides = "" if own is None else f", and {own} on its own text"
+        return f"learned from {teacher} under {settings['divergence']}{besides}"
     return f"is {teacher} without layers {settings.get('drop_layers')}, not trained since"

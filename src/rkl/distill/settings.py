@@ -52,6 +52,8 @@ class DistillSettings:
         eval_blocks: Held-out blocks looked at in each evaluation, at most.
         divergence: What is minimised, in nats per token: a name, with settings or in a sum, as
             rkl divergences lists them.
+        on_policy_divergence: What is minimised in its place at the tokens that the student wrote,
+            where --lmbda is above 0; by default the same. Evaluations are of --divergence.
         schedule: Values of the divergence that change from the first step to the last, in a
             straight line, such as "taid.t: 0.2 -> 1.0"; none by default. The student is evaluated
             with the last ones.
@@ -148,6 +150,7 @@ class DistillSettings:
     held_out: float = 0.05
     eval_blocks: int | None = 64
     divergence: str = "akl(mu=0.5)"
+    on_policy_divergence: str | None = None
     schedule: str | None = None
     temperature: float = 1.0
     hard_label_weight: float = 0.0
@@ -206,7 +209,12 @@ class DistillSettings:
         if self.schedule in get_args(_RateSchedule):  # in settings from before there were two
             object.__setattr__(self, "learning_rate_schedule", self.schedule)
             object.__setattr__(self, "schedule", None)
-        _ = self.minimised
+        _ = self.minimised, self.minimised_on_policy
+        if self.on_policy_divergence is not None and not self.lmbda:
+            raise ValueError(
+                "on_policy_divergence needs lmbda above 0, so that the student writes text; got "
+                f"{self.on_policy_divergence} with lmbda={self.lmbda}."
+            )
         self._check_server()
         if self.student is None and is_cache(self.teacher):
             raise ValueError(
@@ -294,13 +302,15 @@ class DistillSettings:
             )
         from rkl.distill.known import lost_in_the_rest
 
-        reason = lost_in_the_rest(self.minimised)
-        if reason is not None and not self.allow_partial:
-            raise ValueError(
-                f"divergence: {self.divergence} on a teacher on a server, known by its likeliest "
-                f"tokens: {reason}, so that most of it may lie among the others. Take kl or "
-                "jensen-shannon, or say --allow-partial."
-            )
+        chosen = {"divergence": self.minimised, "on_policy_divergence": self.minimised_on_policy}
+        for name, divergence in chosen.items():
+            reason = None if divergence is None else lost_in_the_rest(divergence)
+            if reason is not None and not self.allow_partial:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} on a teacher on a server, known by its "
+                    f"likeliest tokens: {reason}, so that most of it may lie among the others. "
+                    "Take kl or jensen-shannon, or say --allow-partial."
+                )
 
     @property
     def minimised(self) -> "Divergence":
@@ -308,6 +318,12 @@ class DistillSettings:
         from rkl.divergences.schedule import read_schedule
 
         return read_schedule(self.schedule, divergence_named(self.divergence)).at(1.0)
+
+    @property
+    def minimised_on_policy(self) -> "Divergence | None":
+        """The divergence at the student's own tokens, where it is another one."""
+        text = self.on_policy_divergence
+        return None if text is None else divergence_named(text, "on_policy_divergence")
 
     @property
     def writes(self) -> bool:

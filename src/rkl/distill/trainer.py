@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -22,6 +22,7 @@ from rkl.distill.batches import (
     ROUTE,
     SOURCES,
     STUDENT,
+    TEACHER,
     Batch,
     PadRows,
     attended,
@@ -251,6 +252,11 @@ class DistillTrainer(Trainer):
         teachers: Several of them, by name, in place of one: the column of the data that
             ``teacher_routing_column`` names says which of them a row learns from.
         divergence: Any divergence.
+        on_policy_divergence: What is minimised in its place at the tokens that the student wrote
+            (``lmbda`` above 0), as DistiLLM-2 does with a skewed KL on given text and a skewed
+            reverse KL on own text (arXiv 2503.07067). The text of ``seq_kd`` counts as given.
+            The log then has ``data_loss`` and ``on_policy_loss``, the mean over the tokens of
+            either. Evaluations and a schedule are of ``divergence``.
         token_weight: Called with log p, log q [tokens, vocab] and the batch, gives the weight of
             each token in the loss of training, at least 0 and constant to autograd. The
             denominator stays the number of tokens. Full logits of both then exist at once.
@@ -272,6 +278,7 @@ class DistillTrainer(Trainer):
         teacher: nn.Module | Literal["base"] | Teacher | None = None,
         teachers: Mapping[str, nn.Module | Teacher] | None = None,
         divergence: Divergence = AKL(),
+        on_policy_divergence: Divergence | None = None,
         token_weight: Callable[..., Any] | None = None,
         limits: CollapseLimits | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
@@ -279,6 +286,7 @@ class DistillTrainer(Trainer):
     ):
         args = DistillConfig() if args is None else args
         _check(model, args, teacher, teachers, divergence, kwargs)
+        _check_on_policy(on_policy_divergence, args)
         tokenizer = kwargs.get("processing_class")
         if (started := world().size) != args.world_size:
             raise ValueError(
@@ -294,6 +302,7 @@ class DistillTrainer(Trainer):
             kwargs[name] = _tokenized(name, kwargs.get(name), tokenizer, args)
         self._schedule = read_schedule(args.schedule, divergence)
         self.divergence = self._schedule.at(1.0)
+        self.on_policy_divergence = on_policy_divergence
         self._head = read_head(cast(nn.Module, model))
         self._teacher = self._as_one(teacher, teachers, args)
         for name in ("train_dataset", "eval_dataset"):
@@ -318,7 +327,8 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._infinite = 0
         self._token_weight = token_weight
-        self._observations = Observations(divergence, allow_partial=args.allow_partial)
+        self._observations = Observations(allow_partial=args.allow_partial)
+        self._loss_by_source = torch.zeros(2, 2)  # of data and own text: loss times tokens, tokens
         self._nan_at = ""  # the first token whose loss is NaN, in words
         self._named = self._moving = False
         self._staging: str | None = None
@@ -557,12 +567,25 @@ class DistillTrainer(Trainer):
                 logs["infinite_tokens"] = total
             if self._mixture is not None:
                 logs |= {"lmbda": self._mixture.lmbda, **self._own_text.pop()}
+            logs |= self._pop_losses()
             logs |= self._observations.pop(
                 lambda sums: cast(
                     Tensor, self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
                 )
             )
         super().log(logs, start_time)
+
+    def _pop_losses(self) -> dict[str, float]:
+        """The mean loss of each source since the last log, over the tokens of all processes."""
+        if self.on_policy_divergence is None:
+            return {}
+        sums = self._loss_by_source.to(self.args.device)
+        sums = cast(Tensor, self.accelerator.reduce(sums, reduction="sum")).tolist()
+        self._loss_by_source = torch.zeros(2, 2)
+        names = "data_loss", "on_policy_loss"
+        return {
+            name: loss / tokens for name, (loss, tokens) in zip(names, sums, strict=True) if tokens
+        }
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, once what a killed process had begun to write is removed.
@@ -867,20 +890,23 @@ class DistillTrainer(Trainer):
             if not weight.any():
                 return _zero(q)
         logged = (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
-        self._observations.note(p, q, weight, logged=logged)
-        loss = self._weighted(batch, sources, p, q, weight)
+        for terms in self._terms(sources, weight):
+            how: Any = {"logged": logged, "of_student": terms.of_student}
+            self._observations.note(terms.divergence, p, q, terms.weight, **how)
+        loss = self._weighted(batch, sources, p, q, weight, count)
         if loss.isfinite():
             return loss
+        values = self._values(batch, p, q, sources)
         if loss.isnan():
-            self._note_nan(batch, self._values(batch, p, q))
+            self._note_nan(batch, values, sources)
             return loss
-        infinite = self._values(batch, p, q).isinf()
+        infinite = values.isinf()
         if not infinite.any():  # the sum over tokens, or the term of hard labels, overflowed
             return loss
         self._infinite += int(infinite.sum())
-        self._name(batch, p, q, infinite)
+        self._name(batch, p, q, infinite, sources)
         finite = weight.masked_fill(infinite, 0.0)
-        return self._weighted(batch, sources, p, q, finite) if finite.any() else loss
+        return self._weighted(batch, sources, p, q, finite, count) if finite.any() else loss
 
     def _weighted(
         self,
@@ -889,39 +915,66 @@ class DistillTrainer(Trainer):
         p: Observed,
         q: Known,
         weight: Tensor,
+        count: Tensor | int,
     ) -> Tensor:
-        """Sum over tokens of their weight times what is minimised.
+        """Sum over tokens of their weight times what is minimised."""
+        losses = []
+        for terms in self._terms(sources, weight):
+            loss = weighted_loss(
+                terms.divergence,
+                p=p,
+                q=q,
+                weight=terms.weight,
+                labels=batch.targets,
+                temperature=self.args.temperature,
+                hard_label_weight=terms.hard_label_weight,
+                compiled=self.args.compiled,
+            )
+            losses.append(loss)
+            if self.on_policy_divergence is not None and loss.isfinite():
+                tokens = (terms.weight > 0).sum()
+                sums = torch.stack([loss.detach() * count, tokens.to(loss.dtype)])
+                self._loss_by_source[int(terms.of_student)] += sums.float().cpu()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-        Labels count where the data set wrote the token: the student's own text is no answer.
+    def _terms(self, sources: Tensor | None, weight: Tensor) -> list["_Terms"]:
+        """What is minimised at the tokens of each source, those of weight 0 apart.
+
+        Labels count where the data set wrote the token: other text is no answer.
         """
-        hard = self.args.hard_label_weight
-        if sources is None or not hard:
-            return self._divided(batch, p, q, weight, hard)
-        of_data = sources == DATA
+        hard, own = self.args.hard_label_weight, self.on_policy_divergence
+        if sources is None or (not hard and own is None):
+            return [_Terms(self.divergence, weight, hard if sources is None else 0.0)]
+        of_student = sources == STUDENT
         parts = [
-            self._divided(batch, p, q, weight.masked_fill(~chosen, 0.0), share)
-            for chosen, share in ((of_data, hard), (~of_data, 0.0))
+            (sources == DATA, self.divergence, hard),
+            (sources == TEACHER, self.divergence, 0.0),
+            (of_student, own or self.divergence, 0.0),
+        ]
+        return [
+            _Terms(divergence, weight.masked_fill(~chosen, 0.0), share, chosen is of_student)
+            for chosen, divergence, share in parts
             if (weight[chosen] > 0).any()
         ]
-        return torch.stack(parts).sum()
 
-    def _divided(self, batch: Batch, p: Observed, q: Known, weight: Tensor, hard: float) -> Tensor:
-        """The same with one weight of the labels for all tokens."""
-        return weighted_loss(
-            self.divergence,
-            p=p,
-            q=q,
-            weight=weight,
-            labels=batch.targets,
-            temperature=self.args.temperature,
-            hard_label_weight=hard,
-            compiled=self.args.compiled,
-        )
-
-    def _values(self, batch: Batch, p: Observed, q: Known) -> Tensor:
+    def _values(
+        self, batch: Batch, p: Observed, q: Known, sources: Tensor | None = None
+    ) -> Tensor:
+        """The divergence of each token, under the one of its source."""
         p, q = (at_temperature(it, self.args.temperature) for it in (p, q))
-        labels = batch.targets if self.divergence.takes_labels else None
-        return per_token({"loss": self.divergence}, p=p, q=q, labels=labels)["loss"]
+        divergences = {"data": self.divergence}
+        if sources is not None and self.on_policy_divergence is not None:
+            divergences["own"] = self.on_policy_divergence
+        takes_labels = any(it.takes_labels for it in divergences.values())
+        labels = batch.targets if takes_labels else None
+        values = per_token(divergences, p=p, q=q, labels=labels)
+        if "own" not in values:
+            return values["data"]
+        return values["own"].where(cast(Tensor, sources) == STUDENT, values["data"])
+
+    def _divergence_at(self, sources: Tensor | None, token: int) -> Divergence:
+        own = sources is not None and int(sources[token]) == STUDENT
+        return (self.on_policy_divergence if own else None) or self.divergence
 
     def _score(self, batch: Batch, p: Observed, q: Known) -> Tensor:
         """Of each row: the sums of finite divergences and of cross-entropies, two counts.
@@ -931,7 +984,7 @@ class DistillTrainer(Trainer):
         totals = torch.zeros(len(batch.predicting), 4, device=batch.predicting.device)
         if not len(batch.targets):
             return totals
-        self._observations.judge(p, q)
+        self._observations.judge(self.divergence, p, q)
         value = self._values(batch, p, q)
         label = TopK(torch.zeros_like(value)[:, None], batch.targets[:, None])
         entropy = per_token({"label": KL()}, p=label, q=q)["label"]
@@ -941,37 +994,46 @@ class DistillTrainer(Trainer):
         row = batch.predicting.nonzero()[:, 0]
         return totals.index_add_(0, row, torch.stack(scores, 1).to(totals.dtype))
 
-    def _name(self, batch: Batch, p: Observed, q: Known, infinite: Tensor) -> None:
+    def _name(
+        self,
+        batch: Batch,
+        p: Observed,
+        q: Known,
+        infinite: Tensor,
+        sources: Tensor | None,
+    ) -> None:
         """Warn, once, of the first token whose divergence is infinite, and say where and why."""
         if self._named:
             return
         self._named = True
         first = int(infinite.nonzero()[0])
         p, q = (at_temperature(it, self.args.temperature) for it in (p, q))
-        atoms = infinite_atoms(self.divergence, p, q, first, batch.targets)
+        divergence = self._divergence_at(sources, first)
+        atoms = infinite_atoms(divergence, p, q, first, batch.targets)
         if atoms is None:
             warn(
-                f"{self.divergence} is infinite at {self._place(batch, first)}: among the atoms "
+                f"{divergence} is infinite at {self._place(batch, first)}: among the atoms "
                 "known of the teacher and the rest, one of the distributions is 0 where the other "
                 "is not. Such tokens have no gradient and are left out of the loss; their number "
                 "is logged as infinite_tokens."
             )
             return
         warn(
-            f"{self.divergence} is infinite at {self._place(batch, first)}, because of "
+            f"{divergence} is infinite at {self._place(batch, first)}, because of "
             f"{len(atoms)} atoms where one of the distributions is 0 and the other is not: "
             f"{', '.join(map(self._spell, atoms[:5]))}. "
             "Such tokens have no gradient and are left out of the loss; their number is logged "
             "as infinite_tokens."
         )
 
-    def _note_nan(self, batch: Batch, value: Tensor) -> None:
+    def _note_nan(self, batch: Batch, value: Tensor, sources: Tensor | None = None) -> None:
         """Keep the place of the first token whose divergence is NaN, for what ends the run."""
         lost = value.isnan()
         if not self._nan_at and lost.any():
-            place = self._place(batch, int(lost.nonzero()[0]))
+            first = int(lost.nonzero()[0])
+            divergence, place = self._divergence_at(sources, first), self._place(batch, first)
             such = f"the first of {int(lost.sum())} such tokens"
-            self._nan_at = f" ({self.divergence} is NaN at {place}, {such})"
+            self._nan_at = f" ({divergence} is NaN at {place}, {such})"
 
     def _place(self, batch: Batch, token: int) -> str:
         row, position = batch.predicting.nonzero()[token].tolist()
@@ -992,6 +1054,15 @@ class DistillTrainer(Trainer):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             return str(int(token))
         return f"{int(token)} {tokenizer.decode([int(token)])!r}"
+
+
+class _Terms(NamedTuple):
+    """A divergence, the weights of its tokens in the loss, and the weight of their labels."""
+
+    divergence: Divergence
+    weight: Tensor
+    hard_label_weight: float
+    of_student: bool = False
 
 
 def _zero(q: Known) -> Tensor:
@@ -1114,3 +1185,17 @@ def _check(
         raise ValueError("compute_loss_func must be left out: the divergence is the loss.")
     if settings.get("model_init") is not None:
         raise ValueError("model_init must be left out; pass the student as model.")
+
+
+def _check_on_policy(divergence: Any, args: DistillConfig) -> None:
+    if divergence is None:
+        return
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"on_policy_divergence must be a Divergence such as ReverseKL(); got {divergence!r}."
+        )
+    if not args.lmbda:
+        raise ValueError(
+            "on_policy_divergence needs lmbda above 0, so that there is text of the student's; "
+            f"got {divergence} with lmbda={args.lmbda}."
+        )

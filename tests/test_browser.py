@@ -11,7 +11,7 @@ import pytest
 from patience import HANGS
 
 from rkl import plots
-from rkl.report import Generations, Section, Settings, drawn, render, write
+from rkl.report import Generations, Section, Settings, figure_block, render, write
 from rkl.tables import Table
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -151,17 +151,17 @@ def figures():
     students = {name: student((i - 1) / 8) for i, name in enumerate(STUDENTS)}
     perplexity = dict(zip(STUDENTS, (14.2, 15.9, 14.6, np.inf), strict=True))
     return [
-        drawn(
+        figure_block(
             "Training curves",
             plots.training_curves(curves, window=10),
             "Each run minimises its own divergence: the levels differ because the yardsticks do.",
         ),
-        drawn(
+        figure_block(
             "Divergence by teacher rank",
             plots.divergence_by_rank(edges, by_rank, errors=errors),
             "How much of the forward KL comes from likely tokens, and how much from rare ones.",
         ),
-        drawn(
+        figure_block(
             "Precision and recall",
             plots.precision_recall(
                 {name: curve(q) for name, q in students.items()},
@@ -172,7 +172,7 @@ def figures():
             ),
             "Up is precise, right is diverse; a student equal to its teacher reaches the corner.",
         ),
-        drawn(
+        figure_block(
             "Perplexity",
             plots.bars(
                 perplexity,
@@ -182,12 +182,12 @@ def figures():
             ),
             "Lower is better; the dashed line is the teacher.",
         ),
-        drawn(
+        figure_block(
             "Head and tail",
             plots.head_tail(p, panels, head=12),
             "Forward KL fits the head first, reverse KL the tail; the dotted line divides them.",
         ),
-        drawn(
+        figure_block(
             "Gap by step",
             plots.head_tail_by_step(steps, gaps),
             "The same in one number each: the gap over the head and over the tail.",

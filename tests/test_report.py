@@ -8,7 +8,7 @@ import pytest
 
 from rkl import plots, report
 from rkl.plots.style import PALETTE
-from rkl.report import Figure, Generations, Section, Settings, drawn, render, write
+from rkl.report import Figure, Generations, Section, Settings, figure_block, render, write
 from rkl.tables import Table, cell_text
 
 HOSTILE = '</pre><script>alert(1)</script>&lt;<img src=x onerror="alert(2)">'
@@ -43,7 +43,9 @@ class Page(HTMLParser):
 
 
 def bar(name="kl()"):
-    return drawn("Perplexity", plots.bars({name: 1.0}, label="perplexity"), "Lower is better.")
+    return figure_block(
+        "Perplexity", plots.bars({name: 1.0}, label="perplexity"), "Lower is better."
+    )
 
 
 def everything(text="plain"):
@@ -114,7 +116,7 @@ def test_a_caption_stands_under_its_figure():
 def test_wide_drawings_take_a_row_of_their_own():
     wide = plots.head_tail_by_step([0, 1], {"a": ([1, 0.5], [1, 0.2])})
     assert 'class="card narrow"' in bar().html(1)
-    assert 'class="card narrow"' not in drawn("Gaps", wide).html(1)
+    assert 'class="card narrow"' not in figure_block("Gaps", wide).html(1)
 
 
 def test_generations_keep_their_line_breaks():
@@ -209,4 +211,4 @@ def test_a_number_with_a_mark_stands_among_numbers_and_words_to_the_left():
     assert '<th scope="col" class="text">said</th>' in html
     assert '<td class="text">4</td>' in html
     with pytest.raises(ValueError, match="which may have a mark"):
-        Table("t", ["x"], [[(1.5, 0.3, 2)]])
+        Table("t", ["x"], [[(1.5, 0.3, 2)]])  # pyright: ignore[reportArgumentType]

@@ -95,4 +95,4 @@ def test_a_run_from_before_digests_still_opens(copied, capsys):
     run.update(**{"files": {name: {"sha256": None, "size": None} for name in run.files}})
     out = str(copied.parent / "s.npy")
     assert main(["sample", str(copied), "-n", "5", "--out", out, "--verify"]) == 0
-    assert "No digest is known of" in capsys.readouterr().err
+    assert "There is no digest of" in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""Refusals of arguments: each names the argument, what was got and what was expected.
+"""Refusals of arguments: each names the argument, the value and the expected values.
 
-Beside them stands :func:`warn`, for what is odd and not wrong.
+:func:`warn` is for what is unusual and not wrong.
 """
 
 import math
@@ -23,10 +23,10 @@ SHOWN = 80  # characters of a value in a message
 INSTALLED = (os.path.dirname(__file__), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """The value as a message shows it: on one line, and not longer than that.
 
-    >>> shown("a" * 1000)[60:]
+    >>> short_repr("a" * 1000)[60:]
     'aaaaaaaaaa... (1,000 letters)'
     """
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
@@ -39,7 +39,7 @@ def shown(value: Any) -> str:
 
 
 def warn(message: str) -> None:
-    """Warn at the line of the user's code from which rkl was called, however deep in rkl it is."""
+    """Warn at the line of the user's code from which rkl was called, at any depth within rkl."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INSTALLED):
         frame, level = frame.f_back, level + 1
@@ -64,7 +64,7 @@ def number(
         ValueError: It is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number; got {shown(value)}{what}.")
+        raise TypeError(f"{name} must be a number; got {short_repr(value)}{what}.")
     limits = [f"above {above}"] * (above > -math.inf)
     limits += [f"at least {at_least}"] * (at_least > -math.inf)
     limits += [f"below {below}"] * (below < math.inf)
@@ -73,7 +73,7 @@ def number(
     inside = above < value < below and at_least <= value <= at_most and value not in unequal
     finite = abs(value) <= LARGEST_INTEGER if isinstance(value, int) else math.isfinite(value)
     if not (finite and inside):
-        got = shown(value) if isinstance(value, int) else value
+        got = short_repr(value) if isinstance(value, int) else value
         raise ValueError(f"{name} must be {', '.join(['finite', *limits])}; got {got}{what}.")
 
 
@@ -88,18 +88,18 @@ def integer(
     """
     if isinstance(value, bool) or not isinstance(value, int):
         range_of = "" if at_least is None else f" of at least {at_least}"
-        raise TypeError(f"{name} must be an integer{range_of}; got {shown(value)}.")
+        raise TypeError(f"{name} must be an integer{range_of}; got {short_repr(value)}.")
     if at_least is not None and value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}; got {shown(value)}.")
+        raise ValueError(f"{name} must be at least {at_least}; got {short_repr(value)}.")
     if not -LARGEST_INTEGER <= value <= at_most:
-        raise ValueError(f"{name} must be at most {at_most:,}; got {shown(value)}.")
+        raise ValueError(f"{name} must be at most {at_most:,}; got {short_repr(value)}.")
 
 
 def floats(name: str, value: "Tensor") -> None:
     """Refuse what is not a tensor of real floating-point numbers of 16 bits or more.
 
     Raises:
-        TypeError: It is none.
+        TypeError: It is another type.
     """
     import torch  # which the command line does not load for its help
 
@@ -114,7 +114,7 @@ def floats(name: str, value: "Tensor") -> None:
 def device(value: str | None) -> "Device":
     """The device of this name; without one, a GPU if there is one, else the CPU.
 
-    A GPU is counted and not touched, so that a process may still be forked.
+    GPUs are counted and not initialised: a process can still be forked.
 
     Raises:
         ValueError: There is no such device.
@@ -125,22 +125,22 @@ def device(value: str | None) -> "Device":
     if value is None:
         return torch.device("cuda" if gpus else "cpu")
     try:
-        found = torch.device(value)
-        if found.type != "cuda":
-            torch.empty(0, device=found)
+        chosen = torch.device(value)
+        if chosen.type != "cuda":
+            torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device must be cpu, cuda, cuda:1 or the like; got {value!r}.") from None
-    if found.type == "cuda" and (found.index or 0) >= gpus:
+    if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
         count = f"{gpus} GPUs" if gpus else "no GPU, and computes on the cpu"
         raise ValueError(f"device must be one that torch finds; got {value}, it finds {count}.")
-    return found
+    return chosen
 
 
 def choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """Refuse what is none of these, with a ValueError."""
     if value not in choices:
         listed = ", ".join(map(str, choices))
-        raise ValueError(f"{name} must be one of {listed}; got {shown(value)}.")
+        raise ValueError(f"{name} must be one of {listed}; got {short_repr(value)}.")
 
 
 def text(name: str, value: str) -> None:
@@ -151,16 +151,16 @@ def text(name: str, value: str) -> None:
         ValueError: It is empty, or holds a null character or half of a surrogate pair.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a text; got {shown(value)}.")
+        raise TypeError(f"{name} must be a text; got {short_repr(value)}.")
     if not value.strip():
-        raise ValueError(f"{name} must not be empty; got {shown(value)}.")
+        raise ValueError(f"{name} must not be empty; got {short_repr(value)}.")
     if "\0" in value:
-        raise ValueError(f"{name} must not hold a null character; got {shown(value)}.")
+        raise ValueError(f"{name} must not hold a null character; got {short_repr(value)}.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} must be Unicode; got {shown(value)}, with half of a surrogate pair at "
+            f"{name} must be Unicode; got {short_repr(value)}, with half of a surrogate pair at "
             f"character {error.start + 1}. A name with other bytes must be renamed."
         ) from None
 
@@ -173,10 +173,12 @@ def path(name: str, value: str | os.PathLike) -> None:
         ValueError: It is empty, too long, not Unicode, or holds a null character.
     """
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{name} must be a path; got {shown(value)}.")
+        raise TypeError(f"{name} must be a path; got {short_repr(value)}.")
     words = os.fspath(value)
     if isinstance(words, bytes):
-        raise TypeError(f"{name} must be a path in letters; got {shown(value)}.")
+        raise TypeError(f"{name} must be a path in letters; got {short_repr(value)}.")
     text(name, words)
     if any(len(os.fsencode(part)) > 255 for part in words.split(os.sep)):
-        raise ValueError(f"{name} is longer than the name of a file may be; got {shown(words)}.")
+        raise ValueError(
+            f"{name} is longer than the name of a file may be; got {short_repr(words)}."
+        )

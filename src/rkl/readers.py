@@ -1,8 +1,8 @@
 """Tables, arrays, images and labels from files: one reader for every verb.
 
-A file is told by what is in it, not by its name. Numbers keep their precision: integers stay
-integers, CSV becomes float64, nothing passes through float32. What could be read in two ways, or
-would lose something, is refused with the file and the place.
+The content of a file decides its format, not its name. Numbers keep their precision: integers
+stay integers, CSV becomes float64, nothing passes through float32. Files with two possible
+readings, or that would lose something, are refused with the file and the place.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Contents:
         columns: Names of the columns of a table; empty where the file has none.
         labels: The label of each row, if the file has them.
         images: Whether the rows are image files.
-        notes: What a user should know of how the file was read, one sentence each.
+        notes: Notes for the user on how the file was read, one sentence each.
     """
 
     values: "np.ndarray"
@@ -77,10 +77,10 @@ class Columns:
 
     Attributes:
         columns: Arrays [rows] by name.
-        named: Whether the names stand in the file.
-        notes: What a user should know of how the file was read.
+        named: Whether the file has names of the columns.
+        notes: Notes for the user on how the file was read.
         comments: Comment lines of the file, each with the number of rows above it.
-        index: Names of the columns that the file itself calls an index of the rows.
+        index: Names of the columns that the file itself marks as an index of the rows.
     """
 
     columns: "dict[str, np.ndarray]"
@@ -91,7 +91,7 @@ class Columns:
 
 
 class _UnreadableError(ValueError):
-    """A reason, to which the caller adds the argument and the file."""
+    """The reason of a refusal, to which the caller adds the argument and the file."""
 
 
 def read(path: str | os.PathLike, *, name: str = "data", labels: str | None = None) -> Contents:
@@ -101,13 +101,13 @@ def read(path: str | os.PathLike, *, name: str = "data", labels: str | None = No
         path: A table of text (.csv, .tsv, .txt, also .gz), .parquet, .npy, .npz, .nc, .h5, IDX,
             an image, or a folder of images, whose sub-folders are classes. "FILE:NAME" chooses
             one array of an .npz, .nc or .h5.
-        name: The argument that the path was given for, with which messages begin.
+        name: Name of the argument, with which messages begin.
         labels: Name of the column or array that holds the labels.
 
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: Reading it needs a package that is not installed.
-        ValueError: It cannot be read, or not in one way only; the message says why.
+        ValueError: It cannot be read, or in more than one way; the message has the reason.
 
     >>> import tempfile, pathlib
     >>> file = pathlib.Path(tempfile.mkdtemp(), "rows.csv")
@@ -135,8 +135,8 @@ def read(path: str | os.PathLike, *, name: str = "data", labels: str | None = No
         if kind == "image":
             return _images([file], file.parent)
         array = _npy(file) if kind == "npy" else _idx(file)
-        found = as_numbers(array)
-        return replace(found, images=kind == "idx" and found.values.ndim > 2)
+        numbers = as_numbers(array)
+        return replace(numbers, images=kind == "idx" and numbers.values.ndim > 2)
 
 
 def read_arrays(path: str | os.PathLike, *, name: str = "data") -> dict[str, Contents]:
@@ -159,8 +159,8 @@ def read_labels(path: str | os.PathLike, *, rows: int, name: str = "labels") -> 
 
     Args:
         path: Any file that :func:`read` reads, of one column, or text with one word a line.
-        rows: Number of labels to be found.
-        name: The argument that the path was given for.
+        rows: Expected number of labels.
+        name: Name of the argument.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -226,7 +226,7 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str]]
         path: The file, which may be compressed by gzip.
 
     Raises:
-        ValueError: The file is no such table; names file and line.
+        ValueError: The file is no such table; the message names file and line.
     """
     file = Path(path)
     with _naming("data", file):
@@ -263,10 +263,10 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str]]
 
 
 def gunzip(path: str | os.PathLike) -> bytes:
-    """The bytes of a file, decompressed where it is a gzip; one that expands without end is none.
+    """Bytes of a file, decompressed if it is a gzip; one that expands too far is refused.
 
     Raises:
-        ValueError: Naming the file, where it cannot be decompressed.
+        ValueError: It cannot be decompressed; the message names the file.
     """
     with _naming("data", Path(path)):
         return _gunzip(Path(path))
@@ -295,10 +295,10 @@ def matching_files(pattern: str | os.PathLike, name: str = "data") -> list[Path]
     """
     if Path(pattern).exists() or not glob.has_magic(str(pattern)):
         return [Path(pattern)]
-    found = sorted(glob.glob(str(pattern)), key=natural_order)
-    if not found:
+    files = sorted(glob.glob(str(pattern)), key=natural_order)
+    if not files:
         raise FileNotFoundError(f"{name}: no file matches {pattern}.")
-    return [Path(file) for file in found]
+    return [Path(file) for file in files]
 
 
 def natural_order(label: Any) -> tuple:
@@ -396,9 +396,9 @@ def as_numbers(source: Any, names: Sequence[str] = ()) -> Contents:
     if array.dtype.kind in "Mm":
         raise TypeError(f"it holds dates ({array.dtype}); turn them into numbers, such as seconds")
     if array.dtype.kind not in "fiub":
-        said = {"O": "objects", "U": "words", "S": "words", "c": "complex numbers"}
+        kinds_of_others = {"O": "objects", "U": "words", "S": "words", "c": "complex numbers"}
         raise TypeError(
-            f"it must hold real numbers; got {said.get(array.dtype.kind, 'an array')} "
+            f"it must hold real numbers; got {kinds_of_others.get(array.dtype.kind, 'an array')} "
             f"({array.dtype})"
         )
     if array.dtype.kind == "b":
@@ -439,9 +439,9 @@ def as_floats(array: "np.ndarray") -> "np.ndarray":
 
 
 def place_of_nan(values: "np.ndarray", columns: Sequence[str] = ()) -> str | None:
-    """How many rows hold nan or infinities, and where the first of them is; None if there is none.
+    """Number of rows with nan or infinities, and the place of the first one; None without any.
 
-    Rows are counted from 0, as arrays are.
+    Rows are counted from 0, as in arrays.
     """
     import numpy as np
 
@@ -453,10 +453,10 @@ def place_of_nan(values: "np.ndarray", columns: Sequence[str] = ()) -> str | Non
         return None
     row = int(rows.argmax())
     column = int(bad[row].argmax())
-    said = f"; column {columns[column]} there" if columns else ""
+    place = f"; column {columns[column]} there" if columns else ""
     value = values.reshape(len(values), -1)[row, column]
-    said = f"{said or '; it'} holds {value}"
-    return f"{int(rows.sum())} of {len(values)} rows are not, the first of them row {row}{said}"
+    place = f"{place or '; it'} holds {value}"
+    return f"{int(rows.sum())} of {len(values)} rows are not, the first of them row {row}{place}"
 
 
 # What a file is, and how an error names it
@@ -464,7 +464,7 @@ def place_of_nan(values: "np.ndarray", columns: Sequence[str] = ()) -> str | Non
 
 @contextlib.contextmanager
 def _naming(name: str, file: Path) -> Iterator[None]:
-    """Put the argument and the file before the reason of any failure."""
+    """Put the argument and the file in front of the reason of any failure."""
     try:
         yield
     except (FileNotFoundError, ImportError):
@@ -513,7 +513,6 @@ def _kind(file: Path) -> str:
 
 
 def _gunzip(file: Path, size: int = -1) -> bytes:
-    """The bytes of a file, decompressed; of a gzip that expands beyond all measure, none."""
     import gzip
 
     with file.open("rb") as raw:
@@ -524,10 +523,10 @@ def _gunzip(file: Path, size: int = -1) -> bytes:
     with gzip.open(file) as opened:
         if size >= 0:
             return opened.read(size)
-        found = opened.read(limit + 1)
-    if len(found) > limit:
+        expanded = opened.read(limit + 1)
+    if len(expanded) > limit:
         raise _UnreadableError(f"it expands to more than {limit:,} bytes")
-    return found
+    return expanded
 
 
 def _join(names: Any) -> str:
@@ -559,7 +558,7 @@ def _array(opened: Any, size: int) -> "np.ndarray":
         count *= length
     if count * dtype.itemsize > size:
         raise _UnreadableError(
-            f"its header promises {list(shape)} of {dtype}, {count * dtype.itemsize:,} bytes; "
+            f"its header declares {list(shape)} of {dtype}, {count * dtype.itemsize:,} bytes; "
             f"the file has {size:,}"
         )
     opened.seek(0)
@@ -567,7 +566,7 @@ def _array(opened: Any, size: int) -> "np.ndarray":
 
 
 def _members(file: Path) -> dict[str, tuple[Path, str]]:
-    """The arrays of an .npz by name, unread."""
+    """Names of the arrays of an .npz, with their places; nothing is read."""
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
     if "[Content_Types].xml" in names:
@@ -589,7 +588,8 @@ def _members(file: Path) -> dict[str, tuple[Path, str]]:
 def _load(members: Mapping[str, tuple[Path, str]], name: str) -> "np.ndarray":
     file, member = members[name]
     with zipfile.ZipFile(file) as archive:
-        size, packed = (lambda it: (it.file_size, it.compress_size))(archive.getinfo(member))
+        entry = archive.getinfo(member)
+        size, packed = entry.file_size, entry.compress_size
         if size > max(EXPANDED_BYTES, MAX_EXPANSION * packed):
             raise _UnreadableError(f"{name} expands from {packed:,} bytes to {size:,}")
         try:
@@ -598,20 +598,19 @@ def _load(members: Mapping[str, tuple[Path, str]], name: str) -> "np.ndarray":
             raise _UnreadableError(f"array {name}: {error}") from None
 
 
-def _choice(names: Any, chosen: str | None, known: Sequence[str], what: str = "array") -> str:
-    """The one array that is meant."""
+def _choice(names: Any, chosen: str | None, usual: Sequence[str], what: str = "array") -> str:
     names = list(names)
     if chosen is not None:
         if chosen not in names:
             raise _UnreadableError(f"it has no {what} {chosen!r}; it has {_join(names)}")
         return chosen
-    found = [name for name in known if name in names] or names
-    if len(found) != 1:
+    candidates = [name for name in usual if name in names] or names
+    if len(candidates) != 1:
         raise _UnreadableError(
-            f"it must hold one array called {known[0]}; it has {_join(names)}. Choose one by "
+            f"it must hold one array called {usual[0]}; it has {_join(names)}. Choose one by "
             "FILE:NAME"
         )
-    return found[0]
+    return candidates[0]
 
 
 def _npz(file: Path, chosen: str | None, labels: str | None) -> Contents:
@@ -624,8 +623,8 @@ def _npz(file: Path, chosen: str | None, labels: str | None) -> Contents:
     if not others and labels is None:
         others, named = list(members), None
     which = _choice(others, chosen, ("data", "x", "values"))
-    found = as_numbers(_load(members, which))
-    return replace(found, labels=None if named is None else _load(members, named))
+    numbers = as_numbers(_load(members, which))
+    return replace(numbers, labels=None if named is None else _load(members, named))
 
 
 def _idx(file: Path) -> "np.ndarray":
@@ -642,7 +641,7 @@ def _idx(file: Path) -> "np.ndarray":
     for length in shape:
         count *= length
     if len(body) != count * kind.itemsize:
-        raise _UnreadableError(f"its header promises {shape} numbers, which it does not hold")
+        raise _UnreadableError(f"its header declares {shape} numbers, which it does not hold")
     return np.frombuffer(body, kind).reshape(shape).astype(kind.newbyteorder("="))
 
 
@@ -664,15 +663,15 @@ def refuse_external(file: Path) -> None:
                 )
             if not isinstance(link, h5py.HardLink):
                 continue
-            found = group[name]
-            if isinstance(found, h5py.Group):
-                if found.id not in seen:
-                    seen.append(found.id)
-                    look(found, here)
-            elif isinstance(found, h5py.Dataset):
-                others = [it[0] for it in found.external or ()]
-                if found.is_virtual:
-                    others += [it.file_name for it in found.virtual_sources()]
+            member = group[name]
+            if isinstance(member, h5py.Group):
+                if member.id not in seen:
+                    seen.append(member.id)
+                    look(member, here)
+            elif isinstance(member, h5py.Dataset):
+                others = [it[0] for it in member.external or ()]
+                if member.is_virtual:
+                    others += [it.file_name for it in member.virtual_sources()]
                 others = [it for it in others if it != "."]
                 if others:
                     raise _UnreadableError(
@@ -699,9 +698,9 @@ def _hdf5(file: Path, chosen: str | None, labels: str | None) -> Contents:
         if not others:
             raise _UnreadableError("it holds no arrays outside its groups")
         which = _choice(others if chosen else numeric, chosen, ("data", "x", "values"))
-        found = as_numbers(opened[which].values)
-        own = None if labels is None else opened[labels].values
-    return replace(found, labels=own)
+        numbers = as_numbers(opened[which].values)
+        classes = None if labels is None else opened[labels].values
+    return replace(numbers, labels=classes)
 
 
 def _parquet(file: Path) -> Columns:
@@ -753,19 +752,19 @@ def _parquet(file: Path) -> Columns:
 
 
 def _contents(table: Columns, labels: str | None) -> Contents:
-    """The numbers of a table and its column of labels, without the index that pandas writes."""
+    """Numbers of a table and its column of labels, without the index that pandas writes."""
     import numpy as np
 
     if labels is not None and labels not in table.columns:
         names = _join(table.columns) if table.named else "no names"
         raise _UnreadableError(f"it has no column {labels!r}; it has {names}")
     table = _drop_index(table, labels)
-    found = dict(table.columns)
-    chosen = None if labels is None else found.pop(labels)
-    if not found:
+    columns_of_numbers = dict(table.columns)
+    chosen = None if labels is None else columns_of_numbers.pop(labels)
+    if not columns_of_numbers:
         raise _UnreadableError("it has no column of numbers beside the labels")
     numbers = []
-    for name, cells in found.items():
+    for name, cells in columns_of_numbers.items():
         if cells.dtype.kind == "O":
             raise _UnreadableError(_word_in(name, cells))
         if cells.dtype.kind == "b":
@@ -775,9 +774,9 @@ def _contents(table: Columns, labels: str | None) -> Contents:
             numbers.append(as_floats(cells).astype(np.float64))
         except ValueError as error:
             raise _UnreadableError(f"column {name}: {error}") from None
-    table.notes.extend(_counting(found))
+    table.notes.extend(_counting(columns_of_numbers))
     values = np.stack(numbers, -1)
-    columns = tuple(found) if table.named else ()
+    columns = tuple(columns_of_numbers) if table.named else ()
     return Contents(values, columns, chosen, notes=tuple(table.notes))
 
 
@@ -795,15 +794,15 @@ def _word_in(name: str, cells: Any) -> str:
         )
     if word is None or (isinstance(word, float) and word != word):
         return f"column {name}, row {row}, is missing"
-    said = f"column {name}, row {row}, holds {word!r:.60}, which is no number"
+    place = f"column {name}, row {row}, holds {word!r:.60}, which is no number"
     text = str(word).strip()
     if _DATE.fullmatch(text):
-        return f"{said} but a date or time; turn the column into numbers, such as seconds"
+        return f"{place} but a date or time; turn the column into numbers, such as seconds"
     if _THOUSANDS.fullmatch(text):
-        return f"{said}: separators of thousands are not read; take them out"
+        return f"{place}: separators of thousands are not read; remove them"
     if _COMMA_NUMBER.fullmatch(text):
-        return f"{said}: commas and points are mixed as decimal marks"
-    return f"{said}. If the column holds classes, say --labels {name}; else leave it out"
+        return f"{place}: commas and points are mixed as decimal marks"
+    return f"{place}. If the column holds classes, say --labels {name}; else leave it out"
 
 
 def _counting(columns: Mapping[str, "np.ndarray"]) -> Iterator[str]:
@@ -818,15 +817,14 @@ def _counting(columns: Mapping[str, "np.ndarray"]) -> Iterator[str]:
 
 
 def _drop_index(table: Columns, labels: str | None = None) -> Columns:
-    """The table without the index of pandas or the row names of R."""
     import numpy as np
 
     if not table.named or len(table.columns) < 2:
         return table
     if index := [name for name in table.index if name != labels]:
         rest = {name: it for name, it in table.columns.items() if name not in index}
-        said = f"its index ({', '.join(index)}) was left out"
-        return replace(table, columns=rest, notes=[*table.notes, said])
+        note = f"its index ({', '.join(index)}) was left out"
+        return replace(table, columns=rest, notes=[*table.notes, note])
     first, cells = next(iter(table.columns.items()))
     if first == labels or not _INDEX_NAMES.fullmatch(first):
         counted = len(cells) > 2 and cells.dtype.kind in "iu" and cells[0] in (0, 1)
@@ -838,16 +836,16 @@ def _drop_index(table: Columns, labels: str | None = None) -> Columns:
         raise _UnreadableError(
             "its first column has no name and is no index: it repeats or has fractions; name it"
         )
-    said = f"its first column, {first!r}, is an index of the rows and was left out"
+    note = f"its first column, {first!r}, is an index of the rows and was left out"
     rest = {name: it for name, it in table.columns.items() if name != first}
-    return replace(table, columns=rest, notes=[*table.notes, said])
+    return replace(table, columns=rest, notes=[*table.notes, note])
 
 
 def _refuse_twice(names: Sequence[str]) -> None:
     twice = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
     if twice:
         raise _UnreadableError(
-            f"{len(twice)} names stand over more than one column: {_join(twice)}; rename them"
+            f"{len(twice)} names belong to more than one column: {_join(twice)}; rename them"
             if len(twice) > 1
             else f"more than one column is called {twice[0]!r}; rename them"
         )
@@ -855,7 +853,7 @@ def _refuse_twice(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _Dialect:
-    """How the cells of a text are told apart.
+    """Separator and decimal mark of a table of text.
 
     Attributes:
         separator: One character; " " for any blanks; "" for a single column.
@@ -866,7 +864,6 @@ class _Dialect:
     decimal: str = "."
 
     def split(self, lines: Sequence[str]) -> Iterator[list[str]]:
-        """The cells of each line."""
         if not self.separator:
             for cells in csv.reader(lines, delimiter="\x1f", skipinitialspace=True):
                 yield [it.strip() for it in cells]
@@ -877,12 +874,11 @@ class _Dialect:
             yield [it.strip() for it in cells]
 
     def is_number(self, cell: str) -> bool:
-        """True for a number under this decimal mark."""
+        """True for a number with this decimal mark."""
         number = _NUMBER if self.decimal == "." else _COMMA_NUMBER
         return number.fullmatch(cell) is not None
 
     def value(self, cell: str) -> float:
-        """The number."""
         return float(cell.replace(self.decimal, "."))
 
 
@@ -899,7 +895,6 @@ class _Lines:
 
 @contextlib.contextmanager
 def _long_cells() -> Iterator[None]:
-    """Let csv read cells of any length."""
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield
@@ -908,7 +903,7 @@ def _long_cells() -> Iterator[None]:
 
 
 def _decode(file: Path) -> tuple[str, list[str]]:
-    """The text of a file, by its byte-order mark, else as UTF-8, else as Windows has it."""
+    """Text of a file, by its byte-order mark, else as UTF-8, else as Windows-1252."""
     raw = _gunzip(file)
     marks = {
         b"\xef\xbb\xbf": "utf-8-sig",
@@ -938,38 +933,38 @@ def _decode(file: Path) -> tuple[str, list[str]]:
 def _lines(file: Path) -> _Lines:
     text, notes = _decode(file)
     every = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    found = _Lines([], [], [], notes)
+    lines = _Lines([], [], [], notes)
     blank = []
     for number, line in enumerate(every, 1):
         bare = line.lstrip()
         if not bare:
             blank.append(number)
-        elif bare[0] in "#%" and '"' not in bare[:1]:
-            found.comments.append((len(found.lines), bare.strip()))
+        elif bare[0] in "#%":
+            lines.comments.append((len(lines.lines), bare.strip()))
         elif number == 1 and re.fullmatch(r"sep=.", bare.strip(), re.I):
-            found.separator = bare.strip()[4]
+            lines.separator = bare.strip()[4]
         else:
-            found.lines.append(line)
-            found.numbers.append(number)
-    if not found.lines:
+            lines.lines.append(line)
+            lines.numbers.append(number)
+    if not lines.lines:
         raise _UnreadableError("it is empty")
-    found.notes.extend(_blank_inside(blank, found))
-    return found
+    lines.notes.extend(_blank_inside(blank, lines))
+    return lines
 
 
-def _blank_inside(blank: Sequence[int], found: _Lines) -> Iterator[str]:
-    inside = [number for number in blank if found.numbers[0] < number < found.numbers[-1]]
+def _blank_inside(blank: Sequence[int], lines: _Lines) -> Iterator[str]:
+    inside = [number for number in blank if lines.numbers[0] < number < lines.numbers[-1]]
     if inside:
         yield f"{len(inside)} blank lines were passed over, the first of them line {inside[0]}"
 
 
-def _dialect(found: _Lines) -> _Dialect:
+def _dialect(lines: _Lines) -> _Dialect:
     """The separator and the decimal mark under which most cells are numbers.
 
     Of separators that split the lines alike, the one with the largest share of numbers is taken.
     """
-    sample = found.lines[:SAMPLE_LINES]
-    candidates = [found.separator] if found.separator else ["\t", ";", ",", "|", " "]
+    sample = lines.lines[:SAMPLE_LINES]
+    candidates = [lines.separator] if lines.separator else ["\t", ";", ",", "|", " "]
     best, most, uneven = _Dialect(""), -1.0, False
     for separator in candidates:
         rows = list(_Dialect(separator).split(sample))
@@ -994,7 +989,7 @@ def _dialect(found: _Lines) -> _Dialect:
             return _Dialect(_most_split(sample))  # ragged, which is refused where the line is
         best = _Dialect("", "," if commas > points else ".")
     if best.decimal == ",":
-        _refuse_thousands(found, best)
+        _refuse_thousands(lines, best)
     return best
 
 
@@ -1002,10 +997,9 @@ def _most_split(lines: Sequence[str]) -> str:
     return max(",;\t| ", key=lambda it: sum(line.count(it) for line in lines) * (it != " ") or 0)
 
 
-def _refuse_thousands(found: _Lines, dialect: _Dialect) -> None:
-    """Refuse commas that may stand between thousands."""
+def _refuse_thousands(lines: _Lines, dialect: _Dialect) -> None:
     commas = [
-        cell for row in dialect.split(found.lines[:SAMPLE_LINES]) for cell in row if "," in cell
+        cell for row in dialect.split(lines.lines[:SAMPLE_LINES]) for cell in row if "," in cell
     ]
     numbers = [cell for cell in commas if dialect.is_number(cell)]
     if numbers and all(_GROUPS.fullmatch(cell) for cell in numbers):
@@ -1020,11 +1014,10 @@ def _is_missing(cell: str) -> bool:
 
 
 def _header(rows: Sequence[Sequence[str]], dialect: _Dialect) -> tuple[bool, str | None]:
-    """Whether the first line holds names, and what to tell of it.
+    """True if the first line holds names, and a note on it.
 
-    It does if no cell is a number, or if a word stands over a column of numbers. Names that are
-    integers, such as years, are told from a row by the columns below them, and refused where
-    these leave it open.
+    It does if no cell is a number, or if a word is above a column of numbers. The columns below
+    decide whether integers, such as years, are names; where both are possible they are refused.
     """
     first, body = rows[0], rows[1:]
     numeric = [dialect.is_number(cell) for cell in first]
@@ -1071,35 +1064,37 @@ def _numeric_names(
         for n, cells in zip(names, columns, strict=True)
     )
     counted = names in (list(range(len(names))), list(range(1, len(names) + 1)))
-    said = ", ".join(first[i] for i in places[:3]) + ", ..." * (len(places) > 3)
+    start = ", ".join(first[i] for i in places[:3]) + ", ..." * (len(places) > 3)
     if fractions and (far or (counted and len(names) > 1)):
-        return True, f"its first line, {said}, was read as names: no other line holds integers"
+        return (
+            True,
+            f"its first line, {start}, was read as names: no other line holds integers",
+        )
     from_zero = counted and names[0] == 0 and len(names) > 1  # as pandas numbers columns
     if fractions or from_zero or (counted and len(names) > 2) or (far and len(below[0]) > 1):
         raise _UnreadableError(
-            f"its first line, {said}, may hold names or numbers; write names as words, such as "
+            f"its first line, {start}, may hold names or numbers; write names as words, such as "
             f"c{first[places[0]]}, or numbers with a point, {first[places[0]]}.0"
         )
     return False, None
 
 
 def _text(file: Path, labels: str | None, missing: bool = False) -> Columns:
-    """The columns of a table of text."""
     with _long_cells():
-        found = _lines(file)
-        dialect = _dialect(found)
-        names, begin = _names(found, dialect)
-        body = found.lines[begin:]
+        lines = _lines(file)
+        dialect = _dialect(lines)
+        names, begin = _names(lines, dialect)
+        body = lines.lines[begin:]
         if not body:
             raise _UnreadableError("it holds names, and no rows")
         _refuse_split_decimals(list(dialect.split(body[:SAMPLE_LINES])), dialect)
         chosen = names.index(labels) if names and labels in names else None
         frame = _frame(body, dialect, chosen)
         if frame is None or any(frame[i].dtype == object for i in frame):
-            _refuse_ragged(found, begin, dialect, names)
+            _refuse_ragged(lines, begin, dialect, names)
         assert frame is not None
         if dialect.separator in ("", " ") and len(frame) == 1:
-            _refuse_blank(found)
+            _refuse_blank(lines)
     width = len(frame)
     if names is not None and len(names) == width - 1:
         if all(isinstance(it, str) and not it for it in frame[width - 1]):
@@ -1108,12 +1103,12 @@ def _text(file: Path, labels: str | None, missing: bool = False) -> Columns:
             names = ["", *names]
         else:
             raise _UnreadableError(
-                f"line {found.numbers[begin]} has {width} cells; expected {len(names)}, "
+                f"line {lines.numbers[begin]} has {width} cells; expected {len(names)}, "
                 "as many as names" + _comma_hint(dialect)
             )
     elif names is not None and len(names) != width:
         raise _UnreadableError(
-            f"line {found.numbers[begin]} has {width} cells; expected {len(names)}, as many as "
+            f"line {lines.numbers[begin]} has {width} cells; expected {len(names)}, as many as "
             f"names" + _comma_hint(dialect)
         )
     named = names is not None
@@ -1131,9 +1126,9 @@ def _text(file: Path, labels: str | None, missing: bool = False) -> Columns:
     if not missing:
         _refuse_missing({n: it for n, it in columns.items() if n != labels})
     if dialect.decimal == ",":
-        found.notes.append("commas were read as decimal marks")
-    comments = [(max(0, row - begin), text) for row, text in found.comments]
-    return Columns(columns, named, found.notes, comments)
+        lines.notes.append("commas were read as decimal marks")
+    comments = [(max(0, row - begin), text) for row, text in lines.comments]
+    return Columns(columns, named, lines.notes, comments)
 
 
 def _refuse_split_decimals(rows: Sequence[Sequence[str]], dialect: _Dialect) -> None:
@@ -1160,7 +1155,7 @@ def _comma_hint(dialect: _Dialect) -> str:
 
 
 def _is_row_names(cells: Any, dialect: _Dialect) -> bool:
-    """Whether a column without a name holds the row names of R: words or 1, 2, ..., none twice."""
+    """True for the row names of R in an unnamed column: words or 1, 2, ..., none twice."""
     listed = cells.tolist()
     if len(set(listed)) < len(listed):
         return False
@@ -1168,37 +1163,37 @@ def _is_row_names(cells: Any, dialect: _Dialect) -> bool:
     return cells.dtype == object or (counted and dialect.separator != ",")
 
 
-def _names(found: _Lines, dialect: _Dialect) -> tuple[list[str] | None, int]:
-    """The names of the columns, if there are any, and the number of lines that they take."""
-    rows = [row for row in dialect.split(found.lines[:SAMPLE_LINES]) if row]
+def _names(lines: _Lines, dialect: _Dialect) -> tuple[list[str] | None, int]:
+    """Names of the columns, if there are any, and the number of lines that they take."""
+    rows = [row for row in dialect.split(lines.lines[:SAMPLE_LINES]) if row]
     # a quoted name may go over several lines
-    above = next(n for n in range(1, 100) if [*dialect.split(found.lines[:n])][:1] == rows[:1])
+    above = next(n for n in range(1, 100) if [*dialect.split(lines.lines[:n])][:1] == rows[:1])
     if len(rows) > 1 and len(rows[0]) == len(rows[1]) - 1:
         rows[0] = ["", *rows[0]]
         named, _note = _header(rows, dialect)
         return (rows[0][1:], above) if named else (None, 0)
-    if _quoted_above_numbers(found, rows, dialect) or _numbered_index(rows):
+    if _quoted_above_numbers(lines, rows, dialect) or _numbered_index(rows):
         return [" ".join(name.split()) for name in rows[0]], above
     named, note = _header(rows, dialect)
     if note:
-        found.notes.append(note)
+        lines.notes.append(note)
     if named:
         return [" ".join(name.split()) for name in rows[0]], above
-    commented = [text for row, text in found.comments if row == 0]
+    commented = [text for row, text in lines.comments if row == 0]
     if commented:  # as numpy.savetxt and astronomers write names
         separators = {dialect.separator, ",", " ", "\t"} - {""}
         for separator in sorted(separators, key=lambda it: it != dialect.separator):
             names = next(_Dialect(separator).split([commented[-1].lstrip("#% ")]), [])
             if len(names) == len(rows[0]) and not any(map(dialect.is_number, names)):
-                found.notes.append("names were taken from the comment above the rows")
+                lines.notes.append("names were taken from the comment above the rows")
                 return names, 0
     return None, 0
 
 
-def _quoted_above_numbers(found: _Lines, rows: Sequence[Sequence[str]], dialect: _Dialect) -> bool:
+def _quoted_above_numbers(lines: _Lines, rows: Sequence[Sequence[str]], dialect: _Dialect) -> bool:
     """True if the cells of the first line alone are quoted, and numbers stand below them."""
-    first = re.fullmatch(r'\s*"[^"]*"(\s*\S?\s*"[^"]*")*\s*', found.lines[0])
-    if not first or len(rows) < 2 or any('"' in line for line in found.lines[1:SAMPLE_LINES]):
+    first = re.fullmatch(r'\s*"[^"]*"(\s*\S?\s*"[^"]*")*\s*', lines.lines[0])
+    if not first or len(rows) < 2 or any('"' in line for line in lines.lines[1:SAMPLE_LINES]):
         return False
     return all(dialect.is_number(cell) for row in rows[1:] for cell in row)
 
@@ -1217,7 +1212,7 @@ def _numbered_index(rows: Sequence[Sequence[str]]) -> bool:
 def _frame(
     lines: Sequence[str], dialect: _Dialect, text: int | None
 ) -> "dict[int, np.ndarray] | None":
-    """The columns as pandas reads them, numbers or text; None if the rows are not of one width."""
+    """Columns as pandas reads them, numbers or text; None if rows differ in width."""
     import numpy as np
     import pandas as pd
 
@@ -1254,28 +1249,27 @@ def _frame(
 
 
 def _refuse_ragged(
-    found: _Lines, begin: int, dialect: _Dialect, names: Sequence[str] | None
+    lines: _Lines, begin: int, dialect: _Dialect, names: Sequence[str] | None
 ) -> None:
-    """Refuse the first line that has more or fewer cells than the first row."""
-    reader: Any = dialect.split(found.lines[begin:])
+    reader: Any = dialect.split(lines.lines[begin:])
     width = None
     for line, cells in enumerate(reader):
         width = len(cells) if width is None else width
         if len(cells) != width:
             raise _UnreadableError(
-                f"line {found.numbers[begin + line]} has {len(cells)} cells; expected {width}"
+                f"line {lines.numbers[begin + line]} has {len(cells)} cells; expected {width}"
                 + _comma_hint(dialect)
             )
 
 
-def _refuse_blank(found: _Lines) -> None:
-    for note in found.notes:
+def _refuse_blank(lines: _Lines) -> None:
+    for note in lines.notes:
         if "blank line" in note:
             raise _UnreadableError(f"a cell is missing: {note}")
 
 
 def _column(cells: "np.ndarray", dialect: _Dialect, missing: bool) -> "np.ndarray":
-    """A column of text as numbers or truths, where all of it is; else as it was."""
+    """A column of text as numbers or booleans, where all of it is; else unchanged."""
     import numpy as np
 
     if cells.dtype != object:
@@ -1284,12 +1278,12 @@ def _column(cells: "np.ndarray", dialect: _Dialect, missing: bool) -> "np.ndarra
     if lowered <= TRUE | FALSE:
         return np.array([it.lower() in TRUE for it in cells])
     gaps = [_is_missing(it) for it in cells]
-    known = [it for it, gap in zip(cells, gaps, strict=True) if not gap]
-    if not all(map(dialect.is_number, known)) or (not known and not missing):
+    present = [it for it, gap in zip(cells, gaps, strict=True) if not gap]
+    if not all(map(dialect.is_number, present)) or (not present and not missing):
         return cells
     for row, cell in enumerate(cells, 1):
         if _INTEGER.fullmatch(cell) and int(cell) != int(float(cell)):
-            if all(_INTEGER.fullmatch(it) for it in known):
+            if all(_INTEGER.fullmatch(it) for it in present):
                 raise _UnreadableError(
                     f"the integer {cell} in row {row} has more than the 53 bits of float64"
                 )
@@ -1300,7 +1294,6 @@ def _column(cells: "np.ndarray", dialect: _Dialect, missing: bool) -> "np.ndarra
 
 
 def _refuse_missing(columns: "Mapping[str, np.ndarray]") -> None:
-    """Refuse missing cells of columns of numbers, by row and column, with their count."""
     import numpy as np
 
     gaps = {}
@@ -1321,16 +1314,16 @@ def _refuse_missing(columns: "Mapping[str, np.ndarray]") -> None:
 def _text_labels(file: Path, rows: int) -> list[str]:
     """The labels of a text of one column, with or without a name above it."""
     with _long_cells():
-        found = _lines(file)
-        dialect = _dialect(found)
-        split = [row for row in dialect.split(found.lines) if row]
+        lines = _lines(file)
+        dialect = _dialect(lines)
+        split = [row for row in dialect.split(lines.lines) if row]
         if len({len(row) for row in split}) != 1:
-            _refuse_ragged(found, 0, dialect, None)
+            _refuse_ragged(lines, 0, dialect, None)
     if len(split[0]) == 2 and not split[0][0]:
         split = [row[1:] for row in split]  # behind the index of pandas
     if len(split[0]) != 1:
         raise _UnreadableError(f"it must hold one column; got {len(split[0])}")
-    _refuse_blank(found)
+    _refuse_blank(lines)
     cells = [row[0] for row in split]
     if len(cells) == rows + 1 and (cells[0] not in cells[1:] or cells[0] == ""):
         return cells[1:]
@@ -1352,9 +1345,9 @@ def _image_folder(folder: Path, labels: str | None) -> Contents:
     files = sorted((it for it in every if it.suffix.lower() in IMAGES), key=natural_order)
     if not files:
         raise _UnreadableError(f"the folder holds no images ({', '.join(IMAGES)})")
-    found = _images(files, folder)
+    contents = _images(files, folder)
     others = [it for it in every if it.suffix.lower() not in IMAGES and it.name != "Thumbs.db"]
-    notes = list(found.notes)
+    notes = list(contents.notes)
     if others:
         notes.append(f"{len(others)} files that are no images were passed over, {others[0]} first")
     classes = [file.parent.relative_to(folder).as_posix() for file in files]
@@ -1363,7 +1356,7 @@ def _image_folder(folder: Path, labels: str | None) -> Contents:
         raise _UnreadableError(
             f"some images stand in sub-folders, which are classes; {stray} does not"
         )
-    return replace(found, labels=classes if len(set(classes)) > 1 else None, notes=tuple(notes))
+    return replace(contents, labels=classes if len(set(classes)) > 1 else None, notes=tuple(notes))
 
 
 def _images(files: Sequence[Path], folder: Path) -> Contents:
@@ -1371,16 +1364,16 @@ def _images(files: Sequence[Path], folder: Path) -> Contents:
 
     notes: dict[str, list[Path]] = {}
     images = [_image(file, notes) for file in files]
-    said = [f"{len(of)} images {what}, {of[0]} the first of them" for what, of in notes.items()]
+    listed = [f"{len(of)} images {what}, {of[0]} the first of them" for what, of in notes.items()]
     colour = any(image.ndim == 3 for image in images)
     if colour and all(_is_grey(image) for image in images):
         images = [image if image.ndim == 2 else image[..., 0] for image in images]
-        said.append("all images are grey, and were read as one channel")
+        listed.append("all images are grey, and were read as one channel")
         colour = False
     images = [image[None] if image.ndim == 2 else image.transpose(2, 0, 1) for image in images]
     grey = [file for file, it in zip(files, images, strict=True) if len(it) == 1]
     if colour and grey:
-        said.append(
+        listed.append(
             f"{len(grey)} grey images among colours got three equal channels, {grey[0]} first"
         )
         images = [np.repeat(it, 3, 0) if len(it) == 1 else it for it in images]
@@ -1395,7 +1388,7 @@ def _images(files: Sequence[Path], folder: Path) -> Contents:
                 f"images must be of one depth; {file} has {image.dtype} and {files[0]} "
                 f"{images[0].dtype}"
             )
-    return Contents(np.stack(images), images=True, notes=tuple(said))
+    return Contents(np.stack(images), images=True, notes=tuple(listed))
 
 
 def _is_grey(image: "np.ndarray") -> bool:
@@ -1440,7 +1433,7 @@ def _pixels(image: Any, file: Path, notes: dict[str, list[Path]]) -> "np.ndarray
         )
     turned = ImageOps.exif_transpose(image)
     if image.getexif().get(0x0112, 1) not in (0, 1):
-        notes.setdefault("were turned as their EXIF says", []).append(file)
+        notes.setdefault("were turned according to their EXIF", []).append(file)
     image = turned
     if image.mode[0] in "IF":
         array = np.asarray(image)

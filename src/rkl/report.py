@@ -1,8 +1,8 @@
-"""A report: one self-contained HTML file made of figures, tables and generations.
+"""A report: one self-contained HTML file with figures, tables and generations.
 
-No server, script, font or image from elsewhere: the file's own content security policy
-forbids all of them, and everything that is not one of our drawings is escaped. It follows
-the reader's light or dark scheme, fits a phone and prints.
+No server, script, font or image from elsewhere: the file's own content security policy forbids
+all of them, and everything except our drawings is escaped. It follows the reader's
+light or dark scheme, fits a phone and prints.
 
 To add a kind of block, write one frozen dataclass under :class:`Block`.
 """
@@ -49,11 +49,11 @@ class Block(abc.ABC):
 
 @dataclass(frozen=True)
 class Figure(Block):
-    """A drawing with one sentence that says what it means.
+    """A drawing with a caption of one sentence.
 
     Attributes:
-        title: What is shown.
-        svg: One ``<svg>`` element, as :func:`rkl.plots.to_svg` gives it; not escaped.
+        title: Title of the figure.
+        svg: One ``<svg>`` element, as :func:`rkl.plots.to_svg` returns it; not escaped.
         caption: What the reader can see in it.
     """
 
@@ -73,10 +73,10 @@ class Figure(Block):
 
 @dataclass(frozen=True)
 class Generations(Block):
-    """What each model wrote after the same prompts, side by side.
+    """Generations of each model after the same prompts, side by side.
 
     Attributes:
-        title: What is shown.
+        title: Title of the block.
         prompts: The prompts.
         columns: Under each model's name, one text per prompt.
         caption: What the reader can see in it.
@@ -127,7 +127,7 @@ class Section:
                 raise TypeError(f"blocks must hold Blocks and Tables; got a {got}.")
 
 
-def drawn(title: str, drawing: "Drawing", caption: str = "") -> Figure:
+def figure_block(title: str, drawing: "Drawing", caption: str = "") -> Figure:
     """A figure of :mod:`rkl.plots` as a block, its title read out by screen readers."""
     from rkl.plots import to_svg
 
@@ -142,8 +142,8 @@ def render(
     Args:
         title: Heading of the page.
         sections: Its sections, in order; settings belong into the last one.
-        lead: At most three sentences under the heading: what was done and what came out.
-        points: A list under them, of what else came out.
+        lead: At most three sentences under the heading: what was done, and the result.
+        points: A list under them with the other results.
     """
     for section in sections if isinstance(sections, Sequence) else [sections]:
         if not isinstance(section, Section) or section is sections:
@@ -159,12 +159,12 @@ def render(
 
 
 def write(path: Path, html: str) -> None:
-    """Write a rendered report; a reader sees the old file or the new one, never half."""
-    own = path.name == "report.html" and (path.parent / "run.json").is_file()
-    if own:
+    """Write a rendered report; a reader finds the old file or the new one, never half."""
+    is_report_of_run = path.name == "report.html" and (path.parent / "run.json").is_file()
+    if is_report_of_run:
         Run.open(path.parent).record_files([path.name])
     write_atomic(path, html)
-    if own:
+    if is_report_of_run:
         Run.open(path.parent).measure_files([path.name])
 
 
@@ -189,7 +189,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _with_own_ids(svg: str, number: int) -> str:
-    """The drawing with ids of its own; a name space is for files only, HTML needs none."""
+    """Make the ids of the drawing unique on the page; drop the name space, for files only."""
     svg = svg.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
     return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>figure-{number}-", svg)
 

@@ -1,7 +1,6 @@
 """A table, and a number with its error: as text, HTML, Markdown, JSON and a data frame of pandas.
 
-Text gives an error in units of the last digit, 0.123(4); HTML and Markdown, which have more room,
-write 0.123 ± 0.004.
+Text prints an error in units of the last digit, 0.123(4); HTML and Markdown print 0.123 ± 0.004.
 """
 
 import html
@@ -24,7 +23,7 @@ class Table:
     """Rows of cells under named columns; the first column names the rows.
 
     Attributes:
-        title: What is shown.
+        title: Title of the table.
         columns: Names of the columns, each with its unit in brackets, as "risk (nats)".
         rows: One cell per column: text, a number, a pair (value, standard error), a pair with a
             mark, as "*", that the notes explain, or None.
@@ -107,14 +106,14 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in [self.columns, rules, *body])
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as JSON can hold it: a value with its error is a list of the two."""
+        """The table as a dict for JSON: a value with its error is a list of the two."""
         rows = [[list(c) if isinstance(c, tuple) else c for c in row] for row in self.rows]
         columns, notes = list(self.columns), list(self.notes)
         return {"title": self.title, "columns": columns, "rows": rows, "notes": notes}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Table":
-        """The table that ``to_dict`` was made of."""
+        """The table of a dict from :meth:`to_dict`."""
         rows = [
             tuple(tuple(c) if isinstance(c, list) else c for c in row) for row in record["rows"]
         ]
@@ -169,7 +168,7 @@ def pair_of(record: Mapping[str, Any]) -> tuple[float, float]: ...
 @overload
 def pair_of(record: Mapping[str, Any] | None) -> tuple[float, float] | None: ...
 def pair_of(record: Mapping[str, Any] | None) -> tuple[float, float] | None:
-    """The cell of a mean that was read from JSON as its value and error."""
+    """Value and error of a mean that was read from JSON."""
     return None if record is None else (record["value"], record["error"])
 
 

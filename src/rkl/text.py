@@ -1,4 +1,4 @@
-"""Text of others, such as a name or a line of their data, put where it would mean something."""
+"""Text from others, such as a name or a line of their data, escaped for terminals and Markdown."""
 
 import re
 from typing import Any
@@ -8,12 +8,12 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def printable(value: Any) -> str:
-    r"""Text that a terminal shows and does not obey: its controls as escapes.
+    r"""Text for a terminal, with controls as escapes.
 
     >>> printable("\x1b[31mred\x07")
     '\\x1b[31mred\\x07'
     """
-    return _CONTROLS.sub(lambda it: it[0].encode("unicode_escape").decode(), str(value))
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(value))
 
 
 def one_line(value: Any) -> str:

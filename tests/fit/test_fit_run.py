@@ -264,7 +264,7 @@ def test_an_extended_fit_does_not_fall_back_to_likelihood(folder, monkeypatch):
         folder / "data.npy", flow=FLOW, batch=64, steps=52, divergence="precision-half(lam=3)"
     )
     fit(settings, folder / "guided")
-    original, seen = _Problem._guided, {}
+    original, seen = _Problem._guided, {}  # pyright: ignore[reportAttributeAccessIssue]
 
     def guided(self, divergence, value, log_q, draws, moment):
         seen[moment.step] = divergence.lam
@@ -320,6 +320,6 @@ def test_other_data_are_refused_by_a_run_that_is_resumed(folder):
     settings = FitSettings(folder / "changing.npy", flow=FLOW, batch=64, steps=2)
     fit(settings, folder / "changed")
     np.save(folder / "changing.npy", rows + 1)
-    with pytest.raises(ValueError, match="the inputs are not those that"):
+    with pytest.raises(ValueError, match="the inputs differ from those of"):
         fit(settings, folder / "changed", resume=True)
     assert json.loads((folder / "changed" / "run.json").read_text())["data"]["rows"] == 300

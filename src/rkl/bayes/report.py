@@ -171,12 +171,12 @@ def _numbers(
 
 
 def _section(title: str, it: Shown) -> "Section":
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     numbers = sum(map(len, it.labels.values()))
     blocks: list[Block | Table] = [
         it.act,
-        drawn(
+        figure_block(
             "The posterior, and what is reported of it",
             _figure(it.marginals, it.comparison.acts, it.shaded, it.labels),
             "Grey: the draws of each parameter. Lines: the estimates. Shaded: the values that "
@@ -194,7 +194,7 @@ def _section(title: str, it: Shown) -> "Section":
 def _bars(table: Table) -> list["Block"]:
     """What each estimate loses beyond the least, under each loss."""
     from rkl.plots import bars
-    from rkl.report import drawn
+    from rkl.report import figure_block
 
     blocks = []
     for place, column in enumerate(table.columns):
@@ -211,7 +211,7 @@ def _bars(table: Table) -> list["Block"]:
             title = column[0].upper() + column[1:]
             drawing = bars(values, errors=errors, label=column)
             caption = "What each estimate loses beyond the best under this loss: less is better."
-            blocks.append(drawn(title, drawing, caption))
+            blocks.append(figure_block(title, drawing, caption))
     return blocks
 
 

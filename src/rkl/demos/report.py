@@ -231,7 +231,7 @@ def _with_first(sections: "list[Section]", block: "Block | Table") -> "list[Sect
 def _training(whole: Run, students: Sequence[str], before: str) -> "Section":
     """The curves of the students, and of the models they come from where those were trained."""
     from rkl import plots
-    from rkl.report import drawn
+    from rkl.report import figure_block
 
     (section,) = training_section({name: Run(whole.path / name).metrics for name in students})
     rows = {name: Run(whole.path / name).metrics for name in ("teacher", before)}
@@ -239,13 +239,13 @@ def _training(whole: Run, students: Sequence[str], before: str) -> "Section":
     if not curves:
         return section
     drawing = plots.training_curves(curves, label="cross-entropy (nats per token)")
-    block = drawn("Before that, on the text itself", drawing, _BEFORE_SAYS)
+    block = figure_block("Before that, on the text itself", drawing, _BEFORE_SAYS)
     return replace(section, blocks=[*section.blocks, block])
 
 
 def _head_tail(whole: Run, students: Sequence[str]) -> "Section":
     from rkl import plots
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     about = whole.record["watched"]
     seen = {name: it.numpy() for name, it in load_file(whole.path / WATCHED).items()}
@@ -255,7 +255,9 @@ def _head_tail(whole: Run, students: Sequence[str]) -> "Section":
         head = about["head"] if kind == "single" else None
         drawing = plots.head_tail(seen[f"teacher.{kind}"], curves, head=head)
         caption = _HEAD_TAIL_SAYS[kind].format(context=about["context"][-160:])
-        blocks.append(drawn(f"Head and tail: {title[0].lower()}{title[1:]}", drawing, caption))
+        blocks.append(
+            figure_block(f"Head and tail: {title[0].lower()}{title[1:]}", drawing, caption)
+        )
     return Section("Head and tail", _HEAD_TAIL, blocks)
 
 

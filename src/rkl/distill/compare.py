@@ -180,14 +180,16 @@ class Evaluations:
     def sections(self) -> list["Section"]:
         """The results as sections of a report: the table, then the figures."""
         from rkl import plots
-        from rkl.report import Section, drawn
+        from rkl.report import Section, figure_block
 
         curve = plots.precision_recall(**self.precision_recall())
-        figures = [drawn("Precision and recall of the students", curve, _CURVE_SAYS)]
+        figures = [figure_block("Precision and recall of the students", curve, _CURVE_SAYS)]
         for name in ("forward-kl", "reverse-kl"):
             if all(name in result["divergences"] for result in self.results.values()):
                 drawing = plots.divergence_by_rank(**self.divergence_by_rank(name))
-                figures.append(drawn(f"{name} by rank under the teacher", drawing, _RANKS_SAY))
+                figures.append(
+                    figure_block(f"{name} by rank under the teacher", drawing, _RANKS_SAY)
+                )
         return [Section("Held-out evaluation", blocks=[*self.tables(), *figures])]
 
 

@@ -85,7 +85,7 @@ def report_runs(
 def training_section(metrics: Mapping[str, Logged]) -> list["Section"]:
     """The curves of what the runs logged; none where they logged nothing that is drawn."""
     from rkl import plots
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     figures = []
     for key, (title, caption, label) in _CURVES.items():
@@ -94,7 +94,7 @@ def training_section(metrics: Mapping[str, Logged]) -> list["Section"]:
             continue
         longest = max(len(steps) for steps, _ in curves.values())
         drawing = plots.training_curves(curves, label=label, window=max(1, longest // 20))
-        figures.append(drawn(title, drawing, caption))
+        figures.append(figure_block(title, drawing, caption))
     return [Section("Training", blocks=figures)] if figures else []
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, Geometric
 from torch.func import grad
 
-from rkl.checks import floats, number, shown
+from rkl.checks import floats, number, short_repr
 
 _FAR, _END = 16.0, 600.0  # log-ratios between which a control variate is integrated
 _NO_MASS = -745.0  # the logarithm of what is 0 in double precision
@@ -218,7 +218,7 @@ class Divergence(abc.ABC):
         return bool(self(logp, logp.flip(-1), labels).isfinite())
 
     def __rmul__(self, weight: float) -> "Divergence":
-        number("the weight", weight, above=0, what=f" in {shown(weight)} * {self}")
+        number("the weight", weight, above=0, what=f" in {short_repr(weight)} * {self}")
         return combine(*((weight * w, term) for w, term in weighted_terms(self)))
 
     def __add__(self, other: "Divergence") -> "Divergence":

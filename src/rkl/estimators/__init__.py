@@ -298,7 +298,7 @@ def _draw_ratios(p: Sampled, q, chunk: int | None) -> Iterator[tuple]:
             pair: Any = _pair(p, parameters, rows)
             drawn, products = pair
             shape = _shape(q)
-            logq = shape.cooled(shape.at_one(products)).log_softmax(-1)
+            logq = shape.at_temperature(shape.at_one(products)).log_softmax(-1)
             ratio = (logq.gather(-1, drawn.index) - drawn.logp).to(widest(logq))
             yield ratio, drawn.share.to(ratio.dtype) * drawn.index.shape[-1], logq.dtype
 

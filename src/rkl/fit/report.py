@@ -56,13 +56,13 @@ def _samples(
 ) -> "Section":
     from rkl import plots
     from rkl.plots.lattices import planes
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     sides = {"held out": real, "flow": fake}
     blocks: list[Block] = []
     if fake.shape[1] == 2:
         panels = {name: it.numpy() for name, it in sides.items() if it is not None}
-        blocks.append(drawn("Samples", planes(panels, columns=2), "On one scale."))
+        blocks.append(figure_block("Samples", planes(panels, columns=2), "On one scale."))
     if real is None or measured is None:
         return Section("Samples", _GONE if real is None else _FEW.format(len(real)), blocks)
     one, other = (real, fake) if free is None else free
@@ -78,7 +78,7 @@ def _samples(
         bands={"flow": (low, high)},
         between=("data", "flow"),
     )
-    drawings = [drawn("Precision against recall, over all slopes", drawing, _CURVE_SAYS)]
+    drawings = [figure_block("Precision against recall, over all slopes", drawing, _CURVE_SAYS)]
     if caught:  # too few clusters hold real samples
         drawings = []
     notes = f"{measured.about}.", *measured.notes
@@ -94,28 +94,30 @@ def _samples(
 
 def _training(metrics: Rows) -> "Section":
     from rkl import plots
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     blocks = []
     for name, (title, label) in _TRACES.items():
         pairs = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
         if pairs:
             curve = [it[0] for it in pairs], [it[1] for it in pairs]
-            blocks.append(drawn(title, plots.training_curves({name: curve}, label=label)))
+            blocks.append(figure_block(title, plots.training_curves({name: curve}, label=label)))
     return Section("Training", blocks=blocks)
 
 
 def _spectrum(name: str, divergence: FDivergence) -> "Section":
     from rkl.metrics.precision_recall import pr_spectrum
     from rkl.plots.trade_offs import spectrum
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     slopes = torch.logspace(-2, 2, 81, dtype=torch.float64)
     found = pr_spectrum(divergence, slopes)
     weights = (found.density * slopes * slopes.clamp_max(1.0)).numpy()
     atoms = list(zip(found.atom_slopes.tolist(), found.atom_weights.tolist(), strict=True))
     figure = spectrum(slopes.numpy(), {name: weights}, atoms={name: atoms})
-    return Section("Where the divergence looks", blocks=[drawn("Its spectrum", figure, _LOOKS)])
+    return Section(
+        "Where the divergence looks", blocks=[figure_block("Its spectrum", figure, _LOOKS)]
+    )
 
 
 _TRACES = {

@@ -31,10 +31,10 @@ class FlowComparison:
     def page(self) -> str:
         """The tables, the course of training and the settings as HTML."""
         from rkl import plots
-        from rkl.report import Section, Settings, drawn, render
+        from rkl.report import Section, Settings, figure_block, render
 
         figures = [
-            drawn(label, plots.training_curves(dict(curves), label=label))
+            figure_block(label, plots.training_curves(dict(curves), label=label))
             for label, curves in self.curves.items()
         ]
         sections: list[Section] = [Section("Figures", blocks=self.tables)]

@@ -1,6 +1,6 @@
 """One function per figure: arrays in, a matplotlib Figure out; :func:`to_svg` for a page.
 
-Nothing here touches pyplot or leaves a setting behind. A run keeps its colour, dash and
+Nothing here uses pyplot or changes a global setting. A run keeps its colour, dash and
 marker from one figure to the next as long as the runs come in the same order. Colours,
 text and grid are CSS variables in the SVG, so that one drawing reads on a light page and
 on a dark one.
@@ -58,12 +58,12 @@ def training_curves(
     window: int = 1,
     logarithmic: bool = False,
 ) -> Figure:
-    """What each run minimised, or anything else it logged, against the step.
+    """The loss of each run, or any other logged figure, against the step.
 
     Args:
         runs: Under each run's name, its steps and its values, equally long. A value that
             is not finite leaves a gap.
-        label: What the values are, with their unit.
+        label: Name of the values, with their unit.
         window: Number of values in the running mean that is drawn in front; the values
             themselves are then drawn pale behind it.
         logarithmic: Whether the values are on a logarithmic axis.
@@ -145,14 +145,14 @@ def divergence_by_rank(
     errors: Mapping[str, ArrayLike] | None = None,
     label: str = "divergence (nats per token)",
 ) -> Figure:
-    """Where along the teacher's ranking each student's divergence arises.
+    """Share of each student's divergence by the teacher's rank of the token.
 
     Args:
         edges: Bin i holds the ranks ``edges[i]`` up to but without ``edges[i + 1]``,
             counted from 0; the axis counts from 1.
         students: Under each student's name, one value per bin.
         errors: Standard errors, likewise.
-        label: What the values are, with their unit.
+        label: Name of the values, with their unit.
     """
     ranks = _array("edges", edges)
     if len(ranks) < 2 or not np.all(np.diff(ranks) > 0):
@@ -189,7 +189,7 @@ def precision_recall(
         students: Under each student's name, its precision alpha and its recall beta, one
             pair per slope.
         bands: Lower and upper precision at the same slopes, where known.
-        between: What the two laws are called, the target first.
+        between: Names of the two distributions, the target first.
     """
     _refuse_empty("students", students)
     figure, axes = one_panel(height=402)
@@ -217,13 +217,13 @@ def head_tail_by_step(
     *,
     label: str = "gap Σ |p − q|",
 ) -> Figure:
-    """How fast each run fits the teacher's head, and how fast its tail.
+    """Gap of each run over the teacher's head and over its tail, by the step.
 
     Args:
         steps: The steps, [steps].
         runs: Under each run's name, its gap over the head and its gap over the tail at
             each step.
-        label: What a gap is, with its unit if it has one.
+        label: Name of a gap, with its unit if it has one.
     """
     x = _array("steps", steps)
     _refuse_empty("runs", runs)
@@ -256,7 +256,7 @@ def bars(
     Args:
         values: Under each run's name, its number; one that is not finite is written out.
         errors: Standard errors, where known.
-        label: What the numbers are, with their unit.
+        label: Name of the numbers, with their unit.
         reference: Name and value of a line to compare with, such as the teacher's.
     """
     _refuse_empty("values", values)
@@ -325,7 +325,6 @@ def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float6
 def _panel(
     axes: Axes, p: NDArray[np.float64], q: NDArray[np.float64], i: int, logarithmic: bool
 ) -> tuple[Line2D, Line2D]:
-    """One teacher and one student over the ranks; their lines."""
     rank, p_mean = _bin_means(p, logarithmic)
     axes.fill_between(rank, p_mean, color=INK, alpha=0.15, linewidth=0)
     (teacher,) = axes.plot(rank, p_mean, color=INK, linewidth=1.2)
@@ -347,7 +346,7 @@ def _bin_means(
 
 
 def _rank(edge: float) -> str:
-    """The first rank of a bin, counted from 1, in three letters or so, which its tick has."""
+    """The first rank of a bin, counted from 1, short enough for a tick."""
     if edge < 1000:
         return f"{edge + 1:.0f}"
     return f"{edge / 1000:.2g}k" if edge < 1e4 else f"{edge / 1000:.0f}k"

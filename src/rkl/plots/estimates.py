@@ -1,4 +1,4 @@
-"""Estimates that should come closer to the truth as the data grow."""
+"""Estimates that approach the truth as the data grow."""
 
 from collections.abc import Mapping
 
@@ -35,16 +35,16 @@ def estimates(
 ) -> Figure:
     """Estimates against the size of the data: a panel per prior, a line per estimator.
 
-    An estimator keeps its line from panel to panel. Where two lines lie on one another, the later
-    one is drawn narrower, so that both are seen.
+    An estimator keeps its line from panel to panel. Later lines are narrower: of two lines at the
+    same place both are visible.
 
     Args:
         panels: Under each panel's title and each estimator's name, the sizes, the mean estimate
             at each of them and the half-width of a band about it.
         truth: A dashed line.
-        label: What is estimated, with its unit.
-        sizes: What the sizes count; their axis is logarithmic.
-        logarithmic: Whether that of the estimates is too.
+        label: Name of the estimate, with its unit.
+        sizes: Name of the sizes; their axis is logarithmic.
+        logarithmic: Whether the axis of the estimates is logarithmic too.
         columns: Panels side by side.
     """
     _refuse(panels, truth, columns)
@@ -96,10 +96,10 @@ def _check_series(argument: str, series: Series) -> list[np.ndarray]:
     if len(series) != 3:
         raise ValueError(f"{argument} must be sizes, means and bands; got {len(series)} of three.")
     try:
-        x, y, band = found = [np.asarray(it, dtype=np.float64) for it in series]
+        x, y, band = vectors = [np.asarray(it, dtype=np.float64) for it in series]
     except (TypeError, ValueError) as error:
         raise TypeError(f"{argument} must hold numbers: {error}.") from error
     if x.ndim != 1 or not x.size or not x.shape == y.shape == band.shape:
-        shapes = ", ".join(str(it.shape) for it in found)
+        shapes = ", ".join(str(it.shape) for it in vectors)
         raise ValueError(f"{argument} must hold three vectors of one length; got {shapes}.")
-    return found
+    return vectors

@@ -1,4 +1,4 @@
-"""What a sampler gives against temperature, its lattices of angles, and its points of a plane."""
+"""Estimates of samplers against temperature, lattices of angles, and points of a plane."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -76,25 +76,27 @@ def histograms(
     bins: int = 40,
     columns: int = 2,
 ) -> Figure:
-    """How often each value occurs, from several sources, a panel for each condition.
+    """Histograms of values from several sources, a panel for each condition.
 
     Args:
         panels: Under each panel's title and each source's name, the values; the first source
             is shaded, the others are outlines.
-        label: What the values are, with their unit.
+        label: Name of the values, with their unit.
         bins: Number of bins, the same for all sources of a panel.
         columns: Panels side by side.
     """
     figure, grid = _grid("panels", panels, columns, (285, 175))
     lines: dict[str, Any] = {}
     for axes, (title, panel) in zip(grid, panels.items(), strict=True):
-        values = {name: _vector(f"panels[{title!r}][{name!r}]", it) for name, it in panel.items()}
+        values = {
+            name: _vector(f"panels[{title!r}][{name!r}]", sample) for name, sample in panel.items()
+        }
         every = np.concatenate(list(values.values()))
         edges = np.linspace(every.min(), every.max() or 1.0, bins + 1)
         if edges[0] == edges[-1]:
             edges = np.linspace(edges[0] - 0.5, edges[0] + 0.5, bins + 1)
-        for i, (name, it) in enumerate(values.items()):
-            density = np.histogram(it, edges, density=True)[0]
+        for i, (name, sample) in enumerate(values.items()):
+            density = np.histogram(sample, edges, density=True)[0]
             shaded = {"fill": True, "alpha": 0.22, "color": INK}
             outline = {"color": colour(i - 1), "linewidth": 1.5}
             lines[name] = axes.stairs(density, edges, **(outline if i else shaded))
@@ -166,13 +168,13 @@ def planes(
         columns: Panels side by side.
     """
     figure, grid = _grid("panels", panels, columns, (200, 200))
-    points = {name: _points(f"panels[{name!r}]", it) for name, it in panels.items()}
+    points = {name: _points(f"panels[{name!r}]", sample) for name, sample in panels.items()}
     every = np.concatenate([*points.values(), *map(np.asarray, (marks or {}).values())])
     low, high = np.quantile(every, 0.002), np.quantile(every, 0.998)
     margin = 0.06 * (high - low)
-    for i, (axes, (title, it)) in enumerate(zip(grid, points.items(), strict=True)):
+    for i, (axes, (title, sample)) in enumerate(zip(grid, points.items(), strict=True)):
         hue_of = INK if i == 0 else colour(i - 1)
-        axes.scatter(*it.T, s=2.0, color=hue_of, alpha=0.35, linewidths=0, rasterized=True)
+        axes.scatter(*sample.T, s=2.0, color=hue_of, alpha=0.35, linewidths=0, rasterized=True)
         if marks and title in marks:
             cross = _points(f"marks[{title!r}]", marks[title])
             axes.plot(*cross.T, "x", color=INK, markersize=9, markeredgewidth=2)
@@ -215,7 +217,7 @@ _TO_RGB = np.array(
 
 
 def _key(axes: Axes) -> None:
-    """The wheel itself: which hue is which angle."""
+    """The colour wheel as a legend."""
     across = np.linspace(-1, 1, 121)
     x, y = np.meshgrid(across, -across)
     radius = np.hypot(x, y)
@@ -224,8 +226,8 @@ def _key(axes: Axes) -> None:
     axes.imshow(pixels, extent=(-1, 1, -1, 1))
     for text, angle in (("0", 0.0), ("π/2", 0.5), ("π", 1.0), ("−π/2", 1.5)):
         at = 0.36 * np.array([np.cos(np.pi * angle), np.sin(np.pi * angle)])
-        said = axes.text(at[0], at[1], text, ha="center", va="center", fontsize=10)
-        said.set_in_layout(False)
+        drawn_text = axes.text(at[0], at[1], text, ha="center", va="center", fontsize=10)
+        drawn_text.set_in_layout(False)
     axes.set_title("hue: the angle")
     _bare(axes)
 
@@ -254,7 +256,6 @@ def _grid(argument: str, panels: Any, columns: int, size: tuple[int, int]):
 
 
 def _label_below(grid: list[Axes], columns: int, label: str) -> None:
-    """Name the horizontal axis under the last panel of each column."""
     for axes in grid[-min(columns, len(grid)) :]:
         axes.set_xlabel(label)
     for axes in grid:
@@ -264,10 +265,10 @@ def _label_below(grid: list[Axes], columns: int, label: str) -> None:
 def _series(argument: str, series: Any) -> list[NDArray[np.float64]]:
     if len(series) != 3:
         raise ValueError(f"{argument} must be conditions, values and errors; got {len(series)}.")
-    found = [_vector(argument, it) for it in series]
-    if len({len(it) for it in found}) != 1:
-        raise ValueError(f"{argument} must be equally long; got {[len(it) for it in found]}.")
-    return [np.where(np.isfinite(it), it, np.nan) for it in found]
+    vectors = [_vector(argument, it) for it in series]
+    if len({len(it) for it in vectors}) != 1:
+        raise ValueError(f"{argument} must be equally long; got {[len(it) for it in vectors]}.")
+    return [np.where(np.isfinite(it), it, np.nan) for it in vectors]
 
 
 def _vector(argument: str, values: ArrayLike) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The figure of a posterior and of what is reported of it."""
+"""Figure of a posterior with the estimates and the credible region."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,7 +68,6 @@ def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 
 def _draw_density(axes: Axes, name: str, values: NDArray[np.float64]) -> tuple[float, float]:
-    """Draw the density of one parameter, and say over what range."""
     finite = values[np.isfinite(values)]
     if not len(finite):
         raise ValueError(f"draws[{name!r}] must hold finite numbers; got none.")

@@ -1,4 +1,4 @@
-"""Where models stand between precision and recall, and what they draw."""
+"""Precision and recall of models, and their samples."""
 
 import math
 from collections.abc import Mapping
@@ -33,8 +33,8 @@ def operating_points(
 
     Args:
         points: Under each model's name its recall and its precision, each with its error.
-        recall: What the horizontal axis shows.
-        precision: What the vertical one does.
+        recall: Label of the horizontal axis.
+        precision: Label of the vertical axis.
         hollow: Names whose marker is drawn hollow.
     """
     if not points:
@@ -66,10 +66,10 @@ def operating_points(
 
 @rc_context(STYLE)
 def clouds(panels: Mapping[str, ArrayLike], *, columns: int = 3, reach: float = 3.0) -> Figure:
-    """Points of the plane, a panel per law.
+    """Points of the plane, a panel per distribution.
 
     Args:
-        panels: Under each law's name, its points [points, 2].
+        panels: Under each distribution's name, its points [points, 2].
         columns: Panels side by side.
         reach: Half the side of each panel.
     """
@@ -88,10 +88,10 @@ def clouds(panels: Mapping[str, ArrayLike], *, columns: int = 3, reach: float = 
 
 @rc_context(STYLE)
 def montages(panels: Mapping[str, ArrayLike], *, columns: int = 3, across: int = 6) -> Figure:
-    """Pictures, a montage per law, dark ink on light.
+    """Pictures, a montage per distribution, dark ink on light.
 
     Args:
-        panels: Under each law's name, its pictures [pictures, height, width].
+        panels: Under each distribution's name, its pictures [pictures, height, width].
         columns: Montages side by side.
         across: Pictures in a row of one.
     """
@@ -116,7 +116,7 @@ def montages(panels: Mapping[str, ArrayLike], *, columns: int = 3, across: int =
 
 def _grid(panels: Mapping[str, ArrayLike], columns: int, side: int) -> tuple[Figure, np.ndarray]:
     if not panels:
-        raise ValueError("panels is empty; a figure needs at least one law.")
+        raise ValueError("panels is empty; a figure needs at least one distribution.")
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     lines = max(wrap(name, 26).count("\n") for name in panels)

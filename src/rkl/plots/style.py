@@ -1,4 +1,4 @@
-"""How our figures look: colours, dashes, sizes, legends and the labels of their axes."""
+"""Style of the figures: colours, dashes, sizes, legends and the labels of axes."""
 
 import textwrap
 from collections.abc import Mapping
@@ -79,7 +79,7 @@ def step_axis(axes: Axes) -> None:
 
 
 def legend(figure: Figure, lines: Mapping[str, Any]) -> None:
-    """The runs' names above the axes, in as many columns as the longest name leaves room for."""
+    """The runs' names above the axes, in as many columns as fit."""
     labels = [wrap(name, 44) for name in lines]
     longest = max(len(part) for label in labels for part in label.split("\n"))
     columns = max(1, int(figure.get_figwidth() * 72 / 6.8 / (longest + 8)))  # 8: the line drawn
@@ -90,7 +90,7 @@ def legend(figure: Figure, lines: Mapping[str, Any]) -> None:
 
 
 def wrap(name: str, width: int) -> str:
-    """The name in lines that its figure has room for; an empty one as a blank."""
+    """The name broken into lines that fit the figure; an empty one as a blank."""
     return textwrap.fill(name, width, break_on_hyphens=False) or " "
 
 

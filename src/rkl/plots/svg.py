@@ -13,7 +13,7 @@ from rkl.plots.style import GRID, INK, PALETTE
 
 
 def to_svg(figure: Figure, title: str) -> str:
-    """The figure as an ``<svg>`` element to put into a page; the same bytes every time.
+    """The figure as an ``<svg>`` element for a page; the same bytes every time.
 
     Transparent, as wide as its container between 0.9 and 1.35 of its own width, text in
     the page's own font. Text takes the page's colour; a page may set the variables
@@ -21,7 +21,7 @@ def to_svg(figure: Figure, title: str) -> str:
 
     Args:
         figure: A figure of this module.
-        title: What a screen reader says.
+        title: Title for screen readers.
     """
     buffer = StringIO()
     salt = hashlib.sha256(title.encode()).hexdigest()
@@ -39,20 +39,20 @@ def to_svg(figure: Figure, title: str) -> str:
 
 
 def _bare(svg: str) -> str:
-    """What is inside matplotlib's ``<svg>``, without ids nobody refers to and its style sheet.
+    """The content of matplotlib's ``<svg>`` without its style sheet and unused ids.
 
-    The style sheet and ids such as ``axes_1`` would otherwise reach the rest of the page.
+    Both would otherwise affect the rest of the page.
     """
     svg = svg[svg.index(">", svg.index("<svg")) + 1 :].replace("xlink:href", "href")
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", svg)
     return re.sub(r"\n\s*", "\n", svg)
 
 
 def _with_theme_colours(svg: str) -> str:
-    """The stand-in colours and the font replaced by what the page says."""
+    """Replace the stand-in colours and the font by variables of the page."""
     colours = {INK: "currentColor", GRID: "var(--figure-grid, #8886)"}
     colours |= {hue: f"var(--series-{i}, {hue})" for i, hue in enumerate(PALETTE, start=1)}
-    svg = re.sub('#[0-9a-f]{6}(?=[;"])', lambda found: colours.get(found[0], found[0]), svg)
+    svg = re.sub('#[0-9a-f]{6}(?=[;"])', lambda match: colours.get(match[0], match[0]), svg)
     return svg.replace("font-family: 'DejaVu Sans'", "font-family: var(--figure-font, sans-serif)")

@@ -1,4 +1,4 @@
-"""At which trade-off between precision and recall a divergence looks."""
+"""Weight of a divergence over the trade-offs between precision and recall."""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,8 +22,8 @@ def spectrum(
     Args:
         slopes: Rising slopes λ of the precision-recall curve; the axis is logarithmic.
         weights: Under each divergence's name its weight at each slope, per octave of λ and as
-            a share of what laws that have nothing in common would be charged.
-        atoms: Under a name, slope and weight of single slopes that it charges for; they are
+            a share of the divergence between distributions with disjoint supports.
+        atoms: Under a name, slope and weight of its single slopes; they are
             drawn to the height of the largest.
     """
     x = _vector("slopes", slopes)

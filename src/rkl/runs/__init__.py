@@ -1,9 +1,9 @@
-"""The run folder, the same for every wing: atomic writes, run.json, resume, fingerprints, load.
+"""The run folder of every wing: atomic writes, run.json, resume, fingerprints, load.
 
 A run is a folder: ``run.json`` (kind, every setting, versions, seed, fingerprint of the data,
-status), ``metrics.jsonl``, weights in safetensors, ``rows.bin`` (which rows it was trained on).
-Every file is written to a temporary name beside it, flushed to the disk and then renamed, so
-that a process killed at any moment leaves the old file or the new one, never half of one.
+status), ``metrics.jsonl``, weights in safetensors, ``rows.bin`` (digests of the rows it was
+trained on). Every file is written to a temporary name beside it, flushed to the disk and then
+renamed: a process killed at any moment leaves the old file or the new one, never half of one.
 """
 
 import contextlib
@@ -136,7 +136,7 @@ def row_fingerprint(row: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder on the disk; what it says is read when asked, never remembered.
+    """A run folder on the disk. Every property reads the files anew.
 
     Args:
         path: The folder.
@@ -164,14 +164,14 @@ class Run:
         Args:
             out: The folder. One that holds anything is refused unless the next two say more.
             kind: The module below ``rkl`` that can load, evaluate and report the run.
-            settings: All that would be needed to run it again, as JSON can write it.
-            seed: What the random numbers start from.
-            overwrite: Empties the folder first, if it holds a run and so is ours to empty.
-            resume: Goes on with the run there, of the same kind and settings; begins it where
+            settings: Every setting of the run, as values that JSON can write.
+            seed: Random seed.
+            overwrite: Empty the folder first, if it holds a run.
+            resume: Continue the run there, of the same kind and settings; begin it where
                 the folder is missing or empty, as after a crash in its first moments.
-            may_change: Settings in which the resumed run may differ from the one before.
-            upgrade: What turns the settings of a run that an earlier rkl began into those of
-                today; by default they are compared as they are.
+            may_change: Names of the settings that a resumed run may change.
+            upgrade: Function from the settings of a run of an earlier rkl to today's settings;
+                by default they are compared as they are.
         """
         path = Path(out)
         record = _new_record(kind, settings, seed)
@@ -217,7 +217,7 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What run.json says."""
+        """The contents of run.json."""
         return _read_record(self.path)
 
     @property
@@ -227,7 +227,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings it was begun with."""
+        """Settings with which the run was created."""
         return self.record["settings"]
 
     @property
@@ -238,44 +238,44 @@ class Run:
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
-        """What rkl wrote into the folder: ``{name: {"sha256": ..., "size": ...}}``.
+        """Files that rkl wrote into the folder: ``{name: {"sha256": ..., "size": ...}}``.
 
-        The names are relative to the folder, with slashes. Both values are None where nobody has
-        measured the file since it was written. Of a run from before run.json listed its files,
-        the names are those that rkl is known to write.
+        The names are relative to the folder, with slashes. Both values are None for a file that
+        was not measured after it was written. Where an older run.json lists no files, the names
+        are those that rkl writes into a run of this kind.
         """
-        found = file_entries(self.record)
-        return dict.fromkeys(written_files(self.path), no_digest()) if found is None else found
+        listed = file_entries(self.record)
+        return dict.fromkeys(written_files(self.path), no_digest()) if listed is None else listed
 
     def update(self, **entries: Any) -> None:
-        """Set entries of run.json, atomically, and leave what others set meanwhile."""
+        """Set entries of run.json, atomically; entries that others set meanwhile stay."""
         with writers.updating(self.path):
             write_json(self.path / "run.json", self.record | entries)
 
     def record_files(self, files: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> None:
         """List files in run.json as written by rkl, so that --overwrite may remove them.
 
-        Whoever writes into a run that this process created need not call it: the helpers of
+        Files in a run that this process created need no call: the helpers of
         :mod:`rkl.runs` list each file before it takes its name, without a digest. Call it for a
-        file that is written beside a run, as an evaluation is, before the file is written; and
-        with digests, once a file is there to stay.
+        file that is written into a finished run, such as an evaluation, before the file is
+        written; and with digests, once the file is final.
 
         Args:
-            files: Names relative to the folder, with slashes; or for each name what is known of
-                the file, ``{"sha256": hexadecimal digits, "size": bytes}``, which holds until it
-                is written again.
+            files: Names relative to the folder, with slashes; or, for each name, its
+                ``{"sha256": hexadecimal digits, "size": bytes}``, valid until the file is
+                written again.
         """
-        known = files if isinstance(files, Mapping) else {}
-        entries = {str(name): {**no_digest(), **known.get(name, {})} for name in files}
+        digests = files if isinstance(files, Mapping) else {}
+        entries = {str(name): {**no_digest(), **digests.get(name, {})} for name in files}
         with writers.updating(self.path):
             merged = self.files | entries
             record = self.record | {"files": dict(sorted(merged.items()))}
             write_json(self.path / "run.json", record)
         if (writer := self._writer) is not None:
-            writer.names -= known.keys()
+            writer.names -= digests.keys()
 
     def forget_missing_files(self) -> None:
-        """Take from the list in run.json whatever is no longer in the folder."""
+        """Remove the files that are no longer in the folder from the list in run.json."""
         with writers.updating(self.path):
             there = {name: it for name, it in self.files.items() if (self.path / name).is_file()}
             if there != file_entries(self.record):
@@ -284,33 +284,33 @@ class Run:
             writer.names &= there.keys()
 
     def measure_files(self, names: Iterable[str] | None = None) -> None:
-        """Take the digests of files into run.json, as they are on the disk now.
+        """Write the digests of files, as they are on the disk now, into run.json.
 
         Args:
-            names: Which, relative to the folder; by default all listed without a digest.
+            names: Names relative to the folder; by default all listed without a digest.
         """
         with writers.updating(self.path):
-            known = self.files
+            listed = self.files
             chosen = (
-                [it for it in known if not known[it].get("sha256")] if names is None else names
+                [it for it in listed if not listed[it].get("sha256")] if names is None else names
             )
             there = [it for it in chosen if _is_settled(it) and (self.path / it).is_file()]
-            found = {it: integrity.measure(self.path / it, remembered=False) for it in there}
-            if not found:
+            measured = {it: integrity.measure(self.path / it, remembered=False) for it in there}
+            if not measured:
                 return
-            merged = dict(sorted({**known, **found}.items()))
+            merged = dict(sorted({**listed, **measured}.items()))
             write_json(self.path / "run.json", self.record | {"files": merged})
         if (writer := self._writer) is not None:
-            writer.names -= found.keys()
+            writer.names -= measured.keys()
 
     def check_files(self, *patterns: str) -> None:
-        """Refuse files that are not as rkl wrote them, of those that one of the patterns fits.
+        """Refuse files that match one of the patterns and differ from what rkl wrote.
 
-        A digest of a large file that was taken before serves as long as size and times of the
-        file are the same; :meth:`verify` reads everything.
+        The cached digest of a large file is valid while its size and times are the
+        same; :meth:`verify` reads everything.
 
         Raises:
-            ValueError: Naming them, with both digests.
+            ValueError: Some differ; each is named, with both digests.
         """
         fitting = {
             name: it
@@ -323,22 +323,21 @@ class Run:
         """Read every file that rkl wrote here, and compare it with its digest.
 
         Args:
-            missing: Whether a file that is gone is a fault, other than a checkpoint.
+            missing: Whether a missing file, other than a checkpoint, is a fault.
 
         Raises:
-            ValueError: Some are not as rkl wrote them; each is named, with both digests.
+            ValueError: Some differ from what rkl wrote; each is named, with both digests.
         """
         files = self.files
         file_entries = {name: it for name, it in files.items() if _is_settled(name)}
-        found = integrity.check_files(self.path, file_entries, missing=missing)
+        verified = integrity.check_files(self.path, file_entries, missing=missing)
         for name in files.keys() - file_entries.keys() - {"run.json"}:  # of runs within
             if (self.path / name).is_file():
-                found += Run((self.path / name).parent).verify(missing=missing)
-        return found
+                verified += Run((self.path / name).parent).verify(missing=missing)
+        return verified
 
     @property
     def _writer(self) -> writers.Writer | None:
-        """The lock on this run, if this process holds it."""
         writer = writers.writer_of(self.path / "run.json")
         return writer if writer and writer.folder == self.path.resolve() else None
 
@@ -347,13 +346,13 @@ class Run:
         append_jsonl(self.path / "metrics.jsonl", row)
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics of later steps, which a run resumed at this one will log again."""
+        """Remove the metrics of later steps, which a run resumed at this step logs again."""
         rows = [row for row in self.metrics if row.get("step", 0) <= step]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomic(self.path / "metrics.jsonl", text)
 
     def remove_measured(self) -> None:
-        """Remove evaluation and report, which are not those of the weights that training makes.
+        """Remove evaluation and report, because training changes the weights.
 
         A file of that name that rkl did not write stays.
         """
@@ -363,9 +362,9 @@ class Run:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Keeps the status in run.json: running, then finished, or interrupted if this raises.
+        """Set the status in run.json: running, then finished, or interrupted if the block raises.
 
-        Then other processes may write the run again.
+        At the end the lock is released.
         """
         if (writer := self._writer) is not None:
             writer.active = True
@@ -386,12 +385,12 @@ class Run:
         self.update(status=status, ended=_now())
 
     def remember_rows(self, rows: Iterable[Any]) -> None:
-        """Note down which rows were trained on, eight bytes each, for :meth:`count_seen`."""
+        """Record the digests of training rows, eight bytes each, for :meth:`count_seen`."""
         digests = sorted({row_fingerprint(row) for row in rows})
         write_atomic(self.path / "rows.bin", b"".join(digests))
 
     def count_seen(self, rows: Iterable[Any]) -> int:
-        """How many of these rows the run was trained on."""
+        """Number of these rows that the run was trained on."""
         path = self.path / "rows.bin"
         stored = path.read_bytes() if path.exists() else b""
         digests = [stored[i : i + ROW_BYTES] for i in range(0, len(stored), ROW_BYTES)]
@@ -428,7 +427,7 @@ class Run:
 
 
 def measure_written(folder: Path) -> None:
-    """Take the digests of all files in a folder into run.json of the run being written there."""
+    """Write the digests of all files in a folder into run.json of the run being written there."""
     if (writer := writers.writer_of(folder / "any")) is not None:
         place = folder.resolve().relative_to(writer.folder).as_posix()
         run = Run(writer.folder)
@@ -443,21 +442,21 @@ def check_out(
     resumable: bool = True,
     inputs: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Refuse a folder that no run can be written to as asked; nothing is written.
+    """Refuse a folder to which a run cannot be written; nothing is written.
 
     Args:
         out: The folder.
-        overwrite: Whether a run there is to be replaced.
-        resume: Whether it is to go on.
-        resumable: Whether the verb has --resume, which a refusal may then propose.
-        inputs: What the run will read, by the name of the argument. None of it may lie in the
-            folder, nor may the folder lie in one of these; a run that goes on harms neither.
+        overwrite: Whether to replace a run there.
+        resume: Whether to continue a run there.
+        resumable: Whether the verb has --resume, which a refusal then proposes.
+        inputs: Files and folders that the run reads, by the name of the argument. None may lie
+            in the folder, nor the folder in one of them, except when a run is resumed.
 
     Returns:
         Whether there is something in the folder.
 
     Raises:
-        FileExistsError: It is no folder, holds a run and nothing says what to do with it, holds
+        FileExistsError: It is no folder, holds a run without overwrite or resume, holds
             files that rkl did not write, or is being written by another process.
         FileNotFoundError: It holds something, but no run.
         ValueError: It holds an input, or lies in one.
@@ -476,7 +475,7 @@ def check_out(
     if begun and not (overwrite or resume):
         going_on = "--resume to go on with the run in it, " if resumable else ""
         raise FileExistsError(
-            f"out: {path} exists. Choose another folder, or say {going_on}--overwrite to replace "
+            f"out: {path} exists. Choose another folder, or use {going_on}--overwrite to replace "
             f"{'it' if resumable else 'the run in it'}."
         )
     if begun:
@@ -487,14 +486,14 @@ def check_out(
 
 
 def load(path: str | os.PathLike, *, allow: Collection[str] = (), verify: bool = False) -> Any:
-    """What a run made, as its wing gives it back: the student of a distillation, say.
+    """Result of a run: the student of a distillation, the flow of a fit, an estimate.
 
     Args:
         path: The folder of the run.
-        allow: What its ``run.json`` may have imported, each "module:name", such as a target of
-            your own; nothing by default, for importing a module runs its code.
-        verify: Whether all that rkl wrote into the folder is read and compared with its digests
-            first; what is loaded is compared in any case.
+        allow: Names that ``run.json`` may import, each "module:name", such as a target of
+            your own; none by default, because importing a module runs its code.
+        verify: Whether to compare all files that rkl wrote into the folder with their digests
+            first; files that are loaded are compared in any case.
 
     Raises:
         ValueError: A file is not as rkl wrote it.
@@ -506,14 +505,14 @@ def load(path: str | os.PathLike, *, allow: Collection[str] = (), verify: bool =
 
 
 def save(made: Any, path: str | os.PathLike) -> Path:
-    """Write what was made in Python into a folder, out of which :func:`load` gives it back.
+    """Write a fit made in Python into a folder, which :func:`load` reads.
 
     Args:
-        made: What a function of a wing returned, such as ``rkl.fit.fit_to_samples``.
+        made: Result of a function such as ``rkl.fit.fit_to_samples``.
         path: The folder, new or empty.
 
     Raises:
-        TypeError: Its wing has nothing that writes it.
+        TypeError: Results of this type cannot be saved.
     """
     wing = ".".join(type(made).__module__.split(".")[:2])
     write = getattr(importlib.import_module(wing), "save_run", None) if "rkl." in wing else None
@@ -525,19 +524,19 @@ def save(made: Any, path: str | os.PathLike) -> Path:
 
 
 def verb(name: str, *paths: str | os.PathLike) -> Any:
-    """What has this name in the wing that made the runs in these folders.
+    """Function of this name of the wing that made the runs in these folders.
 
     A run of kind "distill" is loaded by ``rkl.distill.load_run``, evaluated by
     ``rkl.distill.evaluate_run``: the name says where to look.
     """
     kinds = {path: Run.open(path).kind for path in paths}
     if len(set(kinds.values())) > 1:
-        found = ", ".join(f"{path} is of kind {kind!r}" for path, kind in kinds.items())
-        raise ValueError(f"paths must be runs of one kind; got: {found}.")
+        listed = ", ".join(f"{path} is of kind {kind!r}" for path, kind in kinds.items())
+        raise ValueError(f"paths must be runs of one kind; got: {listed}.")
     path, kind = kinds.popitem()
     if kind not in KINDS:
         raise ValueError(
-            f"path: {path} is a run of kind {kind!r}, which this rkl does not know; there are "
+            f"path: {path} is a run of kind {kind!r}, which this rkl does not have; there are "
             f"{', '.join(KINDS)}."
         )
     wing = importlib.import_module(f"rkl.{kind}")
@@ -574,12 +573,12 @@ def _new_record(kind: str, settings: Mapping[str, Any], seed: int) -> dict[str, 
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of what a run depends on most, none of it imported."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the main dependencies; nothing is imported."""
+    installed = {"python": platform.python_version()}
     for name in RECORDED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -592,9 +591,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(f"path: {path} is corrupt: it is nested too deeply.") from None
     except ValueError as error:
         raise ValueError(f"path: {path} is corrupt: {error}.") from None
-    known = isinstance(record, dict) and {"format", "kind", "settings", "seed"} <= record.keys()
-    known = known and isinstance(record["settings"], dict)
-    if not known or not isinstance(record["format"], int):
+    complete = isinstance(record, dict) and {"format", "kind", "settings", "seed"} <= record.keys()
+    complete = complete and isinstance(record["settings"], dict)
+    if not complete or not isinstance(record["format"], int):
         raise ValueError(
             f"path: {path} was not written by rkl: format, kind or settings are missing."
         )
@@ -617,12 +616,12 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _is_settled(name: str) -> bool:
-    """Whether a digest of a file can hold: run.json itself, and that of a run within, changes."""
+    """True if the digest of a file stays valid: run.json, and that of a run within, change."""
     return name.rpartition("/")[2] != "run.json"
 
 
 def _is_nothing(entry: Path) -> bool:
-    """Whether an entry of a folder is only what a killed process left."""
+    """True for what a killed process left behind."""
     return is_leftover(entry) or entry.name == LOCK
 
 

@@ -1,7 +1,7 @@
-"""Files and folders that are whole at any moment, whenever the process may be killed.
+"""Files and folders that are complete at any moment, even if the process is killed.
 
-What is written within a run that this process is writing is listed in its run.json before it
-takes its name, so that rkl always knows which files there are its own.
+A file within a run that this process is writing is listed in run.json before it takes its name:
+rkl can tell its own files from others at any moment.
 """
 
 import contextlib
@@ -45,11 +45,11 @@ _FULL_WORDS = {
 
 
 class DiskFullError(OSError):
-    """A file that could not be written, as there was no room for it; says which and where."""
+    """The disk or a quota is full; names the file."""
 
 
 def full_disk(error: BaseException | None) -> str | None:
-    """The limit of a disk that an exception, or one that led to it, ran into, in words."""
+    """Description of the limit that this exception, or one that led to it, ran into."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return _FULL[error.errno]
@@ -62,11 +62,11 @@ def full_disk(error: BaseException | None) -> str | None:
 
 @contextlib.contextmanager
 def needing_room(path: str | os.PathLike, size: int | None = None) -> Iterator[None]:
-    """Tell a full disk from other failures of the block, which writes to ``path``.
+    """Turn the errors of a full disk in the block into :class:`DiskFullError`.
 
     Args:
         path: The file or folder that is written.
-        size: Bytes that it takes, if known.
+        size: Its size in bytes, if known.
 
     Raises:
         DiskFullError: The block ran out of room; names the path, the free and the needed bytes.
@@ -86,14 +86,14 @@ def needing_room(path: str | os.PathLike, size: int | None = None) -> Iterator[N
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, size: int | None = None) -> Iterator[Path]:
-    """A temporary name for the block to write a file to, which then takes the name ``path``.
+    """Yield a temporary name for the block to write to, and rename the file to ``path``.
 
-    Whoever reads ``path``, at whatever moment, finds the old file or the new one. If the block
+    A reader of ``path`` finds the old file or the new one at any moment. If the block
     raises, the old one stays and nothing of the new one is left.
 
     Args:
         path: The file.
-        size: Its bytes, if known, for the message of a full disk.
+        size: Its size in bytes, if known, for the message of a full disk.
     """
     path = Path(path)
     _check_place(path)
@@ -115,7 +115,7 @@ def replacing(path: str | os.PathLike, size: int | None = None) -> Iterator[Path
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """The same for a folder: it is given empty, and flushed with all that the block put in it.
+    """Same as :func:`replacing` for a folder, which the block gets empty and which is flushed.
 
     No system call renames a folder over another, so an old one steps aside first; killed
     between the two renamings, :meth:`Run.create` brings it back when it resumes.
@@ -144,7 +144,7 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
-    """The same for files that join the others in a folder: each of them is whole at any moment."""
+    """Same as :func:`replacing` for several files of a folder, each complete at any moment."""
     temporary = _beside(Path(folder) / "files", "tmp")
     try:
         with _in_use(temporary), needing_room(folder):
@@ -165,17 +165,17 @@ def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_folder(path: str | os.PathLike) -> None:
-    """Remove a folder so that a crash leaves all of it or nothing that bears its name."""
+    """Remove a folder; a crash leaves all of it or nothing under its name."""
     doomed = _beside(Path(path), "tmp")
     os.replace(path, doomed)
     shutil.rmtree(doomed)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process had begun to write, and bring back what had stepped aside.
+    """Remove partial files of killed processes, and restore folders that were being replaced.
 
-    Temporary files of processes that are alive stay, those of an evaluation beside a training
-    for instance; on another machine all are taken for alive for a day.
+    Temporary files of living processes stay, such as those of an evaluation beside a training;
+    processes of another machine count as alive for a day.
     """
     for leftover in [path for path in folder.rglob(".*") if is_leftover(path)]:
         name, _token, ending = leftover.name[1:].rsplit(".", 2)
@@ -188,7 +188,7 @@ def sweep(folder: Path) -> None:
 
 
 def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of one."""
+    """Write a file; a crash leaves the old one or the new one, never half of one."""
     if not isinstance(data, bytes | str):
         raise TypeError(f"data must be text or bytes; got a {type(data).__name__}.")
     content = data.encode() if isinstance(data, str) else data
@@ -197,7 +197,7 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
 
 
 def cache_folder() -> Path | None:
-    """Where files of this user that may be deleted at any time belong; None if nowhere."""
+    """Folder for files of this user that may be deleted at any time; None if there is none."""
     place = os.environ.get("XDG_CACHE_HOME", "")
     try:
         base = Path(place) if os.path.isabs(place) else Path.home() / ".cache"
@@ -212,7 +212,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def append_jsonl(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
-    """Append one row to a file of JSON lines, in the place of a line torn by an earlier crash."""
+    """Append one row to a file of JSON lines, over an incomplete last line of an earlier crash."""
     line = as_json("row", row).encode() + b"\n"
     _check_place(Path(path))
     claim(Path(path))
@@ -226,7 +226,7 @@ def append_jsonl(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, without a last line torn by a crash."""
+    """Rows of a file of JSON lines, without a last line that a crash left incomplete."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: there is no file {path}.")
     *lines, _torn = Path(path).read_bytes().split(b"\n")
@@ -273,7 +273,6 @@ def as_json(argument: str, value: Any, **style: Any) -> str:
 
 
 def _check_place(path: Path) -> None:
-    """Refuse a name that no file can be written under."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {path.parent} for {path.name}.")
     if path.is_dir():
@@ -300,7 +299,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 @contextlib.contextmanager
 def _in_use(temporary: Path) -> Iterator[None]:
-    """Keep this process, too, from sweeping a file that it is writing, in another thread say."""
+    """Protect a temporary file from :func:`sweep` in other threads of this process."""
     name = os.path.abspath(temporary)
     _IN_USE.add(name)
     try:
@@ -310,13 +309,12 @@ def _in_use(temporary: Path) -> Iterator[None]:
 
 
 def _sweep_beside(path: Path) -> None:
-    """Remove what killed processes had begun to write under this very name."""
     start = f".{path.name}."
     with os.scandir(path.parent) as entries:
-        found = [
+        leftovers = [
             it.name for it in entries if it.name.startswith(start) and it.name.endswith("tmp")
         ]
-    for leftover in map(path.with_name, found):
+    for leftover in map(path.with_name, leftovers):
         ours = is_leftover(leftover) and leftover.name[1:].rsplit(".", 2)[0] == path.name
         if ours and leftover.is_file() and not _is_in_use(leftover, "tmp"):
             with contextlib.suppress(OSError):
@@ -324,7 +322,6 @@ def _sweep_beside(path: Path) -> None:
 
 
 def _is_in_use(leftover: Path, ending: str) -> bool:
-    """Whether the process that made a temporary file may still be writing it."""
     match = _LEFTOVER.fullmatch(leftover.name)
     if match is None or match["pid"] is None:
         return False
@@ -349,7 +346,7 @@ def _digits(text: str) -> str:
 
 
 def _process(pid: int) -> str | None:
-    """Tells a process from an earlier one of the same number by its start; None: it is gone."""
+    """Number and start time of a process, as numbers are used again; None if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
         fields = stat.rpartition(")")[2].split()
@@ -377,7 +374,7 @@ def _boot() -> str:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a killed process left this: no name of ours looks so."""
+    """True for the name of a temporary file, which no file of rkl has otherwise."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
@@ -395,7 +392,6 @@ def _permit(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

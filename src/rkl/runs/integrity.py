@@ -1,7 +1,7 @@
-"""What a run reads and writes, by content: sha256 of files and of values, compared by name.
+"""Inputs and outputs of a run by content: sha256 of files and of values, compared by name.
 
-Small files are hashed whenever they are checked. The digest of a file of :data:`REMEMBERED_FROM`
-bytes or more is remembered, for as long as its size, times and inode stay as they are.
+Small files are hashed whenever they are checked. The digest of a file of
+:data:`REMEMBERED_FROM` bytes or more is cached, valid while size, times and inode are the same.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ Input = dict[str, Any]
 
 
 def sha256_of(path: str | os.PathLike, *, remembered: bool = True) -> str:
-    """The sha256 of what is in a file, read in pieces.
+    """Digest sha256 of a file, read in pieces.
 
     Args:
         path: The file.
-        remembered: Whether a digest from an earlier process serves for a large file whose size,
-            times and inode are as they were. False reads the file.
+        remembered: Whether to take the cached digest of a large file whose size,
+            times and inode are unchanged. False reads the file.
 
     Raises:
         OSError: The file cannot be read.
@@ -44,20 +44,20 @@ def sha256_of(path: str | os.PathLike, *, remembered: bool = True) -> str:
     before = os.stat(path)
     large = before.st_size >= REMEMBERED_FROM
     place = os.path.realpath(path)
-    known = _read_memory().get(place) if large and remembered else None
-    if known is not None and known[:4] == _state_of(before):
-        return known[4]
+    cached = _read_memory().get(place) if large and remembered else None
+    if cached is not None and cached[:4] == _state_of(before):
+        return cached[4]
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file, _progress(place, before.st_size) as show:
         piece = memoryview(bytearray(_CHUNK))
         while count := file.readinto(piece):
             digest.update(piece[:count])
             show(count)
-    found = digest.hexdigest()
+    hexadecimal = digest.hexdigest()
     state = _state_of(after := os.stat(path))
     if large and state == _state_of(before) and time.time_ns() - after.st_mtime_ns > SETTLED:
-        _remember(place, [*state, found])
-    return found
+        _remember(place, [*state, hexadecimal])
+    return hexadecimal
 
 
 def measure(path: str | os.PathLike, *, remembered: bool = True) -> dict[str, Any]:
@@ -66,11 +66,11 @@ def measure(path: str | os.PathLike, *, remembered: bool = True) -> dict[str, An
 
 
 def values_of(source: str | os.PathLike | None, values: Iterable[Any], **more: Any) -> Input:
-    """The record of an input that is used as values, whatever file they came from.
+    """Record of an input that is used as values, independent of the file format.
 
     Args:
-        source: The file or folder that they were read from, if they were; or another name.
-        values: Text, bytes, arrays, tensors, or what JSON can write; their order counts.
+        source: The file or folder that they were read from, or another name.
+        values: Text, bytes, arrays, tensors, or values that JSON can write; the order counts.
         more: Further entries of the record; ``of`` says what the values are computed from, if
             they are no input by themselves.
     """
@@ -88,7 +88,7 @@ def files_of(source: str | os.PathLike, files: Mapping[str, Path], **more: Any) 
 
     Args:
         source: The folder or file, or the name, that was given.
-        files: Each file by the name that it is called by in messages.
+        files: Each file by its name in messages.
         more: Further entries of the record.
     """
     measured = {name: measure(path) for name, path in sorted(files.items())}
@@ -101,26 +101,26 @@ def files_of(source: str | os.PathLike, files: Mapping[str, Path], **more: Any) 
 
 
 def inputs_before(out: str | os.PathLike) -> dict[str, Input]:
-    """The inputs that the run in a folder was begun with.
+    """Inputs that the run in a folder was started with.
 
-    Empty where there is no run, or one from before run.json had their digests.
+    Empty where there is no run, or an older run.json without digests.
     """
     try:
-        found = json.loads(Path(out, "run.json").read_bytes())["inputs"]
+        inputs = json.loads(Path(out, "run.json").read_bytes())["inputs"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}  # of a folder that Run.create refuses, or begins
-    return found if isinstance(found, dict) else {}
+    return inputs if isinstance(inputs, dict) else {}
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What of a run was compared with its digests, which prints as one line.
+    """Result of comparing the files of a run with their digests; prints as one line.
 
     Attributes:
         path: The folder of the run.
         files: Number of files that were read and are as rkl wrote them.
-        size: Their bytes together.
-        unmeasured: Files of which no digest is known, by name.
+        size: Their total size in bytes.
+        unmeasured: Names of the files without a digest.
     """
 
     path: Path
@@ -136,8 +136,8 @@ class Verified:
     def __str__(self) -> str:
         line = f"Verified {self.files:,} files, {self.size:,} bytes, of {self.path}."
         if self.unmeasured:
-            few = ", ".join(self.unmeasured[:3]) + (" ..." if len(self.unmeasured) > 3 else "")
-            line += f" No digest is known of {len(self.unmeasured):,}: {few}."
+            names = ", ".join(self.unmeasured[:3]) + (" ..." if len(self.unmeasured) > 3 else "")
+            line += f" There is no digest of {len(self.unmeasured):,}: {names}."
         return line
 
 
@@ -152,28 +152,28 @@ def check_files(
 
     Args:
         folder: The run.
-        listed: What is known of each file, by name: ``{"sha256": ..., "size": ...}``.
-        remembered: Whether digests remembered from an earlier process serve for large files.
-        missing: Whether a file that is gone is a fault, other than a checkpoint.
+        listed: Entry of each file, by name: ``{"sha256": ..., "size": ...}``.
+        remembered: Whether to take cached digests of large files.
+        missing: Whether a missing file, other than a checkpoint, is a fault.
 
     Raises:
         ValueError: Some are not as rkl wrote them; each is named, with both digests.
     """
     faults, count, size, unmeasured = [], 0, 0, []
-    for name, kept in listed.items():
+    for name, entry in listed.items():
         path = Path(folder, name)
-        if not kept.get("sha256"):
+        if not entry.get("sha256"):
             unmeasured += [name] if path.exists() else []
         elif path.is_file():
-            found = measure(path, remembered=remembered)
-            faults += [] if found == kept else [f"{name}: {difference(kept, found)}"]
-            count, size = count + 1, size + found["size"]
+            measured = measure(path, remembered=remembered)
+            faults += [] if measured == entry else [f"{name}: {difference(entry, measured)}"]
+            count, size = count + 1, size + measured["size"]
         elif path.exists() or (missing and not name.startswith(MAY_GO)):
             faults.append(f"{name} is gone")
     if faults:
         raise ValueError(
             f"path: {folder} is damaged, or was changed by others than rkl: {'; '.join(faults)}. "
-            "Take these files from a copy, or make the run again."
+            "Restore these files from a copy, or make the run again."
         )
     return Verified(Path(folder), count, size, tuple(unmeasured))
 
@@ -186,9 +186,9 @@ def check_inputs(
     argument: str = "resume",
     advice: str = "Put back what was there, or begin another run with another --out.",
 ) -> None:
-    """Refuse inputs that are not those which a run was begun with, if that is known.
+    """Refuse inputs that differ from those that a run was started with.
 
-    Where they lie, and when they were written, does not count.
+    Their places and time stamps are not compared.
 
     Raises:
         ValueError: Some differ; it names each with its digest then and now.
@@ -199,13 +199,12 @@ def check_inputs(
     changed = [words for it in causes for words in _changes(it, before.get(it), now.get(it))]
     if changed:
         raise ValueError(
-            f"{argument}: the inputs are not those that {run} was begun with: "
-            f"{'; '.join(changed)}. {advice}"
+            f"{argument}: the inputs differ from those of {run}: {'; '.join(changed)}. {advice}"
         )
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Two digests with the sizes of what they belong to, told apart."""
+    """Two digests with the sizes of their files, shortened to the digits that differ."""
     was, now = (str(it.get("sha256")) for it in (old, new))
     digits = SHOWN_DIGITS if was[:SHOWN_DIGITS] != now[:SHOWN_DIGITS] else 64
     was, now = was[:digits], now[:digits]
@@ -223,7 +222,7 @@ def local_path(name: str | os.PathLike) -> Path | None:
 
 
 def hub_name(argument: str, name: str | os.PathLike) -> str:
-    """The name of a repository on the Hub, of what is neither a file nor a folder.
+    """Name of a repository on the Hub, for a name that is neither a file nor a folder.
 
     A name that looks like a path is never looked up there. ``hub:NAME`` always means the Hub.
 
@@ -249,7 +248,7 @@ def hub_name(argument: str, name: str | os.PathLike) -> str:
         and Path(first).exists()
     ):
         raise FileNotFoundError(
-            f"{argument}: there is no {text}, though there is a folder {first} here. If a "
+            f"{argument}: there is no {text}, but there is a folder {first} here. If a "
             f"repository on the Hub is meant, say hub:{text}."
         )
     if text.startswith((".", "~")) or not _HUB_NAME.fullmatch(text):
@@ -297,7 +296,6 @@ def check_finite(tensors: Iterable[tuple[str, Any]], path: str | os.PathLike, wh
 
 
 def _in_file(path: Path) -> tuple[Path, str] | None:
-    """The first file in safetensors' format, here or in this folder, and its tensor."""
     from safetensors import SafetensorError, safe_open
 
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else []:
@@ -313,9 +311,8 @@ def _digest_of(inputs: Mapping[str, Input], name: str) -> str | None:
 
 
 def _changes(name: str, old: Input | None, new: Input | None) -> Iterator[str]:
-    """In words, what of one input differs."""
-    found: Any = old if new is None else new
-    origin = found["path"] or found.get("of")
+    either: Any = old if new is None else new
+    origin = either["path"] or either.get("of")
     place = f"{name} ({origin})" if origin else name
     if old is None or new is None:
         yield f"{place} was {'not ' if old is None else ''}given"
@@ -335,13 +332,13 @@ def _changes(name: str, old: Input | None, new: Input | None) -> Iterator[str]:
 
 
 def _where(source: str | os.PathLike | None) -> Input:
-    """Where an input lies and how that file was last changed, for those who read run.json."""
+    """The place of an input and the last change of its file, recorded for readers of run.json."""
     path = None if source is None else local_path(source)
     if path is None:
         name = None if source is None else os.fspath(source)
         return {"path": name, "local": False, "mtime_ns": None, "inode": None}
-    found = path.stat()
-    about = {"mtime_ns": found.st_mtime_ns, "inode": found.st_ino}
+    status = path.stat()
+    about = {"mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
     return {"path": str(path), "local": True, **about}
 
 
@@ -364,7 +361,6 @@ def _as_bytes(value: Any) -> tuple[str, Any]:
 
 @contextlib.contextmanager
 def _progress(path: str, size: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal where a file is large, one line elsewhere, nothing for a small one."""
     if size < ANNOUNCED_FROM:
         yield lambda count: None
         return
@@ -380,12 +376,11 @@ def _progress(path: str, size: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-def _state_of(found: os.stat_result) -> list[int]:
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+def _state_of(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _memory() -> Path | None:
-    """The file of remembered digests; None where there is no place for one."""
     folder = cache_folder()
     return None if folder is None else folder / "digests.json"
 
@@ -393,20 +388,20 @@ def _memory() -> Path | None:
 def _read_memory() -> dict[str, list[Any]]:
     """The digests remembered by path: size, times, inode, sha256."""
     try:
-        found = json.loads((_memory() or Path()).read_bytes())
+        digests = json.loads((_memory() or Path()).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    known = found if isinstance(found, dict) else {}
-    return {it: row for it, row in known.items() if isinstance(row, list) and len(row) == 5}
+    rows = digests if isinstance(digests, dict) else {}
+    return {it: row for it, row in rows.items() if isinstance(row, list) and len(row) == 5}
 
 
 def _remember(path: str, row: list[Any]) -> None:
-    """Keep a digest for later processes, where that can be; two at once keep one of the two."""
+    """Cache a digest for later processes; of two at the same time one is lost."""
     if (memory := _memory()) is None:
         return
-    known = _read_memory()
-    known.pop(path, None)
-    kept = dict([*known.items(), (path, row)][-MAX_REMEMBERED:])
+    digests = _read_memory()
+    digests.pop(path, None)
+    newest = dict([*digests.items(), (path, row)][-MAX_REMEMBERED:])
     with contextlib.suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memory, kept)
+        write_json(memory, newest)

@@ -1,6 +1,6 @@
-"""Which files of a run folder rkl wrote, and what must not lie where rkl is going to write.
+"""Files of a run folder that rkl wrote, and refusals of places where rkl must not write.
 
-Overwriting a run removes what its run.json lists under ``files``, and nothing else.
+Overwriting a run removes the files that run.json lists under ``files``, and nothing else.
 """
 
 import fnmatch
@@ -63,14 +63,14 @@ _UNLISTED: Mapping[str, tuple[str, ...]] = {
 
 def file_entries(record: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
     """The files in a run.json, if it lists them: ``{name: {"sha256": ..., "size": ...}}``."""
-    found = record.get("files")
-    if not isinstance(found, dict):
+    files = record.get("files")
+    if not isinstance(files, dict):
         return None
-    return {name: it if isinstance(it, dict) else no_digest() for name, it in found.items()}
+    return {name: it if isinstance(it, dict) else no_digest() for name, it in files.items()}
 
 
 def no_digest() -> dict[str, Any]:
-    """The entry of a file of which no digest is known."""
+    """Entry of a file without a digest."""
     return {"sha256": None, "size": None}
 
 
@@ -83,15 +83,15 @@ def written_files(folder: Path) -> list[str]:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Whatever else is in a run folder, but for what killed processes of rkl left."""
+    """Entries of a run folder that rkl did not write, except leftovers of killed processes."""
     return sorted(_split_by_owner(folder)[1])
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuse to overwrite a run in whose folder there is anything that rkl did not write.
+    """Refuse to overwrite a run folder with anything that rkl did not write.
 
     Raises:
-        FileExistsError: There is, and some of it is named.
+        FileExistsError: There is; the message names some of it.
     """
     foreign = foreign_files(folder)
     if not foreign:
@@ -106,7 +106,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def remove_written(folder: Path) -> None:
-    """Remove what rkl wrote into a run folder, run.json last, and folders that this empties."""
+    """Remove the files that rkl wrote into a run folder, run.json last, and emptied folders."""
     written = written_files(folder)
     for name in [it for it in written if it != "run.json"]:
         remove(folder / name)
@@ -121,7 +121,6 @@ def remove_written(folder: Path) -> None:
 
 
 def _split_by_owner(folder: Path) -> tuple[set[str], set[str]]:
-    """The names of the files of rkl's, and of all others."""
     entries = list(_walk(folder))
     names = {it.relative_to(folder).as_posix(): it for it in entries if not is_leftover(it)}
     names.pop(LOCK, None)
@@ -158,13 +157,12 @@ def _patterns_before_listing(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a name has a pattern's form, folder by folder."""
     one, other = name.split("/"), pattern.split("/")
     return len(one) == len(other) and all(map(fnmatch.fnmatchcase, one, other))
 
 
 def _walk(folder: Path) -> Iterable[Path]:
-    """Files, links and what else there is below a folder; of a leftover folder itself alone."""
+    """Files, links and others below a folder; of a leftover folder only the folder itself."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink() and not is_leftover(entry):
             yield from _walk(entry)
@@ -177,8 +175,8 @@ def refuse_inputs(out: str | os.PathLike, inputs: Mapping[str, Any]) -> None:
 
     Args:
         out: The folder to be written.
-        inputs: The files and folders that are read, by the name of the argument; None and what
-            is no file, such as the name of a model on a hub, are passed over.
+        inputs: The files and folders that are read, by the name of the argument; None and
+            names that are no files, such as a model on a hub, are skipped.
 
     Raises:
         ValueError: The folder holds one of them, also by way of links, or lies in one.
@@ -203,14 +201,14 @@ def check_out_file(
     inputs: Mapping[str, Any] | None = None,
     own: str | None = None,
 ) -> None:
-    """Refuse a file to write in whose place there is anything that rkl did not write.
+    """Refuse to write a file where there is one that rkl did not write.
 
     Args:
         out: The file.
-        overwrite: Whether a file there may be replaced. No file of a run ever is, but ``own``.
+        overwrite: Whether a file there may be replaced. A file of a run never is, except ``own``.
         inputs: The files that are read, by the name of the argument.
-        own: The name in a run folder that the verb writes to by itself: what rkl wrote there
-            may be replaced.
+        own: Name of the file in a run folder that the verb writes by default; one that rkl
+            wrote may be replaced.
 
     Raises:
         FileExistsError: There is such a file, or a folder; or it is a file of a run.
@@ -234,13 +232,13 @@ def check_out_file(
     written = of_run is not None and of_run[1] in written_files(of_run[0])
     if os.path.lexists(path) and not (overwrite or written or _is_our_page(path)):
         raise FileExistsError(
-            f"out: {path} exists. Choose another name, or say --overwrite to replace it "
+            f"out: {path} exists. Choose another name, or use --overwrite to replace it "
             "(overwrite=True in Python)."
         )
 
 
 def _run_of(path: Path) -> tuple[Path, str] | None:
-    """The run that a file is part of, or would be by its name, and its name in there."""
+    """The run folder that a file belongs to, or would by its name, and its name in it."""
     resolved = path.parent.resolve() / path.name
     for place in {resolved, path.resolve()}:
         for folder in place.parents:
@@ -258,7 +256,6 @@ def _run_of(path: Path) -> tuple[Path, str] | None:
 
 
 def _is_our_page(path: Path) -> bool:
-    """Whether a file is a report that rkl wrote."""
     try:
         with path.open("rb") as file:
             return b'<meta name="generator" content="rkl">' in file.read(400)
@@ -267,7 +264,7 @@ def _is_our_page(path: Path) -> bool:
 
 
 def _existing(inputs: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """The inputs that are there, a pattern such as chain-*.csv as all that it fits."""
+    """The inputs that exist; a pattern such as chain-*.csv as all files that match."""
     for name, source in inputs.items():
         if source is not None and os.path.lexists(source):
             yield name, os.fspath(source)

@@ -1,4 +1,4 @@
-"""How many processes share one run, as torchrun and accelerate launch say it by environment."""
+"""Processes that share one run, as torchrun and accelerate launch set them in the environment."""
 
 import os
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ JOINED = False  # True once this process and its peers are connected
 
 
 class PeerError(RuntimeError):
-    """Another process of the run failed, and says itself why."""
+    """Another process of the run failed, and reports the reason itself."""
 
 
 class World(NamedTuple):
@@ -37,10 +37,10 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
     """The place of this process among those that torchrun or accelerate launch started.
 
     Raises:
-        ValueError: There are several, but not all that they need to find one another is set.
+        ValueError: There are several, but variables that they need to connect are missing.
     """
-    found = {name: _count(environment, name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    size = found["WORLD_SIZE"]
+    counts = {name: _count(environment, name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    size = counts["WORLD_SIZE"]
     if size is None:
         several = [name for name in _MPI if (_count(environment, name) or 1) > 1]
         if several:
@@ -51,14 +51,14 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
         return World()
     if size <= 1:
         return World()
-    missing = [name for name in ("RANK", "LOCAL_RANK") if found[name] is None]
+    missing = [name for name in ("RANK", "LOCAL_RANK") if counts[name] is None]
     missing += [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     if missing:
         raise ValueError(
             f"WORLD_SIZE is {size}, but {', '.join(missing)} of the environment are not set, so "
             f"that processes cannot find one another. Type: {ADVICE}, or unset WORLD_SIZE."
         )
-    rank = found["RANK"] or 0
+    rank = counts["RANK"] or 0
     if rank >= size:
         raise ValueError(f"RANK must be below WORLD_SIZE; got {rank} of {size}.")
     return World(rank, size, _count(environment, "LOCAL_WORLD_SIZE") or size)
@@ -74,13 +74,13 @@ def main_process() -> bool:
 
 
 def plugin(environment: Mapping[str, str] = os.environ) -> str | None:
-    """What accelerate launch would wrap the model in, other than DDP."""
-    found = (name for key, name in _PLUGINS.items() if environment.get(key, "").lower() == "true")
-    return next(found, None)
+    """Plugin in which accelerate launch would wrap the model, other than DDP."""
+    names = (name for key, name in _PLUGINS.items() if environment.get(key, "").lower() == "true")
+    return next(names, None)
 
 
 def compiler(environment: Mapping[str, str] = os.environ) -> str | None:
-    """What accelerate launch would compile the model with."""
+    """Backend with which accelerate launch would compile the model."""
     name = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     return None if name in ("", "no") else name
 
@@ -88,7 +88,7 @@ def compiler(environment: Mapping[str, str] = os.environ) -> str | None:
 def launched_alone(environment: Mapping[str, str] = os.environ) -> bool:
     """True if accelerate launch was asked for several processes, and started only this one.
 
-    It does so with ``--cpu``; all it leaves behind is an address at which nobody else will be.
+    It does so with ``--cpu``; the only trace is the address of a main process.
     """
     return (
         "ACCELERATE_MIXED_PRECISION" in environment

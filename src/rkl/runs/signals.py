@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: training stops behind the step, saved; whatever else, at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: training is saved and stops after the step; other work at once."""
 
 import contextlib
 import signal
@@ -14,7 +14,7 @@ SAME_REQUEST = 5.0  # seconds in which the terminal and torchrun both pass on on
 
 
 class StoppedError(KeyboardInterrupt):
-    """A signal ended what was going on.
+    """A signal stopped the work.
 
     Attributes:
         number: The signal.
@@ -27,26 +27,26 @@ class StoppedError(KeyboardInterrupt):
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """128 and the number of the signal, as shells have it: 130, 143 or 129."""
+    """Exit status 128 plus the number of the signal, as in shells: 130, 143 or 129."""
     return 128 + (error.number if isinstance(error, StoppedError) else signal.SIGINT)
 
 
 @contextlib.contextmanager
 def raising() -> Iterator[None]:
-    """While this lasts, SIGTERM and SIGHUP raise :class:`StoppedError`, as Ctrl-C raises.
+    """Let SIGTERM and SIGHUP raise :class:`StoppedError` within the block, as Ctrl-C raises.
 
-    A signal that somebody ignores or handles already, as nohup does, is left alone.
+    A signal that is already ignored or handled, as with nohup, stays as it is.
     """
     with _handling([it for it in ENDING if signal.getsignal(it) == signal.SIG_DFL], _raise):
         yield
 
 
 class StopRequest:
-    """A signal that asks a training to end behind its step.
+    """A signal that asks a training to stop after its step.
 
     Args:
         shared: True in one of several processes, which may get one request twice.
-        speaks: Whether to print that the request was heard.
+        speaks: Whether to print a line when the signal comes.
 
     Attributes:
         number: The signal that came; None before.
@@ -59,7 +59,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """While this lasts, the first signal is noted; the next one has its usual effect."""
+        """Note the first signal within the block; the next one has its usual effect."""
         numbers = [it for it in (signal.SIGINT, *ENDING) if signal.getsignal(it) != signal.SIG_IGN]
         with _handling(numbers, self._note) as restore:
             self._restore = restore
@@ -88,7 +88,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _handling(numbers, handler) -> Iterator:
-    """Handle signals in the main thread, which alone receives them; yields what ends that."""
+    """Handle signals in the main thread, the only one to receive them; yields a way to stop."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return

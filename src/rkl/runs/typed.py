@@ -1,4 +1,4 @@
-"""Settings as ``run.json`` keeps them, made again: every value of the type that is declared."""
+"""Settings read from ``run.json``, every value of its declared type."""
 
 import dataclasses
 import math
@@ -16,11 +16,11 @@ Settings = TypeVar("Settings")
 def settings_from(
     settings: type[Settings], values: Mapping[str, Any], source: str | Path
 ) -> Settings:
-    """The settings of a dataclass that a file holds.
+    """Settings of a dataclass, read from a file.
 
     Args:
         settings: The dataclass.
-        values: What the file says, by name.
+        values: Values in the file, by name.
         source: The file, for the message of a refusal.
 
     Raises:
@@ -28,12 +28,12 @@ def settings_from(
     """
     kinds = typing.get_type_hints(settings)
     fields: Any = dataclasses.fields(settings)  # pyright: ignore[reportArgumentType]
-    known = {it.name: it for it in fields}
+    by_name = {it.name: it for it in fields}
     for name in values:
-        if name not in known:
-            raise ValueError(f"{source} sets {name!r}; known are {', '.join(known)}.")
-    for name, it in known.items():
-        missing = it.default is it.default_factory is dataclasses.MISSING
+        if name not in by_name:
+            raise ValueError(f"{source} sets {name!r}; settings are {', '.join(by_name)}.")
+    for name, field in by_name.items():
+        missing = field.default is field.default_factory is dataclasses.MISSING
         if name not in values and missing:
             raise ValueError(f"{source} lacks the setting {name!r}.")
     try:
@@ -43,7 +43,7 @@ def settings_from(
 
 
 def with_defaults(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of an earlier rkl, with the defaults of the settings that it did not have.
+    """Values of an earlier rkl, with the defaults of newer settings.
 
     >>> @dataclasses.dataclass
     ... class Two:
@@ -62,7 +62,7 @@ def with_defaults(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def conform(name: str, kind: Any, value: Any) -> Any:
-    """The value as its field wants it, or an error that says what was expected."""
+    """Value converted to the type of its field, or an error with the expected type."""
     inner, optional = without_none(kind)
     if value is None and optional:
         return None
@@ -78,16 +78,15 @@ def conform(name: str, kind: Any, value: Any) -> Any:
     if read is None:
         return value
     try:
-        found = read(value)
+        converted = read(value)
     except (TypeError, ValueError, OverflowError):
-        got = checks.shown(value)
+        got = checks.short_repr(value)
         raise ValueError(f"{name} must be of type {inner.__name__}; got {got}.") from None
-    _refuse_unusable(name, found)
-    return found
+    _refuse_unusable(name, converted)
+    return converted
 
 
 def _refuse_unusable(name: str, value: Any) -> None:
-    """Refuse what no setting of its type may be: a number beyond 64 bits, nan, an empty text."""
     if isinstance(value, Path):
         checks.path(name, value)
     elif isinstance(value, str):
@@ -99,7 +98,7 @@ def _refuse_unusable(name: str, value: Any) -> None:
 
 
 def without_none(kind: Any) -> tuple[Any, bool]:
-    """What a kind is apart from None, and whether it may be None."""
+    """The type without None, and whether None is allowed."""
     if typing.get_origin(kind) not in (Union, types.UnionType):
         return kind, False
     others = [part for part in typing.get_args(kind) if part is not types.NoneType]

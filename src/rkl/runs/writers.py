@@ -1,8 +1,8 @@
 """The one process that writes a run: its lock, and its list of the files that rkl wrote there.
 
 The lock is an ``flock`` on the file ``.rkl-lock`` in the run folder. The kernel releases it when
-the process ends, however that happens, so that no lock outlives its owner. The file itself goes
-when the run ends well; one that a killed process left behind is an ordinary file without meaning.
+the process ends for any reason: no lock outlives its owner. The file is removed when
+the run ends normally; one that a killed process left has no meaning.
 """
 
 import contextlib
@@ -35,9 +35,9 @@ class Writer:
     Attributes:
         folder: The run folder, resolved.
         thread: The thread that took the lock.
-        active: Whether a training, or whatever writes the run, is going on.
-        names: Files that run.json lists without a digest, so that nothing need be added.
-        add: Adds names to the list in run.json.
+        active: Whether a training, or another writer of the run, is running.
+        names: Files that run.json already lists without a digest.
+        add: Function that adds names to the list in run.json.
     """
 
     def __init__(self, folder: Path, descriptor: int | None, add: Callable[[list[str]], None]):
@@ -70,12 +70,12 @@ _GUARD = threading.Lock()
 def acquire(folder: Path, add: Callable[[list[str]], None]) -> Writer | None:
     """Take the lock on a run folder, which must exist.
 
-    A lock that the same thread took before and no longer uses is taken over: the verb that took
-    it was left by an exception. On a file system without locks, a warning is given in its place.
+    A lock that the same thread took before and no longer uses is taken over: an exception ended
+    the verb that took it. On a file system without locks there is a warning instead.
 
     Args:
         folder: The run folder.
-        add: What adds names to the list of files in its run.json.
+        add: Function that adds names to the list of files in its run.json.
 
     Raises:
         RunBusyError: Another process or thread writes this run.
@@ -84,11 +84,11 @@ def acquire(folder: Path, add: Callable[[list[str]], None]) -> Writer | None:
         return None
     folder = folder.resolve()
     with _GUARD:
-        held = _WRITERS.get(str(folder))
-        if held is not None and (held.active or held.thread != threading.get_ident()):
+        writer = _WRITERS.get(str(folder))
+        if writer is not None and (writer.active or writer.thread != threading.get_ident()):
             raise RunBusyError(_busy(folder, _owner(os.getpid(), "another thread of it")))
-        if held is not None:
-            held.release()
+        if writer is not None:
+            writer.release()
         writer = Writer(folder, _lock(folder), add)
         _WRITERS[str(folder)] = writer
     return writer
@@ -100,8 +100,8 @@ def check_free(folder: Path) -> None:
     Raises:
         RunBusyError: Another process or thread writes this run.
     """
-    held = _WRITERS.get(str(folder.resolve()))
-    if held is not None and not held.active and held.thread == threading.get_ident():
+    writer = _WRITERS.get(str(folder.resolve()))
+    if writer is not None and not writer.active and writer.thread == threading.get_ident():
         return
     try:
         descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
@@ -133,10 +133,10 @@ def claim(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def updating(folder: Path) -> Iterator[None]:
-    """While this lasts, no other process or thread changes run.json.
+    """Keep other processes and threads from changing run.json within the block.
 
     The lock is on the folder itself, which leaves no file. Where a folder cannot be locked, as on
-    some network file systems, a change that falls between another's reading and writing is lost.
+    some network file systems, one of two changes at the same time may be lost.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -193,7 +193,7 @@ def _flock(descriptor: int, folder: Path, *, shared: bool = False) -> bool:
             reason = os.strerror(error.errno or 0)
     if not shared:
         warn(
-            f"out: {folder} cannot be locked ({reason}): see to it that no second process writes "
+            f"out: {folder} cannot be locked ({reason}): do not let a second process write "
             "this run."
         )
     return False
@@ -205,10 +205,10 @@ def _owner(pid: int, since: str) -> dict[str, object]:
 
 def _read_owner(descriptor: int) -> dict[str, object]:
     try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
+        owner = json.loads(os.pread(descriptor, 4096, 0))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def _busy(folder: Path, owner: dict[str, object]) -> str:

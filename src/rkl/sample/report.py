@@ -72,7 +72,7 @@ def _name_of(reference: Reference) -> str:
 
 def _results(found: Evaluation) -> "Section":
     from rkl.plots.lattices import against
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     blocks: list[Block] = []
     if len(found.condition) > 1:
@@ -86,8 +86,8 @@ def _results(found: Evaluation) -> "Section":
                 panels[title] |= _by_series(found, _name_of(reference), reference.averages[name])
         band = source if len(_series(found)) == 1 else None
         how: dict[str, Any] = {"label": _label(found), "band": band}
-        blocks.append(drawn("Averages", against(panels, **how), _AVERAGES_SAYS))
-        blocks.append(drawn("Thermodynamics", _thermal_figure(found), _THERMAL_SAYS))
+        blocks.append(figure_block("Averages", against(panels, **how), _AVERAGES_SAYS))
+        blocks.append(figure_block("Thermodynamics", _thermal_figure(found), _THERMAL_SAYS))
     units = found.units()
     named = {
         f"{_words(n)} ({units[n]})" if n in units else n: it for n, it in found.averages.items()
@@ -140,7 +140,7 @@ def _agreement(found: Evaluation) -> Table:
 
 def _trust(found: Evaluation) -> "Section":
     from rkl.plots.lattices import against
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     weights, blocks = found.weights, []
     nothing = torch.zeros_like(weights.predicted_ess)
@@ -153,7 +153,7 @@ def _trust(found: Evaluation) -> "Section":
             "v = var(log w)/sites": _by_series(found, "measured", weights.v),
         }
         how: Any = {"label": _label(found), "logarithmic": ("v = var(log w)/sites",)}
-        blocks.append(drawn("How near the flow is", against(panels, **how), _NEAR_SAYS))
+        blocks.append(figure_block("How near the flow is", against(panels, **how), _NEAR_SAYS))
     blocks.append(_chains(found))
     worst = max(found.coverage, key=lambda it: len(it.reasons))
     at = found.conditions()[found.coverage.index(worst)]
@@ -186,7 +186,7 @@ def _chains(found: Evaluation) -> Table:
 
 def _draws(found: Evaluation) -> "Section":
     from rkl.plots.lattices import histograms, planes
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     rows = _spread(len(found.condition))
     name = next(iter(found.values))
@@ -198,17 +198,19 @@ def _draws(found: Evaluation) -> "Section":
             panel[_name_of(found.reference)] = values
         panel[FLOW] = found.values[name][k].flatten().numpy()
     label = f"{_words(name)} ({unit})" if unit else _words(name)
-    blocks = [drawn("How often", histograms(panels, label=label), _HISTOGRAM_SAYS)]
+    blocks = [figure_block("How often", histograms(panels, label=label), _HISTOGRAM_SAYS)]
     last = {
         found.conditions()[k]: found.chain.x[k, 0, -1] for k in _spread(len(found.condition), 7)
     }
     figure = found.target.figure(last)
     if figure is not None:
-        blocks.append(drawn("Configurations", *figure))
+        blocks.append(figure_block("Configurations", *figure))
     if found.target.event_shape == (2,):
         for k in dict.fromkeys((rows[0], rows[-1])):
             drawing = planes(_points(found, k), marks=_missing(found, k))
-            blocks.append(drawn(f"The plane, {found.conditions()[k]}", drawing, _PLANE_SAYS))
+            blocks.append(
+                figure_block(f"The plane, {found.conditions()[k]}", drawing, _PLANE_SAYS)
+            )
     return Section("Draws", blocks=blocks)
 
 
@@ -234,7 +236,7 @@ def _missing(found: Evaluation, row: int) -> dict[str, Any]:
 
 def _training(metrics: Rows) -> list["Section"]:
     from rkl.plots import training_curves
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     blocks = []
     for title, names, label, logarithmic in _TRACES:
@@ -245,7 +247,7 @@ def _training(metrics: Rows) -> list["Section"]:
                 curves[name] = [it[0] for it in pairs], [it[1] for it in pairs]
         if curves:
             drawing = training_curves(curves, label=label, logarithmic=logarithmic)
-            blocks.append(drawn(title, drawing))
+            blocks.append(figure_block(title, drawing))
     return [Section("Training", _TRAINING, blocks)] if blocks else []
 
 

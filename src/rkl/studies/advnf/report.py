@@ -179,7 +179,7 @@ def _table(part: Comparison, fits: Sequence[Fit]) -> Table:
 
 def _lines(part: Comparison, fits: Sequence[Fit]) -> "list[Block]":
     from rkl.plots.lattices import against
-    from rkl.report import drawn
+    from rkl.report import figure_block
 
     tried = list(dict.fromkeys(it.way for it in fits))
     sizes = sorted({it.ensemble for it in tried} - {0})
@@ -193,7 +193,7 @@ def _lines(part: Comparison, fits: Sequence[Fit]) -> "list[Block]":
             panels.setdefault(title, {})[name] = x, list(values), list(errors)
     logarithmic = tuple(title for name, title in part.shown.items() if name in _LOGARITHMIC)
     figure = against(panels, label="log₁₀ of the ensemble", logarithmic=logarithmic)
-    return [drawn("Figures against the ensemble", figure, "Level lines use no draws.")]
+    return [figure_block("Figures against the ensemble", figure, "Level lines use no draws.")]
 
 
 def _gains(part: Comparison, fits: Sequence[Fit]) -> Table:
@@ -213,7 +213,7 @@ def _gains(part: Comparison, fits: Sequence[Fit]) -> Table:
 def _pictures(plan: Plan, fits: Sequence[Fit]) -> "list[Section]":
     """Draws in the plane at the narrowest condition, the first seed, the largest ensemble."""
     from rkl.plots.lattices import planes
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     if not plan.flat:
         return []
@@ -223,5 +223,5 @@ def _pictures(plan: Plan, fits: Sequence[Fit]) -> "list[Section]":
         for it in fits
         if it.seed == fits[0].seed and it.way.ensemble in (0, largest)
     }
-    block = drawn("Draws", planes(panels), "The narrowest condition, the first seed.")
+    block = figure_block("Draws", planes(panels), "The narrowest condition, the first seed.")
     return [Section("Draws of the flows, not corrected", blocks=[block])]

@@ -274,7 +274,7 @@ def _pictures(
 ) -> "Section":
     """One fit, rank by rank and step by step."""
     from rkl import plots
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     chosen = toy.names.index(DRAWN)
     p, head = toy.logp[chosen].exp().numpy(), int(toy.head[chosen].sum())
@@ -287,7 +287,7 @@ def _pictures(
         ),
     }
     blocks = [
-        drawn(f"{title}, {descent}", drawing, _CAPTIONS[title])
+        figure_block(f"{title}, {descent}", drawing, _CAPTIONS[title])
         for title, drawing in drawings.items()
     ]
     return Section(f"One fit, {descent}", blocks=blocks)

@@ -250,7 +250,7 @@ def _estimates(problem: Problem, rows: Sequence[Row]) -> Iterator[str]:
 def _section(problem: Problem, rows: Sequence[Row]) -> "Section":
     """One quantity in one design: the figure, and tables of the largest N and the smallest."""
     from rkl import plots
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     design, quantity = rows[0].design, rows[0].quantity
     panels = {
@@ -269,7 +269,7 @@ def _section(problem: Problem, rows: Sequence[Row]) -> "Section":
         logarithmic=quantity == "σ²",
     )
     title = f"{quantity}, {design}"
-    block = drawn(f"{title}: estimate against N", figure, _CAPTION)
+    block = figure_block(f"{title}: estimate against N", figure, _CAPTION)
     sizes = problem.plan.sizes
     tables = [_table(problem, rows, size) for size in dict.fromkeys((max(sizes), min(sizes)))]
     return Section(title, blocks=[block, *tables])

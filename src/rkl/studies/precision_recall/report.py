@@ -149,7 +149,7 @@ def _best(part: Trade, rows: Sequence[Row]) -> Iterator[str]:
 def _points(part: Trade, rows: Sequence[Row]) -> "list[Block]":
     """Precision against recall, a point per method."""
     from rkl.plots.operating import operating_points
-    from rkl.report import drawn
+    from rkl.report import figure_block
 
     blocks = []
     for title, (recall, precision) in part.axes.items():
@@ -162,7 +162,7 @@ def _points(part: Trade, rows: Sequence[Row]) -> "list[Block]":
         }
         sampled = frozenset(name for name in points if name.startswith(_SAMPLED))
         figure = operating_points(points, recall=recall, precision=precision, hollow=sampled)
-        blocks.append(drawn(title, figure, _POINTS))
+        blocks.append(figure_block(title, figure, _POINTS))
     return blocks
 
 
@@ -193,7 +193,7 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
 
 def _pictures(part: Trade, seeds: Sequence[Seed]) -> "Section":
     from rkl.plots.operating import clouds, montages
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     shown = {
         _label(it.method, it.ratio): torch.tensor(it.samples)
@@ -204,14 +204,14 @@ def _pictures(part: Trade, seeds: Sequence[Seed]) -> "Section":
         return Section("Samples")
     flat = next(iter(shown.values())).ndim == 2
     figure = (clouds if flat else montages)(shown)
-    block = drawn("Draws", figure, "The first seed.")
+    block = figure_block("Draws", figure, "The first seed.")
     return Section("Samples", blocks=[block])
 
 
 def _curves(part: Trade, seeds: Sequence[Seed]) -> "list[Section]":
     """The curves with a band of two standard errors, and where the divergences look."""
     from rkl import plots
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     curves, bands = {}, {}
     for method, ratio in part.drawn:
@@ -228,14 +228,14 @@ def _curves(part: Trade, seeds: Sequence[Seed]) -> "list[Section]":
     if not curves:
         return []
     figure = plots.precision_recall(curves, bands=bands, between=("ring", "flow"))
-    block = drawn("Precision against recall, over all slopes", figure, _CURVED)
+    block = figure_block("Precision against recall, over all slopes", figure, _CURVED)
     return [Section("The curves", blocks=[block, _spectrum()])]
 
 
 def _spectrum() -> "Block":
     from rkl.metrics.precision_recall import pr_spectrum
     from rkl.plots.trade_offs import spectrum
-    from rkl.report import drawn
+    from rkl.report import figure_block
 
     looking = {ring.name_of(it): it for it in _LOOKING}
     slopes = torch.logspace(-2, 2, 401, dtype=torch.float64)
@@ -248,12 +248,12 @@ def _spectrum() -> "Block":
         for name, it in spectra.items()
     }
     figure = spectrum(slopes.numpy(), weights, atoms=atoms)
-    return drawn("Where on the curve the divergences look", figure, _LOOKED)
+    return figure_block("Where on the curve the divergences look", figure, _LOOKED)
 
 
 def _training(part: Trade, seeds: Sequence[Seed]) -> "Section":
     from rkl import plots
-    from rkl.report import Section, drawn
+    from rkl.report import Section, figure_block
 
     blocks = []
     for key, label in (("held_out", "held-out log-likelihood (nats)"), ("divergence", "D (nats)")):
@@ -266,7 +266,7 @@ def _training(part: Trade, seeds: Sequence[Seed]) -> "Section":
                     curves[_label(it.method, it.ratio)] = pair
         if curves:
             figure = plots.training_curves(curves, label=label)
-            blocks.append(drawn(f"In training: {label}", figure, _TRAINED[key]))
+            blocks.append(figure_block(f"In training: {label}", figure, _TRAINED[key]))
     return Section("Training", blocks=blocks)
 
 

@@ -558,7 +558,7 @@ def _array(opened: Any, size: int) -> "np.ndarray":
         count *= length
     if count * dtype.itemsize > size:
         raise _UnreadableError(
-            f"its header declares {list(shape)} of {dtype}, {count * dtype.itemsize:,} bytes; "
+            f"its header promises {list(shape)} of {dtype}, {count * dtype.itemsize:,} bytes; "
             f"the file has {size:,}"
         )
     opened.seek(0)
@@ -641,7 +641,7 @@ def _idx(file: Path) -> "np.ndarray":
     for length in shape:
         count *= length
     if len(body) != count * kind.itemsize:
-        raise _UnreadableError(f"its header declares {shape} numbers, which it does not hold")
+        raise _UnreadableError(f"its header promises {shape} numbers, which it does not hold")
     return np.frombuffer(body, kind).reshape(shape).astype(kind.newbyteorder("="))
 
 

@@ -536,7 +536,7 @@ def verb(name: str, *paths: str | os.PathLike) -> Any:
     path, kind = kinds.popitem()
     if kind not in KINDS:
         raise ValueError(
-            f"path: {path} is a run of kind {kind!r}, which this rkl does not have; there are "
+            f"path: {path} is a run of kind {kind!r}, which this rkl does not know; there are "
             f"{', '.join(KINDS)}."
         )
     wing = importlib.import_module(f"rkl.{kind}")

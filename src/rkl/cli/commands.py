@@ -386,6 +386,41 @@ def generate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     return _on_run(parser, words, "generate")
 
 
+def judge(parser: ArgumentParser, words: Sequence[str]) -> Runner:
+    """Compare the replies of two runs by a chat model on a server.
+
+    Examples:
+      rkl judge RUN1 RUN2 --judge http://localhost:8000/v1 --out verdicts.jsonl --dry-run
+      rkl judge RUN1 RUN2 --judge http://localhost:8000/v1 --out verdicts.jsonl
+      rkl judge RUN1 RUN2 --judge http://localhost:8000/v1 --out verdicts.jsonl --resume
+    """
+    from rkl.distill import judge as wing
+
+    def compare_replies(chosen: wing.JudgeSettings, parsed: Namespace) -> Any:
+        replies = parsed.first, parsed.second
+        if parsed.dry_run:
+            return wing.estimate_judge(*replies, chosen)
+        if parsed.resume and parsed.overwrite:
+            raise ValueError("overwrite and resume exclude one another; got both.")
+        how = {"resume": parsed.resume, "overwrite": parsed.overwrite}
+        judged = wing.judge_runs(*replies, chosen, parsed.out, **how)
+        return json.dumps(judged.to_dict(), indent=2) if parsed.json else judged
+
+    for name in ("first", "second"):
+        described = "a run with replies of rkl generate, or JSON lines with prompt and text"
+        parser.add_argument(name, type=path, metavar="RUN", help=described)
+    run = _command(parser, wing.JudgeSettings, compare_replies)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    out = {"required": True, "metavar": "FILE", "help": "the file of verdicts, JSON lines"}
+    parser.add_argument("--out", type=path, **out)
+    parser.add_argument("--resume", action="store_true", help="go on with the verdicts in --out")
+    _add_overwrite_flag(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="count requests and tokens, and ask nothing"
+    )
+    return run
+
+
 def evaluate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Measure a run on data held out from it or on its target, or compare any two models.
 
@@ -450,6 +485,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "evidence": (evidence, "sample.run"),
     "sample": (sample, "sample.run"),
     "generate": (generate, "distill.run"),
+    "judge": (judge, "distill.judge"),
     "evaluate": (evaluate, "runs"),
     "compare": (compare, "runs"),
     "report": (report, "runs"),

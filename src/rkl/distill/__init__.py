@@ -11,6 +11,7 @@ HOMES = {
     "data": "show_example tokenize",
     "evaluate": "EvaluateSettings evaluate_run",
     "generate": "GenerateSettings generate_run",
+    "judge": "Judged JudgeSettings estimate_judge judge_runs",
     "loss": "distill_loss",
     "guard": "CollapseError CollapseLimits",
     "heads": "Head read_head",

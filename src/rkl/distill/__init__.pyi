@@ -17,6 +17,10 @@ from rkl.distill.guard import CollapseError as CollapseError
 from rkl.distill.guard import CollapseLimits as CollapseLimits
 from rkl.distill.heads import Head as Head
 from rkl.distill.heads import read_head as read_head
+from rkl.distill.judge import Judged as Judged
+from rkl.distill.judge import JudgeSettings as JudgeSettings
+from rkl.distill.judge import estimate_judge as estimate_judge
+from rkl.distill.judge import judge_runs as judge_runs
 from rkl.distill.loss import distill_loss as distill_loss
 from rkl.distill.pair import Comparison as Comparison
 from rkl.distill.pair import PairSettings as PairSettings

@@ -4,7 +4,7 @@ import importlib
 
 _DIVERGENCES = "rkl.divergences"  # whose classes are all names of rkl, and listed there alone
 _HOMES = {
-    "divergences": "Divergence FDivergence catalogue parse",
+    "divergences": "Divergence FDivergence catalogue parse row_logsumexp row_max row_sum",
     "estimators": "LinearHead Sampled TopK draw exact monte_carlo per_token sampled_terms "
     "variational_bound",
     "runs": "load save",

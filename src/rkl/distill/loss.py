@@ -152,7 +152,8 @@ def _check_pair(teacher: Any, student: Any) -> None:
         for it in (teacher, student)
         if isinstance(it, LinearHead | Tensor)
     ]
-    if len(sizes) == 2 and sizes[0] != sizes[1]:
+    shared = isinstance(student, LinearHead) and student.group is not None  # as exact checks
+    if len(sizes) == 2 and sizes[0] != sizes[1] and not shared:
         raise ValueError(
             f"teacher has a vocabulary of {sizes[0]} but student of {sizes[1]}; cut both to the "
             "tokens that they share, or pad the shorter one with logits of −inf."

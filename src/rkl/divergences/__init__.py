@@ -5,12 +5,14 @@ q is learned: a student, a flow, an estimate. The target always comes first.
 """
 
 # What adaptive and f_divergences define they say themselves: a new class is named in its own file.
-from rkl.divergences import adaptive, f_divergences
+from rkl.divergences import adaptive, f_divergences, rows
 from rkl.divergences.adaptive import *  # noqa: F403
 from rkl.divergences.base import Divergence, FDivergence
 from rkl.divergences.f_divergences import *  # noqa: F403
 from rkl.divergences.parse import catalogue, parse
+from rkl.divergences.rows import *  # noqa: F403
 
 __all__ = ["Divergence", "FDivergence", "catalogue", "parse"]
 __all__ += adaptive.__all__
 __all__ += f_divergences.__all__
+__all__ += rows.__all__

@@ -23,6 +23,7 @@ from rkl.divergences.base import (
     relative_entropy,
 )
 from rkl.divergences.f_divergences import KL, ReverseKL, TotalVariation
+from rkl.divergences.rows import Shards, row_logsumexp, row_max, row_sum, shards
 
 __all__ = [
     "AKL",
@@ -65,6 +66,7 @@ class AKL(Divergence):
     """
 
     varying = ("mu",)
+    reduces_rows = True
     mu: float = 0.5
     straddle: Literal["head", "tail"] = "tail"
 
@@ -75,6 +77,8 @@ class AKL(Divergence):
 
     def search(self, logits):
         """The likeliest atoms, and which of them are the head; all of it is among them."""
+        if (shared := shards()) is not None:
+            return self._head_in_shards(logits, shared)
         maxima = block_maxima(logits)
         top = maxima.amax(-1, keepdim=True)
         # The two parts of the normaliser apart: their sum would lose digits at a large offset.
@@ -96,11 +100,53 @@ class AKL(Divergence):
         index[wide], head[wide] = wider
         return index, head
 
+    def _head_in_shards(self, logits, shared: Shards):
+        """The same of this process's shard, the atom where the head ends being found by digits.
+
+        Of the numbers that order the atoms as their logits do, four bits at a time are read: the
+        masses of the atoms that share them, summed over the processes, say in which of sixteen
+        parts the head ends. What is sent does not grow with the vocabulary. Of atoms that are
+        alike the first in the vocabulary go to the head.
+        """
+        logits = logits + 0.0  # no -0, which would rank below 0
+        top = row_max(logits)
+        mass = (logits - top).exp_()
+        mass = mass / row_sum(mass)
+        order = _order(logits)
+        alike, above = torch.ones_like(order, dtype=torch.bool), torch.zeros_like(top)
+        head = ~alike
+        for shift in range(8 * logits.element_size() - 4, -1, -4):
+            digit = order >> shift & 15
+            parts = mass.new_zeros(*mass.shape[:-1], 16)
+            parts.scatter_add_(-1, 15 - digit, mass.masked_fill(~alike, 0.0))
+            reached = above + shared.reduce(parts, "sum").cumsum(-1)  # from the likeliest on
+            beyond = reached > self.mu if self.straddle == "tail" else reached >= self.mu
+            # Rounding may leave the whole short of μ, and a μ of 0 is reached by nothing.
+            ends = (beyond & (reached > above)) | (reached == reached[..., -1:])
+            part = ends.int().argmax(-1, keepdim=True)
+            above = torch.where(part > 0, reached.gather(-1, (part - 1).clamp_min(0)), above)
+            head |= alike & (digit > 15 - part)
+            alike &= digit == 15 - part
+        head |= alike & self._is_first(alike, mass, above, shared)
+        inside, index = head.byte().topk(max(1, int(head.sum(-1).max())))
+        return index, inside.bool()
+
+    def _is_first(self, alike, mass, above, shared: Shards):
+        """Which of the atoms that are alike come before the end of the head."""
+        counts = mass.new_zeros(*mass.shape[:-1], shared.count)
+        counts[..., shared.rank] = alike.sum(-1)
+        counts = shared.reduce(counts, "sum")
+        room = (self.mu - above) / row_max(mass.masked_fill(~alike, 0.0))
+        room = room.floor() if self.straddle == "tail" else room.ceil()
+        room = torch.where(above == 0, room.clamp_min(1.0), room)  # the head is never empty
+        before = counts[..., : shared.rank].sum(-1, keepdim=True)
+        return alike.cumsum(-1) <= room - before
+
     def held(self, logp, logq, *inputs):
         _, index, head = inputs or self.held_inputs(logp)
-        gap = (logp.exp() - logq.exp()).abs().sum(-1, keepdim=True)
+        gap = row_sum((logp.exp() - logq.exp()).abs())
         at_head = (logp.gather(-1, index).exp() - logq.gather(-1, index).exp()).abs()
-        head_gap = (at_head * head).sum(-1, keepdim=True)
+        head_gap = row_sum(at_head * head)
         tiny = torch.finfo(gap.dtype).tiny  # 0/0 where p = q, and there any w will do
         return ((head_gap / gap.clamp_min(tiny)).clamp_max(1.0),)
 
@@ -134,6 +180,7 @@ class EntropyAwareReverseKL(Divergence):
     """
 
     varying = ("tau",)
+    reduces_rows = True
     needs_every_atom = (
         "its switch reads the entropy of the whole of p, which a top k does not tell"
     )
@@ -144,7 +191,7 @@ class EntropyAwareReverseKL(Divergence):
 
     def held(self, logp, logq, *inputs):
         (tau,) = inputs or self.held_inputs(logp)
-        entropy = -relative_entropy(logp, torch.zeros_like(logp)).sum(-1, keepdim=True)
+        entropy = -row_sum(relative_entropy(logp, torch.zeros_like(logp)))
         return ((entropy > tau).to(logp.dtype),)
 
     def integrand(self, logp, logq, hesitates):
@@ -176,6 +223,7 @@ class LKHybrid(Divergence):
     """
 
     varying = ("eta",)
+    reduces_rows = True
     eta: float = 3.0
 
     def __post_init__(self):
@@ -192,7 +240,7 @@ class LKHybrid(Divergence):
 
     def held(self, logp, logq, *inputs):
         (eta,) = inputs or self.held_inputs(logp)
-        acceptance = torch.minimum(logp, logq).exp().sum(-1, keepdim=True)
+        acceptance = row_sum(torch.minimum(logp, logq).exp())
         return ((-eta * acceptance).exp(),)
 
     def integrand(self, logp, logq, lam):
@@ -219,12 +267,14 @@ class NegLogAcceptance(Divergence):
     tensor(0.5108)
     """
 
+    reduces_rows = True
+
     @property
     def increasing_in(self):
         return (_TV,)
 
     def statistics(self, logp, logq, *held):
-        return (torch.minimum(logp, logq).logsumexp(-1, keepdim=True),)
+        return (row_logsumexp(torch.minimum(logp, logq)),)
 
     def integrand(self, logp, logq, log_acceptance):
         return _TV.integrand(logp, logq)
@@ -256,6 +306,7 @@ class TAID(Divergence):
     """
 
     varying = ("t",)
+    reduces_rows = True
     t: float = 0.5
 
     def __post_init__(self):
@@ -264,7 +315,7 @@ class TAID(Divergence):
     def held(self, logp, logq, *inputs):
         (t,) = inputs or self.held_inputs(logp)
         mixed = t * logp + ((1 - t) * logq).masked_fill(t == 1, 0.0)  # 0 · −∞ at t = 1
-        total = mixed.logsumexp(-1, keepdim=True)
+        total = row_logsumexp(mixed)
         # Where p and q share no atom there is no r: p in its place makes the value infinite.
         return (torch.where(total == -math.inf, logp, mixed - total),)
 
@@ -296,6 +347,7 @@ class AMiD(Divergence):
     """
 
     varying = ("lam",)
+    reduces_rows = True
     alpha: float = -3.0
     lam: float = 0.1
 
@@ -314,7 +366,7 @@ class AMiD(Divergence):
         costs no pass over the vocabulary.
         """
         mixed = _log_alpha_mixture(logp, logq, (1 - self.alpha) / 2, lam)
-        total = mixed.detach().logsumexp(-1, keepdim=True)
+        total = row_logsumexp(mixed.detach())
         return (mixed - total.masked_fill(total == -math.inf, 0.0),)
 
     def integrand(self, logp, logq, lam, logr):
@@ -341,6 +393,7 @@ class ToDi(Divergence):
     """
 
     aliases = ("to-di",)
+    reduces_rows = True
 
     def held(self, logp, logq, *inputs):
         return (log_ratio(logp, logq).sigmoid(),)
@@ -423,6 +476,13 @@ def largest(
     values = x.gather(-1, candidates.clamp_max(x.shape[-1] - 1))
     best = values.masked_fill_(beyond, -math.inf).topk(k).indices
     return candidates.gather(-1, best)
+
+
+def _order(x: Float[Tensor, "*batch atoms"]) -> Int[Tensor, "*batch atoms"]:
+    """Integers whose binary digits order them as the numbers are ordered."""
+    bits = x.view(torch.int32 if x.element_size() == 4 else torch.int64)
+    sign = torch.iinfo(bits.dtype).min
+    return torch.where(bits < 0, ~bits, bits ^ sign)
 
 
 def _weigh_kls(logp, logq, forward, reverse):

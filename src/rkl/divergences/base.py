@@ -18,6 +18,7 @@ from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, 
 from torch.func import grad
 
 from rkl.checks import floats, number, short_repr
+from rkl.divergences.rows import row_sum
 
 _FAR, _END = 16.0, 600.0  # log-ratios between which a control variate is integrated
 _NO_MASS = -745.0  # the logarithm of what is 0 in double precision
@@ -42,7 +43,9 @@ class Divergence(abc.ABC):
     - ``outer``: D as a function of the sum over atoms, such as its logarithm;
     - ``varying``: fields that change from step to step, given to ``held`` as tensors;
     - ``takes_labels``: whether the coefficients look at the true token;
-    - ``increasing_in``: the f-divergences of which it is an increasing function, if it is one.
+    - ``increasing_in``: the f-divergences of which it is an increasing function, if it is one;
+    - ``reduces_rows``: True if they take sums over atoms by :func:`rkl.row_sum` and its kin alone,
+      so that processes may share the vocabulary.
 
     Then let :func:`rkl.testing.check_divergence` judge it. Every estimator, the trainer, the
     command line and the documentation find it by its name in kebab case, or by an alias.
@@ -54,6 +57,31 @@ class Divergence(abc.ABC):
     takes_labels: ClassVar[bool] = False
     # The reason why the top k of p are not enough; empty where they are.
     needs_every_atom: ClassVar[str] = ""
+    # True if coefficients look at atoms one by one, or by row_sum, row_logsumexp and row_max.
+    reduces_rows: ClassVar[bool] = False
+
+    @property
+    def needs_whole_rows(self) -> str:
+        """The reason why no process may have a part of the vocabulary alone; empty if one may.
+
+        A method that overrides one of these looks at rows in a way that only its author knows, and
+        a declaration above it says nothing of it.
+        """
+        if self.takes_labels:
+            return "it looks at the true token, which lies in one of the parts"
+        classes = type(self).mro()
+        declared = next(i for i, cls in enumerate(classes) if "reduces_rows" in vars(cls))
+        for name in _OF_ROWS:
+            written = next(i for i, cls in enumerate(classes) if name in vars(cls))
+            if classes[written] in _BASES:
+                continue
+            if not type(self).reduces_rows or written < declared:
+                return (
+                    f"its {name} may look at the whole row, such as to sort it; with "
+                    "reduces_rows = True its class says that all it takes of a row are row_sum, "
+                    "row_logsumexp and row_max"
+                )
+        return ""
 
     @property
     def increasing_in(self) -> "tuple[FDivergence, ...]":
@@ -122,7 +150,7 @@ class Divergence(abc.ABC):
     ) -> Float[Tensor, "*batch"]:
         """D(p ‖ q) in nats, where the coefficients without a gradient are known."""
         coefficients = (*held, *self.statistics(logp, logq, *held))
-        total = self.excess(logp, logq, *coefficients).sum(-1, keepdim=True)
+        total = row_sum(self.excess(logp, logq, *coefficients))
         return self.outer(total, *coefficients).squeeze(-1)
 
     def by_atom(
@@ -133,7 +161,7 @@ class Divergence(abc.ABC):
         parts = self.excess(logp, logq, *coefficients)
         if type(self).outer is Divergence.outer:
             return parts
-        total = parts.sum(-1, keepdim=True)
+        total = row_sum(parts)
         factor = self.outer(total, *coefficients) / total
         return (parts * factor).masked_fill(parts == 0, 0.0)
 
@@ -415,6 +443,11 @@ class _Combination(Divergence):
         parts = [term.increasing_in for _, term in self.terms]
         return tuple(itertools.chain(*parts)) if all(parts) else ()
 
+    @property
+    def needs_whole_rows(self) -> str:
+        reasons = ((term, term.needs_whole_rows) for _, term in self.terms)
+        return next((f"of {term}, {reason}" for term, reason in reasons if reason), "")
+
     def held_inputs(self, logits, labels=None):
         return tuple(term.held_inputs(logits, labels) for _, term in self.terms)
 
@@ -470,7 +503,7 @@ class _FCombination(_Combination, FDivergence):  # pyright: ignore[reportIncompa
         return ()
 
     def value(self, logp, logq, *held):
-        return self.excess(logp, logq).sum(-1)
+        return row_sum(self.excess(logp, logq)).squeeze(-1)
 
     def by_atom(self, logp, logq, *held):
         return self.excess(logp, logq)
@@ -495,6 +528,10 @@ class _FCombination(_Combination, FDivergence):  # pyright: ignore[reportIncompa
             undecided, math.inf * winner, 1.0
         )
         return torch.where(undecided, decided, total(torch.where(undecided, 1.0, log_ratio)))
+
+
+_OF_ROWS = "held_inputs", "search", "held", "statistics", "value", "by_atom"
+_BASES = Divergence, FDivergence, _Combination, _FCombination
 
 
 def _as_f(term: Any) -> FDivergence:

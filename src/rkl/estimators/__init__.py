@@ -23,6 +23,8 @@ from torch.nn.functional import linear
 from rkl.checks import floats, integer, number, warn
 from rkl.divergences import KL, Divergence, FDivergence
 from rkl.divergences.base import slope_from_terms, widest
+from rkl.divergences.rows import Shards, row_gather, row_log_softmax, rows_over
+from rkl.estimators.agreement import cut, in_agreement, shards_of
 from rkl.estimators.inputs import (
     LinearHead,
     Logits,
@@ -34,7 +36,7 @@ from rkl.estimators.inputs import (
     integers,
     vocabulary,
 )
-from rkl.kernels import Draws, Shape, Step, comparable, compiles, outside_dynamo, step_
+from rkl.kernels import Draws, Shape, Step, comparable, compiles, outside_dynamo, rows_of, step_
 from rkl.kernels import compiled_or_eager as compiled_or_eager  # for the wings
 from rkl.kernels import has_compiler as has_compiler
 
@@ -73,6 +75,11 @@ def exact(
     time: memory is O(chunk · vocab), and the matrix products are the four of a plain step
     (two projections, the gradients in hidden states and head), three for a frozen head.
 
+    Given q as a LinearHead with a group, each process has a part of the vocabulary. The value is
+    then that of the whole, the same in all of them, and what they send for a token does not grow
+    with the vocabulary: normalisers, sums over atoms, and the gradient in its hidden state. p may
+    be cut alike, or whole in every process, which then takes its part; or a TopK or Sampled.
+
     Args:
         divergence: Any divergence.
         p: The teacher's logits, the head that yields them, its top k, or atoms drawn from it,
@@ -82,7 +89,7 @@ def exact(
             looked at. Defaults to 1/tokens. Nothing is divided by its sum.
         chunk: How many tokens' logits may exist at one time; by default 256 MiB of them.
         compiled: Whether to compile the step, once per divergence; by default, where there
-            is work enough and a compiler.
+            is work enough and a compiler. Parts of a vocabulary run uncompiled.
         labels: The true token, for the cross-entropy below and for a divergence that takes labels.
         hard_label_weight: Weight of the student's cross-entropy on the labels, at
             temperature 1, beside D.
@@ -101,18 +108,45 @@ def exact(
     tensor(0.3681)
     """
     _refuse_transforms()
-    tokens = check_pair(divergence, p, q)
-    kept, weight = _kept(weight, tokens, by_token(q))
-    labels = _check_labels(labels, hard_label_weight, divergence, kept, q)
-    rows = kept.split(_chunk(chunk, p, q))
+    shared = shards_of(p, q)
+    vocab = None if shared is None else shared.vocab
+
+    def prepare():
+        tokens = check_pair(divergence, p, q, vocab)
+        kept, weights = _kept(weight, tokens, by_token(q))
+        true = _check_labels(labels, hard_label_weight, divergence, kept, q, vocab)
+        size = _chunk(chunk, p, q, shared)
+        run = _check_compiled(compiled, len(kept) * vocabulary(q), weights.device, shared)
+        step = Step(divergence, _shape(p), _shape(q), float(hard_label_weight))
+        tracked = torch.is_grad_enabled()
+        work = _Work(step, cut(p, shared), weights, kept.split(size), true, run, tracked, shared)
+        if shared is None:
+            return work, (), {}
+        wanted = [tracked and x is not None and x.requires_grad for x in _parameters(q)]
+        settings = *step, type(p), len(kept), tokens, size, by_token(q).dtype, wanted
+        alike = {"q's hidden states": by_token(q)[kept], "p": by_token(p)[kept]}
+        return work, settings, alike | {"weight": weights, "labels": true}
+
+    return _Exact.apply(in_agreement(shared, q, prepare), *_parameters(q))
+
+
+def _parameters(q: Logits | LinearHead) -> tuple:
+    return q[:3] if isinstance(q, LinearHead) else (q,)
+
+
+def _check_compiled(
+    compiled: Any, elements: int, device: torch.device, shared: Shards | None
+) -> bool:
     if compiled not in (None, True, False):
         raise TypeError(f"compiled must be True, False or None; got {compiled!r}.")
+    if shared is not None and compiled:
+        raise ValueError(
+            "compiled must be False or None where processes share the vocabulary, for they "
+            "communicate within the step; got True."
+        )
     if compiled is None:
-        compiled = compiles(len(kept) * vocabulary(q), weight.device)
-    step = Step(divergence, _shape(p), _shape(q), float(hard_label_weight))
-    parameters = q[:3] if isinstance(q, LinearHead) else (q,)
-    work = _Work(step, p, weight, rows, labels, compiled, torch.is_grad_enabled())
-    return _Exact.apply(work, *parameters)
+        return shared is None and compiles(elements, device)
+    return compiled
 
 
 class _Work(NamedTuple):
@@ -125,6 +159,7 @@ class _Work(NamedTuple):
     labels: Int[Tensor, " tokens"] | None
     compiled: bool
     tracked: bool
+    shared: Shards | None = None
 
 
 class _Exact(torch.autograd.Function):
@@ -133,16 +168,19 @@ class _Exact(torch.autograd.Function):
     @staticmethod
     def forward(ctx, work: _Work, *parameters):
         wanted = [wants and work.tracked for wants in ctx.needs_input_grad[1:]]
-        totals = [None] * len(parameters)
+        totals: list[Any] = [None] * len(parameters)
         like = parameters[0]
         value = torch.zeros((), dtype=_at_least_single(like), device=like.device)
-        with torch.autocast(like.device.type, enabled=False):  # it would round the products
+        # autocast would round the products
+        with torch.autocast(like.device.type, enabled=False), rows_over(work.shared):
             for rows in work.rows:
                 a, b = _pair(work.p, parameters, rows)
                 w = work.weight[rows].to(b.dtype)
                 labels = None if work.labels is None else work.labels[rows]
                 value += w @ step_(work.step, a, b, w, labels, work.compiled)
                 _pull_back(totals, wanted, parameters, rows, b)
+        if work.shared is not None and totals[0] is not None:
+            totals[0] = work.shared.reduce(totals[0], "sum")
         ctx.save_for_backward(*(x for x in totals if x is not None))
         ctx.likes = [
             x.dtype if wants else None for x, wants in zip(parameters, wanted, strict=True)
@@ -225,23 +263,36 @@ def per_token(
             f"divergences must map names to one divergence at least; got {divergences!r}."
         )
     _refuse_transforms()
-    tokens = max(check_pair(divergence, p, q) for divergence in divergences.values())
     if isinstance(p, Sampled):
         return {
             name: sampled_terms(it, p=p, q=q, chunk=chunk).mean(-1)
             for name, it in divergences.items()
         }
-    parts = {name: [] for name in divergences}
-    everything = torch.arange(tokens, device=by_token(q).device)
-    for divergence in divergences.values():
-        _check_labels(labels, 0.0, divergence, everything, q)
-    device = everything.device.type
-    with torch.no_grad(), torch.autocast(device, enabled=False):  # it would round the products
-        for rows in everything.split(_chunk(chunk, p, q)):
+    shared = shards_of(p, q)
+    vocab = None if shared is None else shared.vocab
+
+    def prepare():
+        tokens = max(check_pair(it, p, q, vocab) for it in divergences.values())
+        everything = torch.arange(tokens, device=by_token(q).device)
+        for divergence in divergences.values():
+            _check_labels(labels, 0.0, divergence, everything, q, vocab)
+        rows = everything.split(_chunk(chunk, p, q, shared))
+        if shared is None:
+            return rows, (), {}
+        settings = dict(divergences), type(p), _shape(p), _shape(q), len(rows), tokens
+        return rows, settings, {"q's hidden states": by_token(q), "p": by_token(p)}
+
+    every_row = in_agreement(shared, q, prepare)
+    p, parts = cut(p, shared), {name: [] for name in divergences}
+    device = by_token(q).device.type
+    # autocast would round the products
+    with torch.no_grad(), torch.autocast(device, enabled=False), rows_over(shared):
+        for rows in every_row:
             logp, logq = _log_probabilities(p, q, rows)
-            for name, divergence in divergences.items():
-                true = labels[rows] if labels is not None and divergence.takes_labels else None
-                parts[name].append(divergence(logp, logq, true))
+            with rows_of(coarse=isinstance(p, TopK)):
+                for name, divergence in divergences.items():
+                    true = labels[rows] if labels is not None and divergence.takes_labels else None
+                    parts[name].append(divergence(logp, logq, true))
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
@@ -269,9 +320,9 @@ def sampled_terms(
     """
     if not isinstance(p, Sampled):
         raise TypeError(f"p must be a Sampled; got a {type(p).__name__}.")
-    check_pair(divergence, p, q)
-    f: Any = divergence  # an f-divergence, as check_pair saw
-    return torch.cat([(w * f.terms_p(x)).to(like) for x, w, like in _draw_ratios(p, q, chunk)])
+    f: Any = divergence  # an f-divergence, as is checked before the first of them
+    ratios = _draw_ratios(divergence, p, q, chunk)
+    return torch.cat([(w * f.terms_p(x)).to(like) for x, w, like in ratios])
 
 
 def effective_draws(p: Sampled, q: Logits | LinearHead) -> Float[Tensor, " tokens"]:
@@ -281,26 +332,34 @@ def effective_draws(p: Sampled, q: Logits | LinearHead) -> Float[Tensor, " token
     terms of what grows with q/p, such as reverse KL, are the terms of a few draws. It does not
     tell of atoms that no draw met.
     """
-    check_pair(KL(), p, q)
     parts = []
-    for x, w, _ in _draw_ratios(p, q, None):
+    for x, w, _ in _draw_ratios(KL(), p, q, None):
         log = x + w.log()
         parts.append((2 * log.logsumexp(-1) - (2 * log).logsumexp(-1)).exp())
     return torch.cat(parts) if parts else p.logp.new_zeros(0)
 
 
-def _draw_ratios(p: Sampled, q, chunk: int | None) -> Iterator[tuple]:
+def _draw_ratios(divergence: Divergence, p: Sampled, q, chunk: int | None) -> Iterator[tuple]:
     """Of some tokens at a time: log q/p at the draws, their weights, the dtype of the logits."""
-    parameters = q[:3] if isinstance(q, LinearHead) else (q,)
-    everything = torch.arange(len(p.logp), device=p.logp.device)
-    with torch.no_grad(), torch.autocast(p.logp.device.type, enabled=False):
-        for rows in everything.split(_chunk(chunk, p, q)):
-            pair: Any = _pair(p, parameters, rows)
+    shared = shards_of(p, q)
+
+    def prepare():
+        tokens = check_pair(divergence, p, q, None if shared is None else shared.vocab)
+        rows = torch.arange(tokens, device=p.logp.device).split(_chunk(chunk, p, q, shared))
+        if shared is None:
+            return rows, (), {}
+        settings = divergence, _shape(q), len(rows), tokens
+        return rows, settings, {"q's hidden states": by_token(q), "p": by_token(p)}
+
+    shape = _shape(q)
+    for rows in in_agreement(shared, q, prepare):
+        with torch.no_grad(), torch.autocast(p.logp.device.type, enabled=False), rows_over(shared):
+            pair: Any = _pair(p, _parameters(q), rows)
             drawn, products = pair
-            shape = _shape(q)
-            logq = shape.at_temperature(shape.at_one(products)).log_softmax(-1)
-            ratio = (logq.gather(-1, drawn.index) - drawn.logp).to(widest(logq))
-            yield ratio, drawn.share.to(ratio.dtype) * drawn.index.shape[-1], logq.dtype
+            (logq,) = row_log_softmax(shape.at_temperature(shape.at_one(products)))
+            ratio = (row_gather(logq, drawn.index) - drawn.logp).to(widest(logq))
+            share = drawn.share.to(ratio.dtype) * drawn.index.shape[-1]
+        yield ratio, share, logq.dtype
 
 
 def monte_carlo(
@@ -416,8 +475,14 @@ def _kept(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_labels(
-    labels, hard_label_weight: float, divergence: Divergence, kept: Tensor, q
+    labels,
+    hard_label_weight: float,
+    divergence: Divergence,
+    kept: Tensor,
+    q,
+    vocab: int | None,
 ) -> Tensor | None:
+    vocab = vocab or vocabulary(q)
     number("hard_label_weight", hard_label_weight, at_least=0)
     if labels is None:
         if hard_label_weight:
@@ -435,29 +500,31 @@ def _check_labels(
             f"got {list(labels.shape)} on {labels.device}."
         )
     seen = labels[kept]
-    if seen.min() < 0 or seen.max() >= vocabulary(q):
+    if seen.min() < 0 or seen.max() >= vocab:
         raise ValueError(
-            f"labels must lie in [0, {vocabulary(q)}) wherever there is a weight; "
+            f"labels must lie in [0, {vocab}) wherever there is a weight; "
             f"got {seen.min().item()} to {seen.max().item()}. Give ignored tokens, such as those "
             "labelled -100, the weight 0."
         )
     return labels if hard_label_weight or divergence.takes_labels else None
 
 
-def _chunk(chunk: int | None, p, q) -> int:
+def _chunk(chunk: int | None, p, q, shared: Shards | None) -> int:
     if chunk is None:
-        bytes_per_token = 2 * 4 * vocabulary(q)
+        bytes_per_token = 2 * 4 * (vocabulary(q) if shared is None else max(shared.sizes))
         return max(16, BUDGET // bytes_per_token // 16 * 16)
     integer("chunk", chunk, at_least=1)
     return chunk
 
 
 def _shape(x) -> Shape:
-    return Shape(*x[3:]) if isinstance(x, LinearHead) else Shape()
+    return Shape(*x[3:6]) if isinstance(x, LinearHead) else Shape()
 
 
 def products(head: LinearHead) -> Logits:
     """Hidden states times the head, in single precision or better, as `exact` computes it."""
+    if head.group is not None:
+        raise ValueError("head must have the whole vocabulary; got a part, with a group.")
     with torch.autocast(head.hidden.device.type, enabled=False):  # it would round the products
         return _products(head[:3], slice(None))
 
@@ -491,10 +558,12 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
 
 
 def _log_probabilities(p, q, rows: Tensor) -> tuple[Logits, Logits]:
-    known: Any = _pair(p, q[:3] if isinstance(q, LinearHead) else (q,), rows)
+    known: Any = _pair(p, _parameters(q), rows)
     a, b = known
     a, b, _ = comparable(Step(KL(), _shape(p), _shape(q)), a, b)
-    return a.log_softmax(-1), b.log_softmax(-1)
+    with rows_of(coarse=isinstance(p, TopK)):
+        logp, logq = row_log_softmax(a, b)
+    return logp, logq
 
 
 def _pair(p, parameters, rows):

@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -18,6 +19,14 @@ class LinearHead(NamedTuple):
 
     They are c tanh(s y / c) / t of the products y = hidden @ weight.T + bias, where s is the
     scale, c the soft cap, and t the temperature; s y / t without a cap.
+
+    With a group, weight and bias are this process's part of the vocabulary, the parts in the
+    order of the ranks, and the hidden states are the same in all processes of the group. Where
+    the other rows of a weight lie is a property of the head, so that it is said here and not to
+    each verb. Every verb then gives the value over the whole vocabulary, in every process; the
+    gradient of a part is that of its process, and the one of the hidden states is already
+    summed over the group (Megatron's copy_to_tensor_model_parallel_region would sum it again).
+    Of a ``DTensor`` cut along the vocabulary give ``weight.to_local()`` and the group of its mesh.
     """
 
     hidden: Float[Tensor, "tokens width"]
@@ -26,6 +35,7 @@ class LinearHead(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    group: dist.ProcessGroup | None = None
 
 
 class TopK(NamedTuple):
@@ -112,9 +122,14 @@ def vocabulary(x: Logits | LinearHead | TopK | Sampled) -> int:
 
 
 def check_pair(
-    divergence: Divergence, p: Logits | LinearHead | TopK | Sampled, q: Logits | LinearHead
+    divergence: Divergence,
+    p: Logits | LinearHead | TopK | Sampled,
+    q: Logits | LinearHead,
+    vocab: int | None = None,
 ) -> int:
     """The number of tokens, where p and q are well formed and agree on it and the vocabulary.
+
+    ``vocab`` is the number of all atoms where several processes share them.
 
     Raises:
         TypeError: An argument, or a field of it, is of the wrong kind.
@@ -136,16 +151,32 @@ def check_pair(
     if by_token(p).device != device:
         raise ValueError(f"p must be on {device}, where q is; got {by_token(p).device}.")
     if isinstance(p, TopK):
-        _check_index(p, vocabulary(q))
-        _check_coarse(divergence, p, vocabulary(q))
+        _check_index(p, vocab or vocabulary(q))
+        _check_coarse(divergence, p, vocab or vocabulary(q))
     elif isinstance(p, Sampled):
-        _check_draws(divergence, p, vocabulary(q))
+        _check_draws(divergence, p, vocab or vocabulary(q))
+    elif vocab is not None:
+        _check_parts(divergence, p, q, vocab)
     elif vocabulary(p) != vocabulary(q):
         raise ValueError(
             f"p has a vocabulary of {vocabulary(p)} but q of {vocabulary(q)}; "
             "pad the shorter one with logits of −inf, never with 0."
         )
     return tokens
+
+
+def _check_parts(divergence: Divergence, p: Any, q: Any, vocab: int) -> None:
+    """Refuse parts of a vocabulary that are not those of q, or that a divergence cannot take."""
+    if reason := divergence.needs_whole_rows:
+        raise ValueError(
+            f"divergence: the processes of q.group have a part of the vocabulary each, but "
+            f"{divergence} needs all of it: {reason}."
+        )
+    has_part = isinstance(p, LinearHead) and p.group is not None
+    expected = vocabulary(q) if has_part else vocab
+    if vocabulary(p) != expected:
+        of = "in this process, as q has" if has_part else "as the processes of q.group have"
+        raise ValueError(f"p must have {expected} atoms {of}; got {vocabulary(p)}.")
 
 
 def _check_side(name: str, x: Any) -> None:
@@ -168,6 +199,12 @@ def _check_side(name: str, x: Any) -> None:
 def _check_head(name: str, head: LinearHead) -> None:
     width = head.hidden.shape[-1]
     floats(f"{name}.weight", head.weight)
+    if type(head.weight).__name__ == "DTensor":  # importing the class takes a second
+        raise TypeError(
+            f"{name}.weight must be a plain tensor; got a DTensor. Of one cut along the "
+            "vocabulary give weight.to_local() and group=weight.device_mesh.get_group(), else "
+            "weight.full_tensor()."
+        )
     if head.weight.ndim != 2 or head.weight.shape[-1] != width or not len(head.weight):
         raise ValueError(
             f"{name}.weight must be [vocab, {width}], as {name}.hidden is {width} wide; "

@@ -38,7 +38,7 @@ from rkl import KL, ReverseKL  # noqa: E402
 from rkl.bayes.draws import Draws, read_draws  # noqa: E402
 from rkl.bayes.model import read_family  # noqa: E402
 from rkl.bayes.problem import Problem  # noqa: E402
-from rkl.bayes.solve.closed import act_and_risk, averages, directions_of, solve  # noqa: E402
+from rkl.bayes.solve.closed import act_and_risk, average_draws, directions_of, solve  # noqa: E402
 from rkl.bayes.solve.streaming import one_pass  # noqa: E402
 from rkl.divergences import Divergence  # noqa: E402
 from rkl.stats import Mean  # noqa: E402
@@ -146,8 +146,10 @@ def act(draws: Draws, loss: Divergence, compiled: bool | None) -> dict[tuple, Me
     """An act and its risk with their errors: all of ``bayes_act`` but the diagnostics."""
     model = read_family("normal(loc=mu, scale=sigma)", draws)
     problem = Problem(draws, model, loss, compiled)
-    known = averages(problem, directions_of(problem.weights))
-    return act_and_risk(problem, known, problem.weights, solve(problem, known, problem.weights))
+    weights = problem.weights
+    assert weights is not None  # as both losses are KLs
+    averages = average_draws(problem, directions_of(weights))
+    return act_and_risk(problem, averages, weights, solve(problem, averages, weights))
 
 
 def check(mu: Tensor, sigma: Tensor) -> None:
@@ -187,7 +189,7 @@ def _passed(function: Callable, mu: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _summary(mu: Tensor, sigma: Tensor, laws: int) -> Callable:
-    import arviz
+    import arviz  # pyright: ignore[reportMissingImports]: an extra
 
     arrays = {"mu": mu[..., :laws].numpy(), "sigma": sigma[..., :laws].numpy()}
     return lambda: arviz.summary(arviz.from_dict(posterior=arrays))

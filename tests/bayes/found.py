@@ -48,7 +48,7 @@ def law_of(name, numbers):
         free = numbers[..., at : at + count]
         free = free.unflatten(-1, shape) if shape else free.squeeze(-1)
         own[parameter], at = transform_to(constraint)(free), at + count
-    return FAMILIES[name].law(**own, **FIXED.get(name, {}))
+    return FAMILIES[name].distribution(**own, **FIXED.get(name, {}))
 
 
 def laws(name, *batch, seed=0, spread=0.5):
@@ -60,7 +60,7 @@ def laws(name, *batch, seed=0, spread=0.5):
 
 def _parameters(name):
     kind = FAMILIES[name]
-    known = WISHART if name == "Wishart" else kind.law.arg_constraints
+    known = WISHART if name == "Wishart" else kind.distribution.arg_constraints
     axes = {parameter: known[parameter].event_dim for parameter in kind.parameters}
     return {
         parameter: (known[parameter], (2,) if n == 1 and name in PAIRS else SIZES[n])

@@ -206,8 +206,8 @@ def test_the_act_does_not_depend_on_the_chart(divergence):
     plain = numerical_act(theta, lambda t: StudentT(3.0, t["loc"], t["scale"]), divergence)
     soft = SoftplusTransform()
     moved = numerical_act(
-        {"loc": theta["loc"], "u": soft.inv(theta["scale"])},
-        lambda t: StudentT(3.0, t["loc"], soft(t["u"])),
+        {"loc": theta["loc"], "u": soft.inv(theta["scale"])},  # pyright: ignore[reportArgumentType]
+        lambda t: StudentT(3.0, t["loc"], soft(t["u"])),  # pyright: ignore[reportArgumentType]
         divergence,
     )
     u = moved.theta["u"]
@@ -379,7 +379,7 @@ def test_a_loss_that_needs_every_draw_is_minimised_over_few_and_then_over_all(mo
     theta = normals(400)
     whole = numerical_act(theta, normal_law, rkl.JensenShannon())
     assert whole.accuracy.draws == 400
-    monkeypatch.setattr(generic, "HELD", 2**15)
+    monkeypatch.setattr(generic, "MINIMISED_LOG_DENSITIES", 2**15)
     few = numerical_act(theta, normal_law, rkl.JensenShannon())
     assert few.accuracy.draws < 200
     assert few.accuracy.decrement < 1e-14
@@ -434,7 +434,9 @@ def test_what_a_closed_form_holds_fixed_may_move_from_draw_to_draw():
 def test_a_divergence_that_is_infinite_everywhere_is_refused():
     narrow = {"scale": torch.tensor([1e-3, 1.0, 1e3]).double(), "loc": torch.zeros(3).double()}
     both = rkl.PearsonChiSquare() + rkl.NeymanChiSquare()
-    with pytest.raises(ValueError, match="must be finite, on average over the draws, at some law"):
+    with pytest.raises(
+        ValueError, match="must be finite, on average over the draws, at some distribution"
+    ):
         numerical_act(narrow, normal_law, both)
 
 

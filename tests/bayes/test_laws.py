@@ -1,5 +1,8 @@
 """A family is read from text, a class, a partial or a callable, and rid of its wrappings."""
 
+# distributions of torch are read here whose class a test knows, and a type checker does not
+# pyright: reportAttributeAccessIssue=false
+
 from functools import partial
 
 import numpy as np
@@ -177,7 +180,11 @@ def test_supports_that_move_are_seen(draws):
         ("json:dumps(x=mu)", ValueError, "must name a class of distributions"),
         (lambda theta: theta.tau, ValueError, "no variable is called 'tau'; there are mu, sigma"),
         (lambda theta: 3, TypeError, "must make a distribution of torch; got 3"),
-        (lambda theta: Normal(0, 1), ValueError, r"one law for each of 33 draws.*got \[\]"),
+        (
+            lambda theta: Normal(0, 1),
+            ValueError,
+            r"one distribution for each of 33 draws.*got \[\]",
+        ),
         (3, TypeError, "family must be a text"),
     ],
 )

@@ -121,7 +121,7 @@ def test_a_divergence_between_heavy_tails_is_that_of_high_precision():
         return p * mpmath.log(p / q) * mpmath.cosh(u)
 
     exact = 2 * mpmath.quad(term, [0, 1, 3, 10, 30, 60])
-    assert found == pytest.approx(float(exact), rel=1e-10)
+    assert found == pytest.approx(float(exact), rel=1e-10)  # pyright: ignore[reportArgumentType]
 
 
 def test_angles_are_integrated_over_the_circle():
@@ -260,7 +260,7 @@ class Louder(Normal):
 
 def test_a_law_of_another_total_is_refused_with_its_figure():
     with pytest.raises(
-        ValueError, match=r"law must have the total 1 .* has 1\.64872 on the nodes"
+        ValueError, match=r"family must make distributions of total 1 .* has 1\.64872 on the nodes"
     ):
         nodes_for(laws(drawn(9, a=1.0), lambda t: Louder(t["a"], 1.0)))
 
@@ -302,7 +302,7 @@ def test_reverse_and_forward_exchange_the_laws_on_nodes_too():
 class Below(Gamma):
     """Minus a gamma law."""
 
-    support = torch.distributions.constraints.less_than(0.0)
+    support = torch.distributions.constraints.less_than(0.0)  # pyright: ignore[reportAttributeAccessIssue]
 
     def sample(self, sample_shape=()):
         return -super().sample(sample_shape)
@@ -314,7 +314,7 @@ class Below(Gamma):
 class Silent(torch.distributions.Distribution):
     """A law that can do nothing but count."""
 
-    arg_constraints = {}
+    arg_constraints = {}  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, loc):
         super().__init__(loc.shape, validate_args=False)
@@ -328,5 +328,5 @@ def test_a_half_line_may_end_above():
 
 
 def test_a_law_that_cannot_be_sampled_or_says_no_support_is_refused():
-    with pytest.raises(ValueError, match="law must make distributions that say their support"):
+    with pytest.raises(ValueError, match="family must make distributions that have a support"):
         nodes_for(laws(drawn(9, a=1.0), lambda t: Silent(t["a"])))

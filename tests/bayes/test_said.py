@@ -46,7 +46,7 @@ def refused(draws, family, kind: type[Exception] = ValueError, **asked):
     "family",
     [
         lambda theta: Normal(theta.mu, np.sqrt(theta.sigma)),
-        lambda theta: Normal(np.asarray(theta.mu), theta.sigma),
+        lambda theta: Normal(np.asarray(theta.mu), theta.sigma),  # pyright: ignore[reportArgumentType]
         lambda theta: Normal(theta.mu, math.sqrt(theta.sigma)),
     ],
     ids=["a function of NumPy", "an array", "a function of math"],
@@ -254,7 +254,7 @@ def test_transforms_are_spelt_in_words(draws):
 def test_the_law_of_an_act_has_no_axis_of_draws(draws, family):
     estimate = bayes_act({k: x[:, :20] for k, x in draws.items()}, family, ReverseKL())
     act = {name: estimate.act[name][None] for name in estimate.problem.model.names}
-    law, meant = estimate.act.law, estimate.problem.model.law(act)
+    law, meant = estimate.act.distribution, estimate.problem.model.law(act)
     assert law.batch_shape == estimate.problem.batch == meant.batch_shape[1:]
     x = law.sample(torch.Size([3]))
     assert x.shape == (3, *law.batch_shape, *law.event_shape)

@@ -71,9 +71,20 @@ OF_FAMILY = [
         "family", "a class of many", MultivariateNormal, "mu, sigma", named="MultivariateNormal"
     ),
     fault("family", "a callable of no law", lambda theta: 3, "distribution", "3"),
-    fault("family", "a callable that looks at none", lambda theta: Normal(0.0, 1.0), "one law"),
+    fault(
+        "family",
+        "a callable that looks at none",
+        lambda theta: Normal(0.0, 1.0),
+        "one distribution",
+    ),
     fault("family", "a callable of an unknown", lambda theta: theta.tau, "'tau'", "mu, sigma"),
-    fault("family", "a callable of one law", lambda t: Normal(t.mu.mean(), 1.0), "one law", "[]"),
+    fault(
+        "family",
+        "a callable of one law",
+        lambda t: Normal(t.mu.mean(), 1.0),
+        "one distribution",
+        "[]",
+    ),
     fault("family", "an instance", Normal(0.0, 1.0), "class", "Normal"),
 ]
 OF_DIVERGENCE = [
@@ -332,13 +343,13 @@ FAMILIES = [
     Subject(
         "bayes.family_of",
         family_of,
-        lambda: {"law": LAW},
+        lambda: {"distribution": LAW},
         [
-            fault("law", "nothing", None, "distribution", "NoneType"),
-            fault("law", "its class", Normal, "distribution", "type"),
-            fault("law", "its name", "normal", "distribution", "str"),
+            fault("distribution", "nothing", None, "distribution", "NoneType"),
+            fault("distribution", "its class", Normal, "distribution", "type"),
+            fault("distribution", "its name", "normal", "distribution", "str"),
             fault(
-                "law",
+                "distribution",
                 "a number of trials that moves",
                 Binomial(torch.tensor([3, 4]), torch.tensor(0.5)),
                 "moves",

@@ -2,24 +2,46 @@
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from rkl.bayes.answer import Answer
+from rkl.bayes.answer import Act, Answer, Diagnostics
 from rkl.bayes.compare import compare
+from rkl.bayes.diagnostics import (
+    WAYS_OUT,
+    Judgement,
+    diagnose,
+    diagnostics_of,
+    label_switching,
+    mean_of_diagnosed,
+)
 from rkl.bayes.draws import Draws, read_draws, with_exact_simplexes
-from rkl.bayes.loss.between import check_loss
-from rkl.bayes.model import PROBE, Model, family_in, read_family
+from rkl.bayes.families.regression import Regression
+from rkl.bayes.identified import find_unidentified, sentences, without_unidentified
+from rkl.bayes.loss.between import Intrinsic, between, check_loss
+from rkl.bayes.loss.expected import node_mass
+from rkl.bayes.model import (
+    PROBE,
+    Model,
+    family_in,
+    moving_edge,
+    read_family,
+    whole_parameters,
+)
 from rkl.bayes.problem import Problem
+from rkl.bayes.progress import working
 from rkl.bayes.regions import Region, region
 from rkl.bayes.report import posterior_figure
-from rkl.bayes.solve.act import answer
+from rkl.bayes.solve.closed import closed_act
+from rkl.bayes.solve.numerical import NumericalAct, find_act, sort_components
 from rkl.bayes.solve.streaming import check_domain
 from rkl.bayes.tables import Table
 from rkl.checks import integer
 from rkl.divergences import ReverseKL
+from rkl.stats import Mean
 
 if TYPE_CHECKING:
     from rkl.plots import Figure
@@ -44,7 +66,7 @@ class Estimate(Answer):
         losses: Iterable[Any] | None = None,
     ) -> Table:
         """The act beside every other common estimate, and what each loses: see ``compare``."""
-        return compare(self, log_posterior, losses)
+        return compare(self, answer, log_posterior, losses)
 
     def region(self, prob: float = 0.9) -> Region:
         """The draws that are closest to the act, together of posterior probability ``prob``."""
@@ -101,33 +123,150 @@ def bayes_act(
     """
     check_loss(divergence)
     integer("seed", seed)
-    held = with_exact_simplexes(read_draws(draws, weights))
-    model = read_family(family, held, design)
+    posterior = with_exact_simplexes(read_draws(draws, weights))
+    model = read_family(family, posterior, design)
     try:
-        found = answer(Problem(held, model, divergence, compiled, seed))
+        result = answer(Problem(posterior, model, divergence, compiled, seed))
     except ValueError as error:
-        if where := _astray(model, held):
+        if where := _first_invalid_draw(model, posterior):
             first, _, _ = str(error).partition("\n")
             raise ValueError(f"{first} {where}") from error
         raise
-    return Estimate(**vars(found))
+    return Estimate(**vars(result))
 
 
-def _astray(model: Model, draws: Draws) -> str | None:
-    """The first draw that makes no law of the family, where others do."""
+def answer(problem: Problem) -> Answer:
+    """The act, its risk and diagnostics."""
+    _refuse_moving(problem)
+    with working(f"the act under {problem.divergence}"):
+        weights = problem.weights
+        result = _minimise_loss(problem) if weights is None else closed_act(problem, weights)
+        return _drop_unidentified(result)
+
+
+def _drop_unidentified(estimate: Answer) -> Answer:
+    problem, act, diagnostics = estimate.problem, estimate.act, estimate.diagnostics
+    named = problem.origins.keys() == set(problem.model.names)
+    if (
+        named
+        and problem.weights is not None
+        and not isinstance(problem.structure.base, Regression)
+    ):
+        return estimate  # each variable is a parameter of an exponential family
+    mass = node_mass(problem.loss) if problem.weights is None else None
+    unidentified = find_unidentified(problem.law, dict(act.point), dict(problem.some.theta), mass)
+    settings = problem.model.settings or {}
+    variables = {key: name for name, key in problem.origins.items()}
+    variables |= {key: name for key, name in settings.items() if isinstance(name, str)}
+    warnings = sentences(unidentified, estimate.labels)
+    if not warnings:
+        return estimate
+    return replace(
+        estimate,
+        act=without_unidentified(act, unidentified, variables),
+        diagnostics=replace(diagnostics, warnings=(*diagnostics.warnings, *warnings)),
+    )
+
+
+def _refuse_moving(problem: Problem) -> None:
+    """Refuse a loss that is infinite wherever supports differ, if they do."""
+    law, divergence = problem.model.law(problem.few), problem.divergence
+    edge = moving_edge(law)
+    if not edge or isinstance(divergence, Intrinsic) or divergence.bounded:
+        return
+    raise ValueError(
+        f"The support of {type(law).__name__} moves with its parameters ({edge} differs from draw "
+        f"to draw), so the act under {divergence} is the edge of the posterior's support, "
+        f"wherever the data lie; {_way_out_of_moving(problem)}"
+    )
+
+
+def _way_out_of_moving(problem: Problem) -> str:
+    laws = problem.some
+    if between(Intrinsic(), laws.at(slice(0, 2)), laws.at(slice(0, 1))) is not None:
+        return "use Intrinsic()."
+    if whole_parameters(laws):
+        return "use Intrinsic(), or the bounded JensenShannon()."
+    return (
+        "no other loss of rkl can be computed between these either: hold the edge fixed, with a "
+        "number in place of the variable that moves it."
+    )
+
+
+def _minimise_loss(problem: Problem) -> Answer:
+    draws = problem.draws
+    minimum = sort_components(problem, find_act(problem.loss, problem.law))
+    by_chain = (draws.chains, draws.draws)
+    influence = {name: x.unflatten(0, by_chain) for name, x in minimum.influence.items()}
+    losses = problem.losses(minimum.theta) if problem.batch else minimum.losses.reshape(by_chain)
+    influence = {name: x for name, x in influence.items() if name not in minimum.whole}
+    judgement = diagnose({**influence, "risk": losses}, draws)
+    _refuse_without_mean(problem, judgement)
+    parameters = {
+        name: Mean(x, mean_of_diagnosed(name, influence[name], draws, judgement).error)
+        if name in influence
+        else Mean(x, torch.full_like(x, torch.nan))
+        for name, x in minimum.theta.items()
+    }
+    risk = mean_of_diagnosed("risk", losses, draws, judgement)
+    for key, name in (problem.model.settings or {}).items():
+        if isinstance(name, str):
+            parameters.setdefault(key, parameters[name])
+    act = Act(parameters, problem.model.at(minimum.theta), point=minimum.theta)
+    return Answer(
+        problem.model.text,
+        problem.divergence,
+        act,
+        risk,
+        _diagnostics(problem, minimum, judgement),
+        problem,
+    )
+
+
+def _refuse_without_mean(problem: Problem, judgement: Judgement) -> None:
+    for name, k in judgement.without_mean().items():
+        if name != "risk":
+            raise ValueError(
+                f"The act under {problem.divergence} does not exist: the influence of a draw on "
+                f"{name} has no posterior mean, as far as {judgement.draws:,} draws show "
+                f"(Pareto-k {k.nan_to_num(0).max():.2f}, and 1 is too much). "
+                f"{WAYS_OUT}"
+            )
+
+
+def _diagnostics(problem: Problem, minimum: NumericalAct, judgement: Judgement) -> Diagnostics:
+    draws, how, warnings = problem.draws, minimum.accuracy, []
+    if not how.converged:
+        warnings.append("the optimiser did not converge")
+    if how.agreeing < how.starts:
+        warnings.append(f"only {how.agreeing} of {how.starts} starts reached the lowest risk")
+    if minimum.whole:
+        warnings.append(
+            f"{', '.join(minimum.whole)} is a whole number and has no standard error; the "
+            "errors of the other parameters assume that it is right"
+        )
+    nodes = f" over {how.nodes:,} nodes ({how.method})" if how.nodes else ", in closed form"
+    switching = label_switching(draws, problem.model.names, problem.batch)
+    accuracy = how.decrement + how.node_excess
+    return diagnostics_of(
+        judgement, draws, draws, f"minimised{nodes}", accuracy, (switching, *warnings)
+    )
+
+
+def _first_invalid_draw(model: Model, draws: Draws) -> str | None:
     for chain, part, chunk in draws.chunks(model.names):
-        if _makes(model, chunk):
+        if _is_valid(model, chunk):
             continue
         first, last = 0, part.stop - part.start
-        if not any(_makes(model, _rows(chunk, i, i + 1)) for i in range(min(last, PROBE))):
+        if not any(_is_valid(model, _rows(chunk, i, i + 1)) for i in range(min(last, PROBE))):
             return None
         while last - first > 1:
             middle = (first + last) // 2
-            good = _makes(model, _rows(chunk, first, middle))
+            good = _is_valid(model, _rows(chunk, first, middle))
             first, last = (middle, last) if good else (first, middle)
         values = {name: x.tolist() for name, x in _rows(chunk, first, first + 1).items()}
-        said = ", ".join(f"{name} = {reprlib.repr(x[0])}" for name, x in values.items())
-        return f"See chain {chain}, draw {part.start + first}: {said}."
+        parameters = ", ".join(f"{name} = {reprlib.repr(x[0])}" for name, x in values.items())
+        return f"See chain {chain}, draw {part.start + first}: {parameters}."
     return None
 
 
@@ -135,8 +274,7 @@ def _rows(chunk: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tenso
     return {name: x[first:last] for name, x in chunk.items()}
 
 
-def _makes(model: Model, theta: Mapping[str, Tensor]) -> bool:
-    """Whether these draws make laws that are inside their family."""
+def _is_valid(model: Model, theta: Mapping[str, Tensor]) -> bool:
     try:
         law = model.base(theta)
         check_domain(law)

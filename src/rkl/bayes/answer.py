@@ -1,4 +1,4 @@
-"""What a problem is answered by: the act, its risk and their errors."""
+"""The answer to a problem: the act, its risk and their errors."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rkl.bayes.problem import Problem
 
 ERROR_ROUNDING = 1e-6  # relative, of errors that are the same
-SHOWN = 12  # elements of one parameter that are printed
+MAX_ELEMENTS = 12  # elements of one parameter that are printed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,21 +28,21 @@ class Act(Mapping):
     """The reported distribution: act["scale"], with its Monte Carlo error in act.error["scale"].
 
     Attributes:
-        parameters: Value and standard error by name, [*batch, ...] each: those of the law, and
-            the variables of the posterior that stand for it.
-        law: The law itself, of batch shape [*batch].
+        parameters: Value and standard error by name, [*batch, ...] each: those of the
+            distribution, and the variables of the posterior that stand for it.
+        distribution: The distribution of torch itself, of batch shape [*batch].
         natural: Components of its natural parameter, where it has one.
         mean: Components of its mean parameter, where it has one.
-        point: The variables of the posterior that the law is made of, [*batch, ...]; finite also
-            where the law does not depend on them.
-        unused: By variable, where the law does not depend on its numbers: they are nan among the
-            parameters, for any value gives the same law.
-        combined: By variable, the numbers of which only combinations change the law, such as a
-            sum; they have no errors.
+        point: The variables of the posterior that the distribution is made of, [*batch, ...];
+            finite also where the distribution does not depend on them.
+        unused: By variable, where the distribution does not depend on its numbers: they are nan
+            among the parameters, for any value gives the same distribution.
+        combined: By variable, the numbers of which only combinations change the distribution, such
+            as a sum; they have no errors.
     """
 
     parameters: Mapping[str, Mean]
-    law: Distribution
+    distribution: Distribution
     natural: tuple[Mean, ...] | None = None
     mean: tuple[Mean, ...] | None = None
     point: Mapping[str, Tensor] = field(default_factory=dict)
@@ -68,8 +68,8 @@ class Act(Mapping):
             if name in self.unused and bool(self.unused[name].all()):
                 continue
             alone = not value.ndim
-            said = cell_text((value.item(), error.item())) if alone else list(value.shape)
-            yield f"{name}={said}"
+            text = cell_text((value.item(), error.item())) if alone else list(value.shape)
+            yield f"{name}={text}"
 
     @property
     def error(self) -> dict[str, Tensor]:
@@ -115,8 +115,8 @@ class Diagnostics:
 
     def worst_k(self) -> float:
         """The largest tail index there is, or nan."""
-        known = (k[~k.isnan()] for k in self.pareto_k.values())
-        return max((k.max().item() for k in known if k.numel()), default=math.nan)
+        shapes = (k[~k.isnan()] for k in self.pareto_k.values())
+        return max((k.max().item() for k in shapes if k.numel()), default=math.nan)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,13 +131,13 @@ class Answer:
     problem: "Problem"
 
     def __repr__(self) -> str:
-        said = ", ".join(self.act.summary(self.problem.model.names))
-        return f"{type(self).__name__}({said}; {self.family} under {self.divergence})"
+        summary = ", ".join(self.act.summary(self.problem.model.names))
+        return f"{type(self).__name__}({summary}; {self.family} under {self.divergence})"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the draws, as JSON can hold it."""
         act = self.act
-        seen = self.diagnostics
+        diagnostics = self.diagnostics
         return {
             "family": self.family,
             "design": _plain(self.problem.model.design),
@@ -149,9 +149,9 @@ class Answer:
             "natural": None if act.natural is None else [to_json(mean) for mean in act.natural],
             "mean": None if act.mean is None else [to_json(mean) for mean in act.mean],
             "risk": to_json(self.risk),
-            "diagnostics": vars(seen)
-            | {"pareto_k": {name: k.tolist() for name, k in seen.pareto_k.items()}}
-            | {"warnings": list(seen.warnings)},
+            "diagnostics": vars(diagnostics)
+            | {"pareto_k": {name: k.tolist() for name, k in diagnostics.pareto_k.items()}}
+            | {"warnings": list(diagnostics.warnings)},
         }
 
     def to_dataframe(self) -> Any:
@@ -167,8 +167,8 @@ class Answer:
     def table(self, every: bool = False) -> Table:
         """The act and its risk, of long parameters the first elements or ``every`` one."""
         rows: list[tuple[Cell, ...]] = []
-        said = self.act.parameters if every else self._variables()
-        for name, mean in {**said, "risk": self.risk}.items():
+        parameters = self.act.parameters if every else self._variables()
+        for name, mean in {**parameters, "risk": self.risk}.items():
             unit = " (nats)" * (mean is self.risk)
             values, errors, labels = self._identified_numbers(name, mean)
             labels = [label + unit for label in labels]
@@ -177,7 +177,7 @@ class Answer:
             if not every and self._is_shared(name, mean):
                 rows.append((f"{name}, each of {len(values):,}", (values[0], errors[0])))
                 continue
-            shown = len(values) if every else SHOWN
+            shown = len(values) if every else MAX_ELEMENTS
             rows += list(zip(labels, zip(values, errors, strict=True), strict=True))[:shown]
             if len(values) > shown:
                 rows.append((f"{name}, {len(values) - shown:,} more", None))
@@ -187,7 +187,7 @@ class Answer:
     def _identified_numbers(
         self, name: str, mean: Mean
     ) -> tuple[list[float], list[float], list[str]]:
-        """The numbers that the law depends on, their errors and labels."""
+        """Numbers that the distribution depends on, their errors and labels."""
         used = ~mean.value.flatten().isnan()
         value, error = mean.value.flatten()[used], mean.error.flatten()[used]
         labels = list(itertools.compress(self.labels(name), used.tolist()))
@@ -222,28 +222,28 @@ class Answer:
         return problem.batch_axes if shape == batch else None
 
     def _stack_labels(self, parts: Stack) -> list[str]:
-        """What the elements of a vector of variables and numbers are called."""
-        found: list[str] = []
+        labels: list[str] = []
         for part in parts:
-            found += self.labels(part) if isinstance(part, str) else [f"{part:g}"]
-        return found
+            labels += self.labels(part) if isinstance(part, str) else [f"{part:g}"]
+        return labels
 
     def _variables(self) -> dict[str, Mean]:
-        """The variables of the posterior, which stand for the rest."""
         return {name: self.act.parameters[name] for name in self.problem.model.names}
 
     def _notes(self) -> tuple[str, ...]:
-        seen = self.diagnostics
+        diagnostics = self.diagnostics
         design = self.problem.model.design
-        told = () if design is None else (f"design: {_short(design)}",)
+        notes = () if design is None else (f"design: {_short(design)}",)
         how = (
-            f"{seen.ess:,.0f} effective draws of {seen.judged:,}; Pareto-k at most "
-            f"{cell_text(seen.worst_k())}; {seen.method}"
+            f"{diagnostics.ess:,.0f} effective draws of {diagnostics.judged:,}; Pareto-k at most "
+            f"{cell_text(diagnostics.worst_k())}; {diagnostics.method}"
         )
         exact = (
-            () if not seen.accuracy else (f"risk within {seen.accuracy:.1g} nats of the least",)
+            ()
+            if not diagnostics.accuracy
+            else (f"risk within {diagnostics.accuracy:.1g} nats of the least",)
         )
-        return (*told, how, *exact, *(f"Warning: {text}" for text in seen.warnings))
+        return (*notes, how, *exact, *(f"Warning: {text}" for text in diagnostics.warnings))
 
 
 def elements(
@@ -258,10 +258,10 @@ def elements(
     """
     if not shape:
         return [name]
-    known = axes or [None] * len(shape)
+    names_by_axis = axes or [None] * len(shape)
     places = [
         list(map(str, range(n))) if labels is None else labels
-        for n, labels in zip(shape, known, strict=True)
+        for n, labels in zip(shape, names_by_axis, strict=True)
     ]
     return [f"{name}[{', '.join(place)}]" for place in itertools.product(*places)]
 
@@ -275,7 +275,6 @@ def _short(design: Any) -> str:
 
 
 def _plain(design: Any) -> Any:
-    """A design as JSON can hold it: numbers and text as they are, arrays as lists."""
     match design:
         case None | bool() | int() | float() | str():
             return design

@@ -17,8 +17,7 @@ from rkl.bayes.loss.expected import expected_seconds, needs_sample
 from rkl.bayes.modes import LogDensity, modes
 from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.regions import periodic
-from rkl.bayes.solve.act import answer
-from rkl.bayes.solve.closed import Point, averages, directions_of, excess_risk
+from rkl.bayes.solve.closed import Point, average_draws, directions_of, excess_risk
 from rkl.bayes.tables import ROUNDING, Table, zero_rounding
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
 from rkl.stats import quantile
@@ -32,12 +31,13 @@ LOSSES: dict[str, AnyLoss] = {
     "Jensen–Shannon": JensenShannon(),
     "intrinsic": Intrinsic(),
 }
-LONG = 8.0  # seconds; what takes longer is left out unless it is asked for
+MAX_SECONDS = 8.0  # seconds; what takes longer is left out unless it is asked for
 COLUMNS = 6  # numbers of the parameters that have a column each
 
 
 def compare(
     estimate: Answer,
+    answer: Callable[[Problem], Answer],
     log_posterior: LogDensity | str | None = None,
     losses: Iterable[AnyLoss] | None = None,
 ) -> Table:
@@ -45,10 +45,11 @@ def compare(
 
     The excess over the risk of the loss's own act is a mean of paired differences between draws,
     for the two KLs and their sum by Pythagoras, with its Monte Carlo error for estimates that are
-    held fixed. Of several parameters the excess is that of the law which they make.
+    held fixed. Of several parameters the excess is that of the distribution which they make.
 
     Args:
         estimate: Of the posterior and the family to compare for.
+        answer: Finds the act under another loss.
         log_posterior: For the modes: a callable from theta, n draws by name, to n log densities
             with respect to the variables as they are named; or the name of a variable that holds
             the log density of every draw.
@@ -63,45 +64,44 @@ def compare(
     asked = _by_name(losses)
     if estimate.divergence not in asked.values():
         asked |= {_name_of(estimate.divergence, "own"): estimate.divergence}
-    found, notes = {}, []
+    estimates, notes = {}, []
     for name, divergence in asked.items():
         again = dataclasses.replace(problem, divergence=divergence)
         if divergence == estimate.divergence:
-            found[name] = estimate
+            estimates[name] = estimate
         elif losses is None and needs_sample(again.some, divergence):
             notes.append(
-                f"{name} is left out: between joint laws it takes an importance sample, and "
-                f"seconds to minutes. Ask by losses=[{divergence!r}], or --losses and its name"
+                f"{name} is left out: between joint distributions it takes an importance sample, "
+                f"and seconds to minutes. Ask by losses=[{divergence!r}], or --losses and its name"
             )
         else:
             try:
                 seconds = 0.0 if losses is not None else _expected_seconds(again)
-                if seconds > LONG:
+                if seconds > MAX_SECONDS:
                     notes.append(
                         f"{name} is left out: it would take some {seconds:.0f} s or more. Ask by "
                         f"losses=[{divergence!r}], or --losses and its name"
                     )
                     continue
-                found[name] = answer(again)
+                estimates[name] = answer(again)
             except ValueError as error:
                 notes.append(f"{name} is left out: {error}")
-    candidates = {name: variables_of(one) for name, one in found.items()}
-    judges = {name: excess_over(one) for name, one in found.items()}
+    candidates = {name: variables_of(one) for name, one in estimates.items()}
+    judges = {name: excess_over(one) for name, one in estimates.items()}
     candidates |= {"posterior mean": means_of(problem), "posterior median": _medians(problem)}
     if angles := sorted(periodic(problem)):
         notes.append(
             f"{', '.join(angles)} on a circle: posterior mean and median depend on where it is cut"
         )
-    densest, told = modes(problem, log_posterior)
+    densest, mode_notes = modes(problem, log_posterior)
     candidates |= densest
-    unused = {name: one.act.unused for name, one in found.items()}
-    notes += [f"{name}: {text}" for name, text in _unused_in(found).items()]
-    return side_by_side(problem, candidates, judges, (*notes, *told), unused)
+    unused = {name: one.act.unused for name, one in estimates.items()}
+    notes += [f"{name}: {text}" for name, text in _unused_in(estimates).items()]
+    return side_by_side(problem, candidates, judges, (*notes, *mode_notes), unused)
 
 
-def _unused_in(found: Mapping[str, Answer]) -> dict[str, str]:
-    """What the acts do not depend on, by their names; of all alike under one."""
-    texts = {name: not_used(one.act.unused, one.labels) for name, one in found.items()}
+def _unused_in(estimates: Mapping[str, Answer]) -> dict[str, str]:
+    texts = {name: not_used(one.act.unused, one.labels) for name, one in estimates.items()}
     if len(set(texts.values())) == 1:
         text = next(iter(texts.values()))
         return {"every act": text} if text else {}
@@ -109,7 +109,6 @@ def _unused_in(found: Mapping[str, Answer]) -> dict[str, str]:
 
 
 def _expected_seconds(problem: Problem) -> float:
-    """About how long the act takes; 0 where the draws are averaged once."""
     if problem.weights is not None:
         return 0.0
     draws = problem.draws.chains * problem.draws.draws
@@ -122,7 +121,6 @@ def variables_of(estimate: Answer) -> Variables:
 
 
 def _by_name(losses: Iterable[AnyLoss] | None) -> dict[str, AnyLoss]:
-    """Losses by the names of their rows and columns."""
     if losses is None:
         return dict(LOSSES)
     if isinstance(losses, str) or not isinstance(losses, Iterable):
@@ -145,33 +143,33 @@ def excess_over(estimate: Answer) -> LossOf:
     least = problem.losses(act)
 
     def excess(variables: Variables):
-        found = mean_of(problem.losses(variables) - least, problem.draws)
-        return zero_rounding(found.value), zero_rounding(found.error)
+        difference = mean_of(problem.losses(variables) - least, problem.draws)
+        return zero_rounding(difference.value), zero_rounding(difference.error)
 
     return excess
 
 
 def _exact_excess(estimate: Answer, weights: Weights, act: Variables) -> LossOf:
-    """By Pythagoras exact for these draws; the error by the shifts of their batches."""
+    """Excess risk by Pythagoras, exact for these draws; its error by the shifts of batches."""
     problem = estimate.problem
-    known = averages(problem, directions_of(weights))
+    averages = average_draws(problem, directions_of(weights))
     unsure = _without_error(estimate)
 
     def natural(variables: Variables) -> Natural:
         law = {name: x[None] for name, x in variables.items()}
-        return problem.natural(known.family, law)
+        return problem.natural(averages.family, law)
 
-    own = natural(act)
+    own_natural = natural(act)
 
     def excess(variables: Variables):
         t = natural(variables)
 
         def outputs(at: Point) -> dict[str, Tensor]:
-            measure = excess_risk(known, at, weights)
-            value = measure(t) - measure(own)  # which have an axis in place of the lead
-            return {"": problem.total(value if at is not known.here else value[0])}
+            measure = excess_risk(averages, at, weights)
+            value = measure(t) - measure(own_natural)  # which have an axis in place of the lead
+            return {"": problem.total(value if at is not averages.here else value[0])}
 
-        value, error = known.with_errors(outputs, not problem.structure.joint)[""]
+        value, error = averages.with_errors(outputs, not problem.structure.joint)[""]
         error = torch.where(value.abs() < ROUNDING, 0.0, nan_where(error, unsure))
         return zero_rounding(value), error
 
@@ -179,8 +177,8 @@ def _exact_excess(estimate: Answer, weights: Weights, act: Variables) -> LossOf:
 
 
 def _without_error(estimate: Answer) -> Tensor:
-    """Where [*batch] the act has no error, and so no excess over it has one."""
-    batch, found = estimate.problem.batch, torch.zeros(estimate.problem.batch, dtype=torch.bool)
+    """Mask [*batch] of members whose act has no error, so that no excess over it has one."""
+    batch, mask = estimate.problem.batch, torch.zeros(estimate.problem.batch, dtype=torch.bool)
     for name in estimate.problem.model.names:
         # of these the loss has no slope, and what has no estimate needs no error
         free = (estimate.act.unused, estimate.act.combined)
@@ -188,10 +186,10 @@ def _without_error(estimate: Answer) -> Tensor:
         for masks in free:
             lost = lost & ~masks[name] if name in masks else lost
         if lost.shape[: len(batch)] == batch:
-            found = found | lost.reshape(*batch, -1).any(-1)
+            mask = mask | lost.reshape(*batch, -1).any(-1)
         else:
-            found = found | lost.any()
-    return found
+            mask = mask | lost.any()
+    return mask
 
 
 def means_of(problem: Problem) -> Variables:
@@ -203,7 +201,6 @@ def means_of(problem: Problem) -> Variables:
 
 
 def _medians(problem: Problem) -> Variables:
-    """The median of every number; of weighted draws, where half of the weight is reached."""
     weights = problem.draws.weights
     if weights is None:
         return {name: x.quantile(0.5, 0) for name, x in problem.theta.items()}
@@ -235,12 +232,16 @@ def side_by_side(
         name: _nan_where_unused(at, masks.get(name, {})) for name, at in candidates.items()
     }
     parts = {name: _parts(problem, name, x) for name, x in first.items()}
-    kept = {name: _columns_used(name, first[name], masks, batch) for name in first}
-    wide = sum(map(sum, kept.values())) > COLUMNS
+    columns_used = {name: _columns_used(name, first[name], masks, batch) for name in first}
+    wide = sum(map(sum, columns_used.values())) > COLUMNS
     shown = {} if wide else parts
     columns = [
         "estimate",
-        *(k for name, labels in shown.items() for k in itertools.compress(labels, kept[name])),
+        *(
+            k
+            for name, labels in shown.items()
+            for k in itertools.compress(labels, columns_used[name])
+        ),
     ]
     columns += [f"excess {name} (nats)" for name in judges]
     by_estimate: list[list[tuple[Cell, ...]]] = []
@@ -249,23 +250,22 @@ def side_by_side(
             excess = [_cells(judge(at), batch) for judge in judges.values()]
         else:
             excess = [[None] * len(labels)] * len(judges)
-            known = ", ".join(problem.whole)
-            notes = (*notes, f"{name} has no excess: {known} must be whole, and is not there")
-        numbers = [_numbers(shown_acts[name][key], batch, kept[key]) for key in shown]
+            names = ", ".join(problem.whole)
+            notes = (*notes, f"{name} has no excess: {names} must be whole, and is not there")
+        numbers = [_numbers(shown_acts[name][key], batch, columns_used[key]) for key in shown]
         by_estimate.append([])
         for i, label in enumerate(labels):
-            own = [x for each in numbers for x in each[i]]
-            row = (f"{name} {label}".strip(), *own, *(cells[i] for cells in excess))
+            row_numbers = [x for each in numbers for x in each[i]]
+            row = (f"{name} {label}".strip(), *row_numbers, *(cells[i] for cells in excess))
             by_estimate[-1].append(row)
     # what is compared stands together: all estimates of a member, then those of the next
     rows = [rows[i] for i in range(len(labels)) for rows in by_estimate]
-    told = ("there are too many parameters for a column each: see .acts",) if wide else ()
+    wide_note = ("there are too many parameters for a column each: see .acts",) if wide else ()
     title = f"Estimates of {problem.model.text}, and what each loses beside the best"
-    return Table(title, columns, rows, (*notes, *told), shown_acts)
+    return Table(title, columns, rows, (*notes, *wide_note), shown_acts)
 
 
 def _nan_where_unused(at: Variables, unused: Mapping[str, Tensor]) -> Variables:
-    """The variables, nan where an act does not depend on them."""
     return {
         name: x.masked_fill(unused[name], torch.nan) if name in unused else x
         for name, x in at.items()
@@ -275,7 +275,6 @@ def _nan_where_unused(at: Variables, unused: Mapping[str, Tensor]) -> Variables:
 def _columns_used(
     name: str, x: Tensor, masks: Mapping[str, Mapping[str, Tensor]], batch: torch.Size
 ) -> list[bool]:
-    """Which numbers of each row of a variable some act depends on, in some member."""
     used = torch.full(x.shape, not masks)
     for unused in masks.values():
         used = used | ~unused.get(name, torch.zeros(x.shape, dtype=torch.bool))
@@ -284,7 +283,6 @@ def _columns_used(
 
 
 def _parts(problem: Problem, name: str, x: Tensor) -> list[str]:
-    """The names of the numbers of a variable that each row has."""
     lead = len(problem.batch) if _by_member(x, problem.batch) else 0
     return elements(name, x.shape[lead:], problem.axes(name)[lead:])
 
@@ -293,10 +291,10 @@ def _by_member(x: Tensor, batch: torch.Size) -> bool:
     return x.shape[: len(batch)] == batch
 
 
-def _numbers(x: Tensor, batch: torch.Size, kept: list[bool]) -> list[list[float | None]]:
-    """For each member, its numbers that are kept; None where there is no estimate."""
+def _numbers(x: Tensor, batch: torch.Size, mask: list[bool]) -> list[list[float | None]]:
+    """For each member, the numbers selected by a mask; None where there is no estimate."""
     rows = x if _by_member(x, batch) else x.expand(*batch, *x.shape)
-    rows = rows.reshape(batch.numel(), -1)[:, torch.tensor(kept)]
+    rows = rows.reshape(batch.numel(), -1)[:, torch.tensor(mask)]
     return [[None if math.isnan(value) else value for value in row] for row in rows.tolist()]
 
 

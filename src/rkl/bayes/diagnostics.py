@@ -16,16 +16,18 @@ NUMBERS = 2**24  # values of one quantity that its tails are judged by
 RANKED = 2**20  # those whose ranks tell what the draws are worth
 DOUBTFUL = 0.99  # Pareto-k of what has no error, though its mean is not denied
 MIN_DRAWS_OF_TAIL = 600  # from which tails may deny a mean: fewer hide a cluster of draws
-FEWEST = 4  # effective draws
+MIN_EFFECTIVE_DRAWS = 4  # effective draws
 ROUNDING = 1e-13  # error of a mean of equal numbers, relative to them
-DISAGREE = 1.01  # R-hat above which chains are said not to agree
-APART = 2.5  # mean distance of two components, in its standard deviations, that tells them apart
-SWAPPED = 0.005  # share of draws in which they have changed places
+MAX_RHAT = 1.01  # R-hat above which chains are said not to agree
+CLEAR_GAP = (
+    2.5  # mean distance of two components, in its standard deviations, that tells them apart
+)
+MIN_SWAPPED = 0.005  # share of draws in which they have changed places
 WAYS_OUT = (
     "Intrinsic() takes the smaller of both, and JensenShannon() is bounded. Or ask about another "
     "experiment, whose noise a draw cannot undercut, or for a family with fewer parameters."
 )
-MANY = 24  # components whose order is looked at
+MAX_COMPONENTS = 24  # components whose order is looked at
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,16 @@ class Judgement:
         The largest of many estimates is large by chance: of m, k must exceed 1 by so many of its
         standard errors as a normal variable does with probability 1 / (2 m).
         """
-        found = {}
+        quantities = {}
         for name, k in self.pareto_k.items():
             chance = torch.tensor(0.5 / max(1, k.numel()), dtype=torch.float64)
             beyond = k - self._error(k) * -torch.special.ndtri(chance) >= NO_MEAN
             if bool((beyond & self.infinite[name]).any()):
-                found[name] = k
-        return found
+                quantities[name] = k
+        return quantities
 
     def surely_infinite(self, name: str) -> Tensor:
-        """Where a mean is infinite by two standard errors of the tail's shape, [*batch]."""
+        """Mask [*batch] of means that are infinite by two standard errors of the tail's shape."""
         k = self.pareto_k[name]
         return self.infinite[name] & (k - 2 * self._error(k) >= NO_MEAN)
 
@@ -93,9 +95,9 @@ def diagnose(
     infinite = {name: _any(one.infinite_mean, ends.get(name, 0)) for name, one in tails.items()}
     total = draws.chains * draws.draws
     kish = total if weights is None else float(1 / weights.square().sum())
-    if kish < FEWEST or total < FEWEST:
+    if kish < MIN_EFFECTIVE_DRAWS or total < MIN_EFFECTIVE_DRAWS:
         raise ValueError(_too_few(kish, total))
-    if draws.draws < FEWEST:
+    if draws.draws < MIN_EFFECTIVE_DRAWS:
         return Judgement(kish, math.nan, k, infinite, total)
     some = [_some(x) for x in values.values() if x.numel()]
     if weights is not None:
@@ -103,15 +105,14 @@ def diagnose(
         return Judgement(worth, math.nan, k, infinite, total)
     bulks, ratios = zip(*map(ess_and_rhat, some), strict=True)
     worth = _least(torch.cat(bulks))
-    if worth < FEWEST:
+    if worth < MIN_EFFECTIVE_DRAWS:
         raise ValueError(_too_few(worth, total))
     return Judgement(worth, -_least(-torch.cat(ratios)), k, infinite, total)
 
 
 def _least(values: Tensor) -> float:
-    """The smallest number, without the nan of constants; nan if all are."""
-    known = values[~values.isnan()]
-    return float(known.min()) if known.numel() else math.nan
+    numbers = values[~values.isnan()]
+    return float(numbers.min()) if numbers.numel() else math.nan
 
 
 def _some(x: Tensor) -> Tensor:
@@ -122,23 +123,28 @@ def _some(x: Tensor) -> Tensor:
 
 def _too_few(effective: float, total: int) -> str:
     return (
-        f"draws must hold at least {FEWEST} effective draws; these {total:,} are worth "
-        f"{effective:.1f}. Run the chains for longer, or check that they mix."
+        f"draws must hold at least {MIN_EFFECTIVE_DRAWS} effective draws; these {total:,} are "
+        f"worth {effective:.1f}. Run the chains for longer, or check that they mix."
     )
 
 
 def _tail(x: Tensor, weights: Tensor | None) -> Tail:
     """The tails of the terms of the mean; of weighted draws also of x itself, resampled."""
     flat = x.flatten(0, 1)
-    own = tail(
+    tail_of_draws = tail(
         flat if weights is None else flat[resample(weights.flatten().log(), offset=0.5).unique()]
     )
     if len(flat) < MIN_DRAWS_OF_TAIL:
-        own = Tail(own.k.clamp_max(DOUBTFUL), torch.zeros_like(own.infinite_mean))
+        tail_of_draws = Tail(
+            tail_of_draws.k.clamp_max(DOUBTFUL), torch.zeros_like(tail_of_draws.infinite_mean)
+        )
     if weights is None:
-        return own
+        return tail_of_draws
     terms = flat * weights.reshape(-1, *[1] * (flat.ndim - 1)) * len(flat)
-    return Tail(torch.fmax(own.k, pareto_k(terms).clamp_max(DOUBTFUL)), own.infinite_mean)
+    return Tail(
+        torch.fmax(tail_of_draws.k, pareto_k(terms).clamp_max(DOUBTFUL)),
+        tail_of_draws.infinite_mean,
+    )
 
 
 def _largest(k: Tensor, event: int) -> Tensor:
@@ -146,8 +152,8 @@ def _largest(k: Tensor, event: int) -> Tensor:
     if not event:
         return k
     parts = k.flatten(k.ndim - event)
-    known = parts.where(~parts.isnan(), -math.inf).amax(-1)
-    return torch.where(parts.isnan().any(-1) & (known < NO_ERROR), math.nan, known)
+    largest = parts.where(~parts.isnan(), -math.inf).amax(-1)
+    return torch.where(parts.isnan().any(-1) & (largest < NO_ERROR), math.nan, largest)
 
 
 def _any(parts: Tensor, event: int) -> Tensor:
@@ -186,7 +192,7 @@ def nan_where(error: Tensor, unsure: Tensor) -> Tensor:
 
 
 def weak(k: Mapping[str, Tensor], bound: float) -> dict[str, Tensor]:
-    """Those quantities of which some part has a Pareto-k of at least ``bound``."""
+    """The quantities of which some part has a Pareto-k of at least ``bound``."""
     return {name: value for name, value in k.items() if bool((value >= bound).any())}
 
 
@@ -196,7 +202,7 @@ def diagnostics_of(
     judged_on: Draws,
     method: str,
     accuracy: float,
-    told: Iterable[str | None] = (),
+    more_warnings: Iterable[str | None] = (),
 ) -> Diagnostics:
     """The diagnostics of an estimate, with the warnings on its draws and further ones."""
     return Diagnostics(
@@ -208,36 +214,42 @@ def diagnostics_of(
         pareto_k=judgement.pareto_k,
         method=method,
         accuracy=accuracy,
-        warnings=(*_warnings(judgement, draws, judged_on), *draws.notes, *filter(None, told)),
+        warnings=(
+            *_warnings(judgement, draws, judged_on),
+            *draws.notes,
+            *filter(None, more_warnings),
+        ),
     )
 
 
 def _warnings(judgement: Judgement, draws: Draws, judged_on: Draws) -> list[str]:
-    told = []
+    warnings = []
     for name, k in weak(judgement.pareto_k, NO_ERROR).items():
         worst, beyond = k[k >= NO_ERROR].max(), "no error of normal theory holds for its mean"
         if worst >= NO_MEAN:
             sure = bool(judgement.surely_infinite(name).any())
             beyond = "its mean is infinite" if sure else f"its mean may be infinite, and {beyond}"
-        told.append(f"{name} has a Pareto-k of {worst:.2f}: {beyond}")
+        warnings.append(f"{name} has a Pareto-k of {worst:.2f}: {beyond}")
     unknown = [name for name, k in judgement.pareto_k.items() if bool(k.isnan().any())]
     if unknown and judgement.draws >= MIN_DRAWS_OF_TAIL:
-        told.append(
+        warnings.append(
             f"the tails of {', '.join(unknown)} cannot be judged: extreme draws are tied, or lie "
             "in a cluster apart; errors hold if every such cluster is visited many times"
         )
     if math.isnan(judgement.ess):
-        told.append("all draws are the same: the chains never moved, or nothing is uncertain")
-    if judgement.rhat > DISAGREE:
-        told.append(f"the chains do not agree yet: R-hat is {judgement.rhat:.3f}")
+        warnings.append("all draws are the same: the chains never moved, or nothing is uncertain")
+    if judgement.rhat > MAX_RHAT:
+        warnings.append(f"the chains do not agree yet: R-hat is {judgement.rhat:.3f}")
     if draws.chains > draws.draws:
-        told.append(
+        warnings.append(
             f"there are {draws.chains:,} chains of {draws.draws:,} draws: if it should be the "
             "other way round, as for get_chain() of emcee, swap the first two axes"
         )
     if judged_on.draws < draws.draws:
-        told.append(f"tails are judged from {judged_on.draws:,} draws of {draws.draws:,} a chain")
-    return told
+        warnings.append(
+            f"tails are judged from {judged_on.draws:,} draws of {draws.draws:,} a chain"
+        )
+    return warnings
 
 
 def label_switching(draws: Draws, names: tuple[str, ...], batch: torch.Size) -> str | None:
@@ -246,16 +258,16 @@ def label_switching(draws: Draws, names: tuple[str, ...], batch: torch.Size) -> 
     In every draw the components are sorted. Where a gap between neighbours in that order stays
     clear of 0, the components on one side of it should be the same in all draws.
     """
-    if not 1 < batch.numel() <= MANY:
+    if not 1 < batch.numel() <= MAX_COMPONENTS:
         return None
-    few = thin(draws, batch.numel() * MANY)
+    subsample = thin(draws, batch.numel() * MAX_COMPONENTS)
     for name in names:
         if draws.shape(name)[: len(batch)] != tuple(batch):
             continue
-        x = few[name].flatten(0, 1)
+        x = subsample[name].flatten(0, 1)
         for column in x.reshape(len(x), batch.numel(), -1).unbind(-1):
             share, i, j = label_exchange(column)
-            if share > SWAPPED:
+            if share > MIN_SWAPPED:
                 return (
                     f"components {i} and {j} of {name} change places between draws (in "
                     f"{100 * share:.0f} % of them): each act averages over labels. Report the "
@@ -269,7 +281,7 @@ def label_exchange(x: Tensor) -> tuple[float, int, int]:
     """The pair of components [draws, k] that is exchanged most often, and in what share."""
     ordered, order = x.sort(-1)
     gaps = ordered.diff(dim=-1)
-    clear = (gaps.mean(0) > APART * gaps.std(0)).nonzero()[:, 0]
+    clear = (gaps.mean(0) > CLEAR_GAP * gaps.std(0)).nonzero()[:, 0]
     most = (0.0, 0, 0)
     for boundary in clear.tolist():
         below = torch.zeros_like(x, dtype=torch.bool).scatter_(1, order[:, : boundary + 1], True)

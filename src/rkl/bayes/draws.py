@@ -21,7 +21,7 @@ NUMBERS = 2**22  # in one chunk of draws: 32 MiB
 SOME = 64  # draws of each chain that show whether a variable is a simplex
 SINGLE = 1e-6  # by which sums of single precision, or torch, may miss 1
 ROUNDED = 5.1e-4  # of an element of a simplex that was written with three digits
-READ = 2**20  # flags of a file that are read although no variable is asked for
+MAX_FLAGS = 2**20  # flags of a file that are read although no variable is asked for
 ELEMENTS = 4, 64  # at least and at most, of one variable, whose extremes are looked for
 PROBED = 2**15  # numbers of the draws at these extremes, unless fewer are the least
 AXES = ("chain", "draw")
@@ -67,9 +67,9 @@ class Draws:
     def __post_init__(self):
         if not self.variables:
             raise ValueError("draws must hold at least one variable; got none.")
-        held = {name: _as_array(name, value) for name, value in self.variables.items()}
-        object.__setattr__(self, "variables", held)
-        for name, array in held.items():
+        arrays = {name: _as_array(name, value) for name, value in self.variables.items()}
+        object.__setattr__(self, "variables", arrays)
+        for name, array in arrays.items():
             size = array.sizes["chain"], array.sizes["draw"]
             if size != (self.chains, self.draws):
                 raise ValueError(
@@ -83,7 +83,7 @@ class Draws:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the variables are called."""
+        """The names of the variables."""
         return tuple(self.variables)
 
     @property
@@ -128,7 +128,7 @@ class Draws:
         return self._finite(name, chains, draws)
 
     def extremes(self, name: str) -> Integer[Tensor, "places two"]:
-        """Where the elements of a variable are least and greatest, chain and draw; [0, 2] if lazy.
+        """Chain and draw of the least and greatest elements of a variable; [0, 2] if lazy.
 
         A file is not read twice for it; of many elements, some are looked at.
         """
@@ -252,8 +252,8 @@ def read_draws(source: Any, weights: Any = None) -> Draws:
     notes: list[str] = []
     draws = source
     if not isinstance(source, Draws):
-        found = _variables(source, notes)
-        draws = Draws(found, notes=tuple(notes))
+        variables = _variables(source, notes)
+        draws = Draws(variables, notes=tuple(notes))
     if weights is None:
         return draws
     if not isinstance(weights, Tensor):
@@ -298,7 +298,7 @@ def with_exact_simplexes(draws: Draws) -> Draws:
 
 
 def _simplex_error(array: xr.DataArray, size: int) -> float:
-    """How far sums are from 1: 0 if by rounding in double precision, inf if it is no simplex."""
+    """Largest distance of sums from 1: 0 if only rounding, inf if the array is no simplex."""
     values = np.asarray(array.values, np.float64)
     if values.shape[-1] != size or not np.isfinite(values).all() or (values < 0).any():
         return math.inf
@@ -319,7 +319,6 @@ def tensor_of(values: np.ndarray) -> Tensor:
 
 
 def _places(array: xr.DataArray, axis: Any) -> list[str] | None:
-    """What the places along an axis are called."""
     if axis not in array.coords or array.coords[axis].dims != (axis,):
         return None
     values = array.coords[axis].values.tolist()
@@ -329,7 +328,6 @@ def _places(array: xr.DataArray, axis: Any) -> list[str] | None:
 
 
 def _as_array(name: str, value: Any) -> xr.DataArray:
-    """A variable as it is kept: numbers over chain, draw and what else."""
     array = value if isinstance(value, xr.DataArray) else _label_axes(name, value)
     if not {*AXES} <= {*array.dims}:
         raise ValueError(
@@ -367,7 +365,7 @@ def _dimensions(data: xr.Dataset | xr.DataArray) -> str:
 
 
 def _variables(source: Any, notes: list[str]) -> Mapping[str, Any]:
-    """The variables of a source, none of them read but those of tables."""
+    """The variables of a source; only those of tables are read."""
     if isinstance(source, xr.Dataset):
         return _of_dataset(source, "the Dataset", notes)
     if isinstance(source, str | os.PathLike):
@@ -405,25 +403,26 @@ def _of_tree(tree: Any, notes: list[str]) -> Mapping[str, Any]:
 def _of_dataset(
     dataset: xr.Dataset, what: str, notes: list[str], statistics: xr.Dataset | None = None
 ) -> Mapping[str, Any]:
-    found = {str(k): x for k, x in dataset.data_vars.items() if {*AXES} <= {*x.dims} and _real(x)}
-    if not found:
+    variables = {
+        str(k): x for k, x in dataset.data_vars.items() if {*AXES} <= {*x.dims} and _real(x)
+    }
+    if not variables:
         raise ValueError(
             f"{what} holds no posterior: expected a group 'posterior', or numbers over the "
             f"dimensions chain and draw; got the dimensions {_dimensions(dataset)}."
         )
     if statistics is not None and "lp" in statistics:
-        found.setdefault("lp", statistics["lp"])
+        variables.setdefault("lp", statistics["lp"])
     if (
         statistics is not None
         and "diverging" in statistics
-        and statistics["diverging"].size < READ
+        and statistics["diverging"].size < MAX_FLAGS
     ):
         _note_divergences(int(statistics["diverging"].sum()), notes)
-    return found
+    return variables
 
 
 def _note_divergences(count: int, notes: list[str]) -> None:
-    """A note on the draws of Hamiltonian Monte Carlo whose trajectories went astray."""
     if count:
         notes.append(
             f"{count:,} draws ended divergent transitions: the chains may have missed parts of "
@@ -432,15 +431,14 @@ def _note_divergences(count: int, notes: list[str]) -> None:
 
 
 def _of_cmdstanpy(fit: Any, notes: list[str]) -> Mapping[str, Any]:
-    """The variables of a fit by MCMC, and its lp__."""
     if not hasattr(fit, "draws_xr") or not hasattr(fit, "method_variables"):
         raise TypeError(
             f"draws must be a CmdStanMCMC where they come from cmdstanpy; got a "
             f"{type(fit).__name__}, which has no chains."
         )
-    known = fit.method_variables()
-    _note_divergences(int(np.sum(known.get("divergent__", 0))), notes)
-    lp = xr.DataArray(known["lp__"], dims=("draw", "chain"))
+    columns = fit.method_variables()
+    _note_divergences(int(np.sum(columns.get("divergent__", 0))), notes)
+    lp = xr.DataArray(columns["lp__"], dims=("draw", "chain"))
     return _of_dataset(fit.draws_xr(), "the fit of cmdstanpy", notes, xr.Dataset({"lp": lp}))
 
 
@@ -466,14 +464,13 @@ def _of_path(path: Path, notes: list[str]) -> Mapping[str, Any]:
 
 def _open(path: Path, engine: str, group: str | None = None) -> xr.Dataset:
     # without a cache, or what was read once would stay in memory
-    own: dict[str, Any] = {"consolidated": False} if engine == "zarr" else {}
+    options: dict[str, Any] = {"consolidated": False} if engine == "zarr" else {}
     return xr.open_dataset(
-        path, engine=engine, group=group, cache=False, decode_times=False, **own
+        path, engine=engine, group=group, cache=False, decode_times=False, **options
     )  # pyright: ignore[reportArgumentType]
 
 
 def _of_files(paths: Sequence[Any], notes: list[str]) -> Mapping[str, Any]:
-    """The variables of an .npz, or of tables, of which several are a chain each."""
     if not paths or not all(isinstance(path, str | os.PathLike) for path in paths):
         raise TypeError(f"a list of draws must hold paths of CmdStan's csv; got {paths!r:.60}.")
     for path in paths:
@@ -492,7 +489,6 @@ def _of_files(paths: Sequence[Any], notes: list[str]) -> Mapping[str, Any]:
 def _of_tables(
     tables: Sequence[Columns], places: Sequence[str], notes: list[str]
 ) -> Mapping[str, Any]:
-    """The variables of tables of draws by CmdStan, where each is a chain, or from R."""
     parts = []
     for table, place in zip(tables, places, strict=True):
         notes += [f"{place}: {note}." for note in table.notes]
@@ -520,7 +516,6 @@ def _of_tables(
 
 
 def _concatenate(parts: Sequence[Any]) -> Any:
-    """Chains [chains, draws, ...] one after the other, with the labels of the first."""
     values = np.concatenate([np.asarray(part) for part in parts])
     first = parts[0]
     if not isinstance(first, xr.DataArray):
@@ -533,57 +528,56 @@ _MARKS = {*CHAIN, *ITERATION, *DRAW}
 
 
 def _after_warm_up(table: Columns, place: str, notes: list[str]) -> dict[str, np.ndarray]:
-    """The draws in a file of CmdStan, with lp__ as lp, without what the sampler says of itself."""
-    told = {}
+    """The draws in a file of CmdStan, with lp__ as lp, without other columns of the sampler."""
+    settings = {}
     for _row, text in table.comments:
-        if found := re.match(r"#\s*(\w+)\s*=\s*(\S+)", text):
-            told.setdefault(found[1], found[2])
-    if told.get("method") == "optimize":
+        if match := re.match(r"#\s*(\w+)\s*=\s*(\S+)", text):
+            settings.setdefault(match[1], match[2])
+    if settings.get("method") == "optimize":
         raise ValueError(f"{place} holds one optimum of CmdStan, no posterior draws.")
     skipped = 0
-    if told.get("save_warmup", "0").lower() in ("1", "true"):
+    if settings.get("save_warmup", "0").lower() in ("1", "true"):
         ends = [row for row, text in table.comments if "Adaptation terminated" in text]
-        counted = math.ceil(int(told.get("num_warmup", 0)) / int(told.get("thin", 1)))
+        counted = math.ceil(int(settings.get("num_warmup", 0)) / int(settings.get("thin", 1)))
         skipped = ends[0] if ends and ends[0] else counted
-    if told.get("method") == "variational":
+    if settings.get("method") == "variational":
         skipped = 1  # the mean, which CmdStan writes above the draws
     rows = len(table.columns["lp__"])
     if skipped >= rows:
         raise ValueError(f"{place} holds {rows} draws of the warm-up, and none after it.")
     if skipped:
-        what = "the mean" if told.get("method") == "variational" else "warm-up"
+        what = "the mean" if settings.get("method") == "variational" else "warm-up"
         notes.append(f"{place}: its first {skipped} rows, {what}, were left out.")
     if "divergent__" in table.columns:
         _note_divergences(int(np.sum(table.columns["divergent__"][skipped:])), notes)
-    kept = {n: it[skipped:] for n, it in table.columns.items() if not n.endswith("__")}
-    return kept | {"lp": table.columns["lp__"][skipped:]}
+    columns = {n: it[skipped:] for n, it in table.columns.items() if not n.endswith("__")}
+    return columns | {"lp": table.columns["lp__"][skipped:]}
 
 
 def _widen(columns: dict[str, np.ndarray], place: str) -> dict[str, np.ndarray]:
     """A long table, one row for each parameter and draw, with one column for each parameter."""
-    name = next((it for it in PARAMETER if it in columns), None)
-    value = next((it for it in VALUE if it in columns), None)
+    name = next((mark for mark in PARAMETER if mark in columns), None)
+    value = next((mark for mark in VALUE if mark in columns), None)
     if name is None or value is None or columns[name].dtype.kind != "O":
         return columns
-    marks = {it: columns[it] for it in columns if it in _MARKS}
+    marks = {mark: columns[mark] for mark in columns if mark in _MARKS}
     if not marks:
         raise ValueError(f"{place} is a long table, and must have a column .draw or .iteration.")
     names = columns[name]
     widened: dict[str, np.ndarray] = {}
     for each in dict.fromkeys(names.tolist()):
         chosen = names == each
-        own = {it: cells[chosen] for it, cells in marks.items()}
-        order = np.lexsort(tuple(own.values()))
-        for it, cells in own.items():
-            if it in widened and not np.array_equal(widened[it], cells[order]):
+        marks_here = {mark: cells[chosen] for mark, cells in marks.items()}
+        order = np.lexsort(tuple(marks_here.values()))
+        for mark, cells in marks_here.items():
+            if mark in widened and not np.array_equal(widened[mark], cells[order]):
                 raise ValueError(f"{place} lacks {each} in some draws, or has it twice.")
-            widened[it] = cells[order]
+            widened[mark] = cells[order]
         widened[each] = columns[value][chosen][order]
     return widened
 
 
 def _by_chain(columns: Mapping[str, np.ndarray], place: str) -> list[dict[str, np.ndarray]]:
-    """The columns of numbers of each chain, in the order of the iterations."""
     numbers = {name: it for name, it in columns.items() if it.dtype.kind in "biuf"}
     if not numbers.keys() - _MARKS:
         raise ValueError(f"{place} holds no draws: none of its columns has numbers under a name.")
@@ -592,16 +586,16 @@ def _by_chain(columns: Mapping[str, np.ndarray], place: str) -> list[dict[str, n
     every = np.zeros(len(next(iter(columns.values())))) if chain is None else columns[chain]
     chains = []
     for each in sorted(set(every.tolist())):
-        own = {name: it[every == each] for name, it in numbers.items()}
+        columns_here = {name: it[every == each] for name, it in numbers.items()}
         if step is not None:
-            order = np.argsort(own[step], kind="stable")
-            if len(np.unique(own[step])) < len(order):
+            order = np.argsort(columns_here[step], kind="stable")
+            if len(np.unique(columns_here[step])) < len(order):
                 raise ValueError(
-                    f"{place} has {step} {_first_repeated(own[step])} more than once"
+                    f"{place} has {step} {_first_repeated(columns_here[step])} more than once"
                     + ("." if chain is None else f" in chain {each}.")
                 )
-            own = {name: it[order] for name, it in own.items()}
-        chains.append(own)
+            columns_here = {name: it[order] for name, it in columns_here.items()}
+        chains.append(columns_here)
     sizes = [len(next(iter(it.values()))) for it in chains]
     if len(set(sizes)) > 1:
         raise ValueError(f"{place} must have chains of one length; got {sizes}.")
@@ -609,8 +603,8 @@ def _by_chain(columns: Mapping[str, np.ndarray], place: str) -> list[dict[str, n
 
 
 def _first_repeated(values: np.ndarray) -> Any:
-    known, counts = np.unique(values, return_counts=True)
-    return known[counts > 1][0]
+    distinct, counts = np.unique(values, return_counts=True)
+    return distinct[counts > 1][0]
 
 
 def _vectors(columns: Mapping[str, Sequence[np.ndarray]], cmdstan: bool) -> dict[str, Any]:
@@ -621,9 +615,9 @@ def _vectors(columns: Mapping[str, Sequence[np.ndarray]], cmdstan: bool) -> dict
     grouped: dict[str, dict[tuple[int, ...], str]] = {}
     pattern = r"(.+?)((?:[.:]\d+)+)" if cmdstan else r"(.+?)(?:\[([\d, ]+)\]|\.((?:\d+\.)+))"
     for name in columns:
-        found = re.fullmatch(pattern, name)
-        at = () if not found else tuple(map(int, re.findall(r"\d+", name[len(found[1]) :])))
-        grouped.setdefault(found[1] if found else name, {})[at] = name
+        match = re.fullmatch(pattern, name)
+        at = () if not match else tuple(map(int, re.findall(r"\d+", name[len(match[1]) :])))
+        grouped.setdefault(match[1] if match else name, {})[at] = name
     arrays = {}
     for name, places in grouped.items():
         lengths = {len(at) for at in places}
@@ -646,7 +640,6 @@ def _vectors(columns: Mapping[str, Sequence[np.ndarray]], cmdstan: bool) -> dict
 
 
 def _group(path: Path, engine: str, name: str) -> xr.Dataset | None:
-    """One group of a file, unread, or None if it has none of this name."""
     try:
         return _open(path, engine, name)
     except (OSError, KeyError, ValueError):  # of HDF5 and of Zarr; a broken file fails at its root
@@ -672,7 +665,7 @@ def _by_arviz(reader: str, source: Any, what: str, notes: list[str]) -> Mapping[
 
 
 def _stored_together(array: xr.DataArray) -> int:
-    """How many draws of one chain are kept in one piece, by a file or by dask."""
+    """Number of draws of one chain that a file or dask stores in one piece."""
     if array.chunks is not None:
         return array.chunksizes["draw"][0]
     pieces = array.encoding.get("chunksizes") or array.encoding.get("chunks")

@@ -1,4 +1,4 @@
-"""What was reported, judged by other draws, and the acts of several runs."""
+"""The excess risk of a reported act under other draws, and the acts of several runs."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ from rkl.runs import Run, check_out_file
 def evaluate_run(
     path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
 ) -> Table:
-    """What was reported, judged by other draws: by how much their own act would be better.
+    """The excess risk of the reported act under other draws, over their own act.
 
     Args:
         path: The folder of the run.
@@ -34,27 +34,29 @@ def evaluate_run(
         seed=settings.seed,
         device=settings.device,
     )
-    kept = result_of(run)["estimate"]["act"]
+    reported_act = result_of(run)["estimate"]["act"]
     with only(allow, source=run.path / "run.json"):
-        own = estimate_act(there)
-    reported = {name: number_or_nan(kept[name]["value"]) for name in own.problem.model.names}
+        estimate = estimate_act(there)
+    reported = {
+        name: number_or_nan(reported_act[name]["value"]) for name in estimate.problem.model.names
+    }
     for name, value in reported.items():
-        if value.shape != own.act[name].shape:
+        if value.shape != estimate.act[name].shape:
             raise ValueError(
                 f"posterior must hold {name} as the run's did, {list(value.shape)}; "
-                f"got {list(own.act[name].shape)}."
+                f"got {list(estimate.act[name].shape)}."
             )
-    here = variables_of(own)
+    here = variables_of(estimate)
     # no value was reported of what the distribution does not depend on, and any serves
     filled = {name: torch.where(x.isnan(), here[name], x) for name, x in reported.items()}
     candidates = {"as reported": filled, "of these draws": here}
     unused = {
         "as reported": {name: x.isnan() for name, x in reported.items()},
-        "of these draws": own.act.unused,
+        "of these draws": estimate.act.unused,
     }
-    judges = {str(own.divergence): excess_over(own)}
-    told = not_used(own.act.unused, own.labels)
-    return side_by_side(own.problem, candidates, judges, (told,) if told else (), unused)
+    judges = {str(estimate.divergence): excess_over(estimate)}
+    note = not_used(estimate.act.unused, estimate.labels)
+    return side_by_side(estimate.problem, candidates, judges, (note,) if note else (), unused)
 
 
 def compare_runs(

@@ -1,4 +1,4 @@
-"""Whether an estimate moves when parameters, or data, are given other names: seen, not claimed."""
+"""A check that an estimate does not move when parameters, or data, are transformed."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution, TransformedDistribution
 from torch.distributions.transforms import ExpTransform, Transform
 
-from rkl.bayes.act import Estimate
+from rkl.bayes.act import Estimate, answer
 from rkl.bayes.answer import Answer
 from rkl.bayes.compare import means_of
 from rkl.bayes.draws import Draws
@@ -18,7 +18,6 @@ from rkl.bayes.model import Model, Theta, laws_of
 from rkl.bayes.modes import LogDensity, density_mode
 from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.regions import region
-from rkl.bayes.solve.act import answer
 from rkl.bayes.solve.numerical import numerical_act
 from rkl.bayes.tables import Table
 from rkl.divergences import FDivergence
@@ -77,8 +76,8 @@ def check_invariance(
     _check(bijection)
     for name in bijection:
         if name not in problem.model.names:
-            known = ", ".join(problem.model.names)
-            raise ValueError(f"bijection must name variables of {known}; got {name!r}.")
+            names = ", ".join(problem.model.names)
+            raise ValueError(f"bijection must name variables of {names}; got {name!r}.")
     return _of_parameters(estimate, bijection, log_posterior)
 
 
@@ -120,7 +119,6 @@ def _of_parameters(
 
 
 def _rename(problem: Problem, bijection: Mapping[str, Transform]) -> Problem:
-    """The same problem, its variables under their new names."""
     draws, model = problem.draws, problem.model
     variables: dict[str, Tensor] = {name: draws[name] for name in draws.names}
     for name, transform in bijection.items():
@@ -138,7 +136,6 @@ def _rename(problem: Problem, bijection: Mapping[str, Transform]) -> Problem:
 
 
 def _variables_at(estimate: Answer) -> Variables:
-    """The variables at the act, nan where it does not depend on them."""
     return {name: estimate.act[name] for name in estimate.problem.model.names}
 
 
@@ -149,8 +146,6 @@ def _back(bijection: Mapping[str, Transform], name: str, value: Tensor) -> Tenso
 def _transform_density(
     log_posterior: LogDensity, bijection: Mapping[str, Transform]
 ) -> LogDensity:
-    """The log density of the new names."""
-
     def density(theta: Theta) -> Tensor:
         back = {name: _back(bijection, name, theta._drawn[name]) for name in theta}
         total = log_posterior(Theta(back))
@@ -165,7 +160,7 @@ def _transform_density(
 def _intervals(
     problem: Problem, renamed: Problem, bijection: Mapping[str, Transform]
 ) -> tuple[Variables, Variables]:
-    """The shortest intervals before and after, the latter's ends in the order of the former."""
+    """The shortest intervals before and after, with their ends in one order."""
     weights, before, after = problem.draws.weights, {}, {}
     rows = slice(None) if weights is None else resample(weights.flatten().log(), offset=0.5)
     for name, x in problem.theta.items():
@@ -208,7 +203,7 @@ def _of_data(estimate: Estimate, transform: Transform) -> Table:
 
 
 def _act_on_nodes(problem: Problem) -> Variables | None:
-    """The act by sums over nodes of the new data, the bijection never taken off."""
+    """The act by sums over nodes of the new data, the bijection left in place."""
     if not isinstance(problem.divergence, FDivergence):
         return None
     weights = problem.draws.weights
@@ -223,13 +218,11 @@ def _act_on_nodes(problem: Problem) -> Variables | None:
 
 
 def _spell(transform: Transform) -> str:
-    """A transform in words, where torch has a private name for an inverse."""
     inverse = isinstance(transform, type(ExpTransform().inv))  # zuko renames the class
     return f"the inverse of {transform.inv}" if inverse else repr(transform)
 
 
 def _largest_change(problem: Problem, before: Variables, after: Variables) -> float:
-    """The largest change of any number, in its posterior standard deviations."""
     changes = []
     for name, x in problem.theta.items():
         spread = x.std(0)

@@ -119,7 +119,7 @@ _AMBIGUOUS = {
 
 
 class Theta(Mapping):
-    """Some draws by name, [n, ...] each: theta["mu"] and theta.mu are the same."""
+    """A few draws by name, [n, ...] each: theta["mu"] and theta.mu are the same."""
 
     def __init__(self, drawn: Mapping[str, Tensor]):
         self._drawn = drawn
@@ -145,7 +145,7 @@ class Theta(Mapping):
 
 @dataclass(frozen=True)
 class Model:
-    """A family of laws, and which of the posterior's variables each of its members takes."""
+    """A family of distributions, and the variables of the posterior that its members take."""
 
     text: str
     names: tuple[str, ...]
@@ -158,7 +158,7 @@ class Model:
     columns: tuple[str, ...] = ()  # those of the design that have a coefficient
 
     def law(self, theta: Mapping[str, Tensor]) -> Distribution:
-        """The laws of n draws, of batch shape [n, *batch].
+        """The distributions of n draws, of batch shape [n, *batch].
 
         Raises:
             ValueError: The family refuses them, or ignores how many they are.
@@ -167,7 +167,7 @@ class Model:
         return self.check(Theta(theta))
 
     def check(self, theta: Theta) -> Distribution:
-        """The same, from draws that note which of them are looked at."""
+        """The distributions of draws that record which variables are read."""
         rows = len(next(iter(theta._drawn.values())))
         self._check_domain(theta)
         try:
@@ -188,13 +188,12 @@ class Model:
             raise TypeError(f"family {self.text} must make a distribution of torch; got {law!r}.")
         if law.batch_shape[:1] != (rows,):
             raise ValueError(
-                f"family {self.text} must make one law for each of {rows} draws, with the batch "
-                f"shape [{rows}, ...]; got {list(law.batch_shape)}."
+                f"family {self.text} must make one distribution for each of {rows} draws, with "
+                f"the batch shape [{rows}, ...]; got {list(law.batch_shape)}."
             )
         return law
 
     def _reason(self, error: Exception, theta: Theta) -> str:
-        """Why no law was made, in the words of whoever wrote the family."""
         reason = str(error).partition("\n")[0]
         if any(words in reason.lower() for words in NOT_TORCH):
             return f"write it in torch, which knows slopes, not in NumPy or math ({reason})"
@@ -203,7 +202,7 @@ class Model:
         return reason
 
     def _fit(self, theta: Theta) -> bool:
-        """Whether the axes of the variables agree, flush left and but for the events'."""
+        """True if the axes of the variables agree, flush left, without those of events."""
         events = self.events or {}
         batches = [x.shape[: x.ndim - events.get(k, 0)] for k, x in theta._drawn.items()]
         return all(
@@ -213,34 +212,41 @@ class Model:
     def _check_domain(self, theta: Theta) -> None:
         if self.kind is None or self.settings is None:
             return
-        known = _constraints(self.kind)
+        constraints_by_name = _constraints(self.kind)
         for parameter, name in self.settings.items():
-            if isinstance(name, Stack) and parameter in known:
+            if isinstance(name, Stack) and parameter in constraints_by_name:
                 value = stack_columns(theta, name, self.events or {})
-                if not bool(known[parameter].check(value).all()):
+                if not bool(constraints_by_name[parameter].check(value).all()):
                     raise ValueError(
-                        f"{name} must satisfy {known[parameter]}, as {parameter} of "
+                        f"{name} must satisfy {constraints_by_name[parameter]}, as {parameter} of "
                         f"{self.kind.__name__}, in every draw."
                     )
-            if not isinstance(name, str) or parameter not in known:
+            if not isinstance(name, str) or parameter not in constraints_by_name:
                 continue
-            if theta[name].ndim <= known[parameter].event_dim:
+            if theta[name].ndim <= constraints_by_name[parameter].event_dim:
                 raise ValueError(
                     f"{name} must have as many axes as {parameter} of {self.kind.__name__}, "
-                    f"{known[parameter].event_dim}; got {list(theta[name].shape[1:])}."
+                    f"{constraints_by_name[parameter].event_dim}; got "
+                    f"{list(theta[name].shape[1:])}."
                 )
-            inside = known[parameter].check(theta[name]).reshape(len(theta[name]), -1).all(-1)
+            inside = (
+                constraints_by_name[parameter]
+                .check(theta[name])
+                .reshape(len(theta[name]), -1)
+                .all(-1)
+            )
             if not inside.all():
                 value = theta[name][~inside][0].tolist()
                 raise ValueError(
-                    f"{name} must satisfy {known[parameter]}, as {parameter} of "
+                    f"{name} must satisfy {constraints_by_name[parameter]}, as {parameter} of "
                     f"{self.kind.__name__}; got {value}."
                 )
 
     def at(self, variables: Mapping[str, Tensor]) -> Distribution:
-        """The law of single values of the variables.
+        """The distribution of single values of the variables.
 
-        A callable expects draws; of one that cannot do without, the law of one draw is wrapped.
+        A callable expects draws; of one that cannot do without, the distribution of one draw is
+        wrapped.
         """
         if self.settings is not None:
             return self.make(Theta(variables))
@@ -251,7 +257,7 @@ class Model:
 
     @functools.cached_property
     def layers(self) -> int | None:
-        """How many wrappers to take off every distribution of the family.
+        """The number of wrappers to take off every distribution of the family.
 
         The draws decide, once: a bijection that moves from draw to draw is constant in the one
         row of a candidate act, and must stay there as it stays on the draws.
@@ -330,7 +336,7 @@ def unwrap(law: Distribution, layers: int | None = None) -> Unwrapped:
 
 
 def family_in(law: Distribution) -> ExponentialFamily | None:
-    """The exponential family of n laws, or None where there is none that holds them all."""
+    """The exponential family of n distributions; None where no family holds them all."""
     try:
         return family_of(law)
     except ValueError:  # what would be fixed in it moves from draw to draw
@@ -338,7 +344,7 @@ def family_in(law: Distribution) -> ExponentialFamily | None:
 
 
 def _is_constant(law: TransformedDistribution) -> bool:
-    """Whether the transforms are bijections, and the same for every draw."""
+    """True if the transforms are bijections, and the same for every draw."""
     if not all(transform.bijective for transform in law.transforms):
         return False
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -406,7 +412,6 @@ _LOCATION_SCALE = Normal, Laplace, Cauchy, StudentT  # symmetric: a scale below 
 
 
 def _absorb_affine(base: Any, transform: Any) -> Distribution:
-    """The image of a location-scale distribution under an affine transform."""
     parts = {key: getattr(base, key) for key in base.arg_constraints}
     parts["loc"] = transform.loc + transform.scale * base.loc
     parts["scale"] = torch.as_tensor(transform.scale).abs() * base.scale
@@ -456,7 +461,7 @@ def support_of(law: Distribution) -> Constraint | None:
 
 
 def _image(transform: Transform, end: Tensor) -> Tensor:
-    """Where a monotone transform takes the end of a support.
+    """The image of the end of a support under a monotone transform.
 
     The end of its domain goes to an end of its codomain: torch clamps what it computes there.
     """
@@ -470,13 +475,12 @@ def _image(transform: Transform, end: Tensor) -> Tensor:
 
 
 def _bounds(support: Constraint) -> list[Tensor]:
-    """The ends of an interval, infinite where there are none."""
     ends = (getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf))
     return [torch.as_tensor(end, dtype=torch.float64) for end in ends]
 
 
 def moving_edge(law: Distribution) -> str | None:
-    """Which edge of the support differs from draw to draw, if one does.
+    """The edge of the support that differs from draw to draw, or None.
 
     >>> moving_edge(torch.distributions.Uniform(0.0, torch.tensor([1.0, 2.0])))
     'upper_bound'
@@ -499,7 +503,7 @@ def read_family(family: Any, draws: Draws, design: Any = None) -> Model:
     Args:
         family: "normal(loc=mu, scale=sigma)", whose names are variables and whose numbers are
             fixed; a class, whose parameters are called as the variables are; a callable from
-            theta, n draws by name, to their laws; a callable from theta and the design.
+            theta, n draws by name, to their distributions; a callable from theta and the design.
         draws: The posterior.
         design: What the callable or the regression is told beside the draws.
 
@@ -526,11 +530,10 @@ def read_family(family: Any, draws: Draws, design: Any = None) -> Model:
     )
 
 
-def _parse(text: str, read: str, known: Mapping[str, Callable], draws: Draws, design: Any):
-    """The class and the settings of a text."""
+def _parse(text: str, read: str, catalogue: Mapping[str, Callable], draws: Draws, design: Any):
     names = (*draws.names, "design", *labels_of(design)) if design is not None else draws.names
     try:
-        return parse(_with_torch_name(read, known), known, names)
+        return parse(_with_torch_name(read, catalogue), catalogue, names)
     except ValueError as error:
         reason = str(error).partition(": ")[2].rstrip(".")
         if "must be a number or a string" in reason:
@@ -543,20 +546,21 @@ def _parse(text: str, read: str, known: Mapping[str, Callable], draws: Draws, de
         raise ValueError(f"family {text!r} cannot be read: {reason}.") from None
 
 
-def _with_torch_name(text: str, known: Mapping[str, Callable]) -> str:
-    """The text with the name of the family as torch has it."""
+def _with_torch_name(text: str, catalogue: Mapping[str, Callable]) -> str:
     name, opening, rest = text.partition("(")
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     names = {re.sub(r"[^a-z0-9]", "", k): v for k, v in _ALIASES.items()}
-    names |= {re.sub(r"[^a-z0-9]", "", k): k for k in known}
-    found = names.get(plain)
-    if found is None and opening and ":" not in name and plain:
+    names |= {re.sub(r"[^a-z0-9]", "", k): k for k in catalogue}
+    torch_name = names.get(plain)
+    if torch_name is None and opening and ":" not in name and plain:
         near = difflib.get_close_matches(plain, names, 1, 0.75)
         meant = f" (did you mean {names[near[0]]}?)" if near else ""
-        raise ValueError(f"{text}: none is called {name!r}{meant}; there are {', '.join(known)}")
-    if found == "negative-binomial" and re.search(r"\b(mu|mean|phi)\s*=", rest):
-        found = "negative-binomial2"
-    return f"{found}{opening}{rest}" if found in known else text
+        raise ValueError(
+            f"{text}: none is called {name!r}{meant}; there are {', '.join(catalogue)}"
+        )
+    if torch_name == "negative-binomial" and re.search(r"\b(mu|mean|phi)\s*=", rest):
+        torch_name = "negative-binomial2"
+    return f"{torch_name}{opening}{rest}" if torch_name in catalogue else text
 
 
 def _is_law(family: Any) -> bool:
@@ -565,11 +569,10 @@ def _is_law(family: Any) -> bool:
 
 @functools.cache
 def _catalogue() -> dict[str, Callable[..., tuple[type[Distribution], dict[str, Any]]]]:
-    """Every class of torch.distributions and every regression, by its name in kebab case."""
-    found = [*vars(torch.distributions).values(), *vars(families).values()]
+    candidates = [*vars(torch.distributions).values(), *vars(families).values()]
     return {
         re.sub("(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower(): _binder(cls)
-        for cls in found
+        for cls in candidates
         if _is_law(cls) and cls.__name__ not in _STRUCTURES
     }
 
@@ -577,12 +580,12 @@ def _catalogue() -> dict[str, Callable[..., tuple[type[Distribution], dict[str, 
 def _binder(cls: type[Distribution]) -> Callable[..., tuple[type[Distribution], dict[str, Any]]]:
     """A maker with the signature of a class, which keeps the settings instead of calling it."""
     signature = inspect.signature(cls)
-    kept = [p for p in signature.parameters.values() if p.name != "validate_args"]
-    own = {p.name for p in kept}
+    parameters = [p for p in signature.parameters.values() if p.name != "validate_args"]
+    parameter_names = {p.name for p in parameters}
     others = {
-        alias: next(name for name in names if name in own)
+        alias: next(name for name in names if name in parameter_names)
         for alias, names in _PARAMETERS.items()
-        if alias not in own and own & {*names}
+        if alias not in parameter_names and parameter_names & {*names}
     }
     if cls.__name__ in _COUNTS:
         others["mu"] = "rate"
@@ -597,54 +600,56 @@ def _binder(cls: type[Distribution]) -> Callable[..., tuple[type[Distribution], 
             raise ValueError(f"{cls.__name__} is given {twice[0]} twice.")
         return cls, dict(zip(named, settings.values(), strict=True))
 
-    kept += [
+    parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
         for name in (*others, *ambiguous)
     ]
-    bind.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    bind.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     bind.__name__ = cls.__name__
     return bind
 
 
 def _import_family(text: str, draws: Draws, design: Any) -> Any:
-    """What package.module:Name stands for; with settings, the model of that class."""
     path, opening, rest = text.partition("(")
     try:
-        found = import_object(path.strip())
+        imported = import_object(path.strip())
     except ValueError as error:
         raise ValueError(f"family {text!r}: {error}") from error
-    made: Any = found.func if isinstance(found, functools.partial) else found
+    made: Any = imported.func if isinstance(imported, functools.partial) else imported
     function = callable(made) and not isinstance(made, type | BuiltinFunctionType)
-    if not (_is_law(found) if opening else _is_law(made) or function or isinstance(made, Model)):
+    if not (
+        _is_law(imported) if opening else _is_law(made) or function or isinstance(made, Model)
+    ):
         wanted = "a class of distributions"
         wanted += "" if opening else ", or a function from draws to distributions"
-        raise ValueError(f"family {text!r} must name {wanted}; got {found!r}.")
+        raise ValueError(f"family {text!r} must name {wanted}; got {imported!r}.")
     if not opening:
-        return found
-    law: Any = found
-    known = {"imported": _binder(law)}
-    kind, settings = _parse(text, f"imported({rest}", known, draws, design)
+        return imported
+    law: Any = imported
+    catalogue = {"imported": _binder(law)}
+    kind, settings = _parse(text, f"imported({rest}", catalogue, draws, design)
     return _model_of_class(text, kind, settings, draws, design)
 
 
 def _from_class(cls, settings: dict[str, Any], draws: Draws, design: Any) -> Model:
-    """Settings for those parameters of a class that are variables of the posterior."""
     parameters = inspect.signature(cls).parameters
-    own = set(parameters) - (PER_ROW if "design" in parameters else set()) - settings.keys()
-    found = {name: name for name in parameters if name in draws.names and name in own}
+    missing = set(parameters) - (PER_ROW if "design" in parameters else set()) - settings.keys()
+    variables = {name: name for name in parameters if name in draws.names and name in missing}
     required = {
         name
         for name, p in parameters.items()
         if p.default is p.empty and name not in settings and name != "design"
     }
-    if not found or required - found.keys():
+    if not variables or required - variables.keys():
         needs = ", ".join(sorted(required) or [n for n in parameters if n != "validate_args"])
         raise ValueError(
             f"{cls.__name__} takes {needs}, but the draws have {', '.join(draws.names)}; "
             "say which is which, as in family='normal(loc=mu, scale=sigma)'."
         )
-    said = ", ".join(f"{k}={v}" for k, v in (found | settings).items())
-    return _model_of_class(f"{cls.__name__}({said})", cls, found | settings, draws, design)
+    settings_text = ", ".join(f"{k}={v}" for k, v in (variables | settings).items())
+    return _model_of_class(
+        f"{cls.__name__}({settings_text})", cls, variables | settings, draws, design
+    )
 
 
 def _model_of_class(text: str, cls, settings: dict[str, Any], draws: Draws, design: Any) -> Model:
@@ -658,31 +663,35 @@ def _model_of_class(text: str, cls, settings: dict[str, Any], draws: Draws, desi
     stacks = {k: v for k, v in settings.items() if isinstance(v, Stack) and _names_in(v)}
     variables = {k: v for k, v in settings.items() if isinstance(v, str)}
     fixed = {k: _constant(v) for k, v in settings.items() if k not in {*stacks, *variables}}
-    known = _constraints(cls)
-    ranks = {k: known[k].event_dim if k in known else 0 for k in (*variables, *stacks)}
+    constraints_by_name = _constraints(cls)
+    ranks = {
+        k: constraints_by_name[k].event_dim if k in constraints_by_name else 0
+        for k in (*variables, *stacks)
+    }
     # an unknown name is refused here, with the names there are
     events = {
         name: min(1, len(draws.shape(name))) for v in stacks.values() for name in _names_in(v)
     }
     events |= {v: ranks[k] for k, v in variables.items()}
     for parameter, parts in stacks.items():
-        simplex = known.get(parameter) is constraints.simplex
+        simplex = constraints_by_name.get(parameter) is constraints.simplex
         _refuse_unstackable(text, parameter, parts, ranks[parameter], simplex, draws)
 
     def make(theta: Theta) -> Distribution:
         batch = max(theta[name].ndim - events[name] for name in names)
         aligned = {k: _align(theta[v], ranks[k], batch) for k, v in variables.items()}
         aligned |= {k: stack_columns(theta, v, events) for k, v in stacks.items()}
-        return cls(**aligned, **fixed, validate_args=None if not known else False)
+        return cls(**aligned, **fixed, validate_args=None if not constraints_by_name else False)
 
     for name in names:
         draws.shape(name)
-    few = probe(draws, names)
-    return Model(text, names, make, variables | stacks | fixed, cls, events, design, few, columns)
+    some_draws = probe(draws, names)
+    return Model(
+        text, names, make, variables | stacks | fixed, cls, events, design, some_draws, columns
+    )
 
 
 def _names_in(value: Any) -> tuple[str, ...]:
-    """The variables of a setting: one, those of a stack, or none."""
     if isinstance(value, str):
         return (value,)
     return tuple(x for x in value if isinstance(x, str)) if isinstance(value, Stack) else ()
@@ -701,7 +710,6 @@ def stack_columns(theta: Theta, parts: Stack, events: Mapping[str, int]) -> Tens
 def _refuse_unstackable(
     text: str, parameter: str, parts: Stack, rank: int, simplex: bool, draws: Draws
 ) -> None:
-    """Refuse a list of variables for a parameter that is no vector, or of what is no column."""
     if rank != 1:
         raise ValueError(
             f"family {text}: a list of variables makes a vector, which {parameter} is not; got "
@@ -744,7 +752,7 @@ def _with_design(
     labels = labels_of(design)
     if matrix.ndim == 2 and len(labels) != matrix.shape[1]:
         labels = tuple(map(str, range(matrix.shape[1])))
-    found, taken = dict(settings), set()
+    updated, taken = dict(settings), set()
     for key in PER_ROW & settings.keys():
         column = settings[key]
         if not isinstance(column, str | Stack):
@@ -755,16 +763,15 @@ def _with_design(
                 f"{', '.join(labels)}, or numbers, one for each of its rows; got {column}."
             )
         place = labels.index(column)
-        found[key] = matrix[:, place]
+        updated[key] = matrix[:, place]
         taken.add(place)
     if taken:
-        kept = [i for i in range(len(labels)) if i not in taken]
-        matrix, labels = matrix[:, kept], tuple(labels[i] for i in kept)
-    return found | {"design": matrix}, labels
+        kept_columns = [i for i in range(len(labels)) if i not in taken]
+        matrix, labels = matrix[:, kept_columns], tuple(labels[i] for i in kept_columns)
+    return updated | {"design": matrix}, labels
 
 
 def _refuse_incomplete(text: str, cls, settings: Mapping[str, Any]) -> None:
-    """Say which parameters a family needs beside those that it was given."""
     parameters = inspect.signature(cls).parameters.items()
     missing = [k for k, p in parameters if p.default is p.empty and k not in settings]
     if missing:
@@ -775,12 +782,12 @@ def _refuse_incomplete(text: str, cls, settings: Mapping[str, Any]) -> None:
 
 
 def _constant(value: Any) -> Any:
-    """Lists as tensors; a whole number stays one, for torch insists on it in places."""
+    """Lists as tensors; a whole number stays one, as torch requires in places."""
     return torch.tensor(value, dtype=torch.float64) if isinstance(value, list | tuple) else value
 
 
 def _constraints(cls) -> Mapping[str, Constraint]:
-    """Those of the parameters, where they do not depend on one another, as Uniform's do."""
+    """Constraints of the parameters, unless they depend on one another, as those of Uniform."""
     return cls.arg_constraints if isinstance(cls.arg_constraints, Mapping) else {}
 
 
@@ -791,28 +798,32 @@ def _align(x: Tensor, event: int, batch: int) -> Tensor:
 
 
 def _from_callable(family: Callable, draws: Draws, design: Any) -> Model:
-    """The variables that it takes are those it looks at, when shown a few draws."""
+    """A model of a callable, whose variables are those that it reads when shown a few draws."""
     text = getattr(family, "__qualname__", repr(family)).replace("<locals>.", "")
     # NumPy would take the slopes of what it touches away; whole numbers stay indices
     numbers = isinstance(design, np.ndarray) and design.dtype.kind in "biuf"
-    told = torch.tensor(design) if numbers else design
-    told = told.double() if isinstance(told, Tensor) and told.is_floating_point() else told
+    shown_design = torch.tensor(design) if numbers else design
+    shown_design = (
+        shown_design.double()
+        if isinstance(shown_design, Tensor) and shown_design.is_floating_point()
+        else shown_design
+    )
 
     def make(theta: Theta) -> Distribution:
-        return family(theta) if design is None else family(theta, told)
+        return family(theta) if design is None else family(theta, shown_design)
 
-    few = Theta(probe(draws, draws.names))
+    some_draws = Theta(probe(draws, draws.names))
     model = Model(text, draws.names, make, design=design)
-    _check_some(model, few)
-    names = tuple(name for name in draws.names if name in few._seen)
+    _check_some(model, some_draws)
+    names = tuple(name for name in draws.names if name in some_draws._seen)
     if not names:
         raise ValueError(f"family {text} must look at a variable of the posterior; it saw none.")
-    return Model(text, names, make, design=design, few=few._drawn)
+    return Model(text, names, make, design=design, few=some_draws._drawn)
 
 
-def _check_some(model: Model, few: Theta) -> None:
-    """Check all draws, or one, if a draw alone is at fault; with slopes, lest NumPy be used."""
-    drawn = few._drawn
+def _check_some(model: Model, some_draws: Theta) -> None:
+    """Check all draws, or one, if a draw alone is at fault; with slopes, to find uses of NumPy."""
+    drawn = some_draws._drawn
     rows, failed = range(len(next(iter(drawn.values())))), []
     with torch.enable_grad():
         for part in (slice(None), *(slice(i, i + 1) for i in rows)):
@@ -822,7 +833,7 @@ def _check_some(model: Model, few: Theta) -> None:
             except ValueError as error:
                 failed.append(error)
             else:
-                few._seen |= theta._seen
+                some_draws._seen |= theta._seen
                 return
     raise failed[0]
 
@@ -836,26 +847,26 @@ def probe(draws: Draws, names: Sequence[str]) -> dict[str, Tensor]:
     chains = slice(None, None, -(-draws.chains // PROBE))
     step = max(1, draws.draws * len(range(draws.chains)[chains]) // PROBE)
     try:
-        few = {name: draws.some(name, chains, slice(None, None, step)) for name in names}
+        spread = {name: draws.some(name, chains, slice(None, None, step)) for name in names}
     except ValueError:
         for _ in draws.chunks(names):  # raises too, and says where the draw is
             pass
         raise
     places = torch.cat([draws.extremes(name) for name in names]).unique(dim=0)
-    found = {}
-    for name, x in few.items():
+    rows_by_name = {}
+    for name, x in spread.items():
         more = draws.at(name, places) if len(places) else x[:0, 0]
-        found[name] = torch.cat([x.flatten(0, 1), more])
-    return found
+        rows_by_name[name] = torch.cat([x.flatten(0, 1), more])
+    return rows_by_name
 
 
 def alone(law: Distribution, again: Callable[[], Distribution]) -> Distribution:
-    """The law of batch shape [*batch] that a law of batch shape [1, *batch] is.
+    """The distribution of batch shape [*batch] that a distribution of batch shape [1, *batch] is.
 
     Args:
         law: Of one draw.
-        again: The law made once more, from parameters without the axis of the draws; a family
-            that needs that axis fails, or makes another law.
+        again: The distribution made once more, from parameters without the axis of the draws; a
+            family that needs that axis fails, or makes another distribution.
     """
     wrapped = OfOneDraw(law)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -872,7 +883,7 @@ def alone(law: Distribution, again: Callable[[], Distribution]) -> Distribution:
 
 
 class OfOneDraw(Distribution):
-    """A law of batch shape [1, *batch], without its first axis."""
+    """A distribution of batch shape [1, *batch], without its first axis."""
 
     arg_constraints = {}  # pyright: ignore
 
@@ -919,7 +930,6 @@ class OfOneDraw(Distribution):
         return self.law.entropy()[0]
 
     def _on_values(self, of: Callable[[Tensor], Any], value: Tensor) -> Tensor:
-        """Of values [*sample, *batch, *event], or broadcast to these."""
         axes = len(self.batch_shape)
         lead = max(0, axes + len(self.event_shape) - value.ndim)
         value = value.reshape((1,) * lead + value.shape)
@@ -929,7 +939,7 @@ class OfOneDraw(Distribution):
 
 @dataclass(frozen=True)
 class Laws:
-    """Posterior draws, as the laws that they are the parameters of."""
+    """Posterior draws, as the distributions that they are the parameters of."""
 
     theta: Mapping[str, Tensor]  # [draws, *shape] each
     law: LawOf
@@ -939,25 +949,25 @@ class Laws:
         return len(self.weights)
 
     def at(self, index: slice | Tensor) -> Distribution:
-        """The laws of some draws, of batch shape [n, *batch].
+        """The distributions of some draws, of batch shape [n, *batch].
 
         Raises:
-            ValueError: There is not one law for each draw.
+            ValueError: There is not one distribution for each draw.
         """
         return self.of({name: x[index] for name, x in self.theta.items()})
 
     def of(self, theta: Mapping[str, Tensor]) -> Distribution:
-        """The laws of parameters [n, *shape] each."""
+        """The distributions of parameters [n, *shape] each."""
         law, n = self.law(dict(theta)), len(next(iter(theta.values())))
         if law.batch_shape[:1] != (n,):
             raise ValueError(
-                f"law must make one distribution for each of {n} draws, of batch shape "
+                f"family must make one distribution for each of {n} draws, of batch shape "
                 f"[{n}, ...]; got {list(law.batch_shape)}."
             )
         return law
 
     def chunks(self, numbers: int) -> Iterator[slice]:
-        """All draws, so many at a time that ``numbers`` of each stay few."""
+        """Slices of the draws, for which ``numbers`` of each fit in memory."""
         step = max(1, NUMBERS // max(1, numbers))
         return (slice(i, min(i + step, len(self))) for i in range(0, len(self), step))
 
@@ -966,7 +976,7 @@ class Laws:
         return Laws({k: x[rows] for k, x in self.theta.items()}, self.law, self.weights[rows])
 
     def thin(self, count: int) -> "Laws":
-        """So many draws, of equal weights, evenly over the weights of all."""
+        """A subsample of draws, of equal weights, evenly over the weights of all."""
         rows = resample(self.weights.log(), count=count, offset=0.5)
         equal = torch.full((count,), 1 / count, dtype=torch.float64)
         return replace(self.only(rows), weights=equal)
@@ -977,7 +987,7 @@ class Laws:
 
 
 def laws_of(theta: Mapping[str, Tensor], law: LawOf, weights: Tensor | None = None) -> Laws:
-    """The laws of posterior draws, in double precision.
+    """The distributions of posterior draws, in double precision.
 
     Raises:
         ValueError: There are none, they are not as many of each parameter, or not finite; or the
@@ -1022,6 +1032,5 @@ def whole_parameters(laws: Laws) -> tuple[str, ...]:
 
 
 def _moved_alone(laws: Laws, name: str) -> Distribution:
-    """The laws of draws of which only one parameter moves."""
     theta = {key: x if key == name else x[:1].expand_as(x) for key, x in laws.theta.items()}
     return laws.of(theta)

@@ -14,7 +14,7 @@ from rkl.bayes.solve.unconstrained import Chart, chart_of, minimise
 
 LogDensity = Callable[[Theta], Tensor]
 Bends = Mapping[str, Transform]
-LOOKED_AT = 2**12  # draws of which the densest are where a maximiser starts
+MAX_DRAWS = 2**12  # draws of which the densest are where a maximiser starts
 
 
 class Modes(NamedTuple):
@@ -58,14 +58,14 @@ def _of_variable(problem: Problem, name: str) -> Modes:
     return Modes({f"draw of highest {name}": _row(problem, theta, draws[name].flatten())}, (note,))
 
 
-def _densest(problem: Problem, seen: "_Seen", bends: Bends) -> dict[str, Variables]:
+def _densest(problem: Problem, evaluated: "_Seen", bends: Bends) -> dict[str, Variables]:
     """The draw of highest density, and that of highest density in other coordinates."""
-    name, theta = "draw of highest log_posterior", seen.theta
-    found = {name: _row(problem, theta, seen.density)}
+    name, theta = "draw of highest log_posterior", evaluated.theta
+    points = {name: _row(problem, theta, evaluated.density)}
     if bends:
-        bent = seen.density + _log_slope(bends, theta)
-        found[f"{name}, in {_spell(theta, bends)}"] = _row(problem, theta, bent)
-    return found
+        bent = evaluated.density + _log_slope(bends, theta)
+        points[f"{name}, in {_spell(theta, bends)}"] = _row(problem, theta, bent)
+    return points
 
 
 def _row(problem: Problem, theta: Mapping[str, Tensor], density: Tensor) -> Variables:
@@ -85,44 +85,44 @@ def _evaluate(problem: Problem, log_posterior: LogDensity) -> _Seen:
     draws = problem.draws
     shown = Theta(probe(draws, draws.names))
     try:
-        told = log_posterior(shown)
+        log_density = log_posterior(shown)
     except KeyError as error:
         raise ValueError(f"log_posterior cannot take the draws: {error.args[0]}.") from error
-    _check_density(told, len(next(iter(shown._drawn.values()))))
+    _check_density(log_density, len(next(iter(shown._drawn.values()))))
     names = [name for name in draws.names if name in shown._seen | {*problem.model.names}]
-    few = draws.every(-(-draws.chains * draws.draws // LOOKED_AT))
-    theta = {name: few[name].flatten(0, 1) for name in names}
+    subsample = draws.every(-(-draws.chains * draws.draws // MAX_DRAWS))
+    theta = {name: subsample[name].flatten(0, 1) for name in names}
     return _Seen(theta, _check_density(log_posterior(Theta(theta)), len(theta[names[0]])).detach())
 
 
 def density_mode(problem: Problem, log_posterior: LogDensity) -> Variables:
-    """Where the density is highest, in the variables as they are named; empty if nowhere.
+    """The mode of a density in the variables as they are named; empty if there is none.
 
     Raises:
         RuntimeError: Autograd finds no way from the density back to the variables.
     """
-    seen = _evaluate(problem, log_posterior)
-    return _maximum(problem, log_posterior, seen)
+    evaluated = _evaluate(problem, log_posterior)
+    return _maximum(problem, log_posterior, evaluated)
 
 
 def _of_function(problem: Problem, log_posterior: LogDensity) -> Modes:
-    seen = _evaluate(problem, log_posterior)
-    bends = _bends(problem, seen.theta)
-    targets: dict[str, LogDensity] = {f"MAP in {_spell(seen.theta, {})}": log_posterior}
+    evaluated = _evaluate(problem, log_posterior)
+    bends = _bends(problem, evaluated.theta)
+    targets: dict[str, LogDensity] = {f"MAP in {_spell(evaluated.theta, {})}": log_posterior}
     if bends:
         bent = lambda t: log_posterior(t) + _log_slope(bends, t)  # noqa: E731
-        targets[f"MAP in {_spell(seen.theta, bends)}"] = bent
-    fisher, why = _log_fisher(problem, list(seen.theta))
+        targets[f"MAP in {_spell(evaluated.theta, bends)}"] = bent
+    fisher, why = _log_fisher(problem, list(evaluated.theta))
     if fisher is not None:
         targets["Wallace–Freeman"] = lambda t: log_posterior(t) - fisher(t) / 2
     notes = [] if why is None else [f"Wallace–Freeman is left out: {why}."]
     try:
-        found = {name: _maximum(problem, f, seen) for name, f in targets.items()}
+        maxima = {name: _maximum(problem, f, evaluated) for name, f in targets.items()}
     except RuntimeError:  # autograd finds no way back to theta
         note = "log_posterior is not differentiable: its highest draws stand for its modes."
-        return Modes(_densest(problem, seen, bends), (note,))
-    notes += [f"{name} is left out: there is no mode." for name in found if not found[name]]
-    return Modes({name: at for name, at in found.items() if at}, tuple(notes))
+        return Modes(_densest(problem, evaluated, bends), (note,))
+    notes += [f"{name} is left out: there is no mode." for name in maxima if not maxima[name]]
+    return Modes({name: at for name, at in maxima.items() if at}, tuple(notes))
 
 
 def _check_density(density: Tensor, rows: int) -> Tensor:
@@ -134,28 +134,27 @@ def _check_density(density: Tensor, rows: int) -> Tensor:
     return density
 
 
-def _maximum(problem: Problem, target: LogDensity, seen: _Seen) -> Variables:
-    """The variables of the family at the maximum; none where it runs away."""
-    chart = _chart(problem, seen.theta)
-    drawn = chart.coordinates(seen.theta)
-    starts = drawn[seen.density.topk(min(3, len(drawn))).indices]
-    found = minimise(lambda t: -target(Theta(chart.point(t[None])))[0], starts)
-    if not found.converged or found.point.abs().max() > 1e3:
+def _maximum(problem: Problem, target: LogDensity, evaluated: _Seen) -> Variables:
+    """The variables of the family at the maximum; None where it diverges."""
+    chart = _chart(problem, evaluated.theta)
+    drawn = chart.coordinates(evaluated.theta)
+    starts = drawn[evaluated.density.topk(min(3, len(drawn))).indices]
+    minimum = minimise(lambda t: -target(Theta(chart.point(t[None])))[0], starts)
+    if not minimum.converged or minimum.point.abs().max() > 1e3:
         return {}
-    at = chart.point(found.point[None])
+    at = chart.point(minimum.point[None])
     return {name: problem.align(name, at[name])[0].detach() for name in problem.model.names}
 
 
 def _chart(problem: Problem, theta: Mapping[str, Tensor]) -> Chart:
-    """Coordinates of what a density looks at: the family knows its own, draws tell of the rest."""
-    own = {name: theta[name] for name in problem.model.names}
-    rest = {name: x for name, x in theta.items() if name not in own}
-    found = {**chart_of(own, problem.law).parts, **chart_of(rest).parts}
-    return Chart({name: found[name] for name in theta})
+    """Coordinates of the variables of a density: from the family, for others from the draws."""
+    variables = {name: theta[name] for name in problem.model.names}
+    rest = {name: x for name, x in theta.items() if name not in variables}
+    coordinates = {**chart_of(variables, problem.law).parts, **chart_of(rest).parts}
+    return Chart({name: coordinates[name] for name in theta})
 
 
 def _bends(problem: Problem, theta: Mapping[str, Tensor]) -> Bends:
-    """The logarithm or the logit as coordinates of what is positive, or between 0 and 1."""
     parts = _chart(problem, theta).parts
     return {
         name: part.transform
@@ -194,8 +193,8 @@ def _log_fisher(problem: Problem, names: list[str]) -> tuple[LogDensity | None, 
             x * 1.0 if x.requires_grad else x.clone().requires_grad_() for x in natural
         )
         total = family.log_partition(natural).sum()
-        own = torch.autograd.grad(total, natural, create_graph=True, materialize_grads=True)
-        return total if mean is None else total - family.inner(natural, mean).sum(), own
+        means = torch.autograd.grad(total, natural, create_graph=True, materialize_grads=True)
+        return total if mean is None else total - family.inner(natural, mean).sum(), means
 
     def of(theta: Mapping[str, Tensor]) -> Tensor:
         with torch.enable_grad():

@@ -69,10 +69,10 @@ class PartitionAct:
     def similarity(self) -> Float[Tensor, "items items"]:
         """The posterior probability of each pair of items to be in one cluster."""
         items = len(self.partition)
-        found = torch.zeros(items, items, dtype=torch.float64)
+        together = torch.zeros(items, items, dtype=torch.float64)
         for labels, share in zip(self.sampled, self.shares.tolist(), strict=True):
-            found += share * (labels[:, None] == labels)
-        return found
+            together += share * (labels[:, None] == labels)
+        return together
 
     def table(self) -> Table:
         """A row for each cluster, the largest first, with how alike its items are."""
@@ -88,13 +88,13 @@ class PartitionAct:
             more = len(places) - NAMED
             names += [f"and {more:,} more"] if more > 0 else []
             rows.append((str(cluster), len(places), alike, ", ".join(names)))
-        told = [
+        notes = [
             f"expected loss: {with_error(*self.risk)} "
             f"({UNITS[self.loss]}); {self.agreeing} of {self.starts} searches ended here",
             "similarity: the mean posterior probability of two items of the cluster to be in one",
         ]
         title = f"Partition of {len(self.partition):,} items under {self.loss}"
-        return Table(title, ("cluster", "size", "similarity", "items"), rows, told)
+        return Table(title, ("cluster", "size", "similarity", "items"), rows, notes)
 
     def __str__(self) -> str:
         return str(self.table())
@@ -184,10 +184,10 @@ def partition_act(
     shared = torch.zeros(len(distinct), dtype=torch.float64).index_add_(0, which, weight)
     most = min(max_clusters or draws.shape[1], draws.shape[1])
     with working("the partition"):
-        found = canonical(_search(distinct, shared, f, starts, seed, most))
-    risks = torch.stack([(shared * _losses(it, distinct, f)).sum() for it in found])
-    best = found[risks.argmin()]
-    agreeing = int((found == best).all(1).sum())
+        candidates = canonical(_search(distinct, shared, f, starts, seed, most))
+    risks = torch.stack([(shared * _losses(it, distinct, f)).sum() for it in candidates])
+    best = candidates[risks.argmin()]
+    agreeing = int((candidates == best).all(1).sum())
     each = scale * _losses(best, distinct, f)
     risk = _risk(each[which], weight, chains)
     items = names or [str(i) for i in range(draws.shape[1])]
@@ -195,7 +195,6 @@ def partition_act(
 
 
 def _labels_in(source: Any, variable: str | None) -> tuple[Any, list[str] | None]:
-    """Labels [chains, draws, items] of a posterior with the names of the items; or as they are."""
     array = isinstance(source, Tensor | np.ndarray | list | tuple)
     if array and variable is None:
         return source, None
@@ -212,15 +211,14 @@ def _labels_in(source: Any, variable: str | None) -> tuple[Any, list[str] | None
 
 
 def _only_labels(draws: Draws) -> str:
-    """The only variable of whole numbers with one axis."""
-    found = [k for k in draws.names if len(draws.shape(k)) == 1 and draws.of(k).dtype.kind in "iu"]
-    if len(found) != 1:
+    names = [k for k in draws.names if len(draws.shape(k)) == 1 and draws.of(k).dtype.kind in "iu"]
+    if len(names) != 1:
         raise ValueError(
             "variable must name the labels: "
-            f"{'several variables hold' if found else 'no variable holds'} whole numbers, one for "
-            f"each item; got {', '.join(found or draws.names)}."
+            f"{'several variables hold' if names else 'no variable holds'} whole numbers, one for "
+            f"each item; got {', '.join(names or draws.names)}."
         )
-    return found[0]
+    return names[0]
 
 
 def partition_losses(
@@ -306,14 +304,14 @@ class _Search:
         self._join(item, now.where(stays, least.indices))
 
     def _costs(self, item: Int[Tensor, " starts"]) -> Float[Tensor, "starts clusters"]:
-        """What the expected loss grows by, in its own unit, if the item joins each cluster."""
-        said = self.draws[:, item].T[:, None, :, None].expand(-1, self.size.shape[1], -1, -1)
-        met = self.shared.gather(3, said).squeeze(3).long()
+        """Increase of the expected loss, in its own unit, if the item joins each cluster."""
+        labels = self.draws[:, item].T[:, None, :, None].expand(-1, self.size.shape[1], -1, -1)
+        met = self.shared.gather(3, labels).squeeze(3).long()
         cost = self.gain[self.size] - 2 * self.gain[met] @ self.weight
         return cost.masked_fill(self._full_clusters(), math.inf)
 
     def _full_clusters(self) -> Bool[Tensor, "starts clusters"]:
-        """The clusters that must stay empty, where there are as many as there may be."""
+        """The clusters that must stay empty, where their maximum number is reached."""
         used = self.size > 0
         return ~used & (used.sum(1, keepdim=True) >= self.most)
 
@@ -326,14 +324,13 @@ class _Search:
 
     def _count(self, item: Tensor, cluster: Tensor, by: int) -> None:
         self.size[self.row, cluster] += by
-        said = self.draws[:, item].T
-        self.shared[self.row[:, None], cluster[:, None], self.column, said] += by
+        labels = self.draws[:, item].T
+        self.shared[self.row[:, None], cluster[:, None], self.column, labels] += by
 
 
 def _search(
     draws: Labels, weight: Tensor, f: Callable, starts: int, seed: int, most: int
 ) -> Int[Tensor, "starts items"]:
-    """The partition in which each start ends; as many at once as memory has room for."""
     generator = torch.Generator().manual_seed(seed)
     sampled = _best_sampled(draws, weight, f, starts // 2)
     width = int(draws.max()) + 1
@@ -351,14 +348,12 @@ def _search(
 def _best_sampled(
     draws: Labels, weight: Tensor, f: Callable, wanted: int
 ) -> Int[Tensor, "best items"]:
-    """The best of the 64 likeliest draws."""
     likely = draws[weight.argsort(stable=True, descending=True)[:64]]
     risk = torch.stack([(weight * _losses(it, draws, f)).sum() for it in likely])
     return likely[risk.argsort(stable=True)[:wanted]]
 
 
 def _orders(labels: Labels, generator: torch.Generator) -> Labels:
-    """The items in a random order for each start."""
     return torch.rand(labels.shape, generator=generator, dtype=torch.float64).argsort(1)
 
 
@@ -405,7 +400,6 @@ def _labels(labels: ArrayLike | Tensor, argument: str = "labels", axes: int = 2)
 
 
 def _weights(weights: ArrayLike | Tensor | None, draws: int) -> Float[Tensor, " draws"]:
-    """Weights that sum to 1."""
     if weights is None:
         return torch.full((draws,), 1 / draws, dtype=torch.float64)
     try:

@@ -1,4 +1,4 @@
-"""What is asked: which distribution to report, of which family, for which posterior and loss."""
+"""The problem of a Bayes act: a posterior, a family and a loss."""
 
 import functools
 from collections.abc import Mapping
@@ -25,12 +25,14 @@ from rkl.bayes.model import (
 )
 
 Variables = dict[str, Tensor]
-SAME = 1e-9  # relative difference of natural parameters at which two laws are one
+SAME_PARAMETER = (
+    1e-9  # relative difference of natural parameters at which two distributions are one
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A posterior, a family, and the loss under which one law of it is to stand for all."""
+    """A posterior, a family, and the loss under which one distribution stands for all."""
 
     draws: Draws
     model: Model
@@ -51,12 +53,12 @@ class Problem:
 
     @functools.cached_property
     def structure(self) -> Unwrapped:
-        """Their distributions, without what leaves divergences unchanged."""
+        """The distributions of a few draws, without what leaves divergences unchanged."""
         return self.model.unwrap(self.model.law(self.few))
 
     @functools.cached_property
     def family(self) -> ExponentialFamily | None:
-        """The exponential family that the laws lie in."""
+        """The exponential family that contains the distributions."""
         return family_in(self.structure.base)
 
     @property
@@ -68,7 +70,7 @@ class Problem:
 
     @property
     def batch(self) -> torch.Size:
-        """Batch shape of the law that is reported."""
+        """Batch shape of the distribution that is reported."""
         shape = self.structure.base.batch_shape[1:]
         return shape[: len(shape) - self.structure.joint]
 
@@ -78,19 +80,19 @@ class Problem:
         return values.sum(tuple(range(-joint, 0))) if joint else values
 
     def law(self, variables: Mapping[str, Tensor]) -> Distribution:
-        """The laws of n draws, rid of what no divergence sees, but not of Independent."""
+        """The distributions of n draws, without fixed bijections but with Independent."""
         base, joint, *_ = self.model.unwrap(self.model.law(variables))
         return Independent(base, joint) if joint else base
 
     def wrap(self, base: Distribution, variables: Variables) -> Distribution:
-        """The law of the family [*batch] that has this base, its bijections those of one draw."""
+        """The distribution [*batch] with this base, its bijections those of one draw."""
         if self.model.settings is not None:
             return self.model.at(variables)
         law = self.model.law({name: x[None] for name, x in variables.items()})
         return self.model.unwrap(law).wrap(base)
 
     def any(self, parts: Tensor) -> Tensor:
-        """Whether it holds of some of what Independent joins."""
+        """Mask [*batch]: any over what Independent joins."""
         return parts.flatten(len(self.batch)).any(-1) if self.structure.joint else parts
 
     def shape(self, name: str, model: Model | None = None) -> torch.Size:
@@ -105,12 +107,12 @@ class Problem:
 
     @functools.cached_property
     def passes(self) -> dict[tuple[str, ...], Any]:
-        """What passes over the draws left, by direction, for the act and for excesses over it."""
+        """Results of passes over the draws, by direction, for the act and excesses over it."""
         return {}
 
     @functools.cached_property
     def batch_axes(self) -> list[list[str] | None]:
-        """What the members of the batch are called, along each of its axes."""
+        """Names of the members of the batch, along each of its axes."""
         size = len(self.batch)
         for name in self.model.names:
             if torch.Size(self.draws.shape(name))[:size] == self.batch:
@@ -118,26 +120,29 @@ class Problem:
         return [None] * size
 
     def axes(self, name: str) -> list[list[str] | None]:
-        """What the elements of a variable in the act are called, along each of its axes."""
-        own, shape = self.labels(name), self.shape(name)
+        """Names of the elements of a variable in the act, along each of its axes."""
+        labels_of_draw, shape = self.labels(name), self.shape(name)
         if torch.Size(self.draws.shape(name)) == shape:
-            return own
+            return labels_of_draw
         events = len(shape) - len(self.batch)
-        return [*self.batch_axes, *(own[len(own) - events :] if events else [])]
+        return [
+            *self.batch_axes,
+            *(labels_of_draw[len(labels_of_draw) - events :] if events else []),
+        ]
 
     def labels(self, name: str) -> list[list[str] | None]:
         """Names of the elements of a draw of a variable, along each of its axes.
 
         Coefficients without names of their own are called as the columns of the design.
         """
-        own, model = self.draws.labels(name), self.model
+        labels_of_draw, model = self.draws.labels(name), self.model
         coefficient = name == (model.settings or {}).get("coefficients")
-        if coefficient and own and own[-1] is None:
+        if coefficient and labels_of_draw and labels_of_draw[-1] is None:
             columns = list(model.columns)
             named = columns != list(map(str, range(len(columns))))
             if named and len(columns) == self.draws.shape(name)[-1]:
-                return [*own[:-1], columns]
-        return own
+                return [*labels_of_draw[:-1], columns]
+        return labels_of_draw
 
     @functools.cached_property
     def whole(self) -> tuple[str, ...]:
@@ -150,12 +155,12 @@ class Problem:
 
     @functools.cached_property
     def origins(self) -> dict[str, str]:
-        """Variable -> parameter of the base law that it is; those that are none are left out."""
-        found = {}
+        """Variable -> parameter of the base distribution that equals it; others are left out."""
+        keys = {}
         for name, drawn in self.few.items():
-            own = [key for key in self._parameters() if _is(drawn, self._parameter(key))]
-            found |= {name: own[0]} if own else {}
-        return found
+            equal = [key for key in self._parameters() if _equals(drawn, self._parameter(key))]
+            keys |= {name: equal[0]} if equal else {}
+        return keys
 
     def _parameters(self):
         constraints = self.structure.base.arg_constraints
@@ -183,13 +188,13 @@ class Problem:
 
     @functools.cached_property
     def laws(self) -> Laws:
-        """The laws of all draws."""
+        """The distributions of all draws."""
         weights = self.draws.weights
         return laws_of(self.theta, self.law, None if weights is None else weights.flatten())
 
     @property
     def some(self) -> Laws:
-        """The laws of some draws."""
+        """The distributions of some draws."""
         theta = {name: self.align(name, x) for name, x in self.few.items()}
         return laws_of(theta, self.law)
 
@@ -199,12 +204,12 @@ class Problem:
         return posterior_loss(self.laws, self.divergence, seed=self.seed)
 
     def losses(self, variables: Variables, loss: PosteriorLoss | None = None) -> Tensor:
-        """The loss of each draw at the law of some variables [chains, draws, *batch]."""
+        """The loss of each draw at the distribution of some variables [chains, draws, *batch]."""
         loss = loss or self.loss
         return self.losses_at(loss, loss.laws.of({name: x[None] for name, x in variables.items()}))
 
     def losses_at(self, loss: PosteriorLoss, law: Distribution) -> Tensor:
-        """The loss of each draw at a law of batch shape [1, *batch]; [chains, draws, *batch]."""
+        """The loss of each draw [chains, draws, *batch] at a distribution [1, *batch]."""
         with torch.no_grad():
             each = by_member(loss, law)
         return each.reshape(self.draws.chains, self.draws.draws, *self.batch, -1).sum(-1)
@@ -218,26 +223,30 @@ class Problem:
         return value.reshape(shape)
 
     def natural(self, family: ExponentialFamily, variables: Variables) -> Natural:
-        """The natural parameter of the laws of variables [n, ...] each."""
+        """The natural parameter of the distributions of variables [n, ...] each."""
         return family.natural(self.model.base(variables))
 
     def holds(self, family: ExponentialFamily, natural: Natural) -> Variables | None:
-        """The variables of the law with this natural parameter, if it is in the family asked for.
+        """The variables of the distribution with this natural parameter, if the model contains it.
 
-        It is not where the family is smaller than the exponential family that it lies in: a
+        A model that is smaller than its exponential family does not: a
         parameter is fixed, or shared by what Independent joins.
         """
         if self.origins.keys() != set(self.model.names):
             return None
         law = family.from_natural(natural)
-        found = {name: self.shrunk(name, getattr(law, key)) for name, key in self.origins.items()}
+        variables = {
+            name: self.shrunk(name, getattr(law, key)) for name, key in self.origins.items()
+        }
         try:
-            again = self.natural(family, {name: x[None] for name, x in found.items()})
+            again = self.natural(family, {name: x[None] for name, x in variables.items()})
         except ValueError:  # outside the domain
             return None
         pairs = zip(again, natural, strict=True)
-        good = all(bool(((a[0] - b).abs() <= SAME * b.abs().amax()).all()) for a, b in pairs)
-        return found if good else None
+        good = all(
+            bool(((a[0] - b).abs() <= SAME_PARAMETER * b.abs().amax()).all()) for a, b in pairs
+        )
+        return variables if good else None
 
 
 def by_member(loss: PosteriorLoss, law: Distribution) -> Tensor:
@@ -245,8 +254,8 @@ def by_member(loss: PosteriorLoss, law: Distribution) -> Tensor:
     return loss.by_member(law)
 
 
-def _is(drawn: Tensor, parameter: Tensor) -> bool:
-    """Whether draws [n, *shape] are a parameter [n, *batch, ...], shared along later axes."""
+def _equals(drawn: Tensor, parameter: Tensor) -> bool:
+    """True if draws [n, *shape] are a parameter [n, *batch, ...], shared along later axes."""
     if drawn.ndim > parameter.ndim:
         return False
     aligned = drawn.reshape(*drawn.shape, *[1] * (parameter.ndim - drawn.ndim))

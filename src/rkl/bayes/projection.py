@@ -31,7 +31,7 @@ from rkl.bayes.solve.closed import (
     Averages,
     Point,
     Solution,
-    averages,
+    average_draws,
     directions_of,
     excess_risk,
     minimum_risk,
@@ -46,13 +46,15 @@ from rkl.divergences.parse import Stack
 from rkl.stats import Mean
 from rkl.tables import Cell, cell_text
 
-SHOWN = 6  # numbers of an act that are printed
+MAX_NUMBERS = 6  # numbers of an act that are printed
 RISK, EXCESS = "risk (nats)", "excess (nats)"
-HELD = 2**20  # log-densities over which a loss that needs every draw is minimised
+MAX_LOG_DENSITIES = 2**20  # log-densities over which a loss that needs every draw is minimised
 STARTS = 4  # draws that a minimiser starts from
-ASTRAY = 1e-6  # mass of a law that may lie beyond the nodes
-ROUNDS, BEYOND, DEAR = 6, 1.5, 1e3  # of choosing nodes; how far past a member; nats
-OWN = "of the subfamily: "  # before its variables, where they stand beside those of the family
+MAX_MASS_BEYOND = 1e-6  # mass of a distribution that may lie beyond the nodes
+ROUNDS, REACH, MAX_PRICE = 6, 1.5, 1e3  # of choosing nodes; how far past a member; nats
+OWN_PREFIX = (
+    "of the subfamily: "  # before its variables, where they stand beside those of the family
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,7 @@ class Subfamily:
 
     Attributes:
         name: What it is called.
-        model: Its laws.
+        model: Its distributions.
         problem: That of the whole family, its draws such that the model takes them.
         places: By variable, where in the whole family's the numbers go that are kept of it:
             [kept, all], of 0 and 1.
@@ -87,11 +89,11 @@ class Subfamily:
         """The variables [*lead, *shape] with zeros for what was left out."""
         name, first = next(iter(variables.items()))
         lead = first.shape[: first.ndim - len(self.problem.shape(name, self.model))]
-        found = {k: x @ self.places[k] if k in self.places else x for k, x in variables.items()}
-        return found | {k: first.new_zeros((*lead, *size)) for k, size in self.zeros.items()}
+        placed = {k: x @ self.places[k] if k in self.places else x for k, x in variables.items()}
+        return placed | {k: first.new_zeros((*lead, *size)) for k, size in self.zeros.items()}
 
     def within(self, whole: Problem) -> bool:
-        """Whether it lies in the exponential family of the whole, under the same wrappings."""
+        """True if it lies in the exponential family of the whole, under the same wrappings."""
         law = self.model.law(probe(self.problem.draws, self.model.names))
         base = self.model.unwrap(law).base
         if whole.family is None or family_in(base) != whole.family:
@@ -101,14 +103,14 @@ class Subfamily:
             torch.manual_seed(0)
             x = law.sample()
             try:
-                said, meant = law.log_prob(x), again.log_prob(x)
+                log_p, log_q = law.log_prob(x), again.log_prob(x)
             except ValueError:  # over other events, or beyond the support
                 return False
-        return said.shape == meant.shape and torch.allclose(said, meant)
+        return log_p.shape == log_q.shape and torch.allclose(log_p, log_q)
 
 
 def read_subfamilies(whole: Problem, given: Any) -> list[Subfamily]:
-    """What one simpler family, a list of them, or a dict of them by name stands for.
+    """The subfamilies of one text or object, of a list, or of a dict by name.
 
     Raises:
         ValueError: One does not go with the whole family, or two have one name.
@@ -127,14 +129,14 @@ def read_subfamilies(whole: Problem, given: Any) -> list[Subfamily]:
             )
     if not named:
         raise ValueError("subfamilies must hold at least one; got none.")
-    found = [_read(whole, name, one) for name, one in named]
-    names = [whole.model.text, *(one.name for one in found)]
+    subfamilies_read = [_read(whole, name, one) for name, one in named]
+    names = [whole.model.text, *(one.name for one in subfamilies_read)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(
             f"subfamilies must have names of their own; got {twice[0]} twice. "
             "Hand over a dict by names that you choose."
         )
-    return found
+    return subfamilies_read
 
 
 def _read(whole: Problem, name: str | None, given: Any) -> Subfamily:
@@ -146,14 +148,13 @@ def _read(whole: Problem, name: str | None, given: Any) -> Subfamily:
             f"got {given!r}."
         )
     model = read_family(given, whole.draws, whole.model.design)
-    found = Subfamily(name or model.text, model, whole)
-    _refuse_unlike(found)
-    return found
+    subfamily = Subfamily(name or model.text, model, whole)
+    _refuse_unlike(subfamily)
+    return subfamily
 
 
-def _refuse_unlike(found: Subfamily) -> None:
-    """Refuse laws over other events than those of the whole family, or of other batches."""
-    whole, model = found.problem, found.model
+def _refuse_unlike(subfamily: Subfamily) -> None:
+    whole, model = subfamily.problem, subfamily.model
     law, other = model.law(probe(whole.draws, model.names)), whole.model.law(whole.few)
     shape, batch = law.batch_shape[1:], other.batch_shape[1:]
     # A text speaks of each member of a batch by itself; a callable says what they share.
@@ -163,13 +164,13 @@ def _refuse_unlike(found: Subfamily) -> None:
     )
     if _counts(law) != _counts(other):
         raise ValueError(
-            f"subfamily {found.name} must make laws as {whole.model.text} does: one of them has "
-            "a density and the other counts."
+            f"subfamily {subfamily.name} must make distributions as {whole.model.text} does: "
+            "one of them has a density and the other counts."
         )
     if law.event_shape != other.event_shape or not fits:
         raise ValueError(
-            f"subfamily {found.name} must make laws as {whole.model.text} does, of a batch "
-            f"{list(batch)} and events {list(other.event_shape)}; got {list(shape)} and "
+            f"subfamily {subfamily.name} must make distributions as {whole.model.text} does, of a "
+            f"batch {list(batch)} and events {list(other.event_shape)}; got {list(shape)} and "
             f"{list(law.event_shape)}."
         )
 
@@ -180,7 +181,6 @@ def _counts(law: Distribution) -> bool:
 
 
 def _of_columns(whole: Problem, name: str | None, columns: list) -> Subfamily:
-    """The same regression, with zeros for the coefficients of all other columns."""
     model, settings = whole.model, whole.model.settings or {}
     coefficients = settings.get("coefficients")
     regression = model.kind is not None and issubclass(model.kind, Regression)
@@ -190,16 +190,16 @@ def _of_columns(whole: Problem, name: str | None, columns: list) -> Subfamily:
             f"'logistic-regression(coefficients=beta)', and its design=; got {model.text}."
         )
     parts = coefficients if isinstance(coefficients, Stack) else Stack([coefficients])
-    kept = _column_places(columns, settings["design"].shape[1], model.columns, parts)
+    columns_kept = _column_places(columns, settings["design"].shape[1], model.columns, parts)
     places, first = {}, 0
     for part in parts:
         size = (
             whole.draws.shape(part)[-1] if isinstance(part, str) and _is_vector(model, part) else 1
         )
-        own = [i - first for i in kept if first <= i < first + size]
+        own_places = [i - first for i in columns_kept if first <= i < first + size]
         first += size
         if isinstance(part, str):
-            places[part] = torch.eye(size, dtype=torch.float64)[own]
+            places[part] = torch.eye(size, dtype=torch.float64)[own_places]
     return _shorter(whole, name or f"columns {', '.join(map(str, columns))}", places)
 
 
@@ -229,8 +229,8 @@ def _shorter(whole: Problem, name: str, places: Mapping[str, Tensor]) -> Subfami
 
     draws = Draws(shorter, whole.draws.weights)
     events = {k: n for k, n in (model.events or {}).items() if k in names}
-    few = probe(draws, names)
-    reduced = Model(name, names, make, events=events, design=model.design, few=few)
+    some_draws = probe(draws, names)
+    reduced = Model(name, names, make, events=events, design=model.design, few=some_draws)
     problem = replace(whole, draws=draws, model=reduced)
     return Subfamily(name, reduced, problem, partial, zeros)
 
@@ -241,16 +241,16 @@ def _column_places(columns: list, count: int, labels: tuple[str, ...], parts: St
     A name is that of a column of the design, or of a variable where each column has its own.
     """
     labels = labels if len(labels) == count else tuple(map(str, range(count)))
-    known = dict(enumerate(range(count))) | {label: i for i, label in enumerate(labels)}
+    place_of = dict(enumerate(range(count))) | {label: i for i, label in enumerate(labels)}
     if len(parts) == count:
-        known |= {part: i for i, part in enumerate(parts) if isinstance(part, str)}
+        place_of |= {part: i for i, part in enumerate(parts) if isinstance(part, str)}
         labels = tuple(str(part) for part in parts)
-    found = [known.get(column, -1) for column in columns]
-    if not found or min(found) < 0 or len(set(found)) < len(found):
+    places = [place_of.get(column, -1) for column in columns]
+    if not places or min(places) < 0 or len(set(places)) < len(places):
         raise ValueError(
             f"columns must be some of {', '.join(labels)}, each once; got {columns!r}."
         )
-    return found
+    return places
 
 
 def best_member(whole: Problem, one: Subfamily) -> tuple[PosteriorLoss, "Member"]:
@@ -262,35 +262,37 @@ def best_member(whole: Problem, one: Subfamily) -> tuple[PosteriorLoss, "Member"
     reach, missed = one.theta, 0.0
     for _ in range(ROUNDS):
         loss = _loss(whole, one, reach)
-        found = _member(loss, one)
-        missed = _mass_beyond(loss, found.law).max().item()
-        if missed <= ASTRAY:
-            return loss, found
-        reach = found.reach
+        member = _member(loss, one)
+        missed = _mass_beyond(loss, member.law).max().item()
+        if missed <= MAX_MASS_BEYOND:
+            return loss, member
+        reach = member.reach
     raise ValueError(
-        f"subfamily {one.name} must keep to where the posterior's laws have mass; its best "
-        f"member has {missed:.2g} of its own elsewhere, where the divergence is not known."
+        f"subfamily {one.name} must keep to where the posterior's distributions have mass; its "
+        f"best member has {missed:.2g} of its own elsewhere, where the divergence is not known."
     )
 
 
 def _loss(whole: Problem, one: Subfamily, reach: Variables) -> PosteriorLoss:
-    """The expected loss over the draws; its laws are also those of the subfamily's variables.
+    """The expected loss over the draws, with the subfamily's variables beside the family's.
 
-    Nodes are chosen for the laws of the draws and for those of as many ``reach``.
+    Nodes are chosen for the distributions of the draws and for those of as many ``reach``.
     """
     divergence, weights = whole.divergence, whole.draws.weights
     one_law = one.model.law({name: x[:1] for name, x in one.theta.items()})
     alike = type(one_law) is type(whole.model.law({k: x[:1] for k, x in whole.theta.items()}))
 
     def either(theta: Mapping[str, Tensor]) -> Distribution:
-        own = {k.removeprefix(OWN): x for k, x in theta.items() if k.startswith(OWN)}
-        law = one.model.law(own) if own else whole.model.law(theta)
+        own_theta = {
+            k.removeprefix(OWN_PREFIX): x for k, x in theta.items() if k.startswith(OWN_PREFIX)
+        }
+        law = one.model.law(own_theta) if own_theta else whole.model.law(theta)
         return law if alike else by_rows(law)
 
     laws = laws_of(whole.theta, either, None if weights is None else weights.flatten())
     loss = posterior_loss(laws, divergence, seed=whole.seed)
-    theirs, own = loss.laws, {OWN + name: x for name, x in reach.items()}
-    p, q = theirs.at(theirs.spread(1)), theirs.of({name: x[:1] for name, x in own.items()})
+    theirs, own_theta = loss.laws, {OWN_PREFIX + name: x for name, x in reach.items()}
+    p, q = theirs.at(theirs.spread(1)), theirs.of({name: x[:1] for name, x in own_theta.items()})
     if loss.nodes is None and between(divergence, p, q) is not None:
         return loss
     if loss.nodes is not None and loss.nodes.kind == "enumeration":
@@ -298,25 +300,25 @@ def _loss(whole: Problem, one: Subfamily, reach: Variables) -> PosteriorLoss:
 
     def both(theta: Mapping[str, Tensor]) -> Distribution:
         parts = (
-            {name: x for name, x in theta.items() if (name in own) is ours}
+            {name: x for name, x in theta.items() if (name in own_theta) is ours}
             for ours in (False, True)
         )
         return _Halves(*(theirs.law(part) for part in parts))
 
-    mixed = replace(theirs, theta={**theirs.theta, **own}, law=both)
+    mixed = replace(theirs, theta={**theirs.theta, **own_theta}, law=both)
     criterion = divergence if isinstance(divergence, FDivergence) else None
     nodes = nodes_for(mixed, criterion, seed=whole.seed)
     needed = p.event_shape != () or (loss.nodes is not None and loss.nodes.kind == "importance")
     if nodes.kind == "importance" and not needed:  # a sample would not show an infinite loss
         raise ValueError(
-            f"subfamily {one.name} must have its mass where the posterior's laws have theirs; "
-            "no nodes along the line follow the laws of both."
+            f"subfamily {one.name} must have its mass where the posterior's distributions have "
+            "theirs; no nodes along the line follow the distributions of both."
         )
     return posterior_loss(laws, divergence, nodes=nodes, seed=whole.seed)
 
 
 class _Halves(Distribution):
-    """Each law of one kind mixed with one of another: of both, nodes shall miss nothing."""
+    """Equal mixtures of two distributions, so that nodes cover both."""
 
     arg_constraints = {}  # pyright: ignore
 
@@ -360,14 +362,14 @@ class Member:
 
 
 def _member(loss: PosteriorLoss, one: Subfamily) -> Member:
-    """The member of least loss on the nodes there are; of mass beyond them a price is asked."""
+    """The member of least loss on the nodes there are; mass beyond them is penalised."""
     theta = one.theta
     chart = chart_of(theta, one.model.law)
     drawn = chart.coordinates(theta)
-    held = thin_loss(loss, HELD)
+    thinned = thin_loss(loss, MAX_LOG_DENSITIES)
 
     def law(t: Tensor) -> Distribution:
-        return loss.laws.of({OWN + name: x for name, x in chart.point(t[None]).items()})
+        return loss.laws.of({OWN_PREFIX + name: x for name, x in chart.point(t[None]).items()})
 
     starts = torch.cat([drawn.mean(0, keepdim=True), drawn[loss.laws.spread(STARTS)]])
     scale = drawn.std(0, correction=0)
@@ -377,7 +379,7 @@ def _member(loss: PosteriorLoss, one: Subfamily) -> Member:
     def penalised_risk(t: Tensor) -> Tensor:
         member = law(t)
         away = price * _mass_beyond(loss, member).sum() if price else 0.0
-        value = held.risk(member) + away
+        value = thinned.risk(member) + away
         if not value.requires_grad:  # as torch has it where supports differ
             raise ValueError("the loss is infinite")
         return value
@@ -389,32 +391,32 @@ def _member(loss: PosteriorLoss, one: Subfamily) -> Member:
             f"subfamily {one.name} must have a member of finite divergence from the posterior: "
             f"{error}"
         ) from error
-    settled = refine_on_all(loss, law, least, held is not loss and loss.smooth)
+    settled = refine_on_all(loss, law, least, thinned is not loss and loss.smooth)
     values, influence = influences(
         lambda t: one.place({name: x[0] for name, x in chart.point(t[None]).items()}),
         settled,
         least,
     )
     point = settled.point
-    own = {k: x[0] for k, x in chart.point(point[None]).items()}
-    far = torch.linspace(0, BEYOND, len(drawn), dtype=torch.float64)[:, None]
+    own_variables = {k: x[0] for k, x in chart.point(point[None]).items()}
+    far = torch.linspace(0, REACH, len(drawn), dtype=torch.float64)[:, None]
     reach = chart.point(starts[0] + far * (point - starts[0]))
-    return Member(law(point), values, own, influence, settled.decrement, reach)
+    return Member(law(point), values, own_variables, influence, settled.decrement, reach)
 
 
 def _mass_beyond(loss: PosteriorLoss, law: Distribution) -> Tensor:
-    """The mass [members] of a law that is on no node, where nodes should hold it all."""
+    """The mass [members] of a distribution that is on no node, where nodes should hold it all."""
     if not isinstance(loss, NodeLoss) or loss.nodes.kind == "importance":
         return torch.zeros(1, dtype=torch.float64)
-    return torch.relu(1 - ASTRAY / 2 - loss.nodes.log_mass(law).exp().sum(-1))
+    return torch.relu(1 - MAX_MASS_BEYOND / 2 - loss.nodes.log_mass(law).exp().sum(-1))
 
 
 def _price(divergence: FDivergence | Intrinsic) -> float:
-    """What mass costs where the posterior's laws have none, or as much as drives it from there."""
+    """The loss per unit of mass where the posterior has none, bounded."""
     if isinstance(divergence, Intrinsic):
-        return DEAR
+        return MAX_PRICE
     nowhere = torch.tensor([-math.inf], dtype=torch.float64)
-    return min(DEAR, divergence.excess(nowhere, torch.zeros_like(nowhere)).item())
+    return min(MAX_PRICE, divergence.excess(nowhere, torch.zeros_like(nowhere)).item())
 
 
 @dataclass(frozen=True, eq=False)
@@ -452,8 +454,8 @@ class Projection:
         """A row for each family, and for each member of the batch."""
         full = self.full
         none = torch.zeros(full.problem.batch, dtype=torch.float64)
-        own = {name: full.act.parameters[name] for name in full.problem.model.names}
-        act = replace(full.act, parameters=own)
+        parameters = {name: full.act.parameters[name] for name in full.problem.model.names}
+        act = replace(full.act, parameters=parameters)
         every = {full.family: (act, full.risk, Mean(none, none))}
         every |= {name: (x.act, x.risk, x.excess) for name, x in self.submodels.items()}
         return Table(
@@ -485,37 +487,36 @@ class Projection:
             for mean in (risk, excess)
         )
         problem = self.full.problem
-        told = [_act_text(problem, act, member) for member in range(batch.numel())]
+        texts = [_act_text(problem, act, member) for member in range(batch.numel())]
         labels = elements(f"{name} ", batch, self.full.problem.batch_axes)
-        return [(label.strip(), *row) for label, *row in zip(labels, *cells, told, strict=True)]
+        return [(label.strip(), *row) for label, *row in zip(labels, *cells, texts, strict=True)]
 
     def _notes(self) -> tuple[str, ...]:
-        told = [
+        notes = [
             f"{name}: {x.method}" + f", within {x.accuracy:.1g} nats" * (x.accuracy > 1e-9)
             for name, x in self.submodels.items()
         ]
-        told += [f"{name}: {text}" for name, x in self.submodels.items() for text in x.warnings]
-        return (*told, *(f"Warning: {text}" for text in self.full.diagnostics.warnings))
+        notes += [f"{name}: {text}" for name, x in self.submodels.items() for text in x.warnings]
+        return (*notes, *(f"Warning: {text}" for text in self.full.diagnostics.warnings))
 
 
 def _act_text(problem: Problem, act: Act, member: int) -> str:
-    """The parameters of one member of a batch, as text."""
-    told, batch = [], problem.batch
+    texts, batch = [], problem.batch
     for name, mean in act.parameters.items():
         value, error = mean
-        known = name in problem.model.names and problem.shape(name) == value.shape
-        axes = problem.axes(name) if known else [None] * value.ndim
+        is_variable = name in problem.model.names and problem.shape(name) == value.shape
+        axes = problem.axes(name) if is_variable else [None] * value.ndim
         if batch and value.shape[: len(batch)] == batch:
             value, error = (x.flatten(0, len(batch) - 1)[member] for x in mean)
             axes = axes[len(batch) :]
         pairs = zip(value.flatten().tolist(), error.flatten().tolist(), strict=True)
         labels = elements(name, value.shape, axes)
-        told += [
+        texts += [
             f"{k} = {cell_text(pair)}"
             for k, pair in zip(labels, pairs, strict=True)
             if not math.isnan(pair[0])
         ]
-    return ", ".join(told[:SHOWN] + ["..."] * (len(told) > SHOWN))
+    return ", ".join(texts[:MAX_NUMBERS] + ["..."] * (len(texts) > MAX_NUMBERS))
 
 
 def project(
@@ -543,8 +544,8 @@ def project(
         family: The whole family, as in ``bayes_act``.
         subfamilies: One simpler family, a list of them, or a dict by their names: a text with
             fixed numbers such as "normal(loc=0, scale=sigma)"; a class or a callable from theta to
-            laws; or for a regression a list of the columns of the design that are kept, by
-            number, or by name where the design is a data frame.
+            distributions; or for a regression a list of the columns of the design that are kept,
+            by number, or by name where the design is a data frame.
         divergence: The loss, D(posterior draw ‖ member).
         weights: Weight of every draw, [chains, draws].
         design: As in ``bayes_act``.
@@ -570,43 +571,43 @@ def project(
     asked = read_subfamilies(full.problem, subfamilies)
     kl = full.problem.weights
     near = [one for one in asked if kl is not None and one.within(full.problem)]
-    found = _by_pythagoras(full, kl, near) if kl is not None and near else {}
-    return Projection(full, {x.name: found.get(x.name) or _over_draws(full, x) for x in asked})
+    by_name = _by_pythagoras(full, kl, near) if kl is not None and near else {}
+    return Projection(full, {x.name: by_name.get(x.name) or _over_draws(full, x) for x in asked})
 
 
 def _by_pythagoras(full: Estimate, weights: Weights, asked: list[Subfamily]):
-    """The submodels by their names, from one pass over the draws."""
     whole = full.problem
-    known = averages(whole, directions_of(weights))
-    best = solve(whole, known, weights)
-    return {one.name: _nearest(full, weights, known, best, one) for one in asked}
+    averages = average_draws(whole, directions_of(weights))
+    best = solve(whole, averages, weights)
+    return {one.name: _nearest(full, weights, averages, best, one) for one in asked}
 
 
 def _nearest(
-    full: Estimate, weights: Weights, known: Averages, best: Solution, one: Subfamily
+    full: Estimate, weights: Weights, averages: Averages, best: Solution, one: Subfamily
 ) -> Submodel:
-    """A submodel, its errors those of a function of the averages."""
     total = full.problem.total
-    found = nearest(one.problem, one.model, known, weights)
+    solution = nearest(one.problem, one.model, averages, weights)
 
     def outputs(at: Point) -> dict[str, Tensor]:
-        measure = excess_risk(known, at, weights)
-        (act, _), (member, variables) = best.at(at), found.at(at)
-        risk = minimum_risk(known, at, weights) + measure(member)
+        measure = excess_risk(averages, at, weights)
+        (act, _), (member, variables) = best.at(at), solution.at(at)
+        risk = minimum_risk(averages, at, weights) + measure(member)
         excess = measure(member) - measure(act)
         return {RISK: total(risk), EXCESS: total(excess)} | one.place(variables)
 
     unsure = _unsure(full)
     means = {
         name: Mean(x.value, nan_where(x.error, unsure))
-        for name, x in known.with_errors(outputs, separate=False).items()
+        for name, x in averages.with_errors(outputs, separate=False).items()
     }
     risk, excess = means.pop(RISK), means.pop(EXCESS)
     endless, unsure = full.risk.value.isinf(), full.risk.error.isnan()
     risk = Mean(torch.where(endless, torch.inf, risk.value), nan_where(risk.error, unsure))
-    law = full.problem.structure.wrap(known.family.from_natural(found.natural))
-    act, told = _drop_unidentified(full.problem, one, Act(means, law), found.variables, None)
-    return Submodel(act, risk, excess, found.method, found.accuracy, told)
+    law = full.problem.structure.wrap(averages.family.from_natural(solution.natural))
+    act, warnings = _drop_unidentified(
+        full.problem, one, Act(means, law), solution.variables, None
+    )
+    return Submodel(act, risk, excess, solution.method, solution.accuracy, warnings)
 
 
 def _drop_unidentified(
@@ -616,23 +617,22 @@ def _drop_unidentified(
     variables: Variables,
     loss: PosteriorLoss | None,
 ) -> tuple[Act, tuple[str, ...]]:
-    """The member without values of what it does not depend on, and the sentences on these."""
-    own = replace(one.problem, model=one.model)
-    few = probe(one.problem.draws, one.model.names)
-    few = {name: one.problem.align(name, x, one.model) for name, x in few.items()}
+    own_problem = replace(one.problem, model=one.model)
+    some_draws = probe(one.problem.draws, one.model.names)
+    some_draws = {name: one.problem.align(name, x, one.model) for name, x in some_draws.items()}
     mass = node_mass(loss) if loss is not None else None
-    found = find_unidentified(own.law, variables, few, mass=mass)
+    unidentified = find_unidentified(own_problem.law, variables, some_draws, mass=mass)
     placed = Unidentified(
         *(
             {k: x > 0 for k, x in one.place({k: m.double() for k, m in masks.items()}).items()}
-            for masks in found
+            for masks in unidentified
         )
     )
 
     def labels(name: str) -> list[str]:
         mask = placed.unused[name]
-        known = whole.shape(name) == mask.shape if name in whole.model.names else False
-        return elements(name, mask.shape, whole.axes(name) if known else None)
+        is_variable = whole.shape(name) == mask.shape if name in whole.model.names else False
+        return elements(name, mask.shape, whole.axes(name) if is_variable else None)
 
     point = one.place(variables)
     clean = without_unidentified(replace(act, point=point), placed, {})
@@ -640,35 +640,36 @@ def _drop_unidentified(
 
 
 def _unsure(full: Estimate) -> Tensor:
-    """Where [*batch] no normal error holds of what the act averages."""
+    """Mask [*batch] of members in which no normal error holds of what the act averages."""
     batch = full.problem.batch
     errors = (mean.error.isnan().reshape(*batch, -1).any(-1) for mean in full.act.natural or ())
     return functools.reduce(torch.logical_or, errors, torch.zeros(batch, dtype=torch.bool))
 
 
 def _over_draws(full: Estimate, one: Subfamily) -> Submodel:
-    """A submodel by minimisation of the expected loss over the draws themselves."""
     whole, draws = full.problem, full.problem.draws
-    loss, found = best_member(whole, one)
-    risk = whole.losses_at(loss, found.law)
+    loss, member = best_member(whole, one)
+    risk = whole.losses_at(loss, member.law)
     excess = risk - whole.losses(dict(full.act.point), loss)
     shape = (draws.chains, draws.draws)
-    moved = {name: x.unflatten(0, shape) for name, x in found.influence.items()}
+    moved = {name: x.unflatten(0, shape) for name, x in member.influence.items()}
     events = {name: max(0, x.ndim - 2 - len(whole.batch)) for name, x in moved.items()}
     averaged = {RISK: risk, EXCESS: excess, **moved}
-    seen = diagnose(averaged, draws, events)
-    known = {name: mean_of_diagnosed(name, x, draws, seen) for name, x in averaged.items()}
-    means = {name: Mean(x, known[name].error) for name, x in found.variables.items()}
-    law = one.model.at(found.own)
+    judgement = diagnose(averaged, draws, events)
+    means_by_name = {
+        name: mean_of_diagnosed(name, x, draws, judgement) for name, x in averaged.items()
+    }
+    means = {name: Mean(x, means_by_name[name].error) for name, x in member.variables.items()}
+    law = one.model.at(member.own)
     how = "in closed form"
     if loss.nodes is not None:
         how = f"on {len(loss.nodes):,} nodes ({loss.nodes.kind})"
-    act, told = _drop_unidentified(whole, one, Act(means, law), found.own, loss)
+    act, warnings = _drop_unidentified(whole, one, Act(means, law), member.own, loss)
     return Submodel(
         act,
-        known[RISK],
-        known[EXCESS],
+        means_by_name[RISK],
+        means_by_name[EXCESS],
         f"minimised over the draws {how}",
-        found.accuracy,
-        told,
+        member.accuracy,
+        warnings,
     )

@@ -53,7 +53,7 @@ class Region:
     angles: frozenset[str] = frozenset()
 
     def contains(self, theta: Mapping[str, Any]) -> Tensor:
-        """Whether these values of the variables are in the region, [*batch].
+        """True [*batch] where these values of the variables are in the region.
 
         Raises:
             ValueError: A variable is missing, or has another shape than its draws.
@@ -110,9 +110,9 @@ class Region:
         rows: list[tuple[Cell, ...]] = []
         for label, pieces in self.pieces.items():
             for place, piece in enumerate(pieces):
-                own = alone.get(label, (None, None)) if not place else (None, None)
+                interval = alone.get(label, (None, None)) if not place else (None, None)
                 name = f"{label}, or" if place else label
-                rows.append((name, *piece, *own) if joint else (name, *piece))
+                rows.append((name, *piece, *interval) if joint else (name, *piece))
         title = (
             f"The {self.prob:.0%} of the draws closest to the act under {self.estimate.divergence}"
         )
@@ -132,12 +132,12 @@ class Region:
 
     def shading(self) -> dict[str, list[tuple[float, float]]]:
         """The pieces by label, arcs cut where the draws of an angle are cut."""
-        found = {}
+        shaded = {}
         for label, pieces in self.pieces.items():
             name = label.partition("[")[0]
             turns = (-1, 0, 1) if name in self.angles else (0,)
-            found[label] = [(a + k * TURN, b + k * TURN) for a, b in pieces for k in turns]
-        return found
+            shaded[label] = [(a + k * TURN, b + k * TURN) for a, b in pieces for k in turns]
+        return shaded
 
 
 def region(estimate: Answer, prob: float = 0.9) -> Region:
@@ -162,13 +162,12 @@ def region(estimate: Answer, prob: float = 0.9) -> Region:
         mask = unused[name]
         ranges[name] = low.masked_fill(mask, torch.nan), high.masked_fill(mask, torch.nan)
         intervals[name] = _interval(problem, values, prob)
-        found = _pieces(problem, name, values, inside, sole)
-        pieces |= dict(itertools.compress(found.items(), (~mask).flatten().tolist()))
+        pieces_here = _pieces(problem, name, values, inside, sole)
+        pieces |= dict(itertools.compress(pieces_here.items(), (~mask).flatten().tolist()))
     return Region(prob, threshold, inside, ranges, estimate, pieces, intervals, angles)
 
 
 def _unused_masks(estimate: Answer) -> dict[str, Tensor]:
-    """By variable, the numbers that the act does not depend on, [*shape]."""
     none = {
         name: torch.zeros(estimate.problem.shape(name), dtype=torch.bool)
         for name in estimate.problem.model.names
@@ -200,7 +199,7 @@ def _range(problem: Problem, x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _inside(problem: Problem, x: Tensor, inside: Tensor) -> Tensor:
-    """Which draws of each number of a variable [draws, *shape] are inside."""
+    """Mask of the draws of each number of a variable [draws, *shape] that are inside."""
     inside, batch = inside.flatten(0, 1), len(problem.batch)
     if x.shape[1 : 1 + batch] != problem.batch:
         inside, batch = inside.reshape(len(inside), -1).all(-1), 0
@@ -208,7 +207,7 @@ def _inside(problem: Problem, x: Tensor, inside: Tensor) -> Tensor:
 
 
 def _interval(problem: Problem, x: Tensor, prob: float) -> tuple[Tensor, Tensor]:
-    """The central quantiles of every number [*shape]; monotone maps take them along."""
+    """The central quantiles of every number [*shape], which monotone maps preserve."""
     ends = (1 - prob) / 2, (1 + prob) / 2
     low, high = (quantile(x, end, _weights(problem)) for end in ends)
     return low, high
@@ -216,7 +215,7 @@ def _interval(problem: Problem, x: Tensor, prob: float) -> tuple[Tensor, Tensor]
 
 def periodic(problem: Problem) -> frozenset[str]:
     """The variables that are angles: a full turn changes no distribution, but a part does."""
-    found = set()
+    names = set()
     theta = {name: x[:4] for name, x in problem.theta.items()}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -229,8 +228,8 @@ def periodic(problem: Problem) -> frozenset[str]:
         for name, x in theta.items():
             turned = [_log_prob(problem, theta | {name: x + by}, points) for by in (TURN, 1.0)]
             if _close(turned[0], here) and not _close(turned[1], here):
-                found.add(name)
-    return frozenset(found)
+                names.add(name)
+    return frozenset(names)
 
 
 def _log_prob(problem: Problem, theta: Mapping[str, Tensor], points: Tensor) -> Tensor | None:
@@ -249,13 +248,13 @@ def _unroll(problem: Problem, name: str, inside: Tensor) -> Tensor:
     x = problem.theta[name]
     flat, within = x.reshape(len(x), -1), _inside(problem, x, inside).reshape(len(x), -1)
     columns = []
-    for values, kept in zip(flat.unbind(-1), within.unbind(-1), strict=True):
-        ordered = torch.remainder(values[kept], TURN).sort().values
+    for values, mask in zip(flat.unbind(-1), within.unbind(-1), strict=True):
+        ordered = torch.remainder(values[mask], TURN).sort().values
         gaps = torch.cat([ordered[1:], ordered[:1] + TURN]) - ordered
         place = int(gaps.argmax())
         cut = float(ordered[place] + gaps[place] / 2)
         turned = torch.remainder(values - cut, TURN) + cut
-        start = float(turned[kept].min())  # which comes to lie in (-π, π]
+        start = float(turned[mask].min())  # which comes to lie in (-π, π]
         columns.append(turned - TURN * math.ceil((start - math.pi) / TURN))
     return torch.stack(columns, -1).reshape(x.shape)
 
@@ -282,12 +281,12 @@ def _pieces(
     }
 
 
-def _runs(values: Tensor, kept: Tensor) -> list[tuple[float, float]]:
-    """Of the only number: neighbours that are inside, with no draw between them that is not."""
+def _runs(values: Tensor, mask: Tensor) -> list[tuple[float, float]]:
+    """Runs of neighbours inside, for a problem with a single number."""
     ordered, order = values.sort()
-    kept = kept[order]
-    starts = kept & ~torch.cat([kept[:1] & False, kept[:-1]])
-    ends = kept & ~torch.cat([kept[1:], kept[:1] & False])
+    mask = mask[order]
+    starts = mask & ~torch.cat([mask[:1] & False, mask[:-1]])
+    ends = mask & ~torch.cat([mask[1:], mask[:1] & False])
     lows, highs = ordered[starts].tolist(), ordered[ends].tolist()
     runs = [(lows[0], highs[0])]
     for low, high in zip(lows[1:], highs[1:], strict=True):
@@ -295,7 +294,7 @@ def _runs(values: Tensor, kept: Tensor) -> list[tuple[float, float]]:
             runs[-1] = (runs[-1][0], high)
         else:
             runs.append((low, high))
-    within, span = ordered[kept], highs[-1] - lows[0]
+    within, span = ordered[mask], highs[-1] - lows[0]
     return [
         piece
         for low, high in runs
@@ -304,14 +303,14 @@ def _runs(values: Tensor, kept: Tensor) -> list[tuple[float, float]]:
 
 
 def _clusters(values: Tensor, span: float | None = None) -> list[tuple[float, float]]:
-    """Of one number among several: pieces apart by gaps that chance does not leave in one."""
+    """Pieces separated by gaps that chance does not leave in one, for one number of several."""
     ordered = values.sort().values
     span = float(ordered[-1] - ordered[0]) if span is None else span
     gaps = ordered.diff()
     number = torch.arange(1, len(ordered))
-    few = max(LEAST, SHARE * len(ordered))
+    least = max(LEAST, SHARE * len(ordered))
     wide = gaps > GAP * span
-    cuts = (wide & (number >= few) & (len(ordered) - number >= few)).nonzero()[:, 0].tolist()
+    cuts = (wide & (number >= least) & (len(ordered) - number >= least)).nonzero()[:, 0].tolist()
     starts = [0, *(cut + 1 for cut in cuts)]
     ends = [*cuts, len(ordered) - 1]
     return [(ordered[a].item(), ordered[b].item()) for a, b in zip(starts, ends, strict=True)]
@@ -320,9 +319,9 @@ def _clusters(values: Tensor, span: float | None = None) -> list[tuple[float, fl
 def _by_label(
     problem: Problem, ends: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, tuple[float, float]]:
-    found = {}
+    by_label = {}
     for name, (low, high) in ends.items():
         labels = elements(name, low.shape, problem.axes(name))
         pairs = zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)
-        found |= dict(zip(labels, pairs, strict=True))
-    return found
+        by_label |= dict(zip(labels, pairs, strict=True))
+    return by_label

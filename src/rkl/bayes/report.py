@@ -34,7 +34,7 @@ TABLES = ("act", "region", "comparison")
 
 @dataclass(frozen=True)
 class Shown:
-    """What a report shows of an estimate, and what a run keeps of it for that.
+    """The content of a report on an estimate, as a run keeps it.
 
     Attributes:
         lead: The family and the loss.
@@ -56,7 +56,7 @@ class Shown:
 
     @classmethod
     def of(cls, estimate: Answer, region: Region, comparison: Table) -> "Shown":
-        """What is shown of an estimate."""
+        """The content of the report on an estimate."""
         lead = f"{estimate.family} under {estimate.divergence}."
         tables = estimate.table(), region.table(), comparison
         return cls(lead, *tables, _marginals(estimate), region.shading(), _labels(estimate))
@@ -64,15 +64,15 @@ class Shown:
     def write(self, folder: Path) -> None:
         """Keep it in a run."""
         tables = {name: getattr(self, name).to_dict() for name in TABLES}
-        kept = {"shaded": self.shaded, "labels": self.labels}
-        write_json(folder / KEPT, {"lead": self.lead, **tables, **kept})
+        record = {"shaded": self.shaded, "labels": self.labels}
+        write_json(folder / KEPT, {"lead": self.lead, **tables, **record})
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **self.marginals)
         write_atomic(folder / MARGINALS, buffer.getvalue())
 
     @classmethod
     def read(cls, folder: Path) -> "Shown":
-        """What a run kept.
+        """The content that a run kept.
 
         Raises:
             FileNotFoundError: It kept nothing, for it was not finished.
@@ -84,17 +84,17 @@ class Shown:
                     f"path: {folder} has no {path.name}: the run was not finished."
                 )
         try:
-            kept = json.loads((folder / KEPT).read_text(encoding="utf-8"))
-            tables = {name: Table.from_dict(kept[name]) for name in TABLES}
+            record = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+            tables = {name: Table.from_dict(record[name]) for name in TABLES}
             with np.load(folder / MARGINALS, allow_pickle=False) as arrays:
-                more: Any = {name: kept[name] for name in ("lead", "shaded", "labels")}
+                more: Any = {name: record[name] for name in ("lead", "shaded", "labels")}
                 return cls(marginals=dict(arrays), **tables, **more)
         except (BadZipFile, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: what {folder} kept cannot be read: {error}.") from error
 
 
 def page(
-    found: Mapping[str, Shown],
+    results: Mapping[str, Shown],
     records: Sequence[Mapping[str, Any]],
     comparison: Table | None = None,
 ) -> str:
@@ -104,13 +104,13 @@ def page(
     sections = []
     if comparison is not None:
         sections.append(Section("Side by side", blocks=[comparison]))
-    for name, it in found.items():
-        title = "The estimate" if len(found) == 1 else name
-        sections.append(_section(title, it))
-    kept = {name: dict(record) for name, record in zip(found, records, strict=True)}
-    values = next(iter(kept.values())) if len(kept) == 1 else kept
+    for name, result in results.items():
+        title = "The estimate" if len(results) == 1 else name
+        sections.append(_section(title, result))
+    settings_of_run = {name: dict(record) for name, record in zip(results, records, strict=True)}
+    values = next(iter(settings_of_run.values())) if len(settings_of_run) == 1 else settings_of_run
     sections.append(Section("Settings", blocks=[Settings(values)]))
-    lead = next(iter(found.values())).lead if len(found) == 1 else ""
+    lead = next(iter(results.values())).lead if len(results) == 1 else ""
     return render("Which number to report", sections, lead=lead)
 
 
@@ -142,9 +142,9 @@ def _labels(estimate: Answer) -> dict[str, list[str]]:
 
 def _marginals(estimate: Answer) -> dict[str, Any]:
     problem = estimate.problem
-    found = {}
+    figures = {}
     for name in problem.model.names:
-        if len(found) >= PANELS:
+        if len(figures) >= PANELS:
             break
         values = problem.draws[name].flatten(0, 1)
         shape = values.shape[1:]
@@ -153,46 +153,45 @@ def _marginals(estimate: Answer) -> dict[str, Any]:
         unused = estimate.act.unused.get(name, torch.zeros(shape, dtype=torch.bool))
         used = torch.ones(shape) if unused.shape != shape else ~unused
         places = used.flatten().nonzero()[:PANELS, 0].tolist()
-        found |= {labels[i]: values[:, i].numpy() for i in places}
-    return found
+        figures |= {labels[i]: values[:, i].numpy() for i in places}
+    return figures
 
 
 def _numbers(
     values: Mapping[str, Tensor], labels: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    found = {}
+    numbers = {}
     for name, value in values.items():
         value = torch.as_tensor(value)
-        own = labels.get(name, ())
-        known = own if len(own) == value.numel() else elements(name, value.shape)
-        pairs = zip(known, value.flatten().tolist(), strict=True)
-        found |= {label: x for label, x in pairs if math.isfinite(x)}
-    return found
+        names = labels.get(name, ())
+        labels_here = names if len(names) == value.numel() else elements(name, value.shape)
+        pairs = zip(labels_here, value.flatten().tolist(), strict=True)
+        numbers |= {label: x for label, x in pairs if math.isfinite(x)}
+    return numbers
 
 
-def _section(title: str, it: Shown) -> "Section":
+def _section(title: str, result: Shown) -> "Section":
     from rkl.report import Section, figure_block
 
-    numbers = sum(map(len, it.labels.values()))
+    numbers = sum(map(len, result.labels.values()))
     blocks: list[Block | Table] = [
-        it.act,
+        result.act,
         figure_block(
             "The posterior, and what is reported of it",
-            _figure(it.marginals, it.comparison.acts, it.shaded, it.labels),
+            _figure(result.marginals, result.comparison.acts, result.shaded, result.labels),
             "Grey: the draws of each parameter. Lines: the estimates. Shaded: the values that "
             "occur in the credible region, which holds the draws whose distributions are closest "
             "to the reported one; it is the same region in every parametrisation."
             + (f" The first {PANELS} of {numbers:,} numbers." if numbers > PANELS else ""),
         ),
-        it.region,
-        it.comparison,
-        *_bars(it.comparison),
+        result.region,
+        result.comparison,
+        *_bars(result.comparison),
     ]
     return Section(title, blocks=blocks)
 
 
 def _bars(table: Table) -> list["Block"]:
-    """What each estimate loses beyond the least, under each loss."""
     from rkl.plots import bars
     from rkl.report import figure_block
 
@@ -235,9 +234,9 @@ def report_runs(
         raise ValueError(f"out must say where the report of {len(runs)} runs goes.")
     place = runs[0].path / REPORT if out is None else Path(out)
     check_out_file(place, overwrite=overwrite, own=REPORT)
-    found = {str(run.path): Shown.read(run.path) for run in runs}
+    results = {str(run.path): Shown.read(run.path) for run in runs}
     table = acts_side_by_side(runs) if len(runs) > 1 else None
-    write(place, page(found, [run.record for run in runs], table))
+    write(place, page(results, [run.record for run in runs], table))
     return place
 
 
@@ -257,32 +256,30 @@ def acts_side_by_side(runs: Sequence[Run]) -> Table:
     """The acts of several runs: a row for every number of every variable."""
     results = {str(run.path): result_of(run)["estimate"] for run in runs}
     rows: dict[str, dict[str, Cell]] = {}
-    for place, kept in results.items():
-        for name in kept["variables"]:
-            for label, cell in _numbers_of(kept, name).items():
+    for place, record in results.items():
+        for name in record["variables"]:
+            for label, cell in _numbers_of(record, name).items():
                 rows.setdefault(label, {})[place] = cell
-    said = [("loss", *(kept["divergence"] for kept in results.values()))]
-    if len({kept["family"] for kept in results.values()}) > 1:
-        said.insert(0, ("family", *(kept["family"] for kept in results.values())))
+    heads = [("loss", *(record["divergence"] for record in results.values()))]
+    if len({record["family"] for record in results.values()}) > 1:
+        heads.insert(0, ("family", *(record["family"] for record in results.values())))
     numbers = [(label, *(cells.get(place) for place in results)) for label, cells in rows.items()]
-    told = [
+    notes = [
         f"{place}: {joined_labels(labels)} not used by the family"
-        for place, kept in results.items()
-        if (labels := _unused_of(kept))
+        for place, record in results.items()
+        if (labels := _unused_of(record))
     ]
-    return Table("Bayes acts", ("parameter", *results), [*said, *numbers], told)
+    return Table("Bayes acts", ("parameter", *results), [*heads, *numbers], notes)
 
 
-def _unused_of(kept: dict[str, Any]) -> list[str]:
-    """The labels of what the act of a run does not depend on."""
-    masks = {k: torch.tensor(mask) for k, mask in kept.get("unused", {}).items()}
-    return labels_in(masks, lambda name: kept["labels"][name])
+def _unused_of(record: dict[str, Any]) -> list[str]:
+    masks = {k: torch.tensor(mask) for k, mask in record.get("unused", {}).items()}
+    return labels_in(masks, lambda name: record["labels"][name])
 
 
-def _numbers_of(kept: dict[str, Any], name: str) -> dict[str, Cell]:
-    """The numbers of one variable of an act, by label, with their errors."""
-    value, error = (np.asarray(kept["act"][name][key], np.float64) for key in ("value", "error"))
-    labels = kept.get("labels", {}).get(name) or elements(name, torch.Size(value.shape))
+def _numbers_of(record: dict[str, Any], name: str) -> dict[str, Cell]:
+    value, error = (np.asarray(record["act"][name][key], np.float64) for key in ("value", "error"))
+    labels = record.get("labels", {}).get(name) or elements(name, torch.Size(value.shape))
     pairs = zip(value.flatten().tolist(), error.flatten().tolist(), strict=True)
     return {k: pair for k, pair in zip(labels, pairs, strict=True) if not math.isnan(pair[0])}
 

@@ -28,7 +28,7 @@ WHOLE = ".nc", ".zarr", ".npz"  # files of draws that hold every chain
 
 @dataclass(frozen=True)
 class Estimated:
-    """What was estimated, which prints as its tables.
+    """The result of ``rkl estimate``, which prints as its tables.
 
     Attributes:
         estimate: The act with its errors.
@@ -48,7 +48,7 @@ class Estimated:
         return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """The estimate, region and comparison, as JSON can hold them."""
         return {
             "estimate": self.estimate.to_dict(),
             "region": self.region.to_dict(),
@@ -67,33 +67,32 @@ def estimate(
         inputs = {"posterior": settings.posterior, "design": settings.design}
         inputs |= {f"further file {i}": it for i, it in enumerate(settings.further, 1)}
         check_out(out, overwrite=overwrite, resumable=False, inputs=inputs)
-    found = answer(settings)
+    result = answer(settings)
     if out is None:
-        return found
-    kept = dataclasses.asdict(settings) | {
+        return result
+    record = dataclasses.asdict(settings) | {
         name: None if path is None else str(path.resolve())
         for name, path in (("posterior", settings.posterior), ("design", settings.design))
     }
-    kept["further"] = [str(path.resolve()) for path in settings.further]
-    run = Run.create(out, "bayes", kept, seed=settings.seed, overwrite=overwrite)
+    record["further"] = [str(path.resolve()) for path in settings.further]
+    run = Run.create(out, "bayes", record, seed=settings.seed, overwrite=overwrite)
     with run.running():
         run.update(inputs=_inputs(settings))
-        Shown.of(found.estimate, found.region, found.comparison).write(run.path)
-        write_json(run.path / RESULT, found.to_dict())
-    return dataclasses.replace(found, report=report_runs([run.path]))
+        Shown.of(result.estimate, result.region, result.comparison).write(run.path)
+        write_json(run.path / RESULT, result.to_dict())
+    return dataclasses.replace(result, report=report_runs([run.path]))
 
 
 def _inputs(settings: EstimateSettings) -> dict[str, Input]:
-    """The digests of the files of draws, and of the design matrix."""
     sources = [settings.posterior, *settings.further]
     files: dict[str, Path] = {}
     for number, source in enumerate(sources):
         within = f"{number}/" if len(sources) > 1 else ""
         files |= {f"{within}{name}": file for name, file in _files_of(source).items()}
-    found = {"posterior": files_of(settings.posterior, files)}
+    digests = {"posterior": files_of(settings.posterior, files)}
     if settings.design is not None:
-        found["design"] = files_of(settings.design, _files_of(settings.design))
-    return found
+        digests["design"] = files_of(settings.design, _files_of(settings.design))
+    return digests
 
 
 def _files_of(source: Path) -> dict[str, Path]:
@@ -162,12 +161,12 @@ def settings_of(run: Run) -> EstimateSettings:
 def _design(path: Path | None) -> Any:
     if path is None:
         return None
-    found = read(path, name="design")
-    where = place_of_nan(found.values, found.columns)
+    contents = read(path, name="design")
+    where = place_of_nan(contents.values, contents.columns)
     if where is not None:
         raise ValueError(f"design: {path} must hold finite numbers; {where}.")
-    design = np.asarray(found.values, np.float64).view(Design)
-    design.columns = tuple(found.columns)
+    design = np.asarray(contents.values, np.float64).view(Design)
+    design.columns = tuple(contents.columns)
     return design
 
 

@@ -64,7 +64,7 @@ class EstimateSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What ``rkl evaluate`` is told of an estimate.
+    """The settings of ``rkl evaluate`` for an estimate.
 
     Args:
         posterior: Other draws of the same variables: of another model, or of later data.

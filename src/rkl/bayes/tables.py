@@ -30,7 +30,7 @@ class Table(tables.Table):
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON can hold it: a value with an error is a list of the two."""
         return super().to_dict() | {
-            "acts": {name: written(act) for name, act in self.acts.items()}
+            "acts": {name: to_lists(act) for name, act in self.acts.items()}
         }
 
     @classmethod
@@ -49,11 +49,11 @@ def zero_rounding(value: Tensor) -> Tensor:
     return torch.where(value.abs() < ROUNDING, 0.0, value)
 
 
-def number_or_nan(kept: Any) -> Tensor:
+def number_or_nan(record: Any) -> Tensor:
     """Numbers that JSON held, nan where it held null."""
-    return torch.from_numpy(np.array(kept, np.float64))
+    return torch.from_numpy(np.array(record, np.float64))
 
 
-def written(values: Mapping[str, Tensor]) -> dict[str, Any]:
+def to_lists(values: Mapping[str, Tensor]) -> dict[str, Any]:
     """Tensors as JSON can hold them."""
     return {name: value.tolist() for name, value in values.items()}

@@ -12,7 +12,7 @@ from rkl.metrics.precision_recall import SampledCurve
 from rkl.metrics.precision_recall.curve import checked_slopes
 from rkl.stats import Mean
 
-FEW = 5  # clusters with real samples, below which a curve says nothing
+MIN_CLUSTERS = 5  # clusters with real samples, below which a curve says nothing
 HELD, FARTHEST = 0.9, 10.0  # share of the reals within a radius, and its multiple drawn in to
 ROUNDS = 100  # of Lloyd's algorithm at most
 
@@ -65,24 +65,24 @@ def prd_curve(
     real, fake = checked_pair(real, fake)
     slopes = checked_slopes(slopes)
     unit = common_unit(real, fake)
-    both = torch.cat(_drawn_in(*centre(real / unit, fake / unit)))
+    both = torch.cat(_clip_outliers(*centre(real / unit, fake / unit)))
     integer("clusters", clusters, at_least=1, at_most=len(both))
     integer("runs", runs, at_least=1)
     generator = torch.Generator().manual_seed(seed)
-    found, held = [], []
+    curves, held_out = [], []
     for _ in range(runs):
         member = _cluster_of_rows(both, clusters, generator)
         in_real, in_fake = member[: len(real)], member[len(real) :]
         counts = (it.bincount(minlength=clusters).cpu() for it in (in_real, in_fake))
         counts = torch.stack(list(counts))
-        held.append(int((counts[0] > 0).sum()))
-        found.append(torch.stack(_precision(counts, slopes)))
-    if clusters >= 2 * FEW and max(held) < min(FEW, len(real.unique(dim=0))):
+        held_out.append(int((counts[0] > 0).sum()))
+        curves.append(torch.stack(_precision(counts, slopes)))
+    if clusters >= 2 * MIN_CLUSTERS and max(held_out) < min(MIN_CLUSTERS, len(real.unique(dim=0))):
         warn(
-            f"real samples lie in {max(held)} of {clusters} clusters: a curve of so few says "
+            f"real samples lie in {max(held_out)} of {clusters} clusters: a curve of so few says "
             "nothing."
         )
-    precision = Mean(*torch.stack(found).mean(0))
+    precision = Mean(*torch.stack(curves).mean(0))
     return SampledCurve(slopes, precision, Mean(*(part / slopes for part in precision)))
 
 
@@ -120,8 +120,8 @@ def equal_precision(reals: int, fakes: int, clusters: int = 20) -> float:
     return max(0.0, 1 - clusters * spread / math.sqrt(2 * math.pi))
 
 
-def _drawn_in(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Both, with what lies far beyond the reals drawn in towards their median."""
+def _clip_outliers(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Both samples, with outliers moved towards the median of the reals."""
     middle = real.median(0).values
     far = [(it - middle).norm(dim=1) for it in (real, fake)]
     radius = far[0].sort().values[round(HELD * (len(real) - 1))]

@@ -15,12 +15,12 @@ def frechet_distance(
 
         |m − n|² + tr(C + D − 2 (C^½ D C^½)^½)
 
-    On Inception features this is the FID. It is one number for all ways of being wrong: laws too
-    narrow and laws too wide can have the same. It is biased upwards by about 1/N, which is what
-    two halves of the real samples show; compare at equal numbers only.
+    On Inception features this is the FID. It is one number for all ways of being wrong:
+    distributions too narrow and distributions too wide can have the same. It is biased upwards by
+    about 1/N, which is what two halves of the real samples show; compare at equal numbers only.
 
     The error is that of the linearised distance, whose slope is the optimal transport between
-    the Gaussians. It vanishes where the laws are equal: near the bias it says nothing.
+    the Gaussians. It vanishes where the distributions are equal: near the bias it says nothing.
 
     Source: Dowson and Landau (1982); Heusel et al. (2017), arXiv 1706.08500, eq. (6).
 
@@ -92,6 +92,6 @@ def _roots(c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _slope(centred: Tensor, shift: Tensor, transport: Tensor) -> Tensor:
-    """By how much one sample more moves the distance, up to a constant and 1/N."""
+    """Derivative of the distance in the weight of each sample, up to a constant and 1/N."""
     remaining = centred - centred @ transport
     return 2 * centred @ shift + (centred * remaining).sum(1)

@@ -15,7 +15,7 @@ from rkl.stats import Mean
 BLOCK = 2**21  # distances that exist at one time
 GROUPS = 16  # of columns, whose minima are looked at first
 HIGH = 32  # intrinsic dimension from which precision and recall are warned of
-CLOSE = 0.1  # of the usual distance to a neighbour, below which a sample may be a copy
+COPY_DISTANCE = 0.1  # of the usual distance to a neighbour, below which a sample may be a copy
 POINTS = 0.9  # share of balls without a radius, from which that is warned of
 ROUNDED = 8  # units in the last place, of sums of products
 FARTHEST = 56  # binary digits between a spread of 1 and features whose squares still are numbers
@@ -105,7 +105,7 @@ def prdc_ceiling(
     subsamples: int = 20,
     seed: int = 0,
 ) -> PRDC:
-    """What a perfect model would score: one random half of the real samples against the other.
+    """The scores of a perfect model: one random half of the real samples against the other.
 
     Each side has half as many samples as there are, and so larger balls: in few dimensions that
     matters little; where it does, give :func:`prdc` halves too.
@@ -195,7 +195,7 @@ def _check_counts(real: Tensor, fake: Tensor, k: int, subsamples: int) -> None:
 
 
 def _least_errors(values: Tensor, reals: int, fakes: int, k: int) -> Tensor:
-    """Of shares at which all subsets agree: those of a share with one case more on either side."""
+    """Errors of shares that are equal in all subsets: those of one case more on either side."""
     size = torch.tensor([fakes, reals, fakes * k, reals], dtype=torch.float64)
     share = (values.clamp(0, 1) * size + 1) / (size + 2)
     return (share * (1 - share) / size).sqrt()
@@ -223,18 +223,18 @@ def _errors(real, fake, k: int, inclusive: bool, subsamples: int, seed: int) -> 
     if not subsamples or min(quarters) <= k:
         return torch.full((4,), math.nan, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    scores = []
     for _ in range(subsamples):
         some_real, some_fake = (
             it[torch.randperm(len(it), generator=generator)[:size].to(it.device)]
             for it, size in zip((real, fake), quarters, strict=True)
         )
-        found.append(_scores(some_real, some_fake, k, inclusive)[0])
-    return torch.stack(found).std(0) / math.sqrt(3)
+        scores.append(_scores(some_real, some_fake, k, inclusive)[0])
+    return torch.stack(scores).std(0) / math.sqrt(3)
 
 
 def _scores(real: Tensor, fake: Tensor, k: int, inclusive: bool) -> tuple[Tensor, float, int]:
-    """The four scores, the intrinsic dimension of the reals, and how many balls are points.
+    """The four scores, the intrinsic dimension of the reals, and the number of balls of radius 0.
 
     All comparisons are of |y|² − 2xy with R² − |x|²: one matrix product, and no norm to add.
     """
@@ -269,7 +269,7 @@ def _scores(real: Tensor, fake: Tensor, k: int, inclusive: bool) -> tuple[Tensor
 
 
 def _noise(norms: Tensor, reach: Tensor) -> Tensor:
-    """By how much |y|² − 2xy may be rounded, of y near the surface of a ball about x."""
+    """Bound on the rounding of |y|² − 2xy, of y near the surface of a ball about x."""
     radius = (reach + norms).clamp_min(0)
     return ROUNDED * torch.finfo(norms.dtype).eps * (3 * norms + 2 * radius)
 
@@ -286,7 +286,7 @@ def centre(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _products(x: Tensor, y: Tensor, norms: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """|y|² − 2xy, some rows of x at a time, in memory that the next rows will take."""
+    """|y|² − 2xy for blocks of rows of x, in memory that the next block reuses."""
     size = max(16, BLOCK // len(y))
     block = x.new_empty(min(size, len(x)), len(y))
     for start in range(0, len(x), size):
@@ -298,11 +298,11 @@ def _products(x: Tensor, y: Tensor, norms: Tensor) -> Iterator[tuple[slice, Tens
 
 def _nearest(x: Tensor, norms: Tensor, k: int) -> Tensor:
     """|y|² − 2xy of the k nearest other rows y of each row x, rising."""
-    found = x.new_empty(len(x), k)
+    nearest = x.new_empty(len(x), k)
     for mine, block in _products(x, x, norms):
         block.diagonal(offset=mine.start).fill_(math.inf)
-        found[mine] = _smallest(block, k)
-    return found
+        nearest[mine] = _smallest(block, k)
+    return nearest
 
 
 def _smallest(block: Tensor, k: int) -> Tensor:
@@ -326,7 +326,7 @@ def _dimension(square: Tensor) -> float:
 
 
 class Copies(NamedTuple):
-    """Whether fakes are copies of the rows that a model was trained on.
+    """Evidence that fakes are copies of the rows that a model was trained on.
 
     Attributes:
         nearer: Share of fakes that lie nearer to a row trained on than to one held out, of as
@@ -377,7 +377,10 @@ def copies(
     one, other = _distances(fake, some), _distances(fake, others)
     share = ((one < other).double() + 0.5 * (one == other).double()).cpu()
     usual = between.median()
-    close = to_train <= CLOSE * usual, (between <= CLOSE * usual).double().mean().item()
+    close = (
+        to_train <= COPY_DISTANCE * usual,
+        (between <= COPY_DISTANCE * usual).double().mean().item(),
+    )
     count = len(fake)
     least = (share.mean().item() * count + 1) / (count + 2)
     error = max(
@@ -390,7 +393,7 @@ def copies(
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
     """The distance of each row of x to the nearest of y, without the rounding of products."""
-    (x, y), found = centre(x, y), []
+    (x, y), distances = centre(x, y), []
     for rows, block in _products(x, y, y.square().sum(1)):
-        found.append((x[rows] - y[block.argmin(1)]).norm(dim=1))
-    return torch.cat(found)
+        distances.append((x[rows] - y[block.argmin(1)]).norm(dim=1))
+    return torch.cat(distances)

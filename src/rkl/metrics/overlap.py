@@ -1,4 +1,4 @@
-"""How alike two sets of numbers are: overlap of their histograms, earth mover's distance."""
+"""Similarity of two sets of numbers: overlap of histograms, earth mover's distance."""
 
 import math
 
@@ -20,8 +20,9 @@ def histogram_overlap(
 ) -> Mean:
     """Σ min(share of a, share of b) over bins of one width: 1 for equal histograms.
 
-    Two samples of one law overlap by less than 1, the less so the finer the bins: compare with
-    the overlap of halves of one sample. Draws out of range are in no bin, and so do not overlap.
+    Two samples of one distribution overlap by less than 1, the less so the finer the bins: compare
+    with the overlap of halves of one sample. Draws out of range are in no bin, and so do not
+    overlap.
 
     Args:
         a: Independent draws.
@@ -49,12 +50,13 @@ def histogram_overlap(
 
 
 def earth_mover(a: Float[Tensor, " draws"], b: Float[Tensor, " others"]) -> Mean:
-    r"""How far draws of a must be moved, on average, to lie as those of b do.
+    r"""Earth mover's distance: the mean distance that draws of a are moved to those of b.
 
         W₁ = ∫ |F_a(t) − F_b(t)| dt
 
-    Two samples of one law are some 1/√n apart: compare with halves of one sample. The error is
-    that of the linearised distance, and too small where the two laws are the same.
+    Two samples of one distribution are some 1/√n apart: compare with halves of one sample. The
+    error is that of the linearised distance, and too small where the two distributions are the
+    same.
 
     Source: Ramdas, García Trillos and Cuturi (2017), Entropy 19, 47, proposition 1.
 
@@ -84,10 +86,12 @@ def _below(x: Tensor, edges: Tensor) -> Tensor:
 
 
 def _check_draws(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    for name, it in (("a", a), ("b", b)):
-        floats(name, it)
-        if it.ndim != 1 or len(it) < 2:
-            raise ValueError(f"{name} must be [draws], two at least; got {list(it.shape)}.")
-        if not it.isfinite().all():
-            raise ValueError(f"{name} must be finite; got {int((~it.isfinite()).sum())} not so.")
+    for name, draws in (("a", a), ("b", b)):
+        floats(name, draws)
+        if draws.ndim != 1 or len(draws) < 2:
+            raise ValueError(f"{name} must be [draws], two at least; got {list(draws.shape)}.")
+        if not draws.isfinite().all():
+            raise ValueError(
+                f"{name} must be finite; got {int((~draws.isfinite()).sum())} not so."
+            )
     return a.detach().double(), b.detach().double()

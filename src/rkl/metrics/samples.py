@@ -1,4 +1,4 @@
-"""All that two arrays of samples say of how near the laws are, as ``rkl metrics`` prints it."""
+"""Distances between the distributions of two arrays of samples, as ``rkl metrics`` prints them."""
 
 import math
 import warnings
@@ -22,8 +22,10 @@ from rkl.tables import Table
 
 CLUSTERS = 20
 SLOPES = (0.25, 1.0, 4.0)
-FAR = 10.0  # spreads, the radius about the median that holds nine tenths of the real samples
-LOOKED_AT = 2_000  # samples whose copies are looked for
+MAX_SPREADS = (
+    10.0  # spreads, the radius about the median that holds nine tenths of the real samples
+)
+MAX_FAKES = 2_000  # samples whose copies are looked for
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,11 @@ def measure(
         shift, spread = _spread(real)
         real, fake = ((it - shift) / spread for it in (real, fake))
         train = train if train is None else (train - shift) / spread
-    scores, found = _scores(real, fake, k, inclusive, seed)
-    notes = [*notes, *found, *_beyond(real, fake), *_near_copies(real, fake, seed)]
+    scores, dimension = _scores(real, fake, k, inclusive, seed)
+    notes = [*notes, *dimension, *_beyond(real, fake), *_near_copies(real, fake, seed)]
     if train is not None:
-        name, score, said = _copy_score(train, real, fake, seed)
-        scores, notes = {**scores, name: score}, [*notes, said]
+        name, score, note = _copy_score(train, real, fake, seed)
+        scores, notes = {**scores, name: score}, [*notes, note]
     halves, ceiling = {}, {}
     if len(real) // 2 > max(k, CLUSTERS) and len(fake) // 2 > k:
         one, other = real[_permutation(len(real), seed)].tensor_split(2)
@@ -151,7 +153,6 @@ def _spread(real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _units(real: Tensor, columns: Sequence[str]) -> list[str]:
-    """That one feature has most of the variance, if it is so."""
     variance = real.double().var(0, correction=0)
     share, index = (variance / variance.sum()).max(0)
     count = len(variance)
@@ -168,54 +169,52 @@ def _units(real: Tensor, columns: Sequence[str]) -> list[str]:
 
 
 def _beyond(real: Tensor, fake: Tensor) -> list[str]:
-    """How many fakes lie far from every real sample."""
     middle = real.median(0).values
     spread = (real - middle).norm(dim=1).sort().values[round(0.9 * (len(real) - 1))]
     if not spread > 0:
         return []
-    far = fake[(fake - middle).norm(dim=1) > FAR * spread]
-    away = sum(int((torch.cdist(it, real).amin(1) > FAR * spread).sum()) for it in far.split(500))
+    far = fake[(fake - middle).norm(dim=1) > MAX_SPREADS * spread]
+    away = sum(
+        int((torch.cdist(it, real).amin(1) > MAX_SPREADS * spread).sum()) for it in far.split(500)
+    )
     if not away:
         return []
     return [
-        f"{away:,} of {len(fake):,} fakes lie more than {FAR:g} spreads from every real "
+        f"{away:,} of {len(fake):,} fakes lie more than {MAX_SPREADS:g} spreads from every real "
         "sample; the balls of neighbours about them may hold all of these, and recall be too high."
     ]
 
 
 def _near_copies(real: Tensor, fake: Tensor, seed: int) -> list[str]:
-    """That more fakes lie next to a real sample than reals lie to one another, if so."""
-    reals = real[_permutation(len(real), seed)[:LOOKED_AT]]
-    fakes = fake[_permutation(len(fake), seed)[:LOOKED_AT]]
+    reals = real[_permutation(len(real), seed)[:MAX_FAKES]]
+    fakes = fake[_permutation(len(fake), seed)[:MAX_FAKES]]
     if len(reals) < 4:
         return []
     one, other = reals.tensor_split(2)
-    found = copies(train=one, held_out=other, fake=fakes, seed=seed)
-    honest = found.honest / len(fakes)
+    result = copies(train=one, held_out=other, fake=fakes, seed=seed)
+    honest = result.honest / len(fakes)
     error = math.sqrt((honest * (1 - honest) + 1 / len(other)) / len(other))
-    if found.near / len(fakes) <= honest + 4 * error + 0.02:
+    if result.near / len(fakes) <= honest + 4 * error + 0.02:
         return []
     usual = "a tenth of the usual distance between samples"
     return [
-        f"{found.near:,} of {len(fakes):,} fakes lie within {usual} of a real one, of one half of "
-        f"these, where {found.honest:.0f} would of honest ones: are they copies?"
+        f"{result.near:,} of {len(fakes):,} fakes lie within {usual} of a real one, of one half "
+        f"of these, where {result.honest:.0f} would of honest ones: are they copies?"
     ]
 
 
 def _copy_score(train: Tensor, real: Tensor, fake: Tensor, seed: int) -> tuple[str, Mean, str]:
-    """The share of fakes nearer to a row trained on than to a real one, and what it says."""
-    train, real, fake = (it[_permutation(len(it), seed)[:LOOKED_AT]] for it in (train, real, fake))
-    found = copies(train=train, held_out=real, fake=fake, seed=seed)
-    said = (
+    train, real, fake = (it[_permutation(len(it), seed)[:MAX_FAKES]] for it in (train, real, fake))
+    result = copies(train=train, held_out=real, fake=fake, seed=seed)
+    note = (
         f"Nearer to a row trained on than to a real one, of as many: 1/2 is right, more are "
-        f"copies. {found.near:,} of {found.fakes:,} fakes lie within a tenth of the usual "
-        f"distance of a row trained on; of real samples {found.honest:.0f} would."
+        f"copies. {result.near:,} of {result.fakes:,} fakes lie within a tenth of the usual "
+        f"distance of a row trained on; of real samples {result.honest:.0f} would."
     )
-    return "nearer to rows trained on", found.nearer, said
+    return "nearer to rows trained on", result.nearer, note
 
 
 def _level(real: Tensor, fake: Tensor) -> str:
-    """What two samples of one distribution would score, where that is not the best score."""
     clusters = min(CLUSTERS, len(real) + len(fake))
     equal = equal_precision(len(real), len(fake), clusters)
     bias = frechet_bias(real=real, fake=fake)
@@ -228,22 +227,22 @@ def _level(real: Tensor, fake: Tensor) -> str:
 def _scores(
     real: Tensor, fake: Tensor, k: int, inclusive: bool, seed: int
 ) -> tuple[dict[str, Mean], list[str]]:
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         near = prdc(real=real, fake=fake, k=k, inclusive=inclusive, seed=seed)
         others = _others(real, fake, seed)
-    return {**near._asdict(), **others}, [_upper(str(it.message)) for it in said]
+    return {**near._asdict(), **others}, [_upper(str(it.message)) for it in caught]
 
 
 def _others(real: Tensor, fake: Tensor, seed: int) -> dict[str, Mean]:
     clusters = min(CLUSTERS, len(real) + len(fake))
     slopes = torch.tensor(SLOPES, dtype=torch.float64)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         curve = prd_curve(real=real, fake=fake, clusters=clusters, slopes=slopes, seed=seed)
-    precision, recall = (torch.stack(it) for it in (curve.precision, curve.recall))
-    for it in said:
-        warn(str(it.message))
+    precision, recall = (torch.stack(warning) for warning in (curve.precision, curve.recall))
+    for warning in caught:
+        warn(str(warning.message))
         precision, recall = (part.new_full(part.shape, math.nan) for part in (precision, recall))
     return {
         "precision of clusters, slope 4": Mean(*precision[:, 2]),
@@ -288,11 +287,11 @@ def read_both(
         ValueError: One cannot be read, or their columns are called otherwise.
     """
     places = {"real": real, "fake": fake} | ({} if train is None else {"train": train})
-    found = {name: read(path, name=name) for name, path in places.items()}
-    arrays = {name: _features(name, it, places[name]) for name, it in found.items()}
-    one = found["real"].columns
+    contents = {name: read(path, name=name) for name, path in places.items()}
+    arrays = {name: _features(name, it, places[name]) for name, it in contents.items()}
+    one = contents["real"].columns
     for name in list(places)[1:]:
-        other = found[name].columns
+        other = contents[name].columns
         if not one or not other or one == other:
             continue
         if set(one) != set(other):
@@ -311,17 +310,17 @@ def read_both(
     sides: dict[str, Any] = {
         name: torch.from_numpy(it.astype(kind)) for name, it in arrays.items()
     }
-    notes = [f"{places[name]}: {note}." for name, it in found.items() for note in it.notes]
+    notes = [f"{places[name]}: {note}." for name, it in contents.items() for note in it.notes]
     return {**sides, "columns": one}, notes
 
 
-def _features(name: str, found: Contents, path: Path) -> np.ndarray:
-    array = found.values
+def _features(name: str, contents: Contents, path: Path) -> np.ndarray:
+    array = contents.values
     if array.ndim < 2 or not array.size:
         raise ValueError(
             f"{name}: {path} must hold [samples, features], not empty; got {list(array.shape)}."
         )
-    where = place_of_nan(array, found.columns)
+    where = place_of_nan(array, contents.columns)
     if where is not None:
         raise ValueError(f"{name}: {path} must hold finite numbers; {where}.")
     try:

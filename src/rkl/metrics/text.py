@@ -57,10 +57,10 @@ def rouge_l(
     >>> rouge_l(["the cat sat"], ["the dog sat down"])
     tensor([0.5714], dtype=torch.float64)
     """
-    told, wanted = _tokens_of(candidates, "candidates"), _tokens_of(references, "references")
-    if len(told) != len(wanted):
-        raise ValueError(f"{len(told)} candidates but {len(wanted)} references.")
-    pairs = zip(told, wanted, strict=True)
+    written, wanted = _tokens_of(candidates, "candidates"), _tokens_of(references, "references")
+    if len(written) != len(wanted):
+        raise ValueError(f"{len(written)} candidates but {len(wanted)} references.")
+    pairs = zip(written, wanted, strict=True)
     return _double([2 * _common(a, b) / max(len(a) + len(b), 1) for a, b in pairs])
 
 
@@ -180,8 +180,8 @@ def _common(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
         places[token] = places.get(token, 0) | 1 << i
     full = row = (1 << len(a)) - 1
     for token in b:
-        kept = row & places.get(token, 0)
-        row = (row + kept | row - kept) & full
+        matches = row & places.get(token, 0)
+        row = (row + matches | row - matches) & full
     return len(a) - row.bit_count()
 
 
@@ -208,16 +208,16 @@ def _shared_counts(cut: list[Sequence[Hashable]], n: int) -> list[tuple[int, int
     ]
 
 
-def _nearest(lengths: list[int], own: int) -> int:
-    """The length, of the others, nearest to one's own, which is among them; the shorter of two."""
-    i = bisect.bisect_left(lengths, own)
+def _nearest(lengths: list[int], length: int) -> int:
+    """The length of the others that is nearest to this one, which is among them; ties: shorter."""
+    i = bisect.bisect_left(lengths, length)
     return min(
-        lengths[max(i - 1, 0) : i] + lengths[i + 1 : i + 2], key=lambda x: (abs(x - own), x)
+        lengths[max(i - 1, 0) : i] + lengths[i + 1 : i + 2], key=lambda x: (abs(x - length), x)
     )
 
 
-def _bleu(own: int, nearest: int, precision: list[tuple[int, int]]) -> float:
+def _bleu(length: int, nearest: int, precision: list[tuple[int, int]]) -> float:
     if not precision[0][0]:
         return 0.0
     logs = [math.log((hits or _ALMOST_NONE) / max(total, 1)) for hits, total in precision]
-    return math.exp(min(0.0, 1 - nearest / own) + math.fsum(logs) / len(logs))
+    return math.exp(min(0.0, 1 - nearest / length) + math.fsum(logs) / len(logs))

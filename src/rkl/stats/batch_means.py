@@ -16,7 +16,7 @@ HALVES = 128  # half batches kept at most, over all chains: their number decides
 DEPENDENT = 1.4  # three standard errors above 1, the ratio of V for 64 independent batches
 MIN_BATCHES = 12  # that an error may rest on
 SINGULAR = 1e-10  # share of a variance that is rounding, once other components are known
-DISAGREE = 3.09  # standard normal quantile of 0.999
+QUANTILE_999 = 3.09  # standard normal quantile of 0.999
 
 
 class BatchMeans:
@@ -122,7 +122,7 @@ class BatchMeans:
         self.weights[chain].index_add_(0, slot, weights)
 
     def room(self, chain: int, start: int, run: int, runs: int) -> Tensor | None:
-        """Where sums over such runs, each a half batch of its own, are to be written instead."""
+        """The place to write sums over runs of half a batch each, or None."""
         first = start // self.length
         if run != self.length or start % run or first + runs > self.weights.shape[1]:
             return None
@@ -136,7 +136,7 @@ class BatchMeans:
 
     @property
     def shifts(self) -> Float[Tensor, "halves *shape"]:
-        """By how much each half batch moves the mean: Z of all chains, which sum to 0."""
+        """Shift of the mean by each half batch: Z of all chains, which sum to 0."""
         return self._shifts(self.sums).flatten(0, 1)
 
     @property
@@ -153,7 +153,7 @@ class BatchMeans:
         return _error(spreads, between, len(share)).reshape(shifts.shape[1:])
 
     def covariances(self) -> "Covariances":
-        """How the half batches of draws [components, *batch] scatter together."""
+        """Covariances of the half batches of draws [components, *batch]."""
         shares = [w for _, w in _levels(self.weights, self.weights / self.weights.sum())]
         totals = [self.sums.new_zeros(self.sums.shape[2], *self.sums.shape[2:]) for _ in shares]
         between, mean = torch.zeros_like(totals[0]), self.mean
@@ -185,10 +185,10 @@ class BatchMeans:
         return Mean(self.mean, self.error)
 
     def _double(self) -> None:
-        for held in (self.sums, self.weights):
-            joined = held[:, 0::2] + held[:, 1::2]
-            held[:, : joined.shape[1]] = joined
-            held[:, joined.shape[1] :] = 0
+        for kept_sums in (self.sums, self.weights):
+            joined = kept_sums[:, 0::2] + kept_sums[:, 1::2]
+            kept_sums[:, : joined.shape[1]] = joined
+            kept_sums[:, joined.shape[1] :] = 0
         self.length *= 2
 
     def _shifts(self, sums: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def beside(parts: Sequence[BatchMeans]) -> BatchMeans:
 
 
 def slots_of(chains: int, halves: int = HALVES) -> int:
-    """How many half batches of each chain are kept, for so many in all."""
+    """Number of half batches that are kept of each chain, for so many in all."""
     if chains < 1:
         raise ValueError(f"chains must be at least 1; got {chains}.")
     return max(4, 2 * (halves // (2 * chains)))
@@ -323,7 +323,7 @@ def _freedom(share: Tensor) -> Tensor:
 def _excessive(degrees: int) -> float:
     """The 0.999 quantile of χ² over its degrees of freedom, after Wilson and Hilferty."""
     step = 2 / (9 * degrees)
-    return (1 - step + DISAGREE * math.sqrt(step)) ** 3
+    return (1 - step + QUANTILE_999 * math.sqrt(step)) ** 3
 
 
 def jackknife(

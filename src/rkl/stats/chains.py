@@ -1,4 +1,4 @@
-"""What dependent draws are worth: effective numbers, and whether chains agree."""
+"""Effective numbers of dependent draws, and the agreement of chains."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ NUMBERS = 2**22  # draws looked at together, lest a Fourier transform of them al
 def autocorrelation_time(
     x: Float[Tensor, "chains draws *columns"],
 ) -> Float[Tensor, "*columns"]:
-    r"""How many dependent draws are worth one independent draw of the mean.
+    r"""Number of dependent draws that are worth one independent draw of the mean.
 
         τ = 1 + 2 Σₜ ρₜ,    Var(mean) = τ Var(x) / (chains · draws)
 
@@ -39,7 +39,7 @@ def autocorrelation_time(
     >>> bool((autocorrelation_time(noise) - 1).abs() < 0.05)
     True
     """
-    return _by_columns(lambda part: _where_moving(_time(part), part), _checked(x))
+    return _by_columns(lambda part: _where_moving(_time(part), part), _as_doubles(x))
 
 
 def integrated_time(
@@ -69,7 +69,7 @@ def integrated_time(
     """
     number("window", window, above=0)
 
-    def windowed(part: Tensor) -> Tensor:
+    def time_by_window(part: Tensor) -> Tensor:
         covariance = _autocovariance(part)
         still = (part.amax(1) == part.amin(1)).all(0)
         time = 2 * (covariance / torch.where(still, 1.0, covariance[0])).cumsum(0) - 1
@@ -79,7 +79,7 @@ def integrated_time(
         first = closed.long().argmax(0)
         return torch.where(still, torch.nan, time[first, torch.arange(time.shape[1])])
 
-    return _by_columns(windowed, _checked(x))
+    return _by_columns(time_by_window, _as_doubles(x))
 
 
 def ess(
@@ -102,7 +102,7 @@ def ess(
         Effective number of draws; at most n log₁₀ n. It is nan for a constant: chains that
         never moved cannot be told from a quantity that does not vary.
     """
-    x = _checked(x)
+    x = _as_doubles(x)
     count = x.shape[0] * x.shape[1]
     share = 1.0 if weights is None else _kish(weights, x)
     return _by_columns(
@@ -129,7 +129,7 @@ def ess_tail(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*colum
         ]
         return _where_moving(part.shape[0] * part.shape[1] / torch.maximum(*times), part)
 
-    return _by_columns(of_quantiles, _checked(x))
+    return _by_columns(of_quantiles, _as_doubles(x))
 
 
 def rhat(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*columns"]:
@@ -150,7 +150,7 @@ def rhat(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*columns"]
     def larger(part: Tensor) -> Tensor:
         return _where_moving(torch.maximum(*map(_ratio, _scores_of_halves(part))), part)
 
-    return _by_columns(larger, _checked(x))
+    return _by_columns(larger, _as_doubles(x))
 
 
 def ess_and_rhat(
@@ -168,7 +168,7 @@ def ess_and_rhat(
     >>> torch.allclose(bulk, ess(x)), torch.allclose(ratio, rhat(x))
     (True, True)
     """
-    x = _checked(x)
+    x = _as_doubles(x)
     count = x.shape[0] * x.shape[1]
     if x.shape[1] % 2:  # ess ranks the middle draws too, rhat the halves without them
         return ess(x), rhat(x)
@@ -192,7 +192,7 @@ def _constant(x: Tensor) -> Tensor:
     return x.amax((0, 1)) == x.amin((0, 1))
 
 
-def _checked(x: Tensor) -> Tensor:
+def _as_doubles(x: Tensor) -> Tensor:
     floats("x", x)
     if x.ndim < 2 or not x.shape[0] or x.shape[1] < 4:
         raise ValueError(
@@ -224,15 +224,15 @@ def _kish(weights: Tensor, x: Tensor) -> float:
     return float(weights.sum() ** 2 / (weights.numel() * weights.square().sum()))
 
 
-def _halved(x: Tensor) -> Tensor:
-    """First and last halves of every chain as chains of their own."""
+def _halves(x: Tensor) -> Tensor:
+    """First and last halves of every chain as chains."""
     half = x.shape[1] // 2
     return torch.cat([x[:, :half], x[:, -half:]])
 
 
 def _time(x: Tensor) -> Tensor:
     """τ of columns [chains, draws, columns] after halving their chains."""
-    return _time_of_halves(_halved(x))
+    return _time_of_halves(_halves(x))
 
 
 def _time_of_halves(x: Tensor) -> Tensor:
@@ -245,11 +245,11 @@ def _time_of_halves(x: Tensor) -> Tensor:
     correlation[0] = 1
     pairs = correlation[: 2 * max(1, (draws - 1) // 2)].reshape(-1, 2, columns)
     sums = pairs.sum(1)
-    kept = (sums > 0).long().cumprod(0)
-    kept[-1] = 0
-    time = 2 * (kept * sums.cummin(0).values).sum(0) - 1
+    counted = (sums > 0).long().cumprod(0)
+    counted[-1] = 0
+    time = 2 * (counted * sums.cummin(0).values).sum(0) - 1
     # of the first pair that is cut off, what is positive still counts, once
-    last = pairs[kept.sum(0), 0, torch.arange(columns)]
+    last = pairs[counted.sum(0), 0, torch.arange(columns)]
     time = (time + last.clamp_min(0)).clamp_min(1 / math.log10(chains * draws))
     return torch.where(constant, 1.0, time)
 
@@ -272,7 +272,7 @@ def _normal_scores(x: Tensor) -> Tensor:
 
 def _scores_of_halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Normal scores of half chains, and of the distances of their draws to the median."""
-    halves = _halved(x)
+    halves = _halves(x)
     order, ordered = _sort(halves)
     middle = ordered.shape[1] // 2  # of an even number of draws
     low, high = ordered[:, middle - 1, None], ordered[:, middle, None]
@@ -302,15 +302,15 @@ def _scores(ordered: np.ndarray) -> np.ndarray:
     count = ordered.shape[1]
     # of each rank that there may be, from 1 in steps of a half
     ranks = (torch.arange(2, 2 * count + 1, dtype=torch.float64) / 2 - 0.375) / (count + 0.25)
-    known = torch.special.ndtri(ranks).numpy()
+    quantiles = torch.special.ndtri(ranks).numpy()
     place = np.broadcast_to(np.arange(count), ordered.shape)
     tied = ordered[:, 1:] == ordered[:, :-1]
     if not tied.any():
-        return np.broadcast_to(known[::2], ordered.shape)
+        return np.broadcast_to(quantiles[::2], ordered.shape)
     edge = np.zeros((len(ordered), 1), bool)
     first = np.maximum.accumulate(np.where(np.hstack([edge, tied]), 0, place), -1)
     last = np.where(np.hstack([tied, edge]), count - 1, place)[:, ::-1]
-    return known[first + np.minimum.accumulate(last, -1)[:, ::-1]]
+    return quantiles[first + np.minimum.accumulate(last, -1)[:, ::-1]]
 
 
 def _ratio(x: Tensor) -> Tensor:

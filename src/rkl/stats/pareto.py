@@ -1,4 +1,4 @@
-"""How heavy tails are: which moments exist, judged from draws."""
+"""Tail indices of draws, and which moments they let exist."""
 
 import math
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from rkl.checks import choice, floats
 
 PRIOR, GRID = 3, 30  # of Zhang and Stephens
 WEIGHT, TOWARDS = 10, 0.5  # the fit is drawn to 0.5 as if by ten more draws
-FEWEST = 25  # draws, for a tail of five
+MIN_DRAWS = 25  # draws, for a tail of five
 NUMBERS = 2**22  # terms of the fit held at a time
-TOGETHER = 8  # factors 1 − θ x of which one logarithm is taken
+FACTORS_PER_LOG = 8  # factors 1 − θ x of which one logarithm is taken
 NO_MEAN, NO_ERROR = 1.0, 0.5  # shapes from which there is no mean, and no normal error of it
-SHORTER = 2, 4  # parts of the tail that are fitted too
+PARTS = 2, 4  # parts of the tail that are fitted too
 MAX_DISTANCE = 1.2  # √n times Kolmogorov's distance to the fit: 0.1 % of Pareto tails exceed it
 Z_CLUSTER = -3.719  # normal quantile of 1e-4, for the spacings of one length
 
@@ -62,11 +62,11 @@ def pareto_k(
 
 
 class Tail(NamedTuple):
-    """What the draws of a quantity say about its moments.
+    """The tail of a quantity, from its draws.
 
     Attributes:
-        k: Shape of the longest part of the tail that a generalised Pareto law fits, of the
-            heavier side; nan where none does, as where draws are tied or lie in clusters.
+        k: Shape of the longest part of the tail that a generalised Pareto distribution fits, of
+            the heavier side; nan where none does, as where draws are tied or lie in clusters.
         infinite_mean: True where the draws speak for an infinite mean.
     """
 
@@ -77,11 +77,12 @@ class Tail(NamedTuple):
 def tail(values: Float[Tensor, "draws *columns"]) -> Tail:
     r"""The shape of the tails, and whether they speak for an infinite mean.
 
-    A generalised Pareto law fitted to ties, or to a cluster of draws that lies apart, has a large
-    shape that says nothing about moments. So its fit is tested (Kolmogorov's distance), and an
-    infinite mean is concluded only where the whole tail is fitted with k ≥ 1, its outer half and
-    quarter agree, and no number of the largest draws lie closer together than Pareto draws do:
-    above the r-th largest of them the mean of log x exceeds its least by Gamma(r, r) times k.
+    A generalised Pareto distribution fitted to ties, or to a cluster of draws that lies apart, has
+    a large shape that says nothing about moments. So its fit is tested (Kolmogorov's distance),
+    and an infinite mean is concluded only where the whole tail is fitted with k ≥ 1, its outer
+    half and quarter agree, and no number of the largest draws lie closer together than Pareto
+    draws do: above the r-th largest of them the mean of log x exceeds its least by Gamma(r, r)
+    times k.
 
     Source: as :func:`pareto_k`; Hill (1975), Annals of Statistics 3, 1163, for the spacings.
 
@@ -102,8 +103,8 @@ def tail(values: Float[Tensor, "draws *columns"]) -> Tail:
         middle = part[:, (part.shape[1] - 1) // 2, None]
         sides = [_side(top) for top in _ends(part - middle, length)]
         both = torch.stack([side.k for side in sides])
-        known = both.where(~both.isnan(), -math.inf).amax(0)
-        k.append(torch.where(both.isnan().any(0) & (known < NO_ERROR), math.nan, known))
+        larger = both.where(~both.isnan(), -math.inf).amax(0)
+        k.append(torch.where(both.isnan().any(0) & (larger < NO_ERROR), math.nan, larger))
         infinite.append(sides[0].infinite_mean | sides[1].infinite_mean)
     endless = _infinite(values)
     shape = torch.cat(k).where(~endless, math.inf).reshape(columns)
@@ -118,7 +119,7 @@ def _rows(values: Tensor) -> tuple[torch.Size, int, Iterator[Tensor]]:
     if values.isnan().any():
         raise ValueError(f"values must be numbers; got {int(values.isnan().sum())} nan.")
     columns, count = values.shape[1:], len(values)
-    if count < FEWEST:
+    if count < MIN_DRAWS:
         return columns, 0, iter(())
     length = math.ceil(3 * math.sqrt(count)) if count > 225 else count // 5
     rows = values.detach().cpu().double().reshape(count, -1).mT.contiguous()
@@ -137,24 +138,24 @@ def _ends(rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _side(top: Tensor) -> Tail:
-    """The verdict on one side, from its largest values less the median, rising."""
+    """The tail of one side, from its largest values less the median, rising."""
     length = top.shape[1] - 1
     k, distance = _fit(top)
     fitted = distance <= MAX_DISTANCE
-    infinite = ~_clustered(top, NO_MEAN) & (k >= NO_MEAN) & fitted
+    infinite = ~_has_cluster(top, NO_MEAN) & (k >= NO_MEAN) & fitted
     k = torch.where(fitted, k, math.nan)
-    for part in SHORTER:
+    for part in PARTS:
         size = max(length // part, 5)
         asked = (k.isnan() | infinite).nonzero()[:, 0]  # of the others the whole tail says all
         shape, distance = _fit(top[asked, -size - 1 :])
         infinite[asked] &= shape >= NO_MEAN - 2 * (1 + NO_MEAN) / math.sqrt(size)
         shorter = torch.where(distance <= MAX_DISTANCE, shape, math.nan)
         k[asked] = torch.where(k[asked].isnan(), shorter, k[asked])
-    k = torch.where((k >= NO_ERROR) & _clustered(top, NO_ERROR), math.nan, k)
+    k = torch.where((k >= NO_ERROR) & _has_cluster(top, NO_ERROR), math.nan, k)
     return Tail(torch.where(top[:, -1] <= top[:, 0], -math.inf, k), infinite)
 
 
-def _clustered(top: Tensor, k: float) -> Tensor:
+def _has_cluster(top: Tensor, k: float) -> Tensor:
     """True where some of the largest values lie closer together than in a tail of shape k."""
     logs = top.clamp_min(torch.finfo(top.dtype).tiny).log().flip(-1)
     counts = torch.arange(1, logs.shape[1], dtype=top.dtype)
@@ -169,19 +170,19 @@ def _points(length: int) -> int:
 
 
 def _shape(top: Tensor) -> Tensor:
-    """K of excesses over the smallest of the top draws, which come in rising order."""
+    """Shape k of excesses over the smallest of the top draws, which come in rising order."""
     excess, flat = _excesses(top)
-    return torch.where(flat, -math.inf, _weighed(_logs(excess)))
+    return torch.where(flat, -math.inf, _shrunk_mean(_logs(excess)))
 
 
 def _fit(top: Tensor) -> tuple[Tensor, Tensor]:
-    """The same k, and √n times Kolmogorov's distance of the excesses from their fit."""
+    """Shape k, and √n times Kolmogorov's distance of the excesses from their fit."""
     excess, flat = _excesses(top)
     logs, count = _logs(excess), excess.shape[1]
     below = -torch.expm1(-logs / logs.mean(-1, keepdim=True))
     middles = (torch.arange(count, dtype=excess.dtype) + 0.5) / count
     distance = ((below - middles).abs().amax(-1) + 0.5 / count) * math.sqrt(count)
-    return torch.where(flat, -math.inf, _weighed(logs)), distance
+    return torch.where(flat, -math.inf, _shrunk_mean(logs)), distance
 
 
 def _excesses(top: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,8 +192,8 @@ def _excesses(top: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(flat[:, None], 1.0, excess), flat
 
 
-def _weighed(logs: Tensor) -> Tensor:
-    """Their mean, which is k, drawn to the prior's."""
+def _shrunk_mean(logs: Tensor) -> Tensor:
+    """Shape k, the mean of the logarithms, shrunk to that of the prior."""
     count = logs.shape[1]
     return (count * logs.mean(-1) + WEIGHT * TOWARDS) / (count + WEIGHT)
 
@@ -219,9 +220,9 @@ def _logs(excess: Tensor) -> Tensor:
 def _mean_log(theta: Tensor, excess: Tensor) -> Tensor:
     """The mean [rows, points] of log(1 − θ x), by one logarithm for eight excesses."""
     count = excess.shape[1]
-    padded = torch.nn.functional.pad(excess, (0, -count % TOGETHER))
+    padded = torch.nn.functional.pad(excess, (0, -count % FACTORS_PER_LOG))
     product = torch.ones((), dtype=excess.dtype)
-    for part in padded.unflatten(1, (TOGETHER, -1)).unbind(1):
+    for part in padded.unflatten(1, (FACTORS_PER_LOG, -1)).unbind(1):
         product = product * (1 - theta[:, :, None] * part[:, None])
     if product.isfinite().all() and (product > 0).all():
         return product.log().sum(-1) / count

@@ -1,4 +1,4 @@
-"""What an exponential family is, and what follows from its log-partition alone."""
+"""Exponential families, and all that follows from a log-partition alone."""
 
 import abc
 import dataclasses
@@ -16,13 +16,15 @@ from torch.distributions import Distribution
 from rkl.divergences.base import broadcast_shape
 
 Natural = tuple[Tensor, ...]  # components, [*batch, *event of the component] each
-Fixed = float | Tensor  # what a family holds fixed: one number, or one per law of the batch
-CLOSE = 1e-6  # a Newton step, relative to where it starts, that leaves the rounding only
+Fixed = (
+    float | Tensor
+)  # what a family holds fixed: one number, or one per distribution of the batch
+SMALL_STEP = 1e-6  # a Newton step, relative to where it starts, that leaves the rounding only
 STEPS, HALVINGS = 200, 200
 
 
 class Terms(NamedTuple):
-    """A draw P_θ beside a reference law P_0, in the terms that both Bayes acts average."""
+    """A draw P_θ beside a reference P_0, in the terms that both Bayes acts average."""
 
     natural: Natural
     mean: Natural
@@ -32,7 +34,7 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ExponentialFamily(abc.ABC):
-    r"""The laws with density h(x) exp(⟨η, T(x)⟩ − A(η)) of one base measure h.
+    r"""The distributions with density h(x) exp(⟨η, T(x)⟩ − A(η)) of one base measure h.
 
     From A follow the mean parameter m = E T(x) = ∇A, the divergence KL(P_p ‖ P_q) =
     A(q) − A(p) − ⟨q − p, ∇A(p)⟩, and both Bayes acts: the reverse-KL act has the posterior
@@ -40,10 +42,11 @@ class ExponentialFamily(abc.ABC):
 
     To write one, make a frozen dataclass (``eq=False``) with
 
-    - ``law``, ``events``, ``names`` and ``mean_names``: the distribution it describes, the number
-      of event axes of each component, and what its components are called;
-    - ``natural`` and ``from_natural``, ``statistic`` and ``log_partition``: η of a law and the
-      law of an η, T(x) and A(η); and ``inside`` where η does not range over everything;
+    - ``distribution``, ``events``, ``names`` and ``mean_names``: its class of torch, the number of
+      event axes of each component, and the names of the components;
+    - ``natural`` and ``from_natural``, ``statistic`` and ``log_partition``: η of a distribution
+      and the distribution of an η, T(x) and A(η); and ``inside`` where η does not range over
+      everything;
     - whatever has a better form than what follows from A: ``mean``, ``from_mean``, ``kl``.
 
     What is fixed (a total count, a location, a design) is a field, read by ``of``.
@@ -51,28 +54,28 @@ class ExponentialFamily(abc.ABC):
     Source: Brown (1986), chapters 1 and 3; Brand (2017), arXiv 1707.06366.
     """
 
-    law: ClassVar[type]  # of distribution
+    distribution: ClassVar[type]  # of distribution
     events: ClassVar[tuple[int, ...]]
     names: ClassVar[tuple[str, ...]]
     mean_names: ClassVar[tuple[str, ...]]
-    parameters: ClassVar[tuple[str, ...]]  # of the law, those that log_fisher refers to
+    parameters: ClassVar[tuple[str, ...]]  # of the distribution, those that log_fisher refers to
 
     @classmethod
-    def of(cls, law: Distribution, draws: bool = True) -> "ExponentialFamily | None":
-        """The family of a law, or None where something moves that the family holds fixed."""
+    def of(cls, distribution: Distribution, draws: bool = True) -> "ExponentialFamily | None":
+        """The family of a distribution; None where something moves that the family holds fixed."""
         return cls()
 
-    def about(self, law: Distribution) -> "ExponentialFamily":
-        """The same family with T(x) taken about a law, lest large locations cost digits."""
+    def about(self, distribution: Distribution) -> "ExponentialFamily":
+        """The same family, its T(x) about a distribution, so that large locations keep digits."""
         return self
 
     @abc.abstractmethod
-    def natural(self, law: Distribution) -> Natural:
-        """η of a law, whichever of its parametrisations it was made with."""
+    def natural(self, distribution: Distribution) -> Natural:
+        """η of a distribution, whichever of its parametrisations it was made with."""
 
     @abc.abstractmethod
     def from_natural(self, natural: Natural) -> Distribution:
-        """The law of an η."""
+        """The distribution of an η."""
 
     @abc.abstractmethod
     def statistic(self, x: Tensor) -> Natural:
@@ -92,7 +95,7 @@ class ExponentialFamily(abc.ABC):
         """η of an m: minimises A(η) − ⟨η, m⟩ by Newton's method in double precision.
 
         Raises:
-            ValueError: No law of the family has this mean, or Newton's method found none.
+            ValueError: No distribution of the family has this mean, or Newton's method found none.
         """
         target = tuple(component.double() for component in mean)
         self.check_mean(target)
@@ -100,8 +103,8 @@ class ExponentialFamily(abc.ABC):
             natural = self._near(target)
         # The one step that has a graph: so the slope is (∇²A)⁻¹, however the others went.
         step = self.newton(natural, self.minus(target, self.mean(natural)))
-        found = (x + s for x, s in zip(natural, step, strict=True))
-        return tuple(x.to(m.dtype) for x, m in zip(found, mean, strict=True))
+        solution = (x + s for x, s in zip(natural, step, strict=True))
+        return tuple(x.to(m.dtype) for x, m in zip(solution, mean, strict=True))
 
     def _near(self, target: Natural) -> Natural:
         """The solution, to the square of a small step."""
@@ -112,7 +115,7 @@ class ExponentialFamily(abc.ABC):
             decrement = self.inner(gap, step)
             if not decrement.isfinite().all():
                 break
-            if self._small(natural, step, CLOSE):
+            if self._small(natural, step, SMALL_STEP):
                 # Could the rounding of the mean alone have moved it anywhere?
                 rounding = tuple(x.abs() * torch.finfo(x.dtype).eps for x in target)
                 if not self._small(natural, self.newton(natural, rounding), 0.1):
@@ -121,11 +124,11 @@ class ExponentialFamily(abc.ABC):
             natural = self.along(natural, step, self._length(natural, target, step, decrement))
         raise ValueError(
             f"mean has no natural parameter that Newton's method could find in {STEPS} steps; "
-            f"is it on the edge of the means of a {self.law.__name__}?"
+            f"is it on the edge of the means of a {self.distribution.__name__}?"
         )
 
     def start(self, mean: Natural) -> Natural:
-        """Where ``from_mean`` starts; inside the domain."""
+        """The start of ``from_mean``, inside the domain."""
         return tuple(torch.zeros_like(component) for component in mean)
 
     def newton(self, natural: Natural, gap: Natural) -> Natural:
@@ -141,16 +144,16 @@ class ExponentialFamily(abc.ABC):
             return jacobian(self.flatten(mean(self.unflatten(leaf, natural))), leaf)
 
     def _small(self, natural: Natural, step: Natural, share: float) -> bool:
-        """Whether no step is large beside where it starts; a small decrement would not tell.
+        """True if each step is small beside where it starts; a small decrement would not show it.
 
-        Towards the edge of the means the decrement vanishes while the steps go on for ever.
+        Towards the edge of the means the decrement vanishes while the steps never end.
         """
         size, change = self.flatten(natural).abs(), self.flatten(step).abs()
         least = share / 1000 * size.amax(-1, keepdim=True) + share / 1e6
         return bool((change <= share * size + least).all())
 
     def _length(self, natural, target, step, decrement):
-        """Halved until the step stays inside and does not pass the minimum by far."""
+        """Halve until the step stays inside and does not pass the minimum by far."""
         length = torch.ones_like(decrement)
         for _ in range(HALVINGS):
             trial = self.along(natural, step, length)
@@ -169,58 +172,61 @@ class ExponentialFamily(abc.ABC):
             - self.inner(self.minus(q, p), self.mean(p))
         )
 
-    def terms(self, law: Distribution, reference: Natural) -> "Terms":
-        """All that one pass over draws needs of each, sharing what it can."""
-        natural = self.natural(law)
+    def terms(self, distribution: Distribution, reference: Natural) -> "Terms":
+        """The terms that one pass over draws averages, with shared intermediate results."""
+        natural = self.natural(distribution)
         to, fro = self.kl(natural, reference), self.kl(reference, natural)
         return Terms(natural, self.mean(natural), from_reference=fro, to_reference=to)
 
-    def log_fisher(self, law: Distribution) -> Tensor | None:
+    def log_fisher(self, distribution: Distribution) -> Tensor | None:
         """Log determinant of the Fisher information of ``parameters`` [*batch]."""
-        leaves = [getattr(law, name).detach() for name in self.parameters]
-        axes = tuple(law.arg_constraints[name].event_dim for name in self.parameters)
+        leaves = [getattr(distribution, name).detach() for name in self.parameters]
+        axes = tuple(distribution.arg_constraints[name].event_dim for name in self.parameters)
         leaf = _flat(tuple(leaves), axes).requires_grad_()
         with torch.enable_grad():
-            own = dict(zip(self.parameters, _unflat(leaf, tuple(leaves), axes), strict=True))
-            natural = self.natural(self.law(**own, validate_args=False))
+            parameters = dict(
+                zip(self.parameters, _unflat(leaf, tuple(leaves), axes), strict=True)
+            )
+            natural = self.natural(self.distribution(**parameters, validate_args=False))
             slope = jacobian(self.flatten(natural), leaf)
         return self.hessian(natural).slogdet()[1] + 2 * slope.slogdet()[1]
 
     def inside(self, natural: Natural) -> tuple[Bool[Tensor, "..."], ...]:
-        """Per component, whether η is where A is finite [*batch]."""
+        """Per component, a mask [*batch] of where A is finite."""
         return tuple(all_of(x.isfinite(), n) for x, n in zip(natural, self.events, strict=True))
 
     def mean_inside(self, mean: Natural) -> tuple[Bool[Tensor, "..."], ...]:
-        """Per component, whether m is the mean of a law of the family [*batch]."""
+        """Per component, a mask [*batch] of the means of distributions of the family."""
         return tuple(all_of(x.isfinite(), n) for x, n in zip(mean, self.events, strict=True))
 
     def contains(self, natural: Natural) -> Bool[Tensor, "..."]:
-        """Whether η is the natural parameter of a law [*batch]."""
+        """Mask [*batch] of the η that are natural parameters of a distribution."""
         return functools.reduce(torch.logical_and, self.inside(natural))
 
     def check(self, natural: Natural) -> None:
-        """Refuse η that is none, naming the component.
+        """Refuse η outside the domain, naming the component.
 
         Raises:
             ValueError: Some component is infinite, or where A is.
         """
-        self._check("natural", self.names, natural, self.inside(natural))
+        if not self.contains(natural).all():
+            self._refuse("natural", self.names, natural, self.inside(natural))
 
     def check_mean(self, mean: Natural) -> None:
-        """Refuse m that is the mean of no law, naming the component.
+        """Refuse m that is the mean of no distribution, naming the component.
 
         Raises:
             ValueError: Some component is infinite, or on the edge of the means or beyond.
         """
-        self._check("mean", self.mean_names, mean, self.mean_inside(mean))
+        self._refuse("mean", self.mean_names, mean, self.mean_inside(mean))
 
-    def _check(self, which, names, values, inside):
+    def _refuse(self, which, names, values, inside):
         for name, value, good in zip(names, values, inside, strict=True):
             if not good.all():
                 worst = value[~good.expand(value.shape[: good.ndim])][0].tolist()
                 raise ValueError(
-                    f"{which} must be the {which} parameter of a {self.law.__name__}, but its "
-                    f"component {name} is {reprlib.repr(worst)} "
+                    f"{which} must be the {which} parameter of a {self.distribution.__name__}, "
+                    f"but its component {name} is {reprlib.repr(worst)} "
                     f"in {int((~good).sum())} of {good.numel()}: "
                     "on the edge of the family, as at a probability of 0 or 1, or beyond it."
                 )
@@ -235,7 +241,7 @@ class ExponentialFamily(abc.ABC):
         return tuple(x - y for x, y in zip(a, b, strict=True))
 
     def along(self, natural: Natural, step: Natural, length: Tensor) -> Natural:
-        """η + length · step, with one length per law."""
+        """η + length · step, with one length per distribution."""
         return tuple(
             x + spread(length, n) * s for x, s, n in zip(natural, step, self.events, strict=True)
         )
@@ -259,22 +265,22 @@ class ExponentialFamily(abc.ABC):
 
 
 def families() -> dict[type, type[ExponentialFamily]]:
-    """Every family there is, by the law it describes: whatever derives from the base class."""
-    found: dict[type, type[ExponentialFamily]] = {}
+    """Every family by its distribution: the subclasses of the base class."""
+    by_distribution: dict[type, type[ExponentialFamily]] = {}
     waiting = [ExponentialFamily]
     while waiting:
         kind = waiting.pop(0)
         waiting += kind.__subclasses__()
         if not inspect.isabstract(kind):
-            found.setdefault(kind.law, kind)
-    return found
+            by_distribution.setdefault(kind.distribution, kind)
+    return by_distribution
 
 
-def family_of(law: Distribution, draws: bool = True) -> ExponentialFamily | None:
-    """The exponential family of a law of torch, or None where it is in none that is known.
+def family_of(distribution: Distribution, draws: bool = True) -> ExponentialFamily | None:
+    """The exponential family of a distribution of torch; None where rkl has none.
 
     Args:
-        law: A distribution whose first batch axis, if ``draws``, holds draws of its parameters.
+        distribution: Its first batch axis, if ``draws``, holds draws of the parameters.
         draws: Whether what a family holds fixed must be the same along that axis. Along the
             others, as between groups, it may differ.
 
@@ -285,14 +291,16 @@ def family_of(law: Distribution, draws: bool = True) -> ExponentialFamily | None
     >>> family_of(torch.distributions.Binomial(10, probs=torch.tensor([0.1, 0.2])))
     BinomialFamily(total_count=10.0)
     """
-    if not isinstance(law, Distribution):
-        raise TypeError(f"law must be a distribution of torch; got a {type(law).__name__}.")
-    kind = families().get(type(law))
-    return None if kind is None else kind.of(law, draws)
+    if not isinstance(distribution, Distribution):
+        raise TypeError(
+            f"distribution must be a distribution of torch; got a {type(distribution).__name__}."
+        )
+    kind = families().get(type(distribution))
+    return None if kind is None else kind.of(distribution, draws)
 
 
 def fixed_value(value: Tensor, draws: bool) -> Fixed | None:
-    """What is fixed: one number where it is one, else one per law, or None where it moves."""
+    """The fixed value: one number, or one per distribution; None where it moves."""
     first = value.flatten()[0]
     if (value == first).all():
         return float(first)
@@ -302,7 +310,7 @@ def fixed_value(value: Tensor, draws: bool) -> Fixed | None:
 
 
 def jacobian(outputs: Tensor, leaf: Tensor) -> Tensor:
-    """Slopes [*batch, outputs, n] of outputs [*batch, m] in a leaf [*batch, n], law by law."""
+    """Slopes [*batch, outputs, n] of outputs [*batch, m] in a leaf [*batch, n]."""
     rows = [
         torch.autograd.grad(column.sum(), leaf, create_graph=True, materialize_grads=True)[0]
         for column in outputs.unbind(-1)
@@ -321,7 +329,7 @@ def spread(x: Tensor, axes: int) -> Tensor:
 
 
 def all_of(x: Tensor, axes: int) -> Tensor:
-    """Whether all hold over the last axes, none included."""
+    """True where all hold over the last axes, none included."""
     return x.all(tuple(range(-axes, 0))) if axes else x  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Families over counts and classes: coins, waiting times, Poisson, and Categorical laws."""
+"""Families over counts and classes: coins, waiting times, Poisson and Categorical."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from rkl.bayes.families.special import bernoulli_kl, log1mexp, relative_gap
 class BinomialFamily(ExponentialFamily):
     """Binomial(total_count, probs) of a known total_count: T = x, η = log odds."""
 
-    law = Binomial
+    distribution = Binomial
     events = (0,)
     names = ("logit",)
     mean_names = ("E x",)
@@ -34,8 +34,8 @@ class BinomialFamily(ExponentialFamily):
     total_count: Fixed = 1.0
 
     @classmethod
-    def of(cls, law: Binomial, draws: bool = True):
-        total = fixed_value(law.total_count, draws)
+    def of(cls, distribution: Binomial, draws: bool = True):
+        total = fixed_value(distribution.total_count, draws)
         if total is None:
             raise ValueError(
                 "total_count must be known, but it moves from draw to draw: the support of a "
@@ -43,8 +43,8 @@ class BinomialFamily(ExponentialFamily):
             )
         return cls(total)
 
-    def natural(self, law: Bernoulli | Binomial):
-        return (logits_of(law),)
+    def natural(self, distribution: Bernoulli | Binomial):
+        return (logits_of(distribution),)
 
     def from_natural(self, natural):
         return Binomial(torch.zeros_like(natural[0]) + self.total_count, logits=natural[0])
@@ -65,8 +65,8 @@ class BinomialFamily(ExponentialFamily):
     def kl(self, p, q):
         return self.total_count * bernoulli_kl(p[0], q[0])
 
-    def log_fisher(self, law: Bernoulli | Binomial):
-        logit = logits_of(law)
+    def log_fisher(self, distribution: Bernoulli | Binomial):
+        logit = logits_of(distribution)
         return softplus(logit) + softplus(-logit) + (0 * logit + self.total_count).log()
 
     def mean_inside(self, mean):
@@ -77,10 +77,10 @@ class BinomialFamily(ExponentialFamily):
 class BernoulliFamily(BinomialFamily):
     """Bernoulli(probs): a Binomial of one trial."""
 
-    law = Bernoulli
+    distribution = Bernoulli
 
     @classmethod
-    def of(cls, law: Bernoulli, draws: bool = True):
+    def of(cls, distribution: Bernoulli, draws: bool = True):
         return cls()
 
     def from_natural(self, natural):
@@ -91,7 +91,7 @@ class BernoulliFamily(BinomialFamily):
 class NegativeBinomialFamily(ExponentialFamily):
     """NegativeBinomial(total_count r, probs) of a known r: T = x, η = log probs."""
 
-    law = NegativeBinomial
+    distribution = NegativeBinomial
     events = (0,)
     names = ("log probs",)
     mean_names = ("E x",)
@@ -99,13 +99,15 @@ class NegativeBinomialFamily(ExponentialFamily):
     total_count: Fixed = 1.0
 
     @classmethod
-    def of(cls, law: NegativeBinomial, draws: bool = True):
-        total = fixed_value(law.total_count, draws)
+    def of(cls, distribution: NegativeBinomial, draws: bool = True):
+        total = fixed_value(distribution.total_count, draws)
         return None if total is None else cls(total)
 
-    def natural(self, law: NegativeBinomial | Geometric):
-        given = _parametrisation(law)
-        return (logsigmoid(law.logits) if given == "logits" else law.probs.log(),)
+    def natural(self, distribution: NegativeBinomial | Geometric):
+        given = _parametrisation(distribution)
+        return (
+            logsigmoid(distribution.logits) if given == "logits" else distribution.probs.log(),
+        )
 
     def from_natural(self, natural):
         odds = natural[0] - log1mexp(natural[0])
@@ -130,8 +132,8 @@ class NegativeBinomialFamily(ExponentialFamily):
         coin = relative_gap(p[0], q[0]) + relative_gap(stop_p, stop_q)
         return self.total_count * coin * (-stop_p).exp()
 
-    def log_fisher(self, law: NegativeBinomial | Geometric):
-        log_probs = self.natural(law)[0]
+    def log_fisher(self, distribution: NegativeBinomial | Geometric):
+        log_probs = self.natural(distribution)[0]
         total = (0 * log_probs + self.total_count).log()
         return total - log_probs - 2 * log1mexp(log_probs)
 
@@ -146,16 +148,20 @@ class NegativeBinomialFamily(ExponentialFamily):
 class GeometricFamily(NegativeBinomialFamily):
     """Geometric(probs), failures before a success: NegativeBinomial(1, 1 − probs)."""
 
-    law = Geometric
+    distribution = Geometric
     names = ("log(1 − probs)",)
 
     @classmethod
-    def of(cls, law: Geometric, draws: bool = True):
+    def of(cls, distribution: Geometric, draws: bool = True):
         return cls()
 
-    def natural(self, law: Geometric):
-        given = _parametrisation(law)
-        return (logsigmoid(-law.logits) if given == "logits" else torch.log1p(-law.probs),)
+    def natural(self, distribution: Geometric):
+        given = _parametrisation(distribution)
+        return (
+            logsigmoid(-distribution.logits)
+            if given == "logits"
+            else torch.log1p(-distribution.probs),
+        )
 
     def from_natural(self, natural):
         return Geometric(logits=log1mexp(natural[0]) - natural[0])
@@ -165,14 +171,14 @@ class GeometricFamily(NegativeBinomialFamily):
 class PoissonFamily(ExponentialFamily):
     """Poisson(rate): T = x, η = log rate."""
 
-    law = Poisson
+    distribution = Poisson
     events = (0,)
     names = ("log rate",)
     mean_names = ("E x",)
     parameters = ("rate",)
 
-    def natural(self, law: Poisson):
-        return (law.rate.log(),)
+    def natural(self, distribution: Poisson):
+        return (distribution.rate.log(),)
 
     def from_natural(self, natural):
         return Poisson(natural[0].exp())
@@ -193,8 +199,8 @@ class PoissonFamily(ExponentialFamily):
     def kl(self, p, q):
         return relative_gap(p[0], q[0])
 
-    def log_fisher(self, law: Poisson):
-        return -law.rate.log()
+    def log_fisher(self, distribution: Poisson):
+        return -distribution.rate.log()
 
     def mean_inside(self, mean):
         return (mean[0].isfinite() & (mean[0] > 0),)
@@ -204,10 +210,10 @@ class PoissonFamily(ExponentialFamily):
 class MultinomialFamily(ExponentialFamily):
     """Multinomial(total_count, probs): T = x, η = log probs, −∞ at 0, where torch clamps.
 
-    η has one number more than it needs: a constant added to all of it changes no law.
+    η has one number more than it needs: a constant added to all of it changes no distribution.
     """
 
-    law = Multinomial
+    distribution = Multinomial
     events = (1,)
     names = ("log probs",)
     mean_names = ("E x",)
@@ -215,12 +221,18 @@ class MultinomialFamily(ExponentialFamily):
     total_count: int = 1
 
     @classmethod
-    def of(cls, law: Multinomial, draws: bool = True):
-        return cls(law.total_count)
+    def of(cls, distribution: Multinomial, draws: bool = True):
+        return cls(distribution.total_count)
 
-    def natural(self, law: Categorical | Multinomial | OneHotCategorical):
-        law = law if isinstance(law, Categorical) else law._categorical
-        return (law.logits if _parametrisation(law) == "logits" else law.probs.log(),)
+    def natural(self, distribution: Categorical | Multinomial | OneHotCategorical):
+        distribution = (
+            distribution if isinstance(distribution, Categorical) else distribution._categorical
+        )
+        return (
+            distribution.logits
+            if _parametrisation(distribution) == "logits"
+            else distribution.probs.log(),
+        )
 
     def from_natural(self, natural):
         return Multinomial(self.total_count, logits=natural[0])
@@ -242,9 +254,9 @@ class MultinomialFamily(ExponentialFamily):
         gaps = relative_gap(p[0].log_softmax(-1), q[0].log_softmax(-1))
         return self.total_count * gaps.sum(-1)
 
-    def log_fisher(self, law: Categorical | Multinomial | OneHotCategorical):
+    def log_fisher(self, distribution: Categorical | Multinomial | OneHotCategorical):
         """Of all the probabilities but one."""
-        log_probs = self.natural(law)[0]
+        log_probs = self.natural(distribution)[0]
         return (log_probs.shape[-1] - 1) * math.log(self.total_count) - log_probs.sum(-1)
 
     def mean_inside(self, mean):
@@ -256,10 +268,10 @@ class MultinomialFamily(ExponentialFamily):
 class OneHotCategoricalFamily(MultinomialFamily):
     """OneHotCategorical(probs): a Multinomial of one trial."""
 
-    law = OneHotCategorical
+    distribution = OneHotCategorical
 
     @classmethod
-    def of(cls, law: OneHotCategorical, draws: bool = True):
+    def of(cls, distribution: OneHotCategorical, draws: bool = True):
         return cls()
 
     def from_natural(self, natural):
@@ -270,12 +282,12 @@ class OneHotCategoricalFamily(MultinomialFamily):
 class CategoricalFamily(MultinomialFamily):
     """Categorical(probs): the class that a Multinomial of one trial has its one in."""
 
-    law = Categorical
+    distribution = Categorical
     classes: int = 0
 
     @classmethod
-    def of(cls, law: Categorical, draws: bool = True):
-        return cls(classes=law.param_shape[-1])
+    def of(cls, distribution: Categorical, draws: bool = True):
+        return cls(classes=distribution.param_shape[-1])
 
     def from_natural(self, natural):
         return Categorical(logits=natural[0])
@@ -284,11 +296,15 @@ class CategoricalFamily(MultinomialFamily):
         return (torch.nn.functional.one_hot(x, self.classes).double(),)
 
 
-def logits_of(law: Bernoulli | Binomial) -> Tensor:
+def logits_of(distribution: Bernoulli | Binomial) -> Tensor:
     """The logits as given, or those of the probabilities: ±∞ at 0 and 1, where torch clamps."""
-    return law.logits if _parametrisation(law) == "logits" else torch.logit(law.probs)
+    return (
+        distribution.logits
+        if _parametrisation(distribution) == "logits"
+        else torch.logit(distribution.probs)
+    )
 
 
-def _parametrisation(law: Distribution) -> str:
-    """Which of its two parameters a law was made with: the other is computed, and kept later."""
-    return next(name for name in law.__dict__ if name in ("probs", "logits"))
+def _parametrisation(distribution: Distribution) -> str:
+    """The one of two parameters that a distribution was made with: torch caches the other."""
+    return next(name for name in distribution.__dict__ if name in ("probs", "logits"))

@@ -1,4 +1,4 @@
-"""Gamma laws and their kin: Exponential, Laplace, InverseGamma, Wishart, Beta, Dirichlet."""
+"""Gamma and its kin: Exponential, Laplace, InverseGamma, Wishart, Beta, Dirichlet."""
 
 import math
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ from rkl.bayes.families.special import (
 class ExponentialLawFamily(ExponentialFamily):
     """Exponential(rate): T = x, η = −rate."""
 
-    law = Exponential
+    distribution = Exponential
     events = (0,)
     names = ("−rate",)
     mean_names = ("E x",)
     parameters = ("rate",)
 
-    def natural(self, law: Exponential):
-        return (-law.rate,)
+    def natural(self, distribution: Exponential):
+        return (-distribution.rate,)
 
     def from_natural(self, natural):
         return Exponential(-natural[0])
@@ -59,8 +59,8 @@ class ExponentialLawFamily(ExponentialFamily):
     def kl(self, p, q):
         return log_gap((q[0] - p[0]) / p[0])
 
-    def log_fisher(self, law: Exponential):
-        return -2 * law.rate.log()
+    def log_fisher(self, distribution: Exponential):
+        return -2 * distribution.rate.log()
 
     def inside(self, natural):
         return (natural[0].isfinite() & (natural[0] < 0),)
@@ -73,19 +73,19 @@ class ExponentialLawFamily(ExponentialFamily):
 class LaplaceFamily(ExponentialLawFamily):
     """Laplace(loc, scale) of a known loc: |x − loc| is Exponential(1 / scale)."""
 
-    law = Laplace
+    distribution = Laplace
     names = ("−1 / scale",)
     mean_names = ("E |x − loc|",)
     parameters = ("scale",)
     loc: Fixed = 0.0
 
     @classmethod
-    def of(cls, law: Laplace, draws: bool = True):
-        loc = fixed_value(law.loc, draws)
+    def of(cls, distribution: Laplace, draws: bool = True):
+        loc = fixed_value(distribution.loc, draws)
         return None if loc is None else cls(loc)
 
-    def natural(self, law: Laplace):
-        return (-1 / law.scale,)
+    def natural(self, distribution: Laplace):
+        return (-1 / distribution.scale,)
 
     def from_natural(self, natural):
         return Laplace(torch.zeros_like(natural[0]) + self.loc, -1 / natural[0])
@@ -93,25 +93,25 @@ class LaplaceFamily(ExponentialLawFamily):
     def statistic(self, x):
         return ((x - self.loc).abs(),)
 
-    def log_fisher(self, law: Laplace):
-        return -2 * law.scale.log()
+    def log_fisher(self, distribution: Laplace):
+        return -2 * distribution.scale.log()
 
 
 @dataclass(frozen=True, eq=False)
 class GammaFamily(ExponentialFamily):
     """Gamma(concentration, rate): T = (log x, x), η = (concentration, −rate), h = 1/x."""
 
-    law = Gamma
+    distribution = Gamma
     events = (0, 0)
     names = ("concentration", "−rate")
     mean_names = ("E log x", "E x")
     parameters = ("concentration", "rate")
 
-    def natural(self, law: Gamma | InverseGamma):
-        return law.concentration, -law.rate
+    def natural(self, distribution: Gamma | InverseGamma):
+        return distribution.concentration, -distribution.rate
 
     def from_natural(self, natural):
-        return self.law(natural[0], -natural[1])
+        return self.distribution(natural[0], -natural[1])
 
     def statistic(self, x):
         return x.log(), x
@@ -134,9 +134,9 @@ class GammaFamily(ExponentialFamily):
         rates = p[0] * log_gap(excess) - (q[0] - p[0]) * torch.log1p(excess)
         return lgamma_gap(q[0], p[0]) + rates
 
-    def log_fisher(self, law: Gamma | InverseGamma):
-        shape = law.concentration
-        return (shape * trigamma_gap(shape)).log() - 2 * law.rate.log()
+    def log_fisher(self, distribution: Gamma | InverseGamma):
+        shape = distribution.concentration
+        return (shape * trigamma_gap(shape)).log() - 2 * distribution.rate.log()
 
     def inside(self, natural):
         shape, rate = natural[0], -natural[1]
@@ -151,7 +151,7 @@ class GammaFamily(ExponentialFamily):
 class InverseGammaFamily(GammaFamily):
     """InverseGamma(concentration, rate): 1/x is Gamma(concentration, rate)."""
 
-    law = InverseGamma
+    distribution = InverseGamma
     mean_names = ("−E log x", "E 1/x")
 
     def statistic(self, x):
@@ -165,14 +165,14 @@ class WishartFamily(ExponentialFamily):
     h = (det X)^(−(d + 1)/2), and A = log Γ_d(df / 2) − (df / 2) log det ½V⁻¹.
     """
 
-    law = Wishart
+    distribution = Wishart
     events = (0, 2)
     names = ("df / 2", "−½ precision")
     mean_names = ("E log det X", "E X")
     parameters = ("df", "covariance_matrix")
 
-    def natural(self, law: Wishart):
-        return law.df / 2, -law.precision_matrix / 2
+    def natural(self, distribution: Wishart):
+        return distribution.df / 2, -distribution.precision_matrix / 2
 
     def from_natural(self, natural):
         return Wishart(2 * natural[0], precision_matrix=-2 * natural[1])
@@ -200,14 +200,14 @@ class WishartFamily(ExponentialFamily):
         scales = p[0] * (trace - log_ratio) - (q[0] - p[0]) * log_ratio
         return lgamma_gap(_shapes(q), _shapes(p)).sum(-1) + scales
 
-    def log_fisher(self, law: Wishart):
+    def log_fisher(self, distribution: Wishart):
         """Of df and the lower triangle of V."""
-        natural, size = self.natural(law), law.event_shape[-1]
-        shapes, df = _shapes(natural), law.df.unsqueeze(-1)
+        natural, size = self.natural(distribution), distribution.event_shape[-1]
+        shapes, df = _shapes(natural), distribution.df.unsqueeze(-1)
         halves = df / 2 - shapes
         of_df = (trigamma_gap(shapes) + 2 * halves / (shapes * df)).sum(-1) / 4
-        scales = (size + 1) * log_det(law.precision_matrix) - size * math.log(2)
-        return of_df.log() + size * (size + 1) / 2 * law.df.log() + scales
+        scales = (size + 1) * log_det(distribution.precision_matrix) - size * math.log(2)
+        return of_df.log() + size * (size + 1) / 2 * distribution.df.log() + scales
 
     def inside(self, natural):
         large = natural[0] > (natural[1].shape[-1] - 1) / 2
@@ -230,14 +230,14 @@ def _shapes(natural):
 class DirichletFamily(ExponentialFamily):
     """Dirichlet(concentration): T = log x, η = concentration, h = Π 1/x."""
 
-    law = Dirichlet
+    distribution = Dirichlet
     events = (1,)
     names = ("concentration",)
     mean_names = ("E log x",)
     parameters = ("concentration",)
 
-    def natural(self, law: Dirichlet):
-        return (law.concentration,)
+    def natural(self, distribution: Dirichlet):
+        return (distribution.concentration,)
 
     def from_natural(self, natural):
         return Dirichlet(natural[0])
@@ -265,9 +265,12 @@ class DirichletFamily(ExponentialFamily):
     def kl(self, p, q):
         return lgamma_gap(q[0], p[0]).sum(-1) - lgamma_gap(q[0].sum(-1), p[0].sum(-1))
 
-    def log_fisher(self, law: Dirichlet):
-        own, total = trigamma(law.concentration), trigamma(law.concentration.sum(-1))
-        return own.log().sum(-1) + torch.log1p(-total * (1 / own).sum(-1))
+    def log_fisher(self, distribution: Dirichlet):
+        information, total = (
+            trigamma(distribution.concentration),
+            trigamma(distribution.concentration.sum(-1)),
+        )
+        return information.log().sum(-1) + torch.log1p(-total * (1 / information).sum(-1))
 
     def inside(self, natural):
         return ((natural[0].isfinite() & (natural[0] > 0)).all(-1),)
@@ -280,14 +283,14 @@ class DirichletFamily(ExponentialFamily):
 class BetaFamily(ExponentialFamily):
     """Beta(concentration1, concentration0): (x, 1 − x) is Dirichlet of these."""
 
-    law = Beta
+    distribution = Beta
     events = (0, 0)
     names = ("concentration1", "concentration0")
     mean_names = ("E log x", "E log(1 − x)")
     parameters = ("concentration1", "concentration0")
 
-    def natural(self, law: Beta):
-        return law.concentration1, law.concentration0
+    def natural(self, distribution: Beta):
+        return distribution.concentration1, distribution.concentration0
 
     def from_natural(self, natural):
         return Beta(natural[0], natural[1])
@@ -308,8 +311,8 @@ class BetaFamily(ExponentialFamily):
     def kl(self, p, q):
         return _DIRICHLET.kl(_pair(p), _pair(q))
 
-    def log_fisher(self, law: Beta):
-        return _DIRICHLET.log_fisher(Dirichlet(_pair(self.natural(law))[0]))
+    def log_fisher(self, distribution: Beta):
+        return _DIRICHLET.log_fisher(Dirichlet(_pair(self.natural(distribution))[0]))
 
     def inside(self, natural):
         return tuple(x.isfinite() & (x > 0) for x in natural)

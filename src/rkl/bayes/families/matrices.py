@@ -21,7 +21,7 @@ def times(matrix: Float[Tensor, "*b m n"], vector: Float[Tensor, "*c n"]) -> Ten
 
 
 def positive_definite(matrix: Float[Tensor, "*batch n n"]) -> Bool[Tensor, "*batch"]:
-    """Whether a symmetric matrix is finite and positive definite."""
+    """True of symmetric matrices that are finite and positive definite."""
     finite = matrix.isfinite().all(-1).all(-1)
     safe = torch.where(finite[..., None, None], matrix, 0.0)
     return finite & (torch.linalg.cholesky_ex(safe).info == 0)

@@ -233,8 +233,8 @@ class NegativeBinomial2(_Named):
 
     def sample(self, sample_shape=()):
         logits = self._mean.log() - self.concentration.log()
-        law = NegativeBinomial(self.concentration, logits=logits, validate_args=False)
-        return law.sample(torch.Size(sample_shape))
+        distribution = NegativeBinomial(self.concentration, logits=logits, validate_args=False)
+        return distribution.sample(torch.Size(sample_shape))
 
     def _uniform(self, sample_shape):
         return torch.rand(self._expand(sample_shape), dtype=self._mean.dtype)
@@ -257,8 +257,8 @@ class _ZeroInflated(_Named):
         return torch.where(zero, both, count)
 
     def sample(self, sample_shape=()):
-        kept = self._uniform(sample_shape) > self.gate
-        return self.counts.sample(torch.Size(sample_shape)) * kept
+        counted = self._uniform(sample_shape) > self.gate
+        return self.counts.sample(torch.Size(sample_shape)) * counted
 
 
 class ZeroInflatedPoisson(_ZeroInflated):
@@ -332,11 +332,11 @@ class HurdlePoisson(_Named):
         return torch.where(value == 0, self.gate.log(), positive)
 
     def sample(self, sample_shape=()):
-        kept = self._uniform(sample_shape) > self.gate
+        counted = self._uniform(sample_shape) > self.gate
         # the first arrival is before the end, and the others are Poisson after it
         first = -torch.log1p(self._uniform(sample_shape) * torch.expm1(-self.rate))
         count = 1 + torch.poisson((self.rate - first).clamp_min(0))
-        return torch.where(kept, count, 0.0)
+        return torch.where(counted, count, 0.0)
 
 
 class BetaBinomial(_Named):

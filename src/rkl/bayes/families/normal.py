@@ -1,4 +1,4 @@
-"""Normal laws and their kin: LogNormal, MultivariateNormal, and VonMises on the circle."""
+"""Normal and its kin: LogNormal, MultivariateNormal, and VonMises on the circle."""
 
 import dataclasses
 import math
@@ -17,23 +17,23 @@ from rkl.bayes.families.special import log_gap
 class NormalFamily(ExponentialFamily):
     """Normal(loc, scale): T = (x − o, (x − o)²) about an origin o, η = (loc − o, −½) / scale²."""
 
-    law = Normal
+    distribution = Normal
     events = (0, 0)
     names = ("loc / scale²", "−1 / (2 scale²)")
     mean_names = ("E x", "E x²")
     parameters = ("loc", "scale")
     origin: Fixed = 0.0
 
-    def about(self, law: Normal | LogNormal):
-        return dataclasses.replace(self, origin=law.loc)
+    def about(self, distribution: Normal | LogNormal):
+        return dataclasses.replace(self, origin=distribution.loc)
 
-    def natural(self, law: Normal | LogNormal):
-        precision = 1 / (law.scale * law.scale)
-        return (law.loc - self.origin) * precision, -precision / 2
+    def natural(self, distribution: Normal | LogNormal):
+        precision = 1 / (distribution.scale * distribution.scale)
+        return (distribution.loc - self.origin) * precision, -precision / 2
 
     def from_natural(self, natural):
         loc, variance = _moments(natural)
-        return self.law(loc + self.origin, variance.sqrt())
+        return self.distribution(loc + self.origin, variance.sqrt())
 
     def statistic(self, x):
         x = x - self.origin
@@ -58,11 +58,11 @@ class NormalFamily(ExponentialFamily):
         excess = (variance_p - variance_q) / variance_q
         return (log_gap(excess) + shift * shift / variance_q) / 2
 
-    def terms(self, law: Normal | LogNormal, reference: Natural) -> Terms:
+    def terms(self, distribution: Normal | LogNormal, reference: Natural) -> Terms:
         """One logarithm and one division a draw; the KLs to absolute precision."""
         loc_0, variance_0 = _moments(reference)
         precision_0 = -2 * reference[1]
-        loc, variance = law.loc - self.origin, law.scale * law.scale
+        loc, variance = distribution.loc - self.origin, distribution.scale * distribution.scale
         precision = 1 / variance
         ratio = precision * variance_0
         log_ratio, square = ratio.log(), (loc - loc_0).square()
@@ -73,8 +73,8 @@ class NormalFamily(ExponentialFamily):
             to_reference=(variance * precision_0 - 1 + log_ratio + square * precision_0) / 2,
         )
 
-    def log_fisher(self, law: Normal | LogNormal):
-        return math.log(2) - 4 * law.scale.log()
+    def log_fisher(self, distribution: Normal | LogNormal):
+        return math.log(2) - 4 * distribution.scale.log()
 
     def inside(self, natural):
         return natural[0].isfinite(), natural[1].isfinite() & (natural[1] < 0)
@@ -93,7 +93,7 @@ def _moments(natural: Natural) -> tuple[Tensor, Tensor]:
 class LogNormalFamily(NormalFamily):
     """LogNormal(loc, scale): log x is Normal(loc, scale)."""
 
-    law = LogNormal
+    distribution = LogNormal
     mean_names = ("E log x", "E log² x")
 
     def statistic(self, x):
@@ -107,19 +107,19 @@ class MultivariateNormalFamily(ExponentialFamily):
     η = (Σ⁻¹ (loc − o), −½ Σ⁻¹).
     """
 
-    law = MultivariateNormal
+    distribution = MultivariateNormal
     events = (1, 2)
     names = ("precision · loc", "−½ precision")
     mean_names = ("E x", "E x xᵀ")
     parameters = ("loc", "covariance_matrix")
     origin: Fixed = 0.0
 
-    def about(self, law: MultivariateNormal):
-        return dataclasses.replace(self, origin=law.loc)
+    def about(self, distribution: MultivariateNormal):
+        return dataclasses.replace(self, origin=distribution.loc)
 
-    def natural(self, law: MultivariateNormal):
-        precision = law.precision_matrix
-        return times(precision, law.loc - self.origin), -precision / 2
+    def natural(self, distribution: MultivariateNormal):
+        precision = distribution.precision_matrix
+        return times(precision, distribution.loc - self.origin), -precision / 2
 
     def from_natural(self, natural):
         return MultivariateNormal(_loc(natural) + self.origin, precision_matrix=-2 * natural[1])
@@ -147,10 +147,10 @@ class MultivariateNormalFamily(ExponentialFamily):
         trace, log_ratio = excess_matrix(p[1], q[1])
         return (trace - log_ratio + distance) / 2
 
-    def log_fisher(self, law: MultivariateNormal):
+    def log_fisher(self, distribution: MultivariateNormal):
         """Of loc and the lower triangle of the covariance: (d + 2) log det Σ⁻¹ − d log 2."""
-        size = law.loc.shape[-1]
-        return (size + 2) * log_det(law.precision_matrix) - size * math.log(2)
+        size = distribution.loc.shape[-1]
+        return (size + 2) * log_det(distribution.precision_matrix) - size * math.log(2)
 
     def inside(self, natural):
         return natural[0].isfinite().all(-1), positive_definite(-natural[1])
@@ -176,14 +176,17 @@ class VonMisesFamily(ExponentialFamily):
     Source: Mardia and Jupp (2000), section 3.5.4.
     """
 
-    law = VonMises
+    distribution = VonMises
     events = (0, 0)
     names = ("concentration · cos loc", "concentration · sin loc")
     mean_names = ("E cos x", "E sin x")
     parameters = ("loc", "concentration")
 
-    def natural(self, law: VonMises):
-        return law.concentration * law.loc.cos(), law.concentration * law.loc.sin()
+    def natural(self, distribution: VonMises):
+        return (
+            distribution.concentration * distribution.loc.cos(),
+            distribution.concentration * distribution.loc.sin(),
+        )
 
     def from_natural(self, natural):
         return VonMises(torch.atan2(natural[1], natural[0]), torch.hypot(*natural))
@@ -222,8 +225,8 @@ class VonMisesFamily(ExponentialFamily):
         )
         return excess + (kappa_q - kappa_p) * (1 - length) + length * kappa_q * apart / 2
 
-    def log_fisher(self, law: VonMises):
-        kappa = law.concentration
+    def log_fisher(self, distribution: VonMises):
+        kappa = distribution.concentration
         length = _resultant(kappa)
         return (kappa * length).log() + (1 - length * (length + 1 / kappa)).log()
 
@@ -237,5 +240,5 @@ def _resultant(kappa: Tensor) -> Tensor:
 
 
 def _part(component: Tensor, kappa: Tensor) -> Tensor:
-    """The cosine or sine of loc; 0 for the uniform law, which has none."""
+    """The cosine or sine of loc; 0 for the uniform distribution, which has none."""
     return torch.where(kappa > 0, component / kappa, 0.0)

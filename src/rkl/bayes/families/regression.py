@@ -33,7 +33,7 @@ class Regression(Distribution):
     The linear predictor is design · coefficients + offset, with an offset for each row.
     """
 
-    # torch's stub declares a property, its own laws have a table of the class
+    # torch's stub declares a property, its own distributions have a table of the class
     arg_constraints = {"coefficients": constraints.real_vector}  # pyright: ignore
 
     def __init__(
@@ -60,7 +60,7 @@ class Regression(Distribution):
     @property
     @abc.abstractmethod
     def rows(self) -> Distribution:
-        """The law of the response of each row, [*batch, rows]."""
+        """The distribution of the response of each row, [*batch, rows]."""
 
     @property
     def predictor(self) -> Tensor:
@@ -101,22 +101,24 @@ def by_row(name: str, value: Any, design: Tensor) -> Tensor:
         ValueError: It is not finite, or has another length.
     """
     try:
-        found = torch.as_tensor(value, dtype=design.dtype, device=design.device)
+        column = torch.as_tensor(value, dtype=design.dtype, device=design.device)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be numbers, one for each row; got {value!r:.60}.") from error
-    if found.shape not in (torch.Size([]), design.shape[:1]):
+    if column.shape not in (torch.Size([]), design.shape[:1]):
         raise ValueError(
             f"{name} must be one number, or one for each of {len(design)} rows of the design; "
-            f"got {list(found.shape)}."
+            f"got {list(column.shape)}."
         )
-    if not found.isfinite().all():
-        raise ValueError(f"{name} must be finite; got {_first(found.flatten())}.")
-    return found
+    if not column.isfinite().all():
+        raise ValueError(f"{name} must be finite; got {_first(column.flatten())}.")
+    return column
 
 
-def by_rows(law: Distribution) -> Distribution:
+def by_rows(distribution: Distribution) -> Distribution:
     """A regression as the independent responses of its rows, as a function would write it."""
-    return Independent(law.rows, 1) if isinstance(law, Regression) else law
+    return (
+        Independent(distribution.rows, 1) if isinstance(distribution, Regression) else distribution
+    )
 
 
 class GaussianRegression(Regression):
@@ -128,8 +130,8 @@ class GaussianRegression(Regression):
         scale: Standard deviation of the noise, in units of the response.
         offset: Part of the mean that has no coefficient, one number or one per row.
 
-    >>> law = GaussianRegression(torch.ones(2, 1), torch.tensor([3.0]), torch.tensor(1.0))
-    >>> law.log_prob(torch.tensor([3.0, 3.0]))
+    >>> distribution = GaussianRegression(torch.ones(2, 1), torch.tensor([3.0]), torch.tensor(1.0))
+    >>> distribution.log_prob(torch.tensor([3.0, 3.0]))
     tensor(-1.8379)
     """
 
@@ -170,7 +172,6 @@ class GaussianRegression(Regression):
 
 
 def _first(value: Tensor) -> float:
-    """The first number that is not finite."""
     return value[~value.isfinite()][0].item()
 
 
@@ -185,8 +186,8 @@ class PoissonRegression(Regression):
         exposure: Time, area or population of each row, to which its rate is proportional: its
             logarithm is added to the offset.
 
-    >>> law = PoissonRegression(torch.ones(2, 1), torch.tensor([0.0]), exposure=[1.0, 5.0])
-    >>> law.mean
+    >>> visits = PoissonRegression(torch.ones(2, 1), torch.tensor([0.0]), exposure=[1.0, 5.0])
+    >>> visits.mean
     tensor([1., 5.])
     """
 
@@ -213,8 +214,8 @@ class LogisticRegression(Regression):
         offset: Part of the log odds that has no coefficient, one number or one per row, in nats.
         trials: Number of trials of each row; 1 by default, and the responses are yes and no.
 
-    >>> law = LogisticRegression(torch.ones(2, 1), torch.tensor([0.0]), trials=[1.0, 10.0])
-    >>> law.mean
+    >>> wins = LogisticRegression(torch.ones(2, 1), torch.tensor([0.0]), trials=[1.0, 10.0])
+    >>> wins.mean
     tensor([0.5000, 5.0000])
     """
 
@@ -259,8 +260,8 @@ class RegressionFamily(ExponentialFamily):
     offset: Tensor
 
     @classmethod
-    def of(cls, law: Regression, draws: bool = True):
-        return cls(law.design, law.offset)
+    def of(cls, distribution: Regression, draws: bool = True):
+        return cls(distribution.design, distribution.offset)
 
     @abc.abstractmethod
     def row_partition(self, predictor: Tensor) -> Tensor:
@@ -278,11 +279,11 @@ class RegressionFamily(ExponentialFamily):
     def row_kl(self, p: Tensor, q: Tensor) -> Tensor:
         """KL of each row between two linear predictors [*batch, rows]."""
 
-    def natural(self, law: Regression):
-        return (law.coefficients,)
+    def natural(self, distribution: Regression):
+        return (distribution.coefficients,)
 
     def from_natural(self, natural):
-        return self.law(self.design, natural[0], self.offset)
+        return self.distribution(self.design, natural[0], self.offset)
 
     def statistic(self, x):
         return (times(self.design.mT, x),)
@@ -303,8 +304,8 @@ class RegressionFamily(ExponentialFamily):
     def kl(self, p, q):
         return self.row_kl(self._predictor(p), self._predictor(q)).sum(-1)
 
-    def log_fisher(self, law: Regression):
-        return log_det(self._information(law.coefficients))
+    def log_fisher(self, distribution: Regression):
+        return log_det(self._information(distribution.coefficients))
 
     def _predictor(self, natural: Natural) -> Tensor:
         return times(self.design, natural[0]) + self.offset
@@ -318,7 +319,7 @@ class RegressionFamily(ExponentialFamily):
 class PoissonRegressionFamily(RegressionFamily):
     """PoissonRegression on one design, A = Σ exp(X · coefficients + offset)."""
 
-    law = PoissonRegression
+    distribution = PoissonRegression
 
     def row_partition(self, predictor):
         return predictor.exp()
@@ -337,12 +338,12 @@ class PoissonRegressionFamily(RegressionFamily):
 class LogisticRegressionFamily(RegressionFamily):
     """LogisticRegression on one design, A = Σ trials · log(1 + exp(X · coefficients + offset))."""
 
-    law = LogisticRegression
+    distribution = LogisticRegression
     trials: Tensor
 
     @classmethod
-    def of(cls, law: LogisticRegression, draws: bool = True):
-        return cls(law.design, law.offset, law.trials)
+    def of(cls, distribution: LogisticRegression, draws: bool = True):
+        return cls(distribution.design, distribution.offset, distribution.trials)
 
     def from_natural(self, natural):
         return LogisticRegression(self.design, natural[0], self.offset, self.trials)
@@ -368,7 +369,7 @@ class GaussianRegressionFamily(ExponentialFamily):
     is an offset of the responses.
     """
 
-    law = GaussianRegression
+    distribution = GaussianRegression
     events = (1, 0)
     names = ("coefficients / scale²", "−1 / (2 scale²)")
     mean_names = ("design · E y", "E ‖y‖²")
@@ -378,15 +379,15 @@ class GaussianRegressionFamily(ExponentialFamily):
     origin: Fixed = 0.0
 
     @classmethod
-    def of(cls, law: GaussianRegression, draws: bool = True):
-        return cls(law.design, law.offset)
+    def of(cls, distribution: GaussianRegression, draws: bool = True):
+        return cls(distribution.design, distribution.offset)
 
-    def about(self, law: GaussianRegression):
-        return dataclasses.replace(self, origin=law.coefficients)
+    def about(self, distribution: GaussianRegression):
+        return dataclasses.replace(self, origin=distribution.coefficients)
 
-    def natural(self, law: GaussianRegression):
-        precision = 1 / (law.scale * law.scale)
-        return (law.coefficients - self.origin) * precision.unsqueeze(-1), -precision / 2
+    def natural(self, distribution: GaussianRegression):
+        precision = 1 / (distribution.scale * distribution.scale)
+        return (distribution.coefficients - self.origin) * precision.unsqueeze(-1), -precision / 2
 
     def from_natural(self, natural):
         coefficients, variance = _moments(natural)
@@ -412,7 +413,7 @@ class GaussianRegressionFamily(ExponentialFamily):
     def from_mean(self, mean):
         full_rank(self.design)
         self.check_mean(mean)
-        fit = self._half_solved(mean[0])
+        fit = self._half_solution(mean[0])
         coefficients = torch.linalg.solve_triangular(
             self._root(), fit.unsqueeze(-1), upper=True
         ).squeeze(-1)
@@ -425,16 +426,16 @@ class GaussianRegressionFamily(ExponentialFamily):
         excess = (variance_p - variance_q) / variance_q
         return (len(self.design) * log_gap(excess) + shift) / 2
 
-    def log_fisher(self, law: GaussianRegression):
+    def log_fisher(self, distribution: GaussianRegression):
         rows, columns = self.design.shape
-        own = log_det(self.design.mT @ self.design)
-        return own + math.log(2 * rows) - 2 * (columns + 1) * law.scale.log()
+        design_term = log_det(self.design.mT @ self.design)
+        return design_term + math.log(2 * rows) - 2 * (columns + 1) * distribution.scale.log()
 
     def inside(self, natural):
         return natural[0].isfinite().all(-1), natural[1].isfinite() & (natural[1] < 0)
 
     def mean_inside(self, mean):
-        least = self._half_solved(mean[0]).square().sum(-1)
+        least = self._half_solution(mean[0]).square().sum(-1)
         return mean[0].isfinite().all(-1), mean[1].isfinite() & (mean[1] > least)
 
     def _fit(self, coefficients: Tensor) -> Tensor:
@@ -444,7 +445,7 @@ class GaussianRegressionFamily(ExponentialFamily):
         """R of the design's QR: RᵀR = XᵀX, without squaring its condition number."""
         return torch.linalg.qr(self.design, mode="r").R
 
-    def _half_solved(self, moment: Tensor) -> Tensor:
+    def _half_solution(self, moment: Tensor) -> Tensor:
         """R⁻ᵀ Xᵀy, as long as the fitted y."""
         return torch.linalg.solve_triangular(
             self._root().mT, moment.unsqueeze(-1), upper=False

@@ -33,14 +33,14 @@ def orders(divergence: object) -> list[tuple[float, float]] | None:
     >>> orders(0.5 * KL() + Jeffreys()), orders(PearsonChiSquare())
     ([(0.5, 1.0), (1.0, 1.0), (1.0, 0.0)], [(2.0, 2.0)])
     """
-    known = divergence.amari_orders if isinstance(divergence, FDivergence) else None
-    return None if known is None else list(known)
+    terms = divergence.amari_orders if isinstance(divergence, FDivergence) else None
+    return None if terms is None else list(terms)
 
 
 def divergence_between(
     family: ExponentialFamily, divergence: Divergence, p: Natural, q: Natural
 ) -> Tensor:
-    r"""D(p ‖ q) in nats [*batch] between laws of these natural parameters.
+    r"""D(p ‖ q) in nats [*batch] between distributions of these natural parameters.
 
     Closed for the KLs, for Amari's divergences and their kin, and for sums of these:
 
@@ -73,16 +73,16 @@ def divergence_between(
             got = len(natural) if isinstance(natural, tuple) else repr(natural)
             raise ValueError(
                 f"{name} must be the {len(family.events)} components of a natural parameter, "
-                f"as family.natural(law) says; got {got}."
+                f"as family.natural(distribution) says; got {got}."
             )
-    known = orders(divergence)
-    if known is None:
+    terms = orders(divergence)
+    if terms is None:
         raise NotImplementedError(
             f"{divergence} has no closed form within an exponential family; KL, ReverseKL, "
             "Jeffreys, Amari, SquaredHellinger, PearsonChiSquare, NeymanChiSquare and sums of "
             "them have."
         )
-    parts = (weight * _of_order(family, alpha, p, q) for weight, alpha in known)
+    parts = (weight * _of_order(family, alpha, p, q) for weight, alpha in terms)
     return functools.reduce(torch.add, parts)
 
 
@@ -93,7 +93,7 @@ def _of_order(family: ExponentialFamily, alpha: float, p: Natural, q: Natural) -
 
 
 def _amari(family: ExponentialFamily, alpha: float, p: Natural, q: Natural) -> Tensor:
-    """By way of KLs, for A(η) − α A(p) − (1 − α) A(q) = −α KL(η ‖ p) − (1 − α) KL(η ‖ q)."""
+    """A(η) − α A(p) − (1 − α) A(q) = −α KL(η ‖ p) − (1 − α) KL(η ‖ q), which keeps digits."""
     mixed = tuple(alpha * x + (1 - alpha) * y for x, y in zip(p, q, strict=True))
     exists = family.contains(mixed)
     safe = tuple(
@@ -110,7 +110,7 @@ class Intrinsic:
     r"""The intrinsic discrepancy, the smaller of KL(p ‖ q) and KL(q ‖ p).
 
     A loss, not an f-divergence: it compares p and q as wholes, and so is no sum over atoms.
-    Finite where the support of one holds that of the other, as between uniform laws.
+    Finite where the support of one holds that of the other, as between uniform distributions.
 
     Source: Bernardo and Juárez (2003), definition 1.
 
@@ -120,7 +120,7 @@ class Intrinsic:
     """
 
     def held(self, logp: Tensor, logq: Tensor) -> tuple[Tensor]:
-        """Whether the forward divergence is the smaller one, [*batch, 1]."""
+        """True where the forward divergence is the smaller one, [*batch, 1]."""
         return ((_FORWARD(logp, logq) <= _REVERSE(logp, logq))[..., None],)
 
     def excess(self, logp: Tensor, logq: Tensor, forward: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def check_loss(divergence: Any) -> None:
 
 
 def between(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | None:
-    """D(p ‖ q) in nats of laws, the first axis that of draws, where it has a closed form.
+    """D(p ‖ q) in nats of distributions, the first axis that of draws, where it has a closed form.
 
     >>> from rkl.divergences import SquaredHellinger
     >>> from torch.distributions import Normal
@@ -185,8 +185,8 @@ def between(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | N
     (tensor([0.5000], dtype=torch.float64), tensor([0.1175], dtype=torch.float64))
     """
     if isinstance(divergence, Intrinsic):
-        if (found := _intrinsic_at_edges(p, q)) is not None:
-            return found
+        if (intrinsic := _intrinsic_at_edges(p, q)) is not None:
+            return intrinsic
         both = between(_FORWARD, p, q), between(_REVERSE, p, q)
         return None if both[0] is None or both[1] is None else torch.minimum(both[0], both[1])
     if orders(divergence) is None:
@@ -225,7 +225,7 @@ def _intrinsic_at_edges(p: Distribution, q: Distribution) -> Tensor | None:
 
 
 def _of_independent_parts(divergence: AnyLoss, p: Distribution, q: Distribution) -> Tensor | None:
-    """That of independent parts: their KLs add up, their affinities 1 + α(α − 1) D multiply."""
+    """KLs of independent parts add up, their affinities 1 + α(α − 1) D multiply."""
     if not isinstance(p, Independent) or not isinstance(q, Independent):
         return None
     axes, total = tuple(range(-p.reinterpreted_batch_ndims, 0)), []
@@ -243,7 +243,7 @@ def _of_independent_parts(divergence: AnyLoss, p: Distribution, q: Distribution)
 
 
 class Weights(NamedTuple):
-    """How much of each KL a divergence is."""
+    """The coefficients of a sum of both KLs."""
 
     reverse: float
     forward: float
@@ -256,7 +256,7 @@ def weights_of(divergence: Divergence) -> Weights | None:
     >>> weights_of(0.25 * KL() + 0.5 * Jeffreys())
     Weights(reverse=0.5, forward=0.75)
     """
-    known = orders(divergence)
-    if known is None or any(alpha not in (0, 1) for _, alpha in known):
+    terms = orders(divergence)
+    if terms is None or any(alpha not in (0, 1) for _, alpha in terms):
         return None
-    return Weights(*(float(sum(w for w, alpha in known if alpha == i)) for i in (0, 1)))
+    return Weights(*(float(sum(w for w, alpha in terms if alpha == i)) for i in (0, 1)))

@@ -30,39 +30,39 @@ from rkl.divergences import (
 
 @dataclass(frozen=True)
 class PosteriorLoss(abc.ABC):
-    """E D(P_θ ‖ P_t) over the posterior draws θ, as a function of the law P_t."""
+    """E D(P_θ ‖ P_t) over the posterior draws θ, as a function of the distribution P_t."""
 
     laws: Laws
     nodes: Nodes | None  # None with a closed form
     smooth: bool
 
     def over(self, laws: Laws) -> "PosteriorLoss":
-        """The same over other draws."""
+        """The posterior loss over other draws."""
         return dataclasses.replace(self, laws=laws)
 
     @property
     @abc.abstractmethod
     def numbers(self) -> int:
-        """How many numbers an evaluation needs of each draw; 0 where moments serve."""
+        """Numbers that an evaluation needs of each draw; 0 where moments serve."""
 
     @abc.abstractmethod
     def risk(self, law: Distribution) -> Tensor:
-        """The expected loss in nats of a law of batch shape [1, *batch], for autograd twice."""
+        """The expected loss in nats at a distribution [1, *batch]; twice differentiable."""
 
     @abc.abstractmethod
     def by_draw(
         self, law: Distribution, leaf: Tensor | None = None
     ) -> tuple[Float[Tensor, " draws"], Float[Tensor, "draws k"]]:
-        """The loss of each draw, and its slopes in the leaf [k] of which the law was made."""
+        """The loss of each draw, and its slopes in the leaf [k] that made the distribution."""
 
     @abc.abstractmethod
     def by_member(self, law: Distribution) -> Float[Tensor, "draws *batch"]:
-        """The loss of each draw for each member of the law's batch, which by_draw adds up."""
+        """The loss of each draw for each member of the batch, which by_draw adds up."""
 
 
 @dataclass(frozen=True)
 class DirectLoss(PosteriorLoss):
-    """The loss by a function of two laws: a closed form, or a sum over few atoms."""
+    """The loss by a function of two distributions: a closed form, or a sum over few atoms."""
 
     loss: Callable[[Distribution, Distribution], Tensor]  # [draws, *batch]
 
@@ -104,10 +104,10 @@ class NodeLoss(PosteriorLoss):
 
     def risk(self, law):
         logq = self.nodes.log_mass(law)[0]
-        known = orders(self.divergence)
-        if known is None:
+        terms = orders(self.divergence)
+        if terms is None:
             return _Expected.apply(logq, self)
-        return torch.stack([w * self._of_order(alpha, logq) for w, alpha in known]).sum()
+        return torch.stack([w * self._of_order(alpha, logq) for w, alpha in terms]).sum()
 
     def by_draw(self, law, leaf=None):
         logq, jacobian = self._jacobian(law, leaf)
@@ -129,7 +129,7 @@ class NodeLoss(PosteriorLoss):
         return torch.cat(parts).reshape(-1, *law.batch_shape[1:])
 
     def by_node(self, law, leaf=None) -> tuple[Tensor, Tensor]:
-        """What each node adds to the expected loss [m], and to its slopes [m, k]."""
+        """The terms of each node in the expected loss [m], and in its slopes [m, k]."""
         logq, jacobian = self._jacobian(law, leaf)
         total, slope = torch.zeros_like(logq), torch.zeros_like(logq)
         for rows in self.laws.chunks(logq.numel()):
@@ -139,7 +139,7 @@ class NodeLoss(PosteriorLoss):
         return total.sum(0), (slope[..., None] * jacobian).sum(0)
 
     def _jacobian(self, law, leaf):
-        """Log w q [members, m] of a law, and its slopes [members, m, k]."""
+        """Log w q [members, m] of a distribution, and its slopes [members, m, k]."""
         with torch.set_grad_enabled(leaf is not None):
             logq = self.nodes.log_mass(law)[0]
             return logq.detach(), slopes(logq.flatten(), leaf).reshape(*logq.shape, -1)
@@ -154,8 +154,8 @@ class NodeLoss(PosteriorLoss):
 
     def _excess(self, logp, logq):
         with torch.no_grad():
-            held = self.divergence.held(logp, logq)
-        return self.divergence.excess(logp, logq, *held)
+            coefficients = self.divergence.held(logp, logq)
+        return self.divergence.excess(logp, logq, *coefficients)
 
     @functools.cached_property
     def _log_masses(self) -> list[tuple[slice, Tensor]]:
@@ -273,9 +273,12 @@ def slopes(outputs: Float[Tensor, " n"], leaf: Tensor | None) -> Float[Tensor, "
 # Seconds of a core of 2024: of one coordinate of a kinked loss; by number of a closed form; by
 # draw and node of a smooth loss, and of one gradient of a kinked one.
 OVERHEAD, CLOSED, AT_NODES, KINKS = 0.5, 2.5e-7, 2.5e-6, 2e-6
-FEW_NODES, ENDLESS = 64, 30.0  # nodes that any law takes, and seconds beyond which they suffice
+MAX_DIRECT_NODES, ENDLESS = (
+    64,
+    30.0,
+)  # nodes that any distribution takes, and seconds beyond which they suffice
 KINKED = 2**20  # log-densities that a loss with kinks is minimised over, which only many smooth
-FEW = 32  # draws that tell whether the laws have a closed form between them
+PROBE_DRAWS = 32  # draws that tell whether the distributions have a closed form between them
 
 
 def posterior_loss(
@@ -286,11 +289,11 @@ def posterior_loss(
     size: int = 4096,
     seed: int = 0,
 ) -> PosteriorLoss:
-    """The posterior expected divergence of a law, by a closed form or on nodes.
+    """The posterior expected divergence of a distribution, by a closed form or on nodes.
 
     Raises:
         TypeError: ``divergence`` is none.
-        ValueError: It needs a finite support, or no nodes serve these laws.
+        ValueError: It needs a finite support, or no nodes serve these distributions.
     """
     check_loss(divergence)
     laws = _independent_parts(laws, divergence)
@@ -311,7 +314,7 @@ def posterior_loss(
 
 
 def needs_sample(laws: Laws, divergence: AnyLoss) -> bool:
-    """Whether the loss takes an importance sample, and so draws times nodes log-densities."""
+    """True if the loss takes an importance sample, and so draws times nodes log-densities."""
     laws = _independent_parts(laws, divergence)
     return not _has_closed_form(laws, divergence) and joint(laws)
 
@@ -327,32 +330,39 @@ def expected_seconds(laws: Laws, divergence: AnyLoss, draws: int) -> float:
         draws: How many draws there are.
     """
     members = laws.at(laws.spread(1)).batch_shape.numel()
-    if not _has_closed_form(laws, divergence) and AT_NODES * draws * members * FEW_NODES > ENDLESS:
-        return AT_NODES * draws * members * FEW_NODES  # placing nodes would take long itself
-    few = posterior_loss(laws, divergence)
+    if (
+        not _has_closed_form(laws, divergence)
+        and AT_NODES * draws * members * MAX_DIRECT_NODES > ENDLESS
+    ):
+        return (
+            AT_NODES * draws * members * MAX_DIRECT_NODES
+        )  # placing nodes would take long itself
+    loss = posterior_loss(laws, divergence)
     coordinates = sum(x[0].numel() for x in laws.theta.values())
-    if few.nodes is None:
+    if loss.nodes is None:
         law = laws.at(laws.spread(1))
         size = draws * law.batch_shape.numel() * law.event_shape.numel()
-        evaluations = coordinates if not few.smooth else 1
+        evaluations = coordinates if not loss.smooth else 1
         return evaluations * (OVERHEAD + CLOSED * size * coordinates)
-    numbers = draws * few.nodes.log_weight.numel()
-    if few.smooth:
+    numbers = draws * loss.nodes.log_weight.numel()
+    if loss.smooth:
         return 1 + AT_NODES * numbers
     return 1 + KINKS * (1 + 4 * coordinates) * min(numbers, KINKED)
 
 
 def _independent_parts(laws: Laws, divergence: AnyLoss) -> Laws:
-    """The laws, in independent parts where the divergence is a sum over these."""
-    known = orders(divergence)
-    if known is None or any(alpha not in (0, 1) for _, alpha in known):
+    terms = orders(divergence)
+    if terms is None or any(alpha not in (0, 1) for _, alpha in terms):
         return laws
     return dataclasses.replace(laws, law=lambda theta: independent_parts(laws.law(theta)))
 
 
 def _has_closed_form(laws: Laws, divergence: AnyLoss) -> bool:
-    one, few = laws.at(laws.spread(1)), laws.at(laws.spread(FEW))  # what is fixed in one may move
-    return between(divergence, few, one) is not None
+    one, several = (
+        laws.at(laws.spread(1)),
+        laws.at(laws.spread(PROBE_DRAWS)),
+    )  # what is fixed in one may move
+    return between(divergence, several, one) is not None
 
 
 @dataclass(frozen=True)
@@ -382,5 +392,5 @@ class _OverAtoms:
 def thin_loss(loss: PosteriorLoss, numbers: int) -> PosteriorLoss:
     """The loss over so few of the draws that an evaluation needs no more numbers."""
     count = max(numbers // max(1, loss.numbers), 64)
-    few = loss.numbers == 0 or count >= len(loss.laws)
-    return loss if few else loss.over(loss.laws.thin(count))
+    is_small = loss.numbers == 0 or count >= len(loss.laws)
+    return loss if is_small else loss.over(loss.laws.thin(count))

@@ -1,4 +1,4 @@
-"""Points and weights over which a divergence between laws is a sum, chosen once."""
+"""Points and weights over which a divergence between distributions is a sum, chosen once."""
 
 import math
 from collections.abc import Mapping
@@ -11,18 +11,28 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily, VonMises, constraints
 from torch.distributions.constraints import Constraint
 
-from rkl.bayes.loss.quadrature import COARSE, GONE, ORDER, Panels, line_of, refine_panels
+from rkl.bayes.loss.quadrature import (
+    COARSE,
+    ORDER,
+    UNDERFLOW_LOG_MASS,
+    Panels,
+    line_of,
+    refine_panels,
+)
 from rkl.bayes.model import Laws, moving_edge, support_of
 from rkl.divergences import FDivergence, Jeffreys
 from rkl.stats import resample
 
-PROBES, SAMPLES = 24, 64  # laws that decide where nodes go, and what is drawn of each at first
-SOME = 4096  # laws that tell whether the nodes will do, before all are asked
+PROBES, SAMPLES = (
+    24,
+    64,
+)  # distributions that decide where nodes go, and what is drawn of each at first
+SOME = 4096  # distributions that tell whether the nodes will do, before all are asked
 ATOMS = 2**13  # of a product of finite sets that is enumerated
-NEVER = -1e4  # a log weight of 0, in arithmetic that infinity would spoil
-FAR = -100.0  # a log mass that nothing but an infinite divergence takes notice of
+ZERO_LOG_WEIGHT = -1e4  # a log weight of 0, in arithmetic that infinity would spoil
+NEGLIGIBLE_LOG_MASS = -100.0  # a log mass that nothing but an infinite divergence takes notice of
 NEGLIGIBLE = -69.0  # a log mass, 1e-30, that an act cannot depend on
-CLOSE, OFF = 1e-10, 1e-3  # by which the totals should miss 1 at most, and may not
+CLOSE, MAX_DEFECT = 1e-10, 1e-3  # by which the totals should miss 1 at most, and may not
 
 
 @dataclass(frozen=True)
@@ -32,22 +42,24 @@ class Nodes:
     points: Tensor  # [m, *batch, *event], or 1 in place of an axis of the batch
     log_weight: Float[Tensor, "members m"]
     kind: Literal["enumeration", "quadrature", "importance"]
-    defect: float = 0.0  # by which the total of some law misses 1
+    defect: float = 0.0  # by which the total of some distribution misses 1
     coarse: "Nodes | None" = None  # a poorer rule over the same panels
-    far: Bool[Tensor, " m"] | None = None  # nodes at which no law has any mass to speak of
-    masked: bool = False  # supports differ: beyond its own a law has no mass
+    far: Bool[Tensor, " m"] | None = (
+        None  # nodes at which no distribution has any mass to speak of
+    )
+    masked: bool = False  # supports differ: beyond its own a distribution has no mass
 
     def __len__(self) -> int:
         return self.log_weight.shape[-1]
 
-    def only(self, kept: Tensor) -> "Nodes":
+    def only(self, mask: Tensor) -> "Nodes":
         """Some of the nodes."""
-        far = None if self.far is None else self.far[kept]
-        weight = self.log_weight[:, kept]
-        return replace(self, points=self.points[kept], log_weight=weight, far=far)
+        far = None if self.far is None else self.far[mask]
+        weight = self.log_weight[:, mask]
+        return replace(self, points=self.points[mask], log_weight=weight, far=far)
 
     def log_density(self, law: Distribution) -> Float[Tensor, "lead members m"]:
-        """Log p(x) of laws [lead, *batch], the batch flattened to members."""
+        """Log p(x) of distributions [lead, *batch], the batch flattened to members."""
         points = self.points.unsqueeze(1)
         if self.masked:
             support: Any = support_of(law)
@@ -67,15 +79,15 @@ class Nodes:
 def _log_prob(law: Distribution, points: Tensor) -> Tensor:
     """Log p(x) of points [m, 1, *batch, *event], with slopes that are finite.
 
-    Far out densities overflow on the way to 0: they become nan, or -inf with a slope of nan.
-    Such points are moved to where the law has mass, and take no part in slopes. A law that is
-    nan elsewhere misses its total, and is refused for that.
+    Far out densities overflow on the way to 0: they become nan, or -inf with a slope of nan. Such
+    points are moved to where the distribution has mass, and take no part in slopes. A distribution
+    that is nan elsewhere misses its total, and is refused for that.
     """
     logs = law.log_prob(points)
     lost = ~logs.detach().isfinite()
     if law.event_shape or not lost.any():
         return logs
-    values = torch.where(logs.isnan(), NEVER, logs.detach())
+    values = torch.where(logs.isnan(), ZERO_LOG_WEIGHT, logs.detach())
     best = values.argmax(0, keepdim=True)
     mass = torch.take_along_dim(points.expand_as(logs), best, 0)
     return torch.where(lost, values, law.log_prob(torch.where(lost, mass, points)))
@@ -84,26 +96,27 @@ def _log_prob(law: Distribution, points: Tensor) -> Tensor:
 def nodes_for(
     laws: Laws, divergence: FDivergence | None = None, *, size: int = 4096, seed: int = 0
 ) -> Nodes:
-    r"""The nodes for all of these laws, and for what lies among them.
+    r"""The nodes for all of these distributions, and for what lies among them.
 
     - A finite support is enumerated.
     - A line, half-line, interval, circle or the counts are cut into panels, in a coordinate that
-      reaches the end of the tails, until the totals of some laws and the divergences between
-      them stand; each has nodes that integrate, or sum, polynomials exactly.
+      reaches the end of the tails, until the totals of some distributions and the divergences
+      between them stand; each has nodes that integrate, or sum, polynomials exactly.
     - Anything else is sampled from the posterior predictive r = E p, with weights 1/(m r); so is
-      a line on which laws are too narrow for where they lie.
+      a line on which distributions are too narrow for where they lie.
 
-    Except for the last, whose totals hold on average by construction, every law must have the
-    total 1.
+    Except for the last, whose totals hold on average by construction, every distribution must have
+    the total 1.
 
     Args:
-        laws: The laws.
+        laws: The distributions.
         divergence: What will be integrated; by default both Kullback–Leibler divergences.
         size: Number of nodes of an importance sample.
         seed: Of its random numbers. Nothing else is random, except where panels are begun.
 
     Raises:
-        ValueError: The support moves from draw to draw, or a law has another total than 1.
+        ValueError: The support moves from draw to draw, or a distribution has another total than
+            1.
 
     >>> theta = {"loc": torch.tensor([0.0, 1.0, 2.0]).double()}
     >>> laws = Laws(theta, lambda t: torch.distributions.Normal(t["loc"], 1.0), torch.ones(3) / 3)
@@ -115,7 +128,7 @@ def nodes_for(
         return _nodes(laws, divergence or Jeffreys(), size, seed)
     except NotImplementedError as error:
         raise ValueError(
-            f"law must make distributions that say their support and can be sampled; {error}"
+            f"family must make distributions that have a support and can be sampled; {error}"
         ) from error
 
 
@@ -146,14 +159,14 @@ def with_slopes(laws: Laws, nodes: Nodes) -> Nodes:
     slope of the whole loss.
 
     Raises:
-        ValueError: The log-density has none where some law has mass.
+        ValueError: The log-density has none where some distribution has mass.
     """
     if nodes.kind == "importance" or nodes.masked:
         return nodes
     rows = laws.spread(PROBES // 4).tolist()
     rows += [int(i) for x in laws.theta.values() for i in _extremes(x)]
     coarse = nodes.coarse and replace(nodes.coarse, coarse=None)
-    found = []
+    lost_by_part = []
     for rule in (nodes, coarse):
         if rule is None:
             continue
@@ -161,20 +174,20 @@ def with_slopes(laws: Laws, nodes: Nodes) -> Nodes:
         for row in dict.fromkeys(rows):
             theta = {name: x[row : row + 1] for name, x in laws.theta.items()}
             counts[_without_slopes(laws, rule, theta, torch.arange(len(rule)))] += 1
-        found.append(counts)
-    if not any(counts.any() for counts in found):
+        lost_by_part.append(counts)
+    if not any(counts.any() for counts in lost_by_part):
         return nodes
     heavy = [_totals(laws, rule)[1] > NEGLIGIBLE for rule in (nodes, coarse) if rule is not None]
     # A draw on the edge of its domain, such as a rate of 0, has none; slopes are those of acts.
-    spoilt = heavy[0] & (2 * found[0] > len(dict.fromkeys(rows)))
+    spoilt = heavy[0] & (2 * lost_by_part[0] > len(dict.fromkeys(rows)))
     if bool(spoilt.any()):
         at = nodes.points[spoilt][0].flatten()[0].item()
         raise ValueError(
             f"the log-density of the family has no finite slope at {at:.6g}, where it has mass."
         )
-    lost = [(counts > 0) & ~mass for counts, mass in zip(found, heavy, strict=True)]
-    kept = nodes.only(~lost[0])
-    return kept if coarse is None else replace(kept, coarse=coarse.only(~lost[1]))
+    lost = [(counts > 0) & ~mass for counts, mass in zip(lost_by_part, heavy, strict=True)]
+    rest = nodes.only(~lost[0])
+    return rest if coarse is None else replace(rest, coarse=coarse.only(~lost[1]))
 
 
 def _extremes(x: Tensor) -> Tensor:
@@ -187,7 +200,7 @@ def _without_slopes(
 ) -> Tensor:
     """Those of some nodes at which the log-density of one draw has no finite slopes.
 
-    Nodes are halved until a half is sound: one nan spoils every sum that it is in.
+    Nodes are halved until a half is sound: one nan spoils every sum that contains it.
     """
     if not len(places) or _slopes_are_finite(laws, nodes.only(places), theta):
         return places[:0]
@@ -198,7 +211,6 @@ def _without_slopes(
 
 
 def _slopes_are_finite(laws: Laws, nodes: Nodes, theta: Mapping[str, Tensor]) -> bool:
-    """True if the first and second derivatives of the log-masses of one draw are finite."""
     leaves = {k: x.detach().requires_grad_() for k, x in theta.items() if x.is_floating_point()}
     with torch.enable_grad():
         total = nodes.log_mass(laws.of({**theta, **leaves})).sum()
@@ -215,7 +227,7 @@ def _slopes_are_finite(laws: Laws, nodes: Nodes, theta: Mapping[str, Tensor]) ->
 
 
 def joint(laws: Laws) -> bool:
-    """Whether the laws are over so many coordinates that their nodes are an importance sample."""
+    """True for more coordinates than a grid can hold: the nodes are an importance sample."""
     law = laws.at(laws.spread(1))
     return _atoms(law) is None and not _on_line(law)
 
@@ -225,14 +237,13 @@ def _on_line(law: Distribution) -> bool:
 
 
 def independent_parts(law: Distribution) -> Distribution:
-    """The law rid of Independent: by the chain rule both KLs of a product are sums."""
+    """The distribution rid of Independent: by the chain rule both KLs of a product are sums."""
     while isinstance(law, Independent):
         law = law.base_dist
     return law
 
 
 def _support(law: Distribution) -> Constraint:
-    """The support of a law, or of the components of a mixture."""
     if isinstance(law, MixtureSameFamily):
         return _support(law.component_distribution)
     support = support_of(law)
@@ -250,7 +261,7 @@ def _atoms(law: Distribution) -> tuple[Tensor, Tensor] | None:
         steps = torch.arange(int((high - low).max()) + 1).double()
         steps = steps.reshape(-1, *[1] * high.ndim)
         inside = low + steps <= high  # members may differ in how many atoms they have
-        weight = torch.where(inside, 0.0, NEVER).double().reshape(len(steps), members).T
+        weight = torch.where(inside, 0.0, ZERO_LOG_WEIGHT).double().reshape(len(steps), members).T
         return torch.minimum(low + steps, high), weight
     if isinstance(support, type(constraints.one_hot)):
         points = torch.eye(law.event_shape[-1], dtype=torch.float64)
@@ -263,7 +274,7 @@ def _atoms(law: Distribution) -> tuple[Tensor, Tensor] | None:
 
 
 def _atoms_of_all(law: Distribution) -> tuple[Tensor, Tensor] | None:
-    """The atoms of laws whose finite supports differ: whatever is in one of them."""
+    """The union of the atoms of distributions whose finite supports differ."""
     support = support_of(law)
     if law.event_shape or support is None or not support.is_discrete:
         return None
@@ -287,18 +298,17 @@ def _ends(law: Distribution) -> tuple[Tensor | None, Tensor | None]:
         )
     support = support_of(law)
     if isinstance(support, type(constraints.boolean)):
-        found = torch.tensor(0.0), torch.tensor(1.0)
+        zero_one = torch.tensor(0.0), torch.tensor(1.0)
     else:
-        found = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
+        zero_one = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
     low, high = (
         None if x is None else torch.as_tensor(x).double().expand(law.batch_shape)[0]
-        for x in found
+        for x in zero_one
     )
     return low, high
 
 
 def _axes(law: Distribution) -> list[Tensor] | None:
-    """The atoms along each coordinate of a product of few finite sets."""
     if not isinstance(law, Independent) or law.event_shape.numel() < 2:
         return None
     part = independent_parts(law)
@@ -308,8 +318,8 @@ def _axes(law: Distribution) -> list[Tensor] | None:
     if low is None or high is None or (low != low.min()).any() or (high != high.max()).any():
         return None
     axis = torch.arange(int(low.min()), int(high.max()) + 1).double()
-    few = law.event_shape.numel() * math.log(len(axis)) <= math.log(ATOMS)
-    return [axis] * law.event_shape.numel() if few else None
+    fits = law.event_shape.numel() * math.log(len(axis)) <= math.log(ATOMS)
+    return [axis] * law.event_shape.numel() if fits else None
 
 
 def _with_defect(laws: Laws, points: Tensor, log_weight: Tensor, masked: bool = False) -> Nodes:
@@ -319,15 +329,15 @@ def _with_defect(laws: Laws, points: Tensor, log_weight: Tensor, masked: bool = 
 
 
 def _refuse(totals: Tensor) -> float:
-    """The worst defect; too large a one is an error."""
+    """The largest defect; too large a one is an error."""
     off = (totals - 1).abs().amax(-1).nan_to_num(math.inf)
     worst = int(off.argmax())
-    if off[worst] > OFF:
+    if off[worst] > MAX_DEFECT:
         total = totals[worst][(totals[worst] - 1).abs().argmax()].item()
         raise ValueError(
-            f"law must have the total 1 over its support; that of draw {worst} has {total:.6g} "
-            "on the nodes. Is it normalised, not far narrower than the draws are spread, and its "
-            "log-density a number wherever it has mass?"
+            f"family must make distributions of total 1 over their support; that of draw {worst} "
+            f"has {total:.6g} on the nodes. Is it normalised, not far narrower than the draws are "
+            "spread, and its log-density a number wherever it has mass?"
         )
     return off[worst].item()
 
@@ -355,17 +365,16 @@ def _quadrature(laws: Laws, divergence: FDivergence, size: int) -> Nodes:
         panels = _place_panels(laws, probes, divergence)
     nodes = _of_rule(panels, ORDER)
     totals, peak = _totals(laws, nodes)
-    if panels.is_full and (totals - 1).abs().max() > OFF:
+    if panels.is_full and (totals - 1).abs().max() > MAX_DEFECT:
         return _importance(laws, size)
-    defect, kept = _refuse(totals), peak > GONE
-    u, v = panels.rule(ORDER)[0][kept], panels.rule(COARSE)[0]
+    defect, mask = _refuse(totals), peak > UNDERFLOW_LOG_MASS
+    u, v = panels.rule(ORDER)[0][mask], panels.rule(COARSE)[0]
     coarse = _of_rule(panels, COARSE).only((v >= u.min()) & (v <= u.max()))
-    far = peak[kept] < FAR
-    return replace(nodes.only(kept), defect=defect, coarse=coarse, far=far)
+    far = peak[mask] < NEGLIGIBLE_LOG_MASS
+    return replace(nodes.only(mask), defect=defect, coarse=coarse, far=far)
 
 
 def _place_panels(laws: Laws, probes: Tensor, divergence: FDivergence) -> Panels:
-    """Panels for some of the laws."""
     law = laws.at(probes)
     sample = law.sample(torch.Size([SAMPLES])).double()
     line = line_of(*_ends(law), _kind(law), sample.flatten(0, 1))
@@ -378,7 +387,7 @@ def _of_rule(panels: Panels, order: int) -> Nodes:
 
 
 def _kind(law: Distribution) -> Literal["circle", "counts", "line"]:
-    """What a law of numbers is over: of angles, torch says that they are real numbers."""
+    """The kind of support of a distribution of numbers; of angles, torch reports real numbers."""
     inner = getattr(law, "component_distribution", getattr(law, "base_dist", None))
     if isinstance(law, VonMises):
         return "circle"

@@ -17,9 +17,11 @@ from rkl.divergences import FDivergence
 
 ORDER, COARSE = 16, 11  # nodes per panel, and those of the poorer rule that tells the error
 MAX_SINGLE = 64  # whole numbers of a panel that are summed one by one
-MOST = 2**13  # nodes in all
+MAX_NODES = 2**13  # nodes in all
 ROUNDED = 1e-8  # relative error of an integral that may be left to rounding
-GONE = -690.0  # logarithm of a mass, 1e-300, of which second derivatives may overflow
+UNDERFLOW_LOG_MASS = (
+    -690.0
+)  # logarithm of a mass, 1e-300, of which second derivatives may overflow
 REACH = 340.0  # of a coordinate: the square of its hyperbolic sine must not overflow
 
 
@@ -55,7 +57,7 @@ class Line:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """How far u may go: before x is rounded to its limits, or its square overflows."""
+        """The range of u within which x is not rounded to its limits, and its square finite."""
         if self.kind in ("circle", "counts"):
             return (-math.pi, math.pi) if self.kind == "circle" else (0.0, 2.0**50)
         rounding = 1e-16 * (self.origin / self.length).abs().max().item()
@@ -64,7 +66,7 @@ class Line:
 
     @property
     def noise(self) -> float:
-        """What the rounding of x costs a density, relatively."""
+        """Relative error of a density from the rounding of x."""
         continuous = self.kind not in ("circle", "counts")
         return 4e-16 * (self.origin / self.length).abs().max().item() if continuous else 0.0
 
@@ -100,8 +102,8 @@ class Panels:
 
     @property
     def is_full(self) -> bool:
-        """Whether more of them would have been too many."""
-        return ORDER * len(self.edges) >= MOST
+        """True if a further split would exceed the maximum number of nodes."""
+        return ORDER * len(self.edges) >= MAX_NODES
 
     def rule(self, order: int) -> tuple[Tensor, Tensor, Tensor]:
         """The coordinates, the points x and the log weights [n, *batch] of a rule."""
@@ -113,11 +115,12 @@ class Panels:
 def refine_panels(
     law: Distribution, line: Line, sample: Tensor, divergence: FDivergence, every: bool
 ) -> Panels:
-    r"""Panels in which the totals of laws, and the divergences between them, stand.
+    r"""Panels in which the totals of distributions, and the divergences between them, stand.
 
     A panel is halved until its halves say nothing new. Panels begin between quantiles of the
-    sample [n, laws, *batch], none with more than a quarter of what was drawn of any law. Kinks
-    are met to the last only if these are ``every`` law; those of others will lie elsewhere.
+    sample [n, distributions, *batch], none with more than a quarter of what was drawn of any
+    distribution. Kinks are met to the last only if these are ``every`` distribution; those of
+    others will lie elsewhere.
     """
     most = max(1, NUMBERS // (ORDER * law.batch_shape.numel()))  # panels at a time
 
@@ -128,27 +131,30 @@ def refine_panels(
     smooth = not has_kinks(divergence)
     asked = 1e-13 if smooth else 1e-11 if every else 1e-7
     tolerance = max(asked, line.noise)
-    seen = line.coordinate(sample)
-    waiting = _first(line, seen, *_reach(law, line, seen))
-    held, done = integrate(waiting), []
-    before, rounded = torch.full_like(held, math.inf), torch.zeros_like(held, dtype=torch.bool)
-    total = held.sum(0).abs().clamp_min(1.0)
-    room = MOST // ORDER - len(waiting)  # for further panels
+    places = line.coordinate(sample)
+    waiting = _first(line, places, *_reach(law, line, places))
+    integrals, done = integrate(waiting), []
+    before, rounded = (
+        torch.full_like(integrals, math.inf),
+        torch.zeros_like(integrals, dtype=torch.bool),
+    )
+    total = integrals.sum(0).abs().clamp_min(1.0)
+    room = MAX_NODES // ORDER - len(waiting)  # for further panels
     for _ in range(60):
         middle = waiting.mean(-1)
         middle = middle.floor() if line.kind == "counts" else middle
         halves = torch.stack([waiting[:, 0], middle, middle, waiting[:, 1]], -1).reshape(-1, 2)
         parts = integrate(halves).unflatten(0, (-1, 2))
-        gap = (parts.sum(1) - held).abs() / total
+        gap = (parts.sum(1) - integrals).abs() / total
         # What no halving makes smaller is rounding, unless it is a kink.
         rounded |= (gap < ROUNDED * smooth) & (gap > 0.3 * before)
         settled = ((gap <= tolerance) | rounded).all(-1) | _exact(line, waiting)
         again = gap.amax(-1).masked_fill(settled, -1.0).topk(min(room, len(gap))).indices
         again = again[~settled[again]]  # the worst, where there is no room for all
-        kept = torch.ones_like(settled).index_fill(0, again, False)
-        done.append(waiting[kept])
+        mask = torch.ones_like(settled).index_fill(0, again, False)
+        done.append(waiting[mask])
         waiting = halves.unflatten(0, (-1, 2))[again].flatten(0, 1)
-        held = parts[again].flatten(0, 1)
+        integrals = parts[again].flatten(0, 1)
         before, rounded = (x[again].repeat_interleave(2, 0) for x in (gap, rounded))
         room -= len(again)
         if not len(waiting) or room <= 0:
@@ -159,7 +165,7 @@ def refine_panels(
 
 @functools.cache
 def has_kinks(divergence: FDivergence) -> bool:
-    """Whether the slope of F jumps, so that second derivatives do not say how E F curves."""
+    """True if the slope of F jumps, so that second derivatives miss curvature of E F."""
     jumps = []
     for steps in (2_000, 4_000):
         t = torch.linspace(-7.0, 7.1, steps, dtype=torch.float64).requires_grad_()
@@ -172,7 +178,7 @@ def has_kinks(divergence: FDivergence) -> bool:
 
 
 def _integrals(law: Distribution, line: Line, divergence: FDivergence, edges: Tensor) -> Tensor:
-    """What must stand, over each panel: [panels, tests]. Infinite tests are left out as 0."""
+    """The integrand over each panel: [panels, tests]. Infinite tests are left out as 0."""
     u, weight, panel = _rule(line, edges, ORDER)
     x, log_slope = line.point(u)
     logs = law.log_prob(x.unsqueeze(1)) + log_slope.unsqueeze(1)
@@ -185,19 +191,19 @@ def _integrals(law: Distribution, line: Line, divergence: FDivergence, edges: Te
     return every.new_zeros(len(edges), every.shape[1]).index_add_(0, panel, every)
 
 
-def _reach(law: Distribution, line: Line, seen: Tensor) -> tuple[float, float]:
-    """How far in u any of the laws has mass."""
-    low, high = seen.min().item(), seen.max().item()
+def _reach(law: Distribution, line: Line, places: Tensor) -> tuple[float, float]:
+    """The distance in u within which any of the distributions has mass."""
+    low, high = places.min().item(), places.max().item()
     if line.kind == "circle":
         return line.ends
     whole = line.kind == "counts"
-    found = []
+    ends = []
     for side, at, limit in zip((-1, 1), (low, high), line.ends, strict=True):
         step = 1 + (high - low) // 8 if whole else 0.5
-        while side * at < side * limit and _peak(law, line, at) > GONE:
+        while side * at < side * limit and _peak(law, line, at) > UNDERFLOW_LOG_MASS:
             at, step = at + side * step, (2 * step if whole else 1.5 * step)
-        found.append(side * min(side * at, side * limit))
-    return found[0], found[1] + whole
+        ends.append(side * min(side * at, side * limit))
+    return ends[0], ends[1] + whole
 
 
 def _peak(law: Distribution, line: Line, u: float) -> float:
@@ -206,9 +212,8 @@ def _peak(law: Distribution, line: Line, u: float) -> float:
     return logs.nan_to_num(-math.inf).max().item()
 
 
-def _first(line: Line, seen: Tensor, low: float, high: float) -> Tensor:
-    """Panels to begin with."""
-    drawn = seen.flatten(1)
+def _first(line: Line, places: Tensor, low: float, high: float) -> Tensor:
+    drawn = places.flatten(1)
     edges = torch.quantile(drawn.flatten(), torch.linspace(0, 1, 17).double()).clamp(low, high)
     edges = torch.cat([edges.new_tensor([low, high]), edges])
     edges = (edges.floor() if line.kind == "counts" else edges).unique()
@@ -218,7 +223,7 @@ def _first(line: Line, seen: Tensor, low: float, high: float) -> Tensor:
         counts.scatter_add_(0, place, torch.ones(drawn.shape))
         finest = MAX_SINGLE if line.kind == "counts" else 1e-12
         crowded = (counts > len(drawn) / 4).any(-1) & (edges.diff() > finest)
-        if not crowded.any() or len(edges) > MOST // ORDER // 2:
+        if not crowded.any() or len(edges) > MAX_NODES // ORDER // 2:
             break
         middles = (edges[:-1] + edges[1:])[crowded] / 2
         middles = middles.floor() if line.kind == "counts" else middles
@@ -227,12 +232,11 @@ def _first(line: Line, seen: Tensor, low: float, high: float) -> Tensor:
 
 
 def _exact(line: Line, edges: Tensor) -> Tensor:
-    """Which panels are summed one by one."""
+    """Mask of the panels that are summed one by one."""
     return (edges.diff(dim=-1)[:, 0] <= MAX_SINGLE) & (line.kind == "counts")
 
 
 def _rule(line: Line, edges: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The coordinates, the weights and the panels of all nodes."""
     if line.kind == "counts":
         widths = edges.diff(dim=-1)[:, 0].long().tolist()
         rules = [_summing(width, order) for width in widths]

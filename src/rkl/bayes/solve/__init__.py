@@ -1,1 +1,1 @@
-"""How a problem is solved: in closed form from one pass over the draws, or numerically."""
+"""Solvers of a problem: in closed form from one pass over the draws, or numerical."""

@@ -70,11 +70,11 @@ class Steps(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Averages:
-    """What one pass leaves.
+    """Means of one pass over the draws, side by side, for functions of them with errors.
 
     Attributes:
-        family: The exponential family, its statistic taken about the reference law.
-        reference: The natural parameter of the reference law P_0.
+        family: The exponential family, its statistic taken about the reference distribution.
+        reference: The natural parameter of the reference distribution P_0.
         directions: "reverse" or "forward", or both: which means were taken.
         means: These, side by side [components, *batch].
     """
@@ -92,11 +92,14 @@ class Averages:
     def point(self, components: Tensor, axis: int) -> Point:
         """The components along an axis, taken apart."""
         flat = components.movedim(axis, -1)
-        found: dict[str, tuple[Natural, Tensor]] = {}
+        by_direction: dict[str, tuple[Natural, Tensor]] = {}
         for name, part in zip(self.directions, flat.chunk(len(self.directions), -1), strict=True):
-            found[name] = self.family.unflatten(part[..., :-1], self.reference), part[..., -1]
+            by_direction[name] = (
+                self.family.unflatten(part[..., :-1], self.reference),
+                part[..., -1],
+            )
         none = (), torch.zeros_like(flat[..., 0])
-        return Point(*found.get("reverse", none), *found.get("forward", none))
+        return Point(*by_direction.get("reverse", none), *by_direction.get("forward", none))
 
     def with_errors(
         self, outputs: Callable[[Point], dict[Any, Tensor]], separate: bool
@@ -117,8 +120,8 @@ class Averages:
         }
 
     def _steps(self, separate: bool) -> Steps:
-        few = self.means.sums.shape[2] <= self.means.weights.numel()
-        return self._in_each if separate and few else self._of_batches
+        fewer = self.means.sums.shape[2] <= self.means.weights.numel()
+        return self._in_each if separate and fewer else self._of_batches
 
     @functools.cached_property
     def _in_each(self) -> Steps:
@@ -134,7 +137,7 @@ class Averages:
         return Steps(step, lambda changes: self.means.error_of(changes / SHIFT))
 
 
-def averages(problem: Problem, directions: tuple[str, ...]) -> Averages:
+def average_draws(problem: Problem, directions: tuple[str, ...]) -> Averages:
     """One pass over the draws.
 
     Args:
@@ -161,21 +164,21 @@ def closed_act(problem: Problem, weights: Weights) -> Answer:
     Raises:
         ValueError: What would have to be averaged has no mean.
     """
-    known = averages(problem, directions_of(weights))
-    seen = diagnose_averages(problem, known)
-    _refuse_without_mean(problem, known, seen)
-    found = solve(problem, known, weights)
-    return _estimate(problem, known, weights, found, seen)
+    averages = average_draws(problem, directions_of(weights))
+    judgement = diagnose_averages(problem, averages)
+    _refuse_without_mean(problem, averages, judgement)
+    solution = solve(problem, averages, weights)
+    return _estimate(problem, averages, weights, solution, judgement)
 
 
 def directions_of(weights: Weights) -> tuple[str, ...]:
-    """Which averages a sum of KLs needs."""
+    """The directions of the KLs in a sum, whose averages the act needs."""
     return tuple(name for name, w in zip(("reverse", "forward"), weights, strict=True) if w)
 
 
-def excess_risk(known: Averages, at: Point, weights: Weights) -> Callable[[Natural], Tensor]:
-    """The excess risk of a law over what no law avoids [*batch], as a function of it."""
-    family = known.family
+def excess_risk(averages: Averages, at: Point, weights: Weights) -> Callable[[Natural], Tensor]:
+    """The excess risk of a distribution over the least possible [*batch], as a function of it."""
+    family = averages.family
     forward = family.from_mean(at.mean) if weights.forward else ()
 
     def excess(t: Natural) -> Tensor:
@@ -186,14 +189,14 @@ def excess_risk(known: Averages, at: Point, weights: Weights) -> Callable[[Natur
     return excess
 
 
-def minimum_risk(known: Averages, at: Point, weights: Weights) -> Tensor:
-    """The part of the risk that no law avoids [*batch]: a Jensen gap."""
-    family, parts = known.family, []
+def minimum_risk(averages: Averages, at: Point, weights: Weights) -> Tensor:
+    """The part of the risk that no distribution avoids [*batch]: a Jensen gap."""
+    family, parts = averages.family, []
     if weights.reverse:
-        gap = at.from_reference - family.kl(known.reference, at.natural)
+        gap = at.from_reference - family.kl(averages.reference, at.natural)
         parts.append(weights.reverse * gap)
     if weights.forward:
-        gap = at.to_reference - family.kl(family.from_mean(at.mean), known.reference)
+        gap = at.to_reference - family.kl(family.from_mean(at.mean), averages.reference)
         parts.append(weights.forward * gap)
     return sum(parts[1:], parts[0])
 
@@ -205,8 +208,8 @@ class Solution:
     Attributes:
         natural: Of the act.
         variables: That stand for it.
-        in_family: Whether each law of the exponential family is one of those asked for, of which
-            the parameters are the variables.
+        in_family: Whether each distribution of the exponential family is one of those asked for,
+            of which the parameters are the variables.
         at: From means near those of the draws [lead, *batch, ...] to the natural parameters of
             their acts, right to first order, and to such variables as are no parameters.
         accuracy: By how much its risk may exceed the least, in nats.
@@ -221,19 +224,19 @@ class Solution:
     method: str
 
 
-def solve(problem: Problem, known: Averages, weights: Weights) -> Solution:
+def solve(problem: Problem, averages: Averages, weights: Weights) -> Solution:
     """The act in the exponential family, or where that is too large, in the one asked for."""
-    family, here = known.family, known.here
-    natural = _free(known, here, weights)
+    family, here = averages.family, averages.here
+    natural = _free(averages, here, weights)
     variables = problem.holds(family, natural)
     if variables is None:
-        return nearest(problem, problem.model, known, weights)
+        return nearest(problem, problem.model, averages, weights)
 
     def at(point: Point) -> tuple[Natural, Variables]:
         if point is here:
             return natural, {}
         if not all(weights):
-            return _free(known, point, weights), {}
+            return _free(averages, point, weights), {}
         changes = family.minus(point.natural, here.natural), family.minus(point.mean, here.mean)
         step = sensitivity(family, natural, here.natural, here.mean, weights, *changes)
         return plus(natural, step), {}
@@ -242,17 +245,19 @@ def solve(problem: Problem, known: Averages, weights: Weights) -> Solution:
     return Solution(natural, variables, True, at, 0.0, how)
 
 
-def _free(known: Averages, at: Point, weights: Weights) -> Natural:
+def _free(averages: Averages, at: Point, weights: Weights) -> Natural:
     if not weights.forward:
-        known.family.check(at.natural)
+        averages.family.check(at.natural)
         return at.natural
-    forward = known.family.from_mean(at.mean)
-    return newton_act(known.family, at.natural, forward, weights) if weights.reverse else forward
+    forward = averages.family.from_mean(at.mean)
+    return (
+        newton_act(averages.family, at.natural, forward, weights) if weights.reverse else forward
+    )
 
 
-def nearest(problem: Problem, model: Model, known: Averages, weights: Weights) -> Solution:
-    """The law of a smaller family with the least risk: by Pythagoras, no draws are needed."""
-    family = known.family
+def nearest(problem: Problem, model: Model, averages: Averages, weights: Weights) -> Solution:
+    """The distribution of least risk in a smaller family; by Pythagoras without the draws."""
+    family = averages.family
     chart, starts = _starts(problem, model)
 
     def naturals(coordinates: Tensor) -> Natural:
@@ -260,8 +265,8 @@ def nearest(problem: Problem, model: Model, known: Averages, weights: Weights) -
 
     def excess(at: Point) -> Callable[[Tensor], Tensor]:
         """Of the whole batch, as a function of the coordinates; one for each of many points."""
-        measure, lead = excess_risk(known, at, weights), at.to_reference.ndim
-        lead -= known.here.to_reference.ndim
+        measure, lead = excess_risk(averages, at, weights), at.to_reference.ndim
+        lead -= averages.here.to_reference.ndim
 
         def of(u: Tensor) -> Tensor:
             law = naturals(u[None])  # which adds an axis in place of the lead
@@ -270,26 +275,26 @@ def nearest(problem: Problem, model: Model, known: Averages, weights: Weights) -
 
         return of
 
-    found = minimise(excess(known.here), starts, tolerance=1e-14)
-    here = found.point[None]
-    slope = _slopes(excess(known.here), found.point)
+    minimum = minimise(excess(averages.here), starts, tolerance=1e-14)
+    here = minimum.point[None]
+    slope = _slopes(excess(averages.here), minimum.point)
     variables = {name: x[0] for name, x in chart.point(here).items()}
     natural = tuple(x[0] for x in naturals(here))
 
     def at(point: Point) -> tuple[Natural, Variables]:
-        if point is known.here:
+        if point is averages.here:
             return natural, variables
         # one step of Newton's method from the minimum, with the curvature there
-        u = found.point - found.inverse(_slopes_at(excess, point, found.point) - slope)
+        u = minimum.point - minimum.inverse(_slopes_at(excess, point, minimum.point) - slope)
         return naturals(u), chart.point(u)
 
     how = "minimised within the family"
-    return Solution(natural, variables, False, at, found.decrement, how)
+    return Solution(natural, variables, False, at, minimum.decrement, how)
 
 
 def _starts(problem: Problem, model: Model) -> tuple[Chart, Tensor]:
-    few = thin(problem.draws, 2**14)
-    theta = {k: problem.align(k, few[k].flatten(0, 1), model) for k in model.names}
+    subsample = thin(problem.draws, 2**14)
+    theta = {k: problem.align(k, subsample[k].flatten(0, 1), model) for k in model.names}
     chart = chart_of(theta, model.law)
     drawn = chart.coordinates(theta)
     return chart, torch.stack([drawn.mean(0), drawn[0], drawn[-1]])
@@ -312,78 +317,80 @@ def _slopes(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
         return torch.autograd.grad(outputs, leaf)[0][None]
 
 
-def diagnose_averages(problem: Problem, known: Averages) -> Judgement:
+def diagnose_averages(problem: Problem, averages: Averages) -> Judgement:
     """The tails and the worth of all that is averaged."""
-    family, few = known.family, thin(problem.draws, _numbers(known))
+    family, subsample = averages.family, thin(problem.draws, _numbers(averages))
     ends = dict(zip(family.names, family.events, strict=True))
     ends |= dict(zip(family.mean_names, family.events, strict=True))
     parts = [
-        _terms(problem, known, chunk) for _, _, chunk in few.chunks(problem.model.names, BLOCK)
+        _terms(problem, averages, chunk)
+        for _, _, chunk in subsample.chunks(problem.model.names, BLOCK)
     ]
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    values = {name: x.unflatten(0, (few.chains, few.draws)) for name, x in values.items()}
-    return diagnose(values, few, {name: n for name, n in ends.items() if name in values})
+    values = {
+        name: x.unflatten(0, (subsample.chains, subsample.draws)) for name, x in values.items()
+    }
+    return diagnose(values, subsample, {name: n for name, n in ends.items() if name in values})
 
 
-def _terms(problem: Problem, known: Averages, theta: Variables) -> dict[str, Tensor]:
-    """What is averaged of some draws, by its names."""
-    family = known.family
-    terms = family.terms(problem.model.base(theta), known.reference)
-    found = {}
-    if "reverse" in known.directions:
-        found |= dict(zip(family.names, terms.natural, strict=True))
-        found |= {"risk (reverse)": terms.from_reference}
-    if "forward" in known.directions:
-        found |= dict(zip(family.mean_names, terms.mean, strict=True))
-        found |= {"risk (forward)": terms.to_reference}
-    return found
+def _terms(problem: Problem, averages: Averages, theta: Variables) -> dict[str, Tensor]:
+    family = averages.family
+    terms = family.terms(problem.model.base(theta), averages.reference)
+    by_name = {}
+    if "reverse" in averages.directions:
+        by_name |= dict(zip(family.names, terms.natural, strict=True))
+        by_name |= {"risk (reverse)": terms.from_reference}
+    if "forward" in averages.directions:
+        by_name |= dict(zip(family.mean_names, terms.mean, strict=True))
+        by_name |= {"risk (forward)": terms.to_reference}
+    return by_name
 
 
-def _numbers(known: Averages) -> int:
-    return max(x.numel() for x in known.reference)
+def _numbers(averages: Averages) -> int:
+    return max(x.numel() for x in averages.reference)
 
 
-def _refuse_without_mean(problem: Problem, known: Averages, seen: Judgement) -> None:
-    for name, k in seen.without_mean().items():
+def _refuse_without_mean(problem: Problem, averages: Averages, judgement: Judgement) -> None:
+    for name, k in judgement.without_mean().items():
         if name.startswith("risk"):
             continue
-        forward = name in known.family.mean_names
+        forward = name in averages.family.mean_names
         other = ("ReverseKL()", "natural") if forward else ("KL()", "mean")
         raise ValueError(
             f"The act under {problem.divergence} does not exist: it averages {name}, whose "
-            f"posterior mean is infinite, as far as {seen.draws:,} draws show (Pareto-k "
+            f"posterior mean is infinite, as far as {judgement.draws:,} draws show (Pareto-k "
             f"{k.nan_to_num(0).max():.2f}, and 1 is too much). {other[0]} averages the "
             f"{other[1]} parameter instead; {WAYS_OUT}"
         )
 
 
 def act_and_risk(
-    problem: Problem, known: Averages, weights: Weights, found: Solution
+    problem: Problem, averages: Averages, weights: Weights, solution: Solution
 ) -> dict[tuple[str, Any], Mean]:
     """The risk and the parameters of an act, each with its error: all but the diagnostics."""
-    family, plain = known.family, problem.family
+    family, plain = averages.family, problem.family
     assert plain is not None  # as weights are
 
-    own_names = problem.origins.values() if found.in_family else ()
+    own_names = problem.origins.values() if solution.in_family else ()
     named = dict.fromkeys((*family.parameters, *own_names))
-    exact = found.in_family and not all(weights)  # and nothing above the least there is
+    exact = solution.in_family and not all(weights)  # and nothing above the least there is
 
     def outputs(at: Point) -> dict[Any, Tensor]:
-        natural, variables = found.at(at)
+        natural, variables = solution.at(at)
         law = family.from_natural(natural)
-        own = plain.natural(law)
-        risk = minimum_risk(known, at, weights)
-        risk = risk if exact else risk + excess_risk(known, at, weights)(natural)
+        own_natural = plain.natural(law)
+        risk = minimum_risk(averages, at, weights)
+        risk = risk if exact else risk + excess_risk(averages, at, weights)(natural)
         return (
             {("risk", ""): problem.total(risk)}
-            | {("natural", i): x for i, x in enumerate(own)}
-            | {("mean", i): x for i, x in enumerate(plain.mean(own))}
+            | {("natural", i): x for i, x in enumerate(own_natural)}
+            | {("mean", i): x for i, x in enumerate(plain.mean(own_natural))}
             | {("parameter", name): getattr(law, name) for name in named}
             | {("parameter", name): x for name, x in variables.items()}
         )
 
-    means = known.with_errors(outputs, found.in_family and not problem.structure.joint)
-    if found.in_family:
+    means = averages.with_errors(outputs, solution.in_family and not problem.structure.joint)
+    if solution.in_family:
         means |= {
             ("parameter", name): Mean(*(problem.shrunk(name, x) for x in means["parameter", key]))
             for name, key in problem.origins.items()
@@ -391,9 +398,11 @@ def act_and_risk(
     return means
 
 
-def _estimate(problem, known: Averages, weights: Weights, found: Solution, seen) -> Answer:
-    measured = act_and_risk(problem, known, weights, found)
-    unsure, endless = _unsure(problem, seen)
+def _estimate(
+    problem, averages: Averages, weights: Weights, solution: Solution, judgement
+) -> Answer:
+    measured = act_and_risk(problem, averages, weights, solution)
+    unsure, endless = _unsure(problem, judgement)
     means = {
         key: Mean(x.value, nan_where(x.error, unsure[key[0] == "risk"]))
         for key, x in measured.items()
@@ -406,52 +415,54 @@ def _estimate(problem, known: Averages, weights: Weights, found: Solution, seen)
             parameters.setdefault(key, parameters[name])
     act = Act(
         parameters,
-        problem.wrap(known.family.from_natural(found.natural), found.variables),
+        problem.wrap(averages.family.from_natural(solution.natural), solution.variables),
         *(
             tuple(m for key, m in means.items() if key[0] == which)
             for which in ("natural", "mean")
         ),
-        point=found.variables,
+        point=solution.variables,
     )
     return Answer(
         problem.model.text,
         problem.divergence,
         act,
         risk,
-        _diagnostics(problem, known, seen, found),
+        _diagnostics(problem, averages, judgement, solution),
         problem,
     )
 
 
-def _unsure(problem: Problem, seen: Judgement) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Where [*batch] no normal error holds, of the act and of the risk; where that is infinite."""
+def _unsure(problem: Problem, judgement: Judgement) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Masks [*batch] of no normal error, for the act and for the risk, and of an infinite risk."""
     act = risk = endless = torch.zeros(problem.batch, dtype=torch.bool)
-    for name, k in seen.pareto_k.items():
+    for name, k in judgement.pareto_k.items():
         if name.startswith("risk"):
             risk = risk | problem.any(k >= NO_ERROR)
-            endless = endless | problem.any(seen.surely_infinite(name))
+            endless = endless | problem.any(judgement.surely_infinite(name))
         else:
             act = act | problem.any(k >= NO_ERROR)
     return (act, risk | act), endless
 
 
 def _diagnostics(
-    problem: Problem, known: Averages, seen: Judgement, found: Solution
+    problem: Problem, averages: Averages, judgement: Judgement, solution: Solution
 ) -> Diagnostics:
     draws = problem.draws
-    told = [label_switching(draws, problem.model.names, problem.batch)]
-    few = thin(draws, _numbers(known))
-    return diagnostics_of(seen, draws, few, found.method, found.accuracy, told)
+    warnings = [label_switching(draws, problem.model.names, problem.batch)]
+    subsample = thin(draws, _numbers(averages))
+    return diagnostics_of(
+        judgement, draws, subsample, solution.method, solution.accuracy, warnings
+    )
 
 
-CLOSE = 1e-22  # Newton decrement in nats at which an act is found
+MAX_DECREMENT = 1e-22  # Newton decrement in nats at which an act is found
 STEPS, HALVINGS = 500, 40
 
 
 def newton_act(
     family: ExponentialFamily, reverse: Natural, forward: Natural, weights: Weights
 ) -> Natural:
-    """The law that minimises w_R KL(P_t ‖ P_R) + w_F KL(P_F ‖ P_t), by Newton's method.
+    """The distribution that minimises w_R KL(P_t ‖ P_R) + w_F KL(P_F ‖ P_t), by Newton's method.
 
     Raises:
         ValueError: Newton's method does not converge.
@@ -469,10 +480,10 @@ def newton_act(
     for _ in range(STEPS):
         gap = weights.reverse * _times(family, act, family.minus(reverse, act))
         gap += weights.forward * family.flatten(family.minus(wanted, family.mean(act)))
-        step = _descending(family, act, reverse, wanted, weights, gap)
+        step = _descent_step(family, act, reverse, wanted, weights, gap)
         decrement = (gap * step).sum(-1)
         step = family.unflatten(step, act)
-        if (decrement < CLOSE).all():
+        if (decrement < MAX_DECREMENT).all():
             return family.along(act, step, torch.ones_like(decrement))
         act = family.along(act, step, _length(family, objective, act, step, decrement))
     raise ValueError(f"Newton's method found no act under both KLs in {STEPS} steps.")
@@ -482,8 +493,8 @@ def _times(family: ExponentialFamily, at: Natural, vector: Natural) -> Tensor:
     return (fisher(family, at) @ family.flatten(vector)[..., None])[..., 0]
 
 
-def _descending(family, act: Natural, reverse, mean, weights: Weights, gap: Tensor) -> Tensor:
-    """Newton's step, and where that would climb, the natural gradient's."""
+def _descent_step(family, act: Natural, reverse, mean, weights: Weights, gap: Tensor) -> Tensor:
+    """Newton's step, or the natural gradient's where that would climb."""
     newton = solve_symmetric(_curvature(family, act, reverse, mean, weights), gap[..., None])[
         ..., 0
     ]
@@ -492,7 +503,7 @@ def _descending(family, act: Natural, reverse, mean, weights: Weights, gap: Tens
 
 
 def _length(family, objective, act: Natural, step: Natural, decrement: Tensor) -> Tensor:
-    """Halved, law by law, until the step stays inside and gains what its slope promises."""
+    """Halve until the step stays inside and gains as its slope promises, for each of the batch."""
     here = objective(act)
     length = torch.ones_like(here)
     for _ in range(HALVINGS):
@@ -514,7 +525,7 @@ def sensitivity(
     by_natural: Natural,
     by_mean: Natural,
 ) -> Natural:
-    """How the balanced act moves when E η and E m do, [shifts, *batch, ...]: to first order."""
+    """First-order change of the balanced act with E η and E m, [shifts, *batch, ...]."""
     pull = weights.reverse * (fisher(family, act) @ family.flatten(by_natural)[..., None])
     pull += weights.forward * family.flatten(by_mean)[..., None]
     moved = solve_symmetric(_curvature(family, act, reverse, mean, weights), pull)[..., 0]
@@ -527,8 +538,8 @@ def _curvature(family, act, reverse, mean, weights) -> Tensor:
         leaf = family.flatten(act).detach().requires_grad_()
         t = family.unflatten(leaf, act)
         partition = family.log_partition(t)
-        own = torch.autograd.grad(partition.sum(), t, create_graph=True)
-        to_reverse = -partition - family.inner(family.minus(reverse, t), own)
+        mean_of_act = torch.autograd.grad(partition.sum(), t, create_graph=True)
+        to_reverse = -partition - family.inner(family.minus(reverse, t), mean_of_act)
         to_forward = partition - family.inner(t, mean)
         objective = weights.reverse * to_reverse + weights.forward * to_forward
         (slope,) = torch.autograd.grad(objective.sum(), leaf, create_graph=True)

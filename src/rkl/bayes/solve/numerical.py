@@ -1,4 +1,4 @@
-"""The Bayes act by optimisation, for any law and any divergence that its support allows."""
+"""The Bayes act by optimisation, for any family and any divergence that its support allows."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily
 
-from rkl.bayes.diagnostics import SWAPPED, label_exchange
+from rkl.bayes.diagnostics import MIN_SWAPPED, label_exchange
 from rkl.bayes.loss.between import AnyLoss, Intrinsic
 from rkl.bayes.loss.expected import (
     KINKED,
@@ -23,26 +23,31 @@ from rkl.bayes.loss.expected import (
     slopes,
     thin_loss,
 )
-from rkl.bayes.loss.nodes import OFF, Nodes
+from rkl.bayes.loss.nodes import MAX_DEFECT, Nodes
 from rkl.bayes.model import LawOf, Laws, laws_of, whole_parameters
 from rkl.bayes.problem import Problem
 from rkl.bayes.solve.unconstrained import Chart, Minimum, chart_of, minimise
 
-QUICK = 2**16  # log-densities that the several starts look at, of a loss that needs every draw
-HELD = 2**18  # those that it is minimised over, before all draws are
-NEWTON, ENOUGH = 8, 1e-18  # steps over all draws, and the decrement in nats at which they end
-TAIL = 1e-3  # share of the expected loss that tails without mass may have
+START_LOG_DENSITIES = (
+    2**16
+)  # log-densities that the several starts look at, of a loss that needs every draw
+MINIMISED_LOG_DENSITIES = 2**18  # those that it is minimised over, before all draws are
+NEWTON, MAX_DECREMENT = (
+    8,
+    1e-18,
+)  # steps over all draws, and the decrement in nats at which they end
+MAX_TAIL_SHARE = 1e-3  # share of the expected loss that tails without mass may have
 CANDIDATES, STARTS = 32, 4  # draws that are looked at, and the best of them that are starts
 LawAt = Callable[[Tensor], Distribution]
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How an act was found, and how near it is to the act of these draws."""
+    """The method of a numerical act, and its distance to the act of these draws."""
 
     method: str  # closed form, enumeration, quadrature, importance
     nodes: int  # 0 with a closed form
-    defect: float  # by which the total of some law on the nodes misses 1
+    defect: float  # by which the total of some distribution on the nodes misses 1
     decrement: float  # nats: estimated excess of the expected loss, from stopping
     node_excess: float  # nats: estimated excess, from the nodes
     risk_error: float  # nats: of the risk, from the nodes
@@ -54,7 +59,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class NumericalAct:
-    """The act, its law and its losses, with what a Monte Carlo error of it needs."""
+    """The act, its distribution and its losses, with what a Monte Carlo error of it needs."""
 
     theta: dict[str, Tensor]
     law: Distribution  # of batch shape [1, *batch]
@@ -82,8 +87,8 @@ def numerical_act(
 
     Args:
         theta: Draws by name, [draws, *shape] each.
-        law: From parameters [n, *shape] to n laws, of batch shape [n, *batch]. Of a batch the
-            losses are added up; of Independent parts the divergence is taken jointly.
+        law: From parameters [n, *shape] to n distributions, of batch shape [n, *batch]. Of a batch
+            the losses are added up; of Independent parts the divergence is taken jointly.
         divergence: The loss. What is no f-divergence needs a finite support, except Intrinsic.
         weights: Of the draws; equal by default.
         nodes: Where to integrate; by default a closed form, or :func:`nodes_for`.
@@ -91,7 +96,7 @@ def numerical_act(
 
     Raises:
         ValueError: The draws or the weights are malformed, or the divergence has no meaning or no
-            finite value between these laws.
+            finite value between these distributions.
         TypeError: ``divergence`` is no divergence.
 
     >>> from rkl.divergences import ReverseKL
@@ -118,9 +123,9 @@ def find_act(
     drawn = chart.coordinates(laws.theta)
     scale = drawn.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
-    held = thin_loss(loss, HELD if loss.smooth else KINKED)
-    minimum, tried = _minimum(loss, held, chart, drawn, scale)
-    return _act(law, loss, held, chart, minimum, tried)
+    thinned = thin_loss(loss, MINIMISED_LOG_DENSITIES if loss.smooth else KINKED)
+    minimum, tried = _minimum(loss, thinned, chart, drawn, scale)
+    return _act(law, loss, thinned, chart, minimum, tried)
 
 
 def _whole_act(loss, law, names) -> NumericalAct:
@@ -130,8 +135,8 @@ def _whole_act(loss, law, names) -> NumericalAct:
     drawn = chart.coordinates(free) if free else torch.zeros(len(laws), 0, dtype=torch.float64)
     scale = drawn.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
-    held = thin_loss(loss, HELD)
-    quick = thin_loss(held, QUICK)
+    thinned = thin_loss(loss, MINIMISED_LOG_DENSITIES)
+    quick = thin_loss(thinned, START_LOG_DENSITIES)
 
     def function(at: Chart):
         return lambda t: quick.risk(_law(quick, at, t))
@@ -150,20 +155,20 @@ def _whole_act(loss, law, names) -> NumericalAct:
     best = rows[int(values.argmin())]
     chart = search(laws, names, chart, whole(best), drawn[best], function, scale, loss.smooth)
     if free:
-        minimum, tried = _minimum(loss, held, chart, drawn, scale)
+        minimum, tried = _minimum(loss, thinned, chart, drawn, scale)
     else:
         minimum, tried = minimum_of(function(chart), drawn[:1], scale, loss.smooth), 1
-    return dataclasses.replace(_act(law, loss, held, chart, minimum, tried), whole=names)
+    return dataclasses.replace(_act(law, loss, thinned, chart, minimum, tried), whole=names)
 
 
-def _minimum(loss, held, chart, drawn, scale) -> tuple[Minimum, int]:
-    """From the best of many draws on few of them, then on all that are held; and how many."""
-    quick = thin_loss(held, QUICK)
+def _minimum(loss, thinned, chart, drawn, scale) -> tuple[Minimum, int]:
+    """Minimise from the best of many draws on a subsample, then on the larger one."""
+    quick = thin_loss(thinned, START_LOG_DENSITIES)
 
     def function(of):
         return lambda t: of.risk(_law(of, chart, t))
 
-    # The extremes too: some divergences are finite only at the widest law.
+    # The extremes too: some divergences are finite only at the widest distribution.
     outer = [drawn[:, :CANDIDATES].argmax(0), drawn[:, :CANDIDATES].argmin(0)]
     rows = torch.cat([loss.laws.spread(CANDIDATES), *outer]).unique()
     candidates = torch.cat([drawn[rows], drawn.mean(0, keepdim=True)])
@@ -171,20 +176,19 @@ def _minimum(loss, held, chart, drawn, scale) -> tuple[Minimum, int]:
         values = torch.stack([_finite_or_inf(function(quick), t) for t in candidates])
     if not values.isfinite().any():
         raise ValueError(
-            "divergence must be finite, on average over the draws, at some law; it is infinite "
-            f"at each of {len(candidates)} that were tried."
+            "divergence must be finite, on average over the draws, at some distribution; it is "
+            f"infinite at each of {len(candidates)} that were tried."
         )
     order = values.argsort()[: min(STARTS, int(values.isfinite().sum()))]
     best = candidates[order]
-    found = minimise(function(quick), best, scale=scale, smooth=loss.smooth)
-    if quick is held:
-        return found, len(best)
-    again = minimise(function(held), found.point[None], scale=scale, smooth=loss.smooth)
-    return dataclasses.replace(again, agreeing=found.agreeing), len(best)
+    minimum = minimise(function(quick), best, scale=scale, smooth=loss.smooth)
+    if quick is thinned:
+        return minimum, len(best)
+    again = minimise(function(thinned), minimum.point[None], scale=scale, smooth=loss.smooth)
+    return dataclasses.replace(again, agreeing=minimum.agreeing), len(best)
 
 
 def _finite_or_inf(function, point) -> Tensor:
-    """The loss, infinite where it is not defined."""
     try:
         return function(point).nan_to_num(math.inf, math.inf)
     except ValueError:
@@ -198,11 +202,13 @@ def _law(loss: PosteriorLoss, chart: Chart, coordinates: Tensor) -> Distribution
     return loss.laws.of(point)
 
 
-def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> NumericalAct:
-    found = refine_on_all(loss, functools.partial(_law, loss, chart), minimum, held is not loss)
-    point, losses = found.point, found.losses
+def _act(law, loss, thinned, chart, minimum: Minimum, starts: int) -> NumericalAct:
+    refined = refine_on_all(
+        loss, functools.partial(_law, loss, chart), minimum, thinned is not loss
+    )
+    point, losses = refined.point, refined.losses
     theta, by_name = influences(
-        lambda t: {name: x[0] for name, x in chart.point(t[None]).items()}, found, minimum
+        lambda t: {name: x[0] for name, x in chart.point(t[None]).items()}, refined, minimum
     )
     defect = _defect(loss, _law(loss, chart, point))
     excess, risk_error = _node_error(loss, chart, point, minimum.inverse, losses)
@@ -211,16 +217,18 @@ def _act(law, loss, held, chart, minimum: Minimum, starts: int) -> NumericalAct:
         method=nodes.kind if nodes else "closed form",
         nodes=len(nodes) if nodes else 0,
         defect=defect,
-        decrement=found.decrement,
+        decrement=refined.decrement,
         node_excess=excess,
         risk_error=risk_error,
         converged=minimum.converged,
         starts=starts,
         agreeing=minimum.agreeing,
-        draws=len(held.laws),
+        draws=len(thinned.laws),
     )
-    own = law({name: x[None] for name, x in theta.items()})
-    return NumericalAct(theta, own, losses, float(loss.laws.weights @ losses), by_name, accuracy)
+    own_law = law({name: x[None] for name, x in theta.items()})
+    return NumericalAct(
+        theta, own_law, losses, float(loss.laws.weights @ losses), by_name, accuracy
+    )
 
 
 class OnAll(NamedTuple):
@@ -246,22 +254,22 @@ def refine_on_all(loss: PosteriorLoss, law: LawAt, minimum: Minimum, again: bool
 
     if not again:
         return at(minimum.point, minimum.decrement)
-    found = at(minimum.point)
+    best = at(minimum.point)
     for _ in range(NEWTON):
-        if found.decrement < ENOUGH:
+        if best.decrement < MAX_DECREMENT:
             break
-        trial = at(found.point - minimum.inverse(weights @ found.by_draw))
-        if not trial.decrement < found.decrement:
+        trial = at(best.point - minimum.inverse(weights @ best.by_draw))
+        if not trial.decrement < best.decrement:
             break
-        found = trial
-    return found
+        best = trial
+    return best
 
 
 def influences(
-    values: Callable[[Tensor], dict[str, Tensor]], found: OnAll, minimum: Minimum
+    values: Callable[[Tensor], dict[str, Tensor]], refined: OnAll, minimum: Minimum
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Values [*shape] at a minimum, and by how much a draw of weight 1 moves them."""
-    leaf = found.point.detach().requires_grad_()
+    leaf = refined.point.detach().requires_grad_()
     with torch.enable_grad():
         here = values(leaf)
         moves = {
@@ -270,7 +278,7 @@ def influences(
             else leaf.new_zeros(x.numel(), len(leaf))
             for name, x in here.items()
         }
-    steps = -minimum.inverse(found.by_draw)
+    steps = -minimum.inverse(refined.by_draw)
     moved = {k: (steps @ moves[k].T).reshape(-1, *x.shape) for k, x in here.items()}
     return {name: x.detach() for name, x in here.items()}, moved
 
@@ -280,16 +288,16 @@ def _decrement(inverse, slope: Tensor) -> float:
 
 
 def _defect(loss: PosteriorLoss, law: Distribution) -> float:
-    """By how much the total of a draw's law, or of the act's, misses 1."""
+    """The distance from 1 of the total of a draw's distribution, or of the act's."""
     if loss.nodes is None:
         return 0.0
-    own = (loss.nodes.log_mass(law).exp().sum(-1) - 1).abs().max().item()
-    if own > OFF and loss.nodes.kind != "importance":
+    missing = (loss.nodes.log_mass(law).exp().sum(-1) - 1).abs().max().item()
+    if missing > MAX_DEFECT and loss.nodes.kind != "importance":
         raise ValueError(
-            f"nodes must reach as far as the act; {own:.2g} of its mass is not on them, beyond "
-            "what the laws of the draws have theirs on."
+            f"nodes must reach as far as the act; {missing:.2g} of its mass is not on them, "
+            "beyond what the distributions of the draws have theirs on."
         )
-    return max(own, loss.nodes.defect)
+    return max(missing, loss.nodes.defect)
 
 
 def _node_error(loss, chart, point, inverse, losses) -> tuple[float, float]:
@@ -308,29 +316,29 @@ def _node_error(loss, chart, point, inverse, losses) -> tuple[float, float]:
         excess = float((inverse(spread) * spread).sum()) / 2
         return excess, (values - values.mean()).square().sum().sqrt().item()
     _refuse_infinite(loss, _law(loss, chart, point), losses)
-    few = loss.laws.thin(max(64, HELD // loss.nodes.log_weight.numel()))
-    few = dataclasses.replace(loss, laws=few)
-    values, slope = by_node(few)
-    poorer = by_node(dataclasses.replace(few, nodes=loss.nodes.coarse))
+    subsample = loss.laws.thin(max(64, MINIMISED_LOG_DENSITIES // loss.nodes.log_weight.numel()))
+    subsample = dataclasses.replace(loss, laws=subsample)
+    values, slope = by_node(subsample)
+    poorer = by_node(dataclasses.replace(subsample, nodes=loss.nodes.coarse))
     off = poorer[1].sum(0) - slope.sum(0)
     return _decrement(inverse, off), (poorer[0].sum() - values.sum()).abs().item()
 
 
 def _refuse_infinite(loss: NodeLoss, law: Distribution, losses: Tensor) -> None:
-    """Refuse a divergence that lies where there is nothing: its integral has no end."""
+    """Refuse a divergence whose terms lie in tails without mass: its integral is infinite."""
     if isinstance(loss.divergence, Intrinsic) or loss.divergence.bounded or loss.nodes.far is None:
         return
     weights = loss.laws.weights
     worst = (weights * losses).topk(min(64, len(losses))).indices
     values, _ = dataclasses.replace(loss, laws=loss.laws.only(worst)).by_node(law)
-    if values[loss.nodes.far].sum() > TAIL * (weights @ losses):
+    if values[loss.nodes.far].sum() > MAX_TAIL_SHARE * (weights @ losses):
         raise ValueError(
-            f"divergence {loss.divergence} must be finite between the laws of the draws; between "
-            "some it is infinite, or as good as, for it lies in tails that hold no mass."
+            f"divergence {loss.divergence} must be finite between the distributions of the draws; "
+            "between some it is infinite, or as good as, for it lies in tails that hold no mass."
         )
 
 
-SWEEPS = 8  # over all whole numbers, until none changes
+MAX_SWEEPS = 8  # over all whole numbers, until none changes
 Function = Callable[[Chart], Callable[[Tensor], Tensor]]
 
 
@@ -363,7 +371,7 @@ def search(
         scale: Of the coordinates.
         smooth: Whether the loss is.
     """
-    known: dict[tuple[int, ...], Minimum] = {}
+    solved: dict[tuple[int, ...], Minimum] = {}
     shapes = {name: laws.theta[name].shape[1:] for name in names}
     flat = torch.cat([laws.theta[name].reshape(len(laws), -1) for name in names], -1)
     low, high = flat.amin(0), flat.amax(0)
@@ -375,23 +383,23 @@ def search(
 
     def solve(numbers: Tensor, coordinates: Tensor) -> Minimum:
         key = tuple(int(x) for x in numbers.tolist())
-        if key not in known:
+        if key not in solved:
             of = function(chart_at(numbers))
-            known[key] = minimum_of(of, coordinates[None], scale, smooth)
-        return known[key]
+            solved[key] = minimum_of(of, coordinates[None], scale, smooth)
+        return solved[key]
 
     numbers = torch.cat([start[name].reshape(-1) for name in names]).double()
-    found = solve(numbers, at)
-    for _ in range(SWEEPS):
+    minimum = solve(numbers, at)
+    for _ in range(MAX_SWEEPS):
         before = numbers
         for place in range(len(numbers)):
-            numbers, found = _along(place, numbers, found, solve, low[place], high[place])
+            numbers, minimum = _along(place, numbers, minimum, solve, low[place], high[place])
         if torch.equal(before, numbers):
             break
     return chart_at(numbers)
 
 
-def _along(place, numbers, found, solve, low, high) -> tuple[Tensor, Minimum]:
+def _along(place, numbers, minimum, solve, low, high) -> tuple[Tensor, Minimum]:
     """The best value of one of the numbers: steps double while the loss falls, then shrink."""
     step, falling = 1.0, True
     while step >= 1:
@@ -401,13 +409,13 @@ def _along(place, numbers, found, solve, low, high) -> tuple[Tensor, Minimum]:
             trial[place] = (numbers[place] + sign * step).clamp(low, high)
             if torch.equal(trial, numbers):
                 continue
-            there = solve(trial, found.point)
-            if there.value < found.value:
-                numbers, found, better = trial, there, True
+            there = solve(trial, minimum.point)
+            if there.value < minimum.value:
+                numbers, minimum, better = trial, there, True
                 break
         falling = falling and better
         step = 2 * step if better and falling else step // 2
-    return numbers, found
+    return numbers, minimum
 
 
 def minimum_of(of, starts: Tensor, scale: Tensor, smooth: bool) -> Minimum:
@@ -420,38 +428,38 @@ def minimum_of(of, starts: Tensor, scale: Tensor, smooth: bool) -> Minimum:
 
 
 TRIED = 6  # variables of which every set may be what the components have
-SAME = 1e-9  # relative difference of log-densities of the same mixture in another order
+SAME_DENSITY = 1e-9  # relative difference of log-densities of the same mixture in another order
 
 
-def sort_components(problem: Problem, found: NumericalAct) -> NumericalAct:
+def sort_components(problem: Problem, act: NumericalAct) -> NumericalAct:
     """The same act with its components sorted by their means.
 
     Draws with labels that change places start the minimiser at any of them, so that two losses,
     or two runs, would list the components differently. Labels that do not change places stay.
     """
     keys = _keys(problem.law(problem.few))
-    if keys is None or keys.ndim != 2 or label_exchange(keys)[0] <= SWAPPED:
-        return found
-    law = problem.law({name: x[None] for name, x in found.theta.items()})
+    if keys is None or keys.ndim != 2 or label_exchange(keys)[0] <= MIN_SWAPPED:
+        return act
+    law = problem.law({name: x[None] for name, x in act.theta.items()})
     at_act = _keys(law)
     if at_act is None:
-        return found
+        return act
     order, count = at_act[0].argsort(stable=True), at_act.shape[-1]
     if torch.equal(order, torch.arange(count)):
-        return found
-    axes = {k: x.shape.index(count) for k, x in found.theta.items() if count in x.shape}
+        return act
+    axes = {k: x.shape.index(count) for k, x in act.theta.items() if count in x.shape}
     for names in _subsets(list(axes)[:TRIED]):
         moved = {
             name: x.index_select(axes[name], order) if name in names else x
-            for name, x in found.theta.items()
+            for name, x in act.theta.items()
         }
         if _same(law, problem.law({name: x[None] for name, x in moved.items()})):
             influence = {
                 name: x.index_select(1 + axes[name], order) if name in names else x
-                for name, x in found.influence.items()
+                for name, x in act.influence.items()
             }
-            return replace(found, theta=moved, influence=influence)
-    return found
+            return replace(act, theta=moved, influence=influence)
+    return act
 
 
 def _subsets(names: list[str]) -> Any:
@@ -460,7 +468,7 @@ def _subsets(names: list[str]) -> Any:
 
 
 def _keys(law: Distribution) -> Tensor | None:
-    """What the components of mixtures are sorted by [n, components]; None where there is nothing.
+    """Sort keys [n, components] of the components of mixtures; None where there are none.
 
     Their means, or their locations where they have no mean; of vectors the first coordinate.
     """
@@ -482,8 +490,10 @@ def _keys(law: Distribution) -> Tensor | None:
 
 
 def _same(law: Distribution, other: Distribution) -> bool:
-    """Whether two mixtures of batch shape [1] have the same density at draws of one of them."""
+    """True if two mixtures of batch shape [1] have the same density at draws of one of them."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         x = law.sample(torch.Size([16]))
-        return torch.allclose(law.log_prob(x), other.log_prob(x), rtol=SAME, atol=SAME)
+        return torch.allclose(
+            law.log_prob(x), other.log_prob(x), rtol=SAME_DENSITY, atol=SAME_DENSITY
+        )

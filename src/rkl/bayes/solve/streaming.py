@@ -19,19 +19,24 @@ from rkl.stats import BatchMeans
 from rkl.stats.batch_means import HALVES, slots_of
 
 DIRECTIONS = ("reverse", "forward")
-FIRST = 2**17  # numbers, but 8 to 64 draws, that the reference law is made from
-CACHED, FUSED = 2**16, 2**21  # laws of a block: uncompiled lest it leave the cache, and compiled
-WIDE = 2**12  # laws side by side from which on half as many batches must do
-WORTH_COMPILING = 2**30  # laws: below it, compiling costs more than it saves
+REFERENCE_NUMBERS = (
+    2**17
+)  # numbers, but 8 to 64 draws, that the reference distribution is made from
+CACHED, FUSED = (
+    2**16,
+    2**21,
+)  # distributions of a block: uncompiled lest it leave the cache, and compiled
+WIDE_BATCH = 2**12  # distributions side by side from which on half as many batches must do
+WORTH_COMPILING = 2**30  # distributions: below it, compiling costs more than it saves
 TASKS = 64  # chunks that dask works on before their sums are taken in
 INNER = 8  # rows that are summed together: a core looks ahead in about so many streams of memory
-NARROW = 64  # laws side by side below which, in memory, draws are
+NARROW_BATCH = 64  # distributions side by side below which, in memory, draws are
 Law = Callable[[dict[str, Tensor]], Distribution]
 Totals = dict[str, Tensor]  # by direction, [runs, components + 1, *batch]
 
 
 class Plan(NamedTuple):
-    """What is done to a chunk of draws: all that a worker elsewhere must know."""
+    """The work on a chunk of draws, complete for a worker of dask."""
 
     law: Law
     family: ExponentialFamily
@@ -66,7 +71,7 @@ def sums_of(
     Sums that ``room`` has a place for are written there and not returned.
     """
     drawn = {name: x if isinstance(x, Tensor) else tensor_of(x) for name, x in chunk.items()}
-    found = []
+    sums = []
     for first, last, run in pieces(start, start + len(next(iter(drawn.values()))), plan):
         part = slice(first - start, last - start)
         w = None if weights is None else weights[part]
@@ -77,8 +82,8 @@ def sums_of(
         if place is None:
             count = torch.full(((last - first) // run,), float(run), dtype=torch.float64)
             count = count if w is None else w.unflatten(0, (-1, run)).sum(1)
-            found.append(Sums(first, run, totals, count))
-    return found
+            sums.append(Sums(first, run, totals, count))
+    return sums
 
 
 def _totals_of(
@@ -97,8 +102,8 @@ def _totals_of(
         check_domain(law)
     if not compiled:
         return _totals(plan.batch, plan.directions, run, kernel, family, law, plan.reference, w)
-    own = {name: vars(law)[name] for name in law.arg_constraints if name in vars(law)}
-    own = own or {name: getattr(law, name) for name in family.parameters}
+    parameters = {name: vars(law)[name] for name in law.arg_constraints if name in vars(law)}
+    parameters = parameters or {name: getattr(law, name) for name in family.parameters}
     fixed = {field.name: getattr(family, field.name) for field in dataclasses.fields(family)}
     numbers = tuple((k, x) for k, x in fixed.items() if not isinstance(x, Tensor))
     into = place is not None
@@ -107,11 +112,13 @@ def _totals_of(
     eager = functools.partial(_remade_totals, *how)
 
     def compile_step():
-        for x in [*own.values(), *([] if w is None else [w]), *(place or {}).values()]:
+        for x in [*parameters.values(), *([] if w is None else [w]), *(place or {}).values()]:
             torch._dynamo.maybe_mark_dynamic(x, 0)  # one graph for every number of runs
         return _compile(*key)
 
-    return compiled_or_eager(key, compile_step, eager, family, own, plan.reference, w, place)
+    return compiled_or_eager(
+        key, compile_step, eager, family, parameters, plan.reference, w, place
+    )
 
 
 @functools.cache
@@ -127,8 +134,8 @@ def _compile(batch, directions, run, kernel, *kind) -> Callable[..., Totals]:
     )
 
 
-def _remade_totals(batch, directions, run, kernel, family, own, reference, w, place):
-    law = family.law(**own, validate_args=False)
+def _remade_totals(batch, directions, run, kernel, family, parameters, reference, w, place):
+    law = family.distribution(**parameters, validate_args=False)
     totals = _totals(batch, directions, run, kernel, family, law, reference, w)
     if place is None:
         return totals
@@ -147,7 +154,6 @@ def _totals(
     reference: Natural,
     w: Tensor | None,
 ) -> Totals:
-    """Sums over runs of draws of what is averaged."""
     if kernel and isinstance(law, Normal | LogNormal):
         totals = _normal_totals(family, law, reference, run)
     else:
@@ -166,7 +172,7 @@ def _totals(
 def _normal_totals(
     family: ExponentialFamily, law: Normal | LogNormal, reference: Natural, run: int
 ) -> dict[str, list[Tensor]]:
-    """What ``terms`` of a Normal law come to, with one logarithm for eight draws.
+    """The ``terms`` of a Normal distribution, with one logarithm for eight draws.
 
     Σ log x = log Π x, and a product of eight ratios of variances stays in range unless each is
     1e38; what leaves it is averaged again without.
@@ -203,10 +209,9 @@ def _over_runs(x: Tensor, run: int, w: Tensor | None) -> Tensor:
 def _in_eights(x: Tensor, run: int) -> tuple[Tensor, int]:
     """Draws [n, ...] by runs and in eights, and the axis of the eight.
 
-    Rows that lie together belong together; and single numbers do not, lest they be added across
-    the lanes of a vector.
+    Group contiguous rows; group scalars with a stride, so that the sum vectorises.
     """
-    if x[0].numel() < NARROW:
+    if x[0].numel() < NARROW_BATCH:
         return x.unflatten(0, (-1, INNER, run // INNER)), 1
     return x.unflatten(0, (-1, run // INNER, INNER)), 2
 
@@ -230,8 +235,8 @@ def check_domain(law: Distribution) -> None:
 
 
 def _lay_out(x: Tensor) -> Tensor:
-    """Draws [n, ...] so that in memory the longer of both lies together."""
-    if x.ndim == 1 or x[0].numel() >= NARROW:
+    """Draws [n, ...] with the longer of both axes contiguous in memory."""
+    if x.ndim == 1 or x[0].numel() >= NARROW_BATCH:
         return x
     return x.movedim(0, -1).contiguous().movedim(-1, 0)
 
@@ -254,7 +259,7 @@ def pieces(start: int, stop: int, plan: Plan) -> Iterator[tuple[int, int, int]]:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    r"""What one pass leaves: means of what both acts average, about a reference law P_0.
+    r"""Means of one pass, of what both acts average, about a reference distribution P_0.
 
     The reverse-KL act has E η for its natural parameter, the forward-KL act E m for its mean
     parameter. By Pythagoras their risks are
@@ -277,15 +282,15 @@ class Moments:
     forward: BatchMeans | None
 
     def means_of(self, direction: str) -> BatchMeans:
-        """What was averaged for one of the acts, "reverse" or "forward"."""
-        found = {"reverse": self.reverse, "forward": self.forward}.get(direction)
-        if found is None:
+        """The means for one of the acts, "reverse" or "forward"."""
+        means = {"reverse": self.reverse, "forward": self.forward}.get(direction)
+        if means is None:
             raise ValueError(f"direction {direction!r} was not averaged.")
-        return found
+        return means
 
     @property
     def finite(self) -> bool:
-        """Whether every mean is a number."""
+        """True if every mean is finite."""
         averaged = (it for it in (self.reverse, self.forward) if it is not None)
         return all(bool(it.mean.isfinite().all()) for it in averaged)
 
@@ -303,15 +308,15 @@ def one_pass(
 
     Args:
         draws: The posterior.
-        law: From some draws by name, [n, ...] each, to their laws of an exponential family, of
-            batch shape [n, *batch]. It need not check them.
+        law: From some draws by name, [n, ...] each, to their distributions of an exponential
+            family, of batch shape [n, *batch]. It need not check them.
         names: The variables it takes.
         directions: "reverse" or "forward", or both.
-        compiled: Whether to compile what is done to a block; by default if a billion laws are
-            to come, for it takes a few seconds. Only where components are numbers.
+        compiled: Whether to compile what is done to a block; by default if a billion distributions
+            are to come, for it takes a few seconds. Only where components are numbers.
 
     Raises:
-        ValueError: Some draw is not finite, or makes no law of the family.
+        ValueError: Some draw is not finite, or makes no distribution of the family.
 
     >>> draws = Draws({"rate": [[1.0, 2.0, 4.0, 8.0]]})
     >>> moments = one_pass(draws, lambda theta: torch.distributions.Poisson(**theta), ["rate"])
@@ -352,8 +357,7 @@ def _layout(draws: Draws, laws: int, block: int) -> tuple[int, int, int]:
 
 
 def _halves(laws: int) -> int:
-    """Half batches: fewer where their number is what takes memory and time."""
-    return HALVES // 2 if laws >= WIDE else HALVES
+    return HALVES // 2 if laws >= WIDE_BATCH else HALVES
 
 
 def _average(draws: Draws, names: Sequence[str], plan: Plan, length: int) -> Moments:
@@ -363,18 +367,18 @@ def _average(draws: Draws, names: Sequence[str], plan: Plan, length: int) -> Mom
         name: BatchMeans(draws.chains, shape, length, halves, draws.draws)
         for name in plan.directions
     }
-    for chain, found in _chunks(draws, names, plan, means):
-        for sums in found:
-            for name, held in means.items():
-                held.add(chain, sums.start, sums.run, sums.values[name], sums.weights)
-    found = means.get("reverse"), means.get("forward")
-    return Moments(plan.family, plan.reference, *found)
+    for chain, both in _chunks(draws, names, plan, means):
+        for sums in both:
+            for name, mean in means.items():
+                mean.add(chain, sums.start, sums.run, sums.values[name], sums.weights)
+    both = means.get("reverse"), means.get("forward")
+    return Moments(plan.family, plan.reference, *both)
 
 
 def _chunks(
     draws: Draws, names: Sequence[str], plan: Plan, means: dict[str, BatchMeans]
 ) -> Iterator[tuple[int, list[Sums]]]:
-    """What is to be added of every chain; the rest is written where it belongs."""
+    """Sums to add for every chain; sums that fill half a batch are written in place."""
     arrays = {name: draws.of(name) for name in names}
     parts = draws.parts(names, multiple=plan.rows)
     if any(array.chunks is not None for array in arrays.values()):
@@ -387,19 +391,19 @@ def _chunks(
 
 
 def _room(means: dict[str, BatchMeans], chain: int, *runs: int) -> Totals | None:
-    found = {}
-    for name, held in means.items():
-        place = held.room(chain, *runs)
+    places = {}
+    for name, mean in means.items():
+        place = mean.room(chain, *runs)
         if place is None:
             return None
-        found[name] = place
-    return found
+        places[name] = place
+    return places
 
 
 def _by_dask(
     draws: Draws, arrays: dict[str, xr.DataArray], parts: list[slice], plan: Plan
 ) -> Iterator[tuple[int, list[Sums]]]:
-    """The same, where the chunks live: only sums come back."""
+    """Sums to add for every chain, computed where the chunks live."""
     import dask  # pyright: ignore[reportMissingImports]: lazy arrays brought it
 
     task, plan = dask.delayed(_of_chains, pure=False), dask.delayed(plan, traverse=False)
@@ -413,8 +417,8 @@ def _by_dask(
             chunk = {name: _unread(x, chains, part) for name, x in arrays.items()}
             weights = {chain: _weights(draws, chain, part) for chain in chains}
             tasks.append(task(plan, part.start, chunk, weights))
-        for found in dask.compute(*tasks):
-            yield from found
+        for sums in dask.compute(*tasks):
+            yield from sums
 
 
 def _of_chains(plan: Plan, start: int, chunk: dict[str, Any], weights: dict) -> list:
@@ -438,12 +442,14 @@ def _reference(
 ) -> tuple[ExponentialFamily, Natural, torch.Size]:
     """The family about the act of the first few draws, and that act."""
     numbers = sum(math.prod(draws.shape(name)) for name in names)
-    rows = min(64, max(8, FIRST // max(1, numbers)))
+    rows = min(64, max(8, REFERENCE_NUMBERS // max(1, numbers)))
     chunks = draws.chunks(names, rows * numbers)
     first = law(next(chunks)[2])
     family = family_of(first)
     if family is None:
-        raise ValueError(f"law must be of an exponential family; got a {type(first).__name__}.")
+        raise ValueError(
+            f"distribution must be of an exponential family; got a {type(first).__name__}."
+        )
     _check(first, family, directions)
     natural = family.natural(first)
     if bool(family.contains(natural).all()):
@@ -457,13 +463,13 @@ def _reference(
 def _natural_of_means(
     draws: Draws, law: Law, names: Sequence[str], family: ExponentialFamily
 ) -> Natural:
-    """The forward act of some draws, of which single ones lie on the edge of the family."""
+    """The forward act of a few draws, some of which lie on the edge of the family."""
     total, count, mean = None, 0, ()
     for _, _, chunk in draws.chunks(names):
-        found = law(chunk)
-        means = tuple(x.sum(0) for x in family.mean(family.natural(found)))
+        distribution = law(chunk)
+        means = tuple(x.sum(0) for x in family.mean(family.natural(distribution)))
         total = means if total is None else plus(total, means)
-        count += found.batch_shape[0]
+        count += distribution.batch_shape[0]
         mean = tuple(x / count for x in total)
         if all(bool(inside.all()) for inside in family.mean_inside(mean)):
             break
@@ -483,13 +489,12 @@ def _refuse(
     family: ExponentialFamily,
     directions: Sequence[str],
 ) -> None:
-    """Say which draw it is that has no finite mean."""
     for _, _, chunk in draws.chunks(names):
         _check(law(chunk), family, directions)
 
 
 def _check(law: Distribution, family: ExponentialFamily, directions: Sequence[str]) -> None:
-    """Refuse draws that are on the edge, where what is averaged is infinite there."""
+    """Refuse draws on the edge of the family, where what is averaged is infinite."""
     check_domain(law)
     natural = family.natural(law)
     averaged = all(bool(x.isfinite().all()) for x in family.mean(natural))

@@ -60,14 +60,14 @@ class Chart:
     def point(self, coordinates: Float[Tensor, "*lead k"]) -> dict[str, Tensor]:
         """The parameters at these coordinates, [*lead, *shape] each."""
         pieces = coordinates.split([part.free.numel() for part in self.parts.values()], -1)
-        found = {
+        values = {
             name: part.transform(
                 part.centre + part.spread * piece.reshape(*piece.shape[:-1], *part.free)
             )
             for (name, part), piece in zip(self.parts.items(), pieces, strict=True)
         }
         lead = coordinates.shape[:-1]
-        return found | {name: x.expand(*lead, *x.shape) for name, x in self.fixed.items()}
+        return values | {name: x.expand(*lead, *x.shape) for name, x in self.fixed.items()}
 
     def coordinates(self, values: Mapping[str, Tensor]) -> Float[Tensor, "*lead k"]:
         """The coordinates of parameters [*lead, *shape]."""
@@ -86,10 +86,10 @@ def chart_of(
 ) -> Chart:
     r"""The chart for parameters, of which draws are at hand.
 
-    Simplices, triangular, correlation and positive definite matrices are told by their draws.
-    Any other parameter takes the widest of the line, the half-line and the unit interval in
-    which ``law`` still makes a distribution; without a law, the line or the half-line, whichever
-    holds its draws.
+    Simplices, triangular, correlation and positive definite matrices are told by their draws. Any
+    other parameter takes the widest of the line, the half-line and the unit interval in which
+    ``law`` still makes a distribution; without a distribution, the line or the half-line,
+    whichever holds its draws.
 
     Args:
         values: Draws by name, [draws, *shape] each, in double precision.
@@ -138,7 +138,6 @@ def _margin(drawn: Tensor, transform: Any) -> float:
 
 
 def _off_edge(values: Tensor, transform: Any, margin: float) -> Tensor:
-    """Values no nearer to the edge of their domain than a margin: where a minimiser may start."""
     if not margin:
         return values
     if isinstance(transform, SigmoidTransform):
@@ -151,8 +150,8 @@ def _off_edge(values: Tensor, transform: Any, margin: float) -> Tensor:
 
 def _transform(name: str, values: Mapping[str, Tensor], law: LawOf | None) -> Any:
     drawn = values[name]
-    if drawn.ndim > 2 and drawn.shape[-1] == drawn.shape[-2] > 1 and (found := _matrix(drawn)):
-        return found
+    if drawn.ndim > 2 and drawn.shape[-1] == drawn.shape[-2] > 1 and (matrix := _matrix(drawn)):
+        return matrix
     half = (drawn >= 0).all() & (drawn > 0).any()
     if half and drawn.ndim > 1 < drawn.shape[-1] and ((drawn.sum(-1) - 1).abs() < SLACK).all():
         return LogRatioTransform(drawn.shape[-1])
@@ -164,11 +163,10 @@ def _transform(name: str, values: Mapping[str, Tensor], law: LawOf | None) -> An
     for holds, transform, probe in scalars if law else scalars[bool(half) :]:
         if holds and (law is None or _accepts(law, values, name, probe)):
             return transform
-    return scalars[0][1]  # the law will say where it ends
+    return scalars[0][1]  # the distribution will say where it ends
 
 
 def _matrix(drawn: Tensor) -> Transform | None:
-    """The map onto matrices of the kind that all the draws are, if it is a special one."""
     diagonal = drawn.diagonal(dim1=-2, dim2=-1)
     if not (diagonal > 0).all():
         return None
@@ -185,28 +183,31 @@ def _matrix(drawn: Tensor) -> Transform | None:
 
 
 def _accepts(law: LawOf, values: Mapping[str, Tensor], name: str, probe: Tensor) -> bool:
-    """Whether a law makes distributions of these values, and densities where there is mass."""
-    few = {key: x[:8] for key, x in values.items()}
+    """True if a family makes distributions of these values, with densities where there is mass."""
+    subsample = {key: x[:8] for key, x in values.items()}
     try:
-        made = law(few | {name: probe[:8]})
+        made = law(subsample | {name: probe[:8]})
         with torch.random.fork_rng(devices=[]):
-            points = law(few).sample()
-        return _sound(made) and not made.log_prob(points).isnan().any()
+            points = law(subsample).sample()
+        return _is_valid(made) and not made.log_prob(points).isnan().any()
     except (ValueError, RuntimeError):
         return False
 
 
-def _sound(law: Distribution) -> bool:
-    """Whether the parameters of a law and of its parts are where they belong."""
+def _is_valid(law: Distribution) -> bool:
     inner = ("base_dist", "mixture_distribution", "component_distribution")
     parts = [getattr(law, key) for key in inner if hasattr(law, key)]
     if parts:
-        return all(map(_sound, parts))
+        return all(map(_is_valid, parts))
     try:
-        own = law.arg_constraints
+        constraints_of_law = law.arg_constraints
     except NotImplementedError:  # nothing is said of them
         return True
-    checks = (c.check(getattr(law, k)) for k, c in own.items() if not constraints.is_dependent(c))
+    checks = (
+        c.check(getattr(law, k))
+        for k, c in constraints_of_law.items()
+        if not constraints.is_dependent(c)
+    )
     return all(bool(check.all()) for check in checks)
 
 
@@ -262,7 +263,7 @@ WIDE, NARROW = 0.1, 1e-6  # steps, in units of scale, for the curvature and the 
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where a loss is least, and how far above the minimum it may still be."""
+    """The minimum of a loss, with a bound on its excess over the true minimum."""
 
     point: Float[Tensor, " k"]
     value: float
@@ -311,13 +312,13 @@ def minimise(
     scale = torch.ones_like(starts[0]) if scale is None else scale
     search = _Search(loss, scale, tolerance, smooth)
     descend = search.descend if len(scale) <= NEWTON else search.descend_far
-    found = [descend(start) for start in starts if math.isfinite(search.evaluate(start)[0])]
-    if not found:
+    minima = [descend(start) for start in starts if math.isfinite(search.evaluate(start)[0])]
+    if not minima:
         raise ValueError(f"the loss must be finite at one start; it is at none of {len(starts)}.")
-    best = min(found, key=lambda minimum: minimum.value)
+    best = min(minima, key=lambda minimum: minimum.value)
     alike = 1e-9 if smooth else 1e-6  # many small kinks are as many small minima
     near = max(tolerance, alike * max(1.0, abs(best.value)))
-    agreeing = sum(minimum.value - best.value <= near for minimum in found)
+    agreeing = sum(minimum.value - best.value <= near for minimum in minima)
     return Minimum(**{**vars(best), "agreeing": agreeing})
 
 
@@ -390,17 +391,16 @@ class _Search:
         return value.item(), gradient.detach(), (square + square.T) / 2
 
     def _quasi_newton(self, point: Tensor, metric: Map, enough: float) -> tuple[Tensor, Map]:
-        """The point where limited-memory BFGS stops, and its inverse Hessian."""
         pairs: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def inverse(gradient):  # the two-loop recursion
-            kept = []
+            history = []
             for s, y, rho in reversed(pairs):
-                kept.append(rho * (gradient @ s))
-                gradient = gradient - kept[-1][..., None] * y
+                history.append(rho * (gradient @ s))
+                gradient = gradient - history[-1][..., None] * y
             direction = metric(gradient)
             for s, y, rho in pairs:
-                direction = direction + (kept.pop() - rho * (direction @ y))[..., None] * s
+                direction = direction + (history.pop() - rho * (direction @ y))[..., None] * s
             return direction
 
         value, gradient, _ = self.evaluate(point)
@@ -409,12 +409,12 @@ class _Search:
             direction = -inverse(gradient)
             if -float(gradient @ direction) / 2 <= enough * 1e-3 or idle == 3:
                 break
-            found = self._line_search(point, value, gradient, direction)
-            if found is None:
+            step = self._line_search(point, value, gradient, direction)
+            if step is None:
                 break
-            idle = idle + 1 if value - found[1] < enough / 10 else 0
-            s, y = found[0] - point, found[2] - gradient
-            point, value, gradient = found
+            idle = idle + 1 if value - step[1] < enough / 10 else 0
+            s, y = step[0] - point, step[2] - gradient
+            point, value, gradient = step
             if s @ y > 0:
                 pairs.append((s, y, 1 / (s @ y)))
                 del pairs[:-MEMORY]
@@ -438,7 +438,7 @@ class _Search:
         return best
 
     def _newton(self, state: _State) -> _State:
-        """Full steps, judged by the decrement, for near the minimum values no longer tell."""
+        """Full steps, judged by the decrement: near the minimum values carry only rounding."""
         slack = 1e-9 * max(1.0, abs(state.value))
         for _ in range(20 if self.smooth else 0):
             trial = self._state(state.point - state.inverse(state.gradient))

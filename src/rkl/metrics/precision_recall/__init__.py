@@ -1,4 +1,4 @@
-"""Precision and recall of one law against another: curves, spectra of divergences, rejection."""
+"""Precision and recall of a distribution against another: curves, spectra, rejection."""
 
 from rkl.metrics.precision_recall.curve import SLOPES as SLOPES
 from rkl.metrics.precision_recall.curve import Curve as Curve

@@ -17,7 +17,7 @@ class OperatingPoint(NamedTuple):
     Attributes:
         accept_lam: The constant λ: a sample of ratio r is kept with probability min(1, λr).
         budget: Draws per accepted sample, K = 1/α(λ), at least 1.
-        target_precision: Precision at slope 1 of the accepted law, α(α(λ))/α(λ).
+        target_precision: Precision at slope 1 of the accepted distribution, α(α(λ))/α(λ).
     """
 
     accept_lam: float
@@ -36,7 +36,8 @@ def operating_point(
 
         K = 1/mean min(1, λr),    precision = mean min(K, r)
 
-    with r = p/q at samples from q. The accepted law is min(λp, q)/α(λ). All three are exact on
+    with r = p/q at samples from q. The accepted distribution is min(λp, q)/α(λ). All three are
+    exact on
     the ratios given: the equations are solved between neighbouring order statistics, without
     iteration. A smaller λ costs more draws and buys precision; training's ``lam`` runs the
     other way.
@@ -50,7 +51,7 @@ def operating_point(
         log_ratio: log p(x) − log q(x) in nats at samples x from q; −∞ where p has no mass.
         accept_lam: The constant λ, positive.
         budget: Draws per accepted sample, at least 1.
-        target_precision: Precision at slope 1 of the accepted law, in (0, 1].
+        target_precision: Precision at slope 1 of the accepted distribution, in (0, 1].
 
     Returns:
         The point under all three names.
@@ -80,15 +81,15 @@ def operating_point(
     ratios, ((name, value),) = _Ratios(log_ratio), given.items()
     number(name, value, above=0)
     if name == "accept_lam":
-        accept_lam, budget = value, 1 / ratios.accepted(value)
+        accept_lam, budget = value, 1 / ratios.accepted_share(value)
     else:
         budget = value if name == "budget" else ratios.budget(value)
         accept_lam = ratios.constant(budget)
-    return OperatingPoint(accept_lam, budget, ratios.capped(budget))
+    return OperatingPoint(accept_lam, budget, ratios.capped_mean(budget))
 
 
 class _Ratios:
-    """The ratios r of the samples that can be accepted, rising, and sums of the smallest.
+    """The ratios r of the samples that can be accepted_share, rising, and sums of the smallest.
 
     Between neighbours mean min(u, r) is linear in u: (sum of the k below u + (m − k) u)/n.
     """
@@ -101,11 +102,11 @@ class _Ratios:
         self.left = torch.arange(len(self.r), 0, -1, dtype=torch.float64)
         self.least = self.n / len(self.r)  # the budget of a λ without end
 
-    def capped(self, u: float) -> float:
+    def capped_mean(self, u: float) -> float:
         """The mean of min(u, r)."""
         return self.r.clamp_max(u).sum().item() / self.n
 
-    def accepted(self, lam: float) -> float:
+    def accepted_share(self, lam: float) -> float:
         """The mean of min(1, λr)."""
         return (self.log_r + math.log(lam)).clamp_max(0.0).exp().sum().item() / self.n
 
@@ -123,15 +124,15 @@ class _Ratios:
         if budget > 1.05 * at_knots[-1]:  # nearer than that it may be these samples
             warn(
                 f"budget={budget:.6g} buys nothing beyond {at_knots[-1].item():.6g}: from there "
-                "on the accepted law is p itself, as far as these samples show."
+                "on the accepted distribution is p itself, as far as these samples show."
             )
-        kept = self.n / budget - (len(self.r) - k)
-        u = self.r[:k].sum().item() / kept if kept > 0 else self.r[k - 1].item()
+        wanted = self.n / budget - (len(self.r) - k)
+        u = self.r[:k].sum().item() / wanted if wanted > 0 else self.r[k - 1].item()
         return 1 / u
 
     def budget(self, precision: float) -> float:
         """The K at which the mean of min(K, r) is the precision."""
-        lowest, highest = self.capped(self.least), self.r.sum().item() / self.n
+        lowest, highest = self.capped_mean(self.least), self.r.sum().item() / self.n
         if not lowest <= precision <= highest:
             raise ValueError(
                 f"target_precision must lie between {lowest:.6g}, of q without rejection, and "

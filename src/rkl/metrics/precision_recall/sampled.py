@@ -30,11 +30,11 @@ def pr_curve_sampled(
 
         α(λ) = E_q min(1, λr) = E_p min(λ, 1/r),    β(λ) = α(λ)/λ
 
-    Samples of either law will do, in independent draws; the terms are bounded by 1 and by λ, so
-    that nothing can go wrong in the tails. Given both, they are one stratified sample of their
-    mixture m, in which α is the mean of min(λp, q)/m, less the multiple of q/m − 1 that leaves
-    least variance. So the error is nowhere far above the smaller of the two, and vanishes at
-    both ends, where α tends to λ and to 1. That takes normalised densities.
+    Samples of either distribution will do, in independent draws; the terms are bounded by 1 and by
+    λ, so that nothing can go wrong in the tails. Given both, they are one stratified sample of
+    their mixture m, in which α is the mean of min(λp, q)/m, less the multiple of q/m − 1 that
+    leaves least variance. So the error is nowhere far above the smaller of the two, and vanishes
+    at both ends, where α tends to λ and to 1. That takes normalised densities.
 
     Errors are pointwise, and those at different slopes go together.
 
@@ -52,7 +52,7 @@ def pr_curve_sampled(
     Raises:
         TypeError: A ratio is no tensor of floats.
         ValueError: There are no ratios, one is nan, or one is infinite on the side where its
-            own law would have no mass.
+            own distribution would have no mass.
 
     >>> ratio = torch.tensor([0.5, 1.0, 1.5])
     >>> pr_curve_sampled(log_ratio_q=ratio.log(), slopes=torch.ones(1)).precision
@@ -63,8 +63,8 @@ def pr_curve_sampled(
     at_p = None if log_ratio_p is None else checked_ratio("log_ratio_p", log_ratio_p, -math.inf)
     at_q = None if log_ratio_q is None else checked_ratio("log_ratio_q", log_ratio_q, math.inf)
     slopes = checked_slopes(slopes)
-    found = [_precision(at_p, at_q, math.log(lam)) for lam in slopes.tolist()]
-    precision = Mean(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+    points = [_precision(at_p, at_q, math.log(lam)) for lam in slopes.tolist()]
+    precision = Mean(*(torch.stack(parts) for parts in zip(*points, strict=True)))
     return SampledCurve(slopes, precision, Mean(*(part / slopes for part in precision)))
 
 

@@ -13,11 +13,11 @@ from rkl.metrics.precision_recall.curve import checked_slopes
 
 FARTHEST = 20.0  # |log λ| up to which atoms are looked for
 CELLS, HALVINGS = 4_001, 30  # down to 1e-11
-MOST = 256  # cells looked into at a time
+MAX_CELLS = 256  # cells looked into at a time
 
 
 class Spectrum(NamedTuple):
-    """How an f-divergence mixes the precision–recall divergences.
+    """An f-divergence as a mixture of the precision–recall divergences.
 
     Attributes:
         slopes: The λ at which the density is given.
@@ -70,10 +70,10 @@ def pr_spectrum(
 def pr_weight(
     divergence: FDivergence, edges: Float[Tensor, " edges"]
 ) -> Float[Tensor, " edges-1"]:
-    r"""What each band of slopes adds to D at most: ∫ f″(1/λ) λ⁻³ min(λ, 1) dλ, atoms included.
+    r"""Bound on the share of each band of slopes in D: ∫ f″(1/λ) λ⁻³ min(λ, 1) dλ, atoms included.
 
-    D_λ is at most min(λ, 1), which laws reach that share nothing. So the weights of all slopes
-    add up to the largest value of D, infinite for some, and those of bands compare what is
+    D_λ is at most min(λ, 1), which distributions reach that share nothing. So the weights of all
+    slopes add up to the largest value of D, infinite for some, and those of bands compare what is
     asked of recall (λ below 1) with what is asked of precision. Integrated exactly, from the
     values and the slopes of the integrand. An atom on an edge is shared.
 
@@ -109,12 +109,12 @@ def spectrum_text(divergence: FDivergence) -> str:
     bars = "".join(_bar(it) for it in (weights / weights.max()).tolist())
     shares = [part.sum() / weights.sum() for part in (weights[:8], weights[8:9], weights[9:])]
     names = "recall (λ < 1)", "both (λ about 1)", "precision (λ > 1)"
-    told = ", ".join(f"{name} {it:.0%}" for name, it in zip(names, shares, strict=True))
+    text = ", ".join(f"{name} {it:.0%}" for name, it in zip(names, shares, strict=True))
     pairs = zip(*(it.tolist() for it in _atoms(divergence)), strict=True)
     atoms = ", ".join(f"{weight:.4g} at λ = {lam:.4g}" for lam, weight in pairs)
     return (
         f"looks at      1/256 {bars} 256   (slope λ, an octave each)\n"
-        f"weight        {told.replace('%', ' %')}\natoms         {atoms or 'none'}"
+        f"weight        {text.replace('%', ' %')}\natoms         {atoms or 'none'}"
     )
 
 
@@ -152,8 +152,8 @@ def _cumulative_weight(divergence: FDivergence, u: Tensor) -> tuple[Tensor, Tens
 def _slope(values: Tensor, at: Tensor) -> Tensor:
     if not values.requires_grad:  # a constant has none
         return torch.zeros_like(at)
-    (found,) = torch.autograd.grad(values.sum(), at, create_graph=True, materialize_grads=True)
-    return found
+    (slope,) = torch.autograd.grad(values.sum(), at, create_graph=True, materialize_grads=True)
+    return slope
 
 
 def _atoms(divergence: FDivergence) -> tuple[Tensor, Tensor]:
@@ -166,24 +166,24 @@ def _atoms(divergence: FDivergence) -> tuple[Tensor, Tensor]:
     low, high = grid[:-1], grid[1:]
     jump, first = _excess(divergence, low, high), None
     for _ in range(HALVINGS):
-        kept = jump.abs().topk(min(MOST, int((jump != 0).sum()))).indices
-        low, high, jump = low[kept], high[kept], jump[kept]
-        first = jump.abs() if first is None else first[kept]
+        largest = jump.abs().topk(min(MAX_CELLS, int((jump != 0).sum()))).indices
+        low, high, jump = low[largest], high[largest], jump[largest]
+        first = jump.abs() if first is None else first[largest]
         middle = (low + high) / 2
         low, high = torch.cat([low, middle]), torch.cat([middle, high])
         jump, first = _excess(divergence, low, high), torch.cat([first, first])
         jump = torch.where(jump.abs() > first / 1000, jump, 0.0)
-    found = (jump > 0).nonzero().squeeze(-1)
-    found = found[low[found].argsort()]
-    slopes = ((low + high) / 2)[found].exp()
+    cells = (jump > 0).nonzero().squeeze(-1)
+    cells = cells[low[cells].argsort()]
+    slopes = ((low + high) / 2)[cells].exp()
     slopes = torch.tensor([float(f"{lam:.10g}") for lam in slopes.tolist()], dtype=low.dtype)
-    return slopes, jump[found] / slopes.clamp_max(1.0)
+    return slopes, jump[cells] / slopes.clamp_max(1.0)
 
 
 def _excess(divergence: FDivergence, low: Tensor, high: Tensor) -> Tensor:
-    """How far the weight of each cell exceeds what its density gives; 0 where that is nothing."""
-    found = _cumulative_weight(divergence, torch.cat([low, high]))
-    weight, density, rounding = (part.reshape(2, -1) for part in found)
+    """Excess of the weight of each cell over its density; 0 where that is rounding."""
+    weights = _cumulative_weight(divergence, torch.cat([low, high]))
+    weight, density, rounding = (part.reshape(2, -1) for part in weights)
     dense = (high - low) * density.mean(0)
     excess = weight[1] - weight[0] - dense
     return torch.where(excess.abs() > 1e-3 * dense.abs() + rounding.sum(0), excess, 0.0)

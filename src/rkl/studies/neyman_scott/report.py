@@ -177,8 +177,8 @@ PARTS: Mapping[str, Problem] = {
             "KL is the smaller of the two wherever the estimate exceeds the draw.\n\n"
             "The marginal posterior is consistent under the reference prior, under the skewed "
             "proper prior of σ² and under the hierarchical one. It is not under Jeffreys' rule, "
-            "whose power of σ grows with the number of means, nor where the means' own law is "
-            "fixed and wrong, proper as it is."
+            "whose power of σ grows with the number of means, nor where the means' own "
+            "distribution is fixed and wrong, proper as it is."
         ),
         with_draws=True,
     ),
@@ -203,9 +203,9 @@ PARTS: Mapping[str, Problem] = {
             "β is a natural parameter, so that reverse KL reports its posterior mean. Forward KL "
             "averages probabilities, which flattens the curve, and stays below even where the "
             "prior is the truth. Reverse KL breaks where the marginal posterior of β does: under "
-            "a wrong law of the intercepts, and under Jeffreys' rule for each of them, which "
-            "sends it to about 2β, where maximum likelihood goes. The conditional likelihood "
-            "needs no law of the intercepts at all."
+            "a wrong distribution of the intercepts, and under Jeffreys' rule for each of them, "
+            "which sends it to about 2β, where maximum likelihood goes. The conditional "
+            "likelihood needs no distribution of the intercepts at all."
         ),
     ),
     "errors-in-variables": Problem(
@@ -231,9 +231,9 @@ PARTS: Mapping[str, Problem] = {
             "A prior flat in the true x is not flat along the line: a steeper line has more room "
             "for the same x. That factor comes once for each point, and under it the marginal "
             "posterior of the slope is that of least squares, too flat however many points there "
-            "are; every act follows. Flat along the line, or under the true law of x, the slope "
-            "is right, and σ² is what it is in the first problem: right for reverse KL, half as "
-            "much again for forward KL, half for maximum likelihood."
+            "are; every act follows. Flat along the line, or under the true distribution of x, "
+            "the slope is right, and σ² is what it is in the first problem: right for reverse KL, "
+            "half as much again for forward KL, half for maximum likelihood."
         ),
     ),
 }

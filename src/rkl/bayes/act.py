@@ -65,7 +65,7 @@ class Estimate(Answer):
         log_posterior: Callable[[Mapping[str, Tensor]], Tensor] | str | None = None,
         losses: Iterable[Any] | None = None,
     ) -> Table:
-        """The act beside every other common estimate, and what each loses: see ``compare``."""
+        """A table of all common estimates with their excess risks: see ``compare``."""
         return compare(self, answer, log_posterior, losses)
 
     def region(self, prob: float = 0.9) -> Region:

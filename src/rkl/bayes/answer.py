@@ -98,8 +98,8 @@ class Diagnostics:
             its mean has no normal error, at 1 and above perhaps no mean at all; nan where no
             tail can be fitted, as where draws are tied.
         method: How the act was found.
-        accuracy: By how much its risk may exceed the least, in nats, as far as the minimiser
-            can tell; 0 for a closed form.
+        accuracy: Estimated excess of its risk over the least, in nats, from the minimiser; 0
+            for a closed form.
         warnings: One sentence each.
     """
 

@@ -1,4 +1,4 @@
-"""The act beside every other common estimate, and what each of them loses."""
+"""A table of the act and every other common estimate, with their excess risks."""
 
 import dataclasses
 import itertools

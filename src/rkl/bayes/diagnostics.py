@@ -1,4 +1,4 @@
-"""Diagnostics of the posterior means: which of them exist, and how well they are known."""
+"""Diagnostics of the posterior means: which of them exist, and how accurate they are."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,21 +13,19 @@ from rkl.stats import BatchMeans, Mean, Tail, ess, ess_and_rhat, pareto_k, resam
 from rkl.stats.pareto import NO_ERROR, NO_MEAN
 
 NUMBERS = 2**24  # values of one quantity that its tails are judged by
-RANKED = 2**20  # those whose ranks tell what the draws are worth
+RANKED = 2**20  # values that are ranked, for effective draws and R-hat
 DOUBTFUL = 0.99  # Pareto-k of what has no error, though its mean is not denied
 MIN_DRAWS_OF_TAIL = 600  # from which tails may deny a mean: fewer hide a cluster of draws
-MIN_EFFECTIVE_DRAWS = 4  # effective draws
+MIN_EFFECTIVE_DRAWS = 4
 ROUNDING = 1e-13  # error of a mean of equal numbers, relative to them
-MAX_RHAT = 1.01  # R-hat above which chains are said not to agree
-CLEAR_GAP = (
-    2.5  # mean distance of two components, in its standard deviations, that tells them apart
-)
+MAX_RHAT = 1.01  # R-hat above which chains do not agree
+CLEAR_GAP = 2.5  # mean distance of two separate components, in its standard deviations
 MIN_SWAPPED = 0.005  # share of draws in which they have changed places
 WAYS_OUT = (
     "Intrinsic() takes the smaller of both, and JensenShannon() is bounded. Or ask about another "
     "experiment, whose noise a draw cannot undercut, or for a family with fewer parameters."
 )
-MAX_COMPONENTS = 24  # components whose order is looked at
+MAX_COMPONENTS = 24  # components whose order is checked
 
 
 @dataclass(frozen=True)

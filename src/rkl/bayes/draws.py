@@ -130,7 +130,7 @@ class Draws:
     def extremes(self, name: str) -> Integer[Tensor, "places two"]:
         """Chain and draw of the least and greatest elements of a variable; [0, 2] if lazy.
 
-        A file is not read twice for it; of many elements, some are looked at.
+        A file is not read twice for it; of many elements, a few are used.
         """
         array = self.of(name)
         width = math.prod(self.shape(name))
@@ -150,7 +150,7 @@ class Draws:
         part = self.of(name).variable.isel(chain=chain, draw=draw).transpose("place", ...)
         values = tensor_of(part.values)
         if not values.isfinite().all():
-            for c, d in places.tolist():  # raises, and says where the draw is
+            for c, d in places.tolist():  # raises, naming the draw
                 self._finite(name, c, slice(d, d + 1))
         return values
 
@@ -193,7 +193,7 @@ class Draws:
 
     def _finite(self, name: str, chains: int | slice, draws: slice) -> Tensor:
         values = read(self.of(name), chains, draws)
-        # One sum tells, unless finite numbers overflow in it.
+        # One sum suffices, unless finite numbers overflow in it.
         if not values.sum().isfinite() and not values.isfinite().all():
             raise ValueError(_unfinite(name, values, chains, draws))
         return values

@@ -22,10 +22,10 @@ from rkl.stats import Mean
 
 RELATIVE_ROUNDING = 1e-9  # relative change of a parameter that is rounding
 RANK = 1e-9  # relative singular value below which a direction changes nothing
-ROWS = 8  # draws whose values take the place of a number, to see whether it matters
+ROWS = 8  # draws whose values replace a number, to test its influence
 STEP, ORDER = 1e-4, 1e-6  # along a direction, and the share of a movement that is rounding
 LISTED = 8  # numbers without an estimate that a sentence names
-MAX_COORDINATES = 100  # coordinates whose combinations are looked at
+MAX_COORDINATES = 100  # coordinates whose combinations are searched
 NO_MASS = 1e-12  # probability at a node that is none
 
 

@@ -32,7 +32,7 @@ def check_invariance(
     bijection: Mapping[str, Transform] | Transform,
     log_posterior: LogDensity | None = None,
 ) -> Table:
-    """Estimate again under other names, translate back, and say by how much each answer moved.
+    """Estimate again under other names, transform back, and tabulate how far each answer moved.
 
     Beside the act and its region stand the posterior mean, the interval of highest density of
     every variable, and with ``log_posterior`` the posterior mode.

@@ -46,8 +46,8 @@ from rkl.stats import resample
 NOT_TORCH = ("numpy", "all be instances of number", "converted to python scalars")
 LawOf = Callable[[dict[str, Tensor]], Distribution]
 NUMBERS = 2**18  # log-densities computed at a time
-PROBE = 16  # draws looked at before the rest is read
-PER_ROW = {"offset", "exposure", "trials"}  # what a regression knows of each row of its design
+PROBE = 16  # draws that are probed before the rest is read
+PER_ROW = {"offset", "exposure", "trials"}  # known numbers of each row of a design
 # Classes that no text can describe, or of which torch has neither a density nor a KL to work with.
 _STRUCTURES = {
     "Distribution",
@@ -304,7 +304,7 @@ def unwrap(law: Distribution, layers: int | None = None) -> Unwrapped:
     Args:
         law: The distributions of many draws, [draws, *batch].
         layers: How many wrappers to take off; by default as many as ``law`` allows. Of one row
-            nothing can be seen to move: give the number found on the draws.
+            nothing moves: give the number found on the draws.
 
     >>> normal = torch.distributions.Normal(torch.zeros(4, 3), 1.0)
     >>> base, joint, wrap, layers = unwrap(Independent(normal, 1))
@@ -359,7 +359,7 @@ def _is_constant(law: TransformedDistribution) -> bool:
 
 def simplify(law: Distribution) -> Distribution:
     """The same distribution, with elementwise transforms inside ``Independent`` and affine maps
-    of a symmetric location-scale family absorbed: closed forms know these.
+    of a symmetric location-scale family absorbed, for which there are closed forms.
 
     >>> from torch.distributions.transforms import AffineTransform
     >>> simplify(TransformedDistribution(Normal(0.0, 1.0), [AffineTransform(3.0, -2.0)]))
@@ -432,7 +432,7 @@ def _elementwise(transform: Transform) -> Transform | None:
 
 
 def support_of(law: Distribution) -> Constraint | None:
-    """The support of a distribution; torch says "real" of an affine image of a half-line.
+    """The support of a distribution; torch gives "real" for an affine image of a half-line.
 
     >>> from torch.distributions.transforms import AffineTransform
     >>> half = torch.distributions.Exponential(torch.tensor(1.0))
@@ -849,7 +849,7 @@ def probe(draws: Draws, names: Sequence[str]) -> dict[str, Tensor]:
     try:
         spread = {name: draws.some(name, chains, slice(None, None, step)) for name in names}
     except ValueError:
-        for _ in draws.chunks(names):  # raises too, and says where the draw is
+        for _ in draws.chunks(names):  # raises too, naming the draw
             pass
         raise
     places = torch.cat([draws.extremes(name) for name in names]).unique(dim=0)

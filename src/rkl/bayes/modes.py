@@ -75,7 +75,7 @@ def _row(problem: Problem, theta: Mapping[str, Tensor], density: Tensor) -> Vari
 
 
 class _Seen(NamedTuple):
-    """Draws of the variables that a density looks at, and its logarithm at them."""
+    """Draws of the variables that a density reads, and its logarithm at them."""
 
     theta: dict[str, Tensor]
     density: Tensor

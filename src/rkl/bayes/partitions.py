@@ -137,9 +137,9 @@ def partition_act(
     and apart in the other, tends to more and smaller clusters.
 
     Half of the starts are the best of the sampled partitions, the others are built item by item
-    in random order. In each, items then move, one at a time, to where they serve best until none
-    wants to. That is a local minimum, and only the number of starts that agree says how likely it
-    is the global one.
+    in random order. In each, items then move, one at a time, to their best clusters until none
+    moves. That is a local minimum; the number of starts that agree shows how likely it is the
+    global one.
     Time grows as starts x distinct draws x items x clusters.
 
     Source: Dahl, Johnson and Müller (2022), J. Comput. Graph. Stat. 31(4), section 3 (SALSO);
@@ -287,7 +287,7 @@ class _Search:
             self._join(item, torch.cat([first, target[len(begun) :]]))
 
     def sweeten(self, generator: torch.Generator) -> None:
-        """Move items, in random order, to where they serve best, until none wants to move."""
+        """Move items, in random order, to their best clusters, until none moves."""
         for _ in range(PATIENCE):
             before = self.labels.clone()
             for item in _orders(self.labels, generator).T:

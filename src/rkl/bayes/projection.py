@@ -52,9 +52,7 @@ MAX_LOG_DENSITIES = 2**20  # log-densities over which a loss that needs every dr
 STARTS = 4  # draws that a minimiser starts from
 MAX_MASS_BEYOND = 1e-6  # mass of a distribution that may lie beyond the nodes
 ROUNDS, REACH, MAX_PRICE = 6, 1.5, 1e3  # of choosing nodes; how far past a member; nats
-OWN_PREFIX = (
-    "of the subfamily: "  # before its variables, where they stand beside those of the family
-)
+OWN_PREFIX = "of the subfamily: "  # before its variables, beside those of the family
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +155,7 @@ def _refuse_unlike(subfamily: Subfamily) -> None:
     whole, model = subfamily.problem, subfamily.model
     law, other = model.law(probe(whole.draws, model.names)), whole.model.law(whole.few)
     shape, batch = law.batch_shape[1:], other.batch_shape[1:]
-    # A text speaks of each member of a batch by itself; a callable says what they share.
+    # A text has parameters of each member of a batch; a callable decides what they share.
     short = model.events is not None and len(shape) <= len(batch)
     fits = shape == batch or (
         short and all(n in (1, m) for n, m in zip(shape, batch, strict=False))

@@ -12,7 +12,7 @@ from rkl.metrics.precision_recall import SampledCurve
 from rkl.metrics.precision_recall.curve import checked_slopes
 from rkl.stats import Mean
 
-MIN_CLUSTERS = 5  # clusters with real samples, below which a curve says nothing
+MIN_CLUSTERS = 5  # clusters with real samples, below which a curve is meaningless
 HELD, FARTHEST = 0.9, 10.0  # share of the reals within a radius, and its multiple drawn in to
 ROUNDS = 100  # of Lloyd's algorithm at most
 

@@ -20,7 +20,7 @@ def frechet_distance(
     about 1/N, which is what two halves of the real samples show; compare at equal numbers only.
 
     The error is that of the linearised distance, whose slope is the optimal transport between
-    the Gaussians. It vanishes where the distributions are equal: near the bias it says nothing.
+    the Gaussians. It vanishes where the distributions are equal: near the bias it is no evidence.
 
     Source: Dowson and Landau (1982); Heusel et al. (2017), arXiv 1706.08500, eq. (6).
 

@@ -63,7 +63,7 @@ class Measured:
         return self.table()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as JSON can hold them; an error that is not known is null."""
+        """The scores as JSON can hold them; an unknown error is null."""
         sides = {"scores": self.scores, "halves": self.halves}
         sides |= {"real_against_real": self.ceiling}
         written = {

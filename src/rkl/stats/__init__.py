@@ -1,4 +1,4 @@
-"""Means of draws with their standard errors, and what is known of the draws themselves."""
+"""Means of draws with their standard errors, and diagnostics of the draws."""
 
 from rkl.lazy import lazily
 

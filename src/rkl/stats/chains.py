@@ -11,7 +11,7 @@ from torch import Tensor
 from rkl.checks import floats, number
 from rkl.stats.quantiles import interpolated_quantile
 
-NUMBERS = 2**22  # draws looked at together, lest a Fourier transform of them all fill the memory
+NUMBERS = 2**22  # draws transformed together, to bound the memory of Fourier transforms
 
 
 def autocorrelation_time(
@@ -50,14 +50,14 @@ def integrated_time(
         τ = 1 + 2 Σ ρₜ over t ≤ M, with M the first for which M ≥ window · τ(M)
 
     What physicists of lattices report, so that figures can be compared: twice their τ_int. It
-    looks within chains alone, each about its own mean, and so does not see that they disagree;
+    uses each chain about its own mean alone, and so misses that chains disagree;
     :func:`autocorrelation_time` does; nan where no chain moves.
 
     Source: Madras and Sokal (1988), J. Stat. Phys. 50, 109, appendix C.
 
     Args:
         x: Draws of one or many quantities, at least 4 in each chain; a window that never closes
-            takes all lags, and says that chains are shorter than about 50 τ.
+            takes all lags: chains are then shorter than about 50 τ.
         window: How many τ long the window is.
 
     Returns:
@@ -100,7 +100,7 @@ def ess(
 
     Returns:
         Effective number of draws; at most n log₁₀ n. It is nan for a constant: chains that
-        never moved cannot be told from a quantity that does not vary.
+        never moved look the same as a quantity that does not vary.
     """
     x = _as_doubles(x)
     count = x.shape[0] * x.shape[1]

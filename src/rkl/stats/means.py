@@ -24,7 +24,7 @@ class Mean(NamedTuple):
 def mean(values: Float[Tensor, "draws *columns"]) -> Mean:
     """The mean of independent draws and its standard error, s/√n.
 
-    A single draw has no error that could be known: it is nan. An infinite draw makes the mean
+    The error of a single draw is nan. An infinite draw makes the mean
     infinite and its error nan.
 
     Args:
@@ -45,7 +45,7 @@ def mean(values: Float[Tensor, "draws *columns"]) -> Mean:
 def clustered_mean(
     total: Float[Tensor, "clusters *columns"], count: Float[Tensor, " clusters"]
 ) -> Mean:
-    r"""The mean over the members of clusters, with an error that knows they go together.
+    r"""The mean over the members of clusters, with an error that accounts for the clusters.
 
         m = Σ total / Σ count,    error² = R/(R − 1) Σ (total − m count)² / (Σ count)²
 

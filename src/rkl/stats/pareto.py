@@ -78,7 +78,7 @@ def tail(values: Float[Tensor, "draws *columns"]) -> Tail:
     r"""The shape of the tails, and whether they speak for an infinite mean.
 
     A generalised Pareto distribution fitted to ties, or to a cluster of draws that lies apart, has
-    a large shape that says nothing about moments. So its fit is tested (Kolmogorov's distance),
+    a large shape that does not reflect moments. So its fit is tested (Kolmogorov's distance),
     and an infinite mean is concluded only where the whole tail is fitted with k ≥ 1, its outer
     half and quarter agree, and no number of the largest draws lie closer together than Pareto
     draws do: above the r-th largest of them the mean of log x exceeds its least by Gamma(r, r)
@@ -146,7 +146,7 @@ def _side(top: Tensor) -> Tail:
     k = torch.where(fitted, k, math.nan)
     for part in PARTS:
         size = max(length // part, 5)
-        asked = (k.isnan() | infinite).nonzero()[:, 0]  # of the others the whole tail says all
+        asked = (k.isnan() | infinite).nonzero()[:, 0]  # for the others the whole tail decides
         shape, distance = _fit(top[asked, -size - 1 :])
         infinite[asked] &= shape >= NO_MEAN - 2 * (1 + NO_MEAN) / math.sqrt(size)
         shorter = torch.where(distance <= MAX_DISTANCE, shape, math.nan)

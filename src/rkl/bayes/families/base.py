@@ -16,9 +16,7 @@ from torch.distributions import Distribution
 from rkl.divergences.base import broadcast_shape
 
 Natural = tuple[Tensor, ...]  # components, [*batch, *event of the component] each
-Fixed = (
-    float | Tensor
-)  # what a family holds fixed: one number, or one per distribution of the batch
+Fixed = float | Tensor  # held fixed by a family: one number, or one per distribution of the batch
 SMALL_STEP = 1e-6  # a Newton step, relative to where it starts, that leaves the rounding only
 STEPS, HALVINGS = 200, 200
 

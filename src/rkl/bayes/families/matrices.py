@@ -30,7 +30,7 @@ def positive_definite(matrix: Float[Tensor, "*batch n n"]) -> Bool[Tensor, "*bat
 def excess_matrix(p: Float[Tensor, "*b n n"], q: Float[Tensor, "*c n n"]) -> tuple[Tensor, Tensor]:
     """tr(E) and log det(1 + E) of E = p⁻¹ q − 1, for two negative definite matrices.
 
-    From the difference q − p, lest E lose its digits where they are near.
+    From the difference q − p, so that E keeps its digits where they are near.
     """
     root = torch.linalg.cholesky(-p)
     half = torch.linalg.solve_triangular(root, p - q, upper=False)

@@ -162,7 +162,7 @@ def parse_loss(text: str) -> AnyLoss:
 
 
 def check_loss(divergence: Any) -> None:
-    """Refuse what is no loss, and say what to write for its name."""
+    """Refuse what is no loss, and propose the spelling of its name."""
     if isinstance(divergence, Divergence | Intrinsic):
         return
     advice = ""

@@ -91,7 +91,7 @@ class DirectLoss(PosteriorLoss):
 class NodeLoss(PosteriorLoss):
     """The loss over nodes: any f-divergence, and the intrinsic loss.
 
-    A sum of Amari divergences is evaluated from moments over the draws, once these are known;
+    A sum of Amari divergences is evaluated from moments over the draws, once these are computed;
     any other from every draw.
     """
 
@@ -273,12 +273,9 @@ def slopes(outputs: Float[Tensor, " n"], leaf: Tensor | None) -> Float[Tensor, "
 # Seconds of a core of 2024: of one coordinate of a kinked loss; by number of a closed form; by
 # draw and node of a smooth loss, and of one gradient of a kinked one.
 OVERHEAD, CLOSED, AT_NODES, KINKS = 0.5, 2.5e-7, 2.5e-6, 2e-6
-MAX_DIRECT_NODES, ENDLESS = (
-    64,
-    30.0,
-)  # nodes that any distribution takes, and seconds beyond which they suffice
+MIN_NODES, LONG_SECONDS = 64, 30.0  # of any distribution; seconds that need no better estimate
 KINKED = 2**20  # log-densities that a loss with kinks is minimised over, which only many smooth
-PROBE_DRAWS = 32  # draws that tell whether the distributions have a closed form between them
+PROBE_DRAWS = 32  # draws on which a closed form is tried
 
 
 def posterior_loss(
@@ -330,13 +327,9 @@ def expected_seconds(laws: Laws, divergence: AnyLoss, draws: int) -> float:
         draws: How many draws there are.
     """
     members = laws.at(laws.spread(1)).batch_shape.numel()
-    if (
-        not _has_closed_form(laws, divergence)
-        and AT_NODES * draws * members * MAX_DIRECT_NODES > ENDLESS
-    ):
-        return (
-            AT_NODES * draws * members * MAX_DIRECT_NODES
-        )  # placing nodes would take long itself
+    least = AT_NODES * draws * members * MIN_NODES
+    if least > LONG_SECONDS and not _has_closed_form(laws, divergence):
+        return least  # placing nodes would take long itself
     loss = posterior_loss(laws, divergence)
     coordinates = sum(x[0].numel() for x in laws.theta.values())
     if loss.nodes is None:

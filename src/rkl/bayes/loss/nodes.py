@@ -23,14 +23,11 @@ from rkl.bayes.model import Laws, moving_edge, support_of
 from rkl.divergences import FDivergence, Jeffreys
 from rkl.stats import resample
 
-PROBES, SAMPLES = (
-    24,
-    64,
-)  # distributions that decide where nodes go, and what is drawn of each at first
-SOME = 4096  # distributions that tell whether the nodes will do, before all are asked
+PROBES, SAMPLES = 24, 64  # distributions that decide where nodes go, and draws of each at first
+SOME = 4096  # distributions on which the nodes are checked first, before all
 ATOMS = 2**13  # of a product of finite sets that is enumerated
 ZERO_LOG_WEIGHT = -1e4  # a log weight of 0, in arithmetic that infinity would spoil
-NEGLIGIBLE_LOG_MASS = -100.0  # a log mass that nothing but an infinite divergence takes notice of
+NEGLIGIBLE_LOG_MASS = -100.0  # a log mass that counts in infinite divergences alone
 NEGLIGIBLE = -69.0  # a log mass, 1e-30, that an act cannot depend on
 CLOSE, MAX_DEFECT = 1e-10, 1e-3  # by which the totals should miss 1 at most, and may not
 
@@ -248,7 +245,7 @@ def _support(law: Distribution) -> Constraint:
         return _support(law.component_distribution)
     support = support_of(law)
     if support is None:
-        raise NotImplementedError(f"{type(law).__name__} says none.")
+        raise NotImplementedError(f"{type(law).__name__} has no support.")
     return support
 
 

@@ -15,13 +15,11 @@ from torch.distributions import Distribution
 from rkl.bayes.model import NUMBERS
 from rkl.divergences import FDivergence
 
-ORDER, COARSE = 16, 11  # nodes per panel, and those of the poorer rule that tells the error
+ORDER, COARSE = 16, 11  # nodes per panel, and those of the poorer rule, for the error
 MAX_SINGLE = 64  # whole numbers of a panel that are summed one by one
 MAX_NODES = 2**13  # nodes in all
 ROUNDED = 1e-8  # relative error of an integral that may be left to rounding
-UNDERFLOW_LOG_MASS = (
-    -690.0
-)  # logarithm of a mass, 1e-300, of which second derivatives may overflow
+UNDERFLOW_LOG_MASS = -690.0  # of a mass, 1e-300, whose second derivatives may overflow
 REACH = 340.0  # of a coordinate: the square of its hyperbolic sine must not overflow
 
 
@@ -117,7 +115,7 @@ def refine_panels(
 ) -> Panels:
     r"""Panels in which the totals of distributions, and the divergences between them, stand.
 
-    A panel is halved until its halves say nothing new. Panels begin between quantiles of the
+    A panel is halved until its halves change nothing. Panels begin between quantiles of the
     sample [n, distributions, *batch], none with more than a quarter of what was drawn of any
     distribution. Kinks are met to the last only if these are ``every`` distribution; those of
     others will lie elsewhere.

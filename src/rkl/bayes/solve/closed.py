@@ -550,7 +550,7 @@ def solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
     """Matrix⁻¹ right of symmetric matrices, by the pseudo-inverse of the scaled matrix.
 
     A natural parameter that is a symmetric matrix has each entry twice, and one of logits a
-    constant too many: the matrix is then singular, where nothing can be seen.
+    constant too many: the matrix is then singular in directions without effect.
     """
     scale = matrix.diagonal(dim1=-2, dim2=-1).abs().sqrt()
     unit = matrix / (scale[..., None] * scale[..., None, :])

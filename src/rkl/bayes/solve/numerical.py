@@ -28,16 +28,11 @@ from rkl.bayes.model import LawOf, Laws, laws_of, whole_parameters
 from rkl.bayes.problem import Problem
 from rkl.bayes.solve.unconstrained import Chart, Minimum, chart_of, minimise
 
-START_LOG_DENSITIES = (
-    2**16
-)  # log-densities that the several starts look at, of a loss that needs every draw
-MINIMISED_LOG_DENSITIES = 2**18  # those that it is minimised over, before all draws are
-NEWTON, MAX_DECREMENT = (
-    8,
-    1e-18,
-)  # steps over all draws, and the decrement in nats at which they end
+START_LOG_DENSITIES = 2**16  # for the several starts, of a loss that needs every draw
+MINIMISED_LOG_DENSITIES = 2**18  # over which it is minimised, before all draws
+NEWTON, MAX_DECREMENT = 8, 1e-18  # steps over all draws, and the decrement in nats that ends them
 MAX_TAIL_SHARE = 1e-3  # share of the expected loss that tails without mass may have
-CANDIDATES, STARTS = 32, 4  # draws that are looked at, and the best of them that are starts
+CANDIDATES, STARTS = 32, 4  # draws that are evaluated, and the best of them that are starts
 LawAt = Callable[[Tensor], Distribution]
 
 

@@ -19,18 +19,13 @@ from rkl.stats import BatchMeans
 from rkl.stats.batch_means import HALVES, slots_of
 
 DIRECTIONS = ("reverse", "forward")
-REFERENCE_NUMBERS = (
-    2**17
-)  # numbers, but 8 to 64 draws, that the reference distribution is made from
-CACHED, FUSED = (
-    2**16,
-    2**21,
-)  # distributions of a block: uncompiled lest it leave the cache, and compiled
-WIDE_BATCH = 2**12  # distributions side by side from which on half as many batches must do
+REFERENCE_NUMBERS = 2**17  # that the reference distribution is made from, but 8 to 64 draws
+CACHED, FUSED = 2**16, 2**21  # distributions of a block: in the cache, and compiled
+WIDE_BATCH = 2**12  # distributions side by side; from it on, half as many batches are kept
 WORTH_COMPILING = 2**30  # distributions: below it, compiling costs more than it saves
 TASKS = 64  # chunks that dask works on before their sums are taken in
 INNER = 8  # rows that are summed together: a core looks ahead in about so many streams of memory
-NARROW_BATCH = 64  # distributions side by side below which, in memory, draws are
+NARROW_BATCH = 64  # distributions side by side; below it, draws are contiguous in memory
 Law = Callable[[dict[str, Tensor]], Distribution]
 Totals = dict[str, Tensor]  # by direction, [runs, components + 1, *batch]
 
@@ -217,7 +212,7 @@ def _in_eights(x: Tensor, run: int) -> tuple[Tensor, int]:
 
 
 def check_domain(law: Distribution) -> None:
-    """Refuse parameters that are not where they may be, as far as each alone tells."""
+    """Refuse parameters outside their domains, each checked by itself."""
     for name, constraint in law.arg_constraints.items():
         # those on matrices are left to the Cholesky decomposition that follows
         if (
@@ -407,7 +402,7 @@ def _by_dask(
     import dask  # pyright: ignore[reportMissingImports]: lazy arrays brought it
 
     task, plan = dask.delayed(_of_chains, pure=False), dask.delayed(plan, traverse=False)
-    # a task takes the chains that are stored together, lest it fetches them for each anew
+    # a task takes the chains that are stored together, to fetch them once
     together = max(x.chunksizes["chain"][0] for x in arrays.values() if x.chunks is not None)
     groups = [range(draws.chains)[k : k + together] for k in range(0, draws.chains, together)]
     places = [(chains, part) for part in parts for chains in groups]

@@ -157,7 +157,7 @@ def _slope(values: Tensor, at: Tensor) -> Tensor:
 
 
 def _atoms(divergence: FDivergence) -> tuple[Tensor, Tensor]:
-    """Slopes and weights of the kinks: where the weight jumps by more than its density says.
+    """Slopes and weights of the kinks: where the weight jumps by more than its density gives.
 
     Cells in which it does are halved until a jump alone is left. No edge of a cell is a slope
     that anyone would write, so that no kink lies on one.

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 
 from api_pages import write_api
+from gallery import write_gallery
+from reference_pages import write_reference
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -73,6 +75,8 @@ def build(folder: Path) -> int:
     stage(source)
     write_examples(source)
     write_api(source / "api", write)
+    write_reference(source / "reference", write)
+    write_gallery(source / "gallery", write)
     words = [
         "-m",
         "sphinx",

@@ -1,4 +1,4 @@
-"""Public names in the groups that their users think in; a name in no group stops the build."""
+"""Public names in the groups that their users think in; a name in no group is shown last."""
 
 import importlib
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "rkl.stats": {
         "Means with errors": "Mean mean clustered_mean BatchMeans jackknife to_json",
-        "Chains": "ess ess_tail rhat autocorrelation_time integrated_time",
+        "Chains": "ess ess_and_rhat ess_tail rhat autocorrelation_time integrated_time",
         "Tails": "Tail tail pareto_k",
         "Weighted draws": "quantile interpolated_quantile resample",
     },
@@ -96,10 +96,10 @@ def catalogue_names() -> list[str]:
 
 
 def groups(package: str) -> dict[str, list[str]]:
-    """The names of a package under the titles of their groups.
+    """The names of a package under the titles of their groups, and those in no group under More.
 
     Raises:
-        ValueError: A public name is in no group or in two, or a name in a group is not public.
+        ValueError: A name in a group is not public, or is in two.
     """
     found = {title: names.split() for title, names in GROUPS[package].items()}
     if package == "rkl":
@@ -107,12 +107,13 @@ def groups(package: str) -> dict[str, list[str]]:
     grouped = [name for names in found.values() for name in names]
     public = importlib.import_module(package).__all__
     twice = {name for name in grouped if grouped.count(name) > 1}
-    if faults := set(grouped) ^ set(public) | twice:
+    if faults := set(grouped) - set(public) | twice:
         raise ValueError(
-            f"GROUPS[{package!r}] of {__file__} must hold every public name of {package} once; "
+            f"GROUPS[{package!r}] of {__file__} must hold public names of {package}, each once; "
             f"look at {', '.join(sorted(faults))}."
         )
-    return found
+    more = [name for name in public if name not in grouped]
+    return found | ({"More": more} if more else {})
 
 
 def public() -> Iterator[tuple[str, str]]:

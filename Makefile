@@ -7,6 +7,7 @@
 #   make test-tools  rkl with ArviZ, PyMC, NumPyro, emcee, dask and Zarr, which it installs
 #   make test-peers  the losses of TRL, Liger, Axolotl, NeMo Automodel and verl beside ours
 #   make docs        this documentation as a site, build/site/html, with every warning an error
+#   make dist        wheel and sdist in dist/, checked: what they hold, and rkl --help of the wheel alone
 #   make lint        ruff and pyright;   make bench      rkl against its peers
 # A machine without a GPU takes PyTorch's CPU wheels, and no gigabytes of CUDA:
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu test
@@ -23,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo demo-real test test-portable test-slow test-tools test-peers coverage docs lint format bench clean
+.PHONY: demo demo-real test test-portable test-slow test-tools test-peers coverage docs dist lint format bench clean
 .SECONDARY:
 .NOTPARALLEL: # two pips at once would spoil the environment
 .DEFAULT_GOAL := test
@@ -55,6 +56,9 @@ coverage: $(VENV)/.installed-test
 # DOCS_ONLINE=1 links to the documentation of torch, transformers, xarray and zuko.
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/site/make_site.py
+
+dist: $(VENV)/.installed-dist
+	$(BIN)/python tests/dist.py dist
 
 # pyright's wheel holds pyright itself, and node comes from a wheel too: nothing is asked of npm.
 lint: $(VENV)/.installed-test $(VENV)/.installed-lint

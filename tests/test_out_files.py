@@ -1,5 +1,7 @@
 """The file that a verb writes, in Python as on the command line: nothing of others is replaced."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -86,15 +88,16 @@ def test_a_second_file_of_chains_is_not_overwritten_and_is_in_the_inputs(tmp_pat
         rows = np.c_[rng.normal(size=(60, 3)), rng.random(60) + 1]
         np.savetxt(chain, rows, delimiter=",", header=names, comments="")
     family = "normal(loc=mu, scale=sigma)"
-    settings = EstimateSettings("c1.csv", family, further=("run/c2.csv",))
+    settings = EstimateSettings(Path("c1.csv"), family, further=(Path("run/c2.csv"),))
     (tmp_path / "run").mkdir()
     (tmp_path / "c2.csv").rename("run/c2.csv")
     with pytest.raises(ValueError, match=r"out: run holds the further file 1, run/c2\.csv"):
         estimate(settings, "run", overwrite=True)
     assert (tmp_path / "run/c2.csv").exists()
     (tmp_path / "run/c2.csv").rename("c2.csv")
-    settings = EstimateSettings("c1.csv", family, further=("c2.csv",), losses=("kl",))
-    estimate(settings, "made")
+    settings = EstimateSettings(Path("c1.csv"), family, further=(Path("c2.csv"),), losses=("kl",))
+    estimated = estimate(settings, "made")
+    assert estimated._repr_html_().count("<table>") == 3  # in a notebook: act, region, comparison
     inputs = runs.Run.open("made").record["inputs"]["posterior"]
     assert list(inputs["files"]) == ["0/c1.csv", "1/c2.csv"]
     (tmp_path / "c2.csv").write_text((tmp_path / "c1.csv").read_text())

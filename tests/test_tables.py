@@ -1,4 +1,7 @@
+import importlib
+import inspect
 import math
+import typing
 
 import pytest
 
@@ -141,3 +144,17 @@ def test_a_mean_in_json_is_a_pair_and_none_is_none():
 def test_rows_that_are_none_are_refused(rows, error, message):
     with pytest.raises(error, match=message):
         Table("t", ["a", "b"], rows)
+
+
+def test_what_prints_as_a_table_is_a_table_in_a_notebook():
+    shown = {}
+    for wing in ("bayes", "distill", "fit", "flows", "metrics", "sample", "stats"):
+        module = importlib.import_module(f"rkl.{wing}")
+        for cls in filter(inspect.isclass, (getattr(module, name) for name in module.__all__)):
+            table = inspect.getattr_static(cls, "table", None)
+            table = getattr(table, "func", table)  # of a cached property
+            kind = typing.get_type_hints(table).get("return") if table else None
+            if inspect.isclass(kind) and issubclass(kind, Table):
+                shown[cls.__name__] = hasattr(cls, "_repr_html_")
+    assert {"Estimate", "Region", "Measured", "Comparison"} <= shown.keys()
+    assert all(shown.values()), shown

@@ -22,8 +22,8 @@ from reference_pages import write_reference
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PAGES = [
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
-    *("docs/*.md", "docs/studies/*.md", "docs/images/*.png", "docs/figures/*.csv"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff"),
+    *("docs/*.md", "docs/studies/*.md", "docs/images/*.png", "docs/figures/*.csv", "docs/*.bib"),
     *("benchmarks/*.md", "benchmarks/*.py", "benchmarks/figures/*", "examples/*.py"),
     *("Makefile", "docs/images/*.py", "docs/site/public_names.py"),
 ]

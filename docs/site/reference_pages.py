@@ -20,6 +20,7 @@ from rkl.cli.documentation import without_markup
 from rkl.cli.settings import add_flags
 from rkl.flows.architectures.base import catalogue as architectures
 from rkl.metrics import pr_spectrum, spectrum_text
+from rkl.sample import parse_target
 from rkl.sample.targets import Target
 from rkl.sample.targets.parse import catalogue as targets
 
@@ -130,7 +131,8 @@ def target_rows() -> Iterator[list[str]]:
         if not cls.__module__.startswith("rkl."):
             continue
         # those of a lattice depend on its size or its couplings
-        ranges = cls.conditions if isinstance(cls.conditions, tuple) else cls(side=8).conditions
+        known = isinstance(cls.conditions, tuple)
+        ranges = cls.conditions if known else parse_target(f"{name}(side=8)").conditions
         conditions = ", ".join(
             f"{it.name} from {it.low:g} to {it.high:g} {it.unit}".strip() for it in ranges
         )

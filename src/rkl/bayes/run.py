@@ -47,6 +47,10 @@ class Estimated:
         parts += [f"The report: {self.report}"] if self.report else []
         return "\n\n".join(parts)
 
+    def _repr_html_(self) -> str:
+        shown = self.estimate, self.region, self.comparison
+        return "\n".join(part._repr_html_() for part in shown)
+
     def to_dict(self) -> dict[str, Any]:
         """The estimate, region and comparison, as JSON can hold them."""
         return {

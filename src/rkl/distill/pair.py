@@ -163,6 +163,9 @@ class Comparison:
     def __str__(self) -> str:
         return self.table().text()
 
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
 
 @quiet()
 def evaluate_pair(student: str | os.PathLike, settings: PairSettings) -> Comparison:

@@ -194,6 +194,9 @@ class Judged:
     def __str__(self) -> str:
         return str(self.table())
 
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON holds it; what is unknown is None."""
         return {name: _finite(value) for name, value in asdict(self).items()}

@@ -81,6 +81,19 @@ def test_a_page_that_has_not_changed_is_not_written_again(tmp_path):
     assert page.read_text("utf-8") == "other"
 
 
+def test_content_of_another_host_and_outer_links_are_noticed(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text('<img src="picture.png"><a href="https://example.org/a#b">a</a>', "utf-8")
+    assert make_site.foreign_content(tmp_path) == []
+    assert make_site.outer_links(tmp_path) == ["https://example.org/a"]
+    page.write_text('<script src="https://example.org/a.js"></script>', "utf-8")
+    (tmp_path / "style.css").write_text("a { background: url(http://example.org/b.png) }", "utf-8")
+    assert make_site.foreign_content(tmp_path) == [
+        'page.html would load src="https://example.org/a.js',
+        "style.css would load url(http://example.org/b.png",
+    ]
+
+
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
     """The generated pages of reference by name."""

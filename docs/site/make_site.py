@@ -95,9 +95,30 @@ def build(folder: Path) -> int:
         env={**os.environ, "RKL_SITE": str(HERE)},
         check=False,
     )
-    if not built.returncode:
-        print(f"The site is {html / 'index.html'}")
-    return built.returncode
+    if built.returncode:
+        return built.returncode
+    outer = outer_links(html)
+    (folder / "outer-links.txt").write_text("\n".join(outer) + "\n", "utf-8")
+    for fault in (faults := foreign_content(html)):
+        print(fault, file=sys.stderr)
+    print(
+        f"The site is {html / 'index.html'}; {len(outer)} addresses that it links to, which were"
+    )
+    print(f"not visited, stand in {folder / 'outer-links.txt'}")
+    return bool(faults)
+
+
+def foreign_content(html: Path) -> list[str]:
+    """Pages and style sheets that would load something from another host, with what."""
+    loading = (
+        r"""src=["']https?://[^"']+|<link[^>]+href=["']https?://[^"']+|url\(["']?https?:[^)]+"""
+    )
+    files = sorted(path for path in html.rglob("*") if path.suffix in (".html", ".css"))
+    return [
+        f"{path.relative_to(html)} would load {found}"
+        for path in files
+        for found in re.findall(loading, path.read_text("utf-8"))
+    ]
 
 
 def outer_links(html: Path) -> list[str]:

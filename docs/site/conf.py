@@ -63,6 +63,7 @@ html_title = "rkl"
 html_static_path = ["_static"]
 html_css_files = ["rkl.css"]
 html_copy_source = False
+html_show_search_summary = False  # it is fetched, which a page without a server may not
 html_show_sourcelink = False
 html_show_sphinx = False
 pygments_style = "friendly"

@@ -93,15 +93,15 @@ def math(block: bool):
     return visit
 
 
-def use_dashes(app, domain, objtype, content):
-    """A dash between an argument and what it is, where Sphinx writes two hyphens."""
-    for text in list(content.findall(nodes.Text)):
+def use_dashes(app, doctree):
+    """Put a dash between an argument and its description, where Sphinx writes two hyphens."""
+    for text in list(doctree.findall(nodes.Text)):
         if str(text) == " -- ":
             text.parent.replace(text, nodes.Text(" – "))
 
 
 def setup(app):
-    app.connect("object-description-transform", use_dashes)
+    app.connect("doctree-read", use_dashes)
     app.connect("autodoc-process-docstring", escape_prose, priority=600)  # after napoleon
     app.connect("autodoc-skip-member", skip_member)
     app.connect("missing-reference", link_to_page, priority=400)

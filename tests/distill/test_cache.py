@@ -1,11 +1,15 @@
 """A cached teacher says what the model said, finds rows by what is in them, and no others."""
 
+import contextlib
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from patience import HANGS
 from safetensors.torch import load_file
@@ -17,6 +21,7 @@ from rkl.distill.batches import shifted
 from rkl.distill.cache import row_keys
 from rkl.distill.heads import logits_of
 from rkl.distill.teachers import ModelTeacher
+from rkl.runs import DiskFullError
 
 
 class _Counted(Dataset):
@@ -421,3 +426,58 @@ def test_a_cache_killed_at_twenty_moments_ends_with_the_same_bytes(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert int(done.stdout.split()[-1]) >= 20
+
+
+def test_rows_of_one_block_that_the_teacher_mixes_are_refused(tmp_path, tiny_model):
+    packed = {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [5, 6, 7, 8, 9, 10]}
+    rows = [packed | {"position_ids": [0, 1, 2, 0, 1, 2]}]
+    with pytest.raises(ValueError, match=r"rows must have a block each for this teacher, which m"):
+        cache_teacher(tiny_model("Bloom", seed=1), rows, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    cache_teacher(tiny_model("Bloom", seed=1), [packed], tmp_path / "cache")
+
+
+class Filling:
+    """A disk that is full from one call of a function on."""
+
+    def __init__(self, patch, calls):
+        self.left, self.patch = calls, patch
+        for owner, name in ((os, "fsync"), (os, "replace"), (safetensors.torch, "save_file")):
+            patch.setattr(owner, name, self.counted(getattr(owner, name)))
+
+    def counted(self, function):
+        def called(*words, **how):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return function(*words, **how)
+
+        return called
+
+
+def test_a_disk_that_fills_leaves_whole_shards_and_is_gone_on_with(
+    tmp_path, tiny_model, tiny_rows, monkeypatch
+):
+    """Full from every call on that writes: the next attempt adds the shards that are missing."""
+    monkeypatch.setattr("rkl.distill.cache.SHARD", 500)
+    model, rows = tiny_model(seed=1), tiny_rows(12)
+    whole = cache_teacher(model, rows, tmp_path / "whole", batch_size=2)
+    names = sorted(it.name for it in whole.path.iterdir())
+    assert len([it for it in names if it.startswith("shard-")]) > 2
+    for calls in range(100):
+        path = tmp_path / f"full after {calls}"
+        with monkeypatch.context() as patch, contextlib.suppress(DiskFullError):
+            filling = Filling(patch, calls)
+            cache_teacher(model, rows, path, batch_size=2)
+        if filling.left >= 0:
+            break
+        for file in path.glob("*.safetensors"):
+            load_file(file)
+        cache_teacher(model, rows, path, batch_size=2)
+        assert sorted(it.name for it in path.iterdir()) == names
+        for name in names:
+            assert (path / name).read_bytes() == (whole.path / name).read_bytes()
+    assert calls > 12
+    Filling(monkeypatch, 12)
+    with pytest.raises(DiskFullError, match=r"named/.* could not be written: the disk is full"):
+        cache_teacher(model, rows, tmp_path / "named", batch_size=2)

@@ -6,6 +6,7 @@ import shutil
 import material
 import pytest
 import torch
+import transformers
 from serving import Stub
 
 from rkl import cli
@@ -112,6 +113,52 @@ def test_before_it_starts_it_says_what_it_takes_and_when_it_pays(folder, tmp_pat
 def test_a_run_that_the_cache_is_not_of_is_refused(changes, named, folder, cached, tmp_path):
     with pytest.raises(ValueError, match=named):
         distill(run_from(folder, cached, **changes), tmp_path / "run")
+
+
+def bloom(folder, seed):
+    """A model that mixes rows of one block, in a folder."""
+    torch.manual_seed(seed)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    sizes = {"vocab_size": material.VOCAB, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    config = transformers.BloomConfig(**sizes, **ends, initializer_range=0.3)
+    transformers.BloomForCausalLM(config).save_pretrained(folder)
+    material.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def short_rows(folder):
+    """A file of rows that share blocks."""
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    short = [it for it in lines if len(it) < 40][:30]
+    (folder / "short.jsonl").write_text("\n".join(short) + "\n")
+    return str(folder / "short.jsonl")
+
+
+def test_a_teacher_that_mixes_rows_is_cached_with_rows_apart(folder, short_rows, tmp_path):
+    teacher = bloom(tmp_path / "bloom", 1)
+    words = "packing: rows get a block each, for the teacher mixes them"
+    with pytest.warns(UserWarning, match=words):
+        cached = write_cache(
+            settings(folder, teacher=teacher, data=short_rows), tmp_path / "cache"
+        )
+    assert cached.needs_rows_apart
+    told = distill(run_from(folder, cached.path, data=short_rows), tmp_path / "told")
+    with pytest.warns(UserWarning, match=words):
+        live = distill(run_from(folder, teacher, data=short_rows), tmp_path / "live")
+    assert told.result["held_out_loss"] == pytest.approx(live.result["held_out_loss"], rel=1e-5)
+
+
+def test_a_student_that_mixes_rows_is_refused_a_cache_of_packed_rows(folder, short_rows, tmp_path):
+    write_cache(settings(folder, data=short_rows), tmp_path / "cache")
+    student = bloom(tmp_path / "bloom", 2)
+    changed = run_from(folder, tmp_path / "cache", data=short_rows, student=student)
+    with (
+        pytest.warns(UserWarning, match="for the student mixes them"),
+        pytest.raises(ValueError, match="blocks are not in the cache"),
+    ):
+        distill(changed, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_student_with_other_tokens_is_refused(folder, cached, tmp_path, tiny_tokenizer):

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
-from rkl.distill.batches import Batch, PadRows, shifted
+from rkl.distill.batches import Batch, PadRows, attended, shifted
+from rkl.distill.heads import why_not_apart
 from rkl.distill.known import Observed, logits_of
 from rkl.distill.limits import ABOUT, check_count
 from rkl.distill.teachers import ModelTeacher, Teacher
@@ -93,6 +94,7 @@ class CachedTeacher(Teacher):
         self.record, self._head = _opened(self.path)
         self.keep = parse_keep(self.record["keep"])
         self.vocab = self.record["vocab"]
+        self.needs_rows_apart = bool(self.record["made"].get("apart", False))
         self._places: dict[str, tuple[int, int, int]] = {}
         for number, shard in enumerate(self.record["shards"]):
             end = 0
@@ -313,14 +315,22 @@ class Source:
     def __init__(self, teacher: Teacher, rows: Any, batch_size: int, max_length: int | None):
         self.teacher, self.batch_size, self.max_length = teacher, batch_size, max_length
         self.counts: dict[str, int] = {}
-        chosen, at = [], 0
+        chosen, at, shared = [], 0, False
         for inputs, predicting, _ in _batches(rows, 64, max_length):
             counts = predicting.sum(-1).tolist()
+            shared = shared or _shares_blocks(inputs)
             for key, count in zip(row_keys(inputs, predicting), counts, strict=True):
                 if key and key not in self.counts:
                     self.counts[key] = count
                     chosen.append(at)
                 at += 1
+        model = teacher.model if shared else None
+        if model is not None and (reason := why_not_apart(model)) is not None:
+            raise ValueError(
+                "rows must have a block each for this teacher, which mixes those of one: "
+                f"{reason}. tokenize(..., packing=False), or unpacked() of its result, gives such "
+                "rows."
+            )
         self.rows: Any = Subset(rows, chosen)
         self.tokens = sum(self.counts.values())
 
@@ -517,6 +527,14 @@ def _seed(seed: int, batch: int) -> int:
 
 def _dtype(name: str | None) -> torch.dtype:
     return getattr(torch, str(name))
+
+
+def _shares_blocks(inputs: Mapping[str, Any]) -> bool:
+    """True if positions begin anew within a row."""
+    positions = inputs.get("position_ids")
+    if positions is None:
+        return False
+    return bool(((positions[:, 1:] == 0) & attended(inputs)[:, 1:]).any())
 
 
 def _is_like(value: Any, shape: torch.Size) -> bool:

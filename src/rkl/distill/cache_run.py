@@ -172,6 +172,8 @@ def write_cache(
             f"out: {path} holds a cache; --resume to go on with it, --overwrite to replace it."
         )
     text, source, tokenizer = _load(settings)
+    made = {name: getattr(settings, name) for name in SAID}
+    made["apart"] = text.apart
     if overwrite:
         for file in written(path) if path.is_dir() else ():
             file.unlink()
@@ -195,7 +197,7 @@ def write_cache(
         max_length=settings.max_length,
         tokenizer=tokenizer,
         seed=settings.seed,
-        made={name: getattr(settings, name) for name in SAID},
+        made=made,
         progress=progress,
     )
 

@@ -2,9 +2,13 @@
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_callback import TrainerState
@@ -13,6 +17,35 @@ from transformers.trainer_utils import sort_checkpoints
 from rkl.runs import remove_folder, replacing_folder
 
 _STATE = "trainer_state.json"
+PENDING = "evaluation_pending"  # in a checkpoint of a step whose evaluation was cut short
+
+
+class Moment:
+    """Random states and counts between two steps, as a checkpoint of that step must hold them.
+
+    Args:
+        state: The Trainer's.
+    """
+
+    def __init__(self, state: TrainerState):
+        self.step, self._tokens = state.global_step, state.num_input_tokens_seen
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._cpu: Any = torch.random.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+    def restore(self, state: TrainerState) -> None:
+        """Put back what a step or an evaluation has changed that was cut short."""
+        state.num_input_tokens_seen = self._tokens
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.random.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+
+
+def is_pending(checkpoint: str | Path | None) -> bool:
+    """True for a checkpoint whose step is still to be evaluated."""
+    return checkpoint is not None and Path(checkpoint, PENDING).is_file()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Batches of a training, some of them with the text of the student or the teacher."""
 
+import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ class Mixture:
     ends: Collection[int] = ()
     ahead: list[Inputs] = field(default_factory=list)  # written, and not yet trained on
     _behind: int = 0  # batches of a new iterator that are in `ahead` already
+    _taken: list[Inputs] = field(default_factory=list)  # of the step that is being taken
 
     def take(self, batches: Iterator[tuple[Inputs, int]], count: int, step: int) -> list[Inputs]:
         """The next batches to train on, at most so many, fewer at the end of the data.
@@ -67,16 +69,19 @@ class Mixture:
         """
         for _ in range(self._behind):
             next(batches, None)
-        self._behind = 0
+        self._behind, self._taken = 0, []
         if not self.ahead:
             if self.model is not None and self.lmbda:
                 self.student.follow(self.model)
-            for place in range(max(self.at_once, count)):
-                if (batch := next(batches, None)) is None:
-                    break
-                self.ahead.append(self._write(*batch, step, place))
-        taken, self.ahead = self.ahead[:count], self.ahead[count:]
-        return taken
+            given = itertools.islice(batches, max(self.at_once, count))
+            # As a whole: half of it would be trained on as a step, if a server failed meanwhile.
+            self.ahead = [self._write(*batch, step, place) for place, batch in enumerate(given)]
+        self._taken, self.ahead = self.ahead[:count], self.ahead[count:]
+        return self._taken
+
+    def put_back(self) -> None:
+        """Return the batches of a step that was cut short, which will be taken again."""
+        self._taken, self.ahead = [], [*self._taken, *self.ahead]
 
     def _write(self, batch: Inputs, rows: int, step: int, place: int) -> Inputs:
         """The batch itself, or the text that somebody writes to its prompts."""

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class Text:
         origin: Where those come from, in words.
         rows_held_out: The rows of them.
         template: A fingerprint of the chat template, where the rows are chats.
+        apart: True where rows that shared blocks got one each, for a model mixes them.
     """
 
     rows: Rows
@@ -93,6 +94,7 @@ class Text:
     origin: str
     rows_held_out: Sequence[Row] = ()
     template: str | None = None
+    apart: bool = False
 
     def record(self) -> dict[str, Any]:
         """What run.json keeps of it."""
@@ -140,7 +142,8 @@ class Text:
     def unpacked(self) -> "Text":
         """The same with a block for each row."""
         held = None if self.held_out is None else self.held_out.unpacked()
-        return replace(self, blocks=self.blocks.unpacked(), held_out=held)
+        apart = self.apart or self.packs
+        return replace(self, blocks=self.blocks.unpacked(), held_out=held, apart=apart)
 
     def first_block(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The beginning of the first block, what is not trained on in brackets."""
@@ -190,7 +193,12 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     student = _load_student(settings)
     is_model = not isinstance(teacher, Teacher)
     of_teacher = _vocab(teacher) if is_model else teacher.vocab
+    models: dict[str, Any] = ({"teacher": teacher} if is_model else {}) | {"student": student}
+    for name, model in models.items():
+        check_causal(name, model)
+    text = _kept_apart(text, models)
     if isinstance(teacher, Teacher):
+        text = text.unpacked() if teacher.needs_rows_apart else text
         teacher.check_tokenizer(tokenizers[1])
         for blocks in text.observed(settings):
             teacher.check_rows(blocks, settings.max_length)
@@ -202,12 +210,7 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     for words in (shared.told() if shared.differing else "", told):
         if words:
             warn(words)
-    models = {"teacher": teacher} if is_model else {}
-    for name, model in (models | {"student": student}).items():
-        check_causal(name, model)
-        if text.packs and (reason := why_not_apart(model)) is not None:
-            warn(f"packing: rows get a block each, for the {name} mixes them: {reason}.")
-            text = text.unpacked()
+    for name, model in models.items():
         _check_fits(name, model, settings, text)
         if settings.writes:
             check_prompts(text.blocks, settings, context_of(model))
@@ -231,8 +234,18 @@ def load_for_cache(
     teacher = _load_teacher(settings, tokenizers[0])
     if not isinstance(teacher, Teacher):
         check_causal("teacher", teacher)
+        text = _kept_apart(text, {"teacher": teacher})
         _check_fits("teacher", teacher, settings, text)
     return text, teacher, tokenizers[1]
+
+
+def _kept_apart(text: Text, models: Mapping[str, Any]) -> Text:
+    """The text with a block for each row, where a model would mix rows of one block."""
+    for name, model in models.items():
+        if text.packs and (reason := why_not_apart(model)) is not None:
+            warn(f"packing: rows get a block each, for the {name} mixes them: {reason}.")
+            text = text.unpacked()
+    return text
 
 
 def _load_teacher(

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import gc
 import os
 import warnings
@@ -203,13 +204,19 @@ def _connected(cpu: bool) -> Any:
     if not dist.is_initialized():
         PartialState._reset_state()
         PartialState(cpu=cpu)
-        atexit.register(_disconnect)
+        disconnect_at_exit()
     if not _GROUPS:
         _GROUPS.append(dist.new_group(backend="gloo", timeout=WAIT))
     return _GROUPS[0]
 
 
 _GROUPS: list[Any] = []
+
+
+@functools.cache
+def disconnect_at_exit() -> None:
+    """Have the groups of this process end before the interpreter does; once is enough."""
+    atexit.register(_disconnect)
 
 
 def _disconnect() -> None:

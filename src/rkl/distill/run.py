@@ -26,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from rkl.distill.cache import CachedTeacher
 from rkl.distill.card import held_out_loss, model_card
+from rkl.distill.checkpoints import is_pending
 from rkl.distill.data import passages
 from rkl.distill.generate import finished
 from rkl.distill.on_policy import COMPLETIONS
@@ -301,7 +302,7 @@ def _train(
         return last, done
 
     last, done = processes.on_main(rewind)
-    if done == total:
+    if done == total and not is_pending(last):
         return None
     new = last is None
     trainer = processes.together(
@@ -330,11 +331,16 @@ def _train(
     except ServerError as error:
         if processes.count > 1:  # the others may wait for this one elsewhere than in a checkpoint
             raise
-        trainer.keep_weights()
+        step = trainer.state.global_step
+        if step:
+            trainer.keep_weights()
+        saved = (
+            f"The checkpoint of step {step} of {total} is saved" if step else "No step was done"
+        )
         quoted = shlex.quote(str(run.path))
         raise ServerError(
-            f"{error} The checkpoint of step {trainer.state.global_step} of {total} is saved; "
-            f"once the server answers, go on with: rkl distill --out {quoted} --resume"
+            f"{error} {saved}; once the server answers, go on with: rkl distill --out {quoted} "
+            "--resume"
         ) from None
     if trainer.state.global_step < total:
         say(f"A checkpoint of step {trainer.state.global_step} of {total} is saved.")

@@ -4,6 +4,7 @@ Three forms of answer are read, each by its own fields: vLLM's ``prompt_logprobs
 ``input_top_logprobs``, and the ``logprobs`` of completions with ``echo``, as OpenAI defined them.
 """
 
+import http.client
 import json
 import math
 import os
@@ -28,6 +29,9 @@ from rkl.estimators import TopK
 KEY = "RKL_TEACHER_API_KEY"  # environment variable; the one place that a key is read from
 BUSY = 408, 425, 429, 500, 502, 503, 504  # answers after which the same request may succeed
 MAX_PAUSE = 30.0  # seconds between two attempts
+ATTEMPTS = 15  # of a request: a server that is restarted may be away for five minutes
+FIRST_ATTEMPTS = 5  # of the first request, as an address may be wrong
+SILENT_ATTEMPTS = 3  # after which the wait is announced
 MAX_DIFFERING = 0.05  # share of token strings in which two versions of a tokenizer may differ
 MAX_MASS = 1.01  # of a place's probabilities, which rounding in half precision may exceed 1 by
 CLAMPED = -9999.0  # what vLLM writes for a log-probability of -inf
@@ -86,7 +90,8 @@ class ServerTeacher(Teacher):
             with echo where it does not say.
         timeout: Seconds that an answer may take, from beginning to end.
         attempts: Number of times that a request is sent before a busy or unreachable server is
-            given up, with pauses that double.
+            given up, with pauses that double up to 30 seconds; 15 take five minutes. The first
+            request is sent at most 5 times.
         reference: A teacher here, of the same weights, from which the answers' distance is
             measured on the first batch and said.
 
@@ -103,7 +108,7 @@ class ServerTeacher(Teacher):
         model: str | None = None,
         kind: Kind | None = None,
         timeout: float = 120.0,
-        attempts: int = 5,
+        attempts: int = ATTEMPTS,
         reference: Teacher | None = None,
     ):
         check_count("top_k", top_k)
@@ -392,11 +397,15 @@ class Server:
     def _key(self) -> str:
         return os.environ.get(self.variable, "")
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def ask(
+        self, path: str, body: Mapping[str, Any] | None = None, *, attempts: int | None = None
+    ) -> Any:
         """The answer to a request, sent again while the server is busy or not reached."""
         base = self.url.removesuffix("/v1") if path.startswith("/") else f"{self.url}/"
-        pause, reason = 1.0, ""
-        for attempt in range(self.attempts):
+        pause, reason, attempts = 1.0, "", attempts or self.attempts
+        for attempt in range(attempts):
+            if attempt == SILENT_ATTEMPTS:
+                say(f"{self} {reason}; it is asked up to {attempts - attempt} times more.")
             if attempt:
                 sleep(pause)
                 pause = min(2 * pause, MAX_PAUSE)
@@ -405,7 +414,7 @@ class Server:
             except _BusyError as error:
                 reason = str(error)
         raise ServerError(
-            f"{self} {reason}, {self.attempts} times in a row. Is the server up, and is the "
+            f"{self} {reason}, {attempts} times in a row. Is the server up, and is the "
             "address right?"
         )
 
@@ -422,7 +431,7 @@ class Server:
             raise self._refusal(error, url) from None
         except TimeoutError:
             raise _BusyError(f"gave no answer within {self.timeout:g} s") from None
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 raise _BusyError(f"gave no answer within {self.timeout:g} s") from None
@@ -440,6 +449,8 @@ class Server:
             parts.append(part)
             if monotonic() > end:
                 raise TimeoutError
+        if answer.length:  # bytes that were announced and did not come
+            raise ConnectionError("its answer ended early")
         return b"".join(parts)
 
     def _refusal(self, error: urllib.error.HTTPError, url: str) -> Exception:
@@ -470,7 +481,7 @@ class Server:
 
     def served(self, model: str | None) -> tuple[str, str]:
         """The name of a model that is served, the only one if None is named, and who serves it."""
-        answer = self.ask("models")
+        answer = self.ask("models", attempts=min(self.attempts, FIRST_ATTEMPTS))
         listed = answer.get("data") if isinstance(answer, Mapping) else None
         entries = [it for it in listed or () if isinstance(it, Mapping) and "id" in it]
         if not entries:

@@ -65,6 +65,7 @@ class Teacher(abc.ABC):
     vocab: int
     model: nn.Module | None = None
     reads_any_text: bool = True
+    needs_rows_apart: bool = False  # whether it knows rows that have a block each alone
     is_routed: bool = False  # whether it wants the number of each row's teacher with a batch
 
     def check_rows(self, rows: Any, max_length: int | None = None) -> None:

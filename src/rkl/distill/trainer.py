@@ -29,7 +29,14 @@ from rkl.distill.batches import (
     shifted,
     sources_of,
 )
-from rkl.distill.checkpoints import replacing_folder_together, rotate, settle
+from rkl.distill.checkpoints import (
+    PENDING,
+    Moment,
+    is_pending,
+    replacing_folder_together,
+    rotate,
+    settle,
+)
 from rkl.distill.data import IGNORED, TokenDataset, tokenize
 from rkl.distill.guard import MAX_MEASURED, CollapseError, CollapseLimits, Watch
 from rkl.distill.heads import read_head, why_not_apart
@@ -58,6 +65,7 @@ from rkl.distill.on_policy import (
     completions_of,
     rewind_completions,
 )
+from rkl.distill.processes import disconnect_at_exit
 from rkl.distill.rollouts import (
     ModelWriter,
     check_prompts,
@@ -322,6 +330,8 @@ class DistillTrainer(Trainer):
             context = min(map(context_of, self._models().values()))
             if args.lmbda or args.seq_kd:
                 check_prompts(kwargs["train_dataset"], args, context)
+        if args.world_size > 1:
+            disconnect_at_exit()
         super().__init__(model, args, **kwargs)  # last, for it makes the output folder
         # The loss is divided by the tokens of the whole step, counted as `shifted` counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
@@ -330,7 +340,8 @@ class DistillTrainer(Trainer):
         self._observations = Observations(allow_partial=args.allow_partial)
         self._loss_by_source = torch.zeros(2, 2)  # of data and own text: loss times tokens, tokens
         self._nan_at = ""  # the first token whose loss is NaN, in words
-        self._named = self._moving = False
+        self._named = self._moving = self._evaluating = False
+        self._moment: Moment | None = None  # before the step, or the evaluation, that is going on
         self._staging: str | None = None
         self._scores: list[Tensor] = []
         self._losses: list[Tensor] = []  # of the step that is being taken
@@ -617,10 +628,18 @@ class DistillTrainer(Trainer):
                 self._load_from_checkpoint(str(sound[-1]))
 
     def keep_weights(self) -> None:
-        """Save a checkpoint of the student as it is, unless there is one of this step."""
+        """Save a checkpoint of the student as it is, unless there is one of this step.
+
+        After a step or an evaluation that was cut short it is that of the moment before.
+        """
         path = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if not path.exists():
-            self._save_checkpoint(cast(nn.Module, self.model), None)
+        if path.exists():
+            return
+        if self._moment is not None:
+            self._moment.restore(self.state)
+        if self._mixture is not None and not self._evaluating:
+            self._mixture.put_back()
+        self._save_checkpoint(cast(nn.Module, self.model), None)
 
     def _set_signature_columns_if_needed(self) -> None:
         """The Trainer's, and what says where the texts in a row begin."""
@@ -691,6 +710,8 @@ class DistillTrainer(Trainer):
 
         The count is taken after the writing, over all batches and processes.
         """
+        if self._moment is None or self._moment.step != self.state.global_step:
+            self._moment = Moment(self.state)
         batches = map(self._without_repeats, epoch_iterator)
         if self._mixture is None:
             taken = [batch for batch, _ in itertools.islice(batches, num_batches)]
@@ -719,6 +740,8 @@ class DistillTrainer(Trainer):
         super()._save_rng_state(output_dir)
         if self.args.should_save:
             self._teacher.save(Path(output_dir))
+            if self._evaluating:
+                Path(output_dir, PENDING).touch()
         if self._mixture is not None:
             state = self._mixture.state() | {"own_text": self._own_text.state()}
             write_json(self._state_file(output_dir), state)
@@ -771,7 +794,9 @@ class DistillTrainer(Trainer):
         return ""
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._moment, self._evaluating = Moment(self.state), True
         metrics = super()._evaluate(*args, **kwargs)
+        self._moment, self._evaluating = None, False
         for name, value in metrics.items():
             if name.endswith("_loss") and math.isnan(value):
                 place = self._together(False)[1]
@@ -792,7 +817,18 @@ class DistillTrainer(Trainer):
             self.state.best_global_step = self.state.global_step
         return True
 
+    def _catch_up(self, checkpoint: str) -> None:
+        """Evaluate the student of a checkpoint, as the training did not come to it."""
+        self._load_rng_state(checkpoint)
+        metrics = self._evaluate(None, None)
+        self._determine_best_metric(metrics, None)
+        self._save_checkpoint(cast(nn.Module, self.model), None)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if is_pending(checkpoint := kwargs["resume_from_checkpoint"]):
+            self._catch_up(checkpoint)
+        # Here, as the sampler of the epoch draws a seed before the first step.
+        self._moment = Moment(self.state)
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:  # resumed when all was done: the Trainer would take one more step before it looks

@@ -13,7 +13,7 @@ from rkl.distill.encoding import encode
 from rkl.distill.limits import check_count
 from rkl.distill.rollouts import Reply, Writer, check_room
 from rkl.distill.sampling import Sampling
-from rkl.distill.server import Server, ServerError
+from rkl.distill.server import ATTEMPTS, Server, ServerError
 from rkl.runs import replacing_files
 
 KEY = "RKL_STUDENT_API_KEY"  # environment variable; the one place that a key is read from
@@ -41,7 +41,7 @@ class ServerWriter(Writer):
         kind: What the server is; None asks it.
         context: Most tokens of a prompt and its reply together.
         timeout: Seconds that an answer may take.
-        attempts: How often a request is sent while the server is busy or not reached.
+        attempts: Number of times that a request is sent while the server is busy or not reached.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ServerWriter(Writer):
         kind: Kind | None = None,
         context: float = float("inf"),
         timeout: float = 300.0,
-        attempts: int = 5,
+        attempts: int = ATTEMPTS,
     ):
         check_count("attempts", attempts)
         number("timeout", timeout, above=0, at_most=86_400)

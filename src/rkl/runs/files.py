@@ -110,7 +110,8 @@ def replacing(path: str | os.PathLike, size: int | None = None) -> Iterator[Path
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    with needing_room(path):
+        _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -138,7 +139,8 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
         if aside.exists():
             os.replace(aside, path)
         raise
-    _sync(path.parent)
+    with needing_room(path):
+        _sync(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

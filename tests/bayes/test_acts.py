@@ -1,9 +1,5 @@
 """The Bayes act: its value, its risk and its errors, when it exists and when it does not."""
 
-# distributions of torch are read here whose class a test knows, and a type checker does not
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
-
 import json
 import math
 

@@ -1,10 +1,5 @@
 """The act beside other estimates: what each is, and what each loses under every loss."""
 
-# distributions of torch are read here whose class a test knows, and a type checker does not
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false
-# pyright: reportOptionalSubscript=false
-
 import math
 import re
 import time

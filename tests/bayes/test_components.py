@@ -34,7 +34,7 @@ def test_two_losses_list_the_components_of_a_switching_mixture_alike(seed):
         act = bayes_act(draws, mixture(Normal), divergence).act
         assert torch.allclose(act["loc"], LOC, atol=0.2)
         assert torch.allclose(act["weight"], torch.tensor([0.5, 0.3, 0.2]).double(), atol=0.05)
-        assert torch.equal(act.distribution.component_distribution.loc, act["loc"])  # pyright: ignore[reportAttributeAccessIssue]
+        assert torch.equal(act.distribution.component_distribution.loc, act["loc"])
         assert (act.error["loc"] < 0.1).all()
 
 

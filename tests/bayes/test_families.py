@@ -1,10 +1,5 @@
 """What an exponential family is: its maps, its divergences, and the laws all of them obey."""
 
-# distributions of torch are read here whose class a test knows, and a type checker does not
-# pyright: reportArgumentType=false, reportAssignmentType=false
-# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
-# pyright: reportOptionalSubscript=false
-
 import functools
 import math
 from dataclasses import dataclass

@@ -1,9 +1,5 @@
 """How many digits families keep at extreme parameters, what is on their edge, what is fixed."""
 
-# distributions of torch are read here whose class a test knows, and a type checker does not
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalMemberAccess=false
-
 import dataclasses
 import math
 

@@ -206,8 +206,8 @@ def test_the_act_does_not_depend_on_the_chart(divergence):
     plain = numerical_act(theta, lambda t: StudentT(3.0, t["loc"], t["scale"]), divergence)
     soft = SoftplusTransform()
     moved = numerical_act(
-        {"loc": theta["loc"], "u": soft.inv(theta["scale"])},  # pyright: ignore[reportArgumentType]
-        lambda t: StudentT(3.0, t["loc"], soft(t["u"])),  # pyright: ignore[reportArgumentType]
+        {"loc": theta["loc"], "u": soft.inv(theta["scale"])},
+        lambda t: StudentT(3.0, t["loc"], soft(t["u"])),
         divergence,
     )
     u = moved.theta["u"]

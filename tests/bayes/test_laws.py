@@ -1,8 +1,5 @@
 """A family is read from text, a class, a partial or a callable, and rid of its wrappings."""
 
-# distributions of torch are read here whose class a test knows, and a type checker does not
-# pyright: reportAttributeAccessIssue=false
-
 from functools import partial
 
 import numpy as np

@@ -121,7 +121,7 @@ def test_a_divergence_between_heavy_tails_is_that_of_high_precision():
         return p * mpmath.log(p / q) * mpmath.cosh(u)
 
     exact = 2 * mpmath.quad(term, [0, 1, 3, 10, 30, 60])
-    assert found == pytest.approx(float(exact), rel=1e-10)  # pyright: ignore[reportArgumentType]
+    assert found == pytest.approx(float(exact), rel=1e-10)
 
 
 def test_angles_are_integrated_over_the_circle():
@@ -302,7 +302,7 @@ def test_reverse_and_forward_exchange_the_laws_on_nodes_too():
 class Below(Gamma):
     """Minus a gamma law."""
 
-    support = torch.distributions.constraints.less_than(0.0)  # pyright: ignore[reportAttributeAccessIssue]
+    support = torch.distributions.constraints.less_than(0.0)
 
     def sample(self, sample_shape=()):
         return -super().sample(sample_shape)
@@ -314,7 +314,7 @@ class Below(Gamma):
 class Silent(torch.distributions.Distribution):
     """A law that can do nothing but count."""
 
-    arg_constraints = {}  # pyright: ignore[reportAssignmentType]
+    arg_constraints = {}
 
     def __init__(self, loc):
         super().__init__(loc.shape, validate_args=False)

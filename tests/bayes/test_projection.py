@@ -1,9 +1,5 @@
 """A simpler family's best member, and what it loses: closed forms, brute force and nesting."""
 
-# distributions of torch are read here whose class a test knows, and a type checker does not
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalMemberAccess=false
-
 import json
 
 import numpy as np

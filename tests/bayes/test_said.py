@@ -46,7 +46,7 @@ def refused(draws, family, kind: type[Exception] = ValueError, **asked):
     "family",
     [
         lambda theta: Normal(theta.mu, np.sqrt(theta.sigma)),
-        lambda theta: Normal(np.asarray(theta.mu), theta.sigma),  # pyright: ignore[reportArgumentType]
+        lambda theta: Normal(np.asarray(theta.mu), theta.sigma),
         lambda theta: Normal(theta.mu, math.sqrt(theta.sigma)),
     ],
     ids=["a function of NumPy", "an array", "a function of math"],

@@ -114,7 +114,7 @@ def test_trials_weigh_the_rows_of_a_logistic_regression(name):
 
     found = X.T @ mean(X @ forward.act["beta"].numpy())
     np.testing.assert_allclose(found, X.T @ mean(BETA.reshape(-1, 3) @ X.T).mean(0), rtol=1e-9)
-    assert forward.act.distribution.support.check(torch.tensor(TRIALS)).all()  # pyright: ignore[reportOptionalMemberAccess]
+    assert forward.act.distribution.support.check(torch.tensor(TRIALS)).all()
 
 
 def test_exposures_go_with_columns_of_submodels_and_with_functions():

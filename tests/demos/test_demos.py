@@ -207,7 +207,7 @@ def test_the_demonstration_leaves_ordinary_runs(tiny):
 
 def test_the_report_has_every_figure(tiny, page):
     titles = [
-        "Who did best at what",
+        "The best student by each measure",
         "Held-out data",
         "Precision and recall of the students",
         "forward-kl by rank under the teacher",
@@ -329,4 +329,4 @@ def test_the_report_of_a_demonstration_of_0_1_is_written_again(tiny, tmp_path):
     (old / "run.json").write_text(json.dumps(record | {"kind": "studies.demo"}))
     assert Run.open(old).kind == "demos.distill"
     assert verb("report_runs", old)([old], tmp_path / "again.html") == tmp_path / "again.html"
-    assert "Who did best at what" in (tmp_path / "again.html").read_text()
+    assert "The best student by each measure" in (tmp_path / "again.html").read_text()

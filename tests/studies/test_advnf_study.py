@@ -57,11 +57,11 @@ def test_orders_of_size_are_averaged_geometrically_and_compared_as_factors():
     ]
     assert study.over_seeds(of, one, "v") == pytest.approx((10.0, 0.0))
     assert study.over_seeds(of, one, "acceptance") == pytest.approx((0.3, 0.0))
-    factor, error = study.added(of, one, other, "v")
+    factor, error = study.gain_of(of, one, other, "v")
     assert factor == pytest.approx(4.0)  # of 2 and 8
     assert error == pytest.approx(4.0 * math.log(2))  # half their distance, in logarithms
-    assert study.added(of, one, other, "acceptance") == pytest.approx((0.1, 0.05))
-    assert study.added(of, one, other, "gradient") == (0.0, 0.0)
+    assert study.gain_of(of, one, other, "acceptance") == pytest.approx((0.1, 0.05))
+    assert study.gain_of(of, one, other, "gradient") == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("target", [MoG8(), XY(side=2)], ids=["exact", "heat bath"])

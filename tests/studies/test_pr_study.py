@@ -78,7 +78,7 @@ def test_gains_are_taken_seed_by_seed():
     first, second = rows_of(seeds)
     assert first.gain == (0, 0)
     assert second.gain == pytest.approx((0.15, 0.05))
-    assert second.sampled == pytest.approx(0.3 / math.sqrt(2))
+    assert second.sampling_error == pytest.approx(0.3 / math.sqrt(2))
     assert second.mean == pytest.approx((0.75, 0.3 / math.sqrt(2)))  # the larger of the errors
     outcome = Outcome(COLUMNS, [first.cells(), second.cells()], "", [])
     table = list(csv.DictReader(to_csv(outcome).splitlines()))

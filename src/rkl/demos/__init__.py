@@ -1,6 +1,6 @@
-"""``rkl demo``: a small problem watched from end to end, in minutes on two cores.
+"""``rkl demo``: a small problem from start to end, in minutes on two cores.
 
-A demonstration imports only what it shows: that of the XY model needs no transformers.
+A demonstration imports only what it needs: that of the XY model needs no transformers.
 """
 
 import importlib
@@ -43,7 +43,7 @@ def run(
         steps: Of each distillation; as many as fit its few minutes by default.
 
     Returns:
-        What came out, and where the report is.
+        A summary of the results, with the path of the report.
     """
     if name not in DEMOS:
         *others, last = map(repr, DEMOS)

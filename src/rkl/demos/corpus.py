@@ -1,4 +1,4 @@
-"""The text of the demonstrations: the interpreter's own manual, there without a network."""
+"""Text of the demonstrations: the interpreter's own manual, available without a network."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ EVERY, FIRST = 6, 3  # of the groups of topics, from the largest to the smallest
 
 @dataclass(frozen=True)
 class Manual:
-    """The manual, by topic, split into what is trained on and what is held out.
+    """The manual, by topic, split into training text and held-out text.
 
     Attributes:
-        train: The text of each topic that is trained on, by name.
-        held_out: The same of the topics held out.
-        digest: Of all topics, names and texts.
+        train: Text of each training topic, by name.
+        held_out: Text of each held-out topic, by name.
+        digest: Digest of all topics, names and texts.
     """
 
     train: Mapping[str, str]
@@ -28,7 +28,7 @@ class Manual:
     digest: str
 
     def beginnings(self, characters: int | None) -> "Manual":
-        """The same with the first characters of each topic trained on; None is all of them."""
+        """The same with the first characters of each training topic; None is all of them."""
         if characters is None:
             return self
         return replace(self, train={name: it[:characters] for name, it in self.train.items()})
@@ -56,31 +56,30 @@ class Manual:
 def read_manual() -> Manual:
     """The manual of the running interpreter; no passage is both trained on and held out.
 
-    Topics quote one another. Those that share a paragraph are one group, and of the groups, from
-    the largest to the smallest, every sixth is held out.
+    Topics quote one another. Those that share a paragraph are one group; every sixth group, from
+    the largest to the smallest, is held out.
     """
     from pydoc_data.topics import topics
 
     groups = sorted(
         _groups(topics), key=lambda names: (-sum(len(topics[it]) for it in names), names)
     )
-    held = {name for names in groups[FIRST::EVERY] for name in names}
+    held_out = {name for names in groups[FIRST::EVERY] for name in names}
     names = sorted(topics)
     return Manual(
-        {name: topics[name] for name in names if name not in held},
-        {name: topics[name] for name in names if name in held},
+        {name: topics[name] for name in names if name not in held_out},
+        {name: topics[name] for name in names if name in held_out},
         fingerprint([name, topics[name]] for name in names),
     )
 
 
 def _groups(topics: Mapping[str, str]) -> Sequence[list[str]]:
-    """The names of topics that share a passage, directly or by way of others."""
     groups: list[tuple[list[str], set[Any]]] = []
     for name in sorted(topics):
-        names, found = [name], set(passages([{"text": topics[name]}]))
-        touching = [group for group in groups if group[1] & found]
-        groups = [group for group in groups if not group[1] & found]
+        names, together = [name], set(passages([{"text": topics[name]}]))
+        touching = [group for group in groups if group[1] & together]
+        groups = [group for group in groups if not group[1] & together]
         for others, theirs in touching:
-            names, found = [*others, *names], found | theirs
-        groups.append((sorted(names), found))
+            names, together = [*others, *names], together | theirs
+        groups.append((sorted(names), together))
     return [names for names, _ in groups]

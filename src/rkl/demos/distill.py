@@ -1,7 +1,7 @@
 """``rkl demo`` and ``rkl demo real``: one student distilled under several divergences.
 
-``rkl demo`` makes teacher and student on the spot. ``rkl demo real`` leaves middle layers out of
-SmolLM2-135M-Instruct, as an installed package carries it, and heals what remains. Either ends in a
+``rkl demo`` trains teacher and student from scratch. ``rkl demo real`` removes middle layers of
+SmolLM2-135M-Instruct, from an installed package, and trains the rest again. Either ends in a
 folder of ordinary runs beside one report.
 """
 
@@ -59,16 +59,16 @@ class Plan(abc.ABC):
     """The models of a demonstration and its sizes, which must end within minutes on two cores.
 
     Args:
-        steps: Of each distillation.
-        learning_rate: Of each distillation, at its peak.
+        steps: Steps of each distillation.
+        learning_rate: Peak learning rate of each distillation.
         block: Tokens in a block.
         batch_size: Blocks in a step of a distillation.
-        characters: Of each topic of the manual, from its beginning; None is all of it.
+        characters: Characters from the start of each topic of the manual; None is all of it.
         held_out_blocks: Blocks to evaluate on; None is all that are held out.
-        prompts: Held-out beginnings that every student goes on from.
+        prompts: Held-out beginnings that every student continues.
         seeds: Replies to each of them.
         reply_tokens: Longest reply.
-        watched_blocks: Held-out blocks looked at during training.
+        watched_blocks: Held-out blocks on which students are watched during training.
     """
 
     steps: int
@@ -92,7 +92,7 @@ class Plan(abc.ABC):
 
     @abc.abstractmethod
     def description(self, manual: Manual) -> str:
-        """What the demonstration does, in one sentence."""
+        """One sentence about what was done, for the head of the report."""
 
     @abc.abstractmethod
     def preparation(self, setting: "Setting") -> Mapping[str, Stage]:
@@ -103,19 +103,19 @@ class Plan(abc.ABC):
         return load_tokenizer(self.models(folder)["teacher"])
 
     def teacher(self, folder: Path) -> Teacher | None:
-        """What to ask in place of the teacher, or None to ask the teacher itself."""
+        """A cached teacher, or None for the model itself."""
         return None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The folder of a demonstration, and what its stages share.
+    """The folder of a demonstration, and the objects that its stages share.
 
     Attributes:
         whole: Its run.
         plan: Its sizes.
         manual: Its text.
-        seed: Of models, order of the text and replies.
+        seed: Seed of the models, of the order of the text and of the replies.
         device: "cpu" or "cuda"; a GPU by default if there is one.
     """
 
@@ -132,7 +132,7 @@ class Setting:
 
     @functools.cached_property
     def blocks(self) -> TokenDataset:
-        """The text that is trained on, in tokens."""
+        """The training text, in tokens."""
         return self._tokens(self.manual.train)
 
     @functools.cached_property
@@ -150,7 +150,7 @@ class Setting:
         return tokenize(rows, self.tokenizer, max_length=self.plan.block)
 
     def create(self, name: str, settings: Mapping[str, Any]) -> Run:
-        """A run within, in the place of one that was interrupted."""
+        """A run within the folder; one that was interrupted is replaced."""
         path = self.whole.path / name
         return Run.create(
             path, "distill", settings, seed=self.seed, overwrite=(path / "run.json").exists()
@@ -164,9 +164,9 @@ class Toy(Plan):
     Args:
         vocabulary: Tokens of the tokenizer.
         teacher_shape: The teacher's size.
-        teacher_schooling: How long the teacher learns from the text itself.
+        teacher_schooling: Training of the teacher on the text itself.
         student_shape: The student's size.
-        start_schooling: How long the student does so, before it meets the teacher.
+        start_schooling: Training of the student on the text, before distillation.
     """
 
     steps: int = 150
@@ -239,7 +239,7 @@ class Toy(Plan):
 
 @dataclass(frozen=True)
 class Real(Plan):
-    """A pretrained model that loses a fifth of its layers; about five minutes of training each."""
+    """A pretrained model without a fifth of its layers; about five minutes of training each."""
 
     steps: int = 60
     learning_rate: float = 1e-4
@@ -268,7 +268,7 @@ class Real(Plan):
     def description(self, manual: Manual) -> str:
         return (
             f"SmolLM2-135M-Instruct lost its layers {self.dropped} of 30, counted from 0, and was "
-            f"healed by distillation from the whole model on Python's manual, under "
+            f"trained again by distillation from the whole model on Python's manual, under "
             f"{len(self.divergences)} divergences, each for {self.steps} steps of {self.block} "
             "tokens on the same batches."
         )
@@ -280,7 +280,7 @@ class Real(Plan):
         }
 
     def _prune(self, setting: Setting) -> None:
-        """The model without its layers, as a run, to be evaluated before it is healed."""
+        """The model without its layers, as a run, to be evaluated before it is distilled."""
         settings = {**self.models(setting.whole.path), "max_length": self.block}
         run = setting.create(self.before, settings)
         with run.running(), replacing_files(run.path) as folder:
@@ -321,8 +321,8 @@ def demonstrate(
     Args:
         plan: The models and the sizes.
         out: The folder to write.
-        overwrite: Replaces the run that is there.
-        resume: Goes on with the run that is there, after the last stage that it finished.
+        overwrite: Replace the run there.
+        resume: Continue the run there, after the last stage that it finished.
         seed: Random seed.
         device: "cpu" or "cuda"; a GPU by default if there is one.
 
@@ -362,7 +362,7 @@ def demonstrate(
 def _settings_of(
     plan: Plan, folder: Path, seed: int, device: str | None
 ) -> tuple[DistillSettings, EvaluateSettings]:
-    """The settings of all distillations and evaluations, which refuse what cannot be."""
+    """The settings of all distillations and evaluations, checked."""
     models: Any = plan.models(folder)
     common: Any = {"teacher": models["teacher"], "max_length": plan.block}
     common |= {"batch_size": plan.batch_size, "seed": seed, "device": device}
@@ -387,7 +387,7 @@ def _settings_of(
 
 
 def _distillations(setting: Setting, settings: DistillSettings) -> Mapping[str, Stage]:
-    """From one start, on the same batches, under every divergence."""
+    """Distillations from one start, on the same batches, under every divergence."""
     whole, plan = setting.whole, setting.plan
 
     def distil(name: str, divergence: str) -> None:
@@ -411,7 +411,7 @@ def _distillations(setting: Setting, settings: DistillSettings) -> Mapping[str, 
 
 
 def _measurements(setting: Setting, settings: EvaluateSettings) -> Mapping[str, Stage]:
-    """The evaluation of every student and of their start, and replies of the teacher."""
+    """Evaluations of every student and of their start, and replies of the teacher."""
     folder, plan = setting.whole.path, setting.plan
     stages: dict[str, Callable] = {
         f"evaluating {name}": functools.partial(evaluate_run, folder / name, settings)

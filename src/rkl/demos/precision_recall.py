@@ -1,4 +1,4 @@
-"""``rkl demo precision-recall``: as much of the study of eight Gaussians as three minutes hold."""
+"""``rkl demo precision-recall``: a small version of the study of eight Gaussians."""
 
 import os
 from dataclasses import replace
@@ -29,7 +29,7 @@ def run(
     """Fit and sample the ring in a few ways, and report them.
 
     Returns:
-        Where the report is.
+        A line with the path of the report.
     """
     if device not in (None, "cpu"):
         raise ValueError(f"device must be 'cpu', for which this is made; got {device!r}.")

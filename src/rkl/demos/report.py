@@ -1,4 +1,4 @@
-"""The report of a demonstration, put together from what its folder holds and nothing else."""
+"""The report of a demonstration, made from its folder alone."""
 
 import math
 import os
@@ -24,14 +24,14 @@ CLEAR = 2.0  # standard errors of the difference beyond which the best is called
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who did best at one thing.
+    """The best student by one measure.
 
     Attributes:
-        measure: At what.
-        best: The run.
+        measure: Name of the measure.
+        best: The best run.
         value: Its value and standard error.
-        second: The run next to it.
-        second_value: The same of that.
+        second: The second best run.
+        second_value: Its value and standard error.
         paired: Their difference and its error, block by block of the same text, where it is known.
     """
 
@@ -52,7 +52,7 @@ class Verdict:
 
     @property
     def clear(self) -> bool:
-        """Whether the best one is ahead by more than noise."""
+        """True if the best one is ahead by more than noise."""
         return self.apart > CLEAR
 
 
@@ -122,7 +122,7 @@ def results_of(whole: Run) -> Evaluations:
 def verdicts(
     results: Mapping[str, Mapping[str, Any]], evaluations: Evaluations | None = None
 ) -> list[Verdict]:
-    """Who did best at each thing that has a best, by the evaluations of the students.
+    """The best student by each measure, from the evaluations.
 
     Args:
         results: Of each student.
@@ -176,7 +176,7 @@ def _verdict(measure: str, values: Mapping[str, Mapping[str, Any]], sign: int) -
 
 
 def summary(whole: Run, best: Sequence[Verdict]) -> str:
-    """What was done, and how much of the differences is more than noise."""
+    """Head of the report: what was done, and how many differences exceed noise."""
     clear = sum(it.clear for it in best)
     return (
         f"{whole.record['done']} On held-out text the best student is more than {CLEAR:g} "
@@ -185,12 +185,12 @@ def summary(whole: Run, best: Sequence[Verdict]) -> str:
 
 
 def points(whole: Run, best: Sequence[Verdict]) -> list[str]:
-    """Who did best at what: the figures decide the words."""
+    """List under the head: the measures at which each student is best."""
     clear = [it for it in best if it.clear]
     lines = []
     for name in whole.settings["divergences"]:
         if mine := [it.measure for it in clear if it.best == name]:
-            lines.append(f"{name} did best at {', '.join(mine)}.")
+            lines.append(f"{name} is best at {', '.join(mine)}.")
     close = [f"{it.measure} ({it.best}, then {it.second})" for it in best if not it.clear]
     if close:
         lines.append(f"The best two are within {CLEAR:g} standard errors at {', '.join(close)}.")
@@ -198,38 +198,37 @@ def points(whole: Run, best: Sequence[Verdict]) -> list[str]:
 
 
 def _entropies(whole: Run) -> str:
-    """The lowest and the highest entropy, neither of which is good or bad by itself."""
+    """The lowest and the highest entropy; neither is good or bad by itself."""
     results = {name: result_of(whole.path / name) for name in whole.settings["divergences"]}
     entropy = {name: pair_of(it["entropy"]["student"]) for name, it in results.items()}
     teacher = pair_of(next(iter(results.values()))["entropy"]["teacher"])
     ranked = sorted(entropy, key=lambda name: results[name]["entropy"]["student"]["value"])
     low, high = ranked[0], ranked[-1]
-    least, most, own = (
+    least, most, of_teacher = (
         cell_text(cell, plus_minus=True) for cell in (entropy[low], entropy[high], teacher)
     )
     return (
-        f"The teacher's entropy is {own} nats per token; of the students, {low} has "
+        f"The teacher's entropy is {of_teacher} nats per token; of the students, {low} has "
         f"the lowest, {least}, and {high} the highest, {most}."
     )
 
 
 def _best_table(best: Sequence[Verdict]) -> Table:
 
-    columns = ["measure", "best", "its value", "next", "its value", "apart (standard errors)"]
+    columns = ["measure", "best", "its value", "second", "its value", "apart (standard errors)"]
     rows = [
         [it.measure, it.best, it.value, it.second, it.second_value, round(it.apart, 1)]
         for it in best
     ]
-    return Table("Who did best at what", columns, rows, _BEST_SAYS)
+    return Table("The best student by each measure", columns, rows, _BEST_SAYS)
 
 
 def _with_first(sections: "list[Section]", block: "Block | Table") -> "list[Section]":
-    """The sections, with one more block at the head of the first of them."""
     return [replace(sections[0], blocks=[block, *sections[0].blocks]), *sections[1:]]
 
 
 def _training(whole: Run, students: Sequence[str], before: str) -> "Section":
-    """The curves of the students, and of the models they come from where those were trained."""
+    """Curves of the students, and of the models that they start from where those were trained."""
     from rkl import plots
     from rkl.report import figure_block
 
@@ -272,7 +271,7 @@ def _replies(whole: Run, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _settings(whole: Run, students: Sequence[str]) -> "Section":
-    """What was set: for the whole, for all students, for each of them."""
+    """Settings of the whole, of all students, and of each of them."""
     from rkl.report import Settings
 
     elsewhere = {"phases", "done"}  # on the page

@@ -1,4 +1,4 @@
-"""The stages of a demonstration: each is done once, and ``run.json`` says which are done."""
+"""The stages of a demonstration: each runs once, and ``run.json`` lists the finished ones."""
 
 import sys
 import time
@@ -11,13 +11,13 @@ Stage = Callable[[], object]
 
 
 def run_stages(run: Run, stages: Mapping[str, Stage]) -> None:
-    """Run the stages that are not done yet, in order, and note the time that each one took.
+    """Run the stages that are not done yet, in order, and record the time of each.
 
     A stage that was interrupted is run again from its beginning.
 
     Args:
         run: The folder of the demonstration, being written.
-        stages: What each one does, by name.
+        stages: Functions of the stages, by name.
     """
     for name, stage in stages.items():
         if name in run.record.get("phases", {}):

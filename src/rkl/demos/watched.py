@@ -1,4 +1,4 @@
-"""Students looked at while they learn: their probabilities beside the teacher's, rank by rank."""
+"""Students watched during training: their probabilities beside the teacher's, rank by rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ HEAD = AKL(mu=0.5)  # as in rkl evaluate
 
 @dataclass(frozen=True)
 class Watched:
-    """Held-out tokens at which students are looked at while they learn.
+    """Held-out tokens at which students are watched during training.
 
     Everything is by rank under the teacher, its likeliest token first.
 
@@ -28,7 +28,7 @@ class Watched:
         p: The teacher's probabilities, in descending order.
         ranking: The atoms in this order.
         one: The token at which the teacher's entropy is the median of all.
-        at: The steps at which to look.
+        at: The steps at which students are recorded.
         context: The text up to that one token.
         seen: Probabilities of the teacher, and of each student at each step: the mean over all
             tokens, and those at the one token.
@@ -43,7 +43,7 @@ class Watched:
     seen: dict[str, Tensor]
 
     def look(self, name: str, model: Any, step: int) -> None:
-        """Keep the probabilities of a student, if this is a step to do so."""
+        """Record the probabilities of a student at this step, if it is one of ``at``."""
         if step in self.at:
             q = probabilities(model, self.tokens).gather(-1, self.ranking)
             self.seen[f"{name}.mean.{step}"] = q.mean(0)
@@ -62,13 +62,13 @@ class Watched:
 
 
 def watch(teacher: str, blocks: TokenDataset, count: int, steps: int) -> Watched:
-    """The teacher's probabilities on some held-out blocks, to be compared with students later.
+    """The teacher's probabilities on some held-out blocks, for comparison with students later.
 
     Args:
-        teacher: What ``load_model`` loads.
+        teacher: A name or folder for ``load_model``.
         blocks: The held-out text.
-        count: How many blocks to look at, evenly spaced among those of full length.
-        steps: Of the training; it is looked at before, early, half-way and at the end.
+        count: Number of blocks, evenly spaced among those of full length.
+        steps: Steps of the training; students are recorded before, early, half-way and at the end.
     """
     full = [it["input_ids"] for it in (blocks[i] for i in range(len(blocks)))]
     tokens = torch.stack(spread([ids for ids in full if len(ids) == len(full[0])], count))
@@ -84,7 +84,7 @@ def watch(teacher: str, blocks: TokenDataset, count: int, steps: int) -> Watched
 
 
 def probabilities(model: Any, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "tokens vocab"]:
-    """A model's probabilities of the token behind each of these, row after row, on the CPU."""
+    """A model's probabilities of the next token at each position, row after row, on the CPU."""
     with inference(model):
         logits = model(input_ids=tokens.to(model.device), use_cache=False).logits
     return logits.float().softmax(-1).flatten(0, 1).cpu()

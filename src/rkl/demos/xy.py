@@ -21,13 +21,13 @@ class Plan:
     """The sizes of the demonstration, which must end within three minutes on two cores.
 
     Args:
-        side: Of the lattice.
-        minutes: Of training; or else
-        steps: of it.
-        width: Of the networks of the flow.
-        values: Temperatures that are looked at.
-        draws: Of each chain.
-        chains: At each temperature.
+        side: Sites along one side of the lattice.
+        minutes: Training time in minutes, or else
+        steps: training steps.
+        width: Width of the networks of the flow.
+        values: Number of temperatures to evaluate.
+        draws: Draws of each chain.
+        chains: Chains at each temperature.
     """
 
     side: int = 8
@@ -53,13 +53,13 @@ def run(
     Args:
         out: The folder to write, an ordinary run of ``rkl fit --target``.
         plan: The sizes.
-        overwrite: Replaces the run that is there.
-        resume: Goes on with the run that is there: with its training, or with what follows it.
+        overwrite: Replace the run there.
+        resume: Continue the run there: its training, or the stages after it.
         seed: Random seed.
         device: "cpu", for which this is made.
 
     Returns:
-        A short table, and where the report is.
+        A short table, with the path of the report.
     """
     if device not in (None, "cpu"):
         raise ValueError(f"device must be 'cpu', for which this is made; got {device!r}.")
@@ -74,37 +74,37 @@ def run(
     how: dict[str, Any] = {name: getattr(plan, name) for name in ("values", "draws", "chains")}
     with torch_threads(1):
         fitted = fit_target(settings, out, overwrite=overwrite, resume=resume)
-        found = measure_run(out, EvaluateSettings(**how, reference=True, seed=seed + 1))
+        evaluation = measure_run(out, EvaluateSettings(**how, reference=True, seed=seed + 1))
     run = Run.open(out)
     run.record_files([EVALUATION])
-    write_json(run.path / EVALUATION, found.to_dict())
-    report = write_report(run, found)
+    write_json(run.path / EVALUATION, evaluation.to_dict())
+    report = write_report(run, evaluation)
     done = fitted.fit.training
     trained = f"trained for {done.steps:,} steps in {done.seconds:.0f} s, without data"
     whole = f"{time.perf_counter() - began:.0f} s in all"
-    head = f"{found.target}: {trained}; {whole}"
-    return f"{head}\n\n{table(found).text()}\n\nThe report: {report}"
+    head = f"{evaluation.target}: {trained}; {whole}"
+    return f"{head}\n\n{table(evaluation).text()}\n\nThe report: {report}"
 
 
-def table(found: Evaluation) -> Table:
+def table(evaluation: Evaluation) -> Table:
     """The flow beside the heat bath, temperature by temperature."""
-    reference, thermal = found.reference, found.thermodynamics
+    reference, thermal = evaluation.reference, evaluation.thermodynamics
     assert reference is not None
     assert reference.log_z is not None
     pairs = {
-        "energy (J per site)": (found.averages["energy"], reference.averages["energy"]),
+        "energy (J per site)": (evaluation.averages["energy"], reference.averages["energy"]),
         "log Z (nats)": (thermal.log_z, reference.log_z),
     }
     columns: dict[str, list[Cell]] = {
-        "T (J)": [f"{value:.3g}" for value in found.condition[:, 0].tolist()]
+        "T (J)": [f"{value:.3g}" for value in evaluation.condition[:, 0].tolist()]
     }
     for name, (one, other) in pairs.items():
         apart = (one.value - other.value) / (one.error**2 + other.error**2).sqrt()
         columns[name] = _cells(one)
         columns[f"heat bath's {name}"] = _cells(other)
         columns["z of " + name.partition(" (")[0]] = [round(z, 1) for z in apart.tolist()]
-    columns["acceptance"] = [round(it, 2) for it in found.chain.acceptance.tolist()]
-    columns["v per site"] = found.weights.v.value.tolist()
+    columns["acceptance"] = [round(it, 2) for it in evaluation.chain.acceptance.tolist()]
+    columns["v per site"] = evaluation.weights.v.value.tolist()
     rows = list(zip(*columns.values(), strict=True))
     return Table("The flow beside the heat bath", list(columns), rows)
 

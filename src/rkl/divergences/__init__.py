@@ -4,7 +4,7 @@ p is imitated: a teacher, a data set, a Boltzmann density, a posterior draw.
 q is learned: a student, a flow, an estimate. The target always comes first.
 """
 
-# What adaptive and f_divergences define they say themselves: a new class is named in its own file.
+# adaptive and f_divergences list their own names: a new class is named in its own file.
 from rkl.divergences import adaptive, f_divergences, rows
 from rkl.divergences.adaptive import *  # noqa: F403
 from rkl.divergences.base import Divergence, FDivergence

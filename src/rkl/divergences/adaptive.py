@@ -36,7 +36,7 @@ __all__ = [
     "ToDi",
 ]
 
-FEW = 32  # atoms of p ranked at first; the head is seldom larger
+FIRST_RANKED = 32  # atoms of p ranked at first; the head is seldom larger
 BLOCK = 32  # atoms whose largest stands for all of them, in the search for the largest
 
 
@@ -76,14 +76,14 @@ class AKL(Divergence):
             raise ValueError(f"straddle must be 'head' or 'tail'; got {self.straddle!r}.")
 
     def search(self, logits):
-        """The likeliest atoms, and which of them are the head; all of it is among them."""
+        """The likeliest atoms, and a mask of those in the head; they include the whole head."""
         if (shared := shards()) is not None:
             return self._head_in_shards(logits, shared)
         maxima = block_maxima(logits)
         top = maxima.amax(-1, keepdim=True)
         # The two parts of the normaliser apart: their sum would lose digits at a large offset.
         normaliser = torch.cat([top, (logits - top).exp_().sum(-1, keepdim=True).log()], -1)
-        return self._head(logits, maxima, normaliser, FEW)
+        return self._head(logits, maxima, normaliser, FIRST_RANKED)
 
     def _head(self, logits, maxima, normaliser, k: int):
         k = min(k, logits.shape[-1])
@@ -215,7 +215,7 @@ class LKHybrid(Divergence):
     NegLogAcceptance(), which needs no weight.
 
     Args:
-        eta: How fast λ falls with acceptance, at least 0.
+        eta: Rate at which λ falls with acceptance, at least 0.
 
     >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
     >>> LKHybrid()(p.log(), q.log())
@@ -255,8 +255,8 @@ class NegLogAcceptance(Divergence):
     r"""Negative log-acceptance, −log Σ min(p, q) = −log(1 − TV(p, q)).
 
     Σ min(p, q) is the chance that speculative decoding accepts a token drafted from q. The
-    order of models is that of TotalVariation(), but its pull is divided by the acceptance, and so
-    does not fade with it. Symmetric: infinite only where p and q share no atom.
+    order of models is that of TotalVariation(), but its gradient is divided by the acceptance, and
+    so does not vanish with it. Symmetric: infinite only where p and q share no atom.
 
     Source: arXiv 2602.23881 (LK losses), for drafts of speculative decoding.
 
@@ -362,7 +362,7 @@ class AMiD(Divergence):
         """The logarithm of r, atom by atom.
 
         The normaliser's share of the gradient is that of + r in the excess p log(p/r) − p + r: its
-        slopes −p + r add up to 0, so that a factor common to all of r moves nothing. Detached, it
+        slopes −p + r add up to 0, so a factor common to all of r has no gradient. Detached, it
         costs no pass over the vocabulary.
         """
         mixed = _log_alpha_mixture(logp, logq, (1 - self.alpha) / 2, lam)
@@ -439,7 +439,7 @@ class AlphaBeta(Divergence):
         return of_p / (b * (a + b)) + of_q / (a * (a + b)) - mixed / (a * b)
 
     def excess(self, logp, logq):
-        """F itself, which touches 0 at p = q, by its series there: no digits are lost."""
+        """The excess over F's tangent plane, near p = q by its series: no digits are lost."""
         if min(abs(self.alpha), abs(self.beta), self.alpha + self.beta) < POLE:
             return power_excess(logp, logq, self.alpha, self.beta)
         _, *series = self.taylor
@@ -453,7 +453,7 @@ class AlphaBeta(Divergence):
 
 
 def block_maxima(x: Float[Tensor, "*batch atoms"]) -> Float[Tensor, "*batch blocks"]:
-    """The largest of every BLOCK atoms, the last block being what is left."""
+    """The largest of every BLOCK atoms; the last block may be shorter."""
     whole = x.shape[-1] // BLOCK * BLOCK
     maxima = x[..., :whole].unflatten(-1, (-1, BLOCK)).amax(-1) if whole else x[..., :0]
     if whole == x.shape[-1]:
@@ -486,7 +486,6 @@ def _order(x: Float[Tensor, "*batch atoms"]) -> Int[Tensor, "*batch atoms"]:
 
 
 def _weigh_kls(logp, logq, forward, reverse):
-    """The weights times KL(p ‖ q) and KL(q ‖ p), atom by atom."""
     of_p, of_q = relative_entropy(logp, logq), relative_entropy(logq, logp)
     of_p, of_q = forward * of_p, reverse * of_q
     if occurs(lambda: (forward == 0) | (reverse == 0)):
@@ -497,7 +496,7 @@ def _weigh_kls(logp, logq, forward, reverse):
 
 
 def _weigh_kl_excesses(logp, logq, forward, reverse):
-    """The excess of both KLs, weighted: one tangent plane and one series."""
+    """The weighted sum of both KLs as an excess, with one tangent plane and one series."""
     (c, *of_forward), (d, *of_reverse) = _KL.taylor, _REVERSE_KL.taylor
     slope = forward * c + reverse * d
     far = _weigh_kls(logp, logq, forward, reverse) - slope * (logp.exp() - logq.exp())

@@ -1,4 +1,4 @@
-"""What a divergence is: the two base classes, sums of divergences, and silent logarithms."""
+"""The two base classes of divergences, sums of divergences, and logarithms safe at 0."""
 
 import abc
 import contextlib
@@ -33,21 +33,21 @@ class Divergence(abc.ABC):
     To write one, make a frozen dataclass with
 
     - ``integrand``, the term F of one atom, from log p and log q;
-    - ``__post_init__``, refusing parameters out of range.
+    - ``__post_init__``, which refuses parameters out of range.
 
-    Where F looks at whole distributions, add what it needs of
+    If F depends on whole distributions, add some of
 
-    - ``held``: coefficients without a gradient, and ``search`` if finding them takes more than
+    - ``held``: coefficients without a gradient, and ``search`` if they need more than
       tensor operations of fixed shape;
     - ``statistics``: coefficients with a gradient, such as a normaliser that depends on q;
     - ``outer``: D as a function of the sum over atoms, such as its logarithm;
     - ``varying``: fields that change from step to step, given to ``held`` as tensors;
-    - ``takes_labels``: whether the coefficients look at the true token;
+    - ``takes_labels``: whether the coefficients depend on the true token;
     - ``increasing_in``: the f-divergences of which it is an increasing function, if it is one;
-    - ``reduces_rows``: True if they take sums over atoms by :func:`rkl.row_sum` and its kin alone,
-      so that processes may share the vocabulary.
+    - ``reduces_rows``: True if they take sums over atoms only by :func:`rkl.row_sum` and its kin:
+      processes may then share the vocabulary.
 
-    Then let :func:`rkl.testing.check_divergence` judge it. Every estimator, the trainer, the
+    Then test it by :func:`rkl.testing.check_divergence`. Every estimator, the trainer, the
     command line and the documentation find it by its name in kebab case, or by an alias.
     """
 
@@ -93,7 +93,7 @@ class Divergence(abc.ABC):
         return ()
 
     def search(self, logits: Float[Tensor, "*batch atoms"]) -> tuple:
-        """What ``held`` needs and no compiler can trace, such as where the head of p ends.
+        """Inputs of ``held`` that no compiler can trace, such as the end of the head of p.
 
         The logits are those of p, and need not be normalised.
         """
@@ -104,7 +104,7 @@ class Divergence(abc.ABC):
         logits: Float[Tensor, "*batch atoms"],
         labels: Int[Tensor, "*batch"] | None = None,
     ) -> tuple:
-        """What ``held`` gets beside log p and log q, in this order.
+        """Inputs of ``held`` beside log p and log q, in this order.
 
         The ``varying`` fields as tensors without axes, what ``search`` returned, and the labels
         where the divergence takes them.
@@ -166,7 +166,7 @@ class Divergence(abc.ABC):
         return (parts * factor).masked_fill(parts == 0, 0.0)
 
     def template(self) -> "Divergence":
-        """The same with its ``varying`` fields at their defaults: what is compiled for all."""
+        """The same with its ``varying`` fields at their defaults: the form that is compiled."""
         if not self.varying:
             return self
         changing: Any = self
@@ -210,18 +210,18 @@ class Divergence(abc.ABC):
     def between(self, p: Distribution, q: Distribution) -> Float[Tensor, "*batch"]:
         """D(p ‖ q) in nats between two distributions of torch, where a closed form is known.
 
-        Between two laws of finite support every divergence has one: the sum.
+        Between two distributions of finite support every divergence has one: the sum.
 
         Raises:
-            NotImplementedError: There is none; the message names what to use instead.
+            NotImplementedError: There is none; the message names an alternative.
             TypeError: One of them is no distribution.
-            ValueError: They do not go together: other events, or batches that do not broadcast.
+            ValueError: They do not match: other events, or batches that do not broadcast.
 
         >>> from rkl import TotalVariation
         >>> TotalVariation().between(Bernoulli(probs=0.5), Bernoulli(probs=0.9))
         tensor(0.4000)
         """
-        check_laws(p, q)
+        check_distributions(p, q)
         logp, logq = atoms(p), atoms(q)
         if logp is None or logq is None:
             raise NotImplementedError(
@@ -232,7 +232,7 @@ class Divergence(abc.ABC):
 
     @functools.cached_property
     def symmetric(self) -> bool:
-        """Whether D(p ‖ q) = D(q ‖ p), to rounding, over a few hundred pairs."""
+        """True if D(p ‖ q) = D(q ‖ p), to rounding, over a few hundred pairs."""
         logp, logq = _examples()
         labels = torch.zeros(len(logp), dtype=torch.long)
         there, back = self(logp, logq, labels), self(logq, logp, labels)
@@ -240,7 +240,7 @@ class Divergence(abc.ABC):
 
     @functools.cached_property
     def bounded(self) -> bool:
-        """Whether D stays finite between laws that share no atom."""
+        """True if D is finite between distributions that share no atom."""
         logp = torch.tensor([[0.0, -math.inf]], dtype=torch.float64)
         labels = torch.zeros(1, dtype=torch.long)
         return bool(self(logp, logp.flip(-1), labels).isfinite())
@@ -270,7 +270,7 @@ class FDivergence(Divergence):
         The second part is left out where F(1, 0) is infinite. Both may exceed the floating-point
         range and their difference not: override this with the difference in closed form.
         """
-        return _controlled(self.integrand, log_ratio, self.unseen[0])
+        return _terms_with_control(self.integrand, log_ratio, self.unseen[0])
 
     def terms_p(self, log_ratio: Float[Tensor, " samples"]) -> Float[Tensor, " samples"]:
         """F(1, u) − F(0, 1) (u − 1) at samples of p, from log u = log q/p in float64.
@@ -278,14 +278,14 @@ class FDivergence(Divergence):
         As :meth:`terms_q`, with p and q exchanged.
         """
 
-        def exchanged(logq, logp):
+        def mirror(logq, logp):
             return self.integrand(logp, logq)
 
-        return _controlled(exchanged, log_ratio, self.unseen[1])
+        return _terms_with_control(mirror, log_ratio, self.unseen[1])
 
     @functools.cached_property
     def unseen(self) -> tuple[float, float]:
-        """F(1, 0) and F(0, 1), the price of mass that the other has none of; may be infinite."""
+        """F(1, 0) and F(0, 1), the price of mass that the other excludes; may be infinite."""
         one = torch.zeros(1, dtype=torch.float64)
         none = torch.full_like(one, -math.inf)
         return self.integrand(one, none).item(), self.integrand(none, one).item()
@@ -321,15 +321,15 @@ class FDivergence(Divergence):
         if not series or not series[0] > 0:
             return None
         a, b, c, d = (math.factorial(n) * x for n, x in enumerate(series, start=2))
-        found = _exponentials(a, b - a, c - b, d - c)
+        orders = _exponentials(a, b - a, c - b, d - c)
         t = 2.0 ** torch.arange(-1, 10, dtype=torch.float64)  # also far out, where halves end
         t = torch.cat([-t, t])
         excess = self.integrand(t, torch.zeros_like(t)) - self.taylor[0] * t.expm1()
-        told = sum(w * _amari_excess(t, alpha) for w, alpha in found)
-        alike = bool(found) and torch.allclose(
-            torch.as_tensor(told), excess, rtol=1e-8, atol=1e-10
+        expected = sum(w * _amari_excess(t, alpha) for w, alpha in orders)
+        alike = bool(orders) and torch.allclose(
+            torch.as_tensor(expected), excess, rtol=1e-8, atol=1e-10
         )
-        return found if alike else None
+        return orders if alike else None
 
     @functools.cached_property
     def slope_field(self) -> str | None:
@@ -361,9 +361,9 @@ class FDivergence(Divergence):
 
     @functools.cached_property
     def scale_free(self) -> bool:
-        """Whether an unknown constant in log p leaves the minimiser over q where it is.
+        """True if an unknown constant in log p does not change the minimiser over q.
 
-        It does where F(cp, q) is a positive multiple of F(p, q) plus multiples of p and q:
+        This holds where F(cp, q) is a positive multiple of F(p, q) plus multiples of p and q:
         for both KLs and every Amari divergence.
         """
         logp, logq = _along(4)
@@ -457,19 +457,19 @@ class _Combination(Divergence):
 
     def integrand(self, logp, logq, *held):
         terms = self._with(logp, logq, held)
-        return _sum(w * term.integrand(logp, logq, *known) for w, term, known in terms)
+        return _sum(w * term.integrand(logp, logq, *given) for w, term, given in terms)
 
     def excess(self, logp, logq, *held):
         terms = self._with(logp, logq, held)
-        return _sum(w * term.excess(logp, logq, *known) for w, term, known in terms)
+        return _sum(w * term.excess(logp, logq, *given) for w, term, given in terms)
 
     def value(self, logp, logq, *held):
         pairs = zip(self.terms, held, strict=True)
-        return _sum(w * term.value(logp, logq, *known) for (w, term), known in pairs)
+        return _sum(w * term.value(logp, logq, *given) for (w, term), given in pairs)
 
     def by_atom(self, logp, logq, *held):
         pairs = zip(self.terms, held, strict=True)
-        return _sum(w * term.by_atom(logp, logq, *known) for (w, term), known in pairs)
+        return _sum(w * term.by_atom(logp, logq, *given) for (w, term), given in pairs)
 
     def template(self):
         return type(self)(tuple((w, term.template()) for w, term in self.terms))
@@ -478,11 +478,10 @@ class _Combination(Divergence):
         return _sum(w * term.between(p, q) for w, term in self.terms)
 
     def _with(self, logp, logq, held):
-        """The weights and divergences, with the coefficients of each."""
         held = held or ((),) * len(self.terms)
         return [
-            (w, term, (*known, *term.statistics(logp, logq, *known)))
-            for (w, term), known in zip(self.terms, held, strict=True)
+            (w, term, (*given, *term.statistics(logp, logq, *given)))
+            for (w, term), given in zip(self.terms, held, strict=True)
         ]
 
 
@@ -555,16 +554,18 @@ def combine(*terms: tuple[float, Divergence]) -> Divergence:
     return (_FCombination if every_f else _Combination)(terms)
 
 
-def check_laws(p: Distribution, q: Distribution) -> None:
-    """Refuse what are not two distributions of torch over the same events.
+def check_distributions(p: Distribution, q: Distribution) -> None:
+    """Refuse anything but two distributions of torch over the same events.
 
     Raises:
         TypeError: One of them is no distribution.
-        ValueError: Their events, or their batches, do not go together.
+        ValueError: Their events, or their batches, do not match.
     """
-    for name, law in (("p", p), ("q", q)):
-        if not isinstance(law, Distribution):
-            raise TypeError(f"{name} must be a distribution of torch; got a {type(law).__name__}.")
+    for name, distribution in (("p", p), ("q", q)):
+        if not isinstance(distribution, Distribution):
+            raise TypeError(
+                f"{name} must be a distribution of torch; got a {type(distribution).__name__}."
+            )
     logp, logq = atoms(p), atoms(q)
     if logp is not None and logq is not None and logp.shape[-1] != logq.shape[-1]:
         raise ValueError(f"p has {logp.shape[-1]} atoms but q has {logq.shape[-1]}.")
@@ -582,9 +583,9 @@ def check_laws(p: Distribution, q: Distribution) -> None:
 
 
 def occurs(case: Callable[[], Tensor]) -> bool:
-    """Whether a case has to be dealt with anywhere, in passes that would otherwise be saved.
+    """True if a case occurs at any atom, so that extra passes are needed.
 
-    It is asked only where that is cheap: compiled, the passes are fused and cost nothing.
+    Tested only where that is cheap: compiled, the passes are fused and cost nothing.
     """
     return torch.compiler.is_compiling() or bool(case().any())
 
@@ -687,12 +688,12 @@ def slope_from_terms(divergence: FDivergence, x: Tensor, *, in_p: bool) -> Tenso
     wide = x.to(widest(x))
     value, slope = terms(wide), grad(lambda at: terms(at).sum())(wide)
     finite = value.isfinite()
-    found = torch.where(finite, value, 0.0) - torch.where(finite, slope, 0.0)
+    slopes = torch.where(finite, value, 0.0) - torch.where(finite, slope, 0.0)
     if math.isfinite(unseen):
-        found = found - unseen
+        slopes = slopes - unseen
     # F is convex: where g has overflown, its tangent lies above or below everything.
     beyond = torch.where(wide > 0, -math.inf, math.inf)
-    return torch.where(finite, found, beyond).to(x.dtype)
+    return torch.where(finite, slopes, beyond).to(x.dtype)
 
 
 def widest(x: Tensor) -> torch.dtype:
@@ -713,7 +714,7 @@ def _one_sided(divergence: Any, x: Tensor, side: int, controlled: bool) -> Tenso
     return terms(x) + unseen * exp_less_1(x)
 
 
-def _controlled(integrand: Callable, x: Tensor, unseen: float) -> Tensor:
+def _terms_with_control(integrand: Callable, x: Tensor, unseen: float) -> Tensor:
     """F(eˣ, 1) − c (eˣ − 1) of any homogeneous integrand, c being F(1, 0) or, if infinite, 0.
 
     Far out the two cancel. There it is c + ∫ exp(−y) k(x + y) dy over y > 0, with k = ∂F/∂q
@@ -724,14 +725,14 @@ def _controlled(integrand: Callable, x: Tensor, unseen: float) -> Tensor:
         return integrand(x, torch.zeros_like(x))
     near = x.clamp_max(_FAR)
     direct = integrand(near, torch.zeros_like(x)) - unseen * exp_less_1(near)
-    far = _integrated(integrand, x.clamp(_FAR, _END), unseen)
+    far = _far_terms(integrand, x.clamp(_FAR, _END), unseen)
     end = x.new_tensor([_END, _END - 1])
-    last, before = _integrated(integrand, end, unseen)
+    last, before = _far_terms(integrand, end, unseen)
     straight = last + (x.clamp_min(_END) - _END) * (last - before)
     return torch.where(x < _FAR, direct, torch.where(x < _END, far, straight))
 
 
-def _integrated(integrand: Callable, x: Tensor, unseen: float) -> Tensor:
+def _far_terms(integrand: Callable, x: Tensor, unseen: float) -> Tensor:
     nodes, weights = (x.new_tensor(it) for it in _laguerre())
     at = x[..., None] + nodes
     slope = grad(lambda log1: integrand(at, log1).sum())(torch.zeros_like(at))
@@ -740,7 +741,6 @@ def _integrated(integrand: Callable, x: Tensor, unseen: float) -> Tensor:
 
 @functools.cache
 def _laguerre() -> tuple[list[float], list[float]]:
-    """The nodes and weights of Gauss and Laguerre, for the mean over exp(−y)."""
     nodes, weights = np.polynomial.laguerre.laggauss(24)
     return nodes.tolist(), weights.tolist()
 
@@ -763,11 +763,11 @@ def near_or_far(
     small = (logp - logq).abs() < NEAR  # not so where p = q = 0, and the ratio is no number
     if torch.compiler.is_compiling() or not small.ndim:
         return torch.where(small, _near(logp, logq, small, series, degree), far)
-    few = small.nonzero(as_tuple=True)
-    if 8 * len(few[0]) > small.numel():
+    places = small.nonzero(as_tuple=True)
+    if 8 * len(places[0]) > small.numel():
         return torch.where(small, _near(logp, logq, small, series, degree), far)
-    series = [x[few[:-1]].squeeze(-1) if isinstance(x, Tensor) else x for x in series]
-    return far.index_put(few, _near(logp[few], logq[few], None, series, degree))
+    series = [x[places[:-1]].squeeze(-1) if isinstance(x, Tensor) else x for x in series]
+    return far.index_put(places, _near(logp[places], logq[places], None, series, degree))
 
 
 def _near(logp, logq, small, series, degree):
@@ -813,23 +813,25 @@ def expansion(integrand, degree: float) -> tuple[float, ...]:
 
 
 def atoms(distribution: Distribution) -> Tensor | None:
-    """The log-probabilities of a law of finite support."""
+    """Log-probabilities of a distribution of finite support."""
     if isinstance(distribution, Categorical):
         by_probs = _made_of_probs(distribution)
         return distribution.probs.log() if by_probs else distribution.logits
     return coin(distribution) if isinstance(distribution, Bernoulli) else None
 
 
-def coin(law: Bernoulli | Binomial | Geometric) -> Float[Tensor, "*batch 2"]:
+def coin(distribution: Bernoulli | Binomial | Geometric) -> Float[Tensor, "*batch 2"]:
     """The log-probabilities of success and failure, −∞ at probabilities of 0."""
-    if _made_of_probs(law):
-        return torch.stack([law.probs.log(), torch.log1p(-law.probs)], -1)
-    return torch.nn.functional.logsigmoid(torch.stack([law.logits, -law.logits], -1))
+    if _made_of_probs(distribution):
+        return torch.stack([distribution.probs.log(), torch.log1p(-distribution.probs)], -1)
+    return torch.nn.functional.logsigmoid(
+        torch.stack([distribution.logits, -distribution.logits], -1)
+    )
 
 
-def _made_of_probs(law: Distribution) -> bool:
-    """Whether a law was given its probabilities: torch computes, clamps and keeps the other."""
-    return next(name for name in vars(law) if name in ("probs", "logits")) == "probs"
+def _made_of_probs(distribution: Distribution) -> bool:
+    """True if a distribution was given its probabilities; torch clamps those that it computes."""
+    return next(name for name in vars(distribution) if name in ("probs", "logits")) == "probs"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""KL between two laws of torch: what torch registers, but where that is wrong."""
+"""KL between two distributions of torch: torch's formula, or ours where that is wrong."""
 
 import math
 
@@ -23,12 +23,12 @@ def closed_kl(kl: FDivergence, p: Distribution, q: Distribution) -> Tensor:
     """KL(p ‖ q) in nats [*batch].
 
     Ours where torch 2.13 loses the digits of probabilities near 0 and 1 or of a rate of 0, adds
-    up the degrees of freedom of a batch of Wishart laws, or does not broadcast.
+    up the degrees of freedom of a batch of Wishart distributions, or does not broadcast.
 
     Args:
-        kl: KL() itself, for what is a sum over atoms.
-        p: Where the expectation is taken.
-        q: Of batches that broadcast with those of p.
+        kl: KL() itself, for sums over atoms.
+        p: The distribution of the expectation.
+        q: A distribution with batches that broadcast with those of p.
 
     Raises:
         NotImplementedError: There is no closed form.

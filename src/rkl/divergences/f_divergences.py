@@ -13,7 +13,7 @@ from rkl.checks import number
 from rkl.divergences.base import (
     POLE,
     FDivergence,
-    check_laws,
+    check_distributions,
     exp_less_1,
     log_mixture,
     log_ratio,
@@ -129,7 +129,7 @@ class Jeffreys(FDivergence):
         return KL().between(p, q) + ReverseKL().between(p, q)
 
     def terms_q(self, log_ratio):
-        gone = log_ratio < _GONE
+        gone = log_ratio < _LOG_ZERO
         x = torch.where(gone, 0.0, log_ratio)
         return torch.where(gone, -log_ratio, x * exp_less_1(x))
 
@@ -263,8 +263,8 @@ class SkewReverseKL(FDivergence):
 class TotalVariation(FDivergence):
     r"""Total variation distance, Σ |p − q| / 2.
 
-    Between 0 and 1, symmetric; its gradient does not say by how much an atom errs, only on
-    which side.
+    Between 0 and 1, symmetric; its gradient depends on the sign of an atom's error, not on its
+    size.
 
     Neighbours: PrecisionRecall(lam=1).
 
@@ -408,7 +408,7 @@ class Amari(FDivergence):
         a = self.alpha
         if a > 0:
             return exp_less_1((1 - a) * log_ratio) / (a * (a - 1))
-        x = log_ratio.clamp_min(_GONE)
+        x = log_ratio.clamp_min(_LOG_ZERO)
         return x.exp() * exp_less_1(-a * x) / (a * (a - 1))
 
 
@@ -418,7 +418,7 @@ class PrecisionRecall(FDivergence):
 
     Σ min(λp, q) is the precision of q at slope λ of its precision–recall curve. A large λ
     buys precision, a small λ buys recall. Its gradient vanishes wherever q is on the right
-    side of λp: PrecisionHalf and RecallHalf are its smooth kin.
+    side of λp: PrecisionHalf and RecallHalf are its smooth versions.
 
     Source: Verine et al. (2023), arXiv 2302.00628, definition 4.1.
 
@@ -455,8 +455,8 @@ _KL = KL()  # one object: what each computes once about itself cannot be traced 
 class PrecisionHalf(FDivergence):
     r"""Precision half of KL, f(r) = r log(λr) − r + 1/λ below r = 1/λ, 0 above, less its f(1).
 
-    The mixture of PrecisionRecall(l) over l ≥ λ with weight 1/l², as in KL: it asks of q
-    that it put no mass where p has less than 1/λ of it. Its gradient is that of maximum
+    The mixture of PrecisionRecall(l) over l ≥ λ with weight 1/l², as in KL: it penalises mass
+    of q where p has less than 1/λ of it. Its gradient is that of maximum
     likelihood on data weighted by min(1, q/(λp)).
 
     Source: Verine et al. (2023), arXiv 2302.00628, theorem 4.3, for f(r) = r log r.
@@ -488,9 +488,9 @@ class PrecisionHalf(FDivergence):
     def terms_q(self, log_ratio):
         lam, log_lam = self.lam, math.log(self.lam)
         if lam < 1:
-            x = log_ratio.clamp(_GONE, -log_lam)
+            x = log_ratio.clamp(_LOG_ZERO, -log_lam)
             return x * x.exp() + (log_lam - 1) * exp_less_1(x)
-        s = (log_ratio + log_lam).clamp(_GONE, 0.0)
+        s = (log_ratio + log_lam).clamp(_LOG_ZERO, 0.0)
         return (s * s.exp() - exp_less_1(s)) / lam
 
     def terms_p(self, log_ratio):
@@ -504,8 +504,8 @@ class PrecisionHalf(FDivergence):
 class RecallHalf(FDivergence):
     r"""Recall half of KL, f(r) = r(1 − log λ) − 1/λ below r = 1/λ, r log r above, less its f(1).
 
-    The mixture of PrecisionRecall(l) over l ≤ λ with weight 1/l², as in KL: it asks of q
-    that it cover what p has more than 1/λ of, and is blind to what q invents. Its gradient
+    The mixture of PrecisionRecall(l) over l ≤ λ with weight 1/l², as in KL: it penalises q for
+    not covering p where p/q is above 1/λ, and ignores what q invents. Its gradient
     is that of maximum likelihood on data weighted by 1 − min(1, q/(λp)).
 
     Source: Verine et al. (2023), arXiv 2302.00628, theorem 4.3, for f(r) = r log r.
@@ -548,12 +548,12 @@ class RecallHalf(FDivergence):
         return exp_less_1(x) / lam - x + _at_one(lam)
 
 
-_GONE = -800.0  # the logarithm of what is 0 even in double precision
+_LOG_ZERO = -800.0  # a logarithm whose exponential is 0 even in double precision
 
 
 def _x_exp_x(x):
     """The product x eˣ, which is 0 at −∞."""
-    x = x.clamp_min(_GONE)
+    x = x.clamp_min(_LOG_ZERO)
     return x * x.exp()
 
 
@@ -567,7 +567,7 @@ def _log_mean(x, weight):
 def _exp_times_log1p(x, c):
     """eˣ log(1 + c e⁻ˣ), which ends in c."""
     end = 40 + max(0.0, math.log(c))
-    inner = x.clamp(_GONE, end)
+    inner = x.clamp(_LOG_ZERO, end)
     log1p = torch.logaddexp(math.log(c) - inner, torch.zeros_like(inner))
     return torch.where(x < end, inner.exp() * log1p, c)
 
@@ -635,7 +635,7 @@ def _precision_half(logp, logq, lam):
 
 
 def _kl_between(divergence, p, q, *, flipped):
-    check_laws(p, q)
+    check_distributions(p, q)
     try:
         return closed_kl(KL(), q, p) if flipped else closed_kl(KL(), p, q)
     except NotImplementedError:

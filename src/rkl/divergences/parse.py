@@ -1,4 +1,4 @@
-"""Reading a divergence, or any other value of a catalogue, from its repr or in kebab case."""
+"""Reading a divergence, or any other value of a catalogue, from its repr or kebab case."""
 
 import ast
 import dataclasses
@@ -26,7 +26,7 @@ class Stack(tuple):
 
 
 def catalogue() -> dict[str, type[Divergence]]:
-    """Every divergence by its command-line name; a subclass is listed by existing.
+    """Every divergence by its command-line name; every subclass is listed.
 
     >>> list(catalogue())[:3]
     ['akl', 'alpha-beta', 'amari']
@@ -60,8 +60,8 @@ def parse(
 ):
     """A value from its repr, or from the same in kebab case; nothing else is accepted.
 
-    A name that is not in the catalogue may be ``package.module:Name``, which is imported where
-    a ``kind`` says what it must be; out of a file, only where it is allowed
+    A name that is not in the catalogue may be ``package.module:Name``, which is imported if
+    a ``kind`` is given; from a file, only if it is allowed
     (:mod:`rkl.importing`).
 
     Args:
@@ -69,7 +69,7 @@ def parse(
         catalogue: The values that may be made, by name; by default every divergence.
         names: Identifiers allowed as settings, kept as strings: ("mu",) in normal(loc=mu). A list
             of them, or stack(a, b), is a :class:`Stack`.
-        kind: The class that a name must be a subclass of, which is looked at before anything
+        kind: Class of which the named class must be a subclass, checked before anything
             is called; Divergence for the default catalogue. Without one nothing is imported.
 
     Raises:
@@ -101,7 +101,7 @@ def _check(text, catalogue, names, kind) -> None:
 
 
 class _Reader:
-    """One text: its words replaced by identifiers, and its tree made into a value."""
+    """One text: its words replaced by identifiers, and its tree turned into a value."""
 
     def __init__(self, text: str, catalogue, names: tuple, kind: type | None):
         self.known = _divergences() if catalogue is None else dict(catalogue)
@@ -117,7 +117,7 @@ class _Reader:
         self.words.append(match[0])
         return f"_{len(self.words) - 1}"
 
-    def _spelt(self, identifier: str | None) -> str:
+    def _word_of(self, identifier: str | None) -> str:
         if identifier is None:
             raise ValueError("settings are given as name=value, not as **.")
         return self.words[int(identifier[1:])]
@@ -129,10 +129,10 @@ class _Reader:
             tree = ast.parse(self.source, mode="eval").body
         except SyntaxError as error:
             where = (error.offset or 1) - 1
-            raise ValueError(f"{self._restored(error.msg)}, near {where}.") from None
+            raise ValueError(f"{self._with_words(error.msg)}, near {where}.") from None
         return self._build(tree)
 
-    def _restored(self, message: str) -> str:
+    def _with_words(self, message: str) -> str:
         return re.sub(r"\b_(\d+)\b", lambda m: self.words[int(m[1])], message)
 
     def _build(self, node: ast.expr):
@@ -146,31 +146,31 @@ class _Reader:
             case ast.BinOp(ast.UnaryOp(ast.USub()), ast.Mult(), _):
                 raise ValueError("weights must be positive.")
             case ast.Name(name):
-                return self._made(self._spelt(name), [])
+                return self._make(self._word_of(name), [])
             case ast.Call(ast.Name(name), [], keywords):
-                return self._made(self._spelt(name), keywords)
+                return self._make(self._word_of(name), keywords)
             case ast.Call(ast.Name(name)):
-                spelt = self._spelt(name)
+                spelt = self._word_of(name)
                 example = "akl(mu=0.5)" if self.summed else f"{spelt}(setting=value)"
                 raise ValueError(f"{spelt} takes its settings by name, as in {example}.")
         expected = "names, weights and sums, as in 0.5*kl + 0.5*akl(mu=0.5)"
         raise ValueError(f"expected {expected if self.summed else 'name(setting=value)'}.")
 
-    def _made(self, name: str, keywords: list[ast.keyword]):
-        make = self._found(name)
+    def _make(self, name: str, keywords: list[ast.keyword]):
+        make = self._maker(name)
         if self.kind and not (isinstance(make, type) and issubclass(make, self.kind)):
             article = "an" if self.kind.__name__[0] in "AEIOU" else "a"
             raise ValueError(f"{name} is {make!r}, not {article} {self.kind.__name__}.")
         settings = {}
         for keyword in keywords:
-            setting = self._spelt(keyword.arg)
+            setting = self._word_of(keyword.arg)
             if setting in settings:
                 raise ValueError(f"{name} is given {setting} twice.")
             settings[setting] = self._setting(setting, keyword.value)
         _refuse_unknown(make, name, settings)
         return make(**settings)
 
-    def _found(self, name: str) -> Callable:
+    def _maker(self, name: str) -> Callable:
         for kebab, make in self.known.items():
             if name in (kebab, getattr(make, "__name__", kebab), full_name(make)):
                 return make
@@ -187,18 +187,18 @@ class _Reader:
         if isinstance(node, ast.Name):
             return self._name(setting, node)
         match node:
-            case ast.UnaryOp(ast.USub(), ast.Name(name)) if self._spelt(name) == "inf":
+            case ast.UnaryOp(ast.USub(), ast.Name(name)) if self._word_of(name) == "inf":
                 return -math.inf
         if self.names and (parts := self._parts(node)):
             return Stack(self._part(setting, part) for part in parts)
         try:
             return ast.literal_eval(node)
         except ValueError:
-            got = self._restored(ast.unparse(node))
+            got = self._with_words(ast.unparse(node))
             raise ValueError(f"{setting} must be a number or a string; got {got}.") from None
 
     def _name(self, setting: str, node: ast.Name) -> str | float:
-        word = self._spelt(node.id)
+        word = self._word_of(node.id)
         if word == "inf" and self.names and word not in self.names:
             return math.inf
         if word not in self.names:
@@ -207,9 +207,9 @@ class _Reader:
         return word
 
     def _parts(self, node: ast.expr) -> list[ast.expr]:
-        """What a list with names, or a call of stack, holds; nothing of any other node."""
+        """Entries of a list with names, or of a call of stack; none of any other node."""
         match node:
-            case ast.Call(ast.Name(name), args, []) if self._spelt(name) == "stack":
+            case ast.Call(ast.Name(name), args, []) if self._word_of(name) == "stack":
                 return args
             case ast.List(parts) | ast.Tuple(parts) if any(map(_is_name, parts)):
                 return parts
@@ -223,7 +223,7 @@ class _Reader:
         except ValueError:
             value = None
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            got = self._restored(ast.unparse(node))
+            got = self._with_words(ast.unparse(node))
             raise ValueError(f"{setting} must be a number or a string in each place; got {got}.")
         return value
 
@@ -240,19 +240,19 @@ def _plain(name: str) -> str:
 
 
 def same_name(name: str, kind: type[Divergence]) -> bool:
-    """True if a divergence of this class is called so, in any spelling.
+    """True if a divergence of this class has this name, in any spelling.
 
     >>> from rkl import ReverseKL
     >>> same_name("ReverseKL", ReverseKL), same_name("rkl", ReverseKL), same_name("kl", ReverseKL)
     (True, True, False)
     """
-    known = (kind.__name__, *kind.aliases)
-    return name == full_name(kind) or _plain(name) in map(_plain, known)
+    names = (kind.__name__, *kind.aliases)
+    return name == full_name(kind) or _plain(name) in map(_plain, names)
 
 
 def full_name(make: Any) -> str | None:
-    """What a class or a function is imported by, as "module:name"; None for what has no name."""
-    module, name = (getattr(make, it, None) for it in ("__module__", "__qualname__"))
+    """Import name of a class or a function, as "module:name"; None without a name."""
+    module, name = (getattr(make, attribute, None) for attribute in ("__module__", "__qualname__"))
     return f"{module}:{name}" if module and name else None
 
 
@@ -267,21 +267,21 @@ def with_module(value: Any) -> str:
 
 
 def _divergences() -> dict[str, type[Divergence]]:
-    known = catalogue()
-    return known | {alias: cls for cls in known.values() for alias in cls.aliases}
+    classes = catalogue()
+    return classes | {alias: cls for cls in classes.values() for alias in cls.aliases}
 
 
 def _refuse_unknown(make: Callable, name: str, settings: dict) -> None:
-    known = _settings_of(make)
+    allowed = _settings_of(make)
     for setting in settings:
-        if known is not None and setting not in known:
-            has = f"it has {', '.join(known)}" if known else "it has no settings"
+        if allowed is not None and setting not in allowed:
+            has = f"it has {', '.join(allowed)}" if allowed else "it has no settings"
             raise ValueError(f"{name} has no setting {setting!r}; {has}.")
 
 
 @functools.cache
 def _settings_of(make: Callable) -> tuple[str, ...] | None:
-    """The names a maker takes; None where it takes any."""
+    """Names of the settings of a class or a function; None if it takes any."""
     if dataclasses.is_dataclass(make):
         return tuple(field.name for field in dataclasses.fields(make))
     parameters = inspect.signature(make).parameters.values()

@@ -14,7 +14,7 @@ _RAMP = re.compile(r"\s*([\w.:-]+)\.(\w+)\s*:\s*(\S+)\s*->\s*(\S+)\s*")
 
 @dataclass(frozen=True)
 class Ramp:
-    """A field on a straight line from its value at the first step to that at the last."""
+    """A field that moves on a straight line from its value at the first step to the last."""
 
     kind: type[Divergence]
     field: str
@@ -30,7 +30,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A divergence whose fields move along ramps; none is a divergence that stays as it is."""
+    """A divergence whose fields move along ramps; without ramps it does not change."""
 
     divergence: Divergence
     ramps: tuple[Ramp, ...] = ()
@@ -44,26 +44,29 @@ class Schedule:
         """
         if not self.ramps:
             return self.divergence
-        moved = ((w, self._moved(term, progress)) for w, term in weighted_terms(self.divergence))
+        moved = (
+            (w, self._replace_fields(term, progress))
+            for w, term in weighted_terms(self.divergence)
+        )
         return combine(*moved)
 
     def values(self, progress: float) -> dict[str, float]:
         """The fields that move, each at this progress."""
         return {ramp.name: ramp.at(progress) for ramp in self.ramps}
 
-    def _moved(self, term: Any, progress: float) -> Divergence:
+    def _replace_fields(self, term: Any, progress: float) -> Divergence:
         kind: Any = type(term)
         fields = {ramp.field: ramp.at(progress) for ramp in self.ramps if ramp.kind is kind}
         return dataclasses.replace(term, **fields) if fields else term
 
 
 def read_schedule(text: str | None, divergence: Divergence) -> Schedule:
-    """The schedule that a text means, such as "taid.t: 0.2 -> 1.0"; several are parted by ";".
+    """The schedule of a text such as "taid.t: 0.2 -> 1.0"; several are separated by ";".
 
     Args:
         text: Name of a divergence, a dot, its field, and the values at the first and the last
             step. Without a text nothing moves.
-        divergence: What is minimised; the name must be that of it or of a term of the sum.
+        divergence: The divergence that is minimised; the name must be its own or that of a term.
 
     Raises:
         ValueError: The text cannot be read, or names what does not vary.
@@ -99,7 +102,7 @@ def _ramp(text: str, divergence: Divergence) -> Ramp:
             f"{known}.{it}" for known, cls in catalogue().items() for it in cls.varying
         )
         raise ValueError(
-            f"schedule: {field!r} of {name} does not vary, {may}. What may: {movable}."
+            f"schedule: {field!r} of {name} does not vary, {may}. Fields that may: {movable}."
         )
     return Ramp(kind, field, first, last, f"{name}.{field}")
 

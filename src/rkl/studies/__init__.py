@@ -1,6 +1,6 @@
 """Claims of papers, tested: one folder for each paper.
 
-:mod:`rkl.studies.study` holds what they share; a folder has a mapping ``PARTS``.
+:mod:`rkl.studies.study` has their common code; each folder has a mapping ``PARTS``.
 """
 
 import importlib
@@ -25,7 +25,7 @@ def parts_of(paper: str) -> Mapping[str, Any]:
 
 
 def default_folder(paper: str, part: str | None = None) -> Path:
-    """Where a part is written unless another folder is named."""
+    """Folder of a part unless another one is given."""
     return Path("runs", f"{paper}-{part or next(iter(parts_of(paper)))}")
 
 

@@ -1,7 +1,7 @@
 """A part of a study: its run folder, its jobs in processes, its csv, figures and report.
 
 A paper is a folder here, with a mapping ``PARTS`` of :class:`Part`. The results of a part's jobs
-lie in the run folder as JSON until all are there, so that ``--resume`` repeats none of them.
+are in the run folder as JSON until all are there: ``--resume`` repeats none of them.
 """
 
 import abc
@@ -37,11 +37,11 @@ Pair = tuple[float, float]  # a value and its standard error
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of a part.
+    """Results of a part.
 
     Attributes:
         columns: Names of the columns of the csv.
-        rows: Its rows, numbers as they are written.
+        rows: Its rows, numbers formatted.
         summary: At most three sentences at the head of the report.
         points: The rest, as a list below them.
         sections: Of the report. Each of its figures is written as an SVG too.
@@ -63,8 +63,8 @@ class Part(abc.ABC):
     To add one, write a frozen dataclass with
 
     - ``jobs``, the arguments of each computation;
-    - ``compute``, one of them, whose result is what JSON can write;
-    - ``outcome``, what all results come to.
+    - ``compute``, one of them, whose result JSON can write;
+    - ``outcome``, the results of the part from those of all jobs.
 
     Attributes:
         title: Of its report.
@@ -98,7 +98,7 @@ class Part(abc.ABC):
 
     @abc.abstractmethod
     def outcome(self, results: Sequence[Any], seed: int) -> Outcome:
-        """What the results of all jobs come to."""
+        """Results of the part from those of all jobs."""
 
 
 def run_study(
@@ -124,7 +124,7 @@ def run_study(
         resume: Goes on with the run that is there.
         seed: Random seed.
         device: Where to compute.
-        data: A file that a part reads and rkl does not have.
+        data: A file that a part reads and that is not part of rkl.
 
     Returns:
         The report.
@@ -215,7 +215,7 @@ def file_name(title: str) -> str:
 
 
 def mean_over_seeds(values: Sequence[float], *, geometric: bool = False) -> Pair:
-    """The mean and its standard error; of a geometric mean both are of size, not of logarithms.
+    """The mean and its standard error; those of a geometric mean are not logarithms.
 
     >>> value, error = mean_over_seeds([1.0, 2.0, 3.0])
     >>> round(value, 6), round(error, 6)
@@ -229,9 +229,9 @@ def mean_over_seeds(values: Sequence[float], *, geometric: bool = False) -> Pair
 def paired_gain(
     values: Sequence[float], reference: Sequence[float], *, geometric: bool = False
 ) -> Pair:
-    """What values exceed a reference by, seed by seed: the mean and its standard error.
+    """Gain of values over a reference, seed by seed: the mean and its standard error.
 
-    A geometric one is a factor.
+    A geometric gain is a factor.
 
     >>> paired_gain([1.0, 4.0], [0.5, 2.0], geometric=True)
     (2.0, 0.0)
@@ -250,15 +250,15 @@ def in_processes(
 ) -> list[Any]:
     """The values of a function for rows of arguments, computed in processes of their own.
 
-    Ctrl-C reaches this process alone, which ends the others; so does whatever else ends it early.
+    Ctrl-C reaches this process alone, which ends the others; so does any other early end.
     One worker is this process itself.
 
     Args:
-        function: Of a module, so that other processes find it.
+        function: A function of a module, importable by other processes.
         columns: The first arguments, the second ones, and so on.
         workers: Number of processes; no more are started than there are rows.
         threads: Of torch, in each of them; None leaves torch alone.
-        done: Called in this process with the place of a row and its value, as soon as it is there.
+        done: Called in this process with the index of a row and its value, when it is there.
     """
     rows = list(zip(*columns, strict=True))
     workers = min(workers, len(rows))
@@ -289,7 +289,7 @@ def in_processes(
 
 @contextlib.contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Compute with this number of threads meanwhile; None leaves torch alone.
+    """Set torch's number of threads within the block; None leaves it.
 
     Two threads on arrays that fit a cache take twice as long as one, and much longer where others
     compute beside them.
@@ -313,7 +313,7 @@ def _begin(threads: int | None) -> None:
 
 @contextlib.contextmanager
 def _interrupt_blocked() -> Iterator[None]:
-    """Processes begun meanwhile ignore Ctrl-C; this one receives it as soon as this is over."""
+    """Let processes started in the block ignore Ctrl-C; this one receives it at the end."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

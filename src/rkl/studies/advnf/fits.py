@@ -37,15 +37,15 @@ class Plan:
     """The sizes of one part.
 
     Args:
-        target: What is sampled.
+        target: The density to sample.
         baseline: The affine flow of the seven variants.
         cpu_s: CPU seconds of each fit.
-        ours: The flow of the other two; by default what suits the target.
-        values: Conditions of the draws of the target, equally far apart, and of the figures.
+        ours: The flow of the other two; by default that of the target.
+        values: Number of equidistant conditions, of the draws of the target and of the figures.
         ensembles: Draws of the target that are trained on, all conditions together.
         batch: Draws of a step.
         lr: Learning rate of the variants.
-        draws: Draws at each condition that a figure is taken from.
+        draws: Draws at each condition for a figure.
         seeds: Number of them.
     """
 
@@ -68,21 +68,21 @@ class Plan:
 
     @property
     def flat(self) -> bool:
-        """Whether draws are points of the plane."""
+        """True if draws are points of the plane."""
         return self.target.event_shape == (2,)
 
     def flow(self, name: str) -> Architecture:
-        """What is fitted under the name of a way."""
+        """The flow that a way of this name fits."""
         return (self.ours or default_architecture(self.target)) if name in OURS else self.baseline
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a flow is fitted.
+    """One way to fit a flow.
 
     Attributes:
         name: Of a variant of AdvNF, or of ours.
-        ensemble: Draws of the target that it is given; 0, none.
+        ensemble: Number of draws of the target that it gets.
     """
 
     name: str
@@ -90,24 +90,24 @@ class Way:
 
     @property
     def objective(self) -> Objective:
-        """What is minimised."""
+        """The objective that it minimises."""
         return OURS.get(self.name) or VARIANTS[self.name]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What one fit came to.
+    """Result of one fit.
 
     Attributes:
-        way: How it was made.
-        seed: Of the draws of the target, the flow and its training.
-        steps: How many the budget bought.
+        way: The way to fit.
+        seed: Seed of the draws of the target, the flow and its training.
+        steps: Number of steps within the budget.
         cpu_s: CPU seconds that it took.
         gradient: Norm of the gradient of a step at its end, where its mean is next to nothing:
             what is left is noise.
-        conditions: Where it was judged.
+        conditions: Conditions at which it was measured.
         figures: Under each quantity its value at each condition.
-        samples: A few draws at the first condition, of a law in the plane.
+        samples: A few draws at the first condition, of a distribution in the plane.
     """
 
     way: Way
@@ -129,7 +129,7 @@ def ways(plan: Plan) -> Iterator[Way]:
 
 
 def fit(plan: Plan, way: Way, seed: int) -> Fit:
-    """Fit once, and judge by draws of the target that were not trained on."""
+    """Fit once, and measure by draws of the target that were not trained on."""
     target, conditions = plan.target, plan.conditions
     each = math.ceil(max(plan.ensembles) / plan.values)
     trained = exact_draws(plan, each, 2 * seed)
@@ -180,7 +180,7 @@ def exact_draws(plan: Plan, each: int, seed: int) -> Tensor:
 
 
 def _choose(x: Tensor, conditions: Tensor, ensemble: int, seed: int) -> tuple[Tensor, Tensor]:
-    """As many draws of every condition as make up an ensemble, and their conditions."""
+    """Draws of every condition that together make an ensemble, and their conditions."""
     order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(seed))
     rows = x[:, order].transpose(0, 1).flatten(0, 1)[:ensemble]  # conditions take turns
     return rows, conditions.repeat(x.shape[1], 1)[:ensemble]
@@ -198,7 +198,6 @@ def _affordable(plan: Plan, architecture: Architecture, how: dict[str, Any]) -> 
 
 
 def _figures(plan: Plan, flow: nn.Module, k: int, held_out: Tensor, train, seed: int):
-    """The figures under one condition."""
     target, condition = plan.target, plan.conditions[k]
     coverage = judge_coverage(
         target, flow, condition, held_out=held_out, train=train, draws=plan.draws, seed=seed

@@ -44,7 +44,7 @@ class Comparison(Part):
     """All ways to fit a flow to one target, in the same CPU time.
 
     Attributes:
-        shown: Quantities that are tabled, with how they are called.
+        shown: Quantities in the tables, with their names there.
     """
 
     shown: Mapping[str, str]
@@ -61,10 +61,10 @@ class Comparison(Part):
 
         fits = [Fit(**{**it, "way": Way(**it["way"])}) for it in results]
         sections = [
-            Section("What came out", _conditions(self.plan), [_table(self, fits)]),
-            Section("Against the number of draws that are trained on", "", _lines(self, fits)),
+            Section("Results", _conditions(self.plan), [_table(self, fits)]),
+            Section("Against the number of training draws", "", _lines(self, fits)),
             Section(
-                "What the adversarial term adds",
+                "Effect of the adversarial term",
                 "Seed by seed, with the same draws: differences; for v and EUBO − ELBO, factors.",
                 [_gains(self, fits)],
             ),
@@ -117,7 +117,7 @@ def rows_of(fit: Fit) -> list[list[Any]]:
 
 
 def over_conditions(fit: Fit, quantity: str) -> float:
-    """One number of a fit: the mean over conditions, geometric where orders of size differ."""
+    """One number of a fit: the mean over conditions, geometric for v and EUBO − ELBO."""
     if quantity == "gradient":
         return fit.gradient
     return mean_over_seeds(fit.figures[quantity], geometric=quantity in _LOGARITHMIC)[0]
@@ -129,8 +129,8 @@ def over_seeds(fits: Sequence[Fit], way: Way, quantity: str) -> Pair:
     return mean_over_seeds(values, geometric=quantity in _LOGARITHMIC)
 
 
-def added(fits: Sequence[Fit], without: Way, way: Way, quantity: str) -> Pair:
-    """What one way gives more than another, seed by seed: a factor where sizes differ."""
+def gain_of(fits: Sequence[Fit], without: Way, way: Way, quantity: str) -> Pair:
+    """Gain of one way over another, seed by seed: a difference; a factor for v and EUBO − ELBO."""
     by = {(it.way, it.seed): over_conditions(it, quantity) for it in fits}
     seeds = dict.fromkeys(it.seed for it in fits)
     values, reference = ([by[each, seed] for seed in seeds] for each in (way, without))
@@ -159,11 +159,11 @@ def _summary(plan: Plan, fits: Sequence[Fit]) -> str:
         ours = way.name in OURS
         if ours not in best or value[0] > best[ours][0][0]:
             best[ours] = value, way
-    variant, own = (
+    variant, ours_text = (
         f"{_label(way)} accepts {cell_text(value, plus_minus=True)} of independent proposals"
         for value, way in best.values()
     )
-    return f"The best of the seven variants: {variant}. The best of ours: {own}."
+    return f"The best of the seven variants: {variant}. The best of ours: {ours_text}."
 
 
 def _label(way: Way) -> str:
@@ -205,13 +205,12 @@ def _gains(part: Comparison, fits: Sequence[Fit]) -> Table:
                 it for it in ways(part.plan) if it.name == name and it.ensemble in (0, size)
             )
             pair = without, Way(with_it, size)
-            gained = [added(fits, *pair, quantity) for quantity in part.shown]
+            gained = [gain_of(fits, *pair, quantity) for quantity in part.shown]
             rows.append([f"{with_it} over {name} ({size:,} draws)", *gained])
     return Table("Gains", ["", *part.shown.values()], rows, "Mean over seeds ± its error.")
 
 
 def _pictures(plan: Plan, fits: Sequence[Fit]) -> "list[Section]":
-    """Draws in the plane at the narrowest condition, the first seed, the largest ensemble."""
     from rkl.plots.lattices import planes
     from rkl.report import Section, figure_block
 

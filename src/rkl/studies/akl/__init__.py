@@ -1,4 +1,4 @@
-"""What the paper on adaptive KL claims of the two KLs, tested on its toy."""
+"""The claims of the paper on adaptive KL about the two KLs, tested on its toy."""
 
 from rkl.studies.akl.toy import PARTS
 

@@ -1,6 +1,6 @@
-"""What the paper on adaptive KL says of the two KLs, tested on its toy.
+"""The claims of the paper on adaptive KL about the two KLs, tested on its toy.
 
-The toy: free logits over 80 atoms are fitted to a fixed teacher p. The head is what AKL calls so
+The toy: free logits over 80 atoms are fitted to a fixed teacher p. The head is that of AKL
 at mu = 0.5. The claims: both KLs reach the teacher; on the way, forward KL fits the head first
 and reverse KL the tail first.
 
@@ -80,7 +80,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Trace:
-    """How fits under one divergence went.
+    """Course of the fits under one divergence.
 
     Attributes:
         gaps: Sum of abs(p - q) over the head and over the tail, before each step and at the end.
@@ -138,7 +138,7 @@ class Toy(Part):
             Section("The claims, counted", _READING, [_table(self.plan, counts)]),
             *pictures,
         ]
-        summary = f"Free logits over {ATOMS} atoms, fitted to fixed teachers."
+        summary = f"Free logits over {ATOMS} atoms were fitted to fixed teachers."
         points = list(_shares(counts))
         rows = _rows(toy, gaps)
         return Outcome(COLUMNS, rows, summary, sections, points, {"counts": counts})
@@ -178,7 +178,7 @@ def _teacher(kind: str, generator: torch.Generator) -> Float[Tensor, " atoms"]:
 
 
 def fit(toy: Problem, divergence: Divergence, descent: str, steps: int) -> Trace:
-    """Fit free logits to every teacher, all at once and none aware of the others."""
+    """Fit free logits to every teacher, all at once and independently."""
     optimizer_class, rate = DESCENTS[descent]
     logits = toy.start.clone().requires_grad_()
     optimizer = optimizer_class([logits], lr=rate)
@@ -196,7 +196,7 @@ def fit(toy: Problem, divergence: Divergence, descent: str, steps: int) -> Trace
 
 
 def order(gaps: Float[Tensor, "steps fits 2"]) -> Float[Tensor, " fits"]:
-    """What is left of the head's gap over what is left of the tail's, half-way.
+    """Ratio of the head's remaining gap to the tail's, half-way.
 
     Both are relative to the start, and half-way is the first step at which the whole gap is below
     half of what it was. Below 1 the head was fitted first, above 1 the tail. Nan: never half-way.
@@ -210,7 +210,7 @@ def order(gaps: Float[Tensor, "steps fits 2"]) -> Float[Tensor, " fits"]:
 
 
 def count(toy: Problem, gaps: Mapping[str, Mapping[str, Tensor]]) -> Counts:
-    """In how many fits each claim holds, descent by descent and start by start."""
+    """Number of fits in which each claim holds, by descent and start."""
     counts: Counts = {}
     for descent, by_name in gaps.items():
         for start in STARTS:
@@ -245,7 +245,6 @@ def _rows(toy: Problem, gaps: Mapping[str, Mapping[str, Tensor]]) -> Iterator[li
 
 
 def _shares(counts: Counts) -> Iterator[str]:
-    """The counts of both starts together, in words."""
     for descent in DESCENTS:
         both = [counts[f"{descent}, {start} start"] for start in STARTS]
         head, tail, favours, fits = (sum(it[key] for it in both) for key in (*CLAIMS, "fits"))
@@ -308,7 +307,7 @@ _CAPTIONS = {
         "The teacher shaded, the students over it; a dotted line ends the teacher's head. "
         "Compare the columns of early steps."
     ),
-    "Gap of head and tail": "What is left of Σ |p − q| over the head and over the tail.",
+    "Gap of head and tail": "The remaining Σ |p − q| over the head and over the tail.",
 }
 
 PARTS: Mapping[str, Toy] = {"toy": Toy("The toy of adaptive KL", Plan())}

@@ -1,4 +1,4 @@
-"""What flows trained for precision or for recall come to, beside sampling for it."""
+"""Flows trained for precision or for recall, compared with sampling for it."""
 
 from rkl.studies.precision_recall.report import PARTS
 

@@ -1,4 +1,4 @@
-"""Digits: precision and recall by neighbours, in the pixels and in features no critic has seen."""
+"""Digits: precision and recall by neighbours, in the pixels and in unseen features."""
 
 import math
 import statistics
@@ -35,7 +35,7 @@ from rkl.studies.precision_recall.rows import ML, Pair, Seed
 
 SELDOM = 20  # pictures in which a pixel must be more than 0, for the flow to have it
 MOST = 10_000  # draws at a time, which fit the memory
-SETS = 3  # of draws of each law, as many in each as there are real ones
+SETS = 3  # of draws of each distribution, as many in each as there are real ones
 SHOWN = 36  # pictures kept
 COMPONENTS = 20  # principal ones, of the pixels
 OF_FEATURES = "critic of features"
@@ -74,19 +74,19 @@ class Plan:
 
     Args:
         data: IDX file of images, or none for the digits of scikit-learn.
-        levels: Of grey that are told apart; none for all 256.
-        flow: What is fitted.
-        ways: How, beside maximum likelihood.
-        critic: How ratios are learnt.
-        critic_steps: Of the critic of features.
-        seeds: How many fits of each.
-        steps: Of every fit.
+        levels: Number of grey levels; none for all 256.
+        flow: Architecture of the flow.
+        ways: Ways to fit it, beside maximum likelihood.
+        critic: Settings of the critic.
+        critic_steps: Steps of the critic of features.
+        seeds: Number of fits of each.
+        steps: Steps of every fit.
         batch: Pictures in a step.
         lr: Highest learning rate.
-        most: Real pictures that draws are compared with, as many draws, and trained on by none.
-        budgets: Draws per sample accepted of the flow of maximum likelihood.
-        temperatures: Of its latents.
-        bounds: At which its latents are cut off, in standard deviations.
+        most: Real pictures to compare draws with, not trained on; and number of draws.
+        budgets: Budgets of rejection for the flow of maximum likelihood, in draws per sample.
+        temperatures: Temperatures of its latents.
+        bounds: Bounds of its latents, in standard deviations.
         distilled: Budgets at which rejection is distilled into it.
     """
 
@@ -148,7 +148,7 @@ class Pictures:
     places: Int[Tensor, " pixels"]
 
     def split(self, count: int, seed: int) -> tuple["Pictures", "Pictures"]:
-        """So many to judge by, and the others, at random."""
+        """Pictures to measure by, and the others, at random."""
         order = torch.randperm(len(self.values), generator=torch.Generator().manual_seed(seed))
         first, other = (
             replace(self, values=self.values[it], classes=self.classes[it])
@@ -156,8 +156,8 @@ class Pictures:
         )
         return first, other
 
-    def shown(self, values: Tensor) -> list:
-        """A few of them as pictures."""
+    def montage(self, values: Tensor) -> list:
+        """A few of the values as pictures."""
         canvas = torch.zeros(min(SHOWN, len(values)), self.side**2)
         canvas[:, self.places] = values[:SHOWN].flatten(1).to(canvas.dtype)
         return canvas.reshape(-1, self.side, self.side).tolist()
@@ -212,11 +212,11 @@ def _idx(path: Path) -> Pictures:
 
 
 class Spaces:
-    """Real pictures in both spaces of features, and how others compare with them.
+    """Real pictures in both spaces of features, and comparisons with them.
 
     Args:
-        judges: Pictures to compare with, which nothing was trained on.
-        others: Those that flows, critics and the classifier are trained on.
+        judges: Pictures to compare with, not trained on.
+        others: Training pictures of flows, critics and the classifier.
         seed: Of noise and of the classifier.
     """
 
@@ -232,7 +232,6 @@ class Spaces:
         self.axes = torch.linalg.svd(pixels - self.centre, full_matrices=False)[2][:COMPONENTS]
 
     def _classifier(self, pictures: Pictures) -> nn.Module:
-        """All but the last layer of one that tells the classes."""
         size, classes = len(pictures.places), int(pictures.classes.max()) + 1
         hidden = nn.Linear(size, 64), nn.SiLU(), nn.Linear(64, 32), nn.SiLU()
         model = nn.Sequential(nn.Flatten(1), *hidden, nn.Linear(32, classes))
@@ -246,8 +245,8 @@ class Spaces:
             optimizer.step()
         return model[:-1].requires_grad_(False)
 
-    def seen(self, values: Tensor) -> dict[str, Tensor]:
-        """In features and in components."""
+    def in_both(self, values: Tensor) -> dict[str, Tensor]:
+        """The values in both spaces: features and components."""
         values = values.to(self.real.dtype)
         components = (values.flatten(1) - self.centre) @ self.axes.T
         return {"features": self.of(values), "components": components}
@@ -257,7 +256,7 @@ class Spaces:
         return self.features(values.to(self.real.dtype) / self.levels)
 
     def critic(self, plan: Plan, pictures: Pictures, law: Distribution, seed: int) -> Ratio:
-        """One that tells pictures from draws by their features."""
+        """A critic of pictures against draws, by their features."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             count = min(4 * len(pictures.values), MOST)
@@ -271,10 +270,10 @@ class Spaces:
         return ratio.requires_grad_(False)
 
     def compare(self, sets: Sequence[Tensor]) -> dict[str, Pair]:
-        """Precision and recall of sets of draws of one law, averaged."""
+        """Precision and recall of sets of draws of one distribution, averaged."""
         pairs: dict[str, list[Pair]] = {}
-        real = self.seen(self.real)
-        for fake in map(self.seen, sets):
+        real = self.in_both(self.real)
+        for fake in map(self.in_both, sets):
             for space in real:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "in high dimension")
@@ -296,21 +295,23 @@ def spread(values: Int[Tensor, "rows *event"]) -> Float[Tensor, "rows *event"]:
 
 
 def run(plan: Plan, seed: int) -> Iterator[Seed]:
-    """All distributions of one seed, each judged; maximum likelihood comes first."""
+    """All distributions of one seed with their scores; maximum likelihood comes first."""
     judges, pictures = read(plan).split(plan.most, seed)
     spaces = Spaces(judges, pictures, seed)
     judge = _Judge(plan, pictures, spaces, seed)
     fitted = _fit(plan, pictures.values, KL(), seed, guard=False)
-    yield judge.law((ML, "none"), fitted.flow(), fitted.history)
+    yield judge.distribution((ML, "none"), fitted.flow(), fitted.history)
     best = _fit(plan, pictures.values, KL(), seed)
-    yield judge.law((f"{ML}, stopped early", "none"), best.flow(), best.history)
-    ceiling, shown = spaces.compare([spaces.rest]), pictures.shown(spaces.rest)
+    yield judge.distribution((f"{ML}, stopped early", "none"), best.flow(), best.history)
+    ceiling, shown = spaces.compare([spaces.rest]), pictures.montage(spaces.rest)
     yield Seed("real against real", "none", seed, ceiling, samples=shown)
     for t in plan.temperatures:
-        yield judge.law((f"latent temperature {t:g}", "none"), latent(fitted.flow(), t), [])
+        yield judge.distribution(
+            (f"latent temperature {t:g}", "none"), latent(fitted.flow(), t), []
+        )
     for bound in plan.bounds:
         cut = latent(fitted.flow(), bound=bound)
-        yield judge.law((f"truncation at {bound:g}", "none"), cut, [])
+        yield judge.distribution((f"truncation at {bound:g}", "none"), cut, [])
     of_features = spaces.critic(plan, pictures, fitted.flow(), seed)
     critics = {OF_PIXELS: fitted.critic, OF_FEATURES: lambda x, _=None: of_features(spaces.of(x))}
     for name, critic in critics.items():
@@ -321,10 +322,10 @@ def run(plan: Plan, seed: int) -> Iterator[Seed]:
         how |= {"critic": critics[OF_FEATURES], "seed": seed}
         again = distil_rejection(fitted, **how)
         name = f"distilled, budget {budget:g}", OF_FEATURES
-        yield judge.law(name, again.flow(), again.history)
+        yield judge.distribution(name, again.flow(), again.history)
     for way in plan.ways:
         fitted = _fit(plan, pictures.values, way.divergence, seed, way.guard)
-        yield judge.law((way.method, way.ratio), fitted.flow(), fitted.history)
+        yield judge.distribution((way.method, way.ratio), fitted.flow(), fitted.history)
 
 
 def _fit(
@@ -347,20 +348,20 @@ def _accept(law: Distribution, critic: Any, budget: float, count: int) -> tuple[
 
 
 class _Judge:
-    """Draws from a law, compared with the real pictures."""
+    """Scores of draws from a distribution, compared with the real pictures."""
 
     def __init__(self, plan: Plan, pictures: Pictures, spaces: Spaces, seed: int):
         self.plan, self.pictures, self.spaces, self.seed = plan, pictures, spaces, seed
 
-    def law(self, way: tuple[str, str], law: Distribution, history: list) -> Seed:
-        """At one draw per sample."""
+    def distribution(self, way: tuple[str, str], law: Distribution, history: list) -> Seed:
+        """Scores at one draw per sample."""
         size = len(self.spaces.real)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(self.seed)
             return self._seed(way, law.sample(torch.Size([SETS * size])), 1.0, history)
 
     def reject_by(self, law: Distribution, critic: Any, budget: float, ratio: str) -> Seed:
-        """Sifted by a critic, at the cost of the budget."""
+        """Scores after rejection by a critic, at the cost of the budget."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             drawn, cost = _accept(law, critic, budget, SETS * len(self.spaces.real))
@@ -369,4 +370,6 @@ class _Judge:
     def _seed(self, way: tuple[str, str], drawn: Tensor, cost: float, history: list) -> Seed:
         figures = self.spaces.compare(list(drawn.tensor_split(SETS)))
         figures["cost"] = cost, 0.0
-        return Seed(*way, self.seed, figures, samples=self.pictures.shown(drawn), history=history)
+        return Seed(
+            *way, self.seed, figures, samples=self.pictures.montage(drawn), history=history
+        )

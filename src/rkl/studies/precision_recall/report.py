@@ -1,4 +1,4 @@
-"""What flows trained for precision or for recall come to, beside sampling for it.
+"""Flows trained for precision or for recall, compared with sampling for it.
 
 Eight Gaussians on a ring with a flow too small for them (``ring``), where precision and recall
 are sums over a grid; the digits of scikit-learn (``digits``) and those of MNIST (``mnist``), where
@@ -32,10 +32,10 @@ class Trade(Part):
 
     Attributes:
         run: All distributions from one seed.
-        axes: What is drawn against what, by the title of the figure: recall and precision.
-        drawn: Methods whose samples, and curves where they are known, are shown.
-        reading: How the figures are to be read.
-        needs_data: True where the images come in a file of the user's.
+        axes: Horizontal and vertical axis by the title of the figure: recall and precision.
+        drawn: Methods whose samples, and curves where they are known, are drawn.
+        reading: Explanation of the figures.
+        needs_data: True if the images come from a file of the user's.
     """
 
     run: Callable[[Any, int], Iterable[Seed]]
@@ -68,14 +68,14 @@ class Trade(Part):
         seeds = [Seed.read(it) for one in results for it in one]
         rows = rows_of(seeds)
         sections = [
-            Section("What came out", self.reading, [*_points(self, rows), *_tables(rows)]),
+            Section("Results", self.reading, [*_points(self, rows), *_tables(rows)]),
             _pictures(self, seeds),
             *_curves(self, seeds),
             _training(self, seeds),
         ]
         summary = (
-            f"{len(rows[0].values)} seeds. The most that a method reached at one draw per sample, "
-            f"losing at most {MAX_LOSS:g} of the other of precision and recall:"
+            f"{len(rows[0].values)} seeds. The best methods at one draw per sample, "
+            f"among those that lose at most {MAX_LOSS:g} of the other of precision and recall:"
         )
         return Outcome(
             COLUMNS, (it.cells() for it in rows), summary, sections, list(_best(self, rows))
@@ -129,7 +129,7 @@ def _label(method: str, ratio: str) -> str:
 
 
 def _best(part: Trade, rows: Sequence[Row]) -> Iterator[str]:
-    """Who gained most at one draw per sample without losing much of the other."""
+    """The methods that gained most at one draw per sample without losing much of the other."""
     by = {(it.method, it.ratio, it.quantity): it for it in rows}
     free = [
         (it.method, it.ratio)
@@ -147,7 +147,6 @@ def _best(part: Trade, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _points(part: Trade, rows: Sequence[Row]) -> "list[Block]":
-    """Precision against recall, a point per method."""
     from rkl.plots.operating import operating_points
     from rkl.report import figure_block
 
@@ -167,7 +166,6 @@ def _points(part: Trade, rows: Sequence[Row]) -> "list[Block]":
 
 
 def _tables(rows: Sequence[Row]) -> list[Table]:
-    """All quantities, and what each gained over maximum likelihood."""
     quantities = list(dict.fromkeys(it.quantity for it in rows))
     names = dict.fromkeys((it.method, it.ratio) for it in rows)
     by = {(it.method, it.ratio, it.quantity): it for it in rows}
@@ -181,8 +179,8 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
             for name in names
         ]
 
-    def value(it: Row) -> Any:
-        return it.mean[0] if it.quantity == "cost" else it.mean
+    def value(row: Row) -> Any:
+        return row.mean[0] if row.quantity == "cost" else row.mean
 
     them = quantities
     first = Table("Every method", ["", *them], body(value), _TABLED)
@@ -248,7 +246,7 @@ def _spectrum() -> "Block":
         for name, it in spectra.items()
     }
     figure = spectrum(slopes.numpy(), weights, atoms=atoms)
-    return figure_block("Where on the curve the divergences look", figure, _LOOKED)
+    return figure_block("Weight of the divergences along the curve", figure, _LOOKED)
 
 
 def _training(part: Trade, seeds: Sequence[Seed]) -> "Section":

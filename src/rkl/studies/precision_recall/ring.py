@@ -39,11 +39,11 @@ class Way:
     """One way to fit the flow.
 
     Args:
-        divergence: What is minimised.
-        exact: Whether p/q is known, else it is a critic's.
-        estimator: Of the gradient; None is the default one.
-        published: Whether to follow the paper, without what makes fits stable.
-        guard: Whether the guard of the fit chooses which parameters are kept.
+        divergence: The divergence that is minimised.
+        exact: Whether p/q is known; else a critic estimates it.
+        estimator: Estimator of the gradient; None is the default one.
+        published: Whether to follow the paper, without our stabilisation.
+        guard: Whether the guard of the fit chooses the parameters to keep.
     """
 
     divergence: FDivergence
@@ -54,19 +54,19 @@ class Way:
 
     @property
     def method(self) -> str:
-        """What the rows call it."""
+        """Name of the method in the rows."""
         how = "" if self.estimator is None else f", {self.estimator}"
         how = ", as published" if self.published else how
         return f"{name_of(self.divergence)}{how}{'' if self.guard else ', no guard'}"
 
     @property
     def ratio(self) -> str:
-        """How p/q is known."""
+        """Source of p/q: "exact" or "critic"."""
         return "exact" if self.exact else "critic"
 
 
 def name_of(divergence: FDivergence) -> str:
-    """The divergence as it is written on the command line, without what is obvious.
+    """Short name of a divergence: its class and λ.
 
     >>> name_of(PrecisionHalf(lam=10.0))
     'PrecisionHalf(10)'
@@ -103,16 +103,16 @@ class Plan:
     """The sizes of the part.
 
     Args:
-        flow: What is fitted.
-        ways: How, beside maximum likelihood.
-        seeds: How many data sets and fits of each.
+        flow: Architecture of the flow.
+        ways: Ways to fit it, beside maximum likelihood.
+        seeds: Number of data sets, and of fits of each.
         rows: Points in a data set.
-        steps: Of every fit, those of maximum likelihood that it begins with included.
+        steps: Steps of every fit, with those of maximum likelihood at its start.
         batch: Points in a step.
-        cells: Of the grid, a side.
-        temperatures: Of the latents of the flow of maximum likelihood.
-        bounds: At which its latents are cut off, in standard deviations.
-        budgets: Draws per sample accepted of it.
+        cells: Cells along one side of the grid.
+        temperatures: Temperatures of the latents of the flow of maximum likelihood.
+        bounds: Bounds of its latents, in standard deviations.
+        budgets: Budgets of rejection for it, in draws per sample.
     """
 
     flow: NSF = NSF(transforms=2, hidden=(32, 32), bins=4)  # noqa: RUF009
@@ -128,13 +128,13 @@ class Plan:
 
 
 def log_prob(x: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch"]:
-    """Of the ring, in nats."""
+    """Log-density of the ring, in nats."""
     terms = -(x[..., None, :] - _modes().to(x)).square().sum(-1) / (2 * SCALE**2)
     return terms.logsumexp(-1) - math.log(MODES * 2 * math.pi * SCALE**2)
 
 
 def draws(count: int, seed: int) -> Float[Tensor, "count 2"]:
-    """From the ring."""
+    """Draws from the ring."""
     generator = torch.Generator().manual_seed(seed)
     which = torch.randint(MODES, (count,), generator=generator)
     return _modes()[which] + SCALE * torch.randn(count, 2, generator=generator)
@@ -149,7 +149,7 @@ class Grid:
     """Cells of the plane, over which distributions are summed.
 
     Args:
-        cells: How many a side.
+        cells: Number along one side.
     """
 
     def __init__(self, cells: int):
@@ -160,18 +160,18 @@ class Grid:
         self.slopes = torch.tensor(sorted({*SLOPES, LOW, 0.3, 3.0, HIGH}), dtype=torch.float64)
 
     def _atoms(self, log_density: Tensor) -> Tensor:
-        """Log-masses of the cells, and of all that is outside, which is next to nothing for p."""
+        """Log-masses of the cells, and of all outside, which is almost nothing for p."""
         inside = log_density.double() + self.log_area
         outside = (1 - inside.exp().sum()).clamp_min(1e-12).log()
         return torch.cat([inside, outside[None]]).log_softmax(0)
 
     def log_q(self, law: Distribution) -> Tensor:
-        """Log-masses of a law."""
+        """Log-masses of a distribution."""
         with torch.no_grad():
             return self._atoms(law.log_prob(self.points))
 
     def judge(self, log_q: Tensor, cost: float = 1.0) -> dict[str, Any]:
-        """Precision and recall of a law at a few slopes, and its whole curve."""
+        """Precision and recall of a distribution at a few slopes, and its whole curve."""
         curve = pr_curve(p=self.log_p, q=log_q, slopes=self.slopes)
         slopes, precision = self.slopes.tolist(), curve.precision.tolist()
         at = dict(zip(slopes, precision, strict=True))
@@ -181,19 +181,19 @@ class Grid:
         return {"figures": exactly, "curve": (slopes, precision)}
 
     def reject(self, log_q: Tensor, log_ratio: Tensor, budget: float) -> tuple[Tensor, float]:
-        """What rejection makes of a law by a ratio that may be wrong, and the draws it costs.
+        """The distribution after rejection by a ratio that may be wrong, and its cost in draws.
 
-        The constant is fitted on 20,000 draws, as whoever samples has to.
+        The constant is fitted on 20,000 draws, as in practice.
         """
         drawn = torch.multinomial(log_q.exp().float(), 20_000, replacement=True)
         lam = operating_point(log_ratio[drawn].double(), budget=budget).accept_lam
-        kept = (log_ratio + math.log(lam)).clamp_max(0.0)
-        share = (log_q + kept).logsumexp(0)
-        return log_q + kept - share, math.exp(-share.item())
+        log_accepted = (log_ratio + math.log(lam)).clamp_max(0.0)
+        share = (log_q + log_accepted).logsumexp(0)
+        return log_q + log_accepted - share, math.exp(-share.item())
 
 
 def run(plan: Plan, seed: int) -> Iterator[Seed]:
-    """All distributions of one data set, each judged; maximum likelihood comes first."""
+    """All distributions of one data set with their scores; maximum likelihood comes first."""
     grid, data = Grid(plan.cells), draws(plan.rows, 1000 + seed)
     fitted = _fit(plan, data, Way(KL()), seed)
     yield _seed(grid, (ML, "none"), seed, fitted.flow(), fitted.history)
@@ -222,7 +222,7 @@ def _seed(grid: Grid, way: tuple[str, str], seed: int, law: Distribution, histor
 
 
 def _sampling(plan: Plan, grid: Grid, fitted: Fit, seed: int) -> Iterator[Seed]:
-    """What sampling makes of the flow of maximum likelihood."""
+    """Other ways to sample the flow of maximum likelihood."""
     law = fitted.flow()
     cooled = {f"latent temperature {t:g}": latent(law, temperature=t) for t in plan.temperatures}
     cooled |= {f"truncation at {bound:g}": latent(law, bound=bound) for bound in plan.bounds}
@@ -237,8 +237,8 @@ def _sampling(plan: Plan, grid: Grid, fitted: Fit, seed: int) -> Iterator[Seed]:
         for budget in plan.budgets:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                kept, cost = grid.reject(log_q, ratio, budget)
-            yield Seed(f"rejection, budget {budget:g}", name, seed, **grid.judge(kept, cost))
+                accepted, cost = grid.reject(log_q, ratio, budget)
+            yield Seed(f"rejection, budget {budget:g}", name, seed, **grid.judge(accepted, cost))
 
 
 def as_published(

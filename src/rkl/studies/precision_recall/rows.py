@@ -1,4 +1,4 @@
-"""What a fit of the study of precision and recall came to, and the table of them all."""
+"""Result of one fit of the study of precision and recall, and the table of all."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ COLUMNS = "method", "ratio", "quantity", "seeds", "mean", "se", "se_samples", "g
 
 @dataclass(frozen=True)
 class Seed:
-    """One law, fitted or sampled in one way from one seed.
+    """One distribution, fitted or sampled in one way from one seed.
 
     Attributes:
-        method: How.
-        ratio: How p/q was known: "exact", "critic", or "none" where it was not needed.
-        seed: Of data and fit.
+        method: Name of the way.
+        ratio: Source of p/q: "exact", "critic", or "none" where it was not needed.
+        seed: Seed of data and fit.
         figures: Under each quantity its value and its error from the samples, 0 where exact.
         curve: Slopes and the precision at each; empty where it is not known.
         samples: A few draws.
-        history: Of its training.
+        history: History of its training.
     """
 
     method: str
@@ -35,7 +35,7 @@ class Seed:
 
     @classmethod
     def read(cls, entries: Mapping[str, Any]) -> "Seed":
-        """The law whose fields JSON has kept."""
+        """The distribution from its fields in JSON."""
         figures = {name: (value, error) for name, (value, error) in entries["figures"].items()}
         slopes, precision = entries["curve"]
         return cls(**{**entries, "figures": figures, "curve": (slopes, precision)})
@@ -46,11 +46,11 @@ class Row:
     """One quantity of one method over the seeds.
 
     Attributes:
-        method: How the law was fitted or sampled.
-        ratio: How p/q was known.
-        quantity: What was measured.
+        method: Name of the way to fit or to sample.
+        ratio: Source of p/q.
+        quantity: Name of the quantity.
         values: Its value from each seed.
-        errors: The error of each from the samples it was measured on.
+        errors: Error of each value due to its finite number of samples.
         reference: The value of maximum likelihood from the same seed.
     """
 
@@ -63,29 +63,29 @@ class Row:
 
     @property
     def mean(self) -> Pair:
-        """Over seeds, with the larger of its error over them and of that from the samples."""
+        """Mean over seeds, with the larger of its error over them and of that from the samples."""
         value, spread = mean_over_seeds(self.values)
-        return value, max(spread, self.sampled)
+        return value, max(spread, self.sampling_error)
 
     @property
     def gain(self) -> Pair:
-        """Over maximum likelihood, pair by pair."""
+        """Gain over maximum likelihood, pair by pair."""
         return paired_gain(self.values, self.reference)
 
     @property
-    def sampled(self) -> float:
-        """The error of the mean from the samples alone."""
+    def sampling_error(self) -> float:
+        """Error of the mean due to the samples alone."""
         return math.sqrt(sum(it**2 for it in self.errors)) / len(self.errors)
 
     def cells(self) -> list[str]:
-        """As the csv has it."""
+        """Cells of the csv."""
         words = [self.method, self.ratio, self.quantity, str(len(self.values))]
-        numbers = *mean_over_seeds(self.values), self.sampled, *self.gain
+        numbers = *mean_over_seeds(self.values), self.sampling_error, *self.gain
         return words + [f"{it:.6g}" for it in numbers]
 
 
 def rows_of(seeds: Sequence[Seed]) -> list[Row]:
-    """The rows of all methods, in the order in which they were tried."""
+    """Rows of all methods, in the order in which they were tried."""
     before = {it.seed: it.figures for it in seeds if it.method == ML}
     rows = []
     for method, ratio in dict.fromkeys((it.method, it.ratio) for it in seeds):

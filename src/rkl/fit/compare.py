@@ -23,12 +23,12 @@ def compare_runs(
     *,
     overwrite: bool = False,
 ) -> FlowComparison:
-    """Flows of several runs side by side, by what the runs kept; nothing is drawn.
+    """Flows of several runs side by side, from the files of the runs; nothing is drawn.
 
     Args:
         paths: Folders of runs.
         out: An HTML file to write the tables, the course of training and the settings to.
-        overwrite: Replaces a file of others there.
+        overwrite: Replace a file of others there.
 
     Raises:
         ValueError: There is no run, or one lacks a setting.

@@ -39,7 +39,7 @@ def read_data(
     classes: Sequence[str] | None = None,
     step: Tensor | None = None,
 ) -> Data:
-    """Rows from wherever they are, looked at before anything is learnt from them.
+    """Rows of an array, a file or a Dataset, checked before a fit.
 
     Quantised values, such as the 256 grey levels of images, have no density: a flow would put
     ever narrower peaks on them. Dequantised, uniform noise of one step, half to either side, is
@@ -57,13 +57,13 @@ def read_data(
             levels beside continuous ones are named in the notes.
         classes: Names of all classes, in the order of their columns; the rows may lack some. By
             default those of the labels, in natural order.
-        step: Of the levels, where a fit has found it; the rows are not looked at for levels then.
+        step: Spacing of the levels, if known from a fit; levels are then not searched for.
 
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: Reading it needs a package that is not installed.
-        TypeError: The source or the labels are of no kind that can be read.
-        ValueError: The rows cannot be learnt from; the message says which and why.
+        TypeError: The source or the labels have a type that cannot be read.
+        ValueError: A fit to the rows is not possible; the message has the reason.
 
     >>> data = read_data(torch.randn(100, 2), labels=["a", "b"] * 50)
     >>> data.event_shape, data.classes
@@ -74,10 +74,10 @@ def read_data(
     array = rows.values
     _check_rows(array, columns)
     if step is None:
-        steps, said = _steps(
+        steps, notes_on_levels = _steps(
             array, True if rows.images and dequantise is None else dequantise, columns
         )
-        notes = (*notes, *said)
+        notes = (*notes, *notes_on_levels)
     else:
         steps = step.cpu().numpy()
     try:
@@ -117,7 +117,7 @@ def _rare(condition: Tensor | None, names: Sequence[str]) -> list[str]:
 
 
 def _read(source: Any, labels: Any) -> Contents:
-    """The values, and the labels that came with them or were given."""
+    """The values, and the labels from the source or the argument."""
     named = labels if isinstance(labels, str | os.PathLike) else None
     if isinstance(source, str | os.PathLike):
         rows, given = _read_file(Path(source), named)
@@ -131,7 +131,7 @@ def _read(source: Any, labels: Any) -> Contents:
 
 
 def _read_file(path: Path, labels: str | os.PathLike | None) -> tuple[Contents, Any]:
-    """A file with the labels in it: those of the column or array of this name, if it has it."""
+    """The values of a file, and its labels: those of this column or array, if it has it."""
     if labels is None or isinstance(labels, os.PathLike):
         rows = read(path)
         return rows, None if labels is not None else rows.labels
@@ -184,7 +184,7 @@ def _numbers(source: Any) -> Contents:
 
 
 def _collect(source: Any) -> tuple[Tensor, Tensor | None]:
-    """All that a Dataset or a DataLoader gives, as rows and, from pairs, labels."""
+    """All rows of a Dataset or a DataLoader and, from pairs, labels."""
     loaded = isinstance(source, DataLoader)
     items = list(source) if loaded else [source[i] for i in range(len(source))]
     if not items:
@@ -230,10 +230,10 @@ def _steps(
     return steps, [] if steps.any() else none
 
 
-def _unspread(coarse: list[int], found: list[Any], names: Sequence[str]) -> list[str]:
+def _unspread(coarse: list[int], levels: list[Any], names: Sequence[str]) -> list[str]:
     if not coarse:
         return []
-    columns = some_of([f"{names[it]} ({found[it].levels} levels)" for it in coarse])
+    columns = some_of([f"{names[it]} ({levels[it].levels} levels)" for it in coarse])
     return [
         f"columns of levels have no density, and their log-density rises without bound: "
         f"{columns}; "
@@ -250,7 +250,7 @@ _REFUSED = (
 
 
 class _Column(NamedTuple):
-    """A column of levels: their spacing and number, and how it is known to be one."""
+    """A column of levels: their spacing and number, and the evidence for levels."""
 
     step: float
     levels: int
@@ -259,7 +259,7 @@ class _Column(NamedTuple):
 
 
 def _column(column: np.ndarray) -> _Column | None:
-    """What a column holds, if it holds levels: integers, few values, or rounded ones with ties."""
+    """Levels of a column, if it has any: integers, few values, or rounded ones with ties."""
     levels = np.unique(column)
     count, rows = len(levels), len(column)
     if count < 2:
@@ -278,7 +278,7 @@ def _column(column: np.ndarray) -> _Column | None:
 
 
 def _whole(values: np.ndarray) -> bool:
-    """Whether all are integers; floats so large that they cannot be others do not count."""
+    """True if all are integers; floats too large to be anything else do not count."""
     if values.dtype.kind != "f":
         return True
     small = np.abs(values) < 2.0 ** np.finfo(values.dtype).nmant
@@ -296,7 +296,7 @@ def _step(values: np.ndarray, wanted: bool | None) -> float:
 
 
 def _spacing(values: np.ndarray) -> float | None:
-    """The distance between levels, where the values are integers or few beside their number."""
+    """The distance between levels, of integers or of few values for their number; else 0."""
     if values.dtype.kind != "f":
         return 1.0
     spacing = _few_levels(values)
@@ -313,7 +313,6 @@ def _few_levels(values: np.ndarray) -> float | None:
 def _one_hot(
     labels: Any, rows: int, classes: Sequence[str] | None
 ) -> tuple[Tensor | None, tuple[str, ...]]:
-    """A column for each class, and the names of the classes."""
     if labels is None and not classes:
         return None, ()
     if labels is None:

@@ -19,7 +19,7 @@ SAME = "data", "flow", "labels", "dequantise", "held_out", "seed"  # they say wh
 
 
 def distillation(settings: FitSettings, data: Data) -> Callable[..., Fit]:
-    """What trains the flow of ``settings.start_from`` to draw what rejection keeps of it.
+    """A function that trains the flow of ``settings.start_from`` to draw its accepted samples.
 
     Raises:
         ValueError: That run has no critic, or was fitted to other rows.
@@ -34,7 +34,7 @@ def distillation(settings: FitSettings, data: Data) -> Callable[..., Fit]:
 
 
 def _fit_of(settings: FitSettings, data: Data) -> Fit:
-    """The flow and the critic of the run, with the rows that they were fitted to."""
+    """The flow and the critic of the run, with the rows of its fit."""
     path: Any = settings.start_from
     run = Run.open(path)
     if run.kind != "fit":

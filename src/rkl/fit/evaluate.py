@@ -31,14 +31,14 @@ AT_ONCE = 10_000
 
 @dataclass(frozen=True)
 class DataEvaluation:
-    """What rows that a flow was not fitted to say of it.
+    """Figures of a flow on rows that it was not fitted to.
 
     Attributes:
         rows: Their number.
-        rows_seen: How many of them it was fitted to after all.
+        rows_seen: Number of them that it was fitted to after all.
         log_density: Mean log-density of the rows, in nats.
-        samples: The flow's samples beside the rows, and these beside one another.
-        notes: What a user should know of how the rows were read.
+        samples: Comparison of the flow's samples with the rows, and of rows with rows.
+        notes: Notes for the user on how the rows were read.
     """
 
     rows: int
@@ -56,7 +56,7 @@ class DataEvaluation:
         return "\n".join([*lines, *(["", str(self.samples)] if self.samples else [])])
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures as JSON can hold them."""
+        """All figures as a dict for JSON."""
         measured = None if self.samples is None else self.samples.to_dict()
         record = {"rows": self.rows, "rows_seen": self.rows_seen, "samples": measured}
         record |= {"notes": list(self.notes)}
@@ -67,12 +67,12 @@ class DataEvaluation:
 def evaluate_run(
     path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
 ) -> DataEvaluation:
-    """Measure the flow of a run on held-out rows; the run keeps it as ``evaluation.json``.
+    """Measure the flow of a run on held-out rows, and write ``evaluation.json`` into the run.
 
     Args:
         path: The folder of the run.
-        settings: What it is measured on.
-        allow: What its ``run.json`` may have imported, each "module:name".
+        settings: The rows to measure on.
+        allow: Names that its ``run.json`` may import, each "module:name".
 
     Raises:
         ValueError: The rows do not fit the run.
@@ -117,7 +117,7 @@ def _evaluate_on_rows(
 def _draw_samples(
     run: Run, flow: Any, condition: Tensor | None, count: int, allow: Collection[str]
 ) -> tuple[Tensor, list[str]]:
-    """Samples at the operating point of the run, if its fit was asked for one; and what to say."""
+    """Samples at the operating point of the run, if its fit has one; and a note on it."""
     law = flow() if condition is None else flow(condition)
     point = load_point(run.path)
     if point is None:
@@ -132,7 +132,6 @@ def _draw_samples(
 
 
 def _check_columns(run: Run, data: Data) -> None:
-    """Refuse columns of other names, or in another order, than those of the fit."""
     fitted = tuple(run.record["data"].get("columns", ()))
     if fitted and data.columns and data.columns != fitted:
         raise ValueError(
@@ -144,7 +143,7 @@ def _check_columns(run: Run, data: Data) -> None:
 def _sample_metrics(
     units: Units, real: Tensor, fake: Tensor, train: Tensor | None, seed: int
 ) -> Measured | None:
-    """Precision, recall and the like in units of the spread, where there are rows enough."""
+    """Metrics of samples in units of the spread, if there are enough rows."""
     if len(real) < 20:
         warn(f"{len(real)} rows are too few to measure samples by.")
         return None
@@ -156,7 +155,7 @@ def _sample_metrics(
 
 
 def _trained_on(run: Run, flow: Any, allow: Collection[str]) -> Tensor | None:
-    """The rows that a run was fitted to, if they are still where they were."""
+    """Rows that a run was fitted to, if their file is still there."""
     path = Path(run.settings["data"])
     if not path.exists():
         return None
@@ -185,8 +184,8 @@ def report_runs(
     Args:
         paths: The folder of the run.
         out: The file; ``report.html`` in the folder of the run by default.
-        allow: What the ``run.json`` may have imported, each "module:name".
-        overwrite: Replaces a file of others there.
+        allow: Names that the ``run.json`` may import, each "module:name".
+        overwrite: Replace a file of others there.
     """
     run = single_run(paths, out, overwrite)
     with only(allow, source=run.path / "run.json"):
@@ -201,11 +200,11 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
     flow: Any = load_run(run.path)
     real, condition, train = None, None, None
     if Path(settings["data"]).exists():
-        kept = settings_of(run)
+        settings_kept = settings_of(run)
         classes = run.record["data"]["classes"]
         step = flow.units.step_of_rows()
-        data = read_data(kept.data, kept.labels, step=step, classes=classes)
-        trained_on, held_out = data.split(kept.held_out, kept.seed)
+        data = read_data(settings_kept.data, settings_kept.labels, step=step, classes=classes)
+        trained_on, held_out = data.split(settings_kept.held_out, settings_kept.seed)
         train = trained_on.rows(torch.arange(min(len(trained_on), MEASURED))).spread().values
         chosen = held_out.spread().rows(torch.arange(min(len(held_out), MEASURED)))
         real, condition = chosen.values, chosen.condition

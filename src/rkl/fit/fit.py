@@ -39,31 +39,31 @@ WIDEST = 10.0  # log-ratios are cut off at ± log(WIDEST · max(λ, 1/λ))
 
 @dataclass(frozen=True)
 class Method:
-    """How a flow is fitted beside its divergence; the defaults are stable.
+    """Settings of a fit beside its divergence; the defaults are stable.
 
     A fit begins with maximum likelihood. Then the slope λ of the divergence, if it has one, goes
     from 1 to its value; plain likelihood keeps a share of the loss; and precision at the slope,
-    measured against the start of this phase, decides which parameters are kept: the fit ends
-    no lower than maximum likelihood left it.
+    measured against the start of this phase, decides which parameters are kept: the fit does not
+    end below maximum likelihood.
 
     Args:
         estimator: "data" (reweighted maximum likelihood), "draws" (score function), "path"
             (reparameterised), "both" (the mean of the first two); None chooses: "data" where no
             datum can weigh more than 1, "draws" elsewhere.
-        critic: How log p/q is learnt where the log-density of the data is not known.
+        critic: Critic that learns log p/q if the log-density of the data is unknown.
         start: Share of the budget for maximum likelihood.
         anchor: Weight of plain likelihood after it.
         batch: Rows in a step; all of them, where they are fewer.
         lr: Highest learning rate; None takes 2e-3, and less below 1,000 rows, as their root.
         noise: Standard deviation of noise on the rows of a table, in standard units; the rows are
-            drawn together as much. None takes 0.3 up to 150 rows and less above, as 1/rows.
+            shrunk to keep their moments. None takes 0.3 up to 150 rows and less above, as 1/rows.
         clip: Greatest norm of the gradient.
         ema: Decay of the average of the parameters.
         held_out: Share of the rows to hold out.
         draws: Draws from which precision is measured during training.
-        guard: Whether held-out likelihood, and after it the guard, choose which parameters are
-            kept; else the last ones are. In many dimensions two fits share so little that the
-            guard takes every change for a loss.
+        guard: Whether held-out likelihood, and after it the guard, choose the parameters;
+            else the last ones are kept. In many dimensions two fits overlap so little that the
+            guard counts every change as a loss.
     """
 
     estimator: Estimator | None = None
@@ -133,26 +133,26 @@ def fit_to_samples(
 
     Args:
         flow: An architecture, built here, or a flow over events of the shape of a row.
-        data: Whatever :func:`read_data` reads, or rows that it has read.
+        data: Any source of :func:`read_data`, or its result.
         divergence: Any f-divergence.
         steps: The budget in steps, or
-        minutes: in minutes, critics included: of these up to a half, if a point is asked for.
+        minutes: in minutes, critics included: up to a half of it, if an operating point is set.
         seed: Random seed.
         labels: Class of each row, which conditions the flow.
         dequantise: Whether to spread quantised values, such as grey levels, over one step.
         log_prob: Log-density of the data in nats, if known, at events [batch, *event], conditions.
-        method: All that can be tuned.
-        with_critic: Whether to train a critic in the end where none is needed on the way.
+        method: All other settings.
+        with_critic: Whether to train a critic at the end if the divergence needs none.
         target_precision: Precision at slope 1 for rejection to reach, in 20 draws at most, or
         budget: in so many draws per sample; alone, all are spent.
-        run: Where to save and to log; a fit that was interrupted goes on from there.
-        every: Steps between looks at the held-out rows; by default 1/25 of all, 25 at least.
+        run: Run folder for checkpoints and log; an interrupted fit continues from there.
+        every: Steps between evaluations on held-out rows; by default 1/25 of all, 25 at least.
 
     Returns:
-        The flow in the user's units, its critic and history; ``reached``, if asked for a point.
+        The flow in the user's units, its critic and history; ``reached``, if a point was set.
 
     Raises:
-        TypeError, ValueError: The data cannot be learnt from, or settings make no sense.
+        TypeError, ValueError: The data cannot be fitted, or settings are invalid.
         FloatingPointError: No step had a finite gradient.
 
     >>> from rkl.flows import Coupling
@@ -181,9 +181,9 @@ def share_of_steps(divergence: FDivergence, *, critic: bool, aimed: bool) -> flo
     """Share of a budget in minutes that the steps of the flow take, before critics follow.
 
     Args:
-        divergence: What is minimised.
+        divergence: Divergence that is minimised.
         critic: Whether a critic follows.
-        aimed: Whether an operating point is asked for, which a second critic judges.
+        aimed: Whether an operating point is set, which a second critic measures.
 
     >>> share_of_steps(KL(), critic=True, aimed=True)
     0.5
@@ -198,7 +198,7 @@ def share_of_steps(divergence: FDivergence, *, critic: bool, aimed: bool) -> flo
 def _standardise(
     flow: Architecture | nn.Module, rows: Data, training: Data, held_out: Data, seed: int
 ) -> Standardised:
-    """The flow in the user's units, with its columns bent where the rows held out agree."""
+    """The flow in the user's units, with its columns bent if the held-out rows agree."""
     if isinstance(flow, Architecture):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -228,10 +228,10 @@ class _Draws(NamedTuple):
 
 
 class _Problem:
-    """One fit: its loss, and what is looked at between.
+    """One fit: its loss, and its evaluations between steps.
 
     Attributes:
-        seconds: How long the critics behind the last step may take.
+        seconds: Time for the critics after the last step.
     """
 
     seconds = math.inf
@@ -271,7 +271,6 @@ class _Problem:
     def train(
         self, steps: int | None, minutes: float | None, run: Run | None, every: int | None
     ) -> Training:
-        """Spend the budget."""
         method = self.method
         rate = method.rate(len(self.rows))
         how: dict[str, Any] = {"lr": rate, "clip": method.clip, "ema": method.ema, "early": True}
@@ -281,7 +280,7 @@ class _Problem:
         return train(self.flow, self.objective, **how)
 
     def _batch(self) -> tuple[Tensor, Tensor | None]:
-        """Standardised rows with their conditions, blurred so that their moments stay."""
+        """Standardised rows with their conditions, blurred with unchanged moments."""
         size = self.method.batch
         batch = self.rows.batch(size) if size < len(self.rows) else self.rows.spread()
         value = self.scaled.standardise(batch.values)
@@ -305,13 +304,12 @@ class _Problem:
         return log_p.to(value.dtype)
 
     def _log_ratio(self, value: Tensor, log_q: Tensor, condition: Tensor | None) -> Tensor:
-        """Log p/q as the critic or the exact density says, cut off."""
+        """Log p/q from the critic or the exact density, cut off."""
         if self.log_prob is None:
             return self.ratio(value, condition)
         return self.ratio.cut_off(self._exact(value, condition) - log_q)
 
     def objective(self, moment: Moment) -> Tensor:
-        """The loss of one step."""
         value, condition = self._batch()
         log_q = self._law(condition).log_prob(value)
         likelihood = -log_q.mean()
@@ -354,7 +352,7 @@ class _Problem:
         return torch.stack(parts).mean()
 
     def _along_path(self, divergence: FDivergence, condition: Tensor | None, count: int) -> Tensor:
-        """The gradient through the draws alone; the density of the flow, if it enters, is held."""
+        """The gradient through the draws alone; the flow's density in it is held constant."""
         value = self._law(condition).rsample(() if condition is not None else (count,))
         log_q = value.new_zeros(len(value))
         if self.log_prob is not None:
@@ -364,7 +362,7 @@ class _Problem:
         return along_path(divergence, self._log_ratio(value, log_q, condition)).mean()
 
     def watch(self, moment: Moment) -> float | None:
-        """Held-out likelihood; and, once the divergence is followed, what was gained by it."""
+        """Held-out likelihood and, in the second phase, the gain in the divergence."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed + 2)  # the same draws of latents every time
             rows, held_out = self.held_out_log_prob()
@@ -395,7 +393,7 @@ class _Problem:
             return mean(held_out), mean(self.plain.to(self.device).gaussian(rows.values))
 
     def keep_start(self, done: Training) -> Training:
-        """The flow as it began, where nothing shows that it became better: by two errors."""
+        """The fit, with the initial flow unless the final one is better by two errors."""
         if self.guided or not self.method.guard or not done.best_step:
             return done
         trained = copy.deepcopy(self.flow.state_dict())
@@ -418,7 +416,7 @@ class _Problem:
         target_precision: float | None,
         budget: float | None,
     ) -> Fit:
-        """The fit, with a critic where one is wanted, and at its operating point."""
+        """The fit, with a critic if one is needed, and at its operating point."""
         done = self.keep_start(done)
         aimed = target_precision is not None or budget is not None
         least = self.method.critic.lessons_after(done.steps) if aimed else 50
@@ -438,7 +436,7 @@ class _Problem:
         return replace(fitted, critic_seconds=time.perf_counter() - began if learnt else 0.0)
 
     def final_critic(self, steps: int, least: int, seconds: float) -> ScaledCritic:
-        """The critic of the flow that was kept, trained on for a tenth of the steps, or more."""
+        """The critic of the final flow, trained on for a tenth of the steps, or more."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed + 3)
             count = max(least, steps // (10 if self.guided else 3))

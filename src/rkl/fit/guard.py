@@ -43,35 +43,37 @@ def anneal(divergence: FDivergence, progress: float) -> FDivergence:
     PrecisionHalf(lam=10.0)
     """
     share = min(max(progress, 0.0), 1.0)
-    changed: Any = combine(*((w, _moved(term, share)) for w, term in weighted_terms(divergence)))
+    changed: Any = combine(
+        *((w, _at_share(term, share)) for w, term in weighted_terms(divergence))
+    )
     return changed
 
 
-def _moved(term: Any, share: float) -> Any:
+def _at_share(term: Any, share: float) -> Any:
     if term.slope is None:
         return term
     return dataclasses.replace(term, **{term.slope_field: term.slope**share})
 
 
 def guard_divergence(divergence: FDivergence) -> FDivergence:
-    """The divergence by which a fit is judged: PrecisionRecall(λ) for what has a slope λ."""
+    """The divergence that measures a fit: PrecisionRecall(λ) for a divergence with a slope λ."""
     if _slopes(divergence):
         return PrecisionRecall(lam=slope_of(divergence))
     return divergence
 
 
 class Guard:
-    """Compares a flow with what maximum likelihood made of it, by the divergence itself.
+    """Compares a flow with the flow of maximum likelihood, by the divergence itself.
 
-    Both are judged by the same density of the data: the exact one, or as one critic has it, which
-    is its ratio times the flow it was trained against. Two critics serve, that of the start and
-    the present one, and the smaller gain counts, with its standard error taken off: a critic
-    that the flow has learnt to please would have to have pleased both.
+    Both are measured with the same density of the data: the exact one, or that of a critic, which
+    is its ratio times the flow it was trained against. Two critics are used, that of the start and
+    the present one, and the smaller gain counts, less its standard error: errors of one
+    critic that the flow exploits do not count.
 
     Args:
-        flow: The flow, which is trained.
-        ratio: Its critic, which is trained too.
-        divergence: What is minimised.
+        flow: The flow in training.
+        ratio: Its critic, in training too.
+        divergence: Divergence that is minimised.
         exact: The log-density of the data, if known.
     """
 
@@ -94,22 +96,22 @@ class Guard:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from them."""
+        """Restore the flow and the critic of the start."""
         self.begun = state_dict["begun"]
         self.reached = state_dict.get("reached", 0.0)
         self.start_flow.load_state_dict(state_dict["flow"])
         self.start_ratio.load_state_dict(state_dict["ratio"])
 
     def advance(self, share: float) -> float:
-        """The share of the phase under the divergence that is over, which never falls.
+        """The finished share of the phase under the divergence, which never falls.
 
-        Under a larger budget than the one before, ``share`` alone would.
+        ``share`` itself falls when a run is resumed with a larger budget.
         """
         self.reached = max(self.reached, share)
         return self.reached
 
     def score(self, moment: Moment, condition: Tensor | None, count: int) -> float | None:
-        """By how much D fell since maximum likelihood ended; 0 when asked first."""
+        """Decrease of D since the end of maximum likelihood; 0 at the first call."""
         if not self.begun:
             self.begun = True
             self.start_flow.load_state_dict(self.flow.state_dict())
@@ -146,13 +148,13 @@ class Guard:
         )
 
     def _terms(self, log_ratio: Tensor) -> Tensor:
-        """Terms of D at draws, the ratio normalised where it is a critic's."""
+        """Terms of D at draws, with the ratio of a critic normalised."""
         if self.exact is None:
             log_ratio = log_ratio - log_ratio.logsumexp(0) + math.log(len(log_ratio))
         return monte_carlo(self.divergence, self.ratio.cut_off(log_ratio), sampled_from="q")
 
     def _densities(self) -> list[LogProb]:
-        """The log-density of the data, up to a constant, in each way that it is known."""
+        """Estimates of the log-density of the data, each up to a constant."""
         if self.exact is not None:
             return [self.exact]
 

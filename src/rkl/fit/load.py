@@ -30,7 +30,7 @@ def load_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> nn.Modu
 
     Args:
         path: The folder of the run.
-        allow: What its ``run.json`` may have imported, each "module:name".
+        allow: Names that its ``run.json`` may import, each "module:name".
     """
     return load_fit(path, allow=allow)[0]
 
@@ -41,7 +41,7 @@ def load_critic(path: str | os.PathLike, *, allow: Collection[str] = ()) -> Scal
 
     Args:
         path: The folder of the run.
-        allow: What its ``run.json`` may have imported, each "module:name".
+        allow: Names that its ``run.json`` may import, each "module:name".
 
     Raises:
         ValueError: The run has none.
@@ -56,7 +56,7 @@ def load_critic(path: str | os.PathLike, *, allow: Collection[str] = ()) -> Scal
 
 
 def settings_of(run: Run, *, allow: Collection[str] = ()) -> FitSettings:
-    """What a run was fitted with; nothing is imported for it but what ``allow`` names."""
+    """Settings of the fit of a run; only names in ``allow`` are imported for them."""
     source = run.path / "run.json"
     with only(allow, source=source):
         return settings_from(FitSettings, run.settings, source)
@@ -101,7 +101,7 @@ class HeldPoint:
     Attributes:
         log_lam: The logarithm of rejection's constant, of the critic's ratio as it is.
         budget: Draws per sample.
-        judged: Budgets that the fit judged, each with an upper bound of the precision, and its
+        judged: Budgets that the fit measured, each with an upper bound of the precision, and its
             standard error.
     """
 
@@ -111,14 +111,14 @@ class HeldPoint:
 
 
 def kept_point(reached: Reached) -> dict[str, Any]:
-    """What a run keeps of its operating point."""
+    """The record of an operating point in a run."""
     log_lam = math.log(reached.point.accept_lam) - reached.log_normaliser
     judged = [list(it) for it in reached.judged]
     return {"log_lam": log_lam, "budget": reached.point.budget, "judged": judged}
 
 
 def load_point(path: str | os.PathLike) -> HeldPoint | None:
-    """The operating point that the fit of a run was asked for; None where it was not."""
+    """The operating point of a run's fit; None without one."""
     state = load_state(Path(path) / WEIGHTS).get("reached")
     if state is None:
         return None
@@ -127,5 +127,5 @@ def load_point(path: str | os.PathLike) -> HeldPoint | None:
 
 
 def rows_of(data: Data) -> list[bytes]:
-    """The rows, as a run remembers them."""
+    """Rows of the data, in the form whose digests a run stores."""
     return [row.tobytes() for row in data.values.numpy()]

@@ -1,7 +1,7 @@
-"""Mixtures of Gaussians that a flow of few rows begins as, chosen by BIC.
+"""Mixtures of Gaussians as the start of flows of few rows, chosen by BIC.
 
-Few rows in heaps are more than a flow can learn from a Gaussian start: a mixture has fewer numbers
-to find. Its components are those of EM, or, where rows have classes, the classes.
+From a Gaussian start a flow cannot learn clusters from few rows: a mixture has fewer parameters.
+Its components are those of EM or, if rows have classes, the classes.
 """
 
 import math
@@ -32,13 +32,13 @@ TRIED = 2  # numbers of components without a gain, after which no more are tried
 
 @dataclass(frozen=True)
 class Mixture:
-    """Gaussians with their weights; where they are those of classes, each has its class's events.
+    """A mixture of Gaussians; with classes, one component for the events of each class.
 
     Attributes:
-        log_weight: Of the components.
-        mean: Of each.
+        log_weight: Logarithms of the weights of the components.
+        mean: Mean of each.
         root: Cholesky factor of the covariance of each.
-        kind: What covariances may be: any, the same for all, or diagonal.
+        kind: Form of the covariances: any, the same for all, or diagonal.
         of_classes: Whether the components are the classes.
     """
 
@@ -53,7 +53,7 @@ class Mixture:
 
     @property
     def numbers(self) -> int:
-        """How many numbers it is made of."""
+        """Number of free parameters."""
         count, size = self.mean.shape
         square = size * (size + 1) // 2
         spread = {"full": count * square, "tied": square, "diag": count * size}[self.kind]
@@ -72,7 +72,7 @@ class Mixture:
         rows: Float[Tensor, "rows columns"],
         condition: Float[Tensor, "rows conditions"] | None = None,
     ) -> Float[Tensor, " rows"]:
-        """The log-density, of rows with classes that of their class."""
+        """The log-density; of rows with classes, that of their class."""
         weight = self.log_weight if not self.of_classes or condition is None else condition.log()
         return (self.log_parts(rows) + weight).logsumexp(1)
 
@@ -85,10 +85,10 @@ class Mixture:
 def begin_as_mixture(
     flow: nn.Module, training: Data, held_out: Data, units: Units, seed: int
 ) -> tuple[nn.Module, Units]:
-    """The flow with a mixture for its latents, and its units, where a mixture is better.
+    """The flow with a mixture for its latents, and its units, if a mixture is better.
 
-    Better than a Gaussian of the rows in the units that are given: by BIC, and on rows held out.
-    Units with bends are tried beside those without.
+    Better than a Gaussian of the rows in the given units: by BIC, and on held-out rows.
+    Units with and without bends are tried.
     """
     size = training.values[0].numel()
     if len(training.event_shape) != 1 or not 1 < size <= MAX_COLUMNS:
@@ -131,9 +131,9 @@ def begin_as_mixture(
 
 
 def _with_outliers(mixture: Mixture, rows: int) -> Mixture:
-    """With the Gaussian of all rows, which standardised ones have, at the weight of one row.
+    """The mixture with the Gaussian of all standardised rows added, at the weight of one row.
 
-    A row far from every component would else have a density that is lower without limit.
+    Without it the density of a row far from every component is arbitrarily low.
     """
     shares = torch.tensor([rows / (rows + 1), 1 / (rows + 1)], dtype=torch.float64).log()
     log_weight = torch.cat([mixture.log_weight + shares[0], shares[1:]])
@@ -187,7 +187,6 @@ def best_mixture(
 
 
 def _candidates(rows: Tensor, condition: Tensor | None, seed: int) -> Iterator[list[Mixture]]:
-    """Runs of EM for several numbers of components and kinds of covariances."""
     if condition is not None:
         if condition.shape[1] > 1 and (condition.sum(0) > 0).all():
             share = condition.to(rows)
@@ -219,18 +218,17 @@ def _average(runs: list[Mixture], densities: list[float]) -> Mixture:
 
 
 def bic(mixture: Mixture, log_density: Float[Tensor, " rows"]) -> float:
-    """Schwarz's criterion in nats, the less the better."""
+    """Schwarz's criterion in nats; less is better."""
     return mixture.numbers * math.log(len(log_density)) / 2 - log_density.sum().item()
 
 
 def _runs(rows: Tensor, count: int, kind: Kind, seed: int) -> list[Mixture]:
-    """Several runs of EM from other rows."""
+    """Several runs of EM from different rows."""
     generator = torch.Generator().manual_seed(seed)
     return [_run(rows, count, kind, generator) for _ in range(STARTS if count > 1 else 1)]
 
 
 def _run(rows: Tensor, count: int, kind: Kind, generator: torch.Generator) -> Mixture:
-    """EM until a sweep gains next to nothing."""
     mixture, last = _moments(rows, _nearest(rows, count, generator), kind), -math.inf
     for _ in range(MAX_SWEEPS - 1):
         joint = mixture.log_parts(rows) + mixture.log_weight
@@ -243,7 +241,7 @@ def _run(rows: Tensor, count: int, kind: Kind, generator: torch.Generator) -> Mi
 
 
 def _nearest(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """To which of so many rows each is nearest [rows, count], these drawn far from each other.
+    """One-hot nearest centre of each row [rows, count], for centres far from each other.
 
     Source: Arthur and Vassilvitskii (2007), k-means++.
     """
@@ -260,7 +258,7 @@ def _nearest(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def _moments(rows: Tensor, share: Tensor, kind: Kind, of_classes: bool = False) -> Mixture:
     """The mixture whose components have the moments of their shares of the rows [rows, count].
 
-    Each covariance is drawn a little to that within all components, and none is singular.
+    Each covariance is shrunk a little to that within all components, and none is singular.
 
     Source: Friedman (1989), J. Am. Stat. Assoc. 84, 165.
     """

@@ -1,4 +1,4 @@
-"""From a fitted flow to the operating point that was asked for, judged by rows held out."""
+"""From a fitted flow to the operating point that was set, measured on held-out rows."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ WIDEST = math.log(100)
 
 
 def check_point(target_precision: float | None, budget: float | None) -> None:
-    """Refuse an operating point that there is not."""
+    """Refuse an operating point that does not exist."""
     if target_precision is not None:
         number("target_precision", target_precision, above=0, below=1)
     if budget is not None:
@@ -48,12 +48,12 @@ def reach(
     seed: int,
     seconds: float = math.inf,
 ) -> Reached:
-    """The mildest rejection of a fit that has a precision, or what a budget buys.
+    """The mildest rejection of a fit that has a precision, or the precision at a budget.
 
-    Where the critic that rejects is wrong, it does not see what it let through. So a second
-    critic learns to tell what was kept from data, and rows that neither has seen say how well it
-    does: P(A) − Q(A) of the set A that it finds, which precision at slope 1 is 1 less of. As
-    long as it finds more amiss than was asked for, more draws are spent, while the seconds last.
+    The critic that rejects cannot detect its own errors. So a second critic learns to tell
+    accepted samples from data, and its success on rows that neither critic was trained on is
+    P(A) − Q(A) for the set A where it votes for data; precision at slope 1 is at most 1 less
+    that. While the precision is too low, more draws are spent, until the seconds are over.
     """
     began = time.perf_counter()
     with torch.random.fork_rng():
@@ -78,7 +78,7 @@ def reach(
 
 
 def seconds_of_update(fitted: Fit, chosen: Critic, batch: int) -> float:
-    """How long one step of a critic takes, with the draws that it learns from."""
+    """Seconds of one step of a critic, with the draws that it learns from."""
     with torch.random.fork_rng():
         shape, conditions = fitted.trained_on.event_shape, fitted.trained_on.conditions
         ratio = chosen.build(shape, conditions, WIDEST).to(fitted.flow.dtype)
@@ -93,7 +93,7 @@ def seconds_of_update(fitted: Fit, chosen: Critic, batch: int) -> float:
 
 
 class _Judge:
-    """A critic that learns to tell what rejection keeps of a flow from data."""
+    """A critic that learns to tell accepted samples of a flow from data."""
 
     def __init__(self, fitted: Fit, chosen: Critic):
         assert fitted.critic is not None
@@ -115,7 +115,7 @@ class _Judge:
         return point._replace(target_precision=min(1.0, point.target_precision))
 
     def precision_bound(self, target: float | None, budget: float, seconds: float) -> Reached:
-        """What the judge finds of a budget, in so many seconds."""
+        """Upper bound of the precision at a budget, within the seconds."""
         (precision, hurried), point = self.precision(budget, seconds), self.point(budget)
         figures = point.budget, *precision.pair()
         if not hurried:
@@ -124,7 +124,7 @@ class _Judge:
         return Reached(target, precision, point, self.normaliser, judged, hurried)
 
     def _draws(self, count: int) -> tuple[Data, Tensor, Tensor]:
-        """Rows; draws under their conditions; and what the critic that rejects says of these."""
+        """Rows, draws under their conditions, and log-ratios of these by the rejecting critic."""
         rows = self.rows.batch(count)
         law = self.scaled() if rows.condition is None else self.scaled(rows.condition)
         value, _ = draw(law, (count,) if rows.condition is None else ())
@@ -132,7 +132,7 @@ class _Judge:
             return rows, value, self.rejects(value, rows.condition)
 
     def _accept(self, point: OperatingPoint) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows, accepted draws under their conditions, and these."""
+        """Rows, accepted draws under their conditions, and these conditions."""
         rows, value, log_ratio = self._draws(math.ceil(KEPT * point.budget))
         log_keep = log_ratio - self.normaliser + math.log(point.accept_lam)
         keep = torch.rand_like(log_keep).log() < log_keep
@@ -143,7 +143,7 @@ class _Judge:
         return self.scaled.standardise(value)
 
     def precision(self, budget: float, seconds: float) -> tuple[Mean, bool]:
-        """What held-out rows say of it, once the judge has learnt; whether its time was short."""
+        """Precision on held-out rows after training the judge; and whether time was short."""
         point, step = self.point(budget), 0
         p, q, given = self._accept(point)
         for progress in lessons("critic of what is kept", self.lessons, seconds):
@@ -170,17 +170,17 @@ def draw_kept(
     count: int,
     condition: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    """Draws that rejection keeps, under the condition of each row if there are any; their cost.
+    """Accepted draws, under the condition of each row if there are any; and their cost.
 
     Args:
-        law: What a flow returns, batched by the conditions where there are any.
+        law: Distribution of a flow, batched by the conditions if there are any.
         log_ratio: log p/q of draws under their conditions, in nats.
         log_lam: The logarithm of rejection's constant.
-        count: How many to keep; as many as there are conditions.
+        count: Number to accept; that of the conditions, if there are any.
         condition: Conditions, one row each.
 
     Returns:
-        The draws that were kept, and how many were made.
+        The accepted draws, and the number of draws made.
 
     Raises:
         RuntimeError: Some row has none after a thousand rounds.
@@ -219,31 +219,31 @@ def distil_rejection(
     critic: Callable[..., Tensor] | None = None,
     run: Run | None = None,
 ) -> Fit:
-    r"""Train a flow to draw, at one draw each, what rejection keeps of it at K.
+    r"""Train a flow to draw, at one draw each, the samples that rejection accepts at K.
 
-    Maximum likelihood on accepted draws, E_q[min(1, λr) ∇log q′]/α(λ), each weighed instead of
-    thrown away, beside an anchor of maximum likelihood on the data. In expectation the first is
-    maximum likelihood on data weighed by min(1, 1/(λr)); but draws never run out, data do.
+    Maximum likelihood on accepted draws, E_q[min(1, λr) ∇log q′]/α(λ), each weighted instead of
+    rejected, beside an anchor of maximum likelihood on the data. In expectation the first is
+    maximum likelihood on data weighted by min(1, 1/(λr)); but the number of draws is unlimited.
 
-    Source: Verine et al. (2024), arXiv 2311.00460, for what is kept.
+    Source: Verine et al. (2024), arXiv 2311.00460, for the accepted distribution.
 
     Args:
         fitted: A fit, which stays as it is.
         budget: Rejection's strength as K draws per sample, or
         accept_lam: as its constant λ, or
-        target_precision: as the precision of what is kept, as the critic has it.
+        target_precision: as the precision of accepted draws, by the critic.
         anchor: Share of the likelihood of the data in the loss.
         steps: The budget in steps, or
         minutes: in minutes.
         batch: Draws, and rows, in a step.
         lr: Highest learning rate.
-        seed: Of all random numbers.
+        seed: Random seed.
         critic: log p/q at draws [batch, *event] under conditions, or None of them; by default
-            the critic of the fit. One of features may serve better than one of pixels.
-        run: Where to save and to log.
+            the critic of the fit. One of features may work better than one of pixels.
+        run: Run folder for checkpoints and log.
 
     Returns:
-        The new flow, without a critic: the old one knows the ratio of the old flow.
+        The new flow, without a critic: the old critic has the ratio of the old flow.
     """
     critic = fitted.critic if critic is None else critic
     if critic is None:
@@ -253,7 +253,7 @@ def distil_rejection(
     with torch.random.fork_rng():
         torch.manual_seed(seed + 5)
         lesson = _Lesson(fitted, critic, anchor, batch)
-        lesson.point = operating_point(lesson.drawn(DRAWS)[1].double().cpu(), **knob)
+        lesson.point = operating_point(lesson.draw(DRAWS)[1].double().cpu(), **knob)
     how: dict[str, Any] = {"steps": steps, "minutes": minutes, "lr": lr, "seed": seed, "run": run}
     how["watch"] = lesson.watch
     done = train(lesson.student, lesson, **how)
@@ -277,7 +277,7 @@ class _Lesson:
             it.to(fitted.flow.shift.device) for it in (fitted.trained_on, fitted.held_out)
         )
 
-    def drawn(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draws of the teacher under the conditions of rows, with their log-ratio."""
         condition = self.rows.batch(count).condition
         law = self.teacher() if condition is None else self.teacher(condition)
@@ -287,7 +287,7 @@ class _Lesson:
 
     def __call__(self, moment: Moment) -> Tensor:
         real = self.rows.batch(self.batch)
-        value, log_ratio, condition = self.drawn(self.batch)
+        value, log_ratio, condition = self.draw(self.batch)
         weight = (log_ratio + math.log(self.point.accept_lam)).clamp(max=0).exp()
         given = real.condition, condition
         laws = [self.student() if it is None else self.student(it) for it in given]
@@ -297,12 +297,11 @@ class _Lesson:
         return -self.anchor * likelihood - (1 - self.anchor) * accepted
 
     def watch(self, moment: Moment) -> None:
-        """Note down the held-out likelihood, by which nothing is chosen."""
+        """Log the held-out likelihood, which selects nothing."""
         moment.log(held_out=self.log_density(BATCH).value)
 
     @torch.no_grad()
     def log_density(self, count: int) -> Mean:
-        """The log-density of so many rows held out, in nats."""
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same noise every time
             rows = self.held_out.rows(torch.arange(min(len(self.held_out), count))).spread()

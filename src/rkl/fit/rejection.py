@@ -1,4 +1,4 @@
-"""Optimal budgeted rejection: draws of a law sifted by a ratio, at a cost that is chosen."""
+"""Optimal budgeted rejection: draws of a distribution filtered by a ratio, at a chosen cost."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ BATCH = 4_096  # draws at a time
 
 @dataclass(frozen=True)
 class Accepted:
-    """What rejection kept, and what it cost.
+    """Accepted samples, and their cost.
 
     Attributes:
         samples: The accepted draws, [n, *event].
-        log_ratio: log p − log q of each, in nats, as it was given.
-        point: What was asked for, under its three names, as fitted.
-        draws: How many draws were made for them, the pilot apart.
+        log_ratio: log p − log q of each, in nats, by the argument.
+        point: The fitted operating point: budget, constant and precision.
+        draws: Number of draws made for them, without the pilot.
         acceptance: Share of these draws that was accepted, with its standard error; its mean
             should be 1/budget.
     """
@@ -53,35 +53,35 @@ def reject(
     target_precision: float | None = None,
     pilot: int = 10_000,
 ) -> Accepted:
-    r"""Draw from a law and keep each draw x with probability min(1, λ p(x)/q(x)).
+    r"""Draw from a distribution and accept each draw x with probability min(1, λ p(x)/q(x)).
 
-    What is kept has the law min(λp, q)/α(λ), at 1/α(λ) draws each: among all ways of keeping
-    one draw in K it is the one closest to p, under every f-divergence. The constant λ is fitted
-    exactly on the ratios of a pilot of draws, which are then thrown away. With ``accept_lam``
-    the pilot tells the cost only.
+    Accepted draws have the distribution min(λp, q)/α(λ), at 1/α(λ) draws each: among all ways of
+    accepting one draw in K it is the one closest to p, under every f-divergence. The constant λ
+    is fitted exactly on the ratios of a pilot of draws, which are then discarded. With
+    ``accept_lam`` the pilot only estimates the cost.
 
-    All randomness is torch's own: seed it, or fork it, outside.
+    Random numbers come from torch's global generator: seed it, or fork it, outside.
 
     Source: Verine et al. (2024), arXiv 2311.00460.
 
     Args:
-        law: What a flow returns: q, without batch dimensions.
-        log_ratio: log p − log q in nats at draws [draws, *event]: a target's density less the
-            law's, or a critic. Ratios known up to a factor leave a budget as it is, and make
-            the other two names wrong.
-        n: How many samples to accept.
+        law: Distribution of a flow: q, without batch dimensions.
+        log_ratio: log p − log q in nats at draws [draws, *event]: a target's log-density less
+            that of q, or a critic. With ratios known up to a factor a budget is still right, the
+            other two arguments are not.
+        n: Number of samples to accept.
         budget: Draws per accepted sample, at least 1.
         accept_lam: The constant λ.
         target_precision: Precision at slope 1 of what is accepted.
-        pilot: How many draws the constant is fitted on.
+        pilot: Number of draws to fit the constant on.
 
     Returns:
         Accepted: samples in the order drawn, with their cost.
 
     Raises:
         ValueError: Not exactly one of the three is given, none of the pilot's ratios allows it,
-            the budget exceeds the pilot, or a ratio is no number.
-        RuntimeError: Draws are accepted a hundred times less often than the pilot said.
+            the budget exceeds the pilot, or a ratio is nan.
+        RuntimeError: Draws are accepted a hundred times less often than in the pilot.
 
     >>> from torch.distributions import Normal
     >>> p, q = Normal(0.0, 1.0), Normal(0.0, 2.0)
@@ -121,8 +121,8 @@ def _accept(law: Distribution, log_ratio: LogRatio, n: int, point: OperatingPoin
         accepted, draws = accepted + int(keep.sum()), draws + len(x)
     every = torch.cat(flags)
     last = int(every.nonzero()[n - 1]) + 1  # what was drawn beyond is no cost
-    kept = torch.cat(samples)[:n], torch.cat(ratios)[:n]
-    return Accepted(*kept, point, last, mean(every.double().cpu()))
+    accepted_draws = torch.cat(samples)[:n], torch.cat(ratios)[:n]
+    return Accepted(*accepted_draws, point, last, mean(every.double().cpu()))
 
 
 def _draw(law: Distribution, log_ratio: LogRatio, count: int) -> tuple[Tensor, Tensor]:

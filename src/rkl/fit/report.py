@@ -31,10 +31,10 @@ def data_page(
     Args:
         real: Held-out rows, [rows, features]; None where the data are no longer there.
         fake: Samples of the flow, [samples, features].
-        measured: The one beside the other.
-        metrics: What was logged in training.
-        settings: What is written at the end: run.json.
-        free: Rows and samples in units of the spread, for the curve; by default as they are.
+        measured: Comparison of both.
+        metrics: Rows of metrics.jsonl.
+        settings: Contents of run.json, for the end of the report.
+        free: Rows and samples in units of the spread, for the curve; by default unscaled.
     """
     from rkl.report import Section, Settings, render
 
@@ -111,25 +111,26 @@ def _spectrum(name: str, divergence: FDivergence) -> "Section":
     from rkl.report import Section, figure_block
 
     slopes = torch.logspace(-2, 2, 81, dtype=torch.float64)
-    found = pr_spectrum(divergence, slopes)
-    weights = (found.density * slopes * slopes.clamp_max(1.0)).numpy()
-    atoms = list(zip(found.atom_slopes.tolist(), found.atom_weights.tolist(), strict=True))
+    weighting = pr_spectrum(divergence, slopes)
+    weights = (weighting.density * slopes * slopes.clamp_max(1.0)).numpy()
+    atoms = list(zip(weighting.atom_slopes.tolist(), weighting.atom_weights.tolist(), strict=True))
     figure = spectrum(slopes.numpy(), {name: weights}, atoms={name: atoms})
     return Section(
-        "Where the divergence looks", blocks=[figure_block("Its spectrum", figure, _LOOKS)]
+        "Weight of the divergence along the curve",
+        blocks=[figure_block("Its spectrum", figure, _LOOKS)],
     )
 
 
 _TRACES = {
-    "loss": ("What was minimised", "loss (nats)"),
-    "held_out": ("Likelihood of what was held out", "log-density (nats per row)"),
+    "loss": ("Loss in training", "loss (nats)"),
+    "held_out": ("Log-density of held-out rows", "log-density (nats per row)"),
     "divergence": ("The divergence, by the critic", "D (nats)"),
 }
-_GONE = "The data that the flow was fitted to are no longer where they were: nothing is compared."
-_FEW = "Of {} rows held out no scores are taken: neighbours ask for 20 at least."
+_GONE = "The data that the flow was fitted to are no longer in their place: nothing is compared."
+_FEW = "{} held-out rows are too few for scores, which need at least 20."
 _CURVE_SAYS = (
-    "From the shares of 20 clusters, with a band of two standard errors. A cluster does not see "
-    "what differs within, which makes the curve too high; the noise of shares makes it too low: "
-    "the notes say what two samples of one distribution score. Up is precise, right is diverse."
+    "From the shares of 20 clusters, with a band of two standard errors. Differences within a "
+    "cluster do not count, which makes the curve too high; the noise of shares makes it too low: "
+    "the notes have the scores of two samples of one distribution. Up: precise; right: diverse."
 )
 _LOOKS = "Weight left of 1 is on recall, right of 1 on precision; needles are single slopes."

@@ -1,4 +1,4 @@
-"""A flow fitted to data, and how near it came to what was asked."""
+"""A flow fitted to data, and its operating point."""
 
 import os
 from collections.abc import Mapping
@@ -21,17 +21,17 @@ SPLINED = 5.0  # standard units within which splines bend
 
 @dataclass(frozen=True)
 class Reached:
-    """How near a flow came to the operating point that was asked for.
+    """The operating point that a flow reached, for the one that was set.
 
     Attributes:
-        asked: The precision asked for; None where a budget was.
-        precision: An upper bound of that of what rejection keeps, at slope 1, with the standard
-            error of its sampling: the least that either critic finds. A critic with more to learn
-            from may tell samples from data better, so that the bound may be far above.
-        point: Rejection's constant, its draws per sample, and the precision as the critic has it.
-        log_normaliser: What is taken off the critic's log-ratio, where the constant is compared.
-        judged: Budgets that were judged, each with the bound and its standard error.
-        hurried: Whether the minutes ended before all that should be judged was.
+        asked: The precision that was set; None with a budget.
+        precision: An upper bound of the precision of accepted samples at slope 1, with the
+            standard error of sampling: the smaller one of both critics. More data may
+            train a better critic, so the bound may be far too high.
+        point: Rejection's constant, its draws per sample, and the precision by the critic.
+        log_normaliser: Subtracted from the critic's log-ratio before the constant applies.
+        judged: Budgets that were measured, each with the bound and its standard error.
+        hurried: Whether the minutes ended before all budgets were measured.
     """
 
     asked: float | None
@@ -43,7 +43,7 @@ class Reached:
 
     @property
     def met(self) -> bool:
-        """Whether the lower end of the bound, two standard errors down, is the precision asked."""
+        """True if the bound less two standard errors is at least the precision that was set."""
         value, error = self.precision.pair()
         return self.asked is None or (not self.hurried and value - 2 * error >= self.asked)
 
@@ -71,21 +71,21 @@ class Reached:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted flow, and how it came about.
+    """A fitted flow, with its training.
 
     Attributes:
         flow: A density in the user's units: ``flow()``, or ``flow(condition)``, has ``log_prob``
             in nats and ``sample``.
         critic: log p/q at [*batch, *event] in the user's units; None where none was trained.
-        training: Its history, how many steps it took, and why it stopped early, if it did.
-        held_out: Rows that were not trained on.
-        trained_on: Rows that were.
+        training: Its history, number of steps, and the reason of an early stop, if any.
+        held_out: Held-out rows.
+        trained_on: Training rows.
         classes: Names of the conditions, if the data had labels.
-        reached: How near it came to the operating point that was asked for, if one was.
-        settings: What it was fitted with, by which a saved one is built again.
-        log_density: Of the rows held out, in nats, under the parameters kept.
-        gaussian: The same of a Gaussian with the moments of the rows trained on.
-        critic_seconds: How long critics took behind the last step.
+        reached: The operating point, if one was set.
+        settings: Settings of the fit, from which a saved flow is rebuilt.
+        log_density: Mean log-density of the held-out rows, in nats, with the final parameters.
+        gaussian: The same of a Gaussian with the moments of the training rows.
+        critic_seconds: Seconds of the critics after the last step.
     """
 
     flow: Standardised
@@ -101,17 +101,17 @@ class Fit:
     critic_seconds: float = 0.0
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Write it into a folder, as ``rkl fit`` does: ``rkl.load(folder)`` gives the flow back.
+        """Write a run folder, as ``rkl fit`` does: ``rkl.load(folder)`` returns the flow.
 
         Raises:
-            ValueError: Its flow was handed over as a module, which nothing can build again.
-            FileExistsError: The folder holds something.
+            ValueError: The flow was given as a module, which cannot be rebuilt.
+            FileExistsError: The folder is not empty.
         """
         return save(self, folder)
 
     @property
     def below_gaussian(self) -> str | None:
-        """That a Gaussian does better on rows held out, and by how much; None if it does not."""
+        """A note if a Gaussian is better on held-out rows, with the difference; else None."""
         if self.log_density is None or self.gaussian is None:
             return None
         gap = (self.gaussian.value - self.log_density.value).item()
@@ -125,7 +125,7 @@ class Fit:
 
     @property
     def beyond_splines(self) -> str | None:
-        """The number of rows where splines do not bend; None without splines or such rows."""
+        """A note with the number of rows beyond the splines; None without any."""
         inner = self.flow.flow.flow if isinstance(self.flow.flow, MixtureStart) else self.flow.flow
         if type(inner).__name__ != "NSF":
             return None
@@ -139,5 +139,5 @@ class Fit:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One row per so many steps: step, seconds, loss and what else was logged."""
+        """One row per ``every`` steps: step, seconds, loss and other logged figures."""
         return self.training.history

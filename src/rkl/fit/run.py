@@ -42,13 +42,13 @@ MAY_CHANGE = "device", *BUDGET  # in a run that is resumed; more of the budget e
 
 @dataclass(frozen=True)
 class Fitted:
-    """A finished fit, which prints what there is to know of it.
+    """A finished fit, which prints as a summary.
 
     Attributes:
         path: The folder of its run.
-        fit: What was fitted.
-        followed: Whether a divergence was, after maximum likelihood.
-        notes: What a user should know of how the data were read.
+        fit: The fit.
+        followed: Whether a divergence followed maximum likelihood.
+        notes: Notes for the user on how the data were read.
     """
 
     path: Path
@@ -96,10 +96,10 @@ def fit(
     """Fit a flow to data in a run folder; a resumed run comes to the same bits.
 
     Args:
-        settings: What is fitted to what.
+        settings: Settings of the fit.
         out: The folder.
-        resume: Goes on with the run there.
-        overwrite: Replaces it.
+        resume: Continue the run there.
+        overwrite: Replace the run there.
     """
     inputs = {name: getattr(settings, name) for name in ("data", "labels", "start_from")}
     check_out(out, overwrite=overwrite, resume=resume, inputs=inputs)
@@ -139,13 +139,13 @@ def _names(data: Data) -> dict[str, list[str]]:
 
 
 def _labels_file(settings: FitSettings) -> Path | None:
-    """The file that the labels are in, if they name none of the columns of the data."""
+    """The file of the labels, unless they are a column of the data."""
     path = None if settings.labels is None else local_path(settings.labels)
     return path if path is not None and path.is_file() and path.suffix else None
 
 
 def _inputs(settings: FitSettings, data: Data) -> dict[str, Input]:
-    """The digests of rows, labels, and of the run that the fit starts from."""
+    """Digests of rows and labels, and of the run that the fit starts from."""
     inputs = {"data": values_of(settings.data, [data.values, data.step])}
     if data.condition is not None:
         source = settings.data if settings.labels is None else settings.labels
@@ -156,7 +156,7 @@ def _inputs(settings: FitSettings, data: Data) -> dict[str, Input]:
 
 
 def _prepare(settings: FitSettings, data: Data) -> Callable[..., Fit]:
-    """All that can be refused has been; what is left to say is how long, and in which run."""
+    """Refuse what can be refused before the fit; returns its budget and run."""
     if settings.start_from is not None:
         return distillation(settings, data)
     device = checks.device(settings.device)
@@ -170,7 +170,7 @@ def _prepare(settings: FitSettings, data: Data) -> Callable[..., Fit]:
 
 
 def dry_run(settings: FitSettings) -> str:
-    """What a fit would do and how long it would take, from a few steps; nothing is written."""
+    """Size, time and memory of a fit, estimated from a few steps; nothing is written."""
     data = _read(settings)
     flow, divergence = settings.architecture, settings.parsed_divergence
     aimless = replace(settings, critic=False, budget=None, target_precision=None)
@@ -204,7 +204,7 @@ def dry_run(settings: FitSettings) -> str:
 
 
 def _critics(settings: FitSettings, tried: Fit, steps: int) -> tuple[str, float] | None:
-    """The critics that follow the steps, and how many minutes they take at most."""
+    """Description of the critics after the steps, and their minutes at most."""
     if settings.share_of_steps == 1:
         return None
     aimed = settings.target_precision is not None or settings.budget is not None
@@ -225,12 +225,12 @@ def save_run(fitted: Fit, out: str | os.PathLike) -> Path:
     """Write a fit into a run folder, as ``rkl fit`` does.
 
     Args:
-        fitted: What :func:`fit_to_samples` returned.
+        fitted: Result of :func:`fit_to_samples`.
         out: The folder, new or empty.
 
     Raises:
-        ValueError: Its flow was handed over as a module, which nothing can build again.
-        FileExistsError: The folder holds something.
+        ValueError: The flow was given as a module, which cannot be rebuilt.
+        FileExistsError: The folder is not empty.
     """
     chosen = fitted.settings or {}
     if "flow" not in chosen:

@@ -40,12 +40,12 @@ def sample_run(
 
     Args:
         path: The folder of the run.
-        settings: How many, at which trade-off.
-        allow: What its ``run.json`` may have imported, each "module:name".
-        overwrite: Replaces a file that is there.
+        settings: Number of samples, and trade-off.
+        allow: Names that its ``run.json`` may import, each "module:name".
+        overwrite: Replace a file there.
 
     Returns:
-        What was written, and what it cost.
+        A line with the file and the cost in draws.
 
     Raises:
         FileExistsError: There is such a file, or it is one of a run.
@@ -112,9 +112,13 @@ def _condition(named: str | None, classes: tuple[str, ...]) -> Tensor | None:
 
 
 def _at_point(
-    law: Any, critic: ScaledCritic, condition: Tensor | None, count: int, held: HeldPoint
+    law: Any,
+    critic: ScaledCritic,
+    condition: Tensor | None,
+    count: int,
+    operating_point: HeldPoint,
 ) -> tuple[Tensor, str]:
-    """Samples at the operating point that the fit was asked for."""
+    """Samples at the operating point of the fit."""
 
     def log_ratio(value: Tensor, _: Tensor | None) -> Tensor:
         return critic(value, condition)
@@ -122,7 +126,7 @@ def _at_point(
     parts, made = [], 0
     for start in range(0, count, BATCH):
         size = min(BATCH, count - start)
-        part, cost = draw_kept(law, log_ratio, held.log_lam, size)
+        part, cost = draw_kept(law, log_ratio, operating_point.log_lam, size)
         parts, made = [*parts, part], made + cost
     words = (
         f", {made / count:.3g} draws each, at the operating point of the fit (--budget 1 for none)"
@@ -130,22 +134,22 @@ def _at_point(
     return torch.cat(parts), words
 
 
-def _judged_budget(settings: SampleSettings, held: HeldPoint) -> SampleSettings:
-    """The budget at which the fit found the precision that is asked for.
+def _judged_budget(settings: SampleSettings, point: HeldPoint) -> SampleSettings:
+    """The budget at which the fit measured the precision that is set.
 
     Raises:
-        ValueError: It found it at none.
+        ValueError: There is none.
     """
     wanted = settings.target_precision
-    for budget, value, error in sorted(held.judged):
+    for budget, value, error in sorted(point.judged):
         if wanted is not None and value - 2 * error >= wanted:
             return replace(settings, target_precision=None, budget=budget)
-    if not held.judged:
+    if not point.judged:
         raise ValueError(
             f"target_precision={wanted} cannot be drawn at: the minutes of the fit ended before "
             "its critics had judged any budget. Fit with more --minutes, or say --budget."
         )
-    best = max(held.judged, key=lambda it: it[1])
+    best = max(point.judged, key=lambda it: it[1])
     raise ValueError(
         f"target_precision={wanted} was judged at no budget of the fit; the best was at most "
         f"{with_error(*best[1:3])}, at budget={best[0]:.3g}. Fit with --target-precision "
@@ -170,12 +174,15 @@ def _rejection_sample(
     law: Any, critic: ScaledCritic, condition: Tensor | None, settings: SampleSettings
 ) -> tuple[Tensor, str]:
     critic.to(settings.device)
-    kept = reject(
+    accepted_samples = reject(
         law,
         lambda value: critic(value, condition),
         n=settings.n,
         budget=settings.budget,
         target_precision=settings.target_precision,
     )
-    accepted = with_error(*kept.acceptance)
-    return kept.samples, f", {kept.cost:.3g} draws each (accepted: {accepted})"
+    accepted = with_error(*accepted_samples.acceptance)
+    return (
+        accepted_samples.samples,
+        f", {accepted_samples.cost:.3g} draws each (accepted: {accepted})",
+    )

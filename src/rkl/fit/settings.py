@@ -1,4 +1,4 @@
-"""What ``rkl fit --data``, and what follows it, can choose."""
+"""Settings of ``rkl fit --data``, and of sampling and evaluation of its runs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from rkl.flows.weights import is_likelihood
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What is fitted to what, under which divergence, within which budget.
+    """Data, flow, divergence and budget of a fit.
 
     Args:
         data: Rows: .csv or another table, .npy, .npz, .parquet, .nc, IDX, or a folder of images.
@@ -23,7 +23,7 @@ class FitSettings:
         flow: Architecture: coupling, nsf, maf or multi-scale, with settings in brackets.
         labels: Class of each row: a file of them, or the name of a column or an array.
         dequantise: Spread quantised values over one step, as image files are; --no-dequantise
-            takes floats on a grid as they are.
+            does not change floats on a grid.
         steps: Budget in steps.
         minutes: Budget in minutes, critics included; by default 2.
         estimator: Estimator of the gradient; auto chooses.
@@ -34,7 +34,7 @@ class FitSettings:
         held_out: Share of the rows to hold out.
         guard: Keep the parameters that are best on held-out rows, not the last.
         critic: Train a critic at the end even where none is needed, for rejection.
-        target_precision: Precision that rejection should reach; the fit reports what it reached.
+        target_precision: Precision for rejection to reach; the fit reports the result.
         budget: Draws per sample that rejection may take.
         start_from: Run with a critic, for --distil-budget; its settings are the defaults here.
         distil_budget: Draws per sample of the rejection to train into the flow of that run, so
@@ -110,7 +110,7 @@ class FitSettings:
 
     @property
     def allowance(self) -> dict[str, Any]:
-        """The budget of training: in steps, or in minutes."""
+        """Budget of training: in steps, or in minutes."""
         if self.steps is not None:
             return {"steps": self.steps}
         return {"minutes": MINUTES if self.minutes is None else self.minutes}
@@ -137,7 +137,7 @@ class SampleSettings:
         truncation: Where the latents are cut off, in standard deviations.
         levels: Put quantised values back on their levels; --no-levels leaves them spread.
         budget: Draws per sample in optimal rejection by the critic; 1 rejects none.
-        target_precision: Precision that rejection should reach, instead of a budget.
+        target_precision: Precision for rejection to reach, instead of a budget.
         seed: Random seed.
         device: Device to compute on.
     """

@@ -1,4 +1,4 @@
-"""What fit and sample share: architectures, their training and their critics."""
+"""Common parts of fit and sample: architectures, their training and their critics."""
 
 from rkl.lazy import lazily
 

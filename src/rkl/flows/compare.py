@@ -17,8 +17,8 @@ class FlowComparison:
     Attributes:
         tables: One of all runs; for targets that were evaluated, one of the figures under each
             condition.
-        curves: For each run steps and values of what was followed in training, by its name.
-        settings: What each run was fitted with.
+        curves: For each run the steps and values of its figures in training, by name.
+        settings: Settings of each run.
     """
 
     tables: tuple[Table, ...]
@@ -47,7 +47,7 @@ class FlowComparison:
 def open_runs(
     paths: Sequence[str | os.PathLike], out: str | os.PathLike | None, overwrite: bool
 ) -> dict[str, Run]:
-    """The runs in these folders, once the page may be written.
+    """The runs in these folders, after a check that the page may be written.
 
     Raises:
         FileExistsError: A file of others is at ``out``.
@@ -68,7 +68,7 @@ def comparison(
     curves: Iterable[tuple[str, Any]],
     out: str | os.PathLike | None,
 ) -> FlowComparison:
-    """The runs side by side, written as a page where one is wanted."""
+    """The runs side by side, written as a page if ``out`` is given."""
     settings = {name: run.settings for name, run in runs.items()}
     result = FlowComparison(tuple(tables), dict(curves), settings)
     if out is not None:

@@ -27,10 +27,10 @@ WAVES = 2.0, 4.0  # per standard deviation: a plain network learns narrow modes 
 
 @dataclass(frozen=True)
 class Critic:
-    """How log p/q is learnt: maximise the variational bound of a divergence over a network.
+    """Settings of a critic: a network that maximises the variational bound of a divergence.
 
-    The bound of an auxiliary divergence is tight where the score is log p/q, whatever the flow
-    itself is trained for. That of PrecisionRecall is not the one to take: its slope vanishes
+    The bound of any auxiliary divergence is tight where the score is log p/q, whatever the flow
+    is trained for. Do not take PrecisionRecall: its slope vanishes
     wherever the critic is on the right side of λ, and it stops learning there.
 
     Args:
@@ -65,9 +65,9 @@ class Critic:
             )
 
     def lessons_after(self, steps: int) -> int:
-        """Steps at the end of a fit of so many: no more than three times those, or a few hundred.
+        """Steps of the critic after a fit of ``steps``: at most three times those, or 300.
 
-        A fit that was given seconds is not to spend a minute on its critic.
+        A fit of seconds does not spend a minute on its critic.
         """
         return min(self.lessons, max(FEWEST_LESSONS, 3 * steps))
 
@@ -99,7 +99,7 @@ class Ratio(nn.Module):
         value: Float[Tensor, "batch *event"],
         condition: Float[Tensor, "batch conditions"] | None = None,
     ) -> Float[Tensor, " batch"]:
-        """What the network says, before it is normalised and cut off."""
+        """Output of the network, before it is normalised and cut off."""
         inside = self.features(value)
         inside = inside if condition is None else torch.cat([inside, condition], 1)
         return self.head(inside).squeeze(1)
@@ -113,7 +113,7 @@ class Ratio(nn.Module):
         return self.cut_off(self.score(value, condition) - self.log_normaliser)
 
     def cut_off(self, log_ratio: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """Log-ratios within ± bound; beyond it they are guesses, and would bias the gradient."""
+        """Log-ratios within ± bound; larger ones are guesses, and would bias the gradient."""
         return log_ratio.clamp(-self.bound, self.bound)
 
     def update(
@@ -150,9 +150,9 @@ class Ratio(nn.Module):
 
 
 def lessons(name: str, count: int, seconds: float = math.inf) -> Iterator[float]:
-    """The progress in [0, 1) before each step of a critic: so many, or while the seconds last.
+    """The progress in [0, 1) before each of ``count`` steps of a critic, or for the seconds given.
 
-    On a terminal a line shows how far it is.
+    On a terminal a line shows the progress.
     """
     began, step, progress = time.perf_counter(), 0, 0.0
     with progress_line() as show:
@@ -168,7 +168,7 @@ class ScaledCritic(nn.Module):
 
     Args:
         ratio: The critic of standardised events.
-        units: What standardises them.
+        units: The standardisation.
     """
 
     def __init__(self, ratio: Ratio, units: Units):

@@ -11,11 +11,11 @@ import numpy as np
 def write_samples(path: Path, values: np.ndarray, columns: Sequence[str] = ()) -> None:
     """Write samples as .npy, or .csv for vectors, atomically.
 
-    A .csv has as many digits as the numbers need to be read back as they are, and the names of
-    the columns above them, if there are any.
+    A .csv has enough digits to read the same numbers back, and the names of
+    the columns in its first line, if there are any.
 
     Raises:
-        ValueError: The name ends otherwise.
+        ValueError: The name has another ending.
     """
     from rkl.runs import replacing
 

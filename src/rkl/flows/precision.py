@@ -1,4 +1,4 @@
-"""The precision of flows: single, whatever torch's default is."""
+"""The precision of flows: single, whatever torch's default dtype."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ import torch
 
 @contextlib.contextmanager
 def single_precision() -> Iterator[None]:
-    """What is made without a dtype within the block is single, as flows and their draws are.
+    """Set torch's default dtype to float32 within the block, the precision of flows.
 
     ``torch.set_default_dtype(torch.float64)`` elsewhere in a program would give a fit other
     random numbers, and some flows weights of two kinds. Threads share torch's default: where it
-    is not float32, fits in several threads may see each other's.
+    is not float32, fits in several threads affect one another.
     """
     before = torch.get_default_dtype()
     if before == torch.float32:

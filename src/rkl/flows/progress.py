@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress_line() -> Iterator[Callable[[float, int, str], None]]:
-    """A function of progress in [0, 1], a step and words, which shows them; nothing elsewhere."""
+    """A function of progress in [0, 1], a step and text, shown on a terminal only."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

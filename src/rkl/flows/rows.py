@@ -1,4 +1,4 @@
-"""Rows that flows are fitted to, and their classes."""
+"""Rows of a data set for flows, and their classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ class Data:
         step: Spacing of the levels of quantised values, over which a batch is spread, half to
             either side: one number, or one for each column of a table; 0 of continuous values.
         columns: Names of the columns, where the data have some.
-        notes: What a user should know of how the data were read.
+        notes: Notes for the user on how the data were read.
     """
 
     values: Float[Tensor, "rows *event"]
@@ -62,7 +62,7 @@ class Data:
 
     @property
     def ties(self) -> bool:
-        """Whether rows may well be equal by chance: of few coordinates, all of them quantised."""
+        """True if rows may be equal by chance: few coordinates, all of them quantised."""
         return self.values[0].numel() <= FEW and bool((self.step > 0).all())
 
     def step_of_columns(self) -> Tensor:
@@ -77,7 +77,7 @@ class Data:
     def split(self, share: float, seed: int) -> tuple["Data", "Data"]:
         """Rows to train on, and a share of rows held out, at random; equal rows on one side.
 
-        Rows of a few coordinates that are all quantised are equal by chance, and count as others.
+        Rows of few coordinates, all quantised, are equal by chance, and are split like others.
 
         Raises:
             ValueError: Too few rows are left, or a column is constant among them.
@@ -121,7 +121,7 @@ def equal_rows(values: Tensor) -> list[int]:
 
 
 def _apart(order: list[int], group: list[int], wanted: int) -> tuple[list[int], list[int]]:
-    """About so many of the rows, and the rest, with each group on one side."""
+    """About so many rows, and the rest, with each group of equal rows on one side."""
     size: dict[int, int] = {}
     for number in group:
         size[number] = size.get(number, 0) + 1
@@ -145,7 +145,6 @@ def _apart(order: list[int], group: list[int], wanted: int) -> tuple[list[int], 
 def _check_spread(
     values: Tensor, columns: Sequence[str], step: Tensor | None = None, of: int | None = None
 ) -> None:
-    """Refuse coordinates without variation: their density is infinite."""
     low, high = values.amin(0), values.amax(0)
     constant = low == high
     if step is not None:

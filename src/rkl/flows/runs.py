@@ -1,4 +1,4 @@
-"""What the runs of fit and sample share: their files, budgets and checks."""
+"""Common parts of the runs of fit and sample: their files, budgets and checks."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,10 @@ PATHS = "data", "start_from"  # settings that run.json keeps as text
 
 
 def check_samples(samples: Float[Tensor, "rows *event"]) -> None:
-    """Refuse samples of which some are NaN or infinite, which no file should hold.
+    """Refuse samples with NaN or infinite values.
 
     Raises:
-        FloatingPointError: Saying how many of how many.
+        FloatingPointError: There are some; the message has their number.
     """
     bad = int((~samples.isfinite()).reshape(len(samples), -1).any(1).sum())
     if bad:
@@ -41,22 +41,22 @@ def check_samples(samples: Float[Tensor, "rows *event"]) -> None:
         )
 
 
-def check_same_data(run: Run, found: str, inputs: dict[str, Input], **others: Any) -> None:
-    """Note down what a run reads; refuse other inputs than those that it began with."""
+def check_same_data(run: Run, digest: str, inputs: dict[str, Input], **others: Any) -> None:
+    """Record the inputs of a run; refuse inputs that differ from those that it started with."""
     check_inputs(run.path, inputs_before(run.path), inputs)
     before = run.record["data"]
-    if before is not None and before["fingerprint"] != found:
+    if before is not None and before["fingerprint"] != digest:
         raise ValueError(
             f"resume: the data are not those that {run.path} was begun with: their fingerprint "
-            f"is {found}, and was {before['fingerprint']}."
+            f"is {digest}, and was {before['fingerprint']}."
         )
-    run.update(data={"fingerprint": found, **others}, inputs=inputs)
+    run.update(data={"fingerprint": digest, **others}, inputs=inputs)
 
 
 def movable_paths(out: str | os.PathLike, resume: bool) -> tuple[str, ...]:
-    """The settings that name files, which a resumed run may find in other places.
+    """The settings that name files, which a resumed run may move.
 
-    They may only where run.json has the digests by which their contents are compared.
+    Only if run.json has the digests by which the contents are compared.
     """
     return PATHS if resume and inputs_before(out) else ()
 
@@ -70,7 +70,7 @@ def run_input(path: str | os.PathLike) -> Input:
 def single_run(
     paths: Sequence[str | os.PathLike], out: str | os.PathLike | None, overwrite: bool
 ) -> Run:
-    """The one run that a report of a flow is about, once its file may be written.
+    """The run to report, after a check that its report may be written.
 
     Raises:
         FileExistsError: A file of others is at ``out``.
@@ -86,7 +86,7 @@ def single_run(
 
 
 def write_evaluation(run: Run, figures: Mapping[str, Any]) -> None:
-    """Keep the figures of an evaluation in the folder of its run."""
+    """Write the figures of an evaluation into the folder of its run."""
     run.record_files([EVALUATION])
     write_json(run.path / EVALUATION, figures)
     run.measure_files([EVALUATION])

@@ -1,8 +1,8 @@
-"""From the user's units to standard ones and back: the affine map, or bend, that a Gaussian fits.
+"""From the user's units to standard ones and back: the affine map, or bend, of a fitted Gaussian.
 
 Of vectors, coordinates with heavy or skewed tails are first bent by asinh((x − c)/w), then each is
 shifted and scaled, then all are mixed so that they are uncorrelated. A flow that begins as the
-identity begins as the fitted Gaussian of what was bent.
+identity begins as a Gaussian fitted to the bent coordinates.
 """
 
 import math
@@ -42,14 +42,14 @@ class Levels(NamedTuple):
 
 
 class Units(nn.Module):
-    """What takes events in the user's units to standard ones.
+    """The map of events in the user's units to standard ones.
 
     Args:
-        shift: Mean of the events, bent where they are.
+        shift: Mean of the events, after bending.
         scale: Their standard deviation.
-        bend: Which coordinates are bent, and how.
-        mix: What takes the correlations off, [coordinates, coordinates].
-        levels: Of coordinates that are quantised.
+        bend: Bent coordinates, with centre and width.
+        mix: Matrix that removes the correlations, [coordinates, coordinates].
+        levels: Levels of quantised coordinates.
     """
 
     shift: Tensor
@@ -100,14 +100,14 @@ class Units(nn.Module):
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> "Units":
-        """As a state dictionary has them."""
+        """The units of a state dictionary."""
         bend = Bend(*map(state.__getitem__, Bend._fields)) if "bent" in state else None
         levels = Levels(*map(state.__getitem__, Levels._fields)) if "step" in state else None
         return cls(state["shift"], state["scale"], bend, state.get("mix"), levels)
 
     @property
     def bending(self) -> Bend | None:
-        """Which coordinates are bent, and how."""
+        """Bent coordinates, with centre and width."""
         transform: Any = self
         return (
             None
@@ -139,7 +139,7 @@ class Units(nn.Module):
         return inner if self.bending is None else _unbent(inner, self.bending)
 
     def gaussian(self, value: Float[Tensor, "rows *event"]) -> Float[Tensor, " rows"]:
-        """The log-density of events if standardised ones are standard normal, in nats."""
+        """Log-density of events if standardised ones are standard normal, in nats."""
         inner, log_slope = self.encode(value)
         flat = inner.double().flatten(1)
         constant = flat.shape[1] / 2 * math.log(2 * math.pi)
@@ -166,11 +166,11 @@ class Units(nn.Module):
 
 
 class Standardised(nn.Module):
-    """The flow of events in the user's units, where another flow is over standard ones.
+    """The flow of events in the user's units, from a flow of standardised ones.
 
     Args:
         flow: The flow of standardised events.
-        units: What standardises them.
+        units: The standardisation.
     """
 
     def __init__(self, flow: nn.Module, units: Units):
@@ -192,20 +192,19 @@ class Standardised(nn.Module):
         return next(self.flow.parameters()).dtype
 
     def standardise(self, value: Float[Tensor, "*batch_event"]) -> Float[Tensor, "*batch_event"]:
-        """Events as the inner flow has them, in its precision."""
+        """Standardised events, in the precision of the inner flow."""
         return self.units.encode(value)[0].to(self.dtype)
 
     def to_levels(self, value: Float[Tensor, "*batch_event"]) -> Float[Tensor, "*batch_event"]:
         """Samples with each quantised coordinate on the nearest of the levels of the data.
 
-        They stay between the lowest and the highest level; where the data have no levels, as
-        they are.
+        They stay between the lowest and the highest level; data without levels do not change.
         """
         return self.units.to_levels(value)
 
 
 class StandardisedLaw(Distribution):
-    """The distribution of events in the user's units, of another one of standardised events."""
+    """Distribution of events in the user's units, from one of standardised events."""
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
     has_rsample = True
@@ -234,7 +233,7 @@ class StandardisedLaw(Distribution):
         return self.units.decode(self.law.rsample(sample_shape))
 
     def rsample_and_log_prob(self, shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """Events that depend on the parameters differentiably, and the log-density there."""
+        """Events, differentiable in the parameters, and their log-density."""
         value, log_q = self.law.rsample_and_log_prob(shape)
         value = self.units.decode(value)
         return value, log_q + self.units.encode(value)[1]
@@ -338,7 +337,7 @@ def _minimum(x: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor]:
 def _decorrelating(
     values: Float[Tensor, "rows columns"], rows: Data, bend: Bend | None
 ) -> Tensor | None:
-    """The symmetric root of the inverse of the correlations; None where they are left.
+    """The symmetric root of the inverse of the correlations; None where they are kept.
 
     Source: Kessy, Lewin and Strimmer (2018), arXiv 1512.00809: ZCA-cor whitening, which keeps
     each standardised coordinate nearest to its own column.
@@ -365,7 +364,6 @@ def _decorrelating(
 
 
 def _check_dependence(correlation: Tensor, rows: Data) -> None:
-    """Refuse a column that is a linear function of others: the density is infinite."""
     if torch.linalg.eigvalsh(correlation)[0] > SINGULAR:
         return
     size = len(correlation)

@@ -1,4 +1,4 @@
-"""The one training loop of flows, whatever they are fitted to."""
+"""The training loop of all flows."""
 
 import contextlib
 import json
@@ -31,24 +31,24 @@ WARM_UP = 20  # steps over which the learning rate rises to its value
 
 @runtime_checkable
 class Stateful(Protocol):
-    """What is saved with a checkpoint beside the flow: a critic, an optimiser, a schedule."""
+    """An object saved with a checkpoint beside the flow: a critic, an optimiser, a schedule."""
 
     def state_dict(self) -> Any:
-        """All that it would need to go on."""
+        """The state needed to continue."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Go on from what ``state_dict`` returned."""
+        """Restore a result of ``state_dict``."""
 
 
 @dataclass
 class Moment:
-    """Where training stands, as an objective or a watch is told.
+    """State of a training, for its objective and its watch.
 
     Attributes:
         step: Number of steps done.
         progress: Share of the budget that is spent, in [0, 1); 1 at the end.
-        numbers: What was logged since the last row, by name.
-        stopped: Why training ends now, if it does.
+        numbers: Figures logged since the last row, by name.
+        stopped: Reason why training ends now, if it does.
     """
 
     step: int = 0
@@ -57,7 +57,7 @@ class Moment:
     stopped: str | None = None
 
     def log(self, **numbers: Any) -> None:
-        """Note numbers down; the next row of the history holds their means."""
+        """Log figures; the next row of the history has their means."""
         for name, value in numbers.items():
             value = value.detach() if isinstance(value, Tensor) else value
             self.numbers.setdefault(name, []).append(value)
@@ -67,7 +67,7 @@ class Moment:
         self.stopped = reason
 
     def flush(self) -> dict[str, float]:
-        """The means of what was logged, and forget it."""
+        """The means of the figures logged, which are then cleared."""
         row = {name: math.fsum(map(float, it)) / len(it) for name, it in self.numbers.items()}
         self.numbers.clear()
         return row
@@ -79,7 +79,7 @@ Watch = Callable[[Moment], float | None]
 
 @dataclass(frozen=True)
 class Training:
-    """What a training did.
+    """Result of a training.
 
     Attributes:
         history: One row per ``every`` steps: step, seconds, loss, gradient (its norm before it
@@ -87,8 +87,8 @@ class Training:
         steps: Number of steps done.
         seconds: How long they took, all interruptions left out.
         best: The highest score of the watch, whose parameters the flow now has.
-        best_step: Where it was reached.
-        stopped: Why training ended before its budget; None where it did not.
+        best_step: Step of that score.
+        stopped: Reason why training ended before its budget; None if it did not.
     """
 
     history: list[dict[str, Any]]
@@ -104,10 +104,10 @@ _RUNNING = threading.RLock()
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Let one fit of this process go on at a time; a second one, in another thread, waits.
+    """Let one fit of this process run at a time; a second one, in another thread, waits.
 
-    Flows draw from torch's global random numbers, which a fit seeds and puts back afterwards. Two
-    fits side by side would take numbers from one another, and neither would be its seed's.
+    Flows draw from torch's global random numbers, which a fit seeds and restores afterwards. Two
+    fits at the same time would share one sequence, and neither would depend on its seed alone.
     """
     if not _RUNNING.acquire(blocking=False):
         warn(
@@ -145,24 +145,24 @@ def train(
     rise. The flow ends with the running average of its parameters, or where a watch gives
     scores, with the average that scored best. A step without a finite gradient is skipped.
 
-    All randomness comes from torch's global generators, seeded here and put back afterwards; so
-    one training of a process goes on at a time, and one in another thread waits, with a warning.
-    With ``run``, training goes on from the checkpoint there; a budget in steps then leads to
-    the same bits as if it had never been interrupted. Ctrl-C, SIGTERM and SIGHUP end it behind the
-    step, with a checkpoint. Under a larger budget a training that had ended goes on: the learning
-    rate rises to where it would be at this step of the larger budget, and falls to its end.
+    All randomness comes from torch's global generators, seeded here and restored afterwards; so
+    one training of a process runs at a time, and one in another thread waits, with a warning.
+    With ``run``, training continues from the checkpoint there; a budget in steps then leads to
+    the same bits as without the interruption. Ctrl-C, SIGTERM and SIGHUP end it after the
+    step, with a checkpoint. With a larger budget a training that had ended continues: the
+    learning rate rises to its value at this step of the larger budget, and falls to its end.
 
     Args:
-        flow: What is trained; whatever of it requires no gradient stays as it is.
-        objective: Gives the loss of one step; called with the moment.
+        flow: The module to train; parameters that require no gradient do not change.
+        objective: Function of the moment that returns the loss of one step.
         steps: The budget in steps, or
         minutes: in minutes of wall time, all calls of a resumed run together.
         lr: Highest learning rate.
         clip: Greatest norm of the gradient; longer ones are shortened to it.
         ema: Decay of the running average; less in the first steps.
-        seed: Of all random numbers.
-        also: What is saved and restored with the flow, by name.
-        run: Where to save and to log.
+        seed: Random seed.
+        also: Objects that are saved and restored with the flow, by name.
+        run: Run folder for checkpoints and log.
         every: Number of steps between rows, checkpoints and calls of the watch.
         early: Whether to have them before the first step too, and after 1, 2, 3, 4, 5, 6, 7, 8,
             10, ... steps, each a quarter more, until they are ``every`` apart.
@@ -210,7 +210,7 @@ def early_steps(every: int) -> frozenset[int]:
 
 
 class _Loop:
-    """The state of a training: all of it is in ``state_dict``."""
+    """The state of a training; ``state_dict`` has all of it."""
 
     def __init__(self, flow, steps, minutes, lr, clip, ema, also, run):
         self.flow, self.run, self.also = flow, run, also
@@ -276,7 +276,7 @@ class _Loop:
         self.moment.stop(f"{reason}; the flow has the parameters from before")
 
     def pause(self, watch: Watch | None, show: Callable[[Moment, dict], None]) -> None:
-        """Look at the averaged parameters, write a row and a checkpoint."""
+        """Evaluate the averaged parameters, write a row and a checkpoint."""
         if watch is not None:
             with self._average_parameters(), torch.no_grad():
                 score = watch(self.moment)
@@ -293,7 +293,7 @@ class _Loop:
         self.save()
 
     def save(self) -> None:
-        """Write a checkpoint, out of which training goes on to the same bits."""
+        """Write a checkpoint, from which training continues to the same bits."""
         if self.run is not None:
             save_state(self.run.path / CHECKPOINT, self.state_dict())
 
@@ -328,7 +328,6 @@ class _Loop:
         }
 
     def resume(self) -> None:
-        """Go on from the checkpoint of the run, if there is one."""
         if self.run is None:
             return
         if not (self.run.path / CHECKPOINT).exists():
@@ -338,10 +337,10 @@ class _Loop:
         state = load_state(self.run.path / CHECKPOINT)
         self.flow.load_state_dict(state["flow"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average = [it.to(self.device) for it in state["average"]]
+        self.average = [part.to(self.device) for part in state["average"]]
         self.best, self.before = state["best"], state["seconds"]
-        for name, it in self.also.items():
-            it.load_state_dict(state["also"][name])
+        for name, part in self.also.items():
+            part.load_state_dict(state["also"][name])
         self.moment.step, self.moment.progress, self.moment.stopped = state["moment"]
         self.moment.numbers = state.get("numbers", {})
         self.moment.progress = self.progress  # of the budget as it is now
@@ -370,7 +369,7 @@ def _copy(values: list[Tensor], parameters: list[nn.Parameter]) -> None:
 def save_state(path: str | os.PathLike, state: Any) -> None:
     """Write nested dictionaries and lists of tensors and JSON values, atomically, in safetensors.
 
-    The structure is in the file's header; nothing that is read can run code.
+    The structure is in the file's header; reading it never runs code.
     """
     tensors: dict[str, Tensor] = {}
     packed = _pack(state, tensors)
@@ -381,7 +380,7 @@ def save_state(path: str | os.PathLike, state: Any) -> None:
 
 
 def load_state(path: str | os.PathLike) -> Any:
-    """What :func:`save_state` wrote, with its tensors on the CPU."""
+    """State written by :func:`save_state`, with its tensors on the CPU."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -399,7 +398,7 @@ def load_state(path: str | os.PathLike) -> Any:
 
 
 def _digest(structure: str, tensor: Callable[[str], Any], names: Collection[str]) -> str:
-    """The sha256 of a state: a file that can be read need not be the one that was written."""
+    """The sha256 of a state, to detect a file that was changed but can still be read."""
     ordered = sorted(names)
     return values_of(None, [structure, ordered, *map(tensor, ordered)])["sha256"]
 
@@ -429,17 +428,17 @@ def _unpack(value: Any, tensor: Callable[[str], Tensor]) -> Any:
 def goes_on(
     folder: Path, steps: int | None = None, minutes: float | None = None, share: float = 1.0
 ) -> bool:
-    """Whether a budget leaves anything to do of a training; refuses one that is too small for it.
+    """True if a budget leaves steps or minutes of a training; refuses one that is too small.
 
     Args:
-        folder: That of its run.
+        folder: Folder of its run.
         steps: The budget in steps, or
         minutes: in minutes.
         share: Share of the minutes that the steps take, before critics follow.
 
     Raises:
-        ValueError: More steps are done, or more minutes gone, than there are to be; or there are
-            to be more of them where training stopped itself.
+        ValueError: The budget is below the steps done or the minutes spent; or it is larger
+            although training stopped itself.
     """
     if not (folder / CHECKPOINT).exists():
         return True

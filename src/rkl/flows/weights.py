@@ -51,8 +51,8 @@ def on_draws(
     """Terms at draws of the flow whose mean has the gradient of D: the score function.
 
     Every weight h(r) has the mean of the others taken off, which leaves the gradient unbiased.
-    It asks nothing of the ratio but its values, and is quiet where q is near p; yet all that it
-    learns it learns from the ratio, so that a critic that errs leads it astray.
+    It needs only values of the ratio, and has little noise where q is near p; but it depends
+    entirely on the ratio, and errors of a critic bias it.
 
     Args:
         divergence: An f-divergence.
@@ -67,7 +67,7 @@ def on_draws(
 def along_path(
     divergence: FDivergence, log_ratio: Float[Tensor, " samples"]
 ) -> Float[Tensor, " samples"]:
-    """Terms whose mean has the gradient of D where it runs through the draws: reparameterised.
+    """Terms whose mean has the gradient of D through the draws: reparameterised.
 
     Least noise where the ratio is smooth and well known, as with an exact density. PrecisionRecall
     and TotalVariation have an h that is a step, with no slope to follow; as in Verine et al.
@@ -101,23 +101,23 @@ def data_weight(
 
 
 def bends(divergence: FDivergence) -> bool:
-    """Whether h has a slope anywhere."""
+    """True if h has a slope anywhere."""
     return bool((_bend(divergence) > 1e-9).any())
 
 
 def bends_everywhere(divergence: FDivergence) -> bool:
-    """Whether h has a slope at every ratio, so that a critic trained on D learns everywhere."""
+    """True if h has a slope at every ratio: a critic trained on D then learns everywhere."""
     return bool((_bend(divergence) > 1e-9).all())
 
 
 def bounded_on_data(divergence: FDivergence) -> bool:
-    """Whether no datum weighs more than its share of maximum likelihood, whatever the ratio."""
+    """True if no datum weighs more than in maximum likelihood, at any ratio."""
     weight = data_weight(divergence, RANGE)
     return bool((weight.abs() <= 1 + 1e-6).all())
 
 
 def is_likelihood(divergence: FDivergence) -> bool:
-    """Whether every datum weighs the same, so that no ratio is needed: KL and its multiples."""
+    """True if every datum weighs the same and no ratio is needed: KL and its multiples."""
     weight = data_weight(divergence, RANGE)
     return bool((weight - weight[0]).abs().max() <= 1e-6 * weight[0].abs())
 

@@ -32,7 +32,7 @@ SPLINES = NSF(transforms=3, hidden=(128, 128), bins=16)  # of few coordinates
 
 
 def default_architecture(target: Target) -> Architecture:
-    """The architecture that a target is fitted with where none is named: its own, or by domain.
+    """Architecture of a target's fit by default: the target's own, or that of its domain.
 
     >>> from rkl.sample import XY
     >>> default_architecture(XY(side=4)) == CoarseToFine.of(XY(side=4))
@@ -57,7 +57,7 @@ def default_architecture(target: Target) -> Architecture:
 
 
 def _ignores_turns(target: Target) -> bool:
-    """True for angles whose density a common turn leaves as it is."""
+    """True for angles whose density does not change under a common turn."""
     middle = torch.tensor([[(it.low + it.high) / 2 for it in target.conditions]])
     x = torch.zeros(1, *target.event_shape, dtype=torch.float64)
     try:
@@ -73,8 +73,8 @@ def build_flow(
 ) -> nn.Module:
     """A flow that warns beyond these ranges of the conditions, where it is not trained.
 
-    Unless the architecture has units of its own, or events are angles, it sees conditions on a
-    standard scale, and the fit will place and scale its events.
+    Unless the architecture has units of its own, or events are angles, conditions are
+    standardised, and the fit sets place and scale of its events.
 
     >>> from rkl.flows import NSF
     >>> from rkl.sample import MoG8
@@ -110,7 +110,6 @@ def _in_units(
 
 
 def _with_angles(architecture: MixedSplines, target: Target) -> MixedSplines:
-    """The architecture with the angles of a target."""
     angles = tuple(target.chart.circle.flatten().nonzero().flatten().tolist())
     if architecture.angles not in (None, angles):
         raise ValueError(
@@ -120,23 +119,23 @@ def _with_angles(architecture: MixedSplines, target: Target) -> MixedSplines:
 
 
 class Within:
-    """Warns where a flow is asked for conditions beyond those that it was trained on.
+    """Warns if a flow is called with conditions beyond its training ranges.
 
     Args:
-        ranges: Those.
+        ranges: The training ranges.
     """
 
     def __init__(self, ranges: tuple[Condition, ...]):
         self.ranges = ranges
 
     def __call__(self, flow: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """What torch calls before the flow."""
-        for k, it in enumerate(self.ranges):
+        """Hook that torch calls before the flow."""
+        for k, one in enumerate(self.ranges):
             values = arguments[0].detach()[..., k].flatten()
-            margin = 1e-6 * max(abs(it.low), abs(it.high))
-            beyond = values[(values < it.low - margin) | (values > it.high + margin)]
+            margin = 1e-6 * max(abs(one.low), abs(one.high))
+            beyond = values[(values < one.low - margin) | (values > one.high + margin)]
             if len(beyond):
                 warn(
-                    f"condition: {it.name}={beyond[0].item():g} is beyond the range that the flow "
-                    f"was trained on, {it.low:g} to {it.high:g}; look at the acceptance."
+                    f"condition: {one.name}={beyond[0].item():g} is beyond the range that the "
+                    f"flow was trained on, {one.low:g} to {one.high:g}; look at the acceptance."
                 )

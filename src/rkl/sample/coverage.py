@@ -1,4 +1,4 @@
-"""Coverage of a target by a flow, which the weights of its own draws cannot show."""
+"""Coverage of a target by a flow, which the weights of its own draws cannot measure."""
 
 import math
 from dataclasses import dataclass, replace
@@ -47,15 +47,15 @@ class Coverage:
     """Coverage of a target by a flow, with the evidence for it.
 
     Attributes:
-        weights: What the flow's own draws say; blind to what it never draws.
+        weights: Figures from the flow's own draws, without parts that it never draws.
         elbo: Mean log-ratio under the flow, in nats: at most log Z.
         eubo: Mean log-ratio under the target, in nats: at least log Z. None without its draws.
         target_ess: Effective share, from draws of the target; None without them.
         reached: Share of the target's mass that the flow's draws account for; None if unknown.
-        modes: Mass of each mode, where the target has any and draws of it are at hand.
-        reasons: Why it fails, a sentence each.
-        doubts: Why what it is judged by cannot be trusted, so that coverage is unknown.
-        source: What it is judged by, where that might miss a part of the target itself.
+        modes: Mass of each mode, if the target has any and there are draws of it.
+        reasons: Reasons for a failure, a sentence each.
+        doubts: Reasons not to trust the reference; coverage is then unknown.
+        source: Name of a reference that may itself miss a part of the target.
     """
 
     weights: Importance
@@ -70,12 +70,12 @@ class Coverage:
 
     @property
     def passed(self) -> bool | None:
-        """True if nothing is missing; None if coverage is unknown."""
+        """True if no part is missing; None if coverage is unknown."""
         return None if self.reached is None or self.doubts else not self.reasons
 
     @property
     def verdict(self) -> str:
-        """One line: passed, failed and how often, or unknown and what it takes to know."""
+        """One line: passed, failed with the number of reasons, or unknown with the remedy."""
         if self.doubts:
             return f"coverage unknown: {self.doubts[0]}"
         if self.passed is None:
@@ -107,7 +107,7 @@ class Coverage:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON can hold it."""
+        """All figures as a dict for JSON."""
         figures = {"elbo": self.elbo, "eubo": self.eubo, "target_ess": self.target_ess}
         figures["reached"] = self.reached
         masses = ("target", "drawn", "reweighted")
@@ -144,23 +144,23 @@ def judge_coverage(
 ) -> Coverage:
     """Test under one condition whether a flow covers its target.
 
-    It takes independent draws of the target: those given, else its exact ones where it has a
+    Uses independent draws of the target: the given ones, else exact ones if it has a
     sampler. Modes are those of :meth:`Target.modes`: the components of a mixture, the rings, the
     winding sectors of the XY model.
 
     Args:
-        target: What the flow should cover.
+        target: The target to cover.
         proposal: The flow.
         condition: One condition.
         held_out: Independent draws of the target that the flow was not trained on.
-        train: What it was trained on, to see that no row of it is held out.
+        train: Training draws, to check that none is in held_out.
         draws: Draws of the flow, and of the target where it has an exact sampler.
         seed: Random seed.
         log_z: An estimate of log Z in nats, where it is not known.
-        islands: Number of independent groups of equal size that held_out comes in, one after
-            another; None where every row is independent.
-        doubts: Why held_out cannot be trusted.
-        source: What held_out comes from, where that might miss a part of the target itself.
+        islands: Number of independent groups of equal size in held_out, one after
+            another; None if every row is independent.
+        doubts: Reasons not to trust held_out.
+        source: Source of held_out, if it may itself miss a part of the target.
 
     Raises:
         ValueError: A row of held_out is in train.
@@ -215,8 +215,8 @@ def judge_ratios(
 
         mass reached = E_q[w] / Z,    1/Z = E_p[1/w],    ESS = 1 / (E_p[w] E_p[1/w])
 
-    The flow's draws see E_q[w] only where they go; draws of the target see 1/Z whatever the
-    flow misses. Both are finite wherever the flow is wider than the target.
+    The flow's draws estimate E_q[w] only where the flow has mass; draws of the target estimate
+    1/Z whatever the flow misses. Both are finite wherever the flow is wider than the target.
 
     Args:
         log_ratio: log p(x) − log q(x) at draws of the flow, in nats.
@@ -226,9 +226,9 @@ def judge_ratios(
         target_labels: The mode of each draw of the target.
         names: The name of each mode.
         sites: Number of sites, for the variance per site.
-        islands: Number of independent groups of equal size that at_target comes in.
-        doubts: Why at_target or log_z cannot be trusted.
-        source: What they come from, where that might miss a part of the target itself.
+        islands: Number of independent groups of equal size in at_target.
+        doubts: Reasons not to trust at_target or log_z.
+        source: Their source, if it may itself miss a part of the target.
 
     >>> half = torch.zeros(1_000)  # q is p on half of its mass, and log Z is 0
     >>> judge_ratios(half - 0.69315, log_z=0.0).reached.value
@@ -265,7 +265,7 @@ def judge_ratios(
 
 
 def _lacking(reached: Mean, source: str):
-    """The flow has what its judges have not: then nothing can be said of what both lack."""
+    """A doubt: the flow has a part that the reference lacks, so both may lack others."""
     if reached.value - 1 > UNREACHED + ERRORS * reached.error:
         yield (
             f"the flow's weights add up to {with_error(*reached)} of the Z of {source}, which so "
@@ -273,42 +273,42 @@ def _lacking(reached: Mean, source: str):
         )
 
 
-def _reasons(found: Coverage):
-    if found.reached is not None:
-        value, margin = found.reached.value, UNREACHED + ERRORS * found.reached.error
+def _reasons(coverage: Coverage):
+    if coverage.reached is not None:
+        value, margin = coverage.reached.value, UNREACHED + ERRORS * coverage.reached.error
         if 1 - value > margin:
-            reached = with_error(*found.reached)
+            reached = with_error(*coverage.reached)
             yield f"the flow's draws account for {reached} of the target's mass."
-        if value - 1 > margin and not found.source:
-            reached = with_error(*found.reached)
+        if value - 1 > margin and not coverage.source:
+            reached = with_error(*coverage.reached)
             yield f"the flow's weights add up to {reached} of log Z: one is wrong."
-    if found.target_ess is not None and found.eubo is not None:
-        ess, own = found.target_ess, found.weights.ess
-        if ess.value + ERRORS * ess.error < SHARE * (own.value - 2 * own.error):
+    if coverage.target_ess is not None and coverage.eubo is not None:
+        ess, own_ess = coverage.target_ess, coverage.weights.ess
+        if ess.value + ERRORS * ess.error < SHARE * (own_ess.value - 2 * own_ess.error):
             yield (
                 f"the effective share is {with_error(*ess)} at draws of the target, "
-                f"and {with_error(*own)} at the flow's own."
+                f"and {with_error(*own_ess)} at the flow's own."
             )
-        width = found.eubo.value - found.elbo.value
-        error = torch.hypot(found.eubo.error, found.elbo.error)
-        spread = found.weights.variance.value
+        width = coverage.eubo.value - coverage.elbo.value
+        error = torch.hypot(coverage.eubo.error, coverage.elbo.error)
+        spread = coverage.weights.variance.value
         if width > 2 * spread + UNREACHED + ERRORS * error:
             yield (
                 f"EUBO - ELBO is {with_error(width, error)} nats, where the variance of the "
                 f"flow's own log-weights makes for {spread:.3g}."
             )
-    missing = [it for it in found.modes if it.missing]
+    missing = [mode for mode in coverage.modes if mode.missing]
     if missing:
-        named = ", ".join(f"{it.name} with mass {with_error(*it.target)}" for it in missing)
-        yield f"{len(missing)} of {len(found.modes)} modes are missing: {named}."
+        named = ", ".join(f"{mode.name} with mass {with_error(*mode.target)}" for mode in missing)
+        yield f"{len(missing)} of {len(coverage.modes)} modes are missing: {named}."
         return  # the masses of all others are too large by as much
-    for it in found.modes:
-        apart = (it.reweighted.value - it.target.value).abs()
-        error = torch.hypot(it.reweighted.error, it.target.error)
-        if apart > OFF * it.target.value + ERRORS * error:
+    for mode in coverage.modes:
+        apart = (mode.reweighted.value - mode.target.value).abs()
+        error = torch.hypot(mode.reweighted.error, mode.target.error)
+        if apart > OFF * mode.target.value + ERRORS * error:
             yield (
-                f"mode {it.name} has mass {with_error(*it.target)}, "
-                f"and {with_error(*it.reweighted)} after reweighting."
+                f"mode {mode.name} has mass {with_error(*mode.target)}, "
+                f"and {with_error(*mode.reweighted)} after reweighting."
             )
 
 
@@ -349,7 +349,7 @@ def _checked_at_target(at_target: Any) -> Tensor:
 
 
 def _mean_of_islands(values: Tensor, islands: int | None) -> Mean:
-    """The mean, with the error that independent groups of rows give where it is the larger."""
+    """The mean; its error is that of independent groups of rows if that is larger."""
     by_row = mean(values)
     if islands is None:
         return by_row

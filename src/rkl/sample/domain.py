@@ -1,4 +1,4 @@
-"""Flows of angles and flows of the line, which must not be taken for one another."""
+"""Checks that flows of angles and flows of the line are not confused."""
 
 import math
 from typing import Any
@@ -43,8 +43,8 @@ def check_architecture(architecture: Architecture, target: Target) -> None:
 def check_domain(law: Any, target: Target, like: Tensor) -> None:
     """Refuse a distribution on the line as a proposal for angles.
 
-    The density of a flow of angles integrates to 1 over one period. So a turn by 2π leaves it as
-    it is, or leads to where there is none.
+    The density of a flow of angles integrates to 1 over one period. So a turn by 2π does not
+    change it, or leads to a density of 0.
 
     Args:
         law: The distribution of the flow.

@@ -1,4 +1,4 @@
-"""Measure a flow on what it was fitted to, condition by condition, every figure with its error."""
+"""Evaluation of a flow on its target, condition by condition, every figure with its error."""
 
 import itertools
 import math
@@ -65,19 +65,19 @@ def evaluate_on_target(
     reference: bool = False,
     seed: int = 0,
 ) -> Evaluation:
-    """Measure a flow on its target: what it gives after correction, and what it may lack.
+    """Measure a flow on its target: averages and log Z after correction, and coverage.
 
     Args:
         flow: The flow, called with a condition.
-        target: What it was fitted to.
-        condition: Where to measure; by default eight values across the target's range.
+        target: The target of its fit.
+        condition: Conditions to measure at; by default eight values across the target's range.
         draws: Draws of each chain.
         chains: Chains under each condition.
         held_out: Independent draws of the target under each condition, not trained on.
-        train: What it was trained on, to see that no row of it is held out.
+        train: Training draws, to check that none is in held_out.
         reference: Whether to draw the target without the flow as well: exactly where it has a
-            sampler, else by particles cooled to it (:func:`rkl.sample.evidence`), from which the
-            target's own kernel goes on, such as the heat bath of XY and Phi4.
+            sampler, else by particles cooled to it (:func:`rkl.sample.evidence`), followed by
+            chains of the target's own kernel, such as the heat bath of XY and Phi4.
         seed: Random seed.
 
     >>> from rkl.sample import GaussianMixture
@@ -121,14 +121,14 @@ def evaluate_on_target(
 
 @dataclass(frozen=True)
 class _Judges:
-    """What coverage is judged by: draws of the target under each condition, and their log Z."""
+    """References of coverage: draws of the target under each condition, and their log Z."""
 
     held_out: Sequence[Tensor] | None = None
     evidence: Evidence | None = None
     source: str = ""
 
     def of(self, row: int) -> dict[str, Any]:
-        """What they say under one condition."""
+        """The references under one condition."""
         arguments: dict[str, Any] = {"source": self.source}
         if self.held_out is not None:
             arguments["held_out"] = self.held_out[row]
@@ -140,15 +140,15 @@ class _Judges:
         return arguments
 
 
-def _with_deviations(found: Evaluation) -> Iterator[Coverage]:
-    """Coverage, which fails too where averages of the flow are not those of the reference."""
-    apart = {name: z for name, z in found.deviations().items() if name in found.values}
-    drawn = found.reference
+def _with_deviations(evaluation: Evaluation) -> Iterator[Coverage]:
+    """Coverage that also fails if averages of the flow differ from those of the reference."""
+    apart = {name: z for name, z in evaluation.deviations().items() if name in evaluation.values}
+    drawn = evaluation.reference
     if drawn is None or not any(bool((z.abs() > DEVIATES).any()) for z in apart.values()):
-        yield from found.coverage
+        yield from evaluation.coverage
         return
-    both = found.effective, drawn.effective
-    for row, it in enumerate(found.coverage):
+    both = evaluation.effective, drawn.effective
+    for row, it in enumerate(evaluation.coverage):
         reasons = [
             f"{name} is {z[row]:.3g} errors from that of the {drawn.source}."
             for name, z in apart.items()
@@ -189,14 +189,14 @@ def _log_ratios(flow, target, condition, draws: int, seed: int) -> tuple[Tensor,
 
 
 def _observables(target: Target, x: Tensor, condition: Tensor) -> Values:
-    """What is measured of states [rows, chains, draws, *event]."""
+    """Observables of states [rows, chains, draws, *event]."""
     return observe(target, x, condition[:, None, None, :].expand(*x.shape[:3], -1))
 
 
 def _reference(
     target: Target, condition: Tensor, draws: int, seed: int, judges: _Judges
 ) -> tuple[Reference, _Judges]:
-    """Draws of the target without the flow, and what coverage is judged by."""
+    """Draws of the target without the flow, and the references of coverage."""
     began = time.perf_counter()
     x = _exact_chains(target, condition, draws, seed)
     if x is None:
@@ -227,7 +227,7 @@ def _thin(x: Tensor) -> list[Tensor]:
 def _cooled_reference(
     target: Target, condition: Tensor, draws: int, seed: int, judges: _Judges
 ) -> tuple[Reference, _Judges]:
-    """Particles, and chains of the target's kernel that go on from them where it has one."""
+    """Particles, and chains of the target's kernel started from them if it has one."""
     began = time.perf_counter()
     particles = _particles(target, len(condition))
     cooled = evidence(target, condition, particles=particles, islands=ISLANDS, seed=seed)
@@ -267,7 +267,7 @@ def _cooled_reference(
 
 
 def _particles(target: Target, rows: int) -> int:
-    """Particles of an island, fewer where coordinates or conditions are many."""
+    """Number of particles of an island, smaller for many coordinates or conditions."""
     size = math.prod(target.event_shape)
     particles = next(count for most, count in PARTICLES if size <= most)
     if bool(target.chart.circle.all()):
@@ -276,13 +276,13 @@ def _particles(target: Target, rows: int) -> int:
 
 
 def _with_islands(mean: Mean, values: Tensor) -> Mean:
-    """A mean, with the error that the scatter of islands gives where it is the larger."""
+    """A mean; its error is that of the scatter of islands if that is larger."""
     scatter = values.double().mean(-1).std(-1) / math.sqrt(values.shape[-2])
     return Mean(mean.value, torch.maximum(mean.error, scatter))
 
 
 def _agree(values: Values, source: str) -> bool:
-    """True if chains have mixed; a warning where they have not."""
+    """True if chains have mixed; a warning if they have not."""
     ratios = torch.stack([rhat(it.movedim(0, -1)) for it in values.values()])
     stuck = bool(ratios.isnan().all(0).any())  # one quantity may be constant, not all of them
     worst = math.inf if stuck else ratios.nan_to_num(1.0).max().item()
@@ -295,7 +295,7 @@ def _agree(values: Values, source: str) -> bool:
 
 
 def _log_z(target, condition, seed: int) -> tuple[Mean | None, str, float]:
-    """Without the flow: log Z, where it comes from, and how long it took."""
+    """Log Z without the flow, its source, and the seconds that it took."""
     exact = exact_log_z(target, condition)
     if exact is not None:
         return Mean(exact.double(), torch.zeros_like(exact.double())), "its known value", 0.0
@@ -329,7 +329,7 @@ def _beside(flow, target, chain: Chain, held_out) -> Iterator[dict[str, Mean]]:
 
 
 def _thermodynamics(target, condition, log_ratio, log_p) -> Thermodynamics:
-    """With T where there is one, and one series of temperatures for each value of the rest."""
+    """Thermodynamics with T if there is one, a series of temperatures for each other condition."""
     if not has_temperature(target):
         one = torch.ones(len(condition))
         return _concatenate(
@@ -361,22 +361,22 @@ def _concatenate(parts: list[Thermodynamics]) -> Thermodynamics:
 
 
 class NotCoveredError(RuntimeError):
-    """A flow lacks a part of its target, or nothing shows that it does not."""
+    """A flow lacks a part of its target, or its coverage is not shown."""
 
 
 @single_precision()
 def evaluate_run(
     path: str | os.PathLike, settings: EvaluateSettings, *, allow: Collection[str] = ()
 ) -> Evaluation:
-    """Measure the flow of a run on its target; the run keeps it as ``evaluation.json``.
+    """Measure the flow of a run on its target, and write ``evaluation.json`` into the run.
 
     Args:
         path: The folder of the run.
-        settings: Where it is measured.
-        allow: What its ``run.json`` may have imported, each "module:name".
+        settings: Conditions and draws of the evaluation.
+        allow: Names that its ``run.json`` may import, each "module:name".
 
     Raises:
-        NotCoveredError: Under ``strict``, a part of the target is missing or may be.
+        NotCoveredError: With ``strict``, a part of the target is missing or may be.
         ValueError: The held-out draws were trained on, or a setting does not fit the run.
     """
     run, _device = Run.open(path), checks.device(settings.device)
@@ -405,24 +405,23 @@ def measure_run(
     )
 
 
-def _why(found: Evaluation) -> str:
-    """The worst condition, in one line."""
-    if bool(found.chain.failed.any()):
-        return f"a chain never moved under {int(found.chain.failed.sum())} conditions."
-    unknown = [it.verdict for it in found.coverage if it.passed is None]
-    return found.why or unknown[0]
+def _why(evaluation: Evaluation) -> str:
+    if bool(evaluation.chain.failed.any()):
+        return f"a chain never moved under {int(evaluation.chain.failed.sum())} conditions."
+    unknown = [it.verdict for it in evaluation.coverage if it.passed is None]
+    return evaluation.why or unknown[0]
 
 
 def _where(
-    found: TargetRun, settings: EvaluateSettings, run: Run
+    target_run: TargetRun, settings: EvaluateSettings, run: Run
 ) -> tuple[Tensor, list[Tensor] | None]:
     """The conditions, and the held-out draws under each of them if there are any."""
-    ranges = found.ranges
+    ranges = target_run.ranges
     if settings.condition is not None:
-        ranges = parse_ranges(settings.condition, found.target)
+        ranges = parse_ranges(settings.condition, target_run.target)
     if settings.data is None:
         return condition_grid(ranges, settings.values), None
-    x, condition = read_draws(settings.data, found.target)
+    x, condition = read_draws(settings.data, target_run.target)
     seen = run.count_seen([row.tobytes() for row in x.numpy()])
     if seen:
         raise ValueError(
@@ -444,7 +443,7 @@ def _where(
     x, condition = (it[inside].to(settings.device) for it in (x, condition))
     rows, group = (
         condition.unique(dim=0, return_inverse=True)
-        if found.ranges
+        if target_run.ranges
         else (
             condition[:1],
             torch.zeros(len(x), dtype=torch.long),
@@ -465,8 +464,8 @@ def report_runs(
     Args:
         paths: The folder of the run.
         out: The file; ``report.html`` in the folder of the run by default.
-        allow: What the ``run.json`` may have imported, each "module:name".
-        overwrite: Replaces a file of others there.
+        allow: Names that the ``run.json`` may import, each "module:name".
+        overwrite: Replace a file of others there.
     """
     run = single_run(paths, out, overwrite)
     settings = EvaluateSettings(draws=1_000, reference=True)

@@ -1,4 +1,4 @@
-"""What is known of a flow beside its target: figures with their errors, as text and as JSON."""
+"""Results of an evaluation of a flow on its target, with errors, as text and as JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,18 +24,18 @@ Values = dict[str, Float[Tensor, "rows chains draws"]]
 
 @dataclass(frozen=True)
 class Reference:
-    """Draws of the target that owe nothing to the flow, [rows, chains, draws].
+    """Draws of the target made without the flow, [rows, chains, draws].
 
     Attributes:
         x: The draws.
         values: The observables of each.
         averages: Their means, with errors.
-        source: Where they come from.
-        seconds: What they took.
+        source: Name of the method.
+        seconds: Seconds that they took.
         mixed: Whether its chains agree with one another, or its particles are not in doubt.
-        log_z: In nats: known, or of thermodynamic integration; None where neither can be had.
-        log_z_source: Where it comes from.
-        log_z_seconds: What it took.
+        log_z: log Z in nats: known, or by thermodynamic integration; None if neither is possible.
+        log_z_source: Name of its method.
+        log_z_seconds: Seconds that it took.
     """
 
     x: Float[Tensor, "rows chains draws *event"]
@@ -56,21 +56,21 @@ class Reference:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A flow beside its target, under several conditions.
+    """Evaluation of a flow on its target, under several conditions.
 
     Attributes:
         target: The target.
         condition: The conditions, one a row.
-        weights: What the log-ratios of independent draws say, never pooled over conditions.
+        weights: Figures of the log-ratios of independent draws, never pooled over conditions.
         thermodynamics: log Z, F, S and ⟨E⟩; for targets without a temperature T = 1, E = −log p.
-        chain: What independent Metropolis made of the flow.
+        chain: Chains of independent Metropolis with proposals of the flow.
         values: The observables along the chain.
         averages: Their means after the correction, with errors.
-        coverage: Whether the flow reaches all of the target, row by row.
-        beside: AdvNF's figures beside draws that the flow has not seen, row by row; else empty.
-        reference: Draws that owe nothing to the flow, if they were asked for.
-        seconds: What the chain took.
-        weights_seconds: What the independent draws took.
+        coverage: Whether the flow covers the target, row by row.
+        beside: AdvNF's figures against held-out draws, row by row; else empty.
+        reference: Draws made without the flow, if requested.
+        seconds: Seconds that the chain took.
+        weights_seconds: Seconds that the independent draws took.
         tails: Pareto k of the terms of each average, [rows]; above 0.7 it cannot be trusted.
     """
 
@@ -95,30 +95,30 @@ class Evaluation:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the target is covered under every condition; None where it is not known."""
+        """True if the target is covered under every condition; None if that is unknown."""
         verdicts = {it.passed for it in self.coverage}
         return False if False in verdicts else None if None in verdicts else True
 
     @property
     def reasons(self) -> list[str]:
-        """Why coverage failed, each with its condition."""
+        """Reasons why coverage failed, each with its condition."""
         pairs = zip(self.conditions(), self.coverage, strict=True)
         return [f"{at}: {reason}" for at, it in pairs for reason in it.reasons]
 
     @property
     def has_heavy_tail(self) -> bool:
-        """Whether a figure has a tail too heavy to be trusted; tables mark it with a star."""
+        """True if a figure has a tail too heavy to be trusted; tables mark it with a star."""
         tails = (self.weights.tail, *self.thermodynamics.tails.values(), *self.tails.values())
         return any(bool((it > HEAVY).any()) for it in tails)
 
     @property
     def warnings(self) -> list[str]:
-        """What is to be said of the weights, unless coverage was shown by other draws."""
+        """Warnings about the weights, unless coverage was shown by other draws."""
         return [] if self.passed else self.weights.warnings
 
     @property
     def why(self) -> str:
-        """Why coverage failed under the worst condition, the plainest reason first."""
+        """Reasons for failure under the worst condition, the clearest first."""
         failed = [it for it in self.coverage if it.passed is False]
         if not failed:
             return ""
@@ -150,7 +150,7 @@ class Evaluation:
         return [f"draws by {source} cannot be trusted here, and no average is judged by them."]
 
     def deviations(self) -> dict[str, Float[Tensor, " rows"]]:
-        """By how many standard errors each average differs from a mixed reference's."""
+        """Deviation of each average from a mixed reference's, in standard errors."""
         if self.reference is None or not self.reference.mixed:
             return {}
         pairs = {name: (it, self.reference.averages[name]) for name, it in self.averages.items()}
@@ -171,7 +171,7 @@ class Evaluation:
         return "\n".join(_lines(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures as JSON can hold them."""
+        """All figures as a dict for JSON."""
         thermal = self.thermodynamics
         named = "log_z", "energy", "free_energy", "entropy", "heat_capacity"
         return {
@@ -202,8 +202,8 @@ def _effective(values: Values) -> dict[str, Tensor]:
     return {name: ess(it.movedim(0, -1)) for name, it in values.items()}
 
 
-def _of_reference(found: Evaluation) -> dict[str, Any]:
-    drawn = found.reference
+def _of_reference(evaluation: Evaluation) -> dict[str, Any]:
+    drawn = evaluation.reference
     assert drawn is not None
     return {
         "source": drawn.source,
@@ -214,58 +214,60 @@ def _of_reference(found: Evaluation) -> dict[str, Any]:
         "log_z": None if drawn.log_z is None else to_json(drawn.log_z),
         "log_z_source": drawn.log_z_source,
         "log_z_seconds": drawn.log_z_seconds,
-        "deviations": {name: it.tolist() for name, it in found.deviations().items()},
+        "deviations": {name: it.tolist() for name, it in evaluation.deviations().items()},
     }
 
 
-def _lines(found: Evaluation) -> Iterator[str]:
-    chains, draws = found.chain.accepted.shape[-2:]
-    yield f"{found.target}: {chains} chains of {draws:,} draws under each condition"
-    units = found.units()
-    means = {f"{k} ({units[k]})" if k in units else k: it for k, it in found.averages.items()}
-    tails = [found.tails.get(name) for name in found.averages]
+def _lines(evaluation: Evaluation) -> Iterator[str]:
+    chains, draws = evaluation.chain.accepted.shape[-2:]
+    yield f"{evaluation.target}: {chains} chains of {draws:,} draws under each condition"
+    units = evaluation.units()
+    means = {f"{k} ({units[k]})" if k in units else k: it for k, it in evaluation.averages.items()}
+    tails = [evaluation.tails.get(name) for name in evaluation.averages]
     title = "After Metropolis; errors in units of the last digit"
-    yield f"\n{figures(found, title, means, tails).text()}\n"
-    weights = found.weights
+    yield f"\n{figures(evaluation, title, means, tails).text()}\n"
+    weights = evaluation.weights
     columns = {"acceptance": weights.acceptance, "ESS": weights.ess, "v per site": weights.v}
-    columns |= thermal_columns(found)
+    columns |= thermal_columns(evaluation)
     tails = [weights.tail if name in FROM_WEIGHTS else None for name in columns]
-    tails = [thermal_tail(found, name, of) for name, of in zip(columns, tails, strict=True)]
+    tails = [thermal_tail(evaluation, name, of) for name, of in zip(columns, tails, strict=True)]
     title = "The flow itself, and what the weights of its draws give"
-    yield f"{figures(found, title, columns, tails).text()}\n"
-    yield from _verdicts(found)
+    yield f"{figures(evaluation, title, columns, tails).text()}\n"
+    yield from _verdicts(evaluation)
 
 
-def thermal_columns(found: Evaluation) -> dict[str, Mean]:
-    """Log Z, and with F and S per site, under names that say the unit."""
-    thermal, sites = found.thermodynamics, found.weights.sites
+def thermal_columns(evaluation: Evaluation) -> dict[str, Mean]:
+    """Log Z, and per site log Z, F and S, under names with their units."""
+    thermal, sites = evaluation.thermodynamics, evaluation.weights.sites
     columns = {"log Z (nats)": thermal.log_z}
     each = {"log Z/N (nats)": thermal.log_z}
-    if has_temperature(found.target):
-        unit = found.target.conditions[0].unit
+    if has_temperature(evaluation.target):
+        unit = evaluation.target.conditions[0].unit
         each[f"F/N ({unit})" if unit else "F/N"] = thermal.free_energy
-    if has_temperature(found.target) or found.target.units:
+    if has_temperature(evaluation.target) or evaluation.target.units:
         each["S/N (nats)"] = thermal.entropy
-    if has_temperature(found.target) and not found.target.units:
-        unit = found.target.conditions[0].unit
+    if has_temperature(evaluation.target) and not evaluation.target.units:
+        unit = evaluation.target.conditions[0].unit
         each |= {f"E/N ({unit})" if unit else "E/N": thermal.energy}
         each["C/N (k_B)"] = thermal.heat_capacity
     return columns | {name: Mean(it.value / sites, it.error / sites) for name, it in each.items()}
 
 
-def thermal_tail(found: Evaluation, name: str, known: Tensor | None = None) -> Tensor | None:
+def thermal_tail(evaluation: Evaluation, name: str, known: Tensor | None = None) -> Tensor | None:
     """Pareto k of a column of :func:`thermal_columns`, [rows]."""
     letter = name.partition("/")[0].partition(" ")[0]
     quantity = {"log": "log_z", "E": "energy", "F": "free_energy", "S": "entropy"} | {
         "C": "heat_capacity"
     }
-    return found.thermodynamics.tails.get(quantity.get(letter, ""), known)
+    return evaluation.thermodynamics.tails.get(quantity.get(letter, ""), known)
 
 
-def _verdicts(found: Evaluation) -> Iterator[str]:
-    rows = len(found.coverage)
-    if found.passed is None:
-        unknown = [(at, it) for at, it in zip(found.conditions(), found.coverage, strict=True)]
+def _verdicts(evaluation: Evaluation) -> Iterator[str]:
+    rows = len(evaluation.coverage)
+    if evaluation.passed is None:
+        unknown = [
+            (at, it) for at, it in zip(evaluation.conditions(), evaluation.coverage, strict=True)
+        ]
         unknown = [(at, it) for at, it in unknown if it.passed is None]
         at, first = unknown[0]
         if first.doubts:
@@ -273,25 +275,27 @@ def _verdicts(found: Evaluation) -> Iterator[str]:
             yield from (f"- {at}: {doubt}" for at, it in unknown for doubt in it.doubts)
         else:
             yield first.verdict + "; --reference or --data gives some"
-    elif found.passed:
+    elif evaluation.passed:
         where = f"all {rows} conditions" if rows > 1 else "the one condition measured"
-        source = found.coverage[0].source
+        source = evaluation.coverage[0].source
         yield f"Covered under {where}" + f", as far as {source} see" * bool(source) + "."
     else:
-        failed = sum(it.passed is False for it in found.coverage)
+        failed = sum(it.passed is False for it in evaluation.coverage)
         yield f"NOT COVERED under {failed} of {rows} conditions:"
-        yield from (f"- {it}" for it in found.reasons[:REASONS])
-        if len(found.reasons) > REASONS:
-            yield f"- and {len(found.reasons) - REASONS} more."
-    yield from (f"Warning: {it}" for it in found.warnings)
-    stuck = int(found.chain.failed.sum())
+        yield from (f"- {it}" for it in evaluation.reasons[:REASONS])
+        if len(evaluation.reasons) > REASONS:
+            yield f"- and {len(evaluation.reasons) - REASONS} more."
+    yield from (f"Warning: {it}" for it in evaluation.warnings)
+    stuck = int(evaluation.chain.failed.sum())
     if stuck:
         yield f"Warning: {stuck} conditions have a chain that never moved; they are no result."
-    yield from (f"Warning: {it}" for it in found.reference_warnings)
-    for name, z in found.deviations().items():
+    yield from (f"Warning: {it}" for it in evaluation.reference_warnings)
+    for name, z in evaluation.deviations().items():
         rms = z.square().mean().sqrt().item()
-        assert found.reference is not None
-        source = found.reference.log_z_source if name == "log Z" else found.reference.source
+        assert evaluation.reference is not None
+        source = (
+            evaluation.reference.log_z_source if name == "log Z" else evaluation.reference.source
+        )
         yield f"{name} against {source}: rms z = {rms:.2f}"
 
 

@@ -23,15 +23,15 @@ def find_evidence(
     seed: int = 0,
     device: str = "cpu",
 ) -> str:
-    """Find log Z of a target under some conditions, and write draws of it if asked.
+    """Find log Z of a target under some conditions, and write draws of it if ``out`` is given.
 
     Args:
         target: Its text, such as "xy(side=8)".
         condition: Ranges of its conditions; by default all of them.
-        values: How many values of the first condition.
+        values: Number of values of the first condition.
         particles: Particles of an island.
         islands: Independent populations.
-        out: Where to write the draws: .npz with x and condition.
+        out: File for the draws: .npz with x and condition.
         overwrite: Replace the file there.
         seed: Random seed.
         device: The cpu, where targets are computed.
@@ -71,9 +71,9 @@ def find_evidence(
     return Table(title, ("", "log Z (nats)"), rows, notes).text()
 
 
-def _write(out: Path, found: Evidence) -> None:
-    x = found.x.flatten(1, 2)
-    condition = found.condition[:, None].expand(*x.shape[:2], -1)
+def _write(out: Path, evidence_found: Evidence) -> None:
+    x = evidence_found.x.flatten(1, 2)
+    condition = evidence_found.condition[:, None].expand(*x.shape[:2], -1)
     arrays = {"x": x.flatten(0, 1).numpy(), "condition": condition.flatten(0, 1).numpy()}
     with replacing(out) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)

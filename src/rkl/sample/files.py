@@ -12,10 +12,10 @@ from rkl.sample.targets import Target
 
 
 def write_chain(path: Path, chain: Chain, observed: Mapping[str, Tensor], target: Target) -> None:
-    """Write chains under one condition atomically: .nc as ArviZ has it, .npz, or states as .npy.
+    """Write chains under one condition atomically: .nc as in ArviZ, .npz, or states as .npy.
 
-    Both of the first keep the states, log p and log q, their difference, whether each proposal
-    was taken, and the observables.
+    The first two contain the states, log p and log q, their difference, whether each proposal
+    was accepted, and the observables.
     """
     from rkl.runs import replacing
 

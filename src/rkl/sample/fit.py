@@ -1,6 +1,7 @@
 """Fit a flow to an unnormalised density, at all its conditions at once.
 
-A target's gradient is the path's, but the score's beside particles or where there is no path.
+The gradient of terms on the target is the path gradient; with particles, or without a path, it is
+that of the score function.
 """
 
 import functools
@@ -50,7 +51,7 @@ LogProb = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TargetFit:
-    """A flow fitted to a target, and how it came about.
+    """A flow fitted to a target, with its training.
 
     Attributes:
         flow: ``flow(condition)`` has ``log_prob`` in nats and ``sample``.
@@ -93,22 +94,23 @@ def fit_to_target(
         flow: An architecture, built here, or a flow over the events of the target; of coordinates
             with bounds an architecture, or what an earlier fit returned.
         target: The density, up to log Z of each condition.
-        conditions: Values to train at; or ranges, by default the target's, seen at random.
+        conditions: Values to train at; or ranges to draw from, by default the target's.
         objective: A divergence, a sum of terms, its text, or the name of a variant of AdvNF.
         data: Draws of the target [rows, *event], and their conditions.
         steps: The budget in steps, or
         minutes: in minutes.
         seed: Random seed.
         batch: Draws of a step, all conditions together.
-        strata: Of each condition, all seen equally by every step; of several, in Latin squares.
-        anneal: By default on the line: to 8 coordinates a target's terms join the likelihood of
-            particles, which also stand in for data; beyond, without data, the β of p^β rises.
-        critic: How a term on the critic learns its ratio.
-        log_z: "learned" has each step estimate it where terms that are not scale-free need it.
+        strata: Number of strata of each condition, equal in every step; Latin squares for several.
+        anneal: By default on the line: up to 8 coordinates the likelihood of particles is added
+            to the target's terms, and particles replace data; beyond, without data, the β of p^β
+            rises.
+        critic: Critic that learns the ratio of a term on the critic.
+        log_z: "learned" estimates it in each step for terms that are not scale-free.
         lr: Highest learning rate.
         clip: Greatest norm of the gradient.
         ema: Decay of the average of the parameters.
-        run: Where to save and to log; an interrupted fit goes on from there.
+        run: Run folder for checkpoints and log; an interrupted fit continues from there.
         every: Steps between rows of the history.
 
     Raises:
@@ -137,7 +139,7 @@ def fit_to_target(
 
 
 def _without_bounds(flow: nn.Module, target: Target, data) -> tuple[nn.Module, Any]:
-    """The flow, and the data, of the coordinates without bounds."""
+    """The flow, and the data, in coordinates without bounds."""
     if not isinstance(flow, Bounded):
         raise ValueError(
             f"flow must be an architecture for {target}, whose coordinates have bounds, or what "
@@ -152,7 +154,7 @@ def _without_bounds(flow: nn.Module, target: Target, data) -> tuple[nn.Module, A
 
 
 def _check_target(flow, target: Target, given: "_Conditions", chosen: Objective, anneal) -> None:
-    """Refuse a log-density that the terms of the objective could not use."""
+    """Refuse a log-density that the terms of the objective cannot use."""
     dtype = next(flow.parameters()).dtype
     middle = torch.tensor([(it.low + it.high) / 2 for it in given.training_ranges])
     gradient = chosen.uses("target") and not _cools(target, anneal)
@@ -182,7 +184,7 @@ def _anneals(flow, target: Target, objective: Objective, data, anneal: bool | No
 
 
 def _cools(target: Target, anneal: bool) -> bool:
-    """Whether particles are cooled to the target."""
+    """True if particles are cooled to the target."""
     return anneal and math.prod(target.event_shape) <= MAX_COOLED_SIZE
 
 
@@ -218,7 +220,7 @@ def _of_target(target: Target, ranges: Any) -> tuple[Condition, ...]:
 
 
 class _Conditions:
-    """The values of the conditions that a step sees, one for each stratum."""
+    """Values of the conditions of a step, one for each stratum."""
 
     def __init__(self, target: Target, chosen: Tensor | Sequence[Condition] | None, strata: int):
         self.values = values = chosen if isinstance(chosen, Tensor) else None
@@ -262,7 +264,7 @@ class _Conditions:
 
 
 class _Rows:
-    """Draws of the target, handed out equally from every condition."""
+    """Draws of the target, used equally often for every condition."""
 
     def __init__(self, target: Target, data: tuple[Tensor, Tensor]):
         if not isinstance(data, tuple) or len(data) != 2:
@@ -285,7 +287,7 @@ class _Rows:
         self.starts = counts.cumsum(0) - counts
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Rows [groups, each] of all conditions, as many of each as the batch has room for."""
+        """Rows [groups, each] of all conditions, as many of each as fit into the batch."""
         each = max(2, batch // len(self.counts))
         share = torch.rand(len(self.counts), each)
         picked = (share * self.counts[:, None]).long() + self.starts[:, None]
@@ -294,7 +296,7 @@ class _Rows:
 
 
 class _Fitting:
-    """The loss of a step, and the inverse temperature β that it is at."""
+    """The loss of a step, and its inverse temperature β."""
 
     def __init__(self, flow, target, objective, conditions, draws, anneal, data, critic):
         self.flow, self.target, self.objective = flow, target, objective
@@ -324,7 +326,7 @@ class _Fitting:
             _check_integrated(law, target)
 
     def place(self) -> None:
-        """Give a flow that was never placed the mean and the width of the events at hand."""
+        """Set mean and width of a flow that has none, from the events of this step."""
         seen, flow = self.particles or self.rows, self.flow
         if seen is None:
             return
@@ -340,7 +342,7 @@ class _Fitting:
             flow.scale.copy_(torch.where((x.std(0) > 0) & ~circle, x.std(0), 1.0))
 
     def stateful(self) -> dict[str, Any]:
-        """What is saved beside the flow."""
+        """Objects that are saved with the flow."""
         states: dict[str, Any] = {"annealing": self}
         states |= {} if self.particles is None else {"particles": self.particles}
         if self.critic is None:
@@ -354,7 +356,7 @@ class _Fitting:
         self.beta, self.share = state_dict["beta"], state_dict.get("share", 0.0)
 
     def law(self, condition: Tensor, held: bool = False) -> Any:
-        """What the flow returns; ``held``, its parameters have no gradient."""
+        """Distribution of the flow; with ``held``, its parameters have no gradient."""
         arguments = (condition,) if self.target.conditions else ()
         if not held:
             return self.flow(*arguments)
@@ -400,7 +402,7 @@ class _Fitting:
         return torch.stack(losses).mean()
 
     def tell(self, moment: Moment, log_ratio: Float[Tensor, "draws strata"]) -> None:
-        """Log how good the draws are, and let β rise if they are good enough."""
+        """Log figures of the draws, and raise β if the draws are good enough."""
         draws = len(log_ratio)
         ess = (2 * log_ratio.logsumexp(0) - (2 * log_ratio).logsumexp(0)).exp().mean() / draws
         first, other = log_ratio[: draws // 2], log_ratio[draws // 2 : 2 * (draws // 2)]
@@ -463,13 +465,13 @@ class _Fitting:
         return on_draws(divergence, log_ratio, law.log_prob(drawn)).mean()
 
     def critic_input(self, x: Tensor) -> Tensor:
-        """What a critic sees of events: angles as points of the circle."""
+        """Inputs of a critic: angles as points of the circle."""
         x, circle = x.flatten(1), self.target.chart.circle.flatten()
         return torch.cat([x[:, ~circle], x[:, circle].cos(), x[:, circle].sin()], 1)
 
 
 def _log_ratio(fitting: _Fitting, law: Distribution, condition: Tensor):
-    """Log p − log q [draws, strata]; and log q, where the draws do not follow the parameters."""
+    """Log p − log q [draws, strata]; and log q, if the draws do not depend on the parameters."""
     shape = (fitting.draws,)
     if isinstance(law, SitesDistribution):
         return law.path_log_ratio(fitting.log_prob, shape, fitting.beta), None
@@ -480,8 +482,8 @@ def _log_ratio(fitting: _Fitting, law: Distribution, condition: Tensor):
     # score function sees, and it is quiet where particles have led the flow near p.
     if law.has_rsample and fitting.particles is None:
         x = law.rsample(torch.Size(shape))
-        held = fitting.law(condition, held=True).log_prob(x)
-        return fitting.log_prob(x, condition.expand(batch)) - held, None
+        constant_log_q = fitting.law(condition, held=True).log_prob(x)
+        return fitting.log_prob(x, condition.expand(batch)) - constant_log_q, None
     x, _ = draw(law, shape)
     log_q = law.log_prob(x)
     log_ratio = fitting.log_prob(x, condition.expand(batch)) - log_q.detach()

@@ -1,4 +1,4 @@
-"""What the log-ratios of a flow's draws are worth: log Z, expectations, free energy, entropy."""
+"""Log Z, expectations, free energy and entropy from the log-ratios of a flow's draws."""
 
 import math
 from collections.abc import Mapping
@@ -15,22 +15,24 @@ from rkl.stats import Mean, pareto_k, to_json
 HEAVY = 0.7  # Pareto k above which neither a mean nor its error can be trusted
 LIGHT = 20.0  # means that the largest term of a mean must reach before its tail can be judged
 MIN_NORMAL_SITES = 16  # sites from which log-weights are sums of many terms, and so about normal
-APART = 0.03  # by how much acceptance or ESS may leave the law, beyond 4 standard errors
+APART = (
+    0.03  # allowed deviation of acceptance or ESS from normal weights, beyond 4 standard errors
+)
 
 
 @dataclass(frozen=True)
 class Importance:
-    r"""How good a proposal q is for a target p, from log p(x) − log q(x) at draws x of q.
+    r"""Quality of a proposal q for a target p, from log p(x) − log q(x) at draws x of q.
 
     If log-weights are normal with variance s², as sums over many sites are, the effective share
-    is exp(−s²) and independent Metropolis accepts erfc(s/2). Where what is measured differs,
-    the weights have a heavy tail, or q lacks some of p: then ``warnings`` says so. None of it
-    sees a mode that q never draws; see :mod:`rkl.sample.coverage`.
+    is exp(−s²) and independent Metropolis accepts erfc(s/2). If the measured values differ,
+    the weights have a heavy tail, or q lacks some of p; ``warnings`` then has a sentence. None
+    of it detects a mode that q never draws; see :mod:`rkl.sample.coverage`.
 
     Attributes:
         log_z: log of the mean weight, in nats, [\*conditions].
         ess: Effective share of the draws, in (0, 1], [\*conditions].
-        acceptance: E min(1, w′/w) over independent pairs, what a long chain accepts.
+        acceptance: E min(1, w′/w) over independent pairs, the acceptance of a long chain.
         variance: Variance s² of the log-weights under q, in nats².
         tail: Pareto k of the large weights, 0 at most where the largest is below 20 means; above
             0.7 nothing here can be trusted.
@@ -63,22 +65,22 @@ class Importance:
 
     @property
     def warnings(self) -> list[str]:
-        """Why not to trust the figures, a sentence each; none where they agree with the law."""
+        """Reasons not to trust the figures, a sentence each; none if log-weights look normal."""
         sentences = []
-        laws = (
+        predictions = (
             ("acceptance", self.acceptance, self.predicted_acceptance),
             ("ESS", self.ess, self.predicted_ess),
         )
-        for name, measured, law in laws if self.sites >= MIN_NORMAL_SITES else ():
-            apart = (measured.value - law).abs()
+        for name, measured, predicted in predictions if self.sites >= MIN_NORMAL_SITES else ():
+            apart = (measured.value - predicted).abs()
             wrong = ~(apart <= APART + 4 * measured.error)
             if wrong.any():
                 k = int(torch.where(wrong, apart.nan_to_num(math.inf), -1).flatten().argmax())
                 sentences.append(
                     f"{name} departs from the law of normal log-weights under "
                     f"{int(wrong.sum())} of {wrong.numel()} conditions, at worst "
-                    f"{measured.value.flatten()[k]:.3f} for {law.flatten()[k]:.3f}: heavy tails, "
-                    "or a part of the target that the flow lacks."
+                    f"{measured.value.flatten()[k]:.3f} for {predicted.flatten()[k]:.3f}: heavy "
+                    "tails, or a part of the target that the flow lacks."
                 )
         heavy = self.tail > HEAVY
         if heavy.any():
@@ -90,7 +92,7 @@ class Importance:
         return sentences
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures as JSON can hold them."""
+        """All figures as a dict for JSON."""
         named = {name: to_json(getattr(self, name)) for name in ("log_z", "ess", "acceptance")}
         return named | {
             "v": to_json(self.v),
@@ -103,7 +105,7 @@ class Importance:
 
 
 def reweight(log_ratio: Float[Tensor, "*conditions draws"], *, sites: int = 1) -> Importance:
-    r"""Judge the draws of a flow by their log-ratios, condition by condition, never pooled.
+    r"""Measure the draws of a flow by their log-ratios, condition by condition, never pooled.
 
         log Z = log mean w,   ESS = (mean w)² / mean w²,   w = p/q at independent draws of q
 
@@ -145,7 +147,7 @@ def tail_of(
     """Pareto k of the terms of a mean; 0 at most where no term is large, as k is noise there.
 
     Args:
-        terms: What every draw adds to a mean, or by how much it moves it.
+        terms: Contribution of every draw to a mean, or its influence on it.
         side: "upper" where the terms are not negative.
     """
     k = pareto_k(terms.movedim(-1, 0), side=side)
@@ -160,7 +162,7 @@ def tails_of_averages(
     """Pareto k of the weighted mean of values, and of their weighted variance.
 
     Args:
-        values: What is averaged, at independent draws of q.
+        values: Values to average, at independent draws of q.
         log_ratio: log p(x) − log q(x) there in nats, p up to log Z.
     """
     weight = _weights(check_log_ratio("log_ratio", log_ratio))[0]
@@ -177,7 +179,7 @@ def expectation(
     Source: Owen (2013), Monte Carlo theory, methods and examples, eq. (9.8).
 
     Args:
-        values: What is averaged, at independent draws of q.
+        values: Values to average, at independent draws of q.
         log_ratio: log p(x) − log q(x) there in nats, p up to log Z.
 
     >>> expectation(torch.tensor([1.0, 4.0]), torch.tensor([0.0, 0.0])).value
@@ -203,7 +205,7 @@ class Thermodynamics:
         entropy: S = log Z + ⟨E⟩/T, in nats.
         heat_capacity: Var(E)/T², in nats.
         gap: log Z(β′) − log Z(β) + ∫⟨E⟩ dβ between neighbouring temperatures, in nats: zero but
-            for its error, or the two do not belong to one law. [temperatures − 1]
+            for its error, if both belong to one distribution. [temperatures − 1]
         tails: Pareto k of each of the first five; above 0.7 it cannot be trusted.
     """
 
@@ -271,7 +273,7 @@ def thermodynamics(
 
 
 def _gap(beta: Tensor, log_z: tuple, mean: tuple, variance: tuple) -> Mean:
-    """Value and error of the gap, each quantity coming with how every draw moves it."""
+    """Value and error of the gap; each quantity comes with the influence of every draw."""
     if len(beta) < 2:
         return Mean(beta.new_zeros(0), beta.new_zeros(0))
     first, last = beta[:-1], beta[1:]
@@ -295,7 +297,7 @@ def _gap(beta: Tensor, log_z: tuple, mean: tuple, variance: tuple) -> Mean:
 
 
 def check_log_ratio(name: str, log_ratio: Any) -> Tensor:
-    """Log-ratios in double precision, refused where they are no such thing."""
+    """Log-ratios in double precision, refused if they are invalid."""
     floats(name, log_ratio)
     if not log_ratio.ndim or log_ratio.shape[-1] < 2 or not log_ratio.numel():
         raise ValueError(
@@ -313,18 +315,18 @@ def check_log_ratio(name: str, log_ratio: Any) -> Tensor:
 
 
 def _weights(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of mean 1, and the log of the mean that they had."""
+    """Weights of mean 1, and the log of their mean before."""
     top = log_ratio.logsumexp(-1, keepdim=True) - math.log(log_ratio.shape[-1])
     return (log_ratio - top).exp(), top
 
 
 def _error(moved: Tensor) -> Tensor:
-    """Standard error of what each of so many independent draws moves by so much."""
+    """Standard error from the influence of each independent draw."""
     return moved.std(-1) / math.sqrt(moved.shape[-1])
 
 
 def _expectation(values: Tensor, weight: Tensor) -> tuple[Mean, Tensor]:
-    """The weighted mean, and by how much each draw moves it."""
+    """The weighted mean, and the influence of each draw."""
     inside = torch.where(weight > 0, values, 0.0)
     mean = (weight * inside).mean(-1)
     moved = weight * (inside - mean[..., None])

@@ -170,7 +170,7 @@ def annealed_importance(
         condition: Temperatures, with all other conditions alike.
         rungs: Rungs of the ladder, about.
         particles: Particles of each island.
-        islands: Populations that have nothing to do with each other; two at least.
+        islands: Independent populations, two at least.
         sweeps: Moves at each rung.
         kernel: The move; by default that of the target, such as a heat bath.
         seed: Random seed.
@@ -240,7 +240,7 @@ def _conditions(condition: Tensor, beta: Tensor) -> Tensor:
 
 
 def check_temperatures(target: Target, condition: Tensor) -> Tensor:
-    """The inverse temperatures of a target of angles, refused where log Z at β = 0 is unknown."""
+    """The inverse temperatures of a target of angles; refused if log Z at β = 0 is unknown."""
     condition = check_condition(target, condition)
     if target.domain != "circle" or not has_temperature(target):
         raise TypeError(

@@ -1,10 +1,10 @@
-r"""Modes that particles met while they were cooled, and may have lost.
+"""Modes that particles met while they were cooled, and may have lost.
 
     ∫_R p dx = ⟨p/q⟩ over draws of q in R,    compared with Z × the share of particles in R
 
 R is an ellipsoid about a maximum of p, and q the normal distribution with the curvature there. The
-mean has no bias whatever the shape of p. Where particles hold less of their own Z in R than the
-density itself has there, they have lost a mode.
+mean has no bias for any shape of p. If the share of particles in R is smaller than that of the
+density, they have lost a mode.
 """
 
 import math
@@ -46,7 +46,7 @@ class LogDensity(NamedTuple):
 
 
 class LostMode(NamedTuple):
-    """A mode of which particles lack a part: its share of their Z, theirs, and its place."""
+    """A mode that particles lack in part: its share of their Z, their share, and its place."""
 
     share: float
     particles: float
@@ -59,7 +59,7 @@ def find_lost_mode(
     x: Float[Tensor, "islands particles coordinates"],
     log_z: Mean,
 ) -> LostMode | None:
-    """The mode uphill from a candidate of which particles lack most; None where they lack none.
+    """The mode uphill from a candidate that particles lack most; None if they lack none.
 
     Args:
         density: The log-density, up to log Z.

@@ -24,24 +24,24 @@ NUMBERS = 2**24  # coordinates of proposals held at a time
 
 @runtime_checkable
 class Redrawing(Protocol):
-    """A law some coordinates of which follow the target exactly, given all others."""
+    """A distribution with coordinates that follow the target exactly, given all others."""
 
     def redraw(self, x: Tensor) -> Tensor:
         """New values of those coordinates, given the others, of x [*draws, *batch, *event]."""
         ...
 
     def integrates(self, log_prob: Callable[[Tensor, Tensor], Tensor]) -> bool:
-        """Whether they do follow a target of this log-density."""
+        """True if they follow a target of this log-density."""
         ...
 
 
 @dataclass(frozen=True)
 class Chain:
-    r"""Draws of chains side by side, [\*batch, chains, draws], and what is needed to judge them.
+    r"""Draws of chains side by side, [\*batch, chains, draws], with their log-densities.
 
     Attributes:
         x: The states, [\*batch, chains, draws, \*event].
-        accepted: Whether each proposal was taken; the first of a chain is where it starts.
+        accepted: Whether each proposal was accepted; the first of a chain is its start.
         log_ratio: log p(x) − log q(x) of each state in nats, up to log Z.
         log_p: log p(x) of each state in nats, up to log Z.
         log_q: log q(x) of each state in nats.
@@ -57,17 +57,17 @@ class Chain:
 
     @property
     def acceptance(self) -> Float[Tensor, "*batch"]:
-        """Share of proposals that were taken, the first of each chain not counted."""
+        """Share of proposals that were accepted, without the first of each chain."""
         return self.accepted[..., 1:].double().mean((-1, -2))
 
     @property
     def failed(self) -> Bool[Tensor, "*batch"]:
-        """Whether there is a chain that took no proposal after its first: it is no result."""
+        """True if a chain accepted no proposal after its first: it is no result."""
         return ~self.accepted[..., 1:].any(-1).all(-1)
 
     @property
     def longest_rejection_run(self) -> Int[Tensor, "*batch"]:
-        """The longest number of draws that a chain spent in one state."""
+        """Longest number of draws that a chain spent in one state."""
         time = torch.arange(self.accepted.shape[-1], device=self.accepted.device)
         arrived = torch.where(self.accepted, time, 0).cummax(-1).values
         return (time - arrived).amax((-1, -2)) + 1
@@ -83,10 +83,10 @@ class Chain:
         """R̂, effective numbers and autocorrelation time of quantities, by their names.
 
         Args:
-            values: What :meth:`measure` returns, say.
+            values: Values of quantities, such as a result of :meth:`measure`.
 
         Returns:
-            Of each quantity: rhat, ess_bulk and ess_tail in draws, and time, the integrated
+            For each quantity: rhat, ess_bulk and ess_tail in draws, and time, the integrated
             autocorrelation time in draws.
         """
         judges = {"rhat": rhat, "ess_bulk": ess, "ess_tail": ess_tail, "time": integrated_time}
@@ -97,10 +97,10 @@ class Chain:
         }
 
     def to_arviz(self, **values: Float[Tensor, "*batch chains draws"]) -> Any:
-        """The chains as ArviZ holds them: a DataTree from ArviZ 1.0 on, InferenceData before.
+        """The chains for ArviZ: a DataTree from ArviZ 1.0 on, InferenceData before.
 
         Args:
-            values: Further quantities, such as the observables, beside x.
+            values: Further quantities beside x, such as the observables.
         """
         try:
             import arviz  # pyright: ignore[reportMissingImports]: an extra
@@ -137,27 +137,27 @@ def independent_metropolis(
 ) -> Chain:
     r"""Chains that leave the target p invariant, from independent proposals of a flow q.
 
-        x′ ~ q is taken with probability min(1, w(x′)/w(x)),    w = p/q
+        x′ ~ q is accepted with probability min(1, w(x′)/w(x)),    w = p/q
 
-    No draw waits for the one before it: with e_t exponential, draw t is taken where log w_t +
-    e_t exceeds log w of the present state, and two such steps are again a step of that kind, so
-    that one scan finds all states. Coordinates that the flow draws from p, given the others,
-    are drawn anew at every step, also on rejection, for w does not depend on them.
+    All draws are made in parallel: with e_t exponential, draw t is accepted where log w_t +
+    e_t exceeds log w of the present state, and two such steps are again a step of that kind: a
+    parallel scan finds all states. Coordinates that the flow draws from p, given the others,
+    are drawn anew at every step, also on rejection, because w does not depend on them.
 
     Source: Tierney (1994), Annals of Statistics 22, 1701, section 2.3.3.
 
     Args:
-        target: Gives log p in nats, up to log Z.
+        target: The target, with log p in nats up to log Z.
         proposal: A flow, called with the condition, or a distribution.
         condition: One condition or a batch of them, each with chains of its own.
         draws: Number of draws of each chain, the first included.
         chains: Number of chains for each condition.
         seed: Random seed.
-        start: States to begin at, [\*batch, chains, \*event]; else the first proposal is taken.
+        start: States to begin at, [\*batch, chains, \*event]; by default the first proposals.
         local: A move that leaves p invariant, such as HeatBath(), made after every step.
 
     Returns:
-        The chains. A condition with a chain that never moves is warned of, and has ``failed``.
+        The chains, with a warning for a condition with a chain that never moves: it ``failed``.
 
     Raises:
         ValueError: log p or log q of a proposal is nan, or log p is +∞.
@@ -191,7 +191,7 @@ def independent_metropolis(
 
 
 def law_of(proposal: Any, target: Target, condition: Tensor) -> Any:
-    """The distribution that a flow has under a condition, which must be over target's events."""
+    """Distribution of a flow under a condition, checked to be over the target's events."""
     law = proposal
     if isinstance(proposal, nn.Module):
         law = proposal(condition) if condition.shape[-1] else proposal()
@@ -215,7 +215,7 @@ def law_of(proposal: Any, target: Target, condition: Tensor) -> Any:
 
 
 def draw_proposals(target: Target, law: Any, condition: Tensor, shape: tuple[int, ...]) -> tuple:
-    """Draws of a law with their log p and log q, both looked at: x, log_p, log_q."""
+    """Draws of a distribution with their log p and log q, both checked: x, log_p, log_q."""
     x, log_q = draw(law, shape)
     log_p = target.log_prob(x, condition.expand(*shape, *condition.shape))
     for name, it, infinite in (("target", log_p, math.inf), ("proposal", log_q, None)):
@@ -251,7 +251,7 @@ def _present(target, law, condition, chains: int, start: Tensor | None) -> tuple
 
 
 def _block(law: Any, chains: int) -> int:
-    """How many proposals of each chain are held at a time."""
+    """Number of proposals of each chain to hold at a time."""
     return max(1, NUMBERS // (chains * max(1, math.prod((*law.batch_shape, *law.event_shape)))))
 
 
@@ -280,7 +280,7 @@ def _scan_proposals(target, law, condition, size: tuple[int, int], present: tupl
 
 
 def _states(log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each proposal is taken, and which is the state then; the first one always is."""
+    """Whether each proposal is accepted, and the index of the state then; the first always is."""
     threshold = log_w + torch.empty_like(log_w).exponential_()
     threshold[0] = math.inf
     number = torch.arange(len(log_w), device=log_w.device)
@@ -290,7 +290,7 @@ def _states(log_w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(x: Tensor, state: Tensor) -> Tensor:
-    """What x has at these places along its first axis, chain by chain."""
+    """Rows of x at these indices along its first axis, chain by chain."""
     index = state.reshape(*state.shape, *[1] * (x.ndim - state.ndim))
     return x.gather(0, index.expand(*state.shape, *x.shape[state.ndim :]))
 
@@ -343,12 +343,12 @@ def _walk_with_local_moves(
 
 
 def _redraw(target: Target, law: Any) -> Callable[[Tensor], Tensor] | None:
-    """How to draw anew what the law takes from this very target, if there is any."""
+    """Function that redraws the integrated coordinates; None if there are none for this target."""
     if isinstance(law, Redrawing) and law.integrates(target.log_prob):
         return law.redraw
     return None
 
 
-def _batch_first(it: Tensor, batch: int) -> Tensor:
+def _batch_first(x: Tensor, batch: int) -> Tensor:
     """[draws, chains, *batch, ...] as [*batch, chains, draws, ...]."""
-    return it.movedim((0, 1), (batch + 1, batch)).contiguous()
+    return x.movedim((0, 1), (batch + 1, batch)).contiguous()

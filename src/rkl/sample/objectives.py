@@ -1,4 +1,4 @@
-"""What a flow is fitted for, written as a sum: 1.0*critic:jensen-shannon + 1.0*data:kl."""
+"""The objective of a fit, written as a sum: 1.0*critic:jensen-shannon + 1.0*data:kl."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _TERM = re.compile(r"\s*(?:([\d.]+(?:e-?\d+)?)\s*\*)?\s*(?:([a-z]+):)?(?!:)(.+)"
 
 @dataclass(frozen=True)
 class Term:
-    """A weight, a divergence D(p ‖ q), and where its gradient comes from.
+    """A weight, a divergence D(p ‖ q), and the estimator of its gradient.
 
     Args:
         weight: Above 0.
@@ -57,7 +57,7 @@ class Objective:
         return " + ".join(map(repr, self.terms))
 
     def uses(self, estimator: Source) -> bool:
-        """Whether any term is of this estimator."""
+        """True if any term has this estimator."""
         return any(term.estimator == estimator for term in self.terms)
 
 
@@ -98,7 +98,7 @@ def parse_objective(text: str, default: Source = "target") -> Objective:
 
 
 def as_objective(objective: Objective | FDivergence | str) -> Objective:
-    """An objective as such: a divergence is from the target, and a text is parsed."""
+    """An objective of a divergence on the target, of a text, or of itself."""
     if isinstance(objective, str):
         objective = parse_objective(objective)
     if isinstance(objective, FDivergence):

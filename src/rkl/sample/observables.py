@@ -1,4 +1,4 @@
-"""Observables of chains with their errors, and a flow beside Markov chains it has not seen."""
+"""Observables of chains with their errors, and a flow compared with held-out Markov chains."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -25,15 +25,15 @@ def averages(
     condition: Float[Tensor, "*batch conditions"],
     weights: Float[Tensor, "chains draws"] | None = None,
 ) -> dict[str, Mean]:
-    r"""Mean of each observable over chains, with errors that know how dependent draws are.
+    r"""Mean of each observable over chains, with errors for dependent draws.
 
     Also of the response coefficients that a target derives from them, such as the specific heat
     N (⟨e²⟩ − ⟨e⟩²)/T² and the susceptibility N (⟨m²⟩ − ⟨|m|⟩²)/T of the XY model, per site, with
     e the energy per site and k_B = 1.
 
     Args:
-        target: What the chains sample.
-        values: Its observables, as :meth:`Chain.measure` or ``markov_chain`` give them.
+        target: The target of the chains.
+        values: Its observables, from :meth:`Chain.measure` or ``markov_chain``.
         condition: The conditions of the chains.
         weights: Weight of each draw, if they have any.
 
@@ -77,8 +77,8 @@ def observe(
 ) -> dict[str, Float[Tensor, "*batch"]]:
     """The observables of a target, or a few quantities of one that has none.
 
-    On the line these are the log-density and the first coordinates. Of angles they are cosines
-    of differences where a common turn leaves the density as it is, as every angle is uniform
+    On the line these are the log-density and the first coordinates. For angles they are cosines
+    of differences if a common turn does not change the density, as every angle is uniform
     then, and else cosines and sines of the first angles.
     """
     measured = target.observables(x, condition)
@@ -104,7 +104,7 @@ def observe(
 
 @torch.no_grad()
 def turn_invariant(target: Target, condition: Float[Tensor, "*batch conditions"]) -> bool:
-    """True where turning all angles by the same amount leaves the log-density as it is."""
+    """True if turning all angles by the same amount does not change the log-density."""
     if target.domain != "circle":
         return False
     generator = torch.Generator().manual_seed(0)
@@ -125,19 +125,19 @@ def compare_with_held_out(
     *,
     train: Float[Tensor, "others *event"] | None = None,
 ) -> dict[str, Mean]:
-    """AdvNF's figures under one condition: a flow and its chain beside draws it has not seen.
+    """AdvNF's figures under one condition: a flow and its chain against held-out draws.
 
-    Of every figure that compares two samples there is a floor, the same between the two halves
+    Every figure that compares two samples has a floor, its value between the two halves
     of the held-out draws: no flow can do better.
 
     Source: V. Kanaujia et al. (2024), arXiv 2401.15948, section 4.
 
     Args:
-        target: What is sampled; its energy is compared if it has one, and its magnetization.
+        target: The target; its energy is compared if it has one, and its magnetization.
         proposal: The flow.
-        chain: What independent Metropolis made of it under one condition.
-        held_out: Independent draws of the target, of a long Markov chain say.
-        train: What the flow was trained on, to see that no row of it is held out.
+        chain: Chains of independent Metropolis with it, under one condition.
+        held_out: Independent draws of the target, such as those of a long Markov chain.
+        train: Training draws, to check that none is in held_out.
 
     Returns:
         nll, −⟨log q⟩ in nats; acceptance, the first draw of a chain not counted; overlap of
@@ -172,7 +172,7 @@ def compare_with_held_out(
 def check_held_out(
     train: Float[Tensor, "rows *event"], held_out: Float[Tensor, "others *event"]
 ) -> None:
-    """Refuse held-out rows that were trained on, compared by their fingerprints."""
+    """Refuse held-out rows that were trained on, by their fingerprints."""
     floats("train", train)
     floats("held_out", held_out)
     seen = {row_fingerprint(row.tobytes()) for row in train.cpu().float().numpy()}
@@ -185,7 +185,7 @@ def check_held_out(
 
 
 def check_draws(name: str, target: Target, x: Tensor, least: int) -> None:
-    """Refuse what are not draws [rows, *event] of a target, finite and so many at least."""
+    """Refuse anything but at least so many finite draws [rows, *event] of a target."""
     floats(name, x)
     if x.shape[1:] != target.event_shape or len(x) < least:
         expected = ", ".join(["rows", *map(str, target.event_shape)])

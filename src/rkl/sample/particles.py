@@ -17,10 +17,10 @@ class Particles:
     r"""Draws of a target under several conditions, refreshed little by little.
 
     They come from N(0, 10²) along N(0, 10²)^(1 − β) p^β: at each β they are weighted, resampled
-    and moved by a random walk. While all is one mode they are everywhere in it, and as modes
-    come apart they stay in each with its mass, up to noise of the resampling. Later they walk on
-    inside their modes. That is no fair sample where modes appear far from all others, and
-    random walks serve few coordinates only; a flow fitted to them is corrected by its weights.
+    and moved by a random walk. At first there is one mode with particles everywhere, and when
+    modes separate they stay in each with its mass, up to noise of the resampling. Later they walk
+    inside their modes. The sample is biased if modes appear far from all others, and
+    random walks work for few coordinates only; a flow fitted to them is corrected by its weights.
 
     Source: Del Moral, Doucet and Jasra (2006), J. R. Statist. Soc. B 68, 411, for sequential
     Monte Carlo; Gabrié, Rotskoff and Vanden-Eijnden (2022), PNAS 119, arXiv 2105.12603, for
@@ -93,9 +93,9 @@ class Particles:
         return Points(x, finite(self.target.log_prob(x, condition).to(x.dtype)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Where they are."""
+        """The positions of the particles."""
         return {"x": self.x, "log_p": self.log_p, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Go on from there."""
+        """Restore the positions."""
         self.x, self.log_p, self.step = (state_dict[name] for name in ("x", "log_p", "step"))

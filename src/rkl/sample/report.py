@@ -1,4 +1,4 @@
-"""The report of a flow fitted to a target: what it gives, whether to trust it, what it costs."""
+"""The report of a flow fitted to a target: results, coverage and cost."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,9 +31,9 @@ def target_page(found: Evaluation, metrics: Rows, settings: Mapping[str, Any]) -
     """The report as HTML.
 
     Args:
-        found: What was measured, with a reference.
-        metrics: What was logged in training.
-        settings: What is written at the end.
+        found: The evaluation, with a reference.
+        metrics: Rows of metrics.jsonl.
+        settings: Contents of run.json, for the end of the report.
     """
     from rkl.report import Section, Settings, render
 
@@ -48,17 +48,17 @@ def target_page(found: Evaluation, metrics: Rows, settings: Mapping[str, Any]) -
     return render(f"Draws of {found.target}", sections, lead=_lead(found))
 
 
-def _lead(found: Evaluation) -> str:
-    chains, draws = found.chain.accepted.shape[-2:]
-    low, high = found.chain.acceptance.min(), found.chain.acceptance.max()
+def _lead(evaluation: Evaluation) -> str:
+    chains, draws = evaluation.chain.accepted.shape[-2:]
+    low, high = evaluation.chain.acceptance.min(), evaluation.chain.acceptance.max()
     verdict = {
         True: "It covers the target under every condition measured.",
-        False: "IT DOES NOT COVER THE TARGET: read why before using it.",
-        None: "Whether it covers the target is not known.",
-    }[found.passed]
+        False: "IT DOES NOT COVER THE TARGET: read the reasons before using it.",
+        None: "Its coverage of the target is unknown.",
+    }[evaluation.passed]
     least, most = f"{low:.0%}", f"{high:.0%}"
     accepts = least if least == most else f"{least} to {most}"
-    under = f"each of {len(found.condition)}" if len(found.condition) > 1 else "one"
+    under = f"each of {len(evaluation.condition)}" if len(evaluation.condition) > 1 else "one"
     return (
         f"One flow for every condition, corrected by {chains} Metropolis chains of {draws:,} "
         f"draws under {under}; it accepts {accepts} of the proposals. {verdict}"
@@ -66,115 +66,128 @@ def _lead(found: Evaluation) -> str:
 
 
 def _name_of(reference: Reference) -> str:
-    """What a reference is called, which says so where it cannot be trusted."""
+    """Name of a reference, with a note if it cannot be trusted."""
     return reference.source + " (not to be trusted)" * (not reference.mixed)
 
 
-def _results(found: Evaluation) -> "Section":
+def _results(evaluation: Evaluation) -> "Section":
     from rkl.plots.lattices import against
     from rkl.report import Section, figure_block
 
     blocks: list[Block] = []
-    if len(found.condition) > 1:
-        units, reference = found.units(), found.reference
+    if len(evaluation.condition) > 1:
+        units, reference = evaluation.units(), evaluation.reference
         source = _name_of(reference) if reference is not None and reference.mixed else None
         panels = {}
-        for name, it in found.averages.items():
+        for name, it in evaluation.averages.items():
             title = f"{_words(name)} ({units[name]})" if name in units else _words(name)
-            panels[title] = _by_series(found, FLOW, it)
+            panels[title] = _by_series(evaluation, FLOW, it)
             if reference is not None:
-                panels[title] |= _by_series(found, _name_of(reference), reference.averages[name])
-        band = source if len(_series(found)) == 1 else None
-        how: dict[str, Any] = {"label": _label(found), "band": band}
+                panels[title] |= _by_series(
+                    evaluation, _name_of(reference), reference.averages[name]
+                )
+        band = source if len(_series(evaluation)) == 1 else None
+        how: dict[str, Any] = {"label": _label(evaluation), "band": band}
         blocks.append(figure_block("Averages", against(panels, **how), _AVERAGES_SAYS))
-        blocks.append(figure_block("Thermodynamics", _thermal_figure(found), _THERMAL_SAYS))
-    units = found.units()
+        blocks.append(figure_block("Thermodynamics", _thermal_figure(evaluation), _THERMAL_SAYS))
+    units = evaluation.units()
     named = {
-        f"{_words(n)} ({units[n]})" if n in units else n: it for n, it in found.averages.items()
+        f"{_words(n)} ({units[n]})" if n in units else n: it
+        for n, it in evaluation.averages.items()
     }
-    thermal = thermal_columns(found)
-    tails = [*map(found.tails.get, found.averages)]
-    thermal_tails = [thermal_tail(found, name) for name in thermal]
-    notes = ["With standard errors.", *["k_B = 1."][: has_temperature(found.target)]]
+    thermal = thermal_columns(evaluation)
+    tails = [*map(evaluation.tails.get, evaluation.averages)]
+    thermal_tails = [thermal_tail(evaluation, name) for name in thermal]
+    notes = ["With standard errors.", *["k_B = 1."][: has_temperature(evaluation.target)]]
     tables = [
-        figures(found, "Averages, after Metropolis", named, tails, notes),
-        figures(found, "Thermodynamics, from the weights", thermal, thermal_tails, notes),
+        figures(evaluation, "Averages, after Metropolis", named, tails, notes),
+        figures(evaluation, "Thermodynamics, from the weights", thermal, thermal_tails, notes),
     ]
-    judged = found.reference is not None and found.reference.mixed
-    agreement = [_agreement(found)] if judged else []
+    judged = evaluation.reference is not None and evaluation.reference.mixed
+    agreement = [_agreement(evaluation)] if judged else []
     return Section("What it gives", blocks=[*blocks, *agreement, *tables])
 
 
-def _thermal_figure(found: Evaluation) -> Any:
+def _thermal_figure(evaluation: Evaluation) -> Any:
     from rkl.plots.lattices import against
 
-    columns = thermal_columns(found)
+    columns = thermal_columns(evaluation)
     del columns["log Z (nats)"]
-    panels = {title: _by_series(found, "flow", it) for title, it in columns.items()}
-    reference, band = found.reference, None
+    panels = {title: _by_series(evaluation, "flow", it) for title, it in columns.items()}
+    reference, band = evaluation.reference, None
     if reference is not None and reference.log_z is not None:
-        log_z, of = found.thermodynamics.log_z, reference.log_z
+        log_z, of = evaluation.thermodynamics.log_z, reference.log_z
         zero = torch.zeros_like(of.error)
         apart = Mean(log_z.value - of.value, log_z.error)
         source = reference.log_z_source
         doubted = source == reference.source and not reference.mixed
         source += " (not to be trusted)" * doubted
         title = f"log Z, less that of {source} (nats)"
-        panels[title] = _by_series(found, "flow", apart)
-        panels[title] |= _by_series(found, source, Mean(zero, of.error))
-        band = source if len(_series(found)) == 1 and not doubted else None
-    return against(panels, label=_label(found), band=band)
+        panels[title] = _by_series(evaluation, "flow", apart)
+        panels[title] |= _by_series(evaluation, source, Mean(zero, of.error))
+        band = source if len(_series(evaluation)) == 1 and not doubted else None
+    return against(panels, label=_label(evaluation), band=band)
 
 
-def _agreement(found: Evaluation) -> Table:
-    """How far each figure is from the reference's, in standard errors."""
+def _agreement(evaluation: Evaluation) -> Table:
+    """Deviation of each figure from the reference's, in standard errors."""
     rows = [
         [_words(name), it.square().mean().sqrt().item(), it.abs().max().item()]
-        for name, it in found.deviations().items()
+        for name, it in evaluation.deviations().items()
     ]
     columns = ["quantity", "rms z over conditions", "largest |z|"]
-    assert found.reference is not None
-    together = _TOGETHER if found.reference.log_z_seconds else ""
+    assert evaluation.reference is not None
+    together = _TOGETHER if evaluation.reference.log_z_seconds else ""
     return Table("Agreement with the reference", columns, rows, _AGREEMENT_SAYS + together)
 
 
-def _trust(found: Evaluation) -> "Section":
+def _trust(evaluation: Evaluation) -> "Section":
     from rkl.plots.lattices import against
     from rkl.report import Section, figure_block
 
-    weights, blocks = found.weights, []
+    weights, blocks = evaluation.weights, []
     nothing = torch.zeros_like(weights.predicted_ess)
-    if len(found.condition) > 1:
+    if len(evaluation.condition) > 1:
         panels = {
-            "acceptance": _by_series(found, "measured", weights.acceptance)
-            | _by_series(found, "erfc(s/2)", Mean(weights.predicted_acceptance, nothing)),
-            "ESS, share of draws": _by_series(found, "measured", weights.ess)
-            | _by_series(found, "exp(−s²)", Mean(weights.predicted_ess, nothing)),
-            "v = var(log w)/sites": _by_series(found, "measured", weights.v),
+            "acceptance": _by_series(evaluation, "measured", weights.acceptance)
+            | _by_series(evaluation, "erfc(s/2)", Mean(weights.predicted_acceptance, nothing)),
+            "ESS, share of draws": _by_series(evaluation, "measured", weights.ess)
+            | _by_series(evaluation, "exp(−s²)", Mean(weights.predicted_ess, nothing)),
+            "v = var(log w)/sites": _by_series(evaluation, "measured", weights.v),
         }
-        how: Any = {"label": _label(found), "logarithmic": ("v = var(log w)/sites",)}
+        how: Any = {"label": _label(evaluation), "logarithmic": ("v = var(log w)/sites",)}
         blocks.append(figure_block("How near the flow is", against(panels, **how), _NEAR_SAYS))
-    blocks.append(_chains(found))
-    worst = max(found.coverage, key=lambda it: len(it.reasons))
-    at = found.conditions()[found.coverage.index(worst)]
+    blocks.append(_chains(evaluation))
+    worst = max(evaluation.coverage, key=lambda it: len(it.reasons))
+    at = evaluation.conditions()[evaluation.coverage.index(worst)]
     modes = [[it.name, *(mass.pair() for mass in it.masses), it.missing] for it in worst.modes]
     if len(modes) > 1:
         columns = ["mode", "target", "flow", "flow, reweighted", "missing"]
         blocks.append(Table(f"Masses of the modes at {at}", columns, modes, _MODES_SAYS))
-    sentences = [worst.verdict if found.passed is None else found.why or "nothing is missing."]
-    sentences += [*found.reference_warnings, *found.warnings]
+    sentences = [
+        worst.verdict if evaluation.passed is None else evaluation.why or "nothing is missing."
+    ]
+    sentences += [*evaluation.reference_warnings, *evaluation.warnings]
     text = "\n\n".join(it[:1].upper() + it[1:] for it in sentences)
     return Section("Whether to trust it", text, blocks)
 
 
-def _chains(found: Evaluation) -> Table:
-    """How well the chains of the flow mix, by the worst quantity under each condition."""
-    judged = found.chain.diagnose(found.values).values()
+def _chains(evaluation: Evaluation) -> Table:
+    """Mixing of the flow's chains, by the worst quantity under each condition."""
+    judged = evaluation.chain.diagnose(evaluation.values).values()
     ratio = torch.stack([it["rhat"] for it in judged]).nan_to_num(1.0).amax(0)
     time = torch.stack([it["time"] for it in judged]).nan_to_num(1.0).amax(0)
-    least = torch.stack([*found.effective.values()]).nan_to_num(0.0).amin(0)
-    figures = found.chain.acceptance, found.chain.longest_rejection_run, ratio, time, least
-    rows = [[at, *(it[k].item() for it in figures)] for k, at in enumerate(found.conditions())]
+    least = torch.stack([*evaluation.effective.values()]).nan_to_num(0.0).amin(0)
+    figures = (
+        evaluation.chain.acceptance,
+        evaluation.chain.longest_rejection_run,
+        ratio,
+        time,
+        least,
+    )
+    rows = [
+        [at, *(it[k].item() for it in figures)] for k, at in enumerate(evaluation.conditions())
+    ]
     columns = ["condition", "accepted", "longest run without an accepted proposal (draws)"]
     columns += [
         "R-hat, largest",
@@ -184,52 +197,55 @@ def _chains(found: Evaluation) -> Table:
     return Table("The chains of the flow", columns, rows, _CHAINS_SAY)
 
 
-def _draws(found: Evaluation) -> "Section":
+def _draws(evaluation: Evaluation) -> "Section":
     from rkl.plots.lattices import histograms, planes
     from rkl.report import Section, figure_block
 
-    rows = _spread(len(found.condition))
-    name = next(iter(found.values))
-    unit = found.units().get(name, "")
-    panels: dict[str, dict[str, Any]] = {at: {} for at in (found.conditions()[k] for k in rows)}
+    rows = _spread(len(evaluation.condition))
+    name = next(iter(evaluation.values))
+    unit = evaluation.units().get(name, "")
+    panels: dict[str, dict[str, Any]] = {
+        at: {} for at in (evaluation.conditions()[k] for k in rows)
+    }
     for k, panel in zip(rows, panels.values(), strict=True):
-        if found.reference is not None:
-            values = found.reference.values[name][k].flatten().numpy()
-            panel[_name_of(found.reference)] = values
-        panel[FLOW] = found.values[name][k].flatten().numpy()
+        if evaluation.reference is not None:
+            values = evaluation.reference.values[name][k].flatten().numpy()
+            panel[_name_of(evaluation.reference)] = values
+        panel[FLOW] = evaluation.values[name][k].flatten().numpy()
     label = f"{_words(name)} ({unit})" if unit else _words(name)
     blocks = [figure_block("How often", histograms(panels, label=label), _HISTOGRAM_SAYS)]
     last = {
-        found.conditions()[k]: found.chain.x[k, 0, -1] for k in _spread(len(found.condition), 7)
+        evaluation.conditions()[k]: evaluation.chain.x[k, 0, -1]
+        for k in _spread(len(evaluation.condition), 7)
     }
-    figure = found.target.figure(last)
+    figure = evaluation.target.figure(last)
     if figure is not None:
         blocks.append(figure_block("Configurations", *figure))
-    if found.target.event_shape == (2,):
+    if evaluation.target.event_shape == (2,):
         for k in dict.fromkeys((rows[0], rows[-1])):
-            drawing = planes(_points(found, k), marks=_missing(found, k))
+            drawing = planes(_points(evaluation, k), marks=_missing(evaluation, k))
             blocks.append(
-                figure_block(f"The plane, {found.conditions()[k]}", drawing, _PLANE_SAYS)
+                figure_block(f"The plane, {evaluation.conditions()[k]}", drawing, _PLANE_SAYS)
             )
     return Section("Draws", blocks=blocks)
 
 
-def _points(found: Evaluation, row: int) -> dict[str, Any]:
+def _points(evaluation: Evaluation, row: int) -> dict[str, Any]:
     panels: dict[str, Tensor] = {}
-    if found.reference is not None:
-        panels[_name_of(found.reference)] = found.reference.x[row]
-    panels[FLOW] = found.chain.x[row]
+    if evaluation.reference is not None:
+        panels[_name_of(evaluation.reference)] = evaluation.reference.x[row]
+    panels[FLOW] = evaluation.chain.x[row]
     flat = {name: it.flatten(0, 1) for name, it in panels.items()}
     return {name: it[:: -(-len(it) // POINTS)].numpy() for name, it in flat.items()}
 
 
-def _missing(found: Evaluation, row: int) -> dict[str, Any]:
-    target, modes = found.target, found.coverage[row].modes
+def _missing(evaluation: Evaluation, row: int) -> dict[str, Any]:
+    target, modes = evaluation.target, evaluation.coverage[row].modes
     lost = [k for k, it in enumerate(modes) if it.missing]
     if not lost:
         return {}
-    x = found.chain.x[row, 0, :1]
-    target_modes = target.modes(x, found.condition[row].expand(1, -1))
+    x = evaluation.chain.x[row, 0, :1]
+    target_modes = target.modes(x, evaluation.condition[row].expand(1, -1))
     centres = None if target_modes is None else target_modes.centres
     return {} if centres is None else {FLOW: centres[lost].cpu().numpy()}
 
@@ -251,21 +267,28 @@ def _training(metrics: Rows) -> list["Section"]:
     return [Section("Training", _TRAINING, blocks)] if blocks else []
 
 
-def _cost(found: Evaluation, metrics: Rows) -> list["Section"]:
+def _cost(evaluation: Evaluation, metrics: Rows) -> list["Section"]:
     from rkl.report import Section
 
-    drawn = found.reference
+    drawn = evaluation.reference
     if drawn is None:
         return []
     trained = float(metrics[-1]["seconds"]) if metrics else 0.0
-    name, own = _slowest(found.effective, found.seconds)
+    name, own = _slowest(evaluation.effective, evaluation.seconds)
     other, theirs = _slowest(drawn.effective, drawn.seconds)
-    log_z = found.thermodynamics.log_z.error.max().item()
+    log_z = evaluation.thermodynamics.log_z.error.max().item()
     columns = ["method", "training (s)", "drawing (s)", "effective draws per second (worst)"]
     columns += ["error of log Z (nats, worst)", "what it gives"]
     rows = [
-        ["flow and Metropolis", trained, found.seconds, own, None, _GIVES["flow"]],
-        ["the flow's weights", trained, found.weights_seconds, None, log_z, _GIVES["weights"]],
+        ["flow and Metropolis", trained, evaluation.seconds, own, None, _GIVES["flow"]],
+        [
+            "the flow's weights",
+            trained,
+            evaluation.weights_seconds,
+            None,
+            log_z,
+            _GIVES["weights"],
+        ],
         [drawn.source, 0.0, drawn.seconds, theirs, None, _GIVES["chain"]],
     ]
     if drawn.log_z is not None and drawn.log_z_seconds:
@@ -276,7 +299,7 @@ def _cost(found: Evaluation, metrics: Rows) -> list["Section"]:
     return [
         Section(
             "What it costs",
-            _judgement(found, trained, own, theirs) if found.passed else _NOT_JUDGED,
+            _judgement(evaluation, trained, own, theirs) if evaluation.passed else _NOT_JUDGED,
             [Table("On this machine, in this run", columns, rows, caption)],
         )
     ]
@@ -290,9 +313,9 @@ def _slowest(effective: Mapping[str, Tensor], seconds: float) -> tuple[str, floa
     return name, len(next(iter(effective.values()))) * least[name] / seconds
 
 
-def _judgement(found: Evaluation, trained: float, own: float, theirs: float) -> str:
-    """Who is cheaper at what, with the figures."""
-    drawn = found.reference
+def _judgement(evaluation: Evaluation, trained: float, own: float, theirs: float) -> str:
+    """Comparison of costs, with the figures."""
+    drawn = evaluation.reference
     assert drawn is not None
     first, second = (drawn.source, "the flow") if theirs > own else ("the flow", drawn.source)
     mixing = "Averages belong to Markov chains where these mix well, as they do here."
@@ -304,42 +327,44 @@ def _judgement(found: Evaluation, trained: float, own: float, theirs: float) -> 
         "independent draws at any condition, without burn-in, and log Z."
     ]
     if drawn.log_z is not None and drawn.log_z_seconds:
-        error, of = (it.error.max().item() for it in (found.thermodynamics.log_z, drawn.log_z))
+        error, of = (
+            it.error.max().item() for it in (evaluation.thermodynamics.log_z, drawn.log_z)
+        )
         alone = drawn.log_z_seconds * (of / error) ** 2
-        whole = trained + found.weights_seconds
+        whole = trained + evaluation.weights_seconds
         first, second = (
             ("The flow", "integration") if whole < alone else ("Integration", "the flow")
         )
         sentences.append(
             f"log Z: the flow is within {error:.2g} nats everywhere after {whole:.0f} s, training "
-            f"included, at {len(found.condition)} conditions and any other that it was trained "
-            f"on; {drawn.log_z_source} would take {alone:.0f} s to come as near. {first} is "
-            f"cheaper than {second} here, by a factor of "
+            f"included, at {len(evaluation.condition)} conditions and any other that it was "
+            f"trained on; {drawn.log_z_source} would take {alone:.0f} s for the same error. "
+            f"{first} is cheaper than {second} here, by a factor of "
             f"{max(whole, alone) / min(whole, alone):.2g}."
         )
     return "\n\n".join(sentences)
 
 
-def _by_series(found: Evaluation, name: str, of: Mean) -> dict[str, Any]:
+def _by_series(evaluation: Evaluation, name: str, of: Mean) -> dict[str, Any]:
     """Conditions, values and errors for each value of all conditions but the first."""
-    series = _series(found)
+    series = _series(evaluation)
     named = {f"{name}, {more}" if more else name: rows for more, rows in series.items()}
-    first = found.condition[:, 0] if found.condition.shape[1] else torch.zeros(1)
+    first = evaluation.condition[:, 0] if evaluation.condition.shape[1] else torch.zeros(1)
     columns = (first, of.value, of.error)
     return {key: tuple(it[rows].numpy() for it in columns) for key, rows in named.items()}
 
 
-def _series(found: Evaluation) -> dict[str, list[int]]:
-    found_rows: dict[str, list[int]] = {}
-    for k, row in enumerate(found.condition.tolist()):
-        pairs = zip(found.target.conditions[1:], row[1:], strict=True)
+def _series(evaluation: Evaluation) -> dict[str, list[int]]:
+    series: dict[str, list[int]] = {}
+    for k, row in enumerate(evaluation.condition.tolist()):
+        pairs = zip(evaluation.target.conditions[1:], row[1:], strict=True)
         name = ", ".join(f"{it.name} = {value:.3g}" for it, value in pairs)
-        found_rows.setdefault(name, []).append(k)
-    return found_rows
+        series.setdefault(name, []).append(k)
+    return series
 
 
-def _label(found: Evaluation) -> str:
-    first = found.target.conditions[0]
+def _label(evaluation: Evaluation) -> str:
+    first = evaluation.target.conditions[0]
     return f"{first.name} ({first.unit})" if first.unit else first.name
 
 
@@ -370,8 +395,8 @@ _GIVES = {
 }
 _AVERAGES_SAYS = (
     "Points: the flow after Metropolis, one standard error. Line and band: the reference, two "
-    "standard errors. Metropolis makes the draws exact in the limit of long chains, however good "
-    "the flow is; a bad flow pays in effective draws."
+    "standard errors. Metropolis makes the draws exact in the limit of long chains for any flow; "
+    "a bad flow has fewer effective draws."
 )
 _THERMAL_SAYS = (
     "From the weights of independent draws. log Z is with respect to dx, or dθ in radians; N is "

@@ -69,8 +69,8 @@ class TargetRun:
 
     Attributes:
         flow: ``flow(condition)`` has ``log_prob`` in nats and ``sample``.
-        target: What it was fitted to.
-        ranges: The conditions, each with the range that was trained.
+        target: Target of the fit.
+        ranges: The conditions, each with its training range.
         settings: All settings of the fit.
     """
 
@@ -82,11 +82,11 @@ class TargetRun:
 
 @dataclass(frozen=True)
 class FittedToTarget:
-    """A finished fit, which prints what there is to know of it.
+    """A finished fit, which prints as a summary.
 
     Attributes:
         path: The folder of its run.
-        fit: What was fitted.
+        fit: The fit.
         worst: A sentence about the condition with the smallest share of effective draws; empty
             where there is only one.
     """
@@ -117,10 +117,10 @@ def fit_target(
     """Fit a flow to a target in a run folder; a resumed run comes to the same bits.
 
     Args:
-        settings: What is fitted to what.
+        settings: Settings of the fit.
         out: The folder.
-        resume: Goes on with the run there.
-        overwrite: Replaces it.
+        resume: Continue the run there.
+        overwrite: Replace the run there.
     """
     inputs = {name: getattr(settings, name) for name in ("data", "start_from")}
     check_out(out, overwrite=overwrite, resume=resume, inputs=inputs)
@@ -178,7 +178,7 @@ def _worst(flow: nn.Module, settings: TargetSettings) -> str:
 
 
 def dry_run(settings: TargetSettings) -> str:
-    """What a fit would do and how long it would take, from a few steps; nothing is written."""
+    """Size, time and memory of a fit, estimated from a few steps; nothing is written."""
     data, flow = _data(settings), _build_flow(settings)
     tried = _fit(settings, flow, data, {"steps": TRIED})
     per_step, budget = tried.training.seconds / TRIED, settings.budget
@@ -192,11 +192,11 @@ def dry_run(settings: TargetSettings) -> str:
 
 
 def load_target_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> TargetRun:
-    """The flow of a run, what it was fitted to, and where.
+    """The flow of a run with its target and its conditions.
 
     Args:
         path: The folder of the run.
-        allow: What its ``run.json`` may have imported, each "module:name".
+        allow: Names that its ``run.json`` may import, each "module:name".
 
     Raises:
         FileNotFoundError: There is no finished run.
@@ -241,12 +241,12 @@ def sample_run(
 
     Args:
         path: The run.
-        settings: How many draws, under which condition.
-        allow: What the ``run.json`` may have imported, each "module:name".
-        overwrite: Replaces a file that is there.
+        settings: Number of draws, and condition.
+        allow: Names that the ``run.json`` may import, each "module:name".
+        overwrite: Replace a file there.
 
     Returns:
-        What was written, and how the chains moved.
+        Lines with the file, the acceptance and the mixing of the chains.
 
     Raises:
         FileExistsError: There is such a file, or it is one of a run.
@@ -299,7 +299,7 @@ def _judgement(of: Mapping[str, Tensor]) -> str:
 
 
 def _warnings(chain: Chain, judged: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
-    """Why averages over these draws are not to be trusted, a line each."""
+    """Reasons not to trust averages over these draws, a line each."""
     if bool(chain.failed):
         yield "Warning: a chain never moved; its draws are no result."
     ratios = {name: it["rhat"].item() for name, it in judged.items()}
@@ -323,7 +323,7 @@ def _warnings(chain: Chain, judged: Mapping[str, Mapping[str, Tensor]]) -> Itera
 
 
 def _remember_drawn(run: Run, x: Float[Tensor, "draws *event"]) -> None:
-    """Note down some draws, which say nothing of what the flow lacks: see :func:`count_drawn`."""
+    """Record digests of some draws, which cannot show coverage: see :func:`count_drawn`."""
     if not os.access(run.path, os.W_OK):
         return
     subsample = x[:: -(-len(x) // REMEMBERED)].cpu().float()
@@ -336,7 +336,7 @@ def _remember_drawn(run: Run, x: Float[Tensor, "draws *event"]) -> None:
 
 
 def count_drawn(run: Run, x: Float[Tensor, "draws *event"]) -> int:
-    """How many of these rows are draws of the run itself, of those that it remembers."""
+    """Number of these rows that are recorded draws of the run itself."""
     path = run.path / DRAWN
     stored = path.read_bytes() if path.exists() else b""
     digests = {stored[k : k + DIGEST] for k in range(0, len(stored), DIGEST)}
@@ -344,7 +344,7 @@ def count_drawn(run: Run, x: Float[Tensor, "draws *event"]) -> int:
 
 
 def _inputs(settings: TargetSettings, data: tuple[Tensor, Tensor] | None) -> dict[str, Input]:
-    """The digests of the draws, their conditions, and of the run that the fit starts from."""
+    """Digests of the draws and their conditions, and of the run that the fit starts from."""
     inputs = {}
     if data is not None:
         inputs["data"] = values_of(settings.data, [data[0]])
@@ -355,7 +355,7 @@ def _inputs(settings: TargetSettings, data: tuple[Tensor, Tensor] | None) -> dic
 
 
 def _build_flow(settings: TargetSettings) -> nn.Module:
-    """The flow as it is before the first step."""
+    """The flow before the first step."""
     target = settings.parsed_target
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -430,10 +430,9 @@ def read_draws(
     return rows_of, given
 
 
-def _values(text: str | None, found: TargetRun) -> Float[Tensor, " conditions"]:
-    """One value for each condition."""
+def _values(text: str | None, target_run: TargetRun) -> Float[Tensor, " conditions"]:
     given = {part.partition("=")[0].strip() for part in (text or "").split(",")}
-    asked = parse_ranges(text, found.target)
+    asked = parse_ranges(text, target_run.target)
     lacking: Sequence[str] = [it.name for it in asked if it.name not in given or it.low < it.high]
     if lacking:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What ``rkl fit --target``, and what follows it, can choose."""
+"""Settings of ``rkl fit --target``, and of sampling and evaluation of its runs."""
 
 import itertools
 import math
@@ -96,7 +96,7 @@ class TargetSettings:
 
     @property
     def architecture(self) -> Architecture:
-        """What is built."""
+        """The architecture, parsed; by default that of the target."""
         return (
             default_architecture(self.parsed_target)
             if self.flow is None
@@ -114,12 +114,12 @@ class TargetSettings:
 
     @property
     def ranges(self) -> tuple[Condition, ...]:
-        """The conditions, each with the range that is trained."""
+        """The conditions, each with its training range."""
         return parse_ranges(self.condition, self.parsed_target)
 
     @property
     def budget(self) -> dict[str, Any]:
-        """In steps, or in minutes."""
+        """Budget in steps or in minutes, as arguments of :func:`fit_to_target`."""
         if self.steps is not None:
             return {"steps": self.steps}
         return {"minutes": MINUTES if self.minutes is None else self.minutes}
@@ -135,7 +135,7 @@ def parse_ranges(text: str | None, target: Target) -> tuple[Condition, ...]:
     """The conditions of a target, with ranges from a text such as "T=0.5:1.5, K=0".
 
     Raises:
-        ValueError: It cannot be read, or names what is no condition.
+        ValueError: It cannot be read, or a name is no condition.
 
     >>> parse_ranges("T=0.5:1.5", parse_target("xy(side=2)"))
     (Condition(name='T', low=0.5, high=1.5, unit='J', above=0.0, at_least=None),)
@@ -170,7 +170,7 @@ class SampleSettings:
 
     Args:
         n: Number of draws, all chains together; rounded up to the same for each.
-        out: File to write: .nc as ArviZ has it, .npz with the same by name, or .npy for the
+        out: File to write: .nc as in ArviZ, .npz with the same arrays by name, or .npy for the
             states alone.
         condition: A value of every condition: "T=0.9".
         chains: Number of chains, each corrected by Metropolis.

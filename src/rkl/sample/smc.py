@@ -1,8 +1,8 @@
 """Evidence and draws of a target without a flow: particles cooled from a broad distribution.
 
 Coordinates with bounds are mapped to the line. A pilot population picks the β, such that weights
-stay nearly equal, and the size of the moves. Islands of particles then follow this plan whatever
-they meet, so that the Z of each island is unbiased.
+stay nearly equal, and the size of the moves. Islands of particles then follow this fixed plan,
+which makes the Z of each island unbiased.
 """
 
 import math
@@ -34,7 +34,7 @@ MAX_DRIFT = 4.0  # errors of a normal distribution by which they may differ
 
 @dataclass(frozen=True)
 class Evidence:
-    r"""Log Z of a target, and draws of it, from particles that owe nothing to a flow.
+    r"""Log Z of a target, and draws of it, from particles without a flow.
 
     Attributes:
         log_z: In nats, with the standard error that islands give, [rows].
@@ -78,21 +78,21 @@ def evidence(
     Source: Del Moral, Doucet and Jasra (2006), J. R. Statist. Soc. B 68, 411; Neal (2011), arXiv
     1206.1901, for the moves.
 
-    On the line half of the islands begin from a distribution ten times narrower. Where they find
-    less, the others count alone; where they find more, that is one of the ``doubts``. So are
-    islands that differ, moves that are hardly ever accepted, particles that drift as they move on
+    On the line half of the islands begin from a distribution ten times narrower. If their Z is
+    smaller, the others count alone; if it is larger, that is one of the ``doubts``. Others are
+    islands that differ, moves that are hardly ever accepted, particles that drift in further moves
     under the target itself, and a mode that some particle met and all have lost: from the highest
     and the steepest points of the way maxima are climbed, and the mass about them is compared with
     the share of particles there (:mod:`rkl.sample.lost_modes`; up to 64 coordinates, and not with
     the kernel of a target). A mode so narrow or so far that no point of the way was uphill to it
-    remains unseen.
+    is not detected.
 
     Args:
         target: The density, up to log Z of each condition; of coordinates with bounds too, which
             are mapped to the line, log Z being that over the coordinates of the target.
         condition: The conditions, one a row; of a target without conditions none.
         particles: Particles of an island, 16 at least.
-        islands: Populations that have nothing to do with each other, 4 at least.
+        islands: Independent populations, 4 at least.
         width: Standard deviation of the broad distribution about 0, on the line.
         sweeps: Moves at each β.
         seed: Random seed.
@@ -148,7 +148,7 @@ class _Path(NamedTuple):
 
 
 def _follow(sampler: Sampler, islands: int, particles: int, plan: list[Rung]) -> _Path:
-    """Islands cooled along a plan, and moved on afterwards."""
+    """Islands cooled along a plan, with further moves at its end."""
     cooled = sampler.run(islands, particles, plan)
     points = cooled.points
     for _ in range(DRIFT):
@@ -233,7 +233,7 @@ def _doubts(paths: list[_Path], row: int, error: float) -> list[str]:
 def _lost_mode_doubts(
     sampler: Sampler, row: int, candidates: Tensor, x: Tensor, log_z: Mean
 ) -> Iterator[str]:
-    """A mode that particles met on their way and have lost, if there is one."""
+    """A doubt about a mode that particles met on their way and have lost, if there is one."""
     if not len(candidates):
         return
     lost = find_lost_mode(sampler.density(row), candidates, x, log_z)

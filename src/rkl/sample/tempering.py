@@ -31,7 +31,7 @@ CANDIDATES = 16  # highest particles of an island, at each β, and steepest, fro
 
 
 def wrap(x: Float[Tensor, "*batch_event"], circle: Bool[Tensor, "*event"]) -> Tensor:
-    """Angles in [−π, π), and other coordinates as they are."""
+    """Angles in [−π, π), and other coordinates unchanged."""
     if not circle.any():
         return x
     return torch.where(circle, wrap_angles(x), x)
@@ -132,7 +132,7 @@ def resample_degenerate(
 
     Args:
         log_w: Log-weights, of which those of an island add up to one.
-        always: Resamples all islands.
+        always: Whether to resample all islands.
     """
     count = log_w.shape[-1]
     poor = (1 / log_w.softmax(-1).square().sum(-1) < MIN_SHARE * count)[..., None] | always
@@ -204,7 +204,7 @@ class Sampler:
         self.candidates: list[Tensor] = []
 
     def run(self, islands: int, particles: int, plan: list[Rung] | None = None) -> Cooled:
-        """Cool particles along a plan, or along one that is made on the way."""
+        """Cool particles along a plan, or along one made on the way."""
         rows = len(self.condition)
         points = self.evaluate(self.broad.sample((rows, islands, particles), self.dtype))
         log_w = torch.full(points.log_p.shape, -math.log(particles), dtype=torch.float64)
@@ -249,7 +249,7 @@ class Sampler:
         return Cooled(torch.stack(path), points, torch.cat(self.candidates, 1), accepted, done)
 
     def add_candidates(self, priority: Tensor, x: Tensor) -> None:
-        """Remember the points of highest priority, from which modes are looked for."""
+        """Keep the points of highest priority, from which lost modes are searched."""
         if self.kernel is not None or self.size > MAX_SIZE:
             return
         index = priority.topk(min(CANDIDATES, priority.shape[2]), 2).indices[..., None]
@@ -272,7 +272,7 @@ class Sampler:
         )
 
     def events(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Events and their conditions, as the target takes them."""
+        """Events and their conditions, in the form that the target takes."""
         each = self.condition[:, None, None].expand(*x.shape[:-1], -1)
         return x.reshape(*x.shape[:-1], *self.target.event_shape), each
 
@@ -376,7 +376,7 @@ class Sampler:
 
 
 def _in_double(target: Target, condition: Tensor) -> tuple[Tensor, torch.dtype]:
-    """The condition in double precision, or as it is where the target computes in that alone."""
+    """The condition in double precision, or unchanged if the target computes in its own only."""
     x = torch.zeros(1, *target.event_shape, dtype=torch.float64, device=condition.device)
     try:
         call_log_prob(target, x, condition[:1].double())

@@ -1,4 +1,4 @@
-"""What an architecture is, the law that a flow of ours returns, and its latent law."""
+"""The base class of architectures, the distribution of a flow of ours, and its latents."""
 
 import abc
 import inspect
@@ -15,13 +15,13 @@ from rkl.divergences import parse
 
 
 class Architecture(abc.ABC):
-    """Which flow to build, as a value whose repr can be parsed.
+    """A kind of flow, as a value whose repr can be parsed.
 
     To write one, make a frozen dataclass with ``build``; the command line finds it by its name
-    in kebab case. What it builds is a module: ``flow(condition)``, or ``flow()`` where there
+    in kebab case. It builds a module: ``flow(condition)``, or ``flow()`` where there
     are no conditions, returns a distribution of torch with ``log_prob`` and ``sample``.
-    ``own_units`` says that its events and conditions want no standardising, ``domain`` whether
-    events are numbers on the line, angles on the circle or mixed, where the class knows.
+    ``own_units`` is True if its events and conditions need no standardising; ``domain`` is "line",
+    "circle" or "mixed", if the class determines it.
     """
 
     own_units: ClassVar[bool] = False
@@ -37,7 +37,7 @@ class Architecture(abc.ABC):
 
 
 def catalogue() -> dict[str, type[Architecture]]:
-    """Every architecture by its command-line name; a subclass is listed by existing.
+    """Every architecture by its command-line name; every subclass is listed.
 
     >>> from rkl.flows import NSF
     >>> catalogue()["nsf"] is NSF
@@ -71,11 +71,11 @@ class Latent(Distribution):
     """Independent normal latents of standard deviation ``scale``, cut off at ± bound · scale.
 
     Args:
-        shape: Of the batch and the event together.
-        event: How many axes of it are the event's.
+        shape: Shape of the batch and the event together.
+        event: Number of axes of the event.
         like: A tensor of the dtype and on the device of the latents.
         scale: Standard deviation before the cut, the temperature of the latents.
-        bound: Where they are cut off, in standard deviations.
+        bound: Bound of the latents, in standard deviations.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
@@ -126,7 +126,7 @@ class Latent(Distribution):
 
 
 class Pushforward(Distribution):
-    """The law of events that a flow makes of its latents: exact density, independent draws.
+    """The distribution of events from a flow's latents: exact density, independent draws.
 
     The flow is a module with ``encode`` and ``decode``, from events to latents and back, each
     with the logarithm of its Jacobian.
@@ -159,7 +159,7 @@ class Pushforward(Distribution):
         return self.rsample_and_log_prob(sample_shape)[0]
 
     def rsample_and_log_prob(self, shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """Events that depend on the parameters differentiably, and the log-density there."""
+        """Events, differentiable in the parameters, and their log-density."""
         latent = self.base.rsample(shape)
         condition = self._condition(latent.shape[: latent.ndim - len(self.event_shape)])
         value, log_jacobian = self.flow.decode(latent, condition)
@@ -180,7 +180,7 @@ class Flow(nn.Module):
     """A flow of ours: a map between events and latents, both of one shape.
 
     Args:
-        event_shape: Of one event.
+        event_shape: Shape of one event.
         conditions: Number of conditions; 0 for a flow that is called without any.
     """
 
@@ -189,7 +189,7 @@ class Flow(nn.Module):
         self.event_shape, self.conditions = torch.Size(event_shape), conditions
 
     def forward(self, condition: Float[Tensor, "*batch conditions"] | None = None) -> Pushforward:
-        """The law of events, given the conditions."""
+        """The distribution of events, given the conditions."""
         given = 0 if condition is None else condition.shape[-1]
         if given != self.conditions:
             raise ValueError(
@@ -216,7 +216,7 @@ class Flow(nn.Module):
 def draw(
     law: Distribution, shape: tuple[int, ...] = ()
 ) -> tuple[Float[Tensor, "*draws"], Float[Tensor, "*batch"]]:
-    """Draws from a law with their log-density in nats, in one pass where it can; no gradient."""
+    """Draws of a distribution with their log-density in nats, without a gradient."""
     anyone: Any = law
     with torch.no_grad():
         for name in ("sample_and_log_prob", "rsample_and_log_prob"):

@@ -26,8 +26,8 @@ class CircularSplines(Architecture):
         hidden: Widths of the hidden layers of each.
         bins: Pieces of each spline.
         passes: 2 couples halves; None is fully autoregressive.
-        relative: Whether the first angle is uniform and the splines are of the others less it, so
-            that a common turn leaves the density as it is.
+        relative: Whether the first angle is uniform and the splines are of the others less it:
+            a common turn then does not change the density.
 
     >>> CircularSplines(transforms=2).build((3,))().event_shape
     torch.Size([3])
@@ -55,14 +55,14 @@ class CircularSplines(Architecture):
 
 
 class CircularFlow(nn.Module):
-    """What :class:`CircularSplines` builds."""
+    """The flow that :class:`CircularSplines` builds."""
 
     def __init__(self, flow: nn.Module, relative: torch.Size | None = None):
         super().__init__()
         self.flow, self.relative = flow, relative
 
     def forward(self, *condition: Tensor) -> "CircularLaw | RelativeLaw":
-        """The law of angles, given the conditions."""
+        """The distribution of angles, given the conditions."""
         law = CircularLaw(self.flow(*condition))
         return law if self.relative is None else RelativeLaw(law, self.relative)
 
@@ -93,7 +93,7 @@ class CircularLaw(Distribution):
 
 
 class RelativeLaw(Distribution):
-    """Angles of which the first is uniform, and the others less it are those of another law."""
+    """Angles of which the first is uniform; the others less it follow another distribution."""
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
     has_rsample = True

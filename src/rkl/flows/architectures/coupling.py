@@ -14,10 +14,10 @@ STEEPEST = 3.0  # |log scale| of one coupling, so that no step can leave the ran
 
 @dataclass(frozen=True)
 class Coupling(Architecture):
-    """RealNVP: the odd coordinates are scaled and shifted as the even ones say, then in turn.
+    """RealNVP: the even coordinates determine scale and shift of the odd ones, then in turn.
 
-    The masks are slices: a network sees only the half it depends on and yields only what the
-    other half needs. Densities and draws cost the same single pass. It starts as the identity.
+    The masks are slices: the input of a network is one half, its output scale and shift of the
+    other. Densities and draws cost the same single pass. It starts as the identity.
 
     Source: Dinh et al. (2017), arXiv 1605.08803.
 
@@ -47,8 +47,8 @@ class CouplingFlow(Flow):
     """The flow that :class:`Coupling` builds.
 
     Attributes:
-        within: Networks see nothing beyond ± this, so that a far row is moved as one at the edge
-            is, and not by what they extrapolate.
+        within: Bound of the inputs of networks: a far row is moved like one at the edge, without
+            extrapolation.
     """
 
     places: Tensor
@@ -100,8 +100,8 @@ class CouplingFlow(Flow):
         value = torch.cat([unchanged, moved], -1)[..., self.places]
         return value.unflatten(-1, self.event_shape), total
 
-    def _affine(self, net, known, condition):
-        inside = known if self.within == math.inf else known.clamp(-self.within, self.within)
+    def _affine(self, net, half, condition):
+        inside = half if self.within == math.inf else half.clamp(-self.within, self.within)
         return _affine(net, inside, condition)
 
 
@@ -116,7 +116,7 @@ def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers, last)
 
 
-def _affine(net: nn.Module, known: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-    inputs = known if condition is None else torch.cat([known, condition], -1)
+def _affine(net: nn.Module, half: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    inputs = half if condition is None else torch.cat([half, condition], -1)
     shift, log_scale = net(inputs).chunk(2, -1)
     return shift, STEEPEST * torch.tanh(log_scale / STEEPEST)

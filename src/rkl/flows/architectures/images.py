@@ -20,8 +20,8 @@ class MultiScale(Architecture):
     """Affine couplings of the pixels of 2 x 2 blocks at one scale after another.
 
     Every scale makes a channel of each pixel of a block, couples two of the four with the other
-    two (checkerboards, rows and columns in turn), and hands half of the channels on. The masks
-    are slices, so that no convolution computes what is thrown away. It starts as the identity.
+    two (checkerboards, rows and columns in turn), and passes half of the channels on. The masks
+    are slices: no convolution computes unused channels. It starts as the identity.
 
     Source: Dinh et al. (2017), arXiv 1605.08803, section 3.6.
 
@@ -129,8 +129,8 @@ class _Convolutions(nn.Module):
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, known: Tensor, condition: Tensor | None) -> Tensor:
-        inside = self.first(known)
+    def forward(self, channels: Tensor, condition: Tensor | None) -> Tensor:
+        inside = self.first(channels)
         if self.given is not None and condition is not None:
             inside = inside + self.given(condition)[:, :, None, None]
         return self.last(self.rest(inside))

@@ -22,7 +22,7 @@ class MixedSplines(Architecture):
     """Monotone rational-quadratic splines of coordinates some of which are angles.
 
     Each coordinate is bent given those before it, an angle with the period 2π, a number on the
-    line within ± 5, so that it wants to be standardised.
+    line within ± 5; numbers should be standardised.
 
     Source: Durkan et al. (2019), arXiv 1906.04032; Rezende et al. (2020), arXiv 2002.02428, for
     angles.
@@ -66,7 +66,7 @@ class MixedSplines(Architecture):
 
 
 class MixedFlow(nn.Module):
-    """What :class:`MixedSplines` builds."""
+    """The flow that :class:`MixedSplines` builds."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class MixedFlow(nn.Module):
         )
 
     def forward(self, *condition: Tensor) -> "MixedLaw":
-        """The law of events, given the conditions."""
+        """The distribution of events, given the conditions."""
         given = condition[0] if condition else None
         transform = ComposeTransform([it(given) for it in self.transforms])
         batch = given.shape[:-1] if given is not None else torch.Size()
@@ -162,7 +162,7 @@ class MixedLaw(Distribution):
         return self.rsample_and_log_prob(sample_shape)[0]
 
     def rsample_and_log_prob(self, shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """Events that depend on the parameters differentiably, and the log-density there."""
+        """Events, differentiable in the parameters, and their log-density."""
         size = (*shape, *self.batch_shape, len(self.circle))
         how = {"dtype": self.like.dtype, "device": self.like.device}
         latent = torch.where(
@@ -195,12 +195,12 @@ class Bounded(nn.Module):
         self.flow, self.chart = flow, chart
 
     def forward(self, *condition: Tensor) -> "BoundedLaw":
-        """The law of events, given the conditions."""
+        """The distribution of events, given the conditions."""
         return BoundedLaw(self.flow(*condition), self.chart)
 
 
 class BoundedLaw(Distribution):
-    """The law of coordinates within bounds; outside of them the density is 0."""
+    """The distribution of coordinates within bounds; outside of them the density is 0."""
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""A flow whose latents are a mixture of Gaussians, as it begins on few rows in heaps."""
+"""A flow whose latents are a mixture of Gaussians, for few rows in clusters."""
 
 import copy
 import math
@@ -17,11 +17,11 @@ class MixtureLatent(Distribution):
     """Latents of a mixture of Gaussians; each component is scaled and cut off about its mean.
 
     Args:
-        log_weight: Of the components, for each of a batch.
-        mean: Of each.
+        log_weight: Logarithms of the weights of the components, for each of a batch.
+        mean: Mean of each.
         root: Cholesky factor of the covariance of each.
-        scale: Standard deviation of what the factors multiply, the temperature of the latents.
-        bound: Where that is cut off, in standard deviations.
+        scale: Standard deviation of the normal variables before the factors, the temperature.
+        bound: Bound of these, in standard deviations.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
@@ -81,8 +81,8 @@ class MixtureStart(nn.Module):
 
     Args:
         flow: The flow, of events [columns].
-        log_weight: Of the components.
-        mean: Of each.
+        log_weight: Logarithms of the weights of the components.
+        mean: Mean of each.
         root: Cholesky factor of the covariance of each.
         of_classes: Whether the components are those of the conditions, one each.
     """
@@ -108,7 +108,7 @@ class MixtureStart(nn.Module):
             self.register_buffer(name, value)
 
     def named_parts(self) -> list[tuple[str, Tensor]]:
-        """What the mixture is made of."""
+        """Weights, means and factors of the mixture."""
         return [(name, getattr(self, name)) for name in ("log_weight", "mean", "root")]
 
     def forward(self, *condition: Tensor) -> Any:
@@ -150,7 +150,7 @@ def latent_map(law: Any) -> Float[Tensor, "columns columns"] | None:
 
 
 def seen_within(flow: nn.Module) -> float | None:
-    """Where the networks of a coupling flow stop to see; None where they see everything."""
+    """Bound of the inputs of a coupling flow's networks; None without one."""
     inner: Any = flow.flow if isinstance(flow, MixtureStart) else flow
     within = getattr(inner, "within", math.inf)
     return None if within == math.inf else within
@@ -159,7 +159,7 @@ def seen_within(flow: nn.Module) -> float | None:
 def with_state(
     flow: nn.Module, state: Mapping[str, Tensor], within: float | None = None
 ) -> nn.Module:
-    """A fresh flow, wrapped as the one was whose state this is; the state is loaded."""
+    """A fresh flow, wrapped like the one that this state is of, with the state loaded."""
     if within is not None:
         flow.within = within  # type: ignore[assignment]
     names = "log_weight", "mean", "root", "of_classes"

@@ -17,11 +17,11 @@ OUTLYING = 10.0  # widths beyond which an event does not count in the mean
 
 
 class Placed(nn.Module):
-    r"""The flow of shift(c) + scale(c) · z, where z is what another flow or a Cauchy law gives.
+    r"""The flow of shift(c) + scale(c) · z, with z from another flow or a Cauchy distribution.
 
-    Shift and log scale are quadratic in the conditions c. Of z a share of 0.02 comes from
-    independent Cauchy distributions, so that weights p/q stay bounded where the flow's own tails
-    end, and what lies there is counted.
+    Shift and log scale are quadratic in the conditions c. A share of 0.02 of z comes from
+    independent Cauchy distributions: weights p/q stay bounded where the flow's own tails
+    end, and mass there is counted.
 
     Angles keep their place; in that share they are uniform.
 
@@ -29,7 +29,7 @@ class Placed(nn.Module):
 
     Args:
         flow: The flow of z, given the conditions if there are any.
-        event_shape: Of one event.
+        event_shape: Shape of one event.
         conditions: Number of conditions.
         circle: Which coordinates are angles, of the shape of the event; None for none.
         furthest: Widths at which the Cauchy distributions are cut off, by coordinate.
@@ -55,7 +55,7 @@ class Placed(nn.Module):
         self.register_buffer("log_scale", torch.zeros(features, *event_shape))
 
     def forward(self, *condition: Tensor) -> "PlacedLaw":
-        """The law of events, given the conditions."""
+        """The distribution of events, given the conditions."""
         features = self.features(*condition)
         shift, log_scale = (
             torch.tensordot(features, it.to(features), 1) for it in (self.shift, self.log_scale)
@@ -75,7 +75,7 @@ class Placed(nn.Module):
 
     @property
     def fresh(self) -> bool:
-        """Whether it was never placed."""
+        """True if shift and scale were never set by :meth:`place`."""
         return not bool(self.shift.any() or self.log_scale.any())
 
     @torch.no_grad()
@@ -98,13 +98,13 @@ class Placed(nn.Module):
         size = z.quantile(0.68, 0)
         furthest = z.topk(max(1, len(z) // 1_000), 0).values[-1] / INSIDE
         log_scale[0] += torch.maximum(size, torch.minimum(furthest, WIDEST * size)).log()
-        for own, it in ((self.shift, shift), (self.log_scale, log_scale)):
-            own.copy_(it.reshape(own.shape))
-            own[:, self.circle.to(own.device)] = 0.0
+        for buffer, fitted in ((self.shift, shift), (self.log_scale, log_scale)):
+            buffer.copy_(fitted.reshape(buffer.shape))
+            buffer[:, self.circle.to(buffer.device)] = 0.0
 
 
 class PlacedLaw(Distribution):
-    """The law of shift + scale · z for z of another law or, now and then, of Cauchy's."""
+    """The distribution of shift + scale · z, z from another one and a few from Cauchy's."""
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
 
@@ -147,12 +147,12 @@ class PlacedLaw(Distribution):
         return self.shift + self.log_scale.exp() * z
 
     def rsample_and_log_prob(self, shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """Events that depend on the parameters differentiably, and the log-density there."""
+        """Events, differentiable in the parameters, and their log-density."""
         value = self.rsample(torch.Size(shape))
         return value, self.log_prob(value)
 
     def _log_far(self, z: Tensor) -> Tensor:
-        """Log-density of independent Cauchy variables that are cut off, and of uniform angles."""
+        """Log-density of independent truncated Cauchy variables, and of uniform angles."""
         terms = -torch.log1p(z.square()) - (2 * self.furthest.atan()).log()
         terms = torch.where(z.abs() <= self.furthest, terms, -math.inf)
         return torch.where(self.circle, -math.log(2 * math.pi), terms).sum(self.axes)

@@ -1,4 +1,4 @@
-"""A flow over standardised events in the units of the user, and one with its latents cooled."""
+"""A flow over standardised events in the units of the user, and one with scaled latents."""
 
 import copy
 import math
@@ -15,9 +15,9 @@ from rkl.flows.architectures.mixture import MixtureLatent
 
 
 class Conditioned(nn.Module):
-    """A flow that sees each condition on a scale from -1 to 1 over the range it is trained on.
+    """A flow of conditions scaled to -1 to 1 over the training range.
 
-    Conditions above 0 are seen by their logarithm.
+    Of conditions above 0 the logarithm is scaled.
 
     Args:
         flow: The flow of standardised conditions.
@@ -40,13 +40,13 @@ class Conditioned(nn.Module):
         self.register_buffer("high", high)
 
     def forward(self, condition: Float[Tensor, "*batch conditions"]) -> Distribution:
-        """The law of events, given the conditions in their own units."""
+        """The distribution of events, given the conditions in their own units."""
         return self.flow(self.standardise(condition))
 
     def standardise(
         self, condition: Float[Tensor, "*batch conditions"]
     ) -> Float[Tensor, "*batch conditions"]:
-        """Conditions as the inner flow sees them."""
+        """Conditions on the scale of the inner flow."""
         positive, tiny = self.low > 0, torch.finfo(condition.dtype).tiny
         low, high, at = (
             torch.where(positive, it.clamp_min(tiny).log(), it)
@@ -57,7 +57,7 @@ class Conditioned(nn.Module):
 
 
 class Scaled(nn.Module):
-    """The flow of shift + scale · x, where x is what another flow is over.
+    """The flow of shift + scale · x, with x from another flow.
 
     Args:
         flow: The flow of standardised events.
@@ -77,7 +77,7 @@ class Scaled(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, *condition: Tensor) -> "ScaledLaw":
-        """The law of events in the user's units, given the conditions."""
+        """The distribution of events in the user's units, given the conditions."""
         return ScaledLaw(self.flow(*condition), self.shift, self.scale, self.dtype)
 
     @property
@@ -86,7 +86,7 @@ class Scaled(nn.Module):
         return next(self.flow.parameters()).dtype
 
     def standardise(self, value: Float[Tensor, "*batch_event"]) -> Float[Tensor, "*batch_event"]:
-        """Events as the inner flow has them, in its precision."""
+        """Standardised events, in the precision of the inner flow."""
         return ((value - self.shift) / self.scale).to(self.dtype)
 
     def restore(self, value: Float[Tensor, "*batch_event"]) -> Float[Tensor, "*batch_event"]:
@@ -95,7 +95,7 @@ class Scaled(nn.Module):
 
 
 class ScaledLaw(Distribution):
-    """The law of shift + scale · x for x of another law."""
+    """The distribution of shift + scale · x, with x from another distribution."""
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
     has_rsample = True
@@ -125,21 +125,21 @@ class ScaledLaw(Distribution):
         return self.shift + self.scale * self.law.rsample(sample_shape)
 
     def rsample_and_log_prob(self, shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """Events that depend on the parameters differentiably, and the log-density there."""
+        """Events, differentiable in the parameters, and their log-density."""
         value, log_q = self.law.rsample_and_log_prob(shape)
         return self.shift + self.scale * value, log_q - self.log_scale
 
 
 def latent(law: Distribution, temperature: float = 1.0, bound: float = math.inf) -> Distribution:
-    """The law of a flow with its latents scaled, or cut off: precision bought with recall.
+    """The distribution of a flow with its latents scaled or cut off: more precision, less recall.
 
     Args:
-        law: What a flow returned.
-        temperature: Standard deviation of the latents; below 1 the draws keep to the middle.
-        bound: Where the latents are cut off, in their standard deviations.
+        law: Distribution that a flow returned.
+        temperature: Standard deviation of the latents; below 1 the draws stay in the middle.
+        bound: Bound of the latents, in their standard deviations.
 
     Raises:
-        TypeError: The law is none of a flow, or of one whose latents are angles too.
+        TypeError: The distribution is not that of a flow, or its latents include angles.
 
     >>> from rkl.flows import Coupling
     >>> law = latent(Coupling().build((2,))(), temperature=0.5)

@@ -16,8 +16,8 @@ from rkl.flows.architectures.base import Architecture
 class NSF(Architecture):
     """Neural spline flow: monotone rational-quadratic splines, autoregressive or coupled.
 
-    Flexible in few dimensions. It bends only what lies within ± 5, so that data want to be
-    standardised. Autoregressive, it evaluates densities in one pass and draws in one pass per
+    Flexible in few dimensions. It bends only within ± 5, so data should be standardised.
+    Autoregressive, it evaluates densities in one pass and draws in one pass per
     coordinate; coupled, both take two.
 
     Source: Durkan et al. (2019), arXiv 1906.04032.

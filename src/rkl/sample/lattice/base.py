@@ -15,7 +15,7 @@ from rkl.sample.lattice.ordering import Ordering, ordering
 
 
 def square_side(event_shape: tuple[int, ...], *, even: bool = False) -> int:
-    """The side of a square lattice, refused where the sites make none, or no even one."""
+    """The side of a square lattice; refused if the sites make none, or not an even one."""
     side = math.isqrt(math.prod(event_shape))
     if len(event_shape) != 1 or side**2 != event_shape[0] or (even and side % 2):
         expected = "(side²,) of an even side, for a checkerboard" if even else "(side²,)"
@@ -76,7 +76,7 @@ class SitesFlow(nn.Module, abc.ABC):
 
 
 class SitesDistribution(Distribution, abc.ABC):
-    """Values on the sites of a lattice: independent draws, and their density."""
+    """Distribution of values on the sites of a lattice: independent draws, and their density."""
 
     at_once: ClassVar[int] = 1024  # configurations drawn or judged at one time
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
@@ -121,11 +121,11 @@ class SitesDistribution(Distribution, abc.ABC):
     def path_log_ratio(
         self, log_prob: Callable[[Tensor, Tensor], Tensor], shape: Any = (), beta: float = 1.0
     ) -> Tensor:
-        """Log p − log q at fresh draws, which follow the parameters; the density does not.
+        """Log p − log q at fresh draws, differentiable in the parameters through the draws alone.
 
-        So minus its mean has the path gradient of the reverse KL, whose noise vanishes where
-        q = p. ``beta`` is that of ``log_prob``, β log p, whose sites are then integrated. It
-        does not depend on where these are, if they follow p given the others.
+        Minus its mean has the path gradient of the reverse KL, whose noise vanishes where
+        q = p. ``beta`` is that of ``log_prob``, β log p, whose sites are then integrated. The
+        value does not depend on the integrated sites, if they follow p given the others.
 
         Source: G. Roeder, Y. Wu, D. Duvenaud (2017), arXiv 1703.09194, eq. (8).
         """

@@ -60,9 +60,9 @@ def draw(law: SplineDensity) -> Angles:
 
 
 def reparameterise(law: SplineDensity, position: Angles) -> Angles:
-    """Positions that follow the parameters as draws do, by the implicit function theorem.
+    """Positions differentiable in the parameters as draws are, by the implicit function theorem.
 
-    dt = −dF(t)/q(t), with F the distribution function, from an origin that rides along.
+    dt = −dF(t)/q(t), with F the distribution function, from an origin that moves with t.
 
     Source: M. Figurnov, S. Mohamed, A. Mnih (2018), arXiv 1805.08498, eq. (6).
     """

@@ -37,7 +37,7 @@ class CoarseToFine(Architecture):
     Args:
         coupling: J of the von Mises distributions.
         ring_exchange: K of the von Mises distributions; None where it is the second condition.
-        integrate: Which sites are drawn exactly; "auto" does as many as K allows.
+        integrate: Share of sites to draw exactly; "auto" takes as many as K allows.
         width: Units of each of two hidden layers.
         knots: Knots of the circular distributions.
 
@@ -118,7 +118,7 @@ class LatticeFlow(SitesFlow):
         return torch.stack([0.5 / scale, 0.25 / scale.square(), *features])
 
     def passes(self) -> Iterator[tuple[Pass, Wave]]:
-        """The passes in their order, and what is known of each at low temperature."""
+        """The passes in their order, with their low-temperature Gaussians."""
         return zip(self.ordering.passes, self.waves, strict=True)
 
     def inputs(self, step: Pass, wave: Wave, cosine: Tensor, sine: Tensor, context: Tensor):
@@ -140,7 +140,7 @@ class LatticeFlow(SitesFlow):
         return torch.cat([along, across, scales[2:]]), (x, y), kappa
 
     def law(self, output: Tensor, kappa: Tensor) -> circle.SplineDensity:
-        """The circular distributions that a network's output stands for."""
+        """The circular distributions of a network's output."""
         return circle.near_von_mises(
             output[:-1], kappa * output[-1].clamp(-TOO_STRONG, TOO_STRONG).exp()
         )
@@ -148,7 +148,7 @@ class LatticeFlow(SitesFlow):
     def draw(self, condition: Float[Tensor, "draws conditions"], path: bool = False):
         """Cosines and sines of all rows but the integrated ones, and their log-density.
 
-        On a ``path`` both follow the parameters, the density only through the angles.
+        On a ``path`` both are differentiable in the parameters, the density only by the angles.
         """
         context = self.context(condition)
         cosine, sine = torch.ones_like(context[:1]), torch.zeros_like(context[:1])
@@ -220,7 +220,7 @@ class LatticeDistribution(SitesDistribution):
         return log_q
 
     def path_log_ratio(self, log_prob, shape=(), beta=1.0):
-        """The integrated sites stand at their modes."""
+        """The same, with the integrated sites at their modes."""
         batch, condition = self._flat(shape)
         cosine, sine, log_q = self.flow.draw(condition, path=True)
         theta = torch.atan2(sine, cosine)

@@ -33,7 +33,7 @@ class CoarseToFineField(Architecture):
     Source: the order of :class:`CoarseToFine`; splines of Durkan et al. (2019), arXiv 1906.04032.
 
     Args:
-        mass_squared: m² of φ⁴, as in :class:`Phi4`; None, the flow draws all sites of any field.
+        mass_squared: m² of φ⁴, as in :class:`Phi4`; None: the flow draws all sites of any field.
         width: Units of each of two hidden layers.
         bins: Pieces of each spline.
 
@@ -138,7 +138,7 @@ class FieldFlow(SitesFlow):
         return 2 * around, 4 + self.architecture.mass_squared, condition[:, 0]
 
     def near(self, rows: Tensor, near: Tensor) -> Float[Tensor, "near sites_and_draws"]:
-        """The fields that the sites of a pass look at."""
+        """The fields of the neighbours of a pass."""
         return rows.index_select(0, near.flatten().to(rows.device)).reshape(len(near), -1)
 
 

@@ -1,4 +1,4 @@
-"""The plain numbers of lattice models, which moves and architectures made for one need of it."""
+"""Protocols with the numbers of lattice models that moves and architectures need."""
 
 from typing import Protocol, runtime_checkable
 

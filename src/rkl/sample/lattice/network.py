@@ -14,11 +14,11 @@ SIZES = 5  # of levels that are told apart: 1, 2, 4, 8, and more sites
 
 
 class Site(nn.Module):
-    """Two hidden layers, from features [features, sites] to the numbers of a circular law.
+    """Two hidden layers, from features [features, sites] to a circular distribution.
 
     Args:
         features: Number of features.
-        architecture: Whose ``width`` and ``knots`` say how large it is.
+        architecture: Architecture with its ``width`` and ``knots``.
         levels: Number of levels, which have their own offsets.
     """
 
@@ -40,7 +40,7 @@ class Site(nn.Module):
     def forward(
         self, features: Float[Tensor, "features sites"], step: Pass, twice: bool
     ) -> tuple[Float[Tensor, "outputs sites"], Float[Tensor, "outputs sites"]]:
-        """The output, and ``twice`` again such that its gradient leaves the parameters alone."""
+        """The output, and with ``twice`` a second one without gradient in the parameters."""
         start = self.level[step.level] + self.size[step.size]
         weights = self.first, start, self.second, self.middle, self.last, self.offset
         if twice:
@@ -52,7 +52,7 @@ class Site(nn.Module):
 
     @torch.no_grad()
     def start_from(self, other: "Site") -> None:
-        """Take the weights of another; levels that it lacks are like its coarsest."""
+        """Take the weights of another; levels that it lacks start from its coarsest."""
         for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
             if mine.shape != theirs.shape:
                 theirs = theirs[torch.arange(len(mine)).clamp_max(len(theirs) - 1)]
@@ -60,7 +60,7 @@ class Site(nn.Module):
 
 
 class _Twice(torch.autograd.Function):
-    """One evaluation, returned twice: parameters hear of the first alone, features of both."""
+    """The output returned twice; only the first passes gradients to the parameters."""
 
     @staticmethod
     def forward(ctx, x, first, start, second, middle, last, offset):

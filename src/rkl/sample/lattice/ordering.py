@@ -1,4 +1,4 @@
-"""In which order the sites of a periodic lattice are drawn, and which can be integrated."""
+"""Order in which the sites of a periodic lattice are drawn, and the sites to integrate."""
 
 import functools
 import itertools
@@ -20,8 +20,8 @@ class Pass(NamedTuple):
     """Sites of one colour of one level, drawn together.
 
     Attributes:
-        sites: How many they are.
-        near: Rows of the drawn sites each looks at, its four nearest first.
+        sites: Their number.
+        near: Rows of the drawn neighbours of each, its four nearest first.
         colour: Its colour, 0 to 3.
         level: 0 for the finest level that is drawn, 1 for the next coarser one, ...
         size: log2 of the number of sites of the level, 4 at most.
@@ -39,8 +39,8 @@ class Ordering(NamedTuple):
 
     Attributes:
         site: The site in each row; the integrated ones come last.
-        passes: How the rows after the first are drawn.
-        integrated: How many sites are left to be drawn exactly, given all others.
+        passes: The passes that draw the rows after the first.
+        integrated: Number of the remaining sites, drawn exactly, given all others.
         bonds: Rows of the four neighbours of each integrated site.
         plaquettes: Rows of the other corners of its four plaquettes, the opposite one last.
     """
@@ -143,10 +143,7 @@ def _bases(step: int) -> tuple[tuple, tuple]:
 
 
 def _colours(side: int, basis: tuple, left: set[int], regular: bool):
-    """The colours of one level: the colour, its sites, and what each of them looks at.
-
-    On a torus that is too small for four colours each site has a colour of its own.
-    """
+    """The colours of one level: the colour, its sites, and the neighbours of each of them."""
     (i, j), e, f = basis
 
     def at(site, a, b):  # a and b in halves of the basis
@@ -178,6 +175,6 @@ def _colours(side: int, basis: tuple, left: set[int], regular: bool):
 
 
 def _rows(row: dict[int, int], near: list[list[int]], width: int | None = None) -> Tensor:
-    """The rows of what each site looks at, one column for each site."""
+    """Rows of the neighbours of each site, one column for each site."""
     rows = torch.tensor([[row[s] for s in sites] for sites in near], dtype=torch.long)
     return rows.reshape(len(near), width or rows.shape[-1]).mT.contiguous()

@@ -81,7 +81,7 @@ def _mode(field: Tensor, square: float, quartic: Tensor) -> Tensor:
 
 
 def _reach(square: Tensor, quartic: Tensor) -> Tensor:
-    """The distance t at which a t² + λ t⁴ is all that is lost beyond."""
+    """The distance t at which a t² + λ t⁴ reaches the fall beyond which mass is neglected."""
     root = (square.square() + 4 * MAX_FALL * quartic).sqrt()
     return (2 * MAX_FALL / (square + root)).sqrt()
 
@@ -103,7 +103,7 @@ def draw(
     """Exact draws, by rejection from a normal distribution.
 
     As λ(φ² − c)² ≥ 0, the density is nowhere above that of a normal density with a + 2λc for a;
-    best is the c that is the mean of φ² by that law.
+    the best c is the mean of φ² under that normal distribution.
 
     Raises:
         ValueError: λ is negative or nan, 0 where a is not positive, or h is not finite.

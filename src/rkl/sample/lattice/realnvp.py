@@ -17,10 +17,10 @@ from rkl.sample.lattice.base import square_side
 class CheckerboardRealNVP(Architecture):
     """Affine couplings by periodic convolutions, in turn on the two colours of a checkerboard.
 
-    As AdvNF has it, angles are the sigmoid of the latents: the circle is cut open, and no
-    rotation is a symmetry. With 64 filters it has 314,384 parameters, and took its authors more
-    steps than 300 hours of two cores hold; with 16 it has 23,312. On the line, as for φ⁴, the
-    sigmoid is left out.
+    As in AdvNF, angles are the sigmoid of the latents: the circle is cut open, and no
+    rotation is a symmetry. With 64 filters it has 314,384 parameters, and the training of its
+    authors would take more than 300 hours on two cores; with 16 it has 23,312. On the line, as
+    for φ⁴, there is no sigmoid.
 
     Source: V. Kanaujia et al. (2024), arXiv 2401.15948, section 3, and the code beside it.
 

@@ -26,9 +26,9 @@ class HeatBath:
     Given its neighbours a site is von Mises about the direction of its field H with
     concentration |H|/T, for any ring exchange. It gets one try of Best and Fisher's rejection
     sampler, taken two times in three or more often; a site whose try is rejected keeps its
-    angle. That happens whatever its angle was, so the law stays invariant, and no site waits
-    for another's second try. Over-relaxation mirrors every site at its field, at no change in
-    energy: it moves far and costs little, and is ergodic only with the heat bath.
+    angle. Rejection does not depend on the angle, so the target stays invariant, and no site
+    waits for another's second try. Over-relaxation mirrors every site at its field, at no change
+    in energy: it moves far and costs little, and is ergodic only with the heat bath.
 
     Source: Best and Fisher (1979), Applied Statistics 28, 152; Creutz (1987), Phys. Rev. D 36,
     515, for over-relaxation.
@@ -237,7 +237,7 @@ def kernel_of_angles(target: Target) -> Kernel | None:
 
 
 def name_of(kernel: Kernel) -> str:
-    """The name of the class of a kernel in words.
+    """The name of a kernel's class in words.
 
     >>> name_of(HeatBath())
     'heat bath'
@@ -246,7 +246,7 @@ def name_of(kernel: Kernel) -> str:
 
 
 def check_kernel(name: str, kernel: Any) -> Kernel:
-    """Refuse what is no move of a Markov chain."""
+    """Refuse anything but a move of a Markov chain."""
     if not isinstance(kernel, Kernel):
         raise TypeError(f"{name} must be a kernel such as HeatBath(); got {kernel!r}.")
     return kernel
@@ -254,7 +254,7 @@ def check_kernel(name: str, kernel: Any) -> Kernel:
 
 @contextlib.contextmanager
 def random_seed(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators begin from a seed here, and are put back afterwards."""
+    """Seed torch's global generators within the block, and restore them at the end."""
     integer("seed", seed)
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Markov chains side by side, for every condition at once: training data and honest peers."""
+"""Markov chains side by side, for every condition at once: training data and references."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Walk:
-    r"""Draws of Markov chains, [\*batch, chains, draws], or what was measured of them.
+    r"""Draws of Markov chains, [\*batch, chains, draws], or measurements of them.
 
     Attributes:
-        x: The states, [\*batch, chains, draws, \*event]; None where something was measured.
-        values: What was measured of each state, by name.
+        x: The states, [\*batch, chains, draws, \*event]; None with measurements.
+        values: Measurements of each state, by name.
         last: The last states, [\*batch, chains, \*event], from which to go on.
     """
 
@@ -45,12 +45,11 @@ def markov_chain(
 ) -> Walk:
     r"""Chains of a kernel that leaves the target invariant, all of them side by side.
 
-    They begin with all angles alike on the circle, where no winding has to be undone, and at
-    standard normal draws on the line: chains of a target with several modes want a start of
-    their own.
+    They begin with equal angles on the circle, without winding, and at
+    standard normal draws on the line: for a target with several modes give a ``start``.
 
     Args:
-        target: What is sampled.
+        target: The target to sample.
         condition: One condition or a batch of them.
         draws: Number of draws kept of each chain.
         chains: Number of chains for each condition.
@@ -59,8 +58,8 @@ def markov_chain(
         warm_up: Sweeps before the first draw.
         seed: Random seed.
         start: States to begin at, [\*batch, chains, \*event].
-        measure: Measures states x under a condition, as ``target.observables`` does; then
-            what it returns is kept and the states are not.
+        measure: Function of states x and a condition, such as ``target.observables``; its
+            results are kept instead of the states.
 
     >>> from rkl.sample import XY
     >>> model = XY(side=2)

@@ -1,4 +1,4 @@
-"""Unnormalised densities that depend on conditions, and what may be known of one besides."""
+"""Base class of unnormalised densities that depend on conditions, and its optional methods."""
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from rkl.sample.targets.domains import Chart, Domain, chart_of
 
 
 class Condition(NamedTuple):
-    """A parameter of a target: its name, the range it is meant for, its unit, and its limit.
+    """A parameter of a target: its name, its usual range, its unit, and its limit.
 
     Attributes:
         name: Its name.
@@ -62,7 +62,7 @@ class Fluctuation(NamedTuple):
 
     Attributes:
         of: The name of the observable.
-        factor: What its variance is multiplied by, such as N/T² for a specific heat.
+        factor: Factor of its variance, such as N/T² for a specific heat.
         unit: The unit of the product.
     """
 
@@ -85,15 +85,15 @@ class Target(abc.ABC):
 
     Every other method is optional. Give those that you know:
 
-    - ``sample`` and ``log_normaliser``: exact draws, and log Z, which then are the reference;
-    - ``kernel``: a move of Markov chains made for it, such as a heat bath, which then draws the
-      reference and the particles of :func:`rkl.sample.evidence`;
-    - ``architecture``: the flow that ``rkl fit`` takes where none is named;
+    - ``sample`` and ``log_normaliser``: exact draws, and log Z, for the reference;
+    - ``kernel``: a move of Markov chains made for it, such as a heat bath, for the
+      reference and for the particles of :func:`rkl.sample.evidence`;
+    - ``architecture``: the default flow of ``rkl fit``;
     - ``modes``: the parts of the density that coverage names;
     - ``derived``: specific heats, susceptibilities and other variances of observables;
-    - ``figure``: how a report shows some draws.
+    - ``figure``: a figure of some draws for reports.
 
-    Then let :func:`rkl.sample.check_target` judge it. The command line finds it by its name in
+    Then test it by :func:`rkl.sample.check_target`. The command line finds it by its name in
     kebab case, or as ``module:Name``.
     """
 
@@ -115,38 +115,38 @@ class Target(abc.ABC):
     def observables(
         self, x: Float[Tensor, "*batch event"], condition: Float[Tensor, "*batch conditions"]
     ) -> dict[str, Float[Tensor, "*batch"]]:
-        """What is measured of each x, by name; ``units`` says in which unit."""
+        """Observables of each x, by name; ``units`` has their units."""
         return {}
 
     def sample(
         self, condition: Float[Tensor, "*batch conditions"], shape: tuple[int, ...] = ()
     ) -> Float[Tensor, "*shape_and_batch event"]:
-        """Exact independent draws, [*shape, *batch, *event], where they can be had.
+        """Exact independent draws, [*shape, *batch, *event], if there is a sampler.
 
         Raises:
-            NotImplementedError: They cannot.
+            NotImplementedError: There is none.
         """
         raise NotImplementedError(f"{self} has no exact sampler; run a Markov chain.")
 
     def log_normaliser(
         self, condition: Float[Tensor, "*batch conditions"]
     ) -> Float[Tensor, "*batch"]:
-        """The log of Z(c), the integral of exp(log_prob), in nats, where it is known.
+        """The log of Z(c), the integral of exp(log_prob), in nats, if it is known.
 
         Raises:
-            NotImplementedError: It is not.
+            NotImplementedError: It is unknown.
         """
         raise NotImplementedError(f"log Z of {self} is not known; estimate it.")
 
     def kernel(self) -> Kernel | None:
-        """A move of Markov chains made for this target; None, a random walk serves.
+        """A move of Markov chains made for this target; None takes a random walk.
 
-        Of angles at a temperature it must be valid at any temperature above those in use too.
+        For angles at a temperature it must also be valid at any higher temperature.
         """
         return None
 
     def architecture(self) -> Architecture | None:
-        """The architecture of a flow made for this target; None, the domain decides."""
+        """The architecture of a flow made for this target; None takes that of the domain."""
         return None
 
     def modes(
@@ -172,7 +172,7 @@ class Target(abc.ABC):
 
     @property
     def limits(self) -> tuple[Condition, ...]:
-        """The conditions, of which the first, where it is called T, must lie above 0."""
+        """The conditions; a first one called T must lie above 0."""
         return tuple(
             it._replace(above=0.0) if not k and it.name == "T" and it.above is None else it
             for k, it in enumerate(self.conditions)
@@ -201,10 +201,10 @@ class Density(Target):
         function: log_prob(x [*batch, *event], condition [*batch, conditions]) -> [*batch].
         event_shape: The shape of one x.
         domain: "line", "circle" for angles in radians, "positive", or an interval (low, high); of
-            all coordinates, or a tuple with one for each. The density is that of x as it is: no
-            Jacobian is to be added.
+            all coordinates, or a tuple with one for each. The density is that of x: do not add a
+            Jacobian.
         conditions: Its conditions, with their ranges and units.
-        name: How it is spelt on the command line, as "module:function".
+        name: Its name on the command line, "module:function".
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -258,14 +258,14 @@ def without_bounds(target: Target) -> Target:
 
 
 def has_temperature(target: Target) -> bool:
-    """True if p = exp(−E/T), which a target states by calling its first condition T."""
+    """True if p = exp(−E/T), for which the first condition must be called T."""
     return bool(target.conditions) and target.conditions[0].name == "T"
 
 
 def exact_draws(
     target: Target, condition: Float[Tensor, "*batch conditions"], shape: tuple[int, ...]
 ) -> Float[Tensor, "*shape_and_batch event"] | None:
-    """Exact independent draws; None where the target has no sampler."""
+    """Exact independent draws; None without a sampler."""
     try:
         return target.sample(condition, shape)
     except NotImplementedError:

@@ -10,17 +10,17 @@ from rkl.sample.targets.base import Kernel, Target, exact_draws
 
 
 def check_target(target: Target, *, draws: int = 64) -> None:
-    """Hold a target to the laws that every target obeys.
+    """Test a target on the laws that every target obeys.
 
-    Its log-density is finite with a finite gradient, one value per x, whatever else is in the
-    batch; in angles it has the period 2 pi; each observable has a unit and one value per
+    Its log-density is finite with a finite gradient, one value per x, independent of the rest of
+    the batch; in angles it has the period 2 pi; each observable has a unit and one value per
     x; single precision keeps its digits; exact draws, where there are any, have a mean score
     of 0, also after a move of its kernel. Modes have names, response coefficients are derived
     from observables, and an architecture builds a flow of its events.
 
     Args:
-        target: The target on trial.
-        draws: How many random x are tried.
+        target: The target to test.
+        draws: Number of random x.
 
     Raises:
         AssertionError: It breaks a law; the message names the target and the law.
@@ -53,7 +53,7 @@ def check_target(target: Target, *, draws: int = 64) -> None:
 def check_log_prob(
     target: Target, condition: Tensor, *, dtype: torch.dtype, gradient: bool, draws: int = 64
 ) -> None:
-    """Refuse a log-density that no fit could use, before the fit begins.
+    """Refuse a log-density that no fit can use, before the fit begins.
 
     Args:
         target: The target.
@@ -98,7 +98,7 @@ def check_log_prob(
 
 
 def call_log_prob(target: Target, x: Tensor, condition: Tensor) -> Tensor:
-    """log_prob of a target, whose failures are ValueErrors that say where."""
+    """log_prob of a target; its failures become ValueErrors with the place."""
     try:
         value = target.log_prob(x, condition)
     except Exception as error:

@@ -107,7 +107,7 @@ class Chart:
         return tuple("circle" if it else "line" for it in self.circle.flatten().tolist())
 
     def inside(self, x: Float[Tensor, "*batch_event"]) -> Bool[Tensor, "*batch_event"]:
-        """Which coordinates lie inside of their domain."""
+        """True for each coordinate inside of its domain."""
         return (x > self.low.to(x)) & (x < self.high.to(x))
 
     def to_bounded(
@@ -132,7 +132,7 @@ class Chart:
         return x, _sum_over_event(log_slope, self.event_shape)
 
     def clamp(self, z: Float[Tensor, "*batch_event"]) -> Float[Tensor, "*batch_event"]:
-        """The same z, but none so large that x has no more digits."""
+        """The same z, limited to values at which x still has digits."""
         return torch.where(self.has_bounds.to(z.device), z.clamp(LOWEST, HIGHEST), z)
 
     def to_unbounded(
@@ -153,7 +153,7 @@ class Chart:
 
 
 def chart_of(domain: Domain, event_shape: tuple[int, ...]) -> Chart:
-    """The chart of a domain, made once: a target is asked for it at every step.
+    """The chart of a domain, cached because every step needs it.
 
     Raises:
         ValueError: The domain cannot be read.

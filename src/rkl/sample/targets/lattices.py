@@ -143,7 +143,7 @@ class XY(Target):
         return (turns / (2 * math.pi)).round().flatten(-2)
 
     def winding(self, x: Float[Tensor, "*batch sites"]) -> Float[Tensor, "*batch 2"]:
-        """How often θ winds around the torus along either axis, averaged over the lines."""
+        """Windings of θ around the torus along either axis, averaged over the lines."""
         return self._turns(x).to(x.dtype) / self.side
 
     def sector(self, x: Float[Tensor, "*batch sites"]) -> Int[Tensor, "*batch 2"]:

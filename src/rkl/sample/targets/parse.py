@@ -16,7 +16,7 @@ PLACEHOLDER = "target_by_module"  # for "module:name" while its settings are rea
 
 
 def catalogue() -> dict[str, type[Target]]:
-    """Every target by its command-line name; a subclass is listed by existing.
+    """Every target by its command-line name; every subclass is listed.
 
     >>> [name for name in catalogue() if name.startswith("mo")]
     ['mog4', 'mog8']
@@ -36,7 +36,7 @@ def catalogue() -> dict[str, type[Target]]:
 def parse_target(text: str) -> Target:
     """A target from its repr, or the same in kebab case, or ``module:Name`` with its settings.
 
-    A plain function log_prob(x, condition) is told its shape, domain and conditions:
+    A plain function log_prob(x, condition) needs its shape, domain and conditions:
     "my_model:log_prob(event_shape=(16,), domain='circle', conditions={'T': (0.5, 2.0)})",
     or with a domain for each coordinate, domain=('line', 'positive', (0, 1), 'circle').
 

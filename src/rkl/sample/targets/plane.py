@@ -1,4 +1,4 @@
-"""Targets of few dimensions whose modes, draws and normaliser are known: mixtures and rings."""
+"""Targets of few dimensions with known modes, draws and normaliser: mixtures and rings."""
 
 import abc
 import math
@@ -61,14 +61,14 @@ class _Mixture(Target):
 
 @dataclass(frozen=True)
 class GaussianMixture(_Mixture):
-    """A mixture of Gaussians of one scale, which is the condition, with everything known.
+    """A mixture of Gaussians of one scale, which is the condition; modes, draws and Z are known.
 
     Args:
         means: The centre of each component, [components, dimensions].
         weights: Their masses, above 0; by default equal. They need not add up to 1.
 
-    >>> law = GaussianMixture(means=((0.0,), (4.0,)))
-    >>> law.log_prob(torch.tensor([0.0]), torch.tensor([1.0]))
+    >>> target = GaussianMixture(means=((0.0,), (4.0,)))
+    >>> target.log_prob(torch.tensor([0.0]), torch.tensor([1.0]))
     tensor(-1.6118)
     """
 
@@ -143,7 +143,7 @@ class MoG8(_Mixture):
 class Rings(Target):
     r"""Concentric rings of equal mass, p(x) = Σ N(r; rₖ, scale²) / (2π r) / rings.
 
-    The radii are spacing, 2 spacing, ...; the condition is the scale, and a normal law of r is
+    The radii are spacing, 2 spacing, ...; the condition is the scale, and a normal density of r is
     cut off at r = 0, which costs no more than 3e-7 of its mass at scale = spacing/5.
 
     Source: V. Kanaujia et al. (2024), arXiv 2401.15948, section 4.1, its third toy.

@@ -464,7 +464,6 @@ def place_of_nan(values: "np.ndarray", columns: Sequence[str] = ()) -> str | Non
 
 @contextlib.contextmanager
 def _naming(name: str, file: Path) -> Iterator[None]:
-    """Put the argument and the file in front of the reason of any failure."""
     try:
         yield
     except (FileNotFoundError, ImportError):
@@ -481,7 +480,6 @@ def _naming(name: str, file: Path) -> Iterator[None]:
 
 
 def _kind(file: Path) -> str:
-    """The format, by the first bytes of the file."""
     if file.is_dir():
         raise _UnreadableError("it is a folder; expected a file")
     if not file.is_file():
@@ -614,7 +612,6 @@ def _choice(names: Any, chosen: str | None, usual: Sequence[str], what: str = "a
 
 
 def _npz(file: Path, chosen: str | None, labels: str | None) -> Contents:
-    """The array called data, x or values, or the only one beside the labels."""
     members = _members(file)
     if labels is not None and labels not in members:
         raise _UnreadableError(f"it has no array {labels!r}; it has {_join(members)}")
@@ -1132,7 +1129,6 @@ def _text(file: Path, labels: str | None, missing: bool = False) -> Columns:
 
 
 def _refuse_split_decimals(rows: Sequence[Sequence[str]], dialect: _Dialect) -> None:
-    """Refuse pairs of integers, such as 0 and 05, that look like halves of decimal numbers."""
     if dialect.separator != "," or len(rows[0]) % 2:
         return
     if all(_INTEGER.fullmatch(cell) for row in rows for cell in row):
@@ -1312,7 +1308,6 @@ def _refuse_missing(columns: "Mapping[str, np.ndarray]") -> None:
 
 
 def _text_labels(file: Path, rows: int) -> list[str]:
-    """The labels of a text of one column, with or without a name above it."""
     with _long_cells():
         lines = _lines(file)
         dialect = _dialect(lines)

@@ -127,10 +127,10 @@ def test_a_run_of_a_target_and_one_of_data_are_reported(tmp_path):
     how = {"flow": "coupling(transforms=2, hidden=(8,))", "batch": 64, "steps": 30}
     fit(FitSettings(tmp_path / "data.npy", divergence="kl", **how), tmp_path / "data")
     page = fit_wing.report_runs([tmp_path / "data"]).read_text()
-    for title in ("Samples", "Scores", "Its spectrum", "Log-density of held-out rows"):
+    for title in ("Samples", "Scores", "Its spectrum", "Likelihood of what was held out"):
         assert f"<h3>{title}</h3>" in page
     (tmp_path / "data.npy").unlink()
-    assert "no longer in their place" in fit_wing.report_runs([tmp_path / "data"]).read_text()
+    assert "no longer where they were" in fit_wing.report_runs([tmp_path / "data"]).read_text()
     with pytest.raises(ValueError, match="one by one; got 2"):
         fit_wing.report_runs([tmp_path / "data", tmp_path / "target"])
 

@@ -362,7 +362,6 @@ def demonstrate(
 def _settings_of(
     plan: Plan, folder: Path, seed: int, device: str | None
 ) -> tuple[DistillSettings, EvaluateSettings]:
-    """The settings of all distillations and evaluations, checked."""
     models: Any = plan.models(folder)
     common: Any = {"teacher": models["teacher"], "max_length": plan.block}
     common |= {"batch_size": plan.batch_size, "seed": seed, "device": device}
@@ -387,7 +386,6 @@ def _settings_of(
 
 
 def _distillations(setting: Setting, settings: DistillSettings) -> Mapping[str, Stage]:
-    """Distillations from one start, on the same batches, under every divergence."""
     whole, plan = setting.whole, setting.plan
 
     def distil(name: str, divergence: str) -> None:
@@ -411,7 +409,6 @@ def _distillations(setting: Setting, settings: DistillSettings) -> Mapping[str, 
 
 
 def _measurements(setting: Setting, settings: EvaluateSettings) -> Mapping[str, Stage]:
-    """Evaluations of every student and of their start, and replies of the teacher."""
     folder, plan = setting.whole.path, setting.plan
     stages: dict[str, Callable] = {
         f"evaluating {name}": functools.partial(evaluate_run, folder / name, settings)

@@ -101,7 +101,6 @@ def markdown(whole: Run) -> str:
 
 
 def _check_names(whole: Run) -> None:
-    """Refuse a record that names no runs within its own folder."""
     names, before = (whole.settings.get(it) for it in ("divergences", "before"))
     named = [*names, before] if isinstance(names, dict | list) and names else [None]
     if not all(isinstance(it, str) and Path(it).name == it for it in named):
@@ -271,7 +270,6 @@ def _replies(whole: Run, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _settings(whole: Run, students: Sequence[str]) -> "Section":
-    """Settings of the whole, of all students, and of each of them."""
     from rkl.report import Settings
 
     elsewhere = {"phases", "done"}  # on the page

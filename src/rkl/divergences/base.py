@@ -349,7 +349,6 @@ class FDivergence(Divergence):
         return None
 
     def _is_rescaled(self, other: "FDivergence") -> bool:
-        """True if F of the other is a multiple of F(c p, q), plus multiples of p and q."""
         logp, logq = _along(60)
         scaled = self.integrand(logp + math.log(_FACTOR), logq)
         return _is_affine_in(other.integrand(logp, logq), scaled, logp, logq)
@@ -409,7 +408,6 @@ def _exponentials(*moments: float) -> tuple[tuple[float, float], ...]:
 
 
 def _amari_excess(t: Tensor, alpha: float) -> Tensor:
-    """The excess over q of Amari's divergence at log p/q = t."""
     if alpha == 0:
         return t.expm1() - t
     if alpha == 1:

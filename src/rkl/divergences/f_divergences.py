@@ -552,7 +552,6 @@ _LOG_ZERO = -800.0  # a logarithm whose exponential is 0 even in double precisio
 
 
 def _x_exp_x(x):
-    """The product x eˣ, which is 0 at −∞."""
     x = x.clamp_min(_LOG_ZERO)
     return x * x.exp()
 
@@ -589,7 +588,7 @@ def _skew(x, alpha):
 
 
 def _beyond(x, lam):
-    """max(1 − λeˣ, 0) for λ ≥ 1, and else what is left of max(λeˣ − 1, 0) less λ (eˣ − 1)."""
+    """max(1 − λeˣ, 0) for λ ≥ 1, and else max(λeˣ − 1, 0) − λ (eˣ − 1)."""
     log_lam = math.log(lam)
     if lam >= 1:
         below = exp_less_1((x + log_lam).clamp_max(1.0))
@@ -619,12 +618,12 @@ def _skew_excess(logp, logq, alpha, plain):
 
 
 def _linear(logp, logq, lam):
-    """−p log λ + q (1 − 1/λ): what one half of KL has of its excess where it is blind."""
+    """−p log λ + q (1 − 1/λ): the excess of one half of KL where its f is linear."""
     return (1 - 1 / lam) * logq.exp() - math.log(lam) * logp.exp()
 
 
 def _at_one(lam):
-    """f(1) of the precision half as it is before it is taken off."""
+    """f(1) of the precision half before it is subtracted."""
     return math.log(lam) - 1 + 1 / lam if lam < 1 else 0.0
 
 

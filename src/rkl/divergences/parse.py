@@ -235,7 +235,7 @@ def _is_name(node: ast.expr) -> bool:
 
 
 def _plain(name: str) -> str:
-    """A name without capitals, hyphens and underscores, which people write differently."""
+    """The name without capitals, hyphens and underscores."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 

@@ -117,7 +117,6 @@ def _rare(condition: Tensor | None, names: Sequence[str]) -> list[str]:
 
 
 def _read(source: Any, labels: Any) -> Contents:
-    """The values, and the labels from the source or the argument."""
     named = labels if isinstance(labels, str | os.PathLike) else None
     if isinstance(source, str | os.PathLike):
         rows, given = _read_file(Path(source), named)
@@ -184,7 +183,6 @@ def _numbers(source: Any) -> Contents:
 
 
 def _collect(source: Any) -> tuple[Tensor, Tensor | None]:
-    """All rows of a Dataset or a DataLoader and, from pairs, labels."""
     loaded = isinstance(source, DataLoader)
     items = list(source) if loaded else [source[i] for i in range(len(source))]
     if not items:

@@ -34,7 +34,6 @@ def distillation(settings: FitSettings, data: Data) -> Callable[..., Fit]:
 
 
 def _fit_of(settings: FitSettings, data: Data) -> Fit:
-    """The flow and the critic of the run, with the rows of its fit."""
     path: Any = settings.start_from
     run = Run.open(path)
     if run.kind != "fit":

@@ -117,7 +117,6 @@ def _evaluate_on_rows(
 def _draw_samples(
     run: Run, flow: Any, condition: Tensor | None, count: int, allow: Collection[str]
 ) -> tuple[Tensor, list[str]]:
-    """Samples at the operating point of the run, if its fit has one; and a note on it."""
     law = flow() if condition is None else flow(condition)
     point = load_point(run.path)
     if point is None:
@@ -155,7 +154,6 @@ def _sample_metrics(
 
 
 def _trained_on(run: Run, flow: Any, allow: Collection[str]) -> Tensor | None:
-    """Rows that a run was fitted to, if their file is still there."""
     path = Path(run.settings["data"])
     if not path.exists():
         return None

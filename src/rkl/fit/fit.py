@@ -296,7 +296,6 @@ class _Problem:
         return self.flow() if condition is None else self.flow(condition)
 
     def _exact(self, value: Tensor, condition: Tensor | None) -> Tensor:
-        """The log-density of the data in standardised units."""
         assert self.log_prob is not None
         given = () if condition is None else (condition,)
         event = self.scaled.units.decode(value)
@@ -304,7 +303,6 @@ class _Problem:
         return log_p.to(value.dtype)
 
     def _log_ratio(self, value: Tensor, log_q: Tensor, condition: Tensor | None) -> Tensor:
-        """Log p/q from the critic or the exact density, cut off."""
         if self.log_prob is None:
             return self.ratio(value, condition)
         return self.ratio.cut_off(self._exact(value, condition) - log_q)

@@ -148,7 +148,6 @@ class Guard:
         )
 
     def _terms(self, log_ratio: Tensor) -> Tensor:
-        """Terms of D at draws, with the ratio of a critic normalised."""
         if self.exact is None:
             log_ratio = log_ratio - log_ratio.logsumexp(0) + math.log(len(log_ratio))
         return monte_carlo(self.divergence, self.ratio.cut_off(log_ratio), sampled_from="q")

@@ -223,7 +223,6 @@ def bic(mixture: Mixture, log_density: Float[Tensor, " rows"]) -> float:
 
 
 def _runs(rows: Tensor, count: int, kind: Kind, seed: int) -> list[Mixture]:
-    """Several runs of EM from different rows."""
     generator = torch.Generator().manual_seed(seed)
     return [_run(rows, count, kind, generator) for _ in range(STARTS if count > 1 else 1)]
 

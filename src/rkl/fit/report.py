@@ -123,10 +123,10 @@ def _spectrum(name: str, divergence: FDivergence) -> "Section":
 
 _TRACES = {
     "loss": ("Loss in training", "loss (nats)"),
-    "held_out": ("Log-density of held-out rows", "log-density (nats per row)"),
+    "held_out": ("Likelihood of what was held out", "log-density (nats per row)"),
     "divergence": ("The divergence, by the critic", "D (nats)"),
 }
-_GONE = "The data that the flow was fitted to are no longer in their place: nothing is compared."
+_GONE = "The data that the flow was fitted to are no longer where they were: nothing is compared."
 _FEW = "{} held-out rows are too few for scores, which need at least 20."
 _CURVE_SAYS = (
     "From the shares of 20 clusters, with a band of two standard errors. Differences within a "

@@ -139,13 +139,11 @@ def _names(data: Data) -> dict[str, list[str]]:
 
 
 def _labels_file(settings: FitSettings) -> Path | None:
-    """The file of the labels, unless they are a column of the data."""
     path = None if settings.labels is None else local_path(settings.labels)
     return path if path is not None and path.is_file() and path.suffix else None
 
 
 def _inputs(settings: FitSettings, data: Data) -> dict[str, Input]:
-    """Digests of rows and labels, and of the run that the fit starts from."""
     inputs = {"data": values_of(settings.data, [data.values, data.step])}
     if data.condition is not None:
         source = settings.data if settings.labels is None else settings.labels

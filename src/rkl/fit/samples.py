@@ -118,8 +118,6 @@ def _at_point(
     count: int,
     operating_point: HeldPoint,
 ) -> tuple[Tensor, str]:
-    """Samples at the operating point of the fit."""
-
     def log_ratio(value: Tensor, _: Tensor | None) -> Tensor:
         return critic(value, condition)
 
@@ -135,11 +133,6 @@ def _at_point(
 
 
 def _judged_budget(settings: SampleSettings, point: HeldPoint) -> SampleSettings:
-    """The budget at which the fit measured the precision that is set.
-
-    Raises:
-        ValueError: There is none.
-    """
     wanted = settings.target_precision
     for budget, value, error in sorted(point.judged):
         if wanted is not None and value - 2 * error >= wanted:

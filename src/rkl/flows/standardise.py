@@ -290,7 +290,6 @@ def fitted_bend(values: Float[Tensor, "rows columns"], rows: Data) -> Bend | Non
 
 
 def _columns_with_ties(ordered: Tensor) -> Tensor:
-    """Columns of which one value is that of many rows."""
     apart = max(1, round(TIED * len(ordered)))
     return (ordered[apart:] == ordered[:-apart]).any(0)
 

@@ -479,7 +479,6 @@ def _check(steps, minutes, lr, clip, ema, every) -> None:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[Moment, dict], None]]:
-    """A live line of a row's figures on a terminal, and nothing elsewhere."""
     with progress_line() as show:
 
         def show_row(moment: Moment, row: dict[str, float]) -> None:

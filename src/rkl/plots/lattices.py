@@ -217,7 +217,6 @@ _TO_RGB = np.array(
 
 
 def _key(axes: Axes) -> None:
-    """The colour wheel as a legend."""
     across = np.linspace(-1, 1, 121)
     x, y = np.meshgrid(across, -across)
     radius = np.hypot(x, y)
@@ -240,7 +239,6 @@ def _bare(axes: Axes) -> None:
 
 
 def _grid(argument: str, panels: Any, columns: int, size: tuple[int, int]):
-    """A figure with a panel for each entry, and the panels in their order."""
     if not isinstance(panels, Mapping):
         raise TypeError(f"{argument} must be a mapping of titles; got a {type(panels).__name__}.")
     if not panels or any(isinstance(it, Mapping) and not it for it in panels.values()):

@@ -621,7 +621,6 @@ def _is_settled(name: str) -> bool:
 
 
 def _is_nothing(entry: Path) -> bool:
-    """True for what a killed process left behind."""
     return is_leftover(entry) or entry.name == LOCK
 
 

@@ -386,7 +386,6 @@ def _memory() -> Path | None:
 
 
 def _read_memory() -> dict[str, list[Any]]:
-    """The digests remembered by path: size, times, inode, sha256."""
     try:
         digests = json.loads((_memory() or Path()).read_bytes())
     except (OSError, ValueError, RecursionError):

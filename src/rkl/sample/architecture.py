@@ -57,7 +57,6 @@ def default_architecture(target: Target) -> Architecture:
 
 
 def _ignores_turns(target: Target) -> bool:
-    """True for angles whose density does not change under a common turn."""
     middle = torch.tensor([[(it.low + it.high) / 2 for it in target.conditions]])
     x = torch.zeros(1, *target.event_shape, dtype=torch.float64)
     try:
@@ -96,7 +95,6 @@ def build_flow(
 def _in_units(
     flow: nn.Module, target: Target, ranges: Sequence[Condition], chart: Chart
 ) -> nn.Module:
-    """The flow of standardised events and conditions, for a target without bounds."""
     count = len(target.conditions)
     if count:
         low, high = torch.tensor([[it.low, it.high] for it in ranges]).T

@@ -55,7 +55,6 @@ def _tables(runs: Mapping[str, Run]) -> Iterator[Table]:
 
 
 def _evaluation_tables(runs: Mapping[str, Run]) -> Iterator[Table]:
-    """Log Z, acceptance and coverage under each condition of the runs that were evaluated."""
     rows: list[tuple[Cell, ...]] = []
     for name, run in runs.items():
         record = _evaluation(run)

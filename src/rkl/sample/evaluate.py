@@ -189,7 +189,6 @@ def _log_ratios(flow, target, condition, draws: int, seed: int) -> tuple[Tensor,
 
 
 def _observables(target: Target, x: Tensor, condition: Tensor) -> Values:
-    """Observables of states [rows, chains, draws, *event]."""
     return observe(target, x, condition[:, None, None, :].expand(*x.shape[:3], -1))
 
 
@@ -267,7 +266,6 @@ def _cooled_reference(
 
 
 def _particles(target: Target, rows: int) -> int:
-    """Number of particles of an island, smaller for many coordinates or conditions."""
     size = math.prod(target.event_shape)
     particles = next(count for most, count in PARTICLES if size <= most)
     if bool(target.chart.circle.all()):
@@ -282,7 +280,6 @@ def _with_islands(mean: Mean, values: Tensor) -> Mean:
 
 
 def _agree(values: Values, source: str) -> bool:
-    """True if chains have mixed; a warning if they have not."""
     ratios = torch.stack([rhat(it.movedim(0, -1)) for it in values.values()])
     stuck = bool(ratios.isnan().all(0).any())  # one quantity may be constant, not all of them
     worst = math.inf if stuck else ratios.nan_to_num(1.0).max().item()
@@ -295,7 +292,6 @@ def _agree(values: Values, source: str) -> bool:
 
 
 def _log_z(target, condition, seed: int) -> tuple[Mean | None, str, float]:
-    """Log Z without the flow, its source, and the seconds that it took."""
     exact = exact_log_z(target, condition)
     if exact is not None:
         return Mean(exact.double(), torch.zeros_like(exact.double())), "its known value", 0.0
@@ -415,7 +411,6 @@ def _why(evaluation: Evaluation) -> str:
 def _where(
     target_run: TargetRun, settings: EvaluateSettings, run: Run
 ) -> tuple[Tensor, list[Tensor] | None]:
-    """The conditions, and the held-out draws under each of them if there are any."""
     ranges = target_run.ranges
     if settings.condition is not None:
         ranges = parse_ranges(settings.condition, target_run.target)

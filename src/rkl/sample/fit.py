@@ -139,7 +139,6 @@ def fit_to_target(
 
 
 def _without_bounds(flow: nn.Module, target: Target, data) -> tuple[nn.Module, Any]:
-    """The flow, and the data, in coordinates without bounds."""
     if not isinstance(flow, Bounded):
         raise ValueError(
             f"flow must be an architecture for {target}, whose coordinates have bounds, or what "
@@ -154,7 +153,6 @@ def _without_bounds(flow: nn.Module, target: Target, data) -> tuple[nn.Module, A
 
 
 def _check_target(flow, target: Target, given: "_Conditions", chosen: Objective, anneal) -> None:
-    """Refuse a log-density that the terms of the objective cannot use."""
     dtype = next(flow.parameters()).dtype
     middle = torch.tensor([(it.low + it.high) / 2 for it in given.training_ranges])
     gradient = chosen.uses("target") and not _cools(target, anneal)
@@ -184,7 +182,6 @@ def _anneals(flow, target: Target, objective: Objective, data, anneal: bool | No
 
 
 def _cools(target: Target, anneal: bool) -> bool:
-    """True if particles are cooled to the target."""
     return anneal and math.prod(target.event_shape) <= MAX_COOLED_SIZE
 
 

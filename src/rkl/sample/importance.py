@@ -321,12 +321,10 @@ def _weights(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _error(moved: Tensor) -> Tensor:
-    """Standard error from the influence of each independent draw."""
     return moved.std(-1) / math.sqrt(moved.shape[-1])
 
 
 def _expectation(values: Tensor, weight: Tensor) -> tuple[Mean, Tensor]:
-    """The weighted mean, and the influence of each draw."""
     inside = torch.where(weight > 0, values, 0.0)
     mean = (weight * inside).mean(-1)
     moved = weight * (inside - mean[..., None])

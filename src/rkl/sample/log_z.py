@@ -223,12 +223,10 @@ def _energies(target, condition, ladder, draws, chains, kernel, seed) -> Tensor:
 
 
 def _at_beta_0(target: Target) -> float:
-    """Log Z of uniform angles, in nats."""
     return math.prod(target.event_shape) * math.log(2 * math.pi)
 
 
 def _energy(target: Target, condition: Tensor, x: Tensor) -> Tensor:
-    """E of p = exp(−E/T), in the unit of T."""
     return -target.log_prob(x, condition).double() * condition[..., 0].double()
 
 

@@ -251,7 +251,6 @@ def _present(target, law, condition, chains: int, start: Tensor | None) -> tuple
 
 
 def _block(law: Any, chains: int) -> int:
-    """Number of proposals of each chain to hold at a time."""
     return max(1, NUMBERS // (chains * max(1, math.prod((*law.batch_shape, *law.event_shape)))))
 
 
@@ -323,7 +322,6 @@ def _scan(steps: tuple) -> tuple:
 def _walk_with_local_moves(
     target, law, condition, size: tuple[int, int], present: tuple | None, local: Kernel
 ) -> tuple:
-    """Step after step, each with a local move behind it."""
     draws, chains = size
     block = _block(law, chains)
     each = condition.expand(chains, *condition.shape)

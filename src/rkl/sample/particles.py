@@ -78,7 +78,6 @@ class Particles:
         return self.x[rows, columns_of], self.condition[columns]
 
     def _move(self, rows: Tensor, columns: Tensor, beta: float) -> Tensor:
-        """One step of a random walk, and the probabilities that it was accepted."""
         condition, step = self.condition[columns], self.step[columns]
         points, accept = random_walk(
             Points(self.x[rows, columns], self.log_p[rows, columns]),

@@ -66,7 +66,6 @@ def _lead(evaluation: Evaluation) -> str:
 
 
 def _name_of(reference: Reference) -> str:
-    """Name of a reference, with a note if it cannot be trusted."""
     return reference.source + " (not to be trusted)" * (not reference.mixed)
 
 
@@ -130,7 +129,6 @@ def _thermal_figure(evaluation: Evaluation) -> Any:
 
 
 def _agreement(evaluation: Evaluation) -> Table:
-    """Deviation of each figure from the reference's, in standard errors."""
     rows = [
         [_words(name), it.square().mean().sqrt().item(), it.abs().max().item()]
         for name, it in evaluation.deviations().items()
@@ -173,7 +171,6 @@ def _trust(evaluation: Evaluation) -> "Section":
 
 
 def _chains(evaluation: Evaluation) -> Table:
-    """Mixing of the flow's chains, by the worst quantity under each condition."""
     judged = evaluation.chain.diagnose(evaluation.values).values()
     ratio = torch.stack([it["rhat"] for it in judged]).nan_to_num(1.0).amax(0)
     time = torch.stack([it["time"] for it in judged]).nan_to_num(1.0).amax(0)
@@ -314,7 +311,6 @@ def _slowest(effective: Mapping[str, Tensor], seconds: float) -> tuple[str, floa
 
 
 def _judgement(evaluation: Evaluation, trained: float, own: float, theirs: float) -> str:
-    """Comparison of costs, with the figures."""
     drawn = evaluation.reference
     assert drawn is not None
     first, second = (drawn.source, "the flow") if theirs > own else ("the flow", drawn.source)

@@ -155,7 +155,6 @@ def fit_target(
 @torch.no_grad()
 @single_precision()
 def _worst(flow: nn.Module, settings: TargetSettings) -> str:
-    """The condition, of a few across the range, with the smallest share of effective draws."""
     condition, target = condition_grid(settings.ranges, WORST_VALUES), settings.parsed_target
     if len(condition) < 2:
         return ""
@@ -289,7 +288,6 @@ def sample_run(
 
 
 def _judgement(of: Mapping[str, Tensor]) -> str:
-    """R-hat and effective draws of one quantity, as text."""
     if of["rhat"].isnan():
         return "it never changed, so that nothing can be said of it"
     return (
@@ -344,7 +342,6 @@ def count_drawn(run: Run, x: Float[Tensor, "draws *event"]) -> int:
 
 
 def _inputs(settings: TargetSettings, data: tuple[Tensor, Tensor] | None) -> dict[str, Input]:
-    """Digests of the draws and their conditions, and of the run that the fit starts from."""
     inputs = {}
     if data is not None:
         inputs["data"] = values_of(settings.data, [data[0]])
@@ -355,7 +352,6 @@ def _inputs(settings: TargetSettings, data: tuple[Tensor, Tensor] | None) -> dic
 
 
 def _build_flow(settings: TargetSettings) -> nn.Module:
-    """The flow before the first step."""
     target = settings.parsed_target
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)

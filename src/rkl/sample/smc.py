@@ -148,7 +148,6 @@ class _Path(NamedTuple):
 
 
 def _follow(sampler: Sampler, islands: int, particles: int, plan: list[Rung]) -> _Path:
-    """Islands cooled along a plan, with further moves at its end."""
     cooled = sampler.run(islands, particles, plan)
     points = cooled.points
     for _ in range(DRIFT):
@@ -159,7 +158,6 @@ def _follow(sampler: Sampler, islands: int, particles: int, plan: list[Rung]) ->
 
 
 def _join(sampler: Sampler, width: float, paths: list[_Path]) -> Evidence:
-    """The result of both halves of the islands, row by row."""
     target, condition = sampler.target, sampler.asked
     each = [log_mean(it.log_z) for it in paths]
     rows, doubts, log_z, error, x = len(condition), [], [], [], []

@@ -376,7 +376,6 @@ class Sampler:
 
 
 def _in_double(target: Target, condition: Tensor) -> tuple[Tensor, torch.dtype]:
-    """The condition in double precision, or unchanged if the target computes in its own only."""
     x = torch.zeros(1, *target.event_shape, dtype=torch.float64, device=condition.device)
     try:
         call_log_prob(target, x, condition[:1].double())

@@ -164,7 +164,6 @@ def run_part(
 
 
 def _results(run: Run, part: Part, seed: int) -> list[Any]:
-    """The results of all jobs: those on the disk, and those still to compute."""
     folder = run.path / JOBS
     folder.mkdir(exist_ok=True)
     jobs = dict(enumerate(part.jobs(seed)))
@@ -191,7 +190,6 @@ def to_csv(outcome: Outcome) -> str:
 
 
 def _write_report(run: Run, title: str, outcome: Outcome) -> None:
-    """The page, and beside it every figure on it."""
     from rkl.report import Figure, Section, Settings, render, write
 
     for block in [it for section in outcome.sections for it in section.blocks]:

@@ -242,5 +242,4 @@ class LatticeDistribution(SitesDistribution):
 
 
 def _von_mises(away: Float[Tensor, "sites draws"], kappa: Float[Tensor, "sites draws"]):
-    """The log-density of independent angles, away from their centres [draws]."""
     return (-2 * kappa * (away / 2).sin().square() - circle.log_bessel(kappa)).sum(0)

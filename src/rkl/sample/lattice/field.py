@@ -164,7 +164,6 @@ class _BentNormal:
 
 
 def _log_prob_of_absolute(output: Tensor, field: Tensor) -> Float[Tensor, " draws"]:
-    """Log-density of the absolute value of a draw."""
     law = _BentNormal(output, 0.0)
     field = field.reshape(-1)
     return torch.logaddexp(law.log_prob(field), law.log_prob(-field))

@@ -48,7 +48,6 @@ def mean(
 
 @torch.no_grad()
 def _integrate(field: Tensor, square: float, quartic: Tensor) -> tuple[Tensor, Tensor]:
-    """The logarithm of the integral, and the mean."""
     sign, field, quartic = field.sign(), field.abs(), quartic.expand_as(field)
     mode = _mode(field, square, quartic)
     peak = log_density(mode, field, square, quartic)

@@ -181,7 +181,6 @@ def _check_observables(target, x, condition):
 
 
 def _check_abilities(target, x, condition):
-    """The optional methods: kernel, modes, derived and architecture."""
     kernel = target.kernel()
     assert kernel is None or isinstance(kernel, Kernel), (
         f"{target}: kernel must be None or have a method move; got {kernel!r}."

@@ -156,7 +156,6 @@ class XY(Target):
         return turns.sign() * nearest
 
     def _turns(self, x: Tensor) -> Int[Tensor, "*batch 2"]:
-        """The windings of all lines along either axis, added up."""
         across, down = self.bond_differences(x)
         turns = torch.stack([across.sum(-1), down.sum(-2)], -2) / (2 * math.pi)
         return turns.round().long().sum(-1)

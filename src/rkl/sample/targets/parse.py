@@ -101,7 +101,6 @@ def _maker(name: str) -> Callable[..., Target]:
 
 
 def _ranges(name: str, conditions: Any) -> tuple[Condition, ...]:
-    """The conditions of a function, from {'T': (0.5, 2.0)}."""
     try:
         named = dict(conditions)
         return tuple(Condition(it, low, high) for it, (low, high) in named.items())

@@ -164,7 +164,6 @@ def problem(seed: int, *, repeats: int, device: str = "cpu") -> Problem:
 
 
 def _teacher(kind: str, generator: torch.Generator) -> Float[Tensor, " atoms"]:
-    """The log of an unnormalised teacher over the atoms."""
     atom = torch.arange(ATOMS, dtype=torch.float64)
     if kind == "peaked":
         return 2 * torch.randn(ATOMS, generator=generator, dtype=torch.float64)
@@ -271,7 +270,6 @@ def _pictures(
     students: Mapping[str, Mapping[int, Any]],
     descent: str,
 ) -> "Section":
-    """One fit, rank by rank and step by step."""
     from rkl import plots
     from rkl.report import Section, figure_block
 

@@ -207,7 +207,6 @@ def _pictures(part: Trade, seeds: Sequence[Seed]) -> "Section":
 
 
 def _curves(part: Trade, seeds: Sequence[Seed]) -> "list[Section]":
-    """The curves with a band of two standard errors, and where the divergences look."""
     from rkl import plots
     from rkl.report import Section, figure_block
 

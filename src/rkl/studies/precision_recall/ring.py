@@ -222,7 +222,6 @@ def _seed(grid: Grid, way: tuple[str, str], seed: int, law: Distribution, histor
 
 
 def _sampling(plan: Plan, grid: Grid, fitted: Fit, seed: int) -> Iterator[Seed]:
-    """Other ways to sample the flow of maximum likelihood."""
     law = fitted.flow()
     cooled = {f"latent temperature {t:g}": latent(law, temperature=t) for t in plan.temperatures}
     cooled |= {f"truncation at {bound:g}": latent(law, bound=bound) for bound in plan.bounds}

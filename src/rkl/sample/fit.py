@@ -102,9 +102,9 @@ def fit_to_target(
         seed: Random seed.
         batch: Draws of a step, all conditions together.
         strata: Number of strata of each condition, equal in every step; Latin squares for several.
-        anneal: By default on the line: up to 8 coordinates the likelihood of particles is added
-            to the target's terms, and particles replace data; beyond, without data, the β of p^β
-            rises.
+        anneal: By default on the line and for splines of angles: up to 8 coordinates the
+            likelihood of particles is added to the target's terms, and particles replace data;
+            beyond, without data, the β of p^β rises.
         critic: Critic that learns the ratio of a term on the critic.
         log_z: "learned" estimates it in each step for terms that are not scale-free.
         lr: Highest learning rate.

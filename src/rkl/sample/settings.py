@@ -42,8 +42,9 @@ class TargetSettings:
         minutes: Budget in minutes; by default 2.
         batch: Draws in a step, all conditions together.
         strata: Conditions in a step.
-        anneal: Begin with particles cooled to the target, the default on the line up to 8
-            coordinates; beyond, with the target flattened, the default without data.
+        anneal: Train with particles cooled to the target, the default on the line and for
+            splines of angles up to 8 coordinates; beyond, begin with the target flattened, the
+            default without data.
         log_z: "learned" allows divergences that are not scale-free where log Z is unknown.
         lr: Highest learning rate.
         seed: Random seed.

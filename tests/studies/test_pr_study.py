@@ -205,7 +205,7 @@ def test_pictures_in_miniature_are_measured_in_two_spaces_beside_their_ceiling(
 
 
 def test_the_features_of_the_second_space_tell_the_classes(stripes):
-    spaces = images.Spaces(*stripes.split(60, 0), 0)
+    spaces = images.Spaces(*stripes.split(60, 0), 0)  # pyright: ignore[reportCallIssue]
     seen = spaces.features((images.spread(stripes.values)) / spaces.levels)
     centres = torch.stack([seen[stripes.classes == it].mean(0) for it in (0, 1)])
     told = torch.cdist(seen, centres).argmin(1)

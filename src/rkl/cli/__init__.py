@@ -1,4 +1,4 @@
-"""The command line: it reads what was asked, calls the verb, and says in one line what failed."""
+"""The command line: parse the words, call the verb, and print errors in one line."""
 # ruff: noqa: E402
 
 import sys
@@ -39,17 +39,17 @@ BAD_USAGE = ValueError, TypeError, NotImplementedError, FileExistsError, FileNot
 
 
 class UsageError(ValueError):
-    """The words cannot be understood."""
+    """The words on the command line are invalid."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line like all the others."""
+    """A parser whose errors are one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message.rstrip('.')}. See {self.prog} --help.")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """The words as settings; for unknown ones, the help that is named is the command's."""
+        """Parsed words; the error for unknown ones names the help of the command."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             command = _command(args)
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     Returns:
-        0; 2 where what was asked cannot be done as asked; 1 where doing it failed; 130 where
-        Ctrl-C stopped it, 143 where SIGTERM did, 129 where SIGHUP did.
+        0; 2 for an invalid command; 1 for a failure; 130 after
+        Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     terminal.prepare_streams()
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_processes(words: list[str]) -> None:
-    """Refuse several processes to a command that would do the same in each of them.
+    """Refuse several processes for a command that would repeat its work in each.
 
     Raises:
         ValueError: There are several, and this is not one of the commands that share the work.
@@ -126,9 +126,9 @@ def _run(parsed: argparse.Namespace) -> None:
 
 
 def _importable(parsed: argparse.Namespace) -> list[str]:
-    """What may be imported: what --allow or a flag that may name one's own code says itself."""
-    said = [getattr(parsed, name, None) for name in NAMING]
-    texts = [text for it in said for text in (it if isinstance(it, list | tuple) else [it])]
+    """Names that may be imported: those of --allow, and of flags that take one's own code."""
+    given = [getattr(parsed, name, None) for name in NAMING]
+    texts = [text for it in given for text in (it if isinstance(it, list | tuple) else [it])]
     return [*getattr(parsed, "allow", []), *names_in(*texts)]
 
 
@@ -145,9 +145,9 @@ def available() -> dict[str, Callable]:
 
 
 def _parser(words: list[str]) -> argparse.ArgumentParser:
-    """The parser for these words: only the command among them declares its arguments.
+    """The parser for these words: only their command declares its arguments.
 
-    Declaring them may import the wing, and rkl --help must not wait for that.
+    Declaring them may import the wing, which would slow down rkl --help.
     """
     parser = _Parser(
         prog="rkl",
@@ -187,7 +187,7 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     common.add_argument(
         "--device",
         default=argparse.SUPPRESS,
-        help="such as cpu, cuda or cuda:1; the best by default",
+        help="device, such as cpu, cuda or cuda:1; by default the best one",
     )
     common.add_argument(
         "--allow",
@@ -195,7 +195,7 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=argparse.SUPPRESS,
         metavar="MODULE:NAME",
-        help="import this where a run or a file of settings names it; it runs that code",
+        help="let a run or a file of settings import this name, which runs its code",
     )
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -208,7 +208,7 @@ def _name(text: str) -> str:
 
 
 def _exists(module: str) -> bool:
-    """Whether rkl has this module; unlike find_spec on its name, without importing its parents."""
+    """True if rkl has this module; unlike find_spec on its name, without importing its parents."""
     *parents, name = module.split(".")
     folder = Path(__file__).parents[1].joinpath(*parents)
     spec = PathFinder.find_spec(name, [str(folder)])
@@ -246,7 +246,7 @@ def _explain(
 
 
 def _sizes(words: list[str]) -> str:
-    """The largest numbers of a command line, which decide how much memory it takes."""
+    """The largest numbers of a command line, which determine the memory it takes."""
     text = " ".join(words)
     numbers = re.findall(r"-{1,2}[a-z][a-z_-]*[= ]\d{4,}|\w+=\d{3,}", text)
     largest = sorted(numbers, key=lambda it: -int(re.findall(r"\d+$", it)[0]))[:3]
@@ -256,7 +256,7 @@ def _sizes(words: list[str]) -> str:
 
 
 def _flush() -> int:
-    """Write out what was printed; a full disk behind it is told from a failure of the command."""
+    """Write out what was printed; a full disk is reported as such."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -279,22 +279,26 @@ def _complain(message: str, code: int) -> int:
 
 
 def _how_to_go_on(words: list[str], parsed: argparse.Namespace | None, began: float) -> str:
-    """The command that goes on with what was interrupted since then, or does it again."""
-    said = vars(parsed) if parsed is not None else {}
+    """Command that continues what was interrupted since then, or repeats it."""
+    given = vars(parsed) if parsed is not None else {}
     again = [word for word in words if word not in ("--resume", "--overwrite")]
-    out = said.get("out")
+    out = given.get("out")
     written = None if out is None else _last_written(Path(out))
-    if "resume" in said and not said.get("dry_run") and (written or not Path(out or "").exists()):
+    if (
+        "resume" in given
+        and not given.get("dry_run")
+        and (written or not Path(out or "").exists())
+    ):
         return f"Go on with: {_program()} {shlex.join([*again, '--resume'])}"
     # A run from before is refused, and not to be overwritten because somebody changed their mind.
-    ours = written is not None and written > began - CLOCK and "resume" not in said
-    if said.get("overwrite") or ours:
+    ours = written is not None and written > began - CLOCK and "resume" not in given
+    if given.get("overwrite") or ours:
         again.append("--overwrite")
     return f"Begin again with: {_program()} {shlex.join(again)}"
 
 
 def _program() -> str:
-    """What a command begins with, which several processes need again."""
+    """The program of a command, with torchrun for several processes."""
     with contextlib.suppress(ValueError):
         if (world := processes.world()).size > 1:
             machines = world.size // world.local_size
@@ -304,7 +308,7 @@ def _program() -> str:
 
 
 def _last_written(folder: Path) -> float | None:
-    """When the run, or the cache, in a folder was last changed; None where there is none."""
+    """Time of the last change of the run, or the cache, in a folder; None without one."""
     with contextlib.suppress(OSError):
         return Path(folder, "cache.json").stat().st_mtime
     try:

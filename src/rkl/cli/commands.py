@@ -32,23 +32,23 @@ WORD = {"positional": True}
 # Flags that say where a run is and what becomes of the one that is there.
 FLAGS: Mapping[str, dict[str, Any]] = {
     "out": {"type": path, "metavar": "RUN", "help": "the folder to write"},
-    "overwrite": {"action": "store_true", "help": "replace the run that is there"},
-    "resume": {"action": "store_true", "help": "go on with the run that is there"},
+    "overwrite": {"action": "store_true", "help": "replace the run there"},
+    "resume": {"action": "store_true", "help": "continue the run there"},
     "verify": {
         "action": "store_true",
-        "help": "read all that rkl wrote into the run, compare it with its sha256, and say what "
-        "was read",
+        "help": "read all files that rkl wrote into the run, compare their sha256, and print "
+        "their number",
     },
     "dry_run": {
         "action": "store_true",
-        "help": "say what would happen, in what time and memory",
+        "help": "print size, time and memory, and write nothing",
     },
 }
 
 
 @dataclass(frozen=True)
 class DivergencesSettings:
-    """What ``rkl divergences`` explains.
+    """The divergence that ``rkl divergences`` explains.
 
     Args:
         name: A divergence; all of them if left out.
@@ -59,13 +59,13 @@ class DivergencesSettings:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Which demonstration ``rkl demo`` runs.
+    """The demonstration that ``rkl demo`` runs.
 
     Args:
-        name: What is shown.
-        steps: Of each distillation; by default as many as fit a few minutes.
+        name: Name of the demonstration.
+        steps: Steps of each distillation; by default as many as fit a few minutes.
         seed: Random seed.
-        device: Such as cpu or cuda; by default a GPU if there is one and it is of use.
+        device: Device, such as cpu or cuda; by default a GPU if there is one and it is useful.
     """
 
     name: str = field(default="distill", metadata=WORD | {"choices": demos.DEMOS})
@@ -76,14 +76,14 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class StudySettings:
-    """Which claim of which paper ``rkl study`` tests.
+    """The paper and the claim that ``rkl study`` tests.
 
     Args:
         name: The paper.
-        part: Which of its claims; by default the first.
-        data: A file that a part reads and rkl does not have.
+        part: One of its claims; by default the first.
+        data: A file that a part reads and that is not part of rkl.
         seed: Random seed.
-        device: Where to compute.
+        device: Device to compute on.
     """
 
     name: str = field(metadata=WORD | {"choices": studies.papers()})
@@ -95,16 +95,16 @@ class StudySettings:
 
 @dataclass(frozen=True)
 class MetricsSettings:
-    """What ``rkl metrics`` measures.
+    """The samples that ``rkl metrics`` compares, and its settings.
 
     Args:
         real: Samples of the target, [samples, features].
         fake: Samples of the model, [samples, features].
-        k: Which neighbour a ball reaches to.
+        k: Neighbour at the radius of a ball.
         inclusive: Closed balls, not open ones.
         standardise: Divide each column by its spread among the real samples.
-        train: What the model was trained on, where --real was not: the samples that are copies
-            of it are counted.
+        train: Training rows of the model, other than --real: samples that are copies of them
+            are counted.
         json: Print JSON instead of a table.
         seed: Random seed.
     """
@@ -121,16 +121,16 @@ class MetricsSettings:
 
 @dataclass(frozen=True)
 class EvidenceSettings:
-    """How ``rkl evidence`` finds log Z.
+    """The target of ``rkl evidence``, and the settings of its particles.
 
     Args:
         target: Unnormalised density: "xy(side=8)", or "module:function(event_shape=(2,))".
-        condition: Where: "T=0.9" or "T=0.5:1.5"; by default the whole range of the target.
+        condition: Conditions: "T=0.9" or "T=0.5:1.5"; by default the whole range of the target.
         values: Values of the first condition.
         particles: Particles of an island.
         islands: Independent populations.
         seed: Random seed.
-        device: The cpu, where targets are computed.
+        device: Always cpu: targets are computed there.
     """
 
     target: str
@@ -178,7 +178,7 @@ def distill(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
 
 def cache(parser: ArgumentParser, words: Sequence[str]) -> Runner:
-    """Keep what a teacher tells of some text, for any number of runs.
+    """Store a teacher's outputs on some text, for any number of runs.
 
     Examples:
       rkl cache --teacher T --data train.jsonl --out CACHE
@@ -208,7 +208,7 @@ def cache(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
 
 def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
-    """Watch the whole of rkl at work on a small problem, and read the report.
+    """Run a small problem from start to end, with a report.
 
     Examples:
       rkl demo
@@ -230,7 +230,7 @@ def demo(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
 
 def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
-    """Test what a paper claims, and write the figures.
+    """Test the claims of a paper, and write the figures.
 
     Examples:
       rkl study akl --part toy --out runs/akl
@@ -334,7 +334,7 @@ TWO_WAYS = """two ways in:
 
 
 def _start(parsed: Namespace) -> Path | None:
-    """The run that a flow of data is distilled from, whose settings are the defaults."""
+    """The run to distil from, whose settings are the defaults."""
     if not hasattr(parsed, "distil_budget"):
         return None
     for name in ("budget", "target_precision", "critic"):
@@ -443,7 +443,7 @@ def evaluate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
 
 def _on_models(parser: ArgumentParser) -> Runner:
-    """The comparison of two models of which neither need be a run."""
+    """Flags for the comparison of two models that need not be runs."""
     from rkl import distill
 
     words = "the model to compare: a folder, a .gguf file, package:NAME or a name on the Hub"
@@ -516,7 +516,7 @@ def _sentence(explained: Any) -> str:
 
 
 def _properties(divergence: "Divergence") -> dict[str, bool]:
-    """What holds of it, computed from its formula; only an f-divergence can be sampled."""
+    """Properties computed from the formula; only an f-divergence can be sampled."""
     from rkl.divergences import FDivergence
 
     sampled = isinstance(divergence, FDivergence)
@@ -545,7 +545,7 @@ def _explain(text: str) -> None:
 def _command(
     parser: ArgumentParser, wanted: type, verb: Callable[[Any, Namespace], Any]
 ) -> Runner:
-    """The flags of these settings, and what gathers them, calls the verb and shows its result."""
+    """Flags of these settings, and a function that calls the verb and prints its result."""
     settings.add_flags(parser, wanted)
 
     def run(parsed: Namespace) -> None:
@@ -564,7 +564,7 @@ def _run_command(
     title: str = "settings",
     start: Callable[[Namespace], Path | None] = lambda parsed: None,
 ) -> Runner:
-    """A command that makes a run, of which the settings are the defaults once it is resumed."""
+    """Flags of a command that makes a run; a resumed run's settings are its defaults."""
     settings.add_flags(parser, wanted, title)
     _add_flags(parser, *FLAGS, required=True)
 
@@ -586,7 +586,6 @@ def _run_command(
 def _add_flags(
     parser: ArgumentParser, *names: str, required: bool = False, default: Path | None = None
 ) -> None:
-    """Some of the flags that say where a run is."""
     group = parser.add_argument_group("the run")
     for name in names:
         how = {"required": required, "default": default} if name == "out" else {}
@@ -594,15 +593,15 @@ def _add_flags(
 
 
 def _verify(parsed: Namespace, *folders: Path) -> None:
-    """Verify runs if asked to, and say so on stderr: the result stays alone on stdout."""
+    """Verify runs if --verify is given; the line goes to stderr, only the result to stdout."""
     for folder in folders if parsed.verify else ():
         print(printable(runs.Run.open(folder).verify()), file=sys.stderr)
 
 
 def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
-    """A verb on one run, whose flags are settings of the wing that made it: kind by kind.
+    """A verb on one run, with the settings of the wing that made it as flags.
 
-    Where no run says which kind it is, the help shows the flags of them all.
+    Without a run, the help shows the flags of all kinds of runs.
     """
     parser.add_argument("run", type=_run, metavar="RUN", help="the folder of a run of any kind")
     parser.add_argument("--verify", **FLAGS["verify"])
@@ -627,7 +626,7 @@ def _on_run(parser: ArgumentParser, words: Sequence[str], name: str) -> Runner:
 
 
 def _flags_by_kind(parser: ArgumentParser, name: str, title: str = "") -> Iterator[str]:
-    """The help of the settings of this name, wing by wing, found in their sources."""
+    """Help of the settings of this name, wing by wing, read from their sources."""
     for source in sorted(HERE.glob("*/__init__.py")):
         if name in source.read_text("utf-8"):
             wing = source.parent.name
@@ -641,7 +640,6 @@ def _flags_by_kind(parser: ArgumentParser, name: str, title: str = "") -> Iterat
 
 
 def _help_of(parser: ArgumentParser, wanted: type, title: str) -> str:
-    """The help of the flags of these settings alone."""
     how: Any = {"add_help": False, "formatter_class": parser.formatter_class}
     alone = ArgumentParser(usage=SUPPRESS, **how)
     settings.add_flags(alone, wanted, title)
@@ -676,5 +674,5 @@ def _add_overwrite_flag(parser: ArgumentParser) -> None:
 
 
 def _show(result: Any) -> None:
-    """Print what a verb gives back, in which a name may hold what a terminal would obey."""
+    """Print a result, with terminal controls in names escaped."""
     print(printable(result))

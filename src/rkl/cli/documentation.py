@@ -19,8 +19,8 @@ def documentation(described: Any) -> str:
         return _from_source(described)
     kind = described if isinstance(described, type) else type(described)
     for base in kind.__mro__[:-1]:
-        if found := _from_source(base):
-            return found
+        if text := _from_source(base):
+            return text
     return ""
 
 

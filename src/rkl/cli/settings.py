@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type, title: str = "set
         "--config",
         type=path,
         metavar="FILE",
-        help="settings from YAML, or from an earlier run or a .json of it; flags come before it",
+        help="settings from YAML, or from an earlier run or a .json of it; flags override it",
     )
 
 
@@ -76,18 +76,18 @@ def gather(
 
 
 def is_set(name: str, words: Sequence[str]) -> bool:
-    """Whether words set this by its flag, by --config, or by the run in --out that they resume."""
-    said = {flag: _value_of(flag, words) for flag in (f"--{name}", "--config", "--out")}
-    if said[f"--{name}"] is not None:
+    """True if words set this by its flag, by --config, or by the run in --out that they resume."""
+    values = {flag: _value_of(flag, words) for flag in (f"--{name}", "--config", "--out")}
+    if values[f"--{name}"] is not None:
         return True
-    resumed = said["--out"] if "--resume" in words else None
-    earlier = Path(said["--config"] or resumed or "")
+    resumed = values["--out"] if "--resume" in words else None
+    earlier = Path(values["--config"] or resumed or "")
     source = earlier / "run.json" if earlier.is_dir() else earlier
     return source.is_file() and _read(source, "config").get(name) is not None
 
 
 def _value_of(flag: str, words: Sequence[str]) -> str | None:
-    """What follows a flag."""
+    """The word after a flag."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word == flag:
             return following
@@ -107,14 +107,14 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _descriptions(settings: type) -> dict[str, str]:
-    """What the Args of the docstring say of each name, on one line."""
+    """Descriptions in the Args of the docstring by name, each on one line."""
     listed = documentation(settings).partition("Args:\n")[2]
     entries = re.findall(r"^ +(\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
     return {name: " ".join(without_markup(text).split()) for name, text in entries}
 
 
 def _help(field: dataclasses.Field, described: str) -> str:
-    """What the field is for, and what it is without the flag."""
+    """Help of a field, with its default."""
     words, default = [field.metadata.get("help", described)], _default(field)
     if default is dataclasses.MISSING:
         words.append("(required)")
@@ -126,7 +126,7 @@ def _help(field: dataclasses.Field, described: str) -> str:
 
 
 def _reading(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
-    """How argparse is to read a value of this kind."""
+    """Arguments of argparse for a value of this kind."""
     kind, _optional = without_none(kind)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -143,14 +143,13 @@ def _reading(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
 
 
 def path(text: str) -> Path:
-    """A path; nothing would be the working folder."""
+    """A path; empty ones are refused, as they mean the working folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it must not be empty")
     return Path(text)
 
 
 def _read(path: Path, argument: str) -> dict[str, Any]:
-    """The settings in a YAML file, a run.json, or the folder of a run."""
     import yaml
 
     path = path / "run.json" if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""Standard streams that take any text, warnings in one line, the cause of an error in words."""
+"""Standard streams that take any text, warnings in one line, and causes of errors in words."""
 
 import codecs
 import contextlib
@@ -171,9 +171,9 @@ def _plain_character(character: str) -> str:
     if character in PLAIN:
         return PLAIN[character]
     simpler = unicodedata.normalize("NFKD", character)
-    kept = "".join(PLAIN.get(it, it if it.isascii() else "") for it in simpler)
-    if kept:
-        return kept
+    plain_letters = "".join(PLAIN.get(it, it if it.isascii() else "") for it in simpler)
+    if plain_letters:
+        return plain_letters
     if unicodedata.combining(character):
         return ""
     name = unicodedata.name(simpler[0], "")

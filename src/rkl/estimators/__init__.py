@@ -85,8 +85,8 @@ def exact(
         p: The teacher's logits, the head that yields them, its top k, or atoms drawn from it,
             which give an unbiased estimate of the value and its gradient. Held constant.
         q: The student's logits, or the head that yields them.
-        weight: Weight of each token, constant and at least 0; a token of weight 0 is never
-            looked at. Defaults to 1/tokens. Nothing is divided by its sum.
+        weight: Weight of each token, constant and at least 0; tokens of weight 0 are not
+            computed. Defaults to 1/tokens. Nothing is divided by its sum.
         chunk: How many tokens' logits may exist at one time; by default 256 MiB of them.
         compiled: Whether to compile the step, once per divergence; by default, where there
             is work enough and a compiler. Parts of a vocabulary run uncompiled.
@@ -113,18 +113,20 @@ def exact(
 
     def prepare():
         tokens = check_pair(divergence, p, q, vocab)
-        kept, weights = _kept(weight, tokens, by_token(q))
-        true = _check_labels(labels, hard_label_weight, divergence, kept, q, vocab)
+        weighted, weights = _weighted_tokens(weight, tokens, by_token(q))
+        true = _check_labels(labels, hard_label_weight, divergence, weighted, q, vocab)
         size = _chunk(chunk, p, q, shared)
-        run = _check_compiled(compiled, len(kept) * vocabulary(q), weights.device, shared)
+        run = _check_compiled(compiled, len(weighted) * vocabulary(q), weights.device, shared)
         step = Step(divergence, _shape(p), _shape(q), float(hard_label_weight))
         tracked = torch.is_grad_enabled()
-        work = _Work(step, cut(p, shared), weights, kept.split(size), true, run, tracked, shared)
+        work = _Work(
+            step, cut(p, shared), weights, weighted.split(size), true, run, tracked, shared
+        )
         if shared is None:
             return work, (), {}
         wanted = [tracked and x is not None and x.requires_grad for x in _parameters(q)]
-        settings = *step, type(p), len(kept), tokens, size, by_token(q).dtype, wanted
-        alike = {"q's hidden states": by_token(q)[kept], "p": by_token(p)[kept]}
+        settings = *step, type(p), len(weighted), tokens, size, by_token(q).dtype, wanted
+        alike = {"q's hidden states": by_token(q)[weighted], "p": by_token(p)[weighted]}
         return work, settings, alike | {"weight": weights, "labels": true}
 
     return _Exact.apply(in_agreement(shared, q, prepare), *_parameters(q))
@@ -150,7 +152,7 @@ def _check_compiled(
 
 
 class _Work(NamedTuple):
-    """All that a pass over the tokens needs to know, and that has no gradient."""
+    """Inputs of a pass over the tokens that have no gradient."""
 
     step: Step
     p: Logits | LinearHead | TopK | Sampled
@@ -203,7 +205,7 @@ class _Exact(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that has none itself, and says so when it is asked for."""
+    """A gradient without a gradient of its own: asking for one is an error."""
 
     @staticmethod
     def forward(ctx, gradient):
@@ -328,9 +330,9 @@ def sampled_terms(
 def effective_draws(p: Sampled, q: Logits | LinearHead) -> Float[Tensor, " tokens"]:
     """Number of equally weighted draws from q that the draws from p are worth, by Kish.
 
-    With u = q/s at each draw it is (Σ u)² / Σ u², at most the number of draws. Few say that the
-    terms of what grows with q/p, such as reverse KL, are the terms of a few draws. It does not
-    tell of atoms that no draw met.
+    With u = q/s at each draw it is (Σ u)² / Σ u², at most the number of draws. If it is small,
+    a few draws dominate the terms of divergences that grow with q/p, such as reverse KL. Atoms
+    that were never drawn do not count.
     """
     parts = []
     for x, w, _ in _draw_ratios(KL(), p, q, None):
@@ -370,8 +372,8 @@ def monte_carlo(
 ) -> Float[Tensor, " samples"]:
     """Terms whose mean is an unbiased estimate of D(p ‖ q), wherever p and q have mass.
 
-    Samples from q never meet the mass that p has where q has none, F(1, 0) per unit of
-    it. That mass is 1 − E_q[p/q], so the terms are F(p/q, 1) − F(1, 0) (p/q − 1), where
+    Samples from q miss the mass that p has where q has none, at a price of F(1, 0) per unit.
+    That mass is 1 − E_q[p/q], so the terms are F(p/q, 1) − F(1, 0) (p/q − 1), where
     F(1, 0) is finite; from p, the mirror image. For the KLs they are log q/p and log p/q.
 
     Args:
@@ -443,8 +445,7 @@ def _check_sampled(divergence: Any, **at_samples: Any) -> None:
             )
 
 
-def _kept(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that have a weight, and the weights of all."""
+def _weighted_tokens(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
     if weight is None:
         dtype = _at_least_single(like)
         weight = torch.full((tokens,), 1 / max(tokens, 1), dtype=dtype, device=like.device)
@@ -463,22 +464,22 @@ def _kept(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.detach().to(_at_least_single(like))
     if not ((weight >= 0) & (weight < math.inf)).all():
         raise ValueError("weight must be at least 0 and finite for every token.")
-    kept = weight.nonzero().squeeze(-1)
-    if 1 < len(kept) < tokens and bool((weight[kept] == 1).all()):
+    weighted = weight.nonzero().squeeze(-1)
+    if 1 < len(weighted) < tokens and bool((weight[weighted] == 1).all()):
         warn(
-            f"weight is a mask of 0 and 1, so the result is the sum over {len(kept)} tokens; "
+            f"weight is a mask of 0 and 1, so the result is the sum over {len(weighted)} tokens; "
             "give weight = mask / mask.sum() for their mean."
         )
-    if not len(kept):
+    if not len(weighted):
         raise ValueError(f"None of the {tokens} tokens has a weight: there is nothing to compare.")
-    return kept, weight
+    return weighted, weight
 
 
 def _check_labels(
     labels,
     hard_label_weight: float,
     divergence: Divergence,
-    kept: Tensor,
+    weighted: Tensor,
     q,
     vocab: int | None,
 ) -> Tensor | None:
@@ -499,7 +500,7 @@ def _check_labels(
             f"labels must be [{len(like)}], one for each token of q, on {like.device}; "
             f"got {list(labels.shape)} on {labels.device}."
         )
-    seen = labels[kept]
+    seen = labels[weighted]
     if seen.min() < 0 or seen.max() >= vocab:
         raise ValueError(
             f"labels must lie in [0, {vocab}) wherever there is a weight; "
@@ -567,7 +568,7 @@ def _log_probabilities(p, q, rows: Tensor) -> tuple[Logits, Logits]:
 
 
 def _pair(p, parameters, rows):
-    """What is known of the teacher, and the student's products, for some rows."""
+    """The teacher's logits, top k or draws, and the student's products, for some rows."""
     b = _products(parameters, rows)
     if isinstance(p, Sampled):
         weight = torch.zeros_like(p.logp) if p.log_weight is None else p.log_weight
@@ -579,7 +580,6 @@ def _pair(p, parameters, rows):
 
 
 def _pull_back(totals, wanted, parameters, rows, gradient):
-    """Add the gradient in the products of some rows to those in hidden states and head."""
     by_token, *head = parameters
     hidden = by_token[rows]
     if wanted[0]:
@@ -593,11 +593,10 @@ def _pull_back(totals, wanted, parameters, rows, gradient):
 
 
 def _in_hidden(gradient: Logits, weight: Tensor) -> Tensor:
-    """The gradient in the hidden states, from that in the products."""
     if weight.dtype not in HALF:
         return gradient @ weight
     if gradient.device.type == "cuda":
-        scaled, factor = _scaled(gradient, weight.dtype)
+        scaled, factor = _in_half(gradient, weight.dtype)
         return torch.mm(scaled, weight, out_dtype=torch.float32) * factor
     total = gradient.new_zeros(len(gradient), weight.shape[1])
     for atoms in _blocks(weight):
@@ -608,14 +607,14 @@ def _in_hidden(gradient: Logits, weight: Tensor) -> Tensor:
 def _add_product(total: Tensor | None, gradient: Tensor, hidden: Tensor) -> Tensor:
     """Total + gradient.T @ hidden, added up in single precision or better."""
     if hidden.dtype in HALF and gradient.device.type == "cuda":
-        scaled, factor = _scaled(gradient, hidden.dtype)
+        scaled, factor = _in_half(gradient, hidden.dtype)
         product = torch.mm(scaled.T, hidden, out_dtype=torch.float32) * factor
         return product if total is None else total.add_(product)
     hidden = hidden.to(gradient.dtype)
     return gradient.T @ hidden if total is None else total.addmm_(gradient.T, hidden)
 
 
-def _scaled(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _in_half(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The gradient in half precision, times a power of two that keeps it from underflow."""
     largest = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     factor = (largest.log2().ceil() - 12).exp2()

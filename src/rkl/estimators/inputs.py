@@ -1,4 +1,4 @@
-"""What an estimator takes of p and q over a finite vocabulary, and what of it is refused."""
+"""The forms of p and q over a finite vocabulary, and their checks."""
 
 import math
 from typing import Any, NamedTuple
@@ -112,7 +112,7 @@ _AXES = {
 
 
 def by_token(x: Logits | LinearHead | TopK | Sampled) -> Tensor:
-    """What has one row for each token."""
+    """The tensor with one row for each token."""
     return x[0] if isinstance(x, tuple) else x
 
 
@@ -298,7 +298,7 @@ def _check_draws(divergence: Divergence, p: Sampled, vocab: int) -> None:
 
 
 def integers(name: str, x: Any) -> None:
-    """Refuse what is no tensor of integers that can index, with a TypeError."""
+    """Refuse anything but a tensor of integers that can index, with a TypeError."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
         got = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise TypeError(f"{name} must be a tensor of integers, int32 or int64; got {got}.")

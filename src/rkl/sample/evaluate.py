@@ -148,13 +148,17 @@ def _with_deviations(evaluation: Evaluation) -> Iterator[Coverage]:
         yield from evaluation.coverage
         return
     both = evaluation.effective, drawn.effective
-    for row, it in enumerate(evaluation.coverage):
+    for row, coverage in enumerate(evaluation.coverage):
         reasons = [
             f"{name} is {z[row]:.3g} errors from that of the {drawn.source}."
             for name, z in apart.items()
             if z[row].abs() > DEVIATES and all(of[name][row] >= EFFECTIVE for of in both)
         ]
-        yield it if it.reached is None else replace(it, reasons=(*it.reasons, *reasons))
+        yield (
+            coverage
+            if coverage.reached is None
+            else replace(coverage, reasons=(*coverage.reasons, *reasons))
+        )
 
 
 def _check_arguments(target: Target, condition: Tensor | None, draws, chains, held_out) -> Tensor:
@@ -431,11 +435,13 @@ def _where(
             "draws of the target, or --reference."
         )
     inside = torch.ones(len(x), dtype=torch.bool)
-    for column, it in zip(condition.T, ranges, strict=True):
-        inside &= (column >= it.low - 1e-6) & (column <= it.high + 1e-6)
+    for column, condition_range in zip(condition.T, ranges, strict=True):
+        inside &= (column >= condition_range.low - 1e-6) & (column <= condition_range.high + 1e-6)
     if not inside.any():
         raise ValueError(f"data: none of the draws in {settings.data} is under these conditions.")
-    x, condition = (it[inside].to(settings.device) for it in (x, condition))
+    x, condition = (
+        condition_range[inside].to(settings.device) for condition_range in (x, condition)
+    )
     rows, group = (
         condition.unique(dim=0, return_inverse=True)
         if target_run.ranges

@@ -252,11 +252,14 @@ class _Conditions:
         if self.values is not None:
             return self.values[torch.arange(count) % self.count]
         columns = []
-        for k, it in enumerate(self.ranges):
+        for k, condition_range in enumerate(self.ranges):
             order = torch.randperm(count) if k else torch.arange(count)
             share = (order + torch.rand(count)) / count
             inner = (1 + 2 * AT_ENDS) * share - AT_ENDS  # the ends themselves are seen too
-            columns.append(it.low + (it.high - it.low) * inner.clamp(0, 1))
+            columns.append(
+                condition_range.low
+                + (condition_range.high - condition_range.low) * inner.clamp(0, 1)
+            )
         return torch.stack(columns, -1) if columns else torch.empty(count, 0)
 
 

@@ -218,13 +218,13 @@ def draw_proposals(target: Target, law: Any, condition: Tensor, shape: tuple[int
     """Draws of a distribution with their log p and log q, both checked: x, log_p, log_q."""
     x, log_q = draw(law, shape)
     log_p = target.log_prob(x, condition.expand(*shape, *condition.shape))
-    for name, it, infinite in (("target", log_p, math.inf), ("proposal", log_q, None)):
-        wrong = it.isnan() | (it == infinite if infinite else it.isinf())
+    for name, log_d, infinite in (("target", log_p, math.inf), ("proposal", log_q, None)):
+        wrong = log_d.isnan() | (log_d == infinite if infinite else log_d.isinf())
         if wrong.any():
             expected = "a number or -inf" if infinite else "a number"
             raise ValueError(
-                f"{name}: {int(wrong.sum())} of {it.numel()} proposals have a log-density that "
-                f"cannot be used; got {float(it[wrong][0])}, expected {expected}."
+                f"{name}: {int(wrong.sum())} of {log_d.numel()} proposals have a log-density that "
+                f"cannot be used; got {float(log_d[wrong][0])}, expected {expected}."
             )
     return x, log_p, log_q
 

@@ -54,14 +54,14 @@ def averages(
             f"values must be [*batch, chains, draws] with the batch {list(condition.shape[:-1])} "
             f"of condition; got {list(values[names[0]].shape)}."
         )
-    means = jackknife(lambda it: it, rows, weights)
+    means = jackknife(lambda fluctuation: fluctuation, rows, weights)
     named = {name: Mean(means.value[..., k], means.error[..., k]) for k, name in enumerate(names)}
-    for name, it in target.derived(condition).items():
-        if it.of in names:
+    for name, fluctuation in target.derived(condition).items():
+        if fluctuation.of in names:
             # about the mean, so that the difference of squares keeps its digits
-            x = rows[..., names.index(it.of)].double() - named[it.of].value
+            x = rows[..., names.index(fluctuation.of)].double() - named[fluctuation.of].value
             moments = torch.stack([x, x.square()], -1)
-            named[name] = jackknife(_scaled_variance(it.factor), moments, weights)
+            named[name] = jackknife(_scaled_variance(fluctuation.factor), moments, weights)
     return named
 
 

@@ -78,9 +78,9 @@ def _results(evaluation: Evaluation) -> "Section":
         units, reference = evaluation.units(), evaluation.reference
         source = _name_of(reference) if reference is not None and reference.mixed else None
         panels = {}
-        for name, it in evaluation.averages.items():
+        for name, mean in evaluation.averages.items():
             title = f"{_words(name)} ({units[name]})" if name in units else _words(name)
-            panels[title] = _by_series(evaluation, FLOW, it)
+            panels[title] = _by_series(evaluation, FLOW, mean)
             if reference is not None:
                 panels[title] |= _by_series(
                     evaluation, _name_of(reference), reference.averages[name]
@@ -91,8 +91,8 @@ def _results(evaluation: Evaluation) -> "Section":
         blocks.append(figure_block("Thermodynamics", _thermal_figure(evaluation), _THERMAL_SAYS))
     units = evaluation.units()
     named = {
-        f"{_words(n)} ({units[n]})" if n in units else n: it
-        for n, it in evaluation.averages.items()
+        f"{_words(n)} ({units[n]})" if n in units else n: mean
+        for n, mean in evaluation.averages.items()
     }
     thermal = thermal_columns(evaluation)
     tails = [*map(evaluation.tails.get, evaluation.averages)]
@@ -271,13 +271,13 @@ def _cost(evaluation: Evaluation, metrics: Rows) -> list["Section"]:
     if drawn is None:
         return []
     trained = float(metrics[-1]["seconds"]) if metrics else 0.0
-    name, own = _slowest(evaluation.effective, evaluation.seconds)
+    name, of_flow = _slowest(evaluation.effective, evaluation.seconds)
     other, theirs = _slowest(drawn.effective, drawn.seconds)
     log_z = evaluation.thermodynamics.log_z.error.max().item()
     columns = ["method", "training (s)", "drawing (s)", "effective draws per second (worst)"]
     columns += ["error of log Z (nats, worst)", "what it gives"]
     rows = [
-        ["flow and Metropolis", trained, evaluation.seconds, own, None, _GIVES["flow"]],
+        ["flow and Metropolis", trained, evaluation.seconds, of_flow, None, _GIVES["flow"]],
         [
             "the flow's weights",
             trained,
@@ -296,7 +296,7 @@ def _cost(evaluation: Evaluation, metrics: Rows) -> list["Section"]:
     return [
         Section(
             "What it costs",
-            _judgement(evaluation, trained, own, theirs) if evaluation.passed else _NOT_JUDGED,
+            _judgement(evaluation, trained, of_flow, theirs) if evaluation.passed else _NOT_JUDGED,
             [Table("On this machine, in this run", columns, rows, caption)],
         )
     ]
@@ -310,16 +310,19 @@ def _slowest(effective: Mapping[str, Tensor], seconds: float) -> tuple[str, floa
     return name, len(next(iter(effective.values()))) * least[name] / seconds
 
 
-def _judgement(evaluation: Evaluation, trained: float, own: float, theirs: float) -> str:
+def _judgement(evaluation: Evaluation, trained: float, of_flow: float, of_reference: float) -> str:
     drawn = evaluation.reference
     assert drawn is not None
-    first, second = (drawn.source, "the flow") if theirs > own else ("the flow", drawn.source)
+    first, second = (
+        (drawn.source, "the flow") if of_reference > of_flow else ("the flow", drawn.source)
+    )
     mixing = "Averages belong to Markov chains where these mix well, as they do here."
-    mixing = mixing if theirs > own else "The chains mix slowly here."
+    mixing = mixing if of_reference > of_flow else "The chains mix slowly here."
+    factor = max(of_flow, of_reference) / min(of_flow, of_reference)
     sentences = [
-        f"Plain averages: {first} is {max(own, theirs) / min(own, theirs):.3g} times faster than "
-        f"{second} ({theirs:,.0f} effective draws per second by {drawn.source}, {own:,.0f} by the "
-        f"flow, its {trained:.0f} s of training not counted). {mixing} What the flow adds are "
+        f"Plain averages: {first} is {factor:.3g} times faster than {second} "
+        f"({of_reference:,.0f} effective draws per second by {drawn.source}, {of_flow:,.0f} by "
+        f"the flow, its {trained:.0f} s of training not counted). {mixing} What the flow adds are "
         "independent draws at any condition, without burn-in, and log Z."
     ]
     if drawn.log_z is not None and drawn.log_z_seconds:

@@ -242,8 +242,8 @@ def condition_grid(
     """
     integer("values", values, at_least=1, at_most=LARGEST_COUNT)
     columns = []
-    for k, it in enumerate(ranges):
-        several = (2 if k else values) if it.low < it.high else 1
-        columns.append(torch.linspace(it.low, it.high, several).tolist())
+    for k, condition in enumerate(ranges):
+        several = (2 if k else values) if condition.low < condition.high else 1
+        columns.append(torch.linspace(condition.low, condition.high, several).tolist())
     rows = sorted(itertools.product(*columns), key=lambda row: row[1:])
     return torch.tensor(rows).reshape(len(rows), len(columns))

@@ -220,15 +220,15 @@ class Density(Target):
         chart = chart_of(self.domain, self.event_shape)
         if not chart.bounded:  # of one kind for all, where it is
             object.__setattr__(self, "domain", chart.unbounded_domain)
-        for it in self.conditions:
-            for limit in (it.low, it.high):
-                number(f"conditions[{it.name!r}]", limit)
-            if it.low > it.high:
+        for condition in self.conditions:
+            for limit in (condition.low, condition.high):
+                number(f"conditions[{condition.name!r}]", limit)
+            if condition.low > condition.high:
                 raise ValueError(
-                    f"conditions[{it.name!r}] must be a range from low to high; "
-                    f"got {(it.low, it.high)}."
+                    f"conditions[{condition.name!r}] must be a range from low to high; "
+                    f"got {(condition.low, condition.high)}."
                 )
-        check_values(self, [[it.low for it in self.conditions]])
+        check_values(self, [[condition.low for condition in self.conditions]])
 
     def __repr__(self):
         ranges = {it.name: (it.low, it.high) for it in self.conditions}
@@ -306,16 +306,16 @@ def check_values(target: Target, values: Tensor | Sequence[Sequence[float]]) -> 
         ValueError: One is not finite, or beyond what its condition allows.
     """
     values = torch.as_tensor(values, dtype=torch.get_default_dtype())
-    for k, it in enumerate(target.limits):
+    for k, limit in enumerate(target.limits):
         column = values[..., k]
         wrong, expected = ~column.isfinite(), "finite"
-        if it.above is not None:
-            wrong, expected = wrong | (column <= it.above), f"above {it.above:g}"
-        elif it.at_least is not None:
-            wrong, expected = wrong | (column < it.at_least), f"at least {it.at_least:g}"
+        if limit.above is not None:
+            wrong, expected = wrong | (column <= limit.above), f"above {limit.above:g}"
+        elif limit.at_least is not None:
+            wrong, expected = wrong | (column < limit.at_least), f"at least {limit.at_least:g}"
         if wrong.any():
             raise ValueError(
-                f"condition: {it.name} must be {expected} for {target}; "
+                f"condition: {limit.name} must be {expected} for {target}; "
                 f"got {float(column[wrong][0]):g}."
             )
 

@@ -198,9 +198,9 @@ def _check_abilities(target, x, condition):
         inside = inside and bool(((modes.labels >= 0) & (modes.labels < count)).all())
         law = f"{target}: the labels of its modes must be numbers below {count}, one for each x."
         assert inside, law
-    for name, it in target.derived(condition).items():
-        law = f"{target} derives {name} from {it.of}, which it does not measure."
-        assert it.of in target.units, law
+    for name, fluctuation in target.derived(condition).items():
+        law = f"{target} derives {name} from {fluctuation.of}, which it does not measure."
+        assert fluctuation.of in target.units, law
     architecture = target.architecture()
     if architecture is not None:
         check_architecture(architecture, target)

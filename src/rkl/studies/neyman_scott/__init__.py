@@ -1,4 +1,4 @@
-"""Where the reverse-KL act is consistent for the variance of many small groups, and where not."""
+"""Consistency of the reverse-KL act for the variance of many small groups."""
 
 from rkl.studies.neyman_scott.report import PARTS
 

@@ -1,7 +1,7 @@
 r"""Bayes acts of many normal observations that share a variance, from its posterior on nodes.
 
-All observations together are one law: K of them, of means μ and variance v. Between it and an
-estimate of means m and variance t, with Q = Σ (μ - m)² / K,
+All observations together are one distribution: K of them, of means μ and variance v. Between it
+and an estimate of means m and variance t, with Q = Σ (μ - m)² / K,
 
     2/K KL(P_θ ‖ P_t) = (v + Q)/t - 1 + log(t/v),    2/K KL(P_t ‖ P_θ) = (t + Q)/v - 1 - log(t/v).
 
@@ -39,7 +39,7 @@ class Posterior:
     misfit: Callable[[Nodes], Nodes]
 
     def mean(self, values: Nodes) -> Estimates:
-        """The posterior mean of what has these values at the nodes."""
+        """The posterior mean of a function with these values at the nodes."""
         return (self.weight * values).sum(1)
 
     def below(self, t: Estimates) -> Nodes:
@@ -86,7 +86,7 @@ class Posterior:
         return self._root(slope)
 
     def _root(self, rising: Callable[[Estimates], Estimates]) -> Estimates:
-        """Where a function of t changes its sign, within a factor of e³ of the nodes."""
+        """Root of a function of t that rises, within a factor of e³ of the nodes."""
         low, high = self.v.amin(1).log() - 3, self.v.amax(1).log() + 3
         for _ in range(HALVINGS):
             middle = (low + high) / 2
@@ -104,7 +104,7 @@ class Posterior:
         }
 
     def moments(self) -> dict[str, Estimates]:
-        """The variance by what is commonly reported of a posterior."""
+        """Variances by the usual summaries of a posterior."""
         return {
             "posterior mean of σ²": self.mean(self.v),
             "posterior mean of σ, squared": self.mean(self.v.sqrt()).square(),
@@ -112,7 +112,7 @@ class Posterior:
         }
 
     def emphasis(self, act: str, t: Estimates) -> Nodes:
-        """How an act, whose variance is t, weighs the nodes in its means."""
+        """Weights of the nodes in the means of an act with variance t."""
         one, precision = 1 / t[:, None], 1 / self.v
         return {
             "forward KL": one.expand_as(self.v),
@@ -163,8 +163,8 @@ def grid(
 
     Args:
         height: The log density, of which the peak's curvature along each axis gives the unit.
-        begin: As :func:`peak` takes it.
-        reach: As :func:`peak` takes it.
+        begin: Same as in :func:`peak`.
+        reach: Same as in :func:`peak`.
         counts: Nodes along each axis.
         spread: First and last node, in standard deviations from the peak.
 
@@ -182,11 +182,11 @@ def grid(
 def widths(
     height: Height, top: Float[Tensor, "replications axes"]
 ) -> Float[Tensor, "replications axes"]:
-    """Along each axis, the standard deviation of the normal law that touches the peak."""
-    found = []
+    """Along each axis, the standard deviation of the normal distribution that touches the peak."""
+    deviations = []
     for axis in range(top.shape[1]):
         aside = torch.zeros(3, top.shape[1], dtype=top.dtype)
         aside[:, axis] = torch.tensor([-1e-3, 0.0, 1e-3])
         below, at, above = height(*(top[:, None] + aside).unbind(-1)).unbind(1)
-        found.append(1e-3 / (2 * at - below - above).clamp_min(1e-9).sqrt())
-    return torch.stack(found, 1)
+        deviations.append(1e-3 / (2 * at - below - above).clamp_min(1e-9).sqrt())
+    return torch.stack(deviations, 1)

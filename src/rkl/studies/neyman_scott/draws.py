@@ -38,12 +38,12 @@ def compare(seed: int) -> Mapping[str, Compared]:
     exact = variance.bayesian(data, variance.FLAT)
     draws = _posterior(x[0], generator)
     design = torch.eye(GROUPS, dtype=torch.float64).repeat_interleave(2, 0)
-    found = {}
+    acts = {}
     for name, divergence in DIVERGENCES.items():
         act = bayes_act(draws, _data_again, divergence, design=design).act
         drawn = act["sigma"].item(), act.error["sigma"].item()
-        found[name] = Compared(drawn, exact[name].sqrt().item())
-    return found
+        acts[name] = Compared(drawn, exact[name].sqrt().item())
+    return acts
 
 
 def _data_again(theta: Mapping[str, Tensor], design: Tensor) -> GaussianRegression:

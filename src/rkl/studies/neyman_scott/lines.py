@@ -1,4 +1,4 @@
-"""Errors in variables: a slope and a variance, from points whose places on a line are unknown.
+"""Errors in variables: a slope and a variance, from points with unknown places on a line.
 
 x_i ~ N(ξ_i, σ²), y_i ~ N(β ξ_i, σ²): the unknown ξ_i grow in number with the data. With the line's
 direction d = (cos φ, sin φ), β = tan φ, and places u_i = ξ_i / cos φ along it, everything given φ
@@ -23,7 +23,7 @@ BLOCK = 10  # data sets at once: arrays that fit a cache
 
 @dataclass(frozen=True)
 class Points:
-    """What the data say, for many data sets: Σ x², Σ xy and Σ y² of so many points."""
+    """Sufficient statistics, for many data sets: Σ x², Σ xy and Σ y² of the points."""
 
     xx: Estimates
     xy: Estimates
@@ -56,13 +56,13 @@ def simulate(points: int, replications: int, seed: int) -> Points:
 
 @dataclass(frozen=True)
 class Prior:
-    """p(v) ∝ v^-(power + half N) for v = σ², angles alike, and a law of the places.
+    """p(v) ∝ v^-(power + half N) for v = σ², flat in the angle, and a distribution of the places.
 
     Attributes:
-        power: At N = 0.
+        power: The exponent at N = 0.
         half: 1/2 for Jeffreys' rule.
         tilt: The exponent of cos φ per point: 1 where the ξ_i, not the u_i, are flat.
-        spread: Variance of the normal law of the ξ_i; infinite where they are flat.
+        spread: Variance of the normal distribution of the ξ_i; infinite if they are flat.
     """
 
     power: float = 1.0
@@ -93,7 +93,7 @@ PRIORS: Mapping[str, Prior] = {
 
 
 class Line:
-    """The posterior of φ and σ², on nodes, and what the acts make of it."""
+    """The posterior of φ and σ², on nodes, and its acts."""
 
     def __init__(self, data: Points, prior: Prior):
         def height(phi: Tensor, log_v: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def _bayesian(data: Points, prior: Prior) -> Pairs:
     best = peak(lambda *at: prior.log_density(data, *at, mode=True), _begin(data), 1.5)
     line = Line(data, prior)
     angle = line.posterior.mean(line.phi)
-    found: Pairs = {"MAP in places, angle, σ": (best[:, 0].tan(), best[:, 1].exp())}
-    found["posterior mean of the angle, of σ²"] = angle.tan(), line.posterior.mean(line.v)
+    estimates: Pairs = {"MAP in places, angle, σ": (best[:, 0].tan(), best[:, 1].exp())}
+    estimates["posterior mean of the angle, of σ²"] = angle.tan(), line.posterior.mean(line.v)
     acts = line.posterior.acts()
-    return found | {name: (line.slope(name, t), t) for name, t in acts.items()}
+    return estimates | {name: (line.slope(name, t), t) for name, t in acts.items()}

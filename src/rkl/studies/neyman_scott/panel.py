@@ -4,8 +4,8 @@ logit P(y_i1 = 1) = α_i and logit P(y_i2 = 1) = α_i + β. A person gives one o
 answers, and nothing but the numbers of the four enters, so that all of it is quadrature in one
 α and in β.
 
-The joint law of all answers is an exponential family with natural parameters α_i and α_i + β:
-the reverse-KL act has their posterior means, the forward-KL act the posterior means of the
+The joint distribution of all answers is an exponential family with natural parameters α_i and α_i
++ β: the reverse-KL act has their posterior means, the forward-KL act the posterior means of the
 probabilities, as nearly as one β for all lets it.
 
 Source: Andersen (1970), J. R. Stat. Soc. B 32; Abrevaya (1997), Economics Letters 55, for the
@@ -40,8 +40,8 @@ def simulate(persons: int, replications: int, seed: int) -> Counts:
     shape = replications, persons
     alpha = CENTRE + SPREAD * torch.randn(shape, generator=generator, dtype=torch.float64)
     p = torch.stack([alpha, alpha + EFFECT], 2).sigmoid()
-    said = torch.rand(p.shape, generator=generator, dtype=torch.float64) < p
-    pair = said[..., 0] + 2 * said[..., 1].long()
+    answers = torch.rand(p.shape, generator=generator, dtype=torch.float64) < p
+    pair = answers[..., 0] + 2 * answers[..., 1].long()
     return torch.nn.functional.one_hot(pair, 4).sum(1).double()
 
 

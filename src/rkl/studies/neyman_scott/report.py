@@ -1,4 +1,4 @@
-"""What the paper on reverse KL says of the problem of Neyman and Scott, and of two like it.
+"""The claim of the paper on reverse KL about the problem of Neyman and Scott, and two like it.
 
 The claim: the reverse-KL act, invariant to the parametrisation, is consistent for the variance of
 many small groups under any non-degenerate prior, where maximum likelihood, MAP and forward KL are
@@ -33,7 +33,7 @@ class Plan:
     """The sizes of a part.
 
     Args:
-        sizes: How many unknowns there are beside what is estimated.
+        sizes: Numbers of unknowns beside the estimated one.
         replications: Data sets of each size.
     """
 
@@ -47,15 +47,15 @@ class Row:
 
     Attributes:
         prior: The prior, or "no prior".
-        design: How the data are laid out.
-        quantity: What is estimated.
-        estimator: How.
-        size: N, how many unknowns there are beside it.
+        design: Design of the data.
+        quantity: Name of the estimated quantity.
+        estimator: Name of the estimator.
+        size: N, the number of other unknowns.
         truth: Its true value.
         count: Replications in which it is finite.
-        mean: Of the estimates, with its standard error.
-        sd: Of the estimates; undefined for one.
-        rmse: About the truth.
+        mean: Mean of the estimates, with its standard error.
+        sd: Standard deviation of the estimates; undefined for one.
+        rmse: Root mean square error about the truth.
     """
 
     prior: str
@@ -78,7 +78,7 @@ class Row:
         return cls(truth=truth, count=len(values), mean=mean, sd=sd, rmse=rmse, **labels)
 
     def cells(self) -> list[str]:
-        """As the csv has it."""
+        """Cells of the csv."""
         words = (getattr(self, it) for it in WORDS)
         numbers = (f"{it:.6g}" for it in (*self.mean, self.sd, self.rmse))
         return [*words, str(self.size), f"{self.truth:g}", str(self.count), *numbers]
@@ -89,15 +89,15 @@ class Problem(Part):
     """One problem, under all priors and by all estimators.
 
     Attributes:
-        truths: What is estimated, and its true value.
-        designs: From N, the number of replications and a seed to their data.
-        priors: By name.
-        classical: From the data to estimates by name, a tensor or one for each quantity.
+        truths: The estimated quantities, with their true values.
+        designs: Functions from N, the number of replications and a seed to data.
+        priors: Priors by name.
+        classical: Function from the data to estimates by name, a tensor or one for each quantity.
         bayesian: The same, from the data and a prior.
         drawn: The estimators in the figures, the widest line first.
-        sizes: What N counts.
-        reading: How the figures are to be read.
-        with_draws: True where the acts are computed from posterior draws of one data set too.
+        sizes: Name of the things that N counts.
+        reading: Explanation of the figures.
+        with_draws: Whether the acts are also computed from posterior draws of one data set.
     """
 
     truths: Mapping[str, float]
@@ -135,7 +135,7 @@ class Problem(Part):
 
         rows = [Row(**{**it, "mean": tuple(it["mean"])}) for part in results for it in part]
         blocks: list[Block | Table] = [_from_draws(seed)] if self.with_draws else []
-        sections = [Section("What came out", self.reading, blocks)]
+        sections = [Section("Results", self.reading, blocks)]
         for design in self.designs:
             for quantity in self.truths:
                 chosen = [it for it in rows if (it.design, it.quantity) == (design, quantity)]
@@ -170,15 +170,15 @@ PARTS: Mapping[str, Problem] = {
         ),
         sizes="number of groups N",
         reading=(
-            "Reverse KL estimates σ² by 1 / E[1/σ²]: it goes where the marginal posterior of σ² "
-            "goes, and so is consistent exactly when that is. So are the posterior's mean and "
+            "Reverse KL estimates σ² by 1 / E[1/σ²]: it is consistent exactly when the marginal "
+            "posterior of σ² is. So are the posterior's mean and "
             "median. Forward KL adds the mean posterior variance of a group's mean, which does "
             "not vanish when groups stay small; the intrinsic loss follows it, because forward "
             "KL is the smaller of the two wherever the estimate exceeds the draw.\n\n"
             "The marginal posterior is consistent under the reference prior, under the skewed "
             "proper prior of σ² and under the hierarchical one. It is not under Jeffreys' rule, "
-            "whose power of σ grows with the number of means, nor where the means' own "
-            "distribution is fixed and wrong, proper as it is."
+            "whose power of σ grows with the number of means, nor under a proper prior of the "
+            "means that is fixed and wrong."
         ),
         with_draws=True,
     ),
@@ -201,11 +201,11 @@ PARTS: Mapping[str, Problem] = {
         sizes="number of persons N",
         reading=(
             "β is a natural parameter, so that reverse KL reports its posterior mean. Forward KL "
-            "averages probabilities, which flattens the curve, and stays below even where the "
-            "prior is the truth. Reverse KL breaks where the marginal posterior of β does: under "
-            "a wrong distribution of the intercepts, and under Jeffreys' rule for each of them, "
-            "which sends it to about 2β, where maximum likelihood goes. The conditional "
-            "likelihood needs no distribution of the intercepts at all."
+            "averages probabilities, which flattens the curve, and stays below even if the "
+            "prior is the truth. Reverse KL fails where the marginal posterior of β does: under "
+            "a wrong prior of the intercepts, and under Jeffreys' rule for each of them, which "
+            "leads to about 2β, as does maximum likelihood. The conditional likelihood "
+            "needs no prior of the intercepts."
         ),
     ),
     "errors-in-variables": Problem(
@@ -231,16 +231,16 @@ PARTS: Mapping[str, Problem] = {
             "A prior flat in the true x is not flat along the line: a steeper line has more room "
             "for the same x. That factor comes once for each point, and under it the marginal "
             "posterior of the slope is that of least squares, too flat however many points there "
-            "are; every act follows. Flat along the line, or under the true distribution of x, "
-            "the slope is right, and σ² is what it is in the first problem: right for reverse KL, "
-            "half as much again for forward KL, half for maximum likelihood."
+            "are; so is every act. Flat along the line, or under the true distribution of x, the "
+            "slope is right, and σ² is as in the first problem: right for reverse KL, half as "
+            "much again for forward KL, half for maximum likelihood."
         ),
     ),
 }
 
 
 def _estimates(problem: Problem, rows: Sequence[Row]) -> Iterator[str]:
-    """What reverse KL came to at the largest N, prior by prior."""
+    """Estimates by reverse KL at the largest N, prior by prior."""
     first = rows[0].design, rows[0].quantity, "reverse KL", max(problem.plan.sizes)
     for row in rows:
         if (row.design, row.quantity, row.estimator, row.size) == first:
@@ -294,7 +294,6 @@ def _table(problem: Problem, rows: Sequence[Row], size: int) -> Table:
 
 
 def _from_draws(seed: int) -> Table:
-    """One data set's acts by the library's own verb."""
     from rkl.studies.neyman_scott.draws import CHAINS, DRAWS, GROUPS, compare
 
     body = [[name, *act] for name, act in compare(seed).items()]

@@ -27,7 +27,7 @@ BLOCK = 10  # data sets at once on nodes of both: arrays that fit a cache
 
 @dataclass(frozen=True)
 class Groups:
-    """What the data say, for many data sets: groups of one size make a class.
+    """Sufficient statistics, for many data sets: groups of one size make a class.
 
     Attributes:
         size: J of each class.
@@ -69,7 +69,7 @@ def observations(
 
 
 def statistics(classes: Sequence[Float[Tensor, "replications _ _"]]) -> Groups:
-    """What data sets say, from the observations of each class."""
+    """Sufficient statistics from the observations of each class."""
     means = [x.mean(2) for x in classes]
     scatter = [(x - x.mean(2, keepdim=True)).square().sum((1, 2)) for x in classes]
     size, count = (
@@ -128,14 +128,14 @@ class Level:
 
 @dataclass(frozen=True)
 class Prior(abc.ABC):
-    """p(v) ∝ v^-(power + half N) e^(-scale/v) for v = σ², and a law of the means.
+    """p(v) ∝ v^-(power + half N) e^(-scale/v) for v = σ², and a distribution of the means.
 
-    A prior says what is left of the means once they are integrated out (``marginal``) or chosen
-    best (``profile``), and what they are given v (``given``).
+    A prior has the likelihood with the means integrated out (``marginal``) or at their best
+    (``profile``), and their distribution given v (``given``).
 
     Attributes:
-        power: At N = 0.
-        scale: 0 makes it improper.
+        power: The exponent at N = 0.
+        scale: Scale of 1/v; 0 makes the prior improper.
         half: 1/2 for Jeffreys' rule, whose power grows with the number of means.
     """
 
@@ -238,7 +238,7 @@ class Fixed(Prior):
 
 @dataclass(frozen=True)
 class Hierarchical(Prior):
-    """Means from N(m, τ²), m from N(0, τ²/kappa), τ² from an inverse gamma law."""
+    """Means from N(m, τ²), m from N(0, τ²/kappa), τ² from an inverse gamma distribution."""
 
     kappa: float = 0.01
     shape: float = 0.5
@@ -273,7 +273,7 @@ class Hierarchical(Prior):
         return [log_v.exp().unflatten(1, counts)[..., 0], weight.sum(2), step[:, 0], *means]
 
     def mode(self, data: Groups, jacobian: float) -> Estimates:
-        """With τ² and m integrated out: p(μ) is a t law, a maximum over τ² of normal ones."""
+        """With τ² and m integrated out: p(μ) is a t density, a maximum over normal ones."""
         power = data.observations / 2 + self.exponent(data) - jacobian
         shape = self.shape + data.groups / 2
 

@@ -1,6 +1,7 @@
 """A fit from the command line is a run that resumes, loads, samples and is measured."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 import rkl
 from rkl.cli import main
-from rkl.fit import compare_runs, load_critic
+from rkl.fit import compare_runs, load_critic, report_runs
 from rkl.fit.run import dry_run, fit
 from rkl.fit.samples import sample_run
 from rkl.fit.settings import FitSettings, SampleSettings
@@ -153,6 +154,12 @@ def test_an_evaluation_counts_the_rows_that_were_trained_on(folder, capsys):
     assert main(["evaluate", str(folder / "plain"), "--data", str(folder / "data.npy")]) == 0
     said = capsys.readouterr().out
     assert "270 of the rows were fitted" in said
+
+
+def test_the_head_of_a_report_has_precision_and_recall_of_samples(folder):
+    page = report_runs([folder / "plain"], out=folder / "plain.html").read_text("utf-8")
+    lead = page.split('<p class="lead">')[1].split("</p>")[0]
+    assert re.search(r"precision \d\.\d+ ± \d\.\d+ and recall \d\.\d+ ± \d\.\d+\.", lead)
 
 
 def test_runs_are_compared_in_a_table_with_heads_and_on_a_page(folder, tmp_path, capsys):

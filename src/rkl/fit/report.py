@@ -11,6 +11,7 @@ from torch import Tensor
 from rkl.divergences import FDivergence, parse
 from rkl.metrics.clusters import prd_curve
 from rkl.metrics.samples import Measured
+from rkl.tables import with_error
 
 if TYPE_CHECKING:
     from rkl.report import Block, Section
@@ -44,8 +45,18 @@ def data_page(
     if isinstance(looked, FDivergence):
         sections.append(_spectrum(divergence, looked))
     sections.append(Section("Settings", blocks=[Settings(settings)]))
-    lead = f"A flow fitted under {divergence}."
+    lead = f"A flow was fitted under {divergence}." + _result(measured)
     return render("Samples of a flow", [it for it in sections if it.blocks], lead=lead)
+
+
+def _result(measured: Measured | None) -> str:
+    if measured is None:
+        return " Its samples were not compared with held-out rows."
+    precision, recall = (
+        with_error(*measured.scores[name].pair(), plus_minus=True)
+        for name in ("precision", "recall")
+    )
+    return f" On held-out rows its samples have precision {precision} and recall {recall}."
 
 
 def _samples(

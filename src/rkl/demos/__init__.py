@@ -40,7 +40,7 @@ def run(
         seed: Random seed.
         device: "cpu" or "cuda"; a GPU by default if there is one, where the demonstration can
             use it.
-        steps: Of each distillation; as many as fit its few minutes by default.
+        steps: Steps of each distillation; by default as many as fit its few minutes.
 
     Returns:
         A summary of the results, with the path of the report.

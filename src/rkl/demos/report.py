@@ -124,7 +124,7 @@ def verdicts(
     """The best student by each measure, from the evaluations.
 
     Args:
-        results: Of each student.
+        results: Evaluation of each student.
         evaluations: Pairs students block by block; without it they are taken as independent.
     """
     best = [

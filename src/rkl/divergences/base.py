@@ -182,8 +182,8 @@ class Divergence(abc.ABC):
         """D(p ‖ q) in nats, exactly, from normalised log-probabilities.
 
         Args:
-            logp: Those of the target.
-            logq: Those of the model.
+            logp: Log-probabilities of the target.
+            logq: Log-probabilities of the model.
             labels: The true token of each row, for a divergence that takes labels.
 
         Raises:

@@ -87,7 +87,7 @@ def exact(
         q: The student's logits, or the head that yields them.
         weight: Weight of each token, constant and at least 0; tokens of weight 0 are not
             computed. Defaults to 1/tokens. Nothing is divided by its sum.
-        chunk: How many tokens' logits may exist at one time; by default 256 MiB of them.
+        chunk: Number of tokens whose logits exist at one time; by default 256 MiB of them.
         compiled: Whether to compile the step, once per divergence; by default, where there
             is work enough and a compiler. Parts of a vocabulary run uncompiled.
         labels: The true token, for the cross-entropy below and for a divergence that takes labels.
@@ -248,7 +248,7 @@ def per_token(
         divergences: By name.
         p: The teacher's logits, the head that yields them, or its top k.
         q: The student's logits, or the head that yields them.
-        chunk: How many tokens' logits may exist at one time; by default 256 MiB of them.
+        chunk: Number of tokens whose logits exist at one time; by default 256 MiB of them.
         labels: The true token, for divergences that take labels.
 
     Raises:

@@ -78,9 +78,9 @@ def draw(
     """Atoms drawn from a softmax, with replacement.
 
     Args:
-        logits: Of the distribution p.
+        logits: Logits of the distribution p.
         draws: Number of atoms of each token.
-        temperature: Of the distribution that is drawn from; other than 1, the draws carry
+        temperature: Temperature of the sampled distribution; if not 1, the draws carry
             their weights.
         generator: Source of the random numbers.
 

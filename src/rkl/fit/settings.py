@@ -134,7 +134,7 @@ class SampleSettings:
         out: File to write: .npy or .csv.
         condition: Class to draw, if rows had labels.
         latent_temperature: Standard deviation of the latents; below 1 for the middle alone.
-        truncation: Where the latents are cut off, in standard deviations.
+        truncation: Bound of the latents, in standard deviations.
         levels: Put quantised values back on their levels; --no-levels leaves them spread.
         budget: Draws per sample in optimal rejection by the critic; 1 rejects none.
         target_precision: Precision for rejection to reach, instead of a budget.

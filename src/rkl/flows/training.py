@@ -85,7 +85,7 @@ class Training:
         history: One row per ``every`` steps: step, seconds, loss, gradient (its norm before it
             is shortened), and what the objective logged.
         steps: Number of steps done.
-        seconds: How long they took, all interruptions left out.
+        seconds: Seconds that they took, without interruptions.
         best: The highest score of the watch, whose parameters the flow now has.
         best_step: Step of that score.
         stopped: Reason why training ended before its budget; None if it did not.

@@ -282,7 +282,7 @@ def check_finite(tensors: Iterable[tuple[str, Any]], path: str | os.PathLike, wh
     Args:
         tensors: Names and tensors, as ``named_parameters()`` gives them.
         path: The file or folder that they were read from.
-        what: What they are: "model", "flow", "critic".
+        what: Name of the object: "model", "flow", "critic".
 
     Raises:
         ValueError: Naming the file and the first such tensor in it.

@@ -223,7 +223,7 @@ def load_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> nn.Modu
 
     Args:
         path: The folder of the run.
-        allow: What its ``run.json`` may have imported, each "module:name".
+        allow: Names that its ``run.json`` may import, each "module:name".
     """
     return load_target_run(path, allow=allow).flow
 

@@ -46,7 +46,7 @@ class Broad:
     """Independent coordinates: N(0, width²) on the line, uniform on the circle.
 
     Args:
-        circle: Which coordinates are angles, of the shape of an event.
+        circle: True for coordinates that are angles, of the shape of an event.
         width: Standard deviation on the line.
     """
 
@@ -114,7 +114,7 @@ def random_walk(
     """A Metropolis step with Gaussian proposals, and the probability that it is accepted.
 
     Args:
-        points: Where it begins.
+        points: Points to start from.
         evaluate: Points at new places.
         log_density: The log-density that stays invariant, in nats.
         step: Standard deviation of the proposals.

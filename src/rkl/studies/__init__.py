@@ -36,7 +36,7 @@ def run(
 
     Args:
         paper: One of :func:`papers`.
-        part: Which of its claims; the first by default.
+        part: One of its claims; the first by default.
         out: The folder to write; that of :func:`default_folder` by default.
         **how: As :func:`rkl.studies.study.run_study` takes it: overwrite, resume, seed, device
             and data.

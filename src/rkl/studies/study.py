@@ -44,7 +44,7 @@ class Outcome:
         rows: Its rows, numbers formatted.
         summary: At most three sentences at the head of the report.
         points: The rest, as a list below them.
-        sections: Of the report. Each of its figures is written as an SVG too.
+        sections: Sections of the report. Each of its figures is written as an SVG too.
         record: Entries of ``run.json`` beside the usual ones.
     """
 
@@ -67,7 +67,7 @@ class Part(abc.ABC):
     - ``outcome``, the results of the part from those of all jobs.
 
     Attributes:
-        title: Of its report.
+        title: Title of its report.
         plan: Its sizes, a dataclass, which ``run.json`` keeps.
         workers: Most processes that the jobs are shared among.
     """
@@ -118,12 +118,12 @@ def run_study(
     Args:
         paper: The name of its folder.
         parts: All of its parts.
-        part: Which one.
+        part: Name of the part to run.
         out: The folder to write: a csv of all figures, pictures, a report.
         overwrite: Replaces the run that is there.
         resume: Goes on with the run that is there.
         seed: Random seed.
-        device: Where to compute.
+        device: Device to compute on.
         data: A file that a part reads and that is not part of rkl.
 
     Returns:
@@ -255,7 +255,7 @@ def in_processes(
         function: A function of a module, importable by other processes.
         columns: The first arguments, the second ones, and so on.
         workers: Number of processes; no more are started than there are rows.
-        threads: Of torch, in each of them; None leaves torch alone.
+        threads: Threads of torch in each process; None leaves torch's number.
         done: Called in this process with the index of a row and its value, when it is there.
     """
     rows = list(zip(*columns, strict=True))

@@ -28,7 +28,7 @@ class MixedSplines(Architecture):
     angles.
 
     Args:
-        angles: Which coordinates of the flattened event are angles in radians; None for those of
+        angles: Coordinates of the flattened event that are angles in radians; None for those of
             the target.
         transforms: Number of transformations.
         hidden: Widths of the hidden layers of each.

@@ -31,7 +31,7 @@ class Placed(nn.Module):
         flow: The flow of z, given the conditions if there are any.
         event_shape: Shape of one event.
         conditions: Number of conditions.
-        circle: Which coordinates are angles, of the shape of the event; None for none.
+        circle: True for coordinates that are angles, of the shape of the event; None without.
         furthest: Widths at which the Cauchy distributions are cut off, by coordinate.
     """
 

@@ -32,7 +32,7 @@ class SitesFlow(nn.Module, abc.ABC):
         architecture: Its width and number of knots.
         side: Sites along one side.
         conditions: Number of conditions.
-        integrate: Which sites are drawn exactly: "half", "quarter" or "none".
+        integrate: Share of sites to draw exactly: "half", "quarter" or "none".
     """
 
     def __init__(self, architecture: Any, side: int, conditions: int, integrate: str):

@@ -17,7 +17,7 @@ class Wave(NamedTuple):
     """The Gaussian of the sites of a pass at low temperature, given the sites they look at.
 
     Attributes:
-        weights: Of the angles in its mean; they add up to 1.
+        weights: Weights of the angles in its mean; they add up to 1.
         variance: Its variance over T/J.
     """
 

@@ -22,8 +22,8 @@ class Condition(NamedTuple):
         low: Least value that a flow is trained at by default.
         high: Greatest value.
         unit: Its unit.
-        above: What every value must lie above, where the target has no density otherwise.
-        at_least: The same where the limit itself is allowed.
+        above: Lower limit of the values, excluded, if the target has no density otherwise.
+        at_least: Lower limit of the values, included.
     """
 
     name: str

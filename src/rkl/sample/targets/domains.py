@@ -82,8 +82,8 @@ class Chart:
 
     Attributes:
         event_shape: The shape of one x.
-        circle: Which coordinates are angles, of that shape.
-        has_bounds: Which coordinates have bounds.
+        circle: True for coordinates that are angles, of that shape.
+        has_bounds: True for coordinates with bounds.
         bounded: Whether any has.
     """
 

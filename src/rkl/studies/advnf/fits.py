@@ -46,7 +46,7 @@ class Plan:
         batch: Draws of a step.
         lr: Learning rate of the variants.
         draws: Draws at each condition for a figure.
-        seeds: Number of them.
+        seeds: Number of seeds.
     """
 
     target: Target
@@ -81,7 +81,7 @@ class Way:
     """One way to fit a flow.
 
     Attributes:
-        name: Of a variant of AdvNF, or of ours.
+        name: Name of a variant of AdvNF, or of ours.
         ensemble: Number of draws of the target that it gets.
     """
 

@@ -51,7 +51,7 @@ class Plan:
     """The sizes of the toy.
 
     Args:
-        steps: Of each fit.
+        steps: Steps of each fit.
         repeats: Teachers of each kind.
         shown: Steps at which one fit is drawn.
     """
@@ -69,7 +69,7 @@ class Problem:
         names: Kind of teacher, start and number of each fit.
         logp: The teachers, likeliest atom first.
         start: The students' first logits.
-        head: Which atoms are the teacher's head.
+        head: True for atoms in the teacher's head.
     """
 
     names: Sequence[tuple[str, str, int]]
@@ -96,7 +96,7 @@ class Toy(Part):
     """Fits of free logits under every divergence, by both optimisers.
 
     Attributes:
-        device: Where to compute.
+        device: Device to compute on.
     """
 
     device: str = "cpu"

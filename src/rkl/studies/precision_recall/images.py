@@ -137,9 +137,9 @@ class Pictures:
 
     Attributes:
         values: The pictures, or the pixels of them that vary.
-        classes: Of each.
-        side: Of a picture, in pixels.
-        places: Which pixels of a picture the values are.
+        classes: Class of each picture.
+        side: Side of a picture, in pixels.
+        places: Places of the values among the pixels of a picture.
     """
 
     values: Int[Tensor, "rows *event"]
@@ -217,7 +217,7 @@ class Spaces:
     Args:
         judges: Pictures to compare with, not trained on.
         others: Training pictures of flows, critics and the classifier.
-        seed: Of noise and of the classifier.
+        seed: Seed of the noise and of the classifier.
     """
 
     def __init__(self, judges: Pictures, others: Pictures, seed: int):

@@ -71,6 +71,20 @@ def test_the_pages_that_are_staged_keep_their_places_and_links(tmp_path):
             assert (tmp_path / target).is_file(), target
 
 
+def test_every_page_of_docs_is_in_the_index(tmp_path):
+    make_site.stage(tmp_path)
+    lists = re.findall(
+        r"```\{toctree\}\n(.*?)```", (tmp_path / "index.md").read_text("utf-8"), re.S
+    )
+    named = re.findall(r"(?:^|<)((?:docs|benchmarks)/[\w/-]+)>?$", "".join(lists), re.M)
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "studies").glob("*.md")]
+    staged = {str(path.relative_to(ROOT).with_suffix("")) for path in pages}
+    assert sorted(named) == sorted(staged | {"benchmarks/README"})
+    index = "docs/choose\n<docs/fit>\nOTHER PAGES\n"
+    assert "docs/distill\n" in make_site.with_other_pages(index)
+    assert "docs/fit\n" not in make_site.with_other_pages(index)
+
+
 def test_a_page_that_has_not_changed_is_not_written_again(tmp_path):
     page = tmp_path / "page.md"
     make_site.write(page, "text")

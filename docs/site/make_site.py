@@ -51,10 +51,19 @@ def stage(source: Path) -> None:
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, target)
-    for path in HERE.glob("pages/**/*.md"):
+    for path in HERE.glob("pages/*/**/*.md"):
         write(source / path.relative_to(HERE / "pages"), path.read_text("utf-8"))
+    write(source / "index.md", with_other_pages((HERE / "pages" / "index.md").read_text("utf-8")))
     shutil.copytree(HERE / "static", source / "_static", dirs_exist_ok=True)
     shutil.copy2(HERE / "conf.py", source)
+
+
+def with_other_pages(index: str) -> str:
+    """The index with the pages of docs that none of its lists names, under their own titles."""
+    pages = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("docs/studies/*.md")])
+    names = (str(path.relative_to(ROOT).with_suffix("")) for path in pages)
+    others = "".join(f"{name}\n" for name in names if f"<{name}>" not in index)
+    return index.replace("OTHER PAGES\n", others)
 
 
 def write_examples(source: Path) -> None:

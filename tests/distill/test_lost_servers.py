@@ -7,11 +7,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import material
 import pytest
 from serving import Stub
+from test_writing_server import GREEDY, PROMPTS
 from test_writing_server import Stub as Writing
 
-from rkl.distill import load_model, load_tokenizer
+from rkl.distill import ModelWriter, load_model, load_tokenizer
 from rkl.distill.run import distill
 from rkl.distill.server import ATTEMPTS, Server, ServerError
+from rkl.distill.writing_server import ServerWriter
 from rkl.runs import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:teacher gives the")
@@ -169,3 +171,28 @@ def test_a_long_wait_is_announced_and_a_wrong_address_is_not_waited_for(capsys):
     assert f"it is asked up to {ATTEMPTS - 3} times more" in said.out + said.err
     with pytest.raises(ServerError, match="5 times in a row"):
         asked.served(None)
+
+
+class Restarted(Writing):
+    """A server that is restarted before it first writes, as the model that it began with."""
+
+    def __init__(self, first, folder):
+        super().__init__("vllm", first, folder)
+        self.first, self.refusals = first, 2
+
+    def answer(self, path, headers, body):
+        if self.refusals and (path == "/v1/completions" or self.refusals == 1):
+            self.refusals -= 1
+            self.model = self.first
+            return 503, {"error": "starting"}
+        return super().answer(path, headers, body)
+
+
+def test_a_server_that_was_restarted_gets_the_weights_again(tmp_path):
+    first, student = (material.model(1, 8, seed=seed).eval() for seed in (1, 2))
+    with Restarted(first, tmp_path / "weights").listening() as url:
+        writer = ServerWriter(url, material.tokenizer(), GREEDY, [1], weights=tmp_path / "weights")
+        writer.follow(student)
+        replies = writer.write(PROMPTS, seed=0)
+    assert replies == ModelWriter(student, GREEDY, [1]).write(PROMPTS, seed=0)
+    assert replies != ModelWriter(first, GREEDY, [1]).write(PROMPTS, seed=0)

@@ -11,7 +11,7 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic, sleep
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -362,6 +362,9 @@ class RefusedError(ServerError):
         self.message = message
 
 
+Ask: TypeAlias = Callable[[str, Mapping[str, Any]], Any]
+
+
 class Server:
     """An address, asked with time limits and attempts; its key is in no message.
 
@@ -398,10 +401,22 @@ class Server:
         return os.environ.get(self.variable, "")
 
     def ask(
-        self, path: str, body: Mapping[str, Any] | None = None, *, attempts: int | None = None
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        attempts: int | None = None,
+        prepare: Callable[[Ask], None] | None = None,
     ) -> Any:
-        """The answer to a request, sent again while the server is busy or not reached."""
-        base = self.url.removesuffix("/v1") if path.startswith("/") else f"{self.url}/"
+        """The answer to a request, sent again while the server is busy or not reached.
+
+        Args:
+            path: Behind the address; from the root of the server on where it begins with "/".
+            body: Of a POST; None sends a GET.
+            attempts: In place of the server's own.
+            prepare: Called before the request is sent again, as the server may have been
+                restarted, with what sends one request once.
+        """
         pause, reason, attempts = 1.0, "", attempts or self.attempts
         for attempt in range(attempts):
             if attempt == SILENT_ATTEMPTS:
@@ -410,7 +425,9 @@ class Server:
                 sleep(pause)
                 pause = min(2 * pause, MAX_PAUSE)
             try:
-                return self._once(base + path, body)
+                if attempt and prepare is not None:
+                    prepare(self._once)
+                return self._once(path, body)
             except _BusyError as error:
                 reason = str(error)
         raise ServerError(
@@ -418,7 +435,9 @@ class Server:
             "address right?"
         )
 
-    def _once(self, url: str, body: Mapping[str, Any] | None) -> Any:
+    def _once(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        base = self.url.removesuffix("/v1") if path.startswith("/") else f"{self.url}/"
+        url = base + path
         headers = {"Content-Type": "application/json", "User-Agent": "rkl"}
         if self._key():
             headers["Authorization"] = f"Bearer {self._key()}"

@@ -13,7 +13,7 @@ from rkl.distill.encoding import encode
 from rkl.distill.limits import check_count
 from rkl.distill.rollouts import Reply, Writer, check_room
 from rkl.distill.sampling import Sampling
-from rkl.distill.server import ATTEMPTS, Server, ServerError
+from rkl.distill.server import ATTEMPTS, Ask, Server, ServerError
 from rkl.runs import replacing_files
 
 KEY = "RKL_STUDENT_API_KEY"  # environment variable; the one place that a key is read from
@@ -64,7 +64,7 @@ class ServerWriter(Writer):
             raise ValueError(f"kind must be one of {', '.join(KINDS)} or None; got {kind!r}.")
         self.server = Server(url, timeout, attempts, "student_server", KEY)
         self.tokenizer, self.sampling, self.ends = tokenizer, sampling, list(ends)
-        self.context = context
+        self.context, self._followed = context, False
         self.model_name, owner = self.server.served(model)
         self.kind = kind or next((it for it in KINDS if it in owner.lower()), "completions")
         self.weights = None if weights is None else Path(weights).resolve()
@@ -87,18 +87,25 @@ class ServerWriter(Writer):
         with replacing_files(self.weights) as folder:
             student.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+        self._load(self.server.ask)
+        self._followed = True
+
+    def _load(self, ask: Ask) -> None:
+        """Have the server read the weights in the folder."""
         if self.kind == "sglang":
             body = {"model_path": str(self.weights), "flush_cache": True}
-            answer = self.server.ask("/update_weights_from_disk", body)
+            answer = ask("/update_weights_from_disk", body)
             if not (isinstance(answer, Mapping) and answer.get("success")):
                 raise ServerError(f"{self.server} did not take the student's weights: {answer!r}.")
         else:
-            self.server.ask("/collective_rpc", {"method": "reload_weights"})
-            self.server.ask("/reset_prefix_cache", {})
+            ask("/collective_rpc", {"method": "reload_weights"})
+            ask("/reset_prefix_cache", {})
 
     def write(self, prompts, *, seed):
         check_room(prompts, self.sampling, self.context, "max_completion_length")
-        answer = self.server.ask("completions", self._body(prompts, seed))
+        # A server that was restarted meanwhile writes as the model that it was started with.
+        again = self._load if self._followed else None
+        answer = self.server.ask("completions", self._body(prompts, seed), prepare=again)
         choices = answer.get("choices") if isinstance(answer, Mapping) else None
         if not isinstance(choices, list) or len(choices) != len(prompts):
             got = len(choices) if isinstance(choices, list) else "none"

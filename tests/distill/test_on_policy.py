@@ -24,6 +24,7 @@ from rkl.distill.rollouts import (
     prompts_in,
     seed_of,
 )
+from rkl.distill.selection import DivergedError
 
 SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 CPU = torch.device("cpu")
@@ -298,6 +299,17 @@ def test_a_student_that_writes_nothing_is_trained_on_where_it_ends(
         batches = taken_by(trainer)
         trainer.train()
         assert sum(int((it["labels"] != IGNORED).sum()) for it in batches) == expected
+
+
+def test_a_teacher_with_a_nan_weight_is_named(tiny_model, tiny_rows, tiny_trainer):
+    teacher = tiny_model(seed=1)
+    with torch.no_grad():
+        teacher.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan
+    with pytest.warns(UserWarning, match="its logits are NaN"):
+        trainer = tiny_trainer(tiny_model(seed=2), teacher, tiny_rows(4), **OWN)
+    words = r"the loss is NaN .*the teacher's weight transformer\.h\.1\.mlp\.c_fc\.weight is not"
+    with pytest.raises(DivergedError, match=words):
+        trainer.train()
 
 
 def test_messages_without_a_chat_template_are_refused(tiny_model, tiny_trainer, tiny_tokenizer):

@@ -172,6 +172,59 @@ def test_accepted_lengths_are_those_of_assisted_generation(folder, monkeypatch):
     assert measured.mean() > 0.1
 
 
+@pytest.mark.slow
+def test_every_round_of_a_text_accepts_what_is_foretold_after_its_beginning(folder, monkeypatch):
+    """Where a round begins depends on the drafts before it, so that rounds are no fair sample of
+    the places of a text. Given its beginning each is foretold, and the differences of a text add
+    up without correlation."""
+    student, teacher = (load_model(folder / name).eval() for name in ("student", "teacher"))
+    length, new = 3, 20
+    student.generation_config.num_assistant_tokens = length
+    student.generation_config.num_assistant_tokens_schedule = "constant"
+    student.generation_config.assistant_confidence_threshold = 0.0
+    ends, kept = [], AssistedCandidateGenerator.update_candidate_strategy
+
+    def note(self, input_ids, scores, num_matches):
+        ends.append((input_ids[0].tolist(), int(num_matches)))
+        return kept(self, input_ids, scores, num_matches)
+
+    monkeypatch.setattr(AssistedCandidateGenerator, "update_candidate_strategy", note)
+    torch.manual_seed(0)
+    begun: dict[int, list] = {}  # by their length: where rounds begin, and what they accept
+    for number in range(40):
+        start = [5 + number, 9, 12, 7]
+        ends.clear()
+        teacher.generate(
+            torch.tensor([start]),
+            attention_mask=torch.ones(1, 4, dtype=torch.long),
+            assistant_model=student,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=new,
+        )
+        begins = [start, *(text for text, _ in ends)]
+        for text, (_, accepted) in zip(begins, ends, strict=False):
+            if len(text) + length < len(start) + new and 0 not in text:
+                begun.setdefault(len(text), []).append((text, accepted))
+    differences = []
+    for rounds in begun.values():
+        texts = torch.tensor([text for text, _ in rounds])
+        foretold = draft_survival(
+            student=student,
+            teacher=teacher,
+            prefixes=texts.repeat(20, 1),
+            settings=settings(folder, own=0, draft_length=length, batch_size=400),
+            vocab=material.VOCAB,
+        ).sum(-1)
+        accepted = torch.tensor([it for _, it in rounds]).double()
+        differences.append(accepted - foretold.reshape(20, -1).mean(0))
+    assert sum(length > 8 for length in begun) > 5
+    difference = torch.cat(differences)
+    error = difference.std() / math.sqrt(len(difference))
+    assert abs(difference.mean()) < 4 * error
+    assert error < 0.1
+
+
 def test_a_draft_vocabulary_renormalises_the_teacher_and_shows_what_it_leaves_out(folder):
     (folder / "tokens.json").write_text(json.dumps([*range(0, 300, 2)]))
     chosen = settings(folder, vocab=str(folder / "tokens.json"))

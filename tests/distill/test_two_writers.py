@@ -103,5 +103,6 @@ def test_the_guard_judges_the_text_of_all_processes(results):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
 def test_no_thread_of_gloo_is_left_when_a_script_of_ones_own_ends(results):
     """The script does not end the process group: a thread that is left may abort the process."""
-    folder, _ = results
+    folder, found = results
+    assert all(it["threads"] > 0 for it in found)
     assert [(folder / f"threads-{rank}").read_text() for rank in (0, 1)] == ["0", "0"]

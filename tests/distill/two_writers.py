@@ -14,11 +14,10 @@ from rkl.distill import CollapseError, CollapseLimits, DistillConfig, DistillTra
 from rkl.distill.rollouts import Reply
 
 
-def count_threads(file: Path) -> None:
-    """Write how many threads of gloo are left."""
+def gloo_threads() -> int:
     tasks = Path("/proc/self/task")
     names = [(it / "comm").read_text() for it in tasks.iterdir()] if tasks.is_dir() else []
-    file.write_text(str(sum("gloo" in it for it in names)))
+    return sum("gloo" in it for it in names)
 
 
 OWN = {"lmbda": 1.0, "max_completion_length": 6, "prompt_tokens": 4, "learning_rate": 1e-2}
@@ -70,7 +69,8 @@ def weights(trainer: DistillTrainer) -> list[torch.Tensor]:
 
 def main(folder: Path) -> None:
     rank = os.environ["RANK"]
-    atexit.register(count_threads, folder / f"threads-{rank}")  # the first, which runs last
+    last = folder / f"threads-{rank}"
+    atexit.register(lambda: last.write_text(str(gloo_threads())))  # the first, which runs last
     whole = trainer_in(folder, "whole", log_completions=True)
     steps = noting(whole)
     whole.train()
@@ -88,7 +88,13 @@ def main(folder: Path) -> None:
         guarded.train()
     except CollapseError as error:
         stopped = [error.step, error.reason]
-    result = {"steps": steps, "losses": losses, "same": same, "stopped": stopped}
+    result = {
+        "threads": gloo_threads(),
+        "steps": steps,
+        "losses": losses,
+        "same": same,
+        "stopped": stopped,
+    }
     (folder / f"result-{rank}.json").write_text(json.dumps(result))
 
 

@@ -530,7 +530,6 @@ def _dtype(name: str | None) -> torch.dtype:
 
 
 def _shares_blocks(inputs: Mapping[str, Any]) -> bool:
-    """True if positions begin anew within a row."""
     positions = inputs.get("position_ids")
     if positions is None:
         return False
@@ -564,7 +563,6 @@ def _check_same(path: Path, about: Mapping[str, Any]) -> None:
 
 
 def _sealed(record: Mapping[str, Any]) -> str:
-    """The digest of what index.json says."""
     entries = {name: value for name, value in record.items() if name != "sha256"}
     return values_of(None, [entries])["sha256"]
 

@@ -221,7 +221,6 @@ def _load(settings: CacheSettings) -> tuple[Any, Source, Any]:
 
 
 def _estimate(settings: CacheSettings, source: Source, folder: Path) -> CacheEstimate:
-    """Time one batch of the teacher, and the writing and reading of what it told."""
     keep, stored = parse_keep(settings.keep), settings.stored
     batch = next(iter(source.batches()))
     source.observe(batch)  # what is done once, such as choosing kernels

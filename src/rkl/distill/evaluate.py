@@ -220,8 +220,6 @@ def _evaluate_run(
 
 
 class _Parts(NamedTuple):
-    """All that an evaluation begins with."""
-
     run: Run
     divergences: dict[str, Divergence]
     rows: Rows
@@ -368,7 +366,6 @@ def tokenizer_of(name: str, *, revision: str | None = None) -> PreTrainedTokeniz
 def _divergences(
     run: Run, settings: EvaluateSettings, allow: Collection[str]
 ) -> dict[str, Divergence]:
-    """The usual ones, what the run minimised, and what else is asked for."""
     wanted = [divergence_named(text) for text in settings.divergences]
     if text := run.settings.get("divergence"):
         said = names_in(*settings.divergences)
@@ -553,7 +550,6 @@ def _columns(
     targets: Int[Tensor, " tokens"],
     divergences: Mapping[str, Divergence],
 ) -> Columns:
-    """All that is measured of each token."""
     p, q = logp.exp(), logq.exp()
     index = targets[:, None]
     ranked = logp.topk(min(RANKED, logp.shape[-1])).indices

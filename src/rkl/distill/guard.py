@@ -229,7 +229,6 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 def _replies(inputs: Mapping[str, Any]) -> list[list[int]]:
-    """The tokens of each row of a batch that are own text."""
     mine = (inputs["labels"] != IGNORED) & (inputs[SOURCES] != DATA)
     pairs = zip(inputs["input_ids"], mine, strict=True)
     return [ids[chosen].tolist() for ids, chosen in pairs]

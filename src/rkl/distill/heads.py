@@ -247,7 +247,6 @@ def _softcap(config) -> float | None:
 
 
 def _two_rows(model: Any) -> dict[str, Tensor]:
-    """Two rows of two tokens, of which the second differ."""
     pad = model.config.get_text_config(decoder=True).pad_token_id
     # New weights embed the padding token as 0, and from there a head can give no logits but 0.
     first, second, third = [token for token in range(4) if token != pad][:3]

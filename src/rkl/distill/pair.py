@@ -293,7 +293,6 @@ def _columns(
     divergences: Mapping[str, Divergence],
     allowed: Int[Tensor, " allowed"] | None,
 ) -> dict[str, Float[Tensor, " tokens"]]:
-    """All that is measured of each token, in double precision on the CPU."""
     best = {"teacher": logp.max(-1), "student": logq.max(-1)}
     columns = {"top1": best["teacher"].indices == best["student"].indices}
     for name, log in (("teacher", logp), ("student", logq)):
@@ -509,7 +508,6 @@ def _survival(
 
 
 def _ends(model: Any) -> list[int]:
-    """The tokens that end a text."""
     ends = model.generation_config.eos_token_id
     return [ends] if isinstance(ends, int) else list(ends or ())
 

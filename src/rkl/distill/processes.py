@@ -233,7 +233,6 @@ def _is_stop(error: BaseException) -> bool:
 
 
 def _in_words(error: BaseException) -> tuple[int | None, str]:
-    """The signal that stopped a process, if one did, and what failed."""
     if isinstance(error, KeyboardInterrupt):
         return getattr(error, "number", 2), "stopped"
     words = str(error) if isinstance(error, ValueError | OSError) and str(error) else repr(error)

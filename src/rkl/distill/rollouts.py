@@ -129,7 +129,6 @@ def replies_of(
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> Reply:
-    """The tokens up to the first that ends a reply."""
     for place, token in enumerate(tokens):
         if token in ends:
             return Reply(tokens[: place + 1], True)

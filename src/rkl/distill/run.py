@@ -253,7 +253,6 @@ def _check_shared(run: Run) -> None:
 
 
 def _is_longer(run: Run, settings: DistillSettings, text: Text, processes: int) -> bool:
-    """Whether a finished run is to go on to more steps than it did."""
     total = settings.steps(len(text.blocks), processes)
     if total <= run.record["result"]["steps"]:
         return False
@@ -277,7 +276,6 @@ def _check_same_data(run: Run, data: dict[str, Any]) -> None:
 
 
 def _introduce(text: Text, models: Models) -> None:
-    """Say what is trained on, and show the first of it."""
     say(f"{text.blocks}. Held out: {len(text.held_out or ()):,} blocks, {text.origin}.")
     example = text.first_block(models.tokenizer)
     say(f"The first block, [what is not trained on] in brackets:\n{example}\n")

@@ -343,7 +343,6 @@ def _read_named(data: str | Path, split: str) -> _Reading:
 
 
 def _ending(path: Path) -> str:
-    """The ending of a name, apart from that of a compressed file."""
     name = path.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 

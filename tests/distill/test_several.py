@@ -134,13 +134,13 @@ def test_what_several_teachers_cannot_do_is_refused(tiny_model, tiny_rows, tiny_
     both = {"teachers": {"a": tiny_model(), "b": tiny_model()}}
     with pytest.raises(ValueError, match="teacher and teachers exclude one another"):
         tiny_trainer(tiny_model(), tiny_model(), tiny_rows(2), settings=both)
-    with pytest.raises(NotImplementedError, match="text that is written in the course of the"):
+    with pytest.raises(NotImplementedError, match="seq_kd needs one teacher, which writes; got 2"):
         tiny_trainer(
             tiny_model(),
             None,
             tiny_rows(2),
             settings=both,
-            lmbda=0.5,
+            seq_kd=True,
             max_completion_length=4,
         )
     with pytest.raises(ValueError, match="teachers_on_device must be one of all, one"):

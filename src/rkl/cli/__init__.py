@@ -30,7 +30,7 @@ from rkl.text import one_line
 
 # Flags, and the word of rkl divergences, whose text may name what is to be imported.
 NAMING = ["target", "flow", "objective", "divergence", "divergences", "family", "losses", "name"]
-NAMING += ["on_policy_divergence"]
+NAMING += ["on_policy_divergence", "token_weight"]
 CLOCK = 1.0  # seconds by which the times of a file system may lag
 LONGEST = 800  # letters of an error; what is between its beginning and its end is left out
 SHARED = "distill", "evaluate"  # commands whose work several processes share

@@ -120,7 +120,7 @@ def _help(field: dataclasses.Field, described: str) -> str:
         words.append("(required)")
     elif isinstance(default, bool):
         words.append(f"(default: --{'' if default else 'no-'}{field.name.replace('_', '-')})")
-    elif default is not None and default != ():
+    elif default not in (None, (), ""):
         words.append(f"(default: {default})")
     return " ".join(words).strip().replace("%", "%%")
 

@@ -39,6 +39,22 @@ def shifted(inputs: Mapping[str, Any]) -> Batch:
     return Batch(rest, predicting, labels[predicting])
 
 
+def for_teacher(
+    batch: Batch, inputs: Mapping[str, Any], *, routed: bool
+) -> tuple[dict[str, Any], Bool[Tensor, "rows steps"]]:
+    """What a teacher reads of a batch, and where it predicts the targets.
+
+    Args:
+        batch: As the student reads it.
+        inputs: All columns of it.
+        routed: Whether the teacher wants the number of each row's teacher.
+    """
+    read = batch.inputs
+    if routed and ROUTE in inputs:
+        read = read | {ROUTE: inputs[ROUTE]}
+    return read, batch.predicting
+
+
 def attended(inputs: Mapping[str, Any]) -> Bool[Tensor, "rows positions"]:
     """Where a batch holds text, and not padding.
 

@@ -67,6 +67,13 @@ def model_card(run: Run) -> str:
         if os.path.isabs(path := settings.get(key) or ""):  # a card is read elsewhere
             settings[key] = Path(path).name
             origin = origin.replace(path, settings[key])
+    teacher = settings["teacher"]
+    if several := settings.get("teachers"):
+        names = [text.partition("=")[::2] for text in several]
+        settings["teachers"] = [f"{name}={Path(path).name}" for name, path in names]
+        teacher = " and ".join(Path(path).name for _, path in names)
+    if kind := settings.get("teacher_model_kind"):
+        teacher = f"itself ({kind})"
     student = settings["student"] or settings["teacher"]
     without = f", without layers {settings['drop_layers']}" if settings["drop_layers"] else ""
     name = run.path.resolve().name
@@ -83,7 +90,8 @@ def model_card(run: Run) -> str:
         rkl=markdown(record["versions"].get("rkl", "unknown")),
         divergence=markdown_code(settings["divergence"]),
         fingerprint=markdown_code(data["fingerprint"]),
-        **{key: markdown(settings[key]) for key in ("teacher", "data")},
+        teacher=markdown(teacher),
+        data=markdown(settings["data"]),
         **{key: data[key] for key in ("rows", "blocks")},
         **{key: result[key] for key in ("steps", "tokens")},
     )

@@ -22,7 +22,7 @@ import itertools
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -79,6 +79,10 @@ class Examples:
         self.trained += trained
         self.bounds.append(len(self.tokens))
 
+    def row_at(self, token: int) -> int:
+        """The index of the row that a token belongs to."""
+        return self.rows[bisect.bisect_right(self.bounds, token) - 1]
+
     def spans(self) -> Iterator[Span]:
         """Where each text begins and ends."""
         return itertools.pairwise(self.bounds)
@@ -132,6 +136,8 @@ class TokenDataset(Dataset):
         reasons: Why they did not, in words.
         begins: Which tokens begin a text; None where each block is one. Blocks then have
             ``position_ids`` that begin anew with each text, by which models keep texts apart.
+        columns: What else each block has, by the name of the column; blocks are then of one
+            text each.
     """
 
     kind: str
@@ -143,6 +149,7 @@ class TokenDataset(Dataset):
     left_out: int = 0
     reasons: str = ""
     begins: Tensor | None = None
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -157,7 +164,7 @@ class TokenDataset(Dataset):
         if self.begins is not None:
             place = torch.arange(len(tokens))
             row["position_ids"] = place - place.where(self.begins[block], 0).cummax(0).values
-        return row
+        return row | {name: values[index] for name, values in self.columns.items()}
 
     def unpacked(self) -> "TokenDataset":
         """The same with a block for each text, or each part of one that was cut.
@@ -204,6 +211,7 @@ def tokenize(
     train_on: Literal["all", "last"] = "all",
     prompts: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    column: str | None = None,
 ) -> TokenDataset:
     """Rows as blocks of at most ``max_length`` tokens, the same ones every time.
 
@@ -227,6 +235,8 @@ def tokenize(
         train_on: Of a chat, "all" turns of the assistant or the "last".
         prompts: Whether rows with a prompt alone are taken, which somebody will reply to.
         chat_template_kwargs: What else the chat template is called with.
+        column: The column that names the teacher of each row, where there are several; blocks
+            then have it too, and rows share none.
 
     Raises:
         ValueError: If no token would be trained on, or the tokenizer lacks what the rows need.
@@ -236,23 +246,24 @@ def tokenize(
         raise ValueError(f"train_on must be all or last; got {train_on!r}.")
     if not len(rows):
         raise ValueError("data has no rows.")
-    rows = read_rows(rows)
+    rows = read_rows(rows, column=column)
     if kind_of(rows[0], rows.place(0)) == "prompt" and not prompts:
         raise NoTrainedTokensError(
             f"{rows.place(0)}: a row with a prompt alone has nothing to train on; expected prompt "
             "and completion, or lmbda=1 (--lmbda 1), where the student writes every completion."
         )
+    packing = packing and column is None
     how: Any = {"max_length": max_length, "packing": packing, "train_on": train_on}
     if chat_template_kwargs:
         how["chat_template_kwargs"] = dict(chat_template_kwargs)
     key = None
-    if _is_large(rows):
+    if column is None and _is_large(rows):
         key = token_cache.key_of(rows, tokenizer, [rows.source, rows.unit, rows.numbers], **how)
     if key is not None and (found := token_cache.load(key)) is not None:
         notes = found.pop("notes")
         dataset = TokenDataset(**found)
     else:
-        dataset, notes = _tokenize(rows, tokenizer, **how)
+        dataset, notes = _tokenize(rows, tokenizer, **how, column=column)
         if key is not None:
             token_cache.save(key, vars(dataset) | {"notes": notes})
     for note in notes:
@@ -278,8 +289,8 @@ def _tokenize(
     packing: bool,
     train_on: str,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    column: str | None = None,
 ) -> tuple["TokenDataset", list[str]]:
-    """The blocks, and what is to be warned of."""
     kind, left_out, notes = kind_of(rows[0], rows.place(0)), LeftOut(rows), []
     template = ChatTemplate(tokenizer, chat_template_kwargs or {}) if holds_chats(rows) else None
     examples = _examples(rows, tokenizer, template, left_out, train_on, notes)
@@ -295,7 +306,11 @@ def _tokenize(
         losses = _losses(examples, max_length, left_out, rows)
         blocks = _best_fit(spans, max_length) if packing else [[span] for span in spans]
     cut = 0 if kind in ("text", "prompt") else _cut_tokens(examples, max_length)
-    return _dataset(kind, examples, blocks, rows, cut, left_out), [*losses, *notes]
+    dataset = _dataset(kind, examples, blocks, rows, cut, left_out)
+    if column is not None:
+        names = [rows[examples.row_at(start)][column] for ((start, _),) in blocks]
+        dataset = replace(dataset, columns={column: names})
+    return dataset, [*losses, *notes]
 
 
 def _examples(

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl import checks
 from rkl.checks import warn
-from rkl.distill.batches import PadRows, attended, shifted
+from rkl.distill import self_teacher
+from rkl.distill.batches import PadRows, attended, for_teacher, shifted
 from rkl.distill.compare import BY_BLOCK, Evaluations
 from rkl.distill.data import TokenDataset, passages, tokenize
 from rkl.distill.generate import (
@@ -42,6 +43,7 @@ from rkl.distill.limits import (
 from rkl.distill.processes import Processes, joined
 from rkl.distill.progress import quiet
 from rkl.distill.settings import DistillSettings
+from rkl.distill.several import RouteRows, SeveralTeachers
 from rkl.distill.sources import Row, Rows, read_rows
 from rkl.distill.teachers import (
     ModelTeacher,
@@ -51,6 +53,7 @@ from rkl.distill.teachers import (
     load_model,
     load_tokenizer,
     model_input,
+    without_layers,
 )
 from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
 from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation
@@ -179,6 +182,7 @@ def _evaluate_run(
                 divergences=parts.divergences,
                 batch_size=settings.batch_size,
                 progress=progress,
+                collate=parts.collate,
             )
         )
     sums.merge(processes.gather(sums))
@@ -226,11 +230,12 @@ class _Parts(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     teacher_tokenizer: PreTrainedTokenizerBase | None
     student: PreTrainedModel
-    teacher: PreTrainedModel
+    teacher: Any
     shape: dict[str, Any]
     blocks: TokenDataset
     prompts: list[Prompt]
     passed_over: str
+    collate: Callable[[Any], Any]
 
 
 def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection[str]) -> _Parts:
@@ -238,11 +243,16 @@ def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection
     trained = run.settings.get("max_length", DistillSettings.max_length)
     max_length: int = settings.max_length or trained
     divergences = _divergences(run, settings, allow)
-    rows = read_rows(settings.data, split=settings.split)
+    several = _teachers_of(run, settings)
+    column = (run.settings.get("teacher_routing_column") or "teacher_id") if several else None
+    rows = read_rows(settings.data, split=settings.split, column=column)
     _warn_of_seen(run, rows)
     tokenizer = load_tokenizer(run.path)
     student, (teacher, of_teacher) = load_model(run.path), _load_teacher(run, settings)
-    for name, model in (("student", student), ("teacher", teacher)):
+    teachers = {"teacher": teacher}
+    if isinstance(teacher, SeveralTeachers):
+        teachers = {f"teacher {name}": it.model for name, it in teacher.teachers.items()}
+    for name, model in ({"student": student} | teachers).items():
         check_context(name, model, max_length)
         cast(nn.Module, model).to(checks.device(settings.device))
     shape: dict[str, Any] = {"max_length": max_length}
@@ -250,8 +260,9 @@ def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection
         chosen, default = getattr(settings, name), getattr(DistillSettings, name)
         shape[name] = run.settings.get(name, default) if chosen is None else chosen
     variables = template_variables(run.settings.get("chat_template_kwargs"))
-    blocks = tokenize(rows, tokenizer, chat_template_kwargs=variables, **shape)
-    models = [it for it in (student, teacher) if isinstance(it, nn.Module)]
+    how: Any = {"chat_template_kwargs": variables, "column": column}
+    blocks = tokenize(rows, tokenizer, **how, **shape)
+    models = [it for it in (student, *teachers.values()) if isinstance(it, nn.Module)]
     if blocks.begins is not None and any(map(why_not_apart, models)):
         blocks = blocks.unpacked()
     if of_teacher is not None:
@@ -260,7 +271,8 @@ def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection
             warn(told)
     prompts, passed_over = _prompts(rows, tokenizer, student, settings)
     models = tokenizer, of_teacher, student, teacher
-    return _Parts(run, divergences, rows, *models, shape, blocks, prompts, passed_over)
+    collate = PadRows() if column is None else RouteRows(PadRows(), column, [*several])
+    return _Parts(run, divergences, rows, *models, shape, blocks, prompts, passed_over, collate)
 
 
 def _prompts(
@@ -307,10 +319,16 @@ def _warn_of_seen(run: Run, rows: Sequence[Row]) -> None:
 
 def _load_teacher(
     run: Run, settings: EvaluateSettings
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model that is asked for, or the very one that the run learned from; its tokenizer."""
+) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """The teacher that is asked for, or those that the run learned from; a tokenizer of it."""
     if settings.teacher is not None:
         return load_model(settings.teacher), tokenizer_of(settings.teacher)
+    if (kind := run.settings.get("teacher_model_kind")) is not None:
+        return _load_self_teacher(run, kind)
+    if several := _teachers_of(run, settings):
+        found = {name: _recorded(run, f"teacher {name}", it) for name, it in several.items()}
+        teachers = {name: ModelTeacher(cast(nn.Module, it)) for name, (it, _) in found.items()}
+        return SeveralTeachers(teachers), next(iter(found.values()))[1]
     name = run.settings.get("teacher")
     if not isinstance(name, str):
         raise ValueError(f"teacher must be given: {run.path} does not say which it had.")
@@ -327,8 +345,51 @@ def _load_teacher(
             f"was trained on. Of the same weights: rkl evaluate {quoted} --data DATA --teacher "
             "FOLDER"
         )
+    return _recorded(run, "teacher", name)
+
+
+def _teachers_of(run: Run, settings: EvaluateSettings) -> dict[str, str]:
+    """Several teachers of a run by their names, unless another is asked for."""
+    given = run.settings.get("teachers") or ()
+    if settings.teacher is not None:
+        return {}
+    return {name: path for name, _, path in (text.partition("=") for text in given)}
+
+
+def _load_self_teacher(run: Run, kind: str) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """The student of a run as its own teacher was when the student that is kept was saved."""
+    tokenizer = load_tokenizer(run.path)
+    if kind == "base":
+        name, dropped = str(run.settings.get("student")), run.settings.get("drop_layers")
+        if name.endswith(".json"):
+            raise ValueError(
+                f"teacher must be given: {run.path} learned from itself with random weights, "
+                "which are kept nowhere."
+            )
+        model, _ = _recorded(run, "student", name)
+        return (model if dropped is None else without_layers(model, dropped)), tokenizer
+    model = load_model(run.path)
+    if kind == "ema":
+        if not (file := run.path / self_teacher.FILE).is_file():
+            raise ValueError(
+                f"teacher must be given: {run.path} learned from its moving average, and holds no "
+                f"{self_teacher.FILE}."
+            )
+        self_teacher.load_average(cast(nn.Module, model), file)
+    return model, tokenizer
+
+
+def _recorded(run: Run, key: str, name: str) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """The very model that a run began with, and its tokenizer.
+
+    Args:
+        run: The run.
+        key: Under which ``run.json`` has its digests.
+        name: As the settings have it.
+    """
+    quoted = shlex.quote(str(run.path))
     hint = f"Say where it is now: rkl evaluate {quoted} --data DATA --teacher FOLDER"
-    known = inputs_before(run.path).get("teacher")
+    known = inputs_before(run.path).get(key)
     if known is None:  # of an older run: whether the name is one of the Hub, nobody noted
         if local_path(name) is None and not name.startswith(("package:", "hub:")):
             hub_name("teacher", name)
@@ -346,8 +407,8 @@ def _load_teacher(
     teacher = load_model(name, revision=known.get("commit"))
     check_inputs(
         run.path,
-        {"teacher": known},
-        {"teacher": model_input(name, revision=known.get("commit"))},
+        {key: known},
+        {key: model_input(name, revision=known.get("commit"))},
         argument="teacher",
         advice="Put it back, or compare with what is there on purpose: --teacher FOLDER",
     )
@@ -443,6 +504,7 @@ def _summed(
     divergences: Mapping[str, Divergence],
     batch_size: int,
     progress: Callable[[int, int], None] | None,
+    collate: Callable[[Any], Any] | None = None,
 ) -> tuple["_Sums", int]:
     """Sums over the blocks at some places among so many, and the size of the vocabulary."""
     teacher = teacher if isinstance(teacher, Teacher) else ModelTeacher(teacher)
@@ -450,13 +512,15 @@ def _summed(
     shared = share_vocabulary(teacher.vocab, head.vocab, teacher_tokenizer, tokenizer)
     vocab = shared.size
     sums, first, numbers = _Sums(rows), 0, torch.tensor(places, dtype=torch.int64)
-    for padded in DataLoader(Subset(blocks, places), batch_size, collate_fn=PadRows()):
-        batch = shifted({name: values.to(student.device) for name, values in padded.items()})
+    for padded in DataLoader(Subset(blocks, places), batch_size, collate_fn=collate or PadRows()):
+        inputs = {name: values.to(student.device) for name, values in padded.items()}
+        batch = shifted(inputs)
         rows_of_batch = numbers[first : first + len(batch.predicting)].to(batch.predicting.device)
         if shared.differing:
             shared.check("data", batch.inputs["input_ids"][attended(batch.inputs)])
         row = rows_of_batch[batch.predicting.nonzero()[:, 0]]
-        p = teacher.observe(batch.inputs, batch.predicting, vocab=vocab)
+        read, predicting = for_teacher(batch, inputs, routed=teacher.is_routed)
+        p = teacher.observe(read, predicting, vocab=vocab)
         q = head.observe(batch.inputs, batch.predicting, vocab=vocab)
         for part, logp, logq in log_probabilities(p, q):
             sums.add(row[part], _columns(logp, logq, batch.targets[part], divergences))

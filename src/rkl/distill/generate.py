@@ -195,8 +195,9 @@ def finished(path: str | os.PathLike) -> Run:
     """The run in a folder that must hold its student."""
     run = Run.open(path)
     if not (run.path / "config.json").exists():
-        texts = (run.settings.get(name) for name in ("divergence", "on_policy_divergence"))
-        own = "".join(f" --allow {it}" for it in names_in(*texts))
+        names = "divergence", "on_policy_divergence", "token_weight"
+        imported = names_in(*(run.settings.get(name) for name in names))
+        own = "".join(f" --allow {it}" for it in imported)
         raise FileNotFoundError(
             f"path: {path} is not finished, and holds no student yet. Go on with: "
             f"rkl distill --out {shlex.quote(str(path))} --resume{own}"

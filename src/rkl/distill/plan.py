@@ -57,7 +57,12 @@ def _estimate(settings: DistillSettings, processes: Processes) -> Estimate:
     began, count = time.perf_counter(), processes.count
     text, models = processes.together(lambda: load(settings))
     loading, student = time.perf_counter() - began, models.student
-    described = {"teacher": _described(models.teacher), "student": _described(student)}
+    teachers: dict[str, Any] = {"teacher": models.teacher} if models.teacher else {}
+    teachers |= {f"teacher {name}": it for name, it in models.teachers.items()}
+    described = {name: _described(it) for name, it in teachers.items()}
+    if settings.teacher_model_kind is not None:
+        described["teacher"] = f"the student itself ({settings.teacher_model_kind})"
+    described["student"] = _described(student)
     with tempfile.TemporaryDirectory() as folder:
         measured = _measure(settings, Path(folder), text, models, count)
     steps = settings.steps(len(text.blocks), count)

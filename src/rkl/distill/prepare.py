@@ -5,9 +5,9 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
@@ -71,6 +71,11 @@ OF_GENERATION = (  # settings that the trainer has under the same names
     *("lmbda", "seq_kd", "max_completion_length", "sampling_temperature", "top_p", "top_k"),
     *("min_p", "num_generations", "steps_per_generation", "prompt_tokens"),
     *("guard", "guard_window", "log_completions", "student_server", "student_server_weights"),
+)
+
+OF_TEACHERS = (
+    *("teacher_routing_column", "teachers_on_device", "teacher_model_kind"),
+    *("teacher_update_rate", "teacher_sync_steps"),
 )
 
 
@@ -168,17 +173,27 @@ def _first(blocks: TokenDataset, count: int) -> TokenDataset:
     end = int(bounds[-1])
     part: dict[str, Any] = {"tokens": blocks.tokens[:end], "trained": blocks.trained[:end]}
     part |= {"begins": None if blocks.begins is None else blocks.begins[:end]}
+    part |= {"columns": {name: it[:count] for name, it in blocks.columns.items()}}
     return replace(blocks, bounds=bounds, **part)
 
 
 @dataclass(frozen=True)
 class Models:
-    """A teacher, as a model or cached, a student, and the tokenizer of each."""
+    """A teacher, as a model or cached, a student, and the tokenizer of each.
 
-    teacher: PreTrainedModel | Teacher
-    student: Any  # a model, or peft's wrapper of one
+    Attributes:
+        teacher: None where there are several, or the student is its own.
+        student: A model, or peft's wrapper of one.
+        teacher_tokenizer: Where there are several teachers or none, the student's.
+        tokenizer: The student's.
+        teachers: Several by their names.
+    """
+
+    teacher: PreTrainedModel | Teacher | None
+    student: Any
     teacher_tokenizer: PreTrainedTokenizerBase
     tokenizer: PreTrainedTokenizerBase
+    teachers: Mapping[str, PreTrainedModel] = field(default_factory=dict)
 
 
 def load(settings: DistillSettings) -> tuple[Text, Models]:
@@ -189,11 +204,13 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     text = read_text(settings, tokenizers[1])
     if text.template is not None and template:
         warn(template)
-    teacher = _load_teacher(settings, tokenizers[0])
+    teachers = {} if settings.teacher is not None else _load_teachers(settings)
+    teacher = None if settings.teacher is None else _load_teacher(settings, tokenizers[0])
     student = _load_student(settings)
-    is_model = not isinstance(teacher, Teacher)
-    of_teacher = _vocab(teacher) if is_model else teacher.vocab
-    models: dict[str, Any] = ({"teacher": teacher} if is_model else {}) | {"student": student}
+    models: dict[str, Any] = {f"teacher {name}": it for name, it in teachers.items()}
+    if isinstance(teacher, PreTrainedModel):
+        models["teacher"] = teacher
+    models["student"] = student
     for name, model in models.items():
         check_causal(name, model)
     text = _kept_apart(text, models)
@@ -202,14 +219,10 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
         teacher.check_tokenizer(tokenizers[1])
         for blocks in text.observed(settings):
             teacher.check_rows(blocks, settings.max_length)
-    shared = share_vocabulary(of_teacher, _vocab(student), *tokenizers)
-    shared.check("data", text.blocks.tokens)
-    if text.held_out is not None:
-        shared.check("eval_data", text.held_out.tokens)
-    told = check_splits_alike(text.blocks.sample(SAMPLE), *tokenizers)
-    for words in (shared.told() if shared.differing else "", told):
-        if words:
-            warn(words)
+    for name, one in ({"": teacher} if teacher is not None else teachers).items():
+        of_teacher = one.vocab if isinstance(one, Teacher) else _vocab(one)
+        tokenizer = tokenizers[0] if not name else _tokenizer_of_teacher(settings, name)
+        _check_shared(text, name, of_teacher, _vocab(student), (tokenizer, tokenizers[1]))
     for name, model in models.items():
         _check_fits(name, model, settings, text)
         if settings.writes:
@@ -219,7 +232,47 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     if settings.lora_rank is not None:
         how = settings.lora_rank, settings.lora_targets
         student = lora.with_adapters(student, *how, seed=settings.seed)
-    return text, Models(teacher, student, *tokenizers)
+    return text, Models(teacher, student, *tokenizers, teachers)
+
+
+def _load_teachers(settings: DistillSettings) -> dict[str, PreTrainedModel]:
+    named = settings.named_teachers.items()
+    return {name: load_model(path, dtype=settings.dtype) for name, path in named}
+
+
+def _tokenizer_of_teacher(settings: DistillSettings, name: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(settings.named_teachers[name])
+
+
+def _check_shared(
+    text: Text,
+    name: str,
+    of_teacher: int,
+    of_student: int,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+) -> None:
+    """Refuse a teacher that does not share the student's tokens.
+
+    Args:
+        text: What is trained on.
+        name: Of the teacher, where there are several: these must share all of the tokens.
+        of_teacher: Size of its vocabulary.
+        of_student: Size of the student's.
+        tokenizers: Of both.
+    """
+    shared = share_vocabulary(of_teacher, of_student, *tokenizers)
+    if name and shared.differing:
+        raise ValueError(
+            f"teachers: {name} must have the student's tokenizer where there are several. "
+            f"{shared.told()}"
+        )
+    shared.check("data", text.blocks.tokens)
+    if text.held_out is not None:
+        shared.check("eval_data", text.held_out.tokens)
+    told = check_splits_alike(text.blocks.sample(SAMPLE), *tokenizers)
+    for words in (shared.told() if shared.differing else "", told):
+        if words:
+            warn(words)
 
 
 def load_for_cache(
@@ -252,17 +305,18 @@ def _load_teacher(
     settings: DistillSettings, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel | Teacher:
     """The model that a setting names, or what a cache or an address stands for."""
-    if is_cache(settings.teacher):
-        return CachedTeacher(settings.teacher)
-    if not is_address(settings.teacher):
-        return load_model(settings.teacher, dtype=settings.dtype)
+    named = str(settings.teacher)
+    if is_cache(named):
+        return CachedTeacher(named)
+    if not is_address(named):
+        return load_model(named, dtype=settings.dtype)
     reference = None
     if settings.teacher_reference is not None:
         device = checks.device(settings.device)
         model: Any = load_model(settings.teacher_reference, dtype=settings.dtype)
         reference = ModelTeacher(model.to(device))
     return ServerTeacher(
-        settings.teacher,
+        named,
         tokenizer,
         top_k=settings.loss_top_k or LOSS_TOP_K,
         timeout=settings.teacher_timeout,
@@ -293,31 +347,39 @@ def inputs_of(
         teacher: What is asked in place of the model; of a cache, its files count.
     """
     found = text.inputs(settings)
-    place = Path(settings.teacher) if teacher is None else getattr(teacher, "path", None)
+    named = settings.named_teachers
+    single = named.get("")
+    place = getattr(teacher, "path", None) if single is None or teacher else Path(single)
     if place is not None and is_cache(place):
         found["teacher"] = files_of(
             place, {INDEX: place / INDEX}
         )  # with the digests of the others
-    elif teacher is None and not is_address(settings.teacher):
-        found["teacher"] = model_input(settings.teacher)
+    elif teacher is None:
+        for name, model in named.items():
+            if not is_address(model):
+                found[f"teacher {name}".strip()] = model_input(model)
     if settings.student is not None:
         found["student"] = model_input(settings.student)
     elif teacher is not None:
-        found["student"] = model_input(settings.teacher)
+        found["student"] = model_input(str(single))
     return found
 
 
 def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> Text:
     """Read the data, and hold some of it out if nothing else is given for that."""
-    rows = read_rows(settings.data, split=settings.split)
+    column = settings.routing_column
+    rows = read_rows(settings.data, split=settings.split, column=column)
+    _check_names(rows, settings)
     shape: Any = {"max_length": settings.max_length, "packing": settings.packing}
-    shape |= {"train_on": settings.train_on}
+    shape |= {"train_on": settings.train_on, "column": column}
     shape |= {"chat_template_kwargs": template_variables(settings.chat_template_kwargs)}
     kind = kind_of(rows[0], rows.place(0))
     if settings.writes:
         shape["packing"] = False  # or a reply would follow the rows before its prompt
     if settings.eval_data is not None:
-        held, origin = read_rows(settings.eval_data, split=settings.eval_split), settings.eval_data
+        held = read_rows(settings.eval_data, split=settings.eval_split, column=column)
+        _check_names(held, settings)
+        origin = settings.eval_data
         blocks = _tokens_of("eval_data", held, tokenizer, shape)
     else:
         train, held = _apart(rows, settings.held_out, settings.seed)
@@ -337,6 +399,26 @@ def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> 
     template = fingerprint([str(tokenizer.chat_template)]) if holds_chats(rows) else None
     read = _tokens_of("data", rows, tokenizer, shape | {"prompts": settings.lmbda == 1})
     return Text(rows, read, blocks, origin, held, template)
+
+
+def _check_names(rows: Rows, settings: DistillSettings) -> None:
+    """Refuse a row that names no teacher, and a teacher that no row names."""
+    if (column := settings.routing_column) is None:
+        return
+    known = [*settings.named_teachers]
+    for index, row in enumerate(rows):
+        if row[column] not in known:
+            raise ValueError(
+                f"{rows.place(index)}: {column} must be one of {', '.join(known)}, the teachers; "
+                f"got {row[column]!r}."
+            )
+    named = {row[column] for row in rows}
+    for name in known:
+        if name not in named and rows.source == settings.data:
+            raise ValueError(
+                f"teachers: no row of {rows.source} names {name} in {column}, so that it would "
+                "teach nothing."
+            )
 
 
 def _tokens_of(
@@ -405,10 +487,11 @@ def _load_tokenizers(
     settings: DistillSettings,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """The teacher's tokenizer and the student's, which is the teacher's if it has none."""
-    if is_address(settings.teacher) or is_cache(settings.teacher):
+    first = next(iter(settings.named_teachers.values()), None)
+    if first is None or is_address(first) or is_cache(first):
         student = load_tokenizer(str(settings.student))
         return student, student
-    teacher, path = load_tokenizer(settings.teacher), Path(settings.student or "none.json")
+    teacher, path = load_tokenizer(first), Path(settings.student or "none.json")
     has_none = path.is_dir() and not any(path.glob("tokenizer*")) and not is_adapter(path)
     if path.suffix == ".json" or has_none:
         return teacher, teacher
@@ -456,7 +539,7 @@ def with_cached_teacher(
 ) -> Models:
     """The same with what the teacher says of the text kept on the disk, and no model of it."""
     cached = cache_teacher(
-        models.teacher,
+        cast(Any, models.teacher),  # never None: settings refuse it
         ConcatDataset(text.observed(settings)),
         folder,
         batch_size=settings.batch_size,
@@ -467,7 +550,7 @@ def with_cached_teacher(
 
 
 def _load_student(settings: DistillSettings) -> PreTrainedModel:
-    source = settings.teacher if settings.student is None else settings.student
+    source = str(settings.teacher) if settings.student is None else settings.student
     if not source.endswith(".json"):
         # Of its own, not out of the teacher in memory: the two must not share weights.
         student = load_model(source, dtype="float32", drop_layers=settings.drop_layers)
@@ -585,6 +668,7 @@ def make_trainer(
         "max_length": settings.max_length,
         "compiled": settings.compiled,
         "allow_partial": settings.allow_partial,
+        **{name: it for name in OF_TEACHERS if (it := getattr(settings, name)) is not None},
         **{name: getattr(settings, name) for name in OF_GENERATION},
         "bf16": settings.dtype == "bfloat16",
         "activation_checkpointing": settings.gradient_checkpointing,
@@ -601,11 +685,14 @@ def make_trainer(
         changes |= {"eval_on_start": False}
     else:
         config |= {"eval_strategy": "steps", "eval_steps": settings.eval_every or tenth}
-        config |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+        if settings.teacher_model_kind is None:  # the nearest to itself is the first
+            config |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
     trainer = DistillTrainer(
         models.student,
         DistillConfig(str(folder), **config | changes),
         teacher=models.teacher,
+        teachers=models.teachers or None,
+        token_weight=settings.weigh_tokens,
         divergence=settings.minimised,
         on_policy_divergence=settings.minimised_on_policy,
         teacher_processing_class=models.teacher_tokenizer,

@@ -178,6 +178,10 @@ def _lead(runs: Mapping[str, Run]) -> str:
 def _origin(settings: Mapping[str, Any]) -> str:
     """Where a model comes from, as the settings of its run say."""
     teacher = settings.get("teacher")
+    if several := settings.get("teachers"):
+        teacher = " and ".join(several)
+    if kind := settings.get("teacher_model_kind"):
+        teacher = f"itself ({kind})"
     if teacher is None:
         return "learned the next token of plain text by cross-entropy"
     if "divergence" in settings:

@@ -112,7 +112,8 @@ def distill(
 ) -> Distilled:
     """Train a student to imitate a teacher, in a folder that any program can load it from.
 
-    With text held out, the student kept is the one with the smallest divergence on it.
+    With text held out, the student kept is the one with the smallest divergence on it; of one
+    that is its own teacher the last.
 
     Args:
         settings: What is trained on what, and how.
@@ -134,8 +135,12 @@ def distill(
         processes.together(lambda: check_launcher(settings.dtype))
         named = {name: getattr(settings, name) for name in INPUTS}
         how: Any = {"overwrite": overwrite, "resume": resume}
-        processes.on_main(lambda: check_out(out, **how, inputs=named))
-        found = {name: resolved(it) for name, it in named.items() if it is not None}
+        several = {} if settings.teacher is not None else settings.named_teachers
+        together = named | {f"teacher {name}": path for name, path in several.items()}
+        processes.on_main(lambda: check_out(out, **how, inputs=together))
+        found: dict[str, Any] = {it: resolved(path) for it, path in named.items() if path}
+        if several:
+            found["teachers"] = tuple(f"{it}={resolved(path)}" for it, path in several.items())
         settings = dataclasses.replace(settings, **found)
         text, models = processes.together(lambda: load(settings))
         given = models if teacher is None else dataclasses.replace(models, teacher=teacher)
@@ -145,7 +150,7 @@ def distill(
                 _refuse_shorter(Path(out), settings, settings.steps(len(text.blocks), count))
             inputs = inputs_of(settings, text, teacher)
             before = inputs_before(out) if resume else {}
-            how["may_change"] = (*MAY_CHANGE, *(INPUTS if before else ()))
+            how["may_change"] = (*MAY_CHANGE, *((*INPUTS, "teachers") if before else ()))
             how["upgrade"] = upgrade
             record = dataclasses.asdict(settings)
             run = Run.create(out, "distill", record, seed=settings.seed, **how)
@@ -384,6 +389,8 @@ def _finish(
     best, state = _last_good(run.path / "checkpoints", diverged)
     run.remove_measured()  # of the earlier student, measured meanwhile
     evaluated = next((row for row in run.metrics if best and _is_of(row, best)), {})
+    if settings.teacher_model_kind is not None:  # a distance from itself says nothing of the best
+        evaluated = {}
     with replacing_files(run.path) as folder:
         checkpoint = run.path / "checkpoints" / f"checkpoint-{best}"
         if not best:

@@ -76,10 +76,15 @@ class SelfTeacher(Teacher):
                 f"teacher_model_kind: {folder} holds no moving average, {FILE}: it is not a "
                 "checkpoint of a training with teacher_model_kind='ema'."
             )
-        state: Any = load_file(folder / FILE)
-        with torch.no_grad():
-            for name, mean in _distinct(self.head.model).items():
-                mean.copy_(state[name])
+        load_average(self.head.model, folder / FILE)
+
+
+def load_average(model: nn.Module, file: Path) -> None:
+    """Give a model the weights of a moving average that a checkpoint holds."""
+    state: Any = load_file(file)
+    with torch.no_grad():
+        for name, mean in _distinct(model).items():
+            mean.copy_(state[name])
 
 
 def _distinct(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -3,8 +3,8 @@
 torch and transformers are imported where a setting needs them: the help of the command does not.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rkl import checks
@@ -20,6 +20,7 @@ from rkl.distill.limits import (
     template_variables,
 )
 from rkl.distill.sampling import check_generation
+from rkl.importing import import_object
 from rkl.runs.typed import with_defaults
 
 if TYPE_CHECKING:
@@ -37,9 +38,20 @@ class DistillSettings:
             a .gguf file, package:NAME for the one in an installed package, or a name on the Hub;
             or the address of a server that gives log-probabilities, such as http://host:8000/v1,
             whose key, if it wants one, is read from RKL_TEACHER_API_KEY; or a folder that
-            rkl cache wrote.
-        data: The text to learn on: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of
-            datasets' save_to_disk, or the name of a data set on the Hub.
+            rkl cache wrote. In its place --teachers or --teacher-model-kind may stand.
+        teachers: Several models, each with a name, as math=PATH code=PATH; of each row the one
+            teaches that --teacher-routing-column names. Rows then share no block.
+        teacher_routing_column: The column of the data with the name of each row's teacher; by
+            default teacher_id, where there are several.
+        teachers_on_device: All of several teachers at once, or one at a time, the others waiting
+            on the CPU; by default all.
+        teacher_model_kind: In place of a teacher the student itself: base, as it began; ema, its
+            moving average; live, as it is at each step.
+        teacher_update_rate: Share of the way to the student that the moving average goes at a
+            time, above 0 and at most 1; by default 0.05.
+        teacher_sync_steps: Steps between two moves of the moving average; by default 1.
+        data: The text to learn on, which must be given: a file (.jsonl, .json, .csv, .parquet,
+            .txt), a folder of datasets' save_to_disk, or the name of a data set on the Hub.
         student: The model to train, given as the teacher is, or a config.json for random weights
             of that architecture; by default the teacher without --drop-layers.
         drop_layers: Layers that the student loses, counted from 0, both ends included, such as
@@ -48,7 +60,8 @@ class DistillSettings:
         eval_data: Held-out text, given as --data is; by default a share of --data.
         eval_split: Which split of --eval-data is read, where it has several.
         held_out: Share of --data held out where there is no --eval-data, at least 0 and below 1.
-            The student kept is the best one on it, or without any the last.
+            The student kept is the best one on it, or without any the last, as with
+            --teacher-model-kind.
         eval_blocks: Held-out blocks looked at in each evaluation, at most.
         divergence: What is minimised, in nats per token: a name, with settings or in a sum, as
             rkl divergences lists them.
@@ -61,6 +74,9 @@ class DistillSettings:
             above 0. The loss is not multiplied by its square.
         hard_label_weight: Weight, beside the divergence, of the cross-entropy on the text itself
             in nats per token, at least 0; papers often take 0.5.
+        token_weight: A function as package.module:name, called with log p, log q [tokens, vocab]
+            and the batch, that gives the weight of each token in the training loss; by default
+            every token counts as one.
         router_aux_loss: Add the loss that balances the experts of a student that is a mixture of
             them, times its router_aux_loss_coef, where its configuration has
             output_router_logits.
@@ -140,8 +156,14 @@ class DistillSettings:
         device: "cpu" or "cuda"; by default a GPU if there is one.
     """
 
-    teacher: str
-    data: str
+    teacher: str | None = None
+    data: str = ""  # refused: a word before it has a default
+    teachers: tuple[str, ...] = field(default=(), metadata={"metavar": "NAME=PATH"})
+    teacher_routing_column: str | None = None
+    teachers_on_device: Literal["all", "one"] | None = None
+    teacher_model_kind: Literal["base", "ema", "live"] | None = None
+    teacher_update_rate: float | None = None
+    teacher_sync_steps: int | None = None
     student: str | None = None
     drop_layers: str | None = None
     split: str = "train"
@@ -154,6 +176,7 @@ class DistillSettings:
     schedule: str | None = None
     temperature: float = 1.0
     hard_label_weight: float = 0.0
+    token_weight: str | None = None
     router_aux_loss: bool = True
     max_steps: int | None = None
     epochs: float = 1.0
@@ -202,6 +225,9 @@ class DistillSettings:
     device: str | None = None
 
     def __post_init__(self):
+        if not self.data:
+            raise ValueError("data must be given: --data FILE, here or in --config FILE.")
+        self._check_teachers()
         if self.student is None and self.drop_layers is None:
             raise ValueError(
                 "student must be given, or drop_layers, which makes it out of the teacher."
@@ -215,11 +241,17 @@ class DistillSettings:
                 "on_policy_divergence needs lmbda above 0, so that the student writes text; got "
                 f"{self.on_policy_divergence} with lmbda={self.lmbda}."
             )
+        _ = self.weigh_tokens
         self._check_server()
-        if self.student is None and is_cache(self.teacher):
+        if self.student is None and self.teacher is not None and is_cache(self.teacher):
             raise ValueError(
                 f"student must be given where the teacher is a cache, which holds no model; got "
                 f"{self.teacher}."
+            )
+        if self.cache_teacher and self.teacher is None:
+            raise ValueError(
+                "cache_teacher keeps what one teacher tells of the data; got True with "
+                f"{'teachers' if self.teachers else 'teacher_model_kind'}."
             )
         if self.cache_teacher and is_cache(self.teacher):
             raise ValueError(f"cache_teacher: {self.teacher} is a cache already; got True.")
@@ -276,14 +308,88 @@ class DistillSettings:
                 known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
                 raise ValueError(f"report_to must be none or of {known}; got {name!r}.")
 
+    def _check_teachers(self) -> None:
+        """Refuse settings that name no teacher, or two kinds of them, or have no effect."""
+        kinds = "teacher", "teachers", "teacher_model_kind"
+        given = [name for name in kinds if getattr(self, name)]
+        if len(given) != 1:
+            got = "none" if not given else " and ".join(given)
+            raise ValueError(
+                "teacher must be given, or teachers (--teachers math=PATH code=PATH), or "
+                f"teacher_model_kind, which makes the student its own, and one of them; got {got}."
+            )
+        needed = {
+            "teacher_routing_column": self.teachers,
+            "teachers_on_device": self.teachers,
+            "teacher_update_rate": self.teacher_model_kind == "ema",
+            "teacher_sync_steps": self.teacher_model_kind == "ema",
+        }
+        for name, used in needed.items():
+            if (value := getattr(self, name)) is not None and not used:
+                of = "teachers" if "teachers" in name or "column" in name else "ema"
+                wanted = "--teachers" if of == "teachers" else "--teacher-model-kind ema"
+                raise ValueError(f"{name} goes with {wanted}, and has no effect; got {value!r}.")
+        check_counts(self, "teacher_sync_steps")
+        if self.teacher_update_rate is not None:
+            check_within(self, "teacher_update_rate", high=1, ends="(]")
+        if self.teacher is None and self.student is None:
+            raise ValueError(f"student must be given with {given[0]}; got None.")
+        for name, model in self.named_teachers.items():
+            if self.teachers and (is_address(model) or is_cache(model)):
+                raise ValueError(
+                    f"teachers must be models, for one of them alone may be a server or a cache; "
+                    f"got {name}={model}."
+                )
+        if self.teachers and self.seq_kd:
+            raise ValueError("seq_kd needs one teacher, which writes; got True with teachers.")
+
+    @property
+    def named_teachers(self) -> dict[str, str]:
+        """The model of each teacher by its name, which a single one lacks; none is the student."""
+        if self.teacher is not None:
+            return {"": self.teacher}
+        models: dict[str, str] = {}
+        for text in self.teachers:
+            name, equals, model = text.partition("=")
+            if not (name and equals and model):
+                raise ValueError(
+                    f"teachers must be names with models, as math=PATH code=PATH; got {text!r}."
+                )
+            if name in models:
+                raise ValueError(f"teachers must have different names; got {name} twice.")
+            models[name] = model
+        return models
+
+    @property
+    def routing_column(self) -> str | None:
+        """The column of the data that names the teacher of each row, where there are several."""
+        return (self.teacher_routing_column or "teacher_id") if self.teachers else None
+
+    @property
+    def weigh_tokens(self) -> "Callable[..., Any] | None":
+        """What gives the weights of the tokens in the training loss."""
+        if self.token_weight is None:
+            return None
+        try:
+            found = import_object(self.token_weight)
+        except ValueError as error:
+            raise ValueError(f"token_weight: {error}") from None
+        if not callable(found):
+            raise TypeError(
+                f"token_weight must be a function of log_p, log_q and batch; "
+                f"{self.token_weight} is a {type(found).__name__}."
+            )
+        return found
+
     def _check_server(self) -> None:
         """Refuse what a teacher on a server, known by its likeliest tokens, cannot do."""
-        if not is_address(self.teacher):
+        if self.teacher is None or not is_address(self.teacher):
             for name in ("loss_top_k", "teacher_reference"):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(
                         f"{name} is for a teacher on a server, such as http://host:8000/v1; got "
-                        f"{value!r} with {self.teacher}, of which everything is known."
+                        f"{value!r} with {self.teacher or 'a model'}, of which everything is "
+                        "known."
                     )
             return
         if self.student is None:

@@ -80,7 +80,7 @@ class Rows(list[Row]):
         )
 
 
-def read_rows(data: Data, *, split: str = "train") -> Rows:
+def read_rows(data: Data, *, split: str = "train", column: str | None = None) -> Rows:
     """The rows of some data, all of one kind, with the columns of that kind and no others.
 
     ========================  =========================================================
@@ -105,16 +105,20 @@ def read_rows(data: Data, *, split: str = "train") -> Rows:
     Args:
         data: One of the above.
         split: Which split of a data set that has several.
+        column: One more column to keep, that names the teacher of each row; every row must have
+            it.
 
     Raises:
         ValueError: Naming file and line, or row, where something else was expected.
         ImportError: With the line to type, where an extra is missing.
     """
     if isinstance(data, Rows):
+        for index, row in enumerate(data if column is not None else ()):
+            _name_in(row, column, data.place(index))
         return data
     named = isinstance(data, str | Path)
     rows, numbers, kind, nulls = [], [], None, 0
-    read = _read_named(data, split) if named else _in_memory(data, split)
+    read = _read_named(data, split, column) if named else _in_memory(data, split)
     for number, row in read.rows:
         place = read.source if number is None else f"{read.source}, {read.unit} {number}"
         row = _in_our_words(row, place)
@@ -122,7 +126,7 @@ def read_rows(data: Data, *, split: str = "train") -> Rows:
         kind = kind or found
         if found != kind:
             raise ValueError(f"{place}: a row of {found} among rows of {kind}; expected one kind.")
-        row = _checked(row, found, place)
+        row = _checked(row, found, place) | _name_in(row, column, place)
         if read.filled and found != "text":
             row, removed = _without_filled_nulls(row)
             nulls += removed
@@ -328,7 +332,17 @@ def _in_memory(data: Any, split: str, source: str = "data") -> _Reading:
     return _Reading(enumerate(data, 1), source, filled=filled)
 
 
-def _read_named(data: str | Path, split: str) -> _Reading:
+def _name_in(row: Mapping[str, Any], column: str | None, place: str) -> Row:
+    """The name that a row has in a column."""
+    if column is None:
+        return {}
+    if not isinstance(name := row.get(column), str):
+        got = f"a row of {', '.join(map(str, row))}" if name is None else _short(name)
+        raise ValueError(f"{place}: {column} must name the teacher of each row; got {got}.")
+    return {column: name}
+
+
+def _read_named(data: str | Path, split: str, column: str | None) -> _Reading:
     path = Path(data)
     if path.is_dir():
         return _saved(path, split)
@@ -339,6 +353,8 @@ def _read_named(data: str | Path, split: str) -> _Reading:
         return _on_hub(_data_set(str(data)), split)
     if not path.is_file():
         raise FileNotFoundError(f"data: there is no file {path}.")
+    if reader is _parquet:
+        return _parquet(path, column)
     return reader(path)
 
 
@@ -387,15 +403,15 @@ def _txt(path: Path) -> _Reading:
     return _Reading([(None, {"text": text})] if text.strip() else [], str(path))
 
 
-def _parquet(path: Path) -> _Reading:
+def _parquet(path: Path, column: str | None = None) -> _Reading:
     table_of = _extra("pyarrow.parquet", f"Reading {path.name}")
     try:
         table = table_of.read_table(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
     known = {TOOLS, *OTHER_COLUMNS, *itertools.chain(*COLUMNS.values())}
-    found = [name for name in table.column_names if name in known]
-    if not {*found} - {TOOLS}:
+    found = [name for name in table.column_names if name in known or name == column]
+    if not {*found} - {TOOLS, column}:
         got = sorted(table.column_names)
         raise ValueError(f"{path}: {EXPECTED}; got the columns {got}{ALSO}.")
     rows = (row for batch in table.select(found).to_batches() for row in batch.to_pylist())

@@ -19,13 +19,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number, warn
 from rkl.distill.batches import (
     DATA,
-    ROUTE,
     SOURCES,
     STUDENT,
     TEACHER,
     Batch,
     PadRows,
     attended,
+    for_teacher,
     shifted,
     sources_of,
 )
@@ -307,7 +307,8 @@ class DistillTrainer(Trainer):
                 "torchrun or accelerate launch, or show it only one with CUDA_VISIBLE_DEVICES."
             )
         for name in ("train_dataset", "eval_dataset"):
-            kwargs[name] = _tokenized(name, kwargs.get(name), tokenizer, args)
+            column = None if teachers is None else args.teacher_routing_column
+            kwargs[name] = _tokenized(name, kwargs.get(name), tokenizer, args, column)
         self._schedule = read_schedule(args.schedule, divergence)
         self.divergence = self._schedule.at(1.0)
         self.on_policy_divergence = on_policy_divergence
@@ -367,10 +368,9 @@ class DistillTrainer(Trainer):
         made = {name: as_teacher(it, self._head, device) for name, it in teachers.items()}
         if len(made) == 1:
             return next(iter(made.values()))
-        if args.lmbda or args.seq_kd:
+        if args.seq_kd:
             raise NotImplementedError(
-                "teachers: text that is written in the course of the training has one teacher so "
-                f"far; got {len(made)} with lmbda={args.lmbda}, seq_kd={args.seq_kd}."
+                f"seq_kd needs one teacher, which writes; got {len(made)} teachers."
             )
         return SeveralTeachers(made, device=args.device if one else None)
 
@@ -397,6 +397,9 @@ class DistillTrainer(Trainer):
     def _models(self) -> dict[str, Any]:
         """The student, and the teacher where it is a model, by name."""
         models = {"student": self._head.model, "teacher": self._teacher.model}
+        if isinstance(self._teacher, SeveralTeachers):
+            several = self._teacher.teachers.items()
+            models |= {f"teacher {name}": it.model for name, it in several}
         return {name: model for name, model in models.items() if model is not None}
 
     def _writers(self, teacher_tokenizer: Any, tokenizer: Any) -> Mixture | None:
@@ -423,7 +426,8 @@ class DistillTrainer(Trainer):
                 "mix in; got mix."
             )
         tokenizers = {"student": tokenizer, "teacher": teacher_tokenizer}
-        ends = common_ends({name: (it, tokenizers[name]) for name, it in models.items()})
+        written = {name: tokenizers.get(name, teacher_tokenizer) for name in models}
+        ends = common_ends({name: (it, written[name]) for name, it in models.items()})
         how: Any = {"context": min(context_of(it) for it in models.values())}
         how |= {"vocab": self._vocab}
         how |= {"banned": [it for it in self._shared.differing if it < self._vocab]}
@@ -871,9 +875,8 @@ class DistillTrainer(Trainer):
                 tokens[attended(batch.inputs)],
             )
         with torch.no_grad(), self.accelerator.autocast():
-            routed = {ROUTE: inputs[ROUTE]} if ROUTE in inputs else {}
-            read = batch.inputs | routed if self._teacher.is_routed else batch.inputs
-            return self._teacher.observe(read, batch.predicting, vocab=self._vocab)
+            read, predicting = for_teacher(batch, inputs, routed=self._teacher.is_routed)
+            return self._teacher.observe(read, predicting, vocab=self._vocab)
 
     def _in_place_of_head(
         self,
@@ -1140,10 +1143,13 @@ def _balance(student: Any) -> float:
     return float(found[0]) if found else 0.0
 
 
-def _tokenized(name: str, dataset: Any, tokenizer: Any, args: DistillConfig) -> Any:
+def _tokenized(
+    name: str, dataset: Any, tokenizer: Any, args: DistillConfig, column: str | None
+) -> Any:
     """Raw rows as tokens; a data set that has them is left as it is."""
     if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
-        return {key: _tokenized(name, it, tokenizer, args) for key, it in dataset.items()}
+        parts = dataset.items()
+        return {key: _tokenized(name, it, tokenizer, args, column) for key, it in parts}
     first = _first_row(dataset)
     if not isinstance(first, Mapping) or "input_ids" in first or not is_row(first):
         return dataset
@@ -1166,6 +1172,7 @@ def _tokenized(name: str, dataset: Any, tokenizer: Any, args: DistillConfig) -> 
             packing=False,
             prompts=name == "train_dataset" and args.lmbda == 1,
             chat_template_kwargs=template_variables(args.chat_template_kwargs),
+            column=column,
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -1217,6 +1224,16 @@ def _check(
         raise TypeError(f"teachers must map names to one teacher at least; got {teachers!r}.")
     for one in (teachers or {}).values():
         check_teacher(one)
+    needed = {
+        "teacher_routing_column": ("teachers", teachers is not None),
+        "teachers_on_device": ("teachers", teachers is not None),
+        "teacher_update_rate": ("teacher_model_kind='ema'", args.teacher_model_kind == "ema"),
+        "teacher_sync_steps": ("teacher_model_kind='ema'", args.teacher_model_kind == "ema"),
+    }
+    for name, (what, used) in needed.items():
+        value = getattr(args, name)
+        if not used and value != getattr(DistillConfig, name):
+            raise ValueError(f"{name} goes with {what}, and has no effect; got {value!r}.")
     if settings.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func must be left out: the divergence is the loss.")
     if settings.get("model_init") is not None:

@@ -73,6 +73,8 @@ def conform(name: str, kind: Any, value: Any) -> Any:
         raise ValueError(f"{name} must be {expected}; got {value!r}.")
     if typing.get_origin(inner) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
+        if isinstance(value, Mapping):  # in YAML, {math: PATH} stands for math=PATH
+            items = [f"{key}={item}" for key, item in value.items()]
         return tuple(conform(name, typing.get_args(inner)[0], item) for item in items)
     read = _READERS.get(inner)
     if read is None:

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
 from rkl.distill.batches import Batch, PadRows, attended, shifted
+from rkl.distill.data import TEACHER_IDS
 from rkl.distill.heads import why_not_apart
 from rkl.distill.known import Observed, logits_of
 from rkl.distill.limits import ABOUT, check_count
@@ -547,7 +548,12 @@ def _bytes(tensor: Tensor) -> bytes:
 def _batches(rows: Any, batch_size: int, max_length: int | None) -> Iterator[Batch]:
     pad, total = PadRows(max_length=max_length), len(rows)
     for start in range(0, total, batch_size):
-        yield shifted(pad([rows[row] for row in range(start, min(start + batch_size, total))]))
+        batch = pad([rows[row] for row in range(start, min(start + batch_size, total))])
+        if TEACHER_IDS in batch:
+            raise ValueError(
+                f"rows: a cache is of the student's own prompts, and they have {TEACHER_IDS}."
+            )
+        yield shifted(batch)
 
 
 def _check_same(path: Path, about: Mapping[str, Any]) -> None:

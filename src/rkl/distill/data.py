@@ -11,8 +11,9 @@ columns                    meaning                                             t
 ``prompt``                 a text, or a list of messages, to reply to          the reply
 =========================  ==================================================  ============
 
-Messages may come with ``tools``, which the template is given. Rows with a prompt alone are for
-training on the student's own text.
+Rows with a prompt may have a ``teacher_prompt``, which the teacher reads in its place, or a
+``privileged_context``, which it reads behind the prompt. Messages may come with ``tools``, which
+the template is given. Rows with a prompt alone are for training on the student's own text.
 """
 
 import bisect
@@ -21,7 +22,7 @@ import heapq
 import itertools
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -38,9 +39,10 @@ from rkl.distill.encoding import Advance, encode, encode_batch, end_of_text
 from rkl.distill.limits import check_count
 from rkl.distill.progress import counted
 from rkl.distill.prompts import agreeing, encode_completions
-from rkl.distill.sources import TOOLS, Row, Rows, kind_of, read_rows
+from rkl.distill.sources import TEACHER_PROMPT, TOOLS, Row, Rows, kind_of, read_rows
 
 IGNORED = -100  # the label of a token that is not trained on, in all of transformers
+TEACHER_IDS, TEACHER_LABELS = "teacher_input_ids", "teacher_labels"  # columns: what it reads
 _CHATS_AT_ONCE = 200  # given to the tokenizer in one call
 _BLANK_LINE = re.compile(r"\n\s*\n")
 SHORTEST_PASSAGE = 40  # characters; a shorter one is a heading, and recurs without meaning
@@ -252,12 +254,13 @@ def tokenize(
             f"{rows.place(0)}: a row with a prompt alone has nothing to train on; expected prompt "
             "and completion, or lmbda=1 (--lmbda 1), where the student writes every completion."
         )
-    packing = packing and column is None
+    prompted = any(TEACHER_PROMPT in row for row in rows)
+    packing = packing and column is None and not prompted
     how: Any = {"max_length": max_length, "packing": packing, "train_on": train_on}
     if chat_template_kwargs:
         how["chat_template_kwargs"] = dict(chat_template_kwargs)
     key = None
-    if column is None and _is_large(rows):
+    if column is None and not prompted and _is_large(rows):
         key = token_cache.key_of(rows, tokenizer, [rows.source, rows.unit, rows.numbers], **how)
     if key is not None and (found := token_cache.load(key)) is not None:
         notes = found.pop("notes")
@@ -306,11 +309,94 @@ def _tokenize(
         losses = _losses(examples, max_length, left_out, rows)
         blocks = _best_fit(spans, max_length) if packing else [[span] for span in spans]
     cut = 0 if kind in ("text", "prompt") else _cut_tokens(examples, max_length)
-    dataset = _dataset(kind, examples, blocks, rows, cut, left_out)
+    columns: dict[str, list[Any]] = {}
+    if any(TEACHER_PROMPT in row for row in rows):
+
+        def encode_rows(others: Rows) -> Examples:
+            return _examples(others, tokenizer, template, LeftOut(others), train_on, [])
+
+        spans = [span for (span,) in blocks]
+        spans, columns = _for_teacher(rows, examples, spans, encode_rows, left_out)
+        blocks = [[span] for span in spans]
     if column is not None:
-        names = [rows[examples.row_at(start)][column] for ((start, _),) in blocks]
-        dataset = replace(dataset, columns={column: names})
+        columns[column] = [rows[examples.row_at(start)][column] for ((start, _),) in blocks]
+    dataset = _dataset(kind, examples, blocks, rows, cut, left_out)
+    dataset = replace(dataset, columns=columns)
     return dataset, [*losses, *notes]
+
+
+def _for_teacher(
+    rows: Rows,
+    examples: Examples,
+    spans: Sequence[Span],
+    encode_rows: Callable[[Rows], Examples],
+    left_out: LeftOut,
+) -> tuple[list[Span], dict[str, list[Any]]]:
+    """What the teacher reads of each text, in which the tokens trained on must be the same.
+
+    Args:
+        rows: All rows, some with a prompt for the teacher.
+        examples: The texts as the student reads them.
+        spans: Of those that are trained on, perhaps cut.
+        encode_rows: Rows as texts.
+        left_out: Takes the rows of which the two differ.
+
+    Returns:
+        The spans without these rows, and columns with a text for each, None where the teacher
+        reads the student's.
+    """
+    places = [place for place, row in enumerate(rows) if TEACHER_PROMPT in row]
+    others = rows.some(places)
+    others[:] = [{**row, "prompt": row[TEACHER_PROMPT]} for row in others]
+    texts, of_row = encode_rows(others), collections.defaultdict(list)
+    for number, span in zip(texts.rows, texts.spans(), strict=True):
+        of_row[places[number]].append(span)
+    whole: dict[int, tuple[int, int, int]] = {}  # by its first token: row, number in it, end
+    counts: collections.Counter[int] = collections.Counter()
+    for row, (start, stop) in zip(examples.rows, examples.spans(), strict=True):
+        whole[start] = row, counts[row], stop
+        counts[row] += 1
+    kept, refused, read = [], set(), []
+    for start, stop in spans:
+        row, number, end = whole[start]
+        if TEACHER_PROMPT not in rows[row]:
+            kept.append((start, stop))
+            read.append(None)
+            continue
+        found = of_row[row][number] if len(of_row[row]) == counts[row] else None
+        same = found is not None and _trained(texts, *found) == _trained(examples, start, end)
+        if found is None or not same:
+            refused.add(row)
+            continue
+        kept.append((start, stop))
+        read.append(_teacher_text(texts, found, len(_trained(examples, start, stop))))
+    for row in sorted(refused):
+        left_out.add(row, "the completion has other tokens behind the teacher's prompt")
+    pairs = [
+        (span, it) for span, it in zip(kept, read, strict=True) if whole[span[0]][0] not in refused
+    ]
+    columns: dict[str, list[Any]] = {TEACHER_IDS: [], TEACHER_LABELS: []}
+    for _, text in pairs:
+        for name, at in ((TEACHER_IDS, 0), (TEACHER_LABELS, 1)):
+            columns[name].append(None if text is None else text[at])
+    return [span for span, _ in pairs], columns
+
+
+def _trained(examples: Examples, start: int, stop: int) -> list[int]:
+    """The tokens of a text that are predicted: never its first."""
+    return [examples.tokens[at] for at in range(start + 1, stop) if examples.trained[at]]
+
+
+def _teacher_text(texts: Examples, span: Span, count: int) -> tuple[Tensor, Tensor]:
+    """The tokens of a text up to so many trained ones, and their labels."""
+    start, stop = span
+    trained = [at for at in range(start + 1, stop) if texts.trained[at]][:count]
+    stop = trained[-1] + 1 if trained else stop
+    ids = torch.tensor(texts.tokens[start:stop], dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    places = torch.tensor(trained, dtype=torch.int64) - start
+    labels[places] = ids[places]
+    return ids, labels
 
 
 def _examples(

@@ -249,7 +249,7 @@ def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection
     _warn_of_seen(run, rows)
     tokenizer = load_tokenizer(run.path)
     student, (teacher, of_teacher) = load_model(run.path), _load_teacher(run, settings)
-    teachers = {"teacher": teacher}
+    teachers: dict[str, Any] = {"teacher": teacher}
     if isinstance(teacher, SeveralTeachers):
         teachers = {f"teacher {name}": it.model for name, it in teacher.teachers.items()}
     for name, model in ({"student": student} | teachers).items():

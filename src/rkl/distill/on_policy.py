@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rkl.distill.batches import ROUTE, SOURCES, STUDENT, TEACHER
+from rkl.distill.batches import (
+    OF_TEACHER,
+    ROUTE,
+    SOURCES,
+    STUDENT,
+    TEACHER,
+    teacher_prompts_in,
+)
 from rkl.distill.data import IGNORED
 from rkl.distill.rollouts import Writer, batch_with, prompts_in, seed_of
 from rkl.runs.files import read_jsonl, write_atomic
@@ -92,11 +99,18 @@ class Mixture:
             return batch
         # A batch holds as many replies as it has rows, so that memory does not grow.
         prompts = prompts_in(batch, self.prompt_tokens)[: -(-rows // self.num_generations)]
+        others = teacher_prompts_in(batch, prompts)
         prompts = [prompt for prompt in prompts for _ in range(self.num_generations)]
+        if others is not None:
+            others = [prompt for prompt in others for _ in range(self.num_generations)]
         seed = seed_of(self.seed, step, place, self.process)
-        replies = writer.write(prompts, seed=seed)
+        replies = writer.write(prompts if own else others or prompts, seed=seed)
         source = STUDENT if own else TEACHER
         written = batch_with(prompts, replies, source, pad=self.pad, device=self.device)
+        if others is not None:
+            read = batch_with(others, replies, source, pad=self.pad, device=self.device)
+            columns = "input_ids", "attention_mask", "labels"
+            written |= {name: read[it] for name, it in zip(OF_TEACHER, columns, strict=True)}
         if ROUTE in batch:  # a reply has the teacher of its prompt
             route = batch[ROUTE].repeat_interleave(self.num_generations)[: len(prompts)]
             written[ROUTE] = route

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rkl import checks
 from rkl.checks import number, warn
 from rkl.distill.batches import PadRows, attended, shifted
-from rkl.distill.data import TokenDataset, spread, tokenize
+from rkl.distill.data import TEACHER_IDS, TokenDataset, spread, tokenize
 from rkl.distill.evaluate import log_probabilities, progress_bar, tokenizer_of
 from rkl.distill.heads import read_head, why_not_apart
 from rkl.distill.limits import (
@@ -194,6 +194,11 @@ def evaluate_pair(student: str | os.PathLike, settings: PairSettings) -> Compari
         )
     rows = read_rows(settings.data, split=settings.split)
     blocks = tokenize(rows, tokenizer, max_length=settings.max_length)
+    if TEACHER_IDS in blocks.columns:
+        raise ValueError(
+            f"data: {settings.data} has prompts for the teacher (teacher_prompt or "
+            "privileged_context), and two models are compared on the same text. Leave them out."
+        )
     if of_p is not None and (told := check_splits_alike(blocks.sample(SAMPLE), of_p, tokenizer)):
         warn(told)
     with progress_bar(True) as progress:

@@ -29,6 +29,7 @@ from rkl.distill.cache import INDEX, CachedTeacher, cache_teacher
 from rkl.distill.chats import ChatTemplate, read_template
 from rkl.distill.data import (
     SHORTEST_PASSAGE,
+    TEACHER_IDS,
     NoTrainedTokensError,
     TokenDataset,
     holds_chats,
@@ -58,7 +59,7 @@ from rkl.distill.teachers import (
     model_input,
     without_layers,
 )
-from rkl.distill.trainer import DistillConfig, DistillTrainer
+from rkl.distill.trainer import DistillConfig, DistillTrainer, check_teacher_texts
 from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
 from rkl.runs import fingerprint
 from rkl.runs.integrity import Input, files_of, values_of
@@ -204,6 +205,8 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     text = read_text(settings, tokenizers[1])
     if text.template is not None and template:
         warn(template)
+    if settings.cache_teacher or (settings.teacher is not None and is_cache(settings.teacher)):
+        _refuse_teacher_prompts(text)
     teachers = {} if settings.teacher is not None else _load_teachers(settings)
     teacher = None if settings.teacher is None else _load_teacher(settings, tokenizers[0])
     student = _load_student(settings)
@@ -227,12 +230,25 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
         _check_fits(name, model, settings, text)
         if settings.writes:
             check_prompts(text.blocks, settings, context_of(model))
+        if name != "student" or settings.teacher_model_kind is not None:
+            written = settings.max_completion_length if settings.lmbda else 0
+            check_teacher_texts(text.blocks, context_of(model), written)
+            check_teacher_texts(text.held_out, context_of(model))
     if text.template is not None:
         _end_replies(student, tokenizers[1])
     if settings.lora_rank is not None:
         how = settings.lora_rank, settings.lora_targets
         student = lora.with_adapters(student, *how, seed=settings.seed)
     return text, Models(teacher, student, *tokenizers, teachers)
+
+
+def _refuse_teacher_prompts(text: Text) -> None:
+    held = () if text.held_out is None else (text.held_out,)
+    if any(TEACHER_IDS in blocks.columns for blocks in (text.blocks, *held)):
+        raise ValueError(
+            "teacher_prompt and privileged_context need a teacher that reads them in the run: a "
+            "cache holds what a teacher told of the student's prompts."
+        )
 
 
 def _load_teachers(settings: DistillSettings) -> dict[str, PreTrainedModel]:
@@ -269,6 +285,9 @@ def _check_shared(
     shared.check("data", text.blocks.tokens)
     if text.held_out is not None:
         shared.check("eval_data", text.held_out.tokens)
+    for ids in text.blocks.columns.get(TEACHER_IDS, ()) if shared.differing else ():
+        if ids is not None:
+            shared.check("teacher_prompt", ids)
     told = check_splits_alike(text.blocks.sample(SAMPLE), *tokenizers)
     for words in (shared.told() if shared.differing else "", told):
         if words:
@@ -284,6 +303,7 @@ def load_for_cache(
     text = read_text(settings, tokenizers[1])
     if text.template is not None and template:
         warn(template)
+    _refuse_teacher_prompts(text)
     teacher = _load_teacher(settings, tokenizers[0])
     if not isinstance(teacher, Teacher):
         check_causal("teacher", teacher)

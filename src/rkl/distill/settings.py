@@ -38,19 +38,20 @@ class DistillSettings:
             a .gguf file, package:NAME for the one in an installed package, or a name on the Hub;
             or the address of a server that gives log-probabilities, such as http://host:8000/v1,
             whose key, if it wants one, is read from RKL_TEACHER_API_KEY; or a folder that
-            rkl cache wrote. In its place --teachers or --teacher-model-kind may stand.
+            rkl cache wrote; by default none, where --teachers or --teacher-model-kind is given.
         teachers: Several models, each with a name, as math=PATH code=PATH; of each row the one
-            teaches that --teacher-routing-column names. Rows then share no block.
+            teaches that --teacher-routing-column names, and rows share no block; by default
+            --teacher alone.
         teacher_routing_column: The column of the data with the name of each row's teacher; by
             default teacher_id, where there are several.
         teachers_on_device: All of several teachers at once, or one at a time, the others waiting
             on the CPU; by default all.
         teacher_model_kind: In place of a teacher the student itself: base, as it began; ema, its
-            moving average; live, as it is at each step.
+            moving average; live, as it is at each step; by default another model.
         teacher_update_rate: Share of the way to the student that the moving average goes at a
             time, above 0 and at most 1; by default 0.05.
         teacher_sync_steps: Steps between two moves of the moving average; by default 1.
-        data: The text to learn on, which must be given: a file (.jsonl, .json, .csv, .parquet,
+        data: The text to learn on (required): a file (.jsonl, .json, .csv, .parquet,
             .txt), a folder of datasets' save_to_disk, or the name of a data set on the Hub.
         student: The model to train, given as the teacher is, or a config.json for random weights
             of that architecture; by default the teacher without --drop-layers.
@@ -253,7 +254,7 @@ class DistillSettings:
                 "cache_teacher keeps what one teacher tells of the data; got True with "
                 f"{'teachers' if self.teachers else 'teacher_model_kind'}."
             )
-        if self.cache_teacher and is_cache(self.teacher):
+        if self.cache_teacher and is_cache(str(self.teacher)):
             raise ValueError(f"cache_teacher: {self.teacher} is a cache already; got True.")
         check_counts(
             self,

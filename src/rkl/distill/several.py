@@ -27,7 +27,7 @@ class RouteRows:
     column: str
     names: Sequence[str]
 
-    def __call__(self, rows: list[Mapping[str, Any]]) -> Any:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         numbers = torch.tensor([self._number(row) for row in rows])
         rest = [{name: it for name, it in row.items() if name != self.column} for row in rows]
         batch = self.collator(rest)

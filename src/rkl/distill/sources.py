@@ -25,6 +25,7 @@ COLUMNS = {
     "prompt": ("prompt",),  # which the student, or the teacher, replies to
 }
 TOOLS = "tools"  # a column that rows of messages may have
+TEACHER_PROMPT, PRIVILEGED_CONTEXT = "teacher_prompt", "privileged_context"  # read by it alone
 OTHER_COLUMNS = (  # of rows in the words of Alpaca, ShareGPT and others
     *("prompt", "response", "instruction", "input", "output", "history", "system"),
     "conversations",
@@ -276,7 +277,46 @@ def _checked(row: Mapping[str, Any], kind: str, place: str) -> Row:
     if told is not None:
         _check_text(told, TOOLS, place)
         values[TOOLS] = told
-    return values
+    return values | _teacher_prompt(row, values, kind, place)
+
+
+def _teacher_prompt(row: Mapping[str, Any], values: Row, kind: str, place: str) -> Row:
+    """The prompt that the teacher reads in place of the student's, where it is another one."""
+    given = [it for it in (TEACHER_PROMPT, PRIVILEGED_CONTEXT) if row.get(it) is not None]
+    if not given:
+        return {}
+    if len(given) > 1:
+        raise ValueError(
+            f"{place}: teacher_prompt and privileged_context exclude one another; got both."
+        )
+    (name,) = given
+    value, prompt = row[name], values.get("prompt")
+    if kind not in ("completion", "prompt"):
+        raise ValueError(
+            f"{place}: {name} takes the place of a prompt, in rows of prompt and completion or of "
+            f"a prompt alone; got a row of {kind}."
+        )
+    _check_text(value, name, place)
+    if name == TEACHER_PROMPT:
+        if isinstance(value, str) != isinstance(prompt, str):
+            raise ValueError(
+                f"{place}: teacher_prompt and prompt must both be text or both messages."
+            )
+        return {name: value if isinstance(value, str) else _messages(value, name, place)}
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {name} must be text; got {_short(value)}.")
+    if isinstance(prompt, str):
+        return {TEACHER_PROMPT: f"{prompt}\n\n{value}"}
+    messages: list[Any] = [*(prompt or ())]
+    asked = [at for at, message in enumerate(messages) if message["role"] == "user"]
+    if not asked or not isinstance(messages[asked[-1]].get("content"), str):
+        raise ValueError(
+            f"{place}: {name} is put behind the text of the last message of the user, which the "
+            "prompt must have."
+        )
+    last = messages[asked[-1]]
+    messages[asked[-1]] = {**last, "content": f"{last['content']}\n\n{value}"}
+    return {TEACHER_PROMPT: messages}
 
 
 def _check_text(value: Any, column: str, place: str) -> None:
@@ -409,9 +449,10 @@ def _parquet(path: Path, column: str | None = None) -> _Reading:
         table = table_of.read_table(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
-    known = {TOOLS, *OTHER_COLUMNS, *itertools.chain(*COLUMNS.values())}
-    found = [name for name in table.column_names if name in known or name == column]
-    if not {*found} - {TOOLS, column}:
+    besides = {TOOLS, TEACHER_PROMPT, PRIVILEGED_CONTEXT, column}
+    known = {*besides, *OTHER_COLUMNS, *itertools.chain(*COLUMNS.values())}
+    found = [name for name in table.column_names if name in known]
+    if not {*found} - besides:
         got = sorted(table.column_names)
         raise ValueError(f"{path}: {EXPECTED}; got the columns {got}{ALSO}.")
     rows = (row for batch in table.select(found).to_batches() for row in batch.to_pylist())

@@ -22,6 +22,7 @@ from rkl.distill.batches import (
     SOURCES,
     STUDENT,
     TEACHER,
+    TEACHER_MASK,
     Batch,
     PadRows,
     attended,
@@ -37,7 +38,7 @@ from rkl.distill.checkpoints import (
     rotate,
     settle,
 )
-from rkl.distill.data import IGNORED, TokenDataset, tokenize
+from rkl.distill.data import IGNORED, TEACHER_IDS, TEACHER_LABELS, TokenDataset, tokenize
 from rkl.distill.guard import MAX_MEASURED, CollapseError, CollapseLimits, Watch
 from rkl.distill.heads import read_head, why_not_apart
 from rkl.distill.known import (
@@ -331,6 +332,9 @@ class DistillTrainer(Trainer):
             context = min(map(context_of, self._models().values()))
             if args.lmbda or args.seq_kd:
                 check_prompts(kwargs["train_dataset"], args, context)
+        for name in ("train_dataset", "eval_dataset"):
+            written = args.max_completion_length if name == "train_dataset" and args.lmbda else 0
+            check_teacher_texts(kwargs.get(name), self._teacher_context(), written)
         if args.world_size > 1:
             disconnect_at_exit()
         super().__init__(model, args, **kwargs)  # last, for it makes the output folder
@@ -649,7 +653,7 @@ class DistillTrainer(Trainer):
         """The Trainer's, and what says where the texts in a row begin."""
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        more = "seq_lengths", self.args.teacher_routing_column
+        more = "seq_lengths", self.args.teacher_routing_column, TEACHER_IDS, TEACHER_LABELS
         self._signature_columns = [*dict.fromkeys([*columns, *more])]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -737,7 +741,8 @@ class DistillTrainer(Trainer):
         several = several and not accelerator.dispatch_batches
         if several and state.end_of_dataloader and state.remainder > 0:
             real = min(rows, max(0, state.remainder - accelerator.process_index * rows))
-            batch["labels"][real:] = IGNORED
+            for name in {"labels", TEACHER_LABELS} & batch.keys():
+                batch[name][real:] = IGNORED
         return batch, real
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -876,7 +881,25 @@ class DistillTrainer(Trainer):
             )
         with torch.no_grad(), self.accelerator.autocast():
             read, predicting = for_teacher(batch, inputs, routed=self._teacher.is_routed)
+            if TEACHER_IDS in inputs:
+                self._check_teacher_text(inputs)
             return self._teacher.observe(read, predicting, vocab=self._vocab)
+
+    def _check_teacher_text(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse a text of the teacher's that it cannot read."""
+        if not self._teacher.reads_any_text:
+            raise ValueError(
+                f"{TEACHER_IDS}: a {type(self._teacher).__name__} holds what the teacher told of "
+                "the student's own prompts. Give the model itself as the teacher."
+            )
+        ids = inputs[TEACHER_IDS]
+        if self._shared.differing:
+            self._shared.check("teacher_prompt", ids[inputs[TEACHER_MASK].bool()])
+        check_teacher_length(ids.shape[1], self._teacher_context())
+
+    def _teacher_context(self) -> float:
+        others = [it for name, it in self._models().items() if name != "student"]
+        return min(map(context_of, others), default=math.inf)
 
     def _in_place_of_head(
         self,
@@ -1238,6 +1261,32 @@ def _check(
         raise ValueError("compute_loss_func must be left out: the divergence is the loss.")
     if settings.get("model_init") is not None:
         raise ValueError("model_init must be left out; pass the student as model.")
+
+
+def check_teacher_texts(dataset: Any, context: float, written: int = 0) -> None:
+    """Refuse texts that the teacher is to read and are longer than its context.
+
+    Args:
+        dataset: The blocks; other kinds of data sets are checked batch by batch.
+        context: Most tokens that the teacher can read.
+        written: Tokens of a reply behind each prompt; 0 where none is written.
+    """
+    if not isinstance(dataset, TokenDataset):
+        return
+    columns = (dataset.columns.get(name, ()) for name in (TEACHER_IDS, TEACHER_LABELS))
+    for ids, labels in zip(*columns, strict=True):
+        if ids is not None:
+            prompt = len(ids) - int((labels != IGNORED).sum())
+            check_teacher_length(max(len(ids), prompt + written), context)
+
+
+def check_teacher_length(length: int, context: float) -> None:
+    """Refuse a text longer than the teacher's context."""
+    if length > context:
+        raise ValueError(
+            f"teacher_prompt: with the completion behind it the text that the teacher reads has "
+            f"{length} tokens, more than its context of {context}."
+        )
 
 
 def _check_on_policy(divergence: Any, args: DistillConfig) -> None:

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from rkl.checks import warn
 from rkl.distill.known import Known, logits_of
+from rkl.distill.sharded import whole
 from rkl.estimators import LinearHead
 
 # What a configuration may call a factor of the logits, and the power in which it enters.
@@ -88,7 +89,8 @@ class Head:
         kind, dtype = states.device.type, states.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        weight, bias = self.linear.weight, self.linear.bias
+        weight, bias = whole(self.linear.weight), self.linear.bias
+        bias = None if bias is None else whole(bias)
         if atoms.stop is not None:
             weight, bias = weight[atoms], None if bias is None else bias[atoms]
         bias = None if bias is None else bias.to(dtype)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
+from rkl.distill.sharded import whole
+
 _largest: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 PATIENCE = 10  # steps in a row without a finite loss before a run is stopped
 
@@ -86,6 +88,6 @@ def not_finite(tensors: Iterable[Tensor]) -> Tensor:
 def bad_weights(model: nn.Module) -> str | None:
     """The name of the first weight that is infinite or NaN."""
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not bool(weight.detach().isfinite().all()):
+        if weight.is_floating_point() and not bool(whole(weight.detach().isfinite().all())):
             return name
     return None

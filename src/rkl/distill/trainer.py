@@ -76,6 +76,14 @@ from rkl.distill.sampling import check_generation, sampling_of
 from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
 from rkl.distill.self_teacher import KINDS, SelfTeacher
 from rkl.distill.several import RouteRows, SeveralTeachers
+from rkl.distill.sharded import (
+    is_sharded,
+    load_state,
+    load_weights,
+    local,
+    whole_state,
+    whole_weights,
+)
 from rkl.distill.sources import is_row
 from rkl.distill.teachers import Teacher, as_teacher, check_peft, check_teacher
 from rkl.distill.vocabulary import share_vocabulary
@@ -307,6 +315,7 @@ class DistillTrainer(Trainer):
                 f"one process cannot share {args.n_gpu} GPUs; start one for each with "
                 "torchrun or accelerate launch, or show it only one with CUDA_VISIBLE_DEVICES."
             )
+        _check_sharded(model, args)
         for name in ("train_dataset", "eval_dataset"):
             column = None if teachers is None else args.teacher_routing_column
             kwargs[name] = _tokenized(name, kwargs.get(name), tokenizer, args, column)
@@ -337,7 +346,10 @@ class DistillTrainer(Trainer):
             check_teacher_texts(kwargs.get(name), self._teacher_context(), written)
         if args.world_size > 1:
             disconnect_at_exit()
+        self._sharded = is_sharded(model)
         super().__init__(model, args, **kwargs)  # last, for it makes the output folder
+        if self._sharded:  # as one that transformers has sharded: no DDP around it
+            self.is_distributed_loading_by_transformers = True
         # The loss is divided by the tokens of the whole step, counted as `shifted` counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._infinite = 0
@@ -665,7 +677,8 @@ class DistillTrainer(Trainer):
     def _check_step(self) -> None:
         """End the training before an update that would make the weights NaN."""
         losses = torch.stack(self._losses)
-        gradients = (it.grad for it in self._student().parameters() if it.grad is not None)
+        parameters = self._student().parameters()
+        gradients = (local(it.grad) for it in parameters if it.grad is not None)
         scaled = getattr(self.accelerator, "scaler", None) is not None  # which skips such steps
         bad = not_finite(() if scaled else gradients).to(losses.device)
         flags = torch.stack([losses.isnan().any(), bad, losses.isinf().all()]).long()
@@ -755,8 +768,41 @@ class DistillTrainer(Trainer):
             state = self._mixture.state() | {"own_text": self._own_text.state()}
             write_json(self._state_file(output_dir), state)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_state(self._student(), self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, "optimizer.pt"))
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), Path(output_dir, "scheduler.pt"))
+
+    def _load_sharded(self, checkpoint: Path) -> None:
+        """The optimizer and the schedule of a student whose weights processes share."""
+        how: Any = {"map_location": "cpu", "weights_only": True}
+        state = torch.load(checkpoint / "optimizer.pt", **how)
+        load_state(self._student(), self.optimizer, state)
+        schedule: Any = self.lr_scheduler
+        schedule.load_state_dict(torch.load(checkpoint / "scheduler.pt", **how))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._sharded:
+            load_weights(self._student(), Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._sharded:
+            load_weights(self._student(), Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self._sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            self._load_sharded(Path(checkpoint))
         if checkpoint is not None:
             self._teacher.load(Path(checkpoint))
         if self._mixture is not None and checkpoint is not None:
@@ -864,6 +910,8 @@ class DistillTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The Trainer's, each file whole and without training_args.bin, which is a pickle."""
+        if self._sharded:
+            state_dict = whole_weights(self._student())
         if not self.args.should_save:
             return
         with replacing_files(output_dir or str(self.args.output_dir)) as folder:
@@ -1210,6 +1258,21 @@ def _first_row(dataset: Any) -> Any:
             pass  # empty, or an iterable one
     again = hasattr(dataset, "__iter__") and not hasattr(dataset, "__next__")
     return next(iter(dataset), None) if again else None
+
+
+def _check_sharded(model: Any, args: DistillConfig) -> None:
+    """Refuse what a student whose weights processes share cannot do yet."""
+    if not is_sharded(model):
+        return
+    if getattr(model, "peft_config", None) is not None:
+        raise NotImplementedError("model: a PEFT student sharded by fully_shard is not supported.")
+    named = {"lmbda": args.lmbda, "seq_kd": args.seq_kd}
+    named |= {"teacher_model_kind": args.teacher_model_kind}
+    if chosen := [name for name, value in named.items() if value]:
+        raise NotImplementedError(
+            f"{chosen[0]} is not supported with a student sharded by fully_shard, whose weights "
+            f"no process has alone; got {named[chosen[0]]!r}."
+        )
 
 
 def _check(

@@ -200,7 +200,12 @@ def _labels_in(source: Any, variable: str | None) -> tuple[Any, list[str] | None
         return source, None
     if isinstance(source, xr.DataArray):
         source = {source.name or variable or "labels": source}
-    draws = read_draws(source)
+    try:
+        draws = read_draws(source)
+    except TypeError as error:
+        raise TypeError(
+            f"labels must be integers, or a posterior that holds them: {error}"
+        ) from error
     name = variable or _only_labels(draws)
     if len(draws.shape(name)) != 1:
         raise ValueError(

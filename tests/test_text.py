@@ -1,11 +1,13 @@
 """Text of others stays text: on a terminal, and in the Markdown of a model card."""
 
+from typing import Any
+
 import pytest
 from markdown_it import MarkdownIt
 
 from rkl.distill.card import model_card
-from rkl.distill.progress import say
 from rkl.runs import Run
+from rkl.runs.progress import say
 from rkl.text import markdown, markdown_code, printable
 
 HOSTILE = [
@@ -47,7 +49,9 @@ def test_code_is_code_whatever_stands_in_it(text):
 
 def card_of(folder, text):
     """What a reader of Markdown finds in the card of a run whose names are all this text."""
-    names = dict.fromkeys(("teacher", "student", "data", "divergence", "drop_layers"), text)
+    names: dict[str, Any] = dict.fromkeys(
+        ("teacher", "student", "data", "divergence", "drop_layers"), text
+    )
     run = Run.create(folder, "distill", names, seed=0)
     held_out = {"blocks": 1, "origin": text}
     run.update(

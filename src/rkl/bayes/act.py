@@ -32,7 +32,6 @@ from rkl.bayes.model import (
     whole_parameters,
 )
 from rkl.bayes.problem import Problem
-from rkl.bayes.progress import working
 from rkl.bayes.regions import Region, region
 from rkl.bayes.report import posterior_figure
 from rkl.bayes.solve.closed import closed_act
@@ -41,6 +40,7 @@ from rkl.bayes.solve.streaming import check_domain
 from rkl.bayes.tables import Table
 from rkl.checks import integer
 from rkl.divergences import ReverseKL
+from rkl.runs.progress import working
 from rkl.stats import Mean
 
 if TYPE_CHECKING:

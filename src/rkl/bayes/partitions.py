@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from rkl.bayes.draws import Draws, read_draws
-from rkl.bayes.progress import working
 from rkl.bayes.tables import Table
 from rkl.checks import integer
+from rkl.runs.progress import working
 from rkl.stats import Mean, mean, to_json
 from rkl.tables import Cell, with_error
 

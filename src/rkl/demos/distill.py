@@ -25,12 +25,13 @@ from rkl.distill.cache import CachedTeacher, cache_teacher
 from rkl.distill.data import TokenDataset, passages, tokenize
 from rkl.distill.evaluate import EvaluateSettings, evaluate_run
 from rkl.distill.generate import choose_prompts, reply_to, save
-from rkl.distill.progress import quiet, say
+from rkl.distill.progress import quiet
 from rkl.distill.run import DistillSettings, distill
 from rkl.distill.scratch import Schooling, Shape, new_model, new_tokenizer, school
 from rkl.distill.sources import read_rows
 from rkl.distill.teachers import Teacher, load_model, load_tokenizer
 from rkl.runs import Run, remove_folder, replacing_files, save_tensors
+from rkl.runs.progress import Progress
 
 __all__ = ["Plan", "Real", "Toy", "demonstrate", "report_runs", "run", "run_real"]
 
@@ -289,22 +290,18 @@ class Real(Plan):
             setting.tokenizer.save_pretrained(folder)
 
     def _cache(self, setting: Setting) -> None:
-        cache_teacher(
-            load_model(self.model, dtype="float32"),
-            setting.blocks,
-            setting.whole.path / CACHE,
-            batch_size=1,
-            device=checks.device(setting.device),
-            progress=_say_every_tenth,
-        )
+        with Progress("block") as shown:
+            cache_teacher(
+                load_model(self.model, dtype="float32"),
+                setting.blocks,
+                setting.whole.path / CACHE,
+                batch_size=1,
+                device=checks.device(setting.device),
+                progress=shown.update,
+            )
 
     def teacher(self, folder: Path) -> Teacher:
         return CachedTeacher(folder / CACHE)
-
-
-def _say_every_tenth(done: int, total: int) -> None:
-    if done % 10 == 0 or done == total:
-        say(f"block {done} of {total}")
 
 
 def demonstrate(

@@ -22,11 +22,12 @@ from rkl.distill.cache import (
 )
 from rkl.distill.limits import check_one_of, is_address, is_cache
 from rkl.distill.prepare import load_for_cache
-from rkl.distill.progress import clock, in_words, quiet, say
+from rkl.distill.progress import in_words, quiet
 from rkl.distill.settings import DistillSettings
 from rkl.distill.teachers import ModelTeacher, Teacher
 from rkl.runs import save_tensors
 from rkl.runs.ownership import refuse_inputs
+from rkl.runs.progress import Progress, clock, say
 
 SAID = "max_length", "packing", "train_on", "held_out", "eval_data", "split", "seed"  # of the rows
 
@@ -180,26 +181,20 @@ def write_cache(
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
         say(f"{text.blocks}\n{_estimate(settings, source, Path(folder))}")
-    began = time.perf_counter()
-
-    def progress(done: int, total: int) -> None:
-        if done == total or done // settings.batch_size % max(1, len(source.counts) // 80) == 0:
-            left = (time.perf_counter() - began) / max(done, 1) * (total - done)
-            say(f"row {done:,} of {total:,}  {clock(left)} to go")
-
-    return cache_teacher(
-        source.teacher,
-        source.rows,
-        path,
-        keep=settings.keep,
-        stored=settings.stored if settings.keep == "hidden" else None,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        tokenizer=tokenizer,
-        seed=settings.seed,
-        made=made,
-        progress=progress,
-    )
+    with Progress("row", kept=True) as shown:
+        return cache_teacher(
+            source.teacher,
+            source.rows,
+            path,
+            keep=settings.keep,
+            stored=settings.stored if settings.keep == "hidden" else None,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            tokenizer=tokenizer,
+            seed=settings.seed,
+            made=made,
+            progress=shown.update,
+        )
 
 
 def told(cached: CachedTeacher) -> str:

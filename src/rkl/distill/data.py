@@ -37,9 +37,9 @@ from rkl.distill import token_cache
 from rkl.distill.chats import ChatTemplate, NothingToTrainOnError, Rendered
 from rkl.distill.encoding import Advance, encode, encode_batch, end_of_text
 from rkl.distill.limits import check_count
-from rkl.distill.progress import counted
 from rkl.distill.prompts import agreeing, encode_completions
 from rkl.distill.sources import TEACHER_PROMPT, TOOLS, Row, Rows, kind_of, read_rows
+from rkl.runs.progress import Progress
 
 IGNORED = -100  # the label of a token that is not trained on, in all of transformers
 TEACHER_IDS, TEACHER_LABELS = "teacher_input_ids", "teacher_labels"  # columns: what it reads
@@ -411,12 +411,16 @@ def _examples(
     if {"messages", "completion", "text"}.isdisjoint(rows[0]):
         return _prompt_examples(rows, tokenizer, template, left_out, notes)
     if template is not None:
-        with counted("tokenizing chats", len(rows), MANY_CHATS) as advance:
-            return _chat_examples(rows, template, left_out, train_on, notes, advance)
-    with counted("tokenizing", _characters(rows), MANY_CHARACTERS) as advance:
+        with _tokenizing("tokenizing chats", len(rows), MANY_CHATS) as shown:
+            return _chat_examples(rows, template, left_out, train_on, notes, shown.advance)
+    with _tokenizing("tokenizing", _characters(rows), MANY_CHARACTERS) as shown:
         if "text" in rows[0]:
-            return _text_examples(rows, tokenizer, left_out, notes, advance)
-        return _completion_examples(rows, tokenizer, notes, advance)
+            return _text_examples(rows, tokenizer, left_out, notes, shown.advance)
+        return _completion_examples(rows, tokenizer, notes, shown.advance)
+
+
+def _tokenizing(label: str, total: int, shown_from: int) -> Progress:
+    return Progress(label, total, share=True, shown=total >= shown_from)
 
 
 class NoTrainedTokensError(ValueError):

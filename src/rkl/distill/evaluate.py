@@ -4,7 +4,6 @@ import os
 import shlex
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -63,6 +62,7 @@ from rkl.importing import names_in, only
 from rkl.metrics.precision_recall import SLOPES, pr_curve
 from rkl.runs import Run, fingerprint, save_tensors, write_json
 from rkl.runs.integrity import check_inputs, hub_name, inputs_before, local_path
+from rkl.runs.progress import Progress
 from rkl.stats import Mean, clustered_mean, to_json
 
 DIVERGENCES: Mapping[str, Divergence] = {
@@ -169,7 +169,7 @@ def _evaluate_run(
     parts = processes.together(lambda: _load(path, settings, allow))
     run, student, rows, blocks = parts.run, parts.student, parts.rows, parts.blocks
     places = range(min(len(blocks), settings.max_blocks or len(blocks)))
-    with progress_bar(processes.main) as progress:
+    with Progress("evaluating block", shown=processes.main) as shown:
         sums, vocab = processes.together(
             lambda: _summed(
                 student,
@@ -181,7 +181,7 @@ def _evaluate_run(
                 teacher_tokenizer=parts.teacher_tokenizer,
                 divergences=parts.divergences,
                 batch_size=settings.batch_size,
-                progress=progress,
+                progress=shown.update,
                 collate=parts.collate,
             )
         )
@@ -292,20 +292,6 @@ def _prompts(
         what = "Rows that give no prompt are passed over" if prompts else "No replies are measured"
         warn(f"{what}: {passed_over.rstrip('.')}.")
     return prompts, passed_over
-
-
-@contextmanager
-def progress_bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, with the time still to go; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(
-        console=console, transient=True, disable=not (shown and console.is_terminal)
-    ) as bar:
-        task = bar.add_task("evaluating blocks", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _warn_of_seen(run: Run, rows: Sequence[Row]) -> None:

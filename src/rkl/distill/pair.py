@@ -18,7 +18,7 @@ from rkl import checks
 from rkl.checks import number, warn
 from rkl.distill.batches import PadRows, attended, shifted
 from rkl.distill.data import TEACHER_IDS, TokenDataset, spread, tokenize
-from rkl.distill.evaluate import log_probabilities, progress_bar, tokenizer_of
+from rkl.distill.evaluate import log_probabilities, tokenizer_of
 from rkl.distill.heads import read_head, why_not_apart
 from rkl.distill.limits import (
     check_context,
@@ -35,6 +35,7 @@ from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
 from rkl.divergences import KL, Divergence, ReverseKL, TotalVariation
 from rkl.runs import check_out_file, write_json
 from rkl.runs.processes import world
+from rkl.runs.progress import Progress
 from rkl.stats import Mean, clustered_mean, mean, to_json
 from rkl.tables import Table, pair_of
 
@@ -201,14 +202,14 @@ def evaluate_pair(student: str | os.PathLike, settings: PairSettings) -> Compari
         )
     if of_p is not None and (told := check_splits_alike(blocks.sample(SAMPLE), of_p, tokenizer)):
         warn(told)
-    with progress_bar(True) as progress:
+    with Progress("comparing block") as shown:
         compared = compare_models(
             student=q,
             teacher=p,
             blocks=blocks,
             settings=settings,
             tokenizers=(of_p, of_q),
-            progress=progress,
+            progress=shown.update,
         )
     result = {"student": name, "teacher": settings.teacher} | compared
     result["settings"] = asdict(settings) | {"out": None}

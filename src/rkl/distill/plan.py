@@ -15,9 +15,10 @@ from transformers import TrainerCallback
 
 from rkl.distill.prepare import Models, Text, load, make_trainer, with_cached_teacher
 from rkl.distill.processes import Processes, check_launcher, joined
-from rkl.distill.progress import clock, forget_peak, in_words, peak_memory, quiet
+from rkl.distill.progress import forget_peak, in_words, peak_memory, quiet
 from rkl.distill.settings import DistillSettings
 from rkl.distill.teachers import Teacher
+from rkl.runs.progress import clock
 
 STEPS = 4  # that are measured; the first, which may compile, is told apart
 DISK = 2e8  # bytes a second that are taken to reach it

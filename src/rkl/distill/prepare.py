@@ -45,7 +45,7 @@ from rkl.distill.limits import (
     is_cache,
     template_variables,
 )
-from rkl.distill.progress import journaled, say
+from rkl.distill.progress import journaled
 from rkl.distill.rollouts import check_prompts, ends_of
 from rkl.distill.server import ServerTeacher
 from rkl.distill.settings import DistillSettings
@@ -63,6 +63,7 @@ from rkl.distill.trainer import DistillConfig, DistillTrainer, check_teacher_tex
 from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
 from rkl.runs import fingerprint
 from rkl.runs.integrity import Input, files_of, values_of
+from rkl.runs.progress import say
 
 BLANK_LINE = r"\n[^\S\n]*\n\s*"
 EXAMPLE = 600  # characters of the first block that are shown

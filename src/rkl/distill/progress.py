@@ -1,4 +1,7 @@
-"""What is seen of a run while it lasts: progress, metrics, memory; and how it is stopped."""
+"""What is seen of a run while it lasts: progress, metrics, memory; and how it is stopped.
+
+These are callbacks of transformers; what they show, :mod:`rkl.runs.progress` shows.
+"""
 
 import contextlib
 import sys
@@ -8,15 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     TrainerCallback,
@@ -32,10 +26,9 @@ from transformers.utils import logging as transformers_logging
 from rkl.distill.selection import improves
 from rkl.runs import Run
 from rkl.runs.processes import main_process, world
+from rkl.runs.progress import Progress
 from rkl.runs.signals import StopRequest
-from rkl.text import printable
 
-PAUSE = 10.0  # seconds between lines where there is no terminal
 _STATUS = Path("/proc/self/status")
 Watch = Callable[[Any, int], None]
 OWN_TEXT = (  # figures of the student's own text
@@ -45,12 +38,6 @@ OWN_TEXT = (  # figures of the student's own text
 _LOGGED = "loss", "grad_norm", "learning_rate", "infinite_tokens"
 _LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens", "eval_finite_loss"
 _LOGGED += ("captured_mass", "loss_error", "lmbda", "data_loss", "on_policy_loss", *OWN_TEXT)
-
-
-def say(message: str) -> None:
-    """A line for whoever watches, apart from the result; of several processes the first prints."""
-    if main_process():
-        print(printable(message), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -149,7 +136,7 @@ def journaled(device: str | None) -> dict[str, Any]:
 
 
 class Display:
-    """The progress of a run: a bar on a terminal, a line now and then elsewhere.
+    """The progress of a run, with the figures of what was logged last.
 
     Args:
         total: Number of steps.
@@ -160,88 +147,29 @@ class Display:
 
     def __init__(self, total: int):
         self.total = total
-        self._step = self._first = 0
-        self._start = self._shown = time.perf_counter()
-        self._figures = ""
-        console = Console(stderr=True, highlight=False)
-        self.bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[figures]}", markup=False),
-            console=console,
-            disable=not console.is_terminal or not main_process(),
-        )
-        self._task: TaskID = self.bar.add_task("", total=total, figures="")
+        self.bar = Progress("step", total, kept=True)
 
     def begin(self, step: int) -> None:
         """Begin to count, at the step that a resumed run goes on from."""
-        self._step = self._first = step
-        self._start = time.perf_counter()
+        self.bar.begin(step)
 
     def advance(self, step: int) -> None:
         """Say that a step is done."""
-        self._step = step
-        self.bar.update(self._task, completed=step, figures=self._words())
+        self.bar.update(step)
 
     def show(self, row: dict[str, Any]) -> None:
         """Show what was logged."""
         if "eval_loss" in row:
-            self._figures = f"held-out loss {row['eval_loss']:.4g}"
+            figures = f"held-out loss {row['eval_loss']:.4g}"
             if infinite := row.get("eval_infinite_tokens"):
-                self._figures += f" ({infinite:,.0f} tokens are infinite)"
+                figures += f" ({infinite:,.0f} tokens are infinite)"
         else:
             speed = row["tokens_per_second"]
-            self._figures = f"loss {row['loss']:.4g}"
-            self._figures += f"  {speed:,.0f} tokens/s" if speed else ""
-            self._figures += f"  {in_words(row['peak_memory'])}"
-        self.bar.update(self._task, completed=self._step, figures=self._words())
-        now = time.perf_counter()
-        due = "eval_loss" in row or self._step == self.total or now - self._shown > PAUSE
-        if self.bar.disable and due:
-            self._shown = now
-            say(f"step {self._step}/{self.total}  {self._words()}")
-
-    def _words(self) -> str:
-        done = self._step - self._first
-        if not done or self._step == self.total:
-            return self._figures
-        left = (time.perf_counter() - self._start) / done * (self.total - self._step)
-        return f"{self._figures}  {clock(left)} to go"
-
-
-@contextlib.contextmanager
-def counted(what: str, total: int, shown_from: int) -> Iterator[Callable[[int], None]]:
-    """Shows how far some work is: a bar on a terminal, a line now and then elsewhere.
-
-    Args:
-        what: What is done, in words.
-        total: How much of it there is.
-        shown_from: Of how much on it is shown at all.
-
-    Yields:
-        What to call with how much more is done.
-    """
-    if total < shown_from:
-        yield lambda count: None
-        return
-    console, done, began = Console(stderr=True, highlight=False), 0, time.perf_counter()
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn()
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task, last = bar.add_task(what, total=total), began
-
-        def advance(count: int) -> None:
-            nonlocal done, last
-            done += count
-            bar.advance(task, count)
-            now = time.perf_counter()
-            if bar.disable and now - last > PAUSE and done:
-                last, left = now, (now - began) * (total - done) / done
-                say(f"{what}: {done / total:.0%}, {clock(left)} to go")
-
-        yield advance
+            figures = f"loss {row['loss']:.4g}"
+            figures += f"  {speed:,.0f} tokens/s" if speed else ""
+            figures += f"  {in_words(row['peak_memory'])}"
+        due = "eval_loss" in row or self.bar.done == self.total
+        self.bar.update(self.bar.done, words=figures, due=due)
 
 
 class TensorBoard(TensorBoardCallback):
@@ -312,16 +240,6 @@ class FollowSchedule(TrainerCallback):
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         schedule._last_lr = rates
-
-
-def clock(seconds: float) -> str:
-    """A duration as hours, minutes and seconds.
-
-    >>> clock(3725)
-    '1:02:05'
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def peak_memory(device: torch.device) -> int:

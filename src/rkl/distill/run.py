@@ -49,11 +49,9 @@ from rkl.distill.progress import (
     Stop,
     TensorBoard,
     Watch,
-    clock,
     in_words,
     peak_memory,
     quiet,
-    say,
 )
 from rkl.distill.selection import DivergedError
 from rkl.distill.server import ServerError
@@ -62,6 +60,7 @@ from rkl.distill.teachers import Teacher, load_model, resolved
 from rkl.runs import Run, check_out, remove_folder, replacing_files, write_atomic
 from rkl.runs.integrity import check_inputs, inputs_before
 from rkl.runs.processes import PeerError
+from rkl.runs.progress import clock, say
 from rkl.runs.signals import StoppedError, StopRequest
 
 __all__ = ["Distilled", "Estimate", "distill", "estimate", "load_run"]

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from rkl.checks import number, warn
 from rkl.distill.known import Observed, logits_of
 from rkl.distill.limits import check_count, is_address
-from rkl.distill.progress import say
 from rkl.distill.teachers import Teacher
 from rkl.estimators import TopK
+from rkl.runs.progress import say
 
 KEY = "RKL_TEACHER_API_KEY"  # environment variable; the one place that a key is read from
 BUSY = 408, 425, 429, 500, 502, 503, 504  # answers after which the same request may succeed

@@ -14,9 +14,9 @@ from rkl.checks import number
 from rkl.divergences import FDivergence, JensenShannon
 from rkl.estimators import variational_bound
 from rkl.flows.architectures.splines import check_sizes
-from rkl.flows.progress import progress_line
 from rkl.flows.standardise import Units
 from rkl.flows.weights import bends_everywhere
+from rkl.runs.progress import Progress
 
 FORGETS = 0.9  # decay of the running normaliser
 FEWEST_LESSONS = 300  # from which a critic in a few coordinates begins to be of use
@@ -152,15 +152,15 @@ class Ratio(nn.Module):
 def lessons(name: str, count: int, seconds: float = math.inf) -> Iterator[float]:
     """The progress in [0, 1) before each of ``count`` steps of a critic, or for the seconds given.
 
-    On a terminal a line shows the progress.
+    Shows the progress.
     """
     began, step, progress = time.perf_counter(), 0, 0.0
-    with progress_line() as show:
+    with Progress(name, 1, share=True) as shown:
         while progress < 1:
             yield progress
             step += 1
             progress = max(step / count, (time.perf_counter() - began) / max(seconds, 1e-9))
-            show(progress, step, name)
+            shown.update(progress, words=f"step {step}")
 
 
 class ScaledCritic(nn.Module):

@@ -18,9 +18,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, integer, number, warn
 from rkl.flows.precision import single_precision
-from rkl.flows.progress import progress_line
 from rkl.runs import Run, save_tensors
 from rkl.runs.integrity import values_of
+from rkl.runs.progress import Progress
 from rkl.runs.signals import StoppedError, StopRequest
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -479,11 +479,11 @@ def _check(steps, minutes, lr, clip, ema, every) -> None:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[Moment, dict], None]]:
-    with progress_line() as show:
+    with Progress("training", 1, share=True) as shown:
 
         def show_row(moment: Moment, row: dict[str, float]) -> None:
-            shown = {name: value for name, value in row.items() if name not in ("step", "seconds")}
-            figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            show(moment.progress, moment.step, figures)
+            figures = {it: value for it, value in row.items() if it not in ("step", "seconds")}
+            words = [f"step {moment.step}", *(f"{it} {x:.4g}" for it, x in figures.items())]
+            shown.update(moment.progress, words="  ".join(words))
 
         yield show_row

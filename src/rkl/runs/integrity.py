@@ -9,17 +9,17 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rkl.runs.files import as_json, cache_folder, write_json
+from rkl.runs.progress import Progress
 
 REMEMBERED_FROM = 2**30  # bytes of a file: below, hashing takes less than a second or two
-ANNOUNCED_FROM = 4 * 2**30  # bytes of a file whose hashing says how far it is
+SHOWN_FROM = 4 * 2**30  # bytes of a file whose hashing says how far it is
 MAX_REMEMBERED = 10_000  # files in the memory of digests
 SETTLED = 2_000_000_000  # ns: a file changed later than this may change again within one tick
 MAY_GO = "checkpoint"  # how the names of files begin that a finished run does without
@@ -48,11 +48,11 @@ def sha256_of(path: str | os.PathLike, *, remembered: bool = True) -> str:
     if cached is not None and cached[:4] == _state_of(before):
         return cached[4]
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file, _progress(place, before.st_size) as show:
+    with open(path, "rb", buffering=0) as file, _progress(place, before.st_size) as shown:
         piece = memoryview(bytearray(_CHUNK))
         while count := file.readinto(piece):
             digest.update(piece[:count])
-            show(count)
+            shown.advance(count)
     hexadecimal = digest.hexdigest()
     state = _state_of(after := os.stat(path))
     if large and state == _state_of(before) and time.time_ns() - after.st_mtime_ns > SETTLED:
@@ -359,21 +359,10 @@ def _as_bytes(value: Any) -> tuple[str, Any]:
     )
 
 
-@contextlib.contextmanager
-def _progress(path: str, size: int) -> Iterator[Callable[[int], None]]:
-    if size < ANNOUNCED_FROM:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True, highlight=False)
-    words = f"sha256 of {os.path.basename(path)}, {size / 1e9:.1f} GB"
-    if not console.is_terminal:
-        print(words, file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(words.replace("[", r"\["), total=size)
-        yield lambda count: bar.advance(task, count)
+def _progress(path: str, size: int) -> Progress:
+    """What shows how far the hashing of a large file is."""
+    words = f"sha256 of {os.path.basename(path)}, {size / 1e9:.1f} GB:"
+    return Progress(words, size, share=True, shown=size >= SHOWN_FROM)
 
 
 def _state_of(status: os.stat_result) -> list[int]:

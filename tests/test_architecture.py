@@ -23,7 +23,8 @@ MODULES = {
 CORE = {
     "checks": set(),
     "importing": set(),
-    "divergences": {"checks", "importing"},
+    "names": {"importing"},
+    "divergences": {"checks", "importing", "names"},
     "kernels": {"divergences", "checks"},
     "estimators": {"divergences", "kernels", "checks"},
     "testing": {"divergences", "kernels", "estimators", "checks"},
@@ -40,7 +41,8 @@ ALONE = {
     "plots": {"checks"},
     "report": {"runs", "plots", "tables", "checks"},
 }
-FOR_WINGS = {"checks", "importing", "divergences", "estimators", "stats", "metrics", *ALONE}
+FOR_WINGS = {"checks", "importing", "names", "divergences", "estimators", "stats", "metrics"}
+FOR_WINGS |= ALONE.keys()
 # flows holds what fit and sample share.
 WINGS = dict.fromkeys(("distill", "flows", "bayes"), FOR_WINGS)
 WINGS |= dict.fromkeys(("fit", "sample"), FOR_WINGS | {"flows"})

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from rkl.bayes.tables import Table
-from rkl.divergences.parse import Stack
+from rkl.names import Stack
 from rkl.stats import Mean, to_json
 from rkl.tables import Cell, cell_text
 

@@ -39,8 +39,8 @@ from rkl.bayes.families import ExponentialFamily, family_of
 from rkl.bayes.families.named import PoissonOrZero
 from rkl.divergences import parse
 from rkl.divergences.base import broadcast_shape
-from rkl.divergences.parse import Stack
 from rkl.importing import import_object
+from rkl.names import Stack
 from rkl.stats import resample
 
 NOT_TORCH = ("numpy", "all be instances of number", "converted to python scalars")

@@ -42,7 +42,7 @@ from rkl.bayes.solve.numerical import influences, refine_on_all
 from rkl.bayes.solve.unconstrained import chart_of, minimise
 from rkl.bayes.tables import Table
 from rkl.divergences import FDivergence, ReverseKL
-from rkl.divergences.parse import Stack
+from rkl.names import Stack
 from rkl.stats import Mean
 from rkl.tables import Cell, cell_text
 

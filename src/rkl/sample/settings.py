@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer, number
-from rkl.divergences.parse import with_module
 from rkl.flows.architectures import Architecture, parse_architecture
 from rkl.flows.precision import single_precision
 from rkl.flows.training import MINUTES
+from rkl.names import with_module
 from rkl.sample.architecture import default_architecture
 from rkl.sample.objectives import Objective, parse_objective
 from rkl.sample.targets.base import Condition, Target, check_values

@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 import functools
-import inspect
 import reprlib
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from rkl.divergences.base import broadcast_shape
+from rkl.names import concrete
 
 Natural = tuple[Tensor, ...]  # components, [*batch, *event of the component] each
 Fixed = float | Tensor  # held fixed by a family: one number, or one per distribution of the batch
@@ -265,12 +265,8 @@ class ExponentialFamily(abc.ABC):
 def families() -> dict[type, type[ExponentialFamily]]:
     """Every family by its distribution: the subclasses of the base class."""
     by_distribution: dict[type, type[ExponentialFamily]] = {}
-    waiting = [ExponentialFamily]
-    while waiting:
-        kind = waiting.pop(0)
-        waiting += kind.__subclasses__()
-        if not inspect.isabstract(kind):
-            by_distribution.setdefault(kind.distribution, kind)
+    for kind in concrete(ExponentialFamily):
+        by_distribution.setdefault(kind.distribution, kind)
     return by_distribution
 
 

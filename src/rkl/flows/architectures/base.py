@@ -1,9 +1,7 @@
 """The base class of architectures, the distribution of a flow of ours, and its latents."""
 
 import abc
-import inspect
 import math
-import re
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from rkl.divergences import parse
+from rkl import names
 
 
 class Architecture(abc.ABC):
@@ -43,16 +41,7 @@ def catalogue() -> dict[str, type[Architecture]]:
     >>> catalogue()["nsf"] is NSF
     True
     """
-
-    def descendants(cls):
-        return [cls, *(d for child in cls.__subclasses__() for d in descendants(child))]
-
-    named = {
-        re.sub("(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower(): cls
-        for cls in descendants(Architecture)
-        if not inspect.isabstract(cls)
-    }
-    return dict(sorted(named.items()))
+    return names.catalogue(Architecture)
 
 
 def parse_architecture(text: str) -> Architecture:
@@ -60,11 +49,14 @@ def parse_architecture(text: str) -> Architecture:
 
     Raises:
         ValueError: It cannot be read, or is no architecture.
+        TypeError: It is not a string.
 
     >>> parse_architecture("nsf(transforms=2)").transforms
     2
     """
-    return parse(text, catalogue(), kind=Architecture)
+    if not isinstance(text, str):
+        raise TypeError(f"flow must be a string such as 'nsf(transforms=2)'; got {text!r}.")
+    return names.read(text, catalogue(), kind=Architecture)
 
 
 class Latent(Distribution):

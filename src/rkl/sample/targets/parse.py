@@ -1,13 +1,12 @@
 """Targets by their names: from a repr, in kebab case, or from a module of the user."""
 
-import inspect
-import re
 from collections.abc import Callable
 from types import BuiltinFunctionType
 from typing import Any
 
-from rkl.divergences.parse import full_name, parse, with_module
+from rkl import names
 from rkl.importing import import_object
+from rkl.names import full_name, read, with_module
 from rkl.sample.targets import lattices, plane
 from rkl.sample.targets.base import Condition, Density, Target
 
@@ -21,16 +20,7 @@ def catalogue() -> dict[str, type[Target]]:
     >>> [name for name in catalogue() if name.startswith("mo")]
     ['mog4', 'mog8']
     """
-
-    def descendants(cls):
-        return [it for child in cls.__subclasses__() for it in (child, *descendants(child))]
-
-    named = {
-        re.sub("(?<=[a-z])(?=[A-Z][a-z])", "-", cls.__name__).lower(): cls
-        for cls in descendants(Target)
-        if not inspect.isabstract(cls) and cls is not Density
-    }
-    return dict(sorted(named.items()))
+    return names.catalogue(Target, besides=[Density])
 
 
 def parse_target(text: str) -> Target:
@@ -52,9 +42,9 @@ def parse_target(text: str) -> Target:
     name = text.partition("(")[0].strip()
     targets: dict[str, Callable[..., Target]] = dict(catalogue())
     if ":" not in name or name in map(full_name, targets.values()):
-        return parse(text, targets)
+        return read(text, targets)
     try:
-        return parse(PLACEHOLDER + text.strip()[len(name) :], {PLACEHOLDER: _maker(name)})
+        return read(PLACEHOLDER + text.strip()[len(name) :], {PLACEHOLDER: _maker(name)})
     except ValueError as error:
         raise ValueError(str(error).replace(PLACEHOLDER, name)) from error
 

@@ -151,6 +151,7 @@ def test_critics_end_with_the_minutes_and_a_judge_in_a_hurry_shows_nothing(cross
     """100,000 lessons would take many minutes."""
     method = Method(batch=256, critic=Critic(lessons=100_000))
     fitted = fit_to_samples(SMALL, crossed, target_precision=0.2, minutes=0.01, method=method)
+    assert fitted.reached is not None
     assert fitted.reached.hurried
     assert not fitted.reached.met
     assert not fitted.reached.judged

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rkl.checks import LARGEST_COUNT, LARGEST_SEED, integer, number
+from rkl.checks import LARGEST_COUNT, LARGEST_SEED, choice, integer, number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,9 +72,7 @@ def check_temperature(settings: Any, *, greedy: bool = False) -> None:
 
 def check_one_of(settings: Any, name: str, *words: str) -> None:
     """Refuse a setting that is none of these words."""
-    value = getattr(settings, name)
-    if value not in words:
-        raise ValueError(f"{name} must be one of {', '.join(words)}; got {value!r}.")
+    choice(name, getattr(settings, name), words)
 
 
 def template_variables(value: Any) -> dict[str, Any]:

@@ -62,6 +62,7 @@ from rkl.runs.integrity import check_inputs, inputs_before
 from rkl.runs.processes import PeerError
 from rkl.runs.progress import clock, say
 from rkl.runs.signals import StoppedError, StopRequest
+from rkl.runs.typed import record_of
 
 __all__ = ["Distilled", "Estimate", "distill", "estimate", "load_run"]
 
@@ -151,7 +152,7 @@ def distill(
             before = inputs_before(out) if resume else {}
             how["may_change"] = (*MAY_CHANGE, *((*INPUTS, "teachers") if before else ()))
             how["upgrade"] = upgrade
-            record = dataclasses.asdict(settings)
+            record = record_of(settings)
             run = Run.create(out, "distill", record, seed=settings.seed, **how)
             stack.enter_context(run)
             check_inputs(run.path, before, inputs)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from rkl.flows.runs import (
     check_same_data,
     movable_paths,
     run_input,
+    steps_of,
 )
 from rkl.flows.training import goes_on, save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
 from rkl.runs import Run, check_out, fingerprint
 from rkl.runs.integrity import Input, local_path, values_of
-from rkl.runs.typed import with_defaults
+from rkl.runs.typed import record_of, with_defaults
 from rkl.stats import to_json
 from rkl.tables import with_error
 
@@ -107,9 +108,7 @@ def fit(
     more = goes_on(Path(out), **allowed, share=settings.share_of_steps) if resume else True
     data = _read(settings)
     begun = _prepare(settings, data)
-    record = asdict(settings) | {"data": str(settings.data.resolve())}
-    if settings.start_from is not None:
-        record["start_from"] = str(settings.start_from.resolve())
+    record = record_of(settings)
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
     how["upgrade"] = partial(with_defaults, FitSettings)
     places = movable_paths(out, resume)
@@ -183,7 +182,7 @@ def dry_run(settings: FitSettings) -> str:
     elif estimator == "auto":
         estimator = "data" if bounded_on_data(divergence) else "draws"
     budget, share = settings.allowance, settings.share_of_steps
-    steps = budget.get("steps") or round(60 * share * budget["minutes"] / per_step)
+    steps = steps_of(budget, per_step, share)
     lines = [f"{len(data):,} rows of shape {list(data.event_shape)}, {data.conditions} conditions"]
     lines += [f"data: {note}" for note in data.notes]
     lines += [f"{flow}: {size:,} parameters, {size * 4 * 6 / 1e6:.3g} MB with what Adam keeps"]
@@ -237,7 +236,7 @@ def save_run(fitted: Fit, out: str | os.PathLike) -> Path:
             "over an architecture, such as Coupling(), or one of your own."
         )
     rows = fitted.trained_on.to(torch.device("cpu"))
-    settings = asdict(FitSettings(Path("rows-in-memory"), steps=max(1, fitted.training.steps)))
+    settings = record_of(FitSettings(Path("rows-in-memory"), steps=max(1, fitted.training.steps)))
     settings |= {"data": "rows-in-memory"} | dict(chosen)
     with Run.create(out, "fit", settings, seed=chosen["seed"]) as run:
         data_fingerprint = fingerprint([rows.values.numpy().tobytes()])

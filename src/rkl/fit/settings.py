@@ -9,7 +9,7 @@ from rkl.divergences import FDivergence, parse
 from rkl.fit.fit import Method, share_of_steps
 from rkl.fit.operating import check_point
 from rkl.flows.architectures import Architecture, parse_architecture
-from rkl.flows.training import MINUTES
+from rkl.flows.runs import budget_of, check_budget
 from rkl.flows.weights import is_likelihood
 
 
@@ -79,12 +79,9 @@ class FitSettings:
             for name in ("target_precision", "budget"):  # of the run that it starts from
                 object.__setattr__(self, name, None)
             object.__setattr__(self, "critic", False)
-        if self.steps is not None and self.minutes is not None:
-            raise ValueError(f"one of steps and minutes; got {self.steps} and {self.minutes}.")
-        limits = {"steps": LARGEST_COUNT, "minutes": LARGEST_COUNT, "lr": LARGEST_RATE}
-        for name, most in limits.items():
-            if getattr(self, name) is not None:
-                number(name, getattr(self, name), above=0, at_most=most)
+        check_budget(self)
+        if self.lr is not None:
+            number("lr", self.lr, above=0, at_most=LARGEST_RATE)
         integer("seed", self.seed, at_most=LARGEST_SEED)
         _ = self.method, self.architecture, self.parsed_divergence
 
@@ -111,9 +108,7 @@ class FitSettings:
     @property
     def allowance(self) -> dict[str, Any]:
         """Budget of training: in steps, or in minutes."""
-        if self.steps is not None:
-            return {"steps": self.steps}
-        return {"minutes": MINUTES if self.minutes is None else self.minutes}
+        return budget_of(self)
 
     @property
     def share_of_steps(self) -> float:

@@ -8,6 +8,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from rkl.checks import LARGEST_COUNT, number
+from rkl.flows.training import MINUTES
 from rkl.runs import (
     REPORT,
     Run,
@@ -25,6 +27,36 @@ WEIGHTS, EVALUATION = "flow.safetensors", "evaluation.json"
 TRIED = 20  # steps from which --dry-run foretells the time
 BUDGET = "steps", "minutes"  # settings that a resumed run may have more of
 PATHS = "data", "start_from"  # settings that run.json keeps as text
+
+
+def check_budget(settings: Any) -> None:
+    """Refuse a budget both in steps and in minutes, or one that is no positive number."""
+    if settings.steps is not None and settings.minutes is not None:
+        raise ValueError(f"one of steps and minutes; got {settings.steps} and {settings.minutes}.")
+    for name in BUDGET:
+        if (value := getattr(settings, name)) is not None:
+            number(name, value, above=0, at_most=LARGEST_COUNT)
+
+
+def budget_of(settings: Any) -> dict[str, Any]:
+    """The budget of training: in steps, or in minutes, of which there is a default."""
+    if settings.steps is not None:
+        return {"steps": settings.steps}
+    return {"minutes": MINUTES if settings.minutes is None else settings.minutes}
+
+
+def steps_of(budget: Mapping[str, Any], seconds: float, share: float = 1.0) -> int:
+    """The steps that a budget holds.
+
+    Args:
+        budget: In steps, or in minutes.
+        seconds: Those of one step.
+        share: Share of the minutes that the steps take.
+
+    >>> steps_of({"minutes": 2}, 0.5, share=0.5)
+    120
+    """
+    return budget.get("steps") or round(60 * share * budget["minutes"] / seconds)
 
 
 def check_samples(samples: Float[Tensor, "rows *event"]) -> None:

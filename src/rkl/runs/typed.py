@@ -1,4 +1,4 @@
-"""Settings read from ``run.json``, every value of its declared type."""
+"""Settings to a record that ``run.json`` keeps, and back: every value of its declared type."""
 
 import dataclasses
 import math
@@ -40,6 +40,21 @@ def settings_from(
         return settings(**{name: conform(name, kinds[name], it) for name, it in values.items()})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def record_of(settings: Any) -> dict[str, Any]:
+    """The settings of a dataclass as ``run.json`` keeps them, which :func:`settings_from` reads.
+
+    A path is kept whole, so that the run can be read from another working folder.
+
+    >>> @dataclasses.dataclass
+    ... class Read:
+    ...     data: Path
+    >>> record_of(Read(Path("/folder/../rows.npy")))
+    {'data': '/rows.npy'}
+    """
+    record = dataclasses.asdict(settings)
+    return {it: str(x.resolve()) if isinstance(x, Path) else x for it, x in record.items()}
 
 
 def with_defaults(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:

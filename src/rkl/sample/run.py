@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rkl.flows.runs import (
     check_samples,
     movable_paths,
     run_input,
+    steps_of,
 )
 from rkl.flows.training import goes_on, load_state, save_state
 from rkl.importing import names_in, only
@@ -43,7 +44,7 @@ from rkl.runs.integrity import (
     check_finite,
     values_of,
 )
-from rkl.runs.typed import settings_from, with_defaults
+from rkl.runs.typed import record_of, settings_from, with_defaults
 from rkl.sample.architecture import build_flow
 from rkl.sample.files import write_chain
 from rkl.sample.fit import TargetFit, fit_to_target
@@ -128,9 +129,7 @@ def fit_target(
     data = _data(settings)
     flow = _build_flow(settings)
     _fit(settings, copy.deepcopy(flow), data, {"steps": 1})  # refuses before anything is written
-    record = asdict(settings)
-    for name in PATHS:
-        record[name] = None if record[name] is None else str(record[name].resolve())
+    record = record_of(settings)
     how = {"seed": settings.seed, "resume": resume, "overwrite": overwrite}
     how["may_change"] = (*BUDGET, *movable_paths(out, resume))
     how["upgrade"] = partial(with_defaults, TargetSettings)
@@ -181,7 +180,7 @@ def dry_run(settings: TargetSettings) -> str:
     data, flow = _data(settings), _build_flow(settings)
     tried = _fit(settings, flow, data, {"steps": TRIED})
     per_step, budget = tried.training.seconds / TRIED, settings.budget
-    steps = budget.get("steps") or round(60 * budget["minutes"] / per_step)
+    steps = steps_of(budget, per_step)
     size = sum(it.numel() for it in flow.parameters())
     ranges = [f"{it.name} in [{it.low:g}, {it.high:g}] {it.unit}" for it in settings.ranges]
     lines = [f"{settings.target}, {', '.join(ranges).rstrip() or 'without conditions'}"]

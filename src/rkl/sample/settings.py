@@ -14,7 +14,7 @@ from torch import Tensor
 from rkl.checks import LARGEST_COUNT, LARGEST_RATE, LARGEST_SEED, integer, number
 from rkl.flows.architectures import Architecture, parse_architecture
 from rkl.flows.precision import single_precision
-from rkl.flows.training import MINUTES
+from rkl.flows.runs import budget_of, check_budget
 from rkl.names import with_module
 from rkl.sample.architecture import default_architecture
 from rkl.sample.objectives import Objective, parse_objective
@@ -73,16 +73,13 @@ class TargetSettings:
             raise ValueError(
                 f"device must be 'cpu', where targets are computed; got {self.device!r}."
             )
-        for name, one, other in (
-            ("steps and minutes", self.steps, self.minutes),
-            ("objective and divergence", self.objective, self.divergence),
-        ):
-            if one is not None and other is not None:
-                raise ValueError(f"one of {name}; got {one} and {other}.")
-        limits = {"steps": LARGEST_COUNT, "minutes": LARGEST_COUNT, "lr": LARGEST_RATE}
-        for name, most in limits.items():
-            if getattr(self, name) is not None:
-                number(name, getattr(self, name), above=0, at_most=most)
+        check_budget(self)
+        if self.objective is not None and self.divergence is not None:
+            raise ValueError(
+                f"one of objective and divergence; got {self.objective} and {self.divergence}."
+            )
+        if self.lr is not None:
+            number("lr", self.lr, above=0, at_most=LARGEST_RATE)
         integer("seed", self.seed, at_most=LARGEST_SEED)
         for name in ("batch", "strata"):
             integer(name, getattr(self, name), at_most=LARGEST_COUNT)
@@ -121,9 +118,7 @@ class TargetSettings:
     @property
     def budget(self) -> dict[str, Any]:
         """Budget in steps or in minutes, as arguments of :func:`fit_to_target`."""
-        if self.steps is not None:
-            return {"steps": self.steps}
-        return {"minutes": MINUTES if self.minutes is None else self.minutes}
+        return budget_of(self)
 
     @property
     def how(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Stub:
         key: What a request must carry, if anything.
         takes_numbers: Whether a prompt may be token numbers.
         begins_with: A token that it puts before every text.
+        early: Whether a place of completions is that of the next token.
         change: Changes an answer before it is sent.
         refuse: Called with the number of the request: a status and a message, or nothing.
         asked: The requests, as path, headers and body.
@@ -35,6 +36,7 @@ class Stub:
     key: str | None = None
     takes_numbers: bool = True
     begins_with: int | None = None
+    early: bool = False
     change: Callable[[Any], Any] = lambda answer: answer
     refuse: Callable[[int], tuple[int, str] | None] = lambda number: None
     asked: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
@@ -56,10 +58,10 @@ class Stub:
     def answer(self, path: str, body: Any) -> tuple[int, Any]:
         """Status and body, as the server of that kind gives them."""
         if path == "/v1/models":
-            owner = {"vllm": "vllm", "sglang": "sglang"}.get(self.kind, "somebody")
+            owner = "somebody" if self.kind == "completions" else self.kind
             return 200, {"data": [{"id": "tiny", "object": "model", "owned_by": owner}]}
-        expected = "/generate" if self.kind == "sglang" else "/v1/completions"
-        if path != expected:
+        native = {"sglang": "/generate", "llamacpp": "/completion"}
+        if path != native.get(self.kind, "/v1/completions"):
             return 404, {"detail": "Not Found"}
         return getattr(self, f"_{self.kind}")(body)
 
@@ -107,23 +109,43 @@ class Stub:
             answers.append({"text": "", "meta_info": {"input_top_logprobs": places}})
         return 200, answers
 
+    def _llamacpp(self, body: Any) -> tuple[int, Any]:
+        assert not body["post_sampling_probs"]
+        k, answers = min(body["n_probs"], self.largest), []
+        for number, tokens in enumerate(body["prompt"]):
+            logp = self._after(tokens)
+            top = [
+                {"id": int(token), "token": self.tokenizer.decode([token]), "logprob": float(it)}
+                for it, token in zip(*logp.topk(min(k, len(logp))), strict=True)
+            ]
+            behind = {"id": 0, "token": "", "logprob": 0.0, "top_logprobs": top}
+            answers.append({"index": number, "completion_probabilities": [behind]})
+        return 200, answers[::-1] if len(answers) > 1 else answers[0]
+
     def _completions(self, body: Any) -> tuple[int, Any]:
-        assert body["echo"]
         k, prompt = min(body["logprobs"], self.largest), body["prompt"]
         if not isinstance(prompt, str) and not self.takes_numbers:
             return 422, {"detail": "prompt must be a string"}
         tokens = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         if self.begins_with is not None:
             tokens = [self.begins_with, *tokens]
-        rows = [self._logp(tokens), torch.zeros(1, 1).log_softmax(-1)]  # one token is written
+        rows = [*self._logp(tokens), self._after(tokens)]  # one token is written
         top: list[Any] = [None]
-        for logp in rows[0]:
+        for logp in rows:
             best = logp.topk(min(k, len(logp)))
             pairs = zip(*best, strict=True)
             top.append({self.tokenizer.decode([int(token)]): float(it) for it, token in pairs})
-        words = [self.tokenizer.decode([token]) for token in tokens]
-        found = {"tokens": [*words, "w9"], "top_logprobs": [*top, {"w9": 0.0}]}
+        if not body["echo"]:
+            top, tokens = [top[-1]], []
+        elif self.early:
+            top = [None, *top[2:]]
+        words = [*(self.tokenizer.decode([token]) for token in tokens), "w9"][: len(top)]
+        found = {"tokens": words, "top_logprobs": top}
         return 200, {"choices": [{"text": "", "index": 0, "logprobs": found}]}
+
+    def _after(self, tokens: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model(torch.tensor([tokens])).logits[0, -1].double().log_softmax(-1)
 
     def _logp(self, tokens: list[int]) -> torch.Tensor:
         with torch.no_grad():

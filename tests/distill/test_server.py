@@ -3,6 +3,7 @@
 import math
 import threading
 import traceback
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rkl.distill.server import KEY, ServerError, ServerTeacher
 from rkl.distill.teachers import ModelTeacher
 from rkl.estimators import TopK
 
-KINDS = "vllm", "sglang", "completions"
+KINDS = "vllm", "sglang", "llamacpp", "completions"
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -110,14 +111,88 @@ def test_what_follows_the_last_predicted_token_is_not_sent(stub, tiny_tokenizer)
 
 def test_a_server_that_takes_no_numbers_gets_the_text(stub, tiny_tokenizer):
     served = stub("completions", takes_numbers=False)
-    rows = [{"input_ids": it, "labels": it} for it in ([4, 5, 6, 7], [9, 8], [5, 9, 7])]
+    rows: list[Any] = [{"input_ids": it, "labels": it} for it in ([4, 5, 6, 7], [9, 8], [5, 9, 7])]
     inputs, predicting, _ = shifted(PadRows(pad_token_id=2)(rows))
     with served.listening() as url:
         p = ServerTeacher(url, tiny_tokenizer(), top_k=7).observe(inputs, predicting)
-    assert [type(body["prompt"]) for _, _, body in served.asked[1:]] == [list, str, str, str]
+    # the first text, two that say whose place is whose, and the others
+    assert [type(body["prompt"]) for _, _, body in served.asked[1:]] == [list, *[str] * 5]
     torch.testing.assert_close(
         p.logp, expected(served.model, inputs, predicting, 7).logp, atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("takes_numbers", [True, False])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_place_that_is_that_of_the_next_token_is_moved(
+    early, takes_numbers, stub, tiny_tokenizer
+):
+    served = stub("completions", early=early, takes_numbers=takes_numbers)
+    rows: list[Any] = [{"input_ids": it, "labels": it} for it in ([4, 5, 6, 7], [9, 8], [9, 9, 9])]
+    inputs, predicting, _ = shifted(PadRows(pad_token_id=2)(rows))
+    with served.listening() as url:
+        teacher = ServerTeacher(url, tiny_tokenizer(), top_k=7)
+        p = teacher.observe(inputs, predicting)
+    torch.testing.assert_close(
+        p.logp, expected(served.model, inputs, predicting, 7).logp, atol=1e-5, rtol=0
+    )
+    said = [body for _, _, body in served.asked if body and body["max_tokens"] == 1]
+    assert sum(not body["echo"] for body in said) == (3 if early else 0)
+
+
+def test_a_bos_that_the_echo_leaves_out_is_not_missed(stub, tiny_tokenizer):
+    def without_bos(answer):
+        found = answer["choices"][0]["logprobs"]
+        kept = [at for at, word in enumerate(found["tokens"]) if word != "w4"]
+        for name in ("tokens", "top_logprobs"):
+            found[name] = [found[name][at] for at in kept]
+        return answer
+
+    served, tokenizer = stub("completions", change=without_bos), tiny_tokenizer()
+    tokenizer.bos_token = "w4"
+    row = {"input_ids": [4, 5, 6, 4, 7], "labels": [-100, 5, 6, -100, 7]}
+    inputs, predicting, _ = shifted(PadRows()([row]))
+    with served.listening() as url:
+        p = ServerTeacher(url, tokenizer, top_k=7).observe(inputs, predicting)
+    torch.testing.assert_close(
+        p.logp, expected(served.model, inputs, predicting, 7).logp, atol=1e-5, rtol=0
+    )
+
+
+def test_atoms_that_are_spelt_alike_are_left_to_the_rest(stub, tiny_tokenizer):
+    """Of tokens with the same text one log-probability is left, and nobody says whose it is."""
+    alike = {"w20", "w21", "w22", "w23"}
+
+    class Spelling:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def __call__(self, text):
+            return self.tokenizer(text)
+
+        def decode(self, tokens):
+            return "" if (text := self.tokenizer.decode(tokens)) in alike else text
+
+    class Halves(type(tiny_tokenizer())):
+        def decode(self, tokens, **settings):
+            text = super().decode(tokens, **settings)
+            return "\N{REPLACEMENT CHARACTER}" if text in alike else text
+
+    served, k = stub("completions"), 30
+    served.tokenizer = Spelling(tiny_tokenizer())
+    made = tiny_tokenizer()
+    tokenizer = Halves(tokenizer_object=made.backend_tokenizer, eos_token="w1", pad_token="w2")
+    row = {"input_ids": [4, 5, 6, 7, 8, 9], "labels": [4, 5, 6, 7, 8, 9]}
+    inputs, predicting, _ = shifted(PadRows()([row]))
+    with served.listening() as url:
+        p = ServerTeacher(url, tokenizer, top_k=k).observe(inputs, predicting)
+    full = served.model(**inputs).logits[:, :-1][predicting].log_softmax(-1).detach()
+    for place in range(5):
+        top = [int(it) for it in full[place].topk(k).indices if not 20 <= it < 24]
+        given = dict(zip(p.index[place].tolist(), p.logp[place].tolist(), strict=True))
+        assert {it for it, logp in given.items() if logp > -math.inf} == set(top)
+        for token in top:
+            assert given[token] == pytest.approx(float(full[place, token]), abs=1e-5)
 
 
 def ask(served, tokenizer, *, k=5, **settings):
@@ -134,6 +209,7 @@ def ask(served, tokenizer, *, k=5, **settings):
     [
         ("vllm", r"max allowed: 3\). Start it with --max-logprobs 5, or ask for fewer: --loss-"),
         ("sglang", r"fewer log-probabilities than the 5 asked for \(it gave 3\). Ask for fewer"),
+        ("llamacpp", r"fewer log-probabilities than the 5 asked for \(it gave 3\). Ask for fewer"),
         ("completions", r"the 5 asked for \(it gave 3\). Such servers often give no more than 5"),
     ],
 )
@@ -337,7 +413,7 @@ def test_several_models_must_be_told_apart(stub, tiny_tokenizer):
         ({"top_k": 0}, ValueError, "top_k must be at least 1; got 0"),
         ({"timeout": 0}, ValueError, "timeout must be"),
         ({"attempts": 1.5}, TypeError, "attempts must be an integer"),
-        ({"kind": "tgi"}, ValueError, "kind must be one of vllm, sglang, completions"),
+        ({"kind": "tgi"}, ValueError, "kind must be one of vllm, sglang, llamacpp, completions"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, error, named, tiny_tokenizer):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -39,8 +40,13 @@ def tokenizer():
 class Stub:
     """A server that writes with a model, which it reads anew where it is asked to."""
 
+    as_text = plain = False  # whether it takes text alone, and OpenAI's settings alone
+    added = 0  # tokens that it puts before a text
+
     def __init__(self, kind, model=None, folder=None, status=200):
-        self.kind, self.model, self.folder, self.status = kind, model, folder, status
+        self.kind, self.status = kind, status
+        self.model: Any = model
+        self.folder: Any = folder
         self.asked = []
 
     def answer(self, path, headers, body):
@@ -57,7 +63,27 @@ class Stub:
             return 200, {"results": [None]}
         if path == "/reset_prefix_cache":
             return 200, {}
-        replies = ModelWriter(self.model, GREEDY, [1]).write(body["prompt"], seed=0)
+        if path == "/completion":
+            assert body["samplers"] == ["temperature", "top_k", "top_p", "min_p"]
+            replies = ModelWriter(self.model, GREEDY, [1]).write(body["prompt"], seed=0)
+            answers = [
+                {
+                    "index": number,
+                    "tokens": reply.tokens[:-1] if reply.ended else reply.tokens,
+                    "content": "",
+                    "stop_type": "eos" if reply.ended else "limit",
+                }
+                for number, reply in enumerate(replies)
+            ]
+            return 200, answers[::-1] if len(answers) > 1 else answers[0]
+        if self.as_text and not isinstance(body["prompt"], str):
+            return 500, {"error": {"message": "2 validation errors: prompt must be a string"}}
+        if self.plain and "top_k" in body:
+            return 422, {"detail": "top_k is not known"}
+        prompts = body["prompt"]
+        if self.as_text:
+            prompts = [[int(word.strip("t")) for word in prompts.split()]]
+        replies = ModelWriter(self.model, GREEDY, [1]).write(prompts, seed=0)
         choices = []
         for number, reply in enumerate(replies):
             words = " ".join(f"t{it}t" for it in reply.tokens)
@@ -65,7 +91,8 @@ class Stub:
             if body.get("return_token_ids"):
                 choice["token_ids"] = reply.tokens
             choices.append(choice if reply.ended else choice | {"finish_reason": "length"})
-        return 200, {"choices": choices[::-1]}
+        usage = {"prompt_tokens": sum(map(len, prompts)) + self.added}
+        return 200, {"choices": choices[::-1], "usage": usage}
 
     @contextlib.contextmanager
     def listening(self):
@@ -140,6 +167,63 @@ def test_a_server_without_a_request_for_weights_is_told_of(tiny_model, tokenizer
             writer = ServerWriter(url, tokenizer, GREEDY, [1])
         replies = writer.write(PROMPTS, seed=0)
     assert replies == ModelWriter(stub.model, GREEDY, [1]).write(PROMPTS, seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:student_server")
+@pytest.mark.parametrize("kind", ["llamacpp", "somebody"])
+def test_a_server_of_one_model_writes_as_that_model(kind, tiny_model, tokenizer):
+    stub = Stub(kind, tiny_model(seed=1))
+    stub.as_text = kind == "somebody"
+    with stub.listening() as url:
+        replies = ServerWriter(url, tokenizer, GREEDY, [1]).write(PROMPTS, seed=0)
+    assert replies == ModelWriter(stub.model, GREEDY, [1]).write(PROMPTS, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llamacpp", "somebody"])
+@pytest.mark.filterwarnings("ignore:student_server")
+def test_what_shapes_the_distribution_is_sent_and_equal_prompts_get_other_seeds(
+    kind, tmp_path, tiny_model, tokenizer
+):
+    """Servers draw from the 40 likeliest tokens, or punish repetition, unless told otherwise."""
+    stub = Stub(kind, tiny_model(seed=1), tmp_path)
+    with stub.listening() as url:
+        writer = ServerWriter(url, tokenizer, Sampling(6), [1], weights=tmp_path)
+        replies = writer.write([*PROMPTS, PROMPTS[0], PROMPTS[0]], seed=7)
+    assert replies[0] == replies[2] == replies[3]  # the stub takes the likeliest token
+    bodies = [body for _, _, body in stub.asked[1:]]
+    assert [body["prompt"] for body in bodies] == [PROMPTS, [PROMPTS[0]], [PROMPTS[0]]]
+    assert [body["seed"] for body in bodies] == [7, 8, 9]
+    none = -1 if kind in ("vllm", "sglang") else 0
+    assert [(body["top_k"], body["min_p"], body["top_p"]) for body in bodies] == [(none, 0, 1)] * 3
+    penalty = {"vllm": "repetition_penalty", "sglang": "repetition_penalty"}.get(kind)
+    if kind == "llamacpp":
+        assert "penalties" not in bodies[0]["samplers"]
+    else:
+        assert bodies[0][penalty or "repeat_penalty"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:student_server:UserWarning")
+def test_a_server_of_openais_settings_alone_gets_those(tiny_model, tokenizer):
+    stub = Stub("somebody", tiny_model(seed=1))
+    stub.as_text = stub.plain = True
+    with stub.listening() as url:
+        writer = ServerWriter(url, tokenizer, Sampling(6, temperature=0), [1])
+        with pytest.warns(UserWarning, match="takes no top_k, min_p and repetition penalty"):
+            replies = writer.write(PROMPTS, seed=0)
+        assert replies == ModelWriter(stub.model, GREEDY, [1]).write(PROMPTS, seed=0)
+        with pytest.raises(ServerError, match="top_k is not known"):
+            ServerWriter(url, tokenizer, GREEDY, [1]).write(PROMPTS, seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:student_server")
+def test_a_server_that_counts_other_tokens_in_a_prompt_is_refused(tiny_model, tokenizer):
+    stub = Stub("somebody", tiny_model(seed=1))
+    stub.as_text, stub.added = True, 1
+    with (
+        stub.listening() as url,
+        pytest.raises(ServerError, match="counts 4 tokens in a prompt of 3"),
+    ):
+        ServerWriter(url, tokenizer, GREEDY, [1]).write(PROMPTS, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """A teacher on a server: the likeliest tokens at every place of a text, asked for over HTTP.
 
-Three forms of answer are read, each by its own fields: vLLM's ``prompt_logprobs``, SGLang's
-``input_top_logprobs``, and the ``logprobs`` of completions with ``echo``, as OpenAI defined them.
+Four forms of answer are read, each by its own fields: vLLM's ``prompt_logprobs``, SGLang's
+``input_top_logprobs``, llama.cpp's ``completion_probabilities``, and the ``logprobs`` of
+completions with ``echo``, as OpenAI defined them.
 """
 
 import http.client
@@ -11,7 +12,9 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from time import monotonic, sleep
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -20,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rkl.checks import number, warn
+from rkl.distill.encoding import encode
 from rkl.distill.known import Observed, logits_of
 from rkl.distill.limits import check_count, is_address
 from rkl.distill.teachers import Teacher
@@ -28,6 +32,7 @@ from rkl.runs.progress import say
 
 KEY = "RKL_TEACHER_API_KEY"  # environment variable; the one place that a key is read from
 BUSY = 408, 425, 429, 500, 502, 503, 504  # answers after which the same request may succeed
+NEVER_TAKEN = "validation error", "not supported"  # said with 500 of requests that are wrong
 MAX_PAUSE = 30.0  # seconds between two attempts
 ATTEMPTS = 15  # of a request: a server that is restarted may be away for five minutes
 FIRST_ATTEMPTS = 5  # of the first request, as an address may be wrong
@@ -36,9 +41,11 @@ MAX_DIFFERING = 0.05  # share of token strings in which two versions of a tokeni
 MAX_MASS = 1.01  # of a place's probabilities, which rounding in half precision may exceed 1 by
 CLAMPED = -9999.0  # what vLLM writes for a log-probability of -inf
 LARGE_GAP = 0.05  # nats, in the mean, beyond rounding in half precision
+MAX_PREFIXES = 64  # of a text in one request to llama.cpp, which says what follows each
+SAME_CONTEXT = 1e-3  # nats by which log-probabilities may differ that have the same context
 _CHUNK = 2**16  # bytes read between two looks at the clock
 
-Kind: TypeAlias = Literal["vllm", "sglang", "completions"]
+Kind: TypeAlias = Literal["vllm", "sglang", "llamacpp", "completions"]
 
 
 class ServerError(ConnectionError):
@@ -123,8 +130,8 @@ class ServerTeacher(Teacher):
         self.kind = kind or next((it for it in _FORMS if it in owner.lower()), "completions")
         self.gap: Gap | None = None
         self._as_text = False  # completions of servers that take no numbers
+        self._early: dict[bool, bool] = {}  # completions, of texts with BOS and others
         self._compared = False
-        self._numbers: dict[str, int] | None = None
 
     def __str__(self) -> str:
         atoms = min(self.top_k, self.vocab)
@@ -133,7 +140,7 @@ class ServerTeacher(Teacher):
     def observe(self, inputs, predicting, *, vocab=None) -> TopK:
         """The likeliest tokens of each predicted place; the texts of a packed row apart."""
         texts = list(_texts(inputs, predicting))
-        answers = self._places([tokens for tokens, _ in texts])
+        answers = self._places(texts)
         rows: list[dict[int, float]] = []
         for (_, wanted), places in zip(texts, answers, strict=True):
             rows += [self._row(places, place) for place in wanted]
@@ -144,25 +151,25 @@ class ServerTeacher(Teacher):
             if self.gap.mean > LARGE_GAP:
                 warn(
                     f"teacher: {self.gap}, more than rounding explains: another model, another "
-                    "precision, or a temperature on the server?"
+                    "precision (llama.cpp rounds activations to 8 bits where weights are "
+                    "quantised), or a temperature on the server?"
                 )
         return p
 
-    def _places(self, texts: list[list[int]]) -> list[Places]:
+    def _places(self, texts: list[tuple[list[int], list[int]]]) -> list[Places]:
+        """What the server says of some texts, each with the places that are predicted."""
         if not texts:
             return []
         form = _FORMS[self.kind]
         if self.kind == "completions":
-            answers = [self._completion(it) for it in texts]
+            answers = [self._completion(*it) for it in texts]
+        elif self.kind == "llamacpp":
+            answers = [self._after_prefixes(*it) for it in texts]
         else:
-            body = form.body(texts, self.top_k, self.model_name)
+            body = form.body([tokens for tokens, _ in texts], self.top_k, self.model_name)
             answers = self._read(form.path, body)
-        if len(answers) != len(texts):
-            raise ServerError(
-                f"{self.server} gave {len(answers)} answers to {len(texts)} texts; expected one "
-                "for each."
-            )
-        for tokens, places in zip(texts, answers, strict=True):
+        self._check_number(answers, len(texts))
+        for (tokens, _), places in zip(texts, answers, strict=True):
             if len(places.atoms) < len(tokens):
                 raise ServerError(
                     f"{self.server} gave log-probabilities of {len(places.atoms)} places for "
@@ -173,11 +180,39 @@ class ServerTeacher(Teacher):
             self._compared = True
         return answers
 
+    def _check_number(self, answers: list[Places], texts: int) -> None:
+        if len(answers) != texts:
+            raise ServerError(
+                f"{self.server} gave {len(answers)} answers to {texts} texts; expected one "
+                "for each."
+            )
+
+    def _after_prefixes(self, tokens: list[int], wanted: list[int]) -> Places:
+        """Of one text, from llama.cpp's server, which says what follows a text.
+
+        It keeps the state of what it has read, so that a longer beginning costs it one token.
+        """
+        form = _FORMS["llamacpp"]
+        atoms: list[list[Atom] | None] = [None] * len(tokens)
+        for start in range(0, len(wanted), MAX_PREFIXES):
+            some = wanted[start : start + MAX_PREFIXES]
+            body = form.body([tokens[:place] for place in some], self.top_k, self.model_name)
+            answers = self._read(form.path, body)
+            self._check_number(answers, len(some))
+            for place, answer in zip(some, answers, strict=True):
+                (atoms[place],) = answer.atoms
+        return Places(atoms)
+
     def _read(self, path: str, body: Mapping[str, Any]) -> list[Places]:
         try:
             answer = self.server.ask(path, body)
         except RefusedError as error:
-            if "logprob" in error.message.lower():
+            if "logits_all" in error.message:  # of llama-cpp-python
+                raise ServerError(
+                    f"{self.server} keeps no log-probabilities ({error.message.strip('. ')}). "
+                    "Start it with --logits_all true."
+                ) from None
+            if "logprob" in error.message.lower() and "validation" not in error.message.lower():
                 raise ServerError(self._too_few(error.message)) from None
             raise
         try:
@@ -188,35 +223,105 @@ class ServerTeacher(Teacher):
                 f"{self.kind} has ({type(error).__name__}: {error})."
             ) from None
 
-    def _completion(self, tokens: list[int]) -> Places:
-        """Of one text, sent as numbers, or as text to a server that takes no numbers."""
+    def _completion(self, tokens: list[int], wanted: list[int]) -> Places:
+        """Of one text, from completions with echo.
+
+        llama-cpp-python lists the distribution behind a token as that of the token itself, where
+        a text does not begin with BOS, and nothing behind the first: that one is asked for apart.
+        """
+        places = self._echoed(tokens)
+        if not self._is_early(tokens):
+            return places
+        atoms = [None, *places.atoms[: len(tokens) - 1]]
+        if 1 in wanted and atoms[1] is None:
+            atoms[1] = self._after_first(tokens[0])
+        return Places(atoms)
+
+    def _echoed(self, tokens: list[int]) -> Places:
+        """What the server lists at each token, sent as numbers, or as text where it takes none."""
         form = _FORMS["completions"]
         if not self._as_text:
             try:
                 (places,) = self._read(form.path, form.body([tokens], self.top_k, self.model_name))
-                self._check_echo(tokens, places.echo or [])
-                return places
+                return self._at_tokens(tokens, places)
             except RefusedError:
                 self._as_text = True
         body = form.body([], self.top_k, self.model_name) | {"prompt": self._decode(tokens)}
         (places,) = self._read(form.path, body)
-        self._check_echo(tokens, places.echo or [])
-        return places
+        return self._at_tokens(tokens, places)
 
-    def _check_echo(self, tokens: Sequence[int], echo: Sequence[str]) -> None:
-        """Refuse an echo of other tokens than were sent."""
-        pieces = [*echo[: len(tokens)], *["nothing"] * (len(tokens) - len(echo))]
-        for place, (token, there) in enumerate(zip(tokens, pieces, strict=True)):
-            if there not in self._spellings(token):
+    def _at_tokens(self, tokens: Sequence[int], places: Places) -> Places:
+        """Atoms at the tokens that were sent; a BOS that the echo leaves out has none.
+
+        Raises:
+            ServerError: The echo has other tokens.
+        """
+        listed = list(zip(places.echo or [], places.atoms, strict=True))
+        atoms: list[list[Atom] | None] = []
+        for place, token in enumerate(tokens):
+            there = listed[0][0] if listed else "nothing"
+            if listed and there in {*self._spellings(token), self._whole(token)}:
+                atoms.append(listed.pop(0)[1])
+            elif token == self.tokenizer.bos_token_id:
+                atoms.append(None)
+            else:
                 raise ServerError(
                     f"{self.server} splits text into other tokens: {there!r} where the student's "
                     f"tokenizer has {self._decode([token])!r}, at token {place}. Teacher and "
                     "student must share a tokenizer, and the server must add no token of its own."
                 )
+        return Places(atoms)
+
+    def _is_early(self, tokens: list[int]) -> bool:
+        """True if a place depends on its own token, and so is that of the next.
+
+        Two texts are sent that differ in their last token alone: what is said of that token must
+        be the same. Where it differs by more than what is said of the token before, it is not.
+        """
+        begins = tokens[0] == self.tokenizer.bos_token_id
+        if begins not in self._early:
+            answers = [self._echoed([*tokens[:2], last]).atoms for last in self._two_ends(tokens)]
+            before, at_end = (
+                _distance(*(answer[place] or [] for answer in answers)) for place in (1, 2)
+            )
+            noise = 10 * before if math.isfinite(before) else 0.0  # a first place may be left out
+            self._early[begins] = at_end > max(noise, SAME_CONTEXT)
+        return self._early[begins]
+
+    def _two_ends(self, tokens: list[int]) -> list[int]:
+        """Two tokens behind the first two of a text that are split from them as they are."""
+        start, found = tokens[:2], list[int]()
+        for token in dict.fromkeys([*tokens[2:], *range(self.vocab)]):
+            if token == self.tokenizer.bos_token_id:  # which an echo may leave out
+                continue
+            if not self._as_text or self._encode(self._decode([*start, token])) == [*start, token]:
+                found.append(token)
+            if len(found) == 2:
+                return found
+        raise ServerError(
+            f"{self.server} takes text alone, and the beginning of {self._decode(tokens)[:60]!r} "
+            "is split into other tokens where it stands alone."
+        )
+
+    def _after_first(self, token: int) -> list[Atom] | None:
+        """What follows the first token of a text; None where it cannot be sent alone."""
+        form = _FORMS["completions"]
+        if self._encode(self._decode([token])) != [token]:
+            return None
+        sent = {"prompt": self._decode([token]) if self._as_text else [token], "echo": False}
+        (places,) = self._read(form.path, form.body([], self.top_k, self.model_name) | sent)
+        return places.atoms[0] if places.atoms else None
+
+    def _encode(self, text: str) -> list[int]:
+        return [*next(encode(self.tokenizer, [text], special=False))]
 
     def _spellings(self, token: int) -> set[str]:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         return {self._decode([token]), str(piece), f"token_id:{token}"}
+
+    def _whole(self, token: int) -> str:
+        """The whole characters of a token, as servers spell it that leave out parts of others."""
+        return self._decode([token]).replace("\N{REPLACEMENT CHARACTER}", "")
 
     def _decode(self, tokens: list[int]) -> str:
         return str(
@@ -229,20 +334,23 @@ class ServerTeacher(Teacher):
         """The likeliest tokens at a place, the most probable first."""
         atoms = places.atoms[place]
         if atoms is None:
+            why = ", as vLLM does for what lies in its prefix cache: start it with "
+            why += "--no-enable-prefix-caching"
             raise ServerError(
-                f"{self.server} gave no log-probabilities at token {place}, as vLLM does for what "
-                "lies in its prefix cache: start it with --no-enable-prefix-caching."
+                f"{self.server} gave no log-probabilities at token {place}"
+                f"{why if self.kind == 'vllm' else ''}."
             )
         if any(math.isnan(it.logp) for it in atoms):
             raise ServerError(
                 f"{self.server} gave a log-probability that is NaN or none, at token {place}: are "
                 "the weights there finite?"
             )
-        if len(atoms) < min(self.top_k, self.vocab):
+        short = len(atoms) < min(self.top_k, self.vocab)
+        if short and not any(it.token is None and it.text in self._alike for it in atoms):
             raise ServerError(self._too_few(f"it gave {len(atoms)}"))
         row: dict[int, float] = {}
         for atom in sorted(atoms, key=lambda it: -it.logp):
-            token = self._number(atom) if atom.token is None else atom.token
+            token = self._number(atom, joined=short) if atom.token is None else atom.token
             if token is not None and len(row) < self.top_k:
                 row.setdefault(token, -math.inf if atom.logp <= CLAMPED else float(atom.logp))
         if (mass := sum(map(math.exp, row.values()))) > MAX_MASS:
@@ -252,25 +360,39 @@ class ServerTeacher(Teacher):
             )
         return row
 
-    def _number(self, atom: Atom) -> int | None:
-        """The number of a token by its text; None where several, or none, are spelt so."""
+    def _number(self, atom: Atom, *, joined: bool) -> int | None:
+        """The number of a token by its text; None where several, or none, are spelt so.
+
+        Args:
+            atom: The token, and its log-probability.
+            joined: Whether atoms with the same whole characters may have become one.
+        """
         text = str(atom.text)
         if text.startswith("token_id:"):
             return int(text.removeprefix("token_id:"))
-        if self._numbers is None:
-            spelt: dict[str, set[int]] = {}
-            for token in range(self.vocab):
-                for text_of in self._spellings(token):
-                    spelt.setdefault(text_of, set()).add(token)
-            self._numbers = {
-                it: next(iter(found)) for it, found in spelt.items() if len(found) < 2
-            }
+        if joined and text in self._alike:
+            return None
         return self._numbers.get(text)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """The number of each token that is spelt as no other is."""
+        spelt: dict[str, set[int]] = {}
+        for token in range(self.vocab):
+            for text in self._spellings(token):
+                spelt.setdefault(text, set()).add(token)
+        return {it: next(iter(found)) for it, found in spelt.items() if len(found) < 2}
+
+    @cached_property
+    def _alike(self) -> set[str]:
+        """Whole characters of more than one token, some of which are parts of characters."""
+        count = Counter(self._whole(token) for token in range(self.vocab))
+        return {it for it, times in count.items() if times > 1}
 
     def _too_few(self, reason: str) -> str:
         flag = {
             "vllm": f"Start it with --max-logprobs {self.top_k}, or ask",
-            "sglang": "Ask",
+            **dict.fromkeys(("sglang", "llamacpp"), "Ask"),
             "completions": "Such servers often give no more than 5: ask",
         }[self.kind]
         return (
@@ -334,6 +456,14 @@ def gap(p: TopK, reference: Observed) -> Gap:
     difference = (logp - p.logp.to(logp)).abs()
     difference = difference[p.logp.isfinite()]
     return Gap(float(difference.max()), float(difference.mean()), len(logp))
+
+
+def _distance(some: Sequence[Atom], others: Sequence[Atom]) -> float:
+    """Mean distance of the log-probabilities of atoms that both have; infinite without any."""
+    there = {it.text: it.logp for it in others}
+    gaps = [abs(it.logp - there[it.text]) for it in some if it.text in there]
+    gaps = [it for it in gaps if math.isfinite(it)]
+    return sum(gaps) / len(gaps) if gaps else math.inf
 
 
 def _texts(inputs: Mapping[str, Any], predicting: Tensor) -> Iterator[tuple[list[int], list[int]]]:
@@ -479,7 +609,8 @@ class Server:
             text = ""
         message = self._scrubbed(_message(text))
         status, told = error.code, f": {message}" if message else ""
-        if status in BUSY:
+        wrong = status == 500 and any(it in message.lower() for it in NEVER_TAKEN)
+        if status in BUSY and not wrong:
             return _BusyError(f"answered {status} {error.reason}{told}")
         if status in (401, 403):
             have = "the key in it is refused" if self._key() else "it is not set"
@@ -593,6 +724,29 @@ def _sglang_place(place: Sequence[Any] | None) -> list[Atom] | None:
     return [Atom(int(token), _float(logp), text) for logp, token, text in place]
 
 
+def _llamacpp_body(texts: list[list[int]], k: int, model: str) -> dict[str, Any]:
+    return {
+        "prompt": texts,
+        "n_predict": 1,
+        "n_probs": k,
+        "cache_prompt": True,
+        "post_sampling_probs": False,
+        "response_fields": ["index", "completion_probabilities"],
+    }
+
+
+def _llamacpp_read(answer: Any) -> list[Places]:
+    """One place of each text, the one behind it."""
+    answers = answer if isinstance(answer, list) else [answer]
+    places = []
+    for it in sorted(answers, key=lambda it: it.get("index", 0)):
+        (behind,) = it["completion_probabilities"]
+        top = behind["top_logprobs"]
+        atoms = [Atom(int(it["id"]), _float(it["logprob"]), it.get("token")) for it in top]
+        places.append(Places([atoms]))
+    return places
+
+
 def _completions_body(texts: list[list[int]], k: int, model: str) -> dict[str, Any]:
     prompt = texts[0] if texts else ""
     return {"model": model, "prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": k}
@@ -602,10 +756,10 @@ def _completions_read(answer: Any) -> list[Places]:
     (choice,) = answer["choices"]
     of_text = choice["logprobs"]
     atoms = [
-        [Atom(None, _float(logp), text) for text, logp in (top or {}).items()]
+        None if top is None else [Atom(None, _float(logp), text) for text, logp in top.items()]
         for top in of_text["top_logprobs"]
     ]
-    return [Places([*atoms], of_text["tokens"])]
+    return [Places(atoms, of_text["tokens"])]
 
 
 def _float(value: Any) -> float:
@@ -615,5 +769,6 @@ def _float(value: Any) -> float:
 _FORMS: dict[str, _Form] = {
     "vllm": _Form("completions", "prompt_logprobs", _vllm_body, _vllm_read),
     "sglang": _Form("/generate", "input_top_logprobs", _sglang_body, _sglang_read),
+    "llamacpp": _Form("/completion", "completion_probabilities", _llamacpp_body, _llamacpp_read),
     "completions": _Form("completions", "logprobs", _completions_body, _completions_read),
 }

@@ -1,6 +1,7 @@
 """The student's text from a server of completions, which is given the student's weights."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -13,14 +14,15 @@ from rkl.distill.encoding import encode
 from rkl.distill.limits import check_count
 from rkl.distill.rollouts import Reply, Writer, check_room
 from rkl.distill.sampling import Sampling
-from rkl.distill.server import ATTEMPTS, Ask, Server, ServerError
+from rkl.distill.server import ATTEMPTS, Ask, RefusedError, Server, ServerError
 from rkl.runs import replacing_files
 
 KEY = "RKL_STUDENT_API_KEY"  # environment variable; the one place that a key is read from
 MAX_SEED = 2**31 - 1  # that servers take
-KINDS = "vllm", "sglang", "completions"
+KINDS = "vllm", "sglang", "llamacpp", "completions"
+GIVEN_WEIGHTS = "vllm", "sglang"  # the kinds with a request that gives them weights
 
-Kind: TypeAlias = Literal["vllm", "sglang", "completions"]
+Kind: TypeAlias = Literal["vllm", "sglang", "llamacpp", "completions"]
 
 
 class ServerWriter(Writer):
@@ -30,6 +32,10 @@ class ServerWriter(Writer):
     asked to read them, vLLM by ``reload_weights`` (started on this folder, with
     VLLM_SERVER_DEV_MODE=1), SGLang by ``update_weights_from_disk``. A server of another kind has
     no such request: it writes as the model that it was started with, and a warning says so.
+
+    Whatever shapes the distribution is sent, as servers have defaults of their own. Texts that
+    have the same prompt get seeds of their own. A server that takes no numbers of tokens gets each
+    prompt as text; one that takes no more than OpenAI's settings gets those, with a warning.
 
     Args:
         url: Address of the API, such as http://host:8000/v1.
@@ -68,12 +74,13 @@ class ServerWriter(Writer):
         self.model_name, owner = self.server.served(model)
         self.kind = kind or next((it for it in KINDS if it in owner.lower()), "completions")
         self.weights = None if weights is None else Path(weights).resolve()
-        if self.kind != "completions" and self.weights is None:
+        self._as_text = self._plain = False  # of completions, what was found out by asking
+        if self.kind in GIVEN_WEIGHTS and self.weights is None:
             raise ValueError(
                 f"weights must be a folder that {self.server} sees, to give it the student's "
                 "weights; got None."
             )
-        if self.kind == "completions":
+        if self.kind not in GIVEN_WEIGHTS:
             warn(
                 f"{self.server} has no request that gives it weights: it writes as the model that "
                 "it was started with, which is on-policy only at the first step."
@@ -81,7 +88,7 @@ class ServerWriter(Writer):
 
     def follow(self, model: nn.Module) -> None:
         """Give the server the weights of the student as it is."""
-        if self.kind == "completions" or self.weights is None:
+        if self.kind not in GIVEN_WEIGHTS or self.weights is None:
             return
         student: Any = model
         with replacing_files(self.weights) as folder:
@@ -103,38 +110,118 @@ class ServerWriter(Writer):
 
     def write(self, prompts, *, seed):
         check_room(prompts, self.sampling, self.context, "max_completion_length")
-        # A server that was restarted meanwhile writes as the model that it was started with.
-        again = self._load if self._followed else None
-        answer = self.server.ask("completions", self._body(prompts, seed), prepare=again)
-        choices = answer.get("choices") if isinstance(answer, Mapping) else None
+        replies: list[Reply | None] = [None] * len(prompts)
+        for again, places in enumerate(_rounds(prompts)):
+            some = [[*prompts[place]] for place in places]
+            found = self._write(some, (seed + again) % MAX_SEED)
+            for place, reply in zip(places, found, strict=True):
+                replies[place] = reply
+        return replies
+
+    def _write(self, prompts: list[list[int]], seed: int) -> list[Reply]:
+        """Replies to prompts that are all different."""
+        if self.kind == "llamacpp":
+            answer = self.server.ask("/completion", self._native(prompts, seed))
+            choices = answer if isinstance(answer, list) else [answer]
+        elif self.kind == "completions":
+            choices = self._completions(prompts, seed)
+        else:
+            body = self._body(seed) | {"prompt": prompts}
+            # A server that was restarted meanwhile writes as the model that it was started with.
+            again = self._load if self._followed else None
+            choices = _choices(self.server.ask("completions", body, prepare=again))
         if not isinstance(choices, list) or len(choices) != len(prompts):
             got = len(choices) if isinstance(choices, list) else "none"
             raise ServerError(f"{self.server} gave {got} replies to {len(prompts)} prompts.")
         ordered = sorted(choices, key=lambda it: it.get("index", 0))
         return [self._reply(choice) for choice in ordered]
 
-    def _body(self, prompts: Sequence[Sequence[int]], seed: int) -> dict[str, Any]:
+    def _completions(self, prompts: list[list[int]], seed: int) -> Any:
+        """Choices of completions, from numbers of tokens or from texts one by one."""
+        if not self._as_text:
+            try:
+                return _choices(
+                    self.server.ask("completions", self._body(seed) | {"prompt": prompts})
+                )
+            except RefusedError:
+                self._as_text = True
+        return [self._of_text(prompt, seed) | {"index": at} for at, prompt in enumerate(prompts)]
+
+    def _of_text(self, prompt: list[int], seed: int) -> dict[str, Any]:
+        """The choice of a prompt that is sent as text.
+
+        Raises:
+            ServerError: The server counts other tokens in it.
+        """
+        text = self.tokenizer.decode(
+            prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        try:
+            answer = self.server.ask("completions", self._body(seed) | {"prompt": text})
+        except RefusedError as error:
+            if self._plain or self.sampling.top_k or self.sampling.min_p is not None:
+                raise
+            self._plain = True
+            answer = self.server.ask("completions", self._body(seed) | {"prompt": text})
+            warn(
+                f"{self.server} takes no top_k, min_p and repetition penalty ({error.message}): "
+                "its own hold, which may differ from 0, 0 and 1."
+            )
+        usage = answer.get("usage") if isinstance(answer, Mapping) else None
+        counted = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+        if counted is not None and counted != len(prompt):
+            raise ServerError(
+                f"{self.server} counts {counted} tokens in a prompt of {len(prompt)}. The server "
+                "must have the student's tokenizer, and add no token of its own."
+            )
+        choices = _choices(answer)
+        if not isinstance(choices, list) or len(choices) != 1:
+            got = len(choices) if isinstance(choices, list) else "none"
+            raise ServerError(f"{self.server} gave {got} replies to 1 prompts.")
+        return dict(choices[0])
+
+    def _body(self, seed: int) -> dict[str, Any]:
+        """A request for completions, without its prompt."""
+        sampling = self.sampling
         body: dict[str, Any] = {
             "model": self.model_name,
-            "prompt": [[*prompt] for prompt in prompts],
-            "max_tokens": self.sampling.max_new_tokens,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "seed": seed % MAX_SEED,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": seed,
         }
-        if self.sampling.top_k:
-            body["top_k"] = self.sampling.top_k
-        if self.sampling.min_p is not None:
-            body["min_p"] = self.sampling.min_p
-        if self.kind != "completions":
-            body |= {"stop_token_ids": self.ends, "skip_special_tokens": False}
-        if self.kind == "vllm":
-            body["return_token_ids"] = True
-        return body
+        if self._plain:
+            return body
+        none = -1 if self.kind in GIVEN_WEIGHTS else 0
+        body |= {"top_k": sampling.top_k or none, "min_p": sampling.min_p or 0.0}
+        body |= {"frequency_penalty": 0.0, "presence_penalty": 0.0}
+        if self.kind == "completions":
+            return body | {"repeat_penalty": 1.0}  # as llama-cpp-python calls it
+        body |= {"repetition_penalty": 1.0}
+        body |= {"stop_token_ids": self.ends, "skip_special_tokens": False}
+        return body | ({"return_token_ids": True} if self.kind == "vllm" else {})
+
+    def _native(self, prompts: list[list[int]], seed: int) -> dict[str, Any]:
+        """A request to llama.cpp's server; samplers in the order of transformers."""
+        sampling = self.sampling
+        return {
+            "prompt": prompts,
+            "n_predict": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p or 0.0,
+            "samplers": ["temperature", "top_k", "top_p", "min_p"],
+            "seed": seed,
+            "cache_prompt": True,
+            "return_tokens": True,
+            "response_fields": ["index", "tokens", "content", "stop_type"],
+        }
 
     def _reply(self, choice: Mapping[str, Any]) -> Reply:
         """The tokens of a reply, as the server names them, or else of its text."""
-        tokens, text = choice.get("token_ids"), choice.get("text")
+        names = ("tokens", "content") if self.kind == "llamacpp" else ("token_ids", "text")
+        tokens, text = (choice.get(it) for it in names)
         if isinstance(tokens, list) and all(type(it) is int for it in tokens):
             ids = [*tokens]
         elif isinstance(text, str):
@@ -147,6 +234,23 @@ class ServerWriter(Writer):
         place = next((at for at, it in enumerate(ids) if it in self.ends), None)
         if place is not None:
             return Reply(ids[: place + 1], True)
-        if choice.get("finish_reason") == "stop" and self.ends:
+        stopped = choice.get("finish_reason") == "stop" or choice.get("stop_type") == "eos"
+        if stopped and self.ends:
             return Reply([*ids, self.ends[0]], True)
         return Reply(ids, False)
+
+
+def _choices(answer: Any) -> Any:
+    return answer.get("choices") if isinstance(answer, Mapping) else None
+
+
+def _rounds(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Places of prompts, in rounds of different ones: the same seed gives the same reply."""
+    seen, rounds = Counter[tuple[int, ...]](), list[list[int]]()
+    for place, prompt in enumerate(prompts):
+        number = seen[tuple(prompt)]
+        seen[tuple(prompt)] += 1
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append(place)
+    return rounds

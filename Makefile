@@ -5,6 +5,7 @@
 #   make test-portable  doctests and numerical tests under every vector width of this processor, with
 #                    1 and with 2 threads; ALL=1 runs all tests so
 #   make test-tools  rkl with ArviZ, PyMC, NumPyro, emcee, dask and Zarr, which it installs
+#   make test-servers  a teacher and a writer on llama.cpp's server, as it runs
 #   make test-peers  the losses of TRL, Liger, Axolotl, NeMo Automodel and verl beside ours
 #   make docs        this documentation as a site, build/site/html, with every warning an error
 #   make dist        wheel and sdist in dist/, checked: what they hold, and rkl --help of the wheel alone
@@ -24,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo demo-real test test-portable test-slow test-tools test-peers coverage docs dist lint format bench clean
+.PHONY: demo demo-real test test-portable test-slow test-tools test-servers test-peers coverage docs dist lint format bench clean
 .SECONDARY:
 .NOTPARALLEL: # two pips at once would spoil the environment
 .DEFAULT_GOAL := test
@@ -42,10 +43,13 @@ test-portable: $(VENV)/.installed-test
 	$(BIN)/python tests/portable.py $(if $(ALL),--all) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test
-	$(PYTEST) -rs -m "slow or statistical or kill or real or browser or peers or malformed or tools" $(PYTEST_ARGS)
+	$(PYTEST) -rs -m "slow or statistical or kill or real or browser or peers or malformed or tools or servers" $(PYTEST_ARGS)
 
 test-tools: $(VENV)/.installed-test $(VENV)/.installed-tools
 	$(PYTEST) -rs -m tools $(PYTEST_ARGS)
+
+test-servers: $(VENV)/.installed-test $(VENV)/.installed-real $(VENV)/.installed-servers
+	$(PYTEST) -rs -m servers $(PYTEST_ARGS)
 
 test-peers: $(VENV)/.installed-test $(VENV)/.installed-peers $(VENV)/.installed-trainers
 	$(PYTEST) -rs -m peers $(PYTEST_ARGS)

@@ -1,6 +1,7 @@
 """A teacher's top-k log-probabilities as others have published them, beside the rows."""
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rkl.distill import captures
 from rkl.distill.batches import PadRows, shifted
 from rkl.distill.cache import row_keys
 from rkl.distill.data import IGNORED, tokenize
@@ -21,6 +23,7 @@ from rkl.runs import fingerprint
 MIN_AGREEMENT = 0.5  # share of places whose own token is among the atoms, where rows fit
 MAX_OFFSET = 4  # tokens that a template may put behind the last one with log-probabilities
 _COLUMNS = {"target_logprobs", "target_token_ids", "target_mask"}
+_COLUMNS |= {captures.LOGPROBS, captures.INDICES}
 
 
 class PublishedTeacher(Teacher):
@@ -33,6 +36,9 @@ class PublishedTeacher(Teacher):
     row are among the atoms. Log-probabilities are taken as they are; Axolotl's preprocessing has
     divided by the mass of the top k.
 
+    With ``compression`` the columns are those of DistillKit's captures, ``compressed_logprobs``
+    and ``bytepacked_indices``, and texts that were packed into one row are read apart.
+
     ``rows`` are what to train on: tokens, with labels where the teacher is known. Keep both with
     :func:`cache_teacher`, in whose folder they are mapped from the disk.
 
@@ -43,6 +49,8 @@ class PublishedTeacher(Teacher):
         column: Name of the column of log-probabilities.
         tokenizer: What makes tokens of rows that have none.
         max_length: Tokens that are kept of a row that is tokenized.
+        compression: How a capture of DistillKit was compressed: ``compression_config.yaml``, which
+            lies beside it, or its entries, which are those of ``logprob_compressor``.
 
     Raises:
         ValueError: A row lacks a column, or its atoms do not fit its tokens.
@@ -58,15 +66,22 @@ class PublishedTeacher(Teacher):
         column: str = "target_logprobs",
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int = 1024,
+        compression: Mapping[str, Any] | str | os.PathLike | None = None,
     ):
         check_count("vocab", vocab)
         self.vocab, self.rows = vocab, []
         self._known: dict[str, list[dict[int, float]]] = {}
-        for number, row in enumerate(rows):
-            places = [*_places(row, column, number, vocab)]
-            rest = {name: it for name, it in row.items() if name not in _COLUMNS | {column}}
-            tokens = _tokens(rest, tokenizer, max_length, number)
-            self._add(tokens, places, number)
+        how = None if compression is None else captures.read_compression(compression)
+        for number, whole in enumerate(rows):
+            for row in [whole] if how is None else captures.apart(whole):
+                if how is None:
+                    atoms = _places(row, column, number)
+                else:
+                    atoms = captures.places_of(row, how, number)
+                places = [*_checked(atoms, number, vocab)]
+                rest = {name: it for name, it in row.items() if name not in _COLUMNS | {column}}
+                tokens = _tokens(rest, tokenizer, max_length, number)
+                self._add(tokens, places, number)
         if not self.rows:
             raise ValueError("rows must give a token with log-probabilities; got none.")
 
@@ -148,9 +163,7 @@ def _tokens(
     return {name: texts[0][name].tolist() for name in ("input_ids", "labels")}
 
 
-def _places(
-    row: Mapping[str, Any], column: str, number: int, vocab: int
-) -> Iterator[dict[int, float]]:
+def _places(row: Mapping[str, Any], column: str, number: int) -> Iterator[dict[int, float]]:
     """The atoms at each place with their log-probabilities; none where nothing is known."""
     if row.get(column) is None:
         raise ValueError(f"row {number} has no column {column!r}; it has {[*row]}.")
@@ -165,7 +178,14 @@ def _places(
             raise ValueError(f"row {number} has no column 'target_token_ids'; it has {[*row]}.")
         else:
             pairs = zip(row["target_token_ids"][place], values, strict=True)
-        atoms = {int(token): float(logp) for token, logp in pairs if logp > -math.inf}
+        yield {int(token): float(logp) for token, logp in pairs if logp > -math.inf}
+
+
+def _checked(
+    places: Iterable[dict[int, float]], number: int, vocab: int
+) -> Iterator[dict[int, float]]:
+    """The same, once their atoms are seen to be tokens with log-probabilities."""
+    for place, atoms in enumerate(places):
         wrong = [it for it in atoms.items() if not (0 <= it[0] < vocab and it[1] <= 1e-2)]
         if wrong:
             token, logp = wrong[0]

@@ -110,13 +110,12 @@ class ServerWriter(Writer):
 
     def write(self, prompts, *, seed):
         check_room(prompts, self.sampling, self.context, "max_completion_length")
-        replies: list[Reply | None] = [None] * len(prompts)
+        replies: dict[int, Reply] = {}
         for again, places in enumerate(_rounds(prompts)):
             some = [[*prompts[place]] for place in places]
             found = self._write(some, (seed + again) % MAX_SEED)
-            for place, reply in zip(places, found, strict=True):
-                replies[place] = reply
-        return replies
+            replies |= zip(places, found, strict=True)
+        return [replies[place] for place in range(len(prompts))]
 
     def _write(self, prompts: list[list[int]], seed: int) -> list[Reply]:
         """Replies to prompts that are all different."""

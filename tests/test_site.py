@@ -29,8 +29,8 @@ def module(name):
         sys.path.remove(str(SITE))
 
 
-public_names, api_pages, make_site, reference_pages, gallery = map(
-    module, ("public_names", "api_pages", "make_site", "reference_pages", "gallery")
+public_names, api_pages, make_site, reference_pages, gallery, run_pages = map(
+    module, ("public_names", "api_pages", "make_site", "reference_pages", "gallery", "run_pages")
 )
 
 
@@ -173,3 +173,14 @@ def test_every_figure_of_the_gallery_is_drawn(tmp_path):
     page = (tmp_path / "figures.md").read_text("utf-8")
     assert page.count("<svg ") == sum(map(len, gallery.FIGURES.values()))
     assert page.count("{dropdown} Code") == page.count("<svg ")
+
+
+@pytest.mark.slow
+def test_the_files_of_a_run_of_each_kind_are_listed(tmp_path):
+    run_pages.write_runs(tmp_path, make_site.write)
+    sections = (tmp_path / "runs.md").read_text("utf-8").split("\n## ")[1:]
+    assert [it.partition("\n")[0] for it in sections] == list(run_pages.KINDS)
+    for section in sections:
+        assert re.search(r"`run\.json` \| `format`, `kind`, `status`, `settings`", section)
+        assert re.search(r"`(model|flow)\.safetensors` \| \d+ tensors|`estimate\.json`", section)
+    assert "`checkpoints/` | in each: " in sections[0]

@@ -18,6 +18,7 @@ from pathlib import Path
 from api_pages import write_api
 from gallery import write_gallery
 from reference_pages import write_reference
+from run_pages import write_runs
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -85,6 +86,7 @@ def build(folder: Path) -> int:
     write_examples(source)
     write_api(source / "api", write)
     write_reference(source / "reference", write)
+    write_runs(source / "reference", write)
     write_gallery(source / "gallery", write)
     words = [
         "-m",

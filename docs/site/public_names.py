@@ -9,7 +9,7 @@ import rkl
 GROUPS: dict[str, dict[str, str]] = {
     "rkl": {
         "Divergences": "",
-        "Write one of your own": "Divergence FDivergence",
+        "Write one of your own": "Divergence FDivergence row_sum row_max row_logsumexp",
         "Compute it": "exact per_token monte_carlo sampled_terms variational_bound",
         "What is known of p and q": "LinearHead TopK Sampled draw",
         "Names and texts": "catalogue parse",
@@ -25,7 +25,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "The student's own text": "Writer ModelWriter ServerWriter Sampling Reply "
         "CollapseLimits generate_run GenerateSettings",
         "Evaluate and compare": "evaluate_run EvaluateSettings evaluate_pair PairSettings "
-        "Comparison compare_runs Evaluations report_runs load_run",
+        "Comparison compare_runs Evaluations judge_runs estimate_judge JudgeSettings Judged "
+        "report_runs load_run",
         "Errors": "CollapseError DivergedError ServerError",
     },
     "rkl.fit": {

@@ -1,4 +1,4 @@
-"""Bring the table of divergences in README.md up to date with the catalogue.
+"""Bring the table of divergences in docs/figures.md up to date with the catalogue.
 
     python docs/table.py
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import rkl
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).with_name("figures.md")
 BEGIN, END = "<!-- table: divergences -->", "<!-- end of table -->"
 HEADINGS = "name", "D(p ‖ q)", "properties", "take it when"
 
@@ -55,10 +55,10 @@ def between(text: str) -> str:
 
 def main() -> None:
     """Write the table anew."""
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     new = f"{before}{BEGIN}\n{table(between(text))}\n{END}{after}"
-    README.write_text(new, encoding="utf-8")
+    PAGE.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

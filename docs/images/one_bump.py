@@ -76,5 +76,5 @@ def main(path: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python examples/picture.py FILE")
+        sys.exit("usage: python docs/images/one_bump.py FILE")
     main(Path(sys.argv[1]))

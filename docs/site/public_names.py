@@ -16,16 +16,16 @@ GROUPS: dict[str, dict[str, str]] = {
         "Runs": "load save",
     },
     "rkl.distill": {
-        "Distil": "distill DistillSettings estimate Distilled DistillTrainer DistillConfig",
+        "Distil": "distill DistillSettings dry_run Distilled DistillTrainer DistillConfig",
         "The loss": "distill_loss KDLoss Head read_head",
         "Teachers": "Teacher PublishedTeacher ServerTeacher CachedTeacher cache_teacher "
-        "write_cache estimate_cache CacheSettings",
+        "write_cache dry_run_cache CacheSettings",
         "Models and text": "load_model load_tokenizer new_model new_tokenizer Shape tokenize "
         "show_example PadRows",
         "The student's own text": "Writer ModelWriter ServerWriter Sampling Reply "
         "CollapseLimits generate_run GenerateSettings",
         "Evaluate and compare": "evaluate_run EvaluateSettings evaluate_pair PairSettings "
-        "Comparison compare_runs Evaluations judge_runs estimate_judge JudgeSettings Judged "
+        "Comparison compare_runs Evaluations judge_runs judge_cost JudgeSettings Judged "
         "report_runs load_run",
         "Errors": "CollapseError DivergedError ServerError",
     },

@@ -11,7 +11,7 @@ from serving import Stub
 
 from rkl import cli
 from rkl.distill import CachedTeacher, evaluate_run, load_model, load_tokenizer
-from rkl.distill.cache_run import CacheSettings, estimate_cache, write_cache
+from rkl.distill.cache_run import CacheSettings, dry_run_cache, write_cache
 from rkl.distill.evaluate import EvaluateSettings
 from rkl.distill.run import distill
 from rkl.runs import Run
@@ -91,11 +91,11 @@ def test_before_it_starts_it_says_what_it_takes_and_when_it_pays(folder, tmp_pat
     assert "keeps     hidden: 64 bytes a token" in told
     assert "of the head" in told
     assert "pays      with" in told
-    estimated = estimate_cache(settings(folder, keep="top-k=8"))
+    estimated = dry_run_cache(settings(folder, keep="top-k=8"))
     assert estimated.bytes_per_token == 64
     assert estimated.size == 64 * CachedTeacher(tmp_path / "cache").record["tokens"]
     assert estimated.pays_after > 1
-    half = estimate_cache(settings(folder, stored="bfloat16"))
+    half = dry_run_cache(settings(folder, stored="bfloat16"))
     assert half.bytes_per_token == 32
 
 

@@ -74,7 +74,9 @@ def replace_template(place):
 def test_what_was_replaced_at_its_place_is_named_when_a_run_resumes(begun, change, named):
     change(begun)
     before = (begun / "run" / "run.json").read_bytes()
-    with pytest.raises(ValueError, match=f"resume: the inputs are not those .*{named}") as refused:
+    with pytest.raises(
+        ValueError, match=f"resume: the inputs differ from those .*{named}"
+    ) as refused:
         distill(material.settings(begun), begun / "run", resume=True)
     said = [word for word in str(refused.value).split() if len(word) in (12, 64)]
     assert len(set(said)) == len(said)  # no digest is shown as changed to itself

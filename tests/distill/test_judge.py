@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rkl import cli
-from rkl.distill import JudgeSettings, ServerError, estimate_judge, judge_runs
+from rkl.distill import JudgeSettings, ServerError, judge_cost, judge_runs
 from rkl.distill.judge import Pair, Verdict, question, summary, verdict_in, wilson
 
 
@@ -207,7 +207,7 @@ def test_a_busy_judge_is_asked_again(replies: tuple[Path, Path], tmp_path, no_wa
 
 
 def test_the_cost_is_counted_without_asking(replies: tuple[Path, Path]):
-    cost = estimate_judge(*replies, JudgeSettings("http://127.0.0.1:9/v1", max_tokens=10))
+    cost = judge_cost(*replies, JudgeSettings("http://127.0.0.1:9/v1", max_tokens=10))
     assert cost.requests == 14
     assert cost.tokens_written == 140
     assert cost.tokens_read >= 14 * len(question("p0", "x", "x")) // 4
@@ -218,16 +218,16 @@ def test_replies_that_have_no_prompt_in_common_are_refused(replies: tuple[Path, 
     other.write_text('{"prompt": "another", "text": "x"}\n', encoding="utf-8")
     settings = JudgeSettings("http://127.0.0.1:9/v1")
     with pytest.raises(ValueError, match="share no prompt"):
-        estimate_judge(replies[0], other, settings)
+        judge_cost(replies[0], other, settings)
     other.write_text('{"prompt": "p0", "text": "x"}\n', encoding="utf-8")
     with pytest.warns(UserWarning, match="7 of .*first.jsonl and 0 of"):
-        estimate_judge(replies[0], other, settings)
+        judge_cost(replies[0], other, settings)
     other.write_text('{"question": "p0"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 1, must hold prompt and text"):
-        estimate_judge(replies[0], other, settings)
+        judge_cost(replies[0], other, settings)
     (tmp_path / "run").mkdir()
     with pytest.raises(FileNotFoundError, match="rkl generate"):
-        estimate_judge(tmp_path / "run", other, settings)
+        judge_cost(tmp_path / "run", other, settings)
 
 
 def test_instructions_that_ask_for_no_verdict_are_refused(replies: tuple[Path, Path], tmp_path):
@@ -235,7 +235,7 @@ def test_instructions_that_ask_for_no_verdict_are_refused(replies: tuple[Path, P
     file.write_text("Say [[A]] or [[B]].", encoding="utf-8")
     settings = JudgeSettings("http://127.0.0.1:9/v1", instruction=file)
     with pytest.raises(ValueError, match=r"does not mention \[\[C\]\]"):
-        estimate_judge(*replies, settings)
+        judge_cost(*replies, settings)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import rkl
 from rkl.cli import main
 from rkl.distill import distill, load_model, lora
-from rkl.distill.plan import estimate
+from rkl.distill.plan import dry_run
 from rkl.distill.prepare import load, make_trainer
 
 
@@ -163,7 +163,7 @@ def test_a_pruned_student_with_adapters_is_kept_merged_alone(folder, tmp_path):
     distill(settings, tmp_path / "run")
     assert load_model(tmp_path / "run").config.n_layer == 1
     assert not (tmp_path / "run/adapter").exists()
-    assert "parameters" in str(estimate(settings))
+    assert "parameters" in str(dry_run(settings))
 
 
 def test_targets_that_the_student_lacks_are_named(folder, tmp_path):

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rkl.cli import main
-from rkl.distill import distill, estimate, load_tokenizer
+from rkl.distill import distill, dry_run, load_tokenizer
 from rkl.distill.batches import SOURCES
 from rkl.distill.data import NoTrainedTokensError, tokenize
 from rkl.distill.limits import template_variables
@@ -153,7 +153,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(folder, tmp_path, monkey
 
 
 def test_a_dry_run_measures_the_writing_too(folder):
-    told = estimate(settings_for(folder, "pairs"))
+    told = dry_run(settings_for(folder, "pairs"))
     assert told.seconds > 0
 
 

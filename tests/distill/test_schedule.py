@@ -33,7 +33,10 @@ def test_a_schedule_moves_in_a_straight_line_from_the_first_step_to_the_last():
         ("taid.t: 0.2 -> 1.0;", "schedule must be as .* got ''"),
         ("taid.t: 0.2 -> all", "must go from number to number; got 'all'"),
         ("akl.mu: 0.2 -> 0.5", r"schedule names 'akl', which is no term of TAID\(t=0.5\)"),
-        ("taid.beta: 0.2 -> 0.5", "'beta' of taid does not vary, only t may. What may: akl.mu, "),
+        (
+            "taid.beta: 0.2 -> 0.5",
+            "'beta' of taid does not vary, only t may. Fields that may: akl",
+        ),
         ("taid.t: 0 -> 1.0", "schedule: t must be finite, above 0, at most 1; got 0.0"),
         ("taid.t: 0.1 -> 1; taid.t: 1 -> 0.1", "schedule names taid.t twice"),
     ],

@@ -9,7 +9,7 @@ from serving import Stub
 from rkl import cli
 from rkl.distill import evaluate_run, load_model, load_tokenizer
 from rkl.distill.evaluate import EvaluateSettings
-from rkl.distill.plan import estimate
+from rkl.distill.plan import dry_run
 from rkl.distill.run import distill
 from rkl.distill.server import KEY, ServerError
 from rkl.distill.settings import DistillSettings
@@ -82,7 +82,7 @@ def test_a_server_lost_in_mid_run_saves_and_says_how_to_go_on(folder, served, tm
 
 def test_a_dry_run_asks_the_server_and_describes_it(folder, served):
     with served.listening() as url:
-        lines = estimate(settings(folder, url, loss_top_k=40)).lines
+        lines = dry_run(settings(folder, url, loss_top_k=40)).lines
     assert lines["teacher"] == f"tiny at {url}, 40 of 300 tokens a place"
 
 

@@ -15,7 +15,7 @@ from rkl.distill import (
     DistillSettings,
     EvaluateSettings,
     distill,
-    estimate,
+    dry_run,
     evaluate_run,
     load_model,
     load_tokenizer,
@@ -141,7 +141,7 @@ def test_several_teachers_judge_own_text_too(folder, tmp_path):
     how = {"lmbda": 1.0, "max_completion_length": 5, "held_out": 0.0}
     distill(several(folder, **how), tmp_path / "run")
     assert Run.open(tmp_path / "run").record["status"] == "finished"
-    assert "teacher math" in str(estimate(several(folder, **how)))
+    assert "teacher math" in str(dry_run(several(folder, **how)))
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,19 @@ ESTIMATORS = [
             fault("chunk", "zero", 0, "at least 1", "0"),
         ],
     ),
+    *(
+        Subject(
+            name,
+            getattr(rkl, name),
+            lambda: {"x": LOGITS},
+            [
+                fault("x", "a list", [[0.0]], "tensor", "list"),
+                fault("x", "integers", LOGITS.long(), "floating-point", "int64"),
+                fault("x", "a number", LOGITS[0, 0], "[*batch, atoms]"),
+            ],
+        )
+        for name in ("row_sum", "row_max", "row_logsumexp")
+    ),
     Subject(
         "draw",
         rkl.draw,

@@ -17,6 +17,7 @@ from rkl.distill import (
     DistillTrainer,
     EvaluateSettings,
     GenerateSettings,
+    JudgeSettings,
     PairSettings,
     Sampling,
     Shape,
@@ -24,11 +25,13 @@ from rkl.distill import (
     compare_runs,
     distill,
     distill_loss,
-    estimate,
-    estimate_cache,
+    dry_run,
+    dry_run_cache,
     evaluate_pair,
     evaluate_run,
     generate_run,
+    judge_cost,
+    judge_runs,
     load_model,
     load_run,
     load_tokenizer,
@@ -259,8 +262,8 @@ RUNNING = [
         ],
     ),
     Subject(
-        "estimate",
-        estimate,
+        "dry_run",
+        dry_run,
         lambda: {"settings": settings()},
         [
             fault("settings.teacher", "no model", "missing", "missing", named="model"),
@@ -450,11 +453,45 @@ LOSS = [
     ),
 ]
 
+REPLIES = {"first": "first.jsonl", "second": "second.jsonl", "judge": "http://127.0.0.1:9/v1"}
+NOT_REPLIES = [
+    fault("first", "no file", "nowhere.jsonl", "nowhere.jsonl"),
+    fault("second", "a run without replies", "run", "rkl generate"),
+    fault("judge", "no address", "somewhere", "http://host:8000/v1", "'somewhere'"),
+    fault("max_tokens", "zero", 0, "at least 1", "0"),
+    fault("temperature", "negative", -1.0, "at least 0", "-1.0"),
+    fault("concurrency", "a fraction", 1.5, "integer", "1.5"),
+    fault("timeout", "zero", 0, "above 0", "0"),
+    fault("seed", "negative", -1, "at least 0", "-1"),
+]
+
+
+def replied(**arguments):
+    named = {name: arguments.pop(name) for name in ("first", "second")}
+    return named | {"settings": JudgeSettings(**arguments)}
+
+
+JUDGING = [
+    Subject(
+        "judge_cost",
+        lambda **arguments: judge_cost(**replied(**arguments)),
+        lambda: dict(REPLIES),
+        NOT_REPLIES,
+    ),
+    Subject(
+        "judge_runs",
+        lambda out, **arguments: judge_runs(**replied(**arguments), out=out),
+        lambda: REPLIES | {"out": "verdicts.jsonl"},
+        [*NOT_REPLIES, fault("out", "a folder", "run", "must be a file")],
+        costly=True,
+    ),
+]
+
 CACHED = {"teacher": "teacher", "data": "rows.jsonl", "max_length": 16, "device": "cpu"}
 MADE = [
     Subject(
-        "estimate_cache",
-        lambda **settings: estimate_cache(CacheSettings(**settings)),
+        "dry_run_cache",
+        lambda **settings: dry_run_cache(CacheSettings(**settings)),
         lambda: dict(CACHED),
         [
             fault("keep", "of no kind", "all", "top-k=64", "'all'"),
@@ -524,4 +561,4 @@ MADE = [
     ),
 ]
 
-SUBJECTS = [*TRAINER, *LOSS, *MADE, *SETTINGS, *RUNNING, *CACHES]
+SUBJECTS = [*JUDGING, *TRAINER, *LOSS, *MADE, *SETTINGS, *RUNNING, *CACHES]

@@ -149,6 +149,23 @@ SUBJECTS = [
         [*EVERYWHERE, *OF_DISTILL],
     ),
     Subject(
+        "rkl judge",
+        lambda first, second, **flags: command("judge", first, second)(**flags),
+        lambda: {
+            "first": "first.jsonl",
+            "second": "second.jsonl",
+            "judge": "http://127.0.0.1:9/v1",
+            "out": "verdicts.jsonl",
+            "dry_run": True,
+        },
+        [
+            fault("first", "no replies", "rows.jsonl", "prompt and text"),
+            fault("judge", "no address", "somewhere", "http://host:8000/v1"),
+            fault("instruction", "no file", "nowhere.txt", "nowhere.txt"),
+            fault("max_tokens", "zero", "0", "at least 1"),
+        ],
+    ),
+    Subject(
         "rkl cache",
         command("cache"),
         lambda: {"teacher": "teacher", "data": "rows.jsonl", "out": "new-kept", "max_length": 16},

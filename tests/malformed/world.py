@@ -47,6 +47,8 @@ FILES = {
     "no-model.json": '{"model_type": "unheard-of"}',
     "settings.yaml": "max_steps: 2\n",
     "prompts.jsonl": "".join(json.dumps(row) + "\n" for row in PROMPTS),
+    "first.jsonl": '{"prompt": "p", "text": "first"}\n',
+    "second.jsonl": '{"prompt": "p", "text": "second"}\n',
     "torn.jsonl": '{"step": 1}\n{"step": \n{"step": 3}\n',
 }
 RECORDS = {  # what run.json of a spoilt run holds

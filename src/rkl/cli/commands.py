@@ -169,7 +169,7 @@ def distill(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     from rkl import distill as wing
 
     def dry_run(chosen: Any) -> Any:
-        return wing.estimate(chosen)
+        return wing.dry_run(chosen)
 
     def make(chosen: Any, out: Path, **how: Any) -> Any:
         return wing.distill(chosen, out, **how)
@@ -199,7 +199,7 @@ def cache(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     def cached(parsed: Namespace) -> None:
         chosen = settings.gather(cache_run.CacheSettings, parsed)
         if parsed.dry_run:
-            _show(cache_run.estimate_cache(chosen))
+            _show(cache_run.dry_run_cache(chosen))
         else:
             how = {"resume": parsed.resume, "overwrite": parsed.overwrite}
             _show(cache_run.told(cache_run.write_cache(chosen, parsed.out, **how)))
@@ -399,7 +399,7 @@ def judge(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     def compare_replies(chosen: wing.JudgeSettings, parsed: Namespace) -> Any:
         replies = parsed.first, parsed.second
         if parsed.dry_run:
-            return wing.estimate_judge(*replies, chosen)
+            return wing.judge_cost(*replies, chosen)
         if parsed.resume and parsed.overwrite:
             raise ValueError("overwrite and resume exclude one another; got both.")
         how = {"resume": parsed.resume, "overwrite": parsed.overwrite}

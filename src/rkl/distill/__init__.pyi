@@ -3,7 +3,7 @@ from rkl.distill.batches import PadRows as PadRows
 from rkl.distill.cache import CachedTeacher as CachedTeacher
 from rkl.distill.cache import cache_teacher as cache_teacher
 from rkl.distill.cache_run import CacheSettings as CacheSettings
-from rkl.distill.cache_run import estimate_cache as estimate_cache
+from rkl.distill.cache_run import dry_run_cache as dry_run_cache
 from rkl.distill.cache_run import write_cache as write_cache
 from rkl.distill.compare import Evaluations as Evaluations
 from rkl.distill.compare import compare_runs as compare_runs
@@ -19,7 +19,7 @@ from rkl.distill.heads import Head as Head
 from rkl.distill.heads import read_head as read_head
 from rkl.distill.judge import Judged as Judged
 from rkl.distill.judge import JudgeSettings as JudgeSettings
-from rkl.distill.judge import estimate_judge as estimate_judge
+from rkl.distill.judge import judge_cost as judge_cost
 from rkl.distill.judge import judge_runs as judge_runs
 from rkl.distill.loss import distill_loss as distill_loss
 from rkl.distill.pair import Comparison as Comparison
@@ -32,7 +32,7 @@ from rkl.distill.rollouts import Reply as Reply
 from rkl.distill.rollouts import Writer as Writer
 from rkl.distill.run import Distilled as Distilled
 from rkl.distill.run import distill as distill
-from rkl.distill.run import estimate as estimate
+from rkl.distill.run import dry_run as dry_run
 from rkl.distill.run import load_run as load_run
 from rkl.distill.sampling import Sampling as Sampling
 from rkl.distill.scratch import Shape as Shape

@@ -138,7 +138,7 @@ class CacheEstimate:
 
 
 @quiet()
-def estimate_cache(settings: CacheSettings) -> CacheEstimate:
+def dry_run_cache(settings: CacheSettings) -> CacheEstimate:
     """What a cache with these settings would take; nothing of it is kept."""
     _, source, _ = _load(settings)
     with tempfile.TemporaryDirectory() as folder:

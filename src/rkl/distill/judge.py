@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 
 from rkl.checks import integer, number, warn
+from rkl.distill.limits import is_address
 from rkl.distill.server import Server, ServerError
 from rkl.runs import REPLIES, check_out_file
 from rkl.runs.files import append_jsonl, read_jsonl
@@ -64,6 +65,10 @@ class JudgeSettings:
     seed: int = 0
 
     def __post_init__(self):
+        if not is_address(self.judge):
+            raise ValueError(
+                f"judge must be an address such as http://host:8000/v1; got {self.judge!r}."
+            )
         integer("max_tokens", self.max_tokens, at_least=1, at_most=MAX_TOKENS)
         integer("concurrency", self.concurrency, at_least=1, at_most=256)
         integer("seed", self.seed, at_least=0, at_most=2**31 - 1)
@@ -78,6 +83,8 @@ class JudgeSettings:
         """
         if self.instruction is None:
             return INSTRUCTION
+        if not self.instruction.is_file():
+            raise FileNotFoundError(f"instruction: there is no file {self.instruction}.")
         text = self.instruction.read_text(encoding="utf-8")
         absent = [f"[[{it}]]" for it in POINTS if f"[[{it}]]" not in text]
         if absent:
@@ -275,7 +282,7 @@ def judge_runs(
     return judged
 
 
-def estimate_judge(
+def judge_cost(
     first: str | os.PathLike, second: str | os.PathLike, settings: JudgeSettings
 ) -> Cost:
     """Requests and tokens of a comparison; nothing is asked or written."""
@@ -318,6 +325,8 @@ def _replies(argument: str, path: str | os.PathLike) -> dict[tuple[str, int], st
         raise FileNotFoundError(
             f"{argument}: {path} has no {REPLIES}. Make them with: rkl generate {path} --data D"
         )
+    if not file.is_file():
+        raise FileNotFoundError(f"{argument}: there is no file {file}.")
     replies: dict[tuple[str, int], str] = {}
     for line, row in enumerate(read_jsonl(file), 1):
         prompt, text, seed = row.get("prompt"), row.get("text"), row.get("seed", 0)

@@ -47,7 +47,7 @@ class Estimate:
 
 
 @quiet()
-def estimate(settings: DistillSettings) -> Estimate:
+def dry_run(settings: DistillSettings) -> Estimate:
     """What a run with these settings would do, and take; nothing of it is kept."""
     with joined(settings.device) as processes:
         processes.together(lambda: check_launcher(settings.dtype))

@@ -30,7 +30,7 @@ from rkl.distill.checkpoints import is_pending
 from rkl.distill.data import passages
 from rkl.distill.generate import finished
 from rkl.distill.on_policy import COMPLETIONS
-from rkl.distill.plan import Estimate, estimate
+from rkl.distill.plan import Estimate, dry_run
 from rkl.distill.prepare import (
     Models,
     Text,
@@ -64,7 +64,7 @@ from rkl.runs.progress import clock, say
 from rkl.runs.signals import StoppedError, StopRequest
 from rkl.runs.typed import record_of
 
-__all__ = ["Distilled", "Estimate", "distill", "estimate", "load_run"]
+__all__ = ["Distilled", "Estimate", "distill", "dry_run", "load_run"]
 
 # In a run that is resumed; more steps extend it.
 MAY_CHANGE = "device", "save_every", "keep_checkpoints", "max_steps", "epochs", "report_to"

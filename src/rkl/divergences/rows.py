@@ -79,23 +79,34 @@ def rows_over(shared: Shards | None) -> Iterator[None]:
 
 def row_sum(x: Float[Tensor, "*batch atoms"]) -> Float[Tensor, "*batch 1"]:
     """Sum over the atoms of each row, differentiable; over all shards, where rows are shared."""
+    _check(x)
     total = x.sum(-1, keepdim=True)
     return total if (shared := shards()) is None else _reduced(total, shared)
 
 
 def row_max(x: Float[Tensor, "*batch atoms"]) -> Float[Tensor, "*batch 1"]:
     """Largest entry of each row, constant to autograd; of all shards, where rows are shared."""
+    _check(x)
     largest = x.detach().amax(-1, keepdim=True)
     return largest if (shared := shards()) is None else _largest(largest, shared)
 
 
 def row_logsumexp(x: Float[Tensor, "*batch atoms"]) -> Float[Tensor, "*batch 1"]:
     """Logarithm of Σ exp over the atoms of each row, differentiable; over all shards too."""
+    _check(x)
     if shards() is None:
         return x.logsumexp(-1, keepdim=True)
     largest = row_max(x)
     largest = largest.masked_fill(largest == -math.inf, 0.0)
     return row_sum((x - largest).exp()).log() + largest
+
+
+def _check(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a tensor of floating-point numbers; got {got}.")
+    if not x.ndim:
+        raise ValueError("x must be [*batch, atoms]; got a single number.")
 
 
 def row_gather(

@@ -180,7 +180,7 @@ SUBJECTS = [
         command("distill", "--resume"),
         lambda: {"out": "run"},
         [
-            fault("out", "nothing to go on with", "nothing", "must be given", named="--teacher"),
+            fault("out", "nothing to go on with", "nothing", "must be given", named="--data"),
             fault("overwrite", "beside resume", True, "resume"),
             fault("out", "a torn run", "run-torn", "cannot be read"),
             fault("learning_rate", "another than before", 0.5, "0.5"),
@@ -253,7 +253,7 @@ SUBJECTS = [
             *OUT,
             fault("_name", "unknown", ["dance"], "akl", named="'dance'"),
             fault("_name", "left out", ABSENT, named="name"),
-            fault("part", "unknown", "whole", "'toy'", "'whole'"),
+            fault("part", "unknown", "whole", "toy", "'whole'"),
             fault("device", "unknown", "abacus", "'abacus'"),
         ],
         costly=True,

@@ -30,7 +30,6 @@ OF_DATA = [
     of_file("mixed.jsonl", "two kinds of rows", "line 2", "completion", "text"),
     of_file("not-text.jsonl", "a number for a text", "line 1", "string", "3"),
     of_file("null.jsonl", "null for a text", "line 1", "null"),
-    of_file("half.jsonl", "a prompt alone", "line 1", "'prompt'", "completion"),
     of_file("halves.jsonl", "text and messages", "line 1", "prompt"),
     of_file("no-role.jsonl", "a message without role", "line 1", "role"),
     of_file("no-messages.jsonl", "no messages", "line 1", "[]"),
@@ -88,6 +87,7 @@ READING = [
             fault("rows", "none", [], "no rows", named="data"),
             fault("rows", "numbers", [3], "got 3", named="row 1"),
             fault("rows", "other columns", [{"a": "b"}], "'a'", named="row 1"),
+            fault("rows", "a prompt alone", [{"prompt": "a"}], "lmbda=1", named="row 1"),
             fault(
                 "rows",
                 "a chat without template",

@@ -24,7 +24,6 @@ FILES = {
     "mixed.jsonl": '{"text": "a"}\n{"prompt": "a", "completion": "b"}\n',
     "not-text.jsonl": '{"text": 3}\n',
     "null.jsonl": '{"text": null}\n',
-    "half.jsonl": '{"prompt": "a"}\n',
     "halves.jsonl": '{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n',
     "chat.jsonl": '{"messages": [{"role": "user", "content": "a"}]}\n',
     "no-role.jsonl": '{"messages": [{"content": "a"}]}\n',

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import material
 import pytest
+import sharded_run
 import torch
 from patience import HANGS
 from safetensors.torch import load_file
@@ -26,6 +28,7 @@ from rkl.runs.signals import StoppedError, StopRequest
 TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
 TWO |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 ACCELERATE = "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"
 
 
@@ -110,7 +113,7 @@ def test_accelerate_that_starts_one_process_of_several_is_warned_of(monkeypatch)
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("ACCELERATE_USE_FSDP", "true", "not with FSDP"),
+        ("ACCELERATE_USE_FSDP", "true", "not with FSDP; expected --multi_gpu, with .* --shard"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "not with DeepSpeed"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend must be no"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision is bf16, but dtype is float32"),
@@ -143,6 +146,28 @@ def test_a_trainer_that_would_train_alone_is_refused(monkeypatch, tiny_model, ti
     monkeypatch.setattr("rkl.distill.trainer.world", lambda: World(0, 2, 2))
     with pytest.raises(ValueError, match="2 processes were started, but each of them would train"):
         tiny_trainer(tiny_model(seed=1), tiny_model(seed=2))
+
+
+def test_one_process_has_nobody_to_share_weights_with(folder, capsys):
+    assert main([*command(folder, "run", "--shard"), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "shard needs several processes, which share the weights; got 1" in said
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_rank": 4},
+        {"lmbda": 0.5},
+        {"seq_kd": True},
+        {"teacher": None, "teachers": ("one=T", "two=U")},
+        {"teacher": None, "teacher_model_kind": "ema"},
+    ],
+)
+def test_settings_refuse_what_shared_weights_cannot_do(changes, tmp_path):
+    with pytest.raises(ValueError, match=f"shard: {[*changes][-1]} is not supported"):
+        material.settings(tmp_path, shard=True, **changes)
 
 
 # What they agree on
@@ -230,11 +255,11 @@ def command(folder, out, *more):
     return ["distill", *words, "--no-compiled", "--out", str(folder / out), *more]
 
 
-def start(launcher, words):
+def start(launcher, words, program=("-m", "rkl")):
     environment = {name: it for name, it in os.environ.items() if name not in TWO}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "rkl", *words],
+        [sys.executable, *launcher, *program, *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -333,6 +358,71 @@ def test_no_thread_of_gloo_is_left_when_the_interpreter_ends():
 def test_accelerate_starts_two_processes_too(folder):
     finish(start(ACCELERATE, command(folder, "run", "--max-steps", "2")))
     assert Run(folder / "run").record["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True, "cache_teacher": True}])
+def test_two_processes_with_half_of_the_weights_each_distil_as_one(more, folder, monkeypatch):
+    """Loss, gradient, evaluations, checkpoints and the student kept; also once resumed."""
+    changes: dict = {"max_steps": 5, "gradient_accumulation": 2, "held_out": 0.2, "save_every": 1}
+    changes |= {"eval_every": 2, "keep_checkpoints": 9, "weight_decay": 0.1} | more
+    program = (sharded_run.__file__,)
+    words = [str(folder), json.dumps(changes | {"shard": True})]
+    finish(start(TORCHRUN, words, program))
+    for rank in "01":
+        models = json.loads((folder / f"{rank}.json").read_text())
+        assert len(models) == (1 if "cache_teacher" in more else 2)
+        for apart, here, everywhere in models:
+            assert apart
+            assert here == everywhere / 2
+
+    monkeypatch.setattr("rkl.distill.prepare.load_model", sharded_run.doubled)
+    rows = str(folder / "rows.jsonl")
+    one = folder / "one"
+    run.distill(material.settings(folder, data=rows, **changes | {"batch_size": 4}), one)
+    whole, parts = folder / "whole", folder / "parts"
+    for name in ("loss", "grad_norm", "eval_loss"):
+        expected, *found = (
+            [row[name] for row in Run(it).metrics if name in row] for it in (one, whole, parts)
+        )
+        assert expected
+        assert found[0] == pytest.approx(expected, rel=1e-6)
+        assert found[1] == found[0]
+    assert Run(whole).record["result"]["best_step"] == Run(one).record["result"]["best_step"] > 0
+    for name in (".", *(f"checkpoints/checkpoint-{step}" for step in (2, 5))):
+        weights = load_file(whole / name / "model.safetensors")
+        assert weights.keys() == load_file(one / name / "model.safetensors").keys()
+        assert all(it.dtype == torch.float64 for it in weights.values())
+        assert difference(whole / name, one / name) < 1e-6
+        assert difference(parts / name, whole / name) == 0
+    assert {it.name for it in whole.iterdir()} == {it.name for it in one.iterdir()}
+    Run(whole).verify()
+    GPT2LMHeadModel.from_pretrained(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "more"),
+    [("ddp", ()), ("ddp", ("--shard",)), ("fsdp2", ("--shard", "--dtype", "bfloat16"))],
+)
+def test_the_configurations_for_accelerate_start_two_processes(file, more, folder):
+    launcher = *ACCELERATE[:2], "--config_file", str(EXAMPLES / f"accelerate_{file}.yaml")
+    finish(start(launcher, command(folder, "run", "--max-steps", "2", *more)))
+    record = Run(folder / "run").record
+    assert record["processes"] == 2
+    assert record["settings"]["shard"] is bool(more)
+    state = torch.load(folder / "run/checkpoints/checkpoint-2/optimizer.pt", weights_only=True)
+    # By name where the weights are shared, by number where they are not.
+    assert isinstance(next(iter(state["state"])), str) is bool(more)
+    GPT2LMHeadModel.from_pretrained(folder / "run")
+
+
+@pytest.mark.slow
+def test_a_trial_of_two_processes_that_share_the_weights_counts_their_part(folder):
+    words = command(folder, "run", "--shard", "--dry-run", "--max-steps", "3")
+    said, _ = finish(start(TORCHRUN, words))
+    assert "of each of 2 processes" in said
+    assert not (folder / "run").exists()
 
 
 @pytest.mark.slow

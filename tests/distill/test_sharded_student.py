@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import sharded_student
 import torch
+import torch.distributed as dist
 import transformers
+from accelerate import PartialState
 from patience import HANGS
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import rkl
 
@@ -51,7 +54,8 @@ def test_processes_that_share_the_weights_train_and_resume_as_one(
         model.save_pretrained(tmp_path / name)
     rows = tiny_rows(8)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    settings = SETTINGS | {"per_device_train_batch_size": 2, "report_to": "none"}
+    settings = SETTINGS | {"per_device_train_batch_size": 1, "report_to": "none"}
+    settings |= {"gradient_accumulation_steps": 2}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     told = run_two_processes(tmp_path)
 
@@ -93,3 +97,45 @@ def test_a_model_that_each_process_has_alone_is_not_taken_for_a_shared_one():
     apart, here, everywhere = sharded_student.shares(nn.Linear(4, 3))
     assert not apart
     assert here != pytest.approx(everywhere / 2, rel=0.05)
+
+
+# What is refused
+
+
+@pytest.fixture
+def group():
+    """A group of this process alone, for fully_shard."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    PartialState._reset_state()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lmbda", 0.5), ("seq_kd", True), ("teacher_model_kind", "ema")]
+)
+def test_a_sharded_student_neither_writes_nor_is_its_own_teacher(
+    name, value, group, tiny_model, tiny_rows, tiny_trainer
+):
+    teacher = None if name == "teacher_model_kind" else tiny_model(seed=1)
+    student = fully_shard(tiny_model(seed=2))
+    with pytest.raises(NotImplementedError, match=f"{name} is not supported .* got {value!r}"):
+        tiny_trainer(student, teacher, tiny_rows(4), **{name: value})
+
+
+def test_a_sharded_student_has_no_adapters(group, tiny_model, tiny_rows, tiny_trainer, tiny_lora):
+    student = fully_shard(tiny_lora(tiny_model("Llama", seed=2), ["q_proj"]))
+    with pytest.raises(NotImplementedError, match="a PEFT student sharded by fully_shard"):
+        tiny_trainer(student, tiny_model("Llama", seed=1), tiny_rows(4))
+
+
+def test_a_sharded_teacher_does_not_write(group, tiny_model, tiny_rows, tiny_trainer):
+    teacher = fully_shard(tiny_model(seed=1))
+    with pytest.raises(NotImplementedError, match="seq_kd is not supported with a teacher"):
+        tiny_trainer(tiny_model(seed=2), teacher, tiny_rows(4), seq_kd=True)
+
+
+def test_of_several_teachers_none_may_be_sharded(group, tiny_model, tiny_rows, tiny_trainer):
+    several = {"one": tiny_model(seed=1), "two": fully_shard(tiny_model(seed=3))}
+    with pytest.raises(NotImplementedError, match="teachers: two is sharded by fully_shard"):
+        tiny_trainer(tiny_model(seed=2), None, tiny_rows(4), settings={"teachers": several})

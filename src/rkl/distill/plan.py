@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
-from rkl.distill.prepare import Models, Text, load, make_trainer, with_cached_teacher
+from rkl.distill.prepare import Models, Text, load, make_trainer, shard_models, with_cached_teacher
 from rkl.distill.processes import Processes, check_launcher, joined
 from rkl.distill.progress import forget_peak, in_words, peak_memory, quiet
 from rkl.distill.settings import DistillSettings
@@ -50,7 +50,7 @@ class Estimate:
 def dry_run(settings: DistillSettings) -> Estimate:
     """What a run with these settings would do, and take; nothing of it is kept."""
     with joined(settings.device) as processes:
-        processes.together(lambda: check_launcher(settings.dtype))
+        processes.together(lambda: check_launcher(settings.dtype, shard=settings.shard))
         return _estimate(settings, processes)
 
 
@@ -76,7 +76,8 @@ def _estimate(settings: DistillSettings, processes: Processes) -> Estimate:
     if settings.lora_rank is not None:  # checkpoints hold the adapters alone
         weights = 4 * sum(it.numel() for it in student.parameters() if it.requires_grad)
     moments = 2 * 4 * sum(it.numel() for it in student.parameters() if it.requires_grad)
-    memory = max(measured.loading_peak, measured.peak + moments)
+    moments_here = moments / count if settings.shard else moments
+    memory = max(measured.loading_peak, measured.peak + moments_here)
     seconds = loading + measured.first_step + (steps - 1) * measured.step
     seconds += measured.caching * (len(text.blocks) + held)
     seconds += evaluations * held * measured.evaluation
@@ -137,6 +138,7 @@ def _measure(
         began = time.perf_counter()
         models = with_cached_teacher(settings, folder / "teacher", few, models)
         caching = (time.perf_counter() - began) / (len(few.blocks) + held)
+    shard_models(settings, models)
     idle: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.0, "weight_decay": 0.0}
     idle |= {"max_steps": min(STEPS, settings.steps(len(text.blocks), processes))}
     idle |= {"save_strategy": "no", "log_completions": False}

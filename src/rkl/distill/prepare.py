@@ -49,6 +49,7 @@ from rkl.distill.progress import journaled
 from rkl.distill.rollouts import check_prompts, ends_of
 from rkl.distill.server import ServerTeacher
 from rkl.distill.settings import DistillSettings
+from rkl.distill.sharded import shard
 from rkl.distill.sources import Row, Rows, kind_of, read_rows
 from rkl.distill.teachers import (
     ModelTeacher,
@@ -568,6 +569,16 @@ def with_cached_teacher(
         device=checks.device(settings.device),
     )
     return replace(models, teacher=cached)
+
+
+def shard_models(settings: DistillSettings, models: Models) -> None:
+    """Share the student, and a teacher that is a model, among the processes, if that is asked."""
+    if not settings.shard:
+        return
+    device = checks.device(settings.device)
+    for model in (models.student, models.teacher):
+        if isinstance(model, PreTrainedModel):
+            shard(model, device)
 
 
 def _load_student(settings: DistillSettings) -> PreTrainedModel:

@@ -151,12 +151,23 @@ def on_cpu(device: str | None) -> bool:
     return checks.device(device).type == "cpu"
 
 
-def check_launcher(dtype: str) -> None:
-    """Refuse what accelerate launch would change of a run without its settings saying so."""
+def check_launcher(dtype: str, *, shard: bool = False) -> None:
+    """Refuse what accelerate launch would change of a run without its settings saying so.
+
+    Raises:
+        ValueError: It would; or the weights are to be shared (``shard``) by a single process.
+    """
     if (name := processes.plugin()) is not None:
+        advice = "--multi_gpu, with rkl distill --shard for FSDP2"
+        if name != "FSDP":
+            advice = "--multi_gpu, or a script of yours with rkl.distill.DistillTrainer"
         raise ValueError(
             f"accelerate launch: rkl distill trains with DDP, and not with {name}; expected "
-            "--multi_gpu, or a script of yours with rkl.distill.DistillTrainer."
+            f"{advice}."
+        )
+    if shard and processes.world().size == 1:
+        raise ValueError(
+            f"shard needs several processes, which share the weights; got 1. Type: {ADVICE}"
         )
     if (name := processes.compiler()) is not None:
         raise ValueError(

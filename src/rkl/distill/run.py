@@ -39,6 +39,7 @@ from rkl.distill.prepare import (
     make_trainer,
     save_merged,
     save_student,
+    shard_models,
     with_cached_teacher,
 )
 from rkl.distill.processes import Processes, check_launcher, joined, naming_lost_peers
@@ -132,7 +133,7 @@ def distill(
     """
     began = time.perf_counter()
     with joined(settings.device) as processes, contextlib.ExitStack() as stack:
-        processes.together(lambda: check_launcher(settings.dtype))
+        processes.together(lambda: check_launcher(settings.dtype, shard=settings.shard))
         named = {name: getattr(settings, name) for name in INPUTS}
         how: Any = {"overwrite": overwrite, "resume": resume}
         several = {} if settings.teacher is not None else settings.named_teachers
@@ -308,6 +309,7 @@ def _train(
     if done == total and not is_pending(last):
         return None
     new = last is None
+    shard_models(settings, models)
     trainer = processes.together(
         lambda: make_trainer(
             settings, folder, text, models, processes=processes.count, eval_on_start=new

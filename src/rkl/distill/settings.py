@@ -143,6 +143,10 @@ class DistillSettings:
             may lie among the other atoms, such as reverse KL or AKL.
         gradient_checkpointing: Compute activations twice rather than keep them: less memory, more
             time.
+        shard: Give each of several processes a part of the weights of student and teacher (FSDP2),
+            which are gathered layer by layer, rather than all of them: for models that are too
+            large for one GPU. Not with --lora-rank, --lmbda, --seq-kd, --teachers or
+            --teacher-model-kind.
         lora_rank: Rank of LoRA adapters, which are then trained in place of all weights (extra
             peft); none by default. Their alpha is twice the rank, so that the rate needs no
             change with it. The run holds the student with the adapters merged, and the adapters
@@ -218,6 +222,7 @@ class DistillSettings:
     teacher_reference: str | None = None
     allow_partial: bool = False
     gradient_checkpointing: bool = False
+    shard: bool = False
     lora_rank: int | None = None
     lora_targets: str | None = None
     cache_teacher: bool = False
@@ -268,6 +273,7 @@ class DistillSettings:
                 "cache_teacher keeps what the teacher says of the data, and must be off where "
                 f"text is written later: with lmbda={self.lmbda}, seq_kd={self.seq_kd}."
             )
+        self._check_shard()
         template_variables(self.chat_template_kwargs)
         if self.lora_targets is not None and self.lora_rank is None:
             raise ValueError("lora_targets needs lora_rank, such as 16; got None.")
@@ -297,6 +303,16 @@ class DistillSettings:
                 "which GPU."
             )
         checks.device(self.device)
+
+    def _check_shard(self) -> None:
+        """Refuse what models whose weights processes share cannot do."""
+        names = "lora_rank", "lmbda", "seq_kd", "teachers", "teacher_model_kind"
+        for name in names if self.shard else ():
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"shard: {name} is not supported with weights that several processes share; "
+                    f"got {value!r}. Leave one of the two out."
+                )
 
     def _check_reporters(self) -> None:
         """Refuse what transformers reports to under no such name."""

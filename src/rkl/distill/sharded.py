@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 
@@ -24,9 +26,26 @@ def _in_one_piece(**more: Any) -> dict[str, Any]:
     }
 
 
-def is_sharded(model: nn.Module | None) -> bool:
+def is_sharded(model: object) -> bool:
     """True if fully_shard has been called on the model."""
     return isinstance(model, FSDPModule)
+
+
+def shard(model: Any, device: torch.device) -> None:
+    """Share the weights of a model of transformers among all processes, in place.
+
+    A layer (``_no_split_modules``) is gathered while it computes; what lies outside of layers,
+    such as embeddings and head, during the whole forward.
+
+    Args:
+        model: The same in each process, on any device.
+        device: Of this process; each process then has its part of the weights there.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    layers = {*(getattr(model, "_no_split_modules", None) or ())}
+    found = [it for it in model.modules() if it is not model and type(it).__name__ in layers]
+    for module in (*reversed(found), model):  # inner modules first
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def local(x: Tensor) -> Tensor:
@@ -53,8 +72,10 @@ def whole(x: Tensor) -> Tensor:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:
-    """The weights in one piece, on the CPU of the first process; empty elsewhere."""
-    return _checkpoint().get_model_state_dict(model, **_in_one_piece())
+    """The weights in one piece, tied ones once, on the CPU of the first process; else empty."""
+    state = _checkpoint().get_model_state_dict(model, **_in_one_piece())
+    once = {name for name, _ in model.named_parameters()}
+    return {name: it for name, it in state.items() if name in once or name not in _tied(model)}
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -71,9 +92,13 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     for file in files:
         weights |= load_file(file)
     found = _checkpoint().set_model_state_dict(model, weights, **_in_one_piece(strict=False))
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())  # saved under another name
-    if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - tied)]:
+    if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - _tied(model))]:
         raise ValueError(f"{folder} has the weights of another model: {sorted(wrong)[0]}.")
+
+
+def _tied(model: Any) -> set[str]:
+    """Names of weights that are saved under another name."""
+    return set(getattr(model, "all_tied_weights_keys", None) or ())
 
 
 def whole_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:

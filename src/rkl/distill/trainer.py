@@ -1,5 +1,6 @@
 """Distillation as a transformers.Trainer: D(teacher ‖ student) at every labelled token."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -315,7 +316,7 @@ class DistillTrainer(Trainer):
                 f"one process cannot share {args.n_gpu} GPUs; start one for each with "
                 "torchrun or accelerate launch, or show it only one with CUDA_VISIBLE_DEVICES."
             )
-        _check_sharded(model, args)
+        _check_sharded(model, args, teacher, teachers)
         for name in ("train_dataset", "eval_dataset"):
             column = None if teachers is None else args.teacher_routing_column
             kwargs[name] = _tokenized(name, kwargs.get(name), tokenizer, args, column)
@@ -777,6 +778,11 @@ class DistillTrainer(Trainer):
             torch.save(state, Path(output_dir, "optimizer.pt"))
             schedule: Any = self.lr_scheduler
             torch.save(schedule.state_dict(), Path(output_dir, "scheduler.pt"))
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Nothing is deferred: each batch's gradient is shared out, or all of it would be here."""
+        yield
 
     def _load_sharded(self, checkpoint: Path) -> None:
         """The optimizer and the schedule of a student whose weights processes share."""
@@ -1260,8 +1266,19 @@ def _first_row(dataset: Any) -> Any:
     return next(iter(dataset), None) if again else None
 
 
-def _check_sharded(model: Any, args: DistillConfig) -> None:
-    """Refuse what a student whose weights processes share cannot do yet."""
+def _check_sharded(model: Any, args: DistillConfig, teacher: Any, teachers: Any) -> None:
+    """Refuse what models whose weights processes share cannot do yet."""
+    for name, it in (teachers or {}).items():
+        if is_sharded(it):
+            raise NotImplementedError(
+                f"teachers: {name} is sharded by fully_shard, so that all processes must run it "
+                "at once, and rows of different teachers do not. Give one teacher, or whole ones."
+            )
+    if is_sharded(teacher) and args.seq_kd:
+        raise NotImplementedError(
+            "seq_kd is not supported with a teacher sharded by fully_shard, whose weights no "
+            f"process has alone; got {args.seq_kd!r}."
+        )
     if not is_sharded(model):
         return
     if getattr(model, "peft_config", None) is not None:

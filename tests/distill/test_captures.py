@@ -183,7 +183,7 @@ def test_an_approximation_with_too_much_mass_is_divided_by_it():
         "compressed_logprobs": [packed(values[0].tolist(), EXACT)],
         "bytepacked_indices": [bits_of(range(K), read_compression(EXACT).index_bits)],
     }
-    (atoms,) = places_of(row, read_compression(EXACT), 0)
+    (atoms,) = places_of(row, read_compression(EXACT), "row 0")
     assert sum(map(math.exp, atoms.values())) == pytest.approx(1, abs=1e-5)
 
 

@@ -20,7 +20,7 @@ from rkl.distill.cache import (
     stored_tensors,
     written,
 )
-from rkl.distill.limits import check_one_of, is_address, is_cache
+from rkl.distill.limits import check_one_of, is_address, is_cache, published_column
 from rkl.distill.prepare import load_for_cache
 from rkl.distill.progress import in_words, quiet
 from rkl.distill.settings import DistillSettings
@@ -92,6 +92,11 @@ class CacheSettings:
         check_one_of(self, "stored", "float32", "bfloat16")
         if is_cache(self.teacher):
             raise ValueError(f"teacher: {self.teacher} is a cache already.")
+        if published_column(self.teacher) is not None:
+            raise ValueError(
+                f"teacher: {self.teacher} is kept in the data already, from where rkl distill "
+                "reads it."
+            )
         if is_address(self.teacher) and parse_keep(self.keep).kind != "top-k":
             raise ValueError(
                 f"keep must be a top k, such as top-k=64, of a teacher on a server, which gives "

@@ -18,8 +18,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from rkl.checks import integer
+from rkl.distill.limits import COMPRESSED
 
-LOGPROBS, INDICES = "compressed_logprobs", "bytepacked_indices"  # columns of a capture
+LOGPROBS, INDICES = COMPRESSED, "bytepacked_indices"  # columns of a capture
 DTYPES = {it: getattr(torch, it) for it in ("float16", "bfloat16", "float32", "float64")}
 SPECIAL = "sqrt", "exp"  # terms of the approximation that are no powers
 MAX_BITS = 62  # of a packed number
@@ -182,7 +183,7 @@ def _terms(how: Compression, dtype: torch.dtype) -> Float[Tensor, "ranks terms"]
 
 
 def places_of(
-    row: Mapping[str, Any], compression: Compression, number: int
+    row: Mapping[str, Any], compression: Compression, where: str
 ) -> Iterator[dict[int, float]]:
     """The atoms at each place of a row with their log-probabilities.
 
@@ -193,26 +194,26 @@ def places_of(
     """
     if "packed_indices" in row:
         raise ValueError(
-            f"row {number} is a capture of legacy_logit_compression, which keeps logits without "
+            f"{where} is a capture of legacy_logit_compression, which keeps logits without "
             "what they are to be divided by: the teacher's mass in its top k cannot be told."
         )
     for name in (LOGPROBS, INDICES):
         if row.get(name) is None:
-            raise ValueError(f"row {number} has no column {name!r}; it has {[*row]}.")
+            raise ValueError(f"{where} has no column {name!r}; it has {[*row]}.")
     sizes = compression.logprob_bytes, -(-compression.k * compression.index_bits // 8)
     parts = []
     for name, size in zip((LOGPROBS, INDICES), sizes, strict=True):
         lengths = {len(it) for it in row[name]}
         if lengths - {size}:
             raise ValueError(
-                f"row {number}: column {name!r} has {min(lengths - {size})} bytes at a place; "
+                f"{where}: column {name!r} has {min(lengths - {size})} bytes at a place; "
                 f"expected {size} with these settings: is it the compression_config.yaml that the "
                 "capture was made with?"
             )
         parts.append(torch.tensor(row[name], dtype=torch.uint8).view(-1, size))
     if len(parts[0]) != len(parts[1]):
         raise ValueError(
-            f"row {number} has {len(parts[0])} places of log-probabilities and {len(parts[1])} of "
+            f"{where} has {len(parts[0])} places of log-probabilities and {len(parts[1])} of "
             "tokens; expected as many of both."
         )
     logp = log_probabilities(parts[0], compression)
@@ -221,7 +222,7 @@ def places_of(
     if not (mass <= MAX_MASS).all():
         place = int((~(mass <= MAX_MASS)).nonzero()[0])
         raise ValueError(
-            f"row {number}: the masses at place {place} sum to {float(mass[place]):.3g}; expected "
+            f"{where}: the masses at place {place} sum to {float(mass[place]):.3g}; expected "
             f"at most 1, and {MAX_MASS} of an approximation."
         )
     logp = logp - mass.clamp_min(1.0).log()[:, None]

@@ -63,7 +63,7 @@ def model_card(run: Run) -> str:
     record = run.record
     settings, data, result = dict(record["settings"]), record["data"], record["result"]
     origin = str(data["held_out"]["origin"])
-    for key in ("teacher", "student", "data", "eval_data"):
+    for key in ("teacher", "teacher_compression", "student", "data", "eval_data"):
         if os.path.isabs(path := settings.get(key) or ""):  # a card is read elsewhere
             settings[key] = Path(path).name
             origin = origin.replace(path, settings[key])

@@ -37,6 +37,7 @@ from rkl.distill.limits import (
     divergence_named,
     is_address,
     is_cache,
+    published_column,
     template_variables,
 )
 from rkl.distill.processes import Processes, joined
@@ -328,6 +329,12 @@ def _load_teacher(
     if is_cache(name):
         raise ValueError(
             f"teacher must be given: {run.path} learned from {name}, a cache of the rows that it "
+            f"was trained on. Of the same weights: rkl evaluate {quoted} --data DATA --teacher "
+            "FOLDER"
+        )
+    if published_column(name) is not None:
+        raise ValueError(
+            f"teacher must be given: {run.path} learned from {name}, a column of the rows that it "
             f"was trained on. Of the same weights: rkl evaluate {quoted} --data DATA --teacher "
             "FOLDER"
         )

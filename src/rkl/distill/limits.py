@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 ABOUT = "cache.json"  # of a folder in which rkl cache keeps what a teacher told
 
+COMPRESSED = "compressed_logprobs"  # column of a capture of DistillKit
+IN_THE_DATA = "data:"  # before the column that a teacher is read from
+
 TEMPLATE_ARGUMENTS = {  # of apply_chat_template
     *("tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"),
     *("return_assistant_tokens_mask", "conversation", "chat_template"),
@@ -137,7 +140,12 @@ def is_address(name: str) -> bool:
     return str(name).startswith(("http://", "https://"))
 
 
+def published_column(name: str | None) -> str | None:
+    """The column of the data that a teacher data:COLUMN is read from; None for other teachers."""
+    return name.removeprefix(IN_THE_DATA) if str(name).startswith(IN_THE_DATA) else None
+
+
 def is_cache(name: str | os.PathLike) -> bool:
     """True for the name of a folder that holds a cache, finished or not."""
     text = os.fspath(name)
-    return not text.startswith(("package:", "hub:")) and Path(text, ABOUT).is_file()
+    return not text.startswith(("package:", "hub:", IN_THE_DATA)) and Path(text, ABOUT).is_file()

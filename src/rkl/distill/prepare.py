@@ -4,12 +4,13 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import (
     AutoModelForCausalLM,
@@ -26,8 +27,10 @@ from rkl import checks
 from rkl.checks import warn
 from rkl.distill import lora
 from rkl.distill.cache import INDEX, CachedTeacher, cache_teacher
+from rkl.distill.captures import Compression, read_compression
 from rkl.distill.chats import ChatTemplate, read_template
 from rkl.distill.data import (
+    IGNORED,
     SHORTEST_PASSAGE,
     TEACHER_IDS,
     NoTrainedTokensError,
@@ -43,9 +46,11 @@ from rkl.distill.limits import (
     context_of,
     is_address,
     is_cache,
+    published_column,
     template_variables,
 )
 from rkl.distill.progress import journaled
+from rkl.distill.published import PublishedTeacher, read_published
 from rkl.distill.rollouts import check_prompts, ends_of
 from rkl.distill.server import ServerTeacher
 from rkl.distill.settings import DistillSettings
@@ -94,6 +99,7 @@ class Text:
         rows_held_out: The rows of them.
         template: A fingerprint of the chat template, where the rows are chats.
         apart: True where rows that shared blocks got one each, for a model mixes them.
+        teacher: The one in a column of the data, where it is meant.
     """
 
     rows: Rows
@@ -103,6 +109,7 @@ class Text:
     rows_held_out: Sequence[Row] = ()
     template: str | None = None
     apart: bool = False
+    teacher: PublishedTeacher | None = None
 
     def record(self) -> dict[str, Any]:
         """What run.json keeps of it."""
@@ -135,6 +142,8 @@ class Text:
         if self.rows_held_out:
             more = {"rows": len(self.rows_held_out)}
             found["held-out text"] = values_of(source, self.rows_held_out, **more)
+        if self.teacher is not None:
+            found["teacher"] = values_of(settings.data, self.teacher.contents())
         return found
 
     def beginning(self, count: int) -> "Text":
@@ -204,14 +213,21 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     _check_extras(settings)
     tokenizers = _load_tokenizers(settings)
     template = _choose_template(settings, *tokenizers)
-    text = read_text(settings, tokenizers[1])
+    student: Any = None
+    if published_column(settings.teacher) is None:
+        text = read_text(settings, tokenizers[1])
+    else:
+        student = _load_student(settings)
+        text = _read_published_text(settings, tokenizers[1], _vocab(student))
     if text.template is not None and template:
         warn(template)
     if settings.cache_teacher or (settings.teacher is not None and is_cache(settings.teacher)):
         _refuse_teacher_prompts(text)
     teachers = {} if settings.teacher is not None else _load_teachers(settings)
-    teacher = None if settings.teacher is None else _load_teacher(settings, tokenizers[0])
-    student = _load_student(settings)
+    teacher: Any = text.teacher
+    if settings.teacher is not None and teacher is None:
+        teacher = _load_teacher(settings, tokenizers[0])
+    student = student or _load_student(settings)
     models: dict[str, Any] = {f"teacher {name}": it for name, it in teachers.items()}
     if isinstance(teacher, PreTrainedModel):
         models["teacher"] = teacher
@@ -378,7 +394,7 @@ def inputs_of(
         )  # with the digests of the others
     elif teacher is None:
         for name, model in named.items():
-            if not is_address(model):
+            if not is_address(model) and published_column(model) is None:
                 found[f"teacher {name}".strip()] = model_input(model)
     if settings.student is not None:
         found["student"] = model_input(settings.student)
@@ -407,20 +423,101 @@ def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> 
         train, held = _apart(rows, settings.held_out, settings.seed)
         blocks = _held_out_blocks(held, tokenizer, shape)
         rows, held = (rows, held.some([])) if blocks is None else (train, held)
-        origin = "nothing" if blocks is None else f"{settings.held_out:.0%} of {settings.data}"
-        if blocks is None and settings.held_out and kind == "prompt":
-            say(
-                "NOTHING IS HELD OUT: prompts alone hold no text to compare on, so that the last "
-                "student is kept, not the best. Give --eval-data, or --held-out 0 to say so."
-            )
-        elif blocks is None and settings.held_out:
-            say(
-                f"NOTHING IS HELD OUT: {settings.data} cannot be divided, so that the last "
-                "student is kept, not the best. Give --eval-data, or --held-out 0 to say so."
-            )
+        origin = _origin(settings, blocks, kind)
     template = fingerprint([str(tokenizer.chat_template)]) if holds_chats(rows) else None
     read = _tokens_of("data", rows, tokenizer, shape | {"prompts": settings.lmbda == 1})
     return Text(rows, read, blocks, origin, held, template)
+
+
+def _origin(settings: DistillSettings, blocks: TokenDataset | None, kind: str) -> str:
+    """Where the blocks held out of the data come from, in words; says where there are none."""
+    if blocks is not None:
+        return f"{settings.held_out:.0%} of {settings.data}"
+    if settings.held_out:
+        why = f"{settings.data} cannot be divided"
+        if kind == "prompt":
+            why = "prompts alone hold no text to compare on"
+        say(
+            f"NOTHING IS HELD OUT: {why}, so that the last student is kept, not the best. Give "
+            "--eval-data, or --held-out 0 to say so."
+        )
+    return "nothing"
+
+
+def _read_published_text(
+    settings: DistillSettings, tokenizer: PreTrainedTokenizerBase, vocab: int
+) -> Text:
+    """Read data with a column of log-probabilities, which are the teacher."""
+    shape: Any = {"max_length": settings.max_length, "train_on": settings.train_on}
+    shape |= {"chat_template_kwargs": template_variables(settings.chat_template_kwargs)}
+    how: Any = {"vocab": vocab, "column": published_column(settings.teacher)}
+    if settings.teacher_compression is not None:
+        how["compression"] = _read_compression(settings.teacher_compression)
+    rows, teacher = read_published(settings.data, settings.split, tokenizer, shape, **how)
+    everywhere = range(len(rows))
+    if settings.eval_data is not None:
+        try:
+            held, other = read_published(
+                settings.eval_data, settings.eval_split, tokenizer, shape, **how
+            )
+        except ValueError as error:
+            raise ValueError(f"eval_data: {error}") from None
+        blocks, trained = _published_blocks(held, other, range(len(held))), everywhere
+        teacher.include(other)
+        origin = settings.eval_data
+    else:
+        # Of places, for of texts a single one would be cut, and its log-probabilities not.
+        places = Rows({"place": at} for at in everywhere)
+        train, apart = _apart(places, settings.held_out, settings.seed)
+        chosen = [it["place"] for it in apart]
+        blocks, trained = _published_blocks(rows, teacher, chosen), everywhere
+        if blocks is not None:
+            trained = [it["place"] for it in train]
+        held, origin = rows.some(chosen if blocks else []), _origin(settings, blocks, "text")
+    read = _published_blocks(rows, teacher, trained)
+    if read is None:
+        raise NoTrainedTokensError(
+            f"data: no row of {settings.data} that is not held out has a token to train on."
+        )
+    template = fingerprint([str(tokenizer.chat_template)]) if holds_chats(rows) else None
+    return Text(rows.some(trained), read, blocks, origin, held, template, teacher=teacher)
+
+
+def _read_compression(path: str) -> Compression:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"teacher_compression: there is no file {path}.")
+    try:
+        return read_compression(path)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"teacher_compression: {path}: {error}") from None
+
+
+def _published_blocks(
+    rows: Rows, teacher: PublishedTeacher, chosen: Collection[int]
+) -> TokenDataset | None:
+    """The teacher's texts of these rows as blocks; None where there are none."""
+    wanted = {*chosen}
+    pairs = zip(teacher.numbers, teacher.rows, strict=True)
+    texts = [(number, row) for number, row in pairs if number in wanted]
+    if not texts:
+        return None
+    lost = sorted(wanted - {number for number, _ in texts})
+    places = ", ".join(rows.place(number) for number in lost[:3])
+    why = f"no token to train on has log-probabilities: {places}" if lost else ""
+    if lost:
+        warn(f"{len(lost):,} of {len(wanted):,} rows left out: {why}.")
+    tokens = [torch.tensor(row["input_ids"], dtype=torch.int32) for _, row in texts]
+    labels = torch.cat([torch.tensor(row["labels"]) for _, row in texts])
+    return TokenDataset(
+        kind_of(rows[0], rows.place(0)),
+        torch.cat(tokens),
+        labels != IGNORED,
+        torch.tensor([0, *map(len, tokens)]).cumsum(0),
+        rows=len(wanted),
+        cut_tokens=0,
+        left_out=len(lost),
+        reasons=why,
+    )
 
 
 def _check_names(rows: Rows, settings: DistillSettings) -> None:
@@ -510,7 +607,12 @@ def _load_tokenizers(
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """The teacher's tokenizer and the student's, which is the teacher's if it has none."""
     first = next(iter(settings.named_teachers.values()), None)
-    if first is None or is_address(first) or is_cache(first):
+    if (
+        first is None
+        or is_address(first)
+        or is_cache(first)
+        or published_column(first) is not None
+    ):
         student = load_tokenizer(str(settings.student))
         return student, student
     teacher, path = load_tokenizer(first), Path(settings.student or "none.json")

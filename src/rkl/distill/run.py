@@ -69,7 +69,8 @@ __all__ = ["Distilled", "Estimate", "distill", "dry_run", "load_run"]
 
 # In a run that is resumed; more steps extend it.
 MAY_CHANGE = "device", "save_every", "keep_checkpoints", "max_steps", "epochs", "report_to"
-INPUTS = "teacher", "student", "data", "eval_data"  # settings that may be files or folders
+# Settings that may be files or folders.
+INPUTS = "teacher", "teacher_compression", "student", "data", "eval_data"
 CACHE = "teacher"  # folder of its hidden states, there while the run lasts
 OF_TRAINER = "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json"
 OF_TRAINER += ("on_policy-*.json",)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from rkl import checks
 from rkl.checks import LARGEST_RATE, number
 from rkl.distill.limits import (
+    COMPRESSED,
     check_counts,
     check_one_of,
     check_temperature,
@@ -17,6 +18,7 @@ from rkl.distill.limits import (
     divergence_named,
     is_address,
     is_cache,
+    published_column,
     template_variables,
 )
 from rkl.distill.sampling import check_generation
@@ -38,7 +40,11 @@ class DistillSettings:
             a .gguf file, package:NAME for the one in an installed package, or a name on the Hub;
             or the address of a server that gives log-probabilities, such as http://host:8000/v1,
             whose key, if it wants one, is read from RKL_TEACHER_API_KEY; or a folder that
-            rkl cache wrote; by default none, where --teachers or --teacher-model-kind is given.
+            rkl cache wrote; or data:COLUMN, the log-probabilities that others published in a
+            column of --data and --eval-data, such as data:target_logprobs; by default none, where
+            --teachers or --teacher-model-kind is given.
+        teacher_compression: Of a teacher in a column that is a capture of DistillKit
+            (data:compressed_logprobs), the compression_config.yaml beside it; none by default.
         teachers: Several models, each with a name, as math=PATH code=PATH; of each row the one
             teaches that --teacher-routing-column names, and rows share no block; by default
             --teacher alone.
@@ -86,7 +92,8 @@ class DistillSettings:
         epochs: Passes over the data, where --max-steps says nothing.
         max_length: Longest block, in tokens; no longer than the models' context.
         packing: Let short rows share a block, in which they do not see one another. They share
-            none where a model cannot keep them apart, --lmbda is above 0, or with --seq-kd.
+            none where a model cannot keep them apart, --lmbda is above 0, or with --seq-kd or a
+            teacher data:COLUMN.
         train_on: Of a chat, all turns of the assistant or the last.
         chat_template: A file with the chat template to use and to save with the student; by
             default the student's, or the teacher's where the student has none.
@@ -163,6 +170,7 @@ class DistillSettings:
 
     teacher: str | None = None
     data: str = ""  # refused: a word before it has a default
+    teacher_compression: str | None = None
     teachers: tuple[str, ...] = field(default=(), metadata={"metavar": "NAME=PATH"})
     teacher_routing_column: str | None = None
     teachers_on_device: Literal["all", "one"] | None = None
@@ -248,6 +256,7 @@ class DistillSettings:
                 f"{self.on_policy_divergence} with lmbda={self.lmbda}."
             )
         _ = self.weigh_tokens
+        self._check_published()
         self._check_server()
         if self.student is None and self.teacher is not None and is_cache(self.teacher):
             raise ValueError(
@@ -352,10 +361,11 @@ class DistillSettings:
         if self.teacher is None and self.student is None:
             raise ValueError(f"student must be given with {given[0]}; got None.")
         for name, model in self.named_teachers.items():
-            if self.teachers and (is_address(model) or is_cache(model)):
+            elsewhere = is_address(model) or is_cache(model) or published_column(model) is not None
+            if self.teachers and elsewhere:
                 raise ValueError(
-                    f"teachers must be models, for one of them alone may be a server or a cache; "
-                    f"got {name}={model}."
+                    "teachers must be models, for one of them alone may be a server, a cache or a "
+                    f"column of the data; got {name}={model}."
                 )
         if self.teachers and self.seq_kd:
             raise ValueError("seq_kd needs one teacher, which writes; got True with teachers.")
@@ -404,9 +414,8 @@ class DistillSettings:
             for name in ("loss_top_k", "teacher_reference"):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(
-                        f"{name} is for a teacher on a server, such as http://host:8000/v1; got "
-                        f"{value!r} with {self.teacher or 'a model'}, of which everything is "
-                        "known."
+                        f"{name} is for a teacher on a server, such as http://host:8000/v1, and "
+                        f"has no effect; got {value!r} with {self.teacher or 'a model'}."
                     )
             return
         if self.student is None:
@@ -418,9 +427,51 @@ class DistillSettings:
                 "cache_teacher keeps hidden states, which a server does not give; got True with "
                 f"{self.teacher}."
             )
+        self._check_top_k("a teacher on a server")
+
+    def _check_published(self) -> None:
+        """Refuse what a teacher in a column of the data cannot do."""
+        column = published_column(self.teacher)
+        if column is None:
+            if self.teacher_compression is not None:
+                raise ValueError(
+                    "teacher_compression goes with --teacher data:compressed_logprobs, and has no "
+                    f"effect; got {self.teacher_compression!r} with {self.teacher}."
+                )
+            return
+        if not column:
+            raise ValueError(
+                f"teacher must name a column, such as data:target_logprobs; got {self.teacher!r}."
+            )
+        if (column == COMPRESSED) != (self.teacher_compression is not None):
+            raise ValueError(
+                f"teacher_compression must be given for the column {COMPRESSED}, a capture of "
+                f"DistillKit, and for no other; got {self.teacher_compression!r} with "
+                f"{self.teacher}."
+            )
+        if self.student is None:
+            raise ValueError(
+                "student must be given where the teacher is a column of the data, which holds no "
+                f"model; got {self.teacher}."
+            )
+        for name in ("lmbda", "seq_kd"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name} needs a teacher that reads text which is written later; got {value} "
+                    f"with {self.teacher}, which is known at the rows of the data alone."
+                )
+        if self.cache_teacher:
+            raise ValueError(
+                "cache_teacher keeps hidden states, which a column of log-probabilities does not "
+                f"give; got True with {self.teacher}."
+            )
+        self._check_top_k("a teacher in a column of the data")
+
+    def _check_top_k(self, teacher: str) -> None:
+        """Refuse what a teacher that is known by its likeliest tokens cannot do."""
         if self.temperature != 1:
             raise ValueError(
-                "temperature must be 1 for a teacher on a server, which is known by its likeliest "
+                f"temperature must be 1 for {teacher}, which is known by its likeliest "
                 f"tokens; got {self.temperature}."
             )
         from rkl.distill.known import lost_in_the_rest
@@ -430,7 +481,7 @@ class DistillSettings:
             reason = None if divergence is None else lost_in_the_rest(divergence)
             if reason is not None and not self.allow_partial:
                 raise ValueError(
-                    f"{name}: {getattr(self, name)} on a teacher on a server, known by its "
+                    f"{name}: {getattr(self, name)} on {teacher}, known by its "
                     f"likeliest tokens: {reason}, so that most of it may lie among the others. "
                     "Take kl or jensen-shannon, or say --allow-partial."
                 )

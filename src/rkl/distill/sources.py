@@ -143,6 +143,27 @@ def read_rows(data: Data, *, split: str = "train", column: str | None = None) ->
     return Rows(rows, read.source, read.unit, numbers, filled=read.filled)
 
 
+def read_whole_rows(data: Data, *, split: str = "train") -> Rows:
+    """The rows of some data with all their columns, as they are, null ones apart.
+
+    Args:
+        data: As for :func:`read_rows`.
+        split: Which split of a data set that has several.
+    """
+    named = isinstance(data, str | Path)
+    read = _read_named(data, split, whole=True) if named else _in_memory(data, split)
+    rows, numbers = [], []
+    for number, row in read.rows:
+        if not isinstance(row, Mapping):
+            place = read.source if number is None else f"{read.source}, {read.unit} {number}"
+            raise ValueError(f"{place}: expected an object with columns; got {_short(row)}.")
+        rows.append({name: value for name, value in row.items() if value is not None})
+        numbers.append(number)
+    if not rows:
+        raise ValueError(f"data: {data if named else type(data).__name__} has no rows.")
+    return Rows(rows, read.source, read.unit, numbers, filled=read.filled)
+
+
 class _Reading(NamedTuple):
     """Rows as they are read, with their numbers, and where they come from."""
 
@@ -382,7 +403,9 @@ def _name_in(row: Mapping[str, Any], column: str | None, place: str) -> Row:
     return {column: name}
 
 
-def _read_named(data: str | Path, split: str, column: str | None) -> _Reading:
+def _read_named(
+    data: str | Path, split: str, column: str | None = None, *, whole: bool = False
+) -> _Reading:
     path = Path(data)
     if path.is_dir():
         return _saved(path, split)
@@ -394,7 +417,7 @@ def _read_named(data: str | Path, split: str, column: str | None) -> _Reading:
     if not path.is_file():
         raise FileNotFoundError(f"data: there is no file {path}.")
     if reader is _parquet:
-        return _parquet(path, column)
+        return _parquet(path, column, whole=whole)
     return reader(path)
 
 
@@ -443,7 +466,7 @@ def _txt(path: Path) -> _Reading:
     return _Reading([(None, {"text": text})] if text.strip() else [], str(path))
 
 
-def _parquet(path: Path, column: str | None = None) -> _Reading:
+def _parquet(path: Path, column: str | None = None, *, whole: bool = False) -> _Reading:
     table_of = _extra("pyarrow.parquet", f"Reading {path.name}")
     try:
         table = table_of.read_table(path)
@@ -451,8 +474,8 @@ def _parquet(path: Path, column: str | None = None) -> _Reading:
         raise ValueError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
     besides = {TOOLS, TEACHER_PROMPT, PRIVILEGED_CONTEXT, column}
     known = {*besides, *OTHER_COLUMNS, *itertools.chain(*COLUMNS.values())}
-    found = [name for name in table.column_names if name in known]
-    if not {*found} - besides:
+    found = [name for name in table.column_names if whole or name in known]
+    if not whole and not {*found} - besides:
         got = sorted(table.column_names)
         raise ValueError(f"{path}: {EXPECTED}; got the columns {got}{ALSO}.")
     rows = (row for batch in table.select(found).to_batches() for row in batch.to_pylist())

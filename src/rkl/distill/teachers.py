@@ -35,6 +35,7 @@ from transformers.utils.import_utils import is_peft_available
 from rkl.checks import warn
 from rkl.distill.heads import Head, read_head
 from rkl.distill.known import Observed
+from rkl.distill.limits import IN_THE_DATA
 from rkl.distill.merged import base_of, load_merged, unread_weights
 from rkl.runs.integrity import Input, check_finite, files_of, hub_name, local_path
 
@@ -308,7 +309,7 @@ def is_adapter(name: str | os.PathLike) -> bool:
 
 def resolved(name: str) -> str:
     """The name of a model or of data as a run keeps it: absolute where it is a file or folder."""
-    path = None if name.startswith(("package:", "hub:")) else local_path(name)
+    path = None if name.startswith(("package:", "hub:", IN_THE_DATA)) else local_path(name)
     return name if path is None else str(path)
 
 

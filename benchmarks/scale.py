@@ -21,7 +21,7 @@ TEMPORARY = 350 * 2**20  # bytes beside them and dW, at most (bound of benchmark
 ACTIVATIONS = (
     34  # bytes per token and unit of width inside a layer (arXiv 2205.05198, section 4.1)
 )
-LOSS = 1.25  # of the four products; 1.13 to 1.39 on a CPU (benchmarks/README.md), goal on a GPU
+LOSS = 1.25  # of the four products; 1.10 to 1.39 on a CPU (benchmarks/README.md), goal on a GPU
 TOP_K, DRAWS = 64, 50
 
 

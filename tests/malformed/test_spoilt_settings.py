@@ -57,7 +57,7 @@ WORDS = {  # what is asked for where nothing is spoilt, and the settings of its 
         [
             *("--teacher=teacher", "--student=student", "--data=text.txt", "--out=new"),
             *("--max-steps=1", "--max-length=16", "--batch-size=2", "--eval-blocks=1"),
-            *("--device=cpu", "--no-compiled"),
+            *("--device=cpu", "--no-compiled", "--max-completion-length=4"),
         ],
         DistillSettings,
     ),

@@ -211,3 +211,14 @@ def test_columns_that_do_not_fit_are_refused_by_row(case, teacher, rows):
     row = change(rows[0] | at_own_token(teacher, rows[0]))
     with pytest.raises(ValueError, match=message):
         PublishedTeacher([row], vocab=material.VOCAB)
+
+
+def test_rows_that_contradict_one_another_are_refused(teacher, rows):
+    row = rows[0] | at_own_token(teacher, rows[0])
+    PublishedTeacher([row, row], vocab=material.VOCAB)
+    other = {**row}
+    other["target_logprobs"] = [
+        [value - 1.0 for value in place] if place else place for place in row["target_logprobs"]
+    ]
+    with pytest.raises(ValueError, match=r"row 1 has the tokens .* of an earlier row, but other"):
+        PublishedTeacher([row, other], vocab=material.VOCAB)

@@ -24,6 +24,7 @@ from rkl.runs import fingerprint
 
 MIN_AGREEMENT = 0.5  # share of places whose own token is among the atoms, where rows fit
 MAX_OFFSET = 4  # tokens that a template may put behind the last one with log-probabilities
+ROUNDING = 0.1  # nats between two writings of one log-probability of -20, in bfloat16
 _COLUMNS = {"target_logprobs", "target_token_ids", "target_mask"}
 _COLUMNS |= {captures.LOGPROBS, captures.INDICES}
 
@@ -102,7 +103,13 @@ class PublishedTeacher(Teacher):
         if chosen:
             self.rows.append({"input_ids": row["input_ids"], "labels": labels})
             self.numbers.append(number)
-            self._known[_key(self.rows[-1])] = [atoms[position] for position in chosen]
+            known = [atoms[position] for position in chosen]
+            before = self._known.setdefault(_key(self.rows[-1]), known)
+            if not all(map(_alike, before, known)):
+                raise ValueError(
+                    f"{where} has the tokens and labels of an earlier row, but other "
+                    "log-probabilities: expected those of one teacher."
+                )
 
     def __str__(self) -> str:
         told = fingerprint(self.contents())
@@ -232,6 +239,14 @@ def _tokenized(
         tokens = {name: texts[0][name].tolist() for name in ("input_ids", "labels")}
         found.append({**whole[at], **tokens})
     return Rows(found, rows.source, rows.unit, rows.numbers)
+
+
+def _alike(some: dict[int, float], others: dict[int, float]) -> bool:
+    """True of two lists of atoms but for rounding in half precision."""
+    common = some.keys() & others.keys()
+    return all(
+        some[it] == others[it] or abs(some[it] - others[it]) <= ROUNDING for it in common
+    ) and 2 * len(common) >= min(len(some), len(others))
 
 
 def _key(row: dict[str, list[int]]) -> str:

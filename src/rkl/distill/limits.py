@@ -142,7 +142,8 @@ def is_address(name: str) -> bool:
 
 def published_column(name: str | None) -> str | None:
     """The column of the data that a teacher data:COLUMN is read from; None for other teachers."""
-    return name.removeprefix(IN_THE_DATA) if str(name).startswith(IN_THE_DATA) else None
+    text = str(name)  # a path too
+    return text.removeprefix(IN_THE_DATA) if text.startswith(IN_THE_DATA) else None
 
 
 def is_cache(name: str | os.PathLike) -> bool:

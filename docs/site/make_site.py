@@ -25,7 +25,7 @@ ROOT = HERE.parents[1]
 PAGES = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff"),
     *("docs/*.md", "docs/studies/*.md", "docs/images/*.png", "docs/figures/*.csv", "docs/*.bib"),
-    *("benchmarks/*.md", "benchmarks/*.py", "benchmarks/figures/*", "examples/*.py"),
+    *("benchmarks/*.md", "benchmarks/*.py", "benchmarks/figures/*", "examples/*.*"),
     *("Makefile", "docs/images/*.py", "docs/site/public_names.py"),
 ]
 # Links that lead to folders, where a forge lists what is in them.

@@ -248,11 +248,11 @@ def main() -> None:
             continue
         divergence, rate, lmbda, seed, steps = case
         if steps:
-            found = one_run(experiment, divergence, lmbda, rate, seed, steps)
+            figures = one_run(experiment, divergence, lmbda, rate, seed, steps)
         else:
-            found = measure(experiment, experiment.student)
+            figures = measure(experiment, experiment.student)
         with table.open("a", encoding="utf-8", newline="") as file:
-            values = [found.get(name, "") for name in (*MEASURED, "collapse")]
+            values = [figures.get(name, "") for name in (*MEASURED, "collapse")]
             csv.writer(file).writerow([*case, *values])
     show(table)
 

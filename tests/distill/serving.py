@@ -11,6 +11,21 @@ from typing import Any
 import torch
 
 
+@contextlib.contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server on loopback that answers by a handler, while it lasts."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 @dataclass
 class Stub:
     """What the server answers from, and what it was asked.
@@ -44,16 +59,8 @@ class Stub:
     @contextlib.contextmanager
     def listening(self) -> Iterator[str]:
         """The address, while it lasts."""
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        with listening(_handler(self)) as address:
+            yield address
 
     def answer(self, path: str, body: Any) -> tuple[int, Any]:
         """Status and body, as the server of that kind gives them."""

@@ -3,13 +3,13 @@
 import contextlib
 import json
 import math
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import listening
 
 from rkl import cli
 from rkl.distill import JudgeSettings, ServerError, judge_cost, judge_runs
@@ -55,16 +55,8 @@ class Judge:
             def log_message(self, format, *args):
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        with listening(Handler) as address:
+            yield address
 
 
 def longer(first: str, second: str) -> str:

@@ -441,8 +441,8 @@ def verdict_in(answer: str) -> Judgement | None:
     >>> verdict_in("Reply A names the [[A]] key, but B is right. [[B]]")
     'B'
     """
-    found = re.findall(r"\[\[([ABC])\]\]", answer)
-    return cast(Judgement, found[-1]) if found else None
+    verdicts = re.findall(r"\[\[([ABC])\]\]", answer)
+    return cast(Judgement, verdicts[-1]) if verdicts else None
 
 
 def _in_order(

@@ -29,12 +29,12 @@ import torch
 
 import rkl
 from rkl.distill import CollapseError, DistillSettings, distill, load_model, load_tokenizer
-from rkl.distill.data import tokenize
 from rkl.distill.evaluate import evaluate
-from rkl.distill.heads import inference
-from rkl.distill.rollouts import ModelWriter, ends_of
-from rkl.distill.sampling import Sampling
-from rkl.distill.scratch import Schooling, Shape, new_model, new_tokenizer, school
+from rkl.distill.models.heads import inference
+from rkl.distill.models.scratch import Schooling, Shape, new_model, new_tokenizer, school
+from rkl.distill.text.data import tokenize
+from rkl.distill.writing.rollouts import ModelWriter, ends_of
+from rkl.distill.writing.sampling import Sampling
 from rkl.runs import Run
 from rkl.stats import Mean, mean
 

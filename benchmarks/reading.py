@@ -36,9 +36,9 @@ import quick  # noqa: E402
 from linear_head import _peak_resident  # noqa: E402
 
 from rkl.distill import load_tokenizer  # noqa: E402
-from rkl.distill.data import tokenize  # noqa: E402
-from rkl.distill.scratch import new_tokenizer  # noqa: E402
-from rkl.distill.sources import read_rows  # noqa: E402
+from rkl.distill.models.scratch import new_tokenizer  # noqa: E402
+from rkl.distill.text.data import tokenize  # noqa: E402
+from rkl.distill.text.sources import read_rows  # noqa: E402
 
 KINDS = "text", "txt", "completion", "messages"
 GOAL, ROOM = 1.3, 300e6

@@ -195,7 +195,7 @@ def test_keeping_the_laws_is_not_noticed():
     source = """
         import torch
         from rkl import KL, exact, runs
-        from rkl.distill.heads import head_of
+        from rkl.distill.models.heads import head_of
         from .data import rows
         from transformers import Trainer
 

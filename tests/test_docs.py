@@ -14,7 +14,7 @@ import pytest
 from patience import HANGS
 
 from rkl import cli
-from rkl.distill.scratch import Shape, new_model, new_tokenizer
+from rkl.distill.models.scratch import Shape, new_model, new_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

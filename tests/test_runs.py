@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import rkl
 from rkl import runs
-from rkl.runs import Run, writers
+from rkl.runs import Run, lock
 
 SETTINGS = {"divergence": "KL()", "max_steps": 10, "layers": (1, 2)}
 
@@ -536,7 +536,7 @@ def test_later_metrics_are_forgotten_when_a_run_goes_back(tmp_path):
 
 HOLDING = """
 import sys
-from rkl.runs import Run, writers
+from rkl.runs import Run, lock
 run = Run.create(sys.argv[1], "distill", {}, seed=0)
 with run.running():
     run.log({"step": 1})
@@ -609,7 +609,7 @@ def test_a_second_thread_is_refused_and_the_same_may_begin_again(tmp_path):
 
 def test_a_lock_on_a_file_that_its_last_owner_removed_is_taken_again(tmp_path, monkeypatch):
     """Between opening the file and locking it, its owner may end and unlink it."""
-    flock, calls = writers.fcntl.flock, []
+    flock, calls = lock.fcntl.flock, []
 
     def late(descriptor, how):
         calls.append(how)
@@ -618,8 +618,8 @@ def test_a_lock_on_a_file_that_its_last_owner_removed_is_taken_again(tmp_path, m
             (tmp_path / runs.LOCK).write_text("{}")  # of the next owner
         return flock(descriptor, how)
 
-    monkeypatch.setattr(writers.fcntl, "flock", late)
-    writer = writers.acquire(tmp_path, lambda names: None)
+    monkeypatch.setattr(lock.fcntl, "flock", late)
+    writer = lock.acquire(tmp_path, lambda names: None)
     assert len(calls) == 2
     assert os.path.samestat(os.fstat(writer.descriptor), os.stat(tmp_path / runs.LOCK))
     writer.release()
@@ -651,7 +651,7 @@ def test_ranks_of_one_run_share_the_lock_of_the_first(held, monkeypatch):
     path, _process = held
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert runs.writers.acquire(path, list) is None
+    assert runs.lock.acquire(path, list) is None
 
 
 # What is read and what is written

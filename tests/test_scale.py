@@ -59,7 +59,7 @@ def test_a_token_of_a_cache_takes_what_a_cache_stores(scale):
     import torch
 
     import rkl
-    from rkl.distill.cache import parse_keep, stored_tensors
+    from rkl.distill.teachers.cache import parse_keep, stored_tensors
 
     teacher = scale.Model(1e9, 10, 128, 256, 1)
     told = rkl.LinearHead(torch.randn(3, 128), torch.randn(256, 128))

@@ -15,7 +15,7 @@ import material
 import safetensors.torch
 import torch
 
-from rkl.distill import cache
+from rkl.distill.teachers import cache
 
 cache.SHARD = 1500
 

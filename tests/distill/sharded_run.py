@@ -14,8 +14,8 @@ import torch
 from sharded_student import shares
 
 from rkl.distill import prepare, run
+from rkl.distill.models.loading import load_model
 from rkl.distill.run import distill
-from rkl.distill.teachers import load_model
 
 
 def doubled(path, *, dtype, **how):

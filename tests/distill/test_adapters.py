@@ -133,7 +133,7 @@ def described(folder, **entries):
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_without_peft_an_adapter_is_refused_by_what_to_install(role, folder, monkeypatch):
-    monkeypatch.setattr("rkl.distill.merged.is_peft_available", lambda: False)
+    monkeypatch.setattr("rkl.distill.models.merged.is_peft_available", lambda: False)
     monkeypatch.setitem(sys.modules, "peft", None)
     name = described(folder, base_model_name_or_path=str(folder / "student"))
     with pytest.raises(ModuleNotFoundError, match=r"needs peft: pip install 'rkl\[peft\]'"):
@@ -142,7 +142,7 @@ def test_without_peft_an_adapter_is_refused_by_what_to_install(role, folder, mon
 
 
 def test_an_adapter_without_a_base_or_weights_is_refused(folder, monkeypatch):
-    monkeypatch.setattr("rkl.distill.merged.is_peft_available", lambda: True)
+    monkeypatch.setattr("rkl.distill.models.merged.is_peft_available", lambda: True)
     name = described(folder, peft_type="LORA")
     with pytest.raises(ValueError, match="does not say which model its adapter belongs to"):
         load_model(name)

@@ -7,10 +7,10 @@ import transformers
 
 import rkl
 from rkl.distill import DistillConfig, DistillTrainer, cache_teacher, distill, tokenize
-from rkl.distill.batches import PadRows, attended
 from rkl.distill.evaluate import evaluate
-from rkl.distill.heads import why_not_apart
+from rkl.distill.models.heads import why_not_apart
 from rkl.distill.prepare import load
+from rkl.distill.text.batches import PadRows, attended
 from rkl.runs import Run
 
 APART = "GPT2 Llama Qwen2 Qwen3 Mistral Gemma2 Gemma3Text Granite Cohere2 Phi3 SmolLM3 Olmo2 Lfm2"

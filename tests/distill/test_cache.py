@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 import rkl
-from rkl.distill import CachedTeacher, PadRows, Teacher, cache, cache_teacher
-from rkl.distill.batches import shifted
-from rkl.distill.cache import row_keys
-from rkl.distill.heads import logits_of
-from rkl.distill.teachers import ModelTeacher
+from rkl.distill import CachedTeacher, PadRows, Teacher, cache_teacher
+from rkl.distill.models.heads import logits_of
+from rkl.distill.teachers import cache
+from rkl.distill.teachers.cache import row_keys
+from rkl.distill.teachers.teacher import ModelTeacher
+from rkl.distill.text.batches import shifted
 from rkl.runs import DiskFullError
 
 
@@ -154,7 +155,7 @@ def test_a_cache_of_something_else_is_refused(other, tiny_model, tiny_rows, tmp_
 
 
 def test_an_interrupted_cache_is_gone_on_with(tiny_model, tiny_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("rkl.distill.cache.SHARD", 200)
+    monkeypatch.setattr("rkl.distill.teachers.cache.SHARD", 200)
     rows, stops = tiny_rows(9), []
 
     def stop(done, total):
@@ -239,7 +240,7 @@ def test_a_changed_index_is_refused_by_name(tiny_model, tiny_rows, tmp_path, cha
 
 @pytest.mark.parametrize("name", ["shard-00001.safetensors", "head.safetensors"])
 def test_a_flipped_bit_of_a_cache_is_named(tiny_model, tiny_rows, tmp_path, name, monkeypatch):
-    monkeypatch.setattr("rkl.distill.cache.SHARD", 200)
+    monkeypatch.setattr("rkl.distill.teachers.cache.SHARD", 200)
     cache_teacher(tiny_model(), tiny_rows(), tmp_path / "cache", batch_size=2)
     file = tmp_path / "cache" / name
     data = bytearray(file.read_bytes())
@@ -251,7 +252,7 @@ def test_a_flipped_bit_of_a_cache_is_named(tiny_model, tiny_rows, tmp_path, name
 
 
 def test_shards_are_opened_when_a_row_of_them_is_met(tiny_model, tiny_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("rkl.distill.cache.SHARD", 200)
+    monkeypatch.setattr("rkl.distill.teachers.cache.SHARD", 200)
     rows = tiny_rows()
     cached = cache_teacher(tiny_model(), rows, tmp_path / "cache", batch_size=2)
     assert len(cached.record["shards"]) > 1
@@ -407,8 +408,8 @@ def test_two_writers_refuse_each_other(tiny_model, tiny_rows, tmp_path):
     path = tmp_path / "cache"
 
     def meanwhile(done, total):
-        code = "import sys; from rkl.runs import writers; from pathlib import Path;"
-        code += "writers.acquire(Path(sys.argv[1]), print)"
+        code = "import sys; from rkl.runs import lock; from pathlib import Path;"
+        code += "lock.acquire(Path(sys.argv[1]), print)"
         other = subprocess.run(
             [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
         )
@@ -459,7 +460,7 @@ def test_a_disk_that_fills_leaves_whole_shards_and_is_gone_on_with(
     tmp_path, tiny_model, tiny_rows, monkeypatch
 ):
     """Full from every call on that writes: the next attempt adds the shards that are missing."""
-    monkeypatch.setattr("rkl.distill.cache.SHARD", 500)
+    monkeypatch.setattr("rkl.distill.teachers.cache.SHARD", 500)
     model, rows = tiny_model(seed=1), tiny_rows(12)
     whole = cache_teacher(model, rows, tmp_path / "whole", batch_size=2)
     names = sorted(it.name for it in whole.path.iterdir())

@@ -10,14 +10,14 @@ import torch
 import yaml
 
 from rkl.distill import PublishedTeacher
-from rkl.distill.batches import PadRows, shifted
-from rkl.distill.captures import (
+from rkl.distill.teachers.captures import (
     Compression,
     log_probabilities,
     places_of,
     read_compression,
     unpack,
 )
+from rkl.distill.text.batches import PadRows, shifted
 
 VOCAB, K = material.VOCAB, 12
 

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rkl.distill.chats import ChatTemplate, read_template
-from rkl.distill.data import show_example, tokenize
+from rkl.distill.text.chats import ChatTemplate, read_template
+from rkl.distill.text.data import show_example, tokenize
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|return|>", "<think>", "</think>"]
 ROLE = "<|im_start|>{{ m.role }}\n"
@@ -243,7 +243,7 @@ def test_a_long_chat_is_rendered_a_few_times_and_gives_the_same(
     )
     quick = shown(tokenizer, template, talk)
     assert sum(rendered) < 12 * len(talk)
-    monkeypatch.setattr("rkl.distill.chats._FEW", 100)
+    monkeypatch.setattr("rkl.distill.text.chats._FEW", 100)
     assert shown(tokenizer, template, talk) == quick
 
 
@@ -304,6 +304,7 @@ def test_every_template_that_trl_stores_trains_on_each_answer_once(file, talk, t
     special = set(re.findall(r"<[|｜][^<>{}'\"\n]{1,40}?[|｜]>", source))
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(special | {*SPECIAL})})
     tokenizer.chat_template = source
+    tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token  # llama3 writes it
     blocks = tokenize([{"messages": talk}], tokenizer, packing=False, max_length=10_000)
     kept = [block["input_ids"][block["labels"] != -100] for block in blocks]
     text = "".join(tokenizer.decode(it) for it in kept)

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as token_decoders
 from transformers import PreTrainedTokenizerFast
 
-from rkl.distill.data import IGNORED, passages, show_example, tokenize
-from rkl.distill.sources import read_rows
+from rkl.distill.text.data import IGNORED, passages, show_example, tokenize
+from rkl.distill.text.sources import read_rows
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end>\n{% endfor %}"

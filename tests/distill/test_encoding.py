@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rkl.distill import data, encoding, token_cache
-from rkl.distill.data import tokenize
-from rkl.distill.encoding import batches, encode, encode_long
+from rkl.distill.text import data, encoding, token_cache
+from rkl.distill.text.data import tokenize
+from rkl.distill.text.encoding import batches, encode, encode_long
 
 TEXT = "\n\n".join(topics[name] for name in sorted(topics))[:20_000]
 TEXT += "naïve café — 東京で新しい店が開いた。 \U0001f600\U0001f600 e\u0301 \t  \n" * 40

@@ -15,10 +15,10 @@ from rkl import plots
 from rkl.cli import main
 from rkl.distill import evaluate as module
 from rkl.distill.compare import Evaluations, compare_runs
-from rkl.distill.data import IGNORED, passages, tokenize
 from rkl.distill.evaluate import EvaluateSettings, evaluate, evaluate_run
-from rkl.distill.sources import read_rows
-from rkl.distill.teachers import load_tokenizer
+from rkl.distill.models.loading import load_tokenizer
+from rkl.distill.text.data import IGNORED, passages, tokenize
+from rkl.distill.text.sources import read_rows
 from rkl.divergences import AKL, JensenShannon
 from rkl.metrics.precision_recall import SLOPES
 from rkl.runs import Run

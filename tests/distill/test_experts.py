@@ -5,7 +5,7 @@ import torch
 
 import rkl
 from rkl.distill import PadRows
-from rkl.distill.batches import shifted
+from rkl.distill.text.batches import shifted
 
 EXPERTS = {"output_router_logits": True, "router_aux_loss_coef": 0.7}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}

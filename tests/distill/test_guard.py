@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 import rkl
 from rkl.distill import CollapseError, CollapseLimits, DistillConfig, distill
 from rkl.distill import guard as guards
-from rkl.distill.batches import SOURCES, STUDENT, shifted
-from rkl.distill.data import IGNORED
 from rkl.distill.guard import MAX_MEASURED, Watch, repetition
 from rkl.distill.known import confidence
-from rkl.distill.rollouts import Reply, Writer, batch_with
+from rkl.distill.text.batches import SOURCES, STUDENT, shifted
+from rkl.distill.text.data import IGNORED
+from rkl.distill.writing.rollouts import Reply, Writer, batch_with
 from rkl.estimators import Sampled, TopK
 from rkl.runs import Run, read_jsonl
 

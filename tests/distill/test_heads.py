@@ -8,8 +8,8 @@ import transformers
 
 import rkl
 from rkl.distill import PadRows, read_head
-from rkl.distill.heads import inference, logits_of
-from rkl.distill.vocabulary import common_vocabulary
+from rkl.distill.models.heads import inference, logits_of
+from rkl.distill.text.vocabulary import common_vocabulary
 
 ARCHITECTURES = {
     "GPT2": ("GPT2", {}),

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from rkl.distill import distill, load_model
 from rkl.distill.evaluate import EvaluateSettings, evaluate, evaluate_run
+from rkl.distill.models.loading import model_input
 from rkl.distill.progress import Display
 from rkl.distill.run import inputs_of, load, load_run
-from rkl.distill.sources import read_rows
-from rkl.distill.teachers import model_input
+from rkl.distill.text.sources import read_rows
 from rkl.runs import Run
 from rkl.runs.integrity import sha256_of
 

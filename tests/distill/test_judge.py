@@ -81,7 +81,7 @@ def replies(tmp_path):
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("rkl.distill.server.sleep", lambda seconds: None)
+    monkeypatch.setattr("rkl.distill.client.sleep", lambda seconds: None)
 
 
 def test_a_judge_is_asked_in_both_orders_and_its_verdicts_are_counted(

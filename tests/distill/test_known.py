@@ -8,8 +8,8 @@ import torch
 
 import rkl
 from rkl.distill import PadRows, Teacher, read_head
-from rkl.distill.heads import logits_of
 from rkl.distill.known import captured_mass, lost_in_the_rest
+from rkl.distill.models.heads import logits_of
 
 CLOSE = "kl", "jensen-shannon", "skew-kl", "skew-reverse-kl", "total-variation"
 CLOSE += "squared-hellinger", "precision-recall", "neg-log-acceptance", "lk-hybrid"
@@ -155,7 +155,7 @@ def test_the_error_in_the_log_is_that_of_repeated_draws(losses, tiny_rows):
     for _ in range(40):
         loss = trainer.compute_loss(trainer.model, PadRows()(tiny_rows(8)))
         found.append(loss.item())
-        errors.append(trainer._observations.pop(lambda sums: sums)["loss_error"])
+        errors.append(trainer._batch_loss.observations.pop(lambda sums: sums)["loss_error"])
     # the standard deviation of 40 values is known to 11 %
     assert torch.tensor(errors).mean().item() == pytest.approx(
         torch.tensor(found).std().item(), rel=0.35

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import rkl
 from rkl.cli import main
-from rkl.distill import distill, load_model, lora
+from rkl.distill import distill, load_model
+from rkl.distill.models import lora
 from rkl.distill.plan import dry_run
 from rkl.distill.prepare import load, make_trainer
 

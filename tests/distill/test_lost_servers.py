@@ -11,9 +11,9 @@ from test_writing_server import GREEDY, PROMPTS
 from test_writing_server import Stub as Writing
 
 from rkl.distill import ModelWriter, load_model, load_tokenizer
+from rkl.distill.client import ATTEMPTS, Server, ServerError
 from rkl.distill.run import distill
-from rkl.distill.server import ATTEMPTS, Server, ServerError
-from rkl.distill.writing_server import ServerWriter
+from rkl.distill.writing.server import ServerWriter
 from rkl.runs import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:teacher gives the")
@@ -23,7 +23,7 @@ LOGGED = "step", "loss", "eval_loss", "grad_norm", "tokens"
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
-    monkeypatch.setattr("rkl.distill.server.sleep", lambda seconds: None)
+    monkeypatch.setattr("rkl.distill.client.sleep", lambda seconds: None)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import rkl
 from rkl.distill import DistillConfig, cache_teacher
-from rkl.distill.batches import DATA, ROUTE, SOURCES, STUDENT, TEACHER, shifted, sources_of
-from rkl.distill.data import IGNORED
-from rkl.distill.rollouts import (
+from rkl.distill.selection import DivergedError
+from rkl.distill.text.batches import DATA, ROUTE, SOURCES, STUDENT, TEACHER, shifted, sources_of
+from rkl.distill.text.data import IGNORED
+from rkl.distill.writing.rollouts import (
     ModelWriter,
     Reply,
     Sampling,
@@ -24,7 +25,6 @@ from rkl.distill.rollouts import (
     prompts_in,
     seed_of,
 )
-from rkl.distill.selection import DivergedError
 
 SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 CPU = torch.device("cpu")

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from rkl.cli import main
 from rkl.distill import distill, dry_run, load_tokenizer
-from rkl.distill.batches import SOURCES
-from rkl.distill.data import NoTrainedTokensError, tokenize
 from rkl.distill.limits import template_variables
 from rkl.distill.prepare import load, make_trainer
 from rkl.distill.progress import Display
-from rkl.distill.rollouts import prompt_lengths, prompts_in
+from rkl.distill.text.batches import SOURCES
+from rkl.distill.text.data import NoTrainedTokensError, tokenize
+from rkl.distill.writing.rollouts import prompt_lengths, prompts_in
 from rkl.runs import Run
 
 OWN = {"lmbda": 1.0, "max_completion_length": 6, "prompt_tokens": 4}

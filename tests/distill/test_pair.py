@@ -11,9 +11,9 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 
 from rkl.cli import main
 from rkl.distill import PairSettings, evaluate_pair, load_model
-from rkl.distill.data import tokenize
 from rkl.distill.pair import _percentiles, _Side, draft_survival
-from rkl.distill.sources import read_rows
+from rkl.distill.text.data import tokenize
+from rkl.distill.text.sources import read_rows
 
 QUICK = {"max_length": 16, "device": "cpu", "prefix": 4, "own": 4, "draft_length": 4}
 

@@ -23,7 +23,7 @@ import rkl
 from rkl.distill import KDLoss
 from rkl.distill.adapters.axolotl import TopKLoss, with_loss
 from rkl.distill.adapters.trl import DivergenceMixin
-from rkl.distill.heads import read_head
+from rkl.distill.models.heads import read_head
 
 ROWS, POSITIONS, VOCAB = 2, 6, 50
 peers = pytest.mark.peers

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Regex, pre_tokenizers, processors
 from transformers import AddedToken
 
-from rkl.distill import prompts
-from rkl.distill.encoding import encode
-from rkl.distill.prompts import WORDS, encode_completions
+from rkl.distill.text import prompts
+from rkl.distill.text.encoding import encode
+from rkl.distill.text.prompts import WORDS, encode_completions
 
 PIECES = (
     *("a", "an", " the", "it", "'s", "'LL", "e\u0301", "\u4f60\u597d", "\U0001f600", "12", "3456"),

@@ -6,7 +6,7 @@ import torch
 
 import rkl
 from rkl.distill import DistillConfig, DistillTrainer, PublishedTeacher, cache_teacher
-from rkl.distill.batches import PadRows, shifted
+from rkl.distill.text.batches import PadRows, shifted
 
 K = 6
 ROWS = 3

@@ -26,7 +26,7 @@ from rkl.distill import (
 )
 from rkl.distill.cache_run import CacheSettings
 from rkl.distill.progress import Display
-from rkl.distill.sources import read_whole_rows
+from rkl.distill.text.sources import read_whole_rows
 from rkl.runs import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:teacher gives the")

@@ -16,10 +16,11 @@ import torch
 
 from rkl import cli
 from rkl.distill import PadRows, Sampling, load_model, load_tokenizer
-from rkl.distill.batches import shifted
-from rkl.distill.server import ServerError, ServerTeacher
-from rkl.distill.teachers import ModelTeacher
-from rkl.distill.writing_server import ServerWriter
+from rkl.distill.client import ServerError
+from rkl.distill.teachers.server import ServerTeacher
+from rkl.distill.teachers.teacher import ModelTeacher
+from rkl.distill.text.batches import shifted
+from rkl.distill.writing.server import ServerWriter
 from rkl.runs import Run
 
 pytestmark = [
@@ -176,7 +177,7 @@ def test_an_address_below_which_nothing_lies_is_said(url, tokenizer):
 
 
 def test_a_text_longer_than_the_context_of_the_server_is_refused(url, tokenizer, monkeypatch):
-    monkeypatch.setattr("rkl.distill.server.sleep", lambda seconds: None)
+    monkeypatch.setattr("rkl.distill.client.sleep", lambda seconds: None)
     tokens = tokenizer(TEXT)["input_ids"] * 40
     labels = [-100] * (len(tokens) - 1) + tokens[-1:]
     inputs, predicting, _ = shifted(PadRows()([{"input_ids": tokens, "labels": labels}]))
@@ -185,6 +186,6 @@ def test_a_text_longer_than_the_context_of_the_server_is_refused(url, tokenizer,
 
 
 def test_a_server_that_is_not_there_is_said(tokenizer, monkeypatch):
-    monkeypatch.setattr("rkl.distill.server.sleep", lambda seconds: None)
+    monkeypatch.setattr("rkl.distill.client.sleep", lambda seconds: None)
     with pytest.raises(ServerError, match="cannot be reached .*refused.*, 5 times in a row"):
         ServerTeacher(f"http://127.0.0.1:{free_port()}/v1", tokenizer)

@@ -11,9 +11,9 @@ import transformers
 import rkl
 from rkl.distill import PadRows, Teacher, compare_runs, distill
 from rkl.distill.evaluate import EvaluateSettings, evaluate_run
-from rkl.distill.heads import read_head
+from rkl.distill.models.heads import read_head
 from rkl.distill.prepare import read_text
-from rkl.distill.teachers import ModelTeacher
+from rkl.distill.teachers.teacher import ModelTeacher
 
 A, B = list(range(3, 13)), list(range(20, 28))
 PACKED = [

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 import rkl
 from rkl.cli import main
-from rkl.distill import cache, distill, load_model, load_run, load_tokenizer
+from rkl.distill import distill, load_model, load_run, load_tokenizer
 from rkl.distill.prepare import load, read_text
 from rkl.distill.progress import Display
+from rkl.distill.teachers import cache
 from rkl.runs import Run
 from rkl.runs.signals import StopRequest
 

@@ -11,10 +11,11 @@ from serving import Stub
 
 import rkl
 from rkl.distill import PadRows, Teacher
-from rkl.distill.batches import shifted
+from rkl.distill.client import KEY, ServerError
 from rkl.distill.limits import is_address
-from rkl.distill.server import KEY, ServerError, ServerTeacher
-from rkl.distill.teachers import ModelTeacher
+from rkl.distill.teachers.server import ServerTeacher
+from rkl.distill.teachers.teacher import ModelTeacher
+from rkl.distill.text.batches import shifted
 from rkl.estimators import TopK
 
 KINDS = "vllm", "sglang", "llamacpp", "completions"
@@ -25,7 +26,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 def pauses(monkeypatch):
     """The pauses between attempts, not waited for."""
     waited: list[float] = []
-    monkeypatch.setattr("rkl.distill.server.sleep", waited.append)
+    monkeypatch.setattr("rkl.distill.client.sleep", waited.append)
     monkeypatch.delenv(KEY, raising=False)
     return waited
 

@@ -8,10 +8,10 @@ from serving import Stub
 
 from rkl import cli
 from rkl.distill import evaluate_run, load_model, load_tokenizer
+from rkl.distill.client import KEY, ServerError
 from rkl.distill.evaluate import EvaluateSettings
 from rkl.distill.plan import dry_run
 from rkl.distill.run import distill
-from rkl.distill.server import KEY, ServerError
 from rkl.distill.settings import DistillSettings
 from rkl.runs import Run
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:teacher gives the")
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
-    monkeypatch.setattr("rkl.distill.server.sleep", lambda seconds: None)
+    monkeypatch.setattr("rkl.distill.client.sleep", lambda seconds: None)
     monkeypatch.delenv(KEY, raising=False)
 
 

@@ -5,10 +5,10 @@ import torch
 
 import rkl
 from rkl.distill import Teacher
-from rkl.distill.batches import ROUTE, PadRows, shifted
-from rkl.distill.heads import logits_of
-from rkl.distill.several import RouteRows, SeveralTeachers, together
-from rkl.distill.teachers import ModelTeacher
+from rkl.distill.models.heads import logits_of
+from rkl.distill.teachers.several import RouteRows, SeveralTeachers, together
+from rkl.distill.teachers.teacher import ModelTeacher
+from rkl.distill.text.batches import ROUTE, PadRows, shifted
 
 
 def routed(rows, names=("math", "code")):

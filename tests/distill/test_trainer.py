@@ -20,8 +20,8 @@ from transformers import TrainingArguments
 
 import rkl
 from rkl.distill import DistillConfig, DistillTrainer, PadRows, Teacher
-from rkl.distill.batches import shifted
-from rkl.distill.data import tokenize
+from rkl.distill.text.batches import shifted
+from rkl.distill.text.data import tokenize
 
 SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 
@@ -352,7 +352,7 @@ def test_a_sum_of_finite_tokens_that_overflows_is_infinite_and_no_token_is(
     trainer = tiny_trainer(student, tiny_model(seed=5), hard_label_weight=1000.0)
     trainer.args.hard_label_weight = 1e38  # times a cross-entropy of 3.7 nats
     assert trainer.compute_loss(student, PadRows()(tiny_rows(4))) == math.inf
-    assert trainer._infinite == 0
+    assert trainer._batch_loss.infinite == 0
 
 
 def test_an_evaluation_with_infinite_tokens_is_infinite_and_counts_them(

@@ -10,7 +10,7 @@ import torch
 import rkl
 from rkl.cli import main
 from rkl.distill import EvaluateSettings, Teacher, evaluate_run
-from rkl.distill.batches import DATA, SOURCES, STUDENT, TEACHER, PadRows, shifted
+from rkl.distill.text.batches import DATA, SOURCES, STUDENT, TEACHER, PadRows, shifted
 from rkl.runs import Run
 
 HOW = {"lmbda": 0.5, "max_completion_length": 6, "save_strategy": "no", "logging_steps": 1}

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 import rkl
 from rkl.cli import main
 from rkl.distill import PadRows, distill, load_tokenizer
-from rkl.distill.vocabulary import check_splits_alike, share_vocabulary
+from rkl.distill.text.vocabulary import check_splits_alike, share_vocabulary
 
 WORDS = [f"w{number}" for number in range(100)]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rkl.distill import distill, load_model, load_tokenizer
-from rkl.distill.sources import read_rows
-from rkl.distill.teachers import is_adapter, model_input
+from rkl.distill.models.loading import is_adapter, model_input
+from rkl.distill.text.sources import read_rows
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 WEIGHTS = {  # a file of weights of each kind that transformers or peft knows
@@ -125,7 +125,7 @@ def test_an_adapter_whose_base_has_gone_is_refused_by_name(folder):
 
 @pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs gguf")
 def test_nothing_beside_a_gguf_file_counts(folder, monkeypatch):
-    monkeypatch.setattr("rkl.distill.teachers.AutoTokenizer", Recorder)
+    monkeypatch.setattr("rkl.distill.models.loading.AutoTokenizer", Recorder)
     place = describe_adapter(folder / "student", folder / "teacher")
     (place / "a.gguf").write_bytes(b"GGUF")
     loaded = load_tokenizer(place / "a.gguf")
@@ -150,7 +150,7 @@ def test_a_name_on_the_hub_is_never_a_folder_of_this_name(folder, monkeypatch):
         asked.append(name)
         return str(folder / "teacher")
 
-    monkeypatch.setattr("rkl.distill.teachers.snapshot_download", download)
+    monkeypatch.setattr("rkl.distill.models.loading.snapshot_download", download)
     monkeypatch.chdir(folder)
     shutil.copytree("student", "owner/student")
     model = load_model("hub:owner/student")

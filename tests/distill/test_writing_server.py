@@ -13,8 +13,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rkl.distill import ModelWriter, Sampling
-from rkl.distill.server import ServerError
-from rkl.distill.writing_server import KEY, ServerWriter
+from rkl.distill.client import ServerError
+from rkl.distill.writing.server import KEY, ServerWriter
 
 GREEDY = Sampling(6, temperature=0, top_k=3, min_p=0.1)
 PROMPTS = [[5, 6, 7], [8]]
@@ -23,7 +23,7 @@ PROMPTS = [[5, 6, 7], [8]]
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch):
     waited = []
-    monkeypatch.setattr("rkl.distill.server.sleep", waited.append)
+    monkeypatch.setattr("rkl.distill.client.sleep", waited.append)
     monkeypatch.delenv(KEY, raising=False)
     return waited
 

@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 import rkl
 from rkl.distill import CollapseError, CollapseLimits, DistillConfig, DistillTrainer, Writer
-from rkl.distill.rollouts import Reply
+from rkl.distill.writing.rollouts import Reply
 
 
 def gloo_threads() -> int:

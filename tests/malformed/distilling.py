@@ -41,9 +41,9 @@ from rkl.distill import (
     show_example,
     write_cache,
 )
-from rkl.distill.batches import shifted
-from rkl.distill.data import tokenize
-from rkl.distill.sources import read_rows
+from rkl.distill.text.batches import shifted
+from rkl.distill.text.data import tokenize
+from rkl.distill.text.sources import read_rows
 
 
 def student():

@@ -9,12 +9,12 @@ from rkl.distill import (
     load_tokenizer,
     read_head,
 )
-from rkl.distill.batches import shifted
-from rkl.distill.data import tokenize
 from rkl.distill.generate import prompts_of
-from rkl.distill.sources import read_rows
-from rkl.distill.teachers import parse_layers, without_layers
-from rkl.distill.vocabulary import common_vocabulary
+from rkl.distill.models.layers import parse_layers, without_layers
+from rkl.distill.text.batches import shifted
+from rkl.distill.text.data import tokenize
+from rkl.distill.text.sources import read_rows
+from rkl.distill.text.vocabulary import common_vocabulary
 
 
 def of_file(name, kind, *says):

@@ -31,7 +31,7 @@ import rkl.bayes
 import rkl.distill
 from rkl import cli
 from rkl.metrics import clusters, frechet, neighbours
-from rkl.runs.writers import LOCK
+from rkl.runs.lock import LOCK
 from rkl.stats import batch_means, chains, pareto
 
 malformed = pytest.mark.malformed

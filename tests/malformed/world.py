@@ -11,9 +11,9 @@ from distill import material
 from rkl.bayes.run import estimate
 from rkl.bayes.settings import EstimateSettings
 from rkl.distill import cache_teacher, distill, evaluate_run, load_model, load_tokenizer
-from rkl.distill.data import tokenize
 from rkl.distill.evaluate import EvaluateSettings
-from rkl.distill.sources import read_rows
+from rkl.distill.text.data import tokenize
+from rkl.distill.text.sources import read_rows
 from rkl.runs import Run
 
 PROMPTS = [{"prompt": "def", "completion": " a function"}] * 3

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rkl.distill.data import passages
+from rkl.distill.text.data import passages
 from rkl.runs import fingerprint, write_atomic
 
 TRAIN, HELD_OUT = "data/train.jsonl", "data/held-out.jsonl"

@@ -21,15 +21,16 @@ from rkl.demos.corpus import HELD_OUT, TRAIN, Manual, read_manual
 from rkl.demos.report import REPLIES, markdown, report_runs
 from rkl.demos.stages import Stage, run_stages
 from rkl.demos.watched import WATCHED, Watched, watch
-from rkl.distill.cache import CachedTeacher, cache_teacher
-from rkl.distill.data import TokenDataset, passages, tokenize
 from rkl.distill.evaluate import EvaluateSettings, evaluate_run
 from rkl.distill.generate import choose_prompts, reply_to, save
+from rkl.distill.models.loading import load_model, load_tokenizer
+from rkl.distill.models.scratch import Schooling, Shape, new_model, new_tokenizer, school
 from rkl.distill.progress import quiet
 from rkl.distill.run import DistillSettings, distill
-from rkl.distill.scratch import Schooling, Shape, new_model, new_tokenizer, school
-from rkl.distill.sources import read_rows
-from rkl.distill.teachers import Teacher, load_model, load_tokenizer
+from rkl.distill.teachers.cache import CachedTeacher, cache_teacher
+from rkl.distill.teachers.teacher import Teacher
+from rkl.distill.text.data import TokenDataset, passages, tokenize
+from rkl.distill.text.sources import read_rows
 from rkl.runs import Run, remove_folder, replacing_files, save_tensors
 from rkl.runs.progress import Progress
 

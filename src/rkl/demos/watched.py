@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rkl.distill.data import TokenDataset, spread
-from rkl.distill.heads import inference
-from rkl.distill.teachers import load_model, load_tokenizer
+from rkl.distill.models.heads import inference
+from rkl.distill.models.loading import load_model, load_tokenizer
+from rkl.distill.text.data import TokenDataset, spread
 from rkl.divergences import AKL
 
 WATCHED = "head-tail.safetensors"

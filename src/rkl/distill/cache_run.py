@@ -12,7 +12,11 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from rkl import checks
-from rkl.distill.cache import (
+from rkl.distill.limits import check_one_of, is_address, is_cache, published_column
+from rkl.distill.prepare import load_for_cache
+from rkl.distill.progress import in_words, quiet
+from rkl.distill.settings import DistillSettings
+from rkl.distill.teachers.cache import (
     CachedTeacher,
     Source,
     cache_teacher,
@@ -20,11 +24,7 @@ from rkl.distill.cache import (
     stored_tensors,
     written,
 )
-from rkl.distill.limits import check_one_of, is_address, is_cache, published_column
-from rkl.distill.prepare import load_for_cache
-from rkl.distill.progress import in_words, quiet
-from rkl.distill.settings import DistillSettings
-from rkl.distill.teachers import ModelTeacher, Teacher
+from rkl.distill.teachers.teacher import ModelTeacher, Teacher
 from rkl.runs import save_tensors
 from rkl.runs.ownership import refuse_inputs
 from rkl.runs.progress import Progress, clock, say

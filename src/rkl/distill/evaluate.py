@@ -16,10 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl import checks
 from rkl.checks import warn
-from rkl.distill import self_teacher
-from rkl.distill.batches import PadRows, attended, for_teacher, shifted
 from rkl.distill.compare import BY_BLOCK, Evaluations
-from rkl.distill.data import TokenDataset, passages, tokenize
 from rkl.distill.generate import (
     Prompt,
     choose_prompts,
@@ -29,7 +26,6 @@ from rkl.distill.generate import (
     sampling_of,
     save,
 )
-from rkl.distill.heads import read_head, why_not_apart
 from rkl.distill.known import Known, Observed, logits_of
 from rkl.distill.limits import (
     check_context,
@@ -40,22 +36,25 @@ from rkl.distill.limits import (
     published_column,
     template_variables,
 )
-from rkl.distill.processes import Processes, joined
-from rkl.distill.progress import quiet
-from rkl.distill.settings import DistillSettings
-from rkl.distill.several import RouteRows, SeveralTeachers
-from rkl.distill.sources import Row, Rows, read_rows
-from rkl.distill.teachers import (
-    ModelTeacher,
-    Teacher,
+from rkl.distill.models.heads import read_head, why_not_apart
+from rkl.distill.models.layers import without_layers
+from rkl.distill.models.loading import (
     in_hub_cache,
     is_adapter,
     load_model,
     load_tokenizer,
     model_input,
-    without_layers,
 )
-from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
+from rkl.distill.processes import Processes, joined
+from rkl.distill.progress import quiet
+from rkl.distill.settings import DistillSettings
+from rkl.distill.teachers import self_teacher
+from rkl.distill.teachers.several import RouteRows, SeveralTeachers
+from rkl.distill.teachers.teacher import ModelTeacher, Teacher
+from rkl.distill.text.batches import PadRows, attended, for_teacher, shifted
+from rkl.distill.text.data import TokenDataset, passages, tokenize
+from rkl.distill.text.sources import Row, Rows, read_rows
+from rkl.distill.text.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
 from rkl.divergences import AKL, KL, Divergence, JensenShannon, ReverseKL, TotalVariation
 from rkl.divergences.schedule import read_schedule
 from rkl.estimators import LinearHead
@@ -457,8 +456,8 @@ def evaluate(
     Args:
         student: The model q.
         teacher: The model p, or anything else that can say it.
-        dataset: Blocks with ``input_ids`` and ``labels``, as :func:`rkl.distill.data.tokenize`
-            makes them.
+        dataset: Blocks with ``input_ids`` and ``labels``, as
+            :func:`rkl.distill.tokenize` makes them.
         tokenizer: The one both share, needed where their numbers of logits differ.
         divergences: What to measure, by name; forward KL, reverse KL, JS, TV, AKL by default.
         batch_size: Blocks in a batch.

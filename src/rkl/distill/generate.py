@@ -15,22 +15,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl import checks
 from rkl.checks import warn
-from rkl.distill.chats import ChatTemplate, NothingToTrainOnError, text_of
-from rkl.distill.data import LeftOut, holds_chats, prompt_text
-from rkl.distill.encoding import encode
-from rkl.distill.heads import inference
 from rkl.distill.limits import check_count, check_counts, context_of
+from rkl.distill.models.heads import inference
+from rkl.distill.models.loading import OF_MODEL, load_model, load_tokenizer
 from rkl.distill.progress import quiet
-from rkl.distill.rollouts import (
+from rkl.distill.text.chats import ChatTemplate, NothingToTrainOnError, text_of
+from rkl.distill.text.data import LeftOut, holds_chats, prompt_text
+from rkl.distill.text.encoding import encode
+from rkl.distill.text.sources import TOOLS, Row, Rows, kind_of, read_rows
+from rkl.distill.writing.rollouts import (
     check_room,
     ends_with_turn,
     generation_config,
     replies_of,
     seeded,
 )
-from rkl.distill.sampling import Sampling
-from rkl.distill.sources import TOOLS, Row, Rows, kind_of, read_rows
-from rkl.distill.teachers import OF_MODEL, load_model, load_tokenizer
+from rkl.distill.writing.sampling import Sampling
 from rkl.importing import names_in
 from rkl.metrics.text import distinct_n, distinct_n_together, rouge_l, self_bleu
 from rkl.runs import REPLIES, Run, check_out_file, write_atomic
@@ -223,7 +223,7 @@ def prompts_of(
     up to ``reply_tokens`` to go on; of a text shorter than that, half.
 
     Args:
-        rows: What :func:`rkl.distill.sources.read_rows` gave.
+        rows: What :func:`rkl.distill.text.sources.read_rows` gave.
         tokenizer: The student's.
         count: How many prompts at most.
         prompt_tokens: Length of a prompt taken from plain text.

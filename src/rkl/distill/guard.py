@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rkl.distill.batches import DATA, SOURCES
-from rkl.distill.data import IGNORED
 from rkl.distill.limits import check_within
 from rkl.distill.progress import OWN_TEXT
 from rkl.distill.selection import DivergedError
+from rkl.distill.text.batches import DATA, SOURCES
+from rkl.distill.text.data import IGNORED
 
 MAX_MEASURED = 256  # tokens of a batch whose entropies are taken
 MIN_ENTROPY = 1e-9  # nats, below which a teacher's is taken to be none

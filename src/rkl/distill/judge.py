@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 
 from rkl.checks import integer, number, warn
+from rkl.distill.client import Server, ServerError
 from rkl.distill.limits import is_address
-from rkl.distill.server import Server, ServerError
 from rkl.runs import REPLIES, check_out_file
 from rkl.runs.files import append_jsonl, read_jsonl
 from rkl.runs.progress import say

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rkl.checks import floats, number
-from rkl.distill.data import IGNORED
 from rkl.distill.known import at_temperature
 from rkl.distill.limits import read_divergence
+from rkl.distill.text.data import IGNORED
 from rkl.divergences import AKL, Divergence
 from rkl.estimators import LinearHead, Sampled, TopK, exact
 

@@ -16,22 +16,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl import checks
 from rkl.checks import number, warn
-from rkl.distill.batches import PadRows, attended, shifted
-from rkl.distill.data import TEACHER_IDS, TokenDataset, spread, tokenize
 from rkl.distill.evaluate import log_probabilities, tokenizer_of
-from rkl.distill.heads import read_head, why_not_apart
 from rkl.distill.limits import (
     check_context,
     check_counts,
     check_temperature,
     divergence_named,
 )
+from rkl.distill.models.heads import read_head, why_not_apart
+from rkl.distill.models.loading import load_model
 from rkl.distill.progress import quiet
-from rkl.distill.rollouts import ModelWriter, Reply
-from rkl.distill.sampling import Sampling
-from rkl.distill.sources import read_rows
-from rkl.distill.teachers import ModelTeacher, load_model
-from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
+from rkl.distill.teachers.teacher import ModelTeacher
+from rkl.distill.text.batches import PadRows, attended, shifted
+from rkl.distill.text.data import TEACHER_IDS, TokenDataset, spread, tokenize
+from rkl.distill.text.sources import read_rows
+from rkl.distill.text.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
+from rkl.distill.writing.rollouts import ModelWriter, Reply
+from rkl.distill.writing.sampling import Sampling
 from rkl.divergences import KL, Divergence, ReverseKL, TotalVariation
 from rkl.runs import check_out_file, write_json
 from rkl.runs.processes import world

@@ -17,7 +17,7 @@ from rkl.distill.prepare import Models, Text, load, make_trainer, shard_models, 
 from rkl.distill.processes import Processes, check_launcher, joined
 from rkl.distill.progress import forget_peak, in_words, peak_memory, quiet
 from rkl.distill.settings import DistillSettings
-from rkl.distill.teachers import Teacher
+from rkl.distill.teachers.teacher import Teacher
 from rkl.runs.progress import clock
 
 STEPS = 4  # that are measured; the first, which may compile, is told apart

@@ -25,11 +25,30 @@ from transformers.trainer_callback import PrinterCallback
 
 from rkl import checks
 from rkl.checks import warn
-from rkl.distill import lora
-from rkl.distill.cache import INDEX, CachedTeacher, cache_teacher
-from rkl.distill.captures import Compression, read_compression
-from rkl.distill.chats import ChatTemplate, read_template
-from rkl.distill.data import (
+from rkl.distill.arguments import check_teacher_texts
+from rkl.distill.config import DistillConfig
+from rkl.distill.limits import (
+    check_context,
+    context_of,
+    is_address,
+    is_cache,
+    published_column,
+    template_variables,
+)
+from rkl.distill.models import lora
+from rkl.distill.models.heads import check_causal, why_not_apart
+from rkl.distill.models.layers import without_layers
+from rkl.distill.models.loading import is_adapter, load_model, load_tokenizer, model_input
+from rkl.distill.models.sharded import shard
+from rkl.distill.progress import journaled
+from rkl.distill.settings import DistillSettings
+from rkl.distill.teachers.cache import INDEX, CachedTeacher, cache_teacher
+from rkl.distill.teachers.captures import Compression, read_compression
+from rkl.distill.teachers.published import PublishedTeacher, read_published
+from rkl.distill.teachers.server import ServerTeacher
+from rkl.distill.teachers.teacher import ModelTeacher, Teacher
+from rkl.distill.text.chats import ChatTemplate, read_template
+from rkl.distill.text.data import (
     IGNORED,
     SHORTEST_PASSAGE,
     TEACHER_IDS,
@@ -40,33 +59,10 @@ from rkl.distill.data import (
     spread,
     tokenize,
 )
-from rkl.distill.heads import check_causal, why_not_apart
-from rkl.distill.limits import (
-    check_context,
-    context_of,
-    is_address,
-    is_cache,
-    published_column,
-    template_variables,
-)
-from rkl.distill.progress import journaled
-from rkl.distill.published import PublishedTeacher, read_published
-from rkl.distill.rollouts import check_prompts, ends_of
-from rkl.distill.server import ServerTeacher
-from rkl.distill.settings import DistillSettings
-from rkl.distill.sharded import shard
-from rkl.distill.sources import Row, Rows, kind_of, read_rows
-from rkl.distill.teachers import (
-    ModelTeacher,
-    Teacher,
-    is_adapter,
-    load_model,
-    load_tokenizer,
-    model_input,
-    without_layers,
-)
-from rkl.distill.trainer import DistillConfig, DistillTrainer, check_teacher_texts
-from rkl.distill.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
+from rkl.distill.text.sources import Row, Rows, kind_of, read_rows
+from rkl.distill.text.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
+from rkl.distill.trainer import DistillTrainer
+from rkl.distill.writing.rollouts import check_prompts, ends_of
 from rkl.runs import fingerprint
 from rkl.runs.integrity import Input, files_of, values_of
 from rkl.runs.progress import say

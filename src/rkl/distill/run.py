@@ -24,12 +24,11 @@ from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from rkl.distill.cache import CachedTeacher
 from rkl.distill.card import held_out_loss, model_card
 from rkl.distill.checkpoints import is_pending
-from rkl.distill.data import passages
+from rkl.distill.client import ServerError
 from rkl.distill.generate import finished
-from rkl.distill.on_policy import COMPLETIONS
+from rkl.distill.models.loading import load_model, resolved
 from rkl.distill.plan import Estimate, dry_run
 from rkl.distill.prepare import (
     Models,
@@ -55,9 +54,11 @@ from rkl.distill.progress import (
     quiet,
 )
 from rkl.distill.selection import DivergedError
-from rkl.distill.server import ServerError
 from rkl.distill.settings import DistillSettings, upgrade
-from rkl.distill.teachers import Teacher, load_model, resolved
+from rkl.distill.teachers.cache import CachedTeacher
+from rkl.distill.teachers.teacher import Teacher
+from rkl.distill.text.data import passages
+from rkl.distill.writing.on_policy import COMPLETIONS
 from rkl.runs import Run, check_out, remove_folder, replacing_files, write_atomic
 from rkl.runs.integrity import check_inputs, inputs_before
 from rkl.runs.processes import PeerError

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from rkl.distill.sharded import whole
+from rkl.distill.models.sharded import whole
 
 _largest: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 PATIENCE = 10  # steps in a row without a finite loss before a run is stopped

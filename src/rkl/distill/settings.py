@@ -21,7 +21,7 @@ from rkl.distill.limits import (
     published_column,
     template_variables,
 )
-from rkl.distill.sampling import check_generation
+from rkl.distill.writing.sampling import check_generation
 from rkl.importing import import_object
 from rkl.runs.typed import with_defaults
 

@@ -4,33 +4,27 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from rkl.checks import LARGEST_COUNT, LARGEST_RATE, number, warn
-from rkl.distill.batches import (
-    DATA,
-    SOURCES,
-    STUDENT,
-    TEACHER,
-    TEACHER_MASK,
-    Batch,
-    PadRows,
-    attended,
-    for_teacher,
-    shifted,
-    sources_of,
+from rkl.checks import warn
+from rkl.distill.arguments import (
+    check_arguments,
+    check_on_policy,
+    check_sharded,
+    check_teacher_length,
+    check_teacher_texts,
+    tokenized,
 )
+from rkl.distill.batch_loss import BatchLoss
 from rkl.distill.checkpoints import (
     PENDING,
     Moment,
@@ -39,45 +33,18 @@ from rkl.distill.checkpoints import (
     rotate,
     settle,
 )
-from rkl.distill.data import IGNORED, TEACHER_IDS, TEACHER_LABELS, TokenDataset, tokenize
+from rkl.distill.config import DistillConfig
 from rkl.distill.guard import MAX_MEASURED, CollapseError, CollapseLimits, Watch
-from rkl.distill.heads import read_head, why_not_apart
 from rkl.distill.known import (
     Known,
-    Observations,
     Observed,
-    at_temperature,
     confidence,
-    infinite_atoms,
-    token_weights,
 )
 from rkl.distill.limits import (
-    check_counts,
-    check_one_of,
-    check_temperature,
-    check_within,
     context_of,
-    template_variables,
 )
-from rkl.distill.loss import weighted_loss
-from rkl.distill.on_policy import (
-    COMPLETIONS,
-    MIN_LMBDA,
-    Mixture,
-    completions_of,
-    rewind_completions,
-)
-from rkl.distill.processes import disconnect_at_exit
-from rkl.distill.rollouts import (
-    ModelWriter,
-    check_prompts,
-    common_ends,
-)
-from rkl.distill.sampling import check_generation, sampling_of
-from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
-from rkl.distill.self_teacher import KINDS, SelfTeacher
-from rkl.distill.several import RouteRows, SeveralTeachers
-from rkl.distill.sharded import (
+from rkl.distill.models.heads import read_head, why_not_apart
+from rkl.distill.models.sharded import (
     is_sharded,
     load_state,
     load_weights,
@@ -85,166 +52,46 @@ from rkl.distill.sharded import (
     whole_state,
     whole_weights,
 )
-from rkl.distill.sources import is_row
-from rkl.distill.teachers import Teacher, as_teacher, check_peft, check_teacher
-from rkl.distill.vocabulary import share_vocabulary
-from rkl.distill.writing_server import ServerWriter
-from rkl.divergences import AKL, KL, Divergence
+from rkl.distill.processes import disconnect_at_exit
+from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
+from rkl.distill.teachers.self_teacher import SelfTeacher
+from rkl.distill.teachers.several import RouteRows, SeveralTeachers
+from rkl.distill.teachers.teacher import Teacher, as_teacher
+from rkl.distill.text.batches import (
+    SOURCES,
+    STUDENT,
+    TEACHER_MASK,
+    Batch,
+    PadRows,
+    attended,
+    for_teacher,
+    shifted,
+    sources_of,
+)
+from rkl.distill.text.data import IGNORED, TEACHER_IDS, TEACHER_LABELS, TokenDataset
+from rkl.distill.text.vocabulary import share_vocabulary
+from rkl.distill.writing.on_policy import (
+    COMPLETIONS,
+    MIN_LMBDA,
+    Mixture,
+    completions_of,
+    rewind_completions,
+)
+from rkl.distill.writing.rollouts import (
+    ModelWriter,
+    check_prompts,
+    common_ends,
+)
+from rkl.distill.writing.sampling import sampling_of
+from rkl.distill.writing.server import ServerWriter
+from rkl.divergences import AKL, Divergence
 from rkl.divergences.schedule import read_schedule
-from rkl.estimators import LinearHead, TopK, per_token
+from rkl.estimators import LinearHead
 from rkl.runs import measure_written, replacing_files, sweep, write_json
 from rkl.runs.files import append_jsonl
 from rkl.runs.processes import world
 
 _NOTHING = 1e-9  # nats per token below which a divergence is rounding
-
-
-@dataclass
-class DistillConfig(TrainingArguments):
-    """The settings of a distillation, beside all those of transformers.TrainingArguments.
-
-    Args:
-        temperature: What the logits of both are divided by before they are compared, > 0. The
-            loss is not multiplied by its square.
-        hard_label_weight: Weight of the cross-entropy on the labels, at temperature 1, beside
-            the divergence, >= 0; the papers take 0.5.
-        schedule: Fields of the divergence that change from the first step to the last, in a
-            straight line, such as "taid.t: 0.2 -> 1.0", several parted by ";". A new value
-            compiles nothing. Evaluations take the last value, so that they compare.
-        router_aux_loss: Whether to add the loss that balances the experts of a student that is a
-            mixture of them, times its ``router_aux_loss_coef``, where its configuration has
-            ``output_router_logits``.
-        max_length: Tokens that are kept of each row, from the first on; None keeps all.
-        compiled: Whether to compile the loss; None lets the size of the work decide.
-        lmbda: Probability that a batch is the student's own text, written to the batch's prompts
-            by the student as it is at that step: 0 trains on the data, 1 on own text alone.
-        seq_kd: Whether the teacher writes the text of all other batches.
-        max_completion_length: Longest reply, in tokens.
-        sampling_temperature: What the logits of the writer are divided by, >= 0; 0 takes the
-            likeliest token. It has no part in the loss.
-        top_p: Mass of the nucleus that tokens are drawn from.
-        top_k: Number of likeliest tokens that tokens are drawn from; 0 for all.
-        min_p: Smallest probability of a token that is drawn, as a share of the largest.
-        num_generations: Replies to each prompt. A batch holds as many replies as it has rows, so
-            that only this share of its prompts is replied to.
-        steps_per_generation: Batches written at once, before the first of them is trained on; a
-            multiple of gradient_accumulation_steps, which is the default. More of them are
-            written by an earlier student than the one that learns from them.
-        prompt_tokens: Length of a prompt in tokens where rows have none, as plain text.
-        chat_template_kwargs: What else the chat template is called with, as an object or JSON.
-        guard: What to do where own text collapses: "stop" the training, "mix" in more of the
-            data, half the probability of own text at a time, or "off".
-        guard_window: Steps with own text in the means that are judged; the first so many say how
-            the student began.
-        student_server: Address of a server that writes as the student, such as
-            http://localhost:8000/v1; None writes here. Of several processes it is refused.
-        student_server_weights: A folder through which that server gets the student's weights;
-            None takes one in the output folder.
-        log_completions: Whether to write the own text of the first batches of logged steps, of the
-            first process, into completions.jsonl.
-        teacher_routing_column: Column of the data with the name of each row's teacher, where
-            there are several.
-        teacher_model_kind: In place of a teacher, the student itself: "base", as it began; "ema",
-            its moving average; or "live", as it is at each step.
-        teacher_update_rate: Share of the way to the student that the moving average goes at a
-            time, in (0, 1].
-        teacher_sync_steps: Steps between two of them.
-        teachers_on_device: "all" of several teachers, or "one" at a time, the others waiting on
-            the CPU.
-        allow_partial: Whether to minimise, on a teacher known by its top k, also a divergence of
-            which most may lie among the other atoms, such as reverse KL or AKL.
-    """
-
-    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both."})
-    hard_label_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."}
-    )
-    schedule: str | None = field(
-        default=None, metadata={"help": 'Change the divergence, such as "taid.t: 0.2 -> 1.0".'}
-    )
-    router_aux_loss: bool = field(
-        default=True, metadata={"help": "Add the loss that balances the student's experts."}
-    )
-    max_length: int | None = field(default=1024, metadata={"help": "Tokens kept of each row."})
-    compiled: bool | None = field(default=None, metadata={"help": "Compile the loss."})
-    lmbda: float = field(
-        default=0.0, metadata={"help": "Probability that a batch is the student's own text."}
-    )
-    seq_kd: bool = field(
-        default=False, metadata={"help": "Have the teacher write the other batches."}
-    )
-    max_completion_length: int = field(default=256, metadata={"help": "Longest reply, in tokens."})
-    sampling_temperature: float = field(
-        default=1.0, metadata={"help": "Divides the logits of the writer, not of the loss."}
-    )
-    top_p: float = field(default=1.0, metadata={"help": "Mass of the nucleus drawn from."})
-    top_k: int = field(default=0, metadata={"help": "Likeliest tokens drawn from; 0 for all."})
-    min_p: float | None = field(
-        default=None, metadata={"help": "Smallest probability drawn, as a share of the largest."}
-    )
-    num_generations: int = field(default=1, metadata={"help": "Replies to each prompt."})
-    steps_per_generation: int | None = field(
-        default=None, metadata={"help": "Batches written at once."}
-    )
-    prompt_tokens: int = field(
-        default=32, metadata={"help": "Length of a prompt out of plain text, in tokens."}
-    )
-    teacher_routing_column: str = field(
-        default="teacher_id", metadata={"help": "Column that names each row's teacher."}
-    )
-    teacher_model_kind: str | None = field(
-        default=None, metadata={"help": "The student as teacher: base, ema or live."}
-    )
-    teacher_update_rate: float = field(
-        default=0.05, metadata={"help": "Share of the way that the moving average goes."}
-    )
-    teacher_sync_steps: int = field(
-        default=1, metadata={"help": "Steps between updates of the moving average."}
-    )
-    teachers_on_device: str = field(
-        default="all", metadata={"help": "All of several teachers, or one at a time."}
-    )
-    allow_partial: bool = field(
-        default=False, metadata={"help": "Minimise any divergence on a teacher's top k."}
-    )
-    chat_template_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "What else the chat template is called with."}
-    )
-    guard: str = field(default="stop", metadata={"help": "Stop or mix where own text collapses."})
-    guard_window: int = field(default=20, metadata={"help": "Steps in the means it judges."})
-    student_server: str | None = field(
-        default=None, metadata={"help": "Address of a server that writes as the student."}
-    )
-    student_server_weights: str | None = field(
-        default=None, metadata={"help": "Folder through which it gets the student's weights."}
-    )
-    log_completions: bool = field(default=False, metadata={"help": "Write own text to a file."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        template_variables(self.chat_template_kwargs)
-        check_generation(self, self.per_device_train_batch_size, self.gradient_accumulation_steps)
-        check_temperature(self)
-        check_within(self, "hard_label_weight", ends="[)")
-        number("hard_label_weight", self.hard_label_weight, at_most=LARGEST_RATE)
-        check_counts(self, "max_length", at_least=2)  # a token and the next
-        if self.router_aux_loss not in (True, False):
-            got = self.router_aux_loss
-            raise TypeError(f"router_aux_loss must be True or False; got {got!r}.")
-        check_one_of(self, "teachers_on_device", "all", "one")
-        check_within(self, "teacher_update_rate", high=1, ends="(]")
-        check_counts(self, "teacher_sync_steps")
-        if self.teacher_model_kind is not None:
-            check_one_of(self, "teacher_model_kind", *KINDS)
-        if self.allow_partial not in (True, False):
-            raise TypeError(f"allow_partial must be True or False; got {self.allow_partial!r}.")
-        if self.compiled not in (None, True, False):
-            raise TypeError(f"compiled must be True, False or None; got {self.compiled!r}.")
-        if self.label_smoothing_factor != 0:
-            raise ValueError(
-                "label_smoothing_factor has no meaning in distillation, where the teacher smooths "
-                f"the labels; got {self.label_smoothing_factor}, expected 0."
-            )
 
 
 class DistillTrainer(Trainer):
@@ -283,7 +130,7 @@ class DistillTrainer(Trainer):
             which is ``processing_class``.
         **kwargs: As for transformers.Trainer. Data sets may be rows of text, of prompt and
             completion or of messages, which ``processing_class`` then tokenizes, unpacked; call
-            :func:`rkl.distill.data.tokenize` yourself to have them packed.
+            :func:`rkl.distill.tokenize` yourself to have them packed.
     """
 
     args: DistillConfig
@@ -303,8 +150,8 @@ class DistillTrainer(Trainer):
         **kwargs: Any,
     ):
         args = DistillConfig() if args is None else args
-        _check(model, args, teacher, teachers, divergence, kwargs)
-        _check_on_policy(on_policy_divergence, args)
+        check_arguments(model, args, teacher, teachers, divergence, kwargs)
+        check_on_policy(on_policy_divergence, args)
         tokenizer = kwargs.get("processing_class")
         if (started := world().size) != args.world_size:
             raise ValueError(
@@ -316,13 +163,14 @@ class DistillTrainer(Trainer):
                 f"one process cannot share {args.n_gpu} GPUs; start one for each with "
                 "torchrun or accelerate launch, or show it only one with CUDA_VISIBLE_DEVICES."
             )
-        _check_sharded(model, args, teacher, teachers)
+        check_sharded(model, args, teacher, teachers)
         for name in ("train_dataset", "eval_dataset"):
             column = None if teachers is None else args.teacher_routing_column
-            kwargs[name] = _tokenized(name, kwargs.get(name), tokenizer, args, column)
+            kwargs[name] = tokenized(name, kwargs.get(name), tokenizer, args, column)
         self._schedule = read_schedule(args.schedule, divergence)
-        self.divergence = self._schedule.at(1.0)
-        self.on_policy_divergence = on_policy_divergence
+        self._batch_loss = BatchLoss(
+            args, self._schedule.at(1.0), on_policy_divergence, token_weight, tokenizer
+        )
         self._head = read_head(cast(nn.Module, model))
         self._teacher = self._as_one(teacher, teachers, args)
         for name in ("train_dataset", "eval_dataset"):
@@ -353,12 +201,7 @@ class DistillTrainer(Trainer):
             self.is_distributed_loading_by_transformers = True
         # The loss is divided by the tokens of the whole step, counted as `shifted` counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
-        self._infinite = 0
-        self._token_weight = token_weight
-        self._observations = Observations(allow_partial=args.allow_partial)
-        self._loss_by_source = torch.zeros(2, 2)  # of data and own text: loss times tokens, tokens
-        self._nan_at = ""  # the first token whose loss is NaN, in words
-        self._named = self._moving = self._evaluating = False
+        self._moving = self._evaluating = False
         self._moment: Moment | None = None  # before the step, or the evaluation, that is going on
         self._staging: str | None = None
         self._scores: list[Tensor] = []
@@ -505,7 +348,8 @@ class DistillTrainer(Trainer):
         p, share = self._observe(batch, inputs), len(batch.targets) / count
 
         def measure(q: Known) -> Tensor:
-            loss = self._loss(batch, sources, p, q, count)
+            logged = (self.state.global_step + 1) % self._logging_steps == 0
+            loss = self._batch_loss.of_step(batch, sources, p, q, count, logged=logged)
             if sources is not None and len(sources):
                 self._note_own_text(inputs, p, q, loss.detach() * (count / len(sources)))
             return loss
@@ -521,6 +365,24 @@ class DistillTrainer(Trainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, CausalLMOutput(loss=cast(Any, loss))) if return_outputs else loss
 
+    @property
+    def divergence(self) -> Divergence:
+        """What is minimised now; a schedule moves it."""
+        return self._batch_loss.divergence
+
+    @divergence.setter
+    def divergence(self, divergence: Divergence) -> None:
+        self._batch_loss.divergence = divergence
+
+    @property
+    def on_policy_divergence(self) -> Divergence | None:
+        """What is minimised in its place at the tokens that the student wrote."""
+        return self._batch_loss.of_own_text
+
+    @property
+    def _logging_steps(self) -> int:
+        return max(1, int(self.state.logging_steps or 1))
+
     def _progress(self) -> float:
         """The share of the steps before this one, 1 at the last."""
         return self.state.global_step / max(1, self.state.max_steps - 1)
@@ -532,8 +394,9 @@ class DistillTrainer(Trainer):
         if bool((inputs[SOURCES] == STUDENT).any()):
             with torch.no_grad():
                 self._own_text.note(inputs, confidence(p, q, MAX_MEASURED))
-        step, every = self.state.global_step, max(1, int(self.state.logging_steps or 1))
-        if self.args.log_completions and step % every == 0 and self.is_world_process_zero():
+        step = self.state.global_step
+        logged = step % self._logging_steps == 0
+        if self.args.log_completions and logged and self.is_world_process_zero():
             row = completions_of(inputs, self.processing_class)
             append_jsonl(self.completions, {"step": step, "loss": float(mean), **row})
 
@@ -550,7 +413,9 @@ class DistillTrainer(Trainer):
         batch = shifted(inputs)
         with torch.no_grad():
             p = self._observe(batch, inputs)
-            scores = self._in_place_of_head(model, batch, lambda q: self._score(batch, p, q))
+            scores = self._in_place_of_head(
+                model, batch, lambda q: self._batch_loss.score(batch, p, q)
+            )
             self._scores.append(cast(Tensor, self.accelerator.gather_for_metrics(scores)))
             loss = scores[:, 0].sum() / scores[:, 3].sum().clamp_min(1)
             loss = loss.masked_fill(scores[:, 2].sum() > 0, math.inf)
@@ -592,15 +457,15 @@ class DistillTrainer(Trainer):
         if "loss" in logs:
             last = max(0, self.state.global_step - 1) / max(1, self.state.max_steps - 1)
             logs |= self._schedule.values(last)
-            count = torch.tensor(self._infinite, device=self.args.device)
+            count = torch.tensor(self._batch_loss.infinite, device=self.args.device)
             total = int(cast(Tensor, self.accelerator.reduce(count, reduction="sum")))
-            self._infinite = 0
+            self._batch_loss.infinite = 0
             if total:
                 logs["infinite_tokens"] = total
             if self._mixture is not None:
                 logs |= {"lmbda": self._mixture.lmbda, **self._own_text.pop()}
             logs |= self._pop_losses()
-            logs |= self._observations.pop(
+            logs |= self._batch_loss.observations.pop(
                 lambda sums: cast(
                     Tensor, self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
                 )
@@ -609,11 +474,10 @@ class DistillTrainer(Trainer):
 
     def _pop_losses(self) -> dict[str, float]:
         """The mean loss of each source since the last log, over the tokens of all processes."""
-        if self.on_policy_divergence is None:
+        if self._batch_loss.of_own_text is None:
             return {}
-        sums = self._loss_by_source.to(self.args.device)
+        sums = self._batch_loss.pop_by_source().to(self.args.device)
         sums = cast(Tensor, self.accelerator.reduce(sums, reduction="sum")).tolist()
-        self._loss_by_source = torch.zeros(2, 2)
         names = "data_loss", "on_policy_loss"
         return {
             name: loss / tokens for name, (loss, tokens) in zip(names, sums, strict=True) if tokens
@@ -832,8 +696,8 @@ class DistillTrainer(Trainer):
     def _together(self, sound: bool) -> tuple[bool, str]:
         """Whether all processes found it sound, and the first token that is NaN in one of them."""
         if self.accelerator.num_processes == 1:
-            return sound, self._nan_at
-        told: list[Any] = gather_object([(sound, self._nan_at)])
+            return sound, self._batch_loss.nan_at
+        told: list[Any] = gather_object([(sound, self._batch_loss.nan_at)])
         return all(it for it, _ in told), next((place for _, place in told if place), "")
 
     def _student_is_finite(self) -> bool:
@@ -986,176 +850,6 @@ class DistillTrainer(Trainer):
         with hook, self._head.tap(receive):
             return model(**batch.inputs).loss
 
-    def _loss(
-        self,
-        batch: Batch,
-        sources: Tensor | None,
-        p: Observed,
-        q: Known,
-        count: Tensor | int,
-    ) -> Tensor:
-        if not len(batch.targets):
-            return _zero(q)
-        like = q.hidden if isinstance(q, LinearHead) else q
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        weight = torch.ones(len(batch.targets), dtype=dtype, device=like.device) / count
-        if self._token_weight is not None:
-            cooled_p, cooled_q = (at_temperature(it, self.args.temperature) for it in (p, q))
-            weights = token_weights(self._token_weight, cooled_p, cooled_q, batch)
-            weight = weight * weights.to(weight)
-            if not weight.any():
-                return _zero(q)
-        logged = (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
-        for terms in self._terms(sources, weight):
-            how: Any = {"logged": logged, "of_student": terms.of_student}
-            self._observations.note(terms.divergence, p, q, terms.weight, **how)
-        loss = self._weighted(batch, sources, p, q, weight, count)
-        if loss.isfinite():
-            return loss
-        values = self._values(batch, p, q, sources)
-        if loss.isnan():
-            self._note_nan(batch, values, sources)
-            return loss
-        infinite = values.isinf()
-        if not infinite.any():  # the sum over tokens, or the term of hard labels, overflowed
-            return loss
-        self._infinite += int(infinite.sum())
-        self._name(batch, p, q, infinite, sources)
-        finite = weight.masked_fill(infinite, 0.0)
-        return self._weighted(batch, sources, p, q, finite, count) if finite.any() else loss
-
-    def _weighted(
-        self,
-        batch: Batch,
-        sources: Tensor | None,
-        p: Observed,
-        q: Known,
-        weight: Tensor,
-        count: Tensor | int,
-    ) -> Tensor:
-        """Sum over tokens of their weight times what is minimised."""
-        losses = []
-        for terms in self._terms(sources, weight):
-            loss = weighted_loss(
-                terms.divergence,
-                p=p,
-                q=q,
-                weight=terms.weight,
-                labels=batch.targets,
-                temperature=self.args.temperature,
-                hard_label_weight=terms.hard_label_weight,
-                compiled=self.args.compiled,
-            )
-            losses.append(loss)
-            if self.on_policy_divergence is not None and loss.isfinite():
-                tokens = (terms.weight > 0).sum()
-                sums = torch.stack([loss.detach() * count, tokens.to(loss.dtype)])
-                self._loss_by_source[int(terms.of_student)] += sums.float().cpu()
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-
-    def _terms(self, sources: Tensor | None, weight: Tensor) -> list["_Terms"]:
-        """What is minimised at the tokens of each source, those of weight 0 apart.
-
-        Labels count where the data set wrote the token: other text is no answer.
-        """
-        hard, own = self.args.hard_label_weight, self.on_policy_divergence
-        if sources is None or (not hard and own is None):
-            return [_Terms(self.divergence, weight, hard if sources is None else 0.0)]
-        of_student = sources == STUDENT
-        parts = [
-            (sources == DATA, self.divergence, hard),
-            (sources == TEACHER, self.divergence, 0.0),
-            (of_student, own or self.divergence, 0.0),
-        ]
-        return [
-            _Terms(divergence, weight.masked_fill(~chosen, 0.0), share, chosen is of_student)
-            for chosen, divergence, share in parts
-            if (weight[chosen] > 0).any()
-        ]
-
-    def _values(
-        self, batch: Batch, p: Observed, q: Known, sources: Tensor | None = None
-    ) -> Tensor:
-        """The divergence of each token, under the one of its source."""
-        p, q = (at_temperature(it, self.args.temperature) for it in (p, q))
-        divergences = {"data": self.divergence}
-        if sources is not None and self.on_policy_divergence is not None:
-            divergences["own"] = self.on_policy_divergence
-        takes_labels = any(it.takes_labels for it in divergences.values())
-        labels = batch.targets if takes_labels else None
-        values = per_token(divergences, p=p, q=q, labels=labels)
-        if "own" not in values:
-            return values["data"]
-        return values["own"].where(cast(Tensor, sources) == STUDENT, values["data"])
-
-    def _divergence_at(self, sources: Tensor | None, token: int) -> Divergence:
-        own = sources is not None and int(sources[token]) == STUDENT
-        return (self.on_policy_divergence if own else None) or self.divergence
-
-    def _score(self, batch: Batch, p: Observed, q: Known) -> Tensor:
-        """Of each row: the sums of finite divergences and of cross-entropies, two counts.
-
-        Those are of tokens with an infinite divergence, and of all tokens.
-        """
-        totals = torch.zeros(len(batch.predicting), 4, device=batch.predicting.device)
-        if not len(batch.targets):
-            return totals
-        self._observations.judge(self.divergence, p, q)
-        value = self._values(batch, p, q)
-        label = TopK(torch.zeros_like(value)[:, None], batch.targets[:, None])
-        entropy = per_token({"label": KL()}, p=label, q=q)["label"]
-        self._note_nan(batch, value)
-        infinite = value.isinf()
-        scores = [value.masked_fill(infinite, 0.0), entropy, infinite, torch.ones_like(value)]
-        row = batch.predicting.nonzero()[:, 0]
-        return totals.index_add_(0, row, torch.stack(scores, 1).to(totals.dtype))
-
-    def _name(
-        self,
-        batch: Batch,
-        p: Observed,
-        q: Known,
-        infinite: Tensor,
-        sources: Tensor | None,
-    ) -> None:
-        """Warn, once, of the first token whose divergence is infinite, and say where and why."""
-        if self._named:
-            return
-        self._named = True
-        first = int(infinite.nonzero()[0])
-        p, q = (at_temperature(it, self.args.temperature) for it in (p, q))
-        divergence = self._divergence_at(sources, first)
-        atoms = infinite_atoms(divergence, p, q, first, batch.targets)
-        if atoms is None:
-            warn(
-                f"{divergence} is infinite at {self._place(batch, first)}: among the atoms "
-                "known of the teacher and the rest, one of the distributions is 0 where the other "
-                "is not. Such tokens have no gradient and are left out of the loss; their number "
-                "is logged as infinite_tokens."
-            )
-            return
-        warn(
-            f"{divergence} is infinite at {self._place(batch, first)}, because of "
-            f"{len(atoms)} atoms where one of the distributions is 0 and the other is not: "
-            f"{', '.join(map(self._spell, atoms[:5]))}. "
-            "Such tokens have no gradient and are left out of the loss; their number is logged "
-            "as infinite_tokens."
-        )
-
-    def _note_nan(self, batch: Batch, value: Tensor, sources: Tensor | None = None) -> None:
-        """Keep the place of the first token whose divergence is NaN, for what ends the run."""
-        lost = value.isnan()
-        if not self._nan_at and lost.any():
-            first = int(lost.nonzero()[0])
-            divergence, place = self._divergence_at(sources, first), self._place(batch, first)
-            such = f"the first of {int(lost.sum())} such tokens"
-            self._nan_at = f" ({divergence} is NaN at {place}, {such})"
-
-    def _place(self, batch: Batch, token: int) -> str:
-        row, position = batch.predicting.nonzero()[token].tolist()
-        target = self._spell(batch.targets[token])
-        return f"token {position + 1} of row {row} of the batch, {target}"
-
     def _warn_if_nothing_moves(self, loss: Tensor) -> None:
         if not self.args.hard_label_weight and loss.abs() <= _NOTHING:
             warn(
@@ -1164,27 +858,6 @@ class DistillTrainer(Trainer):
                 "0 and nothing will be learned. Begin with a student that differs from its "
                 "teacher, or set hard_label_weight above 0, to learn the text and stay near it."
             )
-
-    def _spell(self, token: Tensor) -> str:
-        tokenizer = self.processing_class
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            return str(int(token))
-        return f"{int(token)} {tokenizer.decode([int(token)])!r}"
-
-
-class _Terms(NamedTuple):
-    """A divergence, the weights of its tokens in the loss, and the weight of their labels."""
-
-    divergence: Divergence
-    weight: Tensor
-    hard_label_weight: float
-    of_student: bool = False
-
-
-def _zero(q: Known) -> Tensor:
-    """A loss of 0 in which every parameter takes part, as DDP demands."""
-    parts = q[:3] if isinstance(q, LinearHead) else (q,)
-    return torch.stack([part[:0].sum() for part in parts if part is not None]).sum()
 
 
 class _Guard(TrainerCallback):
@@ -1218,166 +891,3 @@ def _balance(student: Any) -> float:
     names = "router_aux_loss_coef", "aux_loss_coef"
     found = [getattr(config, name) for name in names if getattr(config, name, None) is not None]
     return float(found[0]) if found else 0.0
-
-
-def _tokenized(
-    name: str, dataset: Any, tokenizer: Any, args: DistillConfig, column: str | None
-) -> Any:
-    """Raw rows as tokens; a data set that has them is left as it is."""
-    if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
-        parts = dataset.items()
-        return {key: _tokenized(name, it, tokenizer, args, column) for key, it in parts}
-    first = _first_row(dataset)
-    if not isinstance(first, Mapping) or "input_ids" in first or not is_row(first):
-        return dataset
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(
-            f"{name} holds rows of {', '.join(map(str, first))}, which processing_class=TOKENIZER "
-            f"would tokenize; got processing_class={tokenizer!r}."
-        )
-    if not hasattr(dataset, "__len__"):
-        raise ValueError(
-            f"{name} must be tokenized where it has no length: map it with "
-            "rkl.distill.data.tokenize, or give a list of rows."
-        )
-    try:
-        rows: Any = dataset
-        return tokenize(
-            rows,
-            tokenizer,
-            max_length=args.max_length or LARGEST_COUNT,
-            packing=False,
-            prompts=name == "train_dataset" and args.lmbda == 1,
-            chat_template_kwargs=template_variables(args.chat_template_kwargs),
-            column=column,
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _first_row(dataset: Any) -> Any:
-    """The first row of what can be indexed, or read again from the beginning."""
-    if isinstance(dataset, Dataset | Sequence) or hasattr(dataset, "column_names"):
-        try:
-            return dataset[0]
-        except (IndexError, KeyError, NotImplementedError, TypeError):
-            pass  # empty, or an iterable one
-    again = hasattr(dataset, "__iter__") and not hasattr(dataset, "__next__")
-    return next(iter(dataset), None) if again else None
-
-
-def _check_sharded(model: Any, args: DistillConfig, teacher: Any, teachers: Any) -> None:
-    """Refuse what models whose weights processes share cannot do yet."""
-    for name, it in (teachers or {}).items():
-        if is_sharded(it):
-            raise NotImplementedError(
-                f"teachers: {name} is sharded by fully_shard, so that all processes must run it "
-                "at once, and rows of different teachers do not. Give one teacher, or whole ones."
-            )
-    if is_sharded(teacher) and args.seq_kd:
-        raise NotImplementedError(
-            "seq_kd is not supported with a teacher sharded by fully_shard, whose weights no "
-            f"process has alone; got {args.seq_kd!r}."
-        )
-    if not is_sharded(model):
-        return
-    if getattr(model, "peft_config", None) is not None:
-        raise NotImplementedError("model: a PEFT student sharded by fully_shard is not supported.")
-    named = {"lmbda": args.lmbda, "seq_kd": args.seq_kd}
-    named |= {"teacher_model_kind": args.teacher_model_kind}
-    if chosen := [name for name, value in named.items() if value]:
-        raise NotImplementedError(
-            f"{chosen[0]} is not supported with a student sharded by fully_shard, whose weights "
-            f"no process has alone; got {named[chosen[0]]!r}."
-        )
-
-
-def _check(
-    model: Any,
-    args: Any,
-    teacher: Any,
-    teachers: Any,
-    divergence: Any,
-    settings: Mapping[str, Any],
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be the student, a model; got {model!r}. rkl.distill.load_model gives one."
-        )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        check_peft()
-    if not isinstance(args, DistillConfig):
-        raise TypeError(f"args must be a DistillConfig; got a {type(args).__name__}.")
-    if not isinstance(divergence, Divergence):
-        raise TypeError(
-            f"divergence must be a Divergence such as AKL(); got {divergence!r}. "
-            "rkl.parse makes one from a string."
-        )
-    if args.teacher_model_kind is not None:
-        if teacher is not None or teachers is not None:
-            raise ValueError(
-                f"teacher must be left out where teacher_model_kind is {args.teacher_model_kind}: "
-                "the student is its own."
-            )
-    elif teachers is None:
-        check_teacher(teacher)
-    elif teacher is not None:
-        raise ValueError("teacher and teachers exclude one another; got both.")
-    elif not isinstance(teachers, Mapping) or not teachers:
-        raise TypeError(f"teachers must map names to one teacher at least; got {teachers!r}.")
-    for one in (teachers or {}).values():
-        check_teacher(one)
-    needed = {
-        "teacher_routing_column": ("teachers", teachers is not None),
-        "teachers_on_device": ("teachers", teachers is not None),
-        "teacher_update_rate": ("teacher_model_kind='ema'", args.teacher_model_kind == "ema"),
-        "teacher_sync_steps": ("teacher_model_kind='ema'", args.teacher_model_kind == "ema"),
-    }
-    for name, (what, used) in needed.items():
-        value = getattr(args, name)
-        if not used and value != getattr(DistillConfig, name):
-            raise ValueError(f"{name} goes with {what}, and has no effect; got {value!r}.")
-    if settings.get("compute_loss_func") is not None:
-        raise ValueError("compute_loss_func must be left out: the divergence is the loss.")
-    if settings.get("model_init") is not None:
-        raise ValueError("model_init must be left out; pass the student as model.")
-
-
-def check_teacher_texts(dataset: Any, context: float, written: int = 0) -> None:
-    """Refuse texts that the teacher is to read and are longer than its context.
-
-    Args:
-        dataset: The blocks; other kinds of data sets are checked batch by batch.
-        context: Most tokens that the teacher can read.
-        written: Tokens of a reply behind each prompt; 0 where none is written.
-    """
-    if not isinstance(dataset, TokenDataset):
-        return
-    columns = (dataset.columns.get(name, ()) for name in (TEACHER_IDS, TEACHER_LABELS))
-    for ids, labels in zip(*columns, strict=True):
-        if ids is not None:
-            prompt = len(ids) - int((labels != IGNORED).sum())
-            check_teacher_length(max(len(ids), prompt + written), context)
-
-
-def check_teacher_length(length: int, context: float) -> None:
-    """Refuse a text longer than the teacher's context."""
-    if length > context:
-        raise ValueError(
-            f"teacher_prompt: with the completion behind it the text that the teacher reads has "
-            f"{length} tokens, more than its context of {context}."
-        )
-
-
-def _check_on_policy(divergence: Any, args: DistillConfig) -> None:
-    if divergence is None:
-        return
-    if not isinstance(divergence, Divergence):
-        raise TypeError(
-            f"on_policy_divergence must be a Divergence such as ReverseKL(); got {divergence!r}."
-        )
-    if not args.lmbda:
-        raise ValueError(
-            "on_policy_divergence needs lmbda above 0, so that there is text of the student's; "
-            f"got {divergence} with lmbda={args.lmbda}."
-        )

@@ -23,7 +23,7 @@ from typing import Any
 
 from rkl.checks import integer
 from rkl.importing import only
-from rkl.runs import integrity, writers
+from rkl.runs import integrity, lock
 from rkl.runs.files import (
     DiskFullError,
     append_jsonl,
@@ -42,6 +42,7 @@ from rkl.runs.files import (
     write_atomic,
     write_json,
 )
+from rkl.runs.lock import LOCK, RunBusyError
 from rkl.runs.ownership import (
     check_out_file,
     file_entries,
@@ -52,7 +53,6 @@ from rkl.runs.ownership import (
     remove_written,
     written_files,
 )
-from rkl.runs.writers import LOCK, RunBusyError
 
 __all__ = [
     "REPLIES",
@@ -180,9 +180,9 @@ class Run:
         check_out(path, **how)
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
-        if (whole := writers.writer_of(path)) is not None:  # of which this run is a part
+        if (whole := lock.writer_of(path)) is not None:  # of which this run is a part
             whole.claim([path.resolve() / "run.json"])
-        writers.acquire(path, run.record_files)
+        lock.acquire(path, run.record_files)
         try:
             # Again, now that nobody else can change it.
             begun = check_out(path, **how)
@@ -249,7 +249,7 @@ class Run:
 
     def update(self, **entries: Any) -> None:
         """Set entries of run.json, atomically; entries that others set meanwhile stay."""
-        with writers.updating(self.path):
+        with lock.updating(self.path):
             write_json(self.path / "run.json", self.record | entries)
 
     def record_files(self, files: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> None:
@@ -267,7 +267,7 @@ class Run:
         """
         digests = files if isinstance(files, Mapping) else {}
         entries = {str(name): {**no_digest(), **digests.get(name, {})} for name in files}
-        with writers.updating(self.path):
+        with lock.updating(self.path):
             merged = self.files | entries
             record = self.record | {"files": dict(sorted(merged.items()))}
             write_json(self.path / "run.json", record)
@@ -276,7 +276,7 @@ class Run:
 
     def forget_missing_files(self) -> None:
         """Remove the files that are no longer in the folder from the list in run.json."""
-        with writers.updating(self.path):
+        with lock.updating(self.path):
             there = {name: it for name, it in self.files.items() if (self.path / name).is_file()}
             if there != file_entries(self.record):
                 write_json(self.path / "run.json", self.record | {"files": there})
@@ -289,7 +289,7 @@ class Run:
         Args:
             names: Names relative to the folder; by default all listed without a digest.
         """
-        with writers.updating(self.path):
+        with lock.updating(self.path):
             listed = self.files
             chosen = (
                 [it for it in listed if not listed[it].get("sha256")] if names is None else names
@@ -337,8 +337,8 @@ class Run:
         return verified
 
     @property
-    def _writer(self) -> writers.Writer | None:
-        writer = writers.writer_of(self.path / "run.json")
+    def _writer(self) -> lock.Writer | None:
+        writer = lock.writer_of(self.path / "run.json")
         return writer if writer and writer.folder == self.path.resolve() else None
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -428,7 +428,7 @@ class Run:
 
 def measure_written(folder: Path) -> None:
     """Write the digests of all files in a folder into run.json of the run being written there."""
-    if (writer := writers.writer_of(folder / "any")) is not None:
+    if (writer := lock.writer_of(folder / "any")) is not None:
         place = folder.resolve().relative_to(writer.folder).as_posix()
         run = Run(writer.folder)
         run.measure_files([it for it in run.files if it.startswith(f"{place}/")])
@@ -471,7 +471,7 @@ def check_out(
     if not (begun and resume):
         refuse_inputs(path, inputs or {})
     if path.is_dir():
-        writers.check_free(path)
+        lock.check_free(path)
     if begun and not (overwrite or resume):
         going_on = "--resume to go on with the run in it, " if resumable else ""
         raise FileExistsError(

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rkl.runs.writers import claim, writer_of
+from rkl.runs.lock import claim, writer_of
 
 # .NAME.TOKEN.tmp, where TOKEN is MACHINE-PID-PROCESS-RANDOM; of earlier versions 8 random digits.
 _LEFTOVER = re.compile(

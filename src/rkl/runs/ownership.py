@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rkl.runs.files import is_leftover, remove
-from rkl.runs.writers import LOCK
+from rkl.runs.lock import LOCK
 
 MAX_NAMED = 3  # foreign files named in a refusal; the others are counted
 _FOR_ALL = "run.json", "metrics.jsonl", "rows.bin", "evaluation.json", "report.html"

@@ -119,7 +119,8 @@ class Chain:
         groups = {"posterior": posterior, "sample_stats": stats}
         if int(arviz.__version__.partition(".")[0]) >= 1:
             return arviz.from_dict(groups)
-        return arviz.from_dict(**groups)
+        before_1: Any = groups
+        return arviz.from_dict(**before_1)
 
 
 @torch.no_grad()

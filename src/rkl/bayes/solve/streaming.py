@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -399,9 +400,8 @@ def _by_dask(
     draws: Draws, arrays: dict[str, xr.DataArray], parts: list[slice], plan: Plan
 ) -> Iterator[tuple[int, list[Sums]]]:
     """Sums to add for every chain, computed where the chunks live."""
-    import dask  # pyright: ignore[reportMissingImports]: lazy arrays brought it
-
-    task, plan = dask.delayed(_of_chains, pure=False), dask.delayed(plan, traverse=False)
+    dask: Any = importlib.import_module("dask")  # lazy arrays brought it
+    task, shared = dask.delayed(_of_chains, pure=False), dask.delayed(plan, traverse=False)
     # a task takes the chains that are stored together, to fetch them once
     together = max(x.chunksizes["chain"][0] for x in arrays.values() if x.chunks is not None)
     groups = [range(draws.chains)[k : k + together] for k in range(0, draws.chains, together)]
@@ -411,7 +411,7 @@ def _by_dask(
         for chains, part in places[k : k + TASKS]:
             chunk = {name: _unread(x, chains, part) for name, x in arrays.items()}
             weights = {chain: _weights(draws, chain, part) for chain in chains}
-            tasks.append(task(plan, part.start, chunk, weights))
+            tasks.append(task(shared, part.start, chunk, weights))
         for sums in dask.compute(*tasks):
             yield from sums
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from rkl.distill.adapters.shards import whole
-from rkl.distill.heads import Head, read_head
 from rkl.distill.known import distinct_atoms, lost_in_the_rest
 from rkl.distill.limits import read_divergence
 from rkl.distill.loss import distill_loss
+from rkl.distill.models.heads import Head, read_head
 from rkl.divergences import KL, Divergence
 from rkl.estimators import LinearHead, TopK
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rkl.distill.adapters.shards import whole
-from rkl.distill.heads import Head, read_head
 from rkl.distill.limits import read_divergence
 from rkl.distill.loss import distill_loss
+from rkl.distill.models.heads import Head, read_head
 from rkl.divergences import AKL, KL, Divergence
 from rkl.estimators import LinearHead, per_token
 

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from rkl.checks import warn
 from rkl.distill.known import Known, logits_of
-from rkl.distill.sharded import whole
+from rkl.distill.models.sharded import whole
 from rkl.estimators import LinearHead
 
 # What a configuration may call a factor of the logits, and the power in which it enters.

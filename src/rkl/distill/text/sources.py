@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from rkl.checks import warn
-from rkl.distill.chats import as_tools, has_nulls, without_nulls
+from rkl.distill.text.chats import as_tools, has_nulls, without_nulls
 from rkl.readers import gunzip, read_records
 from rkl.runs.integrity import hub_name
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rkl.checks import LARGEST_COUNT
-from rkl.distill import captures
-from rkl.distill.batches import PadRows, shifted
-from rkl.distill.cache import row_keys
-from rkl.distill.data import IGNORED, tokenize
 from rkl.distill.known import distinct_atoms
 from rkl.distill.limits import check_count
-from rkl.distill.sources import TEACHER_PROMPT, Row, Rows, read_rows, read_whole_rows
-from rkl.distill.teachers import Teacher
+from rkl.distill.teachers import captures
+from rkl.distill.teachers.cache import row_keys
+from rkl.distill.teachers.teacher import Teacher
+from rkl.distill.text.batches import PadRows, shifted
+from rkl.distill.text.data import IGNORED, tokenize
+from rkl.distill.text.sources import TEACHER_PROMPT, Row, Rows, read_rows, read_whole_rows
 from rkl.estimators import TopK
 from rkl.runs import fingerprint
 
@@ -177,7 +177,7 @@ def read_published(
         data: What the rows are read from.
         split: Which split of it.
         tokenizer: The student's.
-        shape: What :func:`rkl.distill.data.tokenize` is called with; a row longer than its
+        shape: What :func:`rkl.distill.tokenize` is called with; a row longer than its
             ``max_length`` is refused, as its log-probabilities are of the whole.
         how: For :class:`PublishedTeacher`.
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from rkl.distill.heads import Head, read_head
-from rkl.distill.teachers import Teacher
+from rkl.distill.models.heads import Head, read_head
+from rkl.distill.teachers.teacher import Teacher
 from rkl.runs import save_tensors
 
 KINDS = "base", "ema", "live"

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rkl.distill.data import IGNORED, TEACHER_IDS, TEACHER_LABELS
+from rkl.distill.text.data import IGNORED, TEACHER_IDS, TEACHER_LABELS
 
 SOURCES = "sources"  # a column of batches: who wrote each token
 TEACHER_MASK = "teacher_attention_mask"  # another, beside those of data: what the teacher reads

@@ -1,70 +1,31 @@
-"""A teacher on a server: the likeliest tokens at every place of a text, asked for over HTTP.
+"""A teacher on a server: the likeliest tokens at every place of a text, asked for over HTTP."""
 
-Four forms of answer are read, each by its own fields: vLLM's ``prompt_logprobs``, SGLang's
-``input_top_logprobs``, llama.cpp's ``completion_probabilities``, and the ``logprobs`` of
-completions with ``echo``, as OpenAI defined them.
-"""
-
-import http.client
-import json
 import math
-import os
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from time import monotonic, sleep
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rkl.checks import number, warn
-from rkl.distill.encoding import encode
+from rkl.distill.client import ATTEMPTS, RefusedError, Server, ServerError
 from rkl.distill.known import Observed, logits_of
-from rkl.distill.limits import check_count, is_address
-from rkl.distill.teachers import Teacher
+from rkl.distill.limits import check_count
+from rkl.distill.teachers.answers import FORMS, Atom, Kind, Places
+from rkl.distill.teachers.teacher import Teacher
+from rkl.distill.text.encoding import encode
 from rkl.estimators import TopK
 from rkl.runs.progress import say
 
-KEY = "RKL_TEACHER_API_KEY"  # environment variable; the one place that a key is read from
-BUSY = 408, 425, 429, 500, 502, 503, 504  # answers after which the same request may succeed
-NEVER_TAKEN = "validation error", "not supported"  # said with 500 of requests that are wrong
-MAX_PAUSE = 30.0  # seconds between two attempts
-ATTEMPTS = 15  # of a request: a server that is restarted may be away for five minutes
-FIRST_ATTEMPTS = 5  # of the first request, as an address may be wrong
-SILENT_ATTEMPTS = 3  # after which the wait is announced
 MAX_DIFFERING = 0.05  # share of token strings in which two versions of a tokenizer may differ
 MAX_MASS = 1.01  # of a place's probabilities, which rounding in half precision may exceed 1 by
 CLAMPED = -9999.0  # what vLLM writes for a log-probability of -inf
 LARGE_GAP = 0.05  # nats, in the mean, beyond rounding in half precision
 MAX_PREFIXES = 64  # of a text in one request to llama.cpp, which says what follows each
 SAME_CONTEXT = 1e-3  # nats by which log-probabilities may differ that have the same context
-_CHUNK = 2**16  # bytes read between two looks at the clock
-
-Kind: TypeAlias = Literal["vllm", "sglang", "llamacpp", "completions"]
-
-
-class ServerError(ConnectionError):
-    """A server gave no usable answer; the message says which, and what to do."""
-
-
-class Atom(NamedTuple):
-    """A token that a server names: its number or its text, and its log-probability."""
-
-    token: int | None
-    logp: float
-    text: str | None
-
-
-class Places(NamedTuple):
-    """What a server says of one text: likely tokens at each place, and the text in its tokens."""
-
-    atoms: list[list[Atom] | None]
-    echo: list[str] | None = None
 
 
 class Gap(NamedTuple):
@@ -121,13 +82,13 @@ class ServerTeacher(Teacher):
         check_count("top_k", top_k)
         check_count("attempts", attempts)
         number("timeout", timeout, above=0, at_most=86_400)
-        if kind not in (None, *_FORMS):
-            raise ValueError(f"kind must be one of {', '.join(_FORMS)} or None; got {kind!r}.")
+        if kind not in (None, *FORMS):
+            raise ValueError(f"kind must be one of {', '.join(FORMS)} or None; got {kind!r}.")
         self.server = Server(url, timeout, attempts)
         self.tokenizer, self.top_k, self.reference = tokenizer, top_k, reference
         self.vocab = max(tokenizer.get_vocab().values()) + 1
         self.model_name, owner = self.server.served(model)
-        self.kind = kind or next((it for it in _FORMS if it in owner.lower()), "completions")
+        self.kind = kind or next((it for it in FORMS if it in owner.lower()), "completions")
         self.gap: Gap | None = None
         self._as_text = False  # completions of servers that take no numbers
         self._early: dict[bool, bool] = {}  # completions, of texts with BOS and others
@@ -160,7 +121,7 @@ class ServerTeacher(Teacher):
         """What the server says of some texts, each with the places that are predicted."""
         if not texts:
             return []
-        form = _FORMS[self.kind]
+        form = FORMS[self.kind]
         if self.kind == "completions":
             answers = [self._completion(*it) for it in texts]
         elif self.kind == "llamacpp":
@@ -192,7 +153,7 @@ class ServerTeacher(Teacher):
 
         It keeps the state of what it has read, so that a longer beginning costs it one token.
         """
-        form = _FORMS["llamacpp"]
+        form = FORMS["llamacpp"]
         atoms: list[list[Atom] | None] = [None] * len(tokens)
         for start in range(0, len(wanted), MAX_PREFIXES):
             some = wanted[start : start + MAX_PREFIXES]
@@ -216,10 +177,10 @@ class ServerTeacher(Teacher):
                 raise ServerError(self._too_few(error.message)) from None
             raise
         try:
-            return _FORMS[self.kind].read(answer)
+            return FORMS[self.kind].read(answer)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ServerError(
-                f"{self.server} gave an answer without {_FORMS[self.kind].field}, which "
+                f"{self.server} gave an answer without {FORMS[self.kind].field}, which "
                 f"{self.kind} has ({type(error).__name__}: {error})."
             ) from None
 
@@ -239,7 +200,7 @@ class ServerTeacher(Teacher):
 
     def _echoed(self, tokens: list[int]) -> Places:
         """What the server lists at each token, sent as numbers, or as text where it takes none."""
-        form = _FORMS["completions"]
+        form = FORMS["completions"]
         if not self._as_text:
             try:
                 (places,) = self._read(form.path, form.body([tokens], self.top_k, self.model_name))
@@ -305,7 +266,7 @@ class ServerTeacher(Teacher):
 
     def _after_first(self, token: int) -> list[Atom] | None:
         """What follows the first token of a text; None where it cannot be sent alone."""
-        form = _FORMS["completions"]
+        form = FORMS["completions"]
         if self._encode(self._decode([token])) != [token]:
             return None
         sent = {"prompt": self._decode([token]) if self._as_text else [token], "echo": False}
@@ -482,293 +443,3 @@ def _texts(inputs: Mapping[str, Any], predicting: Tensor) -> Iterator[tuple[list
             places = [at for at, it in enumerate(read[start:end]) if it in wanted]
             if places:
                 yield tokens[row, read[start : start + places[-1] + 1]].tolist(), places
-
-
-class RefusedError(ServerError):
-    """A server refused a request as wrong."""
-
-    def __init__(self, words: str, message: str):
-        super().__init__(words)
-        self.message = message
-
-
-Ask: TypeAlias = Callable[[str, Mapping[str, Any]], Any]
-
-
-class Server:
-    """An address, asked with time limits and attempts; its key is in no message.
-
-    Args:
-        url: The address.
-        timeout: Seconds that an answer may take.
-        attempts: How often a request is sent, at most.
-        name: What messages call the server.
-        key: The environment variable that holds the key.
-    """
-
-    def __init__(
-        self, url: str, timeout: float, attempts: int, name: str = "teacher", key: str = KEY
-    ):
-        self.name, self.variable = name, key
-        parts = urllib.parse.urlsplit(url)
-        if not is_address(url) or not parts.hostname:
-            raise ValueError(f"url must be an address such as http://host:8000/v1; got {url!r}.")
-        if parts.username or parts.password or parts.query:
-            raise ValueError(
-                f"url must hold no key, no password and no ?; a key is read from {key}. "
-                f"Expected {parts.scheme}://{parts.hostname}:{parts.port or 8000}/v1."
-            )
-        self.url, self.timeout, self.attempts = url.rstrip("/"), timeout, attempts
-        self._opener = urllib.request.build_opener(_NoRedirect)
-        alone = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        if self._key() and parts.scheme == "http" and not alone:
-            warn(f"{name}: the key in {key} is sent to {url} unencrypted; use https.")
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.url}"
-
-    def _key(self) -> str:
-        return os.environ.get(self.variable, "")
-
-    def ask(
-        self,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        *,
-        attempts: int | None = None,
-        prepare: Callable[[Ask], None] | None = None,
-    ) -> Any:
-        """The answer to a request, sent again while the server is busy or not reached.
-
-        Args:
-            path: Behind the address; from the root of the server on where it begins with "/".
-            body: Of a POST; None sends a GET.
-            attempts: In place of the server's own.
-            prepare: Called before the request is sent again, as the server may have been
-                restarted, with what sends one request once.
-        """
-        pause, reason, attempts = 1.0, "", attempts or self.attempts
-        for attempt in range(attempts):
-            if attempt == SILENT_ATTEMPTS:
-                say(f"{self} {reason}; it is asked up to {attempts - attempt} times more.")
-            if attempt:
-                sleep(pause)
-                pause = min(2 * pause, MAX_PAUSE)
-            try:
-                if attempt and prepare is not None:
-                    prepare(self._once)
-                return self._once(path, body)
-            except _BusyError as error:
-                reason = str(error)
-        raise ServerError(
-            f"{self} {reason}, {attempts} times in a row. Is the server up, and is the "
-            "address right?"
-        )
-
-    def _once(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        base = self.url.removesuffix("/v1") if path.startswith("/") else f"{self.url}/"
-        url = base + path
-        headers = {"Content-Type": "application/json", "User-Agent": "rkl"}
-        if self._key():
-            headers["Authorization"] = f"Bearer {self._key()}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, headers)
-        try:
-            with self._opener.open(request, timeout=self.timeout) as answer:
-                text = self._all_of(answer)
-        except urllib.error.HTTPError as error:
-            raise self._refusal(error, url) from None
-        except TimeoutError:
-            raise _BusyError(f"gave no answer within {self.timeout:g} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise _BusyError(f"gave no answer within {self.timeout:g} s") from None
-            raise _BusyError(f"cannot be reached ({self._scrubbed(str(reason))})") from None
-        try:
-            return json.loads(text)
-        except ValueError:
-            start = self._scrubbed(text[:60].decode(errors="replace"))
-            raise ServerError(f"{self} gave no JSON at {url}, but {start!r}.") from None
-
-    def _all_of(self, answer: Any) -> bytes:
-        """The body, however slowly it comes, within the time limit."""
-        end, parts = monotonic() + self.timeout, []
-        while part := answer.read1(_CHUNK):
-            parts.append(part)
-            if monotonic() > end:
-                raise TimeoutError
-        if answer.length:  # bytes that were announced and did not come
-            raise ConnectionError("its answer ended early")
-        return b"".join(parts)
-
-    def _refusal(self, error: urllib.error.HTTPError, url: str) -> Exception:
-        try:
-            text = error.read(4096).decode(errors="replace")
-        except OSError:
-            text = ""
-        message = self._scrubbed(_message(text))
-        status, told = error.code, f": {message}" if message else ""
-        wrong = status == 500 and any(it in message.lower() for it in NEVER_TAKEN)
-        if status in BUSY and not wrong:
-            return _BusyError(f"answered {status} {error.reason}{told}")
-        if status in (401, 403):
-            have = "the key in it is refused" if self._key() else "it is not set"
-            return ServerError(
-                f"{self} wants a key ({status}). It is read from the environment variable "
-                f"{self.variable}; "
-                f"{have}."
-            )
-        if status == 404:
-            return ServerError(
-                f"{self} has nothing at {url} (404{told}). Expected the address of an "
-                "OpenAI-compatible API, such as http://host:8000/v1."
-            )
-        return RefusedError(f"{self} refused the request ({status}{told}).", message)
-
-    def _scrubbed(self, text: str) -> str:
-        return text.replace(self._key(), "***") if self._key() else text
-
-    def served(self, model: str | None) -> tuple[str, str]:
-        """The name of a model that is served, the only one if None is named, and who serves it."""
-        answer = self.ask("models", attempts=min(self.attempts, FIRST_ATTEMPTS))
-        listed = answer.get("data") if isinstance(answer, Mapping) else None
-        entries = [it for it in listed or () if isinstance(it, Mapping) and "id" in it]
-        if not entries:
-            raise ServerError(f"{self} lists no models at {self.url}/models.")
-        names = [str(it["id"]) for it in entries]
-        if model is None and len(names) > 1:
-            raise ValueError(
-                f"model must be one of {', '.join(names)}, which {self} has; got None."
-            )
-        if model is not None and model not in names:
-            raise ValueError(
-                f"model must be one that {self} has, {', '.join(names)}; got {model!r}."
-            )
-        entry = entries[0 if model is None else names.index(model)]
-        return str(entry["id"]), str(entry.get("owned_by", ""))
-
-
-class _BusyError(Exception):
-    """A request failed in a way that may pass."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: it would hand the key to another address."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        return None
-
-
-def _message(text: str) -> str:
-    """What a server says of an error, in whichever field."""
-    try:
-        told = json.loads(text)
-    except ValueError:
-        return text.strip()[:300]
-    for name in ("error", "message", "detail"):
-        if isinstance(told, Mapping) and name in told:
-            told = told[name]
-    return str(told)[:300]
-
-
-class _Form(NamedTuple):
-    """How a kind of server is asked, and where its answer lies."""
-
-    path: str
-    field: str
-    body: Any
-    read: Any
-
-
-def _vllm_body(texts: list[list[int]], k: int, model: str) -> dict[str, Any]:
-    return {"model": model, "prompt": texts, "max_tokens": 1, "prompt_logprobs": k}
-
-
-def _vllm_read(answer: Any) -> list[Places]:
-    choices = sorted(answer["choices"], key=lambda it: it["index"])
-    return [Places([_vllm_place(place) for place in it["prompt_logprobs"]]) for it in choices]
-
-
-def _vllm_place(place: Mapping[str, Any] | None) -> list[Atom] | None:
-    if place is None:
-        return None
-    return [
-        Atom(int(token), _float(it["logprob"]), it.get("decoded_token"))
-        for token, it in place.items()
-    ]
-
-
-def _sglang_body(texts: list[list[int]], k: int, model: str) -> dict[str, Any]:
-    return {
-        "input_ids": texts,
-        "sampling_params": {"max_new_tokens": 1, "temperature": 0},
-        "return_logprob": True,
-        "logprob_start_len": 0,
-        "top_logprobs_num": k,
-        "return_text_in_logprobs": True,
-    }
-
-
-def _sglang_read(answer: Any) -> list[Places]:
-    answers = answer if isinstance(answer, list) else [answer]
-    return [
-        Places([_sglang_place(it) for it in answer["meta_info"]["input_top_logprobs"]])
-        for answer in answers
-    ]
-
-
-def _sglang_place(place: Sequence[Any] | None) -> list[Atom] | None:
-    if place is None:
-        return None
-    return [Atom(int(token), _float(logp), text) for logp, token, text in place]
-
-
-def _llamacpp_body(texts: list[list[int]], k: int, model: str) -> dict[str, Any]:
-    return {
-        "prompt": texts,
-        "n_predict": 1,
-        "n_probs": k,
-        "cache_prompt": True,
-        "post_sampling_probs": False,
-        "response_fields": ["index", "completion_probabilities"],
-    }
-
-
-def _llamacpp_read(answer: Any) -> list[Places]:
-    """One place of each text, the one behind it."""
-    answers = answer if isinstance(answer, list) else [answer]
-    places = []
-    for it in sorted(answers, key=lambda it: it.get("index", 0)):
-        (behind,) = it["completion_probabilities"]
-        top = behind["top_logprobs"]
-        atoms = [Atom(int(it["id"]), _float(it["logprob"]), it.get("token")) for it in top]
-        places.append(Places([atoms]))
-    return places
-
-
-def _completions_body(texts: list[list[int]], k: int, model: str) -> dict[str, Any]:
-    prompt = texts[0] if texts else ""
-    return {"model": model, "prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": k}
-
-
-def _completions_read(answer: Any) -> list[Places]:
-    (choice,) = answer["choices"]
-    of_text = choice["logprobs"]
-    atoms = [
-        None if top is None else [Atom(None, _float(logp), text) for text, logp in top.items()]
-        for top in of_text["top_logprobs"]
-    ]
-    return [Places(atoms, of_text["tokens"])]
-
-
-def _float(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
-_FORMS: dict[str, _Form] = {
-    "vllm": _Form("completions", "prompt_logprobs", _vllm_body, _vllm_read),
-    "sglang": _Form("/generate", "input_top_logprobs", _sglang_body, _sglang_read),
-    "llamacpp": _Form("/completion", "completion_probabilities", _llamacpp_body, _llamacpp_read),
-    "completions": _Form("completions", "logprobs", _completions_body, _completions_read),
-}

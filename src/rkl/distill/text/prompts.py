@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
-from rkl.distill.encoding import (
+from rkl.distill.text.encoding import (
     MAX_BATCH_CHARACTERS,
     Advance,
     batches,
@@ -45,8 +45,8 @@ def encode_completions(
         advance: Called with the number of characters that are done.
 
     Returns:
-        The tokens, as :func:`rkl.distill.encoding.encode` gives them; how many of them, from the
-        first on, the prompt alone has too; how many tokens the prompt alone has.
+        The tokens, as :func:`rkl.distill.text.encoding.encode` gives them; how many of them, from
+        the first on, the prompt alone has too; how many tokens the prompt alone has.
     """
     sizes = _bytes_of_tokens(tokenizer)
     around = None if sizes is None else special_tokens(tokenizer, "a")

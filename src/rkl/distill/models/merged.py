@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_peft_available
 
-from rkl.distill.heads import inference
+from rkl.distill.models.heads import inference
 from rkl.runs.integrity import local_path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

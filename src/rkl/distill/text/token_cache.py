@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from rkl.distill.encoding import encode_batch
+from rkl.distill.text.encoding import encode_batch
 from rkl.runs import save_tensors
 from rkl.runs.files import cache_folder, sweep
 

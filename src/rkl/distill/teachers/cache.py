@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
-from rkl.distill.batches import Batch, PadRows, attended, shifted
-from rkl.distill.data import TEACHER_IDS
-from rkl.distill.heads import why_not_apart
 from rkl.distill.known import Observed, logits_of
 from rkl.distill.limits import ABOUT, check_count
-from rkl.distill.teachers import ModelTeacher, Teacher
+from rkl.distill.models.heads import why_not_apart
+from rkl.distill.teachers.teacher import ModelTeacher, Teacher
+from rkl.distill.text.batches import Batch, PadRows, attended, shifted
+from rkl.distill.text.data import TEACHER_IDS
 from rkl.estimators import LinearHead, Sampled, TopK, draw
-from rkl.runs import fingerprint, save_tensors, write_json, writers
+from rkl.runs import fingerprint, lock, save_tensors, write_json
 from rkl.runs.files import append_jsonl, read_jsonl, sweep
 from rkl.runs.integrity import difference, first_not_finite, measure, values_of
 
@@ -404,7 +404,7 @@ def _write(
     sweep(path)
     if (path / ABOUT).exists():
         _check_same(path, about)
-    elif any(it.name != writers.LOCK for it in path.iterdir()):
+    elif any(it.name != lock.LOCK for it in path.iterdir()):
         raise FileExistsError(f"path: {path} holds other files than a cache; choose another.")
     else:
         write_json(path / ABOUT, about)
@@ -472,10 +472,10 @@ def _write_index(path: Path, about: Mapping[str, Any], shards: list[dict[str, An
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """The lock on the folder, unless it lies in a run that this process writes already."""
-    if writers.writer_of(path / INDEX) is not None:
+    if lock.writer_of(path / INDEX) is not None:
         yield
         return
-    writer = writers.acquire(path, lambda names: None)
+    writer = lock.acquire(path, lambda names: None)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rkl.distill.batches import (
+from rkl.distill.text.batches import (
     OF_TEACHER,
     ROUTE,
     SOURCES,
@@ -18,8 +18,8 @@ from rkl.distill.batches import (
     TEACHER,
     teacher_prompts_in,
 )
-from rkl.distill.data import IGNORED
-from rkl.distill.rollouts import Writer, batch_with, prompts_in, seed_of
+from rkl.distill.text.data import IGNORED
+from rkl.distill.writing.rollouts import Writer, batch_with, prompts_in, seed_of
 from rkl.runs.files import read_jsonl, write_atomic
 
 Inputs = dict[str, Any]

@@ -1,14 +1,20 @@
 """LoRA adapters on a student: put on, and merged into it again."""
 
+import importlib.metadata
 import importlib.util
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
+from torch import nn
 from transformers import PreTrainedModel
-
-from rkl.distill.teachers import is_adapted
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.import_utils import is_peft_available
 
 ADAPTER = "adapter"  # folder of the run that holds the adapters alone
 
@@ -84,3 +90,42 @@ def merged(student: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         warnings.simplefilter("ignore")
         adapted: Any = peft.PeftModel.from_pretrained(student, str(adapter))
         return adapted.merge_and_unload()
+
+
+def check_peft() -> None:
+    """Refuse a peft older than transformers needs to save a model that it put adapters into.
+
+    A ``PeftModel`` saves itself, with any peft.
+
+    Raises:
+        ImportError: It is; names both versions. A training would end at its first checkpoint.
+    """
+    found = importlib.metadata.version("peft")
+    if Version(found) < Version(MIN_PEFT_VERSION):
+        raise ImportError(
+            f"model: transformers {transformers.__version__} saves a model that it put adapters "
+            f"into with peft {MIN_PEFT_VERSION} or newer; got peft {found}. "
+            f"Type: pip install 'peft>={MIN_PEFT_VERSION}', or wrap it with peft.get_peft_model."
+        )
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model is PEFT's wrapper around another one."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel  # pyright: ignore[reportMissingImports]: an extra
+
+    return isinstance(model, PeftModel)
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """A PEFT model as its base, and what is trainable of it left as it was."""
+    # PEFT, on its way back, marks every active adapter as trainable: also one that was frozen.
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, wants in trainable.items():
+            parameter.requires_grad_(wants)

@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rkl.checks import warn
-from rkl.distill.batches import DATA, SOURCES
-from rkl.distill.chats import ChatTemplate
-from rkl.distill.data import IGNORED, TokenDataset
-from rkl.distill.heads import inference
-from rkl.distill.sampling import Sampling
+from rkl.distill.models.heads import inference
+from rkl.distill.text.batches import DATA, SOURCES
+from rkl.distill.text.chats import ChatTemplate
+from rkl.distill.text.data import IGNORED, TokenDataset
+from rkl.distill.writing.sampling import Sampling
 
 
 class Reply(NamedTuple):

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from rkl.checks import LARGEST_COUNT, LARGEST_SEED, integer
-from rkl.distill.batches import PadRows
-from rkl.distill.data import TokenDataset
-from rkl.distill.encoding import end_of_text
 from rkl.distill.progress import Display, Journal, journaled
+from rkl.distill.text.batches import PadRows
+from rkl.distill.text.data import TokenDataset
+from rkl.distill.text.encoding import end_of_text
 from rkl.runs import Run, replacing_files
 
 END = "<|endoftext|>"

@@ -1,0 +1,188 @@
+"""What a DistillTrainer is made of: rows as tokens, and what is refused before it begins."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from rkl.checks import LARGEST_COUNT
+from rkl.distill.config import DistillConfig
+from rkl.distill.limits import (
+    template_variables,
+)
+from rkl.distill.models.lora import check_peft
+from rkl.distill.models.sharded import (
+    is_sharded,
+)
+from rkl.distill.teachers.teacher import check_teacher
+from rkl.distill.text.data import IGNORED, TEACHER_IDS, TEACHER_LABELS, TokenDataset, tokenize
+from rkl.distill.text.sources import is_row
+from rkl.divergences import Divergence
+
+
+def tokenized(
+    name: str, dataset: Any, tokenizer: Any, args: DistillConfig, column: str | None
+) -> Any:
+    """Raw rows as tokens; a data set that has them is left as it is."""
+    if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
+        parts = dataset.items()
+        return {key: tokenized(name, it, tokenizer, args, column) for key, it in parts}
+    first = _first_row(dataset)
+    if not isinstance(first, Mapping) or "input_ids" in first or not is_row(first):
+        return dataset
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"{name} holds rows of {', '.join(map(str, first))}, which processing_class=TOKENIZER "
+            f"would tokenize; got processing_class={tokenizer!r}."
+        )
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"{name} must be tokenized where it has no length: map it with "
+            "rkl.distill.tokenize, or give a list of rows."
+        )
+    try:
+        rows: Any = dataset
+        return tokenize(
+            rows,
+            tokenizer,
+            max_length=args.max_length or LARGEST_COUNT,
+            packing=False,
+            prompts=name == "train_dataset" and args.lmbda == 1,
+            chat_template_kwargs=template_variables(args.chat_template_kwargs),
+            column=column,
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _first_row(dataset: Any) -> Any:
+    """The first row of what can be indexed, or read again from the beginning."""
+    if isinstance(dataset, Dataset | Sequence) or hasattr(dataset, "column_names"):
+        try:
+            if isinstance(first := dataset[0], Mapping):  # streamed ones give a column for any key
+                return first
+        except (IndexError, KeyError, NotImplementedError, TypeError):
+            pass  # empty, or an iterable one
+    again = hasattr(dataset, "__iter__") and not hasattr(dataset, "__next__")
+    return next(iter(dataset), None) if again else None
+
+
+def check_sharded(model: Any, args: DistillConfig, teacher: Any, teachers: Any) -> None:
+    """Refuse what models whose weights processes share cannot do yet."""
+    for name, it in (teachers or {}).items():
+        if is_sharded(it):
+            raise NotImplementedError(
+                f"teachers: {name} is sharded by fully_shard, so that all processes must run it "
+                "at once, and rows of different teachers do not. Give one teacher, or whole ones."
+            )
+    if is_sharded(teacher) and args.seq_kd:
+        raise NotImplementedError(
+            "seq_kd is not supported with a teacher sharded by fully_shard, whose weights no "
+            f"process has alone; got {args.seq_kd!r}."
+        )
+    if not is_sharded(model):
+        return
+    if getattr(model, "peft_config", None) is not None:
+        raise NotImplementedError("model: a PEFT student sharded by fully_shard is not supported.")
+    named = {"lmbda": args.lmbda, "seq_kd": args.seq_kd}
+    named |= {"teacher_model_kind": args.teacher_model_kind}
+    if chosen := [name for name, value in named.items() if value]:
+        raise NotImplementedError(
+            f"{chosen[0]} is not supported with a student sharded by fully_shard, whose weights "
+            f"no process has alone; got {named[chosen[0]]!r}."
+        )
+
+
+def check_arguments(
+    model: Any,
+    args: Any,
+    teacher: Any,
+    teachers: Any,
+    divergence: Any,
+    settings: Mapping[str, Any],
+) -> None:
+    """Refuse what a trainer cannot be made of; ``settings`` are those of transformers.Trainer."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be the student, a model; got {model!r}. rkl.distill.load_model gives one."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        check_peft()
+    if not isinstance(args, DistillConfig):
+        raise TypeError(f"args must be a DistillConfig; got a {type(args).__name__}.")
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"divergence must be a Divergence such as AKL(); got {divergence!r}. "
+            "rkl.parse makes one from a string."
+        )
+    if args.teacher_model_kind is not None:
+        if teacher is not None or teachers is not None:
+            raise ValueError(
+                f"teacher must be left out where teacher_model_kind is {args.teacher_model_kind}: "
+                "the student is its own."
+            )
+    elif teachers is None:
+        check_teacher(teacher)
+    elif teacher is not None:
+        raise ValueError("teacher and teachers exclude one another; got both.")
+    elif not isinstance(teachers, Mapping) or not teachers:
+        raise TypeError(f"teachers must map names to one teacher at least; got {teachers!r}.")
+    for one in (teachers or {}).values():
+        check_teacher(one)
+    needed = {
+        "teacher_routing_column": ("teachers", teachers is not None),
+        "teachers_on_device": ("teachers", teachers is not None),
+        "teacher_update_rate": ("teacher_model_kind='ema'", args.teacher_model_kind == "ema"),
+        "teacher_sync_steps": ("teacher_model_kind='ema'", args.teacher_model_kind == "ema"),
+    }
+    for name, (what, used) in needed.items():
+        value = getattr(args, name)
+        if not used and value != getattr(DistillConfig, name):
+            raise ValueError(f"{name} goes with {what}, and has no effect; got {value!r}.")
+    if settings.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func must be left out: the divergence is the loss.")
+    if settings.get("model_init") is not None:
+        raise ValueError("model_init must be left out; pass the student as model.")
+
+
+def check_teacher_texts(dataset: Any, context: float, written: int = 0) -> None:
+    """Refuse texts that the teacher is to read and are longer than its context.
+
+    Args:
+        dataset: The blocks; other kinds of data sets are checked batch by batch.
+        context: Most tokens that the teacher can read.
+        written: Tokens of a reply behind each prompt; 0 where none is written.
+    """
+    if not isinstance(dataset, TokenDataset):
+        return
+    columns = (dataset.columns.get(name, ()) for name in (TEACHER_IDS, TEACHER_LABELS))
+    for ids, labels in zip(*columns, strict=True):
+        if ids is not None:
+            prompt = len(ids) - int((labels != IGNORED).sum())
+            check_teacher_length(max(len(ids), prompt + written), context)
+
+
+def check_teacher_length(length: int, context: float) -> None:
+    """Refuse a text longer than the teacher's context."""
+    if length > context:
+        raise ValueError(
+            f"teacher_prompt: with the completion behind it the text that the teacher reads has "
+            f"{length} tokens, more than its context of {context}."
+        )
+
+
+def check_on_policy(divergence: Any, args: DistillConfig) -> None:
+    """Refuse a divergence for own text where no text is the student's."""
+    if divergence is None:
+        return
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"on_policy_divergence must be a Divergence such as ReverseKL(); got {divergence!r}."
+        )
+    if not args.lmbda:
+        raise ValueError(
+            "on_policy_divergence needs lmbda above 0, so that there is text of the student's; "
+            f"got {divergence} with lmbda={args.lmbda}."
+        )

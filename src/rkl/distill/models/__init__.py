@@ -1,0 +1,1 @@
+"""Language models: read, cut, adapted, shared among processes, or made new."""

@@ -1,0 +1,1 @@
+"""Whatever a student may learn from."""

@@ -1,0 +1,1 @@
+"""Rows from anywhere, as blocks of tokens and batches."""

@@ -1,0 +1,1 @@
+"""Text that a student, or its teacher, writes to be trained on."""

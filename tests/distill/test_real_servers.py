@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import socket
 import subprocess
@@ -9,13 +10,23 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from rkl import cli
-from rkl.distill import PadRows, Sampling, load_model, load_tokenizer
+from rkl.distill import (
+    DistillSettings,
+    JudgeSettings,
+    PadRows,
+    Sampling,
+    distill,
+    judge_runs,
+    load_model,
+    load_tokenizer,
+)
 from rkl.distill.client import ServerError
 from rkl.distill.teachers.server import ServerTeacher
 from rkl.distill.teachers.teacher import ModelTeacher
@@ -63,12 +74,12 @@ def free_port():
 
 
 @contextlib.contextmanager
-def listening(kind, weights):
+def listening(kind, weights, port=None):
     """The process of a server and its address, once it answers."""
     for package in PACKAGES[kind]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: make test-servers")
-    port = free_port()
+    port = port or free_port()
     command = {
         "llama.cpp": ["-c", LLAMA_CPP, weights, str(port)],
     }[kind]
@@ -167,6 +178,84 @@ def test_a_real_server_continues_a_text_and_draws_again_for_equal_prompts(url, t
     replies = drawn.write([prompt] * 3, seed=1)
     assert len({tuple(it.tokens) for it in replies}) > 1
     assert [it.tokens for it in drawn.write([prompt], seed=1)] == [replies[0].tokens]
+
+
+class Killing:
+    """Kills a server after the first step of a run."""
+
+    def __init__(self, process):
+        self.process = process
+
+    def __call__(self, model, step):
+        if step == 1:
+            self.process.kill()
+            self.process.wait()
+
+
+def of_teacher_on(url, data):
+    return DistillSettings(
+        teacher=url,
+        data=str(data),
+        student=SMOLLM2,
+        drop_layers="1-29",
+        device="cpu",
+        held_out=0.0,
+        max_length=12,
+        batch_size=1,
+        max_steps=3,
+        divergence="kl",
+        loss_top_k=8,
+    )
+
+
+def test_a_run_whose_real_server_is_killed_says_how_to_go_on(weights, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("rkl.distill.client.sleep", lambda seconds: None)
+    out, port = tmp_path / "run", free_port()
+    with listening("llama.cpp", weights, port) as (process, url):
+        settings = of_teacher_on(url, data)
+        with pytest.raises(ServerError, match=r"step 1 of 3 is saved; .*rkl distill --out .*run"):
+            distill(settings, out, watch=Killing(process))
+    with listening("llama.cpp", weights, port):
+        distill(settings, out, resume=True)
+    assert Run.open(out).record["result"]["steps"] == 3
+    assert [row["step"] for row in Run.open(out).metrics if "loss" in row] == [1, 2, 3]
+
+
+def test_a_run_waits_for_a_real_server_that_is_started_again(weights, data, tmp_path, monkeypatch):
+    port, again = free_port(), contextlib.ExitStack()
+    with listening("llama.cpp", weights, port) as (process, url), again:
+
+        def start(seconds):
+            if process.poll() is not None:
+                monkeypatch.setattr("rkl.distill.client.sleep", lambda seconds: None)
+                again.enter_context(listening("llama.cpp", weights, port))
+
+        monkeypatch.setattr("rkl.distill.client.sleep", start)
+        done = distill(of_teacher_on(url, data), tmp_path / "run", watch=Killing(process))
+    assert done.result["steps"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:judge")
+def test_a_real_server_judges_and_is_asked_nothing_twice(url, tmp_path):
+    """A model of this size says little: what counts is that each answer is read, and kept."""
+    files = []
+    for name, replies in {"first": ("Paris.", "4"), "second": ("I do not know.", "4")}.items():
+        prompts = "What is the capital of France?", "What is 2 + 2?"
+        rows = [
+            {"prompt": prompt, "seed": 0, "text": text}
+            for prompt, text in zip(prompts, replies, strict=True)
+        ]
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings, out = JudgeSettings(url, max_tokens=24, concurrency=1), tmp_path / "verdicts.jsonl"
+    judged = judge_runs(*files, settings, out)
+    assert (judged.prompts, judged.identical) == (2, 1)
+    assert judged.unreadable + 2 * (judged.wins + judged.losses) >= 1
+    before = out.read_bytes()
+    assert str(judge_runs(*files, settings, out, resume=True)) == str(judged)
+    assert out.read_bytes() == before
+    with pytest.raises(ValueError, match="model must be one that judge: .* has"):
+        judge_runs(*files, replace(settings, model="another"), tmp_path / "other.jsonl")
 
 
 def test_an_address_below_which_nothing_lies_is_said(url, tokenizer):

@@ -271,7 +271,7 @@ def test_an_extended_fit_does_not_fall_back_to_likelihood(folder, monkeypatch):
         folder / "data.npy", flow=FLOW, batch=64, steps=52, divergence="precision-half(lam=3)"
     )
     fit(settings, folder / "guided")
-    original, seen = _Problem._guided, {}  # pyright: ignore[reportAttributeAccessIssue]
+    original, seen = _Problem._divergence_loss, {}
 
     def guided(self, divergence, value, log_q, draws, moment):
         seen[moment.step] = divergence.lam

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-WINGS = "bayes", "distill", "fit", "flows", "metrics", "sample", "stats", "testing"
+WINGS = "bayes", "distill", "fit", "flows", "metrics", "plots", "sample", "stats", "testing"
 PUBLIC = {"rkl", *(f"rkl.{wing}" for wing in WINGS)}
-PAGES = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md"), *ROOT.glob("examples/*.py")])
+PAGES = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md"), *ROOT.glob("examples/**/*.py")])
 
 
 def code_of(text, is_python):

@@ -57,6 +57,9 @@ napoleon_custom_sections = []
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 copybutton_copy_empty_lines = False
+copybutton_selector = (
+    "div:not(.output) > div.highlight > pre"  # printed output is not to be copied
+)
 
 html_theme = "furo"
 html_title = "rkl"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from api_pages import write_api
 from gallery import write_gallery
+from notebooks import notebooks, title_of, write_notebooks
 from reference_pages import write_reference
 from run_pages import write_runs
 
@@ -25,11 +26,14 @@ ROOT = HERE.parents[1]
 PAGES = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff"),
     *("docs/*.md", "docs/studies/*.md", "docs/images/*.png", "docs/figures/*.csv", "docs/*.bib"),
-    *("benchmarks/*.md", "benchmarks/*.py", "benchmarks/figures/*", "examples/*.*"),
+    *("benchmarks/*.md", "benchmarks/*.py", "benchmarks/figures/*"),
+    *("examples/*.*", "examples/first_hour/*.py"),
     *("Makefile", "docs/images/*.py", "docs/site/public_names.py"),
 ]
 # Links that lead to folders, where a forge lists what is in them.
 FOLDERS = {"](docs)": "](index.md)", "](examples)": "](reference/examples.md)"}
+# Links to a notebook lead to the page that is made of it.
+NOTEBOOK = re.compile(r"(\]\([^)\s]*first_hour/)(\w+)\.py\)")
 
 
 def write(path: Path, text: str) -> None:
@@ -48,13 +52,14 @@ def stage(source: Path) -> None:
                 text = path.read_text("utf-8")
                 for link, instead in FOLDERS.items():
                     text = text.replace(link, instead)
-                write(target, text)
+                write(target, NOTEBOOK.sub(r"\1first-hour-\2.md)", text))
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, target)
     for path in HERE.glob("pages/*/**/*.md"):
         write(source / path.relative_to(HERE / "pages"), path.read_text("utf-8"))
-    write(source / "index.md", with_other_pages((HERE / "pages" / "index.md").read_text("utf-8")))
+    index = with_first_hours((HERE / "pages" / "index.md").read_text("utf-8"))
+    write(source / "index.md", with_other_pages(index))
     shutil.copytree(HERE / "static", source / "_static", dirs_exist_ok=True)
     shutil.copy2(HERE / "conf.py", source)
 
@@ -67,9 +72,22 @@ def with_other_pages(index: str) -> str:
     return index.replace("OTHER PAGES\n", others)
 
 
+def with_first_hours(index: str) -> str:
+    """The index with the pages of the notebooks in its list."""
+    pages = "".join(f"examples/first_hour/first-hour-{it.stem}\n" for it in notebooks())
+    return index.replace("FIRST HOURS\n", pages)
+
+
 def write_examples(source: Path) -> None:
-    """One page that shows every example."""
-    parts = ["# Examples\n\nEach is a page long, and is run as a test.\n"]
+    """One page that lists the first hours and shows every other example."""
+    hours = "".join(
+        f"- [{title_of(path)}](../examples/first_hour/first-hour-{path.stem}.md)\n"
+        for path in notebooks()
+    )
+    parts = [
+        f"# Examples\n\nFirst hours, notebooks with their output:\n\n{hours}\n"
+        "The others are a page long each, and are run as tests.\n"
+    ]
     for path in sorted((ROOT / "examples").glob("*.py")):
         summary = path.read_text("utf-8").split('"""')[1].strip().partition("\n")[0]
         parts.append(
@@ -88,6 +106,7 @@ def build(folder: Path) -> int:
     write_reference(source / "reference", write)
     write_runs(source / "reference", write)
     write_gallery(source / "gallery", write)
+    write_notebooks(source, write)
     words = [
         "-m",
         "sphinx",

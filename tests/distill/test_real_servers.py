@@ -249,9 +249,12 @@ def test_a_real_server_judges_and_is_asked_nothing_twice(url, tmp_path):
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings, out = JudgeSettings(url, max_tokens=24, concurrency=1), tmp_path / "verdicts.jsonl"
     judged = judge_runs(*files, settings, out)
-    assert (judged.prompts, judged.identical) == (2, 1)
-    assert judged.unreadable + 2 * (judged.wins + judged.losses) >= 1
+    assert judged.identical == 1
+    assert (
+        1 <= judged.prompts <= 2
+    )  # that of the equal replies, and the other if a verdict is read
     before = out.read_bytes()
+    assert len(before.splitlines()) == 3  # what is compared, and two orders of one pair
     assert str(judge_runs(*files, settings, out, resume=True)) == str(judged)
     assert out.read_bytes() == before
     with pytest.raises(ValueError, match="model must be one that judge: .* has"):

@@ -256,3 +256,17 @@ def test_a_divergence_is_imported_by_its_name(name):
 def test_a_name_that_does_not_exist_is_refused():
     with pytest.raises(AttributeError, match="no attribute 'kl'"):
         _ = rkl.kl
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb():
+    """Not with a clause: "What is kept of a teacher" is "The cached teacher"."""
+    clauses = {"What", "How", "Whether", "Where", "Which", "Why", "Who", "When"}
+    documented = ast.Module | ast.ClassDef | FUNCTIONS
+    begins = {
+        f"{module}: {text.splitlines()[0]}"
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, documented) and (text := ast.get_docstring(node))
+        if text.split()[0] in clauses
+    }
+    assert begins == set()

@@ -20,7 +20,7 @@ _NAME = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
 @dataclass(frozen=True)
 class _Limits:
-    """What may be imported, the file that names it, and a folder to look in besides."""
+    """Importable modules, the file that names them, and one more folder to search."""
 
     names: frozenset[str]
     source: str
@@ -84,7 +84,7 @@ def names_in(*texts: Any) -> list[str]:
 
 
 def import_object(name: str) -> Any:
-    """What "module:name" stands for, if it may be imported; nothing of it is called.
+    """Import the object "module:name", if that is allowed; it is not called.
 
     Raises:
         ValueError: It may not, or cannot: the message says which file and line is at fault.
@@ -121,7 +121,7 @@ def _on_path(folder: str | None) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Why an import failed, with the file and the line of the user's that is at fault."""
+    """The reason of a failed import, with the file and line of the user's code."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,4 +1,4 @@
-"""What a DistillTrainer is made of: rows as tokens, and what is refused before it begins."""
+"""The arguments of DistillTrainer: rows as tokens, and errors raised before training begins."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -24,7 +24,7 @@ from rkl.estimators import LinearHead, TopK, per_token
 
 
 class BatchLoss:
-    """What is minimised at the tokens of a batch, according to who wrote them.
+    """The loss of a batch, whose divergence depends on who wrote each token.
 
     Args:
         args: The settings of the training.
@@ -133,7 +133,7 @@ class BatchLoss:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _terms(self, sources: Tensor | None, weight: Tensor) -> list["_Terms"]:
-        """What is minimised at the tokens of each source, those of weight 0 apart.
+        """The divergence and the weights for the tokens of each source, without those of weight 0.
 
         Labels count where the data set wrote the token: other text is no answer.
         """

@@ -121,7 +121,7 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class CacheEstimate:
-    """What a cache takes, and when it pays; prints as a list.
+    """Size and time of a cache, and the epochs after which it pays; prints as a list.
 
     Attributes:
         bytes_per_token: On the disk, for each trained token.
@@ -144,7 +144,7 @@ class CacheEstimate:
 
 @quiet()
 def dry_run_cache(settings: CacheSettings) -> CacheEstimate:
-    """What a cache with these settings would take; nothing of it is kept."""
+    """Estimate the size and time of a cache with these settings; nothing is written."""
     _, source, _ = _load(settings)
     with tempfile.TemporaryDirectory() as folder:
         return _estimate(settings, source, Path(folder))
@@ -203,7 +203,7 @@ def write_cache(
 
 
 def told(cached: CachedTeacher) -> str:
-    """What came out, and what to type next."""
+    """The result, and the next command to type."""
     quoted = shlex.quote(str(cached.path))
     return (
         f"{cached}\nTrain with: rkl distill --teacher {quoted} --student S --data D --out RUN, "

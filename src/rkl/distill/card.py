@@ -98,7 +98,7 @@ def model_card(run: Run) -> str:
 
 
 def _outcome(result: Mapping[str, Any]) -> str:
-    """How the model was chosen, and whether the run ended as it should."""
+    """The rule by which the model was chosen, and a warning if the run diverged."""
     words = ""
     if result["held_out_loss"] is not None:
         words = _BEST.format(value=held_out_loss(result), **result)

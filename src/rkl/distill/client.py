@@ -205,7 +205,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _message(text: str) -> str:
-    """What a server says of an error, in whichever field."""
+    """The message in a server's error, from whichever field has it."""
     try:
         told = json.loads(text)
     except ValueError:

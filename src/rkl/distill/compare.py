@@ -1,4 +1,4 @@
-"""What was measured of one run or several: a table of it, and its figures."""
+"""Measurements of one run or several, as a table and as figures."""
 
 import functools
 import json
@@ -249,7 +249,7 @@ def compare_runs(
 
 
 def evaluations_of(paths: Mapping[str, str | os.PathLike]) -> Evaluations:
-    """What was measured of runs, each evaluated before, and how to fill in what was not."""
+    """The stored evaluations of runs, and the command that computes a missing one."""
     results = {name: result_of(path) for name, path in paths.items()}
     by_block = {name: it for name, path in paths.items() if (it := _by_block(path)) is not None}
     if len({result["data"]["fingerprint"] for result in results.values()}) > 1:
@@ -286,7 +286,7 @@ def names_of(paths: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def result_of(path: str | os.PathLike) -> dict[str, Any]:
-    """What ``evaluation.json`` of a run holds."""
+    """The contents of a run's ``evaluation.json``."""
     file = Run.open(path).path / "evaluation.json"
     if not file.exists():
         raise FileNotFoundError(

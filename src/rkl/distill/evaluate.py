@@ -1,4 +1,4 @@
-"""How near a student is to its teacher: exact, token by token, in one pass over held-out data."""
+"""Exact distances of a student from its teacher, per token, in one pass over held-out data."""
 
 import os
 import shlex
@@ -83,7 +83,7 @@ Columns = dict[str, Float[Tensor, "tokens *columns"]]
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What ``rkl evaluate`` may be told of a distilled student.
+    """Settings of ``rkl evaluate`` for a distilled student.
 
     Args:
         data: The held-out text: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of
@@ -281,7 +281,7 @@ def _prompts(
     student: PreTrainedModel,
     settings: EvaluateSettings,
 ) -> tuple[list[Prompt], str]:
-    """What the student is to reply to; warns of rows that give no prompt, or if none does."""
+    """Prompts for the student's replies; warns of rows that give none."""
     if not settings.prompts:
         return [], ""
     try:
@@ -643,7 +643,7 @@ def _set_of(rule: AKL, logp: Float[Tensor, "tokens vocab"]) -> Tensor:
 
 
 def _edges(vocab: int) -> list[int]:
-    """Where the bins of ranks begin, counted from 0, and where the last one ends."""
+    """Edges of the bins of ranks, counted from 0."""
     edges, ranked = [0, 1], min(RANKED, vocab)
     while edges[-1] < ranked:
         edges.append(min(2 * edges[-1], ranked))

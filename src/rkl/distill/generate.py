@@ -1,4 +1,4 @@
-"""What a student writes: prompts out of held-out rows, sampled once per seed."""
+"""Replies of a student to prompts from held-out rows, sampled once per seed."""
 
 import json
 import math
@@ -40,7 +40,7 @@ SHORTEST = 2  # tokens of a text that gives a prompt and something to go on with
 
 
 class Prompt(NamedTuple):
-    """What is given to the model, as tokens and as text, and what the data went on with."""
+    """A prompt as tokens and as text, and the reply that the data has."""
 
     tokens: list[int]
     text: str
@@ -60,7 +60,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """What ``rkl generate`` may be told of a distilled student.
+    """Settings of ``rkl generate`` for a distilled student.
 
     Args:
         data: The text that gives the prompts: a file (.jsonl, .json, .csv, .parquet, .txt), a
@@ -140,7 +140,7 @@ def generate_run(
 
 
 def sampling_of(settings: Any) -> Sampling:
-    """How the settings of a verb want replies drawn; it is refused where that means nothing."""
+    """The sampling that a command's settings describe, or an error if it is contradictory."""
     return Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
 
 
@@ -179,7 +179,7 @@ def reply_to(
     seeds: Sequence[int] | None = None,
     batch_size: int = 16,
 ) -> list[Generation]:
-    """What a model replies to prompts, as the settings of a verb want it, under all its seeds."""
+    """Replies of a model to prompts, once for each seed in a command's settings."""
     every = range(settings.seed, settings.seed + settings.seeds)
     return generate(
         model,

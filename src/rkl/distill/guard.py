@@ -42,7 +42,7 @@ class CollapseError(DivergedError):
 
 @dataclass(frozen=True)
 class CollapseLimits:
-    """How far the figures of the student's own text may go from those of the first steps.
+    """Limits on the drift of the student's own text from that of the first steps.
 
     Args:
         truncated: How much the share of replies that are cut off may rise, where they also grow.
@@ -68,7 +68,7 @@ class CollapseLimits:
         check_within(self, "length", low=1, ends="[)")
 
     def reasons(self, first: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
-        """What is wrong with the figures of a window beside those of the first, in words."""
+        """Reasons, in words, why a window of steps counts as a collapse."""
         judged = (detect(self, first, now) for detect in DETECTORS)
         return [reason for reason in judged if reason]
 
@@ -208,7 +208,7 @@ class Watch:
         return {name: it for name, it in _means([sums.tolist()]).items() if not math.isnan(it)}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint keeps."""
         logged = None if self._logged is None else self._logged.tolist()
         return {"first": self.first, "last": self.last, "logged": logged}
 

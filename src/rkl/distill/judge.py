@@ -40,7 +40,7 @@ Judgement = Literal["A", "B", "C"]
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Which judge ``rkl judge`` asks, and how.
+    """Settings of ``rkl judge``: the server, and its sampling.
 
     Args:
         judge: Address of an OpenAI-compatible server, such as http://localhost:8000/v1, whose
@@ -146,7 +146,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a judge preferred; prints as a table.
+    """Preferences of a judge; prints as a table.
 
     Attributes:
         names: The two runs.

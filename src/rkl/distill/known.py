@@ -1,4 +1,4 @@
-"""What is known of a distribution over tokens: whole, by its likeliest atoms, or by draws.
+"""Distributions over tokens as they are known: in full, by their likeliest atoms, or by draws.
 
 The trainer asks nothing its type; what depends on the kind of knowledge stands here.
 """
@@ -148,7 +148,7 @@ def distinct_atoms(
 
 
 class Observations:
-    """What a teacher told in the course of a training: judged at first, then summed for the log.
+    """Checks of a teacher's first answers, and sums over all of them for the log.
 
     Args:
         allow_partial: Whether a divergence of which a top k keeps little is minimised

@@ -1,4 +1,4 @@
-"""What settings may be: counts, numbers within limits, a divergence, a cache, a context.
+"""Checks of settings: counts, numbers within limits, a divergence, a cache, a context.
 
 Neither torch nor transformers is loaded here, so that the help of a command is quick.
 """
@@ -79,7 +79,7 @@ def check_one_of(settings: Any, name: str, *words: str) -> None:
 
 
 def template_variables(value: Any) -> dict[str, Any]:
-    """What ``chat_template_kwargs`` call a chat template with: an object, or JSON of one."""
+    """The variables in ``chat_template_kwargs``, which is an object or its JSON."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = json.loads(value)
@@ -122,7 +122,7 @@ def read_divergence(divergence: "Divergence | str") -> "Divergence":
 
 
 def context_of(model: "PreTrainedModel") -> float:
-    """How many tokens a model can read, as its configuration says; infinite if it does not."""
+    """Most tokens that a model can read, by its configuration; infinite if unstated."""
     config = model.config.get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", None) or math.inf
 

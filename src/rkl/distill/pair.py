@@ -52,7 +52,7 @@ RESAMPLES = 200  # of the blocks, for the errors of percentiles and of the calib
 
 @dataclass(frozen=True)
 class PairSettings:
-    """What ``rkl evaluate`` may be told of any two models.
+    """Settings of ``rkl evaluate`` for any two models.
 
     Args:
         teacher: The model to compare with, p, whose drafts the student may write: a folder, a
@@ -116,7 +116,7 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a student compares with a teacher; prints as a table.
+    """A student compared with a teacher; prints as a table.
 
     Attributes:
         result: All figures, as JSON holds them; ``{"value", "error"}`` each.
@@ -125,7 +125,7 @@ class Comparison:
     result: Mapping[str, Any]
 
     def rows(self) -> list[tuple[Any, ...]]:
-        """What is measured, and its value with its error."""
+        """Names of the measurements, and their values with errors."""
         found = self.result
         rows: list[tuple[Any, ...]] = [
             ("perplexity of the teacher", pair_of(found["perplexity"]["teacher"])),

@@ -1,4 +1,4 @@
-"""What a distillation would take: looked up, and measured in a few steps that change nothing.
+"""The cost of a distillation, measured in a few steps that change nothing.
 
 The steps are those of the run itself, but with an optimizer that keeps no state and at a
 learning rate of 0; AdamW's two moments are added by arithmetic.
@@ -27,7 +27,7 @@ FLUSH = 0.04  # seconds that a checkpoint takes however small it is
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would do; prints as a list.
+    """Size, time and memory of a planned run; prints as a list.
 
     Attributes:
         memory: Bytes at the peak.
@@ -48,7 +48,7 @@ class Estimate:
 
 @quiet()
 def dry_run(settings: DistillSettings) -> Estimate:
-    """What a run with these settings would do, and take; nothing of it is kept."""
+    """Estimate the time and memory of a run with these settings; nothing is written."""
     with joined(settings.device) as processes:
         processes.together(lambda: check_launcher(settings.dtype, shard=settings.shard))
         return _estimate(settings, processes)

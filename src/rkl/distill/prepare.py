@@ -1,4 +1,4 @@
-"""What a distillation is made of: blocks of text, a tokenizer, a teacher and a student."""
+"""The parts of a distillation: blocks of text, a tokenizer, a teacher and a student."""
 
 import json
 import re
@@ -85,7 +85,7 @@ OF_TEACHERS = (
 
 @dataclass(frozen=True)
 class Text:
-    """What is trained on, and what is held out from it.
+    """The text that is trained on, and the text held out.
 
     Attributes:
         rows: The rows trained on.
@@ -108,7 +108,7 @@ class Text:
     teacher: PublishedTeacher | None = None
 
     def record(self) -> dict[str, Any]:
-        """What run.json keeps of it."""
+        """The entries for run.json."""
         return {
             "fingerprint": fingerprint(self.rows),
             "rows": len(self.rows),
@@ -311,7 +311,7 @@ def _check_shared(
 def load_for_cache(
     settings: DistillSettings,
 ) -> tuple[Text, PreTrainedModel | Teacher, PreTrainedTokenizerBase]:
-    """What a cache is made of: the text of a run with these settings, and the teacher."""
+    """Load the text of a run with these settings, and the teacher to cache."""
     tokenizers = _load_tokenizers(settings)
     template = _choose_template(settings, *tokenizers)
     text = read_text(settings, tokenizers[1])
@@ -426,7 +426,7 @@ def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _origin(settings: DistillSettings, blocks: TokenDataset | None, kind: str) -> str:
-    """Where the blocks held out of the data come from, in words; says where there are none."""
+    """The origin of the held-out blocks, in words."""
     if blocks is not None:
         return f"{settings.held_out:.0%} of {settings.data}"
     if settings.held_out:

@@ -50,7 +50,7 @@ class Processes:
         return self.world.rank == 0
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` gives each process; where it fails in one, it fails in all.
+        """Run ``work`` in every process; a failure in one is raised in all.
 
         Within it, processes must not wait for one another.
 
@@ -81,7 +81,7 @@ class Processes:
         return result  # pyright: ignore[reportReturnType]
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` gives the first process; the others wait for it, and get the same."""
+        """Run ``work`` in the first process; the others wait, and get its result."""
         found = self.together(lambda: work() if self.main else None)
         return self.gather(found)[0]
 
@@ -111,7 +111,7 @@ class Processes:
         self.gather(None)
 
     def gather(self, words: Any) -> list[Any]:
-        """What each process has to tell, by rank."""
+        """One object from each process, by rank."""
         if self.group is None:
             return [words]
         told: list[Any] = [None] * self.count

@@ -1,4 +1,4 @@
-"""What is seen of a run while it lasts: progress, metrics, memory; and how it is stopped.
+"""The display and log of a run: progress, metrics, memory; and its stop.
 
 These are callbacks of transformers; what they show, :mod:`rkl.runs.progress` shows.
 """
@@ -123,7 +123,7 @@ class Journal(TrainerCallback):
 
 
 def journaled(device: str | None) -> dict[str, Any]:
-    """What a Trainer on this device must be told, that a journal speaks in its place."""
+    """The arguments that silence the Trainer's own log where a journal takes its place."""
     return {
         # Of several processes without a GPU: else each of them would train alone.
         "use_cpu": device == "cpu" or (world().size > 1 and not torch.cuda.is_available()),

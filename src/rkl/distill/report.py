@@ -99,7 +99,7 @@ def training_section(metrics: Mapping[str, Logged]) -> list["Section"]:
 
 
 def replies_section(replies: Mapping[str, Replies]) -> list["Section"]:
-    """What each run wrote after the same prompts, under the first seed, and the text itself."""
+    """Replies of each run to the same prompts under the first seed, and the text of the data."""
     from rkl.report import Generations, Section
 
     first = {name: _of_first_seed(rows) for name, rows in replies.items()}
@@ -176,7 +176,7 @@ def _lead(runs: Mapping[str, Run]) -> str:
 
 
 def _origin(settings: Mapping[str, Any]) -> str:
-    """Where a model comes from, as the settings of its run say."""
+    """The origin of a model, from the settings of its run."""
     teacher = settings.get("teacher")
     if several := settings.get("teachers"):
         teacher = " and ".join(several)

@@ -356,7 +356,7 @@ def _train(
 
 
 def _kept(run: Run) -> str:
-    """Which student the folder of a diverged run holds, in words."""
+    """A sentence that names the student in the folder of a diverged run."""
     result = run.record["result"]
     step, loss = result["best_step"], result["held_out_loss"]
     student = f"the student of step {step:,}" if step else "the student it began with"

@@ -1,4 +1,4 @@
-"""Which evaluation is the best, and when a run has diverged."""
+"""The choice of the best evaluation, and the detection of divergence."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -57,7 +57,7 @@ def rank(metrics: Mapping[str, Any], metric: str = "eval_loss") -> tuple[float, 
 
 
 def best_row(state: TrainerState, metric: str = "eval_loss") -> Mapping[str, Any] | None:
-    """What was logged of the best evaluation so far."""
+    """The log row of the best evaluation so far."""
     rows = (row for row in reversed(state.log_history) if metric in row)
     return next((row for row in rows if row["step"] == state.best_global_step), None)
 

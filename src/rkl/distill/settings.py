@@ -1,4 +1,4 @@
-"""What ``rkl distill`` may be told, and what of it can be refused before anything is read.
+"""Settings of ``rkl distill``, and the errors that need no input to be read.
 
 torch and transformers are imported where a setting needs them: the help of the command does not.
 """
@@ -394,7 +394,7 @@ class DistillSettings:
 
     @property
     def weigh_tokens(self) -> "Callable[..., Any] | None":
-        """What gives the weights of the tokens in the training loss."""
+        """The function that weighs tokens in the training loss."""
         if self.token_weight is None:
             return None
         try:

@@ -263,7 +263,7 @@ class DistillTrainer(Trainer):
         return {name: model for name, model in models.items() if model is not None}
 
     def _writers(self, teacher_tokenizer: Any, tokenizer: Any) -> Mixture | None:
-        """What puts text of the student or the teacher into batches; None where all is data."""
+        """The mixture that puts generated text into batches; None where all is data."""
         args, models = self.args, self._models()
         if not args.lmbda and not args.seq_kd:
             return None
@@ -367,7 +367,7 @@ class DistillTrainer(Trainer):
 
     @property
     def divergence(self) -> Divergence:
-        """What is minimised now; a schedule moves it."""
+        """The divergence of this step; a schedule moves it."""
         return self._batch_loss.divergence
 
     @divergence.setter
@@ -376,7 +376,7 @@ class DistillTrainer(Trainer):
 
     @property
     def on_policy_divergence(self) -> Divergence | None:
-        """What is minimised in its place at the tokens that the student wrote."""
+        """The divergence at the tokens that the student wrote; None for the same."""
         return self._batch_loss.of_own_text
 
     @property
@@ -694,7 +694,7 @@ class DistillTrainer(Trainer):
         return Path(checkpoint, f"on_policy-{self.args.process_index}.json")
 
     def _together(self, sound: bool) -> tuple[bool, str]:
-        """Whether all processes found it sound, and the first token that is NaN in one of them."""
+        """True if the student is sound in all processes; the first token that is NaN in one."""
         if self.accelerator.num_processes == 1:
             return sound, self._batch_loss.nan_at
         told: list[Any] = gather_object([(sound, self._batch_loss.nan_at)])
@@ -709,7 +709,7 @@ class DistillTrainer(Trainer):
         return bool(states.isfinite().all())
 
     def _cause(self) -> str:
-        """Which of the two models is not finite itself."""
+        """A clause that names the model whose weights are not finite."""
         models = {"student": self._student()}
         if self._teacher.model is not None:
             models["teacher"] = self._teacher.model
@@ -790,7 +790,7 @@ class DistillTrainer(Trainer):
                 self.processing_class.save_pretrained(folder)
 
     def _observe(self, batch: Batch, inputs: Mapping[str, Any]) -> Observed:
-        """What the teacher says of a batch, in the precision that the Trainer trains in."""
+        """The teacher's distributions for a batch, in the precision of the training."""
         tokens = batch.inputs.get("input_ids")
         if self._shared.differing and isinstance(tokens, Tensor):
             self._shared.check(
@@ -884,7 +884,7 @@ class _Follow(TrainerCallback):
 
 
 def _balance(student: Any) -> float:
-    """What a student multiplies the loss by that balances its experts; 0 where it gives none."""
+    """Weight of the loss that balances the student's experts; 0 without one."""
     config = student.config.get_text_config(decoder=True)
     if not any(getattr(it, "output_router_logits", False) for it in (config, student.config)):
         return 0.0

@@ -132,7 +132,7 @@ class AKL(Divergence):
         return index, inside.bool()
 
     def _is_first(self, alike, mass, above, shared: Shards):
-        """Which of the atoms that are alike come before the end of the head."""
+        """Mask of the tied atoms that belong to the head."""
         counts = mass.new_zeros(*mass.shape[:-1], shared.count)
         counts[..., shared.rank] = alike.sum(-1)
         counts = shared.reduce(counts, "sum")

@@ -65,7 +65,7 @@ def in_agreement(
     like: Any,
     work: Callable[[], tuple[Result, Sequence[Any], Mapping[str, Tensor | None]]],
 ) -> Result:
-    """What ``work`` gives first; it fails everywhere where it fails in one of the processes.
+    """Run ``work``; a failure in one process is raised in all.
 
     Args:
         shared: The processes; None for one alone.

@@ -360,7 +360,7 @@ def _as_bytes(value: Any) -> tuple[str, Any]:
 
 
 def _progress(path: str, size: int) -> Progress:
-    """What shows how far the hashing of a large file is."""
+    """A progress bar for the hashing of a large file."""
     words = f"sha256 of {os.path.basename(path)}, {size / 1e9:.1f} GB:"
     return Progress(words, size, share=True, shown=size >= SHOWN_FROM)
 

@@ -37,7 +37,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """How much of some work is done, and the time that the rest takes at the same speed.
+    """Progress of some work, and the remaining time at the same speed.
 
     It is shown while one is within it, by the first of several processes, and not by the workers
     of a pool.
@@ -187,7 +187,7 @@ _LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def _row(head: str) -> Iterator[Callable[..., None] | None]:
-    """What changes a row of the display on the terminal; None where there is no terminal."""
+    """A function that changes a row of the display; None without a terminal."""
     if not _on_terminal():
         yield None
         return

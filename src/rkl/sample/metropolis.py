@@ -280,7 +280,7 @@ def _scan_proposals(target, law, condition, size: tuple[int, int], present: tupl
 
 
 def _states(log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each proposal is accepted, and the index of the state then; the first always is."""
+    """Acceptance of each proposal, and the index of the state after it; the first is accepted."""
     threshold = log_w + torch.empty_like(log_w).exponential_()
     threshold[0] = math.inf
     number = torch.arange(len(log_w), device=log_w.device)

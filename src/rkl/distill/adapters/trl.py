@@ -16,7 +16,7 @@ from rkl.estimators import LinearHead, per_token
 
 
 class DivergenceMixin:
-    """What makes a trainer of TRL minimise another divergence; ``beta`` then counts for nothing.
+    """A mixin by which a TRL trainer minimises any divergence; ``beta`` is then ignored.
 
     Write ``class Mine(DivergenceMixin, GKDTrainer)``, or with ``DistillationTrainer``, and give
     ``Mine(..., divergence=AKL(mu=0.5))`` what the trainer takes. Sampling, logging, denominators

@@ -1,4 +1,4 @@
-"""How a language model turns hidden states into logits: read from the model, checked on it."""
+"""The head of a language model, from hidden states to logits: read from it and checked on it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ _STRETCH = 100.0  # logits at which no soft cap in use can hide
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """What stands between a model's hidden states and its logits.
+    """The head of a model: everything between its hidden states and its logits.
 
     Attributes:
         model: The model, as the caller knows it.
@@ -68,7 +68,7 @@ class Head:
         *,
         vocab: int | None = None,
     ) -> Known:
-        """What is known of the next token wherever one is predicted, as ``exact`` takes it.
+        """The distribution of each predicted token, as ``exact`` takes it.
 
         The product with the head runs in the precision in which the model would run it.
 

@@ -193,7 +193,7 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
 
 
 def _loaded(auto: Any, name: str | os.PathLike, what: str, **how: Any) -> Any:
-    """What one of transformers' auto classes finds under a name, or an error that says so."""
+    """The object that one of transformers' auto classes loads under a name."""
     if sys.flags.optimize > 1:
         raise NotImplementedError(
             "python -OO removes the docstrings that transformers reads when it loads a model; use "
@@ -231,7 +231,7 @@ def _loaded(auto: Any, name: str | os.PathLike, what: str, **how: Any) -> Any:
 def _read_from(
     name: str | os.PathLike, folder: str, file: str | None, revision: str | None
 ) -> Iterator[str]:
-    """Where transformers finds what a name means, and nothing that it would prefer to that.
+    """A place that holds the named model alone, so that transformers can load no other.
 
     Beside a GGUF file it would take the tokenizer or the adapter of another model, and for a
     repository on the Hub a folder here that has the same name.

@@ -110,7 +110,7 @@ def check_peft() -> None:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether a model is PEFT's wrapper around another one."""
+    """True if a model is PEFT's wrapper around another one."""
     if not is_peft_available():
         return False
     from peft import PeftModel  # pyright: ignore[reportMissingImports]: an extra

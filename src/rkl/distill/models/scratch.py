@@ -30,7 +30,7 @@ HEAD = 32  # width of an attention head
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a new model is.
+    """The size of a new model.
 
     Args:
         layers: Number of layers.
@@ -52,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Schooling:
-    """How a model learns to predict the next token.
+    """Settings of the training of a new model on the next token.
 
     Args:
         steps: Updates of the weights.

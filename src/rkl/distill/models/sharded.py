@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 
 def _checkpoint() -> Any:
-    """What gathers and shares states out: imported by the runs that need it."""
+    """The functions of torch for sharded states, imported only where they are used."""
     from torch.distributed.checkpoint import state_dict
 
     return state_dict

@@ -21,14 +21,14 @@ class Atom(NamedTuple):
 
 
 class Places(NamedTuple):
-    """What a server says of one text: likely tokens at each place, and the text in its tokens."""
+    """A server's answer to one text: likely tokens at each place, and the text in its tokens."""
 
     atoms: list[list[Atom] | None]
     echo: list[str] | None = None
 
 
 class Form(NamedTuple):
-    """How a kind of server is asked, and where its answer lies."""
+    """Request and answer format of one kind of server."""
 
     path: str
     field: str

@@ -1,4 +1,4 @@
-"""What a teacher told of a data set, on disk: computed once, read as rows are met, by any run.
+"""A teacher's distributions over a data set, on disk: computed once, read by any run.
 
 A cache is a folder: ``cache.json`` says what it is of, shards in safetensors hold what was told,
 and ``index.json``, written last, lists them with their digests and the rows in each. Shards are
@@ -45,7 +45,7 @@ Rows: TypeAlias = Sequence[Mapping[str, Any]] | Dataset
 
 
 class Keep(NamedTuple):
-    """What is kept of a teacher at each token.
+    """The form in which a cache keeps a teacher's distribution.
 
     Attributes:
         kind: Hidden states, from which nothing is lost; the likeliest atoms; or drawn atoms.
@@ -64,7 +64,7 @@ class Keep(NamedTuple):
 
 
 def parse_keep(text: str) -> Keep:
-    """What "hidden", "top-k=64" or "sampled=50" says is kept.
+    """Parse "hidden", "top-k=64" or "sampled=50".
 
     >>> parse_keep("top-k=64")
     Keep(kind='top-k', count=64)
@@ -117,7 +117,7 @@ class CachedTeacher(Teacher):
         *,
         vocab: int | None = None,
     ) -> Observed:
-        """What the teacher told of these rows when they were cached."""
+        """The cached distributions of these rows."""
         device = predicting.device
         keys = enumerate(row_keys(inputs, predicting))
         parts = [self._row(row, key) for row, key in keys if key]
@@ -344,7 +344,7 @@ class Source:
         return linear.weight.nbytes + (0 if linear.bias is None else linear.bias.nbytes)
 
     def observe(self, batch: Batch) -> Observed:
-        """What the teacher tells of a batch."""
+        """The teacher's distributions for a batch."""
         model: Any = self.teacher.model
         device = batch.predicting.device if model is None else next(model.parameters()).device
         inputs = {name: value.to(device) for name, value in batch.inputs.items()}
@@ -363,7 +363,7 @@ class Source:
         seed: int,
         made: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """What cache.json says; the same for the same teacher, rows and settings."""
+        """The contents of cache.json: equal for equal teacher, rows and settings."""
         head: Any = getattr(self.teacher, "head", None)
         linear = getattr(head, "linear", None)
         model = self.teacher.model
@@ -486,7 +486,7 @@ def _writing(path: Path) -> Iterator[None]:
 def stored_tensors(
     told: Observed, keep: Keep, stored: str | None, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """What is stored of what a teacher told."""
+    """The tensors to store for a teacher's distributions."""
     if keep.kind == "hidden":
         return {"hidden": cast(LinearHead, told).hidden.to(_dtype(stored)).cpu()}
     if isinstance(told, TopK):

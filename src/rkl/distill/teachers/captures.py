@@ -48,7 +48,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Compression:
-    """How a capture was compressed: ``logprob_compressor`` of DistillKit's settings.
+    """The compression of a capture: ``logprob_compressor`` in DistillKit's settings.
 
     Log-probabilities fall with their rank. The first ``exact_k`` are stored as they are, the
     others as Σ c_i t^i over the terms at the rank t = 0, 1, ... behind them (with ``normalize_t``

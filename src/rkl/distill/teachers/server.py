@@ -29,7 +29,7 @@ SAME_CONTEXT = 1e-3  # nats by which log-probabilities may differ that have the 
 
 
 class Gap(NamedTuple):
-    """How far log-probabilities of a server are from those of a model here, in nats."""
+    """Distance of a server's log-probabilities from those of a model here, in nats."""
 
     largest: float
     mean: float
@@ -118,7 +118,7 @@ class ServerTeacher(Teacher):
         return p
 
     def _places(self, texts: list[tuple[list[int], list[int]]]) -> list[Places]:
-        """What the server says of some texts, each with the places that are predicted."""
+        """The server's answers for texts, each given with its predicted places."""
         if not texts:
             return []
         form = FORMS[self.kind]
@@ -199,7 +199,7 @@ class ServerTeacher(Teacher):
         return Places(atoms)
 
     def _echoed(self, tokens: list[int]) -> Places:
-        """What the server lists at each token, sent as numbers, or as text where it takes none."""
+        """The server's list at each token, sent as numbers, or as text where it takes none."""
         form = FORMS["completions"]
         if not self._as_text:
             try:
@@ -265,7 +265,7 @@ class ServerTeacher(Teacher):
         )
 
     def _after_first(self, token: int) -> list[Atom] | None:
-        """What follows the first token of a text; None where it cannot be sent alone."""
+        """The atoms after the first token of a text; None where it cannot be sent alone."""
         form = FORMS["completions"]
         if self._encode(self._decode([token])) != [token]:
             return None

@@ -71,7 +71,7 @@ class SeveralTeachers(Teacher):
         self.reads_any_text = all(it.reads_any_text for it in self.teachers.values())
 
     def observe(self, inputs, predicting, *, vocab=None) -> Observed:
-        """What the teacher of each row, by number in ``ROUTE``, tells of it."""
+        """The distributions of each row by its own teacher, numbered in ``ROUTE``."""
         route = inputs[ROUTE]
         rest = {name: it for name, it in inputs.items() if name != ROUTE}
         row_of_token = predicting.nonzero()[:, 0]
@@ -102,7 +102,7 @@ class SeveralTeachers(Teacher):
 
 
 def together(parts: Sequence[tuple[Tensor, Any]]) -> Observed:
-    """What several teachers told of some tokens each, as one, in the order of the tokens.
+    """Distributions of several teachers, each for part of the tokens, merged in token order.
 
     A top k and another, or draws and draws, stay what they are; else the logits are taken.
 

@@ -1,4 +1,4 @@
-"""What a student may learn from: the protocol, a model, and the base below its own adapters."""
+"""Teachers: the protocol, a model, and the base below the student's own adapters."""
 
 import abc
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ class Teacher(abc.ABC):
         *,
         vocab: int | None = None,
     ) -> Observed:
-        """What is known of p, constant to autograd, row after row.
+        """The distribution p as far as it is known, constant to autograd, row after row.
 
         Logits or the head that yields them; or, at temperature 1,
 

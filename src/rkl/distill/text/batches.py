@@ -43,7 +43,7 @@ def shifted(inputs: Mapping[str, Any]) -> Batch:
 def for_teacher(
     batch: Batch, inputs: Mapping[str, Any], *, routed: bool
 ) -> tuple[dict[str, Any], Bool[Tensor, "rows steps"]]:
-    """What a teacher reads of a batch, and where it predicts the targets.
+    """The inputs that a teacher reads for a batch, and the places where it predicts the targets.
 
     Args:
         batch: As the student reads it.
@@ -88,7 +88,7 @@ def teacher_prompts_in(
 
 
 def attended(inputs: Mapping[str, Any]) -> Bool[Tensor, "rows positions"]:
-    """Where a batch holds text, and not padding.
+    """Mask of the text in a batch, without padding.
 
     Without a mask texts are told apart by positions, and padding is at position 0 with nothing
     behind it. So is a text of one token, which has nothing to predict.
@@ -103,7 +103,7 @@ def attended(inputs: Mapping[str, Any]) -> Bool[Tensor, "rows positions"]:
 
 
 def sources_of(inputs: Mapping[str, Any], batch: Batch) -> Int[Tensor, " tokens"] | None:
-    """Who wrote each target of a batch; None where all are of the data set."""
+    """The source of each target of a batch; None where all are of the data set."""
     sources = inputs.get(SOURCES)
     return None if sources is None else sources[:, 1:][batch.predicting]
 

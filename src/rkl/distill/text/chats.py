@@ -201,7 +201,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _behind_answers(self) -> str | None:
-        """What the template writes behind the last answer; None where it cannot be asked."""
+        """The text that the template writes behind the last answer; None if it cannot be found."""
         user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}
         try:
             return self.render(self.prepare([user, answer], ""), "").rpartition(_PROBE)[2]
@@ -290,7 +290,7 @@ class _Chat:
         return [text for _, text in sorted(rows, key=lambda it: it[0])]
 
     def _start(self, turn: int) -> int:
-        """Where the answer begins in the rendering of the chat up to it."""
+        """Start of the answer in the rendering of the chat up to it."""
         said = self.until(turn + 1)
         if not turn:
             return 0
@@ -324,7 +324,7 @@ class _Chat:
         return Rendered(text, [(len(asked), len(text))], self.messages[: turn + 1], self.tools)
 
     def _start_of_content(self, turn: int) -> int:
-        """Where the rendering begins to depend on what is said.
+        """First character of the rendering that depends on the content.
 
         Some templates end the prompt of a reply with the beginning of a thought, which the
         rendering of an answer without one lacks.
@@ -369,7 +369,7 @@ class _Chat:
         return [spans[turn] for turn in turns]
 
     def _places(self, whole: str) -> dict[int, tuple[int, int, str, str]] | None:
-        """Where the content of each message stands, and the texts before and after it."""
+        """The place of each message's content, with the text before and after it."""
         words = {i: f"{_PROBE}{i}q" for i, it in enumerate(self.messages) if it.get("content")}
         if _PROBE in whole:
             return None
@@ -480,7 +480,7 @@ def has_nulls(value: Any) -> bool:
 
 
 def as_tools(value: Any, place: str) -> list[Any] | None:
-    """What a row says of tools, which may be JSON in a string; None where it says nothing."""
+    """The tools of a row, which may be JSON in a string; None without any."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -86,7 +86,7 @@ class Examples:
         return self.rows[bisect.bisect_right(self.bounds, token) - 1]
 
     def spans(self) -> Iterator[Span]:
-        """Where each text begins and ends."""
+        """Start and end of each text."""
         return itertools.pairwise(self.bounds)
 
 
@@ -333,7 +333,7 @@ def _for_teacher(
     encode_rows: Callable[[Rows], Examples],
     left_out: LeftOut,
 ) -> tuple[list[Span], dict[str, list[Any]]]:
-    """What the teacher reads of each text, in which the tokens trained on must be the same.
+    """The teacher's version of each text, whose trained tokens must be the same.
 
     Args:
         rows: All rows, some with a prompt for the teacher.
@@ -467,7 +467,7 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def passages(rows: Iterable[Row]) -> Iterator[str | Row]:
-    """What a run notes down of its rows, to tell later whether it was trained on some of them.
+    """Digests of a run's rows, to recognise later if it was trained on one of them.
 
     A row with a prompt, whole; of a text its paragraphs, so that a file is known again by its
     parts. Paragraphs below 40 characters count only where a text has no other.
@@ -567,7 +567,7 @@ def _cut_tokens(examples: Examples, max_length: int) -> int:
 def _losses(
     examples: Examples, max_length: int | None, left_out: LeftOut, rows: Rows
 ) -> Iterator[str]:
-    """What is not trained on, in words: ends of rows longer than a block, and rows."""
+    """A sentence on the text that is not trained on: ends of long rows, and whole rows."""
     lost = []
     if max_length is not None and (cut := _cut_tokens(examples, max_length)):
         long = sum(stop - start > max_length for start, stop in examples.spans())
@@ -793,7 +793,7 @@ def _encode_slowly(tokenizer: PreTrainedTokenizerBase, text: Rendered) -> Exampl
 def _marked(
     template: ChatTemplate, text: Rendered, trained: bytes | bytearray, place: str
 ) -> Example:
-    """What the generation blocks of a template mark, of the answers that are trained on."""
+    """Tokens inside the template's generation blocks, of the answers that are trained on."""
     encoded = template.encode_with_marks(text, place)
     ids, marks = list(encoded["input_ids"]), [bool(it) for it in encoded["assistant_masks"]]
     if not any(marks):

@@ -139,7 +139,7 @@ def encode_long(
 def special_tokens(
     tokenizer: PreTrainedTokenizerBase, sample: str
 ) -> tuple[list[int], list[int]] | None:
-    """What the tokenizer puts before the tokens of a text and behind them."""
+    """The special tokens that the tokenizer puts before and after a text."""
     bare, full = (
         encode_batch(tokenizer, [sample], special=it)["input_ids"][0] for it in (False, True)
     )
@@ -187,7 +187,7 @@ def _join(pieces: Iterable[Placed], overlap: int, joined: "array[int]") -> bool:
 
 
 def _joint(left: Placed, right: Placed, overlap: int) -> tuple[int, int] | None:
-    """How many tokens to take of the left piece, and the first to take of the right one.
+    """Number of tokens to take of the left piece, and the first to take of the right one.
 
     Of the stretches of tokens that both pieces have in the overlap, the joint is the place
     nearest to the middle of the overlap that has enough of them on both sides.

@@ -103,7 +103,7 @@ def _by_words(
 
 
 def _bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """How many bytes each token stands for; None unless texts are cut as the module says."""
+    """Bytes per token; None unless texts are cut as the module says."""
     if not leaves_all_to_its_backend(tokenizer) or getattr(tokenizer, "split_special_tokens", 0):
         return None
     backend: Any = tokenizer.backend_tokenizer
@@ -144,7 +144,7 @@ def _begins_words_with_spaces(splits: Any) -> bool:
 
 
 def agreeing(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two sequences have in common before they part."""
+    """Length of the common prefix of two sequences of tokens."""
     if ids == others[: len(ids)]:
         return len(ids)
     pairs = zip(ids, others, strict=False)

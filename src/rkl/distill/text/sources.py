@@ -1,4 +1,4 @@
-"""Where rows come from: files, Hugging Face data sets, memory. Each is checked as it is read."""
+"""Sources of rows: files, Hugging Face data sets, memory. Each row is checked when it is read."""
 
 import contextlib
 import importlib
@@ -65,7 +65,7 @@ class Rows(list[Row]):
         self.numbers = list(range(1, len(self) + 1)) if numbers is None else list(numbers)
 
     def place(self, index: int) -> str:
-        """Where a row stands, for messages to people."""
+        """The place of a row, for error messages."""
         number = self.numbers[index]
         return self.source if number is None else f"{self.source}, {self.unit} {number}"
 
@@ -190,7 +190,7 @@ def _without_filled_nulls(row: Row) -> tuple[Row, bool]:
 
 
 def kind_of(row: Any, place: str) -> str:
-    """Which kind of row this is, by its columns: "messages", "completion", "text" or "prompt"."""
+    """The kind of a row by its columns: "messages", "completion", "text" or "prompt"."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{place}: {EXPECTED}; got {_short(row)}, which is no object.")
     for kind, columns in COLUMNS.items():

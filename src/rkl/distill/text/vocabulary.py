@@ -1,4 +1,4 @@
-"""Which tokens a teacher and a student share, and whether the data keep to them."""
+"""The tokens that teacher and student share, and a check that the data contain no others."""
 
 import math
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class Vocabulary:
     differing: Mapping[int, tuple[str | None, str | None]] = field(default_factory=dict)
 
     def foreign(self, tokens: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-        """Where tokens are none that both share."""
+        """Mask of tokens outside the shared vocabulary."""
         numbers = torch.tensor(sorted(self.differing), dtype=tokens.dtype, device=tokens.device)
         return (tokens >= self.size) | torch.isin(tokens, numbers)
 
@@ -129,7 +129,7 @@ def common_vocabulary(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     student_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> int:
-    """How many atoms :func:`share_vocabulary` finds."""
+    """Number of atoms that :func:`share_vocabulary` finds."""
     return share_vocabulary(teacher, student, teacher_tokenizer, student_tokenizer).size
 
 

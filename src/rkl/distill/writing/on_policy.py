@@ -117,7 +117,7 @@ class Mixture:
         return written
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: batches written ahead, and the mixture."""
+        """The state for a checkpoint: batches written ahead, and the mixture."""
         ahead = [{name: it.tolist() for name, it in batch.items()} for batch in self.ahead]
         return {"lmbda": self.lmbda, "ahead": ahead}
 
@@ -132,7 +132,7 @@ class Mixture:
 
 
 def completions_of(batch: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """What somebody wrote in a batch, row by row, as tokens and as text.
+    """Generated replies in a batch, row by row, as tokens and as text.
 
     Args:
         batch: With labels and sources.

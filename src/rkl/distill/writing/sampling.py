@@ -1,4 +1,4 @@
-"""How the tokens of a reply are drawn, and which settings of text that is written are refused."""
+"""Sampling of the tokens of a reply, and the errors for contradictory settings."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from rkl.distill.limits import (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Sampling of tokens.
 
     Args:
         max_new_tokens: Longest reply, in tokens.
@@ -44,7 +44,7 @@ class Sampling:
 
 
 def sampling_of(settings: Any) -> Sampling:
-    """How the settings of a training draw the tokens of replies."""
+    """The sampling that the settings of a training describe."""
     return Sampling(
         settings.max_completion_length,
         settings.sampling_temperature,

@@ -108,7 +108,7 @@ class Checkerboards(Flow):
         return field.reshape(shape), total.reshape(shape[:-1])
 
     def _step(self, k: int, coupling: nn.Module, field: Tensor, condition: Tensor | None):
-        """Which sites stay, and by how much the others are scaled (in logs) and shifted."""
+        """The sites that stay, and the log-scale and shift of the others."""
         frozen = self.parity if k % 2 else 1 - self.parity
         inputs = [frozen * field]
         if condition is not None:

@@ -128,7 +128,7 @@ Height = Callable[..., Tensor]
 def peak(
     height: Height, begin: Float[Tensor, "replications axes"], reach: float
 ) -> Float[Tensor, "replications axes"]:
-    """Where a function is highest: a wide grid, then narrow ones about the highest point seen.
+    """The maximum of a function: a wide grid, then narrower ones about its highest point.
 
     Args:
         height: Takes one tensor per axis, [replications, points], and gives as many heights.

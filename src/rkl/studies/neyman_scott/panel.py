@@ -35,7 +35,7 @@ Counts = Float[Tensor, "replications pairs"]
 
 
 def simulate(persons: int, replications: int, seed: int) -> Counts:
-    """How many persons gave each pair of answers, from the truth above."""
+    """Simulate the number of persons with each pair of answers, from the truth above."""
     generator = torch.Generator().manual_seed(seed)
     shape = replications, persons
     alpha = CENTRE + SPREAD * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -138,7 +138,7 @@ def _joint(prior: Prior, beta: Tensor) -> Iterator[Tensor]:
 
 
 def _moments(prior: Prior, beta: Tensor, weight: Tensor) -> Moments:
-    """What the acts need to know of the posterior."""
+    """Moments of the posterior that the acts need."""
     alpha, first, second = [], [], []
     nodes = prior.nodes()
     for joint in _joint(prior, beta):

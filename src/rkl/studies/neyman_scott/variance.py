@@ -110,11 +110,11 @@ class Level:
         return -0.5 * (self.w * (data.square[:, None] - self.m * data.total[:, None])).sum(-1)
 
     def volume(self) -> Tensor:
-        """What integrating out the means adds to it."""
+        """The term from integrating out the means."""
         return 0.5 * (self.w.log() * self.data.count).sum(-1)
 
     def level(self) -> Tensor:
-        """What integrating out m adds to it."""
+        """The term from integrating out m."""
         return -0.5 * (self.held * self.tau2 / self.kappa).log1p()[..., 0]
 
     def square(self) -> Tensor:

@@ -257,10 +257,12 @@ def test_flows_of_several_coordinates_and_no_condition_are_begun_by_particles():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("target", [MoG8(), Rings()], ids=["mog8", "rings"])
 def test_all_modes_are_found_without_data_and_have_their_masses(target, seed):
-    """Within 5 % of the truth after reweighting, more than three standard errors.
+    """Within 5 of its standard errors after reweighting, each of which is at most 5 % of it.
 
-    From 50,000 draws a mass of 1/8 has an error of 1.3 %, and one of 1/4 that of 1.4 % where no
-    more than 30 % of the draws are effective, as for the narrowest rings.
+    From 50,000 draws a mass of 1/8 has an error of 1.3 %. On the narrowest rings, where training
+    on another processor ends elsewhere, 14 to 30 % of the draws are effective: 1.4 to 3.2 %. Of
+    144 masses one is farther than 5 errors in 1 of 10,000 runs, if the errors are right; a lost
+    mode has a mass of 0, and is missing.
     """
     flow = fit_to_target(default_architecture(target), target, steps=1000, seed=seed).flow
     (it,) = target.conditions
@@ -270,7 +272,9 @@ def test_all_modes_are_found_without_data_and_have_their_masses(target, seed):
         assert found.passed, found.table()
         for mode in found.modes:
             assert not mode.missing
-            assert abs(mode.reweighted.value.item() / mass - 1) < 0.05, found.table()
+            reweighted, error = mode.reweighted.pair()
+            assert error < 0.05 * mass, found.table()
+            assert abs(reweighted - mass) < 5 * error, found.table()
 
 
 def test_the_terms_of_the_paper_train_together():

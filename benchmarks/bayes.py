@@ -38,7 +38,8 @@ from rkl import KL, ReverseKL  # noqa: E402
 from rkl.bayes.draws import Draws, read_draws  # noqa: E402
 from rkl.bayes.model import read_family  # noqa: E402
 from rkl.bayes.problem import Problem  # noqa: E402
-from rkl.bayes.solve.closed import act_and_risk, average_draws, directions_of, solve  # noqa: E402
+from rkl.bayes.solve.closed import act_and_risk, directions_of, solve  # noqa: E402
+from rkl.bayes.solve.errors import average_draws  # noqa: E402
 from rkl.bayes.solve.streaming import one_pass  # noqa: E402
 from rkl.divergences import Divergence  # noqa: E402
 from rkl.stats import Mean  # noqa: E402

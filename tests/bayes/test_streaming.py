@@ -21,7 +21,8 @@ from torch.distributions import (
 from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.loss.between import Weights
 from rkl.bayes.solve import streaming
-from rkl.bayes.solve.closed import averages_of, minimum_risk
+from rkl.bayes.solve.closed import minimum_risk
+from rkl.bayes.solve.errors import averages_of
 from rkl.bayes.solve.streaming import one_pass
 from rkl.stats import BatchMeans
 

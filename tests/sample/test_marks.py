@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributions import Independent, Normal
 
 from rkl.sample import evaluate_on_target, independent_metropolis
-from rkl.sample.evaluation import STAR, with_stars
+from rkl.sample.results import STAR, with_stars
 from rkl.sample.run import _judgement, _warnings
 from rkl.sample.targets import Condition, Density
 from rkl.stats import Mean

@@ -17,7 +17,8 @@ from rkl.bayes.loss.expected import expected_seconds, needs_sample
 from rkl.bayes.modes import LogDensity, modes
 from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.regions import periodic
-from rkl.bayes.solve.closed import Point, average_draws, directions_of, excess_risk
+from rkl.bayes.solve.closed import directions_of, excess_risk
+from rkl.bayes.solve.errors import Point, average_draws
 from rkl.bayes.tables import ROUNDING, Table, zero_rounding
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
 from rkl.stats import quantile

@@ -28,16 +28,14 @@ from rkl.bayes.loss.nodes import nodes_for
 from rkl.bayes.model import Model, Theta, family_in, laws_of, probe, read_family, support_of
 from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.solve.closed import (
-    Averages,
-    Point,
     Solution,
-    average_draws,
     directions_of,
     excess_risk,
     minimum_risk,
     nearest,
     solve,
 )
+from rkl.bayes.solve.errors import Averages, Point, average_draws
 from rkl.bayes.solve.numerical import influences, refine_on_all
 from rkl.bayes.solve.unconstrained import chart_of, minimise
 from rkl.bayes.tables import Table

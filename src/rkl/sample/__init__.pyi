@@ -7,8 +7,6 @@ from rkl.sample.evaluate import NotCoveredError as NotCoveredError
 from rkl.sample.evaluate import evaluate_on_target as evaluate_on_target
 from rkl.sample.evaluate import evaluate_run as evaluate_run
 from rkl.sample.evaluate import report_runs as report_runs
-from rkl.sample.evaluation import Evaluation as Evaluation
-from rkl.sample.evaluation import Reference as Reference
 from rkl.sample.fit import TargetFit as TargetFit
 from rkl.sample.fit import fit_to_target as fit_to_target
 from rkl.sample.importance import Importance as Importance
@@ -37,6 +35,8 @@ from rkl.sample.objectives import parse_objective as parse_objective
 from rkl.sample.observables import averages as averages
 from rkl.sample.observables import check_held_out as check_held_out
 from rkl.sample.observables import compare_with_held_out as compare_with_held_out
+from rkl.sample.results import Evaluation as Evaluation
+from rkl.sample.results import Reference as Reference
 from rkl.sample.run import load_run as load_run
 from rkl.sample.run import sample_run as sample_run
 from rkl.sample.settings import EvaluateSettings as EvaluateSettings

@@ -19,13 +19,13 @@ from rkl.flows.precision import single_precision
 from rkl.flows.runs import single_run, write_evaluation
 from rkl.runs import REPORT, Run
 from rkl.sample.coverage import Coverage, judge_coverage, judge_ratios
-from rkl.sample.evaluation import Evaluation, Reference, Values
 from rkl.sample.importance import Thermodynamics, reweight, tails_of_averages, thermodynamics
 from rkl.sample.log_z import thermodynamic_integration
 from rkl.sample.mcmc import markov_chain
 from rkl.sample.mcmc.kernels import kernel_of_angles, name_of, random_seed
 from rkl.sample.metropolis import Chain, draw_proposals, independent_metropolis, law_of
 from rkl.sample.observables import averages, compare_with_held_out, observe
+from rkl.sample.results import Evaluation, Reference, Values
 from rkl.sample.run import TargetRun, count_drawn, load_target_run, read_draws
 from rkl.sample.settings import EvaluateSettings, condition_grid, parse_ranges
 from rkl.sample.smc import Evidence, evidence

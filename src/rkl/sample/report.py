@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rkl.sample.evaluation import (
+from rkl.sample.results import (
     Evaluation,
     Reference,
     figures,

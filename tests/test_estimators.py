@@ -242,7 +242,8 @@ def test_compiled_agrees_with_eager_and_is_one_graph(divergence):
     assert torch.allclose(*values)
     for one, other in zip(*(torch.autograd.grad(v, student[:3]) for v in values), strict=True):
         assert torch.allclose(one, other)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    # None where other values of its parameters were compiled before: they are inputs.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1
 
 
 @pytest.mark.parametrize("divergence", [rkl.KL(), rkl.AKL()], ids=repr)

@@ -27,7 +27,7 @@ PAGES = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff"),
     *("docs/*.md", "docs/studies/*.md", "docs/images/*.png", "docs/figures/*.csv", "docs/*.bib"),
     *("benchmarks/*.md", "benchmarks/*.py", "benchmarks/figures/*"),
-    *("examples/*.*", "examples/first_hour/*.py"),
+    *("examples/*.*", "examples/first_hour/*.*"),
     *("Makefile", "docs/images/*.py", "docs/site/public_names.py"),
 ]
 # Links that lead to folders, where a forge lists what is in them.

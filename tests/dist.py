@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IN_SDIST = [
     *("Makefile", "constraints.txt", "CITATION.cff", "README.md", "docs/references.bib"),
     *("examples/distil.py", "benchmarks/README.md", "tests/test_docs.py", "docs/site/conf.py"),
+    "conda/recipe.yaml",
 ]
 
 

@@ -51,7 +51,8 @@ def make_problem(tokens: int, vocab: int) -> Problem:
 
 def tokens_at_once(problem: Problem, chunk: int | None) -> int:
     """How many tokens' logits ours keeps at one time; the floor does as it does."""
-    return min(len(problem.hidden), estimators._chunk(chunk, None, LinearHead(*problem.student)))
+    student = LinearHead(*problem.student)
+    return min(len(problem.hidden), estimators._chunk(chunk, None, student, None))
 
 
 Gradients = tuple[Tensor, ...]

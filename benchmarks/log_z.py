@@ -246,6 +246,7 @@ def main():
                 figures = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
                 writer.writerow(shared | {"load": f"{os.getloadavg()[0]:.2f}"} | figures)
             file.flush()
+            print(f"side {side}: {len(rows)} rows, after {trained:.0f} s of training", flush=True)
             smaller = flow
 
 

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--measure", type=float, help=argparse.SUPPRESS)
-    options = quick.parse(parser, repetitions=1, seconds=0.2)
+    options = quick.parse(parser, repetitions=1, seconds=0.2, out=os.devnull)
     if options.measure is not None:
         print(json.dumps({model: measure(model, options.measure) for model in MODELS}))
         return

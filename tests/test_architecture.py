@@ -33,13 +33,14 @@ CORE = {
 }
 # Parts that any other may use, and that use nothing of rkl but what stands here.
 ALONE = {
-    "lazy": set(),
+    "extras": set(),
+    "lazy": {"extras"},
     "text": set(),
-    "readers": {"checks"},
-    "tables": {"checks"},
+    "readers": {"checks", "extras"},
+    "tables": {"checks", "extras"},
     "runs": {"checks", "importing", "text"},
-    "plots": {"checks"},
-    "report": {"runs", "plots", "tables", "checks"},
+    "plots": {"checks", "extras"},
+    "report": {"runs", "plots", "tables", "checks", "extras"},
 }
 FOR_WINGS = {"checks", "importing", "names", "divergences", "estimators", "stats", "metrics"}
 FOR_WINGS |= ALONE.keys()

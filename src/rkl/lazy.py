@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rkl.extras import optional_import
+
 
 def lazily(
     package: str, homes: Mapping[str, str]
@@ -23,6 +25,7 @@ def lazily(
     def get(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(home[name]), name)
+        with optional_import(f"{package}.{name}"):
+            return getattr(importlib.import_module(home[name]), name)
 
     return list(home), get, lambda: list(home)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rkl.checks import warn
+from rkl.extras import optional_import
 
 if TYPE_CHECKING:
     import numpy as np
@@ -648,7 +649,9 @@ def refuse_external(file: Path) -> None:
     Raises:
         ValueError: It has a link to another file, or keeps its numbers in one.
     """
-    import h5py
+    with optional_import(f"Reading {file}"):
+        import h5netcdf  # noqa: F401
+        import h5py
 
     def look(group: Any, inside: str) -> None:
         for name in group:
@@ -683,7 +686,8 @@ def refuse_external(file: Path) -> None:
 
 def _hdf5(file: Path, chosen: str | None, labels: str | None) -> Contents:
     """One array of NetCDF 4 or HDF5: its packed and missing values decoded, as xarray does."""
-    import xarray as xr
+    with optional_import(f"Reading {file}"):
+        import xarray as xr
 
     refuse_external(file)
     with xr.open_dataset(file, engine="h5netcdf", decode_times=False, phony_dims="sort") as opened:  # pyright: ignore[reportCallIssue]
@@ -708,7 +712,7 @@ def _parquet(file: Path) -> Columns:
         import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
         import pyarrow.types as types  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ImportError(f"Reading {file} needs pyarrow: pip install rkl[data]") from None
+        raise ImportError(f"Reading {file} needs pyarrow: pip install 'rkl[data]'") from None
     try:
         table = parquet.read_table(file)
     except pyarrow.ArrowException as error:
@@ -1210,7 +1214,9 @@ def _frame(
 ) -> "dict[int, np.ndarray] | None":
     """Columns as pandas reads them, numbers or text; None if rows differ in width."""
     import numpy as np
-    import pandas as pd
+
+    with optional_import("Reading a table"):
+        import pandas as pd
 
     how: dict[str, Any] = {"sep": dialect.separator or "\x1f", "decimal": dialect.decimal}
     if dialect.separator == " ":
@@ -1394,7 +1400,8 @@ def _is_grey(image: "np.ndarray") -> bool:
 
 def _image(file: Path, notes: dict[str, list[Path]]) -> "np.ndarray":
     """One image, [height, width] or [height, width, 3], as deep as it is in the file."""
-    from PIL import Image
+    with optional_import(f"Reading {file}"):
+        from PIL import Image
 
     try:
         with warnings.catch_warnings():

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
+from rkl.extras import optional_import
 from rkl.runs import Run, write_atomic
 from rkl.tables import Table
+
+with optional_import("A report"):
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
 if TYPE_CHECKING:
     from rkl.plots import Figure as Drawing

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsFloat, overload
 
+from rkl.extras import optional_import
+
 Cell = str | bool | int | float | tuple[float, float] | tuple[float, float, str] | None
 MAX_PRINTED_ROWS = 40
 ROUNDING = 1e-12  # of a value, up to which an error is that of arithmetic
@@ -125,10 +127,8 @@ class Table:
         Raises:
             ImportError: There is no pandas.
         """
-        try:
+        with optional_import("to_dataframe"):
             import pandas
-        except ImportError as error:
-            raise ImportError("to_dataframe needs pandas: pip install pandas.") from error
         frame: dict[str, list] = {}
         for i, name in enumerate(self.columns):
             cells = [row[i] for row in self.rows]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import rkl
 from rkl.cli import main
-from rkl.distill import distill, load_model, load_run, load_tokenizer
+from rkl.distill import distill, load_model, load_run, load_tokenizer, report_runs
 from rkl.distill.prepare import load, read_text
 from rkl.distill.progress import Display
 from rkl.distill.teachers import cache
@@ -132,6 +132,15 @@ def test_the_card_names_base_teacher_divergence_data_and_figures(finished, folde
         assert said in body
     assert f"{record['result']['held_out_loss']:.4g} nats per token" in body
     assert f"torch {record['versions']['torch']}" in body
+
+
+def test_a_run_needs_no_matplotlib_and_its_report_says_what_to_type(
+    folder, tmp_path, no_matplotlib
+):
+    distill(material.settings(folder), tmp_path / "run")
+    assert Run.open(tmp_path / "run").record["status"] == "finished"
+    with pytest.raises(ModuleNotFoundError, match=r"matplotlib: pip install 'rkl\[report\]'$"):
+        report_runs([tmp_path / "run"])
 
 
 def test_every_step_is_logged_once_with_loss_speed_and_memory(finished):

@@ -215,7 +215,7 @@ def test_the_features_of_the_second_space_tell_the_classes(stripes):
 def test_without_scikit_learn_the_digits_name_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     images._digits.cache_clear()
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
+    with pytest.raises(ImportError, match=r"needs sklearn: pip install 'rkl\[studies\]'"):
         studies.run("precision-recall", "digits", tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 

@@ -454,6 +454,8 @@ def _of_path(path: Path, notes: list[str]) -> Mapping[str, Any]:
         posterior = _group(path, engine, "posterior")
         posterior = _open(path, engine) if posterior is None else posterior
         stats = _group(path, engine, "sample_stats")
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # each library that may read it has its own
         if "unrecognized engine 'zarr'" in str(error):
             raise ImportError(f"Reading {path} takes Zarr: pip install zarr.") from error

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import os
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from rkl.bayes.regions import Region
 from rkl.bayes.report import RESULT, Shown, refuse_other_kinds, report_runs
 from rkl.bayes.settings import EstimateSettings
 from rkl.bayes.tables import Table
+from rkl.checks import warn
 from rkl.importing import only
 from rkl.readers import place_of_nan, read
 from rkl.runs import Run, check_out, write_json
@@ -34,7 +36,7 @@ class Estimated:
         estimate: The act with its errors.
         comparison: The act beside the other common estimates.
         region: The credible region.
-        report: The report, where a run was asked for.
+        report: The report, where a run was asked for and the extra ``report`` is installed.
     """
 
     estimate: Estimate
@@ -84,7 +86,16 @@ def estimate(
         run.update(inputs=_inputs(settings))
         Shown.of(result.estimate, result.region, result.comparison).write(run.path)
         write_json(run.path / RESULT, result.to_dict())
-    return dataclasses.replace(result, report=report_runs([run.path]))
+    return dataclasses.replace(result, report=_report(run))
+
+
+def _report(run: Run) -> Path | None:
+    """The report; without the packages for it a warning says what to type."""
+    try:
+        return report_runs([run.path])
+    except ModuleNotFoundError as error:
+        warn(f"{error}, then type rkl report {shlex.quote(str(run.path))}. No report was written.")
+        return None
 
 
 def _inputs(settings: EstimateSettings) -> dict[str, Input]:

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from rkl import runs
 from rkl.cli import commands, terminal
 from rkl.cli.documentation import documentation
+from rkl.extras import optional_import
 from rkl.importing import check_name, names_in, only
 from rkl.runs import DiskFullError, full_disk, processes, signals
 from rkl.text import one_line
@@ -83,7 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal.prepare_streams()
     parsed, began = None, time.time()
     try:
-        with signals.raising(), terminal.one_line_warnings(), only(), terminal.first_speaks():
+        with (
+            signals.raising(),
+            terminal.one_line_warnings(),
+            only(),
+            terminal.first_speaks(),
+            optional_import(f"rkl {_command(words) or ''}".strip()),
+        ):
             parsed = _parser(words).parse_args(words)
             _check_processes(words)
             with only(_importable(parsed), folder=_working_folder()):

@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from rkl.extras import require
+
 # Each demonstration, and what runs it, by module and function of this package.
 DEMOS: Mapping[str, str] = {
     "distill": "distill.run",
@@ -48,6 +50,7 @@ def run(
     if name not in DEMOS:
         *others, last = map(repr, DEMOS)
         raise ValueError(f"name must be {', '.join(others)} or {last}; got {name!r}.")
+    require("report", f"rkl demo {name}")
     how: dict[str, Any] = {"overwrite": overwrite, "resume": resume}
     how |= {"seed": seed, "device": device}
     if name in WITH_STEPS:

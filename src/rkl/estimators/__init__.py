@@ -37,7 +37,8 @@ from rkl.estimators.inputs import (
     vocabulary,
 )
 from rkl.kernels import Draws, Shape, Step, comparable, compiles, outside_dynamo, rows_of, step_
-from rkl.kernels import compiled_or_eager as compiled_or_eager  # for the wings
+from rkl.kernels import compile_apart as compile_apart  # for the wings
+from rkl.kernels import compiled_or_eager as compiled_or_eager
 from rkl.kernels import has_compiler as has_compiler
 
 __all__ = [

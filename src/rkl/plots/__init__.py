@@ -12,13 +12,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
 from rkl.checks import integer
+from rkl.extras import optional_import
+
+with optional_import("A figure"):  # the modules below import it too
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
 from rkl.plots.estimates import estimates
 from rkl.plots.marginals import posterior
 from rkl.plots.style import (

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from rkl.extras import optional_import
 from rkl.sample.metropolis import Chain
 from rkl.sample.targets import Target
 
@@ -37,7 +38,9 @@ def write_chain(path: Path, chain: Chain, observed: Mapping[str, Tensor], target
 def _write_groups(
     path: Path, columns: dict[str, np.ndarray], stats: set[str], condition: Any, target: Target
 ) -> None:
-    import xarray as xr
+    with optional_import(f"Writing {path.suffix}"):
+        import h5netcdf  # noqa: F401
+        import xarray as xr
 
     groups: dict[str, dict[str, Any]] = {"posterior": {}, "sample_stats": {}}
     for name, it in columns.items():

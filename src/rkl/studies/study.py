@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rkl.extras import require
 from rkl.runs import REPORT, Run, check_out, remove_folder, write_atomic
 from rkl.stats import mean
 
@@ -147,7 +148,12 @@ def run_part(
     resume: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Compute a part as it is, and write its csv, its figures and its report."""
+    """Compute a part as it is, and write its csv, its figures and its report.
+
+    Raises:
+        ModuleNotFoundError: The extra for figures and reports is missing.
+    """
+    require("report", "A study")
     settings = {"part": name, "plan": {key: repr(it) for key, it in vars(part.plan).items()}}
     how: Any = {"overwrite": overwrite, "resume": resume, "seed": seed}
     with Run.create(out, f"studies.{paper}", settings, **how) as run:

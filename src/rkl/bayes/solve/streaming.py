@@ -15,7 +15,7 @@ from torch.distributions import Distribution, LogNormal, Normal, constraints
 
 from rkl.bayes.draws import Draws, read, tensor_of
 from rkl.bayes.families import ExponentialFamily, Natural, family_of
-from rkl.estimators import compiled_or_eager, has_compiler
+from rkl.estimators import compile_apart, compiled_or_eager, has_compiler
 from rkl.stats import BatchMeans
 from rkl.stats.batch_means import HALVES, slots_of
 
@@ -119,15 +119,8 @@ def _totals_of(
 
 @functools.cache
 def _compile(batch, directions, run, kernel, *kind) -> Callable[..., Totals]:
-    # A cache of its own for each, as all share one code object. Only tensors are worth a guard:
-    # the rest, of the family too, is in the key, and guards cost time.
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-    return torch.compile(  # pyright: ignore[reportCallIssue]: its overloads know fewer options
-        functools.partial(_remade_totals, batch, directions, run, kernel),
-        fullgraph=True,
-        isolate_recompiles=True,
-        options=options,
-    )
+    # Only tensors are worth a guard: the rest, of the family too, is in the key.
+    return compile_apart(_remade_totals, batch, directions, run, kernel)
 
 
 def _remade_totals(batch, directions, run, kernel, family, parameters, reference, w, place):

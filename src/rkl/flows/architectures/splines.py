@@ -9,6 +9,7 @@ from torch.distributions import Distribution
 from torch.distributions.transforms import ReshapeTransform
 
 from rkl.checks import LARGEST_COUNT, integer
+from rkl.extras import optional_import
 from rkl.flows.architectures.base import Architecture
 
 
@@ -122,7 +123,8 @@ def start_as_identity(flow: nn.Module) -> None:
 def imported_zuko() -> Any:
     """Zuko, whose import switches off the validation of every distribution; undone here."""
     validates = Distribution._validate_args
-    import zuko
+    with optional_import("This flow"):
+        import zuko
 
     Distribution._validate_args = validates
     return zuko

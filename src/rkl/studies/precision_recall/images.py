@@ -24,6 +24,7 @@ from rkl.divergences import (
     RecallHalf,
     ReverseKL,
 )
+from rkl.extras import optional_import
 from rkl.fit import Fit, Method, distil_rejection, fit_to_samples, reject
 from rkl.flows import Coupling, Critic, latent
 from rkl.flows.architectures import Architecture
@@ -180,12 +181,8 @@ def read(plan: Plan) -> Pictures:
 
 @cache
 def _digits() -> Pictures:
-    try:
+    with optional_import("The study of digits"):
         from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError(
-            "the digits are those of scikit-learn, which is not there: pip install scikit-learn"
-        ) from None
     digits: Any = load_digits()
     values = torch.from_numpy(digits.data).long()
     places = ((values > 0).sum(0) >= SELDOM).nonzero().flatten()

@@ -28,7 +28,7 @@ CORE = {
     "kernels": {"divergences", "checks"},
     "estimators": {"divergences", "kernels", "checks"},
     "testing": {"divergences", "kernels", "estimators", "checks"},
-    "stats": {"checks", "lazy"},
+    "stats": {"checks", "lazy", "tables"},
     "metrics": {"lazy", "divergences", "estimators", "stats", "tables", "readers", "checks"},
 }
 # Parts that any other may use, and that use nothing of rkl but what stands here.

@@ -143,6 +143,41 @@ class Table:
         return [*([f"... and {hidden:,} more rows"] if hidden > 0 else []), *self.notes]
 
 
+def table_of(
+    title: str, values: Mapping[str, Any], notes: Sequence[str] = (), *, counted: str = ""
+) -> Table:
+    """A table of named numbers, or of arrays of one shape, which may be pairs (values, errors).
+
+    Numbers have a row each. Arrays are columns, with a row for each place, counted from 0.
+
+    Args:
+        title: Title of the table.
+        values: Numbers, texts, arrays, or pairs of a value and its standard error; what is None is
+            left out.
+        notes: Sentences below the table.
+        counted: What the places of arrays are, as "condition".
+
+    >>> print(table_of("Two means", {"a": (0.1234, 0.004), "b": None, "c": 3}))
+    Two means
+    <BLANKLINE>
+          value
+    a  0.123(4)
+    c         3
+    """
+    columns = {name: _cells(value) for name, value in values.items() if value is not None}
+    if all(len(cells) == 1 for cells in columns.values()):
+        rows = [(name, cells[0]) for name, cells in columns.items()]
+        return Table(title, ("", "value"), rows, notes)
+    places = enumerate(zip(*columns.values(), strict=True))
+    return Table(title, (counted, *columns), [(str(i), *row) for i, row in places], notes)
+
+
+def _cells(value: Any) -> list[Any]:
+    if isinstance(value, tuple):
+        return list(zip(*map(_cells, value), strict=True))
+    return [value] if isinstance(value, str | int | float) else value.flatten().tolist()
+
+
 def cell_text(cell: Cell, *, plus_minus: bool = False) -> str:
     """A cell as text: a value with its error to the error's leading digit, others to four digits.
 

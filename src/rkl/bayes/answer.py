@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from rkl import tables
 from rkl.bayes.tables import Table
 from rkl.names import Stack
 from rkl.stats import Mean, to_json
-from rkl.tables import Cell, cell_text
+from rkl.tables import Cell, cell_text, table_of
 
 if TYPE_CHECKING:
     from rkl.bayes.problem import Problem
@@ -60,6 +61,13 @@ class Act(Mapping):
 
     def __repr__(self) -> str:
         return f"Act({', '.join(self.summary(self.parameters))})"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for name, (value, error) in self.parameters.items():
+            pairs = zip(value.flatten().tolist(), error.flatten().tolist(), strict=True)
+            rows += list(zip(elements(name, value.shape), pairs, strict=True))
+        return Table("Parameters of the act", ("parameter", "value"), rows)._repr_html_()
 
     def summary(self, names: Iterable[str]) -> Iterator[str]:
         """These parameters as text, of long ones the shape; without those of no influence."""
@@ -112,6 +120,22 @@ class Diagnostics:
     method: str
     accuracy: float
     warnings: tuple[str, ...] = ()
+
+    def table(self) -> tables.Table:
+        """The figures, a row each, with the warnings."""
+        figures = {
+            "chains": self.chains,
+            "draws of each": self.draws,
+            "effective draws, the least": self.ess,
+            "R-hat, the largest": self.rhat,
+            "Pareto-k, the largest": self.worst_k(),
+            "method": self.method,
+            "excess risk over the least, estimated (nats)": self.accuracy,
+        }
+        return table_of("Diagnostics of what was averaged", figures, self.warnings)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     def worst_k(self) -> float:
         """The largest tail index there is, or nan."""

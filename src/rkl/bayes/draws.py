@@ -16,6 +16,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from rkl.readers import Columns, matching_files, read_arrays, read_columns, refuse_external
+from rkl.tables import Table
 
 NUMBERS = 2**22  # in one chunk of draws: 32 MiB
 SOME = 64  # draws of each chain that show whether a variable is a simplex
@@ -110,6 +111,20 @@ class Draws:
         """
         array = self.of(name)
         return [_places(array, axis) for axis in array.dims if axis not in AXES]
+
+    def table(self) -> Table:
+        """The variables with the shape of a draw, unread."""
+        rows = [(name, " x ".join(map(str, self.shape(name))) or "number") for name in self.names]
+        title = f"{self.chains} chains of {self.draws:,} draws" + ", weighted" * (
+            self.weights is not None
+        )
+        return Table(title, ("variable", "a draw"), rows, self.notes)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     def of(self, name: str) -> xr.DataArray:
         """A variable as it is kept, unread."""

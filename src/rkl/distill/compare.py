@@ -150,6 +150,9 @@ class Evaluations:
             text.append(_NOT_PAIRED)
         return "\n\n".join(text)
 
+    def _repr_html_(self) -> str:
+        return "\n".join(table._repr_html_() for table in self.tables())
+
     def precision_recall(self) -> dict[str, Any]:
         """The arguments of :func:`rkl.plots.precision_recall`, bands of two standard errors."""
         curves, bands = {}, {}

@@ -23,7 +23,7 @@ from rkl.importing import only
 from rkl.metrics.samples import Measured, measure
 from rkl.runs import REPORT, Run
 from rkl.stats import Mean, mean, to_json
-from rkl.tables import with_error
+from rkl.tables import table_of, with_error
 
 MEASURED = 5_000  # rows that are measured by their neighbours, at most
 AT_ONCE = 10_000
@@ -54,6 +54,12 @@ class DataEvaluation:
             lines.append(f"{self.rows_seen:,} of the rows were fitted: that is no held-out figure")
         lines += [f"data: {note}" for note in self.notes]
         return "\n".join([*lines, *(["", str(self.samples)] if self.samples else [])])
+
+    def _repr_html_(self) -> str:
+        figures = {"log-density (nats per row)": self.log_density, "rows": self.rows}
+        figures |= {"rows that were fitted": self.rows_seen or None}
+        own = table_of("The flow on these rows", figures, self.notes)
+        return "\n".join(it._repr_html_() for it in (own, self.samples) if it is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as a dict for JSON."""

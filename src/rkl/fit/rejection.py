@@ -12,6 +12,7 @@ from rkl.checks import number
 from rkl.flows.precision import single_precision
 from rkl.metrics.precision_recall import OperatingPoint, operating_point
 from rkl.stats import Mean, mean
+from rkl.tables import Table, table_of
 
 LogRatio = Callable[[Tensor], Tensor]
 BATCH = 4_096  # draws at a time
@@ -40,6 +41,22 @@ class Accepted:
     def cost(self) -> float:
         """Draws per accepted sample."""
         return self.draws / len(self.samples)
+
+    def table(self) -> Table:
+        """Their number, cost and precision; the precision is by the ratio that was given."""
+        figures = {
+            "accepted samples": len(self.samples),
+            "draws per sample": self.cost,
+            "share accepted": self.acceptance,
+            "precision at slope 1, by the ratio": self.point.target_precision,
+        }
+        return table_of("Accepted samples", figures)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 @single_precision()

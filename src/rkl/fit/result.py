@@ -14,7 +14,7 @@ from rkl.flows.training import Training
 from rkl.metrics.precision_recall import OperatingPoint
 from rkl.runs import save
 from rkl.stats import Mean
-from rkl.tables import with_error
+from rkl.tables import Table, table_of, with_error
 
 SPLINED = 5.0  # standard units within which splines bend
 
@@ -46,6 +46,19 @@ class Reached:
         """True if the bound less two standard errors is at least the precision that was set."""
         value, error = self.precision.pair()
         return self.asked is None or (not self.hurried and value - 2 * error >= self.asked)
+
+    def table(self) -> Table:
+        """The precision that was set, and the one that was reached."""
+        figures = {
+            "precision that was set": self.asked,
+            "precision reached, at most": self.precision,
+            "draws per sample": self.point.budget,
+            "met": self.met,
+        }
+        return table_of("Operating point of the fit", figures, () if self.met else str(self))
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     def __str__(self) -> str:
         value = self.precision.value.item()
@@ -108,6 +121,27 @@ class Fit:
             FileExistsError: The folder is not empty.
         """
         return save(self, folder)
+
+    def table(self) -> Table:
+        """Log-densities of the held-out rows, steps and seconds; notes on what limits the fit."""
+        figures = {
+            "held-out log-density (nats per row)": self.log_density,
+            "of a Gaussian (nats per row)": self.gaussian,
+            "rows trained on": len(self.trained_on),
+            "rows held out": len(self.held_out),
+            "steps": self.training.steps,
+            "training (s)": self.training.seconds,
+            "critics (s)": self.critic_seconds or None,
+        }
+        reasons = self.training.stopped, self.below_gaussian, self.beyond_splines, self.reached
+        notes = [f"{str(it).rstrip('.')}." for it in reasons if it is not None]
+        return table_of(f"Flow of {list(self.flow.shift.shape)} fitted to data", figures, notes)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     @property
     def below_gaussian(self) -> str | None:

@@ -28,6 +28,9 @@ class FlowComparison:
     def __str__(self) -> str:
         return "\n\n".join(table.text() for table in self.tables)
 
+    def _repr_html_(self) -> str:
+        return "\n".join(table._repr_html_() for table in self.tables)
+
     def page(self) -> str:
         """The tables, the course of training and the settings as HTML."""
         from rkl import plots

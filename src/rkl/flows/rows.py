@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rkl.tables import Table, table_of
+
 FEW = 8  # coordinates up to which rows of levels are equal by chance
 
 
@@ -33,6 +35,22 @@ class Data:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def table(self) -> Table:
+        """Number and shape of the rows, names of columns and classes, and notes on reading."""
+        figures = {
+            "rows": len(self),
+            "shape of a row": " x ".join(map(str, self.event_shape)) or "number",
+            "columns": ", ".join(self.columns) or None,
+            "classes": ", ".join(self.classes) or None,
+        }
+        return table_of("Data", figures, self.notes)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     @property
     def event_shape(self) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from rkl.runs import Run, save_tensors
 from rkl.runs.integrity import values_of
 from rkl.runs.progress import Progress
 from rkl.runs.signals import StoppedError, StopRequest
+from rkl.tables import Table
 
 CHECKPOINT = "checkpoint.safetensors"
 MINUTES = 2.0  # of training where no budget is given
@@ -97,6 +98,18 @@ class Training:
     best: float | None
     best_step: int | None
     stopped: str | None
+
+    def table(self) -> Table:
+        """The history, a row for each evaluation; figures that a step lacks are left empty."""
+        names = list(dict.fromkeys(name for row in self.history for name in row))
+        rows = [tuple(row.get(name) for name in names) for row in self.history]
+        notes = [f"Stopped: {self.stopped}"] if self.stopped else []
+        return Table(
+            f"{self.steps:,} steps in {self.seconds:.3g} s", names or ["step"], rows, notes
+        )
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 _RUNNING = threading.RLock()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rkl.checks import floats, integer, warn
 from rkl.stats import Mean
+from rkl.tables import Table, table_of
 
 BLOCK = 2**21  # distances that exist at one time
 GROUPS = 16  # of columns, whose minima are looked at first
@@ -35,6 +36,13 @@ class PRDC(NamedTuple):
     recall: Mean
     density: Mean
     coverage: Mean
+
+    def table(self) -> Table:
+        """The four scores with their errors."""
+        return table_of("Scores by nearest neighbours", self._asdict())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def prdc(
@@ -340,6 +348,19 @@ class Copies(NamedTuple):
     near: int
     honest: float
     fakes: int
+
+    def table(self) -> Table:
+        """The evidence, a row for each figure."""
+        figures = {
+            "nearer to rows trained on": self.nearer,
+            "within a tenth of the usual distance": self.near,
+            "of real samples": self.honest,
+            "fakes looked at": self.fakes,
+        }
+        return table_of("Copies of rows trained on", figures)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def copies(

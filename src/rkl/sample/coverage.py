@@ -16,7 +16,7 @@ from rkl.sample.metropolis import draw_proposals, law_of
 from rkl.sample.observables import check_draws, check_held_out
 from rkl.sample.targets.base import Target, check_condition, exact_draws, exact_log_z
 from rkl.stats import Mean, mean, to_json
-from rkl.tables import Table, with_error
+from rkl.tables import Table, table_of, with_error
 
 ERRORS = 4.0  # standard errors that a departure must exceed
 UNREACHED = 0.01  # mass that may go unreached
@@ -40,6 +40,10 @@ class Mode:
     def masses(self) -> tuple[Mean, Mean, Mean]:
         """The masses of the target, of the flow and after reweighting."""
         return self.target, self.drawn, self.reweighted
+
+    def _repr_html_(self) -> str:
+        masses = dict(zip(("target", "flow", "reweighted"), self.masses, strict=True))
+        return table_of(self.name, {**masses, "missing": self.missing})._repr_html_()
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ class Coverage:
             return "covered" + f", as far as {self.source} see" * bool(self.source)
         return f"NOT COVERED: {len(self.reasons)} reasons"
 
-    def table(self) -> str:
-        """The verdict, its reasons, the figures and the modes as lines of text."""
+    def tables(self) -> list[Table]:
+        """The figures, and the masses of the modes, if there are any."""
         figures = {
             "ESS, from the flow's draws": self.weights.ess,
             "ESS, from the target's draws": self.target_ess,
@@ -94,17 +98,31 @@ class Coverage:
             "EUBO, nats": self.eubo,
             "mass reached": self.reached,
         }
-        lines = [self.verdict, *(f"- {it}" for it in (*self.reasons, *self.doubts[1:]))]
-        rows = [(name, it.pair()) for name, it in figures.items() if it is not None]
-        lines += ["", Table("How near the flow is", ("", "value"), rows).text()]
+        tables = [table_of("How near the flow is", figures)]
         if self.modes:
             columns = "mode", "target", "flow", "reweighted", ""
             masses = [
                 (mode.name, *(mass.pair() for mass in mode.masses), "MISSING" * mode.missing)
                 for mode in self.modes
             ]
-            lines += ["", Table("Masses of the modes", columns, masses).text()]
-        return "\n".join(lines)
+            tables.append(Table("Masses of the modes", columns, masses))
+        return tables
+
+    def _sentences(self) -> list[str]:
+        return [self.verdict, *(f"- {it}" for it in (*self.reasons, *self.doubts[1:]))]
+
+    def table(self) -> str:
+        """The verdict, its reasons, the figures and the modes as lines of text."""
+        blocks = "\n".join(self._sentences()), *(table.text() for table in self.tables())
+        return "\n\n".join(blocks)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        first, *others = self.tables()
+        first = replace(first, notes=self._sentences())
+        return "\n".join(table._repr_html_() for table in (first, *others))
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as a dict for JSON."""

@@ -64,6 +64,9 @@ class TargetFit:
     flow: nn.Module
     training: Training
 
+    def _repr_html_(self) -> str:
+        return self.training._repr_html_()
+
 
 @one_at_a_time()
 @single_precision()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rkl.checks import floats, integer
 from rkl.stats import Mean, pareto_k, to_json
+from rkl.tables import Table, table_of
 
 HEAVY = 0.7  # Pareto k above which neither a mean nor its error can be trusted
 LIGHT = 20.0  # means that the largest term of a mean must reach before its tail can be judged
@@ -90,6 +91,24 @@ class Importance:
                 "nor errors can be trusted."
             )
         return sentences
+
+    def table(self) -> Table:
+        """The figures under each condition, with the reasons not to trust them."""
+        figures = {
+            "log Z (nats)": self.log_z,
+            "effective share": self.ess,
+            "acceptance": self.acceptance,
+            "variance of log-weights per site (nats²)": self.v,
+            "Pareto-k": self.tail,
+        }
+        title = f"Weights of {self.draws:,} draws under each condition"
+        return table_of(title, figures, self.warnings, counted="condition")
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as a dict for JSON."""
@@ -221,6 +240,23 @@ class Thermodynamics:
     def consistency(self) -> float:
         """Root mean square of the gaps over their errors: about 1."""
         return (self.gap.value / self.gap.error).square().mean().sqrt().item()
+
+    def table(self) -> Table:
+        """The functions at each temperature."""
+        figures = {
+            "log Z (nats)": self.log_z,
+            "⟨E⟩ (unit of T)": self.energy,
+            "F (unit of T)": self.free_energy,
+            "S (nats)": self.entropy,
+            "heat capacity (nats)": self.heat_capacity,
+        }
+        return table_of("Thermodynamic functions", figures, counted="temperature")
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def thermodynamics(

@@ -18,6 +18,7 @@ from rkl.sample.domain import check_domain
 from rkl.sample.mcmc.kernels import check_kernel, random_seed
 from rkl.sample.targets.base import Kernel, Target, check_condition
 from rkl.stats import ess, ess_tail, integrated_time, rhat
+from rkl.tables import Table, table_of
 
 NUMBERS = 2**24  # coordinates of proposals held at a time
 
@@ -71,6 +72,22 @@ class Chain:
         time = torch.arange(self.accepted.shape[-1], device=self.accepted.device)
         arrived = torch.where(self.accepted, time, 0).cummax(-1).values
         return (time - arrived).amax((-1, -2)) + 1
+
+    def table(self) -> Table:
+        """Acceptance and the longest run of rejections under each condition."""
+        chains, draws = self.accepted.shape[-2:]
+        figures = {
+            "share accepted": self.acceptance,
+            "longest run without an accepted proposal (draws)": self.longest_rejection_run,
+            "failed": self.failed,
+        }
+        return table_of(f"{chains} chains of {draws:,} draws", figures, counted="condition")
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     def measure(self, target: Target) -> dict[str, Float[Tensor, "*batch chains draws"]]:
         """The observables of every state, by name."""

@@ -1,7 +1,7 @@
 """Results of an evaluation of a flow on its target, with errors, as text and as JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from rkl.sample.importance import HEAVY, Importance, Thermodynamics
 from rkl.sample.metropolis import Chain
 from rkl.sample.targets.base import Target, has_temperature
 from rkl.stats import Mean, ess, to_json
-from rkl.tables import Table
+from rkl.tables import Table, table_of
 
 REASONS = 12  # of failed coverage that are printed
 FROM_WEIGHTS = "acceptance", "ESS", "v per site"
@@ -52,6 +52,18 @@ class Reference:
     def effective(self) -> dict[str, Tensor]:
         """Effective number of draws for each observable, [rows]."""
         return _effective(self.values)
+
+    def table(self) -> Table:
+        """The means of the observables, and log Z, under each condition."""
+        log_z = {"log Z (nats)": self.log_z}
+        notes = () if self.mixed else "Its chains do not agree, or its particles are in doubt."
+        return table_of(self.source, {**self.averages, **log_z}, notes, counted="condition")
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,27 @@ class Evaluation:
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
+    def tables(self) -> list[Table]:
+        """The averages after Metropolis, then the figures of the flow and of its weights."""
+        units, averages = self.units(), self.averages
+        means = {f"{k} ({units[k]})" if k in units else k: it for k, it in averages.items()}
+        tails = [self.tails.get(name) for name in averages]
+        title = "After Metropolis; errors in units of the last digit"
+        after = figures(self, title, means, tails)
+        weights = self.weights
+        columns = {"acceptance": weights.acceptance, "ESS": weights.ess, "v per site": weights.v}
+        columns |= thermal_columns(self)
+        tails = [weights.tail if name in FROM_WEIGHTS else None for name in columns]
+        tails = [thermal_tail(self, name, of) for name, of in zip(columns, tails, strict=True)]
+        title = "The flow itself, and what the weights of its draws give"
+        return [after, figures(self, title, columns, tails)]
+
+    def _repr_html_(self) -> str:
+        after, own = self.tables()
+        lines = "\n".join(_verdicts(self)).splitlines()
+        own = replace(own, notes=[*own.notes, *filter(None, map(str.strip, lines))])
+        return "\n".join(table._repr_html_() for table in (after, own))
+
     def to_dict(self) -> dict[str, Any]:
         """All figures as a dict for JSON."""
         thermal = self.thermodynamics
@@ -221,18 +254,9 @@ def _of_reference(evaluation: Evaluation) -> dict[str, Any]:
 def _lines(evaluation: Evaluation) -> Iterator[str]:
     chains, draws = evaluation.chain.accepted.shape[-2:]
     yield f"{evaluation.target}: {chains} chains of {draws:,} draws under each condition"
-    units = evaluation.units()
-    means = {f"{k} ({units[k]})" if k in units else k: it for k, it in evaluation.averages.items()}
-    tails = [evaluation.tails.get(name) for name in evaluation.averages]
-    title = "After Metropolis; errors in units of the last digit"
-    yield f"\n{figures(evaluation, title, means, tails).text()}\n"
-    weights = evaluation.weights
-    columns = {"acceptance": weights.acceptance, "ESS": weights.ess, "v per site": weights.v}
-    columns |= thermal_columns(evaluation)
-    tails = [weights.tail if name in FROM_WEIGHTS else None for name in columns]
-    tails = [thermal_tail(evaluation, name, of) for name, of in zip(columns, tails, strict=True)]
-    title = "The flow itself, and what the weights of its draws give"
-    yield f"{figures(evaluation, title, columns, tails).text()}\n"
+    after, own = evaluation.tables()
+    yield f"\n{after.text()}\n"
+    yield f"{own.text()}\n"
     yield from _verdicts(evaluation)
 
 

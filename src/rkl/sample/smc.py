@@ -20,6 +20,7 @@ from rkl.sample.mcmc.kernels import kernel_of_angles, random_seed
 from rkl.sample.targets.base import Target, check_condition, without_bounds
 from rkl.sample.tempering import Rung, Sampler, log_mean
 from rkl.stats import Mean, resample
+from rkl.tables import Table, table_of
 
 WIDTH = 100.0  # standard deviation of the broad distribution on the line
 NARROWER = 10.0  # factor by which it is narrower for the other half of the islands
@@ -55,6 +56,20 @@ class Evidence:
     width: float
     condition: Float[Tensor, "rows conditions"]
     doubts: tuple[tuple[str, ...], ...]
+
+    def table(self) -> Table:
+        """Log Z under each condition, with the reasons not to trust it."""
+        figures = {"log Z (nats)": self.log_z, "least share of accepted moves": self.accepted}
+        islands, particles = self.x.shape[1:3]
+        title = f"{islands} islands of {particles:,} particles, {self.rungs} β"
+        notes = [f"{i}: {doubt}" for i, doubts in enumerate(self.doubts) for doubt in doubts]
+        return table_of(title, figures, notes, counted="condition")
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 @torch.no_grad()

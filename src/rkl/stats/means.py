@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import floats
+from rkl.tables import table_of
 
 
 class Mean(NamedTuple):
@@ -19,6 +20,9 @@ class Mean(NamedTuple):
     def pair(self) -> tuple[float, float]:
         """Value and error of a single number, as a cell of a table holds them."""
         return self.value.item(), self.error.item()
+
+    def _repr_html_(self) -> str:
+        return table_of("Mean and standard error", {"mean": tuple(self)})._repr_html_()
 
 
 def mean(values: Float[Tensor, "draws *columns"]) -> Mean:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import floats
+from rkl.tables import Table, table_of
 
 SLOPES = tuple(2.0 ** (octave / 2) for octave in range(-16, 17))  # 1/256 to 256, and 1 itself
 
@@ -18,6 +19,18 @@ class Curve(NamedTuple):
     slopes: Float[Tensor, " slopes"]
     precision: Float[Tensor, "*batch slopes"]
     recall: Float[Tensor, "*batch slopes"]
+
+    def table(self) -> Table:
+        """A row for each slope."""
+        figures = {
+            "slope": self.slopes.expand_as(self.precision),
+            "precision": self.precision,
+            "recall": self.recall,
+        }
+        return table_of("Precision-recall curve", figures)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def pr_curve(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rkl.checks import number, warn
 from rkl.metrics.precision_recall.sampled import checked_ratio
+from rkl.tables import Table, table_of
 
 
 class OperatingPoint(NamedTuple):
@@ -23,6 +24,18 @@ class OperatingPoint(NamedTuple):
     accept_lam: float
     budget: float
     target_precision: float
+
+    def table(self) -> Table:
+        """The three names, a row each."""
+        figures = {
+            "constant λ": self.accept_lam,
+            "draws per accepted sample": self.budget,
+            "precision at slope 1": self.target_precision,
+        }
+        return table_of("Operating point of rejection", figures)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def operating_point(

@@ -10,6 +10,7 @@ from torch import Tensor
 from rkl.checks import floats
 from rkl.metrics.precision_recall.curve import checked_slopes
 from rkl.stats import Mean, mean
+from rkl.tables import Table, table_of
 
 
 class SampledCurve(NamedTuple):
@@ -18,6 +19,14 @@ class SampledCurve(NamedTuple):
     slopes: Float[Tensor, " slopes"]
     precision: Mean
     recall: Mean
+
+    def table(self) -> Table:
+        """A row for each slope."""
+        figures = {"slope": self.slopes, "precision": self.precision, "recall": self.recall}
+        return table_of("Precision-recall curve", figures)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def pr_curve_sampled(

@@ -89,18 +89,18 @@ def test_whatever_ends_a_notebook_early_is_an_error(tmp_path, cell, fault):
 
 
 PYPLOT = "from matplotlib import pyplot as plt\nfigure, axes = plt.subplots()\naxes.plot([1, 2])\n"
+BARS = PYPLOT + "axes.bar([1], [2], yerr=[1])\n"  # whose errors are black by default
 OURS = "import rkl\nfrom rkl import plots\nfigure = plots.bars({'a': 1.0}, label='b')\nfigure\n"
 
 
-@pytest.mark.parametrize(
-    "code", [PYPLOT, PYPLOT + "figure\n", OURS], ids=["pyplot", "both", "rkl"]
-)
+@pytest.mark.parametrize("code", [BARS, PYPLOT + "figure\n", OURS], ids=["bars", "both", "rkl"])
 def test_a_figure_is_drawn_in_the_colours_of_the_page(tmp_path, code):
     drawn, after = notebooks.execute(written(tmp_path, f"# %% One line\n{code}\n# %%\n1 + 1\n"))
     assert drawn["figure"].count("<svg ") == 1
     assert "<title>One line</title>" in drawn["figure"]
     assert "currentColor" in drawn["figure"]
     assert "var(--series-1" in drawn["figure"]
+    assert "#000000" not in drawn["figure"]
     assert after == {"printed": "", "value": "2"}
 
 
@@ -123,14 +123,17 @@ def test_a_value_with_html_is_shown_by_it(tmp_path):
 
 
 def test_the_page_has_text_code_and_output_in_order():
-    source = TITLE + "# See [fit](fit.py).\n\n# %% A caption\nf('```')\n# %% [markdown]\n# End.\n"
+    source = (
+        TITLE + "#\n# See [fit](fit.py).\n\n# %% A caption\nf('```')\n# %% [markdown]\n# End.\n"
+    )
     outputs = [{"printed": "out\n", "value": "3", "html": "<b>a</b>", "figure": "<svg />"}]
     page = notebooks.page(source, outputs, "book")
     places = [
         page.index(it)
         for it in (
-            "# Title\nSee [fit](first-hour-fit.md).",
+            "# Title\n",
             "{download}`book.py`",
+            "See [fit](first-hour-fit.md).",
             "````python\nf('```')\n````",
             "```{code-block} text\n:class: output\n\nout\n3\n```",
             '```{raw} html\n<div class="output"><b>a</b></div>\n```',

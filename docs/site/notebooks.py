@@ -127,7 +127,8 @@ def _shown(value: Any, caption: str) -> dict[str, str]:
     if figures and not caption:
         raise ValueError('a cell with a figure must have a caption, "# %% CAPTION"')
     if figures:
-        return {"figure": to_svg(figures[0], caption)}
+        svg = to_svg(figures[0], caption)
+        return {"figure": svg.replace("#000000", "currentColor")}  # black is unseen on dark pages
     if hasattr(value, "_repr_html_"):
         return {"html": value._repr_html_()}
     return {} if value is None else {"value": repr(value)}
@@ -188,12 +189,13 @@ def page(source: str, outputs: list[dict[str, str]], name: str) -> str:
             continue
         parts.append(_fenced("python", cell.text))
         parts += _output(next(rest), cell.caption)
-    parts[0] += (
-        f"\n\n:::{{div}} trail\nThis page is {{download}}`{name}.py`, executed when the site was "
+    title, _, text = parts[0].partition("\n")
+    about = (
+        f"\n:::{{div}} trail\nThis page is {{download}}`{name}.py`, executed when the site was "
         f"built. `python {name}.py` runs it; VS Code, and Jupyter with Jupytext, open it as a "
-        "notebook.\n:::"
+        "notebook.\n:::\n"
     )
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([f"{title}\n{about}\n{text}", *parts[1:]]) + "\n"
 
 
 def _output(output: dict[str, str], caption: str) -> list[str]:

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Distil a model, and measure what it lost
+# # Distil: a smaller model, and what it lost
 #
 # You know TRL, and want a small model that does what a large one does. Here is the whole way, on
 # models so small that it takes about a minute: rows, teacher, student, training under several
@@ -210,7 +210,7 @@ for shift, (name, label) in enumerate(
     )
 axes.set_xticks([k + 0.19 for k in range(len(found))], list(found))
 axes.set(xlabel="student", ylabel="nats per token")
-axes.legend()
+figure.legend(loc="outside upper left", ncols=2)
 figure.savefig("lost.png")
 
 # %% [markdown]

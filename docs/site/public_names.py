@@ -18,8 +18,8 @@ GROUPS: dict[str, dict[str, str]] = {
     "rkl.distill": {
         "Distil": "distill DistillSettings dry_run Distilled DistillTrainer DistillConfig",
         "The loss": "distill_loss KDLoss Head read_head",
-        "Teachers": "Teacher PublishedTeacher ServerTeacher CachedTeacher cache_teacher "
-        "write_cache dry_run_cache CacheSettings",
+        "Teachers": "Teacher AlignedTeacher SortedTeacher TextTeacher PublishedTeacher "
+        "ServerTeacher CachedTeacher cache_teacher write_cache dry_run_cache CacheSettings",
         "Models and text": "load_model load_tokenizer new_model new_tokenizer Shape tokenize "
         "show_example PadRows",
         "The student's own text": "Writer ModelWriter ServerWriter Sampling Reply "

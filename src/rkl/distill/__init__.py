@@ -22,6 +22,7 @@ HOMES = {
     "selection": "DivergedError",
     "settings": "DistillSettings",
     "teachers.cache": "CachedTeacher cache_teacher",
+    "teachers.other_tokens": "AlignedTeacher SortedTeacher TextTeacher",
     "teachers.published": "PublishedTeacher",
     "teachers.server": "ServerTeacher",
     "teachers.teacher": "Teacher",

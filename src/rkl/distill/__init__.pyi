@@ -36,6 +36,9 @@ from rkl.distill.selection import DivergedError as DivergedError
 from rkl.distill.settings import DistillSettings as DistillSettings
 from rkl.distill.teachers.cache import CachedTeacher as CachedTeacher
 from rkl.distill.teachers.cache import cache_teacher as cache_teacher
+from rkl.distill.teachers.other_tokens import AlignedTeacher as AlignedTeacher
+from rkl.distill.teachers.other_tokens import SortedTeacher as SortedTeacher
+from rkl.distill.teachers.other_tokens import TextTeacher as TextTeacher
 from rkl.distill.teachers.published import PublishedTeacher as PublishedTeacher
 from rkl.distill.teachers.server import ServerTeacher as ServerTeacher
 from rkl.distill.teachers.teacher import Teacher as Teacher

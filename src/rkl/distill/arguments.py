@@ -16,7 +16,7 @@ from rkl.distill.models.lora import check_peft
 from rkl.distill.models.sharded import (
     is_sharded,
 )
-from rkl.distill.teachers.teacher import check_teacher
+from rkl.distill.teachers.teacher import Teacher, check_teacher
 from rkl.distill.text.data import IGNORED, TEACHER_IDS, TEACHER_LABELS, TokenDataset, tokenize
 from rkl.distill.text.sources import is_row
 from rkl.divergences import Divergence
@@ -102,8 +102,19 @@ def check_arguments(
     teachers: Any,
     divergence: Any,
     settings: Mapping[str, Any],
+    of_teacher: Any = None,
 ) -> None:
-    """Refuse what a trainer cannot be made of; ``settings`` are those of transformers.Trainer."""
+    """Refuse what a trainer cannot be made of.
+
+    Args:
+        model: The student.
+        args: Its settings.
+        teacher: A teacher.
+        teachers: Or several.
+        divergence: What is minimised.
+        settings: Those of transformers.Trainer.
+        of_teacher: The teacher's tokenizer.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be the student, a model; got {model!r}. rkl.distill.load_model gives one."
@@ -123,14 +134,21 @@ def check_arguments(
                 f"teacher must be left out where teacher_model_kind is {args.teacher_model_kind}: "
                 "the student is its own."
             )
+    elif args.teacher_alignment is not None:
+        _check_aligned(args.teacher_alignment, teacher, teachers, of_teacher, settings)
     elif teachers is None:
         check_teacher(teacher)
     elif teacher is not None:
         raise ValueError("teacher and teachers exclude one another; got both.")
     elif not isinstance(teachers, Mapping) or not teachers:
         raise TypeError(f"teachers must map names to one teacher at least; got {teachers!r}.")
-    for one in (teachers or {}).values():
+    for name, one in (teachers or {}).items():
         check_teacher(one)
+        if isinstance(one, Teacher) and not one.shares_tokens and len(teachers) > 1:
+            raise ValueError(
+                f"teachers: {name} has another tokenizer than the student, and must be the only "
+                "one."
+            )
     needed = {
         "teacher_routing_column": ("teachers", teachers is not None),
         "teachers_on_device": ("teachers", teachers is not None),
@@ -145,6 +163,25 @@ def check_arguments(
         raise ValueError("compute_loss_func must be left out: the divergence is the loss.")
     if settings.get("model_init") is not None:
         raise ValueError("model_init must be left out; pass the student as model.")
+
+
+def _check_aligned(
+    kind: str, teacher: Any, teachers: Any, of_teacher: Any, settings: Mapping[str, Any]
+) -> None:
+    """Refuse what cannot be aligned: no model, or tokenizers that are not at hand."""
+    if teachers is not None or not isinstance(teacher, nn.Module):
+        got = "teachers" if teachers is not None else f"{teacher!r:.80}"
+        raise TypeError(
+            f"teacher must be one model with teacher_alignment={kind!r}; got {got}. An "
+            "AlignedTeacher is given without it."
+        )
+    given = {"teacher_processing_class": of_teacher}
+    given["processing_class"] = settings.get("processing_class")
+    for name, tokenizer in given.items():
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"{name} must be a tokenizer with teacher_alignment={kind!r}; got {tokenizer!r}."
+            )
 
 
 def check_teacher_texts(dataset: Any, context: float, written: int = 0) -> None:

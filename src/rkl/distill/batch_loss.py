@@ -20,7 +20,7 @@ from rkl.distill.known import (
 from rkl.distill.loss import weighted_loss
 from rkl.distill.text.batches import DATA, STUDENT, TEACHER, Batch
 from rkl.divergences import KL, Divergence
-from rkl.estimators import LinearHead, TopK, per_token
+from rkl.estimators import LinearHead, TopK, exact, per_token
 
 
 class BatchLoss:
@@ -62,6 +62,7 @@ class BatchLoss:
         q: Known,
         count: Tensor | int,
         *,
+        own: Known | None = None,
         logged: bool = False,
     ) -> Tensor:
         """The sum over a batch's tokens of what is minimised, over the tokens of the whole step.
@@ -70,8 +71,9 @@ class BatchLoss:
             batch: Its T predicted tokens.
             sources: Who wrote each of them, [T]; None where all are of the data.
             p: What the teacher says of them.
-            q: What the student says of them.
+            q: What the student says of them, over the atoms that the teacher tells of.
             count: Tokens of the step.
+            own: What the student says of its own tokens, for labels, where its atoms are others.
             logged: Whether the standard error of a teacher known by draws is wanted.
         """
         if not len(batch.targets):
@@ -88,7 +90,7 @@ class BatchLoss:
         for terms in self._terms(sources, weight):
             how: Any = {"logged": logged, "of_student": terms.of_student}
             self.observations.note(terms.divergence, p, q, terms.weight, **how)
-        loss = self._weighted(batch, sources, p, q, weight, count)
+        loss = self._weighted(batch, sources, p, q, weight, count, own)
         if loss.isfinite():
             return loss
         values = self._values(batch, p, q, sources)
@@ -99,9 +101,9 @@ class BatchLoss:
         if not infinite.any():  # the sum over tokens, or the term of hard labels, overflowed
             return loss
         self.infinite += int(infinite.sum())
-        self._name(batch, p, q, infinite, sources)
+        self._name(batch, p, q, infinite, sources, spelt=own is None)
         finite = weight.masked_fill(infinite, 0.0)
-        return self._weighted(batch, sources, p, q, finite, count) if finite.any() else loss
+        return self._weighted(batch, sources, p, q, finite, count, own) if finite.any() else loss
 
     def _weighted(
         self,
@@ -111,10 +113,12 @@ class BatchLoss:
         q: Known,
         weight: Tensor,
         count: Tensor | int,
+        own: Known | None,
     ) -> Tensor:
         """Sum over tokens of their weight times what is minimised."""
         losses = []
         for terms in self._terms(sources, weight):
+            hard = terms.hard_label_weight
             loss = weighted_loss(
                 terms.divergence,
                 p=p,
@@ -122,9 +126,12 @@ class BatchLoss:
                 weight=terms.weight,
                 labels=batch.targets,
                 temperature=self.args.temperature,
-                hard_label_weight=terms.hard_label_weight,
+                hard_label_weight=hard if own is None else 0.0,
                 compiled=self.args.compiled,
             )
+            if own is not None and hard:
+                label = _label(batch, loss.dtype)
+                loss = loss + hard * exact(KL(), p=label, q=own, weight=terms.weight)
             losses.append(loss)
             if self.of_own_text is not None and loss.isfinite():
                 tokens = (terms.weight > 0).sum()
@@ -171,18 +178,19 @@ class BatchLoss:
         own = sources is not None and int(sources[token]) == STUDENT
         return (self.of_own_text if own else None) or self.divergence
 
-    def score(self, batch: Batch, p: Observed, q: Known) -> Tensor:
+    def score(self, batch: Batch, p: Observed, q: Known, *, own: Known | None = None) -> Tensor:
         """Of each row: the sums of finite divergences and of cross-entropies, two counts.
 
-        Those are of tokens with an infinite divergence, and of all tokens.
+        Those are of tokens with an infinite divergence, and of all tokens. ``own`` is what the
+        student says of its own tokens, where those of ``q`` are others.
         """
         totals = torch.zeros(len(batch.predicting), 4, device=batch.predicting.device)
         if not len(batch.targets):
             return totals
         self.observations.judge(self.divergence, p, q)
         value = self._values(batch, p, q)
-        label = TopK(torch.zeros_like(value)[:, None], batch.targets[:, None])
-        entropy = per_token({"label": KL()}, p=label, q=q)["label"]
+        label = _label(batch, value.dtype)
+        entropy = per_token({"label": KL()}, p=label, q=q if own is None else own)["label"]
         self._note_nan(batch, value)
         infinite = value.isinf()
         scores = [value.masked_fill(infinite, 0.0), entropy, infinite, torch.ones_like(value)]
@@ -196,6 +204,8 @@ class BatchLoss:
         q: Known,
         infinite: Tensor,
         sources: Tensor | None,
+        *,
+        spelt: bool,
     ) -> None:
         """Warn, once, of the first token whose divergence is infinite, and say where and why."""
         if self._named:
@@ -204,7 +214,7 @@ class BatchLoss:
         first = int(infinite.nonzero()[0])
         p, q = (at_temperature(it, self.args.temperature) for it in (p, q))
         divergence = self._divergence_at(sources, first)
-        atoms = infinite_atoms(divergence, p, q, first, batch.targets)
+        atoms = infinite_atoms(divergence, p, q, first, batch.targets) if spelt else None
         if atoms is None:
             warn(
                 f"{divergence} is infinite at {self._place(batch, first)}: among the atoms "
@@ -254,6 +264,11 @@ class _Terms(NamedTuple):
     weight: Tensor
     hard_label_weight: float
     of_student: bool = False
+
+
+def _label(batch: Batch, dtype: torch.dtype) -> TopK:
+    """All mass on the token that is there: KL(p ‖ q) is its cross-entropy."""
+    return TopK(torch.zeros_like(batch.targets, dtype=dtype)[:, None], batch.targets[:, None])
 
 
 def _zero(q: Known) -> Tensor:

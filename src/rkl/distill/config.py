@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from rkl.checks import LARGEST_RATE, number
 from rkl.distill.limits import (
+    check_alignment,
     check_counts,
     check_one_of,
     check_temperature,
@@ -68,6 +69,13 @@ class DistillConfig(TrainingArguments):
         teacher_sync_steps: Steps between two of them.
         teachers_on_device: "all" of several teachers, or "one" at a time, the others waiting on
             the CPU.
+        teacher_alignment: How a teacher with another tokenizer, whose ``teacher_processing_class``
+            the trainer then needs, is compared with the student: "bytes", where both begin a token
+            at the same byte (:class:`AlignedTeacher`); "sorted", by sorted probabilities
+            (:class:`SortedTeacher`); "text", by the text that it writes alone, with ``seq_kd``
+            (:class:`TextTeacher`); None for a teacher with the student's tokens.
+        loss_top_k: Number of likeliest common tokens that "bytes" tells apart from the rest; None
+            for all.
         allow_partial: Whether to minimise, on a teacher known by its top k, also a divergence of
             which most may lie among the other atoms, such as reverse KL or AKL.
     """
@@ -121,6 +129,12 @@ class DistillConfig(TrainingArguments):
     teachers_on_device: str = field(
         default="all", metadata={"help": "All of several teachers, or one at a time."}
     )
+    teacher_alignment: str | None = field(
+        default=None, metadata={"help": "Compare another tokenizer by bytes, sorted or text."}
+    )
+    loss_top_k: int | None = field(
+        default=None, metadata={"help": "Likeliest common tokens compared one by one."}
+    )
     allow_partial: bool = field(
         default=False, metadata={"help": "Minimise any divergence on a teacher's top k."}
     )
@@ -153,6 +167,13 @@ class DistillConfig(TrainingArguments):
         check_counts(self, "teacher_sync_steps")
         if self.teacher_model_kind is not None:
             check_one_of(self, "teacher_model_kind", *KINDS)
+        check_counts(self, "loss_top_k")
+        check_alignment(self)
+        if self.loss_top_k is not None and self.teacher_alignment != "bytes":
+            raise ValueError(
+                f"loss_top_k goes with teacher_alignment='bytes', and has no effect; got "
+                f"{self.loss_top_k}."
+            )
         if self.allow_partial not in (True, False):
             raise TypeError(f"allow_partial must be True or False; got {self.allow_partial!r}.")
         if self.compiled not in (None, True, False):

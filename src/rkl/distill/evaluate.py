@@ -319,6 +319,12 @@ def _load_teacher(
     if not isinstance(name, str):
         raise ValueError(f"teacher must be given: {run.path} does not say which it had.")
     quoted = shlex.quote(str(run.path))
+    if (kind := run.settings.get("teacher_alignment")) is not None:
+        raise ValueError(
+            f"teacher must be given: {run.path} learned from {name} with teacher_alignment="
+            f"{kind}, whose tokens are not the student's. Compare with a model that has them: "
+            f"rkl evaluate {quoted} --data DATA --teacher FOLDER"
+        )
     if is_address(name):
         raise ValueError(
             f"teacher must be given: {run.path} learned from {name}, a server that gives part of "

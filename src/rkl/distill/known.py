@@ -4,7 +4,7 @@ The trainer asks nothing its type; what depends on the kind of knowledge stands 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -38,6 +38,18 @@ def logits_of(known: Observed) -> Float[Tensor, "tokens vocab"]:
     if known.softcap is not None:
         logits = known.softcap * (logits / known.softcap).tanh()
     return logits / known.temperature
+
+
+def log_softmax_at(known: Known, tokens: Int[Tensor, " chosen"]) -> Float[Tensor, "chosen vocab"]:
+    """Log-probabilities at some tokens, in single precision or better, with a gradient."""
+    part: Any = known[tokens] if isinstance(known, Tensor) else known.hidden[tokens]
+    dtype = torch.promote_types(part.dtype, torch.float32)
+    if isinstance(known, Tensor):
+        return part.to(dtype).log_softmax(-1)
+    bias = None if known.bias is None else known.bias.to(dtype)
+    wide = known._replace(hidden=part.to(dtype), weight=known.weight.to(dtype), bias=bias)
+    with torch.autocast(part.device.type, enabled=False):  # it would round the products
+        return logits_of(wide).log_softmax(-1)
 
 
 def at_temperature(known: Any, temperature: float) -> Any:
@@ -160,6 +172,13 @@ class Observations:
         self._judged: set[bool] = set()  # of data and of own text
         # The sums and the numbers of: captured mass and tokens, variance of the loss and batches.
         self._captured, self._variance = torch.zeros(2, 2)
+        self._figures: dict[str, Tensor] = {}
+
+    def add(self, figures: Mapping[str, tuple[float, float]]) -> None:
+        """Sum what a teacher logs of itself: of each name a sum and a count."""
+        for name, pair in figures.items():
+            total = self._figures.get(name, torch.zeros(2))
+            self._figures[name] = total + torch.tensor(pair)
 
     def note(
         self,
@@ -172,6 +191,8 @@ class Observations:
         of_student: bool = False,
     ) -> None:
         """Judge the first tokens, and sum captured mass; of steps that are logged also errors.
+
+        Tokens of which nothing is known are no part of the mean of captured mass.
 
         Args:
             divergence: What is minimised at tokens of weight above 0.
@@ -187,7 +208,7 @@ class Observations:
         if (captured := captured_mass(p)) is None or not len(captured):
             return
         self.judge(divergence, p, q, of_student=of_student)
-        captured = captured[weight.to(captured.device) > 0]
+        captured = captured[(weight.to(captured.device) > 0) & (captured > 0)]
         self._captured += torch.stack([captured.sum().cpu(), torch.tensor(float(len(captured)))])
         if logged and isinstance(p, Sampled) and p.index.shape[-1] > 1:
             terms = sampled_terms(divergence, p=p, q=q)
@@ -218,11 +239,15 @@ class Observations:
         Args:
             total: The sum of a tensor over all processes, all of which come here.
         """
-        sums = total(torch.cat([self._captured, self._variance])).tolist()
+        own = [*self._figures.values()]
+        sums = total(torch.cat([self._captured, self._variance, *own])).tolist()
         self._captured, self._variance = torch.zeros(2, 2)
-        captured, tokens, variance, measured = sums
+        names, self._figures = [*self._figures], {}
+        captured, tokens, variance, measured, *others = sums
         logs = {"captured_mass": captured / tokens} if tokens else {}
-        return logs | ({"loss_error": math.sqrt(variance)} if measured else {})
+        logs |= {"loss_error": math.sqrt(variance)} if measured else {}
+        pairs = zip(names, others[::2], others[1::2], strict=True)
+        return logs | {name: value / count for name, value, count in pairs if count}
 
     @staticmethod
     def _is_whole(p: TopK, q: Known) -> bool:
@@ -230,7 +255,8 @@ class Observations:
         return p.index.shape[-1] == vocab
 
     def _judge_top(self, divergence: Divergence, p: TopK) -> None:
-        captured = float(p.logp.exp().sum(-1).clamp_max(1.0).mean())
+        known = p.logp.exp().sum(-1).clamp_max(1.0)
+        captured = float(known[known > 0].mean()) if (known > 0).any() else 0.0
         mass = f"the {p.index.shape[-1]} likeliest atoms, with {captured:.3f} of its mass"
         reason = lost_in_the_rest(divergence)
         if reason is not None and not self.allow_partial:
@@ -282,9 +308,13 @@ def confidence(p: Observed, q: Known, most: int) -> Float[Tensor, "measured 3"]:
         q: What is known of the student.
         most: Tokens that are measured, evenly spaced, at most.
     """
-    total = len(q.hidden if isinstance(q, LinearHead) else q)
-    device = (q.hidden if isinstance(q, LinearHead) else q).device
-    chosen = torch.linspace(0, max(total - 1, 0), min(most, total), device=device).long()
+    rows = q.hidden if isinstance(q, LinearHead) else q
+    places = torch.arange(len(rows), device=rows.device)
+    if isinstance(q, Tensor):  # a single atom is that of a token which is not compared
+        places = places[(q > -math.inf).sum(-1) > 1]
+    total = len(places)
+    chosen = torch.linspace(0, max(total - 1, 0), min(most, total), device=rows.device).long()
+    chosen = places[chosen]
     logq = logits_of(_tokens(q, chosen)).float().log_softmax(-1)
     if isinstance(p, Sampled):
         unknown = logq.new_full((len(chosen),), math.nan)

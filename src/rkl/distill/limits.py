@@ -23,6 +23,8 @@ ABOUT = "cache.json"  # of a folder in which rkl cache keeps what a teacher told
 COMPRESSED = "compressed_logprobs"  # column of a capture of DistillKit
 IN_THE_DATA = "data:"  # before the column that a teacher is read from
 
+ALIGNMENTS = "text", "bytes", "sorted"  # of a teacher with another tokenizer
+
 TEMPLATE_ARGUMENTS = {  # of apply_chat_template
     *("tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"),
     *("return_assistant_tokens_mask", "conversation", "chat_template"),
@@ -76,6 +78,28 @@ def check_temperature(settings: Any, *, greedy: bool = False) -> None:
 def check_one_of(settings: Any, name: str, *words: str) -> None:
     """Refuse a setting that is none of these words."""
     choice(name, getattr(settings, name), words)
+
+
+def check_alignment(settings: Any) -> None:
+    """Refuse settings that the alignment of a teacher with another tokenizer cannot have."""
+    if (kind := settings.teacher_alignment) is None:
+        return
+    check_one_of(settings, "teacher_alignment", *ALIGNMENTS)
+    if settings.teacher_model_kind is not None:
+        raise ValueError(
+            "teacher_alignment is for a teacher with another tokenizer; got "
+            f"{kind!r} with teacher_model_kind={settings.teacher_model_kind!r}."
+        )
+    if kind == "text" and not settings.seq_kd:
+        raise ValueError(
+            "teacher_alignment='text' needs seq_kd, so that the teacher writes text; without it "
+            "it would have no part in the training."
+        )
+    if kind != "sorted" and settings.temperature != 1:
+        raise ValueError(
+            f"temperature must be 1 with teacher_alignment={kind!r}, whose atoms another "
+            f"temperature would need apart; got {settings.temperature}."
+        )
 
 
 def template_variables(value: Any) -> dict[str, Any]:

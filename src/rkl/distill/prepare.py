@@ -230,18 +230,21 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     models["student"] = student
     for name, model in models.items():
         check_causal(name, model)
-    text = _kept_apart(text, models)
+    aligned = settings.teacher_alignment is not None  # the teacher then reads texts one by one
+    text = _kept_apart(text, {"student": student} if aligned else models)
     if isinstance(teacher, Teacher):
         text = text.unpacked() if teacher.needs_rows_apart else text
         teacher.check_tokenizer(tokenizers[1])
         for blocks in text.observed(settings):
             teacher.check_rows(blocks, settings.max_length)
-    for name, one in ({"": teacher} if teacher is not None else teachers).items():
+    shared = {"": teacher} if teacher is not None else teachers
+    for name, one in ({} if aligned else shared).items():
         of_teacher = one.vocab if isinstance(one, Teacher) else _vocab(one)
         tokenizer = tokenizers[0] if not name else _tokenizer_of_teacher(settings, name)
         _check_shared(text, name, of_teacher, _vocab(student), (tokenizer, tokenizers[1]))
     for name, model in models.items():
-        _check_fits(name, model, settings, text)
+        if name == "student" or not aligned:
+            _check_fits(name, model, settings, text)
         if settings.writes:
             check_prompts(text.blocks, settings, context_of(model))
         if name != "student" or settings.teacher_model_kind is not None:
@@ -798,6 +801,8 @@ def make_trainer(
         "max_length": settings.max_length,
         "compiled": settings.compiled,
         "allow_partial": settings.allow_partial,
+        "teacher_alignment": settings.teacher_alignment,
+        "loss_top_k": settings.loss_top_k if settings.teacher_alignment == "bytes" else None,
         **{name: it for name in OF_TEACHERS if (it := getattr(settings, name)) is not None},
         **{name: getattr(settings, name) for name in OF_GENERATION},
         "bf16": settings.dtype == "bfloat16",

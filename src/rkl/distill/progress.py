@@ -38,6 +38,7 @@ OWN_TEXT = (  # figures of the student's own text
 _LOGGED = "loss", "grad_norm", "learning_rate", "infinite_tokens"
 _LOGGED += "eval_loss", "eval_cross_entropy", "eval_infinite_tokens", "eval_finite_loss"
 _LOGGED += ("captured_mass", "loss_error", "lmbda", "data_loss", "on_policy_loss", *OWN_TEXT)
+_LOGGED += "aligned_tokens", "matched_mass", "one_to_one"  # of a teacher with other tokens
 
 
 @contextlib.contextmanager

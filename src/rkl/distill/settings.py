@@ -11,6 +11,7 @@ from rkl import checks
 from rkl.checks import LARGEST_RATE, number
 from rkl.distill.limits import (
     COMPRESSED,
+    check_alignment,
     check_counts,
     check_one_of,
     check_temperature,
@@ -36,13 +37,19 @@ class DistillSettings:
     """Everything that decides what a run of :func:`rkl.distill.run.distill` ends in.
 
     Args:
-        teacher: The model to imitate, with the student's tokenizer: a folder of save_pretrained,
-            a .gguf file, package:NAME for the one in an installed package, or a name on the Hub;
+        teacher: The model to imitate, with the student's tokenizer or --teacher-alignment: a
+            folder of save_pretrained, a .gguf file, package:NAME for the one in an installed
+            package, or a name on the Hub;
             or the address of a server that gives log-probabilities, such as http://host:8000/v1,
             whose key, if it wants one, is read from RKL_TEACHER_API_KEY; or a folder that
             rkl cache wrote; or data:COLUMN, the log-probabilities that others published in a
             column of --data and --eval-data, such as data:target_logprobs; by default none, where
             --teachers or --teacher-model-kind is given.
+        teacher_alignment: How a teacher with another tokenizer is compared with the student:
+            bytes, over the tokens that both have, where both begin one at the same byte; sorted,
+            by sorted probabilities, which do not tell tokens apart (give --hard-label-weight);
+            text, by the text that it writes alone (--seq-kd); by default the tokenizers must be
+            the same.
         teacher_compression: Of a teacher in a column that is a capture of DistillKit
             (data:compressed_logprobs), the compression_config.yaml beside it; none by default.
         teachers: Several models, each with a name, as math=PATH code=PATH; of each row the one
@@ -141,7 +148,9 @@ class DistillSettings:
         dtype: What is computed in; the weights of the student stay float32.
         compiled: Compile the loss; by default where the work is worth the minute it takes.
         loss_top_k: Of a teacher on a server, the number of likeliest tokens asked for at each
-            place; 64 by default. Servers of vLLM give 20 unless started with --max-logprobs.
+            place; 64 by default. Servers of vLLM give 20 unless started with --max-logprobs. With
+            --teacher-alignment bytes, the number of likeliest common tokens compared one by one;
+            all by default.
         teacher_timeout: Seconds that an answer of a server may take.
         teacher_reference: A model here of the same weights as the one on the server, from which
             the distance of its answers is measured on the first batch, and said; by default
@@ -152,8 +161,8 @@ class DistillSettings:
             time.
         shard: Give each of several processes a part of the weights of student and teacher (FSDP2),
             which are gathered layer by layer, rather than all of them: for models that are too
-            large for one GPU. Not with --lora-rank, --lmbda, --seq-kd, --teachers or
-            --teacher-model-kind.
+            large for one GPU. Not with --lora-rank, --lmbda, --seq-kd, --teachers,
+            --teacher-model-kind or --teacher-alignment.
         lora_rank: Rank of LoRA adapters, which are then trained in place of all weights (extra
             peft); none by default. Their alpha is twice the rank, so that the rate needs no
             change with it. The run holds the student with the adapters merged, and the adapters
@@ -171,6 +180,7 @@ class DistillSettings:
     teacher: str | None = None
     data: str = ""  # refused: a word before it has a default
     teacher_compression: str | None = None
+    teacher_alignment: Literal["text", "bytes", "sorted"] | None = None
     teachers: tuple[str, ...] = field(default=(), metadata={"metavar": "NAME=PATH"})
     teacher_routing_column: str | None = None
     teachers_on_device: Literal["all", "one"] | None = None
@@ -256,6 +266,7 @@ class DistillSettings:
                 f"{self.on_policy_divergence} with lmbda={self.lmbda}."
             )
         _ = self.weigh_tokens
+        self._check_aligned()
         self._check_published()
         self._check_server()
         if self.student is None and self.teacher is not None and is_cache(self.teacher):
@@ -316,6 +327,7 @@ class DistillSettings:
     def _check_shard(self) -> None:
         """Refuse what models whose weights processes share cannot do."""
         names = "lora_rank", "lmbda", "seq_kd", "teachers", "teacher_model_kind"
+        names = *names, "teacher_alignment"
         for name in names if self.shard else ():
             if value := getattr(self, name):
                 raise ValueError(
@@ -411,7 +423,8 @@ class DistillSettings:
     def _check_server(self) -> None:
         """Refuse what a teacher on a server, known by its likeliest tokens, cannot do."""
         if self.teacher is None or not is_address(self.teacher):
-            for name in ("loss_top_k", "teacher_reference"):
+            names = ("loss_top_k", "teacher_reference")
+            for name in names[1:] if self.teacher_alignment == "bytes" else names:
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(
                         f"{name} is for a teacher on a server, such as http://host:8000/v1, and "
@@ -428,6 +441,34 @@ class DistillSettings:
                 f"{self.teacher}."
             )
         self._check_top_k("a teacher on a server")
+
+    def _check_aligned(self) -> None:
+        """Refuse what a teacher with another tokenizer cannot be, or do."""
+        check_temperature(self)
+        check_alignment(self)
+        if (kind := self.teacher_alignment) is None:
+            return
+        named = str(self.teacher)
+        elsewhere = is_address(named) or is_cache(named) or published_column(named) is not None
+        if self.teacher is None or elsewhere:
+            raise ValueError(
+                f"teacher must be one model with teacher_alignment={kind!r}; got "
+                f"{'teachers' if self.teachers else named}."
+            )
+        if self.cache_teacher:
+            raise ValueError(
+                f"cache_teacher keeps what a teacher tells of the student's tokens; got True with "
+                f"teacher_alignment={kind!r}."
+            )
+        if kind == "sorted":
+            for divergence in filter(None, (self.minimised, self.minimised_on_policy)):
+                if divergence.takes_labels:
+                    raise ValueError(
+                        f"divergence: {divergence} looks at the true token, and sorted "
+                        "probabilities have lost which one that is."
+                    )
+            return
+        self._check_top_k(f"a teacher with teacher_alignment={kind!r}")
 
     def _check_published(self) -> None:
         """Refuse what a teacher in a column of the data cannot do."""

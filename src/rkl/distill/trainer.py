@@ -1,6 +1,7 @@
 """Distillation as a transformers.Trainer: D(teacher ‖ student) at every labelled token."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -54,6 +55,7 @@ from rkl.distill.models.sharded import (
 )
 from rkl.distill.processes import disconnect_at_exit
 from rkl.distill.selection import PATIENCE, DivergedError, bad_weights, improves, not_finite
+from rkl.distill.teachers.other_tokens import align_teacher
 from rkl.distill.teachers.self_teacher import SelfTeacher
 from rkl.distill.teachers.several import RouteRows, SeveralTeachers
 from rkl.distill.teachers.teacher import Teacher, as_teacher
@@ -113,7 +115,9 @@ class DistillTrainer(Trainer):
         model: The student.
         args: Its settings.
         teacher: A model with the student's tokenizer, which is left as it is; "base" for the
-            model below a PEFT student's adapters; or any :class:`Teacher`, such as a cache.
+            model below a PEFT student's adapters; or any :class:`Teacher`, such as a cache. One of
+            another tokenizer is an :class:`AlignedTeacher`, or a model with ``teacher_alignment``
+            in ``args`` and its ``teacher_processing_class``.
         teachers: Several of them, by name, in place of one: the column of the data that
             ``teacher_routing_column`` names says which of them a row learns from.
         divergence: Any divergence.
@@ -150,7 +154,9 @@ class DistillTrainer(Trainer):
         **kwargs: Any,
     ):
         args = DistillConfig() if args is None else args
-        check_arguments(model, args, teacher, teachers, divergence, kwargs)
+        check_arguments(
+            model, args, teacher, teachers, divergence, kwargs, teacher_processing_class
+        )
         check_on_policy(on_policy_divergence, args)
         tokenizer = kwargs.get("processing_class")
         if (started := world().size) != args.world_size:
@@ -172,11 +178,16 @@ class DistillTrainer(Trainer):
             args, self._schedule.at(1.0), on_policy_divergence, token_weight, tokenizer
         )
         self._head = read_head(cast(nn.Module, model))
-        self._teacher = self._as_one(teacher, teachers, args)
+        tokenizers = teacher_processing_class, tokenizer
+        self._teacher = self._as_one(teacher, teachers, args, tokenizers)
+        for it in (self._schedule.at(1.0), on_policy_divergence):
+            if it is not None:
+                self._teacher.check_divergence(it)
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = self._kept_apart(kwargs[name])
+        of_teacher = teacher_processing_class if self._teacher.shares_tokens else None
         self._shared = share_vocabulary(
-            self._teacher.vocab, self._head.vocab, teacher_processing_class, tokenizer
+            self._teacher.vocab, self._head.vocab, of_teacher, tokenizer
         )
         self._vocab = self._shared.size
         if kwargs.get("data_collator") is None:
@@ -216,11 +227,17 @@ class DistillTrainer(Trainer):
         self.add_callback(_Guard(self._check_step, self._rewind_completions))
         self.add_callback(_Follow(self._teacher))
 
-    def _as_one(self, teacher: Any, teachers: Any, args: DistillConfig) -> Teacher:
+    def _as_one(
+        self, teacher: Any, teachers: Any, args: DistillConfig, tokenizers: tuple[Any, Any]
+    ) -> Teacher:
         """The teacher, or several behind one; a single one of them is that one itself."""
         if args.teacher_model_kind is not None:
             how: Any = {"rate": args.teacher_update_rate, "sync_steps": args.teacher_sync_steps}
             return SelfTeacher(self._head, args.teacher_model_kind, device=args.device, **how)
+        if args.teacher_alignment is not None:
+            kind: Any = args.teacher_alignment
+            teacher = teacher.to(args.device)
+            return align_teacher(kind, teacher, *tokenizers, top_k=args.loss_top_k)
         if teachers is None:
             return as_teacher(teacher, self._head, args.device)
         one = args.teachers_on_device == "one" and len(teachers) > 1
@@ -240,7 +257,10 @@ class DistillTrainer(Trainer):
     def _kept_apart(self, dataset: Any) -> Any:
         """A data set of which rows share no block where a model would mix them up."""
         if isinstance(dataset, TokenDataset) and dataset.begins is not None:
-            for name, model in self._models().items():
+            models = self._models()
+            if not self._teacher.shares_tokens:  # it reads texts one by one
+                models = {"student": models["student"]}
+            for name, model in models.items():
                 if (reason := why_not_apart(model)) is not None:
                     warn(
                         f"packing: rows get a block each, for the {name} mixes them up: {reason}."
@@ -286,8 +306,9 @@ class DistillTrainer(Trainer):
                 "mix in; got mix."
             )
         tokenizers = {"student": tokenizer, "teacher": teacher_tokenizer}
-        written = {name: tokenizers.get(name, teacher_tokenizer) for name in models}
-        ends = common_ends({name: (it, written[name]) for name, it in models.items()})
+        alike = models if self._teacher.shares_tokens else {"student": models["student"]}
+        written = {name: tokenizers.get(name, teacher_tokenizer) for name in alike}
+        ends = common_ends({name: (it, written[name]) for name, it in alike.items()})
         how: Any = {"context": min(context_of(it) for it in models.values())}
         how |= {"vocab": self._vocab}
         how |= {"banned": [it for it in self._shared.differing if it < self._vocab]}
@@ -295,8 +316,7 @@ class DistillTrainer(Trainer):
         student = ModelWriter(models["student"], sampling_of(args), ends, around=autocast, **how)
         teacher = None
         if args.seq_kd:
-            around = self._teacher.writing
-            teacher = ModelWriter(models["teacher"], sampling_of(args), ends, around=around, **how)
+            teacher = self._teacher.writer(sampling_of(args), ends, **how)
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         if args.student_server is not None:
             if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -345,11 +365,13 @@ class DistillTrainer(Trainer):
         self._batch = batch = shifted(inputs)
         sources = sources_of(inputs, batch)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
-        p, share = self._observe(batch, inputs), len(batch.targets) / count
+        (p, view), share = self._observe(batch, inputs), len(batch.targets) / count
 
-        def measure(q: Known) -> Tensor:
+        def measure(own: Known) -> Tensor:
             logged = (self.state.global_step + 1) % self._logging_steps == 0
-            loss = self._batch_loss.of_step(batch, sources, p, q, count, logged=logged)
+            q = view(own)
+            how: Any = {"own": None if q is own else own, "logged": logged}
+            loss = self._batch_loss.of_step(batch, sources, p, q, count, **how)
             if sources is not None and len(sources):
                 self._note_own_text(inputs, p, q, loss.detach() * (count / len(sources)))
             return loss
@@ -412,10 +434,13 @@ class DistillTrainer(Trainer):
         self.divergence = self._schedule.at(1.0)
         batch = shifted(inputs)
         with torch.no_grad():
-            p = self._observe(batch, inputs)
-            scores = self._in_place_of_head(
-                model, batch, lambda q: self._batch_loss.score(batch, p, q)
-            )
+            p, view = self._observe(batch, inputs)
+
+            def score(own: Known) -> Tensor:
+                q = view(own)
+                return self._batch_loss.score(batch, p, q, own=None if q is own else own)
+
+            scores = self._in_place_of_head(model, batch, score)
             self._scores.append(cast(Tensor, self.accelerator.gather_for_metrics(scores)))
             loss = scores[:, 0].sum() / scores[:, 3].sum().clamp_min(1)
             loss = loss.masked_fill(scores[:, 2].sum() > 0, math.inf)
@@ -789,8 +814,13 @@ class DistillTrainer(Trainer):
             if isinstance(self.processing_class, PreTrainedTokenizerBase):
                 self.processing_class.save_pretrained(folder)
 
-    def _observe(self, batch: Batch, inputs: Mapping[str, Any]) -> Observed:
-        """The teacher's distributions for a batch, in the precision of the training."""
+    def _observe(
+        self, batch: Batch, inputs: Mapping[str, Any]
+    ) -> tuple[Observed, Callable[[Known], Known]]:
+        """The teacher's distributions for a batch, in the precision of the training.
+
+        With it comes what gives the student's distributions over the same atoms.
+        """
         tokens = batch.inputs.get("input_ids")
         if self._shared.differing and isinstance(tokens, Tensor):
             self._shared.check(
@@ -801,7 +831,11 @@ class DistillTrainer(Trainer):
             read, predicting = for_teacher(batch, inputs, routed=self._teacher.is_routed)
             if TEACHER_IDS in inputs:
                 self._check_teacher_text(inputs)
-            return self._teacher.observe(read, predicting, vocab=self._vocab)
+            p = self._teacher.observe(read, predicting, vocab=self._vocab)
+        if self._student().training:
+            self._batch_loss.observations.add(self._teacher.figures(read, predicting))
+        how: Any = {"inputs": read, "predicting": predicting}
+        return p, functools.partial(self._teacher.student_view, **how)
 
     def _check_teacher_text(self, inputs: Mapping[str, Any]) -> None:
         """Refuse a text of the teacher's that it cannot read."""

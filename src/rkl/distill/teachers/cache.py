@@ -252,6 +252,11 @@ def cache_teacher(
         teacher = ModelTeacher(teacher if device is None else teacher.to(device))
     elif not isinstance(teacher, Teacher):
         raise TypeError(f"teacher must be a model or a Teacher; got a {type(teacher).__name__}.")
+    if not teacher.shares_tokens:
+        raise ValueError(
+            "teacher must have the student's tokens, which a cache is of; got a "
+            f"{type(teacher).__name__}."
+        )
     keep = keep if isinstance(keep, Keep) else parse_keep(keep)
     source = Source(teacher, rows, batch_size, max_length)
     about = source.about(keep, stored, tokenizer, seed, made or {})

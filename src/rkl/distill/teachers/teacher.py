@@ -1,10 +1,11 @@
 """Teachers: the protocol, a model, and the base below the student's own adapters."""
 
 import abc
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool
@@ -13,9 +14,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rkl.distill.known import Observed
+from rkl.distill.known import Known, Observed
 from rkl.distill.models.heads import Head, read_head
 from rkl.distill.models.lora import adapters_off, is_adapted
+from rkl.distill.writing.rollouts import ModelWriter, Writer
+from rkl.distill.writing.sampling import Sampling
+from rkl.divergences import Divergence
 
 
 class Teacher(abc.ABC):
@@ -26,7 +30,8 @@ class Teacher(abc.ABC):
     - ``vocab``, the number of its atoms;
     - ``observe``, which says what is known of p at the predicted tokens of a batch;
     - ``model``, where it is a model of transformers, which can then write text (``seq_kd``);
-    - ``reads_any_text = False``, where it can observe the rows of one data set alone.
+    - ``reads_any_text = False``, where it can observe the rows of one data set alone;
+    - ``shares_tokens = False`` and ``student_view``, where its atoms are not the student's tokens.
     """
 
     vocab: int
@@ -34,6 +39,7 @@ class Teacher(abc.ABC):
     reads_any_text: bool = True
     needs_rows_apart: bool = False  # whether it knows rows that have a block each alone
     is_routed: bool = False  # whether it wants the number of each row's teacher with a batch
+    shares_tokens: bool = True  # whether it reads and writes the student's tokens
 
     def check_rows(self, rows: Any, max_length: int | None = None) -> None:
         """Refuse rows that it cannot observe; most teachers can observe any."""
@@ -42,6 +48,32 @@ class Teacher(abc.ABC):
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a student's tokenizer that it does not share, where it knows its own."""
         return
+
+    def check_divergence(self, divergence: Divergence) -> None:
+        """Refuse a divergence that means nothing on what it tells; most take any."""
+        return
+
+    def student_view(
+        self, q: Known, inputs: Mapping[str, Any], predicting: Bool[Tensor, "rows steps"]
+    ) -> Known:
+        """The student's distributions over the atoms that ``observe`` tells of, differentiable.
+
+        Most teachers tell of the student's own tokens, and so leave them as they are. One that
+        does not gives a row for each predicted token too; where a token is not to be compared,
+        both give the same one atom all mass.
+
+        Args:
+            q: What is known of the student at the predicted tokens.
+            inputs: What ``observe`` got.
+            predicting: What ``observe`` got.
+        """
+        return q
+
+    def figures(
+        self, inputs: Mapping[str, Any], predicting: Bool[Tensor, "rows steps"]
+    ) -> dict[str, tuple[float, float]]:
+        """Figures of a batch for the log: a sum and a count for each of the same names."""
+        return {}
 
     def follow(self, step: int) -> None:
         """Change with the student, after a step of it; most teachers stay as they are."""
@@ -58,6 +90,27 @@ class Teacher(abc.ABC):
     def writing(self) -> AbstractContextManager:
         """While this lasts, ``model`` writes as the teacher does."""
         return nullcontext()
+
+    def writer(
+        self,
+        sampling: Sampling,
+        ends: Sequence[int],
+        *,
+        context: float = math.inf,
+        vocab: int | None = None,
+        banned: Collection[int] = (),
+    ) -> Writer:
+        """A writer of the teacher's text, in the student's tokens, where it has a ``model``.
+
+        Args:
+            sampling: How tokens are drawn.
+            ends: The student's tokens that end a reply.
+            context: Most tokens of a prompt and its reply together.
+            vocab: Only the student's tokens below this one are written.
+            banned: Tokens of the student's that are never written.
+        """
+        how: Any = {"context": context, "vocab": vocab, "banned": banned}
+        return ModelWriter(cast(nn.Module, self.model), sampling, ends, around=self.writing, **how)
 
     @abc.abstractmethod
     def observe(

@@ -111,7 +111,8 @@ def share_vocabulary(
         names = sorted({it for pair in differing.values() for it in pair if it is not None})
         raise ValueError(
             f"teacher and student must share a tokenizer; theirs differ in {len(names)} tokens, "
-            f"{names[0]!r} among them, so that their probabilities cannot be compared."
+            f"{names[0]!r} among them, so that their probabilities cannot be compared. Two "
+            "tokenizers are compared with teacher_alignment (--teacher-alignment bytes)."
         )
     if logits < (1 - MAX_DIFFERING) * shared:
         raise ValueError(
@@ -171,7 +172,8 @@ def check_splits_alike(
     if differing > math.ceil(len(passages) / 2):
         raise ValueError(
             f"teacher and student must share a tokenizer; {words}. The teacher would read tokens "
-            "that its own tokenizer does not make."
+            "that its own tokenizer does not make. Two tokenizers are compared with "
+            "teacher_alignment (--teacher-alignment bytes)."
         )
     return f"{words[0].upper()}{words[1:]}. The student's is used."
 

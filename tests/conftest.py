@@ -11,8 +11,6 @@ import hypothesis
 import jaxtyping
 import pytest
 
-import rkl
-
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
@@ -43,6 +41,8 @@ def _signatures(request, monkeypatch):
 @pytest.fixture
 def no_matplotlib(monkeypatch):
     """Take matplotlib away, and what of rkl has imported it."""
+    import rkl  # not above: jaxtyping must come first
+
     for name in [it for it in sys.modules if re.match(r"rkl\.(plots|report)(\.|$)", it)]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("plots", "report"):

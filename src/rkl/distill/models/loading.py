@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -70,8 +70,9 @@ def load_model(
     if not known and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(f"dtype must be auto or one of torch's, as float32; got {dtype!r}.")
     how: Any = {"dtype": dtype, "use_safetensors": True}
-    if _locate(name)[1] is not None:
-        how["quantization_config"] = GgufConfig(dequantize=True)
+    # Older versions of transformers, as 5.14, dequantise every such file and have no such class.
+    if _locate(name)[1] is not None and hasattr(transformers, "GgufConfig"):
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     how |= {} if revision is None else {"revision": revision}
     if (adapter := _adapter(name)) is not None:
         model = load_merged(*adapter, lambda base: load_model(base, dtype=torch.float32))

@@ -497,3 +497,30 @@ def test_a_run_that_is_called_as_the_command_is_not_taken_for_the_run(
     with pytest.raises(SystemExit, match="0"):
         cli.main(["sample", "flow", "--help"])
     assert "--latent-temperature" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("before", "variables", "spins"),
+    [
+        ("", {}, "10000"),
+        ("", {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("import torch;", {}, "None"),
+    ],
+    ids=["by itself", "a policy of the user's", "a count of the user's", "torch is there"],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_has_chosen(before, variables, spins):
+    """It counts only where torch is not loaded yet."""
+    code = f"import contextlib, os; {before} from rkl import cli\n"
+    code += "with contextlib.suppress(SystemExit): cli.main(['--version'])\n"
+    code += "print(os.environ.get('GOMP_SPINCOUNT'))"
+    chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    clean = {name: value for name, value in os.environ.items() if name not in chosen}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == spins

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from torch.distributions import Independent, Normal, Uniform
+from torch.distributions import Cauchy, Independent, Normal, Uniform
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkl.sample import metropolis
@@ -50,11 +50,23 @@ def test_the_scan_takes_the_steps_that_a_loop_takes(held, monkeypatch):
         for k in (0, 1)
     )
     present = log_w[0]
-    for t in range(1, 500):
-        taken = threshold[t] > present
-        present = torch.where(taken, log_w[t], present)
+    for t in range(500):  # the first row is the start
+        taken = threshold[t + 1] > present
+        present = torch.where(taken, log_w[t + 1], present)
         assert torch.equal(chain.accepted[:, t], taken)
         assert torch.equal(chain.log_ratio[:, t], present)
+
+
+def test_chains_do_not_begin_in_the_tails_of_the_proposal():
+    """A Cauchy variable is beyond 5 with probability 0.126, the target with 6e-7.
+
+    Begun at a proposal, 0.126² of the chains would be there after one step; begun at one of 16 by
+    their weights, only those whose 16 are all there.
+    """
+    heavy = Independent(Cauchy(torch.zeros(1), torch.ones(1)), 1)
+    target = GaussianMixture(means=((0.0,),))
+    chain = independent_metropolis(target, heavy, torch.ones(1), draws=1, chains=4000)
+    assert (chain.x.abs() > 5).double().mean() < 0.001
 
 
 def test_log_p_and_log_q_are_those_of_the_states_also_after_a_rejection():

@@ -21,6 +21,7 @@ from rkl.stats import ess, ess_tail, integrated_time, rhat
 from rkl.tables import Table, table_of
 
 NUMBERS = 2**24  # coordinates of proposals held at a time
+STARTS = 16  # proposals out of which a chain begins at one
 
 
 @runtime_checkable
@@ -42,7 +43,7 @@ class Chain:
 
     Attributes:
         x: The states, [\*batch, chains, draws, \*event].
-        accepted: Whether each proposal was accepted; the first of a chain is its start.
+        accepted: Whether each proposal was accepted.
         log_ratio: log p(x) − log q(x) of each state in nats, up to log Z.
         log_p: log p(x) of each state in nats, up to log Z.
         log_q: log q(x) of each state in nats.
@@ -171,7 +172,9 @@ def independent_metropolis(
         draws: Number of draws of each chain, the first included.
         chains: Number of chains for each condition.
         seed: Random seed.
-        start: States to begin at, [\*batch, chains, \*event]; by default the first proposals.
+        start: States to begin at, [\*batch, chains, \*event]; by default each chain begins at one
+            of 16 proposals, drawn by their weights w: a proposal far out in the tails of q, such
+            as heavy ones have, would count for as much as all other draws in a mean.
         local: A move that leaves p invariant, such as HeatBath(), made after every step.
 
     Returns:
@@ -186,7 +189,7 @@ def independent_metropolis(
     >>> wide = Independent(Normal(torch.zeros(1), 2 * one), 1)
     >>> chain = independent_metropolis(target, wide, one, draws=10_000)
     >>> round(chain.acceptance.item(), 2), round(chain.x.std().item(), 1)
-    (0.58, 1.0)
+    (0.59, 1.0)
     """
     condition = check_condition(target, condition)
     integer("draws", draws, at_least=1, at_most=LARGEST_COUNT)
@@ -255,10 +258,15 @@ def _warn_of_failure(chain: Chain) -> None:
         )
 
 
-def _present(target, law, condition, chains: int, start: Tensor | None) -> tuple | None:
+def _present(target, law, condition, chains: int, start: Tensor | None) -> tuple:
     """The states to start from with their log p and log q, [chains, *batch, ...]."""
     if start is None:
-        return None
+        size = min(STARTS, _block(law, chains)), chains
+        parts = draw_proposals(target, law, condition, size)
+        log_w = parts[1] - parts[2]
+        gumbel = -torch.empty_like(log_w).exponential_().log()
+        chosen = (log_w + gumbel).argmax(0, keepdim=True)
+        return tuple(_rows(it, chosen)[0] for it in parts)
     floats("start", start)
     batch = condition.shape[:-1]
     if start.shape != (*batch, chains, *target.event_shape):
@@ -272,20 +280,18 @@ def _block(law: Any, chains: int) -> int:
     return max(1, NUMBERS // (chains * max(1, math.prod((*law.batch_shape, *law.event_shape)))))
 
 
-def _scan_proposals(target, law, condition, size: tuple[int, int], present: tuple | None) -> tuple:
+def _scan_proposals(target, law, condition, size: tuple[int, int], present: tuple) -> tuple:
     """All steps, a block of proposals at a time; every part is [draws, chains, *batch, ...]."""
     draws, chains = size
     block = _block(law, chains)
     blocks: list[tuple] = []
     for start in range(0, draws, block):
         parts = draw_proposals(target, law, condition, (min(block, draws - start), chains))
-        if present:  # it goes before the proposals
-            pairs = zip(present, parts, strict=True)
-            parts = tuple(torch.cat([old[None], new]) for old, new in pairs)
+        pairs = zip(present, parts, strict=True)  # the present state goes before the proposals
+        parts = tuple(torch.cat([old[None], new]) for old, new in pairs)
         taken, state = _states(parts[1] - parts[2])
-        first = 1 if present else 0
-        states = tuple(_rows(it, state[first:]) for it in parts)
-        blocks.append((taken[first:], *states))
+        states = tuple(_rows(it, state[1:]) for it in parts)
+        blocks.append((taken[1:], *states))
         present = tuple(it[-1] for it in states)
     taken, x, log_p, log_q = map(torch.cat, zip(*blocks, strict=True))
     log_ratio = log_p - log_q
@@ -338,7 +344,7 @@ def _scan(steps: tuple) -> tuple:
 
 
 def _walk_with_local_moves(
-    target, law, condition, size: tuple[int, int], present: tuple | None, local: Kernel
+    target, law, condition, size: tuple[int, int], present: tuple, local: Kernel
 ) -> tuple:
     draws, chains = size
     block = _block(law, chains)
@@ -348,7 +354,7 @@ def _walk_with_local_moves(
     for start in range(0, draws, block):
         proposals = draw_proposals(target, law, condition, (min(block, draws - start), chains))
         for new, log_p, log_q in zip(*proposals, strict=True):
-            x, old_p, old_q = present or (new, log_q - math.inf, log_q)
+            x, old_p, old_q = present
             taken = log_p - log_q + torch.empty_like(log_p).exponential_() > old_p - old_q
             x = torch.where(taken.reshape(*taken.shape, *[1] * len(law.event_shape)), new, x)
             x = local.move(target, each, x, 1)

@@ -262,7 +262,7 @@ def side_by_side(
     # what is compared stands together: all estimates of a member, then those of the next
     rows = [rows[i] for i in range(len(labels)) for rows in by_estimate]
     wide_note = ("there are too many parameters for a column each: see .acts",) if wide else ()
-    title = f"Estimates of {problem.model.text}, and what each loses beside the best"
+    title = f"Estimates of {problem.model.text} and their excess risks"
     return Table(title, columns, rows, (*notes, *wide_note), shown_acts)
 
 

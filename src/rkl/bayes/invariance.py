@@ -232,5 +232,5 @@ def _largest_change(problem: Problem, before: Variables, after: Variables) -> fl
 
 
 def _table(estimate: Estimate, names: str, rows: list[tuple[Cell, ...]]) -> Table:
-    title = f"What {estimate.divergence} and others say under other names: {names}"
+    title = f"Movement of the estimates under {estimate.divergence} when renamed: {names}"
     return Table(title, ("estimate", "moved (posterior sd)"), rows)

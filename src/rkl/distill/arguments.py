@@ -142,9 +142,10 @@ def check_arguments(
         raise ValueError("teacher and teachers exclude one another; got both.")
     elif not isinstance(teachers, Mapping) or not teachers:
         raise TypeError(f"teachers must map names to one teacher at least; got {teachers!r}.")
-    for name, one in (teachers or {}).items():
+    several = teachers or {}
+    for name, one in several.items():
         check_teacher(one)
-        if isinstance(one, Teacher) and not one.shares_tokens and len(teachers) > 1:
+        if isinstance(one, Teacher) and not one.shares_tokens and len(several) > 1:
             raise ValueError(
                 f"teachers: {name} has another tokenizer than the student, and must be the only "
                 "one."

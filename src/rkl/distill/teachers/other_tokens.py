@@ -474,11 +474,13 @@ class _Atoms:
         pair = translation.source_atoms, translation.target_atoms
         columns = translation.columns(prefix=prefix)
         tensors = (torch.from_numpy(it) for it in (*columns, *pair))
-        return cls(len(pair[0]), *tensors, bool((columns[0] == len(pair[0])).any()))
+        has_rest = bool((columns[0] == len(pair[0])).any())
+        return cls(len(pair[0]), *tensors, student_has_rest=has_rest)
 
     def to(self, device: torch.device) -> "_Atoms":
         fields = self.of_student, self.of_teacher, self.student, self.teacher
-        return _Atoms(self.count, *(it.to(device) for it in fields), self.student_has_rest)
+        moved = (it.to(device) for it in fields)
+        return _Atoms(self.count, *moved, student_has_rest=self.student_has_rest)
 
     def coarsen(
         self,

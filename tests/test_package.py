@@ -50,12 +50,12 @@ def test_issue_templates_ask_for_what_a_report_needs(page):
 def test_what_an_archive_lacks_and_holds_too_much_of_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "sources", lambda: ["rkl/py.typed", "rkl/report.html"])
     with zipfile.ZipFile(tmp_path / "wheel.whl", "w") as archive:
-        for name in ("rkl/py.typed", "rkl-0.1.0.dist-info/METADATA", "tests/test_docs.py"):
+        for name in ("rkl/py.typed", "rkl-0.2.0.dist-info/METADATA", "tests/test_docs.py"):
             archive.writestr(name, "")
     inside = [*dist.IN_SDIST, "src/rkl/py.typed", "src/rkl/report.html"]
     with tarfile.open(tmp_path / "sdist.tar.gz", "w:gz") as archive:
         for name in inside[1:]:
-            archive.addfile(tarfile.TarInfo(f"rkl-0.1.0/{name}"), io.BytesIO())
+            archive.addfile(tarfile.TarInfo(f"rkl-0.2.0/{name}"), io.BytesIO())
     assert dist.check(tmp_path / "wheel.whl", tmp_path / "sdist.tar.gz") == [
         "the wheel lacks rkl/report.html",
         "the wheel holds tests/test_docs.py, which is not of the package",

@@ -10,7 +10,7 @@ _HOMES = {
     "runs": "load save",
 }
 _HOME = {name: f"rkl.{module}" for module, names in _HOMES.items() for name in names.split()}
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def _home(name: str) -> str | None:

@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PAGES = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff"),
+    "conda/recipe.yaml",
     *("docs/*.md", "docs/studies/*.md", "docs/images/*.png", "docs/figures/*.csv", "docs/*.bib"),
     *("benchmarks/*.md", "benchmarks/*.py", "benchmarks/figures/*"),
     *("examples/*.*", "examples/first_hour/*.*"),

@@ -16,6 +16,7 @@ from public_names import public
 import rkl
 from rkl import cli
 from rkl.bayes.families import families
+from rkl.cli.commands import MADE_BY
 from rkl.cli.documentation import without_markup
 from rkl.cli.settings import add_flags
 from rkl.flows.architectures.base import catalogue as architectures
@@ -217,7 +218,7 @@ def further_settings(command: str) -> Iterator[str]:
         for wing in ("distill", "fit", "sample", "bayes"):
             found = getattr(importlib.import_module(f"rkl.{wing}"), SETTINGS_OF[command], None)
             if found is not None:
-                wanted.append((f"settings, where rkl {wing} made RUN", found))
+                wanted.append((f"settings, where {MADE_BY[wing]} made RUN", found))
     if command == "evaluate":
         wanted.append(
             ("settings of two models", importlib.import_module("rkl.distill").PairSettings)
@@ -309,11 +310,11 @@ def error_page() -> str:
 def write_reference(folder: Path, write: Callable[[Path, str], None]) -> None:
     """Write every page of tables."""
     write(folder / "divergences.md", divergences())
-    heads = ["name", "", "parameters", "domain", "conditions", "known of it"]
+    heads = ["name", "", "parameters", "domain", "conditions", "provides"]
     write(
         folder / "targets.md",
         (
-            "# Targets\n\nUnnormalised densities that `rkl fit --target` and `rkl evidence` know "
+            "# Targets\n\nUnnormalised densities that `rkl fit --target` and `rkl evidence` take "
             "by name. Your own is `module:function` or a subclass of "
             f"{{class}}`rkl.sample.Target`.\n\n{table(heads, target_rows())}\n"
         ),

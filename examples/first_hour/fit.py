@@ -54,7 +54,8 @@ print(f"{len(train):,} rows to fit, {len(test):,} to measure with, of {', '.join
 # The flow is small on purpose: two couplings leave bridges between the three clusters. Forward KL,
 # the default, is maximum likelihood. With `target_precision` two critics are trained after it. The
 # first learns the ratio of the densities of table and flow, by which draws are accepted or
-# rejected; the second measures the precision of what was accepted. Rejection stays as mild as the
+# rejected; the second measures the precision of what was accepted, at slope λ = 1 of the curve
+# below: the mass that accepted draws and table have in common. Rejection stays as mild as the
 # precision allows.
 
 # %%
@@ -217,6 +218,7 @@ print(torch.equal(again().log_prob(test.values), density.log_prob(test.values)))
 # rkl metrics --real test.csv --fake samples.npy --train train.csv --standardise
 # ```
 #
-# The second command draws at the precision of the first. Images in place of rows: `rkl fit --data
+# The second command draws at the precision of the first. Without `--flow` the flow is larger than
+# the one above. Images in place of rows: `rkl fit --data
 # images/ --flow "multi-scale(scales=2)"`; [From data to a flow](../../docs/fit.md) has the
 # details, and [files](../../docs/files.md) what can be read.

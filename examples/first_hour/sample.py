@@ -90,7 +90,7 @@ last = fit.training.history[-1]
 print(f"after {last['step']} steps {last['ess']:.0%} of the draws are effective")
 
 # %% [markdown]
-# ## Is it true?
+# ## Is the flow right?
 #
 # The density q of the flow is known for every draw, and so is the weight w = p/q. The mean of
 # w is Z. `reference=True` also draws the target *without* the flow, by particles cooled from a
@@ -102,30 +102,30 @@ print(f"after {last['step']} steps {last['ess']:.0%} of the draws are effective"
 from rkl.sample import evaluate_on_target
 
 temperatures = torch.tensor([[0.5], [0.75], [1.0], [1.5], [2.0]])
-found = evaluate_on_target(
+evaluation = evaluate_on_target(
     fit.flow, ring, temperatures, draws=500, chains=8, reference=True, seed=1
 )
-weights, log_z = found.weights, found.thermodynamics.log_z
+weights, log_z = evaluation.weights, evaluation.thermodynamics.log_z
 print("   T  effective  accepted  log Z (nats)      exact  Pareto k")
 for row, (temperature,) in enumerate(temperatures.tolist()):
     print(
-        f"{temperature:4}  {weights.ess.value[row]:9.0%}  {found.chain.acceptance[row]:8.0%}"
+        f"{temperature:4}  {weights.ess.value[row]:9.0%}  {evaluation.chain.acceptance[row]:8.0%}"
         f"  {log_z.value[row]:6.3f} ± {log_z.error[row]:.3f}"
         f"  {exact(temperature)[0]:6.3f}  {weights.tail[row]:8.2f}"
     )
-print(f"\ncovers the target: {found.passed}")
-print(f"compared with draws by {found.reference.source}")
+print(f"\ncovers the target: {evaluation.passed}")
+print(f"compared with draws by {evaluation.reference.source}")
 
 # %% [markdown]
 # An effective share of 60 % means that 100 draws are worth 60 independent ones of the target.
-# Where Pareto k is above 0.7 neither the figure nor its error can be trusted. `print(found)`
+# Where Pareto k is above 0.7 neither the figure nor its error can be trusted. `print(evaluation)`
 # prints all of it as tables: averages, F, the entropy and v, the variance of log w per site.
 
 # %% log Z of the flow less the exact one, and the energy per site; bars are two standard errors
 from matplotlib import pyplot as plt
 
 T = temperatures[:, 0]
-energy = found.thermodynamics.energy  # of the whole ring
+energy = evaluation.thermodynamics.energy  # of the whole ring
 truth = torch.tensor([exact(t) for t in T.tolist()])
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3.2), layout="constrained")
 left.axhline(0, color="gray", linewidth=1)
@@ -143,8 +143,9 @@ figure.savefig("ring.png")
 #
 # `independent_metropolis` makes a Markov chain with the flow as its proposal: it converges to
 # your target for any flow; a bad flow repeats states more often. T may be any value of the
-# range, also one that nothing was computed at before. By default a chain begins at a draw of the
-# flow, which may lie far out; these begin in a well, and four draws of 8,000 do not matter.
+# range, also one that nothing was computed at before. By default each chain begins at one of 16
+# draws of the flow, chosen by their weights. `start` gives states of your own: here all chains
+# begin in the well at +1.
 
 # %%
 from rkl.sample import averages, independent_metropolis

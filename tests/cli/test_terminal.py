@@ -180,7 +180,7 @@ def test_the_help_of_a_run_is_shown_where_one_wing_cannot_be_imported(monkeypatc
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert "where rkl distill made RUN:\n  not shown: ModuleNotFoundError" in shown
-    assert "settings, where rkl bayes made RUN" in shown
+    assert "settings, where rkl estimate made RUN" in shown
 
 
 # Interpreters

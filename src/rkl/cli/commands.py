@@ -28,6 +28,12 @@ Runner = Callable[[Namespace], None]
 Command = Callable[[ArgumentParser, Sequence[str]], Runner]
 HERE = Path(__file__).parents[1]
 WORD = {"positional": True}
+MADE_BY = {  # the command that makes the runs of each wing
+    "distill": "rkl distill",
+    "fit": "rkl fit --data",
+    "sample": "rkl fit --target",
+    "bayes": "rkl estimate",
+}
 
 # Flags that say where a run is and what becomes of the one that is there.
 FLAGS: Mapping[str, dict[str, Any]] = {
@@ -307,7 +313,7 @@ def fit(parser: ArgumentParser, words: Sequence[str]) -> Runner:
       rkl fit --data data.npy --out RUN
       rkl fit --target "xy(side=8)" --out RUN
       rkl fit --target "mine:log_prob(event_shape=(2,))" --divergence reverse-kl --out RUN
-      rkl fit --data data.npy --divergence "precision-half(lam=10)" --minutes 5 --out RUN
+      rkl fit --data data.npy --divergence "precision-recall(lam=10)" --minutes 5 --out RUN
       rkl fit --data images/ --flow "multi-scale(scales=2)" --critic --out RUN
       rkl fit --start-from RUN --distil-budget 4 --steps 500 --out RUN2
       rkl fit --out RUN --resume
@@ -630,7 +636,7 @@ def _flags_by_kind(parser: ArgumentParser, name: str, title: str = "") -> Iterat
     for source in sorted(HERE.glob("*/__init__.py")):
         if name in source.read_text("utf-8"):
             wing = source.parent.name
-            heading = title or f"settings, where rkl {wing} made RUN"
+            heading = title or f"settings, where {MADE_BY.get(wing, f'rkl {wing}')} made RUN"
             try:
                 wanted = getattr(importlib.import_module(f"rkl.{wing}"), name)
             except Exception as error:  # a broken package of one wing leaves the help of the rest

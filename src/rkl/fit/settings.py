@@ -19,7 +19,7 @@ class FitSettings:
 
     Args:
         data: Rows: .csv or another table, .npy, .npz, .parquet, .nc, IDX, or a folder of images.
-        divergence: f-divergence to minimise: "precision-half(lam=10)".
+        divergence: f-divergence to minimise: "precision-recall(lam=10)".
         flow: Architecture: coupling, nsf, maf or multi-scale, with settings in brackets.
         labels: Class of each row: a file of them, or the name of a column or an array.
         dequantise: Spread quantised values over one step, as image files are; --no-dequantise
@@ -34,7 +34,7 @@ class FitSettings:
         held_out: Share of the rows to hold out.
         guard: Keep the parameters that are best on held-out rows, not the last.
         critic: Train a critic at the end even where none is needed, for rejection.
-        target_precision: Precision for rejection to reach; the fit reports the result.
+        target_precision: Precision at slope 1 for rejection to reach; the fit reports the result.
         budget: Draws per sample that rejection may take.
         start_from: Run with a critic, for --distil-budget; its settings are the defaults here.
         distil_budget: Draws per sample of the rejection to train into the flow of that run, so

@@ -203,7 +203,7 @@ class EntropyAwareReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class LKHybrid(Divergence):
-    r"""LK hybrid, λ KL(p ‖ q) + (1 − λ) TV(p, q), with λ = exp(−η Σ min(p, q)) held.
+    r"""LK hybrid, λ KL(p ‖ q) + (1 − λ) TV(p, q), with λ = exp(−η Σ min(p, q)) held fixed.
 
     Σ min(p, q) is the chance that speculative decoding accepts a token drafted from q. Far from
     p, where total variation hardly pulls, λ is near 1 and it is KL; near p, λ falls to exp(−η)
@@ -287,7 +287,7 @@ class NegLogAcceptance(Divergence):
 
 @dataclass(frozen=True)
 class TAID(Divergence):
-    r"""TAID, KL(r ‖ q) with r ∝ p^t q^(1−t) held.
+    r"""TAID, KL(r ‖ q) with r ∝ p^t q^(1−t) held fixed.
 
     r lies between the model and its target: the logits of q, detached, moved by the share t
     towards those of p. A small t asks for little at a time; t is meant to rise during training,
@@ -378,7 +378,7 @@ class AMiD(Divergence):
 
 @dataclass(frozen=True)
 class ToDi(Divergence):
-    r"""Token-wise KL, Σ s p log(p/q) + (1 − s) q log(q/p), with s = p/(p + q) held.
+    r"""Token-wise KL, Σ s p log(p/q) + (1 − s) q log(q/p), with s = p/(p + q) held fixed.
 
     Its value is that of Jeffreys(); its gradient is not, for s is a constant to autograd:
     an atom with p > q is pulled up by KL and one with p < q down by ReverseKL.

@@ -143,8 +143,9 @@ def fit_to_samples(
         log_prob: Log-density of the data in nats, if known, at events [batch, *event], conditions.
         method: All other settings.
         with_critic: Whether to train a critic at the end if the divergence needs none.
-        target_precision: Precision at slope 1 for rejection to reach, in 20 draws at most, or
-        budget: in so many draws per sample; alone, all are spent.
+        target_precision: Precision at slope 1 for rejection to reach.
+        budget: Draws per sample that rejection may take, by default 20; without a target all
+            are used.
         run: Run folder for checkpoints and log; an interrupted fit continues from there.
         every: Steps between evaluations on held-out rows; by default 1/25 of all, 25 at least.
 

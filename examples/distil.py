@@ -1,7 +1,8 @@
 """Distil one small model into a smaller one, in Python and without a download.
 
-Any causal language models with the same tokenizer will do: load_model("Qwen/Qwen3-0.6B"),
-a folder, a .gguf file. These two are made on the spot, so that this runs in seconds.
+Any two causal language models with the same tokenizer will do: load_model("Qwen/Qwen3-0.6B"),
+a folder, a .gguf file; for two tokenizers see teacher_alignment of DistillConfig. These two are
+made on the spot, so that this runs in seconds.
 
     python examples/distil.py RUN
 """

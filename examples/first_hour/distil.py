@@ -1,19 +1,18 @@
 # %% [markdown]
 # # Distil: a smaller model, and what it lost
 #
-# You know TRL, and want a small model that does what a large one does. Here is the whole way, on
-# models so small that it takes about a minute: rows, teacher, student, training under several
-# divergences, and then the question that a falling loss does not answer: how far is the student
-# from its teacher, in which way, and how certain is that? [Distil](../../docs/distill.md) has
-# the rest.
+# You use TRL, and want a small model that does what a large one does. This page shows every step,
+# on models so small that it takes about a minute: rows, teacher, student, training under several
+# divergences. Then it measures what a falling loss does not show: how far the student is from its
+# teacher, in which direction, and with which error. [Distil](../../docs/distill.md) has the rest.
 
 # %% [markdown]
 # ## Rows
 #
 # Rows are those of TRL: `text`, `prompt` and `completion`, or `messages`. Of a prompt and a
 # completion only the completion is trained on. These are weather reports, random on purpose: after
-# "The weather in Lima is" several completions are right, each with its own probability, and that
-# is what a student can lose.
+# "The weather in Lima on Monday is" several completions are right, each with its own probability.
+# A student can lose some of these probabilities.
 
 # %%
 import json
@@ -43,8 +42,8 @@ rows[0]
 # %% [markdown]
 # ## A teacher, and a student to begin with
 #
-# Yours exist: `load_model("Qwen/Qwen3-0.6B")`, a folder, or a .gguf file. These two are made on
-# the spot and learn the rows by transformers' own trainer, the student for a short time only.
+# You have your own: `load_model("Qwen/Qwen3-0.6B")`, a folder, or a .gguf file. These two are made
+# on the spot and learn the rows by transformers' own trainer, the student for a short time only.
 
 # %%
 from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -57,7 +56,7 @@ tokenizer = new_tokenizer([row["prompt"] + row["completion"] for row in rows], s
 blocks = tokenize(rows, tokenizer, max_length=64)
 
 
-def schooled(name, shape, steps):
+def train_model(name, shape, steps):
     """A new model that has learnt the rows, saved in the folder of this name."""
     trainer = Trainer(
         new_model(tokenizer, shape, seed=0),
@@ -73,8 +72,8 @@ def schooled(name, shape, steps):
     return trainer.model
 
 
-teacher = schooled("teacher", Shape(layers=2, width=64), steps=150)
-start = schooled("start", Shape(layers=1, width=32), steps=50)
+teacher = train_model("teacher", Shape(layers=2, width=64), steps=150)
+start = train_model("start", Shape(layers=1, width=32), steps=50)
 
 # %% [markdown]
 # ## Four divergences
@@ -103,7 +102,7 @@ import rkl
 from rkl.distill import DistillConfig, DistillTrainer, load_model
 
 
-def distilled(name, divergence, **settings):
+def distil(name, divergence, **settings):
     """A student under one divergence, saved in the folder of this name; its log."""
     student = load_model("start")
     trainer = DistillTrainer(
@@ -126,10 +125,10 @@ def distilled(name, divergence, **settings):
 
 own_text = {"lmbda": 0.5, "max_completion_length": 24}
 students = {
-    "forward": distilled("forward", rkl.KL()),
-    "reverse": distilled("reverse", rkl.ReverseKL()),
-    "akl": distilled("akl", rkl.AKL(mu=0.5)),
-    "gkd": distilled("gkd", rkl.JensenShannon(beta=0.5), **own_text),
+    "forward": distil("forward", rkl.KL()),
+    "reverse": distil("reverse", rkl.ReverseKL()),
+    "akl": distil("akl", rkl.AKL(mu=0.5)),
+    "gkd": distil("gkd", rkl.JensenShannon(beta=0.5), **own_text),
 }
 
 # %% [markdown]
@@ -140,8 +139,10 @@ students = {
 # ## What was lost
 #
 # `evaluate_pair` takes any two models with the same tokenizer, and text that neither was trained
-# on. Divergences are exact, over the whole vocabulary, in nats per token; errors are standard
-# errors from block to block.
+# on. (For training, a teacher may have
+# [another tokenizer](../../docs/distill.md#teachers-with-another-tokenizer).) Divergences are
+# exact, over the whole vocabulary, in nats per token; errors are standard errors from block to
+# block.
 
 # %%
 from rkl.distill import PairSettings, evaluate_pair
@@ -156,16 +157,16 @@ settings = PairSettings(
     draft_length=4,
     device="cpu",
 )
-found = {name: evaluate_pair(name, settings) for name in students}
-print(found["forward"])
+comparisons = {name: evaluate_pair(name, settings) for name in students}
+print(comparisons["forward"])
 
 # %% [markdown]
-# Read it from above. The ratio of the perplexities is what most reports give. Forward KL is large
-# where the student gives too little probability to what the teacher may say, reverse KL where it
-# says what the teacher would not. The acceptance is the share of the student's tokens that
-# speculative decoding with this teacher would keep, Σ min(p, q) = 1 − TV.
+# Read it from the top. The ratio of the perplexities is what most reports give. Forward KL is
+# large where the student gives too little probability to what the teacher may say, reverse KL
+# where it generates what the teacher would not. The acceptance is the share of the student's
+# tokens that speculative decoding with this teacher would keep, Σ min(p, q) = 1 − TV.
 #
-# The same of all students, side by side:
+# The same for all students, side by side:
 
 
 # %%
@@ -174,20 +175,20 @@ def cell(value):
 
 
 print(f"{'student':9}{'forward KL':16}{'reverse KL':16}{'acceptance':16}perplexity ratio")
-for name, comparison in found.items():
+for name, comparison in comparisons.items():
     result = comparison.result
     values = [result["divergences"][it] for it in ("forward-kl", "reverse-kl")]
     values += [result["acceptance"], result["perplexity"]["ratio"]]
     print(f"{name:9}" + "   ".join(map(cell, values)))
 for name in ("forward", "reverse"):
     forward, reverse = (
-        found[name].result["divergences"][it]["value"] for it in ("forward-kl", "reverse-kl")
+        comparisons[name].result["divergences"][it]["value"] for it in ("forward-kl", "reverse-kl")
     )
     print(f"reverse KL is {reverse / forward:.2f} times forward KL for the student of {name} KL")
 
 # %% [markdown]
-# The divergence that is minimised falls first: in proportion to its forward KL, the student of
-# reverse KL says less that the teacher would not, and it misses more of what the teacher may say.
+# The divergence that is minimised falls first. Relative to its forward KL, the student of reverse
+# KL generates less that the teacher would not, and misses more of what the teacher may say.
 # Which student is nearest after so few steps also depends on how fast each learns. Here it is
 # AKL's, which weighs forward KL by the gap over the teacher's likely tokens, and reverse KL by the
 # gap over the others.
@@ -200,15 +201,15 @@ figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
 for shift, (name, label) in enumerate(
     (("forward-kl", "forward KL"), ("reverse-kl", "reverse KL"))
 ):
-    divergences = [comparison.result["divergences"][name] for comparison in found.values()]
+    divergences = [comparison.result["divergences"][name] for comparison in comparisons.values()]
     axes.bar(
-        [k + 0.38 * shift for k in range(len(found))],
+        [k + 0.38 * shift for k in range(len(comparisons))],
         [it["value"] for it in divergences],
         yerr=[2 * it["error"] for it in divergences],
         width=0.34,
         label=label,
     )
-axes.set_xticks([k + 0.19 for k in range(len(found))], list(found))
+axes.set_xticks([k + 0.19 for k in range(len(comparisons))], list(comparisons))
 axes.set(xlabel="student", ylabel="nats per token")
 figure.legend(loc="outside upper left", ncols=2)
 figure.savefig("lost.png")
@@ -250,5 +251,5 @@ figure.savefig("next-token.png")
 # ```
 #
 # `rkl distill` also packs rows, holds some out, keeps the best student, resumes, and writes down
-# everything that a run depends on. `--dry-run` first tells time and memory.
+# everything that a run depends on. `--dry-run` prints time and memory first.
 # `rkl evaluate RUN` adds what the student writes: ROUGE-L, Distinct-n and Self-BLEU.

@@ -34,7 +34,7 @@ _RateSchedule = Literal["cosine", "linear", "constant"]
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """Everything that decides what a run of :func:`rkl.distill.run.distill` ends in.
+    """Everything that decides the result of :func:`rkl.distill.distill`.
 
     Args:
         teacher: The model to imitate, with the student's tokenizer or --teacher-alignment: a

@@ -225,14 +225,15 @@ def tokenize(
     first token of each is not trained on.
 
     Completions and assistant turns alone are trained on: -100 elsewhere. Each turn is trained on
-    as the chat template renders it when it is said; a chat whose rendering changes afterwards
-    gives several texts (:mod:`rkl.distill.text.chats`). A template with generation blocks says
-    itself which tokens are the assistant's. Rows with nothing to train on are left out and warned
+    as the chat template renders the chat that ends with it; a chat whose rendering changes
+    afterwards gives several texts. A template with generation blocks marks the assistant's
+    tokens itself. Rows with nothing to train on are left out and warned
     of.
 
     Args:
-        rows: What :func:`rkl.distill.text.sources.read_rows` gave.
-        tokenizer: The student's, which is the teacher's.
+        rows: Rows of text, of prompt and completion, or of messages, as a list of dicts or a data
+            set.
+        tokenizer: The student's tokenizer.
         max_length: Longest block, in tokens, at least 2.
         packing: Whether rows share blocks.
         train_on: Of a chat, "all" turns of the assistant or the "last".

@@ -8,6 +8,7 @@ into an empty environment, where ``rkl --help`` and ``import rkl`` need nothing 
 
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import venv
@@ -63,7 +64,13 @@ def check_installed(wheel: Path) -> list[str]:
         helped = run(Path(folder, "bin", "rkl"), "--help")
         code = "import rkl, sys; print('torch' in sys.modules, rkl.__version__)"
         imported = run(python, "-c", code).split()
-    faults = [] if "rkl COMMAND --help" in helped else ["rkl --help does not show the commands"]
+        packages = next(Path(folder).glob("lib/python*/site-packages"))
+        # Behind the wheel, what it asks for: the packages of this environment.
+        (packages / "these.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+        run(python, "-m", "pip", "check")
+        listed = run(Path(folder, "bin", "rkl"), "divergences")
+    faults = [] if "akl" in listed else ["rkl divergences does not list them"]
+    faults += [] if "rkl COMMAND --help" in helped else ["rkl --help does not show the commands"]
     version = wheel.name.split("-")[1]
     return faults + ([] if imported == ["False", version] else [f"import rkl gave {imported}"])
 

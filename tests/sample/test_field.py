@@ -105,6 +105,7 @@ def test_the_path_where_half_of_the_sites_are_integrated(beta):
     assert ((one - other).mean(0).abs() < 5 * error + 1e-9).all()
 
 
+@pytest.mark.filterwarnings("ignore:.* they are no result")
 def test_half_of_the_sites_are_those_of_the_target_or_it_is_refused():
     target, condition = Phi4(side=4), torch.full((3, 1), 5.0).double()
     law = disturbed(4, EXACT)(condition)

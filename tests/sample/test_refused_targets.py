@@ -123,6 +123,7 @@ def test_flows_of_the_line_are_refused_for_angles_and_reversed():
             check_architecture(architecture, Phi4(side=2))
 
 
+@pytest.mark.filterwarnings("ignore:.* they are no result")
 def test_a_built_flow_or_a_distribution_of_the_line_is_refused_for_angles():
     for proposal in (NSF().build((4,)), Independent(Normal(torch.zeros(4), 1.0), 1)):
         with pytest.raises(ValueError, match="density changes as an angle .* turns by 2π"):

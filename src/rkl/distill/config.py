@@ -27,8 +27,8 @@ class DistillConfig(TrainingArguments):
         hard_label_weight: Weight of the cross-entropy on the labels, at temperature 1, beside
             the divergence, >= 0; the papers take 0.5.
         schedule: Fields of the divergence that change from the first step to the last, in a
-            straight line, such as "taid.t: 0.2 -> 1.0", several parted by ";". A new value
-            compiles nothing. Evaluations take the last value, so that they compare.
+            straight line, such as "taid.t: 0.2 -> 1.0", several separated by ";". A new
+            value compiles nothing. Evaluations take the last value, so that they are comparable.
         router_aux_loss: Whether to add the loss that balances the experts of a student that is a
             mixture of them, times its ``router_aux_loss_coef``, where its configuration has
             ``output_router_logits``.

@@ -96,7 +96,7 @@ class DistillSettings:
             output_router_logits.
         max_steps: Number of steps, which are updates of the weights; by default as many as
             --epochs takes.
-        epochs: Passes over the data, where --max-steps says nothing.
+        epochs: Passes over the data, without --max-steps.
         max_length: Longest block, in tokens; no longer than the models' context.
         packing: Let short rows share a block, in which they do not see one another. They share
             none where a model cannot keep them apart, --lmbda is above 0, or with --seq-kd or a
@@ -152,8 +152,8 @@ class DistillSettings:
             --teacher-alignment bytes, the number of likeliest common tokens compared one by one;
             all by default.
         teacher_timeout: Seconds that an answer of a server may take.
-        teacher_reference: A model here of the same weights as the one on the server, from which
-            the distance of its answers is measured on the first batch, and said; by default
+        teacher_reference: A local model of the same weights as the one on the server, from which
+            the distance of its answers is measured on the first batch, and printed; by default
             nothing is measured.
         allow_partial: On a teacher known by its top k, minimise also a divergence of which most
             may lie among the other atoms, such as reverse KL or AKL.

@@ -325,7 +325,9 @@ def write_reference(folder: Path, write: Callable[[Path, str], None]) -> None:
         (
             "# Families\n\nDistributions of data whose Bayes acts have a closed form: T is the "
             "sufficient statistic, η the natural parameter, A the log-partition. `--family` takes "
-            "the name in lower or upper case, as in `normal(loc=mu, scale=sigma)`.\n\n"
+            "the name in any case, with or without hyphens, as in "
+            "`log-normal(loc=mu, scale=sigma)`; some names of other libraries are read too, as in "
+            "`gaussian(mu=..., sigma=...)`.\n\n"
             f"{table(heads, family_rows())}\n\n## Found numerically\n\nThe act of any other "
             "distribution of `torch.distributions` is found numerically, and that of these:\n\n"
             f"{table(heads, numerical_rows())}\n"

@@ -74,8 +74,9 @@ def write_runs(folder: Path, write: Callable[[Path, str], None]) -> None:
     """Make a run of each kind, and write the page of their files."""
     parts = [
         "# Files of a run\n\nA run is a folder. Here are the files that a small run of each kind "
-        "left, and what is in them; `rkl.load(RUN)` gives the model back, `--verify` compares "
-        "every file with its digest. [Files](../docs/files.md) says what is compared when.\n"
+        "left, and what is in them; `rkl.load(RUN)` returns the model or the "
+        "estimate, `--verify` compares every file with its digest. [Files](../docs/files.md) says "
+        "what is compared when.\n"
     ]
     with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(temporary):
         log = io.StringIO()

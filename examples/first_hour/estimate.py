@@ -75,8 +75,8 @@ print(f"average of alpha / average of beta:  {average['alpha'] / average['beta']
 #
 # rkl compares distributions of *data* and not their names. Imagine new intervals that come from
 # the reported values: how much worse would each draw explain them than the reported values do? The
-# **Bayes act** are the values for which that is least, on average over the draws. The family is
-# the distribution of one observation, in the names of the draws:
+# **Bayes act** consists of the values for which this is least, on average over the draws. The
+# family is the distribution of one observation, in the names of the draws:
 
 # %%
 estimate = bayes_act(posterior, "gamma(concentration=alpha, rate=beta)")
@@ -104,7 +104,7 @@ print(f"from mu and sigma:   {renamed.act['mu']:.3f} ± {renamed.act.error['mu']
 # For a gamma distribution under this loss the averages of `alpha` and `beta` happen to be right.
 # In most models no average is, and rkl finds the values by minimisation.
 #
-# ## What the other estimates would have said
+# ## The other estimates
 #
 # `compare` lists the common estimates with the excess risk of each under five losses: 0 is the
 # best that can be reported under that loss. With the log density of the posterior as a function it
@@ -123,9 +123,9 @@ table = renamed.compare(log_posterior)
 table
 
 # %% [markdown]
-# `check_invariance` measures how far each answer moves under other names. Here they are log `mu`
-# and log `sigma`, in which PyMC and Stan sample internally; the unit is a posterior standard
-# deviation.
+# `check_invariance` measures how much each answer changes under another parametrisation. Here it
+# is log `mu` and log `sigma`, in which PyMC and Stan sample internally; the unit is a posterior
+# standard deviation.
 
 # %%
 moved = check_invariance(
@@ -136,9 +136,9 @@ moved
 # %% [markdown]
 # ## The region
 #
-# The region holds the 90 % of the draws whose distributions are closest to the act. It has the
-# same property: it does not move. It is one set in both parameters, so its range of each is wider
-# than an interval of that parameter alone.
+# The region holds the 90 % of the draws whose distributions are closest to the act. It does not
+# depend on the parametrisation either. It is one set in both parameters, so its range of each is
+# wider than an interval of that parameter alone.
 
 # %%
 region = renamed.region(0.9)
@@ -165,8 +165,8 @@ predictive
 # ## How far to trust it
 #
 # The last line of an estimate has its diagnostics. They look at what was averaged, not at each
-# parameter: effective draws, R-hat, and the tails. From a Pareto-k of 0.5 on errors would be
-# marked as unknown, from 1 on the act would be refused. Warnings name chains that disagree.
+# parameter: effective draws, R-hat, and the tails. From a Pareto-k of 0.5 on, errors are marked as
+# unknown; from 1 on, the act is refused. Warnings name chains that disagree.
 
 # %%
 diagnostics = renamed.diagnostics
@@ -177,7 +177,7 @@ print(f"warnings: {', '.join(diagnostics.warnings) or 'none'}")
 # %% [markdown]
 # ## The sentence
 #
-# A Monte Carlo error of one hour says that the digit before the point is the last one to print.
+# With a Monte Carlo error of one hour, the digit before the point is the last one to print.
 
 # %%
 low, high = region.ranges["mu"]
@@ -193,8 +193,8 @@ print(sentence)
 # ## From Stan
 #
 # Hand over the fit of cmdstanpy, or the pattern of the CSV files that Stan wrote, one for each
-# chain. There is no compiler for Stan here, so this cell writes such files from the draws above;
-# of your own only the last lines are needed.
+# chain. There is no compiler for Stan here, so this cell first writes such files from the draws
+# above; with files of your own, only its last two lines are needed.
 
 # %%
 for chain in range(draws.chains):

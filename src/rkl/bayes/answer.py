@@ -105,7 +105,7 @@ class Diagnostics:
             act was minimised, of the influence that a draw has on each number. At 1/2 and above
             its mean has no normal error, at 1 and above perhaps no mean at all; nan where no
             tail can be fitted, as where draws are tied.
-        method: How the act was found.
+        method: Method by which the act was computed.
         accuracy: Estimated excess of its risk over the least, in nats, from the minimiser; 0
             for a closed form.
         warnings: One sentence each.

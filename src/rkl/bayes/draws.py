@@ -49,7 +49,7 @@ class Draws:
         variables: Arrays by name: tensors, NumPy arrays, nested lists, or DataArrays with the
             dimensions chain and draw, wherever they stand.
         weights: Weight of every draw, for draws of importance sampling or SMC; at least 0. They
-            are normalised to sum to 1. Weights of PSIS come as logarithms: take their softmax.
+            are normalised to sum to 1. PSIS returns logarithms: exponentiate them.
         notes: What a user should know of how they were read.
 
     Raises:
@@ -102,7 +102,7 @@ class Draws:
         return tuple(n for axis, n in self.of(name).sizes.items() if axis not in AXES)
 
     def labels(self, name: str) -> list[list[str] | None]:
-        """For each axis of a variable what its places are called; None of those that are counted.
+        """Coordinate labels of each axis of a variable; None for an axis that is only numbered.
 
         >>> school = {"school": ["Choate", "Deerfield"]}
         >>> theta = xr.DataArray(np.zeros((2, 5, 2)), dims=("chain", "draw", "school"))
@@ -127,7 +127,7 @@ class Draws:
         return self.table()._repr_html_()
 
     def of(self, name: str) -> xr.DataArray:
-        """A variable as it is kept, unread."""
+        """A variable as it is stored, not yet read."""
         if name not in self.variables:
             raise ValueError(
                 f"draws hold no variable {name!r}; there are {', '.join(self.names)}."
@@ -188,7 +188,7 @@ class Draws:
     def parts(
         self, names: Sequence[str], size: int | None = None, multiple: int = 1
     ) -> Iterator[tuple[int, slice]]:
-        """Chain and draws of every chunk, unread, of a multiple of so many draws if it may."""
+        """Chain and draws of every chunk, unread; a multiple of ``multiple`` if possible."""
         rows = self._rows(names, NUMBERS if size is None else size, multiple)
         for chain in range(self.chains):
             for start in range(0, self.draws, rows):
@@ -240,7 +240,7 @@ class Draws:
 
 
 def read_draws(source: Any, weights: Any = None) -> Draws:
-    """Posterior draws from whatever holds them, unread where that can be.
+    """Posterior draws from any supported source; files are read when needed, in pieces.
 
     Of a DataTree, an InferenceData or a file, the group ``posterior`` is taken, and beside it
     ``lp`` of the group ``sample_stats``, which some posteriors need for their mode. What holds

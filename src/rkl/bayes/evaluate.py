@@ -24,7 +24,7 @@ def evaluate_run(
     Args:
         path: The folder of the run.
         settings: The other draws.
-        allow: What its ``run.json`` may have imported, each "module:name".
+        allow: Names that its ``run.json`` may import, each "module:name".
     """
     run = Run.open(path)
     there = dataclasses.replace(

@@ -47,10 +47,11 @@ class PartitionAct:
     Attributes:
         partition: Cluster of each item, counted from 0 in the order of their first items.
         risk: Its posterior expected loss, with the Monte Carlo error.
-        loss: The loss that it minimises, and its unit below.
-        starts: How many searches were made.
-        agreeing: How many of them ended in this partition; few out of many say that the
-            posterior has several partitions nearly as good.
+        loss: Name of the loss that it minimises; variation of information is in nats, Binder's
+            loss a share of the pairs.
+        starts: Number of searches.
+        agreeing: Number of searches that ended in this partition; few out of many indicate that
+            several partitions are nearly as good.
         items: What the items are called; numbers from 0 without names of their own.
         sampled: The distinct partitions among the draws.
         shares: The posterior probability of each.
@@ -146,16 +147,16 @@ def partition_act(
     Meilă (2007); Binder (1978).
 
     Args:
-        labels: Cluster labels, [draws, items] or [chains, draws, items], integers; which integer
-            is of no account. Or a posterior that holds them: whatever
-            :func:`rkl.bayes.read_draws` reads but a dict of arrays without chains.
+        labels: Cluster labels, [draws, items] or [chains, draws, items], integers; only their
+            equality matters. Or a posterior that holds them: whatever
+            :func:`rkl.bayes.read_draws` reads except a dict of arrays without chains.
         loss: "variation-of-information" (nats) or "binder" (share of the pairs).
-        variable: Of a posterior, the name of the labels; the only whole numbers with one axis by
-            default.
+        variable: Name of the labels in a posterior; by default the only integer variable with one
+            axis.
         max_clusters: The largest number of clusters of the partition; any number by default.
         weights: Of the draws, [draws] or [chains, draws]; equal by default.
         starts: Number of searches.
-        seed: What their random orders start from.
+        seed: Random seed of their orders.
 
     Returns:
         The partition, its risk with an error from batch means of the draws in their order, and

@@ -545,7 +545,7 @@ def project(
         divergence: The loss, D(posterior draw ‖ member).
         weights: Weight of every draw, [chains, draws].
         design: As in ``bayes_act``.
-        seed: Of the random numbers of a family whose divergences need some.
+        seed: Random seed, for families whose divergences are estimated from samples.
 
     Returns:
         The act of the whole family, and the members with their risks.

@@ -220,7 +220,7 @@ def report_runs(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write the report of one run or several, a single HTML file, of what they kept.
+    """Write the report of one run or several, a single HTML file, from their folders.
 
     Args:
         paths: Folders of runs.

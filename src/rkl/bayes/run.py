@@ -152,11 +152,11 @@ def estimate_act(settings: EstimateSettings, draws: Draws | None = None) -> Esti
 
 
 def load_run(path: str | os.PathLike, *, allow: Collection[str] = ()) -> Estimate:
-    """The estimate of a run, made again from its posterior.
+    """The estimate of a run, computed again from its posterior.
 
     Args:
         path: The folder of the run.
-        allow: What its ``run.json`` may have imported, each "module:name".
+        allow: Names that its ``run.json`` may import, each "module:name".
     """
     run = Run.open(path)
     with only(allow, source=run.path / "run.json"):

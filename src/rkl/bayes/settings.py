@@ -21,7 +21,7 @@ class EstimateSettings:
             intrinsic.
         prob: Posterior probability of the credible region.
         losses: Losses of the comparison, such as js intrinsic; by default five, without those that
-            take minutes.
+            would take more than about eight seconds.
         log_posterior: Variable that holds the log posterior density of each draw, such as lp;
             without it there is no posterior mode to compare with.
         weights: Variable that holds the weight of each draw, if they are weighted.
@@ -29,7 +29,7 @@ class EstimateSettings:
             may name columns of it: offset=NAME, exposure=NAME, trials=NAME.
         further: More files of CmdStan, one chain each.
         seed: Random seed, for families whose divergences are estimated from samples.
-        device: Where to compute.
+        device: Always cpu, for double precision.
     """
 
     posterior: Path = field(metadata={"positional": True, "metavar": "POSTERIOR"})

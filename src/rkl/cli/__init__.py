@@ -207,7 +207,7 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     common.add_argument(
         "--device",
         default=argparse.SUPPRESS,
-        help="device, such as cpu, cuda or cuda:1; by default the best one",
+        help="device, such as cpu, cuda or cuda:1; by default the best one for the command",
     )
     common.add_argument(
         "--allow",

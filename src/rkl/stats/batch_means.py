@@ -136,7 +136,7 @@ class BatchMeans:
 
     @property
     def shifts(self) -> Float[Tensor, "halves *shape"]:
-        """Shift of the mean by each half batch: Z of all chains, which sum to 0."""
+        """Shift of the mean by each half batch, Z above, for all chains; they sum to 0."""
         return self._shifts(self.sums).flatten(0, 1)
 
     @property

@@ -24,7 +24,7 @@ def autocorrelation_time(
     The sum stops by Geyer's initial monotone sequence: sums of adjacent pairs ρ₂ₖ + ρ₂ₖ₊₁ of a
     reversible chain are positive and decrease. Chains are halved and compared, so that a chain
     that drifts, or sits elsewhere than the others, has a large τ. Below 1 for draws that
-    alternate; nan for a constant, of which draws tell nothing.
+    alternate; nan for a constant.
 
     Source: Geyer (1992), section 3.3; Vehtari et al. (2021), arXiv 1903.08008, eqs. (10)–(13).
 
@@ -49,7 +49,7 @@ def integrated_time(
 
         τ = 1 + 2 Σ ρₜ over t ≤ M, with M the first for which M ≥ window · τ(M)
 
-    What physicists of lattices report, so that figures can be compared: twice their τ_int. It
+    Twice the τ_int of lattice field theory, for comparison with published figures. It
     uses each chain about its own mean alone, and so misses that chains disagree;
     :func:`autocorrelation_time` does; nan where no chain moves.
 
@@ -99,8 +99,8 @@ def ess(
         weights: Weight of each draw.
 
     Returns:
-        Effective number of draws; at most n log₁₀ n. It is nan for a constant: chains that
-        never moved look the same as a quantity that does not vary.
+        Effective number of draws; at most n log₁₀ n. It is nan for a constant, because chains
+        that never moved look the same as a quantity that does not vary.
     """
     x = _as_doubles(x)
     count = x.shape[0] * x.shape[1]
@@ -133,7 +133,7 @@ def ess_tail(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*colum
 
 
 def rhat(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*columns"]:
-    """R̂: by what factor chains together are wider than each alone; 1 when all agree.
+    """R̂, the factor by which chains together are wider than each alone; 1 when all agree.
 
     The larger of two: for location, from the ranks of the draws, and for scale, from the ranks
     of their distance to the median. Above 1.01 the chains do not agree yet.
@@ -144,7 +144,7 @@ def rhat(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*columns"]
         x: Draws of one or many quantities, at least 4 in each chain.
 
     Returns:
-        R̂; nan for a constant, as a sampler that never moved is one too.
+        R̂; nan for a constant, because a sampler that never moved gives one too.
     """
 
     def larger(part: Tensor) -> Tensor:

@@ -44,9 +44,9 @@ def pareto_k(
         side: "upper" judges the largest draws alone.
 
     Returns:
-        k: 1/a for a tail like x^(−a − 1), about 0 for one like exp(−x), below 0 for a bounded
-        one; −inf where the extreme draws are all the same, inf where one is infinite, nan for
-        fewer than 25 draws.
+        Shape k, 1/a for a tail like x^(−a − 1), about 0 for one like exp(−x), below 0 for a
+        bounded one; −inf where the extreme draws are all the same, inf where one is infinite,
+        nan for fewer than 25 draws.
 
     >>> uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     >>> pareto_k(uniform**-0.7)
@@ -67,7 +67,7 @@ class Tail(NamedTuple):
     Attributes:
         k: Shape of the longest part of the tail that a generalised Pareto distribution fits, of
             the heavier side; nan where none does, as where draws are tied or lie in clusters.
-        infinite_mean: True where the draws speak for an infinite mean.
+        infinite_mean: True where the draws indicate an infinite mean.
     """
 
     k: Float[Tensor, "*columns"]
@@ -75,7 +75,7 @@ class Tail(NamedTuple):
 
 
 def tail(values: Float[Tensor, "draws *columns"]) -> Tail:
-    r"""The shape of the tails, and whether they speak for an infinite mean.
+    r"""The shape of the tails, and a test for an infinite mean.
 
     A generalised Pareto distribution fitted to ties, or to a cluster of draws that lies apart, has
     a large shape that does not reflect moments. So its fit is tested (Kolmogorov's distance),

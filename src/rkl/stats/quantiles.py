@@ -17,7 +17,7 @@ def quantile(
     at: float,
     weights: Float[Tensor, " draws"] | None = None,
 ) -> Float[Tensor, "*columns"]:
-    """The smallest of the draws such that those up to it weigh ``at`` of all.
+    """The smallest draw at which the cumulated weight reaches the share ``at``.
 
     It is one of the draws, so that monotone maps take it along.
 

@@ -84,7 +84,7 @@ class ExponentialFamily(abc.ABC):
         """A(η) [*batch]."""
 
     def mean(self, natural: Natural) -> Natural:
-        """M = E T(x) = ∇A(η)."""
+        """Mean parameter, E T(x) = ∇A(η)."""
         with torch.enable_grad():
             leaves = tuple(component.detach().requires_grad_() for component in natural)
             return torch.autograd.grad(self.log_partition(leaves).sum(), leaves)
@@ -235,7 +235,7 @@ class ExponentialFamily(abc.ABC):
         return functools.reduce(torch.add, parts)
 
     def minus(self, a: Natural, b: Natural) -> Natural:
-        """A − b by components."""
+        """Difference of a and b, component by component."""
         return tuple(x - y for x, y in zip(a, b, strict=True))
 
     def along(self, natural: Natural, step: Natural, length: Tensor) -> Natural:
@@ -275,8 +275,8 @@ def family_of(distribution: Distribution, draws: bool = True) -> ExponentialFami
 
     Args:
         distribution: Its first batch axis, if ``draws``, holds draws of the parameters.
-        draws: Whether what a family holds fixed must be the same along that axis. Along the
-            others, as between groups, it may differ.
+        draws: True if numbers that a family holds fixed must be the same along that axis. Along
+            the others, as between groups, they may differ.
 
     Raises:
         TypeError: It is no distribution.

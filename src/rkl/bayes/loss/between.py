@@ -58,7 +58,7 @@ def divergence_between(
 
     >>> from torch.distributions import Normal
     >>> from rkl import PearsonChiSquare
-    >>> from rkl.bayes.families import family_of
+    >>> from rkl.bayes import family_of
     >>> p, q = Normal(torch.tensor(0.0), 1.0), Normal(torch.tensor(1.0), 1.0)
     >>> family = family_of(p)
     >>> divergence_between(family, PearsonChiSquare(), family.natural(p), family.natural(q))

@@ -82,6 +82,11 @@ def check_sharded(model: Any, args: DistillConfig, teacher: Any, teachers: Any) 
             "seq_kd is not supported with a teacher sharded by fully_shard, whose weights no "
             f"process has alone; got {args.seq_kd!r}."
         )
+    if args.teacher_alignment is not None and (is_sharded(teacher) or is_sharded(model)):
+        raise NotImplementedError(
+            "teacher_alignment is not supported with models sharded by fully_shard; got "
+            f"{args.teacher_alignment!r}."
+        )
     if not is_sharded(model):
         return
     if getattr(model, "peft_config", None) is not None:

@@ -3,8 +3,8 @@
     python benchmarks/waiting.py --out benchmarks/figures/waiting.csv
 
 Between two products of matrices the threads of OpenMP wait. GNU's library, which PyTorch brings,
-lets them spin for about 3 ms by default, far less where more threads run than processors; a
-spinning thread takes the processor from whoever has work. Every cell is a process of its own,
+lets them spin 300,000 turns by default (libgomp's manual, GOMP_SPINCOUNT); a spinning thread takes
+the processor from whoever has work. Every cell is a process of its own,
 which trains one model for some seconds, beside as many busy processes as the load says. Settings
 take turns within a repetition. The unit is rows, or tokens, a second of wall-clock time.
 """

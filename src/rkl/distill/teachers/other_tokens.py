@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -18,7 +18,7 @@ from rkl.distill.limits import context_of
 from rkl.distill.models.heads import read_head
 from rkl.distill.teachers.teacher import Teacher
 from rkl.distill.text.alignment import Reading, Span, TokenTable, Translation
-from rkl.distill.text.batches import attended
+from rkl.distill.text.batches import texts_of
 from rkl.distill.writing.rollouts import ModelWriter, ends_with_turn
 from rkl.distill.writing.translated import TranslatedWriter, end_of_reply
 from rkl.divergences import Divergence
@@ -159,7 +159,7 @@ class AlignedTokens(OtherTokens):
 
     def _compare(self, inputs: Mapping[str, Any], predicting: Tensor) -> Compared:
         ids, device = inputs["input_ids"].tolist(), predicting.device
-        texts = [*_texts(inputs)]
+        texts = [*texts_of(inputs)]
         tokens = [[ids[row][at] for at in places] for row, places in texts]
         readings = self.translation.read(tokens)
         flags, numbers = predicting.tolist(), _numbers(predicting).tolist()
@@ -562,20 +562,6 @@ def _inner(known: Known, side: Side) -> Float[Tensor, " spans"]:
 def _numbers(predicting: Tensor) -> Tensor:
     """The number of each predicted token, row after row."""
     return (predicting.flatten().cumsum(0) - 1).view_as(predicting)
-
-
-def _texts(inputs: Mapping[str, Any]) -> Iterator[tuple[int, list[int]]]:
-    """The row of each text of a batch, and its places there."""
-    there = attended(inputs)
-    positions = None if inputs.get("attention_mask") is not None else inputs.get("position_ids")
-    for row in range(len(there)):
-        places = there[row].nonzero()[:, 0].tolist()
-        starts = [0]
-        if positions is not None:
-            starts = [at for at, it in enumerate(places) if positions[row, it] == 0] or [0]
-        for start, end in zip(starts, [*starts[1:], len(places)], strict=True):
-            if places[start:end]:
-                yield row, places[start:end]
 
 
 class _Rows:

@@ -16,6 +16,7 @@ from rkl.distill.known import Observed, logits_of
 from rkl.distill.limits import check_count
 from rkl.distill.teachers.answers import FORMS, Atom, Kind, Places
 from rkl.distill.teachers.teacher import Teacher
+from rkl.distill.text.batches import texts_of
 from rkl.distill.text.encoding import encode
 from rkl.estimators import TopK
 from rkl.runs.progress import say
@@ -429,17 +430,8 @@ def _distance(some: Sequence[Atom], others: Sequence[Atom]) -> float:
 
 def _texts(inputs: Mapping[str, Any], predicting: Tensor) -> Iterator[tuple[list[int], list[int]]]:
     """The texts of a batch, each up to its last predicted token, and the places predicted."""
-    tokens = inputs["input_ids"]
-    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    for row in range(len(tokens)):
-        wanted = {it + 1 for it in predicting[row].nonzero().flatten().tolist()}
-        read = range(tokens.shape[1])
-        if mask is not None:
-            read = mask[row].nonzero().flatten().tolist()
-        starts = [0]
-        if positions is not None and mask is None:
-            starts = [at for at, it in enumerate(read) if positions[row, it] == 0] or [0]
-        for start, end in zip(starts, [*starts[1:], len(read)], strict=True):
-            places = [at for at, it in enumerate(read[start:end]) if it in wanted]
-            if places:
-                yield tokens[row, read[start : start + places[-1] + 1]].tolist(), places
+    tokens, predicted = inputs["input_ids"], predicting.tolist()
+    for row, places in texts_of(inputs):
+        wanted = [at for at, place in enumerate(places) if place and predicted[row][place - 1]]
+        if wanted:
+            yield tokens[row, places[: wanted[-1] + 1]].tolist(), wanted

@@ -1,6 +1,6 @@
 """Batches of labelled rows: padded to one length, their labels put where they are predicted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -100,6 +100,20 @@ def attended(inputs: Mapping[str, Any]) -> Bool[Tensor, "rows positions"]:
         return torch.ones_like(inputs["input_ids"], dtype=torch.bool)
     following = torch.cat([positions[:, 1:], torch.zeros_like(positions[:, :1])], 1)
     return (positions > 0) | (following == 1)
+
+
+def texts_of(inputs: Mapping[str, Any]) -> Iterator[tuple[int, list[int]]]:
+    """The row of each text of a batch, and its places there."""
+    there = attended(inputs)
+    positions = None if inputs.get("attention_mask") is not None else inputs.get("position_ids")
+    for row in range(len(there)):
+        places = there[row].nonzero()[:, 0].tolist()
+        starts = [0]
+        if positions is not None:
+            starts = [at for at, it in enumerate(places) if positions[row, it] == 0] or [0]
+        for start, end in zip(starts, [*starts[1:], len(places)], strict=True):
+            if places[start:end]:
+                yield row, places[start:end]
 
 
 def sources_of(inputs: Mapping[str, Any], batch: Batch) -> Int[Tensor, " tokens"] | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import quick
 
 BF16, FLOAT32, INT32 = 2, 4, 4  # bytes
-CHUNK = 256 * 2**20  # bytes of both sides' logits that exist at one time (rkl.step by default)
+CHUNK = 2**30 + 2**28  # bytes of both sides' logits that exist at one time, and of the gradient
 TEMPORARY = 350 * 2**20  # bytes beside them and dW, at most (bound of benchmarks/linear_head.py)
 ACTIVATIONS = (
     34  # bytes per token and unit of width inside a layer (arXiv 2205.05198, section 4.1)

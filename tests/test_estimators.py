@@ -274,8 +274,19 @@ def test_compiling_is_chosen_by_the_size_of_the_work_and_said_once(caplog, monke
     assert "No C++ compiler" in caplog.records[-1].message
 
 
+class AtLaunchError(Exception):
+    """As Triton raises it where a GPU cannot hold a kernel."""
+
+    __module__ = "triton.runtime.errors"
+
+
 @pytest.mark.parametrize(
-    "error", [OSError("not executable"), InductorError(OSError("no g++"), None)]
+    "error",
+    [
+        OSError("not executable"),
+        InductorError(OSError("no g++"), None),
+        AtLaunchError("out of shared memory"),
+    ],
 )
 def test_a_compiler_that_does_not_work_is_said_once_and_done_without(error, caplog, monkeypatch):
     from rkl import kernels

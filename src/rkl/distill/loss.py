@@ -55,7 +55,8 @@ def distill_loss(
         num_items_in_batch: Denominator, such as the tokens of all batches that are accumulated;
             by default the tokens that are trained on in this one.
         ignore_index: Label of a token that is not trained on.
-        chunk: How many tokens' logits of a head may exist at one time; 256 MiB by default.
+        chunk: How many tokens' logits of a head may exist at one time; by default 256 MiB,
+            or 1 GiB compiled on a GPU.
         compiled: Whether to compile the loss; by default, where there is work enough.
 
     Returns:

@@ -56,6 +56,9 @@ __all__ = [
 HALF = torch.float16, torch.bfloat16
 UPCAST = 2**22  # numbers of a head in half precision that are held in single at a time
 BUDGET = 2**28  # bytes of logits that exist at one time, teacher's and student's together
+# Of a compiled step on a GPU, which reads both heads anew and adds to the whole of dW for each
+# chunk: of few tokens that takes longer than their products. TRL's buffers are as large.
+BUDGET_ON_GPU = 2**30
 
 
 @outside_dynamo
@@ -88,7 +91,8 @@ def exact(
         q: The student's logits, or the head that yields them.
         weight: Weight of each token, constant and at least 0; tokens of weight 0 are not
             computed. Defaults to 1/tokens. Nothing is divided by its sum.
-        chunk: Number of tokens whose logits exist at one time; by default 256 MiB of them.
+        chunk: Number of tokens whose logits exist at one time; by default 256 MiB of them, or
+            1 GiB compiled on a GPU.
         compiled: Whether to compile the step, once per divergence; by default, where there
             is work enough and a compiler. Parts of a vocabulary run uncompiled.
         labels: The true token, for the cross-entropy below and for a divergence that takes labels.
@@ -116,9 +120,10 @@ def exact(
         tokens = check_pair(divergence, p, q, vocab)
         weighted, weights = _weighted_tokens(weight, tokens, by_token(q))
         true = _check_labels(labels, hard_label_weight, divergence, weighted, q, vocab)
-        size = _chunk(chunk, p, q, shared)
         run = _check_compiled(compiled, len(weighted) * vocabulary(q), weights.device, shared)
-        step = Step(divergence, _shape(p), _shape(q), float(hard_label_weight))
+        size = _chunk(chunk, q, shared, compiled=run)
+        rounded = _gradient_dtype(q)
+        step = Step(divergence, _shape(p), _shape(q), float(hard_label_weight), rounded)
         tracked = torch.is_grad_enabled()
         work = _Work(
             step, cut(p, shared), weights, weighted.split(size), true, run, tracked, shared
@@ -180,8 +185,10 @@ class _Exact(torch.autograd.Function):
                 a, b = _pair(work.p, parameters, rows)
                 w = work.weight[rows].to(b.dtype)
                 labels = None if work.labels is None else work.labels[rows]
-                value += w @ step_(work.step, a, b, w, labels, work.compiled)
-                _pull_back(totals, wanted, parameters, rows, b)
+                losses, gradient = step_(work.step, a, b, w, labels, work.compiled)
+                value += w @ losses
+                del a, b  # before products of the gradient need memory
+                _pull_back(totals, wanted, parameters, rows, gradient)
         if work.shared is not None and totals[0] is not None:
             totals[0] = work.shared.reduce(totals[0], "sum")
         ctx.save_for_backward(*(x for x in totals if x is not None))
@@ -197,7 +204,7 @@ class _Exact(torch.autograd.Function):
         alone = factor.device.type == "cpu" and bool(factor == 1)  # elsewhere it costs more to ask
         with torch.no_grad():
             gradients = [
-                None if dtype is None else _times(factor, next(saved), alone).to(dtype)
+                None if dtype is None else _times(factor, next(saved), alone, dtype)
                 for dtype in ctx.likes
             ]
         if torch.is_grad_enabled():  # create_graph=True
@@ -230,8 +237,11 @@ def _refuse_transforms() -> None:
         raise NotImplementedError(_ONCE)
 
 
-def _times(factor: Tensor, total: Tensor, alone: bool) -> Tensor:
-    return total if alone else factor * total
+def _times(factor: Tensor, total: Tensor, alone: bool, dtype: torch.dtype) -> Tensor:
+    if alone:
+        return total.to(dtype)
+    # Rounded as it is multiplied: a second dW in single precision would be the peak of memory.
+    return torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))
 
 
 @outside_dynamo
@@ -279,7 +289,7 @@ def per_token(
         everything = torch.arange(tokens, device=by_token(q).device)
         for divergence in divergences.values():
             _check_labels(labels, 0.0, divergence, everything, q, vocab)
-        rows = everything.split(_chunk(chunk, p, q, shared))
+        rows = everything.split(_chunk(chunk, q, shared))
         if shared is None:
             return rows, (), {}
         settings = dict(divergences), type(p), _shape(p), _shape(q), len(rows), tokens
@@ -348,7 +358,7 @@ def _draw_ratios(divergence: Divergence, p: Sampled, q, chunk: int | None) -> It
 
     def prepare():
         tokens = check_pair(divergence, p, q, None if shared is None else shared.vocab)
-        rows = torch.arange(tokens, device=p.logp.device).split(_chunk(chunk, p, q, shared))
+        rows = torch.arange(tokens, device=p.logp.device).split(_chunk(chunk, q, shared))
         if shared is None:
             return rows, (), {}
         settings = divergence, _shape(q), len(rows), tokens
@@ -447,21 +457,22 @@ def _check_sampled(divergence: Any, **at_samples: Any) -> None:
 
 
 def _weighted_tokens(weight, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    if weight is None and tokens:  # nothing to look at, for which a GPU would have to finish
+        weight = like.new_full((tokens,), 1 / tokens, dtype=_at_least_single(like))
+        return torch.arange(tokens, device=like.device), weight
     if weight is None:
-        dtype = _at_least_single(like)
-        weight = torch.full((tokens,), 1 / max(tokens, 1), dtype=dtype, device=like.device)
-    else:
-        if isinstance(weight, Tensor) and not weight.is_floating_point():
-            raise TypeError(
-                f"weight must hold floating-point numbers; got {weight.dtype}. Of a mask, "
-                "mask / mask.sum() gives the mean over what it keeps, mask.float() their sum."
-            )
-        floats("weight", weight)
-        if weight.shape != (tokens,) or weight.device != like.device:
-            raise ValueError(
-                f"weight must be [{tokens}], one for each token of q, on {like.device}; "
-                f"got {list(weight.shape)} on {weight.device}."
-            )
+        weight = like.new_zeros(0)
+    if isinstance(weight, Tensor) and not weight.is_floating_point():
+        raise TypeError(
+            f"weight must hold floating-point numbers; got {weight.dtype}. Of a mask, "
+            "mask / mask.sum() gives the mean over what it keeps, mask.float() their sum."
+        )
+    floats("weight", weight)
+    if weight.shape != (tokens,) or weight.device != like.device:
+        raise ValueError(
+            f"weight must be [{tokens}], one for each token of q, on {like.device}; "
+            f"got {list(weight.shape)} on {weight.device}."
+        )
     weight = weight.detach().to(_at_least_single(like))
     if not ((weight >= 0) & (weight < math.inf)).all():
         raise ValueError("weight must be at least 0 and finite for every token.")
@@ -511,10 +522,13 @@ def _check_labels(
     return labels if hard_label_weight or divergence.takes_labels else None
 
 
-def _chunk(chunk: int | None, p, q, shared: Shards | None) -> int:
+def _chunk(chunk: int | None, q, shared: Shards | None, *, compiled: bool = False) -> int:
     if chunk is None:
         bytes_per_token = 2 * 4 * (vocabulary(q) if shared is None else max(shared.sizes))
-        return max(16, BUDGET // bytes_per_token // 16 * 16)
+        large = compiled and _on_gpu(by_token(q))
+        # A GPU multiplies tiles of 128 rows.
+        budget, multiple = (BUDGET_ON_GPU, 128) if large else (BUDGET, 16)
+        return max(multiple, budget // bytes_per_token // multiple * multiple)
     integer("chunk", chunk, at_least=1)
     return chunk
 
@@ -543,8 +557,8 @@ def _products(parameters, rows: Tensor | slice) -> Logits:
 
 def _single_products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Logits:
     """Products of a head in half precision that are never rounded to it."""
-    if hidden.device.type == "cuda":
-        products = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    if _multiplies_halves(hidden):
+        products = _mixed_product(hidden, weight.T)
     else:
         hidden = hidden.float()
         products = hidden.new_empty(len(hidden), len(weight))
@@ -580,43 +594,93 @@ def _pair(p, parameters, rows):
     return _products(p[:3] if isinstance(p, LinearHead) else (p,), rows).to(b.dtype), b
 
 
+def _gradient_dtype(q: Logits | LinearHead) -> torch.dtype | None:
+    """The dtype that a step rounds its gradient to; None for that of the products.
+
+    A GPU multiplies matrices of one dtype, and bfloat16 has the range of single precision. float16
+    has not: there the gradient is scaled first.
+    """
+    rounds = isinstance(q, LinearHead) and _multiplies_halves(q.hidden)
+    return torch.bfloat16 if rounds and q.hidden.dtype == torch.bfloat16 else None
+
+
+def _multiplies_halves(hidden: Tensor) -> bool:
+    """True if matrices in half precision have a product in single precision."""
+    return hidden.dtype in HALF and _on_gpu(hidden)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
 def _pull_back(totals, wanted, parameters, rows, gradient):
     by_token, *head = parameters
+    if not head:
+        if wanted[0]:
+            _put_rows(totals, by_token, rows, gradient)
+        return
     hidden = by_token[rows]
+    if wanted[2]:
+        total = gradient.sum(0, dtype=_at_least_single(gradient))
+        totals[2] = total if totals[2] is None else totals[2] + total
+    gradient, factor = _operand(gradient, hidden)
     if wanted[0]:
-        if totals[0] is None:
-            totals[0] = torch.zeros_like(by_token, dtype=gradient.dtype)
-        totals[0][rows] = _in_hidden(gradient, head[0]) if head else gradient
-    if wanted[1:] and wanted[1]:
-        totals[1] = _add_product(totals[1], gradient, hidden)
-    if wanted[2:] and wanted[2]:
-        totals[2] = gradient.sum(0) if totals[2] is None else totals[2] + gradient.sum(0)
+        _put_rows(totals, by_token, rows, _in_hidden(gradient, factor, head[0]))
+    if wanted[1]:
+        totals[1] = _add_product(totals[1], gradient, factor, hidden)
 
 
-def _in_hidden(gradient: Logits, weight: Tensor) -> Tensor:
+def _put_rows(totals, by_token, rows, gradient):
+    if totals[0] is None:
+        totals[0] = torch.zeros_like(by_token, dtype=gradient.dtype)
+    totals[0][rows] = gradient
+
+
+def _operand(gradient: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradient as it enters products, and what these are to be multiplied by."""
+    if gradient.dtype in HALF or not _multiplies_halves(hidden):
+        return gradient, None
+    return _in_half(gradient, hidden.dtype)
+
+
+def _in_hidden(gradient: Tensor, factor: Tensor | None, weight: Tensor) -> Tensor:
+    if gradient.dtype in HALF:
+        product = _mixed_product(gradient, weight)
+        return product if factor is None else product.mul_(factor)
     if weight.dtype not in HALF:
         return gradient @ weight
-    if gradient.device.type == "cuda":
-        scaled, factor = _in_half(gradient, weight.dtype)
-        return torch.mm(scaled, weight, out_dtype=torch.float32) * factor
     total = gradient.new_zeros(len(gradient), weight.shape[1])
     for atoms in _blocks(weight):
         total.addmm_(gradient[:, atoms], weight[atoms].float())
     return total
 
 
-def _add_product(total: Tensor | None, gradient: Tensor, hidden: Tensor) -> Tensor:
+def _add_product(
+    total: Tensor | None, gradient: Tensor, factor: Tensor | None, hidden: Tensor
+) -> Tensor:
     """Total + gradient.T @ hidden, added up in single precision or better."""
-    if hidden.dtype in HALF and gradient.device.type == "cuda":
-        scaled, factor = _in_half(gradient, hidden.dtype)
-        product = torch.mm(scaled.T, hidden, out_dtype=torch.float32) * factor
-        return product if total is None else total.add_(product)
+    if gradient.dtype in HALF:
+        if total is not None and factor is None:
+            return _add_mixed_product(total, gradient.T, hidden)
+        product = _mixed_product(gradient.T, hidden)
+        if total is not None:
+            return total.addcmul_(product, factor)
+        return product if factor is None else product.mul_(factor)
     hidden = hidden.to(gradient.dtype)
     return gradient.T @ hidden if total is None else total.addmm_(gradient.T, hidden)
 
 
+def _mixed_product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of two matrices in half precision, in single precision; on a GPU only."""
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _add_mixed_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
 def _in_half(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The gradient in half precision, times a power of two that keeps it from underflow."""
+    """The gradient in half precision, over a power of two that keeps it from underflow."""
     largest = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     factor = (largest.log2().ceil() - 12).exp2()
     return (gradient / factor).to(dtype), factor

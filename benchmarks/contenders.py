@@ -5,7 +5,7 @@ gradients of the mean divergence per token in the student's hidden states and in
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -36,23 +36,30 @@ class Problem(NamedTuple):
         return self.hidden, self.weight
 
 
-def make_problem(tokens: int, vocab: int) -> Problem:
-    """A student that sees half of what its teacher does, and so roughly agrees with it."""
-    generator = torch.Generator().manual_seed(0)
-    teacher_hidden = torch.randn(tokens, TEACHER_WIDTH, generator=generator)
-    teacher_weight = torch.randn(vocab, TEACHER_WIDTH, generator=generator)
-    teacher_hidden[:, STUDENT_WIDTH:] *= 0.3
-    spread = torch.linspace(*SHARPNESS, tokens)[torch.randperm(tokens, generator=generator)]
-    teacher_hidden *= (spread / math.sqrt(STUDENT_WIDTH))[:, None]
-    hidden = teacher_hidden[:, :STUDENT_WIDTH].clone().requires_grad_()
-    weight = teacher_weight[:, :STUDENT_WIDTH].clone().requires_grad_()
-    return Problem(hidden, weight, teacher_hidden, teacher_weight)
+def make_problem(
+    tokens: int,
+    vocab: int,
+    widths: Sequence[int] = (STUDENT_WIDTH, TEACHER_WIDTH),
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Problem:
+    """A student that sees a part of what its teacher does, and so roughly agrees with it."""
+    student, teacher = widths
+    random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    teacher_hidden = torch.randn(tokens, teacher, **random)
+    teacher_weight = torch.randn(vocab, teacher, **random)
+    teacher_hidden[:, student:] *= 0.3
+    spread = torch.linspace(*SHARPNESS, tokens, device=device)[torch.randperm(tokens, **random)]
+    teacher_hidden *= (spread / math.sqrt(student))[:, None]
+    both = teacher_hidden.to(dtype), teacher_weight.to(dtype)
+    hidden, weight = (x[:, :student].clone().requires_grad_() for x in both)
+    return Problem(hidden, weight, *both)
 
 
 def tokens_at_once(problem: Problem, chunk: int | None) -> int:
     """How many tokens' logits ours keeps at one time; the floor does as it does."""
     student = LinearHead(*problem.student)
-    return min(len(problem.hidden), estimators._chunk(chunk, None, student, None))
+    return min(len(problem.hidden), estimators._chunk(chunk, student, None, compiled=True))
 
 
 Gradients = tuple[Tensor, ...]
@@ -64,7 +71,7 @@ def floor(problem: Problem, chunk: int) -> Gradients:
     """The four products nobody can do without, and only what they must allocate."""
     hidden, weight, teacher_hidden, teacher_weight = problem
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-    student, teacher = torch.empty(2, chunk, len(weight))
+    student, teacher = hidden.new_empty(2, chunk, len(weight))
     for rows in torch.arange(len(hidden)).split(chunk):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         s, t = student[: len(rows)], teacher[: len(rows)]
@@ -113,8 +120,16 @@ def liger(
         compiled=compiled,
         chunk_size=chunk or 1024,
     )
-    labels = torch.zeros(len(problem.hidden), dtype=torch.long)
+    labels = problem.hidden.new_zeros(len(problem.hidden), dtype=torch.long)
     return torch.autograd.grad(loss(*problem.student, *problem[2:], labels), problem.student)
+
+
+def liger_triton(problem: Problem, divergence: Divergence, chunk: None) -> Gradients:
+    """Liger's kernels in Triton, which choose their chunk themselves."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=_beta(divergence))
+    return torch.autograd.grad(loss(*problem.student, *problem[2:], None), problem.student)
 
 
 def official_akl(problem: Problem, divergence: AKL, chunk: None) -> Gradients:
@@ -157,6 +172,7 @@ class Peer(NamedTuple):
     package: str
     divergences: tuple[type[Divergence], ...]
     chunks: tuple[int | None, ...]  # what a small scan tries, its own default first
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 _GENERALISED_JSD = KL, ReverseKL, JensenShannon
@@ -169,6 +185,9 @@ PEERS = {
     "Liger eager": Peer(
         lambda *of: liger(*of, compiled=False), "liger_kernel", _GENERALISED_JSD, (1024, 256, 128)
     ),
+    "Liger Triton": Peer(
+        liger_triton, "liger_kernel", _GENERALISED_JSD, (None,), devices=("cuda",)
+    ),
     "AKL.py eager": Peer(official_akl, "torch", (AKL,), (None,)),
 }
 OURS: dict[str, Contender] = {
@@ -177,8 +196,12 @@ OURS: dict[str, Contender] = {
 }
 
 
-def peers_of(divergence: Divergence) -> list[str]:
-    return [name for name, peer in PEERS.items() if isinstance(divergence, peer.divergences)]
+def peers_of(divergence: Divergence, device: str = "cpu") -> list[str]:
+    return [
+        name
+        for name, peer in PEERS.items()
+        if isinstance(divergence, peer.divergences) and device in peer.devices
+    ]
 
 
 def installed(name: str) -> bool:

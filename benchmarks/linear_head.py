@@ -22,7 +22,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -84,7 +84,7 @@ class Row:
 
 def main() -> int:
     settings = _arguments()
-    print(_versions(), f"load {os.getloadavg()}", "one thread, float32", sep="; ", flush=True)
+    print(versions(), f"load {os.getloadavg()}", "one thread, float32", sep="; ", flush=True)
     rows = list(_one_process(settings) if settings.one_process else _solo(settings))
     if settings.out and rows:
         _write(settings.out, rows)
@@ -131,16 +131,17 @@ def _solo(settings: argparse.Namespace) -> Iterator[Row]:
 def _contender(settings, name: str, divergence: Divergence, vocab: int) -> list[Row]:
     work = _work(settings, name, divergence, vocab)
     if not contenders.installed(name):
-        _print_note(work, "not installed (group bench)")
+        print_note(work, "not installed (group bench)")
         return []
     try:
         rows = _in_fresh_process(measure_time, work)
-        _print_ratio(rows)
+        _print_own_ratio(rows)
         if settings.memory:
             rows.append(_in_fresh_process(measure_memory, work, rows[0].chunk))
-            _print_memory(rows[-1])
+            ours = rows[-1].contender in contenders.OURS
+            print_memory(rows[-1], target_megabytes(rows[-1]) if ours else None)
     except Exception as error:  # one that fails must not cost the hours of the others
-        _print_note(work, f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}")
+        print_note(work, failure(error))
         return []
     return rows
 
@@ -157,7 +158,7 @@ def _one_process(settings: argparse.Namespace) -> Iterator[Row]:
         together = _in_fresh_process(measure_all, works)
         alone = _in_fresh_process(measure_time, works[-1])
         for work in works:
-            _print_ratio([row for row in together if row.divergence == work.divergence])
+            _print_own_ratio([row for row in together if row.divergence == work.divergence])
         last = [row for row in together if row.divergence == works[-1].divergence]
         _print_one_process(last, alone, len(works))
         yield from (*together, *alone)
@@ -181,14 +182,21 @@ def measure_time(work: Work) -> list[Row]:
     chunk, step = _best_chunk(work, problem, divergence, run)
     _check(problem, divergence, step())  # the second call: a ragged last chunk compiles anew
     at_once = contenders.tokens_at_once(problem, work.chunk)
-    contenders.floor(problem, at_once)
-    rows, before = [], _cpu_time(lambda: contenders.floor(problem, at_once))
-    for repetition in range(work.repeats):
-        value = _cpu_time(step)
-        after = _cpu_time(lambda: contenders.floor(problem, at_once))
-        rows.append(_row("cpu_s", work, chunk, repetition, value, before, after))
+    turns = take_turns(step, lambda: contenders.floor(problem, at_once), work.repeats, _cpu_time)
+    return [_row("cpu_s", work, chunk, number, *seconds) for number, seconds in enumerate(turns)]
+
+
+def take_turns(
+    step: Callable, floor: Callable, repeats: int, seconds: Callable[[Callable], float]
+) -> Iterator[tuple[float, float, float]]:
+    """Seconds of a step and of the floors right before and after it, in turns: F C F C F."""
+    floor()
+    before = seconds(floor)
+    for _ in range(repeats):
+        value = seconds(step)
+        after = seconds(floor)
+        yield value, before, after
         before = after
-    return rows
 
 
 def _prepare(work: Work):
@@ -204,15 +212,25 @@ def _best_chunk(work, problem, divergence, run):
         run(problem, divergence, work.chunk)
         at_once = contenders.tokens_at_once(problem, work.chunk)
         return at_once, lambda: run(problem, divergence, work.chunk)
-    times = {}
-    for chunk in contenders.PEERS[work.contender].chunks:
+
+    def compile_anew(chunk):
         torch._dynamo.reset()  # or the graphs of one chunk would count against the next
-        run(problem, divergence, chunk)
-        times[chunk] = _cpu_time(lambda: run(problem, divergence, chunk))  # noqa: B023
-    best = min(times, key=times.__getitem__)
+        return lambda: run(problem, divergence, chunk)
+
+    best = fastest(contenders.PEERS[work.contender].chunks, compile_anew, _cpu_time)
     torch._dynamo.reset()
     run(problem, divergence, best)
     return best, lambda: run(problem, divergence, best)
+
+
+def fastest(chunks: Iterable, step_of: Callable, seconds: Callable[[Callable], float]):
+    """The chunk whose step takes least time, each after a warm-up."""
+    times = {}
+    for chunk in chunks:
+        step = step_of(chunk)
+        step()
+        times[chunk] = seconds(step)
+    return min(times, key=times.__getitem__)
 
 
 def _check(problem: contenders.Problem, divergence: Divergence, gradients) -> None:
@@ -241,7 +259,7 @@ def _cpu_time(step: Callable) -> float:
 def _row(kind, work, chunk, repetition, value, before, after) -> Row:
     graphs = counters["stats"]["unique_graphs"]
     row = (kind, work.contender, work.divergence, work.vocab, work.tokens, chunk, repetition)
-    return Row(*row, value, before, after, graphs, os.getloadavg()[0], _versions())
+    return Row(*row, value, before, after, graphs, os.getloadavg()[0], versions())
 
 
 def measure_memory(work: Work, chunk: int | None) -> Row:
@@ -310,37 +328,45 @@ def target_megabytes(row: Row) -> float:
     return (d_weight + 2 * row.chunk * row.vocab * 4) / MEGABYTE + 350
 
 
-def _print_ratio(rows: list[Row]) -> None:
+def _print_own_ratio(rows: list[Row]) -> None:
+    first = rows[0]
+    ours = first.contender in contenders.OURS
+    divergence = parse(first.divergence)
+    print_ratio(rows, target_ratio(first.contender, divergence, first.vocab) if ours else None)
+
+
+def print_ratio(rows: list[Row], target: float | None) -> None:
+    """The median ratio, its range, and whether the target is reached, if there is one."""
     first, ratios = rows[0], [row.ratio for row in rows]
     ratio = statistics.median(ratios)
     fastest = min(row.value for row in rows) / min(row.floor_after for row in rows)
-    verdict = ""
-    if first.contender in contenders.OURS:
-        target = target_ratio(first.contender, parse(first.divergence), first.vocab)
-        verdict = f"{'reached' if ratio <= target else 'MISSED'} (at most {target:.2f})"
-    print(
-        f"{first.vocab:>7} {first.contender:<15} {first.divergence:<32} {ratio:6.3f} x floor  "
-        f"[{min(ratios):.3f} to {max(ratios):.3f}; minima {fastest:.3f}]  "
-        f"chunk {first.chunk}  graphs {rows[-1].graphs}  {verdict}",
-        flush=True,
+    print_note(
+        first,
+        f"{ratio:6.3f} x floor  [{min(ratios):.3f} to {max(ratios):.3f}; minima {fastest:.3f}]  "
+        f"chunk {first.chunk}  graphs {rows[-1].graphs}  {verdict(ratio, target, '.2f')}",
     )
 
 
-def _print_note(work: Work, note: str) -> None:
+def print_note(work: Work | Row, note: str) -> None:
     print(f"{work.vocab:>7} {work.contender:<15} {work.divergence:<32} {note}", flush=True)
 
 
-def _print_memory(row: Row) -> None:
-    verdict = ""
-    if row.contender in contenders.OURS:
-        target = target_megabytes(row)
-        reached = "reached" if row.value <= target else "MISSED"
-        verdict = f"{reached} (at most {target:.0f})"
-    print(
-        f"{row.vocab:>7} {row.contender:<15} {row.divergence:<32} {row.value:6.0f} MiB extra  "
-        f"chunk {row.chunk}  {verdict}",
-        flush=True,
-    )
+def failure(error: Exception) -> str:
+    """One line of an error."""
+    return f"FAILED: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def print_memory(row: Row, target: float | None) -> None:
+    """The peak of memory, and whether the target is reached, if there is one."""
+    reached = verdict(row.value, target, ".0f")
+    print_note(row, f"{row.value:6.0f} MiB extra  chunk {row.chunk}  {reached}")
+
+
+def verdict(value: float, target: float | None, form: str) -> str:
+    """Whether a value is at most its target; empty where there is none."""
+    if target is None:
+        return ""
+    return f"{'reached' if value <= target else 'MISSED'} (at most {target:{form}})"
 
 
 def _print_one_process(last: list[Row], alone: list[Row], divergences: int) -> None:
@@ -355,7 +381,8 @@ def _print_one_process(last: list[Row], alone: list[Row], divergences: int) -> N
     )
 
 
-def _versions() -> str:
+def versions() -> str:
+    """Of Python, torch, rkl and the peers."""
     found = [f"python {sys.version.split()[0]}"]
     for package in ("torch", "rkl", "trl", "liger-kernel"):
         try:

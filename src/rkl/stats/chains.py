@@ -100,14 +100,17 @@ def ess(
 
     Returns:
         Effective number of draws; at most n log₁₀ n. It is nan for a constant, because chains
-        that never moved look the same as a quantity that does not vary.
+        that never moved look the same as a quantity that does not vary. Chains are halved: of
+        an odd number of draws the middle one does not count.
     """
     x = _as_doubles(x)
-    count = x.shape[0] * x.shape[1]
     share = 1.0 if weights is None else _kish(weights, x)
-    return _by_columns(
-        lambda part: _where_moving(share * count / _time(_normal_scores(part)), part), x
-    )
+
+    def of_bulk(part: Tensor) -> Tensor:
+        scores = _normal_scores(_halves(part))
+        return _where_moving(share * _count(scores) / _time_of_halves(scores), part)
+
+    return _by_columns(of_bulk, x)
 
 
 def ess_tail(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*columns"]:
@@ -123,11 +126,12 @@ def ess_tail(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*colum
     """
 
     def of_quantiles(part: Tensor) -> Tensor:
-        times = [
-            _time((part <= interpolated_quantile(part.flatten(0, 1), at)).double())
+        below = [
+            _halves((part <= interpolated_quantile(part.flatten(0, 1), at)).double())
             for at in (0.05, 0.95)
         ]
-        return _where_moving(part.shape[0] * part.shape[1] / torch.maximum(*times), part)
+        time = torch.maximum(*map(_time_of_halves, below))
+        return _where_moving(_count(below[0]) / time, part)
 
     return _by_columns(of_quantiles, _as_doubles(x))
 
@@ -168,18 +172,14 @@ def ess_and_rhat(
     >>> torch.allclose(bulk, ess(x)), torch.allclose(ratio, rhat(x))
     (True, True)
     """
-    x = _as_doubles(x)
-    count = x.shape[0] * x.shape[1]
-    if x.shape[1] % 2:  # ess ranks the middle draws too, rhat the halves without them
-        return ess(x), rhat(x)
 
     def both(part: Tensor) -> Tensor:
         location, scale = _scores_of_halves(part)
-        bulk = count / _time_of_halves(location)
+        bulk = _count(location) / _time_of_halves(location)
         ratio = torch.maximum(_ratio(location), _ratio(scale))
         return _where_moving(torch.stack([bulk, ratio]), part)
 
-    bulk, ratio = _by_columns(both, x)
+    bulk, ratio = _by_columns(both, _as_doubles(x))
     return bulk, ratio
 
 
@@ -225,9 +225,13 @@ def _kish(weights: Tensor, x: Tensor) -> float:
 
 
 def _halves(x: Tensor) -> Tensor:
-    """First and last halves of every chain as chains."""
+    """First and last halves of every chain as chains, without the middle of an odd number."""
     half = x.shape[1] // 2
     return torch.cat([x[:, :half], x[:, -half:]])
+
+
+def _count(x: Tensor) -> int:
+    return x.shape[0] * x.shape[1]
 
 
 def _time(x: Tensor) -> Tensor:

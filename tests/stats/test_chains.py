@@ -218,6 +218,14 @@ def test_weights_of_half_the_draws_leave_half_the_effective_number():
     assert ess(x, torch.ones(4, 500)).item() == pytest.approx(ess(x).item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("statistic", [autocorrelation_time, integrated_time, ess, ess_tail, rhat])
+def test_of_no_columns_there_are_no_figures(statistic):
+    for shape in ((0,), (3, 0), (0, 2)):
+        for draws in (8, 9):
+            assert statistic(torch.zeros(2, draws, *shape)).shape == shape
+    assert [it.shape for it in ess_and_rhat(torch.zeros(2, 8, 3, 0))] == [(3, 0), (3, 0)]
+
+
 @pytest.mark.parametrize("statistic", [autocorrelation_time, ess, ess_tail, rhat])
 def test_draws_that_cannot_be_judged_are_refused(statistic):
     with pytest.raises(ValueError, match=r"at least 4 draws each; got \[2, 3\]"):

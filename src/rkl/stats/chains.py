@@ -206,6 +206,9 @@ def _as_doubles(x: Tensor) -> Tensor:
 def _by_columns(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A function from [chains, draws, columns] to [..., columns], some columns at a time."""
     flat = x.flatten(2) if x.ndim > 2 else x[..., None]
+    if not flat.shape[-1]:  # Fourier transforms and variances of nothing fail or warn
+        none = function(x.new_zeros(*x.shape[:2], 1))[..., :0]
+        return none.reshape((*none.shape[:-1], *x.shape[2:]))
     width = max(1, NUMBERS // (x.shape[0] * x.shape[1]))
     values = torch.cat([function(part) for part in flat.split(width, -1)], -1)
     return values.reshape((*values.shape[:-1], *x.shape[2:]))

@@ -131,7 +131,7 @@ def test_acceptance_of_a_gaussian_by_a_wider_one_is_its_closed_form():
     normal = GaussianMixture(means=((0.0,),))
     chain = independent_metropolis(normal, wide(scale=2.0), ONE, draws=4_000, chains=25)
     expected = 4 / math.pi * math.atan(0.5)
-    error = chain.accepted[:, 1:].double().mean(1).std() / 5
+    error = chain.accepted.double().mean(1).std() / 5
     assert abs(chain.acceptance - expected) < 4 * error
 
 
@@ -216,7 +216,27 @@ def test_the_longest_rejection_run_and_acceptance_are_counted():
         torch.zeros(2, 4, 1), taken, nothing, nothing, nothing, torch.zeros(0)
     )
     assert chain.longest_rejection_run == 3
-    assert chain.acceptance.item() == pytest.approx(3 / 6)
+    assert chain.acceptance.item() == pytest.approx(5 / 8)
+    assert not chain.failed
+
+
+@pytest.mark.filterwarnings("ignore:.*they are no result")  # chains are short
+def test_the_first_proposal_counts_as_every_other():
+    """By default the start is a draw from the target, nearly: a first step is no exception."""
+    chain = independent_metropolis(TARGET, wide(), ONE, draws=4, chains=20_000)
+    share = chain.accepted.double().mean(0)
+    assert chain.acceptance == chain.accepted.double().mean()
+    assert (share - share.mean()).abs().max() < 4 * (0.25 / 20_000) ** 0.5
+    one = independent_metropolis(TARGET, wide(), ONE, draws=1)
+    assert one.acceptance == one.accepted.double().mean()
+
+
+def test_a_chain_that_moved_in_its_first_step_alone_has_not_failed():
+    taken = torch.tensor([[True, False, False], [False, True, False]])
+    nothing = torch.zeros(2, 3)
+    chain = metropolis.Chain(
+        torch.zeros(2, 3, 1), taken, nothing, nothing, nothing, torch.zeros(0)
+    )
     assert not chain.failed
 
 

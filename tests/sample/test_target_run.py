@@ -161,7 +161,7 @@ def test_a_chain_that_never_moves_is_no_result(folder, capsys):
     assert main(words) == 2
     assert "say --allow my_law:far" in capsys.readouterr().err
     assert main([*words, "--allow", "my_law:far"]) == 1
-    assert "a chain took none of its 24 proposals" in capsys.readouterr().err
+    assert "a chain took none of its 25 proposals" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -59,13 +59,13 @@ class Chain:
 
     @property
     def acceptance(self) -> Float[Tensor, "*batch"]:
-        """Share of proposals that were accepted, without the first of each chain."""
-        return self.accepted[..., 1:].double().mean((-1, -2))
+        """Share of proposals that were accepted."""
+        return self.accepted.double().mean((-1, -2))
 
     @property
     def failed(self) -> Bool[Tensor, "*batch"]:
-        """True if a chain accepted no proposal after its first: it is no result."""
-        return ~self.accepted[..., 1:].any(-1).all(-1)
+        """True if a chain accepted no proposal: it is no result."""
+        return ~self.accepted.any(-1).all(-1)
 
     @property
     def longest_rejection_run(self) -> Int[Tensor, "*batch"]:
@@ -169,7 +169,7 @@ def independent_metropolis(
         target: The target, with log p in nats up to log Z.
         proposal: A flow, called with the condition, or a distribution.
         condition: One condition or a batch of them, each with chains of its own.
-        draws: Number of draws of each chain, the first included.
+        draws: Number of draws of each chain: states after a proposal, without the start.
         chains: Number of chains for each condition.
         seed: Random seed.
         start: States to begin at, [\*batch, chains, \*event]; by default each chain begins at one
@@ -254,7 +254,7 @@ def _warn_of_failure(chain: Chain) -> None:
     if chain.accepted.shape[-1] > 1 and chain.failed.any():
         warn(
             f"{int(chain.failed.sum())} of {chain.failed.numel()} conditions have a chain that "
-            f"took none of its {chain.accepted.shape[-1] - 1} proposals: they are no result."
+            f"took none of its {chain.accepted.shape[-1]} proposals: they are no result."
         )
 
 

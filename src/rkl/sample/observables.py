@@ -140,8 +140,8 @@ def compare_with_held_out(
         train: Training draws, to check that none is in held_out.
 
     Returns:
-        nll, −⟨log q⟩ in nats; acceptance, the first draw of a chain not counted; overlap of
-        energies per site in [-2, 0] and [-3, 0]; emd of each observable in its unit; floors.
+        nll, −⟨log q⟩ in nats; acceptance; overlap of energies per site in [-2, 0] and
+        [-3, 0]; emd of each observable in its unit; floors.
     """
     if not isinstance(chain, Chain):
         raise TypeError(f"chain must be a Chain; got a {type(chain).__name__}.")
@@ -154,7 +154,7 @@ def compare_with_held_out(
         check_held_out(train, held_out)
     each = chain.condition.expand(len(held_out), -1)
     log_q = law_of(proposal, target, chain.condition).log_prob(held_out)
-    accepted = chain.accepted[:, 1:].double()
+    accepted = chain.accepted.double()
     figures = {"nll": mean(-log_q), "acceptance": jackknife(lambda it: it, accepted)}
     real = target.observables(held_out, each)
     for name, values in chain.measure(target).items():

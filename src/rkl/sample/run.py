@@ -266,7 +266,7 @@ def sample_run(
         chain = independent_metropolis(loaded.target, flow, at, **how)
     if draws > MIN_MOVING_DRAWS and bool(chain.failed):
         raise RuntimeError(
-            f"a chain took none of its {draws - 1:,} proposals: the flow is too far from the "
+            f"a chain took none of its {draws:,} proposals: the flow is too far from the "
             "target for a result, and nothing was written. Train it longer."
         )
     check_samples(chain.x.flatten(0, 1))

@@ -17,12 +17,17 @@ from rkl.distill import DistillConfig, DistillTrainer
 
 def sharded(folder):
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    adapted, adapter = model, folder / "adapter"
+    if adapter.is_dir():
+        from peft import PeftModel
+
+        adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     for layer in model.model.layers:
         fully_shard(layer)
     if folder.name == "student":
         fully_shard(model.lm_head)
     fully_shard(model)
-    return model
+    return adapted
 
 
 def shares(model):

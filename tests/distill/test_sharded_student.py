@@ -19,6 +19,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import rkl
+from rkl.distill.models.sharded import load_weights
+from rkl.distill.writing.on_policy import COMPLETIONS
+from rkl.runs.files import read_jsonl
 
 # Adam divides by the size of a gradient; with a large epsilon a wrong factor of it shows.
 SETTINGS = {"learning_rate": 1e-2, "adam_epsilon": 1.0, "max_grad_norm": 100.0, "max_steps": 2}
@@ -46,16 +49,35 @@ def run_two_processes(folder):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in "01"]
 
 
+# Without a draw, for each process draws other text; of seven rows one process gets no eighth.
+WRITTEN = {"sampling_temperature": 0.0, "max_completion_length": 6, "guard": "off"}
+WRITTEN |= {"log_completions": True}
+OWN_TEXT = "completion_length", "truncated", "student_entropy", "teacher_entropy"
+
+
+@pytest.mark.parametrize(
+    ("more", "adapted"),
+    [
+        ({}, False),
+        pytest.param(WRITTEN | {"lmbda": 0.8}, False, marks=pytest.mark.slow),
+        pytest.param(WRITTEN | {"lmbda": 0.8, "seq_kd": True}, False, marks=pytest.mark.slow),
+        pytest.param(WRITTEN | {"lmbda": 1.0}, True, marks=pytest.mark.slow),
+    ],
+)
 def test_processes_that_share_the_weights_train_and_resume_as_one(
-    tmp_path, tiny_model, tiny_rows, tiny_trainer
+    more, adapted, tmp_path, tiny_model, tiny_rows, tiny_trainer, tiny_lora
 ):
     teacher, student = tiny_model("Llama", seed=1), tiny_model("Llama", seed=2)
     for name, model in (("teacher", teacher), ("student", student)):
+        model.generation_config.eos_token_id = [1, *range(3, 40, 4)]  # replies of all lengths
         model.save_pretrained(tmp_path / name)
-    rows = tiny_rows(8)
+    if adapted:
+        student = tiny_lora(student, ["q_proj", "down_proj"])
+        student.save_pretrained(tmp_path / "student" / "adapter")
+    rows = tiny_rows(7)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    settings = SETTINGS | {"per_device_train_batch_size": 1, "report_to": "none"}
-    settings |= {"gradient_accumulation_steps": 2}
+    common = SETTINGS | more | {"gradient_accumulation_steps": 2}
+    settings = common | {"per_device_train_batch_size": 1, "report_to": "none"}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     told = run_two_processes(tmp_path)
 
@@ -69,23 +91,35 @@ def test_processes_that_share_the_weights_train_and_resume_as_one(
         teacher.double(),
         rows,
         settings={"divergence": rkl.AKL(), "eval_dataset": rows},
-        **SETTINGS | {"per_device_train_batch_size": 4},
+        **common | {"per_device_train_batch_size": 2},
     )
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]
     assert [it[0] for it in told] == pytest.approx([loss, loss], rel=1e-6)
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "grad_norm", *(OWN_TEXT if more.get("lmbda") else ())):
         assert logged(tmp_path / "whole", name) == pytest.approx(
             [row[name] for row in trainer.state.log_history if name in row], rel=1e-6
         )
-    expected = dict(student.named_parameters())
+    if more:
+        written, first = (
+            [[it["completion"] for it in row["rows"]] for row in read_jsonl(path)]
+            for path in (trainer.completions, tmp_path / "whole" / COMPLETIONS)
+        )
+        assert any(len(one) != len(other) for one, other, *_ in written)
+        assert [one for (one,) in first] == [one for one, *_ in written]
+    trainer.save_model(str(tmp_path / "expected"))
+    file = "adapter_model.safetensors" if adapted else "model.safetensors"
+    expected = load_file(tmp_path / "expected" / file)
     for folder in ("whole/final", "resumed/final", "whole/checkpoint-2"):
-        saved = load_file(tmp_path / folder / "model.safetensors")
+        saved = load_file(tmp_path / folder / file)
         assert saved.keys() == expected.keys()
         for name, tensor in saved.items():
-            torch.testing.assert_close(tensor, expected[name].detach(), rtol=1e-6, atol=1e-9)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "final")
-    assert sum(it.numel() for it in loaded.parameters()) == told[0][1][2]
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-9)
+    parts, whole = (load_file(tmp_path / name / "final" / file) for name in ("resumed", "whole"))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in parts.items())
+    if not adapted:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "final")
+        assert sum(it.numel() for it in loaded.parameters()) == told[0][1][2]
 
 
 def logged(folder, name):
@@ -111,28 +145,42 @@ def group():
     PartialState._reset_state()
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("lmbda", 0.5), ("seq_kd", True), ("teacher_model_kind", "ema")]
-)
-def test_a_sharded_student_neither_writes_nor_is_its_own_teacher(
-    name, value, group, tiny_model, tiny_rows, tiny_trainer
-):
-    teacher = None if name == "teacher_model_kind" else tiny_model(seed=1)
+def test_a_sharded_student_is_not_its_own_teacher(group, tiny_model, tiny_rows, tiny_trainer):
     student = fully_shard(tiny_model(seed=2))
-    with pytest.raises(NotImplementedError, match=f"{name} is not supported .* got {value!r}"):
-        tiny_trainer(student, teacher, tiny_rows(4), **{name: value})
+    with pytest.raises(NotImplementedError, match="teacher_model_kind is not supported .*'ema'"):
+        tiny_trainer(student, None, tiny_rows(4), teacher_model_kind="ema")
 
 
-def test_a_sharded_student_has_no_adapters(group, tiny_model, tiny_rows, tiny_trainer, tiny_lora):
-    student = fully_shard(tiny_lora(tiny_model("Llama", seed=2), ["q_proj"]))
-    with pytest.raises(NotImplementedError, match="a PEFT student sharded by fully_shard"):
-        tiny_trainer(student, tiny_model("Llama", seed=1), tiny_rows(4))
+def test_adapters_that_processes_would_not_share_are_refused(
+    group, tiny_model, tiny_rows, tiny_trainer, tiny_lora
+):
+    teacher, rows = tiny_model("Llama", seed=1), tiny_rows(4)
+    adapted = tiny_lora(tiny_model("Llama", seed=2), ["q_proj"])
+    with pytest.raises(ValueError, match="Call it on model.get_base_model"):
+        tiny_trainer(fully_shard(adapted), teacher, rows)
+    late = tiny_lora(tiny_model("Llama", seed=2), ["q_proj"])
+    for parameter in late.parameters():
+        parameter.requires_grad_(False)
+    fully_shard(late.get_base_model())
+    late.get_base_model().extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="extra.weight is trained and no part"):
+        tiny_trainer(late, teacher, rows)
+    fine = tiny_lora(tiny_model("Llama", seed=2), ["q_proj"])
+    fully_shard(fine.get_base_model())
+    with pytest.raises(NotImplementedError, match="teacher='base' is not supported"):
+        tiny_trainer(fine, "base", rows)
 
 
-def test_a_sharded_teacher_does_not_write(group, tiny_model, tiny_rows, tiny_trainer):
-    teacher = fully_shard(tiny_model(seed=1))
-    with pytest.raises(NotImplementedError, match="seq_kd is not supported with a teacher"):
-        tiny_trainer(tiny_model(seed=2), teacher, tiny_rows(4), seq_kd=True)
+def test_adapters_of_others_are_not_loaded_into_a_sharded_student(
+    group, tiny_model, tiny_lora, tmp_path
+):
+    tiny_lora(tiny_model("Llama", seed=2), ["k_proj"]).save_pretrained(tmp_path)
+    student = tiny_lora(tiny_model("Llama", seed=2), ["q_proj"])
+    fully_shard(student.get_base_model())
+    with pytest.raises(ValueError, match="the weights of another adapter: .*k_proj"):
+        load_weights(student, tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no adapter_model.safetensors"):
+        load_weights(student, tmp_path / "nothing")
 
 
 def test_of_several_teachers_none_may_be_sharded(group, tiny_model, tiny_rows, tiny_trainer):

@@ -12,10 +12,8 @@ from rkl.distill.config import DistillConfig
 from rkl.distill.limits import (
     template_variables,
 )
-from rkl.distill.models.lora import check_peft
-from rkl.distill.models.sharded import (
-    is_sharded,
-)
+from rkl.distill.models.lora import check_peft, is_adapted
+from rkl.distill.models.sharded import FSDPModule, is_sharded, whole_by_mistake
 from rkl.distill.teachers.teacher import Teacher, check_teacher
 from rkl.distill.text.data import IGNORED, TEACHER_IDS, TEACHER_LABELS, TokenDataset, tokenize
 from rkl.distill.text.sources import is_row
@@ -77,26 +75,42 @@ def check_sharded(model: Any, args: DistillConfig, teacher: Any, teachers: Any) 
                 f"teachers: {name} is sharded by fully_shard, so that all processes must run it "
                 "at once, and rows of different teachers do not. Give one teacher, or whole ones."
             )
-    if is_sharded(teacher) and args.seq_kd:
-        raise NotImplementedError(
-            "seq_kd is not supported with a teacher sharded by fully_shard, whose weights no "
-            f"process has alone; got {args.seq_kd!r}."
-        )
     if args.teacher_alignment is not None and (is_sharded(teacher) or is_sharded(model)):
         raise NotImplementedError(
             "teacher_alignment is not supported with models sharded by fully_shard; got "
             f"{args.teacher_alignment!r}."
         )
+    _check_adapted(model)
     if not is_sharded(model):
         return
-    if getattr(model, "peft_config", None) is not None:
-        raise NotImplementedError("model: a PEFT student sharded by fully_shard is not supported.")
-    named = {"lmbda": args.lmbda, "seq_kd": args.seq_kd}
-    named |= {"teacher_model_kind": args.teacher_model_kind}
-    if chosen := [name for name, value in named.items() if value]:
+    if (name := whole_by_mistake(model)) is not None:
+        raise ValueError(
+            f"model: {name} is trained and no part of what fully_shard shares, so that processes "
+            "would train it apart. Put adapters on before fully_shard."
+        )
+    if teacher == "base":
         raise NotImplementedError(
-            f"{chosen[0]} is not supported with a student sharded by fully_shard, whose weights "
-            f"no process has alone; got {named[chosen[0]]!r}."
+            "teacher='base' is not supported with a student sharded by fully_shard, whose "
+            "adapters are gathered with their layers. Give the model itself as the teacher."
+        )
+    if args.teacher_model_kind is not None:
+        raise NotImplementedError(
+            "teacher_model_kind is not supported with a student sharded by fully_shard, whose "
+            f"weights no process has alone; got {args.teacher_model_kind!r}."
+        )
+
+
+def _check_adapted(model: Any) -> None:
+    """Refuse adapters whose weights fully_shard does not share as it shares the model's."""
+    if isinstance(model, FSDPModule) and is_adapted(model):
+        raise ValueError(
+            "model: fully_shard was called on PEFT's wrapper, which generate does not run. Call "
+            "it on model.get_base_model()."
+        )
+    if is_sharded(model) and getattr(model, "_hf_peft_config_loaded", False):
+        raise NotImplementedError(
+            "model: adapters put on by add_adapter are not supported with a student sharded by "
+            "fully_shard. Wrap the model with peft.get_peft_model."
         )
 
 

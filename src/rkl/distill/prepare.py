@@ -677,9 +677,9 @@ def shard_models(settings: DistillSettings, models: Models) -> None:
     if not settings.shard:
         return
     device = checks.device(settings.device)
-    for model in (models.student, models.teacher):
-        if isinstance(model, PreTrainedModel):
-            shard(model, device)
+    shard(models.student, device)
+    if isinstance(models.teacher, PreTrainedModel):
+        shard(models.teacher, device)
 
 
 def _load_student(settings: DistillSettings) -> PreTrainedModel:

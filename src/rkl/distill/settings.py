@@ -161,8 +161,7 @@ class DistillSettings:
             time.
         shard: Give each of several processes a part of the weights of student and teacher (FSDP2),
             which are gathered layer by layer, rather than all of them: for models that are too
-            large for one GPU. Not with --lora-rank, --lmbda, --seq-kd, --teachers,
-            --teacher-model-kind or --teacher-alignment.
+            large for one GPU. Not with --teachers, --teacher-model-kind or --teacher-alignment.
         lora_rank: Rank of LoRA adapters, which are then trained in place of all weights (extra
             peft); none by default. Their alpha is twice the rank, so that the rate needs no
             change with it. The run holds the student with the adapters merged, and the adapters
@@ -326,8 +325,7 @@ class DistillSettings:
 
     def _check_shard(self) -> None:
         """Refuse what models whose weights processes share cannot do."""
-        names = "lora_rank", "lmbda", "seq_kd", "teachers", "teacher_model_kind"
-        names = *names, "teacher_alignment"
+        names = "teachers", "teacher_model_kind", "teacher_alignment"
         for name in names if self.shard else ():
             if value := getattr(self, name):
                 raise ValueError(

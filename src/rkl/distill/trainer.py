@@ -45,6 +45,7 @@ from rkl.distill.limits import (
     context_of,
 )
 from rkl.distill.models.heads import read_head, why_not_apart
+from rkl.distill.models.lora import without_wrapper
 from rkl.distill.models.sharded import (
     is_sharded,
     load_state,
@@ -642,11 +643,25 @@ class DistillTrainer(Trainer):
         rows = real = len(batch["labels"])
         several = accelerator.num_processes > 1 and not accelerator.split_batches
         several = several and not accelerator.dispatch_batches
-        if several and state.end_of_dataloader and state.remainder > 0:
-            real = min(rows, max(0, state.remainder - accelerator.process_index * rows))
+        if several and state.end_of_dataloader and (remainder := self._remainder()) > 0:
+            real = min(rows, max(0, remainder - accelerator.process_index * rows))
             for name in {"labels", TEACHER_LABELS} & batch.keys():
                 batch[name][real:] = IGNORED
         return batch, real
+
+    def _remainder(self) -> int:
+        """Rows that are left for the last batches of an epoch; -1 where this is not known.
+
+        accelerate does not know it of an epoch that a resumed training enters in the middle.
+        """
+        found: Any = self.accelerator.gradient_state.remainder
+        if found >= 0 or self.args.dataloader_drop_last:
+            return found
+        try:
+            rows = len(cast(Any, self.train_dataset))
+        except TypeError:
+            return found
+        return rows % (self._train_batch_size * self.accelerator.num_processes)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -880,7 +895,9 @@ class DistillTrainer(Trainer):
                 loss = loss + balanced * balancing.to(loss)
             return CausalLMOutput(loss=loss)
 
-        hook = self._head.model.register_forward_hook(finish, prepend=True)
+        # Not on PEFT's wrapper: FSDP gathers for the backward what gave the model's own output.
+        inner = without_wrapper(self._head.model)
+        hook = inner.register_forward_hook(finish, prepend=True)
         with hook, self._head.tap(receive):
             return model(**batch.inputs).loss
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.import_utils import is_peft_available
@@ -109,13 +108,18 @@ def check_peft() -> None:
         )
 
 
-def is_adapted(model: nn.Module) -> bool:
+def is_adapted(model: object) -> bool:
     """True if a model is PEFT's wrapper around another one."""
     if not is_peft_available():
         return False
     from peft import PeftModel  # pyright: ignore[reportMissingImports]: an extra
 
     return isinstance(model, PeftModel)
+
+
+def without_wrapper(model: Any) -> Any:
+    """The model within PEFT's wrapper, its adapters included; any other model as it is."""
+    return model.get_base_model() if is_adapted(model) else model
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Models whose weights torch's fully_shard (FSDP2) has shared among processes."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+
+from rkl.distill.models.lora import is_adapted, without_wrapper
 
 
 def _checkpoint() -> Any:
@@ -27,20 +30,31 @@ def _in_one_piece(**more: Any) -> dict[str, Any]:
 
 
 def is_sharded(model: object) -> bool:
-    """True if fully_shard has been called on the model."""
-    return isinstance(model, FSDPModule)
+    """True if fully_shard has been called on the model, or on the one within PEFT's wrapper."""
+    return isinstance(without_wrapper(model), FSDPModule)
+
+
+def whole_by_mistake(model: nn.Module) -> str | None:
+    """The name of the first trained weight of a sharded model that each process has whole.
+
+    Its gradient would be that of one process, as of adapters put on after fully_shard.
+    """
+    trained = ((name, it) for name, it in model.named_parameters() if it.requires_grad)
+    return next((name for name, it in trained if not isinstance(it, DTensor)), None)
 
 
 def shard(model: Any, device: torch.device) -> None:
     """Share the weights of a model of transformers among all processes, in place.
 
     A layer (``_no_split_modules``) is gathered while it computes; what lies outside of layers,
-    such as embeddings and head, during the whole forward.
+    such as embeddings and head, during the whole forward. Of PEFT's wrapper the model within is
+    shared, adapters included, for ``generate`` runs that one.
 
     Args:
         model: The same in each process, on any device.
         device: Of this process; each process then has its part of the weights there.
     """
+    model = without_wrapper(model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = {*(getattr(model, "_no_split_modules", None) or ())}
     found = [it for it in model.modules() if it is not model and type(it).__name__ in layers]
@@ -71,8 +85,19 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor()
 
 
-def whole_weights(model: nn.Module) -> dict[str, Any]:
-    """The weights in one piece, tied ones once, on the CPU of the first process; else empty."""
+def whole_weights(model: Any) -> dict[str, Any]:
+    """The weights that ``save_pretrained`` takes, in one piece, tied ones once.
+
+    Of PEFT's wrapper these are the weights of its adapters alone.
+
+    Returns:
+        On the CPU of the first process; in the others nothing.
+    """
+    if is_adapted(model):
+        names = [name for it in model.peft_config for name in _adapter_names(model, it).values()]
+        state = model.state_dict()
+        weights = {name: whole(state[name].detach()).cpu() for name in names}  # all processes
+        return weights if dist.get_rank() == 0 else {}
     state = _checkpoint().get_model_state_dict(model, **_in_one_piece())
     once = {name for name, _ in model.named_parameters()}
     return {name: it for name, it in state.items() if name in once or name not in _tied(model)}
@@ -85,6 +110,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         FileNotFoundError: There are none.
         ValueError: They are those of another model.
     """
+    if is_adapted(model):
+        _load_adapter(model, folder)
+        return
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} has no model.safetensors.")
@@ -94,6 +122,30 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     found = _checkpoint().set_model_state_dict(model, weights, **_in_one_piece(strict=False))
     if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - _tied(model))]:
         raise ValueError(f"{folder} has the weights of another model: {sorted(wrong)[0]}.")
+
+
+def _load_adapter(model: Any, folder: Path) -> None:
+    """The same of the active adapter of PEFT's wrapper."""
+    name = model.active_adapter
+    file = Path(folder, "" if name == "default" else name, "adapter_model.safetensors")
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {file.relative_to(folder)}.")
+    saved, names = load_file(file), _adapter_names(model, name)
+    if wrong := sorted(saved.keys() ^ names.keys()):
+        raise ValueError(f"{folder} has the weights of another adapter: {wrong[0]}.")
+    weights = {names[key]: tensor for key, tensor in saved.items()}
+    _checkpoint().set_model_state_dict(model, weights, **_in_one_piece(strict=False))
+
+
+def _adapter_names(model: Any, adapter: str) -> dict[str, str]:
+    """The names of an adapter's weights in the model, by those in a file of peft's."""
+    import peft  # pyright: ignore[reportMissingImports]: an extra
+
+    # peft selects among values that it passes on: here the names themselves.
+    names: Any = {name: name for name in model.state_dict()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # also said when peft saves
+        return peft.get_peft_model_state_dict(model, state_dict=names, adapter_name=adapter)
 
 
 def _tied(model: Any) -> set[str]:

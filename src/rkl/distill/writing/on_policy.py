@@ -95,7 +95,12 @@ class Mixture:
         draw = torch.Generator().manual_seed(seed_of(self.seed, step, place))
         own = float(torch.rand((), generator=draw, dtype=torch.float64)) < self.lmbda
         writer = self.student if own else self.teacher
-        if writer is None or not rows:
+        if writer is None:
+            return batch
+        seed = seed_of(self.seed, step, place, self.process)
+        if not rows:
+            if writer.writes_together:  # the first process has rows
+                writer.write([[self.pad]], seed=seed)
             return batch
         # A batch holds as many replies as it has rows, so that memory does not grow.
         prompts = prompts_in(batch, self.prompt_tokens)[: -(-rows // self.num_generations)]
@@ -103,7 +108,6 @@ class Mixture:
         prompts = [prompt for prompt in prompts for _ in range(self.num_generations)]
         if others is not None:
             others = [prompt for prompt in others for _ in range(self.num_generations)]
-        seed = seed_of(self.seed, step, place, self.process)
         replies = writer.write(prompts if own else others or prompts, seed=seed)
         source = STUDENT if own else TEACHER
         written = batch_with(prompts, replies, source, pad=self.pad, device=self.device)

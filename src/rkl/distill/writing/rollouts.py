@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rkl.checks import warn
 from rkl.distill.models.heads import inference
+from rkl.distill.models.sharded import is_sharded
 from rkl.distill.text.batches import DATA, SOURCES
 from rkl.distill.text.chats import ChatTemplate
 from rkl.distill.text.data import IGNORED, TokenDataset
@@ -34,8 +35,11 @@ class Writer(abc.ABC):
     To write one, give it
 
     - ``write``, which replies to prompts;
-    - ``follow``, where it does not write with the student itself, but with a copy of it.
+    - ``follow``, where it does not write with the student itself, but with a copy of it;
+    - ``writes_together = True``, where all processes must write at once.
     """
+
+    writes_together: bool = False
 
     def follow(self, model: nn.Module) -> None:  # noqa: B027
         """Take over the weights of the student as it is, before some batches are written."""
@@ -53,7 +57,9 @@ class Writer(abc.ABC):
 class ModelWriter(Writer):
     """Replies by transformers' own ``generate``: batched, padded on the left, with a cache.
 
-    The model's train mode and the global random state are put back afterwards.
+    The model's train mode and the global random state are put back afterwards. Processes that
+    share the weights of the model write at once: each runs it until the last reply of all of them
+    has ended, so that it is gathered as often in each.
 
     Args:
         model: The model, as it is at the time of writing.
@@ -78,6 +84,7 @@ class ModelWriter(Writer):
     ):
         self.model, self.sampling, self.ends = model, sampling, list(ends)
         self.context, self.around = context, around
+        self.writes_together = is_sharded(model)
         self._config = generation_config(sampling, self.ends)
         self._only = _Only(vocab, sorted(banned))
 
@@ -85,7 +92,8 @@ class ModelWriter(Writer):
         check_room(prompts, self.sampling, self.context, "max_completion_length")
         device = next(self.model.parameters()).device
         with seeded(seed, device), inference(self.model), self.around():
-            return replies_of(self.model, prompts, self._config, [self._only])
+            together = self.writes_together
+            return replies_of(self.model, prompts, self._config, [self._only], together=together)
 
 
 def generation_config(sampling: Sampling, ends: Sequence[int]) -> GenerationConfig:
@@ -110,8 +118,14 @@ def replies_of(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    *,
+    together: bool = False,
 ) -> list[Reply]:
-    """A reply of a model to each prompt, drawn from torch's global random state."""
+    """A reply of a model to each prompt, drawn from torch's global random state.
+
+    Processes that share its weights write ``together``: each runs the model until the last reply
+    of all of them has ended.
+    """
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     pad, ends = config.pad_token_id, {*(config.eos_token_id or ())}
@@ -124,6 +138,7 @@ def replies_of(
         attention_mask=attended,
         generation_config=config,
         logits_processor=[_refuse_nan, *processors],
+        synced_gpus=together,
     )
     return [_until_end(reply, ends) for reply in written[:, longest:].tolist()]
 
@@ -267,7 +282,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed that depends on all of some counts, such as those of a run, a step and a process."""
+    """A seed that depends on all of some counts, such as those of a run, a step and a process.
+
+    >>> seed_of(0, 1, 2) == seed_of(0, 2, 1)
+    False
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 

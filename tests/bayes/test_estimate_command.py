@@ -120,7 +120,9 @@ def test_a_run_is_judged_by_other_draws(posterior, tmp_path, capsys):
     xr.Dataset(named).to_netcdf(other, engine="h5netcdf")
     capsys.readouterr()
     assert main(["evaluate", str(run), "--posterior", str(other)]) == 0
-    said = {x.split()[0]: x.split() for x in capsys.readouterr().out.splitlines() if x}
+    printed = capsys.readouterr().out
+    assert "ReverseKL()" not in printed
+    said = {x.split()[0]: x.split() for x in printed.splitlines() if x}
     precision = (drawn["sigma"] ** -2).mean()  # the act's, so that a shift of 1 costs half of it
     shown, _, error = said["as"][-1].partition("(")
     assert float(shown) == pytest.approx(precision / 2, abs=0.1)
@@ -129,6 +131,8 @@ def test_a_run_is_judged_by_other_draws(posterior, tmp_path, capsys):
     table = evaluate_run(run, EvaluateSettings(other))
     assert table.rows[0][-1][0] == pytest.approx(precision / 2, rel=1e-3)
     assert table.rows[1][-1] == (0, 0)
+    assert table.columns[-1] == "excess reverse KL (nats)"
+    assert "exceeds the least risk under these draws" in str(table)
     assert main(["evaluate", str(run)]) == 2
     assert "--posterior must be given" in capsys.readouterr().err
 

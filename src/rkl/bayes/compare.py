@@ -64,7 +64,7 @@ def compare(
     problem = estimate.problem
     asked = _by_name(losses)
     if estimate.divergence not in asked.values():
-        asked |= {_name_of(estimate.divergence, "own"): estimate.divergence}
+        asked |= {loss_name(estimate.divergence, "own"): estimate.divergence}
     estimates, notes = {}, []
     for name, divergence in asked.items():
         again = dataclasses.replace(problem, divergence=divergence)
@@ -129,10 +129,11 @@ def _by_name(losses: Iterable[AnyLoss] | None) -> dict[str, AnyLoss]:
     given = list(losses)
     for divergence in given:
         check_loss(divergence)
-    return {_name_of(divergence, str(divergence)): divergence for divergence in given}
+    return {loss_name(divergence, str(divergence)): divergence for divergence in given}
 
 
-def _name_of(divergence: AnyLoss, other: str) -> str:
+def loss_name(divergence: AnyLoss, other: str) -> str:
+    """The name of one of ``LOSSES`` in words; ``other`` for any other loss."""
     return next((name for name, known in LOSSES.items() if known == divergence), other)
 
 

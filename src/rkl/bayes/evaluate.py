@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from rkl.bayes.compare import excess_over, side_by_side, variables_of
+from rkl.bayes.compare import excess_over, loss_name, side_by_side, variables_of
 from rkl.bayes.identified import not_used
 from rkl.bayes.report import acts_side_by_side, open_runs, report_runs, result_of
 from rkl.bayes.run import estimate_act, settings_of
@@ -54,9 +54,13 @@ def evaluate_run(
         "as reported": {name: x.isnan() for name, x in reported.items()},
         "of these draws": estimate.act.unused,
     }
-    judges = {str(estimate.divergence): excess_over(estimate)}
-    note = not_used(estimate.act.unused, estimate.labels)
-    return side_by_side(estimate.problem, candidates, judges, (note,) if note else (), unused)
+    name = loss_name(estimate.divergence, str(estimate.divergence))
+    judges = {name: excess_over(estimate)}
+    notes = (
+        f"excess {name}: how far the risk of an act exceeds the least risk under these draws",
+        not_used(estimate.act.unused, estimate.labels),
+    )
+    return side_by_side(estimate.problem, candidates, judges, tuple(filter(None, notes)), unused)
 
 
 def compare_runs(

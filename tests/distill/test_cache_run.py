@@ -99,6 +99,16 @@ def test_before_it_starts_it_says_what_it_takes_and_when_it_pays(folder, tmp_pat
     assert half.bytes_per_token == 32
 
 
+def test_a_cache_and_its_runs_agree_on_the_length_that_nobody_chose(folder, tmp_path):
+    teacher = tmp_path / "teacher"  # which reads fewer tokens than the student
+    material.model(1, 8, seed=3, n_positions=24).save_pretrained(teacher)
+    material.tokenizer().save_pretrained(teacher)
+    made = write_cache(settings(folder, teacher=str(teacher), max_length=None), tmp_path / "cache")
+    assert made.record["made"]["max_length"] == 24
+    run = distill(run_from(folder, tmp_path / "cache", max_length=None), tmp_path / "run")
+    assert Run.open(run.path).settings["max_length"] == 24
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

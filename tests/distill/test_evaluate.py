@@ -16,7 +16,8 @@ from rkl.cli import main
 from rkl.distill import evaluate as module
 from rkl.distill.compare import Evaluations, compare_runs
 from rkl.distill.evaluate import EvaluateSettings, evaluate, evaluate_run
-from rkl.distill.models.loading import load_tokenizer
+from rkl.distill.limits import context_of
+from rkl.distill.models.loading import load_model, load_tokenizer
 from rkl.distill.text.data import IGNORED, passages, tokenize
 from rkl.distill.text.sources import read_rows
 from rkl.divergences import AKL, JensenShannon
@@ -430,6 +431,16 @@ def test_blocks_are_as_long_as_in_training_unless_another_length_is_said(run, sa
     rows = read_rows(chosen.data)
     assert found["blocks"] == len(tokenize(rows, load_tokenizer(run.path), max_length=length))
     assert found["settings"]["max_length"] == length
+
+
+def test_without_a_length_in_run_json_blocks_are_as_long_as_the_context(run):
+    run.update(settings={name: it for name, it in run.settings.items() if name != "max_length"})
+    room = context_of(load_model(run.path))
+    assert room < 512
+    found = evaluate_run(run.path, settings(run, max_length=None, prompts=0)).results["run"]
+    assert found["settings"]["max_length"] == room
+    with pytest.raises(ValueError, match=f"max_length must be at most {room}"):
+        evaluate_run(run.path, settings(run, max_length=room + 1, prompts=0))
 
 
 def test_runs_are_compared_column_by_column_and_drawn(run, tmp_path):

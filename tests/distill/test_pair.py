@@ -262,6 +262,8 @@ def test_percentiles_have_the_error_that_new_samples_show():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"max_length": 33}, "max_length must be at most 32, the student's context; got 33"),
+        ({"max_length": None, "prefix": 30}, "at most max_length, 32 tokens; got 38"),
         ({"prefix": 14}, r"prefix \+ own \+ draft_length must be at most max_length, 16 tokens"),
         ({"vocab": "0"}, r"vocab must hold numbers of tokens in \[0, 300\); got none"),
         ({"vocab": "301"}, r"vocab must hold numbers of tokens in \[0, 300\); got 0 to 300"),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import rkl
 from rkl.cli import main
 from rkl.distill import distill, load_model, load_run, load_tokenizer, report_runs
-from rkl.distill.prepare import load, read_text
+from rkl.distill.prepare import load, read_text, with_length
 from rkl.distill.progress import Display
 from rkl.distill.teachers import cache
 from rkl.runs import Run
@@ -438,6 +438,45 @@ def test_what_cannot_be_done_is_refused_by_name_and_nothing_is_written(said, fol
     with pytest.raises((ValueError, FileNotFoundError, ImportError), match=f"^{said}"):
         distill(material.settings(folder, **REFUSED[said]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_blocks_are_as_long_as_the_context_where_no_length_is_chosen(folder, tmp_path):
+    """Both models read 32 tokens, and 512 is the default of larger ones."""
+    chosen = material.settings(folder, max_length=None, max_steps=2)
+    distill(chosen, tmp_path / "run")
+    distill(material.settings(folder, max_length=32, max_steps=2), tmp_path / "other")
+    run, other = Run.open(tmp_path / "run"), Run.open(tmp_path / "other")
+    assert run.settings["max_length"] == other.settings["max_length"] == 32
+    assert run.record["data"] == other.record["data"]
+    distill(dataclasses.replace(chosen, max_steps=3), tmp_path / "run", resume=True)
+    assert Run.open(tmp_path / "run").settings["max_length"] == 32
+    shorter = dataclasses.replace(chosen, max_length=16, max_steps=3)
+    with pytest.raises(ValueError, match="max_length was 32 and is 16"):
+        distill(shorter, tmp_path / "run", resume=True)
+
+
+def test_the_default_length_is_the_shortest_context_of_the_models_that_read_it(folder, tmp_path):
+    short = tmp_path / "short"
+    material.model(1, 8, seed=0, n_positions=12).save_pretrained(short)
+    (tmp_path / "student.json").write_text(
+        json.dumps({"model_type": "gpt2", "n_positions": 20}), encoding="utf-8"
+    )
+    long = tmp_path / "long"
+    material.model(1, 8, seed=0, n_positions=2000).save_pretrained(long)
+    server = {"teacher": "http://127.0.0.1:1", "loss_top_k": 4, "divergence": "kl"}
+    of_bytes = {"teacher": str(short), "student": str(long), "divergence": "kl"}
+    of_bytes |= {"teacher_alignment": "bytes"}
+    cases = {
+        32: {},
+        12: {"teacher": str(short)},
+        20: {"student": str(tmp_path / "student.json"), "teacher": str(long)},
+        512: {"student": str(long), "teacher": str(long)},
+    }
+    cases = [*cases.items(), (12, {"student": str(short), **server}), (512, of_bytes)]
+    cases += [(32, {"teacher": "nowhere/at/all"}), (7, {"max_length": 7, "teacher": str(short)})]
+    for length, changes in cases:
+        chosen = material.settings(folder, **{"max_length": None} | changes)
+        assert with_length(chosen).max_length == length
 
 
 def test_a_folder_that_the_run_reads_is_not_overwritten(folder):

@@ -4,7 +4,7 @@ import os
 import shlex
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset
 
 from rkl import checks
 from rkl.distill.limits import check_one_of, is_address, is_cache, published_column
-from rkl.distill.prepare import load_for_cache
+from rkl.distill.prepare import load_for_cache, with_length
 from rkl.distill.progress import in_words, quiet
 from rkl.distill.settings import DistillSettings
 from rkl.distill.teachers.cache import (
@@ -50,7 +50,8 @@ class CacheSettings:
         eval_split: Which split of --eval-data is read, where it has several.
         held_out: Share of --data held out where there is no --eval-data, at least 0 and below 1.
         eval_blocks: Held-out blocks looked at in each evaluation, at most.
-        max_length: Longest block, in tokens; no longer than the models' context.
+        max_length: Longest block, in tokens, at most the models' context; by default 512, or the
+            context where that is shorter.
         packing: Let short rows share a block.
         train_on: Of a chat, all turns of the assistant or the last.
         chat_template: A file with the chat template to use; by default the student's.
@@ -76,7 +77,7 @@ class CacheSettings:
     eval_split: str = "test"
     held_out: float = 0.05
     eval_blocks: int | None = 64
-    max_length: int = 512
+    max_length: int | None = None
     packing: bool = True
     train_on: Literal["all", "last"] = "all"
     chat_template: str | None = None
@@ -145,6 +146,7 @@ class CacheEstimate:
 @quiet()
 def dry_run_cache(settings: CacheSettings) -> CacheEstimate:
     """Estimate the size and time of a cache with these settings; nothing is written."""
+    settings = _with_length(settings)
     _, source, _ = _load(settings)
     with tempfile.TemporaryDirectory() as folder:
         return _estimate(settings, source, Path(folder))
@@ -177,6 +179,7 @@ def write_cache(
         raise FileExistsError(
             f"out: {path} holds a cache; --resume to go on with it, --overwrite to replace it."
         )
+    settings = _with_length(settings)
     text, source, tokenizer = _load(settings)
     made = {name: getattr(settings, name) for name in SAID}
     made["apart"] = text.apart
@@ -209,6 +212,10 @@ def told(cached: CachedTeacher) -> str:
         f"{cached}\nTrain with: rkl distill --teacher {quoted} --student S --data D --out RUN, "
         "and the settings of the data as here."
     )
+
+
+def _with_length(settings: CacheSettings) -> CacheSettings:
+    return replace(settings, max_length=with_length(settings.of_run).max_length)
 
 
 def _load(settings: CacheSettings) -> tuple[Any, Source, Any]:

@@ -30,6 +30,8 @@ from rkl.distill.known import Known, Observed, logits_of
 from rkl.distill.limits import (
     check_context,
     check_counts,
+    context_of,
+    default_length,
     divergence_named,
     is_address,
     is_cache,
@@ -240,8 +242,6 @@ class _Parts(NamedTuple):
 
 def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection[str]) -> _Parts:
     run = finished(path)
-    trained = run.settings.get("max_length", DistillSettings.max_length)
-    max_length: int = settings.max_length or trained
     divergences = _divergences(run, settings, allow)
     several = _teachers_of(run, settings)
     column = (run.settings.get("teacher_routing_column") or "teacher_id") if several else None
@@ -252,7 +252,13 @@ def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection
     teachers: dict[str, Any] = {"teacher": teacher}
     if isinstance(teacher, SeveralTeachers):
         teachers = {f"teacher {name}": it.model for name, it in teacher.teachers.items()}
-    for name, model in ({"student": student} | teachers).items():
+    measured = {"student": student} | teachers
+    max_length: int = (
+        settings.max_length
+        or run.settings.get("max_length")
+        or default_length(map(context_of, measured.values()))
+    )
+    for name, model in measured.items():
         check_context(name, model, max_length)
         cast(nn.Module, model).to(checks.device(settings.device))
     shape: dict[str, Any] = {"max_length": max_length}

@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ TEMPLATE_ARGUMENTS = {  # of apply_chat_template
     *("tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"),
     *("return_assistant_tokens_mask", "conversation", "chat_template"),
 }
+MAX_LENGTH = 512  # tokens of a block, where none is chosen and the models can read as many
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 
 
@@ -147,8 +148,22 @@ def read_divergence(divergence: "Divergence | str") -> "Divergence":
 
 def context_of(model: "PreTrainedModel") -> float:
     """Most tokens that a model can read, by its configuration; infinite if unstated."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    return configured_context(model.config)
+
+
+def configured_context(config: Any) -> float:
+    """Most tokens that a model of this configuration can read; infinite if unstated."""
+    of_text = config.get_text_config(decoder=True)
+    return getattr(of_text, "max_position_embeddings", None) or math.inf
+
+
+def default_length(contexts: Iterable[float]) -> int:
+    """Longest block, in tokens, where none is chosen: as long as all models can read.
+
+    >>> default_length([2048, 256]), default_length([2048, math.inf])
+    (256, 512)
+    """
+    return int(min([MAX_LENGTH, *contexts]))
 
 
 def check_context(name: str, model: "PreTrainedModel", max_length: int) -> None:

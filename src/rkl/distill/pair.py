@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +21,8 @@ from rkl.distill.limits import (
     check_context,
     check_counts,
     check_temperature,
+    context_of,
+    default_length,
     divergence_named,
 )
 from rkl.distill.models.heads import read_head, why_not_apart
@@ -62,7 +64,8 @@ class PairSettings:
         split: Which split of --data is read, where it has several.
         divergences: What to measure beside forward KL, reverse KL and TV, such as
             neg-log-acceptance; nothing else by default.
-        max_length: Longest block, in tokens.
+        max_length: Longest block, in tokens, at most the models' context; by default 512, or the
+            context where that is shorter.
         max_blocks: Number of blocks to measure, from the first on; by default all.
         batch_size: Blocks run together, which decides the memory needed.
         vocab: The tokens that the student may draft: a file with their numbers, in JSON or one
@@ -85,7 +88,7 @@ class PairSettings:
     data: str
     split: str = "test"
     divergences: tuple[str, ...] = ()
-    max_length: int = 512
+    max_length: int | None = None
     max_blocks: int | None = None
     batch_size: int = 8
     vocab: str | None = None
@@ -186,8 +189,10 @@ def evaluate_pair(student: str | os.PathLike, settings: PairSettings) -> Compari
         check_out_file(settings.out, inputs={"data": settings.data})
     name = os.fspath(student)
     q, p = load_model(name), load_model(settings.teacher)
+    max_length = settings.max_length or default_length(map(context_of, (q, p)))
+    settings = replace(settings, max_length=max_length)
     for side, model in (("student", q), ("teacher", p)):
-        check_context(side, model, settings.max_length)
+        check_context(side, model, max_length)
         cast(nn.Module, model).eval().to(checks.device(settings.device))
     of_p, of_q = tokenizer_of(settings.teacher), tokenizer_of(name)
     if (tokenizer := of_q or of_p) is None:
@@ -195,7 +200,7 @@ def evaluate_pair(student: str | os.PathLike, settings: PairSettings) -> Compari
             f"neither {name} nor {settings.teacher} has a tokenizer to read text with."
         )
     rows = read_rows(settings.data, split=settings.split)
-    blocks = tokenize(rows, tokenizer, max_length=settings.max_length)
+    blocks = tokenize(rows, tokenizer, max_length=max_length)
     if TEACHER_IDS in blocks.columns:
         raise ValueError(
             f"data: {settings.data} has prompts for the teacher (teacher_prompt or "
@@ -415,7 +420,7 @@ def _prefixes(
     """The beginnings of blocks, evenly spread over those that are long enough."""
     length = settings.prefix
     needed = length + settings.own + settings.draft_length
-    if needed > settings.max_length:
+    if settings.max_length is not None and needed > settings.max_length:
         raise ValueError(
             f"prefix + own + draft_length must be at most max_length, {settings.max_length} "
             f"tokens; got {needed}."

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
-from rkl.distill.prepare import Models, Text, load, make_trainer, shard_models, with_cached_teacher
+from rkl.distill.prepare import (
+    Models,
+    Text,
+    load,
+    make_trainer,
+    shard_models,
+    with_cached_teacher,
+    with_length,
+)
 from rkl.distill.processes import Processes, check_launcher, joined
 from rkl.distill.progress import forget_peak, in_words, peak_memory, quiet
 from rkl.distill.settings import DistillSettings
@@ -56,6 +64,7 @@ def dry_run(settings: DistillSettings) -> Estimate:
 
 def _estimate(settings: DistillSettings, processes: Processes) -> Estimate:
     began, count = time.perf_counter(), processes.count
+    settings = processes.together(lambda: with_length(settings))
     text, models = processes.together(lambda: load(settings))
     loading, student = time.perf_counter() - began, models.student
     teachers: dict[str, Any] = {"teacher": models.teacher} if models.teacher else {}

@@ -29,7 +29,9 @@ from rkl.distill.arguments import check_teacher_texts
 from rkl.distill.config import DistillConfig
 from rkl.distill.limits import (
     check_context,
+    configured_context,
     context_of,
+    default_length,
     is_address,
     is_cache,
     published_column,
@@ -38,7 +40,14 @@ from rkl.distill.limits import (
 from rkl.distill.models import lora
 from rkl.distill.models.heads import check_causal, why_not_apart
 from rkl.distill.models.layers import without_layers
-from rkl.distill.models.loading import is_adapter, load_model, load_tokenizer, model_input
+from rkl.distill.models.loading import (
+    UNREADABLE,
+    is_adapter,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_input,
+)
 from rkl.distill.models.sharded import shard
 from rkl.distill.progress import journaled
 from rkl.distill.settings import DistillSettings
@@ -204,8 +213,37 @@ class Models:
     teachers: Mapping[str, PreTrainedModel] = field(default_factory=dict)
 
 
+def with_length(settings: DistillSettings) -> DistillSettings:
+    """The settings with a length of blocks, which all models can read where none was chosen.
+
+    A model whose configuration cannot be read is left out here: it is refused when it is loaded.
+    """
+    if settings.max_length is not None:
+        return settings
+    names = [str(settings.teacher) if settings.student is None else settings.student]
+    if settings.teacher_alignment is None:  # or the teacher reads texts in tokens of its own
+        names += settings.named_teachers.values()
+    contexts = [it for name in names if (it := _context(name)) is not None]
+    return replace(settings, max_length=default_length(contexts))
+
+
+def _context(name: str) -> float | None:
+    """The context of a model by its name, or the length of a cache's blocks; None if unknown."""
+    if is_address(name) or published_column(name) is not None:
+        return None
+    try:
+        if is_cache(name):
+            return CachedTeacher(name).record["made"].get("max_length")
+        return configured_context(
+            _described(Path(name)) if name.endswith(".json") else load_config(name)
+        )
+    except (*UNREADABLE, ImportError):
+        return None
+
+
 def load(settings: DistillSettings) -> tuple[Text, Models]:
     """All that a run begins with, once it is seen that it goes together."""
+    settings = with_length(settings)
     _check_extras(settings)
     tokenizers = _load_tokenizers(settings)
     template = _choose_template(settings, *tokenizers)
@@ -315,6 +353,7 @@ def load_for_cache(
     settings: DistillSettings,
 ) -> tuple[Text, PreTrainedModel | Teacher, PreTrainedTokenizerBase]:
     """Load the text of a run with these settings, and the teacher to cache."""
+    settings = with_length(settings)
     tokenizers = _load_tokenizers(settings)
     template = _choose_template(settings, *tokenizers)
     text = read_text(settings, tokenizers[1])
@@ -760,7 +799,8 @@ def _vocab(model: PreTrainedModel) -> int:
 
 def _check_fits(name: str, model: PreTrainedModel, settings: DistillSettings, text: Text) -> None:
     config = model.config.get_text_config(decoder=True)
-    check_context(name, model, settings.max_length)
+    if settings.max_length is not None:
+        check_context(name, model, settings.max_length)
     largest = int(text.blocks.tokens.max())
     if largest >= config.vocab_size:
         raise ValueError(

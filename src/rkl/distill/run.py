@@ -40,6 +40,7 @@ from rkl.distill.prepare import (
     save_student,
     shard_models,
     with_cached_teacher,
+    with_length,
 )
 from rkl.distill.processes import Processes, check_launcher, joined, naming_lost_peers
 from rkl.distill.progress import (
@@ -145,6 +146,7 @@ def distill(
         if several:
             found["teachers"] = tuple(f"{it}={resolved(path)}" for it, path in several.items())
         settings = dataclasses.replace(settings, **found)
+        settings = processes.together(lambda: with_length(settings))
         text, models = processes.together(lambda: load(settings))
         given = models if teacher is None else dataclasses.replace(models, teacher=teacher)
 

@@ -97,7 +97,8 @@ class DistillSettings:
         max_steps: Number of steps, which are updates of the weights; by default as many as
             --epochs takes.
         epochs: Passes over the data, without --max-steps.
-        max_length: Longest block, in tokens; no longer than the models' context.
+        max_length: Longest block, in tokens, at most the models' context; by default 512, or the
+            context where that is shorter.
         packing: Let short rows share a block, in which they do not see one another. They share
             none where a model cannot keep them apart, --lmbda is above 0, or with --seq-kd or a
             teacher data:COLUMN.
@@ -202,7 +203,7 @@ class DistillSettings:
     router_aux_loss: bool = True
     max_steps: int | None = None
     epochs: float = 1.0
-    max_length: int = 512
+    max_length: int | None = None
     packing: bool = True
     train_on: Literal["all", "last"] = "all"
     chat_template: str | None = None

@@ -17,6 +17,7 @@ import transformers
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -121,6 +122,14 @@ def load_tokenizer(
     if adapter is not None and not any(adapter[0].glob("tokenizer*")):
         return load_tokenizer(adapter[1])
     return _loaded(AutoTokenizer, name, "tokenizer", **how)
+
+
+def load_config(name: str | os.PathLike) -> Any:
+    """The configuration of what :func:`load_model` loads from the same name, without weights."""
+    adapter = _adapter(name)
+    if adapter is not None:
+        return load_config(adapter[1])
+    return _loaded(AutoConfig, name, "configuration")
 
 
 def _adapter(name: str | os.PathLike) -> tuple[Path, str] | None:

@@ -229,6 +229,34 @@ def test_inputs_in_half_precision_are_summed_in_single(divergence):
     assert torch.allclose(value, exact(divergence, p=a.double(), q=b.double()).float(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunks_take_the_memory_of_the_one_before(bias, monkeypatch):
+    from rkl import estimators, kernels
+
+    places = []
+
+    def watched(step, a, b, *rest):
+        places.append((a.data_ptr(), b.data_ptr()))
+        return kernels.step_(step, a, b, *rest)
+
+    student, teacher = (x._replace(bias=x.bias if bias else None) for x in (head(21), head(21)))
+    expected = exact(rkl.KL(), p=teacher, q=student, chunk=21)
+    monkeypatch.setattr(estimators, "step_", watched)
+    value = exact(rkl.KL(), p=teacher, q=student, chunk=8)
+    assert torch.allclose(value, expected)
+    assert len(places) == 3
+    assert len(set(places)) == 1
+    pairs = zip(*(torch.autograd.grad(v, student[:2]) for v in (value, expected)), strict=True)
+    assert all(torch.allclose(one, other) for one, other in pairs)
+
+
+def test_a_teacher_in_another_precision_has_memory_of_its_own():
+    student, teacher = head(tokens=21), head(tokens=21)
+    single = LinearHead(*(x.detach().float() for x in teacher[:3]))
+    values = [exact(rkl.KL(), p=single, q=student, chunk=chunk) for chunk in (8, 21)]
+    assert torch.allclose(*values)
+
+
 @pytest.mark.slow
 @every
 def test_compiled_agrees_with_eager_and_is_one_graph(divergence):

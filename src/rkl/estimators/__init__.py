@@ -179,14 +179,16 @@ class _Exact(torch.autograd.Function):
         totals: list[Any] = [None] * len(parameters)
         like = parameters[0]
         value = torch.zeros((), dtype=_at_least_single(like), device=like.device)
+        on_cpu, over = like.device.type == "cpu", (None, None)
         # autocast would round the products
         with torch.autocast(like.device.type, enabled=False), rows_over(work.shared):
             for rows in work.rows:
-                a, b = _pair(work.p, parameters, rows)
+                a, b = _pair(work.p, parameters, rows, over)
                 w = work.weight[rows].to(b.dtype)
                 labels = None if work.labels is None else work.labels[rows]
                 losses, gradient = step_(work.step, a, b, w, labels, work.compiled)
                 value += w @ losses
+                over = (a, b) if on_cpu and rows is not work.rows[-1] else (None, None)
                 del a, b  # before products of the gradient need memory
                 _pull_back(totals, wanted, parameters, rows, gradient)
         if work.shared is not None and totals[0] is not None:
@@ -545,14 +547,24 @@ def products(head: LinearHead) -> Logits:
         return _products(head[:3], slice(None))
 
 
-def _products(parameters, rows: Tensor | slice) -> Logits:
-    """A fresh tensor, in single precision or better: it may be written over."""
+def _products(parameters, rows: Tensor | slice, over: Any = None) -> Logits:
+    """A tensor in single precision or better that may be written over.
+
+    Its memory is that of ``over``, products of at least as many rows, where they are given: the
+    first write to a new page of memory costs more than a pass over it.
+    """
     by_token, *head = parameters
     if not head:
         return by_token[rows].to(_at_least_single(by_token))
-    if by_token.dtype in HALF:
-        return _single_products(by_token[rows], *head)
-    return linear(by_token[rows], *head)
+    hidden, (weight, bias) = by_token[rows], head
+    if hidden.dtype in HALF:
+        return _single_products(hidden, weight, bias)
+    if over is None or over.dtype != hidden.dtype:
+        return linear(hidden, weight, bias)
+    out = over[: len(hidden)]
+    if bias is None:
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.addmm(bias, hidden, weight.T, out=out)
 
 
 def _single_products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Logits:
@@ -582,16 +594,19 @@ def _log_probabilities(p, q, rows: Tensor) -> tuple[Logits, Logits]:
     return logp, logq
 
 
-def _pair(p, parameters, rows):
-    """The teacher's logits, top k or draws, and the student's products, for some rows."""
-    b = _products(parameters, rows)
+def _pair(p, parameters, rows, over: tuple = (None, None)):
+    """The teacher's logits, top k or draws, and the student's products, for some rows.
+
+    They may be written over those of other rows.
+    """
+    b = _products(parameters, rows, over[1])
     if isinstance(p, Sampled):
         weight = torch.zeros_like(p.logp) if p.log_weight is None else p.log_weight
         share = weight[rows].to(b.dtype).exp() / p.index.shape[-1]
         return Draws(p.logp[rows].to(b.dtype), p.index[rows], share), b
     if isinstance(p, TopK):
         return (p.logp[rows].to(b.dtype), p.index[rows]), b
-    return _products(p[:3] if isinstance(p, LinearHead) else (p,), rows).to(b.dtype), b
+    return _products(p[:3] if isinstance(p, LinearHead) else (p,), rows, over[0]).to(b.dtype), b
 
 
 def _gradient_dtype(q: Logits | LinearHead) -> torch.dtype | None:

@@ -12,6 +12,7 @@ from rkl.distill.config import DistillConfig
 from rkl.distill.limits import (
     template_variables,
 )
+from rkl.distill.models import zero3
 from rkl.distill.models.lora import check_peft, is_adapted
 from rkl.distill.models.sharded import FSDPModule, is_sharded, whole_by_mistake
 from rkl.distill.teachers.teacher import Teacher, check_teacher
@@ -98,6 +99,29 @@ def check_sharded(model: Any, args: DistillConfig, teacher: Any, teachers: Any) 
             "teacher_model_kind is not supported with a student sharded by fully_shard, whose "
             f"weights no process has alone; got {args.teacher_model_kind!r}."
         )
+
+
+def check_zero3(model: Any, args: DistillConfig, teacher: Any, teachers: Any) -> None:
+    """Refuse what weights shared by DeepSpeed's ZeRO-3 cannot do yet.
+
+    Raises:
+        NotImplementedError: Names the setting.
+    """
+    zero3.check_plugin(args.deepspeed_plugin)
+    named: dict[str, Any] = {"teachers": teachers and [*teachers]}
+    named |= {"teacher_model_kind": args.teacher_model_kind}
+    named |= {"teacher_alignment": args.teacher_alignment}
+    named |= {"teacher": "base" if teacher == "base" else None}
+    adapted = getattr(model, "peft_config", None) is not None
+    named |= {"model": "a PEFT student" if adapted else None}
+    for name, it in (("model", model), ("teacher", teacher)):
+        if is_sharded(it):
+            named[name] = "one sharded by fully_shard"
+    for name, value in named.items():
+        if value:
+            raise NotImplementedError(
+                f"{name} is not supported with DeepSpeed's ZeRO-3; got {value!r}."
+            )
 
 
 def _check_adapted(model: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from rkl.distill.models.sharded import whole
+from rkl.distill.models.sharded import is_finite
 
 _largest: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 PATIENCE = 10  # steps in a row without a finite loss before a run is stopped
@@ -88,6 +88,6 @@ def not_finite(tensors: Iterable[Tensor]) -> Tensor:
 def bad_weights(model: nn.Module) -> str | None:
     """The name of the first weight that is infinite or NaN."""
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not bool(whole(weight.detach().isfinite().all())):
+        if weight.is_floating_point() and not is_finite(weight):
             return name
     return None

@@ -23,6 +23,7 @@ from rkl.distill.arguments import (
     check_sharded,
     check_teacher_length,
     check_teacher_texts,
+    check_zero3,
     tokenized,
 )
 from rkl.distill.batch_loss import BatchLoss
@@ -44,13 +45,13 @@ from rkl.distill.known import (
 from rkl.distill.limits import (
     context_of,
 )
+from rkl.distill.models import zero3
 from rkl.distill.models.heads import read_head, why_not_apart
-from rkl.distill.models.lora import without_wrapper
 from rkl.distill.models.sharded import (
     is_sharded,
     load_state,
     load_weights,
-    local,
+    local_gradient,
     whole_state,
     whole_weights,
 )
@@ -171,6 +172,9 @@ class DistillTrainer(Trainer):
                 "torchrun or accelerate launch, or show it only one with CUDA_VISIBLE_DEVICES."
             )
         check_sharded(model, args, teacher, teachers)
+        self._zero3 = args.deepspeed_plugin is not None
+        if args.deepspeed_plugin is not None:
+            check_zero3(model, args, teacher, teachers)
         for name in ("train_dataset", "eval_dataset"):
             column = None if teachers is None else args.teacher_routing_column
             kwargs[name] = tokenized(name, kwargs.get(name), tokenizer, args, column)
@@ -178,14 +182,17 @@ class DistillTrainer(Trainer):
         self._batch_loss = BatchLoss(
             args, self._schedule.at(1.0), on_policy_divergence, token_weight, tokenizer
         )
-        self._head = read_head(cast(nn.Module, model))
+        with zero3.gathered(model):
+            self._head = read_head(cast(nn.Module, model))
         tokenizers = teacher_processing_class, tokenizer
-        self._teacher = self._as_one(teacher, teachers, args, tokenizers)
+        with zero3.gathered(teacher):
+            self._teacher = self._as_one(teacher, teachers, args, tokenizers)
         for it in (self._schedule.at(1.0), on_policy_divergence):
             if it is not None:
                 self._teacher.check_divergence(it)
-        for name in ("train_dataset", "eval_dataset"):
-            kwargs[name] = self._kept_apart(kwargs[name])
+        with zero3.gathered(model), zero3.gathered(teacher):
+            for name in ("train_dataset", "eval_dataset"):
+                kwargs[name] = self._kept_apart(kwargs[name])
         of_teacher = teacher_processing_class if self._teacher.shares_tokens else None
         self._shared = share_vocabulary(
             self._teacher.vocab, self._head.vocab, of_teacher, tokenizer
@@ -207,9 +214,11 @@ class DistillTrainer(Trainer):
             check_teacher_texts(kwargs.get(name), self._teacher_context(), written)
         if args.world_size > 1:
             disconnect_at_exit()
-        self._sharded = is_sharded(model)
+        self._sharded = is_sharded(model) or self._zero3
+        if self._zero3 and isinstance(teacher, nn.Module):
+            self._engine = zero3.engine_of(teacher)
         super().__init__(model, args, **kwargs)  # last, for it makes the output folder
-        if self._sharded:  # as one that transformers has sharded: no DDP around it
+        if is_sharded(model):  # as one that transformers has sharded: no DDP around it
             self.is_distributed_loading_by_transformers = True
         # The loss is divided by the tokens of the whole step, counted as `shifted` counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
@@ -218,6 +227,7 @@ class DistillTrainer(Trainer):
         self._staging: str | None = None
         self._scores: list[Tensor] = []
         self._losses: list[Tensor] = []  # of the step that is being taken
+        self._checked: Any = None  # DeepSpeed's engine, once its steps are checked
         self._endless = 0  # steps in a row whose loss was infinite
         self._batch: Batch | None = None  # the last one
         self._mixture = self._writers(teacher_processing_class or tokenizer, tokenizer)
@@ -383,6 +393,8 @@ class DistillTrainer(Trainer):
             self._moving = True
             if self.is_world_process_zero():
                 self._warn_if_nothing_moves(loss)
+        if torch.is_grad_enabled():
+            self._losses.append(loss.detach())
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP will average the gradients: undo it, for the count is that of all processes.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -560,16 +572,20 @@ class DistillTrainer(Trainer):
         self._signature_columns = [*dict.fromkeys([*columns, *more])]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's, which notes the loss for the check before the update."""
-        loss = super().training_step(*args, **kwargs)
-        self._losses.append(loss)
-        return loss
+        """The Trainer's, whose update by DeepSpeed is checked before it."""
+        if self._zero3 and self._checked is not self.deepspeed:
+            self._checked = engine = cast(Any, self.deepspeed)
+            engine.step = _after(self._check_step, engine.step)
+        return super().training_step(*args, **kwargs)
 
     def _check_step(self) -> None:
         """End the training before an update that would make the weights NaN."""
+        if not self._losses:  # DeepSpeed has made the update, which was checked
+            return
         losses = torch.stack(self._losses)
         parameters = self._student().parameters()
-        gradients = (local(it.grad) for it in parameters if it.grad is not None)
+        found = map(local_gradient, parameters)
+        gradients = (it for it in found if it is not None)
         scaled = getattr(self.accelerator, "scaler", None) is not None  # which skips such steps
         bad = not_finite(() if scaled else gradients).to(losses.device)
         flags = torch.stack([losses.isnan().any(), bad, losses.isinf().all()]).long()
@@ -707,6 +723,26 @@ class DistillTrainer(Trainer):
             load_weights(self._student(), Path(str(self.state.best_model_checkpoint)))
         else:
             super()._load_best_model()
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        """The Trainer's, but no checkpoint is left to DeepSpeed, which writes pickles."""
+        checkpoint = None if self._zero3 else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+        if self._zero3 and resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's, which gathers the weights whatever DeepSpeed's configuration says."""
+        if not self._zero3:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self._sharded:
@@ -882,12 +918,11 @@ class DistillTrainer(Trainer):
         All that is computed within the forward of the student, where DDP expects the loss, FSDP
         has the head's weights at hand, and a scale or soft cap after the head no longer matters.
         """
-        measured = []
 
-        def receive(states: Tensor) -> None:
+        def loss_at(states: Tensor) -> Tensor:
             q = self._head.at(states, batch.predicting, vocab=self._vocab)
             with torch.autocast(states.device.type, enabled=False):
-                measured.append(measure(q))
+                return measure(q)
 
         def finish(module: nn.Module, args: Any, output: Any) -> CausalLMOutput:
             loss, balancing = measured.pop(), getattr(output, "aux_loss", None)
@@ -895,10 +930,8 @@ class DistillTrainer(Trainer):
                 loss = loss + balanced * balancing.to(loss)
             return CausalLMOutput(loss=loss)
 
-        # Not on PEFT's wrapper: FSDP gathers for the backward what gave the model's own output.
-        inner = without_wrapper(self._head.model)
-        hook = inner.register_forward_hook(finish, prepend=True)
-        with hook, self._head.tap(receive):
+        hook = self._head.inner.register_forward_hook(finish, prepend=True)
+        with hook, self._head.tap(loss_at) as measured:
             return model(**batch.inputs).loss
 
     def _warn_if_nothing_moves(self, loss: Tensor) -> None:
@@ -909,6 +942,16 @@ class DistillTrainer(Trainer):
                 "0 and nothing will be learned. Begin with a student that differs from its "
                 "teacher, or set hard_label_weight above 0, to learn the text and stay near it."
             )
+
+
+def _after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls one without arguments, then the other."""
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return then(*args, **kwargs)
+
+    return both
 
 
 class _Guard(TrainerCallback):

@@ -12,7 +12,9 @@ from torch.nn.functional import linear
 
 from rkl.checks import warn
 from rkl.distill.known import Known, logits_of
-from rkl.distill.models.sharded import whole
+from rkl.distill.models.lora import without_wrapper
+from rkl.distill.models.sharded import is_sharded, whole
+from rkl.distill.models.zero3 import is_part
 from rkl.estimators import LinearHead
 
 # What a configuration may call a factor of the logits, and the power in which it enters.
@@ -40,26 +42,41 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    @property
+    def inner(self) -> nn.Module:
+        """The module whose output is the model's; of a sharded one not PEFT's wrapper.
+
+        FSDP gathers, for the backward, the weights of the module that gave the output.
+        """
+        return without_wrapper(self.model) if is_sharded(self.model) else self.model
+
     @contextmanager
-    def tap(self, receive: Callable[[Tensor], None]) -> Iterator[None]:
-        """While this lasts, ``receive`` gets what each forward of the model gives its head.
+    def tap(self, measure: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+        """While this lasts, ``measure`` gets what each forward of the model gives its head.
 
         That is the hidden states [rows, positions, width], and the head itself is then run on
-        no position; or it is the logits, without a head.
+        no position; or it is the logits, without a head. What ``measure`` gives is appended to
+        the list.
         """
+        measured: list[Tensor] = []
         if self.linear is None:
-            hook = self.model.register_forward_hook(
-                lambda module, inputs, output: receive(output.logits), prepend=True
-            )
+
+            def of_logits(module, inputs, output):
+                measured.append(measure(output.logits))
+
+            with self.inner.register_forward_hook(of_logits, prepend=True):
+                yield measured
+        elif is_part(self.linear.weight):
+            with _within(self.linear, measure, measured):
+                yield measured
         else:
 
             def before(module, inputs):
-                receive(inputs[0])
+                measured.append(measure(inputs[0]))
                 return (inputs[0][:, :0], *inputs[1:])
 
-            hook = self.linear.register_forward_pre_hook(before)
-        with hook:
-            yield
+            with self.linear.register_forward_pre_hook(before):
+                yield measured
 
     def at(
         self,
@@ -104,10 +121,38 @@ class Head:
         vocab: int | None = None,
     ) -> Known:
         """Run the model, in evaluation mode and without gradients, and say what it predicts."""
-        received = []
-        with inference(self.model), self.tap(received.append):
+        with inference(self.model), self.tap(lambda states: states) as received:
             self.model(**{**inputs, "use_cache": False})
             return self.at(received.pop(), predicting, vocab=vocab)
+
+
+@contextmanager
+def _within(
+    head: nn.Linear, measure: Callable[[Tensor], Tensor], measured: list[Tensor]
+) -> Iterator[None]:
+    """The same, with what is measured as an output of the head.
+
+    DeepSpeed gathers its weights before their backward for what is an output, and for no other.
+    """
+    states: list[Tensor] = []
+
+    def before(module, inputs):
+        states.append(inputs[0])
+        return (inputs[0][:, :0], *inputs[1:])
+
+    def within(module, inputs, output):
+        return output, measure(states.pop())
+
+    def after(module, inputs, output):
+        measured.append(output[1])
+        return output[0]
+
+    with (
+        head.register_forward_pre_hook(before),
+        head.register_forward_hook(within, prepend=True),
+        head.register_forward_hook(after),
+    ):
+        yield
 
 
 _NAN = "its logits are NaN, as weights that are NaN or too large make them"

@@ -1,4 +1,4 @@
-"""Models whose weights torch's fully_shard (FSDP2) has shared among processes."""
+"""Models whose weights processes share: by torch's fully_shard (FSDP2), or DeepSpeed's ZeRO-3."""
 
 import warnings
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from rkl.distill.models import zero3
 from rkl.distill.models.lora import is_adapted, without_wrapper
 
 
@@ -32,6 +33,11 @@ def _in_one_piece(**more: Any) -> dict[str, Any]:
 def is_sharded(model: object) -> bool:
     """True if fully_shard has been called on the model, or on the one within PEFT's wrapper."""
     return isinstance(without_wrapper(model), FSDPModule)
+
+
+def shares_weights(model: object) -> bool:
+    """True if no process has all weights of the model, so that all must run it at once."""
+    return is_sharded(model) or zero3.is_partitioned(model)
 
 
 def whole_by_mistake(model: nn.Module) -> str | None:
@@ -75,6 +81,8 @@ def whole(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: It is asked for with gradients, which would not be those of all processes.
     """
+    if zero3.is_part(x):
+        return zero3.whole(x)
     if not isinstance(x, DTensor):
         return x
     if torch.is_grad_enabled() and x.requires_grad:
@@ -85,6 +93,21 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor()
 
 
+def local_gradient(x: Tensor) -> Tensor | None:
+    """This process's part of the gradient of a weight; None without one."""
+    if zero3.is_part(x):
+        return zero3.local_gradient(x)
+    return None if x.grad is None else local(x.grad)
+
+
+def is_finite(weight: Tensor) -> bool:
+    """True if no number of a weight is infinite or NaN; all processes must ask at once."""
+    if zero3.is_part(weight):
+        with torch.no_grad():
+            return bool(zero3.whole(weight).isfinite().all())
+    return bool(whole(weight.detach().isfinite().all()))
+
+
 def whole_weights(model: Any) -> dict[str, Any]:
     """The weights that ``save_pretrained`` takes, in one piece, tied ones once.
 
@@ -93,12 +116,17 @@ def whole_weights(model: Any) -> dict[str, Any]:
     Returns:
         On the CPU of the first process; in the others nothing.
     """
+    if zero3.is_partitioned(model):
+        return _tied_once(model, zero3.whole_weights(model))
     if is_adapted(model):
         names = [name for it in model.peft_config for name in _adapter_names(model, it).values()]
         state = model.state_dict()
         weights = {name: whole(state[name].detach()).cpu() for name in names}  # all processes
         return weights if dist.get_rank() == 0 else {}
-    state = _checkpoint().get_model_state_dict(model, **_in_one_piece())
+    return _tied_once(model, _checkpoint().get_model_state_dict(model, **_in_one_piece()))
+
+
+def _tied_once(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     once = {name for name, _ in model.named_parameters()}
     return {name: it for name, it in state.items() if name in once or name not in _tied(model)}
 
@@ -119,8 +147,13 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     weights: dict[str, Any] = {}
     for file in files:
         weights |= load_file(file)
-    found = _checkpoint().set_model_state_dict(model, weights, **_in_one_piece(strict=False))
-    if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - _tied(model))]:
+    if zero3.is_partitioned(model):
+        unknown = [*weights.keys() - model.state_dict().keys()]
+        missing = zero3.load_weights(model, weights)
+    else:
+        found = _checkpoint().set_model_state_dict(model, weights, **_in_one_piece(strict=False))
+        unknown, missing = found.unexpected_keys, found.missing_keys
+    if wrong := [*unknown, *({*missing} - _tied(model))]:
         raise ValueError(f"{folder} has the weights of another model: {sorted(wrong)[0]}.")
 
 
@@ -145,7 +178,8 @@ def _adapter_names(model: Any, adapter: str) -> dict[str, str]:
     names: Any = {name: name for name in model.state_dict()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # also said when peft saves
-        return peft.get_peft_model_state_dict(model, state_dict=names, adapter_name=adapter)
+        found: Any = peft.get_peft_model_state_dict(model, names, adapter)
+    return found
 
 
 def _tied(model: Any) -> set[str]:
@@ -155,15 +189,20 @@ def _tied(model: Any) -> set[str]:
 
 def whole_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     """The state of an optimizer in one piece, by name, in the first process; empty elsewhere."""
+    if zero3.is_partitioned(model):
+        return zero3.whole_state(model, _plain(optimizer))
     return _checkpoint().get_optimizer_state_dict(model, _plain(optimizer), **_in_one_piece())
 
 
 def load_state(model: nn.Module, optimizer: Any, state: Mapping[str, Any]) -> None:
     """Give each process its part of the state of an optimizer."""
+    if zero3.is_partitioned(model):
+        zero3.load_state(model, _plain(optimizer), state)
+        return
     checkpoint, how = _checkpoint(), _in_one_piece()
     checkpoint.set_optimizer_state_dict(model, _plain(optimizer), dict(state), **how)
 
 
-def _plain(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer of torch within that of accelerate."""
+def _plain(optimizer: Any) -> Any:
+    """The optimizer of torch, or DeepSpeed's, within that of accelerate."""
     return getattr(optimizer, "optimizer", optimizer)

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rkl.checks import warn
 from rkl.distill.models.heads import inference
-from rkl.distill.models.sharded import is_sharded
+from rkl.distill.models.sharded import shares_weights
 from rkl.distill.text.batches import DATA, SOURCES
 from rkl.distill.text.chats import ChatTemplate
 from rkl.distill.text.data import IGNORED, TokenDataset
@@ -84,9 +84,13 @@ class ModelWriter(Writer):
     ):
         self.model, self.sampling, self.ends = model, sampling, list(ends)
         self.context, self.around = context, around
-        self.writes_together = is_sharded(model)
         self._config = generation_config(sampling, self.ends)
         self._only = _Only(vocab, sorted(banned))
+
+    @property
+    def writes_together(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """True if the processes share the model's weights, as they may do from some time on."""
+        return shares_weights(self.model)
 
     def write(self, prompts, *, seed):
         check_room(prompts, self.sampling, self.context, "max_completion_length")

@@ -118,8 +118,9 @@ def _let_threads_sleep() -> None:
     """Shorten the time that OpenMP's threads spin between two products, unless the user chose one.
 
     GNU's library reads it when torch loads it. Spinning threads take the processor from whoever
-    has work: beside about ten busy processes 10,000 turns trained small models 5 to 12 times as
-    fast as the default (benchmarks/README.md).
+    has work: beside eight busy processes 10,000 turns train small models two to three and a half
+    times as fast as the default, and lose up to 15 % where nothing else runs
+    (benchmarks/README.md).
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)

@@ -81,7 +81,7 @@ def test_gains_are_taken_seed_by_seed():
     assert second.sampling_error == pytest.approx(0.3 / math.sqrt(2))
     assert second.mean == pytest.approx((0.75, 0.3 / math.sqrt(2)))  # the larger of the errors
     outcome = Outcome(COLUMNS, [first.cells(), second.cells()], "", [])
-    table = list(csv.DictReader(to_csv(outcome).splitlines()))
+    table = list(csv.DictReader(to_csv(outcome.columns, outcome.rows).splitlines()))
     assert float(table[1]["mean"]) == 0.75
     assert float(table[1]["se"]) == pytest.approx(0.15)
 

@@ -87,7 +87,8 @@ class StudySettings:
     Args:
         name: The paper.
         part: One of its claims; by default the first.
-        data: A file that a part reads and that is not part of rkl.
+        data: What a part reads that is no part of rkl: the file of images of precision-recall, or
+            the file or folder of instructions of akl, in the format of self-instruct.
         seed: Random seed.
         device: Device to compute on.
     """
@@ -240,6 +241,7 @@ def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
     Examples:
       rkl study akl --part toy --out runs/akl
+      rkl study akl --part language --data INSTRUCTIONS.jsonl
       rkl study neyman-scott
       rkl study neyman-scott --part errors-in-variables
       rkl study advnf --part xy

@@ -499,7 +499,7 @@ def evaluate(
 def _summed(
     student: PreTrainedModel,
     teacher: PreTrainedModel | Teacher,
-    blocks: Dataset,
+    blocks: Dataset | Sequence[Mapping[str, Any]],
     places: Sequence[int],
     rows: int,
     *,

@@ -24,6 +24,7 @@ import torch
 
 from rkl.extras import require
 from rkl.runs import REPORT, Run, check_out, remove_folder, write_atomic
+from rkl.runs.progress import Progress, say
 from rkl.stats import mean
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 WORKERS = 2  # processes
 PATIENCE = 5.0  # seconds in which a process that is told to end must have ended
 JOBS = "jobs"  # folder of the results that are there, while a study lasts
+PREPARED = "prepared"  # folder of what the jobs have in common, as long
 
+Lines = Iterable[Sequence[Any]]  # of a csv
 Pair = tuple[float, float]  # a value and its standard error
 
 
@@ -89,6 +92,23 @@ class Part(abc.ABC):
             raise ValueError(f"data: this part reads none; got {data}.")
         return self
 
+    def begin(self, folder: Path, seed: int) -> "Part":
+        """The part with what its jobs need, which it writes into a folder; most need nothing.
+
+        Called before the first job, and again where a run goes on, with what is there.
+        """
+        return self
+
+    def announce(self, jobs: Sequence[tuple[Any, ...]]) -> str:
+        """A sentence for whoever waits: what these jobs are, and how long they take."""
+        return ""
+
+    def so_far(
+        self, results: Iterable[Any]
+    ) -> tuple[Sequence[str], Iterable[Sequence[Any]]] | None:
+        """Columns and rows of the csv after some of the jobs; None: it is written at the end."""
+        return None
+
     @abc.abstractmethod
     def jobs(self, seed: int) -> Sequence[tuple[Any, ...]]:
         """The arguments of each job; they can be pickled."""
@@ -125,7 +145,7 @@ def run_study(
         resume: Goes on with the run that is there.
         seed: Random seed.
         device: Device to compute on.
-        data: A file that a part reads and that is not part of rkl.
+        data: A file or a folder that a part reads and that is not part of rkl.
 
     Returns:
         The report.
@@ -160,38 +180,53 @@ def run_part(
         if resume and run.record["status"] == "finished" and (run.path / REPORT).is_file():
             return run.path / REPORT
         with run.running():
+            part = part.begin(run.path / PREPARED, seed)
+            table = run.path / f"{name}.csv"
+            results = _results(run, part, seed, table)
             with torch_threads(1):
-                outcome = part.outcome(_results(run, part, seed), seed)
-            write_atomic(run.path / f"{name}.csv", to_csv(outcome))
+                outcome = part.outcome(results, seed)
+            write_atomic(table, to_csv(outcome.columns, outcome.rows))
             run.update(**outcome.record)
             _write_report(run, part.title, outcome)
-            remove_folder(run.path / JOBS)
+            for folder in (JOBS, PREPARED):
+                if (run.path / folder).exists():
+                    remove_folder(run.path / folder)
     return run.path / REPORT
 
 
-def _results(run: Run, part: Part, seed: int) -> list[Any]:
+def _results(run: Run, part: Part, seed: int, table: Path) -> list[Any]:
     folder = run.path / JOBS
     folder.mkdir(exist_ok=True)
     jobs = dict(enumerate(part.jobs(seed)))
     files = {number: folder / f"{number}.json" for number in jobs}
     missing = [number for number in jobs if not files[number].exists()]
 
+    def done() -> Iterator[Any]:
+        return (json.loads(path.read_bytes()) for path in files.values() if path.exists())
+
     def keep(place: int, result: Any) -> None:
         write_atomic(files[missing[place]], json.dumps(result))
+        if (lines := part.so_far(done())) is not None:
+            write_atomic(table, to_csv(*lines))
+        shown.update(shown.done + 1)
 
     if missing:
+        if words := part.announce([jobs[number] for number in missing]):
+            say(words)
         columns = zip(*(jobs[number] for number in missing), strict=True)
         workers = min(part.workers, WORKERS)
-        in_processes(part.compute, *columns, workers=workers, done=keep)
-    return [json.loads(path.read_bytes()) for path in files.values()]
+        with Progress("job", len(jobs)) as shown:
+            shown.begin(len(jobs) - len(missing))
+            in_processes(part.compute, *columns, workers=workers, done=keep)
+    return list(done())
 
 
-def to_csv(outcome: Outcome) -> str:
-    """The rows of an outcome as text."""
+def to_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as text."""
     page = io.StringIO()
     table = csv.writer(page, lineterminator="\n")
-    table.writerow(outcome.columns)
-    table.writerows(outcome.rows)
+    table.writerow(columns)
+    table.writerows(rows)
     return page.getvalue()
 
 

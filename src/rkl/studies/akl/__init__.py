@@ -1,5 +1,10 @@
-"""The claims of the paper on adaptive KL about the two KLs, tested on its toy."""
+"""The claims of the paper on adaptive KL, tested on its toy and in language models."""
 
-from rkl.studies.akl.toy import PARTS
+from collections.abc import Mapping
+
+from rkl.studies.akl import language, toy
+from rkl.studies.study import Part
+
+PARTS: Mapping[str, Part] = {**toy.PARTS, **language.PARTS}
 
 __all__ = ["PARTS"]

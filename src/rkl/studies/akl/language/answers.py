@@ -1,0 +1,372 @@
+"""The answers of the study in language models: tables and drawings out of the rows of its csv."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rkl.stats import mean
+from rkl.studies.akl.language.lessons import BOTH, EQUAL, FLAT, ORDER, OWN, PARENTS
+from rkl.tables import Table
+
+if TYPE_CHECKING:
+    from rkl.report import Section
+
+Row = Mapping[str, Any]
+Cell = tuple[float, float] | None
+OF_FIT = "question", "student", "divergence", "lmbda", "optimizer", "seed", "steps"
+OF_TIME = "step", "epochs", "cpu_seconds"
+ON_TEXT = (
+    *("forward_kl", "reverse_kl", "js", "tv", "akl", "head_gap", "tail_gap", "cross_entropy"),
+    *("agreement", "entropy", "in_teachers_nucleus", "in_students_nucleus"),
+)
+OF_REPLIES = (
+    *("own_reverse_kl", "own_tv", "precision", "recall", "density", "coverage"),
+    *("rouge_l", "distinct_2", "self_bleu", "length"),
+)
+COLUMNS = (
+    *OF_FIT,
+    *OF_TIME,
+    *ON_TEXT,
+    *(f"prose_{name}" for name in ON_TEXT),
+    "tv_between_students",
+    *OF_REPLIES,
+)
+DISTANCES = "forward_kl", "reverse_kl", "js", "tv", "cross_entropy"
+FALLEN = 0.1  # of the whole gap, after which head and tail are compared
+ROUNDING = 1e-9  # of a mean, below which the spread of seeds is that of arithmetic
+# Two-sided 5 % points of Student's t, by the number of seeds; beyond them about 2.
+QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+
+
+def cells(rows: Iterable[Row]) -> Iterator[list[str]]:
+    """The lines of the csv."""
+    for row in rows:
+        yield [_written(row.get(name)) for name in COLUMNS]
+
+
+def _written(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class Rows:
+    """Rows of the study, found by what they are of."""
+
+    def __init__(self, rows: Iterable[Row]):
+        self.rows = list(rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    def of(self, **cells: Any) -> "Rows":
+        """Those with these cells."""
+        return Rows(row for row in self if all(row.get(k) == it for k, it in cells.items()))
+
+    def last(self) -> "Rows":
+        """Those of the end of a fit."""
+        return Rows(row for row in self if row["step"] == row["steps"])
+
+    def values(self, column: str) -> list[Any]:
+        """The different values of a column, in order."""
+        return list(dict.fromkeys(row[column] for row in self))
+
+    def by_seed(self, column: str) -> dict[int, float]:
+        """A column by the seed, where it is known; of several rows of a seed the last."""
+        return {row["seed"]: row[column] for row in self if row.get(column) is not None}
+
+    def mean(self, column: str) -> Cell:
+        """Mean over the seeds, and its standard error."""
+        return average([*self.by_seed(column).values()])
+
+    def gain(self, others: "Rows", column: str) -> Cell:
+        """Mean over the seeds of the difference from others, and its standard error."""
+        here, there = self.by_seed(column), others.by_seed(column)
+        return average([here[seed] - there[seed] for seed in here if seed in there])
+
+
+def average(values: Sequence[float]) -> Cell:
+    """A mean and its standard error; None of no values."""
+    if not values:
+        return None
+    found = mean(torch.tensor(values, dtype=torch.float64))
+    return float(found.value), float(found.error)
+
+
+def is_clear(gain: Cell, seeds: int) -> bool:
+    """True if a mean of differences is not 0 at the level of 5 %, by Student's t."""
+    if gain is None or not gain[1] > ROUNDING * abs(gain[0]):
+        return False
+    return abs(gain[0]) > QUANTILES.get(seeds, 2.0) * gain[1]
+
+
+def flatness(rows: Rows) -> Table | None:
+    """Do both KLs end at one student, and at the teacher?"""
+    rows = rows.of(question=FLAT).last()
+    body = []
+    for student in rows.values("student"):
+        for steps in rows.of(student=student).values("steps"):
+            some = rows.of(student=student, steps=steps)
+            of = {name: some.of(divergence=name) for name in PARENTS}
+            epochs = some.rows[0]["epochs"]
+            body.append(
+                [
+                    f"{student}, {steps:,} steps",
+                    epochs,
+                    *(of[name].mean("tv") for name in PARENTS),
+                    of[BOTH[1]].mean("tv_between_students"),
+                ]
+            )
+    if not body:
+        return None
+    names = (f"{name} to teacher" for name in PARENTS)
+    columns = ["", "epochs", *names, "reverse-kl to kl"]
+    return Table("Until flat: total variation per token", columns, body, _FLAT)
+
+
+def order(rows: Rows) -> Table | None:
+    """Is the head fitted first, or the tail?"""
+    rows = rows.of(question=ORDER)
+    body = []
+    for student in rows.values("student"):
+        for optimizer in rows.values("optimizer"):
+            for name in PARENTS:
+                some = rows.of(student=student, optimizer=optimizer, divergence=name)
+                falls = [_fall(some.of(seed=seed)) for seed in some.values("seed")]
+                falls = [it for it in falls if it is not None]
+                if not falls:
+                    continue
+                steps, head, tail = zip(*falls, strict=True)
+                ahead = average([a - b for a, b in zip(head, tail, strict=True)])
+                first = "neither"
+                if is_clear(ahead, len(falls)):
+                    first = "head" if ahead and ahead[0] > 0 else "tail"
+                label = f"{student}, {optimizer}, {name}"
+                body.append([label, average(steps), average(head), average(tail), ahead, first])
+    columns = "", "steps", "head fell by", "tail fell by", "difference", "first"
+    return Table("First steps", columns, body, _ORDER) if body else None
+
+
+def _fall(rows: Rows) -> tuple[float, float, float] | None:
+    """The first step at which the whole gap has fallen enough, and how far both parts have."""
+    start = rows.rows[0]
+    whole = start["head_gap"] + start["tail_gap"]
+    for row in rows.rows[1:]:
+        if row["head_gap"] + row["tail_gap"] <= (1 - FALLEN) * whole:
+            return (
+                row["step"],
+                1 - row["head_gap"] / start["head_gap"],
+                1 - row["tail_gap"] / start["tail_gap"],
+            )
+    return None
+
+
+def comparison(rows: Rows) -> list[Table]:
+    """Every divergence, and how much AKL gains over it: at equal steps, and in equal time."""
+    rows = rows.of(question=EQUAL)
+    if not rows:
+        return []
+    steps = max(rows.values("steps"))
+    most = rows.of(steps=steps).last()
+    names = most.values("divergence")
+    values = [
+        [name, *(most.of(divergence=name).mean(it) for it in (*DISTANCES, "agreement"))]
+        for name in names
+    ]
+    columns = ["", *(it.replace("_", " ") for it in (*DISTANCES, "agreement"))]
+    tables = [Table(f"After {steps:,} steps", columns, values, _EQUAL)]
+    akl = most.of(divergence="akl")
+    others = [name for name in names if name != "akl"]
+    gains = [
+        [name, *(_marked(most.of(divergence=name).gain(akl, it), most) for it in DISTANCES)]
+        for name in others
+    ]
+    columns = ["", *(it.replace("_", " ") for it in DISTANCES)]
+    tables.append(Table("Less AKL, at equal steps", columns, gains, _GAINS))
+    if len(rows.values("steps")) > 1:
+        timed = [
+            [
+                name,
+                _cost(most, name),
+                *(_marked(_in_time(rows, name, it), most) for it in DISTANCES),
+            ]
+            for name in others
+        ]
+        tables.append(Table("Less AKL, in equal time", ["", "time", *columns[1:]], timed, _TIME))
+    return tables
+
+
+def _marked(gain: Cell, rows: Rows) -> Any:
+    return (*gain, "*") if gain and is_clear(gain, len(rows.values("seed"))) else gain
+
+
+def _cost(rows: Rows, name: str) -> float | None:
+    """Time of a step under a divergence over that under AKL, each that of the fastest seed.
+
+    What disturbs a fit only adds to its time.
+    """
+    both = [rows.of(divergence=it).by_seed("cpu_seconds").values() for it in (name, "akl")]
+    return min(both[0]) / min(both[1]) if all(both) and min(both[1]) else None
+
+
+def _in_time(rows: Rows, name: str, column: str) -> Cell:
+    """A divergence less AKL, of which each has the time that the slower one takes for its steps.
+
+    A value between two numbers of steps is taken on the straight line through both in log steps.
+    """
+    fewer, steps = sorted(rows.values("steps"))[-2:]
+    cost = _cost(rows.of(steps=steps).last(), name)
+    if cost is None:
+        return None
+    taken = {name: min(1.0, 1 / cost), "akl": min(1.0, cost)}  # the slower gets all its steps
+    found = {}
+    for it, share in taken.items():
+        ends = [rows.of(divergence=it, steps=n).last().by_seed(column) for n in (fewer, steps)]
+        along = -math.log(share) / math.log(steps / fewer)
+        found[it] = {k: ends[1][k] + along * (ends[0][k] - ends[1][k]) for k in ends[1]}
+    return average([found[name][k] - found["akl"][k] for k in found[name] if k in found["akl"]])
+
+
+def writing(rows: Rows) -> Table | None:
+    """Quality and diversity of the replies."""
+    rows = rows.of(question=EQUAL)
+    if not rows:
+        return None
+    rows = rows.of(steps=max(rows.values("steps"))).last()
+    body = [
+        [name, *(rows.of(divergence=name).mean(it) for it in OF_REPLIES)]
+        for name in rows.values("divergence")
+    ]
+    columns = ["", *(it.replace("_", " ") for it in OF_REPLIES)]
+    return Table("Replies", columns, body, _REPLIES)
+
+
+def trade_off(rows: Rows) -> Table | None:
+    """Does the slope of precision and recall move a student along their trade-off?"""
+    rows = rows.of(question=EQUAL)
+    if not rows:
+        return None
+    rows = rows.of(steps=max(rows.values("steps"))).last()
+    shown = "in_teachers_nucleus", "in_students_nucleus", "entropy", "precision", "recall"
+    names = [name for name in rows.values("divergence") if "half" in name]
+    body = [[name, *(rows.of(divergence=name).mean(it) for it in shown)] for name in names]
+    for half in ("precision-half", "recall-half"):
+        ends = [name for name in names if name.startswith(half)]
+        if len(ends) > 1:
+            low, high = (rows.of(divergence=it) for it in (ends[0], ends[-1]))
+            moved = (_marked(high.gain(low, it), rows) for it in shown)
+            body.append([f"{half}, from the lowest lam to the highest", *moved])
+    columns = ["", *(it.replace("_", " ") for it in shown)]
+    return Table("Precision and recall", columns, body, _TRADE) if body else None
+
+
+def own_text(rows: Rows) -> Table | None:
+    """Which mixture with own text, and does the divergence still matter?"""
+    rows = rows.of(question=OWN).last()
+    shown = "forward_kl", "reverse_kl", "own_reverse_kl", "precision", "recall", "distinct_2"
+    body = []
+    for name in rows.values("divergence"):
+        for lmbda in rows.values("lmbda"):
+            some = rows.of(divergence=name, lmbda=lmbda)
+            if some:
+                body.append([f"{name}, lmbda {lmbda:g}", *(some.mean(it) for it in shown)])
+    for lmbda in rows.values("lmbda"):
+        some = [rows.of(divergence=name, lmbda=lmbda) for name in rows.values("divergence")]
+        spread = [_spread(some, it) for it in shown]
+        body.append([f"largest less smallest, lmbda {lmbda:g}", *spread])
+    columns = ["", *(it.replace("_", " ") for it in shown)]
+    return Table("Own text", columns, body, _OWN) if body else None
+
+
+def _spread(some: Sequence[Rows], column: str) -> Cell:
+    """Largest less smallest over divergences, seed by seed."""
+    known = [it.by_seed(column) for it in some if it]
+    seeds = [seed for seed in known[0] if all(seed in it for it in known)] if known else []
+    pairs = [[it[seed] for it in known] for seed in seeds]
+    return average([max(it) - min(it) for it in pairs])
+
+
+def sections(rows: Iterable[Row]) -> "list[Section]":
+    """The report: a section for each question that was asked."""
+    from rkl.report import Section
+
+    rows = Rows(rows)
+    found = [
+        ("Do forward and reverse KL end at one student?", [flatness(rows)], _curves(rows)),
+        ("Which is fitted first, head or tail?", [order(rows)], []),
+        ("Does AKL gain over the others?", comparison(rows), []),
+        ("What is written", [writing(rows)], []),
+        ("Does lam move a student along the trade-off?", [trade_off(rows)], []),
+        ("Own text", [own_text(rows)], []),
+    ]
+    made = []
+    for title, tables, figures in found:
+        blocks: list[Any] = [*(it for it in tables if it is not None), *figures]
+        if blocks:
+            made.append(Section(title, blocks=blocks))
+    return made
+
+
+def _curves(rows: Rows) -> list[Any]:
+    """Distance from the teacher against steps, of the longest fits of the first seed."""
+    from rkl import plots
+    from rkl.report import figure_block
+
+    rows = rows.of(question=FLAT)
+    made = []
+    for student in rows.values("student"):
+        mine = rows.of(student=student, steps=max(rows.values("steps")))
+        mine = mine.of(seed=mine.rows[0]["seed"]) if mine else mine
+        curves = {}
+        for name in mine.values("divergence"):
+            some = [row for row in mine.of(divergence=name) if row["step"]]
+            curves[f"{name} to teacher"] = [it["step"] for it in some], [it["tv"] for it in some]
+        between = [row for row in mine if row.get("tv_between_students") and row["step"]]
+        if between:
+            values = [it["tv_between_students"] for it in between]
+            curves["reverse-kl to kl"] = [it["step"] for it in between], values
+        if curves:
+            drawing = plots.training_curves(curves, label="total variation per token")
+            made.append(figure_block(f"Until flat, {student} student", drawing, _DRAWN))
+    return made
+
+
+_FLAT = (
+    "Means over seeds with their standard errors, on held-out text. The fits of both numbers of "
+    "steps are separate ones, whose rate falls to 0: what more steps would change is seen from "
+    "one to the other."
+)
+_ORDER = (
+    f"When the whole gap Σ |p − q| has fallen by {FALLEN:.0%} of itself: after how many steps, "
+    "and by how much its parts over the teacher's head and tail have fallen, each of itself. "
+    "One of them is called first where the difference is not 0 at the level of 5 % (Student's t "
+    "over seeds)."
+)
+_EQUAL = "Means over seeds with their standard errors, per token of held-out text, in nats."
+_GAINS = (
+    "Differences seed by seed: above 0 AKL is better. An asterisk: not 0 at the level of 5 %, by "
+    "Student's t. There are many such cells, of which one in twenty has it by chance."
+)
+_TIME = (
+    "Each has the time that the slower of the two takes for all its steps; time: of a step, over "
+    "AKL's, each in the fastest of its fits. Between two numbers of steps values are taken on a "
+    "straight line in log steps."
+)
+_REPLIES = (
+    "Own: on the text of the student. Precision, recall, density and coverage: of replies against "
+    "the teacher's replies to the same prompts, by 5 neighbours in the space of all-MiniLM-L6-v2. "
+    "ROUGE-L is against the text itself, which is one of many good replies; a model that writes "
+    "the likeliest words has a high one."
+)
+_TRADE = (
+    "In teacher's nucleus: mass of the student within the smallest set of tokens that holds 90 % "
+    "of the teacher's, which is precision; in student's nucleus the other way round, which is "
+    "recall."
+)
+_OWN = "Held-out text is the data's; own is the student's, whose reverse KL is what it adds up to."
+_DRAWN = "The first seed, the longest fits, on held-out text."

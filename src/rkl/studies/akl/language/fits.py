@@ -1,0 +1,183 @@
+"""The fits of the study in language models, each in a process of its own."""
+
+import contextlib
+import copy
+import functools
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from rkl.distill import DistillSettings, PadRows, distill, distill_loss, load_run
+from rkl.distill.models.heads import inference
+from rkl.divergences.parse import parse
+from rkl.runs import remove_folder
+from rkl.studies.akl.language.classroom import TRAIN, Classroom
+from rkl.studies.akl.language.lessons import ORDER, Lesson
+from rkl.studies.akl.language.measures import Judge
+
+MAX_GRADIENT = 1.0  # norm of a longer gradient, as in rkl distill
+LOG = "log.txt"
+Row = dict[str, Any]
+
+
+def fit(room: Classroom, lesson: Lesson) -> list[Row]:
+    """Rows of the csv: what was measured on the way, and of the replies at the end.
+
+    What trainings say goes into a file in the folder.
+    """
+    with (room.folder / LOG).open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+        return _fit(room, lesson)
+
+
+def _fit(room: Classroom, lesson: Lesson) -> list[Row]:
+    judge = _judge(room)
+    if lesson.question == ORDER:
+        return _first_steps(room, judge, lesson)
+    first: dict[int, PreTrainedModel] = {}
+    rows = []
+    for name in lesson.divergences:
+        rows += _distil(room, judge, lesson, name, first)
+    return rows
+
+
+@functools.cache  # replies of the teacher, and the encoder, once in each process
+def _judge(room: Classroom) -> Judge:
+    return Judge(room)
+
+
+def looked_at(steps: int, growth: int) -> list[int]:
+    """The steps after which a student is measured: none, the powers of a number, and all.
+
+    >>> looked_at(24, 2)
+    [0, 1, 2, 4, 8, 16, 24]
+    """
+    powers = itertools.takewhile(lambda it: it < steps, (growth**n for n in itertools.count()))
+    return [0, *powers, steps]
+
+
+def _distil(
+    room: Classroom, judge: Judge, lesson: Lesson, name: str, first: dict[int, PreTrainedModel]
+) -> list[Row]:
+    """A run of rkl distill; the students of the first of two are kept in ``first``."""
+    watch = _Watch(room, judge, lesson, name, first)
+    out = room.folder / "runs" / watch.label
+    distill(_settings(room, lesson, name), out, overwrite=out.exists(), watch=watch)
+    watch.rows[-1] |= judge.on_replies(load_run(out), lesson.seed)
+    remove_folder(out)
+    return watch.rows
+
+
+def _settings(room: Classroom, lesson: Lesson, name: str) -> DistillSettings:
+    plan, begun = room.plan, cast(Any, room.begin(lesson.student))
+    return DistillSettings(
+        teacher=room.teacher,
+        data=str(room.folder / TRAIN),
+        divergence=name,
+        held_out=0.0,  # so that the last student counts, not the best on what it is measured on
+        max_steps=lesson.steps,
+        save_every=lesson.steps,
+        learning_rate=plan.learning_rate,
+        max_length=plan.block,
+        batch_size=plan.batch_size,
+        packing=plan.packing,
+        lmbda=lesson.lmbda,
+        prompt_tokens=plan.prompt_tokens,
+        max_completion_length=plan.block - plan.prompt_tokens,
+        guard="off",
+        compiled=False,
+        seed=lesson.seed,
+        device="cpu",
+        **begun,
+    )
+
+
+@dataclass
+class _Watch:
+    """Measures a student on the way; its own time does not count."""
+
+    room: Classroom
+    judge: Judge
+    lesson: Lesson
+    name: str
+    first: dict[int, PreTrainedModel]
+
+    def __post_init__(self):
+        self.rows: list[Row] = []
+        self.seconds, self.last = 0.0, time.process_time()
+        self.at = looked_at(self.lesson.steps, self.room.plan.growth)
+        self.blocks = len(self.room.blocks(TRAIN))
+
+    @property
+    def label(self) -> str:
+        """A name for its folder."""
+        it = self.lesson
+        words = it.question, it.student, self.name, it.lmbda, it.seed, it.steps
+        return "".join(c if c.isalnum() else "-" for c in "-".join(map(str, words)))
+
+    def __call__(self, model: PreTrainedModel, step: int) -> None:
+        if step:
+            self.seconds += time.process_time() - self.last
+        if step in self.at:
+            second = len(self.lesson.divergences) > 1 and self.name != self.lesson.divergences[0]
+            other = self.first.get(step) if second else None
+            figures = self.judge.on_text(model, first=other)
+            self.rows.append(self.row(step) | figures)
+            if len(self.lesson.divergences) > 1 and not second:
+                self.first[step] = copy.deepcopy(model).requires_grad_(False)
+        self.last = time.process_time()
+
+    def row(self, step: int) -> Row:
+        """The cells that say which fit it is, and how far it has come."""
+        return row_of(self.lesson, self.name) | {
+            "step": step,
+            "epochs": step * self.room.plan.batch_size / self.blocks,
+            "cpu_seconds": self.seconds,
+        }
+
+
+def row_of(lesson: Lesson, divergence: str) -> Row:
+    """The cells of a row that say which fit it is of."""
+    names = "question", "student", "lmbda", "optimizer", "seed", "steps"
+    return {"divergence": divergence} | {name: getattr(lesson, name) for name in names}
+
+
+def _first_steps(room: Classroom, judge: Judge, lesson: Lesson) -> list[Row]:
+    """Plain steps by one optimiser at a constant rate, looked at from the first on."""
+    (name,) = lesson.divergences
+    student, divergence = room.new_student(lesson.student).train(), parse(name)
+    kind, rate = {
+        "AdamW": (torch.optim.AdamW, room.plan.learning_rate),
+        "SGD": (torch.optim.SGD, room.plan.sgd_rate),
+    }[lesson.optimizer]
+    optimizer = kind(student.parameters(), lr=rate)
+    rows: list[Row] = []
+    text = batches(room)
+    for step in range(lesson.steps + 1):
+        if step in looked_at(lesson.steps, 2):
+            rows.append(row_of(lesson, name) | {"step": step} | judge.on_text(student))
+        batch = next(text)
+        how: dict[str, Any] = {"labels": batch.pop("labels"), "compiled": False}
+        with inference(judge.teacher):
+            p = judge.teacher(**batch, use_cache=False).logits
+        q = student(**batch, use_cache=False).logits
+        loss = distill_loss(teacher=p, student=q, divergence=divergence, **how)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), MAX_GRADIENT)
+        optimizer.step()
+    return rows
+
+
+def batches(room: Classroom) -> Iterator[dict[str, Any]]:
+    """Batches in an order of the seed, again and again."""
+    generator = torch.Generator().manual_seed(room.seed)
+    how: dict[str, Any] = {"shuffle": True, "generator": generator, "collate_fn": PadRows()}
+    while True:
+        yield from DataLoader(room.blocks(TRAIN), room.plan.batch_size, **how)

@@ -72,6 +72,9 @@ def test_the_study_writes_its_numbers_and_says_what_it_counted(tmp_path):
     assert [float(it) for it in first[-2:]] == pytest.approx(
         [it.item() for it in expected], rel=1e-6
     )
+    tables = (tmp_path / "toy" / "toy.md").read_text()
+    first = counts[next(iter(counts))]
+    assert f"| {akl.CLAIMS[0]} | {first[akl.CLAIMS[0]]} |" in tables
     drawings = {it.name for it in (tmp_path / "toy").glob("*.svg")}
     assert {"rank-by-rank-adam.svg", "gap-of-head-and-tail-adam.svg"} < drawings
     assert page.count("<svg") == len(drawings) == 4

@@ -26,6 +26,7 @@ from rkl.extras import require
 from rkl.runs import REPORT, Run, check_out, remove_folder, write_atomic
 from rkl.runs.progress import Progress, say
 from rkl.stats import mean
+from rkl.tables import Table
 
 if TYPE_CHECKING:
     from rkl.report import Section
@@ -186,6 +187,7 @@ def run_part(
             with torch_threads(1):
                 outcome = part.outcome(results, seed)
             write_atomic(table, to_csv(outcome.columns, outcome.rows))
+            write_atomic(run.path / f"{name}.md", to_markdown(part.title, outcome))
             run.update(**outcome.record)
             _write_report(run, part.title, outcome)
             for folder in (JOBS, PREPARED):
@@ -228,6 +230,18 @@ def to_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     table.writerow(columns)
     table.writerows(rows)
     return page.getvalue()
+
+
+def to_markdown(title: str, outcome: Outcome) -> str:
+    """The tables of a report as a page of Markdown."""
+    parts = [f"# {title}", outcome.summary, *(f"- {point}" for point in outcome.points)]
+    for section in outcome.sections:
+        tables = [it for it in section.blocks if isinstance(it, Table)]
+        if tables:
+            parts += [f"## {section.title}", section.text]
+        for table in tables:
+            parts += [f"**{table.title}**", table.to_markdown(), *table.notes]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _write_report(run: Run, title: str, outcome: Outcome) -> None:

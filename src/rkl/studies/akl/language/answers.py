@@ -169,36 +169,41 @@ def _fall(rows: Rows) -> tuple[float, float, float] | None:
 def comparison(rows: Rows) -> list[Table]:
     """Every divergence, and how much AKL gains over it: at equal steps, and in equal time."""
     rows = rows.of(question=EQUAL)
-    if not rows:
-        return []
-    steps = max(rows.values("steps"))
-    most = rows.of(steps=steps).last()
-    names = most.values("divergence")
-    values = [
-        [name, *(most.of(divergence=name).mean(it) for it in (*DISTANCES, "agreement"))]
-        for name in names
-    ]
-    columns = ["", *(it.replace("_", " ") for it in (*DISTANCES, "agreement"))]
-    tables = [Table(f"After {steps:,} steps", columns, values, _EQUAL)]
-    akl = most.of(divergence="akl")
-    others = [name for name in names if name != "akl"]
-    gains = [
-        [name, *(_marked(most.of(divergence=name).gain(akl, it), most) for it in DISTANCES)]
-        for name in others
-    ]
-    columns = ["", *(it.replace("_", " ") for it in DISTANCES)]
-    tables.append(Table("Less AKL, at equal steps", columns, gains, _GAINS))
-    if len(rows.values("steps")) > 1:
-        timed = [
-            [
-                name,
-                _cost(most, name),
-                *(_marked(_in_time(rows, name, it), most) for it in DISTANCES),
-            ]
-            for name in others
-        ]
-        tables.append(Table("Less AKL, in equal time", ["", "time", *columns[1:]], timed, _TIME))
+    tables = []
+    for student in rows.values("student"):
+        some = rows.of(student=student)
+        most = longest(some)
+        names = most.values("divergence")
+        shown = *DISTANCES, "agreement"
+        values = [[name, *(most.of(divergence=name).mean(it) for it in shown)] for name in names]
+        steps = max(some.values("steps"))
+        title = f"{student} student, {steps:,} steps"
+        tables.append(Table(title.capitalize(), ["", *map(_in_words, shown)], values, _EQUAL))
+        akl, others = most.of(divergence="akl"), [name for name in names if name != "akl"]
+        columns = ["", *map(_in_words, DISTANCES)]
+        gains = []
+        for name in others:
+            of = most.of(divergence=name)
+            gains.append([name, *(_marked(of.gain(akl, it), most) for it in DISTANCES)])
+        tables.append(Table(f"Less AKL, {student} student, equal steps", columns, gains, _GAINS))
+        if len(some.values("steps")) == 1:
+            continue
+        timed = []
+        for name in others:
+            gains = (_marked(_in_time(some, name, it), most) for it in DISTANCES)
+            timed.append([name, _cost(most, name), *gains])
+        title = f"Less AKL, {student} student, equal time"
+        tables.append(Table(title, ["", "time", *columns[1:]], timed, _TIME))
     return tables
+
+
+def longest(rows: Rows) -> Rows:
+    """The ends of the fits with the most steps."""
+    return rows.of(steps=max(rows.values("steps"))).last() if rows else rows
+
+
+def _in_words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _marked(gain: Cell, rows: Rows) -> Any:
@@ -232,37 +237,41 @@ def _in_time(rows: Rows, name: str, column: str) -> Cell:
     return average([found[name][k] - found["akl"][k] for k in found[name] if k in found["akl"]])
 
 
-def writing(rows: Rows) -> Table | None:
+def writing(rows: Rows) -> list[Table]:
     """Quality and diversity of the replies."""
     rows = rows.of(question=EQUAL)
-    if not rows:
-        return None
-    rows = rows.of(steps=max(rows.values("steps"))).last()
-    body = [
-        [name, *(rows.of(divergence=name).mean(it) for it in OF_REPLIES)]
-        for name in rows.values("divergence")
-    ]
-    columns = ["", *(it.replace("_", " ") for it in OF_REPLIES)]
-    return Table("Replies", columns, body, _REPLIES)
+    tables = []
+    for student in rows.values("student"):
+        some = longest(rows.of(student=student))
+        names = some.values("divergence")
+        body = [
+            [name, *(some.of(divergence=name).mean(it) for it in OF_REPLIES)] for name in names
+        ]
+        columns = ["", *map(_in_words, OF_REPLIES)]
+        tables.append(Table(f"Replies of the {student} student", columns, body, _REPLIES))
+    return tables
 
 
-def trade_off(rows: Rows) -> Table | None:
+def trade_off(rows: Rows) -> list[Table]:
     """Does the slope of precision and recall move a student along their trade-off?"""
     rows = rows.of(question=EQUAL)
-    if not rows:
-        return None
-    rows = rows.of(steps=max(rows.values("steps"))).last()
     shown = "in_teachers_nucleus", "in_students_nucleus", "entropy", "precision", "recall"
-    names = [name for name in rows.values("divergence") if "half" in name]
-    body = [[name, *(rows.of(divergence=name).mean(it) for it in shown)] for name in names]
-    for half in ("precision-half", "recall-half"):
-        ends = [name for name in names if name.startswith(half)]
-        if len(ends) > 1:
-            low, high = (rows.of(divergence=it) for it in (ends[0], ends[-1]))
-            moved = (_marked(high.gain(low, it), rows) for it in shown)
-            body.append([f"{half}, from the lowest lam to the highest", *moved])
-    columns = ["", *(it.replace("_", " ") for it in shown)]
-    return Table("Precision and recall", columns, body, _TRADE) if body else None
+    tables = []
+    for student in rows.values("student"):
+        some = longest(rows.of(student=student))
+        names = [name for name in some.values("divergence") if "half" in name]
+        body = [[name, *(some.of(divergence=name).mean(it) for it in shown)] for name in names]
+        for half in ("precision-half", "recall-half"):
+            ends = [name for name in names if name.startswith(half)]
+            if len(ends) > 1:
+                low, high = (some.of(divergence=it) for it in (ends[0], ends[-1]))
+                moved = (_marked(high.gain(low, it), some) for it in shown)
+                body.append([f"{half}: highest lam less lowest", *moved])
+        columns = ["", *map(_in_words, shown)]
+        if body:
+            title = f"Precision and recall, {student} student"
+            tables.append(Table(title, columns, body, _TRADE))
+    return tables
 
 
 def own_text(rows: Rows) -> Table | None:
@@ -279,7 +288,7 @@ def own_text(rows: Rows) -> Table | None:
         some = [rows.of(divergence=name, lmbda=lmbda) for name in rows.values("divergence")]
         spread = [_spread(some, it) for it in shown]
         body.append([f"largest less smallest, lmbda {lmbda:g}", *spread])
-    columns = ["", *(it.replace("_", " ") for it in shown)]
+    columns = ["", *map(_in_words, shown)]
     return Table("Own text", columns, body, _OWN) if body else None
 
 
@@ -300,8 +309,8 @@ def sections(rows: Iterable[Row]) -> "list[Section]":
         ("Do forward and reverse KL end at one student?", [flatness(rows)], _curves(rows)),
         ("Which is fitted first, head or tail?", [order(rows)], []),
         ("Does AKL gain over the others?", comparison(rows), []),
-        ("What is written", [writing(rows)], []),
-        ("Does lam move a student along the trade-off?", [trade_off(rows)], []),
+        ("What is written", writing(rows), []),
+        ("Does lam move a student along the trade-off?", trade_off(rows), []),
         ("Own text", [own_text(rows)], []),
     ]
     made = []

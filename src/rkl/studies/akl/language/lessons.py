@@ -52,11 +52,10 @@ class Plan:
         sgd_rate: That of SGD, for the first steps.
         flat: Numbers of steps to be flat after, each of its own fits, the last the longest.
         order: First steps that are looked at one by one.
-        equal: Numbers of steps of the comparison, each of its own fits.
+        equal: Students of the comparison with their numbers of steps, each of its own fits.
         own: Steps of fits with own text; 0 for none.
         flat_students: Students that are trained until flat.
         order_students: Students whose first steps are looked at.
-        equal_student: The student of the comparison.
         own_student: The student that writes.
         divergences: What is compared.
         own_divergences: Those that are compared on own text.
@@ -77,11 +76,10 @@ class Plan:
     sgd_rate: float
     flat: Sequence[int]
     order: int
-    equal: Sequence[int]
+    equal: Sequence[tuple[str, int]]
     own: int
     flat_students: Sequence[str]
     order_students: Sequence[str]
-    equal_student: str
     own_student: str
     divergences: Sequence[str]
     own_divergences: Sequence[str]
@@ -100,8 +98,8 @@ class Plan:
                 for name in PARENTS:
                     how = Lesson(ORDER, student, (name,), self.order, each, optimizer=optimizer)
                     yield how
-            for name, steps in itertools.product(self.divergences, self.equal):
-                yield Lesson(EQUAL, self.equal_student, (name,), steps, each)
+            for name, (student, steps) in itertools.product(self.divergences, self.equal):
+                yield Lesson(EQUAL, student, (name,), steps, each)
             for name, lmbda in itertools.product(self.own_divergences, (0.0, *MIXTURES)):
                 if self.own:
                     yield Lesson(OWN, self.own_student, (name,), self.own, each, lmbda)
@@ -119,11 +117,10 @@ SMALL = Plan(
     sgd_rate=0.5,
     flat=(),
     order=64,
-    equal=(200, 400),
+    equal=(("small", 200), ("small", 400), ("schooled", 200)),
     own=200,
     flat_students=(),
     order_students=("small", "schooled"),
-    equal_student="small",
     own_student="schooled",
     divergences=(
         *PARENTS,
@@ -164,11 +161,10 @@ REAL = Plan(
     sgd_rate=0.5,
     flat=(),
     order=16,
-    equal=(100,),
+    equal=(("half", 100),),
     own=0,
     flat_students=(),
     order_students=("half",),
-    equal_student="half",
     own_student="half",
     divergences=(*PARENTS, 'akl(straddle="head")', "js"),
     own_divergences=(),

@@ -54,22 +54,29 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def table_module():
-    spec = importlib.util.spec_from_file_location("table", ROOT / "docs" / "table.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_the_table_of_the_divergences_is_that_of_the_catalogue():
-    table = table_module()
+    table = script("table")
     written = table.between(text_of(ROOT / "docs" / "figures.md"))
     assert written == table.table(written), "python docs/table.py brings it up to date"
     assert not re.findall(r"\|  \|$", written, re.M), "say when to take it"
 
 
+def test_the_tables_of_the_language_study_are_those_of_its_csv():
+    tables = script("akl_tables")
+    written = tables.PAGE.read_text(encoding="utf-8")
+    assert len(tables.MARKED.findall(written)) >= 5
+    assert written == tables.filled(written), "python docs/akl_tables.py brings it up to date"
+
+
 def test_a_divergence_that_is_new_gets_a_row():
-    table = table_module()
+    table = script("table")
     rows = table.between(text_of(ROOT / "docs" / "figures.md")).splitlines()
     without = "\n".join(row for row in rows if not row.startswith("| `kl`"))
     (added,) = set(table.table(without).splitlines()) - set(rows)

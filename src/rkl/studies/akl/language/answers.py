@@ -1,6 +1,8 @@
 """The answers of the study in language models: tables and drawings out of the rows of its csv."""
 
+import csv
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ OF_REPLIES = (
     *("own_reverse_kl", "own_tv", "precision", "recall", "density", "coverage"),
     *("rouge_l", "distinct_2", "self_bleu", "length"),
 )
+OF_TABLE = "own_reverse_kl", "precision", "recall", "rouge_l", "distinct_2", "self_bleu"
 COLUMNS = (
     *OF_FIT,
     *OF_TIME,
@@ -44,6 +47,17 @@ def cells(rows: Iterable[Row]) -> Iterator[list[str]]:
     """The lines of the csv."""
     for row in rows:
         yield [_written(row.get(name)) for name in COLUMNS]
+
+
+def read(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The rows of a csv that the study wrote."""
+    with open(path, newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            yield {name: _KINDS.get(name, float)(text) for name, text in line.items() if text}
+
+
+_KINDS = {name: str for name in ("question", "student", "divergence", "optimizer")}
+_KINDS |= dict.fromkeys(("seed", "steps", "step"), int)
 
 
 def _written(value: Any) -> str:
@@ -300,24 +314,29 @@ def _spread(some: Sequence[Rows], column: str) -> Cell:
     return average([max(it) - min(it) for it in pairs])
 
 
+def questions(rows: Rows) -> Iterator[tuple[str, list[Table]]]:
+    """Every question that was asked, with the tables that answer it."""
+    asked = {
+        "Do forward and reverse KL end at one student?": [flatness(rows)],
+        "Which is fitted first, head or tail?": [order(rows)],
+        "Does AKL gain over the others?": comparison(rows),
+        "Quality and diversity of what is written": writing(rows),
+        "Does lam move a student along the trade-off?": trade_off(rows),
+        "Does the divergence matter on own text?": [own_text(rows)],
+    }
+    for question, tables in asked.items():
+        if found := [it for it in tables if it is not None]:
+            yield question, found
+
+
 def sections(rows: Iterable[Row]) -> "list[Section]":
-    """The report: a section for each question that was asked."""
+    """The report: a section for each question."""
     from rkl.report import Section
 
     rows = Rows(rows)
-    found = [
-        ("Do forward and reverse KL end at one student?", [flatness(rows)], _curves(rows)),
-        ("Which is fitted first, head or tail?", [order(rows)], []),
-        ("Does AKL gain over the others?", comparison(rows), []),
-        ("What is written", writing(rows), []),
-        ("Does lam move a student along the trade-off?", trade_off(rows), []),
-        ("Own text", [own_text(rows)], []),
-    ]
-    made = []
-    for title, tables, figures in found:
-        blocks: list[Any] = [*(it for it in tables if it is not None), *figures]
-        if blocks:
-            made.append(Section(title, blocks=blocks))
+    made = [Section(question, blocks=tables) for question, tables in questions(rows)]
+    if pictures := _curves(rows):
+        made.append(Section("Until flat", blocks=pictures))
     return made
 
 
@@ -367,7 +386,7 @@ _TIME = (
     "straight line in log steps."
 )
 _REPLIES = (
-    "Own: on the text of the student. Precision, recall, density and coverage: of replies against "
+    "Own: on the text of the student. Precision and recall: of replies against "
     "the teacher's replies to the same prompts, by 5 neighbours in the space of all-MiniLM-L6-v2. "
     "ROUGE-L is against the text itself, which is one of many good replies; a model that writes "
     "the likeliest words has a high one."

@@ -11,7 +11,7 @@ from rkl.runs import Run
 from rkl.studies.akl.language import PARTS, answers, fits, lessons, measures, texts
 from rkl.studies.akl.language.answers import Rows, is_clear
 from rkl.studies.akl.language.classroom import FromScratch, Pretrained
-from rkl.studies.akl.language.lessons import EQUAL, FLAT, ORDER, OWN, SMALL, Lesson
+from rkl.studies.akl.language.lessons import COST, EQUAL, FLAT, ORDER, OWN, SMALL, Lesson
 from rkl.studies.akl.language.measures import check_encoder
 from rkl.studies.study import run_part
 
@@ -23,6 +23,7 @@ TINY = replace(
     flat=(2, 4),
     order=2,
     equal=(("small", 2), ("small", 3)),
+    timed=2,
     own=2,
     flat_students=("small",),
     order_students=("small",),
@@ -116,6 +117,12 @@ def test_first_steps_by_both_optimisers_begin_at_one_student(room):
     assert adam[-1]["tv"] != sgd[-1]["tv"]
 
 
+def test_the_time_of_a_step_is_that_of_each_divergence_in_turns(room):
+    rows = fits.fit(room, Lesson(COST, "small", ("kl", "akl"), 2, 1))
+    assert [row["divergence"] for row in rows] == ["kl", "akl"]
+    assert all(row["cpu_seconds"] > 0 for row in rows)
+
+
 def test_own_text_is_another_training_than_the_data(room):
     data, own = (
         fits.fit(room, Lesson(OWN, "schooled", ("kl",), 2, 0, lmbda))[-1] for lmbda in (0.0, 1.0)
@@ -152,7 +159,7 @@ def test_the_whole_study_writes_its_csv_as_it_comes_and_goes_on(tmp_path, room, 
     assert len(kept) == whole - 3
     assert Run.open(tmp_path / "run").record["status"] == "finished"
     lines = read(tmp_path / "run" / "language.csv")
-    assert {it["question"] for it in lines} == {FLAT, ORDER, EQUAL}
+    assert {it["question"] for it in lines} == {FLAT, ORDER, EQUAL, COST}
     for title in ("Until flat", "First steps", "equal time", "Replies"):
         assert title in page
     assert not (tmp_path / "run" / "jobs").exists()
@@ -217,8 +224,9 @@ def comparison(kl, akl, seconds=(1.0, 1.0), *, fewer=None):
     rows = []
     for name, values, cpu in (("kl", kl, seconds[0]), ("akl", akl, seconds[1])):
         for steps, some in ((2, fewer or values), (4, values)):
-            columns = {it: some for it in answers.DISTANCES} | {"cpu_seconds": [cpu] * len(some)}
+            columns = {it: some for it in answers.DISTANCES}
             rows += rows_of(EQUAL, columns, steps=steps, divergence=name)
+        rows += rows_of(COST, {"cpu_seconds": [cpu] * len(values)}, divergence=name)
     return answers.comparison(Rows(rows))
 
 

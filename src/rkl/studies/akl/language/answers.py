@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rkl.stats import mean
-from rkl.studies.akl.language.lessons import BOTH, EQUAL, FLAT, ORDER, OWN, PARENTS
+from rkl.studies.akl.language.lessons import BOTH, COST, EQUAL, FLAT, ORDER, OWN, PARENTS
 from rkl.tables import Table
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _fall(rows: Rows) -> tuple[float, float, float] | None:
 
 def comparison(rows: Rows) -> list[Table]:
     """Every divergence, and how much AKL gains over it: at equal steps, and in equal time."""
-    rows = rows.of(question=EQUAL)
+    every, rows = rows, rows.of(question=EQUAL)
     tables = []
     for student in rows.values("student"):
         some = rows.of(student=student)
@@ -204,8 +204,10 @@ def comparison(rows: Rows) -> list[Table]:
             continue
         timed = []
         for name in others:
-            gains = (_marked(_in_time(some, name, it), most) for it in DISTANCES)
-            timed.append([name, _cost(most, name), *gains])
+            cost = _cost(every, name)
+            if cost is not None:
+                gains = (_marked(_in_time(some, name, it, cost), most) for it in DISTANCES)
+                timed.append([name, cost, *gains])
         title = f"Less AKL, {student} student, equal time"
         tables.append(Table(title, ["", "time", *columns[1:]], timed, _TIME))
     return tables
@@ -225,23 +227,19 @@ def _marked(gain: Cell, rows: Rows) -> Any:
 
 
 def _cost(rows: Rows, name: str) -> float | None:
-    """Time of a step under a divergence over that under AKL, each that of the fastest seed.
+    """Time of a step under a divergence over that under AKL, the mean over seeds."""
+    timed = rows.of(question=COST)
+    here, there = (timed.of(divergence=it).by_seed("cpu_seconds") for it in (name, "akl"))
+    found = average([here[seed] / there[seed] for seed in here if seed in there])
+    return found and found[0]
 
-    What disturbs a fit only adds to its time.
-    """
-    both = [rows.of(divergence=it).by_seed("cpu_seconds").values() for it in (name, "akl")]
-    return min(both[0]) / min(both[1]) if all(both) and min(both[1]) else None
 
-
-def _in_time(rows: Rows, name: str, column: str) -> Cell:
+def _in_time(rows: Rows, name: str, column: str, cost: float) -> Cell:
     """A divergence less AKL, of which each has the time that the slower one takes for its steps.
 
     A value between two numbers of steps is taken on the straight line through both in log steps.
     """
     fewer, steps = sorted(rows.values("steps"))[-2:]
-    cost = _cost(rows.of(steps=steps).last(), name)
-    if cost is None:
-        return None
     taken = {name: min(1.0, 1 / cost), "akl": min(1.0, cost)}  # the slower gets all its steps
     found = {}
     for it, share in taken.items():
@@ -258,10 +256,8 @@ def writing(rows: Rows) -> list[Table]:
     for student in rows.values("student"):
         some = longest(rows.of(student=student))
         names = some.values("divergence")
-        body = [
-            [name, *(some.of(divergence=name).mean(it) for it in OF_REPLIES)] for name in names
-        ]
-        columns = ["", *map(_in_words, OF_REPLIES)]
+        body = [[name, *(some.of(divergence=name).mean(it) for it in OF_TABLE)] for name in names]
+        columns = ["", *map(_in_words, OF_TABLE)]
         tables.append(Table(f"Replies of the {student} student", columns, body, _REPLIES))
     return tables
 
@@ -382,7 +378,7 @@ _GAINS = (
 )
 _TIME = (
     "Each has the time that the slower of the two takes for all its steps; time: of a step, over "
-    "AKL's, each in the fastest of its fits. Between two numbers of steps values are taken on a "
+    "AKL's, medians of steps taken in turns. Between two numbers of steps values are taken on a "
     "straight line in log steps."
 )
 _REPLIES = (

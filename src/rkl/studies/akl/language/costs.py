@@ -8,7 +8,7 @@ from rkl.distill import distill_loss
 from rkl.divergences import KL
 from rkl.studies.akl.language.classroom import Classroom
 from rkl.studies.akl.language.fits import batches, looked_at
-from rkl.studies.akl.language.lessons import ORDER, Lesson
+from rkl.studies.akl.language.lessons import COST, ORDER, Lesson
 from rkl.studies.akl.language.measures import Judge
 
 
@@ -28,6 +28,9 @@ def seconds_of(lessons: Sequence[Lesson], room: Classroom) -> Iterator[float]:
         if it.student not in costs:
             costs[it.student] = _measure(room, judge, it)
         step, look, replies = costs[it.student]
+        if it.question == COST:
+            yield len(it.divergences) * it.steps * step
+            continue
         looks = len(looked_at(it.steps, 2 if it.question == ORDER else plan.growth))
         seconds = it.steps * step + looks * look
         if it.question != ORDER:

@@ -4,8 +4,9 @@ import contextlib
 import copy
 import functools
 import itertools
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,10 +17,11 @@ from transformers import PreTrainedModel
 
 from rkl.distill import DistillSettings, PadRows, distill, distill_loss, load_run
 from rkl.distill.models.heads import inference
+from rkl.divergences import Divergence
 from rkl.divergences.parse import parse
 from rkl.runs import remove_folder
 from rkl.studies.akl.language.classroom import TRAIN, Classroom
-from rkl.studies.akl.language.lessons import ORDER, Lesson
+from rkl.studies.akl.language.lessons import COST, ORDER, Lesson
 from rkl.studies.akl.language.measures import Judge
 
 MAX_GRADIENT = 1.0  # norm of a longer gradient, as in rkl distill
@@ -40,6 +42,8 @@ def _fit(room: Classroom, lesson: Lesson) -> list[Row]:
     judge = _judge(room)
     if lesson.question == ORDER:
         return _first_steps(room, judge, lesson)
+    if lesson.question == COST:
+        return _times(room, judge, lesson)
     first: dict[int, PreTrainedModel] = {}
     rows = []
     for name in lesson.divergences:
@@ -151,28 +155,54 @@ def row_of(lesson: Lesson, divergence: str) -> Row:
 def _first_steps(room: Classroom, judge: Judge, lesson: Lesson) -> list[Row]:
     """Plain steps by one optimiser at a constant rate, looked at from the first on."""
     (name,) = lesson.divergences
-    student, divergence = room.new_student(lesson.student).train(), parse(name)
     kind, rate = {
         "AdamW": (torch.optim.AdamW, room.plan.learning_rate),
         "SGD": (torch.optim.SGD, room.plan.sgd_rate),
     }[lesson.optimizer]
+    student = room.new_student(lesson.student).train()
     optimizer = kind(student.parameters(), lr=rate)
     rows: list[Row] = []
-    text = batches(room)
-    for step in range(lesson.steps + 1):
+    for step, batch in zip(range(lesson.steps + 1), batches(room), strict=False):
         if step in looked_at(lesson.steps, 2):
             rows.append(row_of(lesson, name) | {"step": step} | judge.on_text(student))
-        batch = next(text)
-        how: dict[str, Any] = {"labels": batch.pop("labels"), "compiled": False}
-        with inference(judge.teacher):
-            p = judge.teacher(**batch, use_cache=False).logits
-        q = student(**batch, use_cache=False).logits
-        loss = distill_loss(teacher=p, student=q, divergence=divergence, **how)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), MAX_GRADIENT)
-        optimizer.step()
+        _step(judge.teacher, student, optimizer, parse(name), batch)
     return rows
+
+
+def _times(room: Classroom, judge: Judge, lesson: Lesson) -> list[Row]:
+    """Median time of a step under each divergence, all in turns on the same batches."""
+    student = room.new_student(lesson.student).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.0)
+    seconds: dict[str, list[float]] = {name: [] for name in lesson.divergences}
+    for _, batch in zip(range(lesson.steps), batches(room), strict=False):
+        for name, of in seconds.items():
+            began = time.process_time()
+            _step(judge.teacher, student, optimizer, parse(name), batch)
+            of.append(time.process_time() - began)
+    ends = {"step": lesson.steps}
+    return [
+        row_of(lesson, name) | ends | {"cpu_seconds": statistics.median(of)}
+        for name, of in seconds.items()
+    ]
+
+
+def _step(
+    teacher: Any,
+    student: Any,
+    optimizer: torch.optim.Optimizer,
+    divergence: Divergence,
+    batch: Mapping[str, Any],
+) -> None:
+    inputs = {name: it for name, it in batch.items() if name != "labels"}
+    with inference(teacher):
+        p = teacher(**inputs, use_cache=False).logits
+    q = student(**inputs, use_cache=False).logits
+    how: Any = {"labels": batch["labels"], "compiled": False}
+    loss = distill_loss(teacher=p, student=q, divergence=divergence, **how)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(student.parameters(), MAX_GRADIENT)
+    optimizer.step()
 
 
 def batches(room: Classroom) -> Iterator[dict[str, Any]]:

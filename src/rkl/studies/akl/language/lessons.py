@@ -13,6 +13,7 @@ LAMS = 0.3, 1.0, 3.0
 FLAT = "until flat"
 ORDER = "first steps"
 EQUAL = "equal steps"
+COST = "time of a step"
 OWN = "own text"
 
 
@@ -23,7 +24,8 @@ class Lesson:
     Attributes:
         question: What it is for.
         student: Name of the student's size, or of where it begins.
-        divergences: What is minimised; of two the second student is compared with the first.
+        divergences: What is minimised; of two the second student is compared with the first, and
+            for the time of a step all take turns.
         steps: Updates of the weights.
         seed: Of new weights, of the order of the text and of what is drawn.
         lmbda: Share of batches that the student writes.
@@ -53,6 +55,7 @@ class Plan:
         flat: Numbers of steps to be flat after, each of its own fits, the last the longest.
         order: First steps that are looked at one by one.
         equal: Students of the comparison with their numbers of steps, each of its own fits.
+        timed: Steps under each divergence that are timed in turns; 0 for none.
         own: Steps of fits with own text; 0 for none.
         flat_students: Students that are trained until flat.
         order_students: Students whose first steps are looked at.
@@ -77,6 +80,7 @@ class Plan:
     flat: Sequence[int]
     order: int
     equal: Sequence[tuple[str, int]]
+    timed: int
     own: int
     flat_students: Sequence[str]
     order_students: Sequence[str]
@@ -98,6 +102,8 @@ class Plan:
                 for name in PARENTS:
                     how = Lesson(ORDER, student, (name,), self.order, each, optimizer=optimizer)
                     yield how
+            if self.timed:
+                yield Lesson(COST, self.equal[0][0], tuple(self.divergences), self.timed, each)
             for name, (student, steps) in itertools.product(self.divergences, self.equal):
                 yield Lesson(EQUAL, student, (name,), steps, each)
             for name, lmbda in itertools.product(self.own_divergences, (0.0, *MIXTURES)):
@@ -118,6 +124,7 @@ SMALL = Plan(
     flat=(),
     order=64,
     equal=(("small", 200), ("small", 400), ("schooled", 200)),
+    timed=30,
     own=200,
     flat_students=(),
     order_students=("small", "schooled"),
@@ -149,6 +156,7 @@ LONG = replace(
     flat_students=("full", "small"),
     order_students=(),
     divergences=(),
+    timed=0,
     own=0,
 )
 
@@ -162,6 +170,7 @@ REAL = Plan(
     flat=(),
     order=16,
     equal=(("half", 100),),
+    timed=5,
     own=0,
     flat_students=(),
     order_students=("half",),

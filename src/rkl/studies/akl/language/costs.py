@@ -1,4 +1,4 @@
-"""How long the fits of the study in language models take, by the time of one step of each kind."""
+"""Time that the fits of the study in language models take, by that of one step of each kind."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

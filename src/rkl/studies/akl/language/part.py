@@ -35,7 +35,7 @@ class Language(Part):
 
     def prepare(self, device: str, data: str | os.PathLike | None) -> "Language":
         require("distill", "The study in language models")
-        from rkl.studies.akl.language.measures import check_encoder
+        from rkl.distill.encoder import check_encoder
         from rkl.studies.akl.language.texts import read_texts
 
         super().prepare(device, None)

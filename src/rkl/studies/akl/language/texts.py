@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rkl.demos.corpus import read_manual
 from rkl.runs import write_atomic
+from rkl.studies.manual import read_manual
 
 EVERY = 8  # of the instructions is held out
 Rows = Sequence[Mapping[str, Any]]

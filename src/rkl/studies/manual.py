@@ -1,4 +1,4 @@
-"""Text of the demonstrations: the interpreter's own manual, available without a network."""
+"""Text of demonstrations and studies: the interpreter's own manual, there without a network."""
 
 import json
 from collections.abc import Mapping, Sequence

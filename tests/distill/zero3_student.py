@@ -5,16 +5,12 @@ import math
 import sys
 from pathlib import Path
 
-import deepspeed.ops  # pyright: ignore[reportMissingImports]: not among the packages of CI
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import rkl
 from rkl.distill import DistillConfig, DistillTrainer
 from rkl.distill.selection import DivergedError
-
-# No faster way between processes on one CPU is compiled first.
-deepspeed.ops.__compatible_ops__ = {}
 
 
 def shares(model):
@@ -36,6 +32,8 @@ def prepared(folder, out):
     models = None if given["early"] else load()
     args = DistillConfig(str(folder / out), use_cpu=True, ddp_backend="gloo", **given["settings"])
     if given["early"]:  # which transformers does itself with GPUs
+        import deepspeed
+
         deepspeed.init_distributed(dist_backend="gloo")
     rows = json.loads((folder / "rows.json").read_text())
     student, teacher = models or load()
@@ -69,6 +67,10 @@ def diverge(folder):
 
 
 def main(folder):
+    import deepspeed.ops  # here, for it is not among the packages of CI
+
+    # No faster way between processes on one CPU is compiled first.
+    deepspeed.ops.__compatible_ops__ = {}
     told = train(folder, "whole")
     train(folder, "resumed", str(folder / "whole" / "checkpoint-1"))
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps([*told, diverge(folder)]))

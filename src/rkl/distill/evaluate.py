@@ -516,7 +516,8 @@ def _summed(
     shared = share_vocabulary(teacher.vocab, head.vocab, teacher_tokenizer, tokenizer)
     vocab = shared.size
     sums, first, numbers = _Sums(rows), 0, torch.tensor(places, dtype=torch.int64)
-    for padded in DataLoader(Subset(blocks, places), batch_size, collate_fn=collate or PadRows()):
+    some = Subset(cast(TokenDataset, blocks), places)
+    for padded in DataLoader(some, batch_size, collate_fn=collate or PadRows()):
         inputs = {name: values.to(student.device) for name, values in padded.items()}
         batch = shifted(inputs)
         rows_of_batch = numbers[first : first + len(batch.predicting)].to(batch.predicting.device)

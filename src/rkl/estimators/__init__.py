@@ -615,8 +615,9 @@ def _gradient_dtype(q: Logits | LinearHead) -> torch.dtype | None:
     A GPU multiplies matrices of one dtype, and bfloat16 has the range of single precision. float16
     has not: there the gradient is scaled first.
     """
-    rounds = isinstance(q, LinearHead) and _multiplies_halves(q.hidden)
-    return torch.bfloat16 if rounds and q.hidden.dtype == torch.bfloat16 else None
+    if not isinstance(q, LinearHead) or not _multiplies_halves(q.hidden):
+        return None
+    return torch.bfloat16 if q.hidden.dtype == torch.bfloat16 else None
 
 
 def _multiplies_halves(hidden: Tensor) -> bool:
@@ -675,12 +676,12 @@ def _add_product(
 ) -> Tensor:
     """Total + gradient.T @ hidden, added up in single precision or better."""
     if gradient.dtype in HALF:
-        if total is not None and factor is None:
+        if total is None:
+            product = _mixed_product(gradient.T, hidden)
+            return product if factor is None else product.mul_(factor)
+        if factor is None:
             return _add_mixed_product(total, gradient.T, hidden)
-        product = _mixed_product(gradient.T, hidden)
-        if total is not None:
-            return total.addcmul_(product, factor)
-        return product if factor is None else product.mul_(factor)
+        return total.addcmul_(_mixed_product(gradient.T, hidden), factor)
     hidden = hidden.to(gradient.dtype)
     return gradient.T @ hidden if total is None else total.addmm_(gradient.T, hidden)
 

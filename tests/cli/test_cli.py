@@ -177,7 +177,7 @@ def test_every_command_reads_its_settings_from_a_file(command, tmp_path, monkeyp
     assert {
         "divergences": lambda: code == 0 and said.out.startswith("AKL(mu=0.3"),
         "metrics": lambda: code == 0 and "to neighbour 2" in json.loads(said.out)["about"],
-        "study": lambda: code == 2 and "part must be one of toy; got 'nothing'" in said.err,
+        "study": lambda: code == 2 and "part must be one of toy," in said.err,
         "demo": lambda: code == 2 and "xy has none; got 3" in said.err,
         "evidence": lambda: code == 2 and "values" in said.err,
     }[command](), (code, said)

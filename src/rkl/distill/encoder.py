@@ -62,5 +62,6 @@ def _encoder() -> tuple[Any, Any]:
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(io.BytesIO(packed.read_bytes())) as archive:
             archive.extractall(folder)
-        model = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
-        return model, AutoTokenizer.from_pretrained(folder)
+        model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return model.eval(), tokenizer

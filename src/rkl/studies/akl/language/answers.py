@@ -37,7 +37,7 @@ COLUMNS = (
     *OF_REPLIES,
 )
 DISTANCES = "forward_kl", "reverse_kl", "js", "tv", "cross_entropy"
-FALLEN = 0.1  # of the whole gap, after which head and tail are compared
+FALLEN = 0.05  # of the whole gap, after which head and tail are compared
 ROUNDING = 1e-9  # of a mean, below which the spread of seeds is that of arithmetic
 # Two-sided 5 % points of Student's t, by the number of seeds; beyond them about 2.
 QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
@@ -98,10 +98,10 @@ class Rows:
         """Mean over the seeds, and its standard error."""
         return average([*self.by_seed(column).values()])
 
-    def gain(self, others: "Rows", column: str) -> Cell:
-        """Mean over the seeds of the difference from others, and its standard error."""
+    def less(self, others: "Rows", column: str) -> list[float]:
+        """Differences from others, of each seed that both have."""
         here, there = self.by_seed(column), others.by_seed(column)
-        return average([here[seed] - there[seed] for seed in here if seed in there])
+        return [here[seed] - there[seed] for seed in here if seed in there]
 
 
 def average(values: Sequence[float]) -> Cell:
@@ -112,11 +112,12 @@ def average(values: Sequence[float]) -> Cell:
     return float(found.value), float(found.error)
 
 
-def is_clear(gain: Cell, seeds: int) -> bool:
-    """True if a mean of differences is not 0 at the level of 5 %, by Student's t."""
+def is_clear(differences: Sequence[float]) -> bool:
+    """True if the mean of differences is not 0 at the level of 5 %, by Student's t over them."""
+    gain = average(differences)
     if gain is None or not gain[1] > ROUNDING * abs(gain[0]):
         return False
-    return abs(gain[0]) > QUANTILES.get(seeds, 2.0) * gain[1]
+    return abs(gain[0]) > QUANTILES.get(len(differences), 2.0) * gain[1]
 
 
 def flatness(rows: Rows) -> Table | None:
@@ -149,21 +150,32 @@ def order(rows: Rows) -> Table | None:
     body = []
     for student in rows.values("student"):
         for optimizer in rows.values("optimizer"):
+            ahead: dict[str, dict[int, float]] = {}
             for name in PARENTS:
                 some = rows.of(student=student, optimizer=optimizer, divergence=name)
-                falls = [_fall(some.of(seed=seed)) for seed in some.values("seed")]
-                falls = [it for it in falls if it is not None]
-                if not falls:
+                falls = {seed: _fall(some.of(seed=seed)) for seed in some.values("seed")}
+                known = {seed: it for seed, it in falls.items() if it is not None}
+                if not known:
                     continue
-                steps, head, tail = zip(*falls, strict=True)
-                ahead = average([a - b for a, b in zip(head, tail, strict=True)])
-                first = "neither"
-                if is_clear(ahead, len(falls)):
-                    first = "head" if ahead and ahead[0] > 0 else "tail"
+                ahead[name] = {seed: head - tail for seed, (_, head, tail) in known.items()}
+                first = _sign([*ahead[name].values()], "head", "tail")
+                columns = (average(it) for it in zip(*known.values(), strict=True))
                 label = f"{student}, {optimizer}, {name}"
-                body.append([label, average(steps), average(head), average(tail), ahead, first])
-    columns = "", "steps", "head fell by", "tail fell by", "difference", "first"
+                body.append([label, *columns, average([*ahead[name].values()]), first])
+            if all(name in ahead for name in BOTH):
+                kl, reverse = (ahead[name] for name in BOTH)
+                more = [kl[seed] - reverse[seed] for seed in kl if seed in reverse]
+                favours = _sign(more, "kl favours the head", "kl favours the tail")
+                label = f"{student}, {optimizer}, kl less reverse-kl"
+                body.append([label, None, None, None, average(more), favours])
+    columns = "", "steps", "head fell by", "tail fell by", "head less tail", "first"
     return Table("First steps", columns, body, _ORDER) if body else None
+
+
+def _sign(differences: Sequence[float], above: str, below: str) -> str:
+    if not is_clear(differences):
+        return "neither"
+    return above if sum(differences) > 0 else below
 
 
 def _fall(rows: Rows) -> tuple[float, float, float] | None:
@@ -198,7 +210,7 @@ def comparison(rows: Rows) -> list[Table]:
         gains = []
         for name in others:
             of = most.of(divergence=name)
-            gains.append([name, *(_marked(of.gain(akl, it), most) for it in DISTANCES)])
+            gains.append([name, *(_marked(of.less(akl, it)) for it in DISTANCES)])
         tables.append(Table(f"Less AKL, {student} student, equal steps", columns, gains, _GAINS))
         if len(some.values("steps")) == 1:
             continue
@@ -206,10 +218,11 @@ def comparison(rows: Rows) -> list[Table]:
         for name in others:
             cost = _cost(every, name)
             if cost is not None:
-                gains = (_marked(_in_time(some, name, it, cost), most) for it in DISTANCES)
+                gains = (_marked(_in_time(some, name, it, cost)) for it in DISTANCES)
                 timed.append([name, cost, *gains])
         title = f"Less AKL, {student} student, equal time"
-        tables.append(Table(title, ["", "time", *columns[1:]], timed, _TIME))
+        if timed:
+            tables.append(Table(title, ["", "time", *columns[1:]], timed, _TIME))
     return tables
 
 
@@ -222,8 +235,9 @@ def _in_words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _marked(gain: Cell, rows: Rows) -> Any:
-    return (*gain, "*") if gain and is_clear(gain, len(rows.values("seed"))) else gain
+def _marked(differences: Sequence[float]) -> Any:
+    gain = average(differences)
+    return (*gain, "*") if gain and is_clear(differences) else gain
 
 
 def _cost(rows: Rows, name: str) -> float | None:
@@ -234,7 +248,7 @@ def _cost(rows: Rows, name: str) -> float | None:
     return found and found[0]
 
 
-def _in_time(rows: Rows, name: str, column: str, cost: float) -> Cell:
+def _in_time(rows: Rows, name: str, column: str, cost: float) -> list[float]:
     """A divergence less AKL, of which each has the time that the slower one takes for its steps.
 
     A value between two numbers of steps is taken on the straight line through both in log steps.
@@ -245,8 +259,9 @@ def _in_time(rows: Rows, name: str, column: str, cost: float) -> Cell:
     for it, share in taken.items():
         ends = [rows.of(divergence=it, steps=n).last().by_seed(column) for n in (fewer, steps)]
         along = -math.log(share) / math.log(steps / fewer)
-        found[it] = {k: ends[1][k] + along * (ends[0][k] - ends[1][k]) for k in ends[1]}
-    return average([found[name][k] - found["akl"][k] for k in found[name] if k in found["akl"]])
+        both = ends[0].keys() & ends[1].keys()
+        found[it] = {k: ends[1][k] + along * (ends[0][k] - ends[1][k]) for k in sorted(both)}
+    return [found[name][k] - found["akl"][k] for k in found[name] if k in found["akl"]]
 
 
 def writing(rows: Rows) -> list[Table]:
@@ -275,7 +290,7 @@ def trade_off(rows: Rows) -> list[Table]:
             ends = [name for name in names if name.startswith(half)]
             if len(ends) > 1:
                 low, high = (some.of(divergence=it) for it in (ends[0], ends[-1]))
-                moved = (_marked(high.gain(low, it), some) for it in shown)
+                moved = (_marked(high.less(low, it)) for it in shown)
                 body.append([f"{half}: highest lam less lowest", *moved])
         columns = ["", *map(_in_words, shown)]
         if body:

@@ -39,7 +39,8 @@ COLUMNS = (
 DISTANCES = "forward_kl", "reverse_kl", "js", "tv", "cross_entropy"
 FALLEN = 0.05  # of the whole gap, after which head and tail are compared
 ROUNDING = 1e-9  # of a mean, below which the spread of seeds is that of arithmetic
-# Two-sided 5 % points of Student's t, by the number of seeds; beyond them about 2.
+# Two-sided 5 % points of Student's t, by the number of seeds; that of eight, which is strict, of
+# more than eight.
 QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
 
@@ -117,7 +118,7 @@ def is_clear(differences: Sequence[float]) -> bool:
     gain = average(differences)
     if gain is None or not gain[1] > ROUNDING * abs(gain[0]):
         return False
-    return abs(gain[0]) > QUANTILES.get(len(differences), 2.0) * gain[1]
+    return abs(gain[0]) > QUANTILES[min(len(differences), max(QUANTILES))] * gain[1]
 
 
 def flatness(rows: Rows) -> Table | None:

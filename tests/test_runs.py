@@ -466,6 +466,29 @@ def test_a_run_that_a_user_made_within_another_is_foreign(tmp_path):
         create(whole.path, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "status", "ours"),
+    [
+        ("studies.akl", "killed", True),
+        ("studies.akl", "finished", False),  # which removes the folder itself
+        ("distill", "killed", False),
+    ],
+)
+def test_what_processes_of_a_study_wrote_is_overwritten_with_it(tmp_path, kind, status, ours):
+    run = Run.create(tmp_path / "run", kind, SETTINGS, seed=0)
+    run.update(status=status)
+    run.release()
+    place = run.path / "prepared" / "seed-0" / "train.jsonl"
+    place.parent.mkdir(parents=True)
+    place.write_text("{}")
+    if not ours:
+        with pytest.raises(FileExistsError, match="did not write: prepared/seed-0/train"):
+            create(run.path, overwrite=True)
+        return
+    create(run.path, overwrite=True).release()
+    assert os.listdir(run.path) == ["run.json"]
+
+
 def test_a_run_of_before_files_were_listed_is_overwritten_but_not_what_lies_beside_it(tmp_path):
     run = create(tmp_path / "run")
     with run.running():

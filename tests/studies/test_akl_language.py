@@ -170,7 +170,8 @@ def test_a_plan_has_every_fit_once():
         assert len(every) == len(set(every))
         assert {it.seed for it in every} == {0, 1, 2}
     small = list(SMALL.lessons(0))
-    assert {it.lmbda for it in small if it.question == OWN} == {0.0, 0.5, 1.0}
+    assert {it.lmbda for it in small if it.question == OWN} == {0.5, 1.0}
+    assert (SMALL.own_student, SMALL.own) in SMALL.equal  # where those with none are
     assert {it.optimizer for it in small if it.question == ORDER} == {"AdamW", "SGD"}
 
 
@@ -211,6 +212,16 @@ def test_the_part_that_fell_more_is_first_and_otherwise_neither():
     assert answers.order(Rows(gaps("SGD", [0.99] * 3, [0.99] * 3))) is None
 
 
+def test_the_order_is_seen_in_the_comparison_where_no_fits_are_for_it():
+    own = gaps("AdamW", [0.5, 0.51, 0.49], [0.9, 0.9, 0.91])
+    longest = [it | {"question": EQUAL, "student": "half"} for it in own]
+    shorter = [it | {"steps": 2, "head_gap": 1.0} for it in longest]
+    compared = [it | {"student": "small"} for it in longest]  # has fits for its first steps
+    table = answers.order(Rows([*own, *longest, *shorter, *compared]))
+    assert [row[0] for row in table.rows] == ["small, AdamW, kl", "half, AdamW, kl"]
+    assert table.rows[0][1:] == table.rows[1][1:]
+
+
 @pytest.mark.parametrize(
     ("head", "said"),
     [([0.5, 0.52, 0.49], "kl favours the head"), ([0.5, 0.9, 0.7], "neither")],
@@ -220,8 +231,8 @@ def test_forward_kl_favours_the_head_only_where_seeds_agree(head, said):
     assert answers.order(Rows(rows)).rows[-1][-1] == said
 
 
-def comparison(kl, akl, seconds=(1.0, 1.0), *, fewer=None):
-    rows = []
+def comparison(kl, akl, seconds=(1.0, 1.0), *, fewer=None, others=()):
+    rows = [*others]
     for name, values, cpu in (("kl", kl, seconds[0]), ("akl", akl, seconds[1])):
         for steps, some in ((2, fewer or values), (4, values)):
             columns = {it: some for it in answers.DISTANCES}
@@ -238,6 +249,35 @@ def test_a_gain_of_akl_is_marked_and_one_of_noise_is_not():
     _, clear, _ = comparison([1.2, 1.31, 1.4], [1.0, 1.1, 1.2])
     assert clear.rows[0][1][2] == "*"
     assert len(noise.rows[0][1]) == 2
+
+
+def test_the_time_of_a_step_is_that_of_the_student():
+    ends = [1.0, 1.1, 0.9], [1.2] * 3
+    other = rows_of(COST, {"cpu_seconds": [9.0] * 3}, divergence="kl", student="half")
+    other += rows_of(COST, {"cpu_seconds": [1.0] * 3}, divergence="akl", student="half")
+    alone, both = (comparison(*ends, fewer=[2.0] * 3, others=it) for it in ((), other))
+    assert [it.rows for it in alone] == [it.rows for it in both]
+    assert both[0].columns[-1] == "time of a step"
+    assert [row[-1] for row in both[0].rows] == [1.0, 1.0]
+
+
+def test_without_times_there_is_no_column_of_them():
+    rows = rows_of(EQUAL, dict.fromkeys(answers.DISTANCES, [1.0, 2.0]), divergence="akl")
+    assert "time of a step" not in answers.comparison(Rows(rows))[0].columns
+
+
+def test_own_text_is_beside_the_fits_of_the_comparison_on_the_data():
+    def fit(question, values, **cells):
+        return rows_of(question, {"forward_kl": values}, student="schooled", **cells)
+
+    rows = fit(EQUAL, [1.0, 3.0], divergence="kl") + fit(EQUAL, [4.0, 4.0], divergence="akl")
+    rows += fit(EQUAL, [7.0, 7.0], divergence="kl", steps=9)
+    rows += fit(OWN, [5.0, 5.0], divergence="kl", lmbda=0.5)
+    table = answers.own_text(Rows(rows))
+    cells = {row[0]: row[1] for row in table.rows}
+    assert cells["kl, lmbda 0"] == pytest.approx((2.0, 1.0))
+    assert cells["kl, lmbda 0.5"][0] == 5.0
+    assert "akl, lmbda 0" not in cells
 
 
 def test_in_equal_time_the_faster_one_takes_more_steps():

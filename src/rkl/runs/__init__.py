@@ -44,6 +44,7 @@ from rkl.runs.files import (
 )
 from rkl.runs.lock import LOCK, RunBusyError
 from rkl.runs.ownership import (
+    PREPARED,
     check_out_file,
     file_entries,
     foreign_files,
@@ -55,6 +56,7 @@ from rkl.runs.ownership import (
 )
 
 __all__ = [
+    "PREPARED",
     "REPLIES",
     "REPORT",
     "DiskFullError",

@@ -14,6 +14,8 @@ from typing import Any
 from rkl.runs.files import is_leftover, remove
 from rkl.runs.lock import LOCK
 
+# Folder of a study, while it lasts, in which processes of it write what no list has.
+PREPARED = "prepared"
 MAX_NAMED = 3  # foreign files named in a refusal; the others are counted
 _FOR_ALL = "run.json", "metrics.jsonl", "rows.bin", "evaluation.json", "report.html"
 _MODEL = (
@@ -145,6 +147,8 @@ def _add_owned(folder: Path, within: str, names: Iterable[str], owned: set[str])
         files = [name for name in inside if any(_matches(name, it) for it in patterns)]
         if str(record.get("kind")).startswith("studies."):
             files += [it for it in inside if it.count("/") == 1 and it.endswith("/run.json")]
+    if str(record.get("kind")).startswith("studies.") and record.get("status") != "finished":
+        files = [*files, *(it for it in inside if it.startswith(f"{PREPARED}/"))]
     owned |= {within + name for name in [*files, "run.json"]}
     for name in set(files) & set(inside):
         if name.endswith("/run.json"):

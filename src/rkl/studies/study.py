@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rkl.extras import require
-from rkl.runs import REPORT, Run, check_out, remove_folder, write_atomic
+from rkl.runs import PREPARED, REPORT, Run, check_out, remove_folder, write_atomic
 from rkl.runs.progress import Progress, say
 from rkl.stats import mean
 from rkl.tables import Table
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 WORKERS = 2  # processes
 PATIENCE = 5.0  # seconds in which a process that is told to end must have ended
 JOBS = "jobs"  # folder of the results that are there, while a study lasts
-PREPARED = "prepared"  # folder of what the jobs have in common, as long
 
 Lines = Iterable[Sequence[Any]]  # of a csv
 Pair = tuple[float, float]  # a value and its standard error

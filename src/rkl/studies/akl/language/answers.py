@@ -147,7 +147,9 @@ def flatness(rows: Rows) -> Table | None:
 
 def order(rows: Rows) -> Table | None:
     """Is the head fitted first, or the tail?"""
-    rows = rows.of(question=ORDER)
+    alone = rows.of(question=ORDER)
+    rest = [it for it in rows.of(question=EQUAL) if it["student"] not in alone.values("student")]
+    rows = Rows([*alone, *_longest_of_each(Rows(rest))])
     body = []
     for student in rows.values("student"):
         for optimizer in rows.values("optimizer"):
@@ -173,6 +175,13 @@ def order(rows: Rows) -> Table | None:
     return Table("First steps", columns, body, _ORDER) if body else None
 
 
+def _longest_of_each(rows: Rows) -> Iterator[Row]:
+    """Of each student the fits with the most steps."""
+    for student in rows.values("student"):
+        some = rows.of(student=student)
+        yield from some.of(steps=max(some.values("steps")))
+
+
 def _sign(differences: Sequence[float], above: str, below: str) -> str:
     if not is_clear(differences):
         return "neither"
@@ -195,17 +204,21 @@ def _fall(rows: Rows) -> tuple[float, float, float] | None:
 
 def comparison(rows: Rows) -> list[Table]:
     """Every divergence, and how much AKL gains over it: at equal steps, and in equal time."""
-    every, rows = rows, rows.of(question=EQUAL)
+    timed, rows = rows.of(question=COST), rows.of(question=EQUAL)
     tables = []
     for student in rows.values("student"):
-        some = rows.of(student=student)
+        some, costs = rows.of(student=student), _costs(timed.of(student=student))
         most = longest(some)
         names = most.values("divergence")
         shown = *DISTANCES, "agreement"
+        columns = ["", *map(_in_words, shown)]
         values = [[name, *(most.of(divergence=name).mean(it) for it in shown)] for name in names]
+        if costs:
+            columns.append("time of a step")
+            values = [[*row, costs.get(row[0])] for row in values]
         steps = max(some.values("steps"))
         title = f"{student} student, {steps:,} steps"
-        tables.append(Table(title.capitalize(), ["", *map(_in_words, shown)], values, _EQUAL))
+        tables.append(Table(title.capitalize(), columns, values, _EQUAL))
         akl, others = most.of(divergence="akl"), [name for name in names if name != "akl"]
         columns = ["", *map(_in_words, DISTANCES)]
         gains = []
@@ -215,15 +228,14 @@ def comparison(rows: Rows) -> list[Table]:
         tables.append(Table(f"Less AKL, {student} student, equal steps", columns, gains, _GAINS))
         if len(some.values("steps")) == 1:
             continue
-        timed = []
+        body = []
         for name in others:
-            cost = _cost(every, name)
-            if cost is not None:
+            if (cost := costs.get(name)) is not None:
                 gains = (_marked(_in_time(some, name, it, cost)) for it in DISTANCES)
-                timed.append([name, cost, *gains])
+                body.append([name, cost, *gains])
         title = f"Less AKL, {student} student, equal time"
-        if timed:
-            tables.append(Table(title, ["", "time", *columns[1:]], timed, _TIME))
+        if body:
+            tables.append(Table(title, ["", "time", *columns[1:]], body, _TIME))
     return tables
 
 
@@ -241,12 +253,17 @@ def _marked(differences: Sequence[float]) -> Any:
     return (*gain, "*") if gain and is_clear(differences) else gain
 
 
-def _cost(rows: Rows, name: str) -> float | None:
-    """Time of a step under a divergence over that under AKL, the mean over seeds."""
-    timed = rows.of(question=COST)
-    here, there = (timed.of(divergence=it).by_seed("cpu_seconds") for it in (name, "akl"))
-    found = average([here[seed] / there[seed] for seed in here if seed in there])
-    return found and found[0]
+def _costs(timed: Rows) -> dict[str, float]:
+    """Time of a step under each divergence over that under AKL, the mean over seeds."""
+    seconds = {
+        it: timed.of(divergence=it).by_seed("cpu_seconds") for it in timed.values("divergence")
+    }
+    akl = seconds.get("akl", {})
+    shares = {
+        name: average([it[seed] / akl[seed] for seed in it if seed in akl])
+        for name, it in seconds.items()
+    }
+    return {name: it[0] for name, it in shares.items() if it}
 
 
 def _in_time(rows: Rows, name: str, column: str, cost: float) -> list[float]:
@@ -302,7 +319,11 @@ def trade_off(rows: Rows) -> list[Table]:
 
 def own_text(rows: Rows) -> Table | None:
     """Does the divergence still matter on own text, and in which mixture with the data?"""
-    rows = rows.of(question=OWN).last()
+    own = rows.of(question=OWN).last()
+    like = {name: own.rows[0][name] for name in ("student", "steps")} if own else {}
+    names = own.values("divergence")
+    given = [it for it in rows.of(question=EQUAL, **like).last() if it["divergence"] in names]
+    rows = Rows([*given, *own]) if own else own
     shown = "forward_kl", "reverse_kl", "own_reverse_kl", "precision", "recall", "distinct_2"
     body = []
     for name in rows.values("divergence"):
@@ -385,9 +406,13 @@ _ORDER = (
     f"When the whole gap Σ |p − q| has fallen by {FALLEN:.0%} of itself: after how many steps, "
     "and by how much its parts over the teacher's head and tail have fallen, each of itself. "
     "One of them is called first where the difference is not 0 at the level of 5 % (Student's t "
-    "over seeds)."
+    "over seeds). A student without fits for its first steps alone is looked at in those of the "
+    "comparison."
 )
-_EQUAL = "Means over seeds with their standard errors, per token of held-out text, in nats."
+_EQUAL = (
+    "Means over seeds with their standard errors, per token of held-out text, in nats. Time of a "
+    "step: over AKL's, medians of steps taken in turns."
+)
 _GAINS = (
     "Differences seed by seed: above 0 AKL is better. An asterisk: not 0 at the level of 5 %, by "
     "Student's t. There are many such cells, of which one in twenty has it by chance."

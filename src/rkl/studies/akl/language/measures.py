@@ -42,22 +42,41 @@ class Judge:
         return load_model(self.room.teacher, dtype="float32")
 
     @functools.cached_property
-    def texts(self) -> Mapping[str, Any]:
-        """Blocks of each kind of held-out text, by the beginning of the names of its figures."""
-        files = {"": HELD_OUT, "prose_": PROSE}
-        found = {name: it for name, it in files.items() if (self.room.folder / it).exists()}
-        return {name: _some(self.room.blocks(it), self.room.plan) for name, it in found.items()}
+    def text(self) -> Subset:
+        """Blocks of held-out text."""
+        return _some(self.room.blocks(HELD_OUT), self.room.plan)
+
+    @functools.cached_property
+    def prose(self) -> Subset | None:
+        """Blocks of held-out prose, where the other text is instructions."""
+        if not (self.room.folder / PROSE).exists():
+            return None
+        return _some(self.room.blocks(PROSE), self.room.plan)
+
+    @functools.cached_property
+    def _beginners(self) -> dict[str, Figures]:
+        return {}
+
+    def at_first(self, name: str, student: Any) -> Figures:
+        """Distances of a student before its first step, which all fits of it share."""
+        if name not in self._beginners:
+            self._beginners[name] = self.on_text(student)
+        return self._beginners[name]
 
     def on_text(self, student: Any, *, first: Any = None) -> Figures:
         """Distances of a student from its teacher per token, and from another student."""
-        figures: Figures = {}
-        for name, blocks in self.texts.items():
-            found = figures_of(evaluate(student, self.teacher, blocks))
-            figures |= {f"{name}{key}": value for key, value in found.items()}
+        figures = figures_of(evaluate(student, self.teacher, self.text))
         if first is not None:
-            between = evaluate(student, first, self.texts[""])
+            between = evaluate(student, first, self.text)
             figures["tv_between_students"] = between["divergences"]["tv"]["value"]
         return figures
+
+    def on_prose(self, student: Any) -> Figures:
+        """Distances of a student from its teacher on prose; nothing where there is none."""
+        if self.prose is None:
+            return {}
+        found = figures_of(evaluate(student, self.teacher, self.prose))
+        return {f"prose_{name}": value for name, value in found.items()}
 
     def on_replies(self, student: Any, seed: int) -> Figures:
         """Distances on what a student writes, and how good and how various it is."""

@@ -8,15 +8,25 @@ import pytest
 import torch
 from catalogued import ALL, F, every, every_f, pair
 from torch.distributions import (
+    AbsTransform,
+    AffineTransform,
     Bernoulli,
     Beta,
     Binomial,
     Categorical,
+    ContinuousBernoulli,
     Gamma,
     Geometric,
+    HalfNormal,
     Independent,
+    Laplace,
+    LogNormal,
+    MultivariateNormal,
     Normal,
+    OneHotCategorical,
+    Pareto,
     Poisson,
+    TransformedDistribution,
     Uniform,
     Wishart,
     kl_divergence,
@@ -488,8 +498,136 @@ def test_coins_that_always_fall_alike_are_infinitely_far_from_those_that_never_d
 def test_more_trials_than_the_other_can_have_are_infinitely_far_unless_none_succeeds():
     few, many = Binomial(3, probs=torch.tensor(0.5)), Binomial(5, probs=torch.tensor([0.5, 0.0]))
     assert rkl.KL().between(many, few).tolist() == [math.inf, pytest.approx(3 * math.log(2))]
+    assert rkl.KL().between(few, many)[1].item() == math.inf
+
+
+@every
+def test_between_counts_every_divergence_is_its_sum(divergence):
+    trials, probs = [[3], [5], [0]], torch.tensor([[0.2, 0.9]], dtype=torch.float64)
+    p = Binomial(torch.tensor(trials).double(), probs=probs)
+    q = Binomial(torch.tensor([4, 5]).double(), probs=torch.tensor(0.3, dtype=torch.float64))
+
+    def log_masses(n, x):
+        each = [math.log(math.comb(n, k) * x**k * (1 - x) ** (n - k)) for k in range(n + 1)]
+        return torch.tensor([*each, *[-math.inf] * (5 - n)], dtype=torch.float64)
+
+    value = divergence.between(p, q)
+    assert value.shape == (3, 2)
+    for i, (n,) in enumerate(trials):
+        for j, (m, x) in enumerate(zip((4, 5), (0.2, 0.9), strict=True)):
+            expected = divergence(log_masses(n, x), log_masses(m, 0.3))
+            torch.testing.assert_close(value[i, j], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_classes_in_ones_and_zeros_are_classes():
+    logp, logq = pair(5, 7)
+    hot = [OneHotCategorical(logits=it) for it in (logp, logq)]
+    for divergence in (rkl.KL(), rkl.TotalVariation()):
+        torch.testing.assert_close(divergence.between(*hot), divergence(logp, logq))
+
+
+def beta_kl(a, b, c, d):
+    log_b = [
+        mpmath.loggamma(x) + mpmath.loggamma(y) - mpmath.loggamma(x + y)
+        for x, y in ((a, b), (c, d))
+    ]
+    slope = [mpmath.digamma(x) for x in (a, b, a + b)]
+    return (
+        log_b[1] - log_b[0] + (a - c) * slope[0] + (b - d) * slope[1] + (c - a + d - b) * slope[2]
+    )
+
+
+def gamma_kl(a, b, c, d):
+    """Of shapes a and c and rates b and d."""
+    return (
+        (a - c) * mpmath.digamma(a)
+        - mpmath.loggamma(a)
+        + mpmath.loggamma(c)
+        + c * (mpmath.log(b) - mpmath.log(d))
+        + a * (d / b - 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("law", "closed", "numbers"),
+    [
+        (Beta, beta_kl, (3e4, 7e4, 3.02e4, 7e4)),
+        (Beta, beta_kl, (0.5, 2.0, 0.5, 2.25)),
+        (Gamma, gamma_kl, (1e4, 1.0, 1.01e4, 1.0)),
+    ],
+)
+def test_in_single_precision_no_digit_is_lost_to_large_terms(law, closed, numbers):
+    p, q = law(*map(torch.tensor, numbers[:2])), law(*map(torch.tensor, numbers[2:]))
+    value = rkl.KL().between(p, q)
+    with mpmath.workdps(40):
+        exact = float(closed(*(mpmath.mpf(float(torch.tensor(it))) for it in numbers)))
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(exact, rel=1e-6)
+    torch.testing.assert_close(rkl.ReverseKL().between(q, p), value)
+
+
+def test_single_precision_agrees_with_double_between_kinds_and_in_many_dimensions():
+    def pairs(dtype):
+        def of(*values):
+            return [torch.tensor(it).to(dtype) for it in values]
+
+        generator = torch.Generator().manual_seed(0)
+        root = torch.eye(5) + 0.2 * torch.randn(5, 5, generator=generator)
+        root = torch.linalg.cholesky(root @ root.T).to(dtype)
+        near = MultivariateNormal(torch.full((5,), 1e-4).to(dtype), scale_tril=root)
+        yield Uniform(*of(200.0, 300.0)), Pareto(*of(100.0, 30.0))
+        yield Laplace(*of(10000.25, 1.0)), Normal(*of(10000.5, 1.0))
+        yield Gamma(*of(1e4, 1.0)), Normal(*of(1e4, 100.0))
+        yield near, MultivariateNormal(torch.zeros(5).to(dtype), scale_tril=root)
+        yield LogNormal(*of(0.5, 1.0)), LogNormal(*of(0.25, 1.0))
+
+    for single, double in zip(pairs(torch.float32), pairs(torch.float64), strict=True):
+        value, other = rkl.KL().between(*single), rkl.KL().between(*double)
+        assert (value.dtype, other.dtype) == (torch.float32, torch.float64)
+        assert value.item() == pytest.approx(other.item(), rel=1e-6)
+        assert value > 0
+
+
+def test_between_distributions_gradients_pass():
+    loc = torch.tensor(1.0, requires_grad=True)
+    rkl.KL().between(Normal(loc, 2.0), Normal(0.0, 1.0)).backward()
+    assert loc.grad.item() == pytest.approx(1.0)
+
+
+def test_a_coin_of_the_continuum_and_a_uniform_law():
+    logits = torch.tensor([-2.0, 0.25, 0.0, 3.0], dtype=torch.float64)
+    coin, flat = (
+        ContinuousBernoulli(logits=logits),
+        Uniform(0.0, torch.tensor([1.0, 1.0, 2.0, 0.9])),
+    )
+    forward, backward = rkl.KL().between(coin, flat), rkl.KL().between(flat, coin)
+    for i, (x, high) in enumerate(zip(logits.tolist(), [1.0, 1.0, 2.0, 0.9], strict=True)):
+        size = mpmath.quad(lambda t, x=x: mpmath.exp(x * t), [0, 1])
+
+        def log_p(t, x=x, size=size):
+            return x * t - mpmath.log(size)
+
+        def integrand(t, log_p=log_p, high=high):
+            return mpmath.exp(log_p(t)) * (log_p(t) + mpmath.log(high))
+
+        high = float(torch.tensor(high))
+        there = mpmath.inf if high < 1 else mpmath.quad(integrand, [0, 1])
+        back = -mpmath.log(high) - log_p(high / 2) if high <= 1 else mpmath.inf
+        assert forward[i].item() == pytest.approx(float(there), rel=1e-6, abs=1e-9)
+        assert backward[i].item() == pytest.approx(float(back), rel=1e-6, abs=1e-9)
+
+
+def test_what_two_values_are_sent_to_has_no_closed_form():
+    """|x| of N(1, 1) and of N(-1, 1) are one law, which torch takes for two."""
+    folded = [TransformedDistribution(Normal(it, 1.0), [AbsTransform()]) for it in (1.0, -1.0)]
     with pytest.raises(NotImplementedError, match=r"use rkl\.monte_carlo"):
-        rkl.KL().between(few, many)
+        rkl.KL().between(*folded)
+    moved = [
+        TransformedDistribution(Normal(it, 1.0), [AffineTransform(3.0, 2.0)]) for it in (1, -1)
+    ]
+    assert rkl.KL().between(*moved).item() == pytest.approx(2.0)
+    halves = HalfNormal(1.0), HalfNormal(2.0)
+    assert rkl.KL().between(*halves).item() == pytest.approx(math.log(2) + 1 / 8 - 1 / 2)
 
 
 def test_classes_that_never_occur_cost_nothing_where_expected_and_everything_where_met():

@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, Geometric
+from torch.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Distribution,
+    Geometric,
+    OneHotCategorical,
+)
 from torch.func import grad
 
 from rkl.checks import floats, number, short_repr
@@ -210,7 +217,8 @@ class Divergence(abc.ABC):
     def between(self, p: Distribution, q: Distribution) -> Float[Tensor, "*batch"]:
         """D(p ‖ q) in nats between two distributions of torch, where a closed form is known.
 
-        Between two distributions of finite support every divergence has one: the sum.
+        Between two of Bernoulli, Categorical or OneHotCategorical, and between two Binomial,
+        every divergence has one: the sum over their atoms.
 
         Raises:
             NotImplementedError: There is none; the message names an alternative.
@@ -222,13 +230,13 @@ class Divergence(abc.ABC):
         tensor(0.4000)
         """
         check_distributions(p, q)
-        logp, logq = atoms(p), atoms(q)
-        if logp is None or logq is None:
+        both = atoms_of_both(p, q)
+        if both is None:
             raise NotImplementedError(
                 f"{self} has no closed form between {type(p).__name__} and {type(q).__name__}; "
                 "draw samples from one of them and use rkl.monte_carlo."
             )
-        return self(*torch.broadcast_tensors(logp, logq))
+        return self(*both)
 
     @functools.cached_property
     def symmetric(self) -> bool:
@@ -810,8 +818,35 @@ def expansion(integrand, degree: float) -> tuple[float, ...]:
     return (c, *series) if smooth else (c,)
 
 
+def atoms_of_both(p: Distribution, q: Distribution) -> tuple[Tensor, Tensor] | None:
+    """Log-probabilities of two distributions over the same atoms; None where these are no list."""
+    if isinstance(p, Binomial) and isinstance(q, Binomial):
+        most = int(torch.maximum(p.total_count.max(), q.total_count.max()))
+        logp, logq = _of_counts(p, most), _of_counts(q, most)
+    else:
+        logp, logq = atoms(p), atoms(q)
+    if logp is None or logq is None:
+        return None
+    one, other = torch.broadcast_tensors(logp, logq)
+    return one, other
+
+
+def _of_counts(distribution: Binomial, most: int) -> Float[Tensor, "*batch counts"]:
+    """Log-probabilities of the counts from 0 to the most, −∞ of more than there are trials."""
+    trials = distribution.total_count.double()[..., None]
+    heads, tails = (it[..., None] for it in coin(distribution).double().unbind(-1))
+    count = torch.arange(most + 1, dtype=torch.float64, device=trials.device)
+    others = (trials - count).clamp_min(0)
+    ways = torch.lgamma(trials + 1) - torch.lgamma(count + 1) - torch.lgamma(others + 1)
+    log_p = ways + torch.where(count > 0, count * heads, 0.0)
+    log_p = log_p + torch.where(others > 0, others * tails, 0.0)
+    return torch.where(count <= trials, log_p, -math.inf).to(distribution.probs)
+
+
 def atoms(distribution: Distribution) -> Tensor | None:
     """Log-probabilities of a distribution of finite support."""
+    if isinstance(distribution, OneHotCategorical):
+        distribution = distribution._categorical  # which has what it was made of
     if isinstance(distribution, Categorical):
         by_probs = _made_of_probs(distribution)
         return distribution.probs.log() if by_probs else distribution.logits

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rkl.metrics import neighbours
-from rkl.metrics.neighbours import PRDC, prdc, prdc_ceiling
+from rkl.metrics.neighbours import PRDC, copies, prdc, prdc_ceiling
 
 
 def cloud(count, features, scale=1.0, shift=0.0, seed=0):
@@ -112,6 +112,42 @@ def test_single_precision_agrees_far_from_the_origin():
     away = prdc(real=(real + 1_000).float(), fake=(fake + 1_000).float(), subsamples=0)
     # Their own rounding moves features by 3e-5, which may turn a few of 400 decisions.
     assert values(away) == pytest.approx(values(near), abs=0.01)
+
+
+def clusters(count, generator):
+    """Eight clusters, whose balls are small beside their distances."""
+    angle = torch.randint(8, (count,), generator=generator) * math.pi / 4
+    places = 4 * torch.stack([angle.cos(), angle.sin()], 1)
+    return places + 0.03 * torch.randn(count, 2, generator=generator)
+
+
+@pytest.mark.parametrize("law", ["clusters", "line", "plane"])
+def test_single_precision_agrees_where_balls_are_small_beside_the_spread(law):
+    """A product in single precision cannot tell such balls; both sides have one law."""
+    generator = torch.Generator().manual_seed(0)
+    laws = {
+        "clusters": lambda: clusters(1_500, generator),
+        "line": lambda: torch.randn(1_500, 1, generator=generator),
+        "plane": lambda: 100 + torch.randn(1_500, 2, generator=generator),
+    }
+    x, y = laws[law](), laws[law]()
+    single, double = (prdc(real=x.to(it), fake=y.to(it)) for it in (torch.float, torch.double))
+    for one, other in zip(single, double, strict=True):
+        assert one.value == pytest.approx(other.value, abs=2 / len(x))
+        assert one.error == pytest.approx(other.error, rel=0.02)
+        assert one.value > 0.93
+
+
+@pytest.mark.parametrize("off", [1e-6, 1e-4])
+def test_copies_in_single_precision_are_found_on_a_line(off):
+    generator = torch.Generator().manual_seed(0)
+    train, held_out = (torch.randn(1_500, 1, generator=generator) for _ in range(2))
+    fake = train + off * torch.sign(train)
+    found = copies(train=train, held_out=held_out, fake=fake)
+    train, held_out, fake = (it.double() for it in (train, held_out, fake))
+    nearest = (fake - train.T).abs().amin(1)
+    usual = (held_out - train.T).abs().amin(1).median()
+    assert found.near == int((nearest <= 0.1 * usual).sum())
 
 
 def test_neither_order_nor_units_matter():

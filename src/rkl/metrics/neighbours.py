@@ -18,6 +18,7 @@ GROUPS = 16  # of columns, whose minima are looked at first
 HIGH = 32  # intrinsic dimension from which precision and recall are warned of
 COPY_DISTANCE = 0.1  # of the usual distance to a neighbour, below which a sample may be a copy
 POINTS = 0.9  # share of balls without a radius, from which that is warned of
+SURE = 1e-4  # of a squared radius, which rounding may be before more digits are taken
 ROUNDED = 8  # units in the last place, of sums of products
 FARTHEST = 56  # binary digits between a spread of 1 and features whose squares still are numbers
 
@@ -57,7 +58,8 @@ def prdc(
     r"""Improved precision and recall, density and coverage, by k nearest neighbours.
 
     The ball about a sample reaches to its k-th nearest neighbour of its own kind. The search is
-    exhaustive, in blocks, in the precision of the features: hand over float64 for scores equal
+    exhaustive, in blocks, in the precision of the features, or in double precision where balls
+    are too small beside the spread of the samples for theirs: hand over float64 for scores equal
     to a reference bit by bit.
 
     Radii shrink as samples grow in number: compare scores at equal numbers only, and read them
@@ -252,6 +254,8 @@ def _scores(real: Tensor, fake: Tensor, k: int, inclusive: bool) -> tuple[Tensor
     reach_real, reach_fake = near_real[:, -1], near_fake[:, -1]
     within = torch.le if inclusive else torch.lt
     noise = _noise(norm_real, reach_real), _noise(norm_fake, reach_fake)
+    if not (_is_sure(norm_real, reach_real) and _is_sure(norm_fake, reach_fake)):
+        return _scores(real.double(), fake.double(), k, inclusive)
     sign = 1 if inclusive else -1  # equal distances are equal, whatever products round them to
     reach_real, reach_fake = (
         reach + sign * it for reach, it in zip((reach_real, reach_fake), noise, strict=True)
@@ -280,6 +284,16 @@ def _noise(norms: Tensor, reach: Tensor) -> Tensor:
     """Bound on the rounding of |y|² − 2xy, of y near the surface of a ball about x."""
     radius = (reach + norms).clamp_min(0)
     return ROUNDED * torch.finfo(norms.dtype).eps * (3 * norms + 2 * radius)
+
+
+def _is_sure(norms: Tensor, reach: Tensor) -> bool:
+    """Whether rounding matters to no ball, or there are no more digits to take."""
+    return norms.dtype == torch.float64 or not _unsure(norms, reach).any()
+
+
+def _unsure(norms: Tensor, reach: Tensor) -> Tensor:
+    """Balls whose radius rounding may change, by so much that scores notice."""
+    return _noise(norms, reach) > SURE * (reach + norms)
 
 
 def centre(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
@@ -417,4 +431,8 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
     (x, y), distances = centre(x, y), []
     for rows, block in _products(x, y, y.square().sum(1)):
         distances.append((x[rows] - y[block.argmin(1)]).norm(dim=1))
-    return torch.cat(distances)
+    distance, norms = torch.cat(distances), x.square().sum(1)
+    unsure = _unsure(norms, distance.square() - norms)
+    if x.dtype != torch.float64 and unsure.any():
+        distance[unsure] = _distances(x[unsure].double(), y.double()).to(distance)
+    return distance

@@ -283,6 +283,33 @@ def test_each_name_of_an_operating_point_leads_to_the_other_two(budget):
         assert same == pytest.approx(point, rel=1e-9)
 
 
+@pytest.mark.parametrize("shift", [0.0, -700.0, -800.0, -5000.0])
+def test_ratios_whose_exponential_is_zero_are_like_other_small_ones(shift):
+    """Three draws in ten have a ratio e^shift times those of the others."""
+    generator = torch.Generator().manual_seed(3)
+    ratios = torch.randn(1_000, generator=generator, dtype=torch.float64)
+    ratios[:300] += shift
+    point = operating_point(ratios, budget=2.5)
+    log_lam = _bisected(lambda it: (ratios + it).clamp_max(0).exp().mean().item() - 1 / 2.5)
+    assert math.log(point.accept_lam) == pytest.approx(log_lam, abs=1e-9)
+    assert operating_point(ratios, target_precision=point.target_precision).accept_lam == (
+        pytest.approx(point.accept_lam, rel=1e-9)
+    )
+    kept = operating_point(ratios, budget=1.0)  # no rejection
+    assert (ratios + math.log(kept.accept_lam)).min() >= -1e-9
+    if shift < -710:
+        with pytest.raises(ValueError, match=r"budget=1\.2 takes a λ above 1\.8e\+308"):
+            operating_point(ratios, budget=1.2)
+
+
+def _bisected(rising):
+    low, high = -2000.0, 2000.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if rising(middle) > 0 else (middle, high)
+    return low
+
+
 def test_a_budget_or_a_precision_that_no_rejection_reaches_is_said():
     ratios = torch.tensor([0.0, 0.5, 1.0, 1.5]).log()
     assert operating_point(ratios, budget=4 / 3).accept_lam == pytest.approx(2)

@@ -1,6 +1,7 @@
 """The three names of rejection's one knob: its constant, its budget, the precision it buys."""
 
 import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -11,12 +12,15 @@ from rkl.checks import number, warn
 from rkl.metrics.precision_recall.sampled import checked_ratio
 from rkl.tables import Table, table_of
 
+LARGEST = math.log(sys.float_info.max)  # of what exp is a number
+
 
 class OperatingPoint(NamedTuple):
     """One strength of optimal rejection, under its three names.
 
     Attributes:
-        accept_lam: The constant λ: a sample of ratio r is kept with probability min(1, λr).
+        accept_lam: The constant λ: a sample of ratio r is kept with probability min(1, λr); ∞
+            where all are kept, and one has a ratio below the smallest number.
         budget: Draws per accepted sample, K = 1/α(λ), at least 1.
         target_precision: Precision at slope 1 of the accepted distribution, α(α(λ))/α(λ).
     """
@@ -101,6 +105,10 @@ def operating_point(
     return OperatingPoint(accept_lam, budget, ratios.capped_mean(budget))
 
 
+def _exp(x: float) -> float:
+    return math.exp(x) if x < LARGEST else math.inf
+
+
 class _Ratios:
     """The ratios r of the samples that can be accepted_share, rising, and sums of the smallest.
 
@@ -130,18 +138,27 @@ class _Ratios:
                 f"budget must be at least {self.least:.6g}, for p has no mass at "
                 f"{self.n - len(self.r)} of {self.n} samples; got {budget}."
             )
-        at_knots = self.n / (self.below / self.r + self.left)
+        below = (self.log_r.logcumsumexp(0) - self.log_r).expm1()  # sums of smaller r, each over r
+        at_knots = self.n / (below + self.left)
         k = int((at_knots <= budget).sum())  # at a λ of 1/K so many of the r are below 1/λ
-        if k == 0:
-            return 1 / self.r[0].item()
+        if budget <= at_knots[0] * (1 + 1e-12):
+            return _exp(-self.log_r[0].item())
         if budget > 1.05 * at_knots[-1]:  # nearer than that it may be these samples
             warn(
                 f"budget={budget:.6g} buys nothing beyond {at_knots[-1].item():.6g}: from there "
                 "on the accepted distribution is p itself, as far as these samples show."
             )
         wanted = self.n / budget - (len(self.r) - k)
-        u = self.r[:k].sum().item() / wanted if wanted > 0 else self.r[k - 1].item()
-        return 1 / u
+        if wanted > 0:
+            lam = _exp(math.log(wanted) - self.log_r[:k].logsumexp(0).item())
+        else:
+            lam = _exp(-self.log_r[k - 1].item())
+        if lam == math.inf:
+            raise ValueError(
+                f"budget={budget:.6g} takes a λ above {sys.float_info.max:.2g}, as ratios are so "
+                f"small: give a larger one, or {self.least:.6g}, which keeps all that can be kept."
+            )
+        return lam
 
     def budget(self, precision: float) -> float:
         """The K at which the mean of min(K, r) is the precision."""

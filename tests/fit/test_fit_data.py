@@ -13,6 +13,7 @@ from rkl.fit import read_data
 from rkl.flows import Coupling, draw, latent
 from rkl.flows.architectures import Scaled
 from rkl.flows.files import write_samples
+from rkl.flows.standardise import Units
 
 ROWS = np.random.default_rng(0).normal(size=(60, 3))
 LABELS = np.arange(60) % 3
@@ -137,6 +138,66 @@ def test_a_batch_of_levels_is_spread_evenly_over_a_step():
     mean, deviation = data.centre_and_spread()
     torch.testing.assert_close(batch.mean(0), mean, atol=0.02, rtol=0)
     torch.testing.assert_close(batch.std(0), deviation, atol=0.01, rtol=0)
+
+
+def drawn_levels(columns, rows=600, seed=0):
+    """Rows with each of these levels about as often as the others."""
+    generator = np.random.default_rng(seed)
+    return np.stack([generator.choice(it, rows) for it in columns], 1)
+
+
+RANGE = np.arange(150)
+LEVELS = {
+    "unequally far apart": ([np.array([0, 0.3, 1.0])] * 2, [0.3, 0.3]),
+    "in single precision": ([(100 + RANGE / 100).astype(np.float32)] * 2, [0.01, 0.01]),
+    "in half a cent": ([RANGE / 200, -RANGE / 200], [0.005, 0.005]),
+    "integers": ([np.arange(7), np.arange(0, 60, 10)], [1, 10]),
+    "many columns": ([np.arange(6)] * 15 + [np.arange(0, 60, 10)] * 2, [1] * 15 + [10] * 2),
+    "pixels in few shades": ([np.arange(8) / 8] * 30 + [np.array([0, 2, 4]) / 8], [1 / 8] * 31),
+}
+
+
+@pytest.mark.parametrize("named", LEVELS)
+def test_samples_get_back_onto_the_levels_of_the_data(named):
+    columns, steps = LEVELS[named]
+    rows = drawn_levels(columns)
+    data = read_data(rows, dequantise=True)
+    assert data.step_of_columns().tolist() == pytest.approx(steps, rel=1e-5)
+    units = Units.of_rows(data)
+    torch.manual_seed(1)
+    spread = data.values + 0.99 * (data.spread().values - data.values)  # no end is rounded over
+    back = units.to_levels(spread)
+    assert torch.equal(back, data.values)
+    far = torch.tensor([-1e6, 1e6]).to(back)[:, None].expand(2, len(columns))
+    ends = torch.stack([data.values.amin(0), data.values.amax(0)])
+    assert torch.equal(units.to_levels(far), ends)
+    loaded = Units.of_state(units.state_dict())
+    assert torch.equal(loaded.to_levels(spread), data.values)
+
+
+def test_levels_that_are_computed_are_those_of_the_numbers_they_stand_for():
+    """0.1 + 0.2 is not 0.3: one level has several floats, whose gap is no step."""
+    items = np.random.default_rng(0).integers(1, 6, (800, 2, 3))
+    rows = items @ np.array([0.1, 0.2, 0.3])
+    assert len(np.unique(rows)) > 25
+    data = read_data(rows, dequantise=True)
+    assert data.step_of_columns().tolist() == pytest.approx([0.1, 0.1], rel=1e-9)
+    back = Units.of_rows(data).to_levels(data.spread().values)
+    assert len(back.unique()) == 25
+    torch.testing.assert_close(back, data.values, atol=1e-12, rtol=0)
+
+
+def test_continuous_values_over_many_decades_are_not_levels():
+    rows = np.exp(8 * np.random.default_rng(0).standard_normal((500, 2)))
+    assert not read_data(rows, dequantise=True).step.any()
+
+
+def test_rows_to_evaluate_may_be_few_or_alike():
+    step = torch.zeros(3)
+    assert len(read_data(ROWS[:1], step=step)) == 1
+    assert len(read_data(with_constant()[:, 1:], step=step)) == len(ROWS)
+    with pytest.raises(ValueError, match="at least 1 row; got 0"):
+        read_data(ROWS[:0], step=step)
 
 
 def test_the_rows_held_out_are_none_of_those_trained_on():

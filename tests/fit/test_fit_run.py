@@ -156,6 +156,26 @@ def test_an_evaluation_counts_the_rows_that_were_trained_on(folder, capsys):
     assert "270 of the rows were fitted" in said
 
 
+@pytest.mark.parametrize("fitted_in", ["float32", "float64"])
+def test_rows_are_known_again_in_another_precision(fitted_in, tmp_path, capsys):
+    rows = np.random.default_rng(0).normal(size=(100, 3)).astype("float32")
+    rows[:, 2] += rows[:, 0]
+    np.save(tmp_path / "float32.npy", rows)
+    np.save(tmp_path / "float64.npy", rows.astype("float64"))
+    np.savetxt(tmp_path / "text.csv", rows.astype("float64"), delimiter=",", header="a,b,c")
+    words = ["fit", "--flow", FLOW, "--steps", "3", "--out", str(tmp_path / "run")]
+    assert main([*words, "--data", str(tmp_path / f"{fitted_in}.npy")]) == 0
+    capsys.readouterr()
+    for name in ("float32.npy", "float64.npy", "text.csv"):
+        assert main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / name)]) == 0
+        assert "90 of the rows were fitted" in capsys.readouterr().out
+    flow = rkl.load(tmp_path / "run")
+    single, double = (
+        flow().log_prob(torch.from_numpy(rows).to(it)) for it in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(single.double(), double.double(), atol=1e-3, rtol=0)
+
+
 def test_the_head_of_a_report_has_precision_and_recall_of_samples(folder):
     page = report_runs([folder / "plain"], out=folder / "plain.html").read_text("utf-8")
     lead = page.split('<p class="lead">')[1].split("</p>")[0]

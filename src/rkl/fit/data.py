@@ -28,6 +28,9 @@ FEWEST = 20  # rows, below which a fit says nothing
 LEVELS = 256  # so few distinct values among many numbers are levels of a grid
 PER_LEVEL = 16  # rows on each of them
 PIXELS = 16  # columns, from which levels in common are those of an image laid flat
+ROUNDED = 8  # units in the last place, by which one level may differ from row to row
+OFF_GRID = 1e-3  # of a gap, by which levels on a grid may miss it
+CHANCE = 1e-3  # that the levels of an image's columns are as far apart as those of one column
 RARE = 10  # rows of a class, below which that is said
 
 
@@ -57,7 +60,8 @@ def read_data(
             levels beside continuous ones are named in the notes.
         classes: Names of all classes, in the order of their columns; the rows may lack some. By
             default those of the labels, in natural order.
-        step: Spacing of the levels, if known from a fit; levels are then not searched for.
+        step: Spacing of the levels, if known from a fit; levels are then not searched for, and
+            neither few rows nor constant columns are refused.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -72,7 +76,7 @@ def read_data(
     rows = _read(source, labels)
     notes, columns = rows.notes, rows.columns
     array = rows.values
-    _check_rows(array, columns)
+    _check_rows(array, columns, 1 if step is not None else FEWEST)
     if step is None:
         steps, notes_on_levels = _steps(
             array, True if rows.images and dequantise is None else dequantise, columns
@@ -84,7 +88,8 @@ def read_data(
         values = torch.from_numpy(np.require(as_floats(array), requirements=["C", "W"]))
     except ValueError as error:
         raise ValueError(f"data: {error}.") from None
-    _check_spread(values, columns)
+    if step is None:
+        _check_spread(values, columns)
     unasked = labels is None and classes is not None and not len(classes)
     condition, names = _one_hot(None if unasked else rows.labels, len(values), classes)
     steps = torch.as_tensor(steps).to(values)
@@ -195,11 +200,12 @@ def _collect(source: Any) -> tuple[Tensor, Tensor | None]:
     return values, join([torch.as_tensor(item[1]) for item in items])
 
 
-def _check_rows(values: np.ndarray, columns: Sequence[str]) -> None:
+def _check_rows(values: np.ndarray, columns: Sequence[str], at_least: int) -> None:
     if values.ndim < 2 or not math.prod(values.shape[1:]):
         raise ValueError(f"data must be [rows, *event]; got the shape {list(values.shape)}.")
-    if len(values) < FEWEST:
-        raise ValueError(f"data must have at least {FEWEST} rows; got {len(values)}.")
+    if len(values) < at_least:
+        rows = "1 row" if at_least == 1 else f"{at_least} rows"
+        raise ValueError(f"data must have at least {rows}; got {len(values)}.")
     where = place_of_nan(values, columns)
     if where is not None:
         raise ValueError(f"data must be finite; {where}.")
@@ -211,7 +217,8 @@ def _steps(
     """The spacing of levels to spread values over, 0 where they are continuous; and notes."""
     pixels = values.ndim > 2 or values.dtype == np.uint8
     if pixels or (values.shape[1] >= PIXELS and _few_levels(values) is not None):
-        return _step(values, wanted), []  # of one unit, as those of an image laid flat
+        step = _step(values, wanted)  # of one unit, as those of an image laid flat
+        return (_with_wider(values, step) if step and values.ndim == 2 else step), []
     if wanted is False and values.dtype.kind == "f":
         return np.zeros(values.shape[1]), []
     levels = [_column(column) for column in values.T]
@@ -258,11 +265,11 @@ class _Column(NamedTuple):
 
 def _column(column: np.ndarray) -> _Column | None:
     """Levels of a column, if it has any: integers, few values, or rounded ones with ties."""
-    levels = np.unique(column)
+    levels = _distinct(column)
     count, rows = len(levels), len(column)
     if count < 2:
         return _Column(1.0, count, False, True) if column.dtype.kind != "f" else None
-    gaps = np.diff(levels) if column.dtype.kind != "f" else np.diff(levels.astype(np.float64))
+    gaps = np.diff(levels)
     whole = _whole(column)
     few_levels = count <= LEVELS and PER_LEVEL * count <= rows
     if whole:
@@ -271,8 +278,39 @@ def _column(column: np.ndarray) -> _Column | None:
         return _Column(step, count, few_levels or (4 * count <= rows and count <= LEVELS), True)
     step = float(gaps.min())
     apart = gaps / step
-    tied = 2 * count <= rows and bool((np.abs(apart - apart.round()) < 1e-3 * apart).all())
+    on_grid = bool(
+        (np.abs(apart - apart.round()) < OFF_GRID * apart + _rounding(column) / step).all()
+    )
+    if on_grid:  # to more digits than those of one gap
+        step = float((levels[-1] - levels[0]) / apart.round().sum())
+    tied = 2 * count <= rows and on_grid
     return _Column(step, count, few_levels, False) if few_levels or tied else None
+
+
+def _distinct(column: np.ndarray) -> np.ndarray:
+    """The different values, rising; those of floats as one where they differ by rounding alone."""
+    levels = np.unique(column)
+    if column.dtype.kind != "f":
+        return levels
+    levels = levels.astype(np.float64)
+    apart = np.diff(levels) > _rounding(column, np.abs(levels[1:]))
+    return levels[np.concatenate([[True], apart])]
+
+
+def _rounding(column: np.ndarray, size: Any = 0.0) -> Any:
+    """Bound on the rounding of values of this size, computed from others as large as usual."""
+    usual = float(np.median(np.abs(column)))
+    return ROUNDED * np.finfo(column.dtype).eps * np.maximum(size, usual)
+
+
+def _with_wider(values: np.ndarray, step: float) -> np.ndarray:
+    """A step in common, but for columns whose levels are too far apart for that to be chance."""
+    steps = np.full(values.shape[1], step)
+    for place, one in enumerate(map(_column, values.T)):
+        if one is not None and one.step > step:
+            chance = values.shape[1] * (step / one.step) ** (one.levels - 1)
+            steps[place] = one.step if chance < CHANCE else step
+    return steps
 
 
 def _whole(values: np.ndarray) -> bool:
@@ -302,9 +340,9 @@ def _spacing(values: np.ndarray) -> float | None:
 
 
 def _few_levels(values: np.ndarray) -> float | None:
-    levels = np.unique(values.reshape(-1)[: 512 * LEVELS])
+    levels = _distinct(values.reshape(-1)[: 512 * LEVELS])
     if 2 <= len(levels) <= LEVELS and 16 * len(levels) <= min(values.size, 512 * LEVELS):
-        return float(np.diff(levels.astype(np.float64)).min())
+        return float(np.diff(levels).min())
     return None
 
 

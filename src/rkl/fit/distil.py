@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rkl import checks
-from rkl.fit.load import load_critic, load_run, rows_of, settings_of
+from rkl.fit.load import count_fitted, load_critic, load_run, settings_of
 from rkl.fit.operating import distil_rejection
 from rkl.fit.result import Fit
 from rkl.fit.settings import FitSettings
@@ -46,7 +46,7 @@ def _fit_of(settings: FitSettings, data: Data) -> Fit:
         if (now.resolve() if isinstance(now, Path) else now) != was:
             raise ValueError(f"start_from: {name} must be that of {path}, {was}; got {now}.")
     trained_on, held_out = data.split(earlier.held_out, earlier.seed)
-    if run.count_seen(rows_of(trained_on)) < len(trained_on):
+    if count_fitted(run, trained_on) < len(trained_on):
         raise ValueError(f"start_from: {settings.data} no longer holds the rows of {path}.")
     device, untrained = checks.device(settings.device), Training([], 0, 0.0, None, None, None)
     scaled: Any = flow.to(device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rkl import checks
 from rkl.checks import warn
 from rkl.fit.data import read_data
-from rkl.fit.load import load_critic, load_point, load_run, settings_of
+from rkl.fit.load import count_fitted, load_critic, load_point, load_run, settings_of
 from rkl.fit.operating import draw_kept
 from rkl.fit.settings import EvaluateSettings
 from rkl.flows.precision import single_precision
@@ -114,7 +114,7 @@ def _evaluate_on_rows(
         drawn, notes = _draw_samples(run, flow, chosen.condition, len(chosen.values), allow)
     train = _trained_on(run, flow, allow)
     samples = _sample_metrics(flow.units, chosen.values, drawn, train, settings.seed)
-    seen = run.count_seen([row.tobytes() for row in data.values.numpy()])
+    seen = count_fitted(run, data)
     if samples is not None:
         samples = replace(samples, notes=[*samples.notes, *notes])
     return DataEvaluation(len(data), seen, mean(log_q), samples, data.notes)

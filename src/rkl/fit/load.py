@@ -127,5 +127,18 @@ def load_point(path: str | os.PathLike) -> HeldPoint | None:
 
 
 def rows_of(data: Data) -> list[bytes]:
-    """Rows of the data, in the form whose digests a run stores."""
-    return [row.tobytes() for row in data.values.numpy()]
+    """Rows of the data, in the form whose digests a run stores: the same in single and double.
+
+    A row beyond single precision is taken as it is.
+    """
+    single = data.values.float()
+    rows = zip(
+        single.numpy(), data.values.numpy(), single.isfinite().flatten(1).all(1), strict=True
+    )
+    return [(one if finite else other).tobytes() for one, other, finite in rows]
+
+
+def count_fitted(run: Run, data: Data) -> int:
+    """Number of rows that a run was fitted to; earlier runs stored the digests of whole rows."""
+    whole = [row.tobytes() for row in data.values.numpy()]
+    return max(run.count_seen(rows_of(data)), run.count_seen(whole))

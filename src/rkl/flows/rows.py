@@ -1,5 +1,6 @@
 """Rows of a data set for flows, and their classes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from rkl.tables import Table, table_of
 
+MOST_LEVELS = 4_096  # of a column that are kept one by one
 FEW = 8  # coordinates up to which rows of levels are equal by chance
 
 
@@ -129,6 +131,28 @@ class Data:
         if self.values.ndim > 2:
             low, high = low.min().expand_as(low), high.max().expand_as(high)
         return low.clone(), high.clone()
+
+    def levels_of_columns(self) -> Tensor | None:
+        """The levels of each quantised column of vectors, rising, [columns, levels].
+
+        Shorter rows are filled up by their last level. A column without levels, or with too many
+        to keep, has nan.
+        """
+        if self.values.ndim != 2:
+            return None
+        rows = [
+            _levels(column, step) if step > 0 else column.new_full((1,), math.nan)
+            for column, step in zip(self.values.T, self.step_of_columns(), strict=True)
+        ]
+        most = max(map(len, rows))
+        return torch.stack([torch.cat([it, it[-1:].expand(most - len(it))]) for it in rows])
+
+
+def _levels(column: Tensor, step: Tensor) -> Tensor:
+    """Values that are half a step apart at least; nan of more than are kept."""
+    values = column.unique()
+    first = values.diff(prepend=values[:1] - step) > step / 2
+    return values[first] if first.sum() <= MOST_LEVELS else values.new_full((1,), math.nan)
 
 
 def equal_rows(values: Tensor) -> list[int]:

@@ -34,11 +34,16 @@ class Bend(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """The levels of quantised coordinates: their spacing, 0 of continuous ones, and their ends."""
+    """The levels of quantised coordinates: their spacing, 0 of continuous ones, and their ends.
+
+    Of columns the levels themselves too, as :meth:`rkl.flows.rows.Data.levels_of_columns` has
+    them, for they need not be equally far apart.
+    """
 
     step: Tensor
     low: Tensor
     high: Tensor
+    places: Tensor | None = None
 
 
 class Units(nn.Module):
@@ -83,7 +88,8 @@ class Units(nn.Module):
         shift, scale = rows.centre_and_spread()
         levels = None
         if rows.step.any():
-            levels = Levels(rows.step_of_columns().clone(), *rows.level_range())
+            ends = rows.level_range()
+            levels = Levels(rows.step_of_columns().clone(), *ends, rows.levels_of_columns())
         if len(rows.event_shape) != 1:
             return cls(shift, scale, levels=levels)
         values, kind = rows.values.double(), rows.values.dtype
@@ -102,7 +108,7 @@ class Units(nn.Module):
     def of_state(cls, state: Mapping[str, Tensor]) -> "Units":
         """The units of a state dictionary."""
         bend = Bend(*map(state.__getitem__, Bend._fields)) if "bent" in state else None
-        levels = Levels(*map(state.__getitem__, Levels._fields)) if "step" in state else None
+        levels = Levels(*map(state.get, Levels._fields)) if "step" in state else None
         return cls(state["shift"], state["scale"], bend, state.get("mix"), levels)
 
     @property
@@ -125,7 +131,7 @@ class Units(nn.Module):
             log_slope = log_slope + _log_slope(value, bending).sum(-1)
         inner = (inner - self.shift) / self.scale
         if transform.mix is not None:
-            inner = inner @ transform.mix.T
+            inner = inner @ transform.mix.to(inner.dtype).T
             log_slope = log_slope + torch.linalg.slogdet(transform.mix)[1]
         return inner, log_slope
 
@@ -162,7 +168,11 @@ class Units(nn.Module):
             return value
         step = torch.where(transform.step > 0, transform.step, 1.0)
         near = transform.low + step * ((value - transform.low) / step).round()
-        return torch.where(transform.step > 0, near.clamp(transform.low, transform.high), value)
+        near = near.clamp(transform.low, transform.high)
+        if transform.places is not None:
+            known = _nearest(transform.places, value)
+            near = torch.where(known.isnan(), near, known)
+        return torch.where(transform.step > 0, near, value)
 
 
 class Standardised(nn.Module):
@@ -237,6 +247,13 @@ class StandardisedLaw(Distribution):
         value, log_q = self.law.rsample_and_log_prob(shape)
         value = self.units.decode(value)
         return value, log_q + self.units.encode(value)[1]
+
+
+def _nearest(levels: Tensor, value: Tensor) -> Tensor:
+    """The nearest of the levels of its column to each coordinate of vectors."""
+    columns = value.reshape(-1, len(levels)).T.to(levels).contiguous()
+    index = torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, columns)
+    return levels.gather(1, index).T.reshape(value.shape)
 
 
 def _bent(value: Tensor, bend: Bend) -> Tensor:

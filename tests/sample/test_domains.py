@@ -10,8 +10,9 @@ import torch
 from rkl.cli import main
 from rkl.flows import MixedSplines
 from rkl.flows.architectures.mixed import Bounded
-from rkl.sample import evaluate_on_target, evidence, fit_to_target, markov_chain
+from rkl.sample import evaluate_on_target, evidence, fit_to_target, markov_chain, smc
 from rkl.sample.architecture import SPLINES, build_flow, default_architecture
+from rkl.sample.lost_modes import LostMode
 from rkl.sample.targets import Condition, Density, check_target, parse_target
 from rkl.sample.targets.base import without_bounds
 from rkl.sample.targets.domains import chart_of, parse_domain
@@ -207,3 +208,16 @@ def test_the_command_line_takes_a_domain_for_each_coordinate(tmp_path, monkeypat
     assert main(["evaluate", "RUN", "--data", "wrong.npz", *allow]) == 2
     said = capsys.readouterr().err
     assert re.search(r"x2 of row 7 must lie in \(0, 1\); got 1.25", said)
+
+
+def test_a_lost_mode_is_named_by_its_place_in_the_users_coordinates(monkeypatch):
+    lost = LostMode(0.3, 0.01, torch.tensor([2.0, -1.0], dtype=torch.float64))
+    monkeypatch.setattr(smc, "find_lost_mode", lambda *_: lost)
+
+    def log_p(x, _):  # log-normal, and normal
+        return -(x[..., 0].log().square() + x[..., 1].square()) / 2 - x[..., 0].log()
+
+    found = evidence(Density(log_p, (2,), ("positive", "line")), particles=16, islands=4)
+    ((*_, doubt),) = found.doubts
+    assert "about x = (7.39, -1)" in doubt
+    assert found.x[..., 0].min() > 0

@@ -1,13 +1,14 @@
 """Values of conditions, log-densities and flows that no fit or chain can use are refused."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch.distributions import Independent, Normal
 
-from rkl.flows import NSF, Coupling
+from rkl.flows import NSF, CircularSplines, Coupling
 from rkl.sample import (
     CheckerboardRealNVP,
     CoarseToFine,
@@ -18,12 +19,13 @@ from rkl.sample import (
     judge_coverage,
     markov_chain,
 )
+from rkl.sample.architecture import build_flow, default_architecture
 from rkl.sample.domain import check_architecture
 from rkl.sample.fit import _Conditions
 from rkl.sample.lattice import circle, quartic
 from rkl.sample.observables import observe, turn_invariant
 from rkl.sample.run import read_draws
-from rkl.sample.settings import parse_ranges
+from rkl.sample.settings import EvaluateSettings, parse_ranges
 from rkl.sample.targets import (
     XY,
     Condition,
@@ -232,6 +234,36 @@ def test_angles_are_measured_by_what_a_common_turn_leaves_if_it_leaves_the_densi
     ]
     measured = observe(ROTORS, x, condition)
     assert measured["sin(x1)"].item() == pytest.approx(math.sin(0.4))
+
+
+@pytest.mark.parametrize("coupling", [0.0, 0.5])
+def test_angles_of_a_density_in_single_precision_are_measured(coupling):
+    """A matrix in single precision takes no events in double precision."""
+    weights = torch.tensor([[1.0, 0.3, 0.0], [0.3, 1.0, 0.2], [0.0, 0.2, 1.0]])
+
+    def log_p(x, condition):
+        field = (x.cos() @ weights * x.cos() + x.sin() @ weights * x.sin()).sum(-1)
+        return (field + coupling * x[..., 0].cos()) / condition[..., 0]
+
+    target = Density(log_p, (3,), "circle", (Condition("T", 0.5, 2.0),))
+    condition = torch.tensor([[1.0]])
+    assert turn_invariant(target, condition) == (coupling == 0)
+    assert default_architecture(target).relative == (coupling == 0)
+    flow = build_flow(CircularSplines(hidden=(8,)), target, target.conditions)
+    measured = evaluate_on_target(flow, target, condition, draws=20, chains=2).to_dict()
+    assert "cos(x0 - x1)" in str(measured) or coupling
+
+
+def test_so_few_draws_that_chains_cannot_be_judged_are_refused_before_any_is_made():
+    flow = build_flow(CircularSplines(hidden=(8,)), RING, ())
+    with pytest.raises(ValueError, match="draws must be at least 4; got 3"):
+        evaluate_on_target(flow, RING, draws=3)
+    with pytest.raises(ValueError, match="draws must be at least 4; got 3"):
+        EvaluateSettings(draws=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of chains so short that one may stand still
+        measured = evaluate_on_target(flow, RING, draws=4, chains=2)
+    assert measured.to_dict()["passed"] is not True
 
 
 def test_errors_name_the_function_of_the_user(tmp_path, monkeypatch):

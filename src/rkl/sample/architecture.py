@@ -24,7 +24,7 @@ from rkl.sample.domain import check_architecture
 from rkl.sample.lattice import CoarseToFine
 from rkl.sample.observables import turn_invariant
 from rkl.sample.targets.base import Condition, Target, without_bounds
-from rkl.sample.targets.check import call_log_prob
+from rkl.sample.targets.check import call_log_prob, in_double
 from rkl.sample.targets.domains import Chart
 
 MAX_COOLED_SIZE = 8  # coordinates up to which particles are cooled, and flows have tails
@@ -58,9 +58,9 @@ def default_architecture(target: Target) -> Architecture:
 
 def _ignores_turns(target: Target) -> bool:
     middle = torch.tensor([[(it.low + it.high) / 2 for it in target.conditions]])
-    x = torch.zeros(1, *target.event_shape, dtype=torch.float64)
+    condition, dtype = in_double(target, middle)
     try:
-        call_log_prob(target, x, middle.double())
+        call_log_prob(target, torch.zeros(1, *target.event_shape, dtype=dtype), condition)
     except (TypeError, ValueError):  # the fit says what is wrong with it
         return False
     return turn_invariant(target, middle)

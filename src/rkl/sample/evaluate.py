@@ -169,7 +169,7 @@ def _check_arguments(target: Target, condition: Tensor | None, draws, chains, he
         raise ValueError(
             f"condition must be [rows, {len(target.conditions)}]; got {list(condition.shape)}."
         )
-    integer("draws", draws, at_least=2, at_most=LARGEST_COUNT)
+    integer("draws", draws, at_least=4, at_most=LARGEST_COUNT)
     integer("chains", chains, at_least=1, at_most=LARGEST_COUNT)
     if held_out is not None and len(held_out) != len(condition):
         raise ValueError(

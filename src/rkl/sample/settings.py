@@ -219,7 +219,7 @@ class EvaluateSettings:
         if self.data is not None:
             object.__setattr__(self, "data", Path(self.data))
         integer("seed", self.seed, at_most=LARGEST_SEED)
-        for name, least in (("values", 1), ("draws", 2), ("chains", 1)):
+        for name, least in (("values", 1), ("draws", 4), ("chains", 1)):
             integer(name, getattr(self, name), at_least=least, at_most=LARGEST_COUNT)
 
 

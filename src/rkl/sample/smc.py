@@ -6,18 +6,18 @@ which makes the Z of each island unbiased.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import LARGEST_COUNT, integer, number
-from rkl.sample.lost_modes import find_lost_mode
+from rkl.sample.lost_modes import LostMode, find_lost_mode
 from rkl.sample.mcmc.kernels import kernel_of_angles, random_seed
 from rkl.sample.targets.base import Target, check_condition, without_bounds
+from rkl.sample.targets.domains import Chart
 from rkl.sample.tempering import Rung, Sampler, log_mean
 from rkl.stats import Mean, resample
 from rkl.tables import Table, table_of
@@ -133,10 +133,7 @@ def evidence(
     integer("islands", islands, at_least=4, at_most=LARGEST_COUNT)
     integer("sweeps", sweeps, at_least=1, at_most=LARGEST_COUNT)
     number("width", width, above=0)
-    if target.chart.bounded:
-        how: dict[str, Any] = {"particles": particles, "islands": islands, "width": width}
-        without = evidence(without_bounds(target), condition, sweeps=sweeps, seed=seed, **how)
-        return replace(without, x=target.chart.to_bounded(without.x)[0])
+    chart, target = target.chart, without_bounds(target)
     circle = bool(target.chart.circle.all())
     sizes = (
         [(width, islands)]
@@ -150,7 +147,7 @@ def evidence(
             samplers.append(sampler)
             pilot = sampler.run(1, min(4, islands) * particles)
             paths.append(_follow(sampler, count, particles, pilot.plan))
-        return _join(samplers[-1], width, paths)
+        return _join(samplers[-1], width, paths, chart)
 
 
 class _Path(NamedTuple):
@@ -172,7 +169,8 @@ def _follow(sampler: Sampler, islands: int, particles: int, plan: list[Rung]) ->
     return _Path(log_z, points.x, candidates, accepted, change, plan)
 
 
-def _join(sampler: Sampler, width: float, paths: list[_Path]) -> Evidence:
+def _join(sampler: Sampler, width: float, paths: list[_Path], chart: Chart) -> Evidence:
+    """The findings of both widths, in the coordinates of a chart."""
     target, condition = sampler.target, sampler.asked
     each = [log_mean(it.log_z) for it in paths]
     rows, doubts, log_z, error, x = len(condition), [], [], [], []
@@ -199,12 +197,16 @@ def _join(sampler: Sampler, width: float, paths: list[_Path]) -> Evidence:
         x.append(_draws_of_equal_weight(paths, chosen, row))
         candidates = torch.cat([it.candidates[row] for it in paths])
         log_z_of = Mean(log_z_of_row.value[0], log_z_of_row.error[0])
-        why += _lost_mode_doubts(sampler, row, candidates, x[-1], log_z_of)
+        density = sampler.density(row)
+        lost = find_lost_mode(density, candidates, x[-1], log_z_of) if len(candidates) else None
+        if lost is not None:
+            place = chart.to_bounded(lost.x.reshape(target.event_shape))[0]
+            why.append(_lost_mode_doubt(lost, place.flatten()))
         doubts.append(tuple(why))
     least = torch.stack([it.accepted for it in paths]).amin(0)
     by_island = torch.cat([it.log_z for it in paths], 1)
     drawn = torch.stack(x).to(condition)
-    drawn = drawn.reshape(*drawn.shape[:3], *target.event_shape)
+    drawn = chart.to_bounded(drawn.reshape(*drawn.shape[:3], *target.event_shape))[0]
     mean = Mean(torch.stack(log_z), torch.stack(error))
     rungs = sum(len(it.plan) for it in paths)
     return Evidence(mean, drawn, by_island, least, rungs, width, condition, tuple(doubts))
@@ -243,18 +245,10 @@ def _doubts(paths: list[_Path], row: int, error: float) -> list[str]:
     return sentences
 
 
-def _lost_mode_doubts(
-    sampler: Sampler, row: int, candidates: Tensor, x: Tensor, log_z: Mean
-) -> Iterator[str]:
-    """A doubt about a mode that particles met on their way and have lost, if there is one."""
-    if not len(candidates):
-        return
-    lost = find_lost_mode(sampler.density(row), candidates, x, log_z)
-    if lost is None:
-        return
-    place = ", ".join(f"{it:.3g}" for it in lost.x[:SHOWN].tolist())
-    place += ", ..." * (len(lost.x) > SHOWN)
-    yield (
+def _lost_mode_doubt(lost: LostMode, x: Tensor) -> str:
+    """The doubt about a mode at x that particles met on their way and have lost."""
+    place = ", ".join(f"{it:.3g}" for it in x[:SHOWN].tolist()) + ", ..." * (len(x) > SHOWN)
+    return (
         f"particles lost a mode that they met: about x = ({place}) the density has "
         f"{lost.share:.2g} of their Z, and {lost.particles:.2g} of the particles are there."
     )

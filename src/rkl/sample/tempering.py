@@ -16,7 +16,7 @@ from torch import Tensor
 from rkl.flows.architectures.circular import wrap_angles
 from rkl.sample.lost_modes import MAX_SIZE, LogDensity
 from rkl.sample.targets.base import Kernel, Target
-from rkl.sample.targets.check import call_log_prob
+from rkl.sample.targets.check import in_double
 from rkl.stats import Mean, jackknife, resample
 
 EQUAL, EQUAL_BY_KERNEL = 0.95, 0.85  # effective share of particles that a step in β leaves
@@ -199,7 +199,7 @@ class Sampler:
         self.circle = target.chart.circle.flatten()
         self.broad = Broad(self.circle, width)
         self.asked = condition
-        self.condition, self.dtype = _in_double(target, condition)
+        self.condition, self.dtype = in_double(target, condition)
         self.gradient = kernel is None and _has_gradient(target, self.condition)
         self.candidates: list[Tensor] = []
 
@@ -373,15 +373,6 @@ class Sampler:
     def wrap(self, points: Points) -> Points:
         """Angles in [−π, π)."""
         return points._replace(x=wrap(points.x, self.circle))
-
-
-def _in_double(target: Target, condition: Tensor) -> tuple[Tensor, torch.dtype]:
-    x = torch.zeros(1, *target.event_shape, dtype=torch.float64, device=condition.device)
-    try:
-        call_log_prob(target, x, condition[:1].double())
-    except (TypeError, ValueError):  # a function with parameters in single precision
-        return condition, condition.dtype
-    return condition.double(), torch.float64
 
 
 def _has_gradient(target: Target, condition: Tensor) -> bool:

@@ -113,6 +113,19 @@ def call_log_prob(target: Target, x: Tensor, condition: Tensor) -> Tensor:
     return value
 
 
+def in_double(target: Target, condition: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Conditions in double precision, if the density takes it, and the precision of its events.
+
+    A function with parameters in single precision often does not.
+    """
+    x = torch.zeros(1, *target.event_shape, dtype=torch.float64, device=condition.device)
+    try:
+        call_log_prob(target, x, condition[:1].double())
+    except (TypeError, ValueError):
+        return condition, condition.dtype
+    return condition.double(), torch.float64
+
+
 def _check_gradient(target: Target, x: Tensor, condition: Tensor) -> None:
     lacking = (
         f"target: log_prob of {target} has no gradient in x, which this fit needs: from x to "

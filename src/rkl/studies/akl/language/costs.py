@@ -4,6 +4,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from rkl.distill import distill_loss
 from rkl.divergences import KL
 from rkl.studies.akl.language.classroom import Classroom
@@ -44,8 +47,14 @@ def _measure(room: Classroom, judge: Judge, lesson: Lesson) -> Costs:
     batch = next(batches(room))
     labels = batch.pop("labels")
 
+    def said() -> Tensor:
+        with torch.no_grad():
+            return judge.teacher(**batch, use_cache=False).logits
+
+    kept = said() if room.lectures != room.teacher else None
+
     def step() -> None:
-        p = judge.teacher(**batch, use_cache=False).logits.detach()
+        p = said() if kept is None else kept
         q = student(**batch, use_cache=False).logits
         distill_loss(teacher=p, student=q, divergence=KL(), labels=labels).backward()
 

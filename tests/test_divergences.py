@@ -26,6 +26,7 @@ from torch.distributions import (
     OneHotCategorical,
     Pareto,
     Poisson,
+    Transform,
     TransformedDistribution,
     Uniform,
     Wishart,
@@ -592,6 +593,29 @@ def test_between_distributions_gradients_pass():
     loc = torch.tensor(1.0, requires_grad=True)
     rkl.KL().between(Normal(loc, 2.0), Normal(0.0, 1.0)).backward()
     assert loc.grad.item() == pytest.approx(1.0)
+
+
+class _Doubling(Transform):
+    """Equal to itself alone, as transforms are by default."""
+
+    domain = codomain = torch.distributions.constraints.real
+    bijective = True
+
+    def __init__(self):
+        super().__init__()
+        self.self = self
+
+    def _call(self, x):
+        return 2 * x
+
+    def log_abs_det_jacobian(self, x, y):
+        return torch.full_like(x, math.log(2))
+
+
+def test_distributions_behind_one_transform_are_as_far_apart_as_before_it():
+    one = _Doubling()
+    p, q = (TransformedDistribution(Normal(it, 1.0), [one]) for it in (0.0, 1.0))
+    assert rkl.KL().between(p, q).item() == pytest.approx(0.5)
 
 
 def test_a_coin_of_the_continuum_and_a_uniform_law():

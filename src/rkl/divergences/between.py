@@ -46,9 +46,9 @@ def closed_kl(kl: FDivergence, p: Distribution, q: Distribution) -> Tensor:
     Raises:
         NotImplementedError: There is no closed form.
     """
-    dtypes = {*_dtypes(p), *_dtypes(q)}
-    value = _closed_kl(kl, _in_double(p), _in_double(q))
-    return value.to(functools.reduce(torch.promote_types, dtypes or {torch.get_default_dtype()}))
+    kinds = {*_dtypes((p, q), set())} or {torch.get_default_dtype()}
+    value = _closed_kl(kl, *_in_double((p, q), {}))
+    return value.to(functools.reduce(torch.promote_types, kinds))
 
 
 def _closed_kl(kl: FDivergence, p: Distribution, q: Distribution) -> Tensor:
@@ -96,27 +96,34 @@ def _one_to_one(distribution: TransformedDistribution) -> bool:
     return all(it.bijective for it in distribution.transforms)
 
 
-def _in_double(it: Any) -> Any:
-    """A copy of a distribution, a transform or a list of such, its numbers in double precision."""
+def _in_double(it: Any, done: dict[int, Any]) -> Any:
+    """A copy of distributions, transforms or lists of such, their numbers in double precision.
+
+    What they have in common is copied once, for transforms may be equal by being the same.
+    """
     if isinstance(it, Tensor):
         return it.double() if it.is_floating_point() else it
     if type(it) in (list, tuple):
-        return type(it)(map(_in_double, it))
+        return type(it)(_in_double(part, done) for part in it)
     if not isinstance(it, Distribution | Transform):
         return it
-    other = copy.copy(it)
-    vars(other).update({name: _in_double(value) for name, value in vars(it).items()})
-    return other
+    if id(it) not in done:
+        done[id(it)] = other = copy.copy(it)
+        parts = {name: _in_double(value, done) for name, value in vars(it).items()}
+        vars(other).update(parts)
+    return done[id(it)]
 
 
-def _dtypes(it: Any) -> Iterator[torch.dtype]:
-    """Precisions of the numbers of a distribution."""
+def _dtypes(it: Any, seen: set[int]) -> Iterator[torch.dtype]:
+    """Precisions of the numbers of distributions."""
     if isinstance(it, Tensor) and it.is_floating_point():
         yield it.dtype
     parts: Iterable[Any] = it if type(it) in (list, tuple) else ()
-    parts = vars(it).values() if isinstance(it, Distribution | Transform) else parts
+    if isinstance(it, Distribution | Transform) and id(it) not in seen:
+        seen.add(id(it))
+        parts = vars(it).values()
     for part in parts:
-        yield from _dtypes(part)
+        yield from _dtypes(part, seen)
 
 
 def _of_coins(kl, p, q):

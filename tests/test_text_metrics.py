@@ -1,9 +1,13 @@
 import itertools
 import math
 import random
+import re
+import sys
+import unicodedata
 from collections import Counter
 
 import pytest
+import torch
 
 from rkl.metrics.text import (
     distinct_n,
@@ -56,8 +60,57 @@ def bleu(candidate, references, n):
 
 def test_words_are_runs_of_letters_and_digits_in_any_script():
     assert words("Don't STOP-ping 42%, 日本 ok_no") == [
-        *("don", "t", "stop", "ping", "42", "日本", "ok", "no")
+        *("don", "t", "stop", "ping", "42", "日", "本", "ok", "no")
     ]
+
+
+# How the names of such letters begin, in the Unicode data of Python; the code reads no names.
+UNSPACED = re.compile(
+    "CJK |HANGZHOU |IDEOGRAPHIC (?!TALLY)|VERTICAL (IDEOGRAPHIC|KANA) |OLD CHINESE |MASU MARK"
+    "|(HALFWIDTH )?(KATAKANA|HIRAGANA)[ -]|HENTAIGANA |BOPOMOFO |YI |TANGUT |KHITAN |NUSHU "
+    "|THAI |LAO |KHMER |MYANMAR |(NEW )?TAI (LE|LUE|THAM|VIET) |AHOM |BALINESE |JAVANESE "
+)
+
+
+def test_each_letter_of_a_script_without_spaces_is_a_token():
+    every = map(chr, range(128, sys.maxunicode + 1))
+    letters = [it for it in every if it.isalnum() and unicodedata.name(it, "")]
+    alone = {it for it in letters if UNSPACED.match(unicodedata.name(it)) and not it.isdecimal()}
+    cut = words(" ".join(f"a{letter}b" for letter in letters))
+    together = [it for it in letters if it not in alone]
+    assert len(cut) == 3 * len(alone) + len(together)
+    assert [it[1:-1] for it in cut if len(it) > 2] == [
+        unicodedata.normalize("NFC", it.lower()) for it in together
+    ]
+
+
+def test_marks_belong_to_the_letter_before_them():
+    marks = [
+        it
+        for it in map(chr, range(sys.maxunicode + 1))
+        if unicodedata.category(it).startswith("M")
+    ]
+    assert len(words(" ".join(f"x{mark}y" for mark in marks))) == len(marks)
+    assert words("".join(marks)) == []
+    assert words("नमस्ते दुनिया") == ["नमस्ते", "दुनिया"]
+    assert words("สวัสดี ๒๕๖๗") == ["ส", "วั", "ส", "ดี", "๒๕๖๗"]
+    assert words("می\u200cخواهم") == ["می\u200cخواهم"]
+
+
+def test_a_letter_with_its_accent_is_one_word_however_it_is_written():
+    for text in ("résumé", "İstanbul", "が ガ", "한국어", "Việt Nam", "क़लम"):
+        assert words(unicodedata.normalize("NFD", text)) == words(text)
+    assert words(unicodedata.normalize("NFD", "résumé")) == ["résumé"]
+
+
+def test_chinese_is_measured_by_its_characters():
+    alike = "今天天气很好，我们去公园散步。", "今天天气很好，我们去公园玩吧。"
+    assert rouge_l([alike[0]], [alike[1]]).item() == pytest.approx(11 / 13)
+    assert distinct_n(["哈" * 10, "好的" * 5], 1).tolist() == pytest.approx([0.1, 0.2])
+    assert distinct_n(["好的" * 5], 2).item() == pytest.approx(2 / 9)
+    assert length([alike[0]]).item() == 13
+    by_character = [list(it) for it in ("我喜欢你", "我喜欢他们")]
+    assert torch.equal(self_bleu(["我喜欢你。", "我喜欢他们！"]), self_bleu(by_character))
 
 
 @pytest.mark.parametrize("seed", range(5))

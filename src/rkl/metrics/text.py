@@ -4,8 +4,11 @@ Text is cut by :func:`words`; whoever prefers another cut passes lists of tokens
 """
 
 import bisect
+import functools
 import math
 import re
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
@@ -17,21 +20,41 @@ from rkl.checks import integer
 
 Sample = str | Sequence[Hashable]
 
-_WORD = re.compile(r"[^\W_]+")
+_ASCII_WORD = re.compile(r"[^\W_]+")
+_JOINERS = "\u200c\u200d"  # zero-width: they shape the letters of one word, in Persian or Sinhala
+# Blocks of scripts without spaces between words: line-breaking classes ID, CJ and SA of Unicode's
+# annex 14, without Hangul, which has spaces, and with Balinese and Javanese, which have none.
+_UNSPACED = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\U000116d0-\U000116ff"  # Myanmar
+    "\u1780-\u17ff"  # Khmer
+    "\u1950-\u19df\u1a20-\u1aaf\uaa80-\uaadf\U00011700-\U0001174f"  # Tai, Ahom
+    "\u1b00-\u1b7f\ua980-\ua9df"  # Balinese, Javanese
+    "\u2e80-\u312f\u3190-\u31ff\uff66-\uff9f"  # kana, bopomofo, iteration marks
+    "\u3400-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff"  # Han, Yi
+    "\U00016fe0-\U0001b2ff"  # Tangut, Khitan, Nüshu, rare kana
+)
 _ALMOST_NONE = 0.1  # matches credited to an order of n-grams that has none, as NLTK's method 1
 
 
 def words(text: str) -> list[str]:
     """Runs of letters and digits of any script, in lower case; what is between them is dropped.
 
-    On ASCII text this is the cut of the rouge_score package without its stemmer.
+    Accents and vowel signs belong to the letter before them, and an accent may be written apart
+    from its letter or as one character with it (Unicode's form C is taken). Scripts without
+    spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) give one token for each
+    letter. On ASCII text this is the cut of the rouge_score package without its stemmer.
 
     >>> words("It's 3 o'clock: naïve_ÉTÉ!")
     ['it', 's', '3', 'o', 'clock', 'naïve', 'été']
+    >>> words("नमस्ते दुनिया"), words("2024年、東京")
+    (['नमस्ते', 'दुनिया'], ['2024', '年', '東', '京'])
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be a string; got {text!r:.60}.")
-    return _WORD.findall(text.lower())
+    if text.isascii():
+        return _ASCII_WORD.findall(text.lower())
+    return _word_pattern().findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def rouge_l(
@@ -163,6 +186,16 @@ def _tokens_of(samples: Sequence[Sample], name: str) -> list[Sequence[Hashable]]
             got = type(sample).__name__
             raise TypeError(f"{name}[{number}] must be a text or a list of tokens; got a {got}.")
     return [words(sample) if isinstance(sample, str) else sample for sample in samples]
+
+
+@functools.cache
+def _word_pattern() -> re.Pattern[str]:
+    """One letter of an unspaced script, or a run of others and of digits; each with its marks."""
+    characters = map(chr, range(sys.maxunicode + 1))
+    marks = "".join(it for it in characters if unicodedata.category(it).startswith("M"))
+    with_marks = f"[{marks}{_JOINERS}]*"
+    alone, joined = rf"(?=[^\W\d_])[{_UNSPACED}]", rf"(?:[^\W_{_UNSPACED}]|\d)+"
+    return re.compile(rf"{alone}{with_marks}|(?:{joined}{with_marks})+")
 
 
 def _double(values: list) -> Tensor:

@@ -132,6 +132,27 @@ def test_seeds_of_one_prompt_count_as_one():
     assert judged.interval == wilson(0.5, 2)
 
 
+def test_replies_to_a_prompt_that_occurs_several_times_are_paired_in_their_order(tmp_path):
+    """Of p with seed 0 the first run has three replies, the second two; q is replied to once."""
+    texts = {
+        "first": [("p", 0, "xxx"), ("q", 0, "x"), ("p", 0, "x"), ("p", 1, "xx"), ("p", 0, "xxxx")],
+        "second": [("p", 1, "x"), ("p", 0, "xx"), ("p", 0, "x"), ("q", 0, "xxxxx")],
+    }
+    for name, rows in texts.items():
+        keys = "prompt", "seed", "text"
+        lines = (json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows)
+        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    files = tmp_path / "first", tmp_path / "second"
+    left_out = pytest.warns(UserWarning, match="1 of .*first and 0 of .*second are left out")
+    with Judge(longer).listening() as url, left_out:
+        judged = judge_runs(*files, JudgeSettings(url), tmp_path / "out.jsonl")
+    # Letters of p: 3 against 2, 1 against 1 (the same text), 2 against 1; of q: 1 against 5.
+    assert (judged.wins, judged.ties, judged.losses) == (2, 1, 1)
+    assert judged.identical == 1
+    assert judged.prompts == 2
+    assert judged.score[0] == pytest.approx(((1 + 0.5 + 1) / 3 + 0) / 2)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_the_interval_holds_the_truth_as_often_as_it_says(share):
     """Of coins exactly, by summing the binomial: between 92 and 98 % at these numbers."""

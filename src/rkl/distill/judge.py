@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -235,7 +236,8 @@ def judge_runs(
     Args:
         first: A run whose student has replied (``rkl generate``), or a file of JSON lines with
             ``prompt`` and ``text``.
-        second: The other; what both replied to, with the same seed, is compared.
+        second: The other; what both replied to, with the same seed, is compared. Several
+            replies to one prompt with one seed are paired in their order.
         settings: Which judge, and how it is asked.
         out: The file of JSON lines to write.
         resume: Go on with the comparison in ``out``.
@@ -299,7 +301,11 @@ def _compared(
 ) -> tuple[list[Pair], dict[str, Any]]:
     """The pairs, and what identifies a comparison of them by this judge."""
     ours, theirs = (_replies(name, path) for name, path in (("first", first), ("second", second)))
-    pairs = [Pair(*key, text, theirs[key]) for key, text in ours.items() if key in theirs]
+    pairs = [
+        Pair(prompt, seed, text, theirs[prompt, seed, occurrence])
+        for (prompt, seed, occurrence), text in ours.items()
+        if (prompt, seed, occurrence) in theirs
+    ]
     if not pairs:
         raise ValueError(
             f"first and second share no prompt with the same seed: {first} has "
@@ -317,8 +323,11 @@ def _compared(
     return pairs, {"judge": settings.judge, "comparison": sha256(text.encode()).hexdigest()}
 
 
-def _replies(argument: str, path: str | os.PathLike) -> dict[tuple[str, int], str]:
-    """The replies of a run, or of a file, by prompt and seed."""
+def _replies(argument: str, path: str | os.PathLike) -> dict[tuple[str, int, int], str]:
+    """The replies of a run, or of a file, by prompt, seed and occurrence of these two.
+
+    A prompt occurs as often as the data has references for it; ``rkl generate`` replies to each.
+    """
     place = Path(path)
     file = place / REPLIES if place.is_dir() else place
     if place.is_dir() and not file.exists():
@@ -327,7 +336,8 @@ def _replies(argument: str, path: str | os.PathLike) -> dict[tuple[str, int], st
         )
     if not file.is_file():
         raise FileNotFoundError(f"{argument}: there is no file {file}.")
-    replies: dict[tuple[str, int], str] = {}
+    replies: dict[tuple[str, int, int], str] = {}
+    occurrences = Counter[tuple[str, int]]()
     for line, row in enumerate(read_jsonl(file), 1):
         prompt, text, seed = row.get("prompt"), row.get("text"), row.get("seed", 0)
         if not isinstance(prompt, str) or not isinstance(text, str) or type(seed) is not int:
@@ -335,10 +345,8 @@ def _replies(argument: str, path: str | os.PathLike) -> dict[tuple[str, int], st
                 f"{argument}: {file}, line {line}, must hold prompt and text, and seed if there "
                 f"are several; got {', '.join(map(str, row))}."
             )
-        if replies.setdefault((prompt, seed), text) != text:
-            raise ValueError(
-                f"{argument}: {file}, line {line}, is a second reply to a prompt with seed {seed}."
-            )
+        replies[prompt, seed, occurrences[prompt, seed]] = text
+        occurrences[prompt, seed] += 1
     if not replies:
         raise ValueError(f"{argument}: {file} holds no replies.")
     return replies

@@ -115,6 +115,10 @@ def test_rows_in_memory_may_come_in_splits():
             b'{"messages": [{"role": "user", "content": ["a"]}]}\n',
             r"line 1: a part of content in messages must be an object with a type; got 'a'",
         ),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}\n',
+            r"line 1: text of a part of content in messages must be a string; got 3",
+        ),
         (b'{"messages": [{"content": "a"}]}\n', r"line 1: each of messages must be an object"),
         (b'{"messages": [{"role": "user", "content": 3}]}\n', r"line 1: content in messages"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2: expected UTF-8; got the byte 0xff at 10"),

@@ -174,6 +174,25 @@ def test_a_chat_is_replied_to_where_the_assistant_spoke_last(tokenizer):
         prompts_of([{"messages": talk[:1]}], tokenizer)
 
 
+def test_a_reference_in_parts_is_their_text_and_a_tool_call_has_none(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ m.tool_calls }} {% endfor %}"
+        "{% if add_generation_prompt %}w9{% endif %}"
+    )
+    asked = {"role": "user", "content": [{"type": "text", "text": "w1"}]}
+
+    def reference_of(content, **others):
+        answer = {"role": "assistant", "content": content, **others}
+        (prompt,) = prompts_of([{"messages": [asked, answer]}], tokenizer)
+        return prompt.reference
+
+    assert reference_of([{"type": "text", "text": None}, {"type": "text", "text": "w2"}]) == "w2"
+    assert reference_of([{"type": "text"}]) == ""
+    assert reference_of(None, tool_calls=[{"function": {"name": "w3"}}]) == ""
+    with pytest.raises(ValueError, match="must be text for a language model; got a part of type"):
+        reference_of([{"type": "image", "url": "w4.png"}])
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -245,6 +264,18 @@ def test_errors_take_prompts_or_seeds_as_independent():
     assert measured["distinct_2_within"].value == 1
     assert measured["distinct_3_within"].value.isnan()
     assert 0 < measured["self_bleu"].value < 1
+
+
+def test_only_replies_with_a_reference_count_in_rouge_l():
+    with_one = [Generation(0, "p", "a b", "a b", 2), Generation(0, "q", "a b", "a c", 2)]
+    without = [Generation(0, "r", "", "a b", 2), Generation(0, "s", "{}!", "a b", 2)]
+    rouge = measure(with_one + without)["rouge_l"]
+    assert [it.item() for it in rouge] == pytest.approx([0.75, 0.25])
+    assert measure(with_one + without)["length"].value == 2
+    assert measure(with_one[:1] + without)["rouge_l"].error.isnan()  # of a single prompt
+    assert measure(without)["rouge_l"].value.isnan()
+    empty = [Generation(0, "p", "a b", "", 0), Generation(0, "q", "a b", "a b", 2)]
+    assert measure(empty)["rouge_l"].value == 0.5  # no reply to a reference does count
 
 
 def test_one_seed_leaves_the_error_of_a_set_unknown_and_one_reply_has_no_self_bleu():

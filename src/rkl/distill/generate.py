@@ -32,7 +32,7 @@ from rkl.distill.writing.rollouts import (
 )
 from rkl.distill.writing.sampling import Sampling
 from rkl.importing import names_in
-from rkl.metrics.text import distinct_n, distinct_n_together, rouge_l, self_bleu
+from rkl.metrics.text import distinct_n, distinct_n_together, rouge_l, self_bleu, words
 from rkl.runs import REPLIES, Run, check_out_file, write_atomic
 from rkl.stats import Mean, clustered_mean, mean
 
@@ -324,12 +324,16 @@ def measure(generations: Sequence[Generation]) -> dict[str, Mean]:
     What a reply has by itself (ROUGE-L, Distinct-n within it, length in tokens) is averaged
     over replies; its error takes the prompts, not the seeds, as independent. What only a set of
     replies has (Distinct-n across them, Self-BLEU) is averaged over seeds, and one seed leaves
-    its error unknown: nan. Replies of fewer than n words do not count in Distinct-n within.
+    its error unknown: nan. Replies of fewer than n words do not count in Distinct-n within, and
+    those whose reference has no word, such as a tool call, not in ROUGE-L.
     """
     texts = [reply.text for reply in generations]
+    references = [words(reply.reference) for reply in generations]
+    wordless = torch.tensor([not reference for reference in references], dtype=torch.bool)
+    overlap = rouge_l(texts, references).masked_fill(wordless, math.nan)
     lengths = torch.tensor([float(reply.tokens) for reply in generations])
     measured = {
-        "rouge_l": _over_prompts(generations, rouge_l(texts, [g.reference for g in generations])),
+        "rouge_l": _over_prompts(generations, overlap),
         "length": _over_prompts(generations, lengths),
     }
     by_seed: dict[int, list[str]] = {}
@@ -356,7 +360,8 @@ def _over_prompts(generations: Sequence[Generation], values: Tensor) -> Mean:
     index = torch.tensor([number.setdefault(reply.prompt, len(number)) for reply in generations])
     zeros = torch.zeros(len(number), dtype=torch.float64)
     total = zeros.index_add(0, index[known], values[known].double())
-    return clustered_mean(total, zeros.index_add(0, index[known], known[known].double()))
+    count = zeros.index_add(0, index[known], known[known].double())
+    return clustered_mean(total[count > 0], count[count > 0])
 
 
 def _windows(
@@ -407,7 +412,7 @@ def _answered(
             raise ValueError(f"{place}: {nothing.reason}.") from None
         text = template.render(asked, place, reply=True, tools=row.get(TOOLS))
         (ids,) = encode(tokenizer, [text], special=False)
-        prompt = Prompt(list(ids), text, text_of(messages[turns[-1]].get("content")))
+        prompt = Prompt(list(ids), text, text_of(messages[turns[-1]].get("content"), place))
     if not prompt.tokens:
         raise ValueError(f"{place}: the prompt is empty.")
     if len(prompt.tokens) > room:

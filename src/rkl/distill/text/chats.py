@@ -168,15 +168,7 @@ class ChatTemplate:
         return {**call, "function": {**function, "arguments": arguments}}
 
     def _content(self, content: Any, place: str) -> Any:
-        if isinstance(content, str):
-            return [{"type": "text", "text": content}] if self.takes_parts else content
-        other = sorted({str(part.get("type")) for part in content} - {*_TEXT_PARTS})
-        if other:
-            raise ValueError(
-                f"{place}: content in parts must be text for a language model; got a part of "
-                f"type {other[0]}."
-            )
-        text = "".join(part.get("text") or "" for part in content)
+        text = text_of(content, place)
         return [{"type": "text", "text": text}] if self.takes_parts else text
 
     def check_tools(self, tools: list[Any] | None) -> None:
@@ -289,6 +281,9 @@ class _Chat:
             row.answers.insert(0, (self._start(turn), len(said)))
         return [text for _, text in sorted(rows, key=lambda it: it[0])]
 
+    def _said(self, turn: int) -> str:
+        return text_of(self.messages[turn]["content"], self.place)
+
     def _start(self, turn: int) -> int:
         """Start of the answer in the rendering of the chat up to it."""
         said = self.until(turn + 1)
@@ -296,7 +291,7 @@ class _Chat:
             return 0
         asked = self.until(turn, reply=True)
         start = len(asked) if said.startswith(asked) else self._start_of_content(turn)
-        answer = text_of(self.messages[turn]["content"]).rpartition("</think>")[2].strip()[-16:]
+        answer = self._said(turn).rpartition("</think>")[2].strip()[-16:]
         if answer not in said[start:] and not self.template.marks:
             reason = "the chat template does not write what the assistant says"
             raise NothingToTrainOnError(reason, (repr(answer),))
@@ -308,7 +303,7 @@ class _Chat:
         Such a template asks for a reply with the beginning of a thought, and leaves the thought
         out of what was replied; the reply itself is what follows that beginning.
         """
-        opening, ends, answer = text_of(self.messages[turn]["content"]).rpartition("</think>")
+        opening, ends, answer = self._said(turn).rpartition("</think>")
         thought, answer = opening.partition("<think>")[2].strip(), answer.rstrip()
         if not (ends and thought) or self.template.marks or not turn:
             return None
@@ -392,7 +387,7 @@ class _Chat:
         for (i, _), left, right in zip(words.items(), gaps[:-1], gaps[1:], strict=True):
             if not whole.startswith(left, at):
                 return None
-            start, text = at + len(left), text_of(self.messages[i]["content"])
+            start, text = at + len(left), self._said(i)
             fits = [
                 it
                 for it in (text, text.strip(), text.rstrip(), text.lstrip())
@@ -493,9 +488,17 @@ def as_tools(value: Any, place: str) -> list[Any] | None:
     return [dict(tool) for tool in value]
 
 
-def text_of(content: Any) -> str:
-    """Content as one text, whether it is given in parts or not."""
-    return content if isinstance(content, str) else "".join(it["text"] for it in content or ())
+def text_of(content: Any, place: str) -> str:
+    """Content as one text, whether it is given in parts or not; parts must be text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    other = sorted({str(part.get("type")) for part in content} - {*_TEXT_PARTS})
+    if other:
+        raise ValueError(
+            f"{place}: content in parts must be text for a language model; got a part of "
+            f"type {other[0]}."
+        )
+    return "".join(part.get("text") or "" for part in content)
 
 
 def _alike(text: str, other: str) -> int:

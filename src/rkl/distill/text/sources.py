@@ -379,6 +379,11 @@ def _messages(value: Any, column: str, place: str) -> list[dict[str, Any]]:
                     f"{place}: a part of content in {column} must be an object with a type; "
                     f"got {_short(part)}."
                 )
+            if not isinstance(part.get("text"), str | None):
+                raise ValueError(
+                    f"{place}: text of a part of content in {column} must be a string; "
+                    f"got {_short(part['text'])}."
+                )
     return [dict(message) for message in value]
 
 

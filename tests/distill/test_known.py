@@ -8,7 +8,7 @@ import torch
 
 import rkl
 from rkl.distill import PadRows, Teacher, read_head
-from rkl.distill.known import captured_mass, lost_in_the_rest
+from rkl.distill.known import captured_mass, infinite_atoms, lost_in_the_rest, token_weights
 from rkl.distill.models.heads import logits_of
 
 CLOSE = "kl", "jensen-shannon", "skew-kl", "skew-reverse-kl", "total-variation"
@@ -173,3 +173,27 @@ def test_what_needs_whole_distributions_refuses_parts():
     for p, named in ((top(2), "its top k"), (draws(2), "some drawn atoms")):
         with pytest.raises(TypeError, match=f"teacher gives {named} alone"):
             logits_of(p(torch.zeros(1, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_tokens_see_log_probabilities_that_are_not_in_half_precision(dtype):
+    logits = (3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(0))).to(dtype)
+    seen = []
+
+    def weigh(logp, logq, batch):
+        seen.extend([logp, logq])
+        return torch.ones(len(logp))
+
+    token_weights(weigh, logits, logits, None)
+    expected = logits.double().log_softmax(-1)
+    for found in seen:  # down to -20, exact to 3e-6 in single precision
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_atoms_in_half_precision_are_infinite_only_where_they_are():
+    p = torch.tensor([[9.0, 9.0, 9.0]], dtype=torch.float16)
+    q = torch.tensor([[9.0, -9.0, -math.inf]], dtype=torch.float16)
+    # the term p^2/q of the second atom, near e^17, exceeds float16 but is finite
+    atoms = infinite_atoms(rkl.PearsonChiSquare(), p, q, 0, torch.zeros(1, dtype=torch.long))
+    assert atoms is not None
+    assert atoms.tolist() == [2]

@@ -59,6 +59,30 @@ def test_it_is_the_mean_over_the_tokens_that_labels_name(temperature):
     torch.testing.assert_close(*gradients)
 
 
+def in_half(dtype, count, *, vocab=64, apart=0.1, temperature=1.0):
+    """Logits in half precision, and the KL of each token in double."""
+    teacher = 3 * random(1, count, vocab)
+    student = (teacher + apart * random(1, count, vocab)).to(dtype).requires_grad_()
+    teacher = teacher.to(dtype)
+    p, q = ((it.double() / temperature).log_softmax(-1)[0] for it in (teacher, student))
+    return teacher, student, (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.5, 3.0])
+def test_a_temperature_does_not_round_logits_in_half_precision_again(dtype, temperature):
+    teacher, student, divergences = in_half(dtype, 8, temperature=temperature)
+    value = distill_loss(
+        teacher=teacher, student=student, divergence=rkl.KL(), temperature=temperature
+    )
+    expected = divergences.mean()
+    # Log-probabilities down to -20 are exact to 3e-6 in single precision, and so is their mean.
+    torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-5)
+    found, gradient = (torch.autograd.grad(it, student)[0] for it in (value, expected))
+    # Both are rounded to half precision; of w (q - p) single precision keeps 3e-6 w, w = 1/8.
+    torch.testing.assert_close(found, gradient, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 def test_labels_that_lie_where_they_are_predicted_give_the_same():
     teacher, student, labels = logits(), logits(), tokens()
     value = distill_loss(teacher=teacher, student=student, labels=labels)

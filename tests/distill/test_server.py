@@ -13,7 +13,7 @@ import rkl
 from rkl.distill import PadRows, Teacher
 from rkl.distill.client import KEY, ServerError
 from rkl.distill.limits import is_address
-from rkl.distill.teachers.server import ServerTeacher
+from rkl.distill.teachers.server import ServerTeacher, gap
 from rkl.distill.teachers.teacher import ModelTeacher
 from rkl.distill.text.batches import shifted
 from rkl.estimators import TopK
@@ -425,3 +425,9 @@ def test_settings_out_of_range_are_refused(settings, error, named, tiny_tokenize
 def test_addresses_are_told_from_names():
     assert is_address("https://host/v1")
     assert not is_address("org/model")
+
+
+def test_the_gap_from_logits_in_half_precision_is_not_their_rounding():
+    logits = (3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(0))).bfloat16()
+    top = TopK(*logits.double().log_softmax(-1).topk(10))
+    assert gap(top, logits).largest < 1e-5  # single precision; in bfloat16 it would be 0.01

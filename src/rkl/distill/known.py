@@ -40,20 +40,29 @@ def logits_of(known: Observed) -> Float[Tensor, "tokens vocab"]:
     return logits / known.temperature
 
 
+def log_softmax_of(known: Observed) -> Float[Tensor, "tokens vocab"]:
+    """Log-probabilities of all tokens, in single precision or better."""
+    return _at_least_single(logits_of(known)).log_softmax(-1)
+
+
 def log_softmax_at(known: Known, tokens: Int[Tensor, " chosen"]) -> Float[Tensor, "chosen vocab"]:
     """Log-probabilities at some tokens, in single precision or better, with a gradient."""
     part: Any = known[tokens] if isinstance(known, Tensor) else known.hidden[tokens]
-    dtype = torch.promote_types(part.dtype, torch.float32)
+    part = _at_least_single(part)
     if isinstance(known, Tensor):
-        return part.to(dtype).log_softmax(-1)
-    bias = None if known.bias is None else known.bias.to(dtype)
-    wide = known._replace(hidden=part.to(dtype), weight=known.weight.to(dtype), bias=bias)
+        return part.log_softmax(-1)
+    bias = None if known.bias is None else known.bias.to(part.dtype)
+    wide = known._replace(hidden=part, weight=known.weight.to(part.dtype), bias=bias)
     with torch.autocast(part.device.type, enabled=False):  # it would round the products
         return logits_of(wide).log_softmax(-1)
 
 
 def at_temperature(known: Any, temperature: float) -> Any:
-    """The same, its logits divided by a temperature, which parts of a distribution have lost."""
+    """The same, its logits divided by a temperature, which parts of a distribution have lost.
+
+    Logits in half precision become single first: rounded once more after the division, they
+    would be off by as much as two close distributions differ.
+    """
     if isinstance(known, TopK | Sampled):
         if temperature != 1:
             part = "its top k" if isinstance(known, TopK) else "drawn atoms"
@@ -63,7 +72,7 @@ def at_temperature(known: Any, temperature: float) -> Any:
             )
         return known
     if isinstance(known, Tensor):
-        return known if temperature == 1 else known / temperature
+        return known if temperature == 1 else _at_least_single(known) / temperature
     return known._replace(temperature=temperature)
 
 
@@ -73,7 +82,7 @@ def infinite_atoms(
     """The atoms that make the divergence of a token infinite; None where p is known in part."""
     if isinstance(p, TopK | Sampled):
         return None
-    logp, logq = (logits_of(_tokens(it, slice(token, token + 1))).log_softmax(-1) for it in (p, q))
+    logp, logq = (log_softmax_of(_tokens(it, slice(token, token + 1))) for it in (p, q))
     inputs = divergence.held_inputs(logp, labels[token : token + 1])
     terms = divergence.by_atom(logp, logq, *divergence.held(logp, logq, *inputs))
     return (~terms.isfinite()).nonzero()[:, 1]
@@ -95,7 +104,7 @@ def token_weights(
         ValueError: A weight is negative, not finite, or missing.
     """
     with torch.no_grad():
-        logp, logq = (logits_of(it).detach().log_softmax(-1) for it in (p, q))
+        logp, logq = (log_softmax_of(it).detach() for it in (p, q))
         weights = weigh(logp, logq, batch)
     if not isinstance(weights, Tensor) or weights.shape != logp.shape[:1]:
         got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
@@ -331,6 +340,10 @@ def _tokens(known: Known, chosen: Int[Tensor, " chosen"] | slice) -> Any:
     if isinstance(known, Tensor):
         return known[chosen]
     return known._replace(hidden=known.hidden[chosen])
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _with_rest(logp: Float[Tensor, "tokens atoms"]) -> Float[Tensor, "tokens more"]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rkl.checks import number, warn
 from rkl.distill.client import ATTEMPTS, RefusedError, Server, ServerError
-from rkl.distill.known import Observed, logits_of
+from rkl.distill.known import Observed, log_softmax_of
 from rkl.distill.limits import check_count
 from rkl.distill.teachers.answers import FORMS, Atom, Kind, Places
 from rkl.distill.teachers.teacher import Teacher
@@ -414,7 +414,7 @@ class ServerTeacher(Teacher):
 
 def gap(p: TopK, reference: Observed) -> Gap:
     """Distance of a top k from what a teacher here says of the same atoms."""
-    logp = logits_of(reference).detach().log_softmax(-1).gather(-1, p.index)
+    logp = log_softmax_of(reference).detach().gather(-1, p.index)
     difference = (logp - p.logp.to(logp)).abs()
     difference = difference[p.logp.isfinite()]
     return Gap(float(difference.max()), float(difference.mean()), len(logp))

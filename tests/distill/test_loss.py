@@ -83,6 +83,17 @@ def test_a_temperature_does_not_round_logits_in_half_precision_again(dtype, temp
     torch.testing.assert_close(found, gradient, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "count"),
+    [(torch.bfloat16, 3), (torch.bfloat16, 7), (torch.bfloat16, 513), (torch.float16, 20_011)],
+)
+def test_tokens_of_logits_in_half_precision_have_their_exact_share(dtype, count):
+    teacher, student, divergences = in_half(dtype, count, vocab=4, apart=2.0)
+    value = distill_loss(teacher=teacher, student=student, divergence=rkl.KL())
+    # A KL of about 1 is exact to 1e-5 in single precision; 1/count in half is off by 4e-4.
+    torch.testing.assert_close(value.double(), divergences.mean(), rtol=1e-4, atol=0)
+
+
 def test_labels_that_lie_where_they_are_predicted_give_the_same():
     teacher, student, labels = logits(), logits(), tokens()
     value = distill_loss(teacher=teacher, student=student, labels=labels)

@@ -83,11 +83,13 @@ def distill_loss(
     if not (count := int(predicting.sum())):
         parameters = [it[:0].sum() for it in _parameters(student)]
         return torch.stack(parameters).sum()  # 0, but not without a gradient
+    # In half precision 1/count would be rounded, which weighs every token by another number.
+    dtype = torch.promote_types(_parameters(student)[0].dtype, torch.float32)
     loss = weighted_loss(
         divergence,
         p=_flat(teacher),
         q=_flat(student),
-        weight=predicting.to(_parameters(student)[0].dtype) / count,
+        weight=predicting.to(dtype) / count,
         labels=targets,
         temperature=temperature,
         hard_label_weight=hard_label_weight,

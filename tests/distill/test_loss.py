@@ -94,6 +94,29 @@ def test_tokens_of_logits_in_half_precision_have_their_exact_share(dtype, count)
     torch.testing.assert_close(value.double(), divergences.mean(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_labels_may_be_integers_of_any_width(dtype, temperature):
+    teacher, student, labels = logits(), logits(), tokens().abs() % VOCAB
+    value = distill_loss(
+        teacher=teacher,
+        student=student,
+        divergence=rkl.KL(),
+        labels=labels.to(dtype),
+        temperature=temperature,
+        hard_label_weight=1.0,
+    )
+    expected = by_hand(teacher, student, labels, temperature=temperature, hard=1.0).mean()
+    torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_labels_that_are_no_integers_are_refused(dtype):
+    labels = torch.ones(ROWS, POSITIONS, dtype=dtype)
+    with pytest.raises(TypeError, match="labels must be a tensor of integers; got torch"):
+        distill_loss(teacher=logits(), student=logits(), labels=labels)
+
+
 def test_labels_that_lie_where_they_are_predicted_give_the_same():
     teacher, student, labels = logits(), logits(), tokens()
     value = distill_loss(teacher=teacher, student=student, labels=labels)

@@ -184,9 +184,7 @@ def _predicting(places, labels, mask, shift, ignore_index, student):
     for name, tokens in (("labels", labels), ("mask", mask)):
         if tokens is None:
             continue
-        if not isinstance(tokens, Tensor) or tokens.is_floating_point():
-            got = tokens.dtype if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-            raise TypeError(f"{name} must be a tensor of integers or booleans; got {got}.")
+        _check_integers(name, tokens, booleans=name == "mask")
         if tokens.shape != places:
             raise ValueError(
                 f"{name} must be {list(places)}, the rows and positions of student; "
@@ -197,8 +195,17 @@ def _predicting(places, labels, mask, shift, ignore_index, student):
             tokens = tokens.roll(-1, -1)
         chosen &= tokens != ignore_index if name == "labels" else tokens != 0
         if name == "labels":
-            targets = tokens.masked_fill(tokens == ignore_index, 0).flatten()
+            targets = tokens.masked_fill(tokens == ignore_index, 0).flatten().long()
     return chosen.flatten(), targets
+
+
+def _check_integers(name: str, tokens: Any, *, booleans: bool) -> None:
+    kind = "integers or booleans" if booleans else "integers"
+    dtype = tokens.dtype if isinstance(tokens, Tensor) else None
+    inexact = dtype is None or dtype.is_floating_point or dtype.is_complex
+    if inexact or (dtype == torch.bool and not booleans):
+        got = dtype or f"a {type(tokens).__name__}"
+        raise TypeError(f"{name} must be a tensor of {kind}; got {got}.")
 
 
 def _with_temperature(known: Any, temperature: float) -> Any:

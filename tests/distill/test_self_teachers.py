@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import rkl
-from rkl.distill import PadRows
+from rkl.distill import PadRows, read_head
+from rkl.distill.teachers.self_teacher import SelfTeacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is 0 at the first step")
 QUICK = {"learning_rate": 1e-2, "hard_label_weight": 1.0, "max_steps": 4}
@@ -76,6 +78,51 @@ def test_a_resumed_training_goes_on_with_its_moving_average_to_the_same_bits(sel
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
     assert torch.equal(flat(whole.model), flat(resumed.model))
     assert torch.equal(flat(whole._teacher.model), flat(resumed._teacher.model))
+
+
+@pytest.fixture
+def half_student(tiny_model):
+    """A student in bfloat16, its moving average, and both as they were, in double."""
+    student = tiny_model("Llama", seed=1).bfloat16()
+    teacher = SelfTeacher(read_head(student), "ema", device="cpu", rate=0.05)
+    began = flat(student).double()
+    with torch.no_grad():
+        for it in student.parameters():
+            it.mul_(1.25)
+    return student, teacher, began, flat(student).double()
+
+
+def test_the_moving_average_of_a_student_in_half_precision_reaches_it(half_student, tmp_path):
+    student, teacher, began, now = half_student
+    for step in range(1, 101):
+        teacher.follow(step)
+    expected = began + (1 - 0.95**100) * (now - began)
+    # The copy is rounded to bfloat16, by eps/2; 100 steps in single precision are exact to 1e-5.
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(flat(teacher.model).double(), expected, rtol=eps, atol=1e-6)
+    teacher.save(tmp_path)
+    saved = load_file(tmp_path / "teacher.safetensors")
+    names = [name for name, _ in student.named_parameters()]
+    found = torch.cat([saved[name].double().flatten() for name in names])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_moving_average_of_half_precision_resumes_to_the_same_bits(half_student, tmp_path):
+    student, teacher, *_ = half_student
+    for step in range(1, 21):
+        teacher.follow(step)
+        if step == 10:
+            teacher.save(tmp_path)
+    resumed = SelfTeacher(read_head(student), "ema", device="cpu", rate=0.05)
+    resumed.load(tmp_path)
+    for step in range(11, 21):
+        resumed.follow(step)
+    saved = []
+    for one in (teacher, resumed):
+        one.save(tmp_path)
+        saved.append(load_file(tmp_path / "teacher.safetensors"))
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert torch.equal(flat(teacher.model), flat(resumed.model))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """A student as its own teacher: as it began, as its moving average, or as it is now."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -22,6 +22,9 @@ class SelfTeacher(Teacher):
     On the same text "live" gives the student's own distribution, but for its dropout, and "base"
     and "ema" begin there: the divergence then begins at 0. They pay where the loss has a term of
     labels, or the teacher lags behind.
+
+    The moving average of weights in half precision is kept in single precision, and the copy has
+    it rounded: a step of the average is often below what half precision can add to a weight.
 
     Args:
         student: The head of the student.
@@ -49,6 +52,11 @@ class SelfTeacher(Teacher):
             self.head = read_head(frozen, "teacher")
         self.vocab = student.vocab
         self.model: nn.Module | None = self.head.model
+        weights = _distinct(self.head.model) if kind == "ema" else {}
+        self._average = {
+            name: it.to(torch.promote_types(it.dtype, torch.float32))
+            for name, it in weights.items()
+        }
 
     def observe(self, inputs, predicting, *, vocab=None):
         return self.head.observe(inputs, predicting, vocab=vocab)
@@ -57,15 +65,15 @@ class SelfTeacher(Teacher):
         """Move the moving average towards the student, every so many steps."""
         if self.kind != "ema" or step % self.sync_steps:
             return
-        pairs = zip(self.head.model.parameters(), self.student.model.parameters(), strict=True)
-        with torch.no_grad():
-            for mean, now in pairs:
-                mean.lerp_(now.to(mean), self.rate)
+        student = _distinct(self.student.model)
+        for name, mean in self._average.items():
+            mean.lerp_(student[name].to(mean), self.rate)
+        _copy(self._average, _distinct(self.head.model))
 
     def save(self, folder: Path) -> None:
         """Keep the moving average in a checkpoint."""
         if self.kind == "ema":
-            save_tensors(folder / FILE, _distinct(self.head.model))
+            save_tensors(folder / FILE, self._average)
 
     def load(self, folder: Path) -> None:
         """Go on with the moving average of a checkpoint."""
@@ -76,15 +84,19 @@ class SelfTeacher(Teacher):
                 f"teacher_model_kind: {folder} holds no moving average, {FILE}: it is not a "
                 "checkpoint of a training with teacher_model_kind='ema'."
             )
-        load_average(self.head.model, folder / FILE)
+        _copy(load_file(folder / FILE), self._average)
+        _copy(self._average, _distinct(self.head.model))
 
 
 def load_average(model: nn.Module, file: Path) -> None:
     """Give a model the weights of a moving average that a checkpoint holds."""
-    state: Any = load_file(file)
-    with torch.no_grad():
-        for name, mean in _distinct(model).items():
-            mean.copy_(state[name])
+    _copy(load_file(file), _distinct(model))
+
+
+def _copy(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors into those of the same names, in the precision of these."""
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
 
 
 def _distinct(model: nn.Module) -> dict[str, torch.Tensor]:

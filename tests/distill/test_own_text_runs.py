@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from rkl.cli import main
 from rkl.distill import distill, dry_run, load_tokenizer
+from rkl.distill.evaluate import EvaluateSettings, evaluate_run
+from rkl.distill.generate import GenerateSettings, generate_run
 from rkl.distill.limits import template_variables
 from rkl.distill.prepare import load, make_trainer
 from rkl.distill.progress import Display
@@ -176,6 +178,20 @@ def test_the_template_is_called_with_what_it_is_given(folder):
     blocks = tokenize(rows, tokenizer, chat_template_kwargs={"mood": "calm"}, **how)
     assert tokenizer.decode(blocks[0]["input_ids"]).endswith("<assistant>(calm)")
     assert tokenizer.decode(tokenize(rows, tokenizer, **how)[0]["input_ids"]).endswith("tant>")
+
+
+def test_replies_of_a_run_follow_the_template_as_it_was_called_in_training(folder, tmp_path):
+    mood = {"chat_template_kwargs": '{"mood": "calm"}'}
+    run = tmp_path / "run"
+    distill(settings_for(folder, "chats", lmbda=0.0, max_length=32, max_steps=1, **mood), run)
+    how = {"data": str(folder / "chats.jsonl"), "prompts": 2, "max_new_tokens": 1, "seeds": 1}
+    with pytest.warns(UserWarning, match="were trained on"):
+        evaluate_run(run, EvaluateSettings(**how, max_blocks=1, device="cpu"))
+    generate_run(run, GenerateSettings(**how, device="cpu"))
+    for file in ("generations.jsonl", "replies.jsonl"):
+        prompts = [json.loads(line)["prompt"] for line in (run / file).read_text().splitlines()]
+        assert len(prompts) == 2
+        assert all(it.endswith("<assistant>(calm)") for it in prompts)
 
 
 @pytest.mark.parametrize("value", ["[1]", "no", 3, '{"tokenize": true}'])

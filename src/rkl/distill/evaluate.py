@@ -275,7 +275,7 @@ def _load(path: str | os.PathLike, settings: EvaluateSettings, allow: Collection
         told = check_splits_alike(blocks.sample(SAMPLE), of_teacher, tokenizer)
         if told:
             warn(told)
-    prompts, passed_over = _prompts(rows, tokenizer, student, settings)
+    prompts, passed_over = _prompts(rows, tokenizer, student, settings, variables)
     models = tokenizer, of_teacher, student, teacher
     collate = PadRows() if column is None else RouteRows(PadRows(), column, [*several])
     return _Parts(run, divergences, rows, *models, shape, blocks, prompts, passed_over, collate)
@@ -286,12 +286,15 @@ def _prompts(
     tokenizer: PreTrainedTokenizerBase,
     student: PreTrainedModel,
     settings: EvaluateSettings,
+    variables: Mapping[str, Any],
 ) -> tuple[list[Prompt], str]:
     """Prompts for the student's replies; warns of rows that give none."""
     if not settings.prompts:
         return [], ""
     try:
-        prompts, passed_over = choose_prompts(rows, tokenizer, student, settings)
+        prompts, passed_over = choose_prompts(
+            rows, tokenizer, student, settings, chat_template_kwargs=variables
+        )
     except ValueError as error:
         prompts, passed_over = [], str(error)
     if passed_over:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rkl import checks
 from rkl.checks import warn
-from rkl.distill.limits import check_count, check_counts, context_of
+from rkl.distill.limits import check_count, check_counts, context_of, template_variables
 from rkl.distill.models.heads import inference
 from rkl.distill.models.loading import OF_MODEL, load_model, load_tokenizer
 from rkl.distill.progress import quiet
@@ -121,7 +121,12 @@ def generate_run(
     rows = read_rows(settings.data, split=settings.split)
     tokenizer, student = load_tokenizer(run.path), load_model(run.path)
     prompts, left_out = choose_prompts(
-        rows, tokenizer, student, settings, prompt_tokens=settings.prompt_tokens
+        rows,
+        tokenizer,
+        student,
+        settings,
+        prompt_tokens=settings.prompt_tokens,
+        chat_template_kwargs=template_variables(run.settings.get("chat_template_kwargs")),
     )
     if not prompts:
         raise ValueError(
@@ -151,11 +156,12 @@ def choose_prompts(
     settings: Any,
     *,
     prompt_tokens: int = 32,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[Prompt], str]:
     """The prompts that the settings of a verb want, and which rows give none, in words.
 
     A row that gives no prompt, or one that the model's context has no room for, is passed over
-    for the next.
+    for the next. Chats are rendered with ``chat_template_kwargs``, as the student was trained.
     """
     room, left_out = context_of(model) - settings.max_new_tokens, LeftOut(read_rows(rows))
     prompts = prompts_of(
@@ -166,6 +172,7 @@ def choose_prompts(
         reply_tokens=settings.max_new_tokens,
         room=room,
         left_out=left_out,
+        chat_template_kwargs=chat_template_kwargs,
     )
     return prompts, str(left_out)
 
@@ -215,6 +222,7 @@ def prompts_of(
     reply_tokens: int = 64,
     room: float = math.inf,
     left_out: LeftOut | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Prompt]:
     """Prompts from rows, spread evenly over them, each with what the data says next.
 
@@ -230,6 +238,7 @@ def prompts_of(
         reply_tokens: Length of the reference taken from plain text.
         room: Longest prompt, in tokens; longer ones are passed over.
         left_out: Counts the rows passed over; without it the first of them is an error.
+        chat_template_kwargs: What else the chat template is called with.
     """
     check_count("count", count)
     check_count("prompt_tokens", prompt_tokens)
@@ -254,7 +263,8 @@ def prompts_of(
                 "than the model's context."
             )
     else:
-        template = ChatTemplate(tokenizer) if holds_chats(rows) else None
+        variables = chat_template_kwargs or {}
+        template = ChatTemplate(tokenizer, variables) if holds_chats(rows) else None
         for index in _spread_first(len(rows), count):
             if len(chosen) == count:
                 break

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import material
 import pytest
@@ -15,6 +16,7 @@ from rkl.distill.pair import _percentiles, _Side, draft_survival
 from rkl.distill.text.data import tokenize
 from rkl.distill.text.sources import read_rows
 
+ROLES = "user", "assistant"
 QUICK = {"max_length": 16, "device": "cpu", "prefix": 4, "own": 4, "draft_length": 4}
 
 
@@ -287,6 +289,50 @@ def test_settings_that_do_not_fit_the_models_are_refused(folder, changes, messag
 def test_settings_that_mean_nothing_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         PairSettings(teacher="T", data="D", **changes)
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
+
+
+@pytest.fixture
+def chatting(folder, tmp_path):
+    """A function that gives forward KL on chats, student and teacher with these templates."""
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(
+            json.dumps({"messages": [{"role": role, "content": f"{n}"} for role in ROLES]}) + "\n"
+            for n in range(4)
+        )
+    )
+
+    def measure(of_student, of_teacher, **changes):
+        tokenizer = material.tokenizer()
+        for name, template in (("student", of_student), ("teacher", of_teacher)):
+            shutil.copytree(folder / name, tmp_path / name, dirs_exist_ok=True)
+            tokenizer.chat_template = template
+            tokenizer.save_pretrained(tmp_path / name)
+            if template is None:
+                (tmp_path / name / "chat_template.jinja").unlink(missing_ok=True)
+        how = {"teacher": str(tmp_path / "teacher"), "data": str(tmp_path / "chats.jsonl")}
+        how |= {"max_length": 32, "contexts": 0} | changes
+        result = evaluate_pair(tmp_path / "student", settings(folder, **how)).result
+        return result["divergences"]["forward-kl"]["value"]
+
+    return measure
+
+
+def test_chats_are_read_by_the_template_that_one_of_two_models_has(chatting, tmp_path):
+    expected = chatting(TEMPLATE, TEMPLATE)
+    with pytest.warns(UserWarning, match="has no chat template; the teacher's is used"):
+        assert chatting(None, TEMPLATE) == expected
+    assert chatting(TEMPLATE, None) == expected
+    other = TEMPLATE.replace("<|end|>", ".<|end|>")
+    with pytest.warns(UserWarning, match="different chat templates; the student's is used"):
+        assert chatting(TEMPLATE, other) == expected
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    named = {"chat_template": str(tmp_path / "template.jinja")}
+    for template in (None, other):
+        assert chatting(template, template, **named) == expected
+    assert chatting(other, other) != expected
 
 
 def test_on_the_command_line(folder, capsys, tmp_path):

@@ -30,7 +30,8 @@ from rkl.distill.models.loading import load_model
 from rkl.distill.progress import quiet
 from rkl.distill.teachers.teacher import ModelTeacher
 from rkl.distill.text.batches import PadRows, attended, shifted
-from rkl.distill.text.data import TEACHER_IDS, TokenDataset, spread, tokenize
+from rkl.distill.text.chats import choose_template
+from rkl.distill.text.data import TEACHER_IDS, TokenDataset, holds_chats, spread, tokenize
 from rkl.distill.text.sources import read_rows
 from rkl.distill.text.vocabulary import SAMPLE, check_splits_alike, share_vocabulary
 from rkl.distill.writing.rollouts import ModelWriter, Reply
@@ -64,6 +65,8 @@ class PairSettings:
         split: Which split of --data is read, where it has several.
         divergences: What to measure beside forward KL, reverse KL and TV, such as
             neg-log-acceptance; nothing else by default.
+        chat_template: A file with the chat template to use; by default the student's, or the
+            teacher's where the student has none.
         max_length: Longest block, in tokens, at most the models' context; by default 512, or the
             context where that is shorter.
         max_blocks: Number of blocks to measure, from the first on; by default all.
@@ -88,6 +91,7 @@ class PairSettings:
     data: str
     split: str = "test"
     divergences: tuple[str, ...] = ()
+    chat_template: str | None = None
     max_length: int | None = None
     max_blocks: int | None = None
     batch_size: int = 8
@@ -200,6 +204,9 @@ def evaluate_pair(student: str | os.PathLike, settings: PairSettings) -> Compari
             f"neither {name} nor {settings.teacher} has a tokenizer to read text with."
         )
     rows = read_rows(settings.data, split=settings.split)
+    template = choose_template(of_p or tokenizer, tokenizer, settings.chat_template)
+    if template and holds_chats(rows):
+        warn(template)
     blocks = tokenize(rows, tokenizer, max_length=max_length)
     if TEACHER_IDS in blocks.columns:
         raise ValueError(

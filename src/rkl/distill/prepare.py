@@ -56,7 +56,7 @@ from rkl.distill.teachers.captures import Compression, read_compression
 from rkl.distill.teachers.published import PublishedTeacher, read_published
 from rkl.distill.teachers.server import ServerTeacher
 from rkl.distill.teachers.teacher import ModelTeacher, Teacher
-from rkl.distill.text.chats import ChatTemplate, read_template
+from rkl.distill.text.chats import ChatTemplate, choose_template
 from rkl.distill.text.data import (
     IGNORED,
     SHORTEST_PASSAGE,
@@ -246,7 +246,7 @@ def load(settings: DistillSettings) -> tuple[Text, Models]:
     settings = with_length(settings)
     _check_extras(settings)
     tokenizers = _load_tokenizers(settings)
-    template = _choose_template(settings, *tokenizers)
+    template = choose_template(*tokenizers, settings.chat_template)
     student: Any = None
     if published_column(settings.teacher) is None:
         text = read_text(settings, tokenizers[1])
@@ -355,7 +355,7 @@ def load_for_cache(
     """Load the text of a run with these settings, and the teacher to cache."""
     settings = with_length(settings)
     tokenizers = _load_tokenizers(settings)
-    template = _choose_template(settings, *tokenizers)
+    template = choose_template(*tokenizers, settings.chat_template)
     text = read_text(settings, tokenizers[1])
     if text.template is not None and template:
         warn(template)
@@ -660,26 +660,6 @@ def _load_tokenizers(
     return teacher, load_tokenizer(path)
 
 
-def _choose_template(
-    settings: DistillSettings,
-    teacher: PreTrainedTokenizerBase,
-    student: PreTrainedTokenizerBase,
-) -> str | None:
-    """Give the student's tokenizer the chat template of the run; say if there was another."""
-    if settings.chat_template is not None:
-        student.chat_template = read_template(settings.chat_template)
-        return None
-    if teacher.chat_template == student.chat_template or not teacher.chat_template:
-        return None
-    if not student.chat_template:
-        student.chat_template = teacher.chat_template
-        return "The student's tokenizer has no chat template; the teacher's is used, and saved."
-    return (
-        "Teacher and student have different chat templates; the student's is used, so that the "
-        "teacher reads chats in words that are not its own. --chat-template names another file."
-    )
-
-
 def _end_replies(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Have the student's replies end at the token with which the template ends a turn."""
     end, known = ChatTemplate(tokenizer).turn_end, ends_of(student, tokenizer)
@@ -748,7 +728,7 @@ def _load_student(settings: DistillSettings) -> PreTrainedModel:
 def save_student(settings: DistillSettings, folder: Path) -> None:
     """Write the student as a run begins with it, and its tokenizer."""
     tokenizers = _load_tokenizers(settings)
-    _choose_template(settings, *tokenizers)
+    choose_template(*tokenizers, settings.chat_template)
     _load_student(settings).save_pretrained(folder)
     tokenizers[1].save_pretrained(folder)
 
@@ -766,7 +746,7 @@ def save_merged(settings: DistillSettings, checkpoint: Path, folder: Path, *, ch
         chats: Whether the student was trained on chats, whose ends then end its replies.
     """
     _, tokenizer = tokenizers = _load_tokenizers(settings)
-    _choose_template(settings, *tokenizers)
+    choose_template(*tokenizers, settings.chat_template)
     student = _load_student(settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said when the run began

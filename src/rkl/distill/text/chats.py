@@ -74,8 +74,9 @@ class ChatTemplate:
         if not self.tokenizer.chat_template:
             raise ValueError(
                 "The tokenizer has no chat template, which rows of messages need: name a file "
-                "with --chat-template, set tokenizer.chat_template, or give rows with text or "
-                "with prompt and completion."
+                "with --chat-template (rkl distill, rkl cache, and rkl evaluate of two models), "
+                "set tokenizer.chat_template, or give rows with text or with prompt and "
+                "completion."
             )
         self.takes_parts = not self._writes("text") and self._writes("parts")
         source = str(self.tokenizer.get_chat_template())
@@ -448,6 +449,30 @@ def read_template(path: str | os.PathLike) -> str:
     if not text.strip():
         raise ValueError(f"chat_template: {path} is empty.")
     return text
+
+
+def choose_template(
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    file: str | os.PathLike | None = None,
+) -> str | None:
+    """Give the student's tokenizer the chat template in a file, or the teacher's if it has none.
+
+    Returns:
+        A warning where teacher and student had different ones, and no file is given.
+    """
+    if file is not None:
+        student.chat_template = read_template(file)
+        return None
+    if teacher.chat_template == student.chat_template or not teacher.chat_template:
+        return None
+    if not student.chat_template:
+        student.chat_template = teacher.chat_template
+        return "The student's tokenizer has no chat template; the teacher's is used."
+    return (
+        "Teacher and student have different chat templates; the student's is used, so that the "
+        "teacher reads chats in words that are not its own. --chat-template names another file."
+    )
 
 
 class _Generation(Extension):

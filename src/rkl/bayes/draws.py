@@ -15,6 +15,7 @@ import xarray as xr
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from rkl.bayes.axes import AXES, in_one_order, labels_along
 from rkl.readers import Columns, matching_files, read_arrays, read_columns, refuse_external
 from rkl.tables import Table
 
@@ -25,7 +26,6 @@ ROUNDED = 5.1e-4  # of an element of a simplex that was written with three digit
 MAX_FLAGS = 2**20  # flags of a file that are read although no variable is asked for
 ELEMENTS = 4, 64  # at least and at most, of one variable, whose extremes are looked for
 PROBED = 2**15  # numbers of the draws at these extremes, unless fewer are the least
-AXES = ("chain", "draw")
 READABLE = (
     "a DataTree or InferenceData with a group 'posterior', an xarray Dataset, a dict of arrays "
     "[chains, draws, ...], a data frame, a path of .nc, .zarr, .npz or a table, a cmdstanpy fit, "
@@ -69,6 +69,7 @@ class Draws:
         if not self.variables:
             raise ValueError("draws must hold at least one variable; got none.")
         arrays = {name: _as_array(name, value) for name, value in self.variables.items()}
+        arrays = in_one_order(arrays)
         object.__setattr__(self, "variables", arrays)
         for name, array in arrays.items():
             size = array.sizes["chain"], array.sizes["draw"]
@@ -110,7 +111,7 @@ class Draws:
         [['Choate', 'Deerfield']]
         """
         array = self.of(name)
-        return [_places(array, axis) for axis in array.dims if axis not in AXES]
+        return [labels_along(array, axis) for axis in array.dims if axis not in AXES]
 
     def table(self) -> Table:
         """The variables with the shape of a draw, unread."""
@@ -271,6 +272,9 @@ def read_draws(source: Any, weights: Any = None) -> Draws:
         draws = Draws(variables, notes=tuple(notes))
     if weights is None:
         return draws
+    if isinstance(weights, xr.DataArray):
+        variables = in_one_order({**draws.variables, "": _as_array("weights", weights)})
+        weights = variables[""].transpose(*AXES, ...).values
     if not isinstance(weights, Tensor):
         try:
             weights = torch.from_numpy(np.array(weights, np.float64))
@@ -331,15 +335,6 @@ def read(array: xr.DataArray, chains: int | slice, draws: slice) -> Tensor:
 def tensor_of(values: np.ndarray) -> Tensor:
     """Numbers as float64, copied only where a tensor cannot share them."""
     return torch.from_numpy(np.require(values, np.float64, ["C", "W"]))
-
-
-def _places(array: xr.DataArray, axis: Any) -> list[str] | None:
-    if axis not in array.coords or array.coords[axis].dims != (axis,):
-        return None
-    values = array.coords[axis].values.tolist()
-    if values == list(range(len(values))) or any(isinstance(x, tuple) for x in values):
-        return None
-    return [f"{x:g}" if isinstance(x, float) else str(x) for x in values]
 
 
 def _as_array(name: str, value: Any) -> xr.DataArray:

@@ -2,10 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from rkl.bayes.act import Estimate
+from rkl.bayes.answer import elements
 from rkl.bayes.compare import excess_over, loss_name, side_by_side, variables_of
 from rkl.bayes.identified import not_used
 from rkl.bayes.report import acts_side_by_side, open_runs, report_runs, result_of
@@ -34,18 +38,10 @@ def evaluate_run(
         seed=settings.seed,
         device=settings.device,
     )
-    reported_act = result_of(run)["estimate"]["act"]
+    result = result_of(run)["estimate"]
     with only(allow, source=run.path / "run.json"):
         estimate = estimate_act(there)
-    reported = {
-        name: number_or_nan(reported_act[name]["value"]) for name in estimate.problem.model.names
-    }
-    for name, value in reported.items():
-        if value.shape != estimate.act[name].shape:
-            raise ValueError(
-                f"posterior must hold {name} as the run's did, {list(value.shape)}; "
-                f"got {list(estimate.act[name].shape)}."
-            )
+    reported = {name: _reported(result, name, estimate) for name in estimate.problem.model.names}
     here = variables_of(estimate)
     # no value was reported of what the distribution does not depend on, and any serves
     filled = {name: torch.where(x.isnan(), here[name], x) for name, x in reported.items()}
@@ -61,6 +57,32 @@ def evaluate_run(
         not_used(estimate.act.unused, estimate.labels),
     )
     return side_by_side(estimate.problem, candidates, judges, tuple(filter(None, notes)), unused)
+
+
+def _reported(result: Mapping[str, Any], name: str, estimate: Estimate) -> Tensor:
+    """The reported value of a variable, its elements in the order of other draws' labels."""
+    value = number_or_nan(result["act"][name]["value"])
+    shape = estimate.act[name].shape
+    if value.shape != shape:
+        raise ValueError(
+            f"posterior must hold {name} as the run's did, {list(value.shape)}; got {list(shape)}."
+        )
+    here, there = estimate.labels(name), result.get("labels", {}).get(name)
+    counted = [elements(name, shape), _from_one(name, shape)]
+    if there in (None, here) or here in counted or there in counted:
+        return value
+    if sorted(here) != sorted(there) or len({*here}) < len(here):
+        unlike = next(x for x in zip(there, here, strict=True) if x[0] != x[1])
+        raise ValueError(
+            f"posterior must hold the elements of {name} under the labels that they had in the "
+            f"run's; expected {unlike[0]}, got {unlike[1]}."
+        )
+    return value.flatten()[[there.index(label) for label in here]].reshape(shape)
+
+
+def _from_one(name: str, shape: torch.Size) -> list[str]:
+    """Names of the elements of a parameter that are counted from 1 along each axis."""
+    return elements(name, shape, [[str(i + 1) for i in range(n)] for n in shape])
 
 
 def compare_runs(

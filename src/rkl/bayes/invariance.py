@@ -131,7 +131,9 @@ def _rename(problem: Problem, bijection: Mapping[str, Transform]) -> Problem:
     def make(theta: Theta) -> Distribution:
         return model.make(Theta({k: _back(bijection, k, theta[k]) for k in model.names}))
 
-    renamed = Model(f"{model.text}, renamed", model.names, make, events=model.events)
+    renamed = Model(
+        *(f"{model.text}, renamed", model.names, make), events=model.events, places=model.places
+    )
     return dataclasses.replace(problem, draws=Draws(variables, draws.weights), model=renamed)
 
 

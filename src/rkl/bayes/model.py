@@ -7,13 +7,14 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributions
+import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import (
@@ -34,6 +35,7 @@ from torch.distributions.transforms import (
 )
 
 from rkl.bayes import families
+from rkl.bayes.axes import insert_axes, labels_along, places_of_axes
 from rkl.bayes.draws import Draws
 from rkl.bayes.families import ExponentialFamily, family_of
 from rkl.bayes.families.named import PoissonOrZero
@@ -156,6 +158,7 @@ class Model:
     design: Any = None
     few: Mapping[str, Tensor] | None = None  # draws that show what the distributions are made of
     columns: tuple[str, ...] = ()  # those of the design that have a coefficient
+    places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of axes, if not first
 
     def law(self, theta: Mapping[str, Tensor]) -> Distribution:
         """The distributions of n draws, of batch shape [n, *batch].
@@ -656,6 +659,7 @@ def _model_of_class(text: str, cls, settings: dict[str, Any], draws: Draws, desi
     columns: tuple[str, ...] = ()
     if design is not None and "design" in inspect.signature(cls).parameters:
         settings, columns = _with_design(text, settings, design)
+        settings, columns = _in_order_of_coefficients(text, settings, columns, draws)
     names = tuple(dict.fromkeys(name for v in settings.values() for name in _names_in(v)))
     if not names:
         raise ValueError(f"family {text} must take a variable of the posterior; got none.")
@@ -679,16 +683,16 @@ def _model_of_class(text: str, cls, settings: dict[str, Any], draws: Draws, desi
 
     def make(theta: Theta) -> Distribution:
         batch = max(theta[name].ndim - events[name] for name in names)
-        aligned = {k: _align(theta[v], ranks[k], batch) for k, v in variables.items()}
+        aligned = {
+            k: align(theta[v], ranks[k], batch, places.get(v)) for k, v in variables.items()
+        }
         aligned |= {k: stack_columns(theta, v, events) for k, v in stacks.items()}
         return cls(**aligned, **fixed, validate_args=None if not constraints_by_name else False)
 
-    for name in names:
-        draws.shape(name)
+    places = places_of_axes({name: draws.of(name) for name in names}, events)
     some_draws = probe(draws, names)
-    return Model(
-        text, names, make, variables | stacks | fixed, cls, events, design, some_draws, columns
-    )
+    settings = variables | stacks | fixed
+    return Model(text, names, make, settings, cls, events, design, some_draws, columns, places)
 
 
 def _names_in(value: Any) -> tuple[str, ...]:
@@ -729,9 +733,11 @@ def _refuse_unstackable(
 
 
 def labels_of(design: Any) -> tuple[str, ...]:
-    """The names of the columns of a design: of a data frame, or of a dict of columns."""
+    """The names of the columns of a design: of a data frame, a dict of columns, a DataArray."""
     if isinstance(design, Mapping):
         return tuple(map(str, design))
+    if isinstance(design, xr.DataArray) and design.ndim == 2:
+        return tuple(labels_along(design, design.dims[1]) or ())
     columns = getattr(design, "columns", None)
     return () if columns is None or callable(columns) else tuple(map(str, columns))
 
@@ -771,6 +777,51 @@ def _with_design(
     return updated | {"design": matrix}, labels
 
 
+def _in_order_of_coefficients(
+    text: str, settings: dict[str, Any], columns: tuple[str, ...], draws: Draws
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The settings and columns with the design's columns in the order of the coefficients.
+
+    Columns go to the coefficients of their names, the others in order to those without a name.
+    """
+    coefficients = settings.get("coefficients")
+    labels = _coefficient_labels(coefficients, columns, draws)
+    named = [label for label in labels if label is not None]
+    counted = all(label.isdecimal() for label in named)
+    distinct = len({*named}) == len(named) and len({*columns}) == len(columns)
+    if not named or not distinct or len(labels) != len(columns):
+        return settings, columns
+    if counted or all(column.isdecimal() for column in columns):
+        if {*named} != {*columns}:
+            return settings, columns
+    elif unknown := [label for label in named if label not in columns]:
+        raise ValueError(
+            f"family {text}: the columns of the design must be called as the coefficients are; "
+            f"{coefficients} has {', '.join(named)}, of which {unknown[0]} is none of the columns "
+            f"{', '.join(columns)}. Rename one of them, or give the design as numbers without "
+            "names, in the order of the coefficients."
+        )
+    others = iter([column for column in columns if column not in named])
+    ordered = [next(others) if label is None else label for label in labels]
+    places = [columns.index(column) for column in ordered]
+    return settings | {"design": settings["design"][:, places]}, tuple(ordered)
+
+
+def _coefficient_labels(
+    coefficients: Any, columns: tuple[str, ...], draws: Draws
+) -> list[str | None]:
+    """The label of each coefficient; of a number, the name of its variable if a column has it."""
+    parts = coefficients if isinstance(coefficients, Stack) else [coefficients]
+    labels: list[str | None] = []
+    for part in parts:
+        shape = draws.shape(part) if isinstance(part, str) else ()
+        if shape:
+            labels += draws.labels(part)[-1] or [None] * shape[-1]
+        else:
+            labels.append(part if part in columns else None)
+    return labels
+
+
 def _refuse_incomplete(text: str, cls, settings: Mapping[str, Any]) -> None:
     parameters = inspect.signature(cls).parameters.items()
     missing = [k for k, p in parameters if p.default is p.empty and k not in settings]
@@ -791,8 +842,10 @@ def _constraints(cls) -> Mapping[str, Constraint]:
     return cls.arg_constraints if isinstance(cls.arg_constraints, Mapping) else {}
 
 
-def _align(x: Tensor, event: int, batch: int) -> Tensor:
-    """Batch axes flush left: sigma [n] beside mu [n, 8] is [n, 1], shared by the eight."""
+def align(x: Tensor, event: int, batch: int, places: tuple[int, ...] | None = None) -> Tensor:
+    """Batch axes at their places, else flush left: sigma [n] beside mu [n, 8] is [n, 1]."""
+    if places is not None:
+        return insert_axes(x, places, batch, event)
     lead = x.ndim - event
     return x.reshape(x.shape[:lead] + (1,) * (batch - lead) + x.shape[lead:])
 

@@ -17,6 +17,7 @@ from rkl.bayes.model import (
     Laws,
     Model,
     Unwrapped,
+    align,
     family_in,
     laws_of,
     moving_edge,
@@ -115,7 +116,9 @@ class Problem:
         """Names of the members of the batch, along each of its axes."""
         size = len(self.batch)
         for name in self.model.names:
-            if torch.Size(self.draws.shape(name))[:size] == self.batch:
+            event = (self.model.events or {}).get(name, 0)
+            shape = torch.Size(self.draws.shape(name))
+            if shape[:size] == self.batch and len(shape) - event >= size:
                 return self.draws.labels(name)[:size]
         return [None] * size
 
@@ -158,6 +161,7 @@ class Problem:
         """Variable -> parameter of the base distribution that equals it; others are left out."""
         keys = {}
         for name, drawn in self.few.items():
+            drawn = self.align(name, drawn) if name in self.model.places else drawn
             equal = [key for key in self._parameters() if _equals(drawn, self._parameter(key))]
             keys |= {name: equal[0]} if equal else {}
         return keys
@@ -179,11 +183,10 @@ class Problem:
 
     def align(self, name: str, drawn: Tensor, model: Model | None = None) -> Tensor:
         """Draws [n, ...] of a variable, in the shape that the act has."""
-        events = (model or self.model).events
-        if events is not None:
-            lead = drawn.shape[: drawn.ndim - events[name]]
-            missing = (1,) * (1 + len(self.batch) - len(lead))
-            drawn = drawn.reshape(lead + missing + drawn.shape[len(lead) :])
+        model = model or self.model
+        if model.events is not None:
+            places = model.places.get(name)
+            drawn = align(drawn, model.events[name], 1 + len(self.batch), places)
         return drawn.expand(len(drawn), *self.shape(name, model))
 
     @functools.cached_property

@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from rkl.bayes.act import Estimate, bayes_act
 from rkl.bayes.answer import Act, elements
+from rkl.bayes.axes import places_of_axes
 from rkl.bayes.diagnostics import diagnose, mean_of_diagnosed, nan_where
 from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.families.regression import Regression, by_rows
@@ -25,7 +26,16 @@ from rkl.bayes.loss.expected import (
     thin_loss,
 )
 from rkl.bayes.loss.nodes import nodes_for
-from rkl.bayes.model import Model, Theta, family_in, laws_of, probe, read_family, support_of
+from rkl.bayes.model import (
+    Model,
+    Theta,
+    family_in,
+    labels_of,
+    laws_of,
+    probe,
+    read_family,
+    support_of,
+)
 from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.solve.closed import (
     Solution,
@@ -144,6 +154,10 @@ def _read(whole: Problem, name: str | None, given: Any) -> Subfamily:
             f"got {given!r}."
         )
     model = read_family(given, whole.draws, whole.model.design)
+    if model.events is not None:  # its axes stand among those of the whole family
+        events = {**(whole.model.events or {}), **model.events}
+        arrays = {key: whole.draws.of(key) for key in events}
+        model = replace(model, places=places_of_axes(arrays, events))
     subfamily = Subfamily(name or model.text, model, whole)
     _refuse_unlike(subfamily)
     return subfamily
@@ -186,7 +200,8 @@ def _of_columns(whole: Problem, name: str | None, columns: list) -> Subfamily:
             f"'logistic-regression(coefficients=beta)', and its design=; got {model.text}."
         )
     parts = coefficients if isinstance(coefficients, Stack) else Stack([coefficients])
-    columns_kept = _column_places(columns, settings["design"].shape[1], model.columns, parts)
+    names = [label for label in labels_of(model.design) if label in model.columns]
+    columns_kept = _column_places(columns, model.columns, names, parts)
     places, first = {}, 0
     for part in parts:
         size = (
@@ -226,18 +241,30 @@ def _shorter(whole: Problem, name: str, places: Mapping[str, Tensor]) -> Subfami
     draws = Draws(shorter, whole.draws.weights)
     events = {k: n for k, n in (model.events or {}).items() if k in names}
     some_draws = probe(draws, names)
-    reduced = Model(name, names, make, events=events, design=model.design, few=some_draws)
+    reduced = Model(
+        *(name, names, make),
+        events=events,
+        design=model.design,
+        few=some_draws,
+        places=model.places,
+    )
     problem = replace(whole, draws=draws, model=reduced)
     return Subfamily(name, reduced, problem, partial, zeros)
 
 
-def _column_places(columns: list, count: int, labels: tuple[str, ...], parts: Stack) -> list[int]:
-    """The columns by their numbers, of those given by number or by name.
+def _column_places(
+    columns: list, labels: tuple[str, ...], design: list[str], parts: Stack
+) -> list[int]:
+    """The places of columns, given by number or by name, among the labels of the coefficients.
 
-    A name is that of a column of the design, or of a variable where each column has its own.
+    A number counts columns as the design has them. A name is that of a column of the design, or
+    of a variable where each column has its own.
     """
-    labels = labels if len(labels) == count else tuple(map(str, range(count)))
-    place_of = dict(enumerate(range(count))) | {label: i for i, label in enumerate(labels)}
+    count = len(labels)
+    place_of: dict[Any, int] = dict(enumerate(range(count)))
+    if {*design} == {*labels} and len(design) == len({*labels}):
+        place_of |= {i: labels.index(label) for i, label in enumerate(design)}
+    place_of |= {label: i for i, label in enumerate(labels)}
     if len(parts) == count:
         place_of |= {part: i for i, part in enumerate(parts) if isinstance(part, str)}
         labels = tuple(str(part) for part in parts)

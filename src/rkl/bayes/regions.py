@@ -78,7 +78,7 @@ class Region:
             shape = problem.shape(name)
             if value.shape not in (shape, torch.Size(problem.draws.shape(name))):
                 raise ValueError(f"{name} must be {list(shape)}; got {list(value.shape)}.")
-            given[name] = value.expand(shape)[None] if value.ndim else value.expand(1, *shape)
+            given[name] = problem.align(name, value[None])
         return distance(self.estimate, given) <= self.threshold
 
     def __str__(self) -> str:

@@ -144,3 +144,22 @@ def test_what_all_members_of_a_batch_share_is_printed_once(schools):
     assert not [line for line in lines if line.startswith("sigma[")]
     frame = bayes_act(schools, "normal(loc=theta, scale=sigma)").to_dict()["labels"]["sigma"]
     assert len(frame) == 3
+
+
+@pytest.mark.parametrize(
+    ("times", "labels"),
+    [
+        ([1234567.25, 1234567.5, 1234567.75], ["1234567.25", "1234567.5", "1234567.75"]),
+        ([0.1 + 0.2, 1.0, 2001.0], ["0.3", "1", "2001"]),
+        ([1.0, 1 + 2**-52, 2.0], ["1", "1.0000000000000002", "2"]),
+        (["a", "b", "a"], ["a (0)", "b", "a (2)"]),
+    ],
+)
+def test_labels_of_coordinates_are_told_apart(times, labels):
+    theta = np.arange(3.0) + RANDOM.normal(size=(2, 100, 3))
+    named = xr.Dataset({"theta": (("chain", "draw", "time"), theta)}, coords={"time": times})
+    estimate = bayes_act(named, "normal(loc=theta, scale=1)")
+    expected = [f"theta[{label}]" for label in labels]
+    assert estimate.labels("theta") == expected
+    assert [row[0] for row in estimate.region(0.9).table().rows] == expected
+    assert list(estimate.region(0.9).pieces) == expected

@@ -1,6 +1,9 @@
 """Axes of posterior draws by name: which of several variables are the same, and in which order."""
 
+import itertools
+import math
 import re
+from collections import Counter
 from collections.abc import Hashable, Mapping
 
 import xarray as xr
@@ -11,13 +14,31 @@ _NUMBERED = re.compile(r"(.*_)?(dim|axis)_?\d+|\d+")  # what xarray and ArviZ ca
 
 
 def labels_along(array: xr.DataArray, axis: Hashable) -> list[str] | None:
-    """Coordinate labels along an axis; None where it is only numbered."""
+    """Coordinate labels along an axis, no two of them alike; None where it is only numbered.
+
+    >>> labels_along(xr.DataArray([1, 2, 3], dims="t", coords={"t": [0.5, 1.5, 1.5]}), "t")
+    ['0.5', '1.5 (1)', '1.5 (2)']
+    """
     if axis not in array.coords or array.coords[axis].dims != (axis,):
         return None
     values = array.coords[axis].values.tolist()
     if values == list(range(len(values))) or any(isinstance(x, tuple) for x in values):
         return None
-    return [f"{x:g}" if isinstance(x, float) else str(x) for x in values]
+    labels = [str(x) for x in values]
+    if array.coords[axis].dtype.kind == "f":
+        labels = _spell_floats(values)
+    repeated = {label for label, count in Counter(labels).items() if count > 1}
+    return [f"{x} ({i})" if x in repeated else x for i, x in enumerate(labels)]
+
+
+def _spell_floats(values: list[float]) -> list[str]:
+    """Floats with as few digits, at least six, as leave their distances right to a percent."""
+    finite = [x for x in values if math.isfinite(x)]
+    gap = min((b - a for a, b in itertools.pairwise(sorted({*finite}))), default=math.inf)
+    for digits in range(6, 17):
+        if all(abs(float(f"{x:.{digits}g}") - x) <= gap / 100 for x in finite):
+            return [f"{x:.{digits}g}" for x in values]
+    return [f"{x:.17g}" for x in values]  # which tells every two floats apart
 
 
 def in_one_order(arrays: Mapping[str, xr.DataArray]) -> dict[str, xr.DataArray]:

@@ -680,8 +680,8 @@ def _stored_together(array: xr.DataArray) -> int:
     """Number of draws of one chain that a file or dask stores in one piece."""
     if array.chunks is not None:
         return array.chunksizes["draw"][0]
-    pieces = array.encoding.get("chunksizes") or array.encoding.get("chunks")
-    return pieces[array.dims.index("draw")] if pieces else 1
+    # by the names of the axes: those of a file that was opened may have been moved, or added to
+    return array.encoding.get("preferred_chunks", {}).get("draw", 1)
 
 
 def _unfinite(name: str, values: Tensor, chains: int | slice, draws: slice) -> str:

@@ -397,6 +397,7 @@ def _variables(source: Any, notes: list[str]) -> Mapping[str, Any]:
         return source
     raise TypeError(f"draws must be {READABLE}; got {type(source).__name__}.")
 
+        columns |= _marks_of_index(source, columns)
 
 def _of_tree(tree: Any, notes: list[str]) -> Mapping[str, Any]:
     """The posterior of a DataTree, or of the InferenceData of older ArviZ."""
@@ -408,6 +409,20 @@ def _of_tree(tree: Any, notes: list[str]) -> Mapping[str, Any]:
             f"{what} must have an xarray Dataset as its posterior; got {groups[0]!r:.60}."
         )
     return _of_dataset(groups[0], what, notes, groups[1])
+
+
+def _marks_of_index(frame: Any, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Chain and draw of every row, where the index of a data frame has them as levels."""
+    levels = [str(name) for name in frame.index.names]
+    others = [name for name in levels if name not in _MARKS]
+    if others and len(levels) > 1:
+        raise ValueError(
+            "the data frame must have no levels in its index but chain and draw; got "
+            f"{', '.join(levels)}. Hand over what it was made of, such as idata.posterior, or "
+            "frame.to_xarray()."
+        )
+    missing = [i for i, name in enumerate(levels) if name in _MARKS and name not in columns]
+    return {levels[i]: frame.index.get_level_values(i).to_numpy() for i in missing}
 
 
 def _of_dataset(
@@ -510,7 +525,8 @@ def _of_tables(
         chains = _by_chain(columns, place)
         if len(tables) > 1 and len(chains) > 1:
             raise ValueError(f"{place} holds {len(chains)} chains; read it alone.")
-        if not cmdstan and len(tables) == 1 and not any(name in columns for name in CHAIN):
+        single = cmdstan and table.comments  # CmdStan writes a file for each chain
+        if not single and len(tables) == 1 and not any(name in columns for name in CHAIN):
             notes.append(f"{place} has no column .chain: its draws were taken as one chain.")
         numbers = {n: [it[n] for it in chains] for n in chains[0] if n not in _MARKS}
         parts.append(_vectors(numbers, cmdstan))
@@ -562,7 +578,9 @@ def _after_warm_up(table: Columns, place: str, notes: list[str]) -> dict[str, np
         notes.append(f"{place}: its first {skipped} rows, {what}, were left out.")
     if "divergent__" in table.columns:
         _note_divergences(int(np.sum(table.columns["divergent__"][skipped:])), notes)
-    columns = {n: it[skipped:] for n, it in table.columns.items() if not n.endswith("__")}
+    columns = {
+        n: it[skipped:] for n, it in table.columns.items() if n in _MARKS or not n.endswith("__")
+    }
     return columns | {"lp": table.columns["lp__"][skipped:]}
 
 
@@ -625,7 +643,7 @@ def _vectors(columns: Mapping[str, Sequence[np.ndarray]], cmdstan: bool) -> dict
     Elements that do not fill their array, such as half a matrix, keep names of their own.
     """
     grouped: dict[str, dict[tuple[int, ...], str]] = {}
-    pattern = r"(.+?)((?:[.:]\d+)+)" if cmdstan else r"(.+?)(?:\[([\d, ]+)\]|\.((?:\d+\.)+))"
+    pattern = r"(.+?)(?:\[([\d, ]+)\]|\.((?:\d+\.)+)" + (r"|((?:[.:]\d+)+))" if cmdstan else ")")
     for name in columns:
         match = re.fullmatch(pattern, name)
         at = () if not match else tuple(map(int, re.findall(r"\d+", name[len(match[1]) :])))

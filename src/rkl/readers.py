@@ -376,14 +376,8 @@ def as_numbers(source: Any, names: Sequence[str] = ()) -> Contents:
     import numpy as np
 
     notes = []
-    if isinstance(source, np.ma.MaskedArray):
-        if np.ma.is_masked(source):
-            first = np.argwhere(np.ma.getmaskarray(source))[0].tolist()
-            raise ValueError(
-                f"{np.ma.count_masked(source):,} of {source.size:,} numbers are masked, the first "
-                f"of them at {first}; fill them or leave their rows out"
-            )
-        source = source.data
+    if masked := masked_numbers(source):
+        raise ValueError(masked)
     array = np.asarray(source)
     if array.dtype.names:
         named = array.dtype.names
@@ -411,6 +405,24 @@ def as_numbers(source: Any, names: Sequence[str] = ()) -> Contents:
         array.shape
     )
     return Contents(array, tuple(names), notes=tuple(notes))
+
+
+def masked_numbers(values: Any) -> str | None:
+    """A sentence on the masked numbers of an array of NumPy, or of a list of arrays, if any.
+
+    Whatever turns such an array into another drops the mask, and keeps what is below it.
+    """
+    import numpy as np
+
+    if isinstance(values, list | tuple) and any(isinstance(x, np.ma.MaskedArray) for x in values):
+        values = np.ma.stack(values)
+    if not (isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values)):
+        return None
+    first = np.argwhere(np.ma.getmaskarray(values))[0].tolist()
+    return (
+        f"{np.ma.count_masked(values):,} of {values.size:,} numbers are masked, the first of them "
+        f"at {first}; fill them or leave their rows out"
+    )
 
 
 def as_floats(array: "np.ndarray") -> "np.ndarray":

@@ -1,4 +1,5 @@
 import builtins
+import functools
 import types
 import warnings
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 import xarray as xr
 
+from rkl.bayes import bayes_act, partition_act
 from rkl.bayes.draws import Draws, read_draws
+from rkl.bayes.families import PoissonRegression
 
 
 def posterior(chains=3, draws=20, seed=0):
@@ -520,3 +523,121 @@ def test_divergent_transitions_are_told_of(tmp_path):
         assert draws.names == ("mu", "lp")
         np.testing.assert_array_equal(draws["mu"].numpy(), mu)
         assert [note[:38] for note in draws.notes] == ["3 draws ended divergent transitions: t"]
+
+
+def rows_of(arrays):
+    """A row for each draw, theta by its elements as Stan names them, and its chain and number."""
+    chains, draws = arrays["mu"].shape
+    rows = {"lp__": -(arrays["mu"].ravel() ** 2), "mu": arrays["mu"].ravel()}
+    for i in range(2):
+        for j in range(5):
+            rows[f"theta[{i + 1},{j + 1}]"] = arrays["theta"][..., i, j].ravel()
+    marks = np.repeat(np.arange(chains) + 1, draws), np.tile(np.arange(draws) + 1, chains)
+    return rows, marks
+
+
+@pytest.mark.parametrize("log_density", [True, False])
+@pytest.mark.parametrize(
+    "names",
+    [("chain__", "iter__", "draw__"), (".chain", ".iteration", ".draw")],
+    ids=["draws_pd of cmdstanpy", "as_draws_df of R"],
+)
+def test_rows_of_stan_keep_their_chains_and_elements(names, log_density, tmp_path):
+    arrays = posterior()
+    rows, (chain, iteration) = rows_of(arrays)
+    marks = (chain, iteration, np.arange(len(chain)) + 1)
+    frame = pd.DataFrame(dict(zip(names, marks, strict=True)) | rows)
+    frame = frame if log_density else frame.drop(columns="lp__")
+    frame = frame.sample(frac=1, random_state=0)
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    for source in (frame, tmp_path / "rows.csv"):
+        draws = read_draws(source)
+        assert draws.names == ("mu", "theta", *["lp"] * log_density)
+        assert not any("chain" in note for note in draws.notes)
+        assert same(draws, arrays)
+
+
+def test_rows_without_a_chain_are_noted_with_their_log_density_too():
+    rows, _ = rows_of(posterior())
+    assert "taken as one chain" in read_draws(pd.DataFrame(rows)).notes[0]
+
+
+def test_an_index_of_chains_and_draws_is_read_and_other_levels_are_refused():
+    arrays = posterior()
+    whole = dataset(arrays | {"theta": arrays["theta"][..., 0, 0]})
+    frame = whole.to_dataframe().sample(frac=1, random_state=0)
+    draws = read_draws(frame)
+    assert (draws.chains, draws.draws, draws.notes) == (3, 20, ())
+    assert same(draws, {"mu": arrays["mu"]})
+    assert same(read_draws(frame.reset_index()), {"mu": arrays["mu"]})
+    by_school = dataset({"theta": arrays["theta"][..., 0]}).rename({"0": "school"}).to_dataframe()
+    with pytest.raises(ValueError, match="got chain, draw, school"):
+        read_draws(by_school)
+    with pytest.raises(ValueError, match="more than once"):
+        read_draws(by_school.reset_index())
+    one = pd.DataFrame({"mu": arrays["mu"][0]}, index=pd.Index(range(20), name="row"))
+    assert same(read_draws(one), {"mu": arrays["mu"][:1]})
+
+
+def test_masked_numbers_are_refused_by_their_place():
+    """As netCDF4 hands over what is missing, with the fill value 9.97e36 below the mask."""
+    arrays = posterior()
+    filled = np.where(arrays["mu"] > 1, 9.97e36, arrays["mu"])
+    masked = np.ma.masked_values(filled, 9.97e36)
+    chain, draw = np.argwhere(masked.mask)[0]
+    place = rf"mu must be finite: .* masked, the first of them at \[{chain}, {draw}\]"
+    for source in (masked, list(masked)):
+        with pytest.raises(ValueError, match=place):
+            read_draws({"mu": source})
+    assert same(read_draws({"mu": np.ma.masked_array(arrays["mu"])}), {"mu": arrays["mu"]})
+    weights = np.ma.masked_array(np.ones((3, 20)), mask=masked.mask)
+    with pytest.raises(ValueError, match="weights must be finite: .* masked"):
+        read_draws(arrays, weights)
+
+
+def test_masked_numbers_beside_the_draws_are_refused():
+    beta = posterior()["theta"][..., 0, :2]
+    design = np.ma.masked_array(np.arange(12.0).reshape(6, 2) ** 2, mask=np.eye(6, 2))
+    family = "logistic-regression(coefficients=beta)"
+    columns = {"a": design[:, 0], "b": design.data[:, 1]}
+
+    def by_hand(theta, x):
+        return torch.distributions.Bernoulli(logits=theta.beta @ x.T)
+
+    for kind, given in ((family, design), (family, columns), (by_hand, design)):
+        with pytest.raises(ValueError, match="design must hold finite numbers: .* masked"):
+            bayes_act({"beta": beta}, kind, design=given)
+    offset = functools.partial(PoissonRegression, offset=design[:, 0])
+    with pytest.raises(ValueError, match="offset must be finite: 1 of 6 numbers are masked"):
+        bayes_act({"coefficients": beta}, offset, design=design.data)
+    region = bayes_act({"mu": beta}, "normal(loc=mu, scale=1)").region(0.5)
+    with pytest.raises(ValueError, match="mu must be finite: 1 of 2 numbers are masked"):
+        region.contains({"mu": design[0]})
+    labels = np.ma.masked_array(np.ones((5, 3), int), mask=np.eye(5, 3))
+    with pytest.raises(ValueError, match="labels must hold integers: 3 of 15 .* masked"):
+        partition_act(labels)
+    with pytest.raises(ValueError, match="weights must be finite: .* masked"):
+        partition_act(labels.data, weights=np.ma.masked_array(np.ones(5), mask=labels.mask[:, 0]))
+
+
+def test_a_single_chain_whose_axis_was_added_is_read_from_its_file(tmp_path):
+    arrays = posterior(chains=1, draws=400)
+    one = dataset(arrays).isel(chain=0)
+    pieces = {"mu": {"chunksizes": (150,)}, "theta": {"chunksizes": (50, 2, 5)}}
+    one.to_netcdf(tmp_path / "one.nc", engine="h5netcdf", encoding=pieces)
+    opened = xr.open_dataset(tmp_path / "one.nc", engine="h5netcdf", cache=False)
+    draws = read_draws(opened.expand_dims("chain"))
+    assert same(draws, arrays)
+    parts = [part for _, part in draws.parts(["mu"], size=10)]
+    assert parts == [slice(0, 150), slice(150, 300), slice(300, 400)]
+
+
+def test_pieces_of_a_file_are_those_of_its_draws_wherever_they_stand(tmp_path):
+    pieces = {"theta": {"chunksizes": (1, 150, 2, 5), "zlib": True}}
+    dataset(posterior(draws=400)).to_netcdf(
+        tmp_path / "posterior.nc", engine="h5netcdf", encoding=pieces
+    )
+    opened = xr.open_dataset(tmp_path / "posterior.nc", engine="h5netcdf", cache=False)
+    moved = read_draws(opened.transpose("0", "draw", "1", "chain"))
+    parts = [part for chain, part in moved.parts(["theta"], size=10) if chain == 0]
+    assert parts == [slice(0, 150), slice(150, 300), slice(300, 400)]

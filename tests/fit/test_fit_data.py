@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from rkl.fit import read_data
 from rkl.flows import Coupling, draw, latent
@@ -17,6 +17,19 @@ from rkl.flows.standardise import Units
 
 ROWS = np.random.default_rng(0).normal(size=(60, 3))
 LABELS = np.arange(60) % 3
+
+
+class Items(Dataset):
+    """The items of a list."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
 
 
 def idx(path, array, code):
@@ -124,6 +137,14 @@ def test_a_dataset_of_torch_is_read_with_its_labels(batched):
     data = read_data(DataLoader(dataset, batch_size=7) if batched else dataset)
     assert torch.equal(data.values, torch.from_numpy(ROWS))
     assert data.condition.argmax(1).tolist() == LABELS.tolist()
+
+
+def test_masked_rows_of_a_list_or_a_dataset_are_refused():
+    rows = [np.ma.masked_greater(row, ROWS.max() - 1e-9) for row in ROWS]
+    items = list(zip(rows, LABELS, strict=True))
+    for source in (rows, Items(rows), Items(items)):
+        with pytest.raises(ValueError, match=f"data: 1 of {ROWS.size:,} numbers are masked"):
+            read_data(source)
 
 
 def test_a_batch_of_levels_is_spread_evenly_over_a_step():

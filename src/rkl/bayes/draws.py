@@ -16,7 +16,14 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from rkl.bayes.axes import AXES, in_one_order, labels_along
-from rkl.readers import Columns, matching_files, read_arrays, read_columns, refuse_external
+from rkl.readers import (
+    Columns,
+    masked_numbers,
+    matching_files,
+    read_arrays,
+    read_columns,
+    refuse_external,
+)
 from rkl.tables import Table
 
 NUMBERS = 2**22  # in one chunk of draws: 32 MiB
@@ -275,6 +282,8 @@ def read_draws(source: Any, weights: Any = None) -> Draws:
     if isinstance(weights, xr.DataArray):
         variables = in_one_order({**draws.variables, "": _as_array("weights", weights)})
         weights = variables[""].transpose(*AXES, ...).values
+    if masked := masked_numbers(weights):
+        raise ValueError(f"weights must be finite: {masked} ([chain, draw]).")
     if not isinstance(weights, Tensor):
         try:
             weights = torch.from_numpy(np.array(weights, np.float64))
@@ -357,9 +366,12 @@ def _label_axes(name: str, value: Any) -> xr.DataArray:
         value = value.detach().to("cpu", torch.float64).numpy()
     elif not type(value).__module__.startswith("dask."):
         try:
+            masked = masked_numbers(value)
             value = np.asarray(value)
         except ValueError as error:
             raise ValueError(f"{name} must have chains of one length: {error}") from error
+        if masked:
+            raise ValueError(f"{name} must be finite: {masked} ([chain, draw, ...]).")
     if value.ndim < 2:
         raise ValueError(
             f"{name} must be [chains, draws, ...]; got {list(value.shape)}. "
@@ -385,6 +397,7 @@ def _variables(source: Any, notes: list[str]) -> Mapping[str, Any]:
     made_by = type(source).__module__.partition(".")[0]
     if made_by == "pandas" and hasattr(source, "columns"):
         columns = {str(name): source[name].to_numpy() for name in source.columns}
+        columns |= _marks_of_index(source, columns)
         return _of_tables([Columns(columns)], ["the data frame"], notes)
     if made_by == "cmdstanpy":
         return _of_cmdstanpy(source, notes)
@@ -396,19 +409,6 @@ def _variables(source: Any, notes: list[str]) -> Mapping[str, Any]:
     if isinstance(source, Mapping):
         return source
     raise TypeError(f"draws must be {READABLE}; got {type(source).__name__}.")
-
-        columns |= _marks_of_index(source, columns)
-
-def _of_tree(tree: Any, notes: list[str]) -> Mapping[str, Any]:
-    """The posterior of a DataTree, or of the InferenceData of older ArviZ."""
-    groups = [getattr(tree, "posterior", tree), getattr(tree, "sample_stats", None)]
-    groups = [x.to_dataset() if isinstance(x, xr.DataTree) else x for x in groups]
-    what = f"the {type(tree).__name__}"
-    if not isinstance(groups[0], xr.Dataset):
-        raise TypeError(
-            f"{what} must have an xarray Dataset as its posterior; got {groups[0]!r:.60}."
-        )
-    return _of_dataset(groups[0], what, notes, groups[1])
 
 
 def _marks_of_index(frame: Any, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -423,6 +423,18 @@ def _marks_of_index(frame: Any, columns: Mapping[str, Any]) -> dict[str, np.ndar
         )
     missing = [i for i, name in enumerate(levels) if name in _MARKS and name not in columns]
     return {levels[i]: frame.index.get_level_values(i).to_numpy() for i in missing}
+
+
+def _of_tree(tree: Any, notes: list[str]) -> Mapping[str, Any]:
+    """The posterior of a DataTree, or of the InferenceData of older ArviZ."""
+    groups = [getattr(tree, "posterior", tree), getattr(tree, "sample_stats", None)]
+    groups = [x.to_dataset() if isinstance(x, xr.DataTree) else x for x in groups]
+    what = f"the {type(tree).__name__}"
+    if not isinstance(groups[0], xr.Dataset):
+        raise TypeError(
+            f"{what} must have an xarray Dataset as its posterior; got {groups[0]!r:.60}."
+        )
+    return _of_dataset(groups[0], what, notes, groups[1])
 
 
 def _of_dataset(

@@ -43,6 +43,7 @@ from rkl.divergences import parse
 from rkl.divergences.base import broadcast_shape
 from rkl.importing import import_object
 from rkl.names import Stack
+from rkl.readers import masked_numbers
 from rkl.stats import resample
 
 NOT_TORCH = ("numpy", "all be instances of number", "converted to python scalars")
@@ -514,6 +515,9 @@ def read_family(family: Any, draws: Draws, design: Any = None) -> Model:
         ValueError: It names no family, or variables that the posterior lacks.
         TypeError: It is none of these.
     """
+    columns = list(design.values()) if isinstance(design, Mapping) else design
+    if masked := masked_numbers(columns):
+        raise ValueError(f"design must hold finite numbers: {masked}.")
     if isinstance(family, str) and ":" in family.partition("(")[0]:
         family = _import_family(family, draws, design)
     if isinstance(family, Model):

@@ -20,6 +20,7 @@ from torch import Tensor
 from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.tables import Table
 from rkl.checks import integer
+from rkl.readers import masked_numbers
 from rkl.runs.progress import working
 from rkl.stats import Mean, mean, to_json
 from rkl.tables import Cell, with_error
@@ -391,6 +392,8 @@ def _loss(name: str, items: int) -> tuple[Callable[[Tensor], Tensor], float]:
 
 def _labels(labels: ArrayLike | Tensor, argument: str = "labels", axes: int = 2) -> Tensor:
     """Labels as integers from 0, each row numbered by first items."""
+    if masked := masked_numbers(labels):
+        raise ValueError(f"{argument} must hold integers: {masked}.")
     try:
         given = torch.as_tensor(labels if isinstance(labels, Tensor) else np.asarray(labels))
     except (TypeError, ValueError) as error:
@@ -408,6 +411,8 @@ def _labels(labels: ArrayLike | Tensor, argument: str = "labels", axes: int = 2)
 def _weights(weights: ArrayLike | Tensor | None, draws: int) -> Float[Tensor, " draws"]:
     if weights is None:
         return torch.full((draws,), 1 / draws, dtype=torch.float64)
+    if masked := masked_numbers(weights):
+        raise ValueError(f"weights must be finite: {masked}.")
     try:
         given = torch.as_tensor(weights, dtype=torch.float64)
     except (TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ from rkl.bayes.answer import Answer, elements
 from rkl.bayes.problem import Problem, by_member
 from rkl.bayes.tables import Table
 from rkl.checks import number
+from rkl.readers import masked_numbers
 from rkl.stats import quantile
 from rkl.tables import Cell
 
@@ -71,6 +72,8 @@ class Region:
             if name not in theta:
                 needed = ", ".join(problem.model.names)
                 raise ValueError(f"theta must have {needed}; got {', '.join(theta) or 'nothing'}.")
+            if masked := masked_numbers(theta[name]):
+                raise ValueError(f"{name} must be finite: {masked}.")
             try:
                 value = torch.as_tensor(theta[name], dtype=torch.float64)
             except (TypeError, ValueError) as error:

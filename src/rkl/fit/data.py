@@ -18,6 +18,7 @@ from rkl.readers import (
     as_floats,
     as_numbers,
     class_names,
+    masked_numbers,
     natural_order,
     place_of_nan,
     read,
@@ -158,6 +159,7 @@ def _read_object(source: Any) -> Contents:
     elif isinstance(source, Tensor | np.ndarray) or type(source).__module__.startswith("pandas"):
         rows = _numbers(source)
     elif isinstance(source, list | tuple):
+        _refuse_masked(source)
         try:
             rows = _numbers(np.asarray(source))
         except ValueError as error:  # of lengths that differ
@@ -194,10 +196,17 @@ def _collect(source: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError("data has no rows.")
     join = torch.cat if loaded else torch.stack
     paired = isinstance(items[0], list | tuple)
-    values = join([torch.as_tensor(item[0] if paired else item) for item in items])
+    rows = [item[0] if paired else item for item in items]
+    _refuse_masked(rows)
+    values = join([torch.as_tensor(row) for row in rows])
     if not paired or len(items[0]) < 2:
         return values, None
     return values, join([torch.as_tensor(item[1]) for item in items])
+
+
+def _refuse_masked(rows: Sequence[Any]) -> None:
+    if masked := masked_numbers(rows):
+        raise ValueError(f"data: {masked}.")
 
 
 def _check_rows(values: np.ndarray, columns: Sequence[str], at_least: int) -> None:

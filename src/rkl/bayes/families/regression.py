@@ -25,6 +25,7 @@ from rkl.bayes.families.matrices import log_det, times
 from rkl.bayes.families.special import bernoulli_kl, log_gap, relative_gap
 from rkl.checks import floats
 from rkl.divergences.base import broadcast_shape
+from rkl.readers import masked_numbers
 
 
 class Regression(Distribution):
@@ -100,6 +101,8 @@ def by_row(name: str, value: Any, design: Tensor) -> Tensor:
         TypeError: The value is no number, and no list or tensor of them.
         ValueError: It is not finite, or has another length.
     """
+    if masked := masked_numbers(value):
+        raise ValueError(f"{name} must be finite: {masked}.")
     try:
         column = torch.as_tensor(value, dtype=design.dtype, device=design.device)
     except (TypeError, ValueError) as error:

@@ -4,8 +4,10 @@ import json
 import math
 
 import mpmath
+import numpy as np
 import pytest
 import torch
+import xarray as xr
 from bayes.found import FIXED, every_family, laws
 from torch.distributions import (
     Exponential,
@@ -526,6 +528,39 @@ def test_a_simplex_written_with_few_digits_is_renormalised_and_said(classes, dig
         assert any("p was divided by its sums" in text for text in found.diagnostics.warnings)
     single = bayes_act({"p": exact.float()}, "categorical(probs=p)")
     assert not any("divided" in text for text in single.diagnostics.warnings)
+
+
+@pytest.mark.parametrize("vector", ["many small rates", "rates that sum to nearly 1"])
+def test_rates_are_not_divided_by_their_sums(vector):
+    near = torch.distributions.Dirichlet(torch.tensor([5.0, 6.0, 7.0]).double())
+    torch.manual_seed(0)
+    rates = {
+        "many small rates": (0.2 * normals(4, 50, 500)).exp() / 400,
+        "rates that sum to nearly 1": near.sample(torch.Size([4, 50])).round(decimals=3),
+    }[vector]
+    for family in ("poisson(rate=lam)", lambda t: torch.distributions.Poisson(t.lam)):
+        found = bayes_act({"lam": rates}, family)
+        torch.testing.assert_close(found.act["lam"], rates.log().mean((0, 1)).exp())
+        assert not any("divided" in text for text in found.diagnostics.warnings)
+
+
+@pytest.mark.parametrize("dask", [False, True])
+def test_a_rounded_simplex_of_a_file_is_divided_as_it_is_read(tmp_path, dask):
+    p = np.random.default_rng(0).dirichlet([3.0, 4.0, 5.0], size=(2, 100)).round(3)
+    axes = "chain", "draw"
+    written = xr.Dataset({"p": ((*axes, "k"), p.astype(np.float32)), "mu": (axes, p[..., 0])})
+    written.to_netcdf(tmp_path / "draws.nc", engine="h5netcdf")
+    lazy = xr.open_dataset(tmp_path / "draws.nc", engine="h5netcdf")
+    if dask:
+        pytest.importorskip("dask")
+        lazy = lazy.chunk(draw=30)
+    bayes_act(lazy, "normal(loc=mu, scale=1)")
+    found = bayes_act(lazy, "categorical(probs=p)")
+    assert not lazy["p"].variable._in_memory
+    log_p = np.log(p / p.sum(-1, keepdims=True)).mean((0, 1))
+    wanted = torch.from_numpy(np.exp(log_p) / np.exp(log_p).sum())
+    # 3 digits in single precision: 6e-8 of each number
+    torch.testing.assert_close(found.act["p"], wanted, rtol=1e-6, atol=0)
 
 
 def test_what_is_no_simplex_is_not_divided():

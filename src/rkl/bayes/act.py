@@ -18,7 +18,13 @@ from rkl.bayes.diagnostics import (
     label_switching,
     mean_of_diagnosed,
 )
-from rkl.bayes.draws import Draws, read_draws, with_exact_simplexes
+from rkl.bayes.draws import (
+    Draws,
+    divided_by_sums,
+    read_draws,
+    rounded_simplexes,
+    with_exact_simplexes,
+)
 from rkl.bayes.families.regression import Regression
 from rkl.bayes.identified import find_unidentified, sentences, without_unidentified
 from rkl.bayes.loss.between import Intrinsic, between, check_loss
@@ -35,7 +41,12 @@ from rkl.bayes.problem import Problem
 from rkl.bayes.regions import Region, region
 from rkl.bayes.report import posterior_figure
 from rkl.bayes.solve.closed import closed_act
-from rkl.bayes.solve.numerical import NumericalAct, find_act, sort_components
+from rkl.bayes.solve.numerical import (
+    NumericalAct,
+    find_act,
+    same_density,
+    sort_components,
+)
 from rkl.bayes.solve.streaming import check_domain
 from rkl.bayes.tables import Table
 from rkl.checks import integer
@@ -45,6 +56,8 @@ from rkl.stats import Mean
 
 if TYPE_CHECKING:
     from rkl.plots import Figure
+
+NO_SUM = 0.99  # of what must be 1: below it, so that probabilities remain such
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,8 +136,7 @@ def bayes_act(
     """
     check_loss(divergence)
     integer("seed", seed)
-    posterior = with_exact_simplexes(read_draws(draws, weights))
-    model = read_family(family, posterior, design)
+    posterior, model = _with_family(family, read_draws(draws, weights), design)
     try:
         result = answer(Problem(posterior, model, divergence, compiled, seed))
     except ValueError as error:
@@ -133,6 +145,33 @@ def bayes_act(
             raise ValueError(f"{first} {where}") from error
         raise
     return Estimate(**vars(result))
+
+
+def _with_family(family: Any, draws: Draws, design: Any) -> tuple[Draws, Model]:
+    """The family, and the draws with the rounded simplexes that it takes divided by their sums."""
+    try:
+        model = read_family(family, draws, design)
+    except ValueError:  # a function may refuse a rounded simplex by itself
+        rounded = rounded_simplexes(draws, draws.names)
+        if not rounded:
+            raise
+        model = read_family(family, divided_by_sums(draws, rounded), design)
+    rounded = [x for x in rounded_simplexes(draws, model.names) if _takes_simplex(model, x)]
+    exact = with_exact_simplexes(draws, rounded)
+    return exact, read_family(family, exact, design)
+
+
+def _takes_simplex(model: Model, name: str) -> bool:
+    """True if only the ratios of a vector matter to the family, or if it refuses other sums."""
+    few = dict(model.few or {})
+    if name not in few:
+        return False
+    exact = few[name] / few[name].sum(-1, keepdim=True)
+    try:
+        laws = [model.law({**few, name: x}) for x in (exact, NO_SUM * exact)]
+    except ValueError:
+        return True
+    return same_density(*laws)
 
 
 def answer(problem: Problem) -> Answer:

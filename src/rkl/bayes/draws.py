@@ -14,6 +14,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float, Integer
 from torch import Tensor
+from xarray.core import indexing
 
 from rkl.bayes.axes import AXES, in_one_order, labels_along
 from rkl.readers import (
@@ -30,6 +31,7 @@ NUMBERS = 2**22  # in one chunk of draws: 32 MiB
 SOME = 64  # draws of each chain that show whether a variable is a simplex
 SINGLE = 1e-6  # by which sums of single precision, or torch, may miss 1
 ROUNDED = 5.1e-4  # of an element of a simplex that was written with three digits
+ROUNDED_SUM = 1e-2  # of a sum of many such elements, whose errors mostly cancel
 MAX_FLAGS = 2**20  # flags of a file that are read although no variable is asked for
 ELEMENTS = 4, 64  # at least and at most, of one variable, whose extremes are looked for
 PROBED = 2**15  # numbers of the draws at these extremes, unless fewer are the least
@@ -294,44 +296,79 @@ def read_draws(source: Any, weights: Any = None) -> Draws:
     return dataclasses.replace(draws, weights=weights)
 
 
-def with_exact_simplexes(draws: Draws) -> Draws:
-    """The draws, with rounded simplexes renormalised, and a note for each of these variables.
+def rounded_simplexes(draws: Draws, names: Sequence[str]) -> list[str]:
+    """The variables that look like simplexes that were rounded when they were written.
 
     A table with three digits has sums that are off by up to half a unit of the third digit for
     each element, and torch accepts 1e-6 in all.
     """
-    exact, notes = {}, []
-    for name, array in draws.variables.items():
-        size = draws.shape(name)[-1] if draws.shape(name) else 0
-        if size < 2 or array.dtype.kind != "f":
-            continue
-        step = max(1, draws.draws // SOME)
-        off = _simplex_error(array.isel(draw=slice(None, None, step)), size)
-        if not 0 < off <= ROUNDED * size:
-            continue
-        whole = array.load()
-        worst = _simplex_error(whole, size)
-        if worst <= ROUNDED * size:
-            exact[name] = whole / whole.sum(whole.dims[-1])
-            if worst <= SINGLE:
-                continue
-            notes.append(
-                f"{name} was divided by its sums, which differ from 1 by up to {worst:.1g}: it "
-                "looks like a simplex that was rounded when it was written"
-            )
-    if not exact:
-        return draws
-    variables = {**draws.variables, **exact}
-    return dataclasses.replace(draws, variables=variables, notes=(*draws.notes, *notes))
+    thin = draws.every(max(1, draws.draws // SOME))
+    return [name for name in names if 0 < _simplex_error(thin, name) <= _rounding(draws, name)]
 
 
-def _simplex_error(array: xr.DataArray, size: int) -> float:
-    """Largest distance of sums from 1: 0 if only rounding, inf if the array is no simplex."""
-    values = np.asarray(array.values, np.float64)
-    if values.shape[-1] != size or not np.isfinite(values).all() or (values < 0).any():
+def divided_by_sums(draws: Draws, names: Sequence[str]) -> Draws:
+    """The draws with some vectors divided by their sums, chunk by chunk as they are read."""
+    divided = {name: _over_sum(draws.of(name)) for name in names}
+    return dataclasses.replace(draws, variables={**draws.variables, **divided})
+
+
+def with_exact_simplexes(draws: Draws, names: Sequence[str]) -> Draws:
+    """The draws, with simplexes divided by their sums and a note for each that was rounded.
+
+    What is no simplex in some draw is left as it is, to be refused by the family.
+    """
+    errors = {name: _simplex_error(draws, name) for name in names}
+    exact = [name for name, error in errors.items() if error <= _rounding(draws, name)]
+    notes = [
+        f"{name} was divided by its sums, which differ from 1 by up to {errors[name]:.1g}: it "
+        "looks like a simplex that was rounded when it was written"
+        for name in exact
+        if errors[name] > SINGLE
+    ]
+    return dataclasses.replace(divided_by_sums(draws, exact), notes=(*draws.notes, *notes))
+
+
+def _rounding(draws: Draws, name: str) -> float:
+    """Largest distance of a sum from 1 that is laid to rounding."""
+    return min(ROUNDED * math.prod(draws.shape(name)[-1:]), ROUNDED_SUM)
+
+
+def _simplex_error(draws: Draws, name: str) -> float:
+    """Largest distance of sums from 1: 0 if only rounding, inf if the variable is no simplex."""
+    shape = draws.shape(name)
+    if not shape or shape[-1] < 2 or draws.of(name).dtype.kind != "f":
         return math.inf
-    off = float(np.abs(values.sum(-1) - 1).max())
-    return 0.0 if off <= 1e-14 * size else off
+    off = 0.0
+    for chain, part in draws.parts([name]):
+        values = read(draws.of(name), chain, part)
+        if not values.numel() or not values.isfinite().all() or bool((values < 0).any()):
+            return math.inf
+        off = max(off, float((values.sum(-1) - 1).abs().max()))
+    return 0.0 if off <= 1e-14 * shape[-1] else off
+
+
+def _over_sum(array: xr.DataArray) -> xr.DataArray:
+    array = array.transpose(*AXES, ...)
+    if array.chunks is not None:  # dask divides as lazily as it reads
+        return array.astype(np.float64) / array.sum(array.dims[-1], dtype=np.float64)
+    lazy = indexing.LazilyIndexedArray(_OverSum(array.variable))
+    variable = xr.Variable(array.dims, lazy, encoding=array.encoding)
+    return xr.DataArray(variable, coords=array.coords)
+
+
+class _OverSum(xr.backends.BackendArray):
+    """Vectors along the last axis, divided by their sums when they are read."""
+
+    def __init__(self, whole: xr.Variable):
+        self.whole, self.shape, self.dtype = whole, whole.shape, np.dtype(np.float64)
+
+    def __getitem__(self, key):
+        outer = indexing.IndexingSupport.OUTER
+        return indexing.explicit_indexing_adapter(key, self.shape, outer, self._read)
+
+    def _read(self, key):
+        vectors = self.whole[(*key[:-1], slice(None))].values.astype(np.float64)
+        return (vectors / vectors.sum(-1, keepdims=True))[..., key[-1]]
 
 
 def read(array: xr.DataArray, chains: int | slice, draws: slice) -> Tensor:

@@ -423,7 +423,9 @@ def minimum_of(of, starts: Tensor, scale: Tensor, smooth: bool) -> Minimum:
 
 
 TRIED = 6  # variables of which every set may be what the components have
-SAME_DENSITY = 1e-9  # relative difference of log-densities of the same mixture in another order
+SAME_DENSITY = (
+    1e-9  # relative difference of log-densities of the same distribution, otherwise written
+)
 
 
 def sort_components(problem: Problem, act: NumericalAct) -> NumericalAct:
@@ -448,7 +450,7 @@ def sort_components(problem: Problem, act: NumericalAct) -> NumericalAct:
             name: x.index_select(axes[name], order) if name in names else x
             for name, x in act.theta.items()
         }
-        if _same(law, problem.law({name: x[None] for name, x in moved.items()})):
+        if same_density(law, problem.law({name: x[None] for name, x in moved.items()})):
             influence = {
                 name: x.index_select(1 + axes[name], order) if name in names else x
                 for name, x in act.influence.items()
@@ -484,8 +486,8 @@ def _keys(law: Distribution) -> Tensor | None:
     return None
 
 
-def _same(law: Distribution, other: Distribution) -> bool:
-    """True if two mixtures of batch shape [1] have the same density at draws of one of them."""
+def same_density(law: Distribution, other: Distribution) -> bool:
+    """True if distributions of one batch shape have the same densities at samples of the first."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         x = law.sample(torch.Size([16]))

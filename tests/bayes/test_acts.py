@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import mpmath
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import xarray as xr
 from bayes.found import FIXED, every_family, laws
 from torch.distributions import (
+    AffineTransform,
     Exponential,
     ExpTransform,
     Independent,
@@ -512,6 +514,89 @@ def test_draws_on_atoms_and_in_clusters_have_an_act_and_a_risk(kind, seed):
     losses = torch.distributions.kl_divergence(act, Normal(mu, draws["sigma"]))
     torch.testing.assert_close(estimate.risk.value, losses.mean())
     torch.testing.assert_close(estimate.act["sigma"], scale)
+
+
+def rare(value, other, *places, size=(2, 200)):
+    """A number that differs in a few draws, none of them among those that are looked at first."""
+    draws = torch.full(size, value, dtype=torch.float64)
+    for place in places:
+        draws[place] = other
+    return draws
+
+
+def from_file(draws, path):
+    axes = {2: ("chain", "draw"), 3: ("chain", "draw", "k")}
+    dataset = xr.Dataset({k: (axes[x.ndim], x.numpy()) for k, x in draws.items()})
+    dataset.to_netcdf(path, engine="h5netcdf")
+    return path
+
+
+RARE = {
+    "the centre of a Laplace": (
+        {"m": rare(0.0, 3.0, (0, 33), (1, 190)), "s": (0.1 * normals(2, 200)).exp()},
+        lambda t: torch.distributions.Laplace(t.m, t.s),
+        torch.arange(-25, 25, 0.005).double()[:, None],
+    ),
+    "the shape of a negative binomial": (
+        {"m": rare(10.0, 40.0, (1, 111)), "s": (0.1 * normals(2, 200)).exp() / 3},
+        lambda t: torch.distributions.NegativeBinomial(t.m, t.s),
+        torch.arange(100).double()[:, None],
+    ),
+    "a factor of a log-normal": (
+        {"m": rare(1.0, 3.0, (0, 20)), "s": 1 + 0.2 * normals(2, 200)},
+        lambda t: TransformedDistribution(
+            torch.distributions.LogNormal(t.s, 0.5), [AffineTransform(0.0, t.m)]
+        ),
+        torch.arange(0.01, 100, 0.01).double()[:, None],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RARE)
+def test_what_moves_in_few_draws_has_the_act_of_least_risk_from_memory_and_from_a_file(
+    tmp_path, case
+):
+    draws, family, x = RARE[case]
+    found = bayes_act(draws, family)
+    again = bayes_act(from_file(draws, tmp_path / "draws.nc"), family)
+    for name in draws:
+        assert torch.equal(found.act[name], again.act[name])
+    assert torch.equal(found.risk.value, again.risk.value)
+
+    def family_of_draws(m, s):
+        return family(SimpleNamespace(m=m, s=s))
+
+    log_p = family_of_draws(draws["m"].flatten(), draws["s"].flatten()).log_prob(x).mean(-1)
+
+    def risk(m, s):
+        """E KL(act ‖ draw) by a sum over a grid, which misses 1e-3 of it at a kink."""
+        log_q = family_of_draws(m[None], s[None]).log_prob(x)[:, 0]
+        return (log_q.exp() * (log_q - log_p)).sum() * (x[1] - x[0]).item()
+
+    here = found.act["m"], found.act["s"]
+    torch.testing.assert_close(found.risk.value, risk(*here), rtol=1e-3, atol=0)
+    for m, s in ((1.05, 1.0), (0.95, 1.0), (1.0, 1.05), (1.0, 0.95)):
+        assert risk(m * here[0], s * here[1]) > found.risk.value * (1 - 1e-3)
+
+
+def test_a_support_that_moves_in_few_draws_is_refused_of_a_file_too(tmp_path):
+    draws = {"n": rare(20.0, 40.0, (1, 77)), "p": torch.full((2, 200), 0.3).double()}
+    for source in (draws, from_file(draws, tmp_path / "draws.nc")):
+        with pytest.raises(ValueError, match="support of Binomial moves"):
+            bayes_act(source, "binomial(total_count=n, probs=p)")
+
+
+@pytest.mark.parametrize("divergence", [ReverseKL(), JensenShannon()])
+def test_what_moves_in_an_element_that_was_not_looked_at_counts(monkeypatch, divergence):
+    m = torch.stack([rare(0.0, 3.0, size=(2, 40)), rare(0.0, 3.0, (1, 19), size=(2, 40))], -1)
+    draws = {"m": m, "s": (0.1 * normals(2, 40, 2)).exp()}
+    wanted = bayes_act(draws, "laplace(loc=m, scale=s)", divergence)
+    assert wanted.act["m"][1] > 0
+    monkeypatch.setattr("rkl.bayes.draws.ELEMENTS", (1, 1))
+    found = bayes_act(draws, "laplace(loc=m, scale=s)", divergence)
+    torch.testing.assert_close(found.act["m"], wanted.act["m"])
+    torch.testing.assert_close(found.risk.value, wanted.risk.value)
+    found.compare(losses=[KL()])
 
 
 @pytest.mark.parametrize("digits", [3, 6])

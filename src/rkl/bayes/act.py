@@ -47,7 +47,7 @@ from rkl.bayes.solve.numerical import (
     same_density,
     sort_components,
 )
-from rkl.bayes.solve.streaming import check_domain
+from rkl.bayes.solve.streaming import MovingFamilyError, check_domain, refuse_other_families
 from rkl.bayes.tables import Table
 from rkl.checks import integer
 from rkl.divergences import ReverseKL
@@ -178,8 +178,16 @@ def answer(problem: Problem) -> Answer:
     """The act, its risk and diagnostics."""
     _refuse_moving(problem)
     with working(f"the act under {problem.divergence}"):
-        weights = problem.weights
-        result = _minimise_loss(problem) if weights is None else closed_act(problem, weights)
+        weights, model = problem.weights, problem.model
+        try:
+            if weights is None and problem.family is not None:
+                refuse_other_families(problem.draws, model.bare, model.names, problem.family)
+            result = _minimise_loss(problem) if weights is None else closed_act(problem, weights)
+        except MovingFamilyError as moved:
+            again = problem.with_draw(moved.chain, moved.draw)
+            if again.family == problem.family:
+                raise
+            return answer(again)
         return _drop_unidentified(result)
 
 

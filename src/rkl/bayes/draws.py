@@ -152,28 +152,40 @@ class Draws:
         """Some draws of a variable, read into memory."""
         return self._finite(name, chains, draws)
 
-    def extremes(self, name: str) -> Integer[Tensor, "places two"]:
-        """Chain and draw of the least and greatest elements of a variable; [0, 2] if lazy.
+    def in_memory(self, name: str) -> bool:
+        """True if reading a variable costs next to nothing."""
+        return isinstance(self.of(name).variable._data, np.ndarray)
 
-        A file is not read twice for it; of many elements, a few are used.
+    def extremes(self, name: str) -> Integer[Tensor, "places two"]:
+        """Chain and draw of the least and greatest elements of a variable; of many, of a few.
+
+        A file is read for it, chunk by chunk.
         """
-        array = self.of(name)
         width = math.prod(self.shape(name))
-        if not isinstance(array.variable._data, np.ndarray) or not width:
-            return torch.empty(0, 2, dtype=torch.int64)
-        flat = read(array, slice(None), slice(None)).reshape(-1, width)
-        looked_at = min(max(PROBED // width, ELEMENTS[0]), ELEMENTS[1])
-        flat = flat[:, :: math.ceil(width / looked_at)]
-        rows = torch.cat([flat.argmin(0), flat.argmax(0)]).unique()
-        return torch.stack([rows // self.draws, rows % self.draws], -1)
+        looked_at = min(max(PROBED // max(1, width), ELEMENTS[0]), ELEMENTS[1])
+        columns = slice(None, None, math.ceil(width / looked_at) or 1)
+        best = torch.full((2 * len(range(width)[columns]),), math.inf, dtype=torch.float64)
+        places = torch.zeros(len(best), 2, dtype=torch.int64)
+        for chain, part in self.parts([name]):
+            values = read(self.of(name), chain, part).reshape(-1, width)[:, columns]
+            least, row = torch.cat([values, -values], -1).min(0)
+            better = least < best
+            best = torch.where(better, least, best)
+            here = torch.stack([torch.full_like(row, chain), row + part.start], -1)
+            places = torch.where(better[:, None], here, places)
+        return places.unique(dim=0)
 
     def at(
         self, name: str, places: Integer[Tensor, "places two"]
     ) -> Float[Tensor, "places *event"]:
         """Single draws of a variable, each by chain and draw."""
-        chain, draw = (xr.Variable("place", x) for x in places.T.numpy())
-        part = self.of(name).variable.isel(chain=chain, draw=draw).transpose("place", ...)
-        values = tensor_of(part.values)
+        if self.in_memory(name):
+            chain, draw = (xr.Variable("place", x) for x in places.T.numpy())
+            part = self.of(name).variable.isel(chain=chain, draw=draw).transpose("place", ...)
+            values = tensor_of(part.values)
+        else:  # a file would be read from the first place to the last
+            singles = (read(self.of(name), c, slice(d, d + 1)) for c, d in places.tolist())
+            values = torch.cat(list(singles))
         if not values.isfinite().all():
             for c, d in places.tolist():  # raises, naming the draw
                 self._finite(name, c, slice(d, d + 1))

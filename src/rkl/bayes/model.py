@@ -869,13 +869,13 @@ def _from_callable(family: Callable, draws: Draws, design: Any) -> Model:
     def make(theta: Theta) -> Distribution:
         return family(theta) if design is None else family(theta, shown_design)
 
-    some_draws = Theta(probe(draws, draws.names))
+    some_draws = Theta(probe(draws, draws.names, unread=True))
     model = Model(text, draws.names, make, design=design)
     _check_some(model, some_draws)
     names = tuple(name for name in draws.names if name in some_draws._seen)
     if not names:
         raise ValueError(f"family {text} must look at a variable of the posterior; it saw none.")
-    return Model(text, names, make, design=design, few=some_draws._drawn)
+    return Model(text, names, make, design=design, few=probe(draws, names))
 
 
 def _check_some(model: Model, some_draws: Theta) -> None:
@@ -895,11 +895,17 @@ def _check_some(model: Model, some_draws: Theta) -> None:
     raise failed[0]
 
 
-def probe(draws: Draws, names: Sequence[str]) -> dict[str, Tensor]:
+def probe(draws: Draws, names: Sequence[str], unread: bool = False) -> dict[str, Tensor]:
     """A few draws by name, [n, *shape]: some of every chain, and the extremes of each variable.
 
     They decide what kind of distributions the family makes, and what moves from draw to draw:
     what is constant in most of the draws, such as an indicator, must be seen to move.
+
+    Args:
+        draws: The posterior.
+        names: Of the variables.
+        unread: True to leave out extremes for which a file would be read to its end. Else this
+            is done where a number is the same in some draws of every chain.
     """
     chains = slice(None, None, -(-draws.chains // PROBE))
     step = max(1, draws.draws * len(range(draws.chains)[chains]) // PROBE)
@@ -909,12 +915,23 @@ def probe(draws: Draws, names: Sequence[str]) -> dict[str, Tensor]:
         for _ in draws.chunks(names):  # raises too, naming the draw
             pass
         raise
-    places = torch.cat([draws.extremes(name) for name in names]).unique(dim=0)
+    looked_at = [
+        name
+        for name, x in spread.items()
+        if draws.in_memory(name) or not (unread or _moves(x.flatten(0, 1)))
+    ]
+    places = [draws.extremes(name) for name in looked_at if math.prod(draws.shape(name))]
+    places = torch.cat(places).unique(dim=0) if places else torch.empty(0, 2).long()
     rows_by_name = {}
     for name, x in spread.items():
         more = draws.at(name, places) if len(places) else x[:0, 0]
         rows_by_name[name] = torch.cat([x.flatten(0, 1), more])
     return rows_by_name
+
+
+def _moves(x: Tensor) -> bool:
+    """True if every number of draws [n, *shape] differs between some of them."""
+    return bool((x != x[:1]).any(0).all())
 
 
 def alone(law: Distribution, again: Callable[[], Distribution]) -> Distribution:

@@ -83,7 +83,7 @@ class _Seen(NamedTuple):
 
 def _evaluate(problem: Problem, log_posterior: LogDensity) -> _Seen:
     draws = problem.draws
-    shown = Theta(probe(draws, draws.names))
+    shown = Theta(probe(draws, draws.names, unread=True))
     try:
         log_density = log_posterior(shown)
     except KeyError as error:

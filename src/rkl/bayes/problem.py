@@ -52,6 +52,12 @@ class Problem:
         few = self.model.few or {}
         return {name: few[name] for name in self.model.names}
 
+    def with_draw(self, chain: int, draw: int) -> "Problem":
+        """The problem with one more draw among the few that decide the distribution type."""
+        place = torch.tensor([[chain, draw]])
+        few = {name: torch.cat([x, self.draws.at(name, place)]) for name, x in self.few.items()}
+        return replace(self, model=replace(self.model, few=few))
+
     @functools.cached_property
     def structure(self) -> Unwrapped:
         """The distributions of a few draws, without what leaves divergences unchanged."""

@@ -133,7 +133,9 @@ def average_draws(problem: Problem, directions: tuple[str, ...]) -> Averages:
     """
     if directions not in problem.passes:
         model = problem.model
-        moments = one_pass(problem.draws, model.bare, model.names, directions, problem.compiled)
+        moments = one_pass(
+            problem.draws, model.bare, model.names, directions, problem.compiled, problem.family
+        )
         problem.passes[directions] = averages_of(moments, directions)
     return problem.passes[directions]
 

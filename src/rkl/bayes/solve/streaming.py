@@ -44,6 +44,18 @@ class Plan(NamedTuple):
     rows: int  # draws of a block
     compiled: bool
     kernels: bool = True
+    fixed: ExponentialFamily | None = None  # as it was found; every draw must be of it
+
+
+class MovingFamilyError(ValueError):
+    """What a few draws share, and their family holds fixed, differs in another draw."""
+
+    def __init__(self, message: str, chain: int = 0, draw: int = 0):
+        super().__init__(message, chain, draw)
+        self.chain, self.draw = chain, draw
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class Sums(NamedTuple):
@@ -91,6 +103,8 @@ def _totals_of(
     place: Totals | None,
 ) -> Totals:
     law, family = plan.law(block), plan.family
+    if plan.fixed is not None and not is_of(law, plan.fixed):
+        raise MovingFamilyError("what the family holds fixed differs from draw to draw.")
     kernel = (
         plan.kernels and w is None and run % INNER == 0 and isinstance(law, Normal | LogNormal)
     )
@@ -205,6 +219,41 @@ def _in_eights(x: Tensor, run: int) -> tuple[Tensor, int]:
     return x.unflatten(0, (-1, run // INNER, INNER)), 2
 
 
+def is_of(law: Distribution, family: ExponentialFamily) -> bool:
+    """True if the family holds all of these distributions, with what it holds fixed."""
+    if type(law) is not family.distribution:
+        return False
+    try:
+        return type(family).of(law) == family
+    except ValueError:
+        return False
+
+
+def refuse_other_families(
+    draws: Draws, law: Law, names: Sequence[str], family: ExponentialFamily
+) -> None:
+    """Refuse draws whose distributions are not of the family.
+
+    Raises:
+        MovingFamilyError: One of them, which is named.
+    """
+    for chain, part, chunk in draws.chunks(names):
+        if is_of(law(chunk), family):
+            continue
+        first, last = 0, part.stop - part.start
+        while last - first > 1:
+            middle = (first + last) // 2
+            half = {name: x[first:middle] for name, x in chunk.items()}
+            first, last = (middle, last) if is_of(law(half), family) else (first, middle)
+        draw = part.start + first
+        raise MovingFamilyError(
+            f"what a {family.distribution.__name__} of the other draws has fixed is another "
+            f"number at chain {chain}, draw {draw}.",
+            chain,
+            draw,
+        )
+
+
 def check_domain(law: Distribution) -> None:
     """Refuse parameters outside their domains, each checked by itself."""
     for name, constraint in law.arg_constraints.items():
@@ -290,6 +339,7 @@ def one_pass(
     names: Sequence[str],
     directions: Sequence[str] = DIRECTIONS,
     compiled: bool | None = None,
+    family: ExponentialFamily | None = None,
 ) -> Moments:
     """Average what the acts need, reading each draw once, in memory that does not grow with them.
 
@@ -303,8 +353,10 @@ def one_pass(
         directions: "reverse" or "forward", or both.
         compiled: Whether to compile what is done to a block; by default if a billion distributions
             are to come, for it takes a few seconds. Only where components are numbers.
+        family: Of all draws; by default that of the first few.
 
     Raises:
+        MovingFamilyError: Some draw makes a distribution of another family.
         ValueError: Some draw is not finite, or makes no distribution of the family.
 
     >>> draws = Draws({"rate": [[1.0, 2.0, 4.0, 8.0]]})
@@ -314,7 +366,12 @@ def one_pass(
     (2.828427, 3.75)
     """
     with torch.no_grad():
-        family, reference, batch = _reference(draws, law, names, directions)
+        fixed = _family(draws, law, names) if family is None else family
+        try:
+            family, reference, batch = _reference(draws, law, names, fixed, directions)
+        except MovingFamilyError:
+            refuse_other_families(draws, law, names, fixed)
+            raise
         laws = math.prod(batch)
         if compiled is None:
             compiled = draws.chains * draws.draws * laws >= WORTH_COMPILING and has_compiler()
@@ -322,10 +379,14 @@ def one_pass(
         unit, rows, length = _layout(draws, max(1, laws), FUSED if compiled else CACHED)
         rest = draws.draws % unit // INNER * INNER
         plan = Plan(law, family, reference, batch, tuple(directions), unit, rest, rows, compiled)
+        plan = plan._replace(fixed=fixed)
         try:
             moments = _average(draws, names, plan, length)
             if not moments.finite:
                 moments = _average(draws, names, plan._replace(kernels=False), length)
+        except MovingFamilyError:
+            refuse_other_families(draws, law, names, fixed)
+            raise
         except ValueError:
             _refuse(draws, law, names, family, directions)
             raise
@@ -425,19 +486,31 @@ def _weights(draws: Draws, chain: int, part: slice) -> Tensor | None:
     return None if draws.weights is None else draws.weights[chain, part]
 
 
-def _reference(
-    draws: Draws, law: Law, names: Sequence[str], directions: Sequence[str] = DIRECTIONS
-) -> tuple[ExponentialFamily, Natural, torch.Size]:
-    """The family about the act of the first few draws, and that act."""
+def _few(draws: Draws, law: Law, names: Sequence[str]) -> Distribution:
+    """The distributions of the first few draws."""
     numbers = sum(math.prod(draws.shape(name)) for name in names)
     rows = min(64, max(8, REFERENCE_NUMBERS // max(1, numbers)))
-    chunks = draws.chunks(names, rows * numbers)
-    first = law(next(chunks)[2])
+    return law(next(draws.chunks(names, rows * numbers))[2])
+
+
+def _family(draws: Draws, law: Law, names: Sequence[str]) -> ExponentialFamily:
+    first = _few(draws, law, names)
     family = family_of(first)
     if family is None:
         raise ValueError(
             f"distribution must be of an exponential family; got a {type(first).__name__}."
         )
+    return family
+
+
+def _reference(
+    draws: Draws, law: Law, names: Sequence[str], family: ExponentialFamily,
+    directions: Sequence[str],
+) -> tuple[ExponentialFamily, Natural, torch.Size]:  # fmt: skip
+    """The family about the act of the first few draws, and that act."""
+    first = _few(draws, law, names)
+    if not is_of(first, family):
+        raise MovingFamilyError("what the family holds fixed differs from draw to draw.")
     _check(first, family, directions)
     natural = family.natural(first)
     if bool(family.contains(natural).all()):

@@ -12,6 +12,7 @@ import xarray as xr
 from bayes.found import FIXED, every_family, laws
 from torch.distributions import (
     AffineTransform,
+    Distribution,
     Exponential,
     ExpTransform,
     Independent,
@@ -19,9 +20,11 @@ from torch.distributions import (
     Normal,
     StudentT,
     TransformedDistribution,
+    constraints,
 )
 
 from rkl.bayes import Intrinsic, bayes_act, family_of
+from rkl.bayes.compare import excess_over
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
 
 ORDINARY = "normal(loc=mu, scale=sigma)"
@@ -597,6 +600,46 @@ def test_what_moves_in_an_element_that_was_not_looked_at_counts(monkeypatch, div
     torch.testing.assert_close(found.act["m"], wanted.act["m"])
     torch.testing.assert_close(found.risk.value, wanted.risk.value)
     found.compare(losses=[KL()])
+
+
+class Unnamed(Distribution):
+    """A distribution of vectors that rkl has no closed form for."""
+
+    arg_constraints = {}
+    support = constraints.real_vector
+
+    def __init__(self, law):
+        self.law = law
+        super().__init__(law.batch_shape, law.event_shape, validate_args=False)
+
+    def log_prob(self, value):
+        return self.law.log_prob(value)
+
+    def sample(self, sample_shape=()):
+        return self.law.sample(sample_shape)
+
+
+def test_the_error_of_a_risk_contains_the_sampling_of_its_nodes():
+    draws = {"m": 0.3 * normals(2, 100, 3), "s": (0.2 * normals(2, 100, 3, seed=1)).exp()}
+
+    def family(t):
+        return Independent(Normal(t.m, t.s), 1)
+
+    exact = bayes_act(draws, family)
+    ratios = []
+    for seed in range(6):
+        found = bayes_act(draws, lambda t: Unnamed(family(t)), seed=seed)
+        sampled = found.risk.error.square() - exact.risk.error.square()
+        assert sampled > 0
+        ratios.append((found.risk.value - exact.risk.value) / sampled.sqrt())
+        other = {name: 1.05 * x for name, x in found.act.point.items()}
+        value, error = excess_over(found)(other)
+        loss, law = found.problem.loss, found.problem.loss.laws.of
+        laws = [law({k: x[None] for k, x in at.items()}) for at in (other, found.act.point)]
+        assert 0 < found.problem.sampling_error(loss, *laws) < error
+        assert (value - excess_over(exact)(other)[0]).abs() < 5 * error
+    # chi-square of 6: between 0.2 and 2.2 of its square root but once in 10,000
+    assert 0.2 < torch.stack(ratios).square().mean().sqrt() < 2.2
 
 
 @pytest.mark.parametrize("digits", [3, 6])

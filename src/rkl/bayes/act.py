@@ -256,6 +256,8 @@ def _minimise_loss(problem: Problem) -> Answer:
         for name, x in minimum.theta.items()
     }
     risk = mean_of_diagnosed("risk", losses, draws, judgement)
+    at_act = problem.loss.laws.of({name: x[None] for name, x in minimum.theta.items()})
+    risk = Mean(risk.value, risk.error.hypot(problem.sampling_error(problem.loss, at_act)))
     for key, name in (problem.model.settings or {}).items():
         if isinstance(name, str):
             parameters.setdefault(key, parameters[name])

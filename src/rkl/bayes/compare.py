@@ -142,11 +142,15 @@ def excess_over(estimate: Answer) -> LossOf:
     problem, act = estimate.problem, variables_of(estimate)
     if problem.weights is not None:
         return _exact_excess(estimate, problem.weights, act)
-    least = problem.losses(act)
+    least, loss = problem.losses(act), problem.loss
+
+    def law(variables: Variables):
+        return loss.laws.of({name: x[None] for name, x in variables.items()})
 
     def excess(variables: Variables):
         difference = mean_of(problem.losses(variables) - least, problem.draws)
-        return zero_rounding(difference.value), zero_rounding(difference.error)
+        error = problem.sampling_error(loss, law(variables), law(act))
+        return zero_rounding(difference.value), zero_rounding(difference.error.hypot(error))
 
     return excess
 

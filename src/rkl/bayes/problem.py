@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Independent
 from rkl.bayes.draws import Draws
 from rkl.bayes.families import ExponentialFamily, Natural
 from rkl.bayes.loss.between import AnyLoss, Intrinsic, Weights, weights_of
-from rkl.bayes.loss.expected import PosteriorLoss, posterior_loss
+from rkl.bayes.loss.expected import NodeLoss, PosteriorLoss, posterior_loss
 from rkl.bayes.model import (
     Laws,
     Model,
@@ -222,6 +222,20 @@ class Problem:
         with torch.no_grad():
             each = by_member(loss, law)
         return each.reshape(self.draws.chains, self.draws.draws, *self.batch, -1).sum(-1)
+
+    def sampling_error(
+        self, loss: PosteriorLoss, law: Distribution, other: Distribution | None = None
+    ) -> Tensor:
+        """Standard error [*batch] of the risk of a distribution [1, *batch] from sampled nodes.
+
+        With ``other`` that of the excess over its risk, on the same nodes. 0 where no nodes are
+        sampled.
+        """
+        if not isinstance(loss, NodeLoss) or loss.nodes.kind != "importance":
+            return torch.zeros(self.batch, dtype=torch.float64)
+        terms = loss.at_nodes(law) if other is None else loss.at_nodes(law) - loss.at_nodes(other)
+        terms = terms.reshape(*self.batch, -1, terms.shape[-1]).sum(-2)
+        return (terms - terms.mean(-1, keepdim=True)).square().sum(-1).sqrt()
 
     def shrunk(self, name: str, parameter: Tensor) -> Tensor:
         """The variable [*shape] that a parameter [*batch, ...] of the act is shared from."""

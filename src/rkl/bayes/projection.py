@@ -673,7 +673,8 @@ def _over_draws(full: Estimate, one: Subfamily) -> Submodel:
     whole, draws = full.problem, full.problem.draws
     loss, member = best_member(whole, one)
     risk = whole.losses_at(loss, member.law)
-    excess = risk - whole.losses(dict(full.act.point), loss)
+    best = loss.laws.of({name: x[None] for name, x in full.act.point.items()})
+    excess = risk - whole.losses_at(loss, best)
     shape = (draws.chains, draws.draws)
     moved = {name: x.unflatten(0, shape) for name, x in member.influence.items()}
     events = {name: max(0, x.ndim - 2 - len(whole.batch)) for name, x in moved.items()}
@@ -682,6 +683,10 @@ def _over_draws(full: Estimate, one: Subfamily) -> Submodel:
     means_by_name = {
         name: mean_of_diagnosed(name, x, draws, judgement) for name, x in averaged.items()
     }
+    for name, other in ((RISK, None), (EXCESS, best)):
+        sampled = whole.sampling_error(loss, member.law, other)
+        mean = means_by_name[name]
+        means_by_name[name] = Mean(mean.value, mean.error.hypot(sampled))
     means = {name: Mean(x, means_by_name[name].error) for name, x in member.variables.items()}
     law = one.model.at(member.own)
     how = "in closed form"

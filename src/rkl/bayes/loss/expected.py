@@ -138,6 +138,17 @@ class NodeLoss(PosteriorLoss):
                 sums += (weights * each.detach()).sum(0)
         return total.sum(0), (slope[..., None] * jacobian).sum(0)
 
+    def at_nodes(self, law: Distribution) -> Float[Tensor, "members nodes"]:
+        """The terms of each node in the expected loss of each member of the batch."""
+        with torch.no_grad():
+            logq = self.nodes.log_mass(law)[0]
+            total = torch.zeros_like(logq)
+            for rows in self.laws.chunks(logq.numel()):
+                logp = self.nodes.log_mass(self.laws.at(rows))
+                terms = self._excess(logp, logq.expand_as(logp))
+                total += (self.laws.weights[rows, None, None] * terms).sum(0)
+        return total
+
     def _jacobian(self, law, leaf):
         """Log w q [members, m] of a distribution, and its slopes [members, m, k]."""
         with torch.set_grad_enabled(leaf is not None):

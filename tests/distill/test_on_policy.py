@@ -3,15 +3,19 @@
 import copy
 import json
 import math
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import rkl
 from rkl.distill import DistillConfig, cache_teacher
+from rkl.distill.generate import Prompt, generate
 from rkl.distill.selection import DivergedError
 from rkl.distill.text.batches import DATA, ROUTE, SOURCES, STUDENT, TEACHER, shifted, sources_of
 from rkl.distill.text.data import IGNORED
@@ -22,7 +26,9 @@ from rkl.distill.writing.rollouts import (
     Writer,
     batch_with,
     common_ends,
+    generation_config,
     prompts_in,
+    replies_of,
     seed_of,
 )
 
@@ -156,12 +162,22 @@ def test_the_text_is_that_of_the_student_as_it_is_at_each_step(
     assert len({*map(tuple, written)}) > 1
 
 
-@pytest.mark.parametrize("architecture", ["GPT2", "Llama"])
+ALONE = {"Rwkv": {"context_length": 32}, "RecurrentGemma": {"num_hidden_layers": 3}}
+
+
+def told_of(architecture):
+    if architecture not in ALONE:
+        return nullcontext()
+    return pytest.warns(UserWarning, match=f"{architecture}ForCausalLM replies otherwise beside")
+
+
+@pytest.mark.parametrize("architecture", ["GPT2", "Llama", "Rwkv"])
 def test_a_batch_of_prompts_of_any_length_is_replied_to_as_each_alone(architecture, tiny_model):
-    model = tiny_model(architecture, seed=3)
+    model = tiny_model(architecture, seed=3, **ALONE.get(architecture, {})).eval()
     writer = ModelWriter(model, Sampling(8, temperature=0), [1])
-    prompts = [[5], [6, 7, 8, 9, 10], [11, 12]]
-    together = writer.write(prompts, seed=0)
+    prompts = [[5], [6, 7, 8, 9, 10], [11, 12], [13]]
+    with told_of(architecture):
+        together = writer.write(prompts, seed=0)
     assert together == [writer.write([prompt], seed=0)[0] for prompt in prompts]
     for prompt, reply in zip(prompts, together, strict=True):
         ids = list(prompt)
@@ -171,6 +187,42 @@ def test_a_batch_of_prompts_of_any_length_is_replied_to_as_each_alone(architectu
             ids.append(token)
         assert reply.ended == (reply.tokens[-1] == 1)
         assert 1 not in reply.tokens[:-1]
+
+
+@pytest.mark.parametrize("how", [torch.float32, torch.bfloat16, "autocast"], ids=str)
+@pytest.mark.parametrize("architecture", ["GPT2", "Qwen2", "Bloom", "Mamba", "Lfm2", "Mixtral"])
+def test_models_that_reply_beside_others_as_alone_are_recognised_in_any_precision(
+    architecture, how, tiny_model
+):
+    model = tiny_model(architecture, seed=3)
+    around = nullcontext
+    if how == "autocast":
+        around = partial(torch.autocast, "cpu", torch.bfloat16)
+    else:
+        model = model.to(how)
+    writer = ModelWriter(model, Sampling(2), [1], around=around)
+    writer.write([[5], [6, 7, 8]], seed=0)  # a warning would be an error
+
+
+def test_replies_to_a_set_of_prompts_are_those_to_each_alone(tiny_model, tiny_tokenizer):
+    model = tiny_model("RecurrentGemma", seed=3, **ALONE["RecurrentGemma"])
+    prompts = [Prompt(it, "", "") for it in ([5, 9], [6, 7, 8, 9, 10], [11, 12, 3, 4])]
+    how = {"seeds": [0], "sampling": Sampling(8, temperature=0)}
+    with told_of("RecurrentGemma"):
+        together = generate(model, tiny_tokenizer(), prompts, **how)
+    alone = [generate(model, tiny_tokenizer(), [it], **how)[0] for it in prompts]
+    assert together == alone
+
+
+def test_processes_that_share_a_model_refuse_one_that_replies_alone(tiny_model):
+    model = tiny_model("Rwkv", seed=3, **ALONE["Rwkv"]).eval()
+    config = generation_config(Sampling(2), [1])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.no_grad(), pytest.raises(NotImplementedError, match="Give each process the"):
+            replies_of(model, [[5], [6]], config, together=True)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_writing_leaves_modes_and_random_numbers_as_they_were(tiny_model):

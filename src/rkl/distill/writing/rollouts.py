@@ -6,9 +6,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -128,8 +130,31 @@ def replies_of(
     """A reply of a model to each prompt, drawn from torch's global random state.
 
     Processes that share its weights write ``together``: each runs the model until the last reply
-    of all of them has ended.
+    of all of them has ended. A model that replies otherwise beside other prompts, as some with a
+    recurrent state do, which read their padding, gets its prompts one by one.
     """
+    how: dict[str, Any] = {"config": config, "processors": processors, "together": together}
+    # Of processes that write together all must ask the model, or none.
+    asks = together or len(prompts) > 1
+    if not asks or _batches(model, together=together):
+        return _replies_of_batch(model, prompts, **how)
+    if together:
+        raise NotImplementedError(
+            f"model: a {type(model).__name__} must get its prompts one by one, for beside others "
+            "it replies otherwise, and processes that share its weights must write at once. Give "
+            "each process the whole model."
+        )
+    return [reply for prompt in prompts for reply in _replies_of_batch(model, [prompt], **how)]
+
+
+def _replies_of_batch(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    config: GenerationConfig,
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]],
+    together: bool,
+) -> list[Reply]:
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     pad, ends = config.pad_token_id, {*(config.eos_token_id or ())}
@@ -145,6 +170,85 @@ def replies_of(
         synced_gpus=together,
     )
     return [_until_end(reply, ends) for reply in written[:, longest:].tolist()]
+
+
+_BATCHES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_BATCH_ROUNDING = 1 / 16  # of the largest logit; padding that is read adds more
+
+
+def _batches(model: nn.Module, *, together: bool) -> bool:
+    """True if a model replies to a prompt alone as beside others; asked once of each model."""
+    if model not in _BATCHES:
+        _BATCHES[model] = _batch_effect(model, together=together) <= 1
+        if not _BATCHES[model] and not together:
+            warn(
+                f"{type(model).__name__} replies otherwise beside other prompts, as a model that "
+                "reads its padding: it gets its prompts one by one, which takes longer."
+            )
+    return _BATCHES[model]
+
+
+def _batch_effect(model: Any, *, together: bool) -> float:
+    """Change of the logits of two tokens by other rows and padding, over the largest allowed.
+
+    Of padding by one token or another, masked, hardly more than rounding is allowed; between a
+    prompt padded beside another and alone, what half precision and other kernels may add.
+    """
+    pad = model.config.get_text_config(decoder=True).pad_token_id
+    first, second, third = [token for token in range(4) if token != pad][:3]
+    prompt, other = [first, second], [third, first, second, third, first]
+    before = [[first] * 5, [third] * 5, other]
+    masked = [[0] * 5 + [1] * 2] * 2 + [[1] * 7]
+    rows = [[*tokens, *prompt] for tokens in before]
+    alone = _forced_logits(model, [prompt], [[1] * 2], third, together=together)[0]
+    padded = _forced_logits(model, rows, masked, third, together=together)
+    if alone.isnan().any() or padded.isnan().any():
+        return 0.0  # an error of the first reply
+    finite = alone.isfinite().all(0)  # what a model never writes may have -inf
+    alone, padded = alone[:, finite], padded[..., finite]
+    across = min(64 * torch.finfo(_precision(model)).eps, _BATCH_ROUNDING)
+    effects = (padded[0] - padded[1]) / across, (padded[0] - alone) / _BATCH_ROUNDING
+    largest = alone.abs().max().clamp_min(torch.finfo(alone.dtype).tiny)
+    return max(float(it.abs().max() / largest) for it in effects)
+
+
+def _forced_logits(
+    model: Any, rows: Sequence[list[int]], mask: Sequence[list[int]], token: int, *, together: bool
+) -> Float[Tensor, "rows steps vocab"]:
+    """Logits of the next token, and of the one behind a given next token."""
+    device = next(model.parameters()).device
+    inputs, attended = torch.tensor([rows, mask], device=device)
+    config = GenerationConfig(
+        max_new_tokens=2,
+        do_sample=False,
+        eos_token_id=rows[0][-1],  # another than the token, behind which it goes on
+        pad_token_id=rows[0][-1],
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    written = model.generate(
+        inputs=inputs,
+        attention_mask=attended,
+        generation_config=config,
+        logits_processor=[lambda ids, logits: _certain(logits, token)],
+        synced_gpus=together,
+    )
+    return torch.stack(written.logits, 1)
+
+
+def _certain(logits: Float[Tensor, "rows vocab"], token: int) -> Float[Tensor, "rows vocab"]:
+    """Logits that leave one token alone."""
+    certain = torch.full_like(logits, -math.inf)
+    certain[:, token] = 0.0
+    return certain
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    """The precision that a model is run in."""
+    weight = next(model.parameters())
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> Reply:

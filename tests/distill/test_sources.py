@@ -72,7 +72,6 @@ def test_a_compressed_text_and_lines_in_a_json_file_are_read(tmp_path):
         ),
         ({"conversations": said("a", "b")["messages"]}, said("a", "b")),
         # Where a row has our own columns too, these count.
-        ({"instruction": "a", "output": "b", "text": "whole"}, {"text": "whole"}),
         (
             {"prompt": "a", "completion": "b", "response": "c"},
             {"prompt": "a", "completion": "b"},
@@ -81,6 +80,21 @@ def test_a_compressed_text_and_lines_in_a_json_file_are_read(tmp_path):
 )
 def test_the_columns_of_other_libraries_are_read(row, expected):
     assert read_rows([row, {**row, "id": 3}]) == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "a", "input": "", "output": "b"},
+        {"prompt": "a", "response": "b"},
+        {"conversations": said("a", "b")["messages"]},
+    ],
+)
+def test_a_text_beside_an_answer_counts_and_is_warned_of(row):
+    rows = [{"text": "w"}, row | {"text": "whole"}]
+    with pytest.warns(UserWarning, match="rows have text beside .* leave the column text out"):
+        assert read_rows(rows) == [{"text": "w"}, {"text": "whole"}]
+    read_rows([{"text": "w", "output": "b"}])  # a warning would be an error
 
 
 def test_a_system_turn_is_not_said_twice():

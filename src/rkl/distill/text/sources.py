@@ -30,6 +30,7 @@ OTHER_COLUMNS = (  # of rows in the words of Alpaca, ShareGPT and others
     *("prompt", "response", "instruction", "input", "output", "history", "system"),
     "conversations",
 )
+ANSWERED = ("prompt", "response"), ("conversations",), ("instruction", "output")  # of those
 ROLES = {  # what ShareGPT calls them
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bing", "bard"), "assistant"),
@@ -101,7 +102,8 @@ def read_rows(data: Data, *, split: str = "train", column: str | None = None) ->
 
     Rows of ``prompt`` and ``response``, of Alpaca (``instruction``, ``input``, ``output``, also
     ``system`` and ``history``) and of ShareGPT (``conversations`` of ``from`` and ``value``) are
-    read too: the first as prompt and completion, the others as messages.
+    read too: the first as prompt and completion, the others as messages. A column ``text`` beside
+    them counts more, with a warning: all of it is trained on.
 
     Args:
         data: One of the above.
@@ -118,7 +120,7 @@ def read_rows(data: Data, *, split: str = "train", column: str | None = None) ->
             _name_in(row, column, data.place(index))
         return data
     named = isinstance(data, str | Path)
-    rows, numbers, kind, nulls = [], [], None, 0
+    rows, numbers, kind, nulls, unused = [], [], None, 0, None
     read = _read_named(data, split, column) if named else _in_memory(data, split)
     for number, row in read.rows:
         place = read.source if number is None else f"{read.source}, {read.unit} {number}"
@@ -127,6 +129,8 @@ def read_rows(data: Data, *, split: str = "train", column: str | None = None) ->
         kind = kind or found
         if found != kind:
             raise ValueError(f"{place}: a row of {found} among rows of {kind}; expected one kind.")
+        if found == "text":
+            unused = unused or _answer_columns(row)
         row = _checked(row, found, place) | _name_in(row, column, place)
         if read.filled and found != "text":
             row, removed = _without_filled_nulls(row)
@@ -135,6 +139,12 @@ def read_rows(data: Data, *, split: str = "train", column: str | None = None) ->
         numbers.append(number)
     if not rows:
         raise ValueError(f"data: {data if named else type(data).__name__} has no rows.")
+    if unused:
+        warn(
+            f"{read.source}: rows have text beside {' and '.join(unused)}. All of the text is "
+            "trained on, which may hold the question too; leave the column text out to train on "
+            "the answers alone."
+        )
     if nulls:
         warn(
             f"{read.source}: in {nulls:,} of {len(rows):,} rows null values below tool_calls or "
@@ -216,13 +226,20 @@ def _in_our_words(row: Any, place: str) -> Any:
     known = {column for column in row if row[column] is not None}
     if any(known.issuperset(COLUMNS[kind]) for kind in ("messages", "completion", "text")):
         return row
-    if known >= {"prompt", "response"}:
-        return {**row, "completion": row["response"]}
-    if "conversations" in known:
-        return {**row, "messages": _of_sharegpt(row, place)}
-    if known >= {"instruction", "output"}:
-        return {**row, "messages": _of_alpaca(row, place)}
+    match _answer_columns(row):
+        case ("prompt", "response"):
+            return {**row, "completion": row["response"]}
+        case ("conversations",):
+            return {**row, "messages": _of_sharegpt(row, place)}
+        case ("instruction", "output"):
+            return {**row, "messages": _of_alpaca(row, place)}
     return row
+
+
+def _answer_columns(row: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The columns of other libraries that hold an answer in a row; None without them."""
+    known = {column for column in row if row[column] is not None}
+    return next((columns for columns in ANSWERED if known.issuperset(columns)), None)
 
 
 def _of_alpaca(row: Mapping[str, Any], place: str) -> list[dict[str, str]]:

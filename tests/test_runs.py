@@ -53,6 +53,15 @@ WRITERS = {
 }
 
 
+def test_a_metric_that_is_not_finite_is_null(tmp_path):
+    """JSON has no NaN and no Infinity, though Python writes and reads them."""
+    run = Run.create(tmp_path / "run", "fit", {}, seed=0)
+    run.log({"step": 1, "loss": float("inf"), "parts": (float("nan"), 1.5)})
+    text = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == run.metrics[0]
+    assert run.metrics == [{"step": 1, "loss": None, "parts": [None, 1.5]}]
+
+
 def test_what_is_written_is_what_is_read(tmp_path):
     runs.write_atomic(tmp_path / "text", "Ω\n")
     runs.write_json(tmp_path / "json", {"a": [1, None, "Ω"]})

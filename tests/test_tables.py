@@ -131,6 +131,7 @@ def test_an_error_in_parentheses_is_that_of_the_last_digits(value, error):
 def test_a_mean_in_json_is_a_pair_and_none_is_none():
     assert pair_of({"value": 1.0, "error": 0.5}) == (1.0, 0.5)
     assert pair_of(None) is None
+    assert all(map(math.isnan, pair_of({"value": None, "error": None})))
 
 
 @pytest.mark.parametrize(

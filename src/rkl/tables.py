@@ -203,8 +203,16 @@ def pair_of(record: Mapping[str, Any]) -> tuple[float, float]: ...
 @overload
 def pair_of(record: Mapping[str, Any] | None) -> tuple[float, float] | None: ...
 def pair_of(record: Mapping[str, Any] | None) -> tuple[float, float] | None:
-    """Value and error of a mean that was read from JSON."""
-    return None if record is None else (record["value"], record["error"])
+    """Value and error of a mean that was read from JSON, nan where it held null."""
+    if record is None:
+        return None
+    value, error = nan_of_null([record["value"], record["error"]])
+    return value, error
+
+
+def nan_of_null(values: Sequence[float | None]) -> list[float]:
+    """Numbers that were read from JSON, nan where it held null."""
+    return [math.nan if value is None else value for value in values]
 
 
 def with_error(value: SupportsFloat, error: SupportsFloat, *, plus_minus: bool = False) -> str:

@@ -137,6 +137,25 @@ def test_a_run_is_judged_by_other_draws(posterior, tmp_path, capsys):
     assert "--posterior must be given" in capsys.readouterr().err
 
 
+def test_what_is_not_finite_is_null_in_json(tmp_path, capsys):
+    """JSON has no NaN and no Infinity, though Python writes and reads them."""
+    generator = np.random.default_rng(1)  # the mean of sigma² has no normal error
+    sigma = np.sqrt(1.5 / generator.gamma(1.5, size=(4, 250)))
+    named = {"mu": generator.normal(size=(4, 250)), "sigma": sigma}
+    drawn = xr.Dataset({name: (("chain", "draw"), x) for name, x in named.items()})
+    drawn.to_netcdf(tmp_path / "draws.nc", engine="h5netcdf")
+    words = [str(tmp_path / "draws.nc"), "--family", FAMILY, "--divergence", "kl"]
+    words += ["--losses", "kl"]
+    out = str(tmp_path / "run")
+    assert main(["estimate", *words, "--json", "--out", out]) == 0
+    printed = capsys.readouterr().out
+    kept = (tmp_path / "run" / "estimate.json").read_text("utf-8")
+    for text in (printed, kept):
+        found = json.loads(text, parse_constant=pytest.fail)["estimate"]
+        assert found["act"]["sigma"]["error"] is None
+    assert main(["compare", out, out]) == 0
+
+
 def test_the_losses_of_the_comparison_are_chosen(posterior, capsys):
     found = json_of(
         [posterior[0], "--family", FAMILY, "--losses", "squared-hellinger", "kl"], capsys

@@ -493,6 +493,14 @@ def test_the_arrays_of_a_comparison_are_the_arguments_of_its_figures(result):
     low, high = both.precision_recall()["bands"]["a"]
     precision = result["precision_recall"]["precision"]
     assert high[3] - low[3] == pytest.approx(4 * precision["error"][3])
+    unknown = json.loads(json.dumps(result))  # as it is read back where an error is not known
+    unknown["precision_recall"]["precision"]["error"][3] = None
+    unknown["divergences"]["tv"]["by_rank"]["error"][0] = None
+    one = Evaluations({"a": unknown})
+    low, high = one.precision_recall()["bands"]["a"]
+    assert math.isnan(low[3])
+    assert math.isnan(high[3])
+    assert math.isnan(one.divergence_by_rank("tv")["errors"]["a"][0])
 
 
 def test_different_data_or_teachers_are_not_compared_in_silence(run, tmp_path):

@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 from rkl import tables
 from rkl.bayes.tables import Table
 from rkl.names import Stack
+from rkl.runs import finite_or_null
 from rkl.stats import Mean, to_json
 from rkl.tables import Cell, cell_text, table_of
 
@@ -159,10 +160,10 @@ class Answer:
         return f"{type(self).__name__}({summary}; {self.family} under {self.divergence})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the draws, as JSON can hold it."""
+        """Everything but the draws, as JSON can hold it: None for what is not finite."""
         act = self.act
         diagnostics = self.diagnostics
-        return {
+        record = {
             "family": self.family,
             "design": _plain(self.problem.model.design),
             "divergence": str(self.divergence),
@@ -177,6 +178,7 @@ class Answer:
             | {"pareto_k": {name: k.tolist() for name, k in diagnostics.pareto_k.items()}}
             | {"warnings": list(diagnostics.warnings)},
         }
+        return finite_or_null(record)
 
     def to_dataframe(self) -> Any:
         """Every number of the act and its risk, a data frame of pandas."""

@@ -21,6 +21,7 @@ from rkl.bayes.draws import Draws, read_draws
 from rkl.bayes.tables import Table
 from rkl.checks import integer
 from rkl.readers import masked_numbers
+from rkl.runs import finite_or_null
 from rkl.runs.progress import working
 from rkl.stats import Mean, mean, to_json
 from rkl.tables import Cell, with_error
@@ -113,7 +114,7 @@ class PartitionAct:
         return {
             "partition": self.partition.tolist(),
             "items": list(self.items),
-            "risk": to_json(self.risk),
+            "risk": finite_or_null(to_json(self.risk)),
             "loss": self.loss,
             "starts": self.starts,
             "agreeing": self.agreeing,

@@ -51,6 +51,7 @@ from rkl.bayes.solve.unconstrained import chart_of, minimise
 from rkl.bayes.tables import Table
 from rkl.divergences import FDivergence, ReverseKL
 from rkl.names import Stack
+from rkl.runs import finite_or_null
 from rkl.stats import Mean
 from rkl.tables import Cell, cell_text
 
@@ -497,7 +498,7 @@ class Projection:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the draws, as JSON can hold it."""
-        return self.table.to_dict()
+        return finite_or_null(self.table.to_dict())
 
     def to_dataframe(self) -> Any:
         """The table, a data frame of pandas."""

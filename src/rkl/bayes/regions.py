@@ -15,6 +15,7 @@ from rkl.bayes.problem import Problem, by_member
 from rkl.bayes.tables import Table
 from rkl.checks import number
 from rkl.readers import masked_numbers
+from rkl.runs import finite_or_null
 from rkl.stats import quantile
 from rkl.tables import Cell
 
@@ -95,16 +96,17 @@ class Region:
         return self.table().to_dataframe()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the draws, as JSON can hold it."""
+        """Everything but the draws, as JSON can hold it: None for what is not finite."""
         ranges = {name: [end.tolist() for end in ends] for name, ends in self.ranges.items()}
         alone = {name: [end.tolist() for end in ends] for name, ends in self.intervals.items()}
-        return {
+        record = {
             "prob": self.prob,
             "threshold": self.threshold.tolist(),
             "ranges": ranges,
             "pieces": {label: [list(piece) for piece in x] for label, x in self.pieces.items()},
             "intervals": alone,
         }
+        return finite_or_null(record)
 
     def table(self) -> Table:
         """The least and the greatest value inside of every number, piece by piece."""

@@ -21,7 +21,7 @@ from rkl.bayes.tables import Table
 from rkl.checks import warn
 from rkl.importing import only
 from rkl.readers import place_of_nan, read
-from rkl.runs import Run, check_out, write_json
+from rkl.runs import Run, check_out, finite_or_null, write_json
 from rkl.runs.integrity import Input, check_inputs, files_of, inputs_before
 from rkl.runs.typed import settings_from
 
@@ -58,7 +58,7 @@ class Estimated:
         return {
             "estimate": self.estimate.to_dict(),
             "region": self.region.to_dict(),
-            "comparison": self.comparison.to_dict(),
+            "comparison": finite_or_null(self.comparison.to_dict()),
         }
 
 

@@ -259,6 +259,11 @@ def study(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     return run
 
 
+def _as_json(result: Any) -> str:
+    """A result as JSON, null where a number is not finite."""
+    return json.dumps(runs.finite_or_null(result.to_dict()), indent=2, allow_nan=False)
+
+
 def estimate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
     """Find the single value of a posterior to report, with its error.
 
@@ -272,7 +277,7 @@ def estimate(parser: ArgumentParser, words: Sequence[str]) -> Runner:
 
     def report_value(chosen: wing.EstimateSettings, parsed: Namespace) -> Any:
         estimate = wing.estimate(chosen, parsed.out, overwrite=parsed.overwrite)
-        return json.dumps(estimate.to_dict(), indent=2) if parsed.json else estimate
+        return _as_json(estimate) if parsed.json else estimate
 
     def with_chains(parsed: Namespace) -> None:
         if parsed.chains:
@@ -303,7 +308,7 @@ def metrics(parser: ArgumentParser, words: Sequence[str]) -> Runner:
         how = {name: getattr(chosen, name) for name in ("k", "inclusive", "standardise", "seed")}
         scores = samples.measure(**arrays, **how)
         scores = replace(scores, notes=[*scores.notes, *notes])
-        return json.dumps(scores.to_dict(), indent=2) if chosen.json else scores
+        return _as_json(scores) if chosen.json else scores
 
     return _command(parser, MetricsSettings, measure)
 
@@ -412,7 +417,7 @@ def judge(parser: ArgumentParser, words: Sequence[str]) -> Runner:
             raise ValueError("overwrite and resume exclude one another; got both.")
         how = {"resume": parsed.resume, "overwrite": parsed.overwrite}
         judged = wing.judge_runs(*replies, chosen, parsed.out, **how)
-        return json.dumps(judged.to_dict(), indent=2) if parsed.json else judged
+        return _as_json(judged) if parsed.json else judged
 
     for name in ("first", "second"):
         described = "a run with replies of rkl generate, or JSON lines with prompt and text"

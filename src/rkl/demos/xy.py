@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rkl.flows.runs import EVALUATION
-from rkl.runs import Run, write_json
+from rkl.runs import Run, finite_or_null, write_json
 from rkl.sample import Evaluation
 from rkl.sample.evaluate import measure_run, write_report
 from rkl.sample.run import fit_target
@@ -77,7 +77,7 @@ def run(
         evaluation = measure_run(out, EvaluateSettings(**how, reference=True, seed=seed + 1))
     run = Run.open(out)
     run.record_files([EVALUATION])
-    write_json(run.path / EVALUATION, evaluation.to_dict())
+    write_json(run.path / EVALUATION, finite_or_null(evaluation.to_dict()))
     report = write_report(run, evaluation)
     done = fitted.fit.training
     trained = f"trained for {done.steps:,} steps in {done.seconds:.0f} s, without data"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rkl.checks import warn
 from rkl.runs import Run, check_out_file
-from rkl.tables import Cell, Table, pair_of
+from rkl.tables import Cell, Table, nan_of_null, pair_of
 
 if TYPE_CHECKING:
     from rkl.report import Section
@@ -158,9 +158,16 @@ class Evaluations:
         curves, bands = {}, {}
         for name, result in self.results.items():
             curve = result["precision_recall"]
-            precision = curve["precision"]
-            curves[name] = precision["value"], curve["recall"]["value"]
-            pairs = list(zip(precision["value"], precision["error"], strict=True))
+            values, errors, recall = map(
+                nan_of_null,
+                (
+                    curve["precision"]["value"],
+                    curve["precision"]["error"],
+                    curve["recall"]["value"],
+                ),
+            )
+            curves[name] = values, recall
+            pairs = list(zip(values, errors, strict=True))
             bands[name] = [v - 2 * e for v, e in pairs], [v + 2 * e for v, e in pairs]
         return {"students": curves, "bands": bands}
 
@@ -175,8 +182,8 @@ class Evaluations:
         }
         return {
             "edges": list(edges.pop()),
-            "students": {name: it["value"] for name, it in bins.items()},
-            "errors": {name: it["error"] for name, it in bins.items()},
+            "students": {name: nan_of_null(it["value"]) for name, it in bins.items()},
+            "errors": {name: nan_of_null(it["error"]) for name, it in bins.items()},
             "label": f"{divergence} (nats per token)",
         }
 

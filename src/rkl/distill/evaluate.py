@@ -62,7 +62,7 @@ from rkl.divergences.schedule import read_schedule
 from rkl.estimators import LinearHead
 from rkl.importing import names_in, only
 from rkl.metrics.precision_recall import SLOPES, pr_curve
-from rkl.runs import Run, fingerprint, save_tensors, write_json
+from rkl.runs import Run, fingerprint, finite_or_null, save_tensors, write_json
 from rkl.runs.integrity import check_inputs, hub_name, inputs_before, local_path
 from rkl.runs.progress import Progress
 from rkl.stats import Mean, clustered_mean, to_json
@@ -199,7 +199,7 @@ def _evaluate_run(
     def keep() -> None:  # before the replies, which may fail
         run.record_files([BY_BLOCK, "evaluation.json"])
         save_tensors(run.path / BY_BLOCK, by_block)
-        write_json(run.path / "evaluation.json", result)
+        write_json(run.path / "evaluation.json", finite_or_null(result))
 
     processes.on_main(keep)
     prompts = parts.prompts
@@ -217,7 +217,7 @@ def _evaluate_run(
         def keep_replies() -> None:
             run.record_files(["generations.jsonl"])
             save(run.path / "generations.jsonl", replies)
-            write_json(run.path / "evaluation.json", result)
+            write_json(run.path / "evaluation.json", finite_or_null(result))
             run.measure_files(["generations.jsonl"])
 
         processes.on_main(keep_replies)

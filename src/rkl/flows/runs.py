@@ -14,6 +14,7 @@ from rkl.runs import (
     REPORT,
     Run,
     check_out_file,
+    finite_or_null,
     write_json,
 )
 from rkl.runs.integrity import (
@@ -120,5 +121,5 @@ def single_run(
 def write_evaluation(run: Run, figures: Mapping[str, Any]) -> None:
     """Write the figures of an evaluation into the folder of its run."""
     run.record_files([EVALUATION])
-    write_json(run.path / EVALUATION, figures)
+    write_json(run.path / EVALUATION, finite_or_null(figures))
     run.measure_files([EVALUATION])

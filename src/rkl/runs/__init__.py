@@ -28,6 +28,7 @@ from rkl.runs.files import (
     DiskFullError,
     append_jsonl,
     as_json,
+    finite_or_null,
     full_disk,
     is_leftover,
     needing_room,
@@ -63,6 +64,7 @@ __all__ = [
     "Run",
     "RunBusyError",
     "append_jsonl",
+    "finite_or_null",
     "check_out",
     "check_out_file",
     "fingerprint",
@@ -344,8 +346,8 @@ class Run:
         return writer if writer and writer.folder == self.path.resolve() else None
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append a row to metrics.jsonl."""
-        append_jsonl(self.path / "metrics.jsonl", row)
+        """Append a row to metrics.jsonl, null where it is not finite."""
+        append_jsonl(self.path / "metrics.jsonl", finite_or_null(row))
 
     def rewind(self, step: int) -> None:
         """Remove the metrics of later steps, which a run resumed at this step logs again."""

@@ -9,6 +9,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -264,6 +265,19 @@ def save_tensors(
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path, sum(it.nbytes for it in contiguous.values())) as temporary:
         save_file(contiguous, temporary, metadata)
+
+
+def finite_or_null(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: None stands in their place.
+
+    >>> finite_or_null({"value": [1.0, float("inf")], "error": float("nan")})
+    {'value': [1.0, None], 'error': None}
+    """
+    if isinstance(value, Mapping):
+        return {name: finite_or_null(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_json(argument: str, value: Any, **style: Any) -> str:

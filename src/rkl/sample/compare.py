@@ -16,7 +16,7 @@ from rkl.flows.compare import (
 )
 from rkl.flows.runs import EVALUATION
 from rkl.runs import Run
-from rkl.tables import Cell, Table
+from rkl.tables import Cell, Table, pair_of
 
 LAST_STEPS = {"ess": "ESS", "acceptance": "acceptance", "v": "v"}
 
@@ -64,7 +64,9 @@ def _evaluation_tables(runs: Mapping[str, Run]) -> Iterator[Table]:
         for k, values in enumerate(record["condition"]):
             at = ", ".join(f"{it} = {v:.4g}" for it, v in zip(named, values, strict=True)) or "all"
             log_z, ess = record["thermodynamics"]["log_z"], record["weights"]["ess"]
-            figures = (log_z["value"][k], log_z["error"][k]), (ess["value"][k], ess["error"][k])
+            figures = [
+                pair_of({"value": it["value"][k], "error": it["error"][k]}) for it in (log_z, ess)
+            ]
             covered = str(record["coverage"][k]["verdict"]).partition(":")[0]
             rows.append((name, at, *figures, record["acceptance"][k], covered))
     if rows:

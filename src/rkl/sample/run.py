@@ -100,7 +100,9 @@ class FittedToTarget:
         done = self.fit.training
         row = done.history[-1]
         named = {"ess": "share of effective draws", "acceptance": "acceptance", "nll": "NLL, nats"}
-        figures = [f"{said} {row[name]:.4g}" for name, said in named.items() if name in row]
+        figures = [
+            f"{said} {row[name]:.4g}" for name, said in named.items() if row.get(name) is not None
+        ]
         lines = [f"{done.steps:,} steps in {done.seconds:.0f} s"]
         lines += [f"In the last of them, all conditions together: {', '.join(figures)}"]
         lines += [self.worst] if self.worst else []

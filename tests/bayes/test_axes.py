@@ -1,5 +1,6 @@
 """Axes and labels by name: coefficients and columns, batches of variables, posteriors of a run."""
 
+import functools
 import importlib.util
 
 import numpy as np
@@ -10,6 +11,7 @@ import xarray as xr
 
 from rkl.bayes import bayes_act, project, read_draws
 from rkl.bayes.evaluate import evaluate_run
+from rkl.bayes.families import GaussianRegression
 from rkl.bayes.run import estimate
 from rkl.bayes.settings import EstimateSettings, EvaluateSettings
 from rkl.divergences import KL
@@ -219,3 +221,12 @@ def test_a_run_is_evaluated_by_its_labels(tmp_path):
         assert all(abs(np.max(x)) < 1e-12 for x in excess)
     with pytest.raises(ValueError, match=r"expected theta\[c\], got theta\[d\]"):
         evaluate_run(tmp_path / "run", EvaluateSettings(tmp_path / "renamed.nc"))
+
+
+def test_coefficients_that_are_fixed_take_the_columns_in_order(design):
+    sigma = variable(1.0)
+    numbers = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    fixed = functools.partial(GaussianRegression, coefficients=numbers)
+    found = bayes_act({"scale": sigma}, fixed, design=design)
+    precision = (sigma**-2).mean().item()
+    assert found.act["scale"].item() == pytest.approx(precision**-0.5, rel=1e-10)

@@ -818,8 +818,9 @@ def _coefficient_labels(
     parts = coefficients if isinstance(coefficients, Stack) else [coefficients]
     labels: list[str | None] = []
     for part in parts:
-        shape = draws.shape(part) if isinstance(part, str) else ()
-        if shape:
+        if not isinstance(part, str):
+            labels.append(None)
+        elif shape := draws.shape(part):
             labels += draws.labels(part)[-1] or [None] * shape[-1]
         else:
             labels.append(part if part in columns else None)

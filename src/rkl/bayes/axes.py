@@ -55,10 +55,11 @@ def in_one_order(arrays: Mapping[str, xr.DataArray]) -> dict[str, xr.DataArray]:
         for axis in [axis for axis in array.dims if axis in array.indexes]:
             index = array.indexes[axis]
             model = first.setdefault(axis, array).indexes[axis]
-            if len(index) != len(model) or index.equals(model) or not index.is_unique:
+            unique = index.is_unique and model.is_unique
+            if len(index) != len(model) or index.equals(model) or not unique:
                 continue
             places = index.get_indexer(model)  # -1 where there is no such label
-            if model.is_unique and places.min() >= 0:
+            if (places >= 0).all():
                 array = array.isel({axis: places})
         ordered[name] = array
     return ordered

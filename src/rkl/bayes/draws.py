@@ -14,6 +14,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float, Integer
 from torch import Tensor
+from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from rkl.bayes.axes import AXES, in_one_order, labels_along
@@ -362,13 +363,13 @@ def _simplex_error(draws: Draws, name: str) -> float:
 def _over_sum(array: xr.DataArray) -> xr.DataArray:
     array = array.transpose(*AXES, ...)
     if array.chunks is not None:  # dask divides as lazily as it reads
-        return array.astype(np.float64) / array.sum(array.dims[-1], dtype=np.float64)
+        return array.astype(np.float64) / array.sum((array.dims[-1],), dtype=np.float64)
     lazy = indexing.LazilyIndexedArray(_OverSum(array.variable))
     variable = xr.Variable(array.dims, lazy, encoding=array.encoding)
     return xr.DataArray(variable, coords=array.coords)
 
 
-class _OverSum(xr.backends.BackendArray):
+class _OverSum(BackendArray):
     """Vectors along the last axis, divided by their sums when they are read."""
 
     def __init__(self, whole: xr.Variable):

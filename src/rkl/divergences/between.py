@@ -60,8 +60,8 @@ def _closed_kl(kl: FDivergence, p: Distribution, q: Distribution) -> Tensor:
         case Binomial(), Binomial() if (p.total_count >= q.total_count).all():
             outside = (p.total_count > q.total_count) & (p.probs > 0)
             return torch.where(outside, math.inf, q.total_count * _of_coins(kl, p, q))
-        case Binomial(), Binomial():
-            return kl(*atoms_of_both(p, q))
+        case Binomial(), Binomial() if (both := atoms_of_both(p, q)) is not None:
+            return kl(*both)
         case ContinuousBernoulli(), Uniform():
             within = (q.low <= 0) & (q.high >= 1)
             return torch.where(within, (q.high - q.low).log() - p.entropy(), math.inf)

@@ -108,7 +108,9 @@ class Units(nn.Module):
     def of_state(cls, state: Mapping[str, Tensor]) -> "Units":
         """The units of a state dictionary."""
         bend = Bend(*map(state.__getitem__, Bend._fields)) if "bent" in state else None
-        levels = Levels(*map(state.get, Levels._fields)) if "step" in state else None
+        levels = None
+        if "step" in state:
+            levels = Levels(state["step"], state["low"], state["high"], state.get("places"))
         return cls(state["shift"], state["scale"], bend, state.get("mix"), levels)
 
     @property

@@ -602,6 +602,61 @@ def test_what_moves_in_an_element_that_was_not_looked_at_counts(monkeypatch, div
     found.compare(losses=[KL()])
 
 
+@pytest.mark.parametrize("size", [0.08, 0.25])
+def test_beta_distributions_with_mass_next_to_both_ends_have_their_jensen_shannon_act(size):
+    a, b = size * (0.2 * normals(2, 50)).exp(), 1.2 * size * (0.2 * normals(2, 50, seed=1)).exp()
+    found = bayes_act({"a": a, "b": b}, "beta(alpha=a, beta=b)", JensenShannon())
+    u = torch.sinh(torch.linspace(-9.0, 9.0, 20_001).double())[:, None]  # of logits
+    weight = u.square().add(1).sqrt() * 9e-4
+
+    def log_p(a, b):
+        log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+        logsigmoid = torch.nn.functional.logsigmoid
+        return a * logsigmoid(u) + b * logsigmoid(-u) - log_beta
+
+    p = log_p(a.flatten(), b.flatten())
+
+    def risk(a, b):
+        q = log_p(a, b)
+        middle = torch.logaddexp(p, q) - math.log(2)
+        terms = p.exp() * (p - middle) + q.exp() * (q - middle)
+        return (weight * terms).sum(0).mean() / 2
+
+    here = found.act["a"], found.act["b"]
+    torch.testing.assert_close(found.risk.value, risk(*here), rtol=1e-6, atol=0)
+    for x, y in ((1.01, 1.0), (0.99, 1.0), (1.0, 1.01), (1.0, 0.99)):
+        assert risk(x * here[0], y * here[1]) > risk(*here)
+
+
+@pytest.mark.parametrize("divergence", [JensenShannon(), ReverseKL()])
+def test_distributions_that_are_narrow_for_their_spread_have_an_act(divergence):
+    m, s = 60 * normals(2, 50), (0.1 * normals(2, 50, seed=1)).exp()
+    found = bayes_act({"m": m, "s": s}, "student-t(df=4, loc=m, scale=s)", divergence)
+    u = torch.linspace(-12.0, 12.0, 40_001).double()[:, None]
+    x = 30 * torch.sinh(u)
+    p = StudentT(4.0, m.flatten(), s.flatten()).log_prob(x)
+
+    def risk(m, s):
+        q = StudentT(4.0, m, s).log_prob(x)
+        middle = torch.logaddexp(p, q) - math.log(2)
+        terms = q.exp() * (q - p)
+        if divergence == JensenShannon():
+            terms = (p.exp() * (p - middle) + q.exp() * (q - middle)) / 2
+        return (30 * torch.cosh(u) * 6e-4 * terms).sum(0).mean()
+
+    here = found.act["m"], found.act["s"]
+    # the sum is exact but for 1e-8; nodes are placed to 1e-3 of the mass
+    torch.testing.assert_close(found.risk.value, risk(*here), rtol=1e-4, atol=0)
+    for shift, factor in ((2.0, 1.0), (-2.0, 1.0), (0.0, 1.05), (0.0, 0.95)):
+        assert risk(here[0] + shift, here[1] * factor) > risk(*here)
+
+
+def test_distributions_too_far_apart_for_a_sample_of_nodes_are_refused():
+    draws = {"m": 300 * normals(2, 50, 2), "s": (0.1 * normals(2, 50, 2, seed=1)).exp()}
+    with pytest.raises(ValueError, match=r"too far apart for a sample of 4,096 nodes"):
+        bayes_act(draws, lambda t: Unnamed(Independent(Normal(t.m, t.s), 1)))
+
+
 class Unnamed(Distribution):
     """A distribution of vectors that rkl has no closed form for."""
 

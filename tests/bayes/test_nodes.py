@@ -29,6 +29,8 @@ from torch.distributions import (
 )
 
 from rkl import KL, Jeffreys, JensenShannon, ReverseKL, SquaredHellinger
+from rkl.bayes.families import Kumaraswamy
+from rkl.bayes.loss.logits import on_logits
 from rkl.bayes.loss.nodes import nodes_for
 from rkl.bayes.loss.quadrature import MAX_SINGLE, _summing
 from rkl.bayes.model import Laws
@@ -330,3 +332,33 @@ def test_a_half_line_may_end_above():
 def test_a_law_that_cannot_be_sampled_or_says_no_support_is_refused():
     with pytest.raises(ValueError, match="family must make distributions that have a support"):
         nodes_for(laws(drawn(9, a=1.0), lambda t: Silent(t["a"])))
+
+
+@pytest.mark.parametrize("kind", [Beta, Kumaraswamy])
+@pytest.mark.parametrize("a", [0.07, 0.5, 3.0])
+@pytest.mark.parametrize("b", [0.07, 0.5, 3.0])
+def test_densities_by_the_logit_keep_their_digits_at_both_ends(kind, a, b):
+    law = on_logits(kind(torch.tensor(a).double(), torch.tensor(b).double()))
+    for u in (-300.0, -2.0, 0.0, 1.0, 50.0, 300.0):
+        with mpmath.workdps(200):
+            x, a_, b_ = 1 / (1 + mpmath.exp(-u)), mpmath.mpf(a), mpmath.mpf(b)
+            if kind is Beta:
+                density = x ** (a_ - 1) * (1 - x) ** (b_ - 1) / mpmath.beta(a_, b_)
+            else:
+                density = a_ * b_ * x ** (a_ - 1) * (1 - x**a_) ** (b_ - 1)
+            wanted = float(mpmath.log(density * x * (1 - x)))
+        # a and b in double precision, times u, and a few roundings
+        assert math.isclose(law.log_prob(torch.tensor(u).double()), wanted, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Beta, Kumaraswamy])
+def test_samples_of_logits_are_those_of_the_numbers(kind):
+    torch.manual_seed(0)
+    a, b = torch.tensor(0.07).double(), torch.tensor(0.4).double()
+    u = on_logits(kind(a, b)).sample(torch.Size([4000]))
+    below = torch.sigmoid(u) < 0.5
+    exact = 1 - (1 - 0.5**a) ** b
+    if kind is Beta:
+        exact = torch.tensor(float(mpmath.betainc(0.07, 0.4, 0, 0.5, regularized=True)))
+    assert (below.double().mean() - exact).abs() < 5 * (exact * (1 - exact) / 4000).sqrt()
+    assert u.isfinite().all()

@@ -25,6 +25,7 @@ from rkl.bayes.loss.expected import (
     posterior_loss,
     thin_loss,
 )
+from rkl.bayes.loss.logits import Halves
 from rkl.bayes.loss.nodes import nodes_for
 from rkl.bayes.model import (
     Model,
@@ -327,7 +328,7 @@ def _loss(whole: Problem, one: Subfamily, reach: Variables) -> PosteriorLoss:
             {name: x for name, x in theta.items() if (name in own_theta) is ours}
             for ours in (False, True)
         )
-        return _Halves(*(theirs.law(part) for part in parts))
+        return Halves(*(theirs.law(part) for part in parts))
 
     mixed = replace(theirs, theta={**theirs.theta, **own_theta}, law=both)
     criterion = divergence if isinstance(divergence, FDivergence) else None
@@ -339,29 +340,6 @@ def _loss(whole: Problem, one: Subfamily, reach: Variables) -> PosteriorLoss:
             "theirs; no nodes along the line follow the distributions of both."
         )
     return posterior_loss(laws, divergence, nodes=nodes, seed=whole.seed)
-
-
-class _Halves(Distribution):
-    """Equal mixtures of two distributions, so that nodes cover both."""
-
-    arg_constraints = {}  # pyright: ignore
-
-    def __init__(self, base_dist: Distribution, other: Distribution):
-        self.base_dist, self.other = base_dist, other
-        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
-
-    @property
-    def support(self):
-        return self.base_dist.support
-
-    def log_prob(self, value):
-        both = self.base_dist.log_prob(value), self.other.log_prob(value)
-        return torch.logaddexp(*both) - math.log(2)
-
-    def sample(self, sample_shape=()):
-        ones, others = self.base_dist.sample(sample_shape), self.other.sample(sample_shape)
-        coins = torch.rand(ones.shape[: ones.ndim - len(self.event_shape)]) < 0.5
-        return torch.where(coins.reshape(coins.shape + (1,) * len(self.event_shape)), ones, others)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,17 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MixtureSameFamily, VonMises, constraints
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    TransformedDistribution,
+    VonMises,
+    constraints,
+)
 from torch.distributions.constraints import Constraint
 
+from rkl.bayes.loss.logits import Halves, on_logits
 from rkl.bayes.loss.quadrature import (
     COARSE,
     ORDER,
@@ -29,6 +37,8 @@ ATOMS = 2**13  # of a product of finite sets that is enumerated
 ZERO_LOG_WEIGHT = -1e4  # a log weight of 0, in arithmetic that infinity would spoil
 NEGLIGIBLE_LOG_MASS = -100.0  # a log mass that counts in infinite divergences alone
 NEGLIGIBLE = -69.0  # a log mass, 1e-30, that an act cannot depend on
+ROUNDS = 10  # of placing nodes, each for more of the distributions that the last one missed
+MAX_MISSING = 0.1  # mass of an act that a sample of nodes may lack
 CLOSE, MAX_DEFECT = 1e-10, 1e-3  # by which the totals should miss 1 at most, and may not
 
 
@@ -45,6 +55,7 @@ class Nodes:
         None  # nodes at which no distribution has any mass to speak of
     )
     masked: bool = False  # supports differ: beyond its own a distribution has no mass
+    logits: bool = False  # the points are logits of numbers in the unit interval
 
     def __len__(self) -> int:
         return self.log_weight.shape[-1]
@@ -58,6 +69,7 @@ class Nodes:
     def log_density(self, law: Distribution) -> Float[Tensor, "lead members m"]:
         """Log p(x) of distributions [lead, *batch], the batch flattened to members."""
         points = self.points.unsqueeze(1)
+        law = (on_logits(law) if self.logits else None) or law
         if self.masked:
             support: Any = support_of(law)
             inside = support.check(points)
@@ -97,8 +109,9 @@ def nodes_for(
 
     - A finite support is enumerated.
     - A line, half-line, interval, circle or the counts are cut into panels, in a coordinate that
-      reaches the end of the tails, until the totals of some distributions and the divergences
-      between them stand; each has nodes that integrate, or sum, polynomials exactly.
+      reaches the end of the tails (of Beta distributions and their like the logit), until the
+      totals of some distributions and the divergences between them stand; each has nodes that
+      integrate, or sum, polynomials exactly.
     - Anything else is sampled from the posterior predictive r = E p, with weights 1/(m r); so is
       a line on which distributions are too narrow for where they lie.
 
@@ -122,7 +135,12 @@ def nodes_for(
     ('quadrature', True)
     """
     try:
-        return _nodes(laws, divergence or Jeffreys(), size, seed)
+        if on_logits(laws.at(slice(None))) is None:
+            return _nodes(laws, divergence or Jeffreys(), size, seed)
+        by_logits = replace(laws, law=lambda theta: on_logits(laws.law(theta)))
+        nodes = _nodes(by_logits, divergence or Jeffreys(), size, seed)
+        coarse = nodes.coarse and replace(nodes.coarse, logits=True)
+        return replace(nodes, logits=True, coarse=coarse)
     except NotImplementedError as error:
         raise ValueError(
             f"family must make distributions that have a support and can be sampled; {error}"
@@ -334,7 +352,8 @@ def _refuse(totals: Tensor) -> float:
         raise ValueError(
             f"family must make distributions of total 1 over their support; that of draw {worst} "
             f"has {total:.6g} on the nodes. Is it normalised, not far narrower than the draws are "
-            "spread, and its log-density a number wherever it has mass?"
+            "spread, without mass nearer than 1e-16 to the end of an interval, and is its "
+            "log-density a number wherever it has mass?"
         )
     return off[worst].item()
 
@@ -352,23 +371,39 @@ def _totals(laws: Laws, nodes: Nodes) -> tuple[Tensor, Tensor]:
 def _quadrature(laws: Laws, divergence: FDivergence, size: int) -> Nodes:
     probes, some = laws.spread(PROBES), laws.spread(SOME)
     panels = _place_panels(laws, probes, divergence)
-    for _ in range(3):
+    for _ in range(ROUNDS):
         totals, _ = _totals(laws.only(some), _of_rule(panels, ORDER))
         off = (totals - 1).abs().amax(-1).nan_to_num(math.inf)
-        if off.max() < CLOSE:
+        if off.max() < CLOSE or panels.is_full:
             break
         worst = some[off.topk(min(PROBES // 3, len(some))).indices]
+        if bool(torch.isin(worst, probes).all()):
+            break
         probes = torch.cat([probes, worst]).unique()
         panels = _place_panels(laws, probes, divergence)
     nodes = _of_rule(panels, ORDER)
     totals, peak = _totals(laws, nodes)
-    if panels.is_full and (totals - 1).abs().max() > MAX_DEFECT:
+    resolvable = panels.is_full or _is_normalised(laws.at(laws.spread(1)))
+    if resolvable and (totals - 1).abs().max() > MAX_DEFECT:
         return _importance(laws, size)
     defect, mask = _refuse(totals), peak > UNDERFLOW_LOG_MASS
     u, v = panels.rule(ORDER)[0][mask], panels.rule(COARSE)[0]
     coarse = _of_rule(panels, COARSE).only((v >= u.min()) & (v <= u.max()))
     far = peak[mask] < NEGLIGIBLE_LOG_MASS
     return replace(nodes.only(mask), defect=defect, coarse=coarse, far=far)
+
+
+def _is_normalised(law: Distribution) -> bool:
+    """True for distributions of torch and rkl, whose densities integrate to 1."""
+    match law:
+        case Independent():
+            return _is_normalised(law.base_dist)
+        case MixtureSameFamily():
+            return _is_normalised(law.component_distribution)
+        case Halves():
+            return _is_normalised(law.base_dist) and _is_normalised(law.other)
+    own = ("torch.distributions.", "rkl.bayes.families.named", "rkl.bayes.loss.logits")
+    return type(law).__module__.startswith(own) and type(law) is not TransformedDistribution
 
 
 def _place_panels(laws: Laws, probes: Tensor, divergence: FDivergence) -> Panels:

@@ -23,11 +23,12 @@ from rkl.bayes.loss.expected import (
     slopes,
     thin_loss,
 )
-from rkl.bayes.loss.nodes import MAX_DEFECT, Nodes
+from rkl.bayes.loss.nodes import MAX_DEFECT, MAX_MISSING, Nodes
 from rkl.bayes.model import LawOf, Laws, laws_of, whole_parameters
 from rkl.bayes.problem import Problem
 from rkl.bayes.solve.unconstrained import Chart, Minimum, chart_of, minimise
 
+PRICE = 1e4  # nats times the square of the mass that lies between the nodes
 START_LOG_DENSITIES = 2**16  # for the several starts, of a loss that needs every draw
 MINIMISED_LOG_DENSITIES = 2**18  # over which it is minimised, before all draws
 NEWTON, MAX_DECREMENT = 8, 1e-18  # steps over all draws, and the decrement in nats that ends them
@@ -134,7 +135,7 @@ def _whole_act(loss, law, names) -> NumericalAct:
     quick = thin_loss(thinned, START_LOG_DENSITIES)
 
     def function(at: Chart):
-        return lambda t: quick.risk(_law(quick, at, t))
+        return lambda t: _penalised_risk(quick, _law(quick, at, t))
 
     def whole(row: int) -> dict[str, Tensor]:
         return {name: laws.theta[name][row] for name in names}
@@ -161,7 +162,7 @@ def _minimum(loss, thinned, chart, drawn, scale) -> tuple[Minimum, int]:
     quick = thin_loss(thinned, START_LOG_DENSITIES)
 
     def function(of):
-        return lambda t: of.risk(_law(of, chart, t))
+        return lambda t: _penalised_risk(of, _law(of, chart, t))
 
     # The extremes too: some divergences are finite only at the widest distribution.
     outer = [drawn[:, :CANDIDATES].argmax(0), drawn[:, :CANDIDATES].argmin(0)]
@@ -181,6 +182,17 @@ def _minimum(loss, thinned, chart, drawn, scale) -> tuple[Minimum, int]:
         return minimum, len(best)
     again = minimise(function(thinned), minimum.point[None], scale=scale, smooth=loss.smooth)
     return dataclasses.replace(again, agreeing=minimum.agreeing), len(best)
+
+
+def _penalised_risk(loss: PosteriorLoss, law: Distribution) -> Tensor:
+    """The risk, and a price on mass between the nodes, where the loss is not known."""
+    risk = loss.risk(law)
+    if loss.nodes is None or loss.nodes.kind == "enumeration":
+        return risk
+    # more than an act may lack: what ends here is refused
+    free = MAX_MISSING if loss.nodes.kind == "importance" else 2 * MAX_DEFECT
+    missing = torch.relu(1 - free - loss.nodes.log_mass(law).exp().sum(-1))
+    return risk + PRICE * missing.square().sum()
 
 
 def _finite_or_inf(function, point) -> Tensor:
@@ -286,8 +298,16 @@ def _defect(loss: PosteriorLoss, law: Distribution) -> float:
     """The distance from 1 of the total of a draw's distribution, or of the act's."""
     if loss.nodes is None:
         return 0.0
-    missing = (loss.nodes.log_mass(law).exp().sum(-1) - 1).abs().max().item()
-    if missing > MAX_DEFECT and loss.nodes.kind != "importance":
+    mass = loss.nodes.log_mass(law).exp()
+    missing = (mass.sum(-1) - 1).abs().max().item()
+    sampled = loss.nodes.kind == "importance"
+    # 0.01, and three standard errors of what is sampled
+    if sampled and missing > MAX_MISSING / 10 + 3 * mass.square().sum(-1).sqrt().max():
+        raise ValueError(
+            f"the distributions of the draws lie too far apart for a sample of "
+            f"{len(loss.nodes):,} nodes: {missing:.2g} of the mass of the act lies between these."
+        )
+    if missing > MAX_DEFECT and not sampled:
         raise ValueError(
             f"nodes must reach as far as the act; {missing:.2g} of its mass is not on them, "
             "beyond what the distributions of the draws have theirs on."

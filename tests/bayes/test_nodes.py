@@ -338,7 +338,7 @@ def test_a_law_that_cannot_be_sampled_or_says_no_support_is_refused():
 @pytest.mark.parametrize("a", [0.07, 0.5, 3.0])
 @pytest.mark.parametrize("b", [0.07, 0.5, 3.0])
 def test_densities_by_the_logit_keep_their_digits_at_both_ends(kind, a, b):
-    law = on_logits(kind(torch.tensor(a).double(), torch.tensor(b).double()))
+    law = on_logits(kind(*torch.tensor([a, b], dtype=torch.float64)))
     for u in (-300.0, -2.0, 0.0, 1.0, 50.0, 300.0):
         with mpmath.workdps(200):
             x, a_, b_ = 1 / (1 + mpmath.exp(-u)), mpmath.mpf(a), mpmath.mpf(b)
@@ -354,7 +354,7 @@ def test_densities_by_the_logit_keep_their_digits_at_both_ends(kind, a, b):
 @pytest.mark.parametrize("kind", [Beta, Kumaraswamy])
 def test_samples_of_logits_are_those_of_the_numbers(kind):
     torch.manual_seed(0)
-    a, b = torch.tensor(0.07).double(), torch.tensor(0.4).double()
+    a, b = torch.tensor([0.07, 0.4], dtype=torch.float64)
     u = on_logits(kind(a, b)).sample(torch.Size([4000]))
     below = torch.sigmoid(u) < 0.5
     exact = 1 - (1 - 0.5**a) ** b

@@ -37,7 +37,8 @@ ATOMS = 2**13  # of a product of finite sets that is enumerated
 ZERO_LOG_WEIGHT = -1e4  # a log weight of 0, in arithmetic that infinity would spoil
 NEGLIGIBLE_LOG_MASS = -100.0  # a log mass that counts in infinite divergences alone
 NEGLIGIBLE = -69.0  # a log mass, 1e-30, that an act cannot depend on
-ROUNDS = 10  # of placing nodes, each for more of the distributions that the last one missed
+ORDINARY_ROUNDS, ROUNDS = 3, 10  # of placing nodes, the later where distributions were missed
+MISSED = 1e-5  # by which the total of a distribution that was missed differs from 1
 MAX_MISSING = 0.1  # mass of an act that a sample of nodes may lack
 CLOSE, MAX_DEFECT = 1e-10, 1e-3  # by which the totals should miss 1 at most, and may not
 
@@ -371,14 +372,13 @@ def _totals(laws: Laws, nodes: Nodes) -> tuple[Tensor, Tensor]:
 def _quadrature(laws: Laws, divergence: FDivergence, size: int) -> Nodes:
     probes, some = laws.spread(PROBES), laws.spread(SOME)
     panels = _place_panels(laws, probes, divergence)
-    for _ in range(ROUNDS):
+    for i in range(ROUNDS):
         totals, _ = _totals(laws.only(some), _of_rule(panels, ORDER))
         off = (totals - 1).abs().amax(-1).nan_to_num(math.inf)
-        if off.max() < CLOSE or panels.is_full:
+        late = i >= ORDINARY_ROUNDS
+        if off.max() < (MISSED if late else CLOSE) or (late and panels.is_full):
             break
         worst = some[off.topk(min(PROBES // 3, len(some))).indices]
-        if bool(torch.isin(worst, probes).all()):
-            break
         probes = torch.cat([probes, worst]).unique()
         panels = _place_panels(laws, probes, divergence)
     nodes = _of_rule(panels, ORDER)

@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 
 
 class MovingFamilyError(ValueError):
-    """What a few draws share, and their family holds fixed, differs in another draw."""
+    """A draw in which a number differs that the family of the other draws holds fixed."""
 
     def __init__(self, message: str, chain: int = 0, draw: int = 0):
         super().__init__(message, chain, draw)

@@ -26,7 +26,7 @@ class _OnLogits(Distribution):
     """The distribution of log x − log(1 − x) for an x with two concentrations."""
 
     support = constraints.real  # pyright: ignore
-    arg_constraints = {
+    arg_constraints: dict[str, Any] = {  # pyright: ignore
         "concentration1": constraints.positive,
         "concentration0": constraints.positive,
     }
@@ -115,6 +115,6 @@ def on_logits(law: Distribution) -> Distribution | None:
             mixed: Any = law.mixture_distribution
             return inner and MixtureSameFamily(mixed, inner, validate_args=False)
         case Halves():
-            halves = on_logits(law.base_dist), on_logits(law.other)
-            return Halves(*halves) if halves[0] and halves[1] else None
+            one, other = on_logits(law.base_dist), on_logits(law.other)
+            return Halves(one, other) if one and other else None
     return None

@@ -217,8 +217,8 @@ class Divergence(abc.ABC):
     def between(self, p: Distribution, q: Distribution) -> Float[Tensor, "*batch"]:
         """D(p ‖ q) in nats between two distributions of torch, where a closed form is known.
 
-        Between two of Bernoulli, Categorical or OneHotCategorical, and between two Binomial,
-        every divergence has one: the sum over their atoms.
+        Between two of Bernoulli, Categorical or OneHotCategorical every divergence has one: the
+        sum over their atoms.
 
         Raises:
             NotImplementedError: There is none; the message names an alternative.
@@ -230,13 +230,13 @@ class Divergence(abc.ABC):
         tensor(0.4000)
         """
         check_distributions(p, q)
-        both = atoms_of_both(p, q)
-        if both is None:
+        logp, logq = atoms(p), atoms(q)
+        if logp is None or logq is None:
             raise NotImplementedError(
                 f"{self} has no closed form between {type(p).__name__} and {type(q).__name__}; "
                 "draw samples from one of them and use rkl.monte_carlo."
             )
-        return self(*both)
+        return self(*torch.broadcast_tensors(logp, logq))
 
     @functools.cached_property
     def symmetric(self) -> bool:
@@ -816,31 +816,6 @@ def expansion(integrand, degree: float) -> tuple[float, ...]:
     fitted = powers @ torch.tensor(series, dtype=t.dtype)
     smooth = torch.allclose(fitted, along(t) - c * t.expm1(), rtol=1e-4)
     return (c, *series) if smooth else (c,)
-
-
-def atoms_of_both(p: Distribution, q: Distribution) -> tuple[Tensor, Tensor] | None:
-    """Log-probabilities of two distributions over the same atoms; None where these are no list."""
-    if isinstance(p, Binomial) and isinstance(q, Binomial):
-        most = int(torch.maximum(p.total_count.max(), q.total_count.max()))
-        logp, logq = _of_counts(p, most), _of_counts(q, most)
-    else:
-        logp, logq = atoms(p), atoms(q)
-    if logp is None or logq is None:
-        return None
-    one, other = torch.broadcast_tensors(logp, logq)
-    return one, other
-
-
-def _of_counts(distribution: Binomial, most: int) -> Float[Tensor, "*batch counts"]:
-    """Log-probabilities of the counts from 0 to the most, −∞ of more than there are trials."""
-    trials = distribution.total_count.double()[..., None]
-    heads, tails = (it[..., None] for it in coin(distribution).double().unbind(-1))
-    count = torch.arange(most + 1, dtype=torch.float64, device=trials.device)
-    others = (trials - count).clamp_min(0)
-    ways = torch.lgamma(trials + 1) - torch.lgamma(count + 1) - torch.lgamma(others + 1)
-    log_p = ways + torch.where(count > 0, count * heads, 0.0)
-    log_p = log_p + torch.where(others > 0, others * tails, 0.0)
-    return torch.where(count <= trials, log_p, -math.inf).to(distribution.probs)
 
 
 def atoms(distribution: Distribution) -> Tensor | None:

@@ -24,7 +24,7 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from rkl.divergences.base import FDivergence, atoms, atoms_of_both, broadcast_shape, coin
+from rkl.divergences.base import FDivergence, atoms, broadcast_shape, coin
 
 
 def closed_kl(kl: FDivergence, p: Distribution, q: Distribution) -> Tensor:
@@ -35,8 +35,7 @@ def closed_kl(kl: FDivergence, p: Distribution, q: Distribution) -> Tensor:
 
     Ours where torch 2.13 loses the digits of probabilities near 0 and 1 or of a rate of 0, adds
     up the degrees of freedom of a batch of Wishart distributions, takes (0, 1) for wider than
-    itself, counts binomial trials, follows transforms that are not one to one, or does not
-    broadcast.
+    itself, follows transforms that are not one to one, or does not broadcast.
 
     Args:
         kl: KL() itself, for sums over atoms.
@@ -60,8 +59,6 @@ def _closed_kl(kl: FDivergence, p: Distribution, q: Distribution) -> Tensor:
         case Binomial(), Binomial() if (p.total_count >= q.total_count).all():
             outside = (p.total_count > q.total_count) & (p.probs > 0)
             return torch.where(outside, math.inf, q.total_count * _of_coins(kl, p, q))
-        case Binomial(), Binomial() if (both := atoms_of_both(p, q)) is not None:
-            return kl(*both)
         case ContinuousBernoulli(), Uniform():
             within = (q.low <= 0) & (q.high >= 1)
             return torch.where(within, (q.high - q.low).log() - p.entropy(), math.inf)

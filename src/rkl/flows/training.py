@@ -362,7 +362,10 @@ class _Loop:
         if state["random_on_gpu"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_on_gpu"], self.device)
         self.run.rewind(self.moment.step)
-        self.history = self.run.metrics
+        self.history = [
+            {name: math.nan if it is None else it for name, it in row.items()}
+            for row in self.run.metrics  # which has null for what is not finite
+        ]
 
     def finish(self) -> Training:
         _copy(self.best["parameters"] or self.average, self.parameters)

@@ -287,7 +287,7 @@ def _noise(norms: Tensor, reach: Tensor) -> Tensor:
 
 
 def _is_sure(norms: Tensor, reach: Tensor) -> bool:
-    """Whether rounding matters to no ball, or there are no more digits to take."""
+    """True if rounding matters to no ball, or there are no more digits to take."""
     return norms.dtype == torch.float64 or not _unsure(norms, reach).any()
 
 

@@ -8,6 +8,7 @@ import torch
 import xarray as xr
 from torch.distributions import (
     Categorical,
+    Distribution,
     ExpTransform,
     Independent,
     MixtureSameFamily,
@@ -90,6 +91,13 @@ def test_a_draw_on_the_boundary_is_found(draws, family, place):
     message = refused(draws, family)
     assert f"See chain {place[0]}, draw {place[1]}: " in message
     assert "sigma = 0.0" in message
+
+
+def test_a_draw_on_the_boundary_is_found_where_an_import_has_ended_validation(draws, monkeypatch):
+    monkeypatch.setattr(Distribution, "_validate_args", False)  # as zuko's import does
+    draws["sigma"][1, 5] = 0.0
+    assert "See chain 1, draw 5: " in refused(draws, lambda t: StudentT(5.0, t.mu, t.sigma))
+    assert not Distribution._validate_args
 
 
 def test_where_every_draw_is_outside_none_is_blamed(draws):

@@ -1,5 +1,6 @@
 """The family as it was asked for: a map from posterior draws to distributions."""
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -175,7 +176,8 @@ class Model:
         rows = len(next(iter(theta._drawn.values())))
         self._check_domain(theta)
         try:
-            law = self.make(theta)
+            with _validation():
+                law = self.make(theta)
         except (
             AttributeError,
             IndexError,
@@ -1059,6 +1061,17 @@ class Laws:
     def spread(self, count: int) -> Tensor:
         """The places of up to ``count`` draws, from the first to the last."""
         return torch.linspace(0, len(self) - 1, min(count, len(self))).long()
+
+
+@contextlib.contextmanager
+def _validation() -> Iterator[None]:
+    """Let distributions check their parameters, also where an import such as zuko's ended that."""
+    before = Distribution._validate_args
+    Distribution._validate_args = True
+    try:
+        yield
+    finally:
+        Distribution._validate_args = before
 
 
 def laws_of(theta: Mapping[str, Tensor], law: LawOf, weights: Tensor | None = None) -> Laws:

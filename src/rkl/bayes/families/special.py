@@ -34,8 +34,11 @@ def bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """The logarithm log(1 − exp x) of an x below 0."""
-    return torch.where(x > -0.7, torch.log(-torch.expm1(x)), torch.log1p(-x.exp()))
+    """The logarithm log(1 − exp x) of an x below 0, with its slope, −∞ at 0."""
+    near = x > -0.7
+    # The branch that is not taken must have a slope, or it spoils that of the other.
+    small, large = torch.where(near, x, -1.0), torch.where(near, -1.0, x)
+    return torch.where(near, torch.log(-torch.expm1(small)), torch.log1p(-large.exp()))
 
 
 def lgamma_gap(q: Tensor, p: Tensor) -> Tensor:

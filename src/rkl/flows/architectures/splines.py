@@ -123,8 +123,9 @@ def start_as_identity(flow: nn.Module) -> None:
 def imported_zuko() -> Any:
     """Zuko, whose import switches off the validation of every distribution; undone here."""
     validates = Distribution._validate_args
-    with optional_import("This flow"):
-        import zuko
-
-    Distribution._validate_args = validates
+    try:
+        with optional_import("This flow"):
+            import zuko
+    finally:
+        Distribution._validate_args = validates
     return zuko

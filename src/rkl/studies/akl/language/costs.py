@@ -47,14 +47,14 @@ def _measure(room: Classroom, judge: Judge, lesson: Lesson) -> Costs:
     batch = next(batches(room))
     labels = batch.pop("labels")
 
-    def said() -> Tensor:
+    def teacher_logits() -> Tensor:
         with torch.no_grad():
             return judge.teacher(**batch, use_cache=False).logits
 
-    kept = said() if room.lectures != room.teacher else None
+    kept = teacher_logits() if room.teacher_source != room.teacher else None
 
     def step() -> None:
-        p = said() if kept is None else kept
+        p = teacher_logits() if kept is None else kept
         q = student(**batch, use_cache=False).logits
         distill_loss(teacher=p, student=q, divergence=KL(), labels=labels).backward()
 

@@ -79,7 +79,7 @@ def _distil(
 def _settings(room: Classroom, lesson: Lesson, name: str) -> DistillSettings:
     plan, begun = room.plan, cast(Any, room.begin(lesson.student))
     return DistillSettings(
-        teacher=room.lectures,
+        teacher=room.teacher_source,
         data=str(room.folder / TRAIN),
         divergence=name,
         held_out=0.0,  # so that the last student counts, not the best on what it is measured on

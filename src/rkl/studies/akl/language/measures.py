@@ -54,14 +54,14 @@ class Judge:
         return _some(self.room.blocks(PROSE), self.room.plan)
 
     @functools.cached_property
-    def _beginners(self) -> dict[str, Figures]:
+    def _at_first(self) -> dict[str, Figures]:
         return {}
 
     def at_first(self, name: str, student: Any) -> Figures:
         """Distances of a student before its first step, which all fits of it share."""
-        if name not in self._beginners:
-            self._beginners[name] = self.on_text(student)
-        return self._beginners[name]
+        if name not in self._at_first:
+            self._at_first[name] = self.on_text(student)
+        return self._at_first[name]
 
     def on_text(self, student: Any, *, first: Any = None) -> Figures:
         """Distances of a student from its teacher per token, and from another student."""

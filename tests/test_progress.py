@@ -4,7 +4,9 @@ import contextlib
 import io
 import os
 import re
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -143,8 +145,25 @@ def test_within_work_that_lasts_only_the_label_changes(monkeypatch):
     with a_terminal() as terminal, working("the outer"):
         with working("the inner"):
             time.sleep(0.5)
-        assert progress._working[0].label == "rkl: the outer"
+        assert progress._working.shown.label == "rkl: the outer"
     assert "rkl: the inner, 0 s so far" in plain(terminal.getvalue())
+
+
+def test_work_of_two_threads_that_overlap_ends_without_an_error():
+    first, second = threading.Event(), threading.Event()
+
+    def begin_within():
+        with working("the second"):
+            second.set()
+            first.wait(60)
+
+    with ThreadPoolExecutor() as pool:
+        with working("the first"):
+            other = pool.submit(begin_within)
+            assert second.wait(60)
+            assert progress._working.shown.label == "rkl: the first"
+        first.set()
+        other.result(60)
 
 
 def test_a_line_holds_no_command(capsys):

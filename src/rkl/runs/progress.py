@@ -140,7 +140,7 @@ class Progress:
         return "  ".join(filter(None, (self._words, f"{clock(left)} to go")))
 
 
-_working: list[Progress] = []  # the outermost alone
+_working = threading.local()  # its shown is the Progress of the outermost block of a thread
 
 
 @contextlib.contextmanager
@@ -148,27 +148,27 @@ def working(label: str) -> Iterator[None]:
     """Shows what is computed, and for how long, where nothing can be counted.
 
     On a terminal it has a row once it has lasted for five seconds; elsewhere there is a line a
-    minute. Within another such block only the label changes.
+    minute. Within another such block of the same thread only the label changes.
     """
     label = f"rkl: {label}"
-    if _working:
-        outer = _working[0].label
-        _working[0].label = label
+    outermost: Progress | None = getattr(_working, "shown", None)
+    if outermost is not None:
+        before, outermost.label = outermost.label, label
         try:
             yield
         finally:
-            _working[0].label = outer
+            outermost.label = before
         return
     ended, shown = threading.Event(), Progress(label)
     thread = threading.Thread(target=_repeat, args=(shown, ended), daemon=True)
-    _working.append(shown)
+    _working.shown = shown
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        _working.clear()
+        _working.shown = None
 
 
 def _repeat(shown: Progress, ended: threading.Event) -> None:

@@ -255,6 +255,30 @@ def test_the_package_that_cannot_be_imported_is_told_by_its_file(tmp_path, monke
     assert complaint(capsys) == said
 
 
+def test_a_setting_that_a_json_has_twice_is_refused(config):
+    file = config('{"teacher": "T", "max_steps": 3, "max_steps": 4}', "settings.json")
+    with pytest.raises(ValueError, match="max_steps is set twice"):
+        gathered("--config", file)
+
+
+def test_a_file_of_settings_may_begin_with_a_byte_order_mark(config):
+    assert gathered("--config", config('\ufeff{"teacher": "T"}', "settings.json")) == Toy("T")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["divergences", "kl"],
+        ["metrics", "--real", "a.npy", "--fake", "b.npy"],
+        ["compare", "run"],
+        ["report", "run"],
+    ],
+)
+def test_a_device_that_a_command_does_not_use_is_refused(words, capsys):
+    assert answer(*words, "--device", "cuda:99") == 2
+    assert "device must be cpu, the only one of this command" in complaint(capsys)
+
+
 def test_debug_shows_where(fail_with):
     fail_with(ValueError("mu"))
     with pytest.raises(ValueError, match="mu"):
@@ -459,6 +483,10 @@ def test_an_earlier_run_is_a_file_of_settings(tmp_path):
         ("max_steps: 3", "--teacher must be given"),
         ("", "--teacher must be given"),
         ("- a list", "must hold names with their values"),
+        ("teacher: T\nmax_steps: 3\nmax_steps: 4", "max_steps is set twice"),
+        ("teacher: T\nmax_steps: 3\nmax-steps: 4", "max_steps is set twice"),
+        ("teacher: T\nseed: 010", "seed: 010 is a number in base 8 or 60"),
+        ("teacher: T\nmax_steps: 1:30", "max_steps: 1:30 is a number in base 8 or 60"),
         ("teacher: [", "cannot be read"),
         ("teacher: !!python/object/apply:os.getcwd []", "cannot be read"),
     ],

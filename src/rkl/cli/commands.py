@@ -674,6 +674,7 @@ def _across_runs(parser: ArgumentParser, name: str) -> Runner:
     parser.add_argument("--verify", **FLAGS["verify"])
 
     def run(parsed: Namespace) -> None:
+        settings.refuse_device(parsed)
         _verify(parsed, *parsed.runs)
         how = {"out": parsed.out, "overwrite": parsed.overwrite}
         _show(runs.verb(name, *parsed.runs)(parsed.runs, **how))

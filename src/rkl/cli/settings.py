@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -51,6 +51,8 @@ def gather(
         ValueError: A key of the file is unknown, a value has the wrong type, one is missing.
     """
     fields = _fields(settings)
+    if "device" not in fields:
+        refuse_device(parsed)
     config = parsed.config or earlier
     given = _read(config, "config" if parsed.config else "out") if config else {}
     unknown = sorted(given.keys() - fields.keys())
@@ -73,6 +75,12 @@ def gather(
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given, here or in --config FILE.")
     return settings(**values)
+
+
+def refuse_device(parsed: argparse.Namespace) -> None:
+    """Refuse a device other than the CPU for a command without a choice of it."""
+    if (device := getattr(parsed, "device", "cpu")) != "cpu":
+        raise ValueError(f"device must be cpu, the only one of this command; got {device!r}.")
 
 
 def is_set(name: str, words: Sequence[str]) -> bool:
@@ -156,8 +164,12 @@ def _read(path: Path, argument: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{argument}: there is no file {path}.")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            values = json.loads(text, object_pairs_hook=_set_once)
+        else:
+            _check_yaml(yaml.compose(text, yaml.SafeLoader))
+            values = yaml.safe_load(text)
     except RecursionError:
         raise ValueError(f"{argument}: {path} is nested too deeply to be settings.") from None
     except (ValueError, yaml.YAMLError) as error:
@@ -170,4 +182,30 @@ def _read(path: Path, argument: str) -> dict[str, Any]:
         raise ValueError(
             f"{argument}: {path} must hold names with their values; got {values!r:.80}."
         )
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
+    try:
+        return _set_once((str(name).replace("-", "_"), it) for name, it in values.items())
+    except ValueError as error:
+        raise ValueError(f"{argument}: {path}: {error}") from None
+
+
+def _set_once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of names and values; refuses a name that is there twice, as JSON and YAML do not."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{name} is set twice")
+        values[name] = value
+    return values
+
+
+def _check_yaml(node: Any) -> None:
+    """Refuse names that are there twice, and numbers that YAML reads in base 8 or 60."""
+    pairs = node.value if getattr(node, "id", "") == "mapping" else []
+    _set_once((name.value, value) for name, value in pairs if isinstance(name.value, str))
+    for name, value in pairs:
+        number = value.tag.rpartition(":")[2] in ("int", "float") and value.style is None
+        if number and re.match(r"[-+]?0\d|.*:", value.value):
+            raise ValueError(
+                f"{name.value}: {value.value} is a number in base 8 or 60 in YAML; write it "
+                "without zeros in front and without colons"
+            )

@@ -279,6 +279,15 @@ def test_a_device_that_a_command_does_not_use_is_refused(words, capsys):
     assert "device must be cpu, the only one of this command" in complaint(capsys)
 
 
+def test_the_list_ends_like_any_output_that_nobody_reads(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1, encoding="utf-8") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert answer("divergences") == 141
+    assert capsys.readouterr().err == ""
+
+
 def test_debug_shows_where(fail_with):
     fail_with(ValueError("mu"))
     with pytest.raises(ValueError, match="mu"):

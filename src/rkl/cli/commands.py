@@ -520,8 +520,10 @@ def _list() -> None:
         holding = [word for word, holds in _properties(cls()).items() if holds]
         table.add_row("\n".join([name, *cls.aliases]), _sentence(cls), ", ".join(holding))
     console = Console(highlight=False)
-    console.print(table)
-    console.print("\np is the target, q the model. rkl divergences NAME explains one.")
+    with console.capture() as shown:  # rich itself would exit where nobody reads it any more
+        console.print(table)
+        console.print("\np is the target, q the model. rkl divergences NAME explains one.")
+    print(shown.get(), end="")
 
 
 def _sentence(explained: Any) -> str:

@@ -1,5 +1,6 @@
 """Files are read as they were meant, or refused by name: nothing is dropped, cut or guessed."""
 
+import csv
 import gzip
 import io
 import re
@@ -107,6 +108,26 @@ def test_a_table_that_could_mean_two_things_is_refused_by_name(case, tmp_path):
     with pytest.raises(ValueError, match=rf"data: .*t\.csv cannot be read: .*{said}") as refused:
         read(tmp_path / "t.csv")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("inside", ["# not a comment", "%", "\n\nz", 'a ""#"" b'])
+def test_a_quoted_cell_of_several_lines_hides_no_row(inside, tmp_path):
+    text = f'a,kind\n1,"x\n{inside}"\n2,"y, ""z"""\n\n# a comment\n3,w\n'
+    (tmp_path / "t.csv").write_text(text)
+    found = read(tmp_path / "t.csv", labels="kind")
+    assert found.values.tolist() == [[1], [2], [3]]
+    expected = [row["kind"] for row in csv.DictReader(io.StringIO(text)) if row["a"] in "123"]
+    assert list(found.labels) == expected
+
+
+def test_comments_that_look_like_rows_are_told(tmp_path):
+    (tmp_path / "t.csv").write_text("# a, b\na,b\n#1,2\n3,4\n# a comment\n%5,6\n")
+    found = read(tmp_path / "t.csv")
+    assert found.values.tolist() == [[3, 4]]
+    assert found.notes == (
+        "2 lines like rows that begin with # or % were taken for comments and left out, '#1,2' "
+        "the first of them",
+    )
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))

@@ -50,6 +50,8 @@ _THOUSANDS = re.compile(
 )
 _GROUPS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+", re.ASCII)
 _DATE = re.compile(r"\d{4}-\d\d?-\d\d?([ T].*)?|\d\d?[./]\d\d?[./]\d{2,4}.*|\d\d?:\d\d(:\d\d.*)?")
+_QUOTED = re.compile(r'(^|[\t;,|])\s*"[^"]*(?:""[^"]*)*"(?!")')  # a whole cell, and its beginning
+_QUOTE = re.compile(r'(^|[\t;,|])\s*"')
 _INDEX_NAMES = re.compile(r"|Unnamed: 0(\.\d+)?|__index_level_0__")
 
 
@@ -947,22 +949,30 @@ def _lines(file: Path) -> _Lines:
     text, notes = _decode(file)
     every = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     lines = _Lines([], [], [], notes)
-    blank = []
+    blank, quoted = [], False
     for number, line in enumerate(every, 1):
         bare = line.lstrip()
-        if not bare:
+        if not (bare or quoted):
             blank.append(number)
-        elif bare[0] in "#%":
+        elif not quoted and bare[0] in "#%":
             lines.comments.append((len(lines.lines), bare.strip()))
         elif number == 1 and re.fullmatch(r"sep=.", bare.strip(), re.I):
             lines.separator = bare.strip()[4]
         else:
             lines.lines.append(line)
             lines.numbers.append(number)
+            quoted = _ends_in_quotes(line, quoted)
     if not lines.lines:
         raise _UnreadableError("it is empty")
     lines.notes.extend(_blank_inside(blank, lines))
     return lines
+
+
+def _ends_in_quotes(line: str, quoted: bool) -> bool:
+    """True if a quoted cell, which may have begun in a line above, goes on in the next one."""
+    if '"' not in line:
+        return quoted
+    return _QUOTE.search(_QUOTED.sub(r"\1", f'"{line}' if quoted else line)) is not None
 
 
 def _blank_inside(blank: Sequence[int], lines: _Lines) -> Iterator[str]:
@@ -1140,8 +1150,23 @@ def _text(file: Path, labels: str | None, missing: bool = False) -> Columns:
         _refuse_missing({n: it for n, it in columns.items() if n != labels})
     if dialect.decimal == ",":
         lines.notes.append("commas were read as decimal marks")
+    lines.notes.extend(_like_rows(lines, begin, dialect, width))
     comments = [(max(0, row - begin), text) for row, text in lines.comments]
     return Columns(columns, named, lines.notes, comments)
+
+
+def _like_rows(lines: _Lines, begin: int, dialect: _Dialect, width: int) -> Iterator[str]:
+    """A note on comments at or below the first row that would be rows without their first sign."""
+    alike = []
+    for row, text in lines.comments:
+        cells = next(dialect.split([text.lstrip("#% ")]), [])
+        if row >= max(1, begin) and len(cells) == width > 1 and any(map(dialect.is_number, cells)):
+            alike.append(text)
+    if alike:
+        yield (
+            f"{len(alike)} lines like rows that begin with # or % were taken for comments and "
+            f"left out, {alike[0]!r:.40} the first of them"
+        )
 
 
 def _refuse_split_decimals(rows: Sequence[Sequence[str]], dialect: _Dialect) -> None:

@@ -754,6 +754,8 @@ def test_a_wing_or_a_verb_that_does_not_exist_is_named(tmp_path, wing):
         runs.load(future.path)
     with pytest.raises(ValueError, match="'toy', which rkl evaluate does not take"):
         runs.verb("evaluate_run", toy.path)
+    with pytest.raises(ValueError, match="'toy', which rkl generate does not take"):
+        runs.verb("GenerateSettings", toy.path)
     (toy.path / "report.html").touch()
     with pytest.raises(
         ValueError, match=r"rkl report does not take. Its report is .*report\.html"

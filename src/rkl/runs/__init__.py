@@ -547,7 +547,8 @@ def verb(name: str, *paths: str | os.PathLike) -> Any:
     try:
         return getattr(wing, name)
     except AttributeError:
-        command = "rkl.load" if name == "load_run" else f"rkl {name.split('_')[0]}"
+        command = re.split("_|Settings", name)[0].lower()  # of sample_run and SampleSettings
+        command = "rkl.load" if name == "load_run" else f"rkl {command}"
         report = Path(path, "report.html")
         there = f" Its report is {report}." if report.exists() else ""
         raise ValueError(

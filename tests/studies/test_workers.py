@@ -1,5 +1,6 @@
 """The processes of a study end with it, however it ends, and say nothing of it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -66,3 +67,21 @@ def test_a_signal_ends_a_study_and_its_processes_without_a_traceback(tmp_path, n
     assert process.returncode == 128 + getattr(signal, number)
     assert "Traceback" not in said
     assert not any(Path("/proc", it.name).exists() for it in seen.iterdir())
+
+
+def test_the_processes_of_a_study_that_is_killed_end_too(tmp_path):
+    program, seen = tmp_path / "study.py", tmp_path / "seen"
+    program.write_text(STUDY)
+    seen.mkdir()
+    words = [sys.executable, str(program), str(seen)]
+    how = {"stderr": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen(words, **how) as process:
+        try:
+            while len(list(seen.iterdir())) < 2:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.kill()
+            process.communicate(timeout=60)  # until no process has its stderr any more
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

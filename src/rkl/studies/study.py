@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -302,7 +303,8 @@ def in_processes(
 ) -> list[Any]:
     """The values of a function for rows of arguments, computed in processes of their own.
 
-    Ctrl-C reaches this process alone, which ends the others; so does any other early end.
+    Ctrl-C reaches this process alone, which ends the others; so does any other early end. Where
+    it is killed, they end by themselves.
     One worker is this process itself.
 
     Args:
@@ -359,8 +361,17 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 def _begin(threads: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """End this process with the one that began it, which cannot do so where it is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextlib.contextmanager

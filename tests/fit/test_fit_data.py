@@ -259,6 +259,38 @@ def test_parquet_without_its_reader_says_what_to_install(tmp_path, monkeypatch):
         read_data(tmp_path / "data.parquet")
 
 
+def frame():
+    pandas = pytest.importorskip("pandas")
+    columns = {"height": ROWS[:, 0], "weight": ROWS[:, 1], "kind": LABELS}
+    return pandas.DataFrame(columns).assign(member=np.arange(60) % 3 == 0, age=np.arange(60))
+
+
+def test_a_data_frame_has_its_labels_in_a_column_and_pandas_own_types():
+    plain = frame()
+    data = read_data(plain, labels="kind")
+    assert data.columns == ("height", "weight", "member", "age")
+    assert data.classes == tuple(sorted(set(map(str, LABELS))))
+    expected = plain.drop(columns="kind").astype("float64").to_numpy()
+    np.testing.assert_array_equal(data.values.numpy(), expected)
+    assert "column member: true and false were read as 1 and 0" in data.notes
+    own = read_data(plain.convert_dtypes(), labels="kind")  # Float64, boolean, Int64
+    assert torch.equal(own.values, data.values)
+    assert own.classes == data.classes
+
+
+def test_a_column_of_a_data_frame_that_cannot_be_read_is_named():
+    plain = frame()
+    words = plain.assign(kind=[f"of {it}" for it in LABELS])
+    with pytest.raises(TypeError, match="column kind must hold numbers; got .* labels='kind'"):
+        read_data(words)
+    with pytest.raises(ValueError, match="labels: data has no column 'kinds'; it has height"):
+        read_data(plain, labels="kinds")
+    gaps = plain.drop(columns="kind").convert_dtypes()
+    gaps.loc[7, "age"] = None
+    with pytest.raises(ValueError, match="row 7; column age there holds nan"):
+        read_data(gaps)
+
+
 def with_nan():
     rows = ROWS.copy()
     rows[7, 1] = np.nan

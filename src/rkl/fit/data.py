@@ -55,7 +55,8 @@ def read_data(
             images that :func:`rkl.readers.read` reads; a Dataset or a DataLoader of torch, which
             is read once, labels beside the values included. Integers of more than 16 bits become
             float64.
-        labels: Class of each row: an array, a file of one, or the name of a column.
+        labels: Class of each row: an array, a file of one, or the name of a column of the file
+            or data frame.
         dequantise: Whether to spread quantised values, each column of a table by its own step.
             By default image files are; tables of nothing but levels are refused, and columns of
             levels beside continuous ones are named in the notes.
@@ -126,6 +127,8 @@ def _read(source: Any, labels: Any) -> Contents:
     named = labels if isinstance(labels, str | os.PathLike) else None
     if isinstance(source, str | os.PathLike):
         rows, given = _read_file(Path(source), named)
+    elif _of_pandas(source) and hasattr(source, "columns"):
+        rows, given = _read_frame(source, named)
     else:
         rows, given = _read_object(source), None
     if named is not None and given is None:
@@ -152,11 +155,48 @@ def _read_file(path: Path, labels: str | os.PathLike | None) -> tuple[Contents, 
     return rows, rows.labels
 
 
+def _of_pandas(source: Any) -> bool:
+    return type(source).__module__.startswith("pandas")
+
+
+def _read_frame(frame: Any, labels: Any) -> tuple[Contents, Any]:
+    """The numbers of a data frame, and its column of labels, if it has it."""
+    names = tuple(map(str, frame.columns))
+    if len(set(names)) < len(names):
+        raise ValueError(f"data: columns must have names of their own; got {', '.join(names)}.")
+    columns = {name: frame.iloc[:, place] for place, name in enumerate(names)}
+    chosen = columns.pop(labels, None)
+    if isinstance(labels, str) and chosen is None and not Path(labels).is_file():
+        raise ValueError(f"labels: data has no column {labels!r}; it has {some_of(names)}.")
+    if not columns:
+        raise ValueError("data must have a column of numbers beside the labels.")
+    arrays = [_frame_column(name, column) for name, column in columns.items()]
+    booleans = [name for name, column in columns.items() if column.dtype.kind == "b"]
+    notes = tuple(f"column {name}: true and false were read as 1 and 0" for name in booleans)
+    kind = np.result_type(*arrays)
+    rows = as_numbers(np.stack([it.astype(kind) for it in arrays], 1), tuple(columns))
+    return replace(rows, notes=notes), None if chosen is None else chosen.tolist()
+
+
+def _frame_column(name: str, column: Any) -> np.ndarray:
+    """The numbers of a column of a data frame, nan where one is missing."""
+    if column.dtype.kind not in "fiub":
+        raise TypeError(
+            f"data: column {name} must hold numbers; got {column.dtype}. Turn it into numbers, "
+            f"leave it out or, if it holds classes, say labels={name!r}."
+        )
+    inner = getattr(column.dtype, "numpy_dtype", None)  # of pandas' own types
+    if inner is not None and column.isna().any():
+        return column.to_numpy(dtype=np.float64, na_value=np.nan)
+    array = np.asarray(column, dtype=inner)
+    return array.astype(np.uint8) if array.dtype == bool else array
+
+
 def _read_object(source: Any) -> Contents:
     if isinstance(source, DataLoader | Dataset):
         values, labels = _collect(source)
         rows = replace(_numbers(values), labels=labels)
-    elif isinstance(source, Tensor | np.ndarray) or type(source).__module__.startswith("pandas"):
+    elif isinstance(source, Tensor | np.ndarray) or _of_pandas(source):
         rows = _numbers(source)
     elif isinstance(source, list | tuple):
         _refuse_masked(source)
@@ -178,13 +218,10 @@ def _numbers(source: Any) -> Contents:
             raise TypeError(f"data must hold real numbers; got {source.dtype}.")
         source = source.detach().cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
-    names = tuple(map(str, getattr(source, "columns", ())))
-    if len(set(names)) < len(names):
-        raise ValueError(f"data: columns must have names of their own; got {', '.join(names)}.")
     if isinstance(source, np.ndarray) and source.dtype == bool:
         raise TypeError(f"data must hold real numbers; got {source.dtype}.")
     try:
-        return as_numbers(source if isinstance(source, np.ndarray) else np.asarray(source), names)
+        return as_numbers(source if isinstance(source, np.ndarray) else np.asarray(source))
     except (TypeError, ValueError) as error:
         raise type(error)(f"data: {error}.") from None
 

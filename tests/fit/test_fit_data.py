@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from rkl.fit import read_data
+from rkl.fit import fit_to_samples, read_data
 from rkl.flows import Coupling, draw, latent
 from rkl.flows.architectures import Scaled
 from rkl.flows.files import write_samples
@@ -289,6 +289,16 @@ def test_a_column_of_a_data_frame_that_cannot_be_read_is_named():
     gaps.loc[7, "age"] = None
     with pytest.raises(ValueError, match="row 7; column age there holds nan"):
         read_data(gaps)
+
+
+def test_a_constant_column_of_levels_has_a_density_once_it_is_spread():
+    pixels = np.random.default_rng(0).integers(0, 17, size=(60, 20)).astype(float)
+    pixels[:, 3] = 0.0  # as the corners of scikit-learn's digits
+    data = read_data(pixels, dequantise=True)
+    fitted = fit_to_samples(Coupling(1, (4,)), data, steps=2)
+    samples = fitted.flow.to_levels(fitted.flow().sample((50,)))
+    assert fitted.log_density.value.isfinite()
+    assert (samples[:, 3] == 0).all()
 
 
 def with_nan():

@@ -90,11 +90,11 @@ def read_data(
         values = torch.from_numpy(np.require(as_floats(array), requirements=["C", "W"]))
     except ValueError as error:
         raise ValueError(f"data: {error}.") from None
-    if step is None:
-        _check_spread(values, columns)
     unasked = labels is None and classes is not None and not len(classes)
     condition, names = _one_hot(None if unasked else rows.labels, len(values), classes)
     steps = torch.as_tensor(steps).to(values)
+    if step is None:
+        _check_spread(values, columns, steps)
     steps = steps.flatten()[0] if (steps == steps.flatten()[0]).all() else steps
     data = Data(values, condition, names, steps, columns)
     return replace(data, notes=(*notes, *_equal(data), *_rare(condition, names)))

@@ -301,6 +301,13 @@ def test_a_constant_column_of_levels_has_a_density_once_it_is_spread():
     assert (samples[:, 3] == 0).all()
 
 
+def test_settings_of_reading_are_refused_where_the_data_have_been_read():
+    data = read_data(ROWS)
+    for setting in ({"labels": LABELS}, {"dequantise": True}):
+        with pytest.raises(ValueError, match="give them to read_data"):
+            fit_to_samples(Coupling(1, (4,)), data, steps=1, **setting)
+
+
 def with_nan():
     rows = ROWS.copy()
     rows[7, 1] = np.nan

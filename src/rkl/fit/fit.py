@@ -164,6 +164,11 @@ def fit_to_samples(
     check_point(target_precision, budget)
     if not isinstance(divergence, FDivergence):
         raise TypeError(f"divergence must be an f-divergence; got {divergence!r}.")
+    if isinstance(data, Data) and (labels is not None or dequantise is not None):
+        raise ValueError(
+            "labels and dequantise say how data are read, and these have been: give them to "
+            "read_data."
+        )
     rows = data if isinstance(data, Data) else read_data(data, labels, dequantise=dequantise)
     if rows is not data:
         for note in rows.notes:

@@ -20,6 +20,17 @@ def pair(batch=(5,), atoms=7, seed=0):
     return logits.log_softmax(-1).unbind()
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_curve_of_half_precision_is_that_of_the_same_numbers_in_double(kind):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(2, 50_000, generator=generator)
+    p, q = logits.log_softmax(-1).to(kind).unbind()
+    expected = [torch.minimum(lam * p.double().exp(), q.double().exp()).sum() for lam in SLOPES]
+    curve = pr_curve(p=p, q=q)
+    assert curve.precision.dtype == torch.float32
+    torch.testing.assert_close(curve.precision.double(), torch.stack(expected), rtol=1e-5, atol=0)
+
+
 def test_precision_and_recall_are_their_sums_written_out():
     p, q = pair()
     curve = pr_curve(p=p, q=q)

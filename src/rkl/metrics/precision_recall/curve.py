@@ -56,14 +56,15 @@ def pr_curve(
             octave apart.
 
     Returns:
-        Slopes, precision and recall, the last two in [0, 1] and of shape [*batch, slopes].
+        Slopes, precision and recall, the last two in [0, 1] and of shape [*batch, slopes]; all
+        in single precision or better.
 
     >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
     >>> curve = pr_curve(p=p.log(), q=q.log(), slopes=torch.tensor([0.5, 1.0, 2.0]))
     >>> curve.precision, curve.recall
     (tensor([0.3500, 0.6000, 1.0000]), tensor([0.7000, 0.6000, 0.5000]))
     """
-    _check(p, q)
+    p, q = _checked(p, q)
     slopes = checked_slopes(slopes).to(p)
     p, q = p.exp(), q.exp()
     precision = torch.stack([torch.minimum(lam * p, q).sum(-1) for lam in slopes.unbind()], -1)
@@ -86,7 +87,8 @@ def checked_slopes(slopes: Tensor | None) -> Tensor:
     return slopes.detach().double()
 
 
-def _check(p: Tensor, q: Tensor) -> None:
+def _checked(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised log-probabilities, in single precision or better."""
     floats("p", p)
     floats("q", q)
     if p.shape != q.shape or not p.ndim or not p.numel():
@@ -94,6 +96,7 @@ def _check(p: Tensor, q: Tensor) -> None:
             f"p and q must be [*batch, atoms], alike and not empty; got {list(p.shape)} "
             f"and {list(q.shape)}."
         )
+    p, q = (it.float() if it.dtype.itemsize < 4 else it for it in (p, q))
     for name, logs in (("p", p), ("q", q)):
         total = logs.logsumexp(-1)
         if not (total.abs() < 1e-2).all():
@@ -102,3 +105,4 @@ def _check(p: Tensor, q: Tensor) -> None:
                 f"{name} must hold normalised log-probabilities; their exponentials sum to "
                 f"{worst:.4g}. Logits want a log_softmax first."
             )
+    return p, q

@@ -11,6 +11,7 @@ from torch.distributions import Normal
 from rkl.fit import Method, fit_to_samples
 from rkl.fit.operating import DEARER, check_point, distil_rejection, draw_kept
 from rkl.fit.result import Reached
+from rkl.fit.settings import SampleSettings
 from rkl.flows import Coupling, Critic, critic, draw
 from rkl.metrics.precision_recall import OperatingPoint
 from rkl.stats import Mean
@@ -89,6 +90,11 @@ def test_draws_are_kept_by_the_ratio_row_by_row():
     assert bool((kept * sides > 0).all())
     assert made / 4000 == pytest.approx(2.0, abs=0.1)
     assert kept[:, 0].abs().mean().item() == pytest.approx(math.sqrt(2 / math.pi), abs=0.04)
+
+
+def test_samples_are_drawn_at_a_budget_or_at_a_precision():
+    with pytest.raises(ValueError, match=r"one of budget and target_precision; got 2 and 0\.9"):
+        SampleSettings(budget=2, target_precision=0.9)
 
 
 @pytest.mark.parametrize("wrong", [{"target_precision": 1.2}, {"budget": 0.5}], ids=str)

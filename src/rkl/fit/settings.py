@@ -152,6 +152,11 @@ class SampleSettings:
         object.__setattr__(self, "out", Path(self.out))
         integer("n", self.n, at_least=1, at_most=LARGEST_COUNT)
         integer("seed", self.seed, at_most=LARGEST_SEED)
+        if self.budget is not None and self.target_precision is not None:
+            raise ValueError(
+                f"one of budget and target_precision; got {self.budget} and "
+                f"{self.target_precision}."
+            )
         for name in ("latent_temperature", "truncation"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), above=0, at_most=LARGEST_RATE)

@@ -36,6 +36,15 @@ def alpha(flow, lam, draws=20_000):
     return (log_ratio + math.log(lam)).clamp(max=0).exp().mean().item()
 
 
+def test_the_log_density_of_a_fit_is_that_of_all_rows_held_out():
+    fitted = fit_to_samples(Coupling(1, (4,)), ring(400), steps=2, method=Method(draws=16))
+    expected = fitted.flow().log_prob(fitted.held_out.values).detach().double()
+    assert len(expected) == 40
+    assert fitted.log_density.value.item() == pytest.approx(expected.mean().item(), abs=1e-6)
+    error = expected.std() / math.sqrt(40)
+    assert fitted.log_density.error.item() == pytest.approx(error.item(), rel=1e-6)
+
+
 def test_maximum_likelihood_finds_a_normal_law_in_the_users_units():
     torch.manual_seed(0)
     law = Normal(torch.tensor([100.0, -0.01]), torch.tensor([5.0, 0.001]))

@@ -369,8 +369,7 @@ class _Problem:
         """Held-out likelihood and, in the second phase, the gain in the divergence."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed + 2)  # the same draws of latents every time
-            rows, held_out = self.held_out_log_prob()
-            mean_held_out = held_out.mean().item()
+            mean_held_out = self.held_out_log_prob().mean().item()
             moment.log(held_out=mean_held_out)
             if not self.guided:
                 return mean_held_out if self.method.guard else None
@@ -381,20 +380,24 @@ class _Problem:
             score = self.guard.score(moment, condition, self.method.draws)
             return score if self.method.guard else None
 
-    def held_out_log_prob(self) -> tuple[Data, Tensor]:
-        """Rows held out, with noise on their levels, and their log-density in the user's units."""
+    def held_out_log_prob(self) -> Tensor:
+        """Log-density of the first rows held out, with noise on their levels."""
         count = min(len(self.held_out), self.method.draws)
-        rows = self.held_out.rows(torch.arange(count, device=self.device)).spread()
+        return self._log_prob(self.held_out.rows(torch.arange(count, device=self.device)).spread())
+
+    def _log_prob(self, rows: Data) -> Tensor:
         law = self.scaled() if rows.condition is None else self.scaled(rows.condition)
-        return rows, law.log_prob(rows.values).double()
+        return law.log_prob(rows.values).double()
 
     @torch.no_grad()
     def scores(self) -> tuple[Mean, Mean]:
-        """The log-density of rows held out under the flow, and under a Gaussian."""
+        """The log-density of all rows held out under the flow, and under a Gaussian."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed + 2)
-            rows, held_out = self.held_out_log_prob()
-            return mean(held_out), mean(self.plain.to(self.device).gaussian(rows.values))
+            rows = self.held_out.spread()
+        places = torch.arange(len(rows), device=self.device).split(self.method.draws)
+        held_out = torch.cat([self._log_prob(rows.rows(index)) for index in places])
+        return mean(held_out), mean(self.plain.to(self.device).gaussian(rows.values))
 
     def keep_start(self, done: Training) -> Training:
         """The fit, with the initial flow unless the final one is better by two errors."""
@@ -406,7 +409,7 @@ class _Problem:
             for state in (self.initial, trained):
                 torch.manual_seed(self.seed + 2)
                 self.flow.load_state_dict(state)
-                densities.append(self.held_out_log_prob()[1])
+                densities.append(self.held_out_log_prob())
         gain = densities[1] - densities[0]
         if len(gain) < 2 or gain.mean() > ERRORS * gain.std() / math.sqrt(len(gain)):
             return done

@@ -35,6 +35,17 @@ def test_before_its_first_step_a_flow_is_the_gaussian_of_its_rows(architecture):
     assert fitted.gaussian.value.item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("architecture", [NSF(2, (8,)), MAF(2, (8,))], ids=repr)
+def test_a_flow_of_one_column_begins_as_its_gaussian_too(architecture):
+    rows = correlated(columns=1)
+    plain = fit_to_samples(architecture, rows, steps=1)
+    classes = fit_to_samples(architecture, rows, steps=1, labels=[0, 1] * 60)
+    for fitted in (plain, classes):
+        trained, held_out = fitted.trained_on.values, fitted.held_out.values
+        expected = Normal(trained.mean(), trained.std()).log_prob(held_out).mean().item()
+        assert fitted.history[0]["held_out"] == pytest.approx(expected, abs=1e-4)
+
+
 def heaps():
     """Rows of a table that a flow of 40,000 parameters learns by heart within 100 steps."""
     generator = torch.Generator().manual_seed(1)

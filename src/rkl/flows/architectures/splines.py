@@ -111,13 +111,20 @@ def build_zuko(name: str, chosen: Any, event_shape, conditions: int, **settings)
 def start_as_identity(flow: nn.Module) -> None:
     """Make a fresh flow of zuko begin as the identity, as ours do: last layers of 0."""
     zuko = imported_zuko()
+    kinds = [zuko.flows.MaskedAutoregressiveTransform]
+    if isinstance(flow, zuko.flows.MAF):
+        kinds.append(zuko.flows.ElementWiseTransform)  # in its place for a single column
     for transform in getattr(getattr(flow, "transform", None), "transforms", ()):
-        hyper = getattr(transform, "hyper", None)
-        if not isinstance(transform, zuko.flows.MaskedAutoregressiveTransform) or hyper is None:
+        if not isinstance(transform, tuple(kinds)):
             continue
-        last = [it for it in hyper.modules() if isinstance(it, nn.Linear)][-1]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        hyper = getattr(transform, "hyper", None)
+        if hyper is None:  # parameters without a network
+            last = getattr(transform, "phi", ())
+        else:
+            layers = [it for it in hyper.modules() if list(it.parameters(recurse=False))]
+            last = layers[-1].parameters()
+        for part in last:
+            nn.init.zeros_(part)
 
 
 def imported_zuko() -> Any:

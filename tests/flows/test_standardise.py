@@ -25,6 +25,19 @@ def gaussian(rows):
     return MultivariateNormal(rows.mean(0), rows.T.cov())
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_values_of_another_shape_than_rows_are_refused(columns):
+    rows = torch.randn(100, columns, generator=torch.Generator().manual_seed(0))
+    density = fit_to_samples(NSF(1, (8,)), rows, steps=1).flow()
+    assert density.log_prob(rows[None]).shape == (1, 100)
+    for wrong in (rows[:, 0], rows[0, 0], torch.cat([rows, rows, rows], 1), rows[:, :1].mT):
+        with pytest.raises(ValueError, match=f"must be .*batch, {columns}.*; got"):
+            density.log_prob(wrong)
+    if columns == 2:
+        with pytest.raises(ValueError, match=r"got \[100, 1\]"):
+            density.log_prob(rows[:, :1])
+
+
 @pytest.mark.parametrize("architecture", [SMALL, NSF(1, (8,)), MAF(1, (8,))], ids=repr)
 def test_before_its_first_step_a_flow_is_the_gaussian_of_its_rows(architecture):
     fitted = fit_to_samples(architecture, correlated(), steps=1)

@@ -124,7 +124,17 @@ class Units(nn.Module):
         )
 
     def encode(self, value: Float[Tensor, "*batch_event"]) -> tuple[Tensor, Tensor]:
-        """Standardised events, and log |d standard / d event|."""
+        """Standardised events, and log |d standard / d event|.
+
+        Raises:
+            ValueError: The events have another shape than those that the units are of.
+        """
+        event = self.shift.shape
+        if value.shape[-len(event) :] != event:
+            raise ValueError(
+                f"value must be [*batch, {', '.join(map(str, event))}], as the rows of the data "
+                f"are; got {list(value.shape)}."
+            )
         transform: Any = self
         bending = self.bending
         inner, log_slope = value, -self.scale.log().sum()

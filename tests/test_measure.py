@@ -1,5 +1,7 @@
 """Scores of samples see every column, name what spoils them, and find copies."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from rkl import cli
 from rkl.metrics.clusters import equal_precision, prd_curve
 from rkl.metrics.frechet import frechet_bias, frechet_distance
 from rkl.metrics.neighbours import copies, prdc
-from rkl.metrics.samples import measure
+from rkl.metrics.samples import Measured, measure
+from rkl.stats import Mean
 from rkl.tables import cell_text
 
 
@@ -53,6 +56,15 @@ def test_a_few_draws_far_out_make_no_curve_perfect():
     )
     honest = measure(real=real, fake=normal(400, 8, seed=2)).notes
     assert not any("spreads from every real" in note for note in honest)
+
+
+def test_scores_that_are_not_known_are_null_in_json():
+    unknown = Mean(*torch.tensor([float("nan"), float("nan")]))
+    known = Mean(*torch.tensor([0.5, 0.25]))
+    measured = Measured({"curve": unknown, "recall": known}, {}, {}, "two samples", [])
+    written = json.loads(json.dumps(measured.to_dict(), allow_nan=False))["scores"]
+    assert written["curve"] == {"value": None, "error": None}
+    assert written["recall"] == {"value": 0.5, "error": 0.25}
 
 
 def test_far_draws_leave_the_curve_of_the_others():

@@ -63,7 +63,7 @@ class Measured:
         return self.table()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as JSON can hold them; an unknown error is null."""
+        """The scores as JSON can hold them; one that is not known, or its error, is null."""
         sides = {"scores": self.scores, "halves": self.halves}
         sides |= {"real_against_real": self.ceiling}
         written = {
@@ -261,8 +261,8 @@ def _upper(sentence: str) -> str:
 
 
 def _numbers(score: Mean) -> dict[str, float | None]:
-    value, error = score.pair()
-    return {"value": value, "error": error if math.isfinite(error) else None}
+    named = zip(("value", "error"), score.pair(), strict=True)
+    return {name: it if math.isfinite(it) else None for name, it in named}
 
 
 def read_features(name: str, path: Path) -> Float[Tensor, "samples features"]:

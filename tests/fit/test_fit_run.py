@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +175,24 @@ def test_rows_are_known_again_in_another_precision(fitted_in, tmp_path, capsys):
         flow().log_prob(torch.from_numpy(rows).to(it)) for it in (torch.float32, torch.float64)
     )
     torch.testing.assert_close(single.double(), double.double(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_samples_are_compared_with_rows_trained_on_in_either_precision(kind, tmp_path, capsys):
+    rows = np.random.default_rng(0).normal(size=(100, 2)).astype(kind)
+    np.savez(tmp_path / "rows.npz", one=rows, two=rows[:40] + 1)
+    words = ["fit", "--flow", FLOW, "--steps", "3", "--out", str(tmp_path / "run")]
+    assert main([*words, "--data", f"{tmp_path / 'rows.npz'}:one"]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--data", f"{tmp_path / 'rows.npz'}:two"]) == 0
+    assert "nearer to rows trained on" in capsys.readouterr().out
+
+
+def test_the_report_finds_the_array_of_a_file_that_was_fitted(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(300, 2))
+    np.savez(tmp_path / "rows.npz", one=rows, two=rows)
+    data = Path(f"{tmp_path / 'rows.npz'}:one")
+    fit(FitSettings(data, flow=FLOW, steps=3), tmp_path / "run")
+    assert "no longer where they were" not in report_runs([tmp_path / "run"]).read_text("utf-8")
 
 
 def test_the_head_of_a_report_has_precision_and_recall_of_samples(folder):

@@ -21,6 +21,7 @@ from rkl.flows.runs import single_run, write_evaluation
 from rkl.flows.standardise import Units
 from rkl.importing import only
 from rkl.metrics.samples import Measured, measure
+from rkl.readers import split_choice
 from rkl.runs import REPORT, Run
 from rkl.stats import Mean, mean, to_json
 from rkl.tables import table_of, with_error
@@ -160,9 +161,6 @@ def _sample_metrics(
 
 
 def _trained_on(run: Run, flow: Any, allow: Collection[str]) -> Tensor | None:
-    path = Path(run.settings["data"])
-    if not path.exists():
-        return None
     settings, classes = settings_of(run, allow=allow), run.record["data"]["classes"]
     try:
         data = read_data(
@@ -172,8 +170,16 @@ def _trained_on(run: Run, flow: Any, allow: Collection[str]) -> Tensor | None:
     except (OSError, ValueError):  # it is other data by now
         return None
     first = rows.rows(torch.arange(min(len(rows), MEASURED)))
-    seen = run.count_seen([row.tobytes() for row in first.values.numpy()])
-    return first.spread().values if seen == len(first) else None
+    return first.spread().values if count_fitted(run, first) == len(first) else None
+
+
+def _exists(data: str) -> bool:
+    """True if there is such a file, or one with such an array (FILE:NAME)."""
+    try:
+        split_choice(data)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def report_runs(
@@ -203,7 +209,7 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
     settings, seed = run.settings, run.record["seed"]
     flow: Any = load_run(run.path)
     real, condition, train = None, None, None
-    if Path(settings["data"]).exists():
+    if _exists(settings["data"]):
         settings_kept = settings_of(run)
         classes = run.record["data"]["classes"]
         step = flow.units.step_of_rows()

@@ -195,6 +195,21 @@ def test_the_report_finds_the_array_of_a_file_that_was_fitted(tmp_path):
     assert "no longer where they were" not in report_runs([tmp_path / "run"]).read_text("utf-8")
 
 
+def test_rows_of_few_levels_equal_those_of_the_fit_by_chance(tmp_path, capsys):
+    counts = np.random.default_rng(0).poisson(3, size=(600, 2))
+    np.save(tmp_path / "train.npy", counts[:400])
+    np.save(tmp_path / "test.npy", counts[400:])
+    words = ["fit", "--flow", FLOW, "--steps", "3", "--out", str(tmp_path / "run")]
+    assert main([*words, "--data", str(tmp_path / "train.npy"), "--dequantise"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "test.npy")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"\d+ of the rows equal rows that were fitted, as rows of so few levels", said
+    )
+    assert "no held-out figure" not in said
+
+
 def test_the_head_of_a_report_has_precision_and_recall_of_samples(folder):
     page = report_runs([folder / "plain"], out=folder / "plain.html").read_text("utf-8")
     lead = page.split('<p class="lead">')[1].split("</p>")[0]

@@ -40,6 +40,7 @@ class DataEvaluation:
         log_density: Mean log-density of the rows, in nats.
         samples: Comparison of the flow's samples with the rows, and of rows with rows.
         notes: Notes for the user on how the rows were read.
+        by_chance: Whether rows may equal those of the fit by chance: few columns, all of levels.
     """
 
     rows: int
@@ -47,18 +48,25 @@ class DataEvaluation:
     log_density: Mean
     samples: Measured | None
     notes: tuple[str, ...] = ()
+    by_chance: bool = False
 
     def __str__(self) -> str:
         density = with_error(*self.log_density)
         lines = [f"log-density  {density} nats per row, over {self.rows:,} rows"]
-        if self.rows_seen:
+        if self.rows_seen and self.by_chance:
+            lines.append(
+                f"{self.rows_seen:,} of the rows equal rows that were fitted, as rows of so few "
+                "levels may by chance"
+            )
+        elif self.rows_seen:
             lines.append(f"{self.rows_seen:,} of the rows were fitted: that is no held-out figure")
         lines += [f"data: {note}" for note in self.notes]
         return "\n".join([*lines, *(["", str(self.samples)] if self.samples else [])])
 
     def _repr_html_(self) -> str:
         figures = {"log-density (nats per row)": self.log_density, "rows": self.rows}
-        figures |= {"rows that were fitted": self.rows_seen or None}
+        seen = "rows equal to fitted ones" if self.by_chance else "rows that were fitted"
+        figures |= {seen: self.rows_seen or None}
         own = table_of("The flow on these rows", figures, self.notes)
         return "\n".join(it._repr_html_() for it in (own, self.samples) if it is not None)
 
@@ -118,7 +126,7 @@ def _evaluate_on_rows(
     seen = count_fitted(run, data)
     if samples is not None:
         samples = replace(samples, notes=[*samples.notes, *notes])
-    return DataEvaluation(len(data), seen, mean(log_q), samples, data.notes)
+    return DataEvaluation(len(data), seen, mean(log_q), samples, data.notes, data.ties)
 
 
 def _draw_samples(

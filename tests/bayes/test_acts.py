@@ -10,6 +10,7 @@ import pytest
 import torch
 import xarray as xr
 from bayes.found import FIXED, every_family, laws
+from scipy.optimize import minimize
 from torch.distributions import (
     AffineTransform,
     Distribution,
@@ -211,6 +212,39 @@ def test_a_batch_has_the_acts_that_its_members_have_alone(divergence):
             torch.testing.assert_close(value, alone.act[name], rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(error, alone.act.error[name], rtol=1e-2, atol=0)
         torch.testing.assert_close(together.risk.value[i], alone.risk.value, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("family", ["bernoulli(probs=p)", "poisson(rate=p)"])
+def test_members_that_sum_to_one_have_the_acts_that_they_have_alone(family):
+    p = normals(4, 10, 3).softmax(-1)
+    together = bayes_act({"p": p}, family, Intrinsic())
+    alone = [bayes_act({"p": x}, family, Intrinsic()) for x in p.unbind(-1)]
+    for name in ("act", "risk"):
+        values = [e.act["p"] if name == "act" else e.risk.value for e in (together, *alone)]
+        torch.testing.assert_close(values[0], torch.stack(values[1:]), rtol=1e-5, atol=0)
+
+
+def test_the_act_of_a_correlation_matrix_is_any_covariance_under_every_loss():
+    r = torch.tanh(0.5 + 0.3 * normals(4, 10))
+    one = torch.ones_like(r)
+    omega = torch.stack([one, r, r, one], -1).unflatten(-1, (2, 2))
+    family = "multivariate-normal(loc=[0, 0], covariance_matrix=omega)"
+    estimate = bayes_act({"omega": omega}, family, Intrinsic())
+
+    def risk(t):  # of variances exp(2 t) and a correlation tanh t
+        root = np.diag(np.exp(t[:2]))
+        act = root @ np.array([[1, np.tanh(t[2])], [np.tanh(t[2]), 1]]) @ root
+        ratio = np.linalg.solve(act, omega.flatten(0, 1).numpy())
+        log_det = np.linalg.slogdet(ratio)[1]
+        forward = (np.trace(ratio, axis1=1, axis2=2) - 2 - log_det) / 2
+        inverse = np.trace(np.linalg.inv(ratio), axis1=1, axis2=2)
+        return np.minimum(forward, (inverse - 2 + log_det) / 2).mean()
+
+    least = min(
+        minimize(risk, start, method="Nelder-Mead", options={"xatol": 1e-8}).fun
+        for start in ([0, 0, 0.5], [-0.1, -0.1, 0.5])
+    )
+    assert estimate.risk.value.item() == pytest.approx(least, rel=1e-4)
 
 
 def test_what_is_fixed_stays_fixed(draws):

@@ -1,6 +1,16 @@
 import pytest
 import torch
-from torch.distributions import Bernoulli, Categorical, Gamma, MixtureSameFamily, Normal
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Dirichlet,
+    Gamma,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    Poisson,
+)
 from torch.distributions.transforms import SoftplusTransform
 
 from rkl.bayes.solve.unconstrained import chart_of
@@ -94,6 +104,44 @@ def test_a_parameter_ranges_as_widely_as_the_law_allows(law, kind):
     inside = torch.tensor([0.2, 0.4, 0.7], dtype=torch.float64)
     chart = chart_of({"x": inside}, law)
     assert type(chart.parts["x"].transform).__name__ == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "law", "kind", "of_density"),
+    [
+        ("simplex", lambda t: Bernoulli(t["x"]), "SigmoidTransform", "LogRatioTransform"),
+        (
+            "simplex",
+            lambda t: Independent(Poisson(t["x"]), 1),
+            "ExpTransform",
+            "LogRatioTransform",
+        ),
+        ("simplex", lambda t: Categorical(t["x"]), "LogRatioTransform", "LogRatioTransform"),
+        ("simplex", lambda t: Dirichlet(9 * t["x"]), "LogRatioTransform", "LogRatioTransform"),
+        (
+            "correlation",
+            lambda t: MultivariateNormal(torch.zeros(3).double(), t["x"]),
+            "PositiveDefiniteTransform",
+            "CorrelationTransform",
+        ),
+        (
+            "its factor",
+            lambda t: MultivariateNormal(torch.zeros(3).double(), scale_tril=t["x"]),
+            "LowerCholeskyTransform",
+            "CorrCholeskyTransform",
+        ),
+        (
+            "correlation",
+            lambda t: MultivariateNormal(torch.zeros(3).double(), 4 * t["x"]),
+            "CorrelationTransform",
+            "CorrelationTransform",
+        ),
+    ],
+)
+def test_a_parameter_as_it_is_ranges_as_the_distributions_let_it(name, law, kind, of_density):
+    for posterior, transform in ((False, kind), (True, of_density)):
+        chart = chart_of({"x": draws(name)}, law, posterior=posterior)
+        assert type(chart.parts["x"].transform).__name__ == transform
 
 
 def test_without_a_law_draws_of_one_sign_range_over_the_half_line():

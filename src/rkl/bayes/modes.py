@@ -150,7 +150,8 @@ def _chart(problem: Problem, theta: Mapping[str, Tensor]) -> Chart:
     """Coordinates of the variables of a density: from the family, for others from the draws."""
     variables = {name: theta[name] for name in problem.model.names}
     rest = {name: x for name, x in theta.items() if name not in variables}
-    coordinates = {**chart_of(variables, problem.law).parts, **chart_of(rest).parts}
+    of_family = chart_of(variables, problem.law, posterior=True).parts
+    coordinates = {**of_family, **chart_of(rest).parts}
     return Chart({name: coordinates[name] for name in theta})
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, constraints
+from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import (
     CorrCholeskyTransform,
     ExpTransform,
@@ -83,18 +84,23 @@ def chart_of(
     values: Mapping[str, Tensor],
     law: LawOf | None = None,
     transforms: Mapping[str, Transform] | None = None,
+    posterior: bool = False,
 ) -> Chart:
     r"""The chart for parameters, of which draws are at hand.
 
-    Simplices, triangular, correlation and positive definite matrices are told by their draws. Any
-    other parameter takes the widest of the line, the half-line and the unit interval in which
-    ``law`` still makes a distribution; without a distribution, the line or the half-line,
-    whichever holds its draws.
+    Simplices, triangular, correlation and positive definite matrices are told by their draws,
+    unless they are a parameter of the distributions that need not be such: rates that sum to 1
+    are a rate each, and a correlation matrix is one of all covariance matrices. Any other
+    parameter takes the widest of the line, the half-line and the unit interval in which ``law``
+    still makes a distribution; without a distribution, the line or the half-line, whichever holds
+    its draws.
 
     Args:
         values: Draws by name, [draws, *shape] each, in double precision.
         law: The map from draws to distributions, asked what it accepts.
         transforms: Maps from coordinates to parameters, by name, in place of those found here.
+        posterior: True if the draws alone tell simplices and matrices, as for a density of the
+            parameters, which has no meaning elsewhere.
 
     Raises:
         ValueError: A parameter is a whole number, or its draws are not finite or on the edge.
@@ -102,7 +108,7 @@ def chart_of(
     >>> chart_of({"scale": torch.tensor([1.0, 2.0, 4.0])}).parts["scale"].transform
     ExpTransform()
     """
-    parts = {}
+    parts, own = {}, {} if law is None or posterior else _own_constraints(values, law)
     for name, drawn in values.items():
         if not drawn.is_floating_point():
             raise ValueError(
@@ -110,7 +116,7 @@ def chart_of(
                 f"got {drawn.dtype}."
             )
         given = (transforms or {}).get(name)
-        transform: Any = given or _transform(name, values, law)
+        transform: Any = given or _transform(name, values, law, own.get(name))
         margin = 0.0 if given else _margin(drawn, transform)
         free = transform.inv(_off_edge(drawn, transform, margin))
         if not free.isfinite().all():
@@ -148,12 +154,44 @@ def _off_edge(values: Tensor, transform: Any, margin: float) -> Tensor:
     return values
 
 
-def _transform(name: str, values: Mapping[str, Tensor], law: LawOf | None) -> Any:
+def _own_constraints(values: Mapping[str, Tensor], law: LawOf) -> dict[str, Constraint]:
+    """The constraints of the variables that are, as they are, a parameter of the distributions."""
+    few = {name: x[:8] for name, x in values.items()}
+    try:
+        made = law(few)
+    except (ValueError, RuntimeError):
+        return {}
+    while isinstance(made, Independent):
+        made = made.base_dist
+    given = {key: vars(made).get(key) for key in _arg_constraints(made)}
+    return {
+        name: _arg_constraints(made)[key]
+        for name, x in few.items()
+        for key, value in given.items()
+        if isinstance(value, Tensor) and value.dtype == x.dtype and torch.equal(value, x)
+    }
+
+
+def _arg_constraints(law: Distribution) -> Mapping[str, Constraint]:
+    """Constraints of the parameters of a distribution that do not depend on one another."""
+    try:
+        every = law.arg_constraints
+    except NotImplementedError:  # nothing is said of them
+        return {}
+    return {key: c for key, c in every.items() if not constraints.is_dependent(c)}
+
+
+def _transform(
+    name: str, values: Mapping[str, Tensor], law: LawOf | None, own: Constraint | None
+) -> Any:
     drawn = values[name]
-    if drawn.ndim > 2 and drawn.shape[-1] == drawn.shape[-2] > 1 and (matrix := _matrix(drawn)):
+    square = drawn.ndim > 2 and drawn.shape[-1] == drawn.shape[-2] > 1
+    square = square and (own is None or own.event_dim == 2)
+    if square and (matrix := _matrix(drawn, correlations=own is None)):
         return matrix
     half = (drawn >= 0).all() & (drawn > 0).any()
-    if half and drawn.ndim > 1 < drawn.shape[-1] and ((drawn.sum(-1) - 1).abs() < SLACK).all():
+    vector = drawn.ndim > 1 < drawn.shape[-1] and (own is None or own is constraints.simplex)
+    if half and vector and ((drawn.sum(-1) - 1).abs() < SLACK).all():
         return LogRatioTransform(drawn.shape[-1])
     scalars: list[tuple[bool, Transform, Tensor]] = [
         (True, identity_transform, -1 - drawn.abs()),
@@ -166,19 +204,19 @@ def _transform(name: str, values: Mapping[str, Tensor], law: LawOf | None) -> An
     return scalars[0][1]  # the distribution will say where it ends
 
 
-def _matrix(drawn: Tensor) -> Transform | None:
+def _matrix(drawn: Tensor, correlations: bool) -> Transform | None:
     diagonal = drawn.diagonal(dim1=-2, dim2=-1)
     if not (diagonal > 0).all():
         return None
     if not drawn.triu(1).any():
-        unit = ((drawn.square().sum(-1) - 1).abs() < SLACK).all()
+        unit = correlations and ((drawn.square().sum(-1) - 1).abs() < SLACK).all()
         return CorrCholeskyTransform() if unit else LowerCholeskyTransform()
     scale = drawn.abs().amax((-2, -1), keepdim=True)
     if ((drawn - drawn.mT).abs() > SLACK * scale).any():
         return None
     if (torch.linalg.cholesky_ex(drawn).info > 0).any():
         return None
-    unit = ((diagonal - 1).abs() < SLACK).all()
+    unit = correlations and ((diagonal - 1).abs() < SLACK).all()
     return CorrelationTransform() if unit else PositiveDefiniteTransform()
 
 
@@ -199,15 +237,7 @@ def _is_valid(law: Distribution) -> bool:
     parts = [getattr(law, key) for key in inner if hasattr(law, key)]
     if parts:
         return all(map(_is_valid, parts))
-    try:
-        constraints_of_law = law.arg_constraints
-    except NotImplementedError:  # nothing is said of them
-        return True
-    checks = (
-        c.check(getattr(law, k))
-        for k, c in constraints_of_law.items()
-        if not constraints.is_dependent(c)
-    )
+    checks = (c.check(getattr(law, key)) for key, c in _arg_constraints(law).items())
     return all(bool(check.all()) for check in checks)
 
 

@@ -84,6 +84,18 @@ def test_members_of_a_batch_have_regions_of_their_own_and_a_joint_law_has_one(dr
     assert joint.inside.sum() == 400
 
 
+def test_what_members_share_has_no_range_where_no_draw_is_in_all_their_regions():
+    shared = {"theta": normals(4, 50, 100), "sigma": (0.1 * normals(4, 50, seed=1)).exp()}
+    region = bayes_act(shared, lambda t: Normal(t.theta, t.sigma[:, None])).region(0.5)
+    assert not region.inside.all(-1).any()
+    assert all(end.isnan() for end in region.ranges["sigma"])
+    assert region.pieces["sigma"] == []
+    row = next(row for row in region.table().rows if row[0] == "sigma")
+    alone = shared["sigma"].flatten().sort().values[[49, 149]]
+    assert row[1:] == (None, None, *alone.tolist())
+    assert "sigma: no draw is in the regions of all members at once." in region.table().notes
+
+
 def test_a_region_does_not_move_with_the_names_of_parameters(draws):
     here = bayes_act(draws, ORDINARY).region(0.9)
     renamed = {"mu": draws["mu"], "log": draws["sigma"].log()}

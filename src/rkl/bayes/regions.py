@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rkl.bayes.answer import Answer, elements
+from rkl.bayes.identified import joined_labels
 from rkl.bayes.problem import Problem, by_member
 from rkl.bayes.tables import Table
 from rkl.checks import number
@@ -39,7 +40,8 @@ class Region:
         inside: Which draws are in it, [chains, draws, *batch].
         ranges: The least and the greatest value inside of every variable, by name; of an angle
             the ends of an arc, of which the second may lie beyond π; nan of what the act does not
-            depend on.
+            depend on. What members of a batch share has those of draws in the regions of all, and
+            nan without such draws.
         pieces: The intervals in which the region lies, of every number, by its label.
         intervals: The central ``prob`` of the draws of every variable alone, by quantiles.
         angles: The variables that are angles.
@@ -114,7 +116,7 @@ class Region:
         alone = _by_label(self.estimate.problem, self.intervals) if joint else {}
         rows: list[tuple[Cell, ...]] = []
         for label, pieces in self.pieces.items():
-            for place, piece in enumerate(pieces):
+            for place, piece in enumerate(pieces or [(None, None)]):
                 interval = alone.get(label, (None, None)) if not place else (None, None)
                 name = f"{label}, or" if place else label
                 rows.append((name, *piece, *interval) if joint else (name, *piece))
@@ -130,6 +132,10 @@ class Region:
             )
         if any(len(pieces) > 1 for pieces in self.pieces.values()):
             notes.append("Where a variable has several pieces, no value between them is inside.")
+        if empty := [label for label, pieces in self.pieces.items() if not pieces]:
+            notes.append(
+                f"{joined_labels(empty)}: no draw is in the regions of all members at once."
+            )
         if angles := sorted(self.angles):
             notes.append(f"{', '.join(angles)}: arcs of a circle, modulo 2π.")
         columns = ("variable", "from", "to", *(("alone from", "alone to") if joint else ()))
@@ -197,10 +203,15 @@ def _weights(problem: Problem) -> Tensor | None:
 
 
 def _range(problem: Problem, x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """The ends of a variable [draws, *batch, ...] among those inside; of all members if shared."""
+    """The ends of a variable [draws, *batch, ...] among those inside; of all members if shared.
+
+    They are nan where no draw is inside.
+    """
     inside = _inside(problem, x, inside)
+    empty = ~inside.any(0)
     low = torch.where(inside, x, torch.inf).amin(0)
-    return low, torch.where(inside, x, -torch.inf).amax(0)
+    high = torch.where(inside, x, -torch.inf).amax(0)
+    return low.masked_fill(empty, torch.nan), high.masked_fill(empty, torch.nan)
 
 
 def _inside(problem: Problem, x: Tensor, inside: Tensor) -> Tensor:
@@ -309,6 +320,8 @@ def _runs(values: Tensor, mask: Tensor) -> list[tuple[float, float]]:
 
 def _clusters(values: Tensor, span: float | None = None) -> list[tuple[float, float]]:
     """Pieces separated by gaps that chance does not leave in one, for one number of several."""
+    if not len(values):  # shared by members, of which no draw is in the regions of all
+        return []
     ordered = values.sort().values
     span = float(ordered[-1] - ordered[0]) if span is None else span
     gaps = ordered.diff()

@@ -1,6 +1,7 @@
 """The act beside other estimates: what each is, and what each loses under every loss."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pandas
@@ -152,6 +153,13 @@ def test_mean_and_median_are_theirs(draws, table):
     torch.testing.assert_close(table.acts["posterior median"]["sigma"], half)
 
 
+def test_medians_of_more_numbers_than_the_quantiles_of_torch_take_are_theirs():
+    theta = torch.tensor([5.0, 1.0, 2.0, 3.0])[:, None] + torch.arange(2**22 + 1) / 2**22
+    draws = SimpleNamespace(weights=None)
+    problem: Any = SimpleNamespace(draws=draws, theta={"mu": theta[..., None]})
+    torch.testing.assert_close(compare._medians(problem)["mu"], theta[2:].mean(0)[:, None])
+
+
 def test_without_a_density_the_modes_are_left_out_with_the_reason(quick, draws):
     few = {name: x[:, :60] for name, x in draws.items()}
     table = bayes_act(few, ORDINARY).compare()
@@ -175,6 +183,15 @@ def test_a_density_without_slopes_is_served_by_its_densest_draws(quick, draws):
     table = bayes_act(few, ORDINARY).compare(lambda theta: log_posterior(theta).detach())
     assert "draw of highest log_posterior" in table.acts
     assert any("not differentiable" in note for note in table.notes)
+
+
+def test_of_many_draws_too_the_densest_is_the_densest_of_all(quick):
+    mu = torch.rand(2, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    peak = mu[1, 1001].item()
+    table = bayes_act({"mu": mu}, "normal(loc=mu, scale=1)").compare(
+        lambda theta: -(theta.mu.detach() - peak).abs()
+    )
+    assert table.acts["draw of highest log_posterior"]["mu"] == peak
 
 
 def test_a_location_whose_draws_are_all_positive_keeps_its_coordinate_in_the_modes(quick, draws):

@@ -21,7 +21,7 @@ from rkl.bayes.solve.closed import directions_of, excess_risk
 from rkl.bayes.solve.errors import Point, average_draws
 from rkl.bayes.tables import ROUNDING, Table, zero_rounding
 from rkl.divergences import KL, Jeffreys, JensenShannon, ReverseKL
-from rkl.stats import quantile
+from rkl.stats import interpolated_quantile, quantile
 from rkl.tables import Cell
 
 LossOf = Callable[[Variables], tuple[Tensor, Tensor | None]]
@@ -209,7 +209,10 @@ def means_of(problem: Problem) -> Variables:
 def _medians(problem: Problem) -> Variables:
     weights = problem.draws.weights
     if weights is None:
-        return {name: x.quantile(0.5, 0) for name, x in problem.theta.items()}
+        return {
+            name: interpolated_quantile(x.reshape(len(x), -1), 0.5).reshape(x.shape[1:])
+            for name, x in problem.theta.items()
+        }
     return {name: quantile(x, 0.5, weights.flatten()) for name, x in problem.theta.items()}
 
 

@@ -81,7 +81,8 @@ class _Seen(NamedTuple):
     density: Tensor
 
 
-def _evaluate(problem: Problem, log_posterior: LogDensity) -> _Seen:
+def _evaluate(problem: Problem, log_posterior: LogDensity, most: int | None = None) -> _Seen:
+    """A density at all draws, or at ``most`` of them, evenly spread."""
     draws = problem.draws
     shown = Theta(probe(draws, draws.names, unread=True))
     try:
@@ -90,7 +91,7 @@ def _evaluate(problem: Problem, log_posterior: LogDensity) -> _Seen:
         raise ValueError(f"log_posterior cannot take the draws: {error.args[0]}.") from error
     _check_density(log_density, len(next(iter(shown._drawn.values()))))
     names = [name for name in draws.names if name in shown._seen | {*problem.model.names}]
-    subsample = draws.every(-(-draws.chains * draws.draws // MAX_DRAWS))
+    subsample = draws if most is None else draws.every(-(-draws.chains * draws.draws // most))
     theta = {name: subsample[name].flatten(0, 1) for name in names}
     return _Seen(theta, _check_density(log_posterior(Theta(theta)), len(theta[names[0]])).detach())
 
@@ -101,12 +102,12 @@ def density_mode(problem: Problem, log_posterior: LogDensity) -> Variables:
     Raises:
         RuntimeError: Autograd finds no way from the density back to the variables.
     """
-    evaluated = _evaluate(problem, log_posterior)
+    evaluated = _evaluate(problem, log_posterior, MAX_DRAWS)
     return _maximum(problem, log_posterior, evaluated)
 
 
 def _of_function(problem: Problem, log_posterior: LogDensity) -> Modes:
-    evaluated = _evaluate(problem, log_posterior)
+    evaluated = _evaluate(problem, log_posterior, MAX_DRAWS)
     bends = _bends(problem, evaluated.theta)
     targets: dict[str, LogDensity] = {f"MAP in {_spell(evaluated.theta, {})}": log_posterior}
     if bends:
@@ -120,7 +121,7 @@ def _of_function(problem: Problem, log_posterior: LogDensity) -> Modes:
         maxima = {name: _maximum(problem, f, evaluated) for name, f in targets.items()}
     except RuntimeError:  # autograd finds no way back to theta
         note = "log_posterior is not differentiable: its highest draws stand for its modes."
-        return Modes(_densest(problem, evaluated, bends), (note,))
+        return Modes(_densest(problem, _evaluate(problem, log_posterior), bends), (note,))
     notes += [f"{name} is left out: there is no mode." for name in maxima if not maxima[name]]
     return Modes({name: at for name, at in maxima.items() if at}, tuple(notes))
 

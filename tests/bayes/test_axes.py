@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from torch.distributions import ExpTransform
 
-from rkl.bayes import bayes_act, project, read_draws
+from rkl.bayes import bayes_act, check_invariance, project, read_draws
 from rkl.bayes.evaluate import evaluate_run
 from rkl.bayes.families import GaussianRegression
 from rkl.bayes.run import estimate
@@ -155,6 +156,13 @@ def test_regions_and_projections_share_by_name_too(apart):
     expected = project(whole, NORMAL, {"centred": smaller}, KL())
     acts = [one.submodels["centred"].act["tau"] for one in (found, expected)]
     torch.testing.assert_close(*acts, rtol=1e-6, atol=0)
+
+
+def test_a_bijection_of_the_data_moves_nothing_that_is_shared_by_name(apart):
+    moved = [
+        change for _, change in check_invariance(bayes_act(apart, NORMAL), ExpTransform()).rows
+    ]
+    assert max(moved) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -187,9 +187,10 @@ def _of_data(estimate: Estimate, transform: Transform) -> Table:
     def make(theta: Theta) -> Distribution:
         return TransformedDistribution(model.make(theta), [transform])
 
-    renamed = dataclasses.replace(
-        problem, model=Model(f"{model.text}, renamed", model.names, make, events=model.events)
+    renamed_model = Model(
+        *(f"{model.text}, renamed", model.names, make), events=model.events, places=model.places
     )
+    renamed = dataclasses.replace(problem, model=renamed_model)
     before, again = _variables_at(estimate), answer(renamed)
     sides = region(estimate, PROB).inside != region(again, PROB).inside
     rows: list[tuple[Cell, ...]] = [

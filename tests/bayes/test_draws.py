@@ -562,6 +562,21 @@ def test_rows_without_a_chain_are_noted_with_their_log_density_too():
     assert "taken as one chain" in read_draws(pd.DataFrame(rows)).notes[0]
 
 
+@pytest.mark.parametrize("groups", [(), ("posterior",)], ids=["one group", "several"])
+def test_columns_of_names_with_labels_are_put_together(groups):
+    """As ArviZ writes them by to_dataframe(), in one group and in several."""
+    arrays = posterior()
+    frame = pd.DataFrame({"chain": np.repeat(range(3), 20), "draw": np.tile(range(20), 3)})
+    frame[("posterior", "mu") if groups else "mu"] = arrays["mu"].ravel()
+    for i, j in np.ndindex(2, 5):
+        name = (*groups, f"theta[{i},{j}]", "ab"[i], j)
+        frame[name] = arrays["theta"][..., i, j].ravel()
+    draws = read_draws(frame)
+    assert draws.names == ("mu", "theta")
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(draws[name], x)
+
+
 def test_an_index_of_chains_and_draws_is_read_and_other_levels_are_refused():
     arrays = posterior()
     whole = dataset(arrays | {"theta": arrays["theta"][..., 0, 0]})

@@ -446,7 +446,7 @@ def _variables(source: Any, notes: list[str]) -> Mapping[str, Any]:
         return _of_files(source, notes)
     made_by = type(source).__module__.partition(".")[0]
     if made_by == "pandas" and hasattr(source, "columns"):
-        columns = {str(name): source[name].to_numpy() for name in source.columns}
+        columns = {_column_name(name): source[name].to_numpy() for name in source.columns}
         columns |= _marks_of_index(source, columns)
         return _of_tables([Columns(columns)], ["the data frame"], notes)
     if made_by == "cmdstanpy":
@@ -459,6 +459,20 @@ def _variables(source: Any, notes: list[str]) -> Mapping[str, Any]:
     if isinstance(source, Mapping):
         return source
     raise TypeError(f"draws must be {READABLE}; got {type(source).__name__}.")
+
+
+def _column_name(name: Any) -> str:
+    """The name of a column of a data frame; that of ArviZ's may have a group and a label too.
+
+    >>> _column_name(("posterior", "theta[0]", "Choate")), _column_name(("theta[0]", "Choate"))
+    ('theta[0]', 'theta[0]')
+    """
+    match name:
+        case ("posterior", inner, *_):
+            return str(inner)
+        case (str() as inner, _, *_) if re.fullmatch(r".+\[[\d, ]+\]", inner):
+            return inner
+    return str(name)
 
 
 def _marks_of_index(frame: Any, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -32,7 +32,7 @@ from rkl import KL, Jeffreys, JensenShannon, ReverseKL, SquaredHellinger
 from rkl.bayes.families import Kumaraswamy
 from rkl.bayes.loss.logits import on_logits
 from rkl.bayes.loss.nodes import nodes_for
-from rkl.bayes.loss.quadrature import MAX_SINGLE, _summing
+from rkl.bayes.loss.quadrature import MAX_SINGLE, _first, _summing, line_of
 from rkl.bayes.model import Laws
 
 
@@ -362,3 +362,14 @@ def test_samples_of_logits_are_those_of_the_numbers(kind):
         exact = torch.tensor(float(mpmath.betainc(0.07, 0.4, 0, 0.5, regularized=True)))
     assert (below.double().mean() - exact).abs() < 5 * (exact * (1 - exact) / 4000).sqrt()
     assert u.isfinite().all()
+
+
+def test_panels_begin_in_samples_of_more_numbers_than_the_quantiles_of_torch_take():
+    members = torch.arange(2**22, dtype=torch.float64) / 2**22
+    sample = torch.tensor([4.0, 0.0, 1.0, 3.0, 2.0])[:, None] + members
+    line = line_of(None, None, "line", sample)
+    torch.testing.assert_close(line.origin, 2 + members)
+    assert bool((line.length == 1).all())
+    places = torch.linspace(0, 16, 2**24 + 1, dtype=torch.float64)[:, None]
+    edges = _first(line, places, 0.0, 16.0)
+    torch.testing.assert_close(edges, torch.arange(17.0).double().unfold(0, 2, 1))

@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 
 from rkl.bayes.model import NUMBERS
 from rkl.divergences import FDivergence
+from rkl.stats import interpolated_quantile
 
 ORDER, COARSE = 16, 11  # nodes per panel, and those of the poorer rule, for the error
 MAX_SINGLE = 64  # whole numbers of a panel that are summed one by one
@@ -76,7 +77,9 @@ def line_of(
     sample: Float[Tensor, "n *batch"],
 ) -> Line:
     """The coordinate of a support with these ends [*batch], of which a sample is at hand."""
-    low, middle, high = torch.quantile(sample, sample.new_tensor([0.25, 0.5, 0.75]), dim=0)
+    flat, shape = sample.reshape(len(sample), -1), sample.shape[1:]
+    quarters = (interpolated_quantile(flat, at).reshape(shape) for at in (0.25, 0.5, 0.75))
+    low, middle, high = quarters
     zero, tiny = torch.zeros_like(middle), torch.finfo(middle.dtype).tiny
     if kind == "circle":
         return Line("circle", zero, zero + 1)
@@ -212,7 +215,8 @@ def _peak(law: Distribution, line: Line, u: float) -> float:
 
 def _first(line: Line, places: Tensor, low: float, high: float) -> Tensor:
     drawn = places.flatten(1)
-    edges = torch.quantile(drawn.flatten(), torch.linspace(0, 1, 17).double()).clamp(low, high)
+    # NumPy's, as the quantile of torch takes no more than 2^24 numbers
+    edges = torch.from_numpy(np.quantile(drawn.numpy(), np.linspace(0, 1, 17))).clamp(low, high)
     edges = torch.cat([edges.new_tensor([low, high]), edges])
     edges = (edges.floor() if line.kind == "counts" else edges).unique()
     for _ in range(50):

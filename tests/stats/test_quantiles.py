@@ -1,4 +1,5 @@
 import inspect
+import math
 
 import numpy as np
 import pytest
@@ -28,6 +29,12 @@ def test_equal_weights_change_no_quantile_and_weights_count_as_copies_do():
         assert quantile(values, at, counts.double()) == quantile(copies, at)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_of_any_precision_give_the_same_quantile(dtype):
+    values = torch.arange(100_000.0)
+    assert quantile(values, 0.5, torch.ones(100_000, dtype=dtype)) == 49_999
+
+
 def test_an_interpolated_quantile_is_numpys_default():
     values = torch.randn(101, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for at in (0.0, 0.05, 0.37, 1.0):
@@ -41,6 +48,9 @@ def test_an_interpolated_quantile_is_numpys_default():
         (torch.zeros(0), 0.5, None, "values must be .*not empty; got \\[0\\]"),
         (torch.zeros(3), 0.0, None, "at must be finite, above 0, at most 1; got 0.0"),
         (torch.zeros(3), 0.5, torch.ones(2), r"weights must be \[3\]; got \[2\]"),
+        (torch.zeros(3), 0.5, torch.zeros(3), "weights must be finite, .* not all 0"),
+        (torch.zeros(2), 0.5, torch.tensor([-1.0, 2.0]), "weights must be .*from -1 to 2"),
+        (torch.zeros(2), 0.5, torch.tensor([1.0, math.nan]), "weights must be finite"),
     ],
 )
 def test_a_quantile_refuses_what_has_none(values, at, weights, told):

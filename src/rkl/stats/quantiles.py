@@ -41,6 +41,12 @@ def quantile(
     floats("weights", weights)
     if weights.shape != values.shape[:1]:
         raise ValueError(f"weights must be [{len(values)}]; got {list(weights.shape)}.")
+    weights = weights.double()
+    if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
+        raise ValueError(
+            "weights must be finite, at least 0, and not all 0; "
+            f"got values from {weights.min():.4g} to {weights.max():.4g}."
+        )
     share = (weights / weights.sum())[ordered.indices].cumsum(0)
     place = (share < at * (1 - ROUNDING)).sum(0, keepdim=True).clamp_max(len(values) - 1)
     return ordered.values.gather(0, place)[0]

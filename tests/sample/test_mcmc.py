@@ -149,6 +149,26 @@ def test_log_z_of_four_sites_is_that_of_quadrature(method, ring):
     torch.testing.assert_close(turned.value.flip(0), found.value, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", [thermodynamic_integration, mbar, annealed_importance])
+@pytest.mark.parametrize("unit", [2.0**20, 2.0**-20])
+def test_log_z_does_not_depend_on_the_unit_of_energy(method, unit):
+    sizes = (
+        {"rungs": 8, "islands": 4} if method is annealed_importance else {"rungs": 3, "draws": 4}
+    )
+    found = method(XY(side=2, coupling=unit), unit * TEMPERATURES, **sizes)
+    torch.testing.assert_close(found, method(XY(side=2), TEMPERATURES, **sizes))
+
+
+@pytest.mark.parametrize("coupling", [1e6, -3e-7])
+def test_log_z_of_other_units_is_that_of_quadrature(coupling):
+    condition = abs(coupling) * TEMPERATURES
+    sizes = {"rungs": 12, "draws": 20, "chains": 50}
+    found = thermodynamic_integration(XY(side=2, coupling=coupling), condition, **sizes)
+    exact = by_quadrature(XY(side=2))[0]  # of 4 sites the sign of J does not matter
+    assert found.error.max() < 0.1
+    assert ((found.value - exact) / found.error).abs().max() < 4.5
+
+
 def test_a_ring_exchange_that_is_a_condition_is_that_of_the_model():
     one = annealed_importance(XY(side=2, ring_exchange=1.0), TEMPERATURES, rungs=20)
     both = torch.cat([TEMPERATURES, torch.ones_like(TEMPERATURES)], 1)

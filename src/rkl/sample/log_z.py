@@ -14,6 +14,7 @@ from rkl.sample.tempering import Rung, Sampler, log_mean
 from rkl.stats import Mean, jackknife
 
 WIDTH = 1.0  # of the broad distribution on the line, where there are no coordinates
+UNIFORM_DRAWS = 256  # by which the unit of energy is measured
 MAX_ITERATIONS = 200  # of Newton, of which about ten are needed
 
 
@@ -34,7 +35,8 @@ def thermodynamic_integration(
 
     The rungs are even in log(1 + β), about where energies of neighbours overlap alike; between
     two of them ⟨E⟩ (1 + β) is a cubic with the slopes that the variance of E gives, so that
-    the error of the quadrature falls with the fourth power of the rungs: 1e-5 nats for 64.
+    the error of the quadrature falls with the fourth power of the rungs: 1e-5 nats for 64. The
+    unit of E, and so of 1/β, is its standard deviation at uniform angles over √N, J of XY.
 
     Source: Gelman and Meng (1998), Statistical Science 13, 163; the corrected trapezoidal rule.
 
@@ -54,9 +56,9 @@ def thermodynamic_integration(
     >>> round(thermodynamic_integration(XY(side=2), torch.ones(1, 1)).value.item())
     11
     """
-    beta = check_temperatures(target, condition)
-    ladder, place = _ladder(beta, rungs)
-    energy = _energies(target, condition, ladder, draws, chains, kernel, seed)
+    beta, unit = check_temperatures(target, condition), _unit_of_energy(target, condition)
+    ladder, place = _ladder(beta * unit, rungs)
+    energy = _energies(target, condition, ladder, unit, draws, chains, kernel, seed)
     moments = torch.stack([energy, energy.square()], -1).movedim(0, 2)
     origin = _at_beta_0(target)
     log_z = jackknife(lambda mean: _integrate(ladder, mean, origin), moments)
@@ -111,9 +113,9 @@ def mbar(
     >>> round(mbar(XY(side=2), torch.ones(1, 1)).value.item())
     11
     """
-    beta = check_temperatures(target, condition)
-    ladder, place = _ladder(beta, rungs)
-    energy = _energies(target, condition, ladder, draws, chains, kernel, seed)
+    beta, unit = check_temperatures(target, condition), _unit_of_energy(target, condition)
+    ladder, place = _ladder(beta * unit, rungs)
+    energy = _energies(target, condition, ladder, unit, draws, chains, kernel, seed)
     moments = torch.stack([energy, energy.square()], -1).mean((1, 2))
     origin = _at_beta_0(target)
     log_z, error = _solve_mbar(ladder, energy, _integrate(ladder, moments, origin))
@@ -186,12 +188,13 @@ def annealed_importance(
     integer("particles", particles, at_least=2, at_most=LARGEST_COUNT)
     integer("islands", islands, at_least=2, at_most=LARGEST_COUNT)
     integer("sweeps", sweeps, at_least=1, at_most=LARGEST_COUNT)
-    ladder, place = _ladder(beta, rungs)
+    unit = _unit_of_energy(target, condition)
+    ladder, place = _ladder(beta * unit, rungs)
     kernel = kernel_of(target, kernel)
     # p at a temperature T/β is p^β, so that one path to the coldest passes through all others
     share = ladder / ladder[-1]
     with random_seed(seed, condition.device):
-        coldest = _conditions(condition, ladder[-1:])
+        coldest = _conditions(condition, ladder[-1:] / unit)
         sampler = Sampler(target, coldest, WIDTH, sweeps, kernel)
         one = torch.ones(1, sampler.size, dtype=sampler.dtype)
         plan = [Rung(it.to(one), one[:, 0], one) for it in share[1:, None]]
@@ -201,15 +204,14 @@ def annealed_importance(
     return Mean(log_z.value + (1 - share[place]) * _at_beta_0(target), log_z.error)
 
 
-def _energies(target, condition, ladder, draws, chains, kernel, seed) -> Tensor:
-    """Energies at every rung, in the units of T: [rungs, chains, draws]."""
+def _energies(target, condition, ladder, unit, draws, chains, kernel, seed) -> Tensor:
+    """Energies at every rung, in their unit: [rungs, chains, draws]."""
 
     def measure(x: Tensor, each: Tensor) -> dict[str, Tensor]:
-        return {"energy": _energy(target, each, x)}
+        return {"energy": _energy(target, each, x) / unit}
 
-    each = _conditions(
-        condition, ladder.clamp_min(1e-6)
-    )  # β of 1e-6 is 0 to all digits that E has
+    # β of 1e-6 is 0 to all digits that E has
+    each = _conditions(condition, ladder.clamp_min(1e-6) / unit)
     walk = markov_chain(
         target,
         each,
@@ -224,6 +226,19 @@ def _energies(target, condition, ladder, draws, chains, kernel, seed) -> Tensor:
 
 def _at_beta_0(target: Target) -> float:
     return math.prod(target.event_shape) * math.log(2 * math.pi)
+
+
+def _unit_of_energy(target: Target, condition: Tensor) -> float:
+    """Standard deviation of E at uniform angles over √N, which is |J| of XY; 1 of a constant.
+
+    It is rounded to a power of 2, so that its own sampling error changes nothing.
+    """
+    shape = (UNIFORM_DRAWS, *target.event_shape)
+    generator = torch.Generator().manual_seed(0)
+    x = 2 * math.pi * torch.rand(shape, generator=generator, dtype=condition.dtype)
+    each = condition[:1].expand(UNIFORM_DRAWS, -1)
+    spread = _energy(target, each, x.to(condition.device)).std() / math.sqrt(x[0].numel())
+    return 2.0 ** round(math.log2(spread)) if 0 < spread < math.inf else 1.0
 
 
 def _energy(target: Target, condition: Tensor, x: Tensor) -> Tensor:
@@ -270,7 +285,7 @@ def check_temperatures(target: Target, condition: Tensor) -> Tensor:
 
 
 def _ladder(beta: Tensor, rungs: int) -> tuple[Tensor, Tensor]:
-    """β from 0, even in log(1 + β), with all that are asked for, and where those are."""
+    """β in its unit from 0, even in log(1 + β), with all asked for, and where those are."""
     integer("rungs", rungs, at_least=2, at_most=LARGEST_COUNT)
     asked, place = torch.cat([beta.new_zeros(1), beta]).unique(return_inverse=True)
     ends = torch.log1p(asked)

@@ -22,7 +22,7 @@ from rkl.sample import (
 from rkl.sample.lattice import circle
 from rkl.sample.mcmc import kernels
 from rkl.sample.mcmc.walks import kernel_of
-from rkl.sample.targets import XY, GaussianMixture, MoG8, Phi4
+from rkl.sample.targets import XY, Density, GaussianMixture, MoG8, Phi4
 from rkl.stats import jackknife
 
 TEMPERATURES = torch.tensor([[0.2], [0.7], [1.5]], dtype=torch.float64)
@@ -147,6 +147,31 @@ def test_log_z_of_four_sites_is_that_of_quadrature(method, ring):
     assert ((found.value - exact) / found.error).abs().max() < 4.5
     turned = method(model, TEMPERATURES.flip(0), **sizes)  # temperatures in any order
     torch.testing.assert_close(turned.value.flip(0), found.value, rtol=0, atol=1e-9)
+
+
+def half(x, condition):
+    """A gamma density x² e^(−x), 0 below 0."""
+    return torch.where(x[..., 0] > 0, 2 * x[..., 0].clamp_min(1e-30).log() - x[..., 0], -math.inf)
+
+
+def test_chains_begin_where_the_density_is_not_0():
+    gamma = Density(half, (1,))
+    walk = markov_chain(gamma, draws=60, chains=200, every=5, warm_up=100)
+    assert (walk.x > 0).all()
+    mean = jackknife(lambda it: it, walk.x[..., 0].double())
+    assert (mean.value - 3).abs() < 4.5 * mean.error
+    ahead = Density(lambda x, _: torch.where(x[..., 0].cos() < 0, 0.0, -math.inf), (1,), "circle")
+    assert (markov_chain(ahead, draws=2, chains=50).x.cos() < 0).all()
+
+
+def test_a_start_where_the_density_is_0_is_refused():
+    gamma = Density(half, (1,))
+    start = torch.tensor([[1.0], [-1.0]])
+    with pytest.raises(ValueError, match="start must be where the density .* 1 of 2 states"):
+        markov_chain(gamma, draws=2, chains=2, start=start)
+    far = Density(lambda x, _: torch.where(x[..., 0] > 50, -x[..., 0], -math.inf), (1,))
+    with pytest.raises(ValueError, match="start must be given"):
+        markov_chain(far, draws=2)
 
 
 @pytest.mark.parametrize("method", [thermodynamic_integration, mbar, annealed_importance])

@@ -1,5 +1,6 @@
 """Markov chains side by side, for every condition at once: training data and references."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from rkl.checks import LARGEST_COUNT, floats, integer
 from rkl.sample.mcmc.kernels import RandomWalk, check_kernel, random_seed
 from rkl.sample.targets.base import Kernel, Target, check_condition
+
+MAX_STARTS = 100  # states that are tried to begin a chain at
 
 Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -46,7 +49,8 @@ def markov_chain(
     r"""Chains of a kernel that leaves the target invariant, all of them side by side.
 
     They begin with equal angles on the circle, without winding, and at
-    standard normal draws on the line: for a target with several modes give a ``start``.
+    standard normal draws on the line: for a target with several modes give a ``start``. A chain
+    that would begin where the density is 0 begins at another draw, with uniform angles.
 
     Args:
         target: The target to sample.
@@ -57,9 +61,12 @@ def markov_chain(
         every: Sweeps from one draw to the next.
         warm_up: Sweeps before the first draw.
         seed: Random seed.
-        start: States to begin at, [\*batch, chains, \*event].
+        start: States to begin at, [\*batch, chains, \*event], where the density is not 0.
         measure: Function of states x and a condition, such as ``target.observables``; its
             results are kept instead of the states.
+
+    Raises:
+        ValueError: A chain would begin where the density is 0, and could stay there for ever.
 
     >>> from rkl.sample import XY
     >>> model = XY(side=2)
@@ -102,8 +109,24 @@ def kernel_of(target: Target, kernel: Kernel | None) -> Kernel:
 def _initial_states(target: Target, each: Tensor) -> Tensor:
     shape = (*each.shape[:-1], *target.event_shape)
     chart = target.chart
+    circle, axes = chart.circle.to(each.device), [1] * len(target.event_shape)
     z = torch.randn(shape, dtype=each.dtype, device=each.device)
-    return chart.to_bounded(torch.where(chart.circle.to(z.device), 0.0, z))[0]
+    x = chart.to_bounded(torch.where(circle, 0.0, z))[0]
+    for _ in range(MAX_STARTS):
+        nowhere = _without_density(target, x, each)
+        if not nowhere.any():
+            return x
+        z, angles = torch.randn_like(z), math.pi * (2 * torch.rand_like(z) - 1)
+        other = chart.to_bounded(torch.where(circle, angles, z))[0]
+        x = torch.where(nowhere.reshape(*nowhere.shape, *axes), other, x)
+    raise ValueError(
+        f"start must be given for {target}: its density is 0 at {MAX_STARTS} states from N(0, 1) "
+        "that a chain could begin at."
+    )
+
+
+def _without_density(target: Target, x: Tensor, each: Tensor) -> Tensor:
+    return ~(target.log_prob(x, each) > -math.inf)  # nan too, which no move leaves
 
 
 def _checked_start(target: Target, each: Tensor, start: Tensor) -> Tensor:
@@ -113,5 +136,11 @@ def _checked_start(target: Target, each: Tensor, start: Tensor) -> Tensor:
         raise ValueError(
             f"start must be finite states {list(shape)}: [*batch, chains, *event]; "
             f"got {list(start.shape)}."
+        )
+    nowhere = _without_density(target, start, each)
+    if nowhere.any():
+        raise ValueError(
+            f"start must be where the density of {target} is not 0; {int(nowhere.sum())} of "
+            f"{nowhere.numel()} states are not."
         )
     return start

@@ -117,6 +117,21 @@ def test_targets_of_the_plane_integrate_to_one(target):
     assert total.log().item() == pytest.approx(target.log_normaliser(scale).item(), abs=1e-3)
 
 
+@pytest.mark.parametrize(("spacing", "scale"), [(0.3, 0.2), (1.0, 0.5)])
+def test_log_z_and_draws_of_rings_that_reach_the_origin_are_those_of_quadrature(spacing, scale):
+    target = Rings(spacing=spacing)
+    r = (torch.arange(80_000, dtype=torch.float64) + 0.5) * 1e-4
+    x, at = torch.stack([r, 0 * r], -1), torch.tensor([scale], dtype=torch.float64)
+    mass = (target.log_prob(x, at.expand(len(r), 1)) + (2 * math.pi * r).log()).exp() * 1e-4
+    known = target.log_normaliser(at).item()
+    assert known == pytest.approx(mass.sum().log().item(), abs=2e-4)  # it has no pole at 0
+    torch.manual_seed(0)
+    drawn = target.sample(at, (20_000,)).norm(dim=-1)
+    share = (mass[r < spacing / 2].sum() / mass.sum()).item()
+    error = math.sqrt(share / 20_000)
+    assert (drawn < spacing / 2).double().mean().item() == pytest.approx(share, abs=4 * error)
+
+
 def test_the_action_of_phi4_of_a_constant_field_is_its_potential():
     field = torch.full((16,), 0.5, dtype=torch.float64)
     action = -Phi4(side=4).log_prob(field, torch.tensor([5.0], dtype=torch.float64))

@@ -141,10 +141,10 @@ class MoG8(_Mixture):
 
 @dataclass(frozen=True)
 class Rings(Target):
-    r"""Concentric rings of equal mass, p(x) = Σ N(r; rₖ, scale²) / (2π r) / rings.
+    r"""Concentric rings, p(x) = Σ N(r; rₖ, scale²) / (2π r) / rings.
 
-    The radii are spacing, 2 spacing, ...; the condition is the scale, and a normal density of r is
-    cut off at r = 0, which costs no more than 3e-7 of its mass at scale = spacing/5.
+    The radii are spacing, 2 spacing, ...; the condition is the scale. All have the same mass but
+    for what normal densities of r have below 0, 3e-7 of the first at scale = spacing/5.
 
     Source: V. Kanaujia et al. (2024), arXiv 2401.15948, section 4.1, its third toy.
 
@@ -182,15 +182,18 @@ class Rings(Target):
         return bells - square.log() / 2 - condition[..., 0].log() - constant
 
     def sample(self, condition, shape=()):
-        full = (*shape, *condition.shape[:-1])
-        which = torch.randint(self.rings, full)
-        noise = torch.randn(full, dtype=condition.dtype)
-        r = (self.radii.to(condition)[which] + condition[..., 0] * noise).abs()
+        scale = condition[..., 0].expand(*shape, *condition.shape[:-1])
+        r = torch.zeros_like(scale)
+        while (beyond := r <= 0).any():  # of the first ring a share of 1/2 at most
+            which = torch.randint(self.rings, r.shape)
+            noise = torch.randn(r.shape, dtype=r.dtype)
+            r = torch.where(beyond, self.radii.to(r)[which] + scale * noise, r)
         angle = 2 * math.pi * torch.rand_like(r)
         return r[..., None] * torch.stack([angle.cos(), angle.sin()], -1)
 
     def log_normaliser(self, condition):
-        return torch.zeros_like(condition[..., 0])
+        above = torch.special.log_ndtr(self.radii.to(condition) / condition)
+        return above.logsumexp(-1) - math.log(self.rings)
 
     def modes(self, x, condition):
         """The rings; each x belongs to the nearest one."""

@@ -132,6 +132,19 @@ def test_log_z_and_draws_of_rings_that_reach_the_origin_are_those_of_quadrature(
     assert (drawn < spacing / 2).double().mean().item() == pytest.approx(share, abs=4 * error)
 
 
+@pytest.mark.parametrize("target", [XY(side=4), MoG8(), Rings()], ids=repr)
+def test_modes_of_a_batch_are_those_of_each(target):
+    torch.manual_seed(0)
+    x = 2 * torch.randn(3, 2, *target.event_shape, dtype=torch.float64)
+    condition = torch.ones(3, 2, len(target.conditions), dtype=torch.float64)
+    together = target.modes(x, condition)
+    assert together.labels.shape == (3, 2)
+    for i in range(3):
+        for j in range(2):
+            alone = target.modes(x[i, j], condition[i, j])
+            assert alone.names[alone.labels] == together.names[together.labels[i, j]]
+
+
 def test_the_action_of_phi4_of_a_constant_field_is_its_potential():
     field = torch.full((16,), 0.5, dtype=torch.float64)
     action = -Phi4(side=4).log_prob(field, torch.tensor([5.0], dtype=torch.float64))

@@ -116,8 +116,10 @@ class XY(Target):
 
     def modes(self, x, condition):
         """The winding sectors."""
-        sectors, labels = self.sector(x).unique(dim=0, return_inverse=True)
-        return Modes(labels, tuple(f"winding ({a}, {b})" for a, b in sectors.tolist()))
+        sectors, labels = self.sector(x).reshape(-1, 2).unique(dim=0, return_inverse=True)
+        return Modes(
+            labels.reshape(x.shape[:-1]), tuple(f"winding ({a}, {b})" for a, b in sectors.tolist())
+        )
 
     def derived(self, condition):
         """Specific heat N var(e)/T² and susceptibility N var(|m|)/T, with k_B = 1."""

@@ -56,7 +56,7 @@ class _Mixture(Target):
             ", ".join(f"{round(c, 3) + 0.0:.3g}" for c in centre) for centre in centres.tolist()
         ]
         names = tuple(f"at ({place})" for place in places)
-        return Modes(torch.cdist(x, centres).argmin(-1), names, centres)
+        return Modes((x[..., None, :] - centres).norm(dim=-1).argmin(-1), names, centres)
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,26 @@ def test_states_without_mass_are_left_and_never_entered():
     assert began.float().mean() > 0.99
 
 
+def test_a_constant_of_millions_of_nats_changes_nothing():
+    one = torch.ones(1)
+    proposal = Independent(Normal(torch.zeros(1), 2 * one), 1)
+    target, shifted = (
+        Density(lambda x, _, c=c: -x.square().sum(-1) / 2 - c, (1,)) for c in (0.0, 3e7)
+    )
+    chain = independent_metropolis(shifted, proposal, draws=500)
+    assert torch.equal(chain.x, independent_metropolis(target, proposal, draws=500).x)
+    exact = -chain.x.double().square().sum(-1) / 2
+    torch.testing.assert_close(chain.log_p + 3e7, exact, rtol=0, atol=1e-6)
+
+
+def test_digits_that_a_density_loses_in_single_precision_are_told():
+    matrix = 1e4 * torch.eye(1)
+    single = Density(lambda x, _: -(x @ matrix).square().sum(-1), (1,))
+    proposal = Independent(Normal(torch.zeros(1), torch.ones(1)), 1)
+    with pytest.warns(UserWarning, match="which torch.float32 rounds by up to"):
+        metropolis.draw_proposals(single, proposal, torch.zeros(0), (100,))
+
+
 class Operations(TorchDispatchMode):
     """Counts what torch is asked to do."""
 

@@ -15,6 +15,7 @@ from rkl.sample.mcmc.kernels import random_seed
 from rkl.sample.metropolis import draw_proposals, law_of
 from rkl.sample.observables import check_draws, check_held_out
 from rkl.sample.targets.base import Target, check_condition, exact_draws, exact_log_z
+from rkl.sample.targets.check import precise_log_prob
 from rkl.stats import Mean, mean, to_json
 from rkl.tables import Table, table_of, with_error
 
@@ -199,7 +200,7 @@ def judge_coverage(
     at_target, modes = None, None
     if held_out is not None:
         each = condition.expand(len(held_out), -1)
-        at_target = target.log_prob(held_out, each) - law.log_prob(held_out)
+        at_target = precise_log_prob(target, held_out, each) - law.log_prob(held_out)
         both = torch.cat([x, held_out.to(x)])
         modes = target.modes(both, condition.expand(len(both), -1))
     return judge_ratios(

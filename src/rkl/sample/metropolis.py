@@ -17,6 +17,7 @@ from rkl.flows.precision import single_precision
 from rkl.sample.domain import check_domain
 from rkl.sample.mcmc.kernels import check_kernel, random_seed
 from rkl.sample.targets.base import Kernel, Target, check_condition
+from rkl.sample.targets.check import precise_log_prob
 from rkl.stats import ess, ess_tail, integrated_time, rhat
 from rkl.tables import Table, table_of
 
@@ -238,7 +239,7 @@ def law_of(proposal: Any, target: Target, condition: Tensor) -> Any:
 def draw_proposals(target: Target, law: Any, condition: Tensor, shape: tuple[int, ...]) -> tuple:
     """Draws of a distribution with their log p and log q, both checked: x, log_p, log_q."""
     x, log_q = draw(law, shape)
-    log_p = target.log_prob(x, condition.expand(*shape, *condition.shape))
+    log_p = precise_log_prob(target, x, condition.expand(*shape, *condition.shape))
     for name, log_d, infinite in (("target", log_p, math.inf), ("proposal", log_q, None)):
         wrong = log_d.isnan() | (log_d == infinite if infinite else log_d.isinf())
         if wrong.any():
@@ -273,7 +274,8 @@ def _present(target, law, condition, chains: int, start: Tensor | None) -> tuple
         expected = [*batch, chains, *target.event_shape]
         raise ValueError(f"start must be {expected}; got {list(start.shape)}.")
     x = start.movedim(len(batch), 0)
-    return x, target.log_prob(x, condition.expand(chains, *condition.shape)), law.log_prob(x)
+    each = condition.expand(chains, *condition.shape)
+    return x, precise_log_prob(target, x, each), law.log_prob(x)
 
 
 def _block(law: Any, chains: int) -> int:
@@ -297,7 +299,7 @@ def _scan_proposals(target, law, condition, size: tuple[int, int], present: tupl
     log_ratio = log_p - log_q
     if redraw := _redraw(target, law):
         x = torch.cat([redraw(part) for part in x.split(block)])
-        log_p = target.log_prob(x, condition.expand(*x.shape[:2], *condition.shape))
+        log_p = precise_log_prob(target, x, condition.expand(*x.shape[:2], *condition.shape))
         log_q = log_p - log_ratio
     return x, taken, log_ratio, log_p, log_q
 
@@ -359,7 +361,7 @@ def _walk_with_local_moves(
             x = torch.where(taken.reshape(*taken.shape, *[1] * len(law.event_shape)), new, x)
             x = local.move(target, each, x, 1)
             x = redraw(x) if redraw else x
-            present = x, target.log_prob(x, each), law.log_prob(x)
+            present = x, precise_log_prob(target, x, each), law.log_prob(x)
             steps.append((x, taken, present[1] - present[2], *present[1:]))
     return tuple(map(torch.stack, zip(*steps, strict=True)))
 

@@ -3,10 +3,14 @@
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from rkl.checks import warn
 from rkl.sample.domain import check_architecture
 from rkl.sample.targets.base import Kernel, Target, exact_draws
+
+MAX_ROUNDING = 0.01  # nats of a log-density, above which it is computed in double precision
 
 
 def check_target(target: Target, *, draws: int = 64) -> None:
@@ -124,6 +128,29 @@ def in_double(target: Target, condition: Tensor) -> tuple[Tensor, torch.dtype]:
     except (TypeError, ValueError):
         return condition, condition.dtype
     return condition.double(), torch.float64
+
+
+def precise_log_prob(
+    target: Target, x: Float[Tensor, "*batch_event"], condition: Float[Tensor, "*batch conditions"]
+) -> Float[Tensor, "*batch"]:
+    """The log-density of x, in double precision where single precision would round it too much."""
+    log_p = target.log_prob(x, condition)
+    if not log_p.numel() or log_p.dtype == torch.float64:
+        return log_p
+    size = log_p.abs().where(log_p.isfinite(), 0.0).amax().item()
+    rounding = size * torch.finfo(log_p.dtype).eps
+    if rounding < MAX_ROUNDING:
+        return log_p
+    one = condition[(0,) * (condition.ndim - 1)][None]
+    if in_double(target, one)[1] == torch.float64:
+        log_p = target.log_prob(x.double(), condition.double())
+    if log_p.dtype != torch.float64:
+        warn(
+            f"target: log_prob of {target} is of size {size:.2g} nats, which {log_p.dtype} rounds "
+            f"by up to {rounding:.2g}: take a constant off it, or let it take x in double "
+            "precision."
+        )
+    return log_p
 
 
 def _check_gradient(target: Target, x: Tensor, condition: Tensor) -> None:

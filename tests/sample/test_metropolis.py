@@ -284,6 +284,15 @@ def test_states_without_mass_are_left_and_never_entered():
     assert began.float().mean() > 0.99
 
 
+def test_no_draw_lies_where_the_target_has_no_density():
+    box = Density(lambda x, _: torch.where((x - 0.5).abs()[..., 0] < 0.5, 0.0, -math.inf), (1,))
+    chain = independent_metropolis(box, wide(scale=30.0), draws=200, chains=8)
+    assert ((chain.x > 0) & (chain.x < 1)).all()
+    far = Density(lambda x, _: torch.where(x[..., 0] > 1e4, 0.0, -math.inf), (1,))
+    with pytest.warns(UserWarning, match="no density at 4 of 4 draws"):
+        independent_metropolis(far, wide(), draws=1)
+
+
 def test_a_constant_of_millions_of_nats_changes_nothing():
     one = torch.ones(1)
     proposal = Independent(Normal(torch.zeros(1), 2 * one), 1)

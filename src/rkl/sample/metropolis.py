@@ -23,6 +23,7 @@ from rkl.tables import Table, table_of
 
 NUMBERS = 2**24  # coordinates of proposals held at a time
 STARTS = 16  # proposals out of which a chain begins at one
+MAX_STARTS = 200  # times so many, where none of them has density
 
 
 @runtime_checkable
@@ -175,11 +176,13 @@ def independent_metropolis(
         seed: Random seed.
         start: States to begin at, [\*batch, chains, \*event]; by default each chain begins at one
             of 16 proposals, drawn by their weights w: a proposal far out in the tails of q, such
-            as heavy ones have, would count for as much as all other draws in a mean.
+            as heavy ones have, would count for as much as all other draws in a mean. Where none
+            of them has density, more are drawn.
         local: A move that leaves p invariant, such as HeatBath(), made after every step.
 
     Returns:
-        The chains, with a warning for a condition with a chain that never moves: it ``failed``.
+        The chains, with a warning for a condition with a chain that never moves: it ``failed``;
+        and for draws without density, where a chain begins at one.
 
     Raises:
         ValueError: log p or log q of a proposal is nan, or log p is +∞.
@@ -257,17 +260,30 @@ def _warn_of_failure(chain: Chain) -> None:
             f"{int(chain.failed.sum())} of {chain.failed.numel()} conditions have a chain that "
             f"took none of its {chain.accepted.shape[-1]} proposals: they are no result."
         )
+    nowhere = int((chain.log_p == -math.inf).sum())
+    if nowhere:
+        warn(
+            f"the target has no density at {nowhere:,} of {chain.log_p.numel():,} draws, those "
+            "before a chain met a proposal with density: leave them out, those with log_p = -inf."
+        )
 
 
 def _present(target, law, condition, chains: int, start: Tensor | None) -> tuple:
     """The states to start from with their log p and log q, [chains, *batch, ...]."""
     if start is None:
-        size = min(STARTS, _block(law, chains)), chains
-        parts = draw_proposals(target, law, condition, size)
-        log_w = parts[1] - parts[2]
-        gumbel = -torch.empty_like(log_w).exponential_().log()
-        chosen = (log_w + gumbel).argmax(0, keepdim=True)
-        return tuple(_rows(it, chosen)[0] for it in parts)
+        parts = _first_states(target, law, condition, chains)
+        for _ in range(MAX_STARTS):
+            nowhere = parts[1] == -math.inf
+            if not nowhere.any():
+                break
+            others = _first_states(target, law, condition, chains)
+            parts = tuple(
+                torch.where(
+                    nowhere.reshape(*nowhere.shape, *[1] * (it.ndim - nowhere.ndim)), new, it
+                )
+                for new, it in zip(others, parts, strict=True)
+            )
+        return parts
     floats("start", start)
     batch = condition.shape[:-1]
     if start.shape != (*batch, chains, *target.event_shape):
@@ -276,6 +292,16 @@ def _present(target, law, condition, chains: int, start: Tensor | None) -> tuple
     x = start.movedim(len(batch), 0)
     each = condition.expand(chains, *condition.shape)
     return x, precise_log_prob(target, x, each), law.log_prob(x)
+
+
+def _first_states(target, law, condition, chains: int) -> tuple:
+    """One of a few proposals for each chain, drawn by their weights."""
+    size = min(STARTS, _block(law, chains)), chains
+    parts = draw_proposals(target, law, condition, size)
+    log_w = parts[1] - parts[2]
+    gumbel = -torch.empty_like(log_w).exponential_().log()
+    chosen = (log_w + gumbel).argmax(0, keepdim=True)
+    return tuple(_rows(it, chosen)[0] for it in parts)
 
 
 def _block(law: Any, chains: int) -> int:

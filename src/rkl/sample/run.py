@@ -271,6 +271,11 @@ def sample_run(
             f"a chain took none of its {draws:,} proposals: the flow is too far from the "
             "target for a result, and nothing was written. Train it longer."
         )
+    if bool((chain.log_p == -math.inf).any()):
+        raise RuntimeError(
+            "a chain met no proposal where the target has density: the flow is too far from the "
+            "target for a result, and nothing was written. Train it longer."
+        )
     check_samples(chain.x.flatten(0, 1))
     observed = chain.measure(loaded.target)
     write_chain(out, chain, observed, loaded.target)

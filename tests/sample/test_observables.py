@@ -1,16 +1,69 @@
 """Observables with errors, against quadrature and against what a chain would do by chance."""
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Independent, Uniform
 
+from rkl.sample.files import write_chain
 from rkl.sample.mcmc import markov_chain
 from rkl.sample.metropolis import independent_metropolis
 from rkl.sample.observables import averages, check_held_out, compare_with_held_out
-from rkl.sample.targets import XY, MoG8
+from rkl.sample.targets import XY, Condition, MoG8, Target, check_target
 from rkl.stats import Mean
+
+
+@dataclass(frozen=True)
+class Counted(Target):
+    """Two rotors with a count, a truth value, and names that files have for other things."""
+
+    domain, event_shape = "circle", (2,)
+    conditions = (Condition("T", 0.5, 2.0, "J"),)
+    units: ClassVar = {"E/N": "J", "ahead": "rotors", "both": "", "x": "rad"}
+
+    def log_prob(self, x, condition):
+        return x.cos().sum(-1) / condition[..., 0]
+
+    def observables(self, x, condition):
+        ahead = (x.cos() > 0).sum(-1)
+        return {"E/N": -x.cos().mean(-1), "ahead": ahead, "both": ahead == 2, "x": x[..., 0]}
+
+
+def test_observables_may_be_counts_and_truth_values():
+    check_target(Counted())
+    condition = torch.ones(1, dtype=torch.float64)
+    law = Independent(Uniform(*torch.tensor([[-math.pi], [math.pi]]).double().expand(2, 2)), 1)
+    chain = independent_metropolis(Counted(), law, condition, draws=500)
+    walk = markov_chain(Counted(), condition, draws=500, measure=Counted().observables)
+    theta = torch.linspace(-math.pi, math.pi, 100_001, dtype=torch.float64)
+    share = (theta.cos().softmax(0) * (theta.cos() > 0)).sum()  # of a rotor that points ahead
+    for values in (chain.measure(Counted()), walk.values):
+        mean = averages(Counted(), values, condition)
+        for name, expected in (("ahead", 2 * share), ("both", share**2)):
+            assert (mean[name].value - expected).abs() < 4.5 * mean[name].error
+    assert chain.diagnose(walk.values)["both"]["rhat"] < 1.1
+
+
+def test_a_file_of_draws_has_every_observable_whatever_it_is_called(tmp_path):
+    xarray = pytest.importorskip("xarray")
+    condition = torch.ones(1, dtype=torch.float64)
+    law = Independent(Uniform(*torch.tensor([[-math.pi], [math.pi]]).double().expand(2, 2)), 1)
+    chain = independent_metropolis(Counted(), law, condition, draws=50)
+    measured = chain.measure(Counted())
+    for name in ("draws.npz", "draws.nc"):
+        write_chain(tmp_path / name, chain, measured, Counted())
+    arrays = np.load(tmp_path / "draws.npz")
+    groups = xarray.open_dataset(tmp_path / "draws.nc", group="posterior", engine="h5netcdf")
+    assert groups["observable_x"].attrs["units"] == "rad"
+    for found, energy in ((arrays, "E/N"), (groups, "E_N")):
+        assert (np.asarray(found["x"]) == chain.x.numpy()).all()
+        assert (np.asarray(found["observable_x"]) == measured["x"].numpy()).all()
+        assert (np.asarray(found[energy]) == measured["E/N"].numpy()).all()
+
 
 CONDITION = torch.tensor([[0.5], [1.0]], dtype=torch.float64)
 MODEL = XY(side=2)

@@ -16,13 +16,16 @@ def write_chain(path: Path, chain: Chain, observed: Mapping[str, Tensor], target
     """Write chains under one condition atomically: .nc as in ArviZ, .npz, or states as .npy.
 
     The first two contain the states, log p and log q, their difference, whether each proposal
-    was accepted, and the observables.
+    was accepted, and the observables. An observable called as one of the others is written as
+    ``observable_NAME``, and in .nc, where names have no /, as ``E_N`` if it is called ``E/N``.
     """
     from rkl.runs import replacing
 
     stats = {"accepted": chain.accepted, "log_ratio": chain.log_ratio}
     stats |= {"lp": chain.log_p, "log_q": chain.log_q}
-    columns = {name: it.cpu().numpy() for name, it in {**observed, "x": chain.x, **stats}.items()}
+    taken = {"x", "condition", *stats}
+    named = {f"observable_{it}" if it in taken else it: value for it, value in observed.items()}
+    columns = {name: it.cpu().numpy() for name, it in {**named, "x": chain.x, **stats}.items()}
     condition = chain.condition.cpu().numpy()
     with replacing(path) as temporary:
         if path.suffix == ".nc":
@@ -43,9 +46,11 @@ def _write_groups(
         import xarray as xr
 
     groups: dict[str, dict[str, Any]] = {"posterior": {}, "sample_stats": {}}
-    for name, it in columns.items():
+    for given, it in columns.items():
+        name = given.replace("/", "_")
         axes = ["chain", "draw", *(f"{name}_dim_{i}" for i in range(it.ndim - 2))]
-        units = {"units": target.units[name]} if name in target.units else {}
+        observable = given.removeprefix("observable_")
+        units = {"units": target.units[observable]} if observable in target.units else {}
         groups["sample_stats" if name in stats else "posterior"][name] = axes, it, units
     named = zip(target.conditions, condition.tolist(), strict=True)
     about = {"target": repr(target)} | {it.name: value for it, value in named}

@@ -16,7 +16,7 @@ from rkl.flows.architectures import draw
 from rkl.flows.precision import single_precision
 from rkl.sample.domain import check_domain
 from rkl.sample.mcmc.kernels import check_kernel, random_seed
-from rkl.sample.targets.base import Kernel, Target, check_condition
+from rkl.sample.targets.base import Kernel, Target, as_floats, check_condition
 from rkl.sample.targets.check import precise_log_prob
 from rkl.stats import ess, ess_tail, integrated_time, rhat
 from rkl.tables import Table, table_of
@@ -95,7 +95,7 @@ class Chain:
     def measure(self, target: Target) -> dict[str, Float[Tensor, "*batch chains draws"]]:
         """The observables of every state, by name."""
         each = self.condition[..., None, None, :].expand(*self.accepted.shape, -1)
-        return target.observables(self.x, each)
+        return as_floats(target.observables(self.x, each))
 
     def diagnose(
         self, values: Mapping[str, Float[Tensor, "*batch chains draws"]]
@@ -110,7 +110,7 @@ class Chain:
             autocorrelation time in draws.
         """
         judges = {"rhat": rhat, "ess_bulk": ess, "ess_tail": ess_tail, "time": integrated_time}
-        columns = {name: it.movedim((-2, -1), (0, 1)) for name, it in values.items()}
+        columns = {name: it.movedim((-2, -1), (0, 1)) for name, it in as_floats(values).items()}
         return {
             name: {statistic: judge(column) for statistic, judge in judges.items()}
             for name, column in columns.items()

@@ -11,7 +11,7 @@ from rkl.checks import floats
 from rkl.metrics.overlap import earth_mover, histogram_overlap
 from rkl.runs import row_fingerprint
 from rkl.sample.metropolis import Chain, law_of
-from rkl.sample.targets.base import Target, check_condition
+from rkl.sample.targets.base import Target, as_floats, check_condition
 from rkl.sample.targets.check import in_double
 from rkl.stats import Mean, jackknife, mean
 
@@ -48,7 +48,7 @@ def averages(
         raise TypeError(
             f"values must map names to observables, one at least; got a {type(values).__name__}."
         )
-    names = list(values)
+    values, names = as_floats(values), list(values)
     for name in names:
         floats(f"values[{name!r}]", values[name])
     rows = torch.stack([values[name].movedim((-2, -1), (0, 1)) for name in names], -1)
@@ -84,7 +84,7 @@ def observe(
     of differences if a common turn does not change the density, as every angle is uniform
     then, and else cosines and sines of the first angles.
     """
-    measured = target.observables(x, condition)
+    measured = as_floats(target.observables(x, condition))
     if measured:
         return measured
     batch = x.shape[: x.ndim - len(target.event_shape)]
@@ -162,7 +162,7 @@ def compare_with_held_out(
     log_q = law_of(proposal, target, chain.condition).log_prob(held_out)
     accepted = chain.accepted.double()
     figures = {"nll": mean(-log_q), "acceptance": jackknife(lambda it: it, accepted)}
-    real = target.observables(held_out, each)
+    real = as_floats(target.observables(held_out, each))
     for name, values in chain.measure(target).items():
         one, two = values.flatten(), real[name]
         half = len(two) // 2

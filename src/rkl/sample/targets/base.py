@@ -242,6 +242,15 @@ class Density(Target):
         return self.function(x, condition)
 
 
+def as_floats(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by name, with counts and truth values, as 0 and 1, in double precision."""
+
+    def counts(it: Any) -> bool:
+        return isinstance(it, Tensor) and not (it.is_floating_point() or it.is_complex())
+
+    return {name: it.double() if counts(it) else it for name, it in values.items()}
+
+
 def without_bounds(target: Target) -> Target:
     """The target in coordinates without bounds, with the Jacobian; itself where it has none."""
     chart = target.chart

@@ -122,6 +122,53 @@ def test_a_model_that_mixes_rows_gets_a_block_for_each(rows, tokenizer, tiny_mod
     assert len(trainer.train_dataset) > len(packed)
 
 
+def alone(student, teacher, blocks):
+    """Mean KL over the trained tokens of blocks of one text each, from full logits."""
+    values = []
+    with torch.no_grad():
+        for block in blocks:
+            tokens = {"input_ids": block["input_ids"][None]}
+            p, q = (it(**tokens).logits[0].double().log_softmax(-1) for it in (teacher, student))
+            trained = block["labels"][1:] != -100
+            values.append((p.exp() * (p - q)).sum(-1)[:-1][trained])
+    return torch.cat(values).mean().item()
+
+
+@pytest.mark.filterwarnings("ignore:packing")
+def test_an_evaluation_of_a_model_that_mixes_rows_is_of_a_block_for_each_wherever_it_is_given(
+    rows, tokenizer, tiny_model, tiny_trainer
+):
+    packed = tokenize(rows, tokenizer, max_length=30)
+    how = {"vocab_size": material.VOCAB}
+    student, teacher = (tiny_model("Bloom", seed=seed, **how).eval() for seed in (2, 1))
+    expected = pytest.approx(alone(student, teacher, packed.unpacked()), rel=1e-5)
+    settings = {"divergence": rkl.KL(), "eval_dataset": {"held_out": packed}}
+    trainer = tiny_trainer(student, teacher, settings=settings)
+    assert trainer.evaluate()["eval_held_out_loss"] == expected
+    assert trainer.evaluate(packed)["eval_loss"] == expected
+    assert trainer.evaluate({"later": packed})["eval_later_loss"] == expected
+    assert trainer.predict(packed).metrics["test_loss"] == expected
+
+
+def test_rows_of_several_texts_are_refused_where_a_model_mixes_them(
+    rows, tokenizer, tiny_model, tiny_trainer
+):
+    packed = tokenize(rows, tokenizer, max_length=30)
+    how = {"vocab_size": material.VOCAB}
+    student, teacher = (tiny_model("Bloom", seed=seed, **how) for seed in (2, 1))
+    part = torch.utils.data.Subset(packed, range(len(packed)))
+    ids = [3, 4, 5, 6, 7]
+    lengths = [{"input_ids": ids, "labels": ids, "seq_lengths": [2, 3]}]
+    for dataset in (part, lengths):
+        trainer = tiny_trainer(student, teacher, dataset)
+        with pytest.raises(ValueError, match="train_dataset has rows of several texts, and the s"):
+            trainer.train()
+        with pytest.raises(ValueError, match=r"eval_dataset has .*packing=False"):
+            trainer.evaluate(dataset)
+    single = [{"input_ids": ids, "labels": ids, "seq_lengths": [5]}]
+    tiny_trainer(student, teacher, single).train()
+
+
 def test_a_run_says_why_it_does_not_pack(rows, tokenizer, tmp_path):
     material.write(tmp_path)
     torch.manual_seed(0)

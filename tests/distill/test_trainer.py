@@ -433,7 +433,10 @@ def test_raw_rows_train_as_their_tokens_do(tiny_model, tiny_trainer, tiny_tokeni
                 max_length=16,
                 settings={"processing_class": tokenizer, "eval_dataset": {"a": data}},
             )
-            results.append((trainer.train().training_loss, trainer.evaluate()["eval_a_loss"]))
+            figures = [trainer.train().training_loss, trainer.evaluate()["eval_a_loss"]]
+            figures.append(trainer.evaluate(data)["eval_loss"])
+            figures.append(trainer.predict(data).metrics["test_loss"])
+            results.append(figures)
         assert results[0] == results[1]
 
 

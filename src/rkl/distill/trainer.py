@@ -175,9 +175,14 @@ class DistillTrainer(Trainer):
         self._zero3 = args.deepspeed_plugin is not None
         if args.deepspeed_plugin is not None:
             check_zero3(model, args, teacher, teachers)
+        self._tokenized = functools.partial(
+            tokenized,
+            tokenizer=tokenizer,
+            args=args,
+            column=None if teachers is None else args.teacher_routing_column,
+        )
         for name in ("train_dataset", "eval_dataset"):
-            column = None if teachers is None else args.teacher_routing_column
-            kwargs[name] = tokenized(name, kwargs.get(name), tokenizer, args, column)
+            kwargs[name] = self._tokenized(name, kwargs.get(name))
         self._schedule = read_schedule(args.schedule, divergence)
         self._batch_loss = BatchLoss(
             args, self._schedule.at(1.0), on_policy_divergence, token_weight, tokenizer
@@ -191,6 +196,8 @@ class DistillTrainer(Trainer):
             if it is not None:
                 self._teacher.check_divergence(it)
         with zero3.gathered(model), zero3.gathered(teacher):
+            if self._zero3 or is_sharded(model) or is_sharded(teacher):
+                _ = self._mixing  # now, while all processes run the models
             for name in ("train_dataset", "eval_dataset"):
                 kwargs[name] = self._kept_apart(kwargs[name])
         of_teacher = teacher_processing_class if self._teacher.shares_tokens else None
@@ -265,19 +272,54 @@ class DistillTrainer(Trainer):
     def _student(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
+    @functools.cached_property
+    def _mixing(self) -> str:
+        """The model that mixes up texts which share a row, and why, in words; empty if none."""
+        models = self._models()
+        if not self._teacher.shares_tokens:  # it reads texts one by one
+            models = {"student": models["student"]}
+        for name, model in models.items():
+            if (reason := why_not_apart(model)) is not None:
+                return f"the {name} mixes them up: {reason}"
+        return ""
+
     def _kept_apart(self, dataset: Any) -> Any:
         """A data set of which rows share no block where a model would mix them up."""
-        if isinstance(dataset, TokenDataset) and dataset.begins is not None:
-            models = self._models()
-            if not self._teacher.shares_tokens:  # it reads texts one by one
-                models = {"student": models["student"]}
-            for name, model in models.items():
-                if (reason := why_not_apart(model)) is not None:
-                    warn(
-                        f"packing: rows get a block each, for the {name} mixes them up: {reason}."
-                    )
-                    return dataset.unpacked()
-        return dataset
+        if isinstance(dataset, dict):
+            return {name: self._kept_apart(it) for name, it in dataset.items()}
+        packed = isinstance(dataset, TokenDataset) and dataset.begins is not None
+        if not packed or not self._mixing:
+            return dataset
+        warn(f"packing: rows get a block each, for {self._mixing}.")
+        return dataset.unpacked()
+
+    def _check_apart(self, name: str, inputs: Mapping[str, Any]) -> None:
+        """Refuse a row of several texts, told apart by positions alone, if a model mixes them."""
+        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        if positions is None or positions.ndim != 2 or mask is not None:
+            return
+        begins = (positions == 0) & attended(inputs)
+        if bool((begins.sum(-1) > 1).any()) and self._mixing:
+            raise ValueError(
+                f"{name} has rows of several texts, and {self._mixing}. Give each text a row of "
+                "its own: rkl.distill.tokenize(..., packing=False)."
+            )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The Trainer's; raw rows are tokenized, and packed ones kept apart, as at the start."""
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            eval_dataset = self._prepared("eval_dataset", eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The Trainer's; raw rows are tokenized, and packed ones kept apart, as at the start."""
+        return super().get_test_dataloader(self._prepared("test_dataset", test_dataset))
+
+    def _prepared(self, name: str, dataset: Any) -> Any:
+        """A data set that is given later, treated as those that the trainer was made with."""
+        if isinstance(dataset, str):  # the name of one of those
+            return dataset
+        return self._kept_apart(self._tokenized(name, dataset))
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The Trainer's, but padding is told from text also where there is no mask."""
@@ -568,8 +610,9 @@ class DistillTrainer(Trainer):
         """The Trainer's, and what says where the texts in a row begin."""
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        more = "seq_lengths", self.args.teacher_routing_column, TEACHER_IDS, TEACHER_LABELS
-        self._signature_columns = [*dict.fromkeys([*columns, *more])]
+        more = "seq_lengths", "position_ids", self.args.teacher_routing_column
+        of_teacher = TEACHER_IDS, TEACHER_LABELS
+        self._signature_columns = [*dict.fromkeys([*columns, *more, *of_teacher])]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's, whose update by DeepSpeed is checked before it."""
@@ -873,11 +916,10 @@ class DistillTrainer(Trainer):
         With it comes what gives the student's distributions over the same atoms.
         """
         tokens = batch.inputs.get("input_ids")
+        dataset = "train_dataset" if self._student().training else "eval_dataset"
+        self._check_apart(dataset, batch.inputs)
         if self._shared.differing and isinstance(tokens, Tensor):
-            self._shared.check(
-                "train_dataset" if self._student().training else "eval_dataset",
-                tokens[attended(batch.inputs)],
-            )
+            self._shared.check(dataset, tokens[attended(batch.inputs)])
         with torch.no_grad(), self.accelerator.autocast():
             read, predicting = for_teacher(batch, inputs, routed=self._teacher.is_routed)
             if TEACHER_IDS in inputs:

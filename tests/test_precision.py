@@ -160,6 +160,18 @@ def test_masks_in_half_precision_and_of_a_top_k_leave_the_others(dtype, fill, to
         check_masked(divergence, dtype, fill, top_k)
 
 
+@every
+def test_log_probabilities_in_half_precision_give_the_value_of_double_precision(divergence):
+    generator = torch.Generator().manual_seed(0)
+    p, noise = 3 * torch.randn(2, 4, 300, generator=generator, dtype=torch.float64)
+    for dtype in (torch.bfloat16, torch.float16):
+        for apart in (0.02, 0.3):
+            logp, logq = (x.log_softmax(-1).to(dtype) for x in (p, p + apart * noise))
+            value, expected = divergence(logp, logq), divergence(logp.double(), logq.double())
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_logits_at_the_ends_of_their_dtype_are_those_of_double_precision(dtype, sign):

@@ -188,6 +188,8 @@ class Divergence(abc.ABC):
     ) -> Float[Tensor, "*batch"]:
         """D(p ‖ q) in nats, exactly, from normalised log-probabilities.
 
+        It is computed, and returned, in single precision or better.
+
         Args:
             logp: Log-probabilities of the target.
             logq: Log-probabilities of the model.
@@ -204,6 +206,8 @@ class Divergence(abc.ABC):
                 "logp and logq must be [*batch, atoms], alike and not without atoms; "
                 f"got {list(logp.shape)} and {list(logq.shape)}."
             )
+        # In half precision the terms of close distributions would be lost in their rounding.
+        logp, logq = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logp, logq))
         with torch.no_grad():
             held = self.held(logp, logq, *self.held_inputs(logp, labels))
         return self.value(logp, logq, *held)

@@ -210,3 +210,16 @@ def test_a_teacher_with_a_nan_weight_is_refused_by_its_name(world, capsys):
     assert main(list(map(str, words))) != 0
     assert "transformer.h.0.mlp.c_fc.weight" in capsys.readouterr().err
     assert not (world / "run").exists()
+
+
+def test_a_smaller_cross_entropy_is_better(tiny_model, tiny_rows, tiny_trainer):
+    settings = {"metric_for_best_model": "eval_cross_entropy", "load_best_model_at_end": True}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "learning_rate": 0.1}
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    trainer = trained_on(tiny_trainer, student, teacher, tiny_rows(), **settings)
+    trainer.train()
+    rows = [it for it in trainer.state.log_history if "eval_cross_entropy" in it]
+    assert len(rows) == 4
+    best = min(rows, key=lambda it: it["eval_cross_entropy"])
+    assert trainer.state.best_global_step == best["step"]
+    assert trainer.evaluate()["eval_cross_entropy"] == pytest.approx(best["eval_cross_entropy"])

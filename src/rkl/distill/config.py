@@ -152,6 +152,9 @@ class DistillConfig(TrainingArguments):
     log_completions: bool = field(default=False, metadata={"help": "Write own text to a file."})
 
     def __post_init__(self):
+        # The Trainer takes the largest of what is not called a loss.
+        if self.greater_is_better is None and _is_of_tokens(self.metric_for_best_model):
+            self.greater_is_better = False
         super().__post_init__()
         template_variables(self.chat_template_kwargs)
         check_generation(self, self.per_device_train_batch_size, self.gradient_accumulation_steps)
@@ -183,3 +186,9 @@ class DistillConfig(TrainingArguments):
                 "label_smoothing_factor has no meaning in distillation, where the teacher smooths "
                 f"the labels; got {self.label_smoothing_factor}, expected 0."
             )
+
+
+def _is_of_tokens(metric: str | None) -> bool:
+    """True for the name of one of our own metrics, of which smaller ones are better."""
+    ends = "cross_entropy", "infinite_tokens"
+    return metric is not None and any(metric == it or metric.endswith(f"_{it}") for it in ends)

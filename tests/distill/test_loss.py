@@ -117,6 +117,16 @@ def test_labels_that_are_no_integers_are_refused(dtype):
         distill_loss(teacher=logits(), student=logits(), labels=labels)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_hard_label_weight_needs_labels_within_the_vocabulary(temperature):
+    how = {"temperature": temperature, "hard_label_weight": 0.5}
+    with pytest.raises(ValueError, match="labels must be given where hard_label_weight is not 0"):
+        distill_loss(teacher=logits(), student=logits(), **how)
+    labels = tokens().abs() % VOCAB + VOCAB
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 11\) wherever there is a weig"):
+        distill_loss(teacher=logits(), student=logits(), labels=labels, **how)
+
+
 def test_labels_that_lie_where_they_are_predicted_give_the_same():
     teacher, student, labels = logits(), logits(), tokens()
     value = distill_loss(teacher=teacher, student=student, labels=labels)

@@ -115,7 +115,9 @@ def weighted_loss(
     settings: dict[str, Any] = {"weight": weight, "chunk": chunk, "compiled": compiled}
     # Of logits that are divided already, exact cannot tell the temperature.
     apart = isinstance(q, Tensor) and hard_label_weight != 0 and temperature != 1
-    if divergence.takes_labels or (hard_label_weight and not apart):
+    if apart and labels is None:
+        raise ValueError("labels must be given where hard_label_weight is not 0; got None.")
+    if divergence.takes_labels or hard_label_weight:
         settings["labels"] = labels
     if not apart:
         settings["hard_label_weight"] = hard_label_weight

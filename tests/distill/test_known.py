@@ -197,3 +197,29 @@ def test_atoms_in_half_precision_are_infinite_only_where_they_are():
     atoms = infinite_atoms(rkl.PearsonChiSquare(), p, q, 0, torch.zeros(1, dtype=torch.long))
     assert atoms is not None
     assert atoms.tolist() == [2]
+
+
+class _Cooled(_Declares):
+    """A user's own teacher, whose head has a temperature of its own."""
+
+    def observe(self, inputs, predicting, *, vocab=None):
+        known: Any = self.head.observe(inputs, predicting, vocab=vocab)
+        return known._replace(temperature=2.0)
+
+
+def test_a_heads_own_temperature_counts_in_training_and_evaluation(
+    tiny_model, tiny_rows, tiny_trainer
+):
+    models, rows = [tiny_model(seed=seed).eval() for seed in (1, 2)], tiny_rows()
+    values = []
+    for row in rows:
+        tokens = torch.tensor([row["input_ids"]])
+        logits = (model(input_ids=tokens).logits[0].detach().double() for model in models)
+        p, q = ((it / t).log_softmax(-1) for it, t in zip(logits, (3.0, 1.5), strict=True))
+        values.append((p.exp() * (p - q)).sum(-1)[:-1][torch.tensor(row["labels"][1:]) != -100])
+    expected = pytest.approx(torch.cat(values).mean().item(), rel=1e-5)
+    settings = {"divergence": rkl.KL(), "eval_dataset": rows}
+    teacher = _Cooled(models[0], None)
+    trainer = tiny_trainer(models[1], teacher, rows, settings=settings, temperature=1.5)
+    assert trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item() == expected
+    assert trainer.evaluate()["eval_loss"] == expected

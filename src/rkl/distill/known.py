@@ -60,6 +60,8 @@ def log_softmax_at(known: Known, tokens: Int[Tensor, " chosen"]) -> Float[Tensor
 def at_temperature(known: Any, temperature: float) -> Any:
     """The same, its logits divided by a temperature, which parts of a distribution have lost.
 
+    It comes in addition to a temperature that a head has of its own.
+
     Logits in half precision become single first: rounded once more after the division, they
     would be off by as much as two close distributions differ.
     """
@@ -73,7 +75,7 @@ def at_temperature(known: Any, temperature: float) -> Any:
         return known
     if isinstance(known, Tensor):
         return known if temperature == 1 else _at_least_single(known) / temperature
-    return known._replace(temperature=temperature)
+    return known._replace(temperature=temperature * known.temperature)
 
 
 def infinite_atoms(

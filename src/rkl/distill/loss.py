@@ -123,8 +123,8 @@ def weighted_loss(
         settings["hard_label_weight"] = hard_label_weight
     soft = exact(
         divergence,
-        p=_with_temperature(p, temperature),
-        q=_with_temperature(q, temperature),
+        p=at_temperature(p, temperature),
+        q=at_temperature(q, temperature),
         **settings,
     )
     if labels is None or not apart:
@@ -208,12 +208,6 @@ def _check_integers(name: str, tokens: Any, *, booleans: bool) -> None:
     if inexact or (dtype == torch.bool and not booleans):
         got = dtype or f"a {type(tokens).__name__}"
         raise TypeError(f"{name} must be a tensor of {kind}; got {got}.")
-
-
-def _with_temperature(known: Any, temperature: float) -> Any:
-    """The same, its logits divided by a temperature, in addition to that of a head."""
-    own = known.temperature if isinstance(known, LinearHead) else 1.0
-    return at_temperature(known, temperature * own)
 
 
 def _flat(known: Any) -> Any:

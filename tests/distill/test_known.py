@@ -223,3 +223,25 @@ def test_a_heads_own_temperature_counts_in_training_and_evaluation(
     trainer = tiny_trainer(models[1], teacher, rows, settings=settings, temperature=1.5)
     assert trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item() == expected
     assert trainer.evaluate()["eval_loss"] == expected
+
+
+def test_torchs_default_dtype_changes_no_evaluation_and_no_captured_mass(
+    tiny_model, tiny_rows, tiny_trainer, tmp_path
+):
+    model, rows = tiny_model(seed=1), tiny_rows(16, longest=30)
+    settings = {"divergence": rkl.KL(), "eval_dataset": rows}
+    found = []
+    for number, dtype in enumerate((torch.float32, torch.bfloat16)):
+        student, teacher = tiny_model(seed=2), _Declares(model, top(36))
+        how = {"out": tmp_path / f"{number}", "logging_steps": 1, "learning_rate": 0.0}
+        trainer = tiny_trainer(student, teacher, rows, settings=settings, max_steps=2, **how)
+        torch.set_default_dtype(dtype)
+        try:
+            trainer.train()
+            loss = trainer.evaluate()["eval_loss"]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        mass = [it["captured_mass"] for it in trainer.state.log_history if "captured_mass" in it]
+        found.append([loss, *mass])
+    assert len(found[0]) == 3
+    assert found[1] == pytest.approx(found[0], rel=1e-6)

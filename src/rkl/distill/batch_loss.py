@@ -15,6 +15,7 @@ from rkl.distill.known import (
     Observed,
     at_temperature,
     infinite_atoms,
+    no_sums,
     token_weights,
 )
 from rkl.distill.loss import weighted_loss
@@ -52,7 +53,7 @@ class BatchLoss:
         self.observations = Observations(allow_partial=args.allow_partial)
         self.infinite, self.nan_at = 0, ""
         self._named = False  # whether a token of infinite divergence was
-        self._by_source = torch.zeros(2, 2)  # of data and own text: loss times tokens, tokens
+        self._by_source = no_sums()  # of data and own text: loss times tokens, tokens
 
     def of_step(
         self,
@@ -184,7 +185,8 @@ class BatchLoss:
         Those are of tokens with an infinite divergence, and of all tokens. ``own`` is what the
         student says of its own tokens, where those of ``q`` are others.
         """
-        totals = torch.zeros(len(batch.predicting), 4, device=batch.predicting.device)
+        how: Any = {"dtype": torch.float32, "device": batch.predicting.device}
+        totals = torch.zeros(len(batch.predicting), 4, **how)
         if not len(batch.targets):
             return totals
         self.observations.judge(self.divergence, p, q)
@@ -253,7 +255,7 @@ class BatchLoss:
 
     def pop_by_source(self) -> Tensor:
         """Loss times tokens, and tokens, of data and of own text since the last log: [2, 2]."""
-        sums, self._by_source = self._by_source, torch.zeros(2, 2)
+        sums, self._by_source = self._by_source, no_sums()
         return sums
 
 

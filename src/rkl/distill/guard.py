@@ -164,7 +164,8 @@ class Watch:
             confidence: Of some of its tokens the entropies of student and teacher in nats, and
                 the mass that both give the same atoms.
         """
-        replies = torch.tensor([[*self._figures(it), 1.0] for it in _replies(inputs)])
+        figures = [[*self._figures(it), 1.0] for it in _replies(inputs)]
+        replies = torch.tensor(figures, dtype=torch.float32)
         known = ~confidence.isnan()
         by_token = torch.stack([confidence.nan_to_num().sum(0), known.sum(0)]).cpu()
         sums = torch.cat([replies.reshape(-1, _BY_REPLY + 1).sum(0), by_token.flatten()])

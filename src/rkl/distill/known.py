@@ -182,14 +182,14 @@ class Observations:
         self.allow_partial = allow_partial
         self._judged: set[bool] = set()  # of data and of own text
         # The sums and the numbers of: captured mass and tokens, variance of the loss and batches.
-        self._captured, self._variance = torch.zeros(2, 2)
+        self._captured, self._variance = no_sums()
         self._figures: dict[str, Tensor] = {}
 
     def add(self, figures: Mapping[str, tuple[float, float]]) -> None:
         """Sum what a teacher logs of itself: of each name a sum and a count."""
         for name, pair in figures.items():
-            total = self._figures.get(name, torch.zeros(2))
-            self._figures[name] = total + torch.tensor(pair)
+            total = self._figures.get(name, no_sums()[0])
+            self._figures[name] = total + torch.tensor(pair, dtype=total.dtype)
 
     def note(
         self,
@@ -220,11 +220,11 @@ class Observations:
             return
         self.judge(divergence, p, q, of_student=of_student)
         captured = captured[(weight.to(captured.device) > 0) & (captured > 0)]
-        self._captured += torch.stack([captured.sum().cpu(), torch.tensor(float(len(captured)))])
+        self._captured += self._captured.new_tensor([float(captured.sum()), len(captured)])
         if logged and isinstance(p, Sampled) and p.index.shape[-1] > 1:
             terms = sampled_terms(divergence, p=p, q=q)
             variance = (weight.square() * terms.var(-1).to(weight)).sum() / terms.shape[-1]
-            self._variance += torch.stack([variance.cpu(), torch.ones(())])
+            self._variance += self._variance.new_tensor([float(variance), 1.0])
 
     def judge(
         self, divergence: Divergence, p: Observed, q: Known, *, of_student: bool = False
@@ -252,7 +252,7 @@ class Observations:
         """
         own = [*self._figures.values()]
         sums = total(torch.cat([self._captured, self._variance, *own])).tolist()
-        self._captured, self._variance = torch.zeros(2, 2)
+        self._captured, self._variance = no_sums()
         names, self._figures = [*self._figures], {}
         captured, tokens, variance, measured, *others = sums
         logs = {"captured_mass": captured / tokens} if tokens else {}
@@ -342,6 +342,11 @@ def _tokens(known: Known, chosen: Int[Tensor, " chosen"] | slice) -> Any:
     if isinstance(known, Tensor):
         return known[chosen]
     return known._replace(hidden=known.hidden[chosen])
+
+
+def no_sums() -> Float[Tensor, "2 2"]:
+    """Two sums with their counts, in single precision whatever torch's default dtype is."""
+    return torch.zeros(2, 2, dtype=torch.float32)
 
 
 def _at_least_single(x: Tensor) -> Tensor:

@@ -208,9 +208,27 @@ def test_the_hard_label_weight_weighs_a_cross_entropy(tiny_model, tiny_rows, tin
 
 
 def test_rows_are_cut_to_max_length(tiny_model, tiny_rows, tiny_trainer):
-    trainer = tiny_trainer(tiny_model(seed=2), tiny_model(seed=1), tiny_rows(8), max_length=4)
+    rows = tiny_rows(8)
+    lengths = [len(row["input_ids"]) for row in rows]
+    lost = sum(max(0, length - 4) for length in lengths)
+    told = f"train_dataset: {lost} of {sum(lengths)} tokens are cut.* max_length={max(lengths)} in"
+    with pytest.warns(UserWarning, match=told):
+        trainer = tiny_trainer(tiny_model(seed=2), tiny_model(seed=1), rows, max_length=4)
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["input_ids"].shape == batch["labels"].shape == (8, 4)
+
+
+def test_blocks_longer_than_max_length_are_warned_of(tiny_model, tiny_tokenizer, tiny_trainer):
+    models, rows = (tiny_model(), tiny_model(seed=1)), [{"text": "w3 w4 w5 w6 w7 w8 w9"}] * 3
+    blocks = tokenize(rows, tiny_tokenizer(), max_length=16)
+    assert blocks.bounds.diff().tolist() == [16, 8]
+    with pytest.warns(
+        UserWarning, match="eval_dataset: 6 of 24 tokens are cut off, .* than 10. m"
+    ):
+        trainer = tiny_trainer(*models, settings={"eval_dataset": {"a": blocks}}, max_length=10)
+    with pytest.warns(UserWarning, match="eval_dataset: 6 of 24 tokens are cut off") as caught:
+        trainer.evaluate(blocks)
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rkl.checks import LARGEST_COUNT
+from rkl.checks import LARGEST_COUNT, warn
 from rkl.distill.config import DistillConfig
 from rkl.distill.limits import (
     template_variables,
@@ -54,6 +54,28 @@ def tokenized(
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def warn_of_cut(name: str, dataset: Any, max_length: int | None) -> None:
+    """Warn of rows of tokens that are longer than what is kept of them."""
+    if max_length is None:
+        return
+    if isinstance(dataset, dict):
+        for it in dataset.values():
+            warn_of_cut(name, it, max_length)
+    elif isinstance(dataset, TokenDataset):
+        _warn_of_long(name, dataset.bounds.diff().tolist(), max_length)
+    elif isinstance(dataset, list):
+        lengths = [len(row["input_ids"]) for row in dataset if "input_ids" in row]
+        _warn_of_long(name, lengths, max_length)
+
+
+def _warn_of_long(name: str, lengths: Sequence[int], max_length: int) -> None:
+    if lost := sum(max(0, length - max_length) for length in lengths):
+        warn(
+            f"{name}: {lost:,} of {sum(lengths):,} tokens are cut off, the ends of rows longer "
+            f"than {max_length}. max_length={max(lengths)} in DistillConfig keeps all."
+        )
 
 
 def _first_row(dataset: Any) -> Any:

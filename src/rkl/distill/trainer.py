@@ -25,6 +25,7 @@ from rkl.distill.arguments import (
     check_teacher_texts,
     check_zero3,
     tokenized,
+    warn_of_cut,
 )
 from rkl.distill.batch_loss import BatchLoss
 from rkl.distill.checkpoints import (
@@ -209,6 +210,8 @@ class DistillTrainer(Trainer):
             pad = 0 if tokenizer is None else tokenizer.pad_token_id or 0
             # A padding token that only the student has would be none of the teacher's rows.
             kwargs["data_collator"] = PadRows(pad if pad < self._vocab else 0, args.max_length)
+            for name in ("train_dataset", "eval_dataset"):
+                warn_of_cut(name, kwargs[name], args.max_length)
         if teachers is not None:
             column, names = args.teacher_routing_column, [*teachers]
             kwargs["data_collator"] = RouteRows(kwargs["data_collator"], column, names)
@@ -319,7 +322,10 @@ class DistillTrainer(Trainer):
         """A data set that is given later, treated as those that the trainer was made with."""
         if isinstance(dataset, str):  # the name of one of those
             return dataset
-        return self._kept_apart(self._tokenized(name, dataset))
+        dataset = self._kept_apart(self._tokenized(name, dataset))
+        if isinstance(self.data_collator, PadRows):
+            warn_of_cut(name, dataset, self.data_collator.max_length)
+        return dataset
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The Trainer's, but padding is told from text also where there is no mask."""

@@ -16,7 +16,12 @@ import torch
 from patience import HANGS
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import TrainingArguments
+from transformers import (
+    CLIPImageProcessor,
+    DataCollatorForLanguageModeling,
+    LlavaProcessor,
+    TrainingArguments,
+)
 
 import rkl
 from rkl.distill import DistillConfig, DistillTrainer, PadRows, Teacher
@@ -483,3 +488,30 @@ def test_raw_rows_without_a_tokenizer_and_rows_that_train_on_nothing_are_refused
     with pytest.raises(ValueError, match="eval_dataset: data has no trained tokens"):
         tiny_trainer(*models, RAW, settings=how)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_processor_is_saved_whole_and_its_tokenizer_tokenizes(
+    tiny_model, tiny_trainer, tiny_tokenizer, tmp_path
+):
+    tokenizer = tiny_tokenizer()
+    processor = LlavaProcessor(CLIPImageProcessor(), tokenizer)
+    for number, it in enumerate((processor, tokenizer)):
+        how = {"settings": {"processing_class": it}, "out": tmp_path / f"{number}"}
+        trainer = tiny_trainer(tiny_model(), tiny_model(seed=1), RAW, **how)
+        assert [row["input_ids"].tolist() for row in trainer.train_dataset] == [
+            [3, 4, 5, 6, 7, 1],
+            [8, 9, 3, 1],
+        ]
+        trainer.save_model(str(tmp_path / f"saved-{number}"))
+    files = [{it.name for it in (tmp_path / f"saved-{number}").iterdir()} for number in (0, 1)]
+    assert files[1] | {"processor_config.json"} <= files[0]
+
+
+def test_the_tokenizer_of_a_collator_is_saved_where_there_is_no_other(
+    tiny_model, tiny_rows, tiny_trainer, tiny_tokenizer, tmp_path
+):
+    collator = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
+    settings = {"data_collator": collator}
+    trainer = tiny_trainer(tiny_model(), tiny_model(seed=1), tiny_rows(), settings=settings)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()

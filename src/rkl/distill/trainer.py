@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
@@ -134,7 +134,7 @@ class DistillTrainer(Trainer):
             denominator stays the number of tokens. Full logits of both then exist at once.
         limits: How far the student's own text may go from what it was in the beginning.
         teacher_processing_class: The teacher's tokenizer, to be compared with the student's,
-            which is ``processing_class``.
+            which is ``processing_class``, or that of a processor.
         **kwargs: As for transformers.Trainer. Data sets may be rows of text, of prompt and
             completion or of messages, which ``processing_class`` then tokenizes, unpacked; call
             :func:`rkl.distill.tokenize` yourself to have them packed.
@@ -161,7 +161,7 @@ class DistillTrainer(Trainer):
             model, args, teacher, teachers, divergence, kwargs, teacher_processing_class
         )
         check_on_policy(on_policy_divergence, args)
-        tokenizer = kwargs.get("processing_class")
+        tokenizer = _tokenizer_in(kwargs.get("processing_class"))
         if (started := world().size) != args.world_size:
             raise ValueError(
                 f"args: {started} processes were started, but each of them would train alone "
@@ -190,6 +190,7 @@ class DistillTrainer(Trainer):
         )
         with zero3.gathered(model):
             self._head = read_head(cast(nn.Module, model))
+        teacher_processing_class = _tokenizer_in(teacher_processing_class)
         tokenizers = teacher_processing_class, tokenizer
         with zero3.gathered(teacher):
             self._teacher = self._as_one(teacher, teachers, args, tokenizers)
@@ -911,8 +912,11 @@ class DistillTrainer(Trainer):
             return
         with replacing_files(output_dir or str(self.args.output_dir)) as folder:
             self._student().save_pretrained(folder, state_dict=state_dict)
-            if isinstance(self.processing_class, PreTrainedTokenizerBase):
-                self.processing_class.save_pretrained(folder)
+            processing: Any = self.processing_class
+            if processing is None:
+                processing = getattr(self.data_collator, "tokenizer", None)
+            if processing is not None:
+                processing.save_pretrained(folder)
 
     def _observe(
         self, batch: Batch, inputs: Mapping[str, Any]
@@ -1023,6 +1027,12 @@ class _Follow(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._teacher.follow(state.global_step)
+
+
+def _tokenizer_in(processing: Any) -> Any:
+    """The tokenizer of a processor, which images or sounds go through too; others are one."""
+    known: Any = processing
+    return known.tokenizer if isinstance(processing, ProcessorMixin) else processing
 
 
 def _balance(student: Any) -> float:

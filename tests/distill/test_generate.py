@@ -126,6 +126,33 @@ def test_tokens_are_drawn_from_the_models_tempered_nucleus_and_nothing_else(
     assert ((share - p).abs() <= 5 * (p * (1 - p) / len(drawn)).sqrt()).all()
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"min_p": 0.9},
+        {"typical_p": 0.1},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": [1, 2, 3, 4, 5, 6]},
+        {"sequence_bias": [[[3], 100.0]]},
+        {"num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["w"]},
+    ],
+    ids=str,
+)
+def test_the_models_own_generation_settings_shape_no_reply(student, tokenizer, own):
+    def replies():
+        prompts, samplings = asked("w1 w2", "w3"), (Sampling(8), Sampling(8, temperature=0))
+        return [generate(student, tokenizer, prompts, seeds=[0], sampling=it) for it in samplings]
+
+    expected = replies()
+    for name, value in own.items():
+        setattr(student.generation_config, name, value)
+    before = student.generation_config.to_dict()
+    assert replies() == expected
+    assert student.generation_config.to_dict() == before
+
+
 def test_a_reply_stops_before_its_end_of_text(student, tokenizer):
     student.generation_config.eos_token_id = [5, 0]
     replies = generate(student, tokenizer, asked("w1", "w2"), seeds=range(6), sampling=SHORT)

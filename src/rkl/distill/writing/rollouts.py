@@ -162,14 +162,36 @@ def _replies_of_batch(
     mask = [[0] * n + [1] * (longest - n) for n in padding]
     device = next(model.parameters()).device
     inputs, attended = torch.tensor([ids, mask], device=device)
-    written = cast(Any, model).generate(
-        inputs=inputs,
-        attention_mask=attended,
-        generation_config=config,
-        logits_processor=[_refuse_nan, *processors],
-        synced_gpus=together,
-    )
+    with _no_settings_of_its_own(model):
+        written = cast(Any, model).generate(
+            inputs=inputs,
+            attention_mask=attended,
+            generation_config=config,
+            logits_processor=[_refuse_nan, *processors],
+            synced_gpus=together,
+        )
     return [_until_end(reply, ends) for reply in written[:, longest:].tolist()]
+
+
+@contextmanager
+def _no_settings_of_its_own(model: nn.Module) -> Iterator[None]:
+    """Empties the model's own generation settings for a while.
+
+    transformers takes from them whatever the settings of a call leave at None, such as min_p.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    entries = vars(own)  # changed in place: wrappers such as PEFT's hand on the same object
+    kept = dict(entries)
+    entries.clear()
+    entries.update(vars(GenerationConfig()))
+    try:
+        yield
+    finally:
+        entries.clear()
+        entries.update(kept)
 
 
 _BATCHES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -226,13 +248,14 @@ def _forced_logits(
         return_dict_in_generate=True,
         output_logits=True,
     )
-    written = model.generate(
-        inputs=inputs,
-        attention_mask=attended,
-        generation_config=config,
-        logits_processor=[lambda ids, logits: _certain(logits, token)],
-        synced_gpus=together,
-    )
+    with _no_settings_of_its_own(model):
+        written = model.generate(
+            inputs=inputs,
+            attention_mask=attended,
+            generation_config=config,
+            logits_processor=[lambda ids, logits: _certain(logits, token)],
+            synced_gpus=together,
+        )
     return torch.stack(written.logits, 1)
 
 

@@ -321,6 +321,17 @@ def test_a_cache_of_a_top_k_is_the_top_k(tiny_model, tiny_rows, tmp_path):
         cached.observe(inputs, predicting, vocab=10)
 
 
+def test_a_top_k_above_the_vocabulary_is_all_of_it(tiny_model, tiny_rows, tmp_path):
+    model, rows = tiny_model("Llama"), tiny_rows(3)
+    cached = cache_teacher(model, rows, tmp_path / "cache", keep="top-k=100000")
+    inputs, predicting, _ = shifted(PadRows()(rows))
+    told = cached.observe(inputs, predicting)
+    live = logits_of(ModelTeacher(model).observe(inputs, predicting)).log_softmax(-1).detach()
+    assert isinstance(told, rkl.TopK)
+    torch.testing.assert_close(told.logp, live.sort(descending=True).values)
+    torch.testing.assert_close(live.gather(-1, told.index), told.logp)
+
+
 def test_a_cache_of_draws_is_unbiased_and_the_same_for_the_same_seed(
     tiny_model, tiny_rows, tmp_path
 ):

@@ -189,7 +189,10 @@ class CachedTeacher(Teacher):
         if self.keep.kind == "hidden":
             width = self._head["weight"].shape[1]
             return {"hidden": torch.zeros(0, width, dtype=_dtype(self.record["stored"]))}
-        return _tensors(TopK(torch.zeros(0, self.keep.count), torch.zeros(0, self.keep.count)))
+        count = self.keep.count
+        if self.keep.kind == "top-k":
+            count = min(count, self.vocab)
+        return _tensors(TopK(torch.zeros(0, count), torch.zeros(0, count)))
 
     def _hidden(self, hidden: Tensor, vocab: int | None) -> LinearHead:
         self._head = {name: tensor.to(hidden.device) for name, tensor in self._head.items()}

@@ -42,7 +42,8 @@ class Judge:
                     shown.partition(f"[Start of reply {name}]\n")[2].partition("\n[End")[0]
                     for name in "AB"
                 )
-                content = f"because. {judge.prefers(first, second)}"
+                verdict = judge.prefers(first, second)
+                content = None if verdict is None else f"because. {verdict}"
                 self.send(status, {"choices": [{"message": {"content": content}}]})
 
             def send(self, status, answer):
@@ -100,6 +101,27 @@ def test_a_judge_is_asked_in_both_orders_and_its_verdicts_are_counted(
     assert judged.identical == 1
     assert len(stub.asked) == 14  # two orders of the seven pairs that differ
     assert len((tmp_path / "out.jsonl").read_text("utf-8").splitlines()) == 15
+
+
+def test_an_answer_that_was_cut_off_while_reasoning_counts_nowhere(
+    replies: tuple[Path, Path], tmp_path
+):
+    """Servers give null as its content, and the reasoning beside it."""
+    judge = Judge(lambda first, second: "[[A]]" if len(first) > len(second) else None)
+    with judge.listening() as url, pytest.warns(UserWarning, match="7 of 14 answers hold no ver"):
+        judged = judge_runs(*replies, JudgeSettings(url), tmp_path / "out.jsonl")
+    assert judged.unreadable == 7
+    assert (judged.wins, judged.ties, judged.losses) == (5, 1, 2)
+
+
+def test_replies_in_files_of_one_name_are_told_apart(replies: tuple[Path, Path], tmp_path):
+    first, other = replies[0], tmp_path / "other" / replies[0].name
+    other.parent.mkdir()
+    replies[1].rename(other)
+    with Judge(longer).listening() as url:
+        judged = judge_runs(first, other, JudgeSettings(url), tmp_path / "out.jsonl")
+    assert judged.names == (str(first), str(other))
+    assert judged.wins == 5
 
 
 def test_a_judge_that_prefers_a_place_separates_nothing(replies: tuple[Path, Path], tmp_path):

@@ -16,6 +16,7 @@ import torch
 
 from rkl.checks import integer, number, warn
 from rkl.distill.client import Server, ServerError
+from rkl.distill.compare import names_of
 from rkl.distill.limits import is_address
 from rkl.runs import REPLIES, check_out_file
 from rkl.runs.files import append_jsonl, read_jsonl
@@ -274,7 +275,8 @@ def judge_runs(
     except (ServerError, KeyboardInterrupt):
         say(f"{len(verdicts):,} verdicts are in {path}; go on with --resume.")
         raise
-    judged = summary(pairs, verdicts, (_name(first), _name(second)))
+    ours, theirs = names_of((first, second))
+    judged = summary(pairs, verdicts, (ours, theirs))
     if judged.unreadable:
         warn(
             f"judge: {judged.unreadable} of {len(verdicts)} answers hold no verdict [[A]], [[B]] "
@@ -290,10 +292,6 @@ def judge_cost(
     """Requests and tokens of a comparison; nothing is asked or written."""
     pairs, _ = _compared(first, second, settings)
     return cost(pairs, _remaining(pairs, []), settings)
-
-
-def _name(path: str | os.PathLike) -> str:
-    return Path(path).name or str(path)
 
 
 def _compared(
@@ -425,6 +423,8 @@ def _asker(
 def _text_of(server: Server, answer: Any) -> str:
     try:
         text = answer["choices"][0]["message"]["content"]
+        if text is None:  # cut off while it was still reasoning
+            text = ""
     except (LookupError, TypeError):
         text = None
     if not isinstance(text, str):

@@ -23,6 +23,7 @@ from rkl.distill.text.sources import read_rows
 from rkl.divergences import AKL, JensenShannon
 from rkl.metrics.precision_recall import SLOPES
 from rkl.runs import Run
+from rkl.tables import pair_of
 
 VOCAB = 40
 WORDS = ["<eos>", *(f"w{i}" for i in range(VOCAB - 1))]
@@ -501,6 +502,15 @@ def test_the_arrays_of_a_comparison_are_the_arguments_of_its_figures(result):
     assert math.isnan(low[3])
     assert math.isnan(high[3])
     assert math.isnan(one.divergence_by_rank("tv")["errors"]["a"][0])
+
+
+def test_a_perplexity_that_is_infinite_is_compared(result):
+    """It is stored as null, as of a teacher that gives a token of the data no mass."""
+    infinite = {"value": None, "error": None}
+    changed = {**result, "perplexity": {**result["perplexity"], "teacher": infinite}}
+    name, teacher, *_ = Evaluations({"a": changed, "b": changed}).rows()[2]
+    assert (name, teacher) == ("entropy (nats/token)", pair_of(result["entropy"]["teacher"]))
+    assert Evaluations({"a": changed, "b": result}).rows()[2][1] is None
 
 
 def test_different_data_or_teachers_are_not_compared_in_silence(run, tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import operator
 import os
 import shlex
@@ -62,8 +63,7 @@ class Evaluations:
         different teachers or data.
         """
         results = list(self.results.values())
-        teachers = [result["perplexity"]["teacher"]["value"] for result in results]
-        alike = max(teachers) - min(teachers) <= 1e-6 * max(teachers)
+        alike = all(_is_same(results, key) for key in ("perplexity", "entropy"))
         table = []
         for words, key in _OF_BOTH.items():
             teacher = pair_of(results[0][key]["teacher"]) if alike else None
@@ -307,6 +307,15 @@ def result_of(path: str | os.PathLike) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"path: {file} is corrupt: {error}.") from None
+
+
+def _is_same(results: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """True if the teachers of all results have the same value, or all an infinite one."""
+    values = nan_of_null([result[key]["teacher"]["value"] for result in results])
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < len(values):
+        return not finite
+    return max(finite) - min(finite) <= 1e-6 * max(finite)
 
 
 def _divergence_rows(

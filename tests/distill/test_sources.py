@@ -97,6 +97,26 @@ def test_a_text_beside_an_answer_counts_and_is_warned_of(row):
     read_rows([{"text": "w", "output": "b"}])  # a warning would be an error
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        said("a", "b"),
+        {"prompt": "a", "response": "b"},
+        {"prompt": said("a")["messages"], "completion": said("a", "b")["messages"][1:]},
+    ],
+)
+def test_a_system_prompt_in_a_column_that_is_not_read_is_warned_of(row):
+    expected = read_rows([row])  # a warning would be an error
+    with pytest.warns(UserWarning, match="have a column system, which is not read"):
+        assert read_rows([row, row | {"system": "s"}]) == expected * 2
+    assert read_rows([row | {"system": ""}]) == expected
+
+
+def test_a_system_prompt_that_messages_have_too_is_not_warned_of():
+    row = said("a", "b", system="s")
+    assert read_rows([row | {"system": "s"}]) == [row]
+
+
 def test_a_system_turn_is_not_said_twice():
     turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}]
     turns += [{"from": "gpt", "value": "b"}]

@@ -188,6 +188,11 @@ def test_privileged_context_stands_behind_the_prompt():
     assert chats[0]["prompt"] == asked
 
 
+@pytest.mark.parametrize("name", ["teacher_prompt", "privileged_context"])
+def test_an_empty_cell_is_no_prompt_for_the_teacher(name):
+    assert read_rows([PLAIN[0] | {name: ""}]) == read_rows([PLAIN[0]])
+
+
 def test_chats_are_put_into_words_for_either(words):
     words = material.tokenizer()
     words.chat_template = TEMPLATE

@@ -120,12 +120,13 @@ def read_rows(data: Data, *, split: str = "train", column: str | None = None) ->
             _name_in(row, column, data.place(index))
         return data
     named = isinstance(data, str | Path)
-    rows, numbers, kind, nulls, unused = [], [], None, 0, None
+    rows, numbers, kind, nulls, unused, unread = [], [], None, 0, None, False
     read = _read_named(data, split, column) if named else _in_memory(data, split)
     for number, row in read.rows:
         place = read.source if number is None else f"{read.source}, {read.unit} {number}"
-        row = _in_our_words(row, place)
+        given, row = row, _in_our_words(row, place)
         found = kind_of(row, place)
+        unread = unread or _leaves_system_out(row, found, reworded=row is not given)
         kind = kind or found
         if found != kind:
             raise ValueError(f"{place}: a row of {found} among rows of {kind}; expected one kind.")
@@ -144,6 +145,11 @@ def read_rows(data: Data, *, split: str = "train", column: str | None = None) ->
             f"{read.source}: rows have text beside {' and '.join(unused)}. All of the text is "
             "trained on, which may hold the question too; leave the column text out to train on "
             "the answers alone."
+        )
+    if unread:
+        warn(
+            f"{read.source}: rows of {kind} have a column system, which is not read: put it into "
+            "the prompt, or as a message of the role system before the others."
         )
     if nulls:
         warn(
@@ -292,6 +298,17 @@ def _of_sharegpt(row: Mapping[str, Any], place: str) -> Any:
     return messages if first == "system" else _system(row) + messages
 
 
+def _leaves_system_out(row: Mapping[str, Any], kind: str, *, reworded: bool) -> bool:
+    """True if a row has a system prompt beside columns that do not hold it."""
+    if not row.get("system") or kind == "text":
+        return False
+    chat = row["messages" if kind == "messages" else "prompt"]
+    if isinstance(chat, str):
+        return True
+    first = chat[0] if isinstance(chat, list | tuple) and chat else None
+    return not reworded and not (isinstance(first, Mapping) and first.get("role") == "system")
+
+
 def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
@@ -320,7 +337,8 @@ def _checked(row: Mapping[str, Any], kind: str, place: str) -> Row:
 
 def _teacher_prompt(row: Mapping[str, Any], values: Row, kind: str, place: str) -> Row:
     """The prompt that the teacher reads in place of the student's, where it is another one."""
-    given = [it for it in (TEACHER_PROMPT, PRIVILEGED_CONTEXT) if row.get(it) is not None]
+    empty = None, ""  # as cells of a table are
+    given = [it for it in (TEACHER_PROMPT, PRIVILEGED_CONTEXT) if row.get(it) not in empty]
     if not given:
         return {}
     if len(given) > 1:

@@ -153,6 +153,11 @@ def test_the_models_own_generation_settings_shape_no_reply(student, tokenizer, o
     assert student.generation_config.to_dict() == before
 
 
+def test_an_end_of_text_token_in_a_prompt_is_part_of_it(tokenizer):
+    (prompt,) = prompts_of([{"prompt": "w1 w2 <eos>", "completion": "w3"}], tokenizer)
+    assert prompt.tokens == tokenizer("w1 w2 <eos>")["input_ids"] == [2, 3, 0]
+
+
 def test_a_reply_stops_before_its_end_of_text(student, tokenizer):
     student.generation_config.eos_token_id = [5, 0]
     replies = generate(student, tokenizer, asked("w1", "w2"), seeds=range(6), sampling=SHORT)

@@ -8,6 +8,7 @@ from tokenizers import Regex, pre_tokenizers, processors
 from transformers import AddedToken
 
 from rkl.distill.text import prompts
+from rkl.distill.text.data import show_example, tokenize
 from rkl.distill.text.encoding import encode
 from rkl.distill.text.prompts import WORDS, encode_completions
 
@@ -61,7 +62,7 @@ def test_completions_begin_where_prompts_alone_end(splits, tokens, around, monke
         special = [(it, tokenizer.convert_tokens_to_ids(it)) for it in ("<b>", "<|end|>")]
         backend.post_processor = processors.TemplateProcessing(AROUND[around], None, special)
     rows = [(text[:at], text[at:]) for text in texts(25) for at in range(len(text) + 1)]
-    alone = list(encode(tokenizer, (prompt for prompt, _ in rows)))
+    alone = list(encode(tokenizer, (prompt for prompt, _ in rows), goes_on=True))
     whole = list(encode(tokenizer, (prompt + completion for prompt, completion in rows)))
     expected = [
         (list(ids), prompts.agreeing(prompt, ids), len(prompt))
@@ -82,3 +83,21 @@ def test_completions_begin_where_prompts_alone_end(splits, tokens, around, monke
         assert slow
     else:
         assert not slow
+
+
+@pytest.mark.parametrize("split", ["plain", "prefixed"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_an_end_of_text_token_in_a_prompt_is_not_trained_on(split, ends):
+    tokenizer = material.tokenizer()
+    end, number = tokenizer.eos_token, tokenizer.eos_token_id
+    backend = tokenizer.backend_tokenizer
+    if split == "prefixed":  # of which every prompt is tokenized alone
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    prompt = tokenizer(f"Is it?{end}")["input_ids"]
+    if ends:
+        backend.post_processor = processors.TemplateProcessing(f"$A {end}", None, [(end, number)])
+    rows = [{"prompt": f"Is it?{end}", "completion": " It is."}]
+    shown = show_example(tokenize(rows, tokenizer), tokenizer)
+    assert shown.strip("[ ") == f"Is it?{end}] It is.{end}"
+    alone = tokenize([{"prompt": rows[0]["prompt"]}], tokenizer, prompts=True)
+    assert alone[0]["input_ids"].tolist() == prompt

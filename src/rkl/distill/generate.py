@@ -402,7 +402,7 @@ def _answered(
     """The prompt of a row, or a ValueError that names the row and what is wrong with it."""
     row, place = rows[index], rows.place(index)
     if template is None:
-        (ids,) = encode(tokenizer, [row["prompt"]])
+        (ids,) = encode(tokenizer, [row["prompt"]], goes_on=True)
         prompt = Prompt(list(ids), row["prompt"], row.get("completion", ""))
     elif row.keys().isdisjoint({"completion", "messages"}):
         text = prompt_text(row, place, template)

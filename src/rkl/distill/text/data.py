@@ -688,7 +688,7 @@ def _prompt_examples(
     else:
         texts = [prompt_text(row, rows.place(place), template) for place, row in enumerate(rows)]
     examples, special = Examples(), template is None
-    for row, ids in enumerate(encode(tokenizer, texts, special=special)):
+    for row, ids in enumerate(encode(tokenizer, texts, special=special, goes_on=True)):
         if len(ids):
             examples.add(row, ids, bytes(len(ids)))
         else:

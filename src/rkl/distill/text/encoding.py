@@ -32,17 +32,22 @@ def encode(
     texts: Iterable[str],
     *,
     special: bool = True,
+    goes_on: bool = False,
     advance: Advance | None = None,
 ) -> Iterator[Sequence[int]]:
     """The tokens of texts, without the end-of-text token that some tokenizers put behind them.
+
+    One that a text has of itself is left out too, unless the text goes on behind it.
 
     Args:
         tokenizer: Any.
         texts: Taken a batch at a time.
         special: Whether the tokenizer puts its special tokens, which a chat in words has already.
+        goes_on: Whether the texts are prompts, whose own end-of-text token is part of them.
         advance: Called with the number of characters of each batch that is done.
     """
     end = tokenizer.eos_token_id
+    cuts = special and (not goes_on or _puts_end(tokenizer))
     for batch in batches(texts):
         if len(batch) == 1 and len(batch[0]) > MAX_BATCH_CHARACTERS:
             encoded = [encode_long(tokenizer, batch[0], special=special, advance=advance)]
@@ -51,7 +56,13 @@ def encode(
             if advance is not None:
                 advance(sum(map(len, batch)))
         for ids in encoded:
-            yield ids[:-1] if special and len(ids) and ids[-1] == end else ids
+            yield ids[:-1] if cuts and len(ids) and ids[-1] == end else ids
+
+
+def _puts_end(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if the tokenizer puts the end-of-text token behind each text."""
+    around = special_tokens(tokenizer, "a")
+    return around is None or around[1][-1:] == [tokenizer.eos_token_id]
 
 
 def encode_batch(

@@ -66,7 +66,7 @@ def encode_completions(
 def _one_by_one(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, str]]
 ) -> Iterator[Placed]:
-    prompts = encode(tokenizer, (prompt for prompt, _ in rows))
+    prompts = encode(tokenizer, (prompt for prompt, _ in rows), goes_on=True)
     whole = encode(tokenizer, (prompt + completion for prompt, completion in rows))
     for prompt, ids in zip(prompts, whole, strict=True):
         yield ids, agreeing(prompt, ids), len(prompt)
@@ -98,7 +98,7 @@ def _by_words(
         if size and not (known and places[first - 1] == size):
             yield from _one_by_one(tokenizer, [(prompt, text[len(prompt) :])])
             continue
-        alone = full([*ids[:first], *tail])
+        alone = [*before, *ids[:first], *tail]
         yield full(ids), agreeing(alone, full(ids)), len(alone)
 
 

@@ -269,24 +269,24 @@ KINKED = [rkl.LKHybrid(), rkl.NegLogAcceptance()]
 
 # Logarithms near -10 are rounded by 5e-7, against log-ratios of 3e-4. A flat divergence averages
 # that over a few dozen heavy atoms, one over a mixture rounds its logarithm too and has smaller
-# ratios, and one with a kink, such as total variation, is not flat.
+# ratios, and one with a kink, such as total variation, is not flat. The logarithms are of double
+# precision before: in single the sum of a row is off by 1e-5 on some processors, not on others.
 @pytest.mark.parametrize(
     ("divergence", "tolerance"),
-    [(it, 1e-3) for it in FLAT] + [(it, 4e-3) for it in MIXED] + [(it, 1e-2) for it in KINKED],
+    [(it, 1e-3) for it in FLAT] + [(it, 2e-3) for it in MIXED] + [(it, 1e-2) for it in KINKED],
     ids=lambda x: repr(x),
 )
 def test_single_precision_keeps_its_digits_near_agreement(divergence, tolerance):
     generator = torch.Generator().manual_seed(0)
     z = 3 * torch.randn(64, 32_000, generator=generator, dtype=torch.float64)
     noise = 3e-4 * torch.randn(64, 32_000, generator=generator, dtype=torch.float64)
-    logits = z.float(), (z + noise).float()
-    value = divergence(*(x.log_softmax(-1) for x in logits))
-    truth = divergence(*(x.double().log_softmax(-1) for x in logits))
-    assert rkl.KL()(*(x.double().log_softmax(-1) for x in logits)).mean() < 5e-8
+    precise = z.log_softmax(-1), (z + noise).log_softmax(-1)
+    p, q = (x.float() for x in precise)
+    value, truth = divergence(p, q), divergence(*precise)
+    assert rkl.KL()(*precise).mean() < 5e-8
     assert ((value - truth) / truth).abs().max() < tolerance
     assert value.min() >= 0
-    same = logits[0].log_softmax(-1)
-    assert (divergence(same, same) >= 0).all()
+    assert (divergence(p, p) >= 0).all()
 
 
 def test_the_series_is_summed_alike_at_few_atoms_and_at_all():

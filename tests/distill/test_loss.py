@@ -94,7 +94,7 @@ def test_tokens_of_logits_in_half_precision_have_their_exact_share(dtype, count)
     torch.testing.assert_close(value.double(), divergences.mean(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.int16, torch.int64])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_labels_may_be_integers_of_any_width(dtype, temperature):
     teacher, student, labels = logits(), logits(), tokens().abs() % VOCAB

@@ -131,6 +131,33 @@ def test_alpaca_s_columns_are_found_in_parquet_too(tmp_path):
     assert read_rows(tmp_path / "rows.parquet") == [said("a\nc", "b")]
 
 
+def test_a_data_frame_and_its_records_are_rows_with_lists_for_arrays(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    other = {"type": "function", "function": {"name": "g", "arguments": {"y": 2}}}
+    rows = [said("a", "b")]
+    for it in (call, other):
+        answer = {"role": "assistant", "content": "", "tool_calls": [it]}
+        rows.append({"messages": [*said("a")["messages"], answer]})
+    pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    frame = pandas.read_parquet(tmp_path / "rows.parquet")
+    for data in (frame, frame.to_dict("records"), {"train": frame}, tmp_path / "rows.parquet"):
+        with pytest.warns(UserWarning, match="null values below tool_calls"):
+            read = read_rows(data)
+        assert [row["messages"][1]["tool_calls"] for row in read[1:]] == [[call], [other]]
+
+
+def test_missing_cells_of_a_data_frame_are_null():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(
+        {"text": ["one", "two"], "prompt": ["a", None], "number": [1.0, None]}
+    )
+    assert read_rows(frame) == [{"text": "one"}, {"text": "two"}]
+    with pytest.raises(ValueError, match=r"data, row 2: expected text"):
+        read_rows(frame.drop(columns="text"))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [

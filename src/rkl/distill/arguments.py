@@ -17,7 +17,7 @@ from rkl.distill.models.lora import check_peft, is_adapted
 from rkl.distill.models.sharded import FSDPModule, is_sharded, whole_by_mistake
 from rkl.distill.teachers.teacher import Teacher, check_teacher
 from rkl.distill.text.data import IGNORED, TEACHER_IDS, TEACHER_LABELS, TokenDataset, tokenize
-from rkl.distill.text.sources import is_row
+from rkl.distill.text.sources import in_rows, is_row
 from rkl.divergences import Divergence
 
 
@@ -28,6 +28,7 @@ def tokenized(
     if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
         parts = dataset.items()
         return {key: tokenized(name, it, tokenizer, args, column) for key, it in parts}
+    dataset = in_rows(dataset)
     first = _first_row(dataset)
     if not isinstance(first, Mapping) or "input_ids" in first or not is_row(first):
         return dataset

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -22,8 +22,8 @@ def distill_loss(
     teacher: Logits | LinearHead | TopK | Sampled,
     student: Logits | LinearHead,
     divergence: Divergence = AKL(),
-    labels: Int[Tensor, "..."] | None = None,
-    mask: Bool[Tensor, "..."] | Int[Tensor, "..."] | None = None,
+    labels: Integer[Tensor, "..."] | None = None,
+    mask: Bool[Tensor, "..."] | Integer[Tensor, "..."] | None = None,
     shift: bool = True,
     temperature: float = 1.0,
     hard_label_weight: float = 0.0,
@@ -105,7 +105,7 @@ def weighted_loss(
     p: Any,
     q: Any,
     weight: Float[Tensor, " tokens"],
-    labels: Int[Tensor, " tokens"] | None,
+    labels: Integer[Tensor, " tokens"] | None,
     temperature: float,
     hard_label_weight: float,
     chunk: int | None = None,
@@ -192,12 +192,12 @@ def _predicting(places, labels, mask, shift, ignore_index, student):
                 f"{name} must be {list(places)}, the rows and positions of student; "
                 f"got {list(tokens.shape)}."
             )
-        tokens = tokens.to(first.device)
+        tokens = tokens.to(first.device, torch.int64)  # few operations take unsigned ones
         if shift:
             tokens = tokens.roll(-1, -1)
         chosen &= tokens != ignore_index if name == "labels" else tokens != 0
         if name == "labels":
-            targets = tokens.masked_fill(tokens == ignore_index, 0).flatten().long()
+            targets = tokens.masked_fill(tokens == ignore_index, 0).flatten()
     return chosen.flatten(), targets
 
 

@@ -8,7 +8,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from rkl.checks import warn
 from rkl.distill.text.chats import as_tools, has_nulls, without_nulls
@@ -16,7 +18,20 @@ from rkl.readers import gunzip, read_records
 from rkl.runs.integrity import hub_name
 
 Row = dict[str, Any]
-Data = str | Path | Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
+
+
+@runtime_checkable
+class Frame(Protocol):
+    """A data frame of pandas, without its import."""
+
+    columns: Any
+
+    def notna(self) -> Any:
+        """A frame of True where nothing is missing."""
+
+
+Some = Iterable[Mapping[str, Any]] | Frame
+Data = str | Path | Some | Mapping[str, Some]
 
 COLUMNS = {
     "messages": ("messages",),
@@ -98,6 +113,7 @@ def read_rows(data: Data, *, split: str = "train", column: str | None = None) ->
     any other name            a data set on the Hub, ``name`` or ``name:config``, or
                               ``hub:name`` where a folder has that name (extra ``data``)
     list, datasets.Dataset    their own
+    pandas.DataFrame          its own, missing values being null
     ========================  =========================================================
 
     Rows of ``prompt`` and ``response``, of Alpaca (``instruction``, ``input``, ``output``, also
@@ -429,8 +445,31 @@ def _in_memory(data: Any, split: str, source: str = "data") -> _Reading:
         data = data[split]
     if not isinstance(data, Iterable):
         raise TypeError(f"data must be a file, a data set or a list of rows; got {_short(data)}.")
-    filled = type(data).__module__.partition(".")[0] == "datasets"
-    return _Reading(enumerate(data, 1), source, filled=filled)
+    of_arrow = isinstance(data, list) and bool(data) and _has_arrays(data[0])
+    filled = of_arrow or type(data).__module__.partition(".")[0] in ("datasets", "pandas")
+    rows = (_without_arrays(row) if _has_arrays(row) else row for row in in_rows(data))
+    return _Reading(enumerate(rows, 1), source, filled=filled)
+
+
+def in_rows(data: Any) -> Any:
+    """The rows of a data frame of pandas; other data as they are."""
+    if not isinstance(data, Frame):
+        return data
+    table: Any = data
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def _has_arrays(row: Any) -> bool:
+    """True if lists are arrays of NumPy, as pandas reads those of a parquet file."""
+    return isinstance(row, Mapping) and any(isinstance(it, np.ndarray) for it in row.values())
+
+
+def _without_arrays(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _without_arrays(it) for name, it in value.items()}
+    return [_without_arrays(it) for it in value] if isinstance(value, list) else value
 
 
 def _name_in(row: Mapping[str, Any], column: str | None, place: str) -> Row:

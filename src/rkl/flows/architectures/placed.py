@@ -8,6 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from rkl.stats import interpolated_quantile
+
 TAILS = 0.02  # share of the draws from a Cauchy distribution
 FURTHEST = 1e4  # widths at which that is cut off, so that no log-density overflows
 FURTHEST_LOG = 20.0  # the same of the logarithm of a coordinate with bounds, which has few digits
@@ -95,7 +97,7 @@ class Placed(nn.Module):
         away = (flat - features @ shift).abs().clamp_min(1e-30)
         log_scale = torch.linalg.lstsq(features, away.log(), driver="gelsd").solution
         z = away / (features @ log_scale).exp()
-        size = z.quantile(0.68, 0)
+        size = interpolated_quantile(z.cpu(), 0.68).to(z)
         furthest = z.topk(max(1, len(z) // 1_000), 0).values[-1] / INSIDE
         log_scale[0] += torch.maximum(size, torch.minimum(furthest, WIDEST * size)).log()
         for buffer, fitted in ((self.shift, shift), (self.log_scale, log_scale)):

@@ -11,8 +11,8 @@ import rkl
 from rkl.checks import warn
 from rkl.fit import fit_to_samples
 from rkl.flows import Coupling
-from rkl.flows.training import one_at_a_time
 from rkl.metrics.neighbours import prdc
+from rkl.randomness import one_at_a_time
 
 
 def samples():

@@ -17,10 +17,10 @@ from rkl.flows.training import (
     Moment,
     goes_on,
     load_state,
-    one_at_a_time,
     save_state,
     train,
 )
+from rkl.randomness import one_at_a_time
 from rkl.runs import Run, signals
 
 

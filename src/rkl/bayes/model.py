@@ -44,6 +44,7 @@ from rkl.divergences import parse
 from rkl.divergences.base import broadcast_shape
 from rkl.importing import import_object
 from rkl.names import Stack
+from rkl.randomness import random_numbers
 from rkl.readers import masked_numbers
 from rkl.stats import resample
 
@@ -353,8 +354,7 @@ def _is_constant(law: TransformedDistribution) -> bool:
     """True if the transforms are bijections, and the same for every draw."""
     if not all(transform.bijective for transform in law.transforms):
         return False
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+    with random_numbers(0), torch.no_grad():
         x = law.base_dist.sample()
     x = x[:1].expand(x.shape)
     for transform in law.transforms:
@@ -946,8 +946,7 @@ def alone(law: Distribution, again: Callable[[], Distribution]) -> Distribution:
             family that needs that axis fails, or makes another distribution.
     """
     wrapped = OfOneDraw(law)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+    with random_numbers(0), torch.no_grad():
         x = wrapped.sample()
         try:
             made = again()

@@ -52,6 +52,7 @@ from rkl.bayes.solve.unconstrained import chart_of, minimise
 from rkl.bayes.tables import Table
 from rkl.divergences import FDivergence, ReverseKL
 from rkl.names import Stack
+from rkl.randomness import random_numbers
 from rkl.runs import finite_or_null
 from rkl.stats import Mean
 from rkl.tables import Cell, cell_text
@@ -107,8 +108,7 @@ class Subfamily:
         if whole.family is None or family_in(base) != whole.family:
             return False
         again = whole.structure.wrap(base)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
+        with random_numbers(0), torch.no_grad():
             x = law.sample()
             try:
                 log_p, log_q = law.log_prob(x), again.log_prob(x)

@@ -15,6 +15,7 @@ from rkl.bayes.identified import joined_labels
 from rkl.bayes.problem import Problem, by_member
 from rkl.bayes.tables import Table
 from rkl.checks import number
+from rkl.randomness import random_numbers
 from rkl.readers import masked_numbers
 from rkl.runs import finite_or_null
 from rkl.stats import quantile
@@ -233,8 +234,7 @@ def periodic(problem: Problem) -> frozenset[str]:
     """The variables that are angles: a full turn changes no distribution, but a part does."""
     names = set()
     theta = {name: x[:4] for name, x in problem.theta.items()}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+    with random_numbers(0), torch.no_grad():
         try:
             law = problem.law(theta)
             points = law.sample()

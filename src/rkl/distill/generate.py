@@ -28,11 +28,11 @@ from rkl.distill.writing.rollouts import (
     ends_with_turn,
     generation_config,
     replies_of,
-    seeded,
 )
 from rkl.distill.writing.sampling import Sampling
 from rkl.importing import names_in
 from rkl.metrics.text import distinct_n, distinct_n_together, rouge_l, self_bleu, words
+from rkl.randomness import random_numbers
 from rkl.runs import REPLIES, Run, check_out_file, write_atomic
 from rkl.stats import Mean, clustered_mean, mean
 
@@ -311,7 +311,7 @@ def generate(
     config = generation_config(sampling, ends_with_turn(model, tokenizer))
     replies = []
     for seed in seeds:
-        with seeded(seed, model.device), inference(model):
+        with random_numbers(seed), inference(model):
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
                 written = replies_of(model, [prompt.tokens for prompt in batch], config)

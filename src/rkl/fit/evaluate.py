@@ -21,6 +21,7 @@ from rkl.flows.runs import single_run, write_evaluation
 from rkl.flows.standardise import Units
 from rkl.importing import only
 from rkl.metrics.samples import Measured, measure
+from rkl.randomness import random_numbers
 from rkl.readers import split_choice
 from rkl.runs import REPORT, Run
 from rkl.stats import Mean, mean, to_json
@@ -113,8 +114,7 @@ def _evaluate_on_rows(
         raise ValueError(
             f"data must have rows of shape {list(flow.shift.shape)}; got {list(data.event_shape)}."
         )
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with random_numbers(settings.seed):
         spread = data.spread()
         parts = [spread.rows(index) for index in torch.arange(len(data)).split(AT_ONCE)]
         laws = [flow() if it.condition is None else flow(it.condition) for it in parts]
@@ -228,8 +228,7 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
         real, condition = chosen.values, chosen.condition
     elif run.record["data"]["classes"]:
         raise FileNotFoundError(f"data: {settings['data']} is gone, and with it the classes.")
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.no_grad(), random_numbers(seed):
         count = MEASURED if real is None else len(real)
         fake, notes = _draw_samples(run, flow, condition, count, ())
     measured = None if real is None else _sample_metrics(flow.units, real, fake, train, seed)

@@ -23,8 +23,9 @@ from rkl.flows.critic import Critic, Ratio, ScaledCritic, lessons
 from rkl.flows.precision import single_precision
 from rkl.flows.rows import Data
 from rkl.flows.standardise import Standardised, Units
-from rkl.flows.training import Moment, Training, one_at_a_time, train
+from rkl.flows.training import Moment, Training, train
 from rkl.flows.weights import along_path, bounded_on_data, is_likelihood, on_data, on_draws
+from rkl.randomness import one_at_a_time, random_numbers
 from rkl.runs import Run
 from rkl.stats import Mean, mean
 
@@ -206,8 +207,7 @@ def _standardise(
 ) -> Standardised:
     """The flow in the user's units, with its columns bent if the held-out rows agree."""
     if isinstance(flow, Architecture):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with random_numbers(seed):
             flow = flow.build(rows.event_shape, rows.conditions)
     if not isinstance(flow, nn.Module):
         raise TypeError(f"flow must be an architecture or a module; got {flow!r}.")
@@ -255,8 +255,7 @@ class _Problem:
         self.lam = slope_of(divergence)
         self.estimator = method.estimator or ("data" if bounded_on_data(divergence) else "draws")
         bound = math.log(WIDEST * max(self.lam, 1 / self.lam))
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + 1)
+        with random_numbers(seed + 1):
             shape = rows.event_shape
             self.ratio: Ratio = method.critic.build(shape, rows.conditions, bound)
             self.ratio.to(self.device, scaled.dtype)
@@ -367,8 +366,7 @@ class _Problem:
 
     def watch(self, moment: Moment) -> float | None:
         """Held-out likelihood and, in the second phase, the gain in the divergence."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed + 2)  # the same draws of latents every time
+        with random_numbers(self.seed + 2):  # the same draws of latents every time
             mean_held_out = self.held_out_log_prob().mean().item()
             moment.log(held_out=mean_held_out)
             if not self.guided:
@@ -392,8 +390,7 @@ class _Problem:
     @torch.no_grad()
     def scores(self) -> tuple[Mean, Mean]:
         """The log-density of all rows held out under the flow, and under a Gaussian."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed + 2)
+        with random_numbers(self.seed + 2):
             rows = self.held_out.spread()
         places = torch.arange(len(rows), device=self.device).split(self.method.draws)
         held_out = torch.cat([self._log_prob(rows.rows(index)) for index in places])
@@ -405,7 +402,7 @@ class _Problem:
             return done
         trained = copy.deepcopy(self.flow.state_dict())
         densities = []
-        with torch.random.fork_rng(), torch.no_grad():
+        with random_numbers(), torch.no_grad():
             for state in (self.initial, trained):
                 torch.manual_seed(self.seed + 2)
                 self.flow.load_state_dict(state)
@@ -444,8 +441,7 @@ class _Problem:
 
     def final_critic(self, steps: int, least: int, seconds: float) -> ScaledCritic:
         """The critic of the final flow, trained on for a tenth of the steps, or more."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed + 3)
+        with random_numbers(self.seed + 3):
             count = max(least, steps // (10 if self.guided else 3))
             for progress in lessons("critic", count, seconds):
                 value, condition = self._batch()

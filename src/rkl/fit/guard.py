@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rkl.divergences import FDivergence, PrecisionRecall
@@ -15,6 +14,7 @@ from rkl.estimators import monte_carlo
 from rkl.flows.architectures import draw
 from rkl.flows.critic import Ratio
 from rkl.flows.training import Moment
+from rkl.randomness import random_numbers
 
 LogProb = Callable[..., Tensor]
 LOST = 0.5  # share of log-ratios cut off, from which on a critic is said to have collapsed
@@ -168,6 +168,6 @@ class Guard:
 
     @staticmethod
     def _draw(flow: nn.Module, condition: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-        with torch.random.fork_rng():  # the same latents for each, so that they are compared well
+        with random_numbers():  # the same latents for each, so that they are compared well
             law = flow() if condition is None else flow(condition)
             return draw(law, () if condition is not None else (count,))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rkl.flows.architectures.mixture import MixtureStart, latent_map
 from rkl.flows.rows import Data
 from rkl.flows.standardise import Units
+from rkl.randomness import random_numbers
 
 Kind = Literal["full", "tied", "diag"]
 KINDS: tuple[Kind, ...] = ("full", "tied", "diag")
@@ -98,8 +99,7 @@ def begin_as_mixture(
         to_latents = latent_map(flow(*given))
     if to_latents is None:
         return flow, units
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with random_numbers(seed):
         rows, judges = training.spread(), held_out.spread()
     plain = units if units.bending is None else Units.of_rows(training, bend=False)
     least, best = _gaussian_bic(units, rows), None

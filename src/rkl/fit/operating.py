@@ -16,8 +16,9 @@ from rkl.flows.architectures import draw
 from rkl.flows.critic import Critic, lessons
 from rkl.flows.precision import single_precision
 from rkl.flows.rows import Data
-from rkl.flows.training import Moment, one_at_a_time, train
+from rkl.flows.training import Moment, train
 from rkl.metrics.precision_recall import OperatingPoint, operating_point
+from rkl.randomness import one_at_a_time, random_numbers
 from rkl.runs import Run
 from rkl.stats import Mean, mean
 
@@ -56,8 +57,7 @@ def reach(
     that. While the precision is too low, more draws are spent, until the seconds are over.
     """
     began = time.perf_counter()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + 4)
+    with random_numbers(seed + 4):
         judge, most = _Judge(fitted, chosen), MOST if budget is None else budget
         if target is None:
             return judge.precision_bound(None, most, seconds)
@@ -79,7 +79,7 @@ def reach(
 
 def seconds_of_update(fitted: Fit, chosen: Critic, batch: int) -> float:
     """Seconds of one step of a critic, with the draws that it learns from."""
-    with torch.random.fork_rng():
+    with random_numbers():
         shape, conditions = fitted.trained_on.event_shape, fitted.trained_on.conditions
         ratio = chosen.build(shape, conditions, WIDEST).to(fitted.flow.dtype)
         began = time.perf_counter()
@@ -250,8 +250,7 @@ def distil_rejection(
         raise ValueError("fitted has no critic to reject by; fit with_critic=True.")
     number("anchor", anchor, at_least=0, below=1)
     knob = {"budget": budget, "accept_lam": accept_lam, "target_precision": target_precision}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + 5)
+    with random_numbers(seed + 5):
         lesson = _Lesson(fitted, critic, anchor, batch)
         lesson.point = operating_point(lesson.draw(DRAWS)[1].double().cpu(), **knob)
     how: dict[str, Any] = {"steps": steps, "minutes": minutes, "lr": lr, "seed": seed, "run": run}
@@ -302,8 +301,7 @@ class _Lesson:
 
     @torch.no_grad()
     def log_density(self, count: int) -> Mean:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # the same noise every time
+        with random_numbers(0):  # the same noise every time
             rows = self.held_out.rows(torch.arange(min(len(self.held_out), count))).spread()
         law = self.student() if rows.condition is None else self.student(rows.condition)
         return mean(law.log_prob(rows.values).double().cpu())

@@ -32,6 +32,7 @@ from rkl.flows.runs import (
 )
 from rkl.flows.training import goes_on, save_state
 from rkl.flows.weights import bounded_on_data, is_likelihood
+from rkl.randomness import random_numbers
 from rkl.runs import Run, check_out, fingerprint
 from rkl.runs.integrity import Input, local_path, values_of
 from rkl.runs.typed import record_of, with_defaults
@@ -157,8 +158,7 @@ def _prepare(settings: FitSettings, data: Data) -> Callable[..., Fit]:
     if settings.start_from is not None:
         return distillation(settings, data)
     device = checks.device(settings.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with random_numbers(settings.seed):
         flow = settings.architecture.build(data.event_shape, data.conditions)
     how: dict[str, Any] = {"seed": settings.seed, "method": settings.method}
     how |= {"with_critic": settings.critic, "budget": settings.budget}

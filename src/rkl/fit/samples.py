@@ -21,6 +21,7 @@ from rkl.flows.precision import single_precision
 from rkl.flows.runs import (
     check_samples,
 )
+from rkl.randomness import random_numbers
 from rkl.runs import Run, check_out_file
 from rkl.tables import with_error
 
@@ -57,8 +58,7 @@ def sample_run(
     condition = _condition(settings.condition, classes)
     device = checks.device(settings.device)
     flow.to(device)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(settings.seed)
+    with random_numbers(settings.seed), torch.no_grad():
         bound = math.inf if settings.truncation is None else settings.truncation
         law = flow() if condition is None else flow(condition.to(device))
         law = latent(law, settings.latent_temperature, bound)

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from rkl.checks import LARGEST_COUNT, LARGEST_RATE, integer, number, warn
+from rkl.checks import LARGEST_COUNT, LARGEST_RATE, integer, number
 from rkl.flows.precision import single_precision
+from rkl.randomness import one_at_a_time, random_numbers
 from rkl.runs import Run, save_tensors
 from rkl.runs.integrity import values_of
 from rkl.runs.progress import Progress
@@ -110,28 +110,6 @@ class Training:
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
-
-
-_RUNNING = threading.RLock()
-
-
-@contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Let one fit of this process run at a time; a second one, in another thread, waits.
-
-    Flows draw from torch's global random numbers, which a fit seeds and restores afterwards. Two
-    fits at the same time would share one sequence, and neither would depend on its seed alone.
-    """
-    if not _RUNNING.acquire(blocking=False):
-        warn(
-            "another fit is running in this process: this one waits for it, as both draw from "
-            "torch's global random numbers. Start a process for each to run them side by side."
-        )
-        _RUNNING.acquire()
-    try:
-        yield
-    finally:
-        _RUNNING.release()
 
 
 @one_at_a_time()
@@ -242,12 +220,7 @@ class _Loop:
 
     @contextlib.contextmanager
     def randomness(self, seed: int) -> Iterator[None]:
-        on_gpu = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(on_gpu):
-            torch.default_generator.manual_seed(seed)
-            for device in on_gpu:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
+        with random_numbers(seed):
             yield
 
     @property

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from rkl.checks import LARGEST_COUNT, integer, number
+from rkl.randomness import random_numbers
 from rkl.sample.importance import Importance, check_log_ratio, expectation, reweight
-from rkl.sample.mcmc.kernels import random_seed
 from rkl.sample.metropolis import draw_proposals, law_of
 from rkl.sample.observables import check_draws, check_held_out
 from rkl.sample.targets.base import Target, check_condition, exact_draws, exact_log_z
@@ -192,7 +192,7 @@ def judge_coverage(
         check_draws("held_out", target, held_out, 2)
     if train is not None and held_out is not None:
         check_held_out(train, held_out)
-    with random_seed(seed, condition.device):
+    with random_numbers(seed):
         law = law_of(proposal, target, condition)
         x, log_p, log_q = draw_proposals(target, law, condition, (draws,))
         held_out = exact_draws(target, condition, (draws,)) if held_out is None else held_out

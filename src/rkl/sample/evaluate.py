@@ -17,12 +17,13 @@ from rkl import checks
 from rkl.checks import LARGEST_COUNT, integer, warn
 from rkl.flows.precision import single_precision
 from rkl.flows.runs import single_run, write_evaluation
+from rkl.randomness import random_numbers
 from rkl.runs import REPORT, Run
 from rkl.sample.coverage import Coverage, judge_coverage, judge_ratios
 from rkl.sample.importance import Thermodynamics, reweight, tails_of_averages, thermodynamics
 from rkl.sample.log_z import thermodynamic_integration
 from rkl.sample.mcmc import markov_chain
-from rkl.sample.mcmc.kernels import kernel_of_angles, name_of, random_seed
+from rkl.sample.mcmc.kernels import kernel_of_angles, name_of
 from rkl.sample.metropolis import Chain, draw_proposals, independent_metropolis, law_of
 from rkl.sample.observables import averages, compare_with_held_out, observe
 from rkl.sample.results import Evaluation, Reference, Values
@@ -181,7 +182,7 @@ def _check_arguments(target: Target, condition: Tensor | None, draws, chains, he
 
 def _log_ratios(flow, target, condition, draws: int, seed: int) -> tuple[Tensor, Tensor, dict]:
     """Log p − log q and log p of independent draws [rows, draws], and Pareto k of averages."""
-    with random_seed(seed, condition.device):
+    with random_numbers(seed):
         law = law_of(flow, target, condition)
         x, log_p, log_q = draw_proposals(target, law, condition, (draws,))
     log_ratio, tails = (log_p - log_q).T, {}
@@ -216,7 +217,7 @@ def _exact_chains(target: Target, condition: Tensor, draws: int, seed: int) -> T
     """Exact draws [rows, chains, draws, *event], where the target has a sampler."""
     chains = max(1, min(MAX_CHAINS, draws // 50))
     shape = (len(condition), chains, draws // chains)
-    with random_seed(seed, condition.device):
+    with random_numbers(seed):
         x = exact_draws(target, condition, (math.prod(shape[1:]),))
     return None if x is None else x.movedim(0, 1).reshape(*shape, *target.event_shape)
 

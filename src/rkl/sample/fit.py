@@ -25,8 +25,9 @@ from rkl.flows.architectures.mixed import Bounded
 from rkl.flows.architectures.placed import Placed
 from rkl.flows.critic import Critic, Ratio
 from rkl.flows.precision import single_precision
-from rkl.flows.training import Moment, Training, one_at_a_time, train
+from rkl.flows.training import Moment, Training, train
 from rkl.flows.weights import along_path, is_likelihood, on_data, on_draws
+from rkl.randomness import one_at_a_time, random_numbers
 from rkl.runs import Run
 from rkl.sample.architecture import MAX_COOLED_SIZE, build_flow
 from rkl.sample.domain import check_domain
@@ -124,8 +125,7 @@ def fit_to_target(
     _check_terms(chosen, target, data is not None or _cools(target, anneal), log_z)
     given = _Conditions(target, conditions, strata)
     each = _draws(batch, given.count)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with random_numbers(seed):
         fitted = (
             flow
             if isinstance(flow, nn.Module)

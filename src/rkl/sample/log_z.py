@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import LARGEST_COUNT, integer
-from rkl.sample.mcmc.kernels import random_seed
+from rkl.randomness import random_numbers
 from rkl.sample.mcmc.walks import kernel_of, markov_chain
 from rkl.sample.targets.base import Kernel, Target, check_condition, has_temperature
 from rkl.sample.tempering import Rung, Sampler, log_mean
@@ -193,7 +193,7 @@ def annealed_importance(
     kernel = kernel_of(target, kernel)
     # p at a temperature T/β is p^β, so that one path to the coldest passes through all others
     share = ladder / ladder[-1]
-    with random_seed(seed, condition.device):
+    with random_numbers(seed):
         coldest = _conditions(condition, ladder[-1:] / unit)
         sampler = Sampler(target, coldest, WIDTH, sweeps, kernel)
         one = torch.ones(1, sampler.size, dtype=sampler.dtype)

@@ -14,8 +14,9 @@ from torch.distributions import Distribution
 from rkl.checks import LARGEST_COUNT, floats, integer, warn
 from rkl.flows.architectures import draw
 from rkl.flows.precision import single_precision
+from rkl.randomness import random_numbers
 from rkl.sample.domain import check_domain
-from rkl.sample.mcmc.kernels import check_kernel, random_seed
+from rkl.sample.mcmc.kernels import check_kernel
 from rkl.sample.targets.base import Kernel, Target, as_floats, check_condition
 from rkl.sample.targets.check import precise_log_prob
 from rkl.stats import ess, ess_tail, integrated_time, rhat
@@ -200,7 +201,7 @@ def independent_metropolis(
     integer("chains", chains, at_least=1, at_most=LARGEST_COUNT)
     size = draws, chains
     local = None if local is None else check_kernel("local", local)
-    with random_seed(seed, condition.device):
+    with random_numbers(seed):
         law = law_of(proposal, target, condition)
         present = _present(target, law, condition, chains, start)
         steps = (

@@ -30,6 +30,7 @@ from rkl.flows.runs import (
 )
 from rkl.flows.training import goes_on, load_state, save_state
 from rkl.importing import names_in, only
+from rkl.randomness import random_numbers
 from rkl.readers import place_of_nan, read_arrays
 from rkl.runs import (
     Run,
@@ -49,7 +50,6 @@ from rkl.sample.architecture import build_flow
 from rkl.sample.files import write_chain
 from rkl.sample.fit import TargetFit, fit_to_target
 from rkl.sample.importance import reweight
-from rkl.sample.mcmc.kernels import random_seed
 from rkl.sample.metropolis import Chain, draw_proposals, independent_metropolis, law_of
 from rkl.sample.observables import observe
 from rkl.sample.settings import SampleSettings, TargetSettings, condition_grid, parse_ranges
@@ -159,7 +159,7 @@ def _worst(flow: nn.Module, settings: TargetSettings) -> str:
     condition, target = condition_grid(settings.ranges, WORST_VALUES), settings.parsed_target
     if len(condition) < 2:
         return ""
-    with random_seed(settings.seed, condition.device):
+    with random_numbers(settings.seed):
         law = law_of(flow, target, condition)
         _, log_p, log_q = draw_proposals(target, law, condition, (WORST_DRAWS,))
     try:
@@ -359,8 +359,7 @@ def _inputs(settings: TargetSettings, data: tuple[Tensor, Tensor] | None) -> dic
 
 def _build_flow(settings: TargetSettings) -> nn.Module:
     target = settings.parsed_target
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with random_numbers(settings.seed):
         flow = build_flow(settings.architecture, target, settings.ranges)
     if settings.start_from is not None:
         begin: Any = getattr(flow, "start_from", None)

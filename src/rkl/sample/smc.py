@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import LARGEST_COUNT, integer, number
+from rkl.randomness import random_numbers
 from rkl.sample.lost_modes import LostMode, find_lost_mode
-from rkl.sample.mcmc.kernels import kernel_of_angles, random_seed
+from rkl.sample.mcmc.kernels import kernel_of_angles
 from rkl.sample.targets.base import Target, check_condition, without_bounds
 from rkl.sample.targets.domains import Chart
 from rkl.sample.tempering import Rung, Sampler, log_mean
@@ -140,7 +141,7 @@ def evidence(
         if circle
         else [(width, -(-islands // 2)), (width / NARROWER, islands // 2)]
     )
-    with random_seed(seed, condition.device):
+    with random_numbers(seed):
         paths, samplers = [], []
         for wide, count in sizes:
             sampler = Sampler(target, condition, wide, sweeps, kernel_of_angles(target))

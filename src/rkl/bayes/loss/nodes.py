@@ -29,6 +29,7 @@ from rkl.bayes.loss.quadrature import (
 )
 from rkl.bayes.model import Laws, moving_edge, support_of
 from rkl.divergences import FDivergence, Jeffreys
+from rkl.randomness import random_numbers
 from rkl.stats import resample
 
 PROBES, SAMPLES = 24, 64  # distributions that decide where nodes go, and draws of each at first
@@ -163,8 +164,7 @@ def _nodes(laws: Laws, divergence: FDivergence, size: int, seed: int) -> Nodes:
     atoms = _atoms(first)
     if atoms is not None:
         return _with_defect(laws, *atoms)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with random_numbers(seed), torch.no_grad():
         return _quadrature(laws, divergence, size) if _on_line(first) else _importance(laws, size)
 
 

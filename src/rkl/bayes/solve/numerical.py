@@ -27,6 +27,7 @@ from rkl.bayes.loss.nodes import MAX_DEFECT, MAX_MISSING, Nodes
 from rkl.bayes.model import LawOf, Laws, laws_of, whole_parameters
 from rkl.bayes.problem import Problem
 from rkl.bayes.solve.unconstrained import Chart, Minimum, chart_of, minimise
+from rkl.randomness import random_numbers
 
 PRICE = 1e4  # nats times the square of the mass that lies between the nodes
 START_LOG_DENSITIES = 2**16  # for the several starts, of a loss that needs every draw
@@ -508,8 +509,7 @@ def _keys(law: Distribution) -> Tensor | None:
 
 def same_density(law: Distribution, other: Distribution) -> bool:
     """True if distributions of one batch shape have the same densities at samples of the first."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+    with random_numbers(0), torch.no_grad():
         x = law.sample(torch.Size([16]))
         return torch.allclose(
             law.log_prob(x), other.log_prob(x), rtol=SAME_DENSITY, atol=SAME_DENSITY

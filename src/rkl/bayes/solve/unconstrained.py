@@ -21,6 +21,7 @@ from torch.distributions.transforms import (
 )
 
 from rkl.bayes.model import LawOf
+from rkl.randomness import random_numbers
 
 SLACK = 1e-6  # by which draws rounded to single precision may miss a sum, or a symmetry
 
@@ -225,7 +226,7 @@ def _accepts(law: LawOf, values: Mapping[str, Tensor], name: str, probe: Tensor)
     subsample = {key: x[:8] for key, x in values.items()}
     try:
         made = law(subsample | {name: probe[:8]})
-        with torch.random.fork_rng(devices=[]):
+        with random_numbers():
             points = law(subsample).sample()
         return _is_valid(made) and not made.log_prob(points).isnan().any()
     except (ValueError, RuntimeError):

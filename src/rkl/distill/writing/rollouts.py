@@ -22,6 +22,7 @@ from rkl.distill.text.batches import DATA, SOURCES
 from rkl.distill.text.chats import ChatTemplate
 from rkl.distill.text.data import IGNORED, TokenDataset
 from rkl.distill.writing.sampling import Sampling
+from rkl.randomness import random_numbers
 
 
 class Reply(NamedTuple):
@@ -96,8 +97,7 @@ class ModelWriter(Writer):
 
     def write(self, prompts, *, seed):
         check_room(prompts, self.sampling, self.context, "max_completion_length")
-        device = next(self.model.parameters()).device
-        with seeded(seed, device), inference(self.model), self.around():
+        with random_numbers(seed), inference(self.model), self.around():
             together = self.writes_together
             return replies_of(self.model, prompts, self._config, [self._only], together=together)
 
@@ -402,14 +402,6 @@ def _spelt(tokens: Sequence[int], tokenizer: Any) -> str:
     if tokenizer is None:
         return " or ".join(map(str, tokens))
     return " or ".join(map(str, tokenizer.convert_ids_to_tokens(list(tokens))))
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """The global random state, set to a seed for a while: transformers draws from no other."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def seed_of(*numbers: int) -> int:

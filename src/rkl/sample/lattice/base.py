@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from rkl.randomness import random_numbers
 from rkl.sample.lattice.network import Site
 from rkl.sample.lattice.ordering import Ordering, ordering
 
@@ -146,7 +147,7 @@ class SitesDistribution(Distribution, abc.ABC):
 
     def integrates(self, log_prob: Callable[[Tensor, Tensor], Tensor]) -> bool:
         """True if the integrated sites follow p given the others: redrawing changes no weight."""
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), random_numbers():
             condition = self.condition.reshape(-1, self.condition.shape[-1]).double()
             condition = condition[torch.arange(4) % len(condition)]
             x = math.pi * (2 * torch.rand(4, *self.event_shape, dtype=torch.float64) - 1)

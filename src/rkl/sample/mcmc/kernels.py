@@ -1,9 +1,8 @@
 """Moves of Markov chains: heat bath with over-relaxation, Metropolis, Wolff, random walk."""
 
-import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -250,12 +249,3 @@ def check_kernel(name: str, kernel: Any) -> Kernel:
     if not isinstance(kernel, Kernel):
         raise TypeError(f"{name} must be a kernel such as HeatBath(); got {kernel!r}.")
     return kernel
-
-
-@contextlib.contextmanager
-def random_seed(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators within the block, and restore them at the end."""
-    integer("seed", seed)
-    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
-        torch.manual_seed(seed)
-        yield

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import LARGEST_COUNT, floats, integer
-from rkl.sample.mcmc.kernels import RandomWalk, check_kernel, random_seed
+from rkl.randomness import random_numbers
+from rkl.sample.mcmc.kernels import RandomWalk, check_kernel
 from rkl.sample.targets.base import Kernel, Target, check_condition
 
 MAX_STARTS = 100  # states that are tried to begin a chain at
@@ -86,7 +87,7 @@ def markov_chain(
         integer(name, value, at_least=least, at_most=LARGEST_COUNT)
     kernel = kernel_of(target, kernel)
     each = condition[..., None, :].expand(*condition.shape[:-1], chains, condition.shape[-1])
-    with random_seed(seed, condition.device):
+    with random_numbers(seed):
         x = _initial_states(target, each) if start is None else _checked_start(target, each, start)
         x = kernel.move(target, each, x, warm_up) if warm_up else x
         steps = []

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rkl.checks import warn
+from rkl.randomness import random_numbers
 from rkl.sample.domain import check_architecture
 from rkl.sample.targets.base import Kernel, Target, exact_draws
 
@@ -226,7 +227,7 @@ def _check_abilities(target, x, condition):
         f"{target}: kernel must be None or have a method move; got {kernel!r}."
     )
     if kernel is not None:
-        with torch.random.fork_rng():
+        with random_numbers():
             moved = kernel.move(target, condition, x, 1)
         law = f"{target}: a move of its kernel must return finite x of the same shape."
         assert moved.shape == x.shape, law
@@ -244,15 +245,14 @@ def _check_abilities(target, x, condition):
     architecture = target.architecture()
     if architecture is not None:
         check_architecture(architecture, target)
-        with torch.random.fork_rng():
+        with random_numbers():
             architecture.build(target.event_shape, len(target.conditions))
 
 
 def _check_sampler(target, condition, draws: int = 20_000):
     """E[d log p/dx] = 0: each mean within 5 standard errors, 2 in a million by chance."""
     each, kernel = condition.expand(draws, -1), target.kernel()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with random_numbers(0):
         x = exact_draws(target, condition, (draws,))
         if x is None:
             return

@@ -36,6 +36,7 @@ ALONE = {
     "extras": set(),
     "lazy": {"extras"},
     "text": set(),
+    "randomness": {"checks"},
     "readers": {"checks", "extras"},
     "tables": {"checks", "extras"},
     "runs": {"checks", "importing", "text"},

@@ -1,7 +1,6 @@
 """The act beside other estimates: what each is, and what each loses under every loss."""
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pandas
@@ -155,9 +154,8 @@ def test_mean_and_median_are_theirs(draws, table):
 
 def test_medians_of_more_numbers_than_the_quantiles_of_torch_take_are_theirs():
     theta = torch.tensor([5.0, 1.0, 2.0, 3.0])[:, None] + torch.arange(2**22 + 1) / 2**22
-    draws = SimpleNamespace(weights=None)
-    problem: Any = SimpleNamespace(draws=draws, theta={"mu": theta[..., None]})
-    torch.testing.assert_close(compare._medians(problem)["mu"], theta[2:].mean(0)[:, None])
+    medians = compare._medians({"mu": theta[..., None]}, None)
+    torch.testing.assert_close(medians["mu"], theta[2:].mean(0)[:, None])
 
 
 def test_without_a_density_the_modes_are_left_out_with_the_reason(quick, draws):

@@ -49,6 +49,9 @@ def test_a_cache_says_what_the_model_says(architecture, tiny_model, tiny_rows, t
         torch.testing.assert_close(logits_of(told), logits_of(expected))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:train_dataset. .* tokens are cut off", "ignore:eval_dataset. .* cut off"
+)
 def test_training_from_a_cache_is_training_from_the_model(
     tiny_model, tiny_rows, tiny_trainer, tmp_path
 ):

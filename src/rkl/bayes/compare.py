@@ -89,7 +89,10 @@ def compare(
                 notes.append(f"{name} is left out: {error}")
     candidates = {name: variables_of(one) for name, one in estimates.items()}
     judges = {name: excess_over(one) for name, one in estimates.items()}
-    candidates |= {"posterior mean": means_of(problem), "posterior median": _medians(problem)}
+    candidates |= {
+        "posterior mean": means_of(problem),
+        "posterior median": _medians(problem.theta, problem.draws.weights),
+    }
     if angles := sorted(periodic(problem)):
         notes.append(
             f"{', '.join(angles)} on a circle: posterior mean and median depend on where it is cut"
@@ -206,14 +209,13 @@ def means_of(problem: Problem) -> Variables:
     return {name: torch.tensordot(weights.flatten(), x, 1) for name, x in problem.theta.items()}
 
 
-def _medians(problem: Problem) -> Variables:
-    weights = problem.draws.weights
+def _medians(theta: Variables, weights: Tensor | None) -> Variables:
     if weights is None:
         return {
             name: interpolated_quantile(x.reshape(len(x), -1), 0.5).reshape(x.shape[1:])
-            for name, x in problem.theta.items()
+            for name, x in theta.items()
         }
-    return {name: quantile(x, 0.5, weights.flatten()) for name, x in problem.theta.items()}
+    return {name: quantile(x, 0.5, weights.flatten()) for name, x in theta.items()}
 
 
 def side_by_side(

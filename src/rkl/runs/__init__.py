@@ -547,7 +547,7 @@ def verb(name: str, *paths: str | os.PathLike) -> Any:
     try:
         return getattr(wing, name)
     except AttributeError:
-        command = re.split("_|Settings", name)[0].lower()  # of sample_run and SampleSettings
+        command = re.split("_|Settings", name)[0].lower()  # of a run or its settings
         command = "rkl.load" if name == "load_run" else f"rkl {command}"
         report = Path(path, "report.html")
         there = f" Its report is {report}." if report.exists() else ""

@@ -51,7 +51,7 @@ def test_each_of_two_threads_has_the_numbers_of_its_seed():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_threads_that_do_not_wait_do_not():
+def test_without_waiting_two_threads_share_one_sequence():
     alone = [drawn(seed, shared_numbers) for seed in (0, 1)]
     with torch.random.fork_rng(devices=[]):
         assert in_two_threads(shared_numbers) != alone

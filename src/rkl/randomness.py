@@ -15,9 +15,8 @@ _MINE = threading.RLock()
 def random_numbers(seed: int | None = None) -> Iterator[None]:
     """Have torch's global generators for this thread alone, and restore them at the end.
 
-    Two threads that seed and restore them at the same time would share one sequence, neither
-    result would depend on its seed alone, and the generators could stay as one of them was seeded.
-    So the second one waits.
+    Another thread that asks for them waits. If two threads seeded and restored them at the same
+    time, both would draw from one sequence, and the generators could stay seeded afterwards.
 
     Args:
         seed: Seed within the block; None leaves the generators as they are.

@@ -62,8 +62,9 @@ def assert_same(model, loss, expected):
     for name, gradient in reference.items():
         # An entry is a sum that may cancel: what is known of it is a share of the largest. Some
         # 1e3 roundings of 1e-16, which norms and soft caps enlarge a hundredfold, come to 1e-11.
-        # Norms of Gemma round gradients to single precision: a last digit of 1e-16 may turn 6e-8.
-        share = 1e-6 if "Gemma" in type(model).__name__ else 1e-10
+        # Norms of Gemma compute in single precision, whatever the weights are, where a difference
+        # of 1e-16 can round to one of 6e-8; a few of these add up.
+        share = 3e-7 if "Gemma" in type(model).__name__ else 1e-10
         known = share * gradient.abs().max().item()
         torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=known, msg=name)
 

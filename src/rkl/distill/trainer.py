@@ -300,10 +300,10 @@ class DistillTrainer(Trainer):
     def _check_apart(self, name: str, inputs: Mapping[str, Any]) -> None:
         """Refuse a row of several texts, told apart by positions alone, if a model mixes them."""
         positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-        if positions is None or positions.ndim != 2 or mask is not None:
+        if positions is None or positions.ndim != 2 or mask is not None or not self._mixing:
             return
         begins = (positions == 0) & attended(inputs)
-        if bool((begins.sum(-1) > 1).any()) and self._mixing:
+        if bool((begins.sum(-1) > 1).any()):
             raise ValueError(
                 f"{name} has rows of several texts, and {self._mixing}. Give each text a row of "
                 "its own: rkl.distill.tokenize(..., packing=False)."

@@ -445,8 +445,10 @@ def _in_memory(data: Any, split: str, source: str = "data") -> _Reading:
         data = data[split]
     if not isinstance(data, Iterable):
         raise TypeError(f"data must be a file, a data set or a list of rows; got {_short(data)}.")
-    of_arrow = isinstance(data, list) and bool(data) and _has_arrays(data[0])
-    filled = of_arrow or type(data).__module__.partition(".")[0] in ("datasets", "pandas")
+    of_frame = isinstance(data, Frame) or (
+        isinstance(data, list) and any(map(_has_arrays, data[:1]))
+    )
+    filled = of_frame or type(data).__module__.partition(".")[0] == "datasets"
     rows = (_without_arrays(row) if _has_arrays(row) else row for row in in_rows(data))
     return _Reading(enumerate(rows, 1), source, filled=filled)
 

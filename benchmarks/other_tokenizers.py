@@ -3,8 +3,9 @@
 A pretrained teacher and small students with random weights, some with the teacher's tokenizer and
 some with one of their own, learnt from the same text. Each takes as many steps on as much text of
 Python's documentation, and learns from the teacher in another way, or from the text alone. Bits a
-byte of held-out text compare them, whatever their tokens are. Writes a csv with a row for each
-student, and prints the table of docs/distill.md:
+byte of held-out text compare them, whatever their tokens are, and the gain over the student with
+the same tokenizer and seed that learns from the text alone. Writes a csv with a row for each
+student and seed, and prints the table of docs/distill.md:
 
     python benchmarks/other_tokenizers.py --out other-tokenizers.csv
 """
@@ -44,6 +45,14 @@ from rkl.distill import (
 END = "<|endoftext|>"
 HELD_OUT = 48  # rows
 BATCH = 3  # rows
+TEXT = "text of the data"
+SAME_TEXT = "same tokenizer: text of the data"
+SAME_KL = "same tokenizer: kl"
+FIELDS = (
+    *("learns from", "seed", "steps", "before", "bits_per_byte", "bits_per_byte_error"),
+    *("gain", "gain_error", "aligned_tokens", "matched_mass", "one_to_one", "seconds"),
+)
+SHOWN = "bits_per_byte", "gain", "aligned_tokens", "matched_mass"
 
 
 TOLD: dict[int, dict[int, Any]] = {}  # by teacher, and by the number of a batch
@@ -159,30 +168,22 @@ def train(student: Any, arm: Arm, steps: int, rate: float) -> tuple[dict[str, fl
 
 
 @torch.no_grad()
-def bits_per_byte(
-    model: Any, tokenizer: Any, texts: list[str], baseline: Tensor | None = None
-) -> tuple[dict[str, float], Tensor]:
-    """Mean over the bytes of all texts with its standard error over texts, and bits by text.
-
-    With those of a baseline, here the student that learns from the text of the data, also the
-    difference from it, whose error is that of pairs.
-    """
+def bits_by_text(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+    """The bits that a model needs for each text."""
     model.eval()
-    nats, sizes = [], []
+    nats = []
     for text in texts:
         ids = torch.tensor([tokens(tokenizer, text)])
         nats.append(float(cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")))
-        sizes.append(len(text.encode()))
-    bits, size = torch.tensor(nats) / math.log(2), torch.tensor(sizes).float()
-    named = {"bits_per_byte": bits}
-    if baseline is not None:
-        named["difference"] = bits - baseline
-    figures = {}
-    for name, of_text in named.items():
-        mean = of_text.sum() / size.sum()
-        spread = (of_text - mean * size).std() * math.sqrt(len(texts)) / size.sum()
-        figures |= {name: float(mean), f"{name}_error": float(spread)}
-    return figures, bits
+    return torch.tensor(nats) / math.log(2)
+
+
+def per_byte(bits: Tensor, texts: list[str], name: str) -> dict[str, float]:
+    """Mean over the bytes of all texts with its standard error over texts."""
+    size = torch.tensor([len(text.encode()) for text in texts]).float()
+    mean = bits.sum() / size.sum()
+    spread = (bits - mean * size).std() * math.sqrt(len(texts)) / size.sum()
+    return {name: float(mean), f"{name}_error": float(spread)}
 
 
 class SameTokens:
@@ -222,14 +223,14 @@ def arms(
         return lambda name: Arm(name, ours, rows, aligned(unmatched), divergence, 0.0)
 
     return {
-        "text of the data": lambda name: Arm(name, ours, rows, None, None, 1.0),
+        TEXT: lambda name: Arm(name, ours, rows, None, None, 1.0),
         "bytes, kl": by_bytes(kl, "prefix"),
         "bytes, jensen-shannon": by_bytes(js, "prefix"),
         "bytes, jensen-shannon, unmatched='rest'": by_bytes(js, "rest"),
         "sorted, beside the text of the data": by_sorting,
         "text of the teacher": own_text,
-        "same tokenizer: kl": lambda name: Arm(name, theirs, alike, SameTokens(teacher), kl, 0.0),
-        "same tokenizer: text of the data": lambda name: Arm(name, theirs, alike, None, None, 1.0),
+        SAME_TEXT: lambda name: Arm(name, theirs, alike, None, None, 1.0),
+        SAME_KL: lambda name: Arm(name, theirs, alike, SameTokens(teacher), kl, 0.0),
     }
 
 
@@ -243,9 +244,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=2048, help="of the student's own tokenizer")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    asked = quick.parse(parser, model="", rows=6, steps=4, vocab=300, width=64)
+    parser.add_argument("--seeds", type=int, default=3, help="of the students")
+    parser.add_argument("--out", type=Path, help="a csv, which keeps the students it has")
+    asked = quick.parse(parser, model="", rows=6, steps=4, vocab=300, width=64, seeds=2)
     torch.set_num_threads(1)
     texts, held_out = pieces(asked.rows, asked.size)
     manual = [topics[name] for at, name in enumerate(sorted(topics)) if at % 6 != 3]
@@ -255,29 +256,40 @@ def main() -> None:
     else:
         theirs = new_tokenizer(manual, 600)
         teacher = new_model(theirs, Shape(2, 64, context=256), seed=1)
-    fields = ["learns from", "seed", "steps", "before", "bits_per_byte", "bits_per_byte_error"]
-    fields += ["difference", "difference_error"]
-    fields += ["aligned_tokens", "matched_mass", "one_to_one", "seconds"]
-    table, baseline = read(asked.out), None
-    done = {row["learns from"] for row in table}
-    for name, make in arms(teacher, theirs, ours, texts, asked.size // 4).items():
-        if name in done:
-            continue
-        arm = make(name)
-        student = new_model(arm.tokenizer, Shape(2, asked.width, context=512), seed=asked.seed)
-        before = bits_per_byte(student, arm.tokenizer, held_out)[0]["bits_per_byte"]
-        figures, seconds = train(student, arm, asked.steps, asked.rate)
-        ends, bits = bits_per_byte(student, arm.tokenizer, held_out, baseline)
-        baseline = bits if name == "text of the data" else baseline
-        row = {"learns from": arm.name, "seed": asked.seed, "steps": asked.steps, "before": before}
-        table.append(row | ends | figures | {"seconds": seconds})
-        print(table[-1], flush=True)
-        write(table, fields, asked.out)
-    if "the teacher itself" not in done:
-        ends, _ = bits_per_byte(teacher, theirs, held_out, baseline)
-        table.append({"learns from": "the teacher itself", **ends})
-        write(table, fields, asked.out)
-    show(table, fields)
+    table = read(asked.out)
+    done = {(row["learns from"], row.get("seed")) for row in table}
+    made = {
+        name: functools.cache(functools.partial(make, name))
+        for name, make in arms(teacher, theirs, ours, texts, asked.size // 4).items()
+    }
+    for seed in range(asked.seeds):
+        baselines: dict[str, Tensor] = {}
+        for name, make in made.items():
+            if (name, str(seed)) in done and name not in (TEXT, SAME_TEXT):
+                continue
+            arm = make()
+            student = new_model(arm.tokenizer, Shape(2, asked.width, context=512), seed=seed)
+            before = bits_by_text(student, arm.tokenizer, held_out)
+            figures, seconds = train(student, arm, asked.steps, asked.rate)
+            bits = bits_by_text(student, arm.tokenizer, held_out)
+            row = {"learns from": name, "seed": seed, "steps": asked.steps}
+            row["before"] = per_byte(before, held_out, "")[""]
+            row |= per_byte(bits, held_out, "bits_per_byte")
+            if name in (TEXT, SAME_TEXT):
+                baselines[name] = bits
+            else:
+                baseline = baselines[SAME_TEXT if name == SAME_KL else TEXT]
+                row |= per_byte(baseline - bits, held_out, "gain")
+            if (name, str(seed)) not in done:
+                table.append(row | figures | {"seconds": seconds})
+                print(table[-1], flush=True)
+                write(table, asked.out)
+    if ("the teacher itself", None) not in done:
+        bits = bits_by_text(teacher, theirs, held_out)
+        row = {"learns from": "the teacher itself"}
+        table.append(row | per_byte(bits, held_out, "bits_per_byte"))
+        write(table, asked.out)
+    show(table)
 
 
 def read(path: Path | None) -> list[dict[str, Any]]:
@@ -288,22 +300,30 @@ def read(path: Path | None) -> list[dict[str, Any]]:
         return [{name: it for name, it in row.items() if it} for row in csv.DictReader(file)]
 
 
-def write(table: list[dict[str, Any]], fields: list[str], path: Path | None) -> None:
+def write(table: list[dict[str, Any]], path: Path | None) -> None:
     if path is None:
         return
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fields)
+        writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(table)
 
 
-def show(table: list[dict[str, Any]], fields: list[str]) -> None:
-    """Print the rows as a table."""
-    print(f"| {' | '.join(fields)} |\n|{'---|' * len(fields)}")
-    for row in table:
-        cells = [row.get(name, "") for name in fields]
-        cells = [f"{it:.3f}" if isinstance(it, float) else str(it) for it in cells]
-        print(f"| {' | '.join(cells)} |")
+def show(table: list[dict[str, Any]]) -> None:
+    """Print means over the seeds with their standard errors; of one row, its error over texts."""
+    print(f"| learns from | {' | '.join(SHOWN)} |\n|---{'|---' * len(SHOWN)}|")
+    for name in dict.fromkeys(row["learns from"] for row in table):
+        rows = [row for row in table if row["learns from"] == name]
+        cells = []
+        for field in SHOWN:
+            values = torch.tensor([float(row[field]) for row in rows if row.get(field, "") != ""])
+            alike = len(set(values.tolist())) <= 1
+            error = None if alike else values.std() / math.sqrt(len(values))
+            if len(values) == 1 and f"{field}_error" in rows[0]:
+                error = float(rows[0][f"{field}_error"])
+            shown = f"{values.mean():.3f}" if len(values) else ""
+            cells.append(shown if error is None else f"{shown} ± {error:.3f}")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The Bayes act: its value, its risk and its errors, when it exists and when it does not."""
 
+import copy
 import json
 import math
+import pickle
 from types import SimpleNamespace
 
 import mpmath
@@ -267,6 +269,19 @@ def test_weights_stand_for_repeated_draws(draws):
         for name in ("mu", "sigma"):
             torch.testing.assert_close(by_weight.act[name], by_draw.act[name], rtol=1e-6, atol=0)
         torch.testing.assert_close(by_weight.risk.value, by_draw.risk.value)
+
+
+def by_function(theta):
+    return Normal(theta.mu, theta.sigma)
+
+
+@pytest.mark.parametrize("family", [ORDINARY, by_function])
+def test_an_estimate_can_be_pickled_and_copied(draws, family):
+    estimate = bayes_act(draws, family)
+    inside = estimate.region().inside  # which fills what is computed once
+    for again in (pickle.loads(pickle.dumps(estimate)), copy.deepcopy(estimate)):
+        assert str(again) == str(estimate)
+        assert torch.equal(again.region().inside, inside)
 
 
 def test_a_large_location_costs_no_digits(draws):

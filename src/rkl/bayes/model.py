@@ -687,18 +687,46 @@ def _model_of_class(text: str, cls, settings: dict[str, Any], draws: Draws, desi
         simplex = constraints_by_name.get(parameter) is constraints.simplex
         _refuse_unstackable(text, parameter, parts, ranks[parameter], simplex, draws)
 
-    def make(theta: Theta) -> Distribution:
-        batch = max(theta[name].ndim - events[name] for name in names)
-        aligned = {
-            k: align(theta[v], ranks[k], batch, places.get(v)) for k, v in variables.items()
-        }
-        aligned |= {k: stack_columns(theta, v, events) for k, v in stacks.items()}
-        return cls(**aligned, **fixed, validate_args=None if not constraints_by_name else False)
-
     places = places_of_axes({name: draws.of(name) for name in names}, events)
+    make = _Named(cls, names, variables, stacks, fixed, ranks, events, places)
     some_draws = probe(draws, names)
     settings = variables | stacks | fixed
     return Model(text, names, make, settings, cls, events, design, some_draws, columns, places)
+
+
+@dataclass(frozen=True, eq=False)
+class _Named:
+    """The distributions of a class whose parameters are named; as an object it can be pickled."""
+
+    kind: Callable[..., Distribution]
+    names: tuple[str, ...]
+    variables: Mapping[str, str]  # parameter -> variable
+    stacks: Mapping[str, Stack]
+    fixed: Mapping[str, Any]
+    ranks: Mapping[str, int]  # parameter -> its event axes
+    events: Mapping[str, int]  # variable -> its event axes
+    places: Mapping[str, tuple[int, ...]]
+
+    def __call__(self, theta: Theta) -> Distribution:
+        batch = max(theta[name].ndim - self.events[name] for name in self.names)
+        aligned = {
+            k: align(theta[v], self.ranks[k], batch, self.places.get(v))
+            for k, v in self.variables.items()
+        }
+        aligned |= {k: stack_columns(theta, v, self.events) for k, v in self.stacks.items()}
+        checked = False if _constraints(self.kind) else None
+        return self.kind(**aligned, **self.fixed, validate_args=checked)
+
+
+@dataclass(frozen=True, eq=False)
+class _Called:
+    """The distributions that a callable makes of draws and, where there is one, the design."""
+
+    family: Callable[..., Distribution]
+    design: tuple[Any, ...] = ()
+
+    def __call__(self, theta: Theta) -> Distribution:
+        return self.family(theta, *self.design)
 
 
 def _names_in(value: Any) -> tuple[str, ...]:
@@ -869,9 +897,7 @@ def _from_callable(family: Callable, draws: Draws, design: Any) -> Model:
         else shown_design
     )
 
-    def make(theta: Theta) -> Distribution:
-        return family(theta) if design is None else family(theta, shown_design)
-
+    make = _Called(family, () if design is None else (shown_design,))
     some_draws = Theta(probe(draws, draws.names, unread=True))
     model = Model(text, draws.names, make, design=design)
     _check_some(model, some_draws)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,10 @@ class Problem:
         if self.model.few is None:
             few = probe(self.draws, self.model.names)
             object.__setattr__(self, "model", replace(self.model, few=few))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what is computed from them holds functions, which no pickle takes."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @functools.cached_property
     def few(self) -> Variables:

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import mpmath
 import pytest
@@ -17,6 +18,7 @@ from torch.distributions import (
     Laplace,
     LogNormal,
     MixtureSameFamily,
+    Multinomial,
     MultivariateNormal,
     NegativeBinomial,
     Normal,
@@ -200,6 +202,27 @@ def test_members_of_a_batch_may_differ_in_how_many_atoms_they_have():
     p, q = two.at(slice(0, 1)), two.at(slice(1, 2))
     total = KL().excess(nodes.log_mass(p), nodes.log_mass(q)).sum(-1)
     torch.testing.assert_close(total, kl_divergence(p, q), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(("trials", "classes", "atoms"), [(0, 3, 1), (1, 4, 4), (10, 3, 66)])
+def test_the_counts_of_a_multinomial_are_enumerated_where_there_are_few(trials, classes, atoms):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, classes, generator=g, dtype=torch.float64)
+    law = partial(Multinomial, trials)
+    some = laws({"logits": logits}, lambda t: law(logits=t["logits"]))
+    nodes = nodes_for(some)
+    distinct = {*map(tuple, nodes.points.reshape(atoms, -1).tolist())}
+    assert (nodes.kind, len(nodes), len(distinct)) == ("enumeration", atoms, atoms)
+    assert nodes.defect < 1e-13 * atoms
+    p, q = some.at(slice(0, 1)), some.at(slice(1, 2))
+    # a multinomial is so many independent draws of a class
+    exact = trials * kl_divergence(*(Categorical(logits=x) for x in logits[:2]))
+    torch.testing.assert_close(on(nodes, KL(), p, q).squeeze(), exact, rtol=1e-12, atol=1e-14)
+
+
+def test_a_multinomial_with_very_many_counts_is_sampled():
+    some = laws({"p": torch.full((3, 20), 0.05).double()}, lambda t: Multinomial(100, t["p"]))
+    assert nodes_for(some, size=50).kind == "importance"
 
 
 def test_a_batch_has_nodes_for_all_its_members():

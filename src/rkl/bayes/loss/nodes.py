@@ -1,5 +1,6 @@
 """Points and weights over which a divergence between distributions is a sum, chosen once."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from torch.distributions import (
     Distribution,
     Independent,
     MixtureSameFamily,
+    Multinomial,
     TransformedDistribution,
     VonMises,
     constraints,
@@ -283,10 +285,24 @@ def _atoms(law: Distribution) -> tuple[Tensor, Tensor] | None:
         points = torch.eye(law.event_shape[-1], dtype=torch.float64)
     elif (axes := _axes(law)) is not None:
         points = torch.cartesian_prod(*axes).reshape(-1, *law.event_shape)
+    elif isinstance(law, Multinomial) and _outcomes(law) <= ATOMS:
+        points = _counts_of_classes(law)
     else:
         return None
     points = points.reshape(len(points), *[1] * (len(law.batch_shape) - 1), *law.event_shape)
     return points, torch.zeros(members, len(points), dtype=torch.float64)
+
+
+def _outcomes(law: Multinomial) -> int:
+    return math.comb(law.total_count + law.event_shape[-1] - 1, law.total_count)
+
+
+def _counts_of_classes(law: Multinomial) -> Tensor:
+    """All counts [m, classes] with the total of a multinomial, as trials between bars."""
+    places = law.total_count + law.event_shape[-1] - 1
+    bars = itertools.combinations(range(places), law.event_shape[-1] - 1)
+    edges = torch.tensor([(-1, *each, places) for each in bars], dtype=torch.float64)
+    return edges.diff(dim=-1) - 1
 
 
 def _atoms_of_all(law: Distribution) -> tuple[Tensor, Tensor] | None:

@@ -1,5 +1,6 @@
 """``rkl estimate``: from a file of draws to a table, JSON and a run with a report."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -10,11 +11,12 @@ import pytest
 import xarray as xr
 
 import rkl
-from rkl.bayes import bayes_act
+from rkl.bayes import bayes_act, read_draws
 from rkl.bayes.evaluate import evaluate_run
 from rkl.bayes.report import posterior_figure
-from rkl.bayes.settings import EvaluateSettings
+from rkl.bayes.settings import EstimateSettings, EvaluateSettings
 from rkl.cli import main
+from rkl.cli.settings import add_flags, gather
 from rkl.runs import Run
 
 FAMILY = "normal(loc=mu, scale=sigma)"
@@ -265,12 +267,31 @@ def test_a_run_that_is_named_twice_is_compared_once(posterior, tmp_path, monkeyp
     assert "The report: both.html" in capsys.readouterr().out
 
 
-def test_several_files_that_hold_every_chain_each_are_refused_by_name(posterior, capsys):
-    words = ["estimate", str(posterior[0]), "more.csv", "--family", FAMILY]
-    assert main(words) == 2
+@pytest.mark.parametrize("suffix", [".nc", ".h5", ".hdf5"])
+def test_several_files_that_hold_every_chain_each_are_refused_by_name(
+    posterior, suffix, tmp_path, capsys
+):
+    file = tmp_path / f"draws{suffix}"
+    shutil.copy(posterior[0], file)
+    assert main(["estimate", str(file), "more.csv", "--family", FAMILY]) == 2
     said = capsys.readouterr().err
-    assert "further: several files must be tables of CmdStan" in said
-    assert str(posterior[0]) in said
+    assert "several files of draws must be tables, a chain in each" in said
+    assert str(file) in said
+
+
+def test_other_draws_replace_all_files_of_an_earlier_run(tmp_path):
+    earlier = {"posterior": "1.csv", "further": ["2.csv", "3.csv"], "family": FAMILY}
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    parser = argparse.ArgumentParser()
+    add_flags(parser, EstimateSettings)
+    config = ["--config", str(tmp_path / "earlier.json")]
+    again, other = (parser.parse_args([*words, *config]) for words in ([], ["new.csv"]))
+    assert len(gather(EstimateSettings, again).further) == 2
+    assert gather(EstimateSettings, other).further == ()
+
+
+def test_a_list_of_one_file_is_that_file(posterior):
+    assert read_draws([posterior[0]]).chains == read_draws(posterior[0]).chains
 
 
 def test_an_estimate_imports_no_algebra(posterior):

@@ -41,6 +41,8 @@ READABLE = (
     "[chains, draws, ...], a data frame, a path of .nc, .zarr, .npz or a table, a cmdstanpy fit, "
     "or an emcee sampler"
 )
+HDF5 = ".nc", ".nc4", ".netcdf", ".h5", ".hdf5"
+ENGINES = dict.fromkeys(HDF5, "h5netcdf") | {".zarr": "zarr"}  # of files with every chain
 CHAIN = ".chain", "chain", "Chain", "chain__"
 ITERATION = ".iteration", "iteration", "Iteration", ".iter", "iter__", "iter"
 DRAW = ".draw", "draw", "Draw", "draw__"
@@ -544,11 +546,10 @@ def _of_cmdstanpy(fit: Any, notes: list[str]) -> Mapping[str, Any]:
 
 
 def _of_path(path: Path, notes: list[str]) -> Mapping[str, Any]:
-    engines = {".nc": "h5netcdf", ".netcdf": "h5netcdf", ".h5": "h5netcdf", ".zarr": "zarr"}
-    if path.suffix not in engines:
+    if path.suffix not in ENGINES:
         return _of_files(matching_files(path, "draws"), notes)
     _exists(path)
-    engine = engines[path.suffix]
+    engine = ENGINES[path.suffix]
     try:
         if engine == "h5netcdf" and path.is_file():
             refuse_external(path)
@@ -576,8 +577,16 @@ def _open(path: Path, engine: str, group: str | None = None) -> xr.Dataset:
 def _of_files(paths: Sequence[Any], notes: list[str]) -> Mapping[str, Any]:
     if not paths or not all(isinstance(path, str | os.PathLike) for path in paths):
         raise TypeError(f"a list of draws must hold paths of CmdStan's csv; got {paths!r:.60}.")
+    whole = [path for path in paths if Path(path).suffix in (*ENGINES, ".npz")]
+    if len(paths) > 1 and whole:
+        raise ValueError(
+            "several files of draws must be tables, a chain in each, as those of CmdStan; got "
+            f"{whole[0]}, which holds all its chains and is read alone."
+        )
     for path in paths:
         _exists(Path(path))
+    if len(paths) == 1 and Path(paths[0]).suffix in ENGINES:
+        return _of_path(Path(paths[0]), notes)
     if len(paths) == 1 and Path(paths[0]).suffix == ".npz":
         return {name: it.values for name, it in read_arrays(paths[0], name="draws").items()}
     if Path(paths[0]).suffix in (".npy", ".pkl", ".pickle"):

@@ -25,8 +25,6 @@ from rkl.runs import Run, check_out, finite_or_null, write_json
 from rkl.runs.integrity import Input, check_inputs, files_of, inputs_before
 from rkl.runs.typed import settings_from
 
-WHOLE = ".nc", ".zarr", ".npz"  # files of draws that hold every chain
-
 
 @dataclass(frozen=True)
 class Estimated:
@@ -133,12 +131,6 @@ def answer(settings: EstimateSettings) -> Estimated:
 
 def _draws(settings: EstimateSettings) -> Draws:
     files = [settings.posterior, *settings.further]
-    whole = [it for it in files if it.suffix in WHOLE]
-    if settings.further and whole:
-        raise ValueError(
-            f"further: several files must be tables of CmdStan, a chain in each; got {whole[0]}, "
-            "which is read alone."
-        )
     return read_draws(files if settings.further else settings.posterior)
 
 
@@ -177,6 +169,8 @@ def _design(path: Path | None) -> Any:
     if path is None:
         return None
     contents = read(path, name="design")
+    for note in contents.notes:
+        warn(f"design: {path}: {note}.")
     where = place_of_nan(contents.values, contents.columns)
     if where is not None:
         raise ValueError(f"design: {path} must hold finite numbers; {where}.")

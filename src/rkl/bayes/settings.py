@@ -32,7 +32,10 @@ class EstimateSettings:
         device: Always cpu, for double precision.
     """
 
-    posterior: Path = field(metadata={"positional": True, "metavar": "POSTERIOR"})
+    posterior: Path = field(
+        # other draws replace all files that --config names
+        metadata={"positional": True, "metavar": "POSTERIOR", "instead_of": "further"}
+    )
     family: str = field(metadata={"metavar": "FAMILY"})
     divergence: str = field(default="reverse-kl", metadata={"metavar": "D"})
     prob: float = field(default=0.9, metadata={"metavar": "P"})

@@ -13,7 +13,7 @@ import xarray as xr
 import rkl
 from rkl.bayes import bayes_act, read_draws
 from rkl.bayes.evaluate import evaluate_run
-from rkl.bayes.report import posterior_figure
+from rkl.bayes.report import Shown, posterior_figure
 from rkl.bayes.settings import EstimateSettings, EvaluateSettings
 from rkl.cli import main
 from rkl.cli.settings import add_flags, gather
@@ -292,6 +292,15 @@ def test_other_draws_replace_all_files_of_an_earlier_run(tmp_path):
 
 def test_a_list_of_one_file_is_that_file(posterior):
     assert read_draws([posterior[0]]).chains == read_draws(posterior[0]).chains
+
+
+def test_a_histogram_of_weighted_draws_counts_weights():
+    """Of draws 0 and 1 of which the latter weighs three times as much, three quarters are 1."""
+    x = np.tile(np.repeat([0.0, 1.0], 25), (2, 2))
+    estimate = bayes_act({"mu": x}, "normal(loc=mu, scale=1)", weights=1 + 2 * x)
+    result = Shown.of(estimate, estimate.region(), estimate.compare(losses=[rkl.ReverseKL()]))
+    # systematic resampling takes each of the four runs of ones within one of its due number
+    assert abs(result.marginals["mu"].mean() - 0.75) <= 4 / x.size
 
 
 def test_an_estimate_imports_no_algebra(posterior):

@@ -19,6 +19,7 @@ from rkl.bayes.identified import joined_labels, labels_in
 from rkl.bayes.regions import Region
 from rkl.bayes.tables import Table
 from rkl.runs import REPORT, Run, check_out_file, write_atomic, write_json
+from rkl.stats import resample
 from rkl.tables import Cell
 
 if TYPE_CHECKING:
@@ -142,13 +143,17 @@ def _labels(estimate: Answer) -> dict[str, list[str]]:
 
 def _marginals(estimate: Answer) -> dict[str, Any]:
     problem = estimate.problem
+    weights, count = problem.draws.weights, problem.draws.chains * problem.draws.draws
+    rows = slice(None, None, max(1, count // DRAWN))
+    if weights is not None:  # a histogram counts draws
+        rows = resample(weights.flatten().log(), count=min(count, DRAWN), offset=0.5)
     figures = {}
     for name in problem.model.names:
         if len(figures) >= PANELS:
             break
         values = problem.draws[name].flatten(0, 1)
         shape = values.shape[1:]
-        values = values[:: max(1, len(values) // DRAWN)].reshape(-1, max(1, values[0].numel()))
+        values = values[rows].reshape(-1, max(1, values[0].numel()))
         labels = elements(name, shape, problem.labels(name))
         unused = estimate.act.unused.get(name, torch.zeros(shape, dtype=torch.bool))
         used = torch.ones(shape) if unused.shape != shape else ~unused

@@ -10,7 +10,7 @@ import pytest
 import torch
 import xarray as xr
 
-from rkl.bayes import partitions
+from rkl.bayes import partitions, read_draws
 from rkl.bayes.partitions import canonical, partition_act, partition_losses
 
 LOSSES = list(partitions.LOSSES)
@@ -160,6 +160,24 @@ def test_weights_are_repetitions():
     other = partition_act(labels.repeat_interleave(times, 0))
     assert torch.equal(one.partition, other.partition)
     assert one.risk.value.item() == pytest.approx(other.risk.value.item())
+
+
+def test_the_weights_of_a_posterior_count():
+    labels = noisy(torch.Generator().manual_seed(7), 20, 8, 3, 0.5).reshape(2, 10, 8)
+    weights = (torch.arange(20) % 3).reshape(2, 10).double()
+    plain = partition_act(labels, weights=weights)
+    for of_draws, given in ((weights, None), (None, weights), (None, weights.flatten())):
+        draws = read_draws({"z": labels}, of_draws)
+        weighted = partition_act(draws, variable="z", weights=given)
+        assert torch.equal(weighted.partition, plain.partition)
+        assert weighted.risk.value.item() == pytest.approx(plain.risk.value.item())
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32, np.uint64])
+def test_labels_may_be_unsigned(kind):
+    labels = noisy(torch.Generator().manual_seed(7), 20, 8, 3, 0.2)
+    found = partition_act(labels.numpy().astype(kind))
+    assert torch.equal(found.partition, partition_act(labels).partition)
 
 
 def test_searches_that_memory_has_no_room_for_are_made_one_by_one(monkeypatch):

@@ -156,7 +156,8 @@ def partition_act(
         variable: Name of the labels in a posterior; by default the only integer variable with one
             axis.
         max_clusters: The largest number of clusters of the partition; any number by default.
-        weights: Of the draws, [draws] or [chains, draws]; equal by default.
+        weights: Of the draws, [draws] or [chains, draws]; by default those of the posterior, or
+            equal.
         starts: Number of searches.
         seed: Random seed of their orders.
 
@@ -174,7 +175,7 @@ def partition_act(
     >>> act.partition.tolist(), round(act.risk.value.item(), 4), act.agreeing
     ([0, 0, 0, 1, 1], 0.1273, 16)
     """
-    labels, names = _labels_in(labels, variable)
+    labels, names, weights = _labels_in(labels, variable, weights)
     draws = _labels(labels)
     chains = len(labels) if np.ndim(labels) == 3 else 1
     f, scale = _loss(loss, draws.shape[1])
@@ -197,10 +198,13 @@ def partition_act(
     return PartitionAct(best, risk, loss, starts, agreeing, items, distinct, shared)
 
 
-def _labels_in(source: Any, variable: str | None) -> tuple[Any, list[str] | None]:
+def _labels_in(
+    source: Any, variable: str | None, weights: Any
+) -> tuple[Any, list[str] | None, Any]:
+    """Labels, names of the items, and weights."""
     array = isinstance(source, Tensor | np.ndarray | list | tuple)
     if array and variable is None:
-        return source, None
+        return source, None, weights
     if isinstance(source, xr.DataArray):
         source = {source.name or variable or "labels": source}
     try:
@@ -215,7 +219,9 @@ def _labels_in(source: Any, variable: str | None) -> tuple[Any, list[str] | None
             f"variable must hold a label for each item, [chains, draws, items]; {name} has draws "
             f"of shape {list(draws.shape(name))}."
         )
-    return draws[name], draws.labels(name)[0]
+    if np.ndim(weights) == 2:
+        draws, weights = read_draws(draws, weights), None
+    return draws[name], draws.labels(name)[0], draws.weights if weights is None else weights
 
 
 def _only_labels(draws: Draws) -> str:
@@ -399,7 +405,8 @@ def _labels(labels: ArrayLike | Tensor, argument: str = "labels", axes: int = 2)
         given = torch.as_tensor(labels if isinstance(labels, Tensor) else np.asarray(labels))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{argument} must hold integers: {error}.") from None
-    if given.is_complex() or not (given == (whole := given.long())).all():
+    whole = given.long() if not given.is_complex() else None
+    if whole is None or (given.is_floating_point() and not (given == whole).all()):
         raise ValueError(f"{argument} must hold integers; got {given.dtype} with others.")
     if given.ndim == 3 and axes == 2:  # chains, which are of no account here
         given, whole = given.flatten(0, 1), whole.flatten(0, 1)

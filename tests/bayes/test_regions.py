@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import xarray as xr
 from torch.distributions import Independent, Normal
 
 from rkl.bayes import Intrinsic, bayes_act
@@ -49,11 +50,27 @@ def test_a_region_contains_its_draws_and_its_act(draws):
     assert region.contains({name: estimate.act[name] for name in draws})
 
 
+def test_a_region_takes_values_of_xarray_by_their_labels():
+    coords = {"school": ["a", "b"]}
+    theta = xr.DataArray(normals(4, 200, 2).numpy(), dims=("chain", "draw", "school"))
+    theta = (theta + [0.0, 9.0]).assign_coords(coords)
+    region = bayes_act(xr.Dataset({"theta": theta}), "normal(loc=theta, scale=1)").region(0.9)
+    mean = theta.mean(("chain", "draw"))
+    for value in (mean, mean.isel(school=[1, 0])):
+        assert region.contains({"theta": value}).tolist() == [True, True]
+
+
 def test_ranges_are_the_ends_of_what_is_inside(draws):
     region = bayes_act(draws, ORDINARY).region(0.7)
     for name, (low, high) in region.ranges.items():
         inside = draws[name][region.inside]
         assert (low, high) == (inside.min(), inside.max())
+
+
+def test_a_region_is_called_by_its_probability(draws):
+    estimate = bayes_act(draws, ORDINARY)
+    for prob, share in ((0.975, "97.5%"), (0.999, "99.9%"), (0.07, "7%")):
+        assert f"The {share} of the draws" in str(estimate.region(prob))
 
 
 def test_larger_regions_hold_smaller_ones(draws):

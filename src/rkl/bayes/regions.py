@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
 from rkl.bayes.answer import Answer, elements
+from rkl.bayes.axes import in_one_order
 from rkl.bayes.identified import joined_labels
 from rkl.bayes.problem import Problem, by_member
 from rkl.bayes.tables import Table
@@ -79,7 +82,10 @@ class Region:
             if masked := masked_numbers(theta[name]):
                 raise ValueError(f"{name} must be finite: {masked}.")
             try:
-                value = torch.as_tensor(theta[name], dtype=torch.float64)
+                value = theta[name]
+                if isinstance(value, xr.DataArray):
+                    value = _in_order_of_draws(problem.draws.of(name), value)
+                value = torch.as_tensor(value, dtype=torch.float64)
             except (TypeError, ValueError) as error:
                 raise TypeError(f"{name} must be numbers; got {theta[name]!r:.60}.") from error
             shape = problem.shape(name)
@@ -121,15 +127,14 @@ class Region:
                 interval = alone.get(label, (None, None)) if not place else (None, None)
                 name = f"{label}, or" if place else label
                 rows.append((name, *piece, *interval) if joint else (name, *piece))
-        title = (
-            f"The {self.prob:.0%} of the draws closest to the act under {self.estimate.divergence}"
-        )
+        share = f"{100 * self.prob:.10g}%"
+        title = f"The {share} of the draws closest to the act under {self.estimate.divergence}"
         notes = []
         if joint:
             notes.append(
                 "One region in all variables together: each range is its shadow on one of them, "
-                f"and holds more than {self.prob:.0%} of the draws by itself. Alone, "
-                f"{self.prob:.0%} of the draws of one variable lie between the two quantiles."
+                f"and holds more than {share} of the draws by itself. Alone, "
+                f"{share} of the draws of one variable lie between the two quantiles."
             )
         if any(len(pieces) > 1 for pieces in self.pieces.values()):
             notes.append("Where a variable has several pieces, no value between them is inside.")
@@ -150,6 +155,12 @@ class Region:
             turns = (-1, 0, 1) if name in self.angles else (0,)
             shaded[label] = [(a + k * TURN, b + k * TURN) for a, b in pieces for k in turns]
         return shaded
+
+
+def _in_order_of_draws(draws: xr.DataArray, value: xr.DataArray) -> np.ndarray:
+    """The numbers of a value whose axes and labels may stand in another order."""
+    value = in_one_order({"draws": draws, "value": value})["value"]
+    return value.transpose(*(axis for axis in draws.dims if axis in value.dims), ...).values
 
 
 def region(estimate: Answer, prob: float = 0.9) -> Region:

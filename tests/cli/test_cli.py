@@ -491,6 +491,7 @@ def test_an_earlier_run_is_a_file_of_settings(tmp_path):
         ("teacher: T\nlayers: [a]", "layers must be of type int; got 'a'"),
         ("max_steps: 3", "--teacher must be given"),
         ("", "--teacher must be given"),
+        ("settings: {teacher: T}\nmax_steps: 3", "sets max_steps beside settings"),
         ("- a list", "must hold names with their values"),
         ("teacher: T\nmax_steps: 3\nmax_steps: 4", "max_steps is set twice"),
         ("teacher: T\nmax_steps: 3\nmax-steps: 4", "max_steps is set twice"),

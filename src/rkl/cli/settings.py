@@ -177,6 +177,12 @@ def _read(path: Path, argument: str) -> dict[str, Any]:
         raise ValueError(f"{argument}: {path} cannot be read: {reason}") from None
     values = {} if values is None else values
     if isinstance(values, dict) and isinstance(values.get("settings"), dict):
+        beside = [str(name) for name in values if name != "settings"]
+        if beside and path.suffix != ".json":
+            raise ValueError(
+                f"{argument}: {path} sets {beside[0]} beside settings, whose names alone would be "
+                "read; put all names on one level."
+            )
         values = values["settings"]  # of a run.json, or of what an evaluation says of itself
     if not isinstance(values, dict):
         raise ValueError(

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from rkl import checks
         (True, "k must be an integer of at least 2; got True"),
         (2.0, "k must be an integer of at least 2; got 2.0"),
         ("2", "k must be an integer of at least 2; got '2'"),
+        (np.int64(3), r"k must be an integer of at least 2; got .*3.*\. Take its \.item\(\)\."),
         (1, "k must be at least 2; got 1"),
         (9, "k must be at most 8; got 9"),
         (10**400, "k must be at most 8; got an integer of 1,329 bits"),
@@ -27,6 +29,7 @@ def test_an_integer_is_refused_by_type_then_by_range(value, message):
     [
         (True, "x must be a number; got True"),
         ("1", "x must be a number; got '1'"),
+        (np.float32(1), r"x must be a number; got .*1.*\. Take its \.item\(\)\."),
         (math.nan, "x must be finite, above 0, at most 1; got nan"),
         (math.inf, "x must be finite, above 0, at most 1; got inf"),
         (0.0, "x must be finite, above 0, at most 1; got 0.0"),

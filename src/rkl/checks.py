@@ -64,7 +64,8 @@ def number(
         ValueError: It is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number; got {short_repr(value)}{what}.")
+        got = f"{short_repr(value)}{what}.{_way_to_python(value)}"
+        raise TypeError(f"{name} must be a number; got {got}")
     limits = [f"above {above}"] * (above > -math.inf)
     limits += [f"at least {at_least}"] * (at_least > -math.inf)
     limits += [f"below {below}"] * (below < math.inf)
@@ -88,11 +89,17 @@ def integer(
     """
     if isinstance(value, bool) or not isinstance(value, int):
         range_of = "" if at_least is None else f" of at least {at_least}"
-        raise TypeError(f"{name} must be an integer{range_of}; got {short_repr(value)}.")
+        got = f"{short_repr(value)}.{_way_to_python(value)}"
+        raise TypeError(f"{name} must be an integer{range_of}; got {got}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be at least {at_least}; got {short_repr(value)}.")
     if not -LARGEST_INTEGER <= value <= at_most:
         raise ValueError(f"{name} must be at most {at_most:,}; got {short_repr(value)}.")
+
+
+def _way_to_python(value: Any) -> str:
+    """Advice for a number of NumPy or torch, whose arithmetic and JSON differ from Python's."""
+    return " Take its .item()." if getattr(value, "ndim", None) == 0 else ""
 
 
 def floats(name: str, value: "Tensor") -> None:

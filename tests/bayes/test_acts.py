@@ -21,6 +21,7 @@ from torch.distributions import (
     Independent,
     InverseGamma,
     Normal,
+    Poisson,
     StudentT,
     TransformedDistribution,
     constraints,
@@ -282,6 +283,24 @@ def test_an_estimate_can_be_pickled_and_copied(draws, family):
     for again in (pickle.loads(pickle.dumps(estimate)), copy.deepcopy(estimate)):
         assert str(again) == str(estimate)
         assert torch.equal(again.region().inside, inside)
+
+
+def test_the_unit_of_a_covariate_does_not_move_the_act_of_a_smaller_family():
+    """Independent Poisson counts of three rows are a larger family than two coefficients."""
+    beta = (
+        torch.tensor([2.0, 1.0]).double() + normals(2, 60, 2) * torch.tensor([0.5, 0.3]).double()
+    )
+    rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 3.0]]).double()
+    acts = []
+    for unit in (torch.tensor([1.0, 1.0]).double(), torch.tensor([1.0, 1e8]).double()):
+        design = rows * unit
+
+        def law(theta, design=design):
+            return Independent(Poisson((theta.beta @ design.T).exp()), 1)
+
+        acts.append(bayes_act({"beta": beta / unit}, law, KL()).act["beta"] * unit)
+    # coordinates have one centre, about 1, whose rounding is 2e-16 / 1e-8 of the small coefficient
+    torch.testing.assert_close(acts[1], acts[0], rtol=1e-6, atol=0)
 
 
 def test_a_large_location_costs_no_digits(draws):

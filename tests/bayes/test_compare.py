@@ -158,6 +158,21 @@ def test_medians_of_more_numbers_than_the_quantiles_of_torch_take_are_theirs():
     torch.testing.assert_close(medians["mu"], theta[2:].mean(0)[:, None])
 
 
+def test_the_mode_of_a_vector_does_not_depend_on_the_units_of_its_elements():
+    centre, spread = (torch.tensor(x).double() for x in ([1e5, 1e-3], [1e3, 1e-5]))
+    noise = torch.randn(2, 50, 2, generator=torch.Generator().manual_seed(0)).double()
+
+    def log_posterior(theta):
+        return -((theta.beta - centre) / spread).square().sum(-1) / 2
+
+    estimate = bayes_act(
+        {"beta": centre + spread * noise}, lambda t: Independent(Normal(t.beta, spread), 1)
+    )
+    acts = estimate.compare(log_posterior, losses=[ReverseKL()]).acts
+    # coordinates have one centre, 5e4, of which rounding is 1e-11, 1e-6 of the smaller spread
+    assert ((acts["MAP in beta"]["beta"] - centre) / spread).abs().max() < 1e-5
+
+
 def test_without_a_density_the_modes_are_left_out_with_the_reason(quick, draws):
     few = {name: x[:, :60] for name, x in draws.items()}
     table = bayes_act(few, ORDINARY).compare()

@@ -10,7 +10,7 @@ from torch.distributions.transforms import ExpTransform, SigmoidTransform, Trans
 from rkl.bayes.families import Natural
 from rkl.bayes.model import Theta, probe
 from rkl.bayes.problem import Problem, Variables
-from rkl.bayes.solve.unconstrained import Chart, chart_of, minimise
+from rkl.bayes.solve.unconstrained import Chart, chart_of, minimise, scale_of
 
 LogDensity = Callable[[Theta], Tensor]
 Bends = Mapping[str, Transform]
@@ -140,7 +140,8 @@ def _maximum(problem: Problem, target: LogDensity, evaluated: _Seen) -> Variable
     chart = _chart(problem, evaluated.theta)
     drawn = chart.coordinates(evaluated.theta)
     starts = drawn[evaluated.density.topk(min(3, len(drawn))).indices]
-    minimum = minimise(lambda t: -target(Theta(chart.point(t[None])))[0], starts)
+    scale = scale_of(drawn)  # the elements of a vector may have units of their own
+    minimum = minimise(lambda t: -target(Theta(chart.point(t[None])))[0], starts, scale=scale)
     if not minimum.converged or minimum.point.abs().max() > 1e3:
         return {}
     at = chart.point(minimum.point[None])

@@ -48,7 +48,7 @@ from rkl.bayes.solve.closed import (
 )
 from rkl.bayes.solve.errors import Averages, Point, average_draws
 from rkl.bayes.solve.numerical import influences, refine_on_all
-from rkl.bayes.solve.unconstrained import chart_of, minimise
+from rkl.bayes.solve.unconstrained import chart_of, minimise, scale_of
 from rkl.bayes.tables import Table
 from rkl.divergences import FDivergence, ReverseKL
 from rkl.names import Stack
@@ -374,8 +374,7 @@ def _member(loss: PosteriorLoss, one: Subfamily) -> Member:
         return loss.laws.of({OWN_PREFIX + name: x for name, x in chart.point(t[None]).items()})
 
     starts = torch.cat([drawn.mean(0, keepdim=True), drawn[loss.laws.spread(STARTS)]])
-    scale = drawn.std(0, correction=0)
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = scale_of(drawn)
     price = _price(loss.divergence) if isinstance(loss, NodeLoss) else 0.0
 
     def penalised_risk(t: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from rkl.bayes.model import Model
 from rkl.bayes.problem import Problem, Variables
 from rkl.bayes.solve.errors import Averages, Point, average_draws
 from rkl.bayes.solve.streaming import plus
-from rkl.bayes.solve.unconstrained import Chart, chart_of, minimise
+from rkl.bayes.solve.unconstrained import Chart, chart_of, minimise, scale_of
 from rkl.stats import Mean
 from rkl.stats.pareto import NO_ERROR
 
@@ -132,7 +132,7 @@ def _free(averages: Averages, at: Point, weights: Weights) -> Natural:
 def nearest(problem: Problem, model: Model, averages: Averages, weights: Weights) -> Solution:
     """The distribution of least risk in a smaller family; by Pythagoras without the draws."""
     family = averages.family
-    chart, starts = _starts(problem, model)
+    chart, starts, scale = _starts(problem, model)
 
     def naturals(coordinates: Tensor) -> Natural:
         return family.natural(model.base(chart.point(coordinates)))
@@ -149,7 +149,7 @@ def nearest(problem: Problem, model: Model, averages: Averages, weights: Weights
 
         return of
 
-    minimum = minimise(excess(averages.here), starts, tolerance=1e-14)
+    minimum = minimise(excess(averages.here), starts, scale=scale, tolerance=1e-14)
     here = minimum.point[None]
     slope = _slopes(excess(averages.here), minimum.point)
     variables = {name: x[0] for name, x in chart.point(here).items()}
@@ -166,12 +166,13 @@ def nearest(problem: Problem, model: Model, averages: Averages, weights: Weights
     return Solution(natural, variables, False, at, minimum.decrement, how)
 
 
-def _starts(problem: Problem, model: Model) -> tuple[Chart, Tensor]:
+def _starts(problem: Problem, model: Model) -> tuple[Chart, Tensor, Tensor]:
+    """The chart, points to start from, and the scale of the coordinates."""
     subsample = thin(problem.draws, 2**14)
     theta = {k: problem.align(k, subsample[k].flatten(0, 1), model) for k in model.names}
     chart = chart_of(theta, model.law)
     drawn = chart.coordinates(theta)
-    return chart, torch.stack([drawn.mean(0), drawn[0], drawn[-1]])
+    return chart, torch.stack([drawn.mean(0), drawn[0], drawn[-1]]), scale_of(drawn)
 
 
 def _slopes_at(excess, at: Point, u: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from rkl.bayes.loss.expected import (
 from rkl.bayes.loss.nodes import MAX_DEFECT, MAX_MISSING, Nodes
 from rkl.bayes.model import LawOf, Laws, laws_of, whole_parameters
 from rkl.bayes.problem import Problem
-from rkl.bayes.solve.unconstrained import Chart, Minimum, chart_of, minimise
+from rkl.bayes.solve.unconstrained import Chart, Minimum, chart_of, minimise, scale_of
 from rkl.randomness import random_numbers
 
 PRICE = 1e4  # nats times the square of the mass that lies between the nodes
@@ -118,8 +118,7 @@ def find_act(
         return _whole_act(loss, law, names)
     chart = chart_of(laws.theta, law)
     drawn = chart.coordinates(laws.theta)
-    scale = drawn.std(0, correction=0)
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = scale_of(drawn)
     thinned = thin_loss(loss, MINIMISED_LOG_DENSITIES if loss.smooth else KINKED)
     minimum, tried = _minimum(loss, thinned, chart, drawn, scale)
     return _act(law, loss, thinned, chart, minimum, tried)
@@ -130,8 +129,7 @@ def _whole_act(loss, law, names) -> NumericalAct:
     laws = loss.laws
     chart, free = chart_without(laws, names)
     drawn = chart.coordinates(free) if free else torch.zeros(len(laws), 0, dtype=torch.float64)
-    scale = drawn.std(0, correction=0)
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = scale_of(drawn)
     thinned = thin_loss(loss, MINIMISED_LOG_DENSITIES)
     quick = thin_loss(thinned, START_LOG_DENSITIES)
 

@@ -130,6 +130,12 @@ def chart_of(
     return Chart(parts)
 
 
+def scale_of(drawn: Float[Tensor, "draws k"]) -> Float[Tensor, " k"]:
+    """The standard deviation of each coordinate, the unit of a minimiser; 1 where it is 0."""
+    scale = drawn.std(0, correction=0)
+    return torch.where(scale > 0, scale, 1.0)
+
+
 def _margin(drawn: Tensor, transform: Any) -> float:
     """A tenth of the least distance from the edge, where some draws lie on it; else 0."""
     if isinstance(transform, ExpTransform | LogRatioTransform):

@@ -1,5 +1,6 @@
 import builtins
 import functools
+import re
 import types
 import warnings
 
@@ -430,6 +431,16 @@ def test_chains_of_cmdstan_are_read_by_pattern_and_by_list_without_their_warm_up
         np.testing.assert_array_equal(draws["m"], m)
         np.testing.assert_array_equal(draws["lp"], -mu)
         assert any("warm-up" in note for note in draws.notes) == saved
+
+
+def test_chains_with_the_same_draws_are_told(tmp_path):
+    files = [tmp_path / f"{name}.csv" for name in "abc"]
+    for file, second in zip(files, (2, 2, 3), strict=True):
+        file.write_text(f"# method = sample\nlp__,mu\n-1,{second}\n-2,5\n")
+    for named, twice in ((files, "a.csv and .*b.csv"), ([files[2]] * 2, "c.csv and .*c.csv")):
+        (note,) = read_draws(named).notes
+        assert re.search(f"{twice} hold the same draws", note)
+    assert not read_draws(files[1:]).notes
 
 
 def test_a_table_of_r_is_read_by_chain_and_iteration_in_any_order(tmp_path):

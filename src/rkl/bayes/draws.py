@@ -1,6 +1,7 @@
 """Posterior draws by name, from whatever holds them, read when they are asked for."""
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -624,6 +625,12 @@ def _of_tables(
             raise ValueError(
                 f"{place} has {rows} draws but {places[0]} has "
                 f"{len(next(iter(parts[0].values()))[0])}."
+            )
+    for i, j in itertools.combinations(range(len(parts)), 2):
+        if all(np.array_equal(x, parts[j][name]) for name, x in parts[i].items()):
+            notes.append(
+                f"{places[i]} and {places[j]} hold the same draws, which count twice: errors are "
+                "too small. Chains need a seed or an id of their own"
             )
     return {name: _concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -63,6 +63,7 @@ def test_a_family_that_leaves_torch_is_told_to_stay(draws, family):
         ("normal(loc=mu, scale=1/sigma)", "write a function, lambda theta"),
         ("normal(loc=mu)", "must say scale of Normal"),
         ("poisson-regression(coefficients=mu)", "design=X (--design FILE)"),
+        ("multivariate-normal(loc=0, covariance_matrix=sigma)", "list of numbers, such as [0, 0]"),
         ("normal(loc=mu, scale=wide)", "their axes must agree, the first of one with the first"),
     ],
 )

@@ -674,6 +674,13 @@ def _model_of_class(text: str, cls, settings: dict[str, Any], draws: Draws, desi
     variables = {k: v for k, v in settings.items() if isinstance(v, str)}
     fixed = {k: _constant(v) for k, v in settings.items() if k not in {*stacks, *variables}}
     constraints_by_name = _constraints(cls)
+    for key, value in fixed.items():
+        vector = key in constraints_by_name and constraints_by_name[key].event_dim == 1
+        if vector and isinstance(value, int | float):
+            raise ValueError(
+                f"family {text}: {key} must be a variable or a list of numbers, such as "
+                f"[{value}, {value}]; got {value}."
+            )
     ranks = {
         k: constraints_by_name[k].event_dim if k in constraints_by_name else 0
         for k in (*variables, *stacks)

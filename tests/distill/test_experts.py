@@ -97,6 +97,20 @@ def test_batches_weigh_by_their_tokens_however_they_are_accumulated(
     assert sum(shared) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("count", [None, torch.tensor(0)])
+def test_a_step_without_trained_tokens_has_a_loss_of_0(
+    count, tiny_model, mixture, tiny_rows, tiny_trainer
+):
+    """As rows whose answers are all cut off give; its balancing loss was divided by 0 tokens."""
+    batch = PadRows()(tiny_rows(2))
+    batch["labels"].fill_(-100)
+    student = mixture("Mixtral")
+    trainer = tiny_trainer(student, tiny_model("Llama", seed=1))
+    loss = trainer.compute_loss(student, batch, num_items_in_batch=count)
+    assert loss.item() == 0
+    assert not any(it.any() for it in gradient_of(student, loss).values())
+
+
 def test_evaluation_measures_the_divergence_alone(tiny_model, mixture, tiny_rows, tiny_trainer):
     teacher, rows = tiny_model("Llama", seed=1), tiny_rows(4)
     student = mixture("Mixtral")

@@ -224,6 +224,15 @@ WRONG = {
     "teacher": ({"teacher": torch.zeros(2, 4, 11)}, "teacher must have the rows and positions"),
     "labels": ({"labels": torch.zeros(2, 4, dtype=torch.long)}, r"labels must be \[2, 5\]"),
     "mask": ({"mask": torch.ones(10, dtype=torch.long)}, r"mask must be \[2, 5\]"),
+    "labels as mask": (
+        {"mask": torch.tensor([[-100, -100, 3, 0, 7]] * 2)},
+        r"mask must hold booleans or 0 and 1; got (-100|3|7)\. Labels go into labels=",
+    ),
+    "no items": ({"num_items_in_batch": 0}, "num_items_in_batch must be above 0, for 10 tokens"),
+    "no items counted": (
+        {"num_items_in_batch": torch.tensor(0)},
+        "num_items_in_batch must be above 0, for 10 tokens",
+    ),
     "temperature": ({"temperature": 0.0}, "temperature must be"),
     "hard labels without labels": ({"hard_label_weight": 1.0}, "labels"),
     "vocabularies": ({"teacher": torch.zeros(2, 5, 12)}, "vocabulary of 12"),

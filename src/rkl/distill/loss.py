@@ -83,6 +83,11 @@ def distill_loss(
     if not (count := int(predicting.sum())):
         parameters = [it[:0].sum() for it in _parameters(student)]
         return torch.stack(parameters).sum()  # 0, but not without a gradient
+    if num_items_in_batch is not None and num_items_in_batch <= 0:
+        raise ValueError(
+            f"num_items_in_batch must be above 0, for {count} tokens of this batch are trained "
+            f"on; got {int(num_items_in_batch)}."
+        )
     # In half precision 1/count would be rounded, which weighs every token by another number.
     dtype = torch.promote_types(_parameters(student)[0].dtype, torch.float32)
     loss = weighted_loss(
@@ -195,10 +200,19 @@ def _predicting(places, labels, mask, shift, ignore_index, student):
         tokens = tokens.to(first.device, torch.int64)  # few operations take unsigned ones
         if shift:
             tokens = tokens.roll(-1, -1)
-        chosen &= tokens != ignore_index if name == "labels" else tokens != 0
+        chosen &= tokens != ignore_index if name == "labels" else _as_mask(tokens)
         if name == "labels":
             targets = tokens.masked_fill(tokens == ignore_index, 0).flatten()
     return chosen.flatten(), targets
+
+
+def _as_mask(tokens: Tensor) -> Tensor:
+    """Booleans of a mask of 0 and 1; other numbers, as labels have, are refused."""
+    if len(wrong := tokens[(tokens != 0) & (tokens != 1)]):
+        raise ValueError(
+            f"mask must hold booleans or 0 and 1; got {int(wrong[0])}. Labels go into labels=."
+        )
+    return tokens == 1
 
 
 def _check_integers(name: str, tokens: Any, *, booleans: bool) -> None:

@@ -425,7 +425,8 @@ class DistillTrainer(Trainer):
         self._batch = batch = shifted(inputs)
         sources = sources_of(inputs, batch)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
-        (p, view), share = self._observe(batch, inputs), len(batch.targets) / count
+        p, view = self._observe(batch, inputs)
+        share = len(batch.targets) / count if len(batch.targets) else 0.0
 
         def measure(own: Known) -> Tensor:
             logged = (self.state.global_step + 1) % self._logging_steps == 0

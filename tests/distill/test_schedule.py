@@ -48,6 +48,16 @@ def test_a_schedule_that_cannot_be_followed_is_refused(text, message):
         DistillSettings(teacher="T", student="S", data="D", divergence="taid", schedule=text)
 
 
+def test_a_field_of_two_terms_of_one_kind_is_refused():
+    """Both would get the same values, so that nothing was left of the mixture."""
+    mixed = 0.5 * rkl.AKL(0.3) + 0.5 * rkl.AKL(0.7) + rkl.TAID()
+    with pytest.raises(ValueError, match=r"names 'akl', of which 0.5 \* AKL.* has 2 terms"):
+        read_schedule("akl.mu: 0.2 -> 0.8", mixed)
+    assert read_schedule("taid.t: 0.2 -> 1", mixed).at(1.0) == (
+        0.5 * rkl.AKL(0.3) + 0.5 * rkl.AKL(0.7) + rkl.TAID(1.0)
+    )
+
+
 def test_a_field_that_is_compiled_in_is_refused():
     with pytest.raises(ValueError, match="'beta' of js does not vary, nothing may"):
         read_schedule("js.beta: 0.1 -> 0.9", rkl.JensenShannon())

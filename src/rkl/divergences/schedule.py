@@ -96,6 +96,11 @@ def _ramp(text: str, divergence: Divergence) -> Ramp:
     kind = next((kind for kind in kinds if same_name(name, kind)), None)
     if kind is None:
         raise ValueError(f"schedule names {name!r}, which is no term of {divergence}.")
+    if (count := kinds.count(kind)) > 1:
+        raise ValueError(
+            f"schedule names {name!r}, of which {divergence} has {count} terms; expected "
+            "one, for they would all move alike."
+        )
     if field not in kind.varying:
         may = f"only {', '.join(kind.varying)} may" if kind.varying else "nothing may"
         movable = ", ".join(

@@ -23,6 +23,7 @@ class Judge:
     prefers: Any
     status: Any = lambda number: 200
     asked: list = field(default_factory=list)
+    refusal: Any = lambda body: None
 
     @contextlib.contextmanager
     def listening(self):
@@ -37,6 +38,9 @@ class Judge:
                 assert self.path == "/v1/chat/completions"
                 judge.asked.append(body)
                 status = judge.status(len(judge.asked))
+                if (message := judge.refusal(body)) is not None:
+                    self.send(400, {"error": {"message": message}})
+                    return
                 shown = body["messages"][-1]["content"]
                 first, second = (
                     shown.partition(f"[Start of reply {name}]\n")[2].partition("\n[End")[0]
@@ -103,6 +107,18 @@ def test_a_judge_is_asked_in_both_orders_and_its_verdicts_are_counted(
     assert len((tmp_path / "out.jsonl").read_text("utf-8").splitlines()) == 15
 
 
+def test_a_judge_that_calls_the_limit_by_another_name_is_asked_so(
+    replies: tuple[Path, Path], tmp_path
+):
+    """As the reasoning models of OpenAI, which refuse max_tokens."""
+    refused = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    stub = Judge(longer, refusal=lambda body: refused if "max_tokens" in body else None)
+    with stub.listening() as url:
+        judged = judge_runs(*replies, JudgeSettings(url, max_tokens=9), tmp_path / "out.jsonl")
+    assert (judged.wins, judged.ties, judged.losses) == (5, 1, 2)
+    assert {body.get("max_completion_tokens") for body in stub.asked} == {None, 9}
+
+
 def test_an_answer_that_was_cut_off_while_reasoning_counts_nowhere(
     replies: tuple[Path, Path], tmp_path
 ):
@@ -111,7 +127,7 @@ def test_an_answer_that_was_cut_off_while_reasoning_counts_nowhere(
     with judge.listening() as url, pytest.warns(UserWarning, match="7 of 14 answers hold no ver"):
         judged = judge_runs(*replies, JudgeSettings(url), tmp_path / "out.jsonl")
     assert judged.unreadable == 7
-    assert (judged.wins, judged.ties, judged.losses) == (5, 1, 2)
+    assert (judged.wins, judged.ties, judged.losses) == (0, 1, 0)
 
 
 def test_replies_in_files_of_one_name_are_told_apart(replies: tuple[Path, Path], tmp_path):
@@ -132,6 +148,17 @@ def test_a_judge_that_prefers_a_place_separates_nothing(replies: tuple[Path, Pat
     assert judged.consistent == 0
     assert judged.interval[0] < 0.5 < judged.interval[1]
     assert "contains 1/2" in str(judged)
+
+
+def test_a_pair_with_a_verdict_in_one_order_alone_counts_nowhere():
+    """A judge that always prefers the first place, and is cut off in one order, says nothing."""
+    pairs = [Pair(f"p{place}", 0, "a", "b") for place in range(8)]
+    unswapped = [Verdict(place, False, 1.0) for place in range(8)]
+    judged = summary(pairs, [*unswapped, *(Verdict(place, True, None) for place in range(8))])
+    assert math.isnan(judged.score[0])
+    assert judged.interval == (0.0, 1.0)
+    assert (judged.wins, judged.prompts, judged.unreadable) == (0, 0, 8)
+    assert math.isnan(judged.position[0])
 
 
 def test_points_are_those_of_the_first_run_in_both_orders():

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 
 from rkl.checks import integer, number, warn
-from rkl.distill.client import Server, ServerError
+from rkl.distill.client import RefusedError, Server, ServerError
 from rkl.distill.compare import names_of
 from rkl.distill.limits import is_address
 from rkl.runs import REPLIES, check_out_file
@@ -159,8 +159,8 @@ class Judged:
         wins, ties, losses: Pairs whose mean over the two orders is above, at or below 1/2.
         position: Share of the verdicts for the reply shown first less that for the one shown
             second, with its standard error: 0 for a judge without a position bias.
-        consistent: Share of the pairs judged in both orders in which both verdicts agree.
-        unreadable: Answers without a verdict, which count nowhere.
+        consistent: Share of the pairs judged in which the verdicts of both orders agree.
+        unreadable: Answers without a verdict; a pair that has one counts nowhere.
         identical: Pairs whose replies are the same text: ties, of which the judge was not asked.
         prompts: Number of prompts.
     """
@@ -280,7 +280,7 @@ def judge_runs(
     if judged.unreadable:
         warn(
             f"judge: {judged.unreadable} of {len(verdicts)} answers hold no verdict [[A]], [[B]] "
-            f"or [[C]] and count nowhere. Answers may have been cut off at max_tokens="
+            f"or [[C]]; their pairs count nowhere. Answers may have been cut off at max_tokens="
             f"{settings.max_tokens}."
         )
     return judged
@@ -406,11 +406,10 @@ def _asker(
         body = {
             "model": model,
             "messages": messages,
-            "max_tokens": settings.max_tokens,
             "temperature": settings.temperature,
             "seed": settings.seed,
         }
-        answer = _text_of(server, server.ask("chat/completions", body))
+        answer = _text_of(server, _asked(server, body, settings.max_tokens))
         letter = verdict_in(answer)
         points = None if letter is None else POINTS[letter]
         if points is not None and swapped:
@@ -418,6 +417,16 @@ def _asker(
         return Verdict(place, swapped, points), answer
 
     return ask
+
+
+def _asked(server: Server, body: Mapping[str, Any], limit: int) -> Any:
+    """The answer to a chat; OpenAI's reasoning models call the limit max_completion_tokens."""
+    try:
+        return server.ask("chat/completions", {**body, "max_tokens": limit})
+    except RefusedError as error:
+        if "max_completion_tokens" not in error.message:
+            raise
+        return server.ask("chat/completions", {**body, "max_completion_tokens": limit})
 
 
 def _text_of(server: Server, answer: Any) -> str:
@@ -473,25 +482,25 @@ def summary(
 
     Args:
         pairs: What was compared.
-        verdicts: What the judge said; a pair with no readable verdict counts nowhere, an
-            identical one as a tie.
+        verdicts: What the judge said; a pair without a readable verdict in each order counts
+            nowhere, as one order alone has the bias for a position; an identical one is a tie.
         names: Of the two sides.
     """
     points: dict[int, list[float]] = {}
     preference: dict[str, list[float]] = {}  # 1 for the reply shown first, −1 for the second
-    for verdict in verdicts:
-        if verdict.points is not None:
-            points.setdefault(verdict.pair, []).append(verdict.points)
-            shown_first = 1 - verdict.points if verdict.swapped else verdict.points
-            prompt = pairs[verdict.pair].prompt
-            preference.setdefault(prompt, []).append(2 * shown_first - 1)
+    readable = {(it.pair, it.swapped): it.points for it in verdicts if it.points is not None}
+    for (place, swapped), value in readable.items():
+        if (place, not swapped) in readable:
+            points.setdefault(place, []).append(value)
+            shown_first = 1 - value if swapped else value
+            preference.setdefault(pairs[place].prompt, []).append(2 * shown_first - 1)
+    both = [*points.values()]
     identical = [place for place, pair in enumerate(pairs) if pair.identical]
     points |= {place: [0.5, 0.5] for place in identical}
     of_pair = {place: sum(it) / len(it) for place, it in points.items()}
     by_prompt: dict[str, list[float]] = {}
     for place, value in of_pair.items():
         by_prompt.setdefault(pairs[place].prompt, []).append(value)
-    both = [it for place, it in points.items() if len(it) > 1 and place not in identical]
     score = _mean_over(by_prompt)
     return Judged(
         names=names,

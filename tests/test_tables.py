@@ -56,6 +56,8 @@ def test_markdown_escapes_the_bar_that_parts_cells():
     lines = TABLE.to_markdown().splitlines()
     assert lines[1] == "| --- | ---: | ---: | ---: |"
     assert lines[2] == r"| a\|b | 0.123 ± 0.004 | 12,345 | yes |"
+    table = Table("", ["run", "log p(x|y)"], [["two\nlines", 1]])
+    assert table.to_markdown().splitlines()[::2] == [r"| run | log p(x\|y) |", "| two lines | 1 |"]
 
 
 def test_a_table_read_from_json_prints_as_before():

@@ -100,12 +100,11 @@ class Table:
 
     def to_markdown(self) -> str:
         """The table in Markdown; without title and notes."""
-        body = [
-            [cell_text(cell, plus_minus=True).strip().replace("|", r"\|") for cell in row]
-            for row in self.rows
-        ]
+        body = [[cell_text(cell, plus_minus=True) for cell in row] for row in self.rows]
         rules = ["---" if words else "---:" for words in self.holds_text()]
-        return "\n".join(f"| {' | '.join(line)} |" for line in [self.columns, rules, *body])
+        lines = [[*map(_in_one_line, self.columns)], rules]
+        lines += [[*map(_in_one_line, cells)] for cells in body]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def to_dict(self) -> dict[str, Any]:
         """The table as a dict for JSON: a value with its error is a list of the two."""
@@ -269,6 +268,11 @@ def _name_and_unit(head: str) -> tuple[str, str]:
 
 def _escape(text: str) -> str:
     return html.escape(text, quote=False)
+
+
+def _in_one_line(cell: str) -> str:
+    """A cell of Markdown, which ends at a bar and at the end of a line."""
+    return " ".join(cell.split()).replace("|", r"\|")
 
 
 def _check_cell(argument: str, cell: object) -> None:

@@ -143,6 +143,7 @@ def test_whatever_decides_over_the_tokens_decides_over_what_is_kept(kept, calls)
         lambda: blocks_of(ROWS, made(unigram)),
         lambda: (tokenizer.add_tokens(["the"]), blocks_of(ROWS, tokenizer)),
         lambda: (setattr(tokenizer, "eos_token", "<s>"), blocks_of(ROWS, tokenizer)),
+        lambda: (setattr(tokenizer, "split_special_tokens", True), blocks_of(ROWS, tokenizer)),
     ]
     for number, change in enumerate(changed, 2):
         change()

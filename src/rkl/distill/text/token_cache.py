@@ -48,6 +48,7 @@ def key_of(
     about = [
         [transformers.__version__, tokenizers.__version__, type(tokenizer).__qualname__],
         [tokenizer.special_tokens_map, template, backend.to_str()],
+        bool(getattr(tokenizer, "split_special_tokens", False)),  # not in the backend's text
         [how, places],
         str(datetime.date.today()) if "strftime_now" in template else None,
     ]

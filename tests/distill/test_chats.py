@@ -131,6 +131,20 @@ def test_an_answer_is_trained_on_as_it_was_rendered_when_it_was_said(tokenizer):
         assert len(shown(tokenizer, LAST_THINKS, TALK[: 2 * number])) == number
 
 
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_an_answer_of_weight_0_is_not_trained_on(template, tokenizer):
+    """As files for the fine-tuning of OpenAI's models say it."""
+    chat = [user("2+2"), said("5", weight=0), user("3+3"), said("6", weight=1)]
+    (text,) = shown(tokenizer, template, chat)
+    assert text.startswith("[")
+    assert "]" not in text.partition("5")[2].partition("3+3")[0]
+    assert text.partition("6")[0].endswith("]")
+    with pytest.raises(ValueError, match="all messages of the assistant have weight 0: data, row"):
+        shown(tokenizer, template, chat[:2])
+    with pytest.raises(ValueError, match=r"row 1: weight of a message must be 0 or 1; got 0\.5"):
+        shown(tokenizer, template, [user("2+2"), said("5", weight=0.5)])
+
+
 def test_a_prompt_that_opens_a_thought_is_not_part_of_an_answer_without_one(tokenizer):
     (text,) = untagged(shown(tokenizer, OPENS, TALK[:4]))
     assert text == "[^user\n2+2$\n^assistant\n]FOUR$\n[^user\n3+3$\n^assistant\n]SIX$\n"

@@ -231,6 +231,8 @@ class ChatTemplate:
             since: The message from which on turns are trained on.
             last: Only the last turn.
 
+        Turns whose message has ``weight`` 0 are not trained on.
+
         Raises:
             NothingToTrainOnError: If the assistant says nothing.
         """
@@ -239,6 +241,9 @@ class ChatTemplate:
         if not turns:
             found = tuple(dict.fromkeys(it for it in roles if it not in _ROLES)) or (*roles,)
             raise NothingToTrainOnError("no message has the role assistant", found)
+        turns = [turn for turn in turns if _is_trained(messages[turn], place)]
+        if not turns:
+            raise NothingToTrainOnError("all messages of the assistant have weight 0")
         turns = turns[-1:] if last else turns
         if not turns[0] and not self.marks:
             raise ValueError(
@@ -511,6 +516,14 @@ def as_tools(value: Any, place: str) -> list[Any] | None:
     if not isinstance(value, list | tuple) or not all(isinstance(it, Mapping) for it in value):
         raise ValueError(f"{place}: tools must be a list of objects; got {value!r:.60}.")
     return [dict(tool) for tool in value]
+
+
+def _is_trained(message: Message, place: str) -> bool:
+    """False for a message of weight 0, by which OpenAI's format leaves out what is no example."""
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"{place}: weight of a message must be 0 or 1; got {weight!r}.")
+    return weight != 0
 
 
 def text_of(content: Any, place: str) -> str:

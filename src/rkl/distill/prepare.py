@@ -464,7 +464,25 @@ def read_text(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> 
         origin = _origin(settings, blocks, kind)
     template = fingerprint([str(tokenizer.chat_template)]) if holds_chats(rows) else None
     read = _tokens_of("data", rows, tokenizer, shape | {"prompts": settings.lmbda == 1})
+    _tell_of_shared(rows, held)
     return Text(rows, read, blocks, origin, held, template)
+
+
+def _tell_of_shared(rows: Rows, held: Rows) -> None:
+    """A line if rows that are held out are trained on too, as those that data has twice."""
+    keys = [_key_of(row) for row in held]
+    known = {*keys}
+    there = {key for row in rows if (key := _key_of(row)) in known} if known else set()
+    if shared := sum(key in there for key in keys):
+        say(
+            f"{shared:,} OF {len(held):,} ROWS HELD OUT ARE TRAINED ON TOO: the held-out loss, "
+            "which chooses the best student, is partly of text that it was trained on. Leave out "
+            "rows that the data have twice, or give other --eval-data."
+        )
+
+
+def _key_of(row: Row) -> str:
+    return json.dumps(row, sort_keys=True, default=repr)
 
 
 def _origin(settings: DistillSettings, blocks: TokenDataset | None, kind: str) -> str:
@@ -518,6 +536,7 @@ def _read_published_text(
             f"data: no row of {settings.data} that is not held out has a token to train on."
         )
     template = fingerprint([str(tokenizer.chat_template)]) if holds_chats(rows) else None
+    _tell_of_shared(rows.some(trained), held)
     return Text(rows.some(trained), read, blocks, origin, held, template, teacher=teacher)
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import rkl
-from rkl.distill import DistillConfig, DistillTrainer, PadRows, Teacher
+from rkl.distill import DistillConfig, DistillTrainer, PadRows, Teacher, arguments
 from rkl.distill.text.batches import shifted
 from rkl.distill.text.data import tokenize
 
@@ -221,6 +221,28 @@ def test_rows_are_cut_to_max_length(tiny_model, tiny_rows, tiny_trainer):
         trainer = tiny_trainer(tiny_model(seed=2), tiny_model(seed=1), rows, max_length=4)
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["input_ids"].shape == batch["labels"].shape == (8, 4)
+
+
+def test_columns_that_name_a_row_are_no_part_of_a_batch(tiny_rows):
+    rows = tiny_rows(2)
+    more = {"id": "a", "number": 3, "score": torch.tensor(0.5), "about": None}
+    batch = PadRows()([row | more for row in rows])
+    assert batch.keys() == PadRows()(rows).keys()
+
+
+def test_rows_of_a_data_set_longer_than_max_length_are_warned_of(
+    tiny_model, tiny_rows, tiny_trainer, monkeypatch
+):
+    data_set = pytest.importorskip("datasets").Dataset.from_list(tiny_rows(8))
+    lengths = [len(row["input_ids"]) for row in tiny_rows(8)]
+    lost = sum(max(0, length - 4) for length in lengths)
+    told = f"train_dataset: {lost} of {sum(lengths)} tokens are cut.* max_length={max(lengths)} in"
+    with pytest.warns(UserWarning, match=told):
+        tiny_trainer(tiny_model(seed=2), tiny_model(seed=1), data_set, max_length=4)
+    monkeypatch.setattr(arguments, "LOOKED_AT", 4)
+    told = f"of {sum(lengths[::2])} tokens of 4 rows looked at are cut off,.* max_length=None in"
+    with pytest.warns(UserWarning, match=told):
+        tiny_trainer(tiny_model(seed=2), tiny_model(seed=1), data_set, max_length=4)
 
 
 def test_blocks_longer_than_max_length_are_warned_of(tiny_model, tiny_tokenizer, tiny_trainer):

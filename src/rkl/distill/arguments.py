@@ -16,9 +16,18 @@ from rkl.distill.models import zero3
 from rkl.distill.models.lora import check_peft, is_adapted
 from rkl.distill.models.sharded import FSDPModule, is_sharded, whole_by_mistake
 from rkl.distill.teachers.teacher import Teacher, check_teacher
-from rkl.distill.text.data import IGNORED, TEACHER_IDS, TEACHER_LABELS, TokenDataset, tokenize
+from rkl.distill.text.data import (
+    IGNORED,
+    TEACHER_IDS,
+    TEACHER_LABELS,
+    TokenDataset,
+    spread,
+    tokenize,
+)
 from rkl.distill.text.sources import in_rows, is_row
 from rkl.divergences import Divergence
+
+LOOKED_AT = 1000  # rows of a data set, of which the lengths say if rows are cut
 
 
 def tokenized(
@@ -69,13 +78,24 @@ def warn_of_cut(name: str, dataset: Any, max_length: int | None) -> None:
     elif isinstance(dataset, list):
         lengths = [len(row["input_ids"]) for row in dataset if "input_ids" in row]
         _warn_of_long(name, lengths, max_length)
+    elif "input_ids" in (getattr(dataset, "column_names", None) or ()) and hasattr(
+        dataset, "__len__"
+    ):
+        places = spread(range(len(dataset)), LOOKED_AT)
+        lengths = [len(row) for row in dataset.select_columns("input_ids")[places]["input_ids"]]
+        _warn_of_long(name, lengths, max_length, rows=len(dataset))
 
 
-def _warn_of_long(name: str, lengths: Sequence[int], max_length: int) -> None:
+def _warn_of_long(
+    name: str, lengths: Sequence[int], max_length: int, rows: int | None = None
+) -> None:
     if lost := sum(max(0, length - max_length) for length in lengths):
+        some = rows is not None and rows > len(lengths)
+        of_some = f" of {len(lengths):,} rows looked at" if some else ""
         warn(
-            f"{name}: {lost:,} of {sum(lengths):,} tokens are cut off, the ends of rows longer "
-            f"than {max_length}. max_length={max(lengths)} in DistillConfig keeps all."
+            f"{name}: {lost:,} of {sum(lengths):,} tokens{of_some} are cut off, the ends of rows "
+            f"longer than {max_length}. max_length={None if some else max(lengths)} in "
+            "DistillConfig keeps all."
         )
 
 

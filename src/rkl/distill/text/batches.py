@@ -134,6 +134,8 @@ class PadRows:
     Rows may have ``teacher_input_ids`` and ``teacher_labels``, the text that the teacher reads in
     place of the student's; None where it reads that. Its labels must be the row's, token by token.
 
+    Columns of text or of single numbers, such as the name of a row, are left out.
+
     Args:
         pad_token_id: What stands where a row has ended; it is neither attended nor trained on.
         max_length: Tokens that are kept of each row; None keeps all.
@@ -156,8 +158,8 @@ class PadRows:
             raise ValueError(f"{TEACHER_IDS} goes with rows of one text; got position_ids.")
         cut = {
             name: [torch.as_tensor(row[name])[: self.max_length] for row in rows]
-            for name in rows[0]
-            if name not in OF_TEACHER
+            for name, value in rows[0].items()
+            if name not in OF_TEACHER and _has_entries(value)
         }
         if prompted:
             read = [
@@ -174,6 +176,12 @@ class PadRows:
             name: pad_sequence(column, batch_first=True, padding_value=filling.get(name, 0))
             for name, column in cut.items()
         }
+
+
+def _has_entries(value: Any) -> bool:
+    return (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or (
+        getattr(value, "ndim", 0) > 0
+    )
 
 
 def _aligned(ids: Any, labels: Any, own: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as token_decoders
 from transformers import PreTrainedTokenizerFast
 
+from rkl.distill import prepare
 from rkl.distill.text.data import IGNORED, passages, show_example, tokenize
-from rkl.distill.text.sources import read_rows
+from rkl.distill.text.sources import Rows, read_rows
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end>\n{% endfor %}"
@@ -147,6 +148,24 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name, conten
     path.write_bytes(content)
     with pytest.raises(ValueError, match=named):
         read_rows(path)
+
+
+def test_rows_held_out_that_are_trained_on_too_are_told_of(tmp_path, capsys):
+    """Of rows that the data have twice some are held out, and their copies are not."""
+    rows = Rows({"text": f"row {number % 5}"} for number in range(10))
+    prepare._tell_of_shared(rows.some(range(5, 10)), rows.some([0, 1]))
+    assert "2 OF 2 ROWS HELD OUT ARE TRAINED ON TOO" in capsys.readouterr().err
+    prepare._tell_of_shared(rows.some([2, 3]), rows.some([0, 1]))
+    prepare._tell_of_shared(rows, rows.some([]))
+    assert capsys.readouterr().err == ""
+
+
+def test_rows_without_a_length_are_read(tokenizer):
+    """As of a data set that is streamed."""
+    rows = [{"text": "a b"}, {"text": "c"}]
+    assert torch.equal(tokenize(iter(rows), tokenizer).tokens, tokenize(rows, tokenizer).tokens)
+    with pytest.raises(ValueError, match="has no rows"):
+        tokenize(iter(()), tokenizer)
 
 
 def test_what_is_missing_or_no_data_at_all_is_said(tmp_path):

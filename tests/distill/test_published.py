@@ -1,6 +1,7 @@
 """Top-k log-probabilities of others: read in each form, put at their tokens, or refused."""
 
 import material
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +104,38 @@ def test_atoms_are_put_at_the_tokens_that_they_are_of(form, teacher, rows):
     values, index = (it.reshape(ROWS, -1, K)[batch.predicting] for it in expected)
     torch.testing.assert_close(top.logp, values)
     assert torch.equal(top.index, index)
+
+
+@pytest.mark.parametrize("kind", ["NumPy", "objects", "tensors", "ragged tensors", "frame"])
+def test_rows_may_hold_arrays_or_be_a_data_frame(kind, teacher, rows):
+    """As pandas reads them from a parquet file, and with_format of datasets gives them."""
+    columns = [at_own_token(teacher, row) for row in rows]
+    if kind in ("NumPy", "tensors"):  # of which all places must have as many atoms
+        columns = [lists(teacher, row, [0, *range(len(row["input_ids"]) - 1)]) for row in rows]
+    array = {"NumPy": np.array, "tensors": torch.tensor}.get(kind, ragged)
+    if kind == "ragged tensors":
+        array = as_tensors
+    arrays = [{name: array(it) for name, it in row.items()} for row in columns]
+    given = [row | it for row, it in zip(rows, arrays, strict=True)]
+    if kind == "frame":
+        given = pytest.importorskip("pandas").DataFrame(given)
+    whole = [row | it for row, it in zip(rows, columns, strict=True)]
+    expected = PublishedTeacher(whole, vocab=material.VOCAB)
+    known = PublishedTeacher(given, vocab=material.VOCAB)
+    assert known.rows == expected.rows
+    assert [*known.contents()] == [*expected.contents()]
+
+
+def as_tensors(places):
+    return [torch.tensor(it) for it in places]
+
+
+def ragged(places):
+    """An array of arrays of different lengths."""
+    made = np.empty(len(places), object)
+    for at, it in enumerate(places):
+        made[at] = np.array(it)
+    return made
 
 
 def test_a_token_without_atoms_is_not_trained_on(teacher, rows):

@@ -43,6 +43,22 @@ def test_a_compressed_text_and_lines_in_a_json_file_are_read(tmp_path):
     assert read_rows(write(tmp_path / "book.txt.gz", "a\r\nb")) == [{"text": "a\nb"}]
     lines = write(tmp_path / "lines.json", '{"text": "a"}\n{"text": "b"}\n')
     assert read_rows(lines) == [{"text": "a"}, {"text": "b"}]
+    assert read_rows(lines.rename(tmp_path / "lines.ndjson")) == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "ndjson.gz", "json"])
+def test_a_list_is_read_under_each_ending(tmp_path, ending):
+    rows = read_rows(write(tmp_path / f"list.{ending}", json.dumps(ROWS, indent=1)))
+    assert rows == ROWS
+    assert rows.place(1).endswith("row 2")
+
+
+def test_one_object_over_several_lines_is_a_row(tmp_path):
+    one = write(tmp_path / "one.json", json.dumps(ROWS[0], indent=1))
+    assert read_rows(one) == ROWS[:1]
+    whole = write(tmp_path / "whole.json", json.dumps({"data": ROWS}, indent=1))
+    with pytest.raises(ValueError, match=r"row 1: expected text.*got the columns \['data'\]"):
+        read_rows(whole)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ from rkl.distill.teachers.cache import row_keys
 from rkl.distill.teachers.teacher import Teacher
 from rkl.distill.text.batches import PadRows, shifted
 from rkl.distill.text.data import IGNORED, tokenize
-from rkl.distill.text.sources import TEACHER_PROMPT, Row, Rows, read_rows, read_whole_rows
+from rkl.distill.text.sources import (
+    TEACHER_PROMPT,
+    Row,
+    Rows,
+    Some,
+    read_rows,
+    read_whole_rows,
+    rows_as_lists,
+)
 from rkl.estimators import TopK
 from rkl.runs import fingerprint
 
@@ -64,7 +72,7 @@ class PublishedTeacher(Teacher):
 
     def __init__(
         self,
-        rows: Iterable[Mapping[str, Any]],
+        rows: Some,
         *,
         vocab: int,
         column: str = "target_logprobs",
@@ -76,7 +84,7 @@ class PublishedTeacher(Teacher):
         self.vocab, self.rows, self.numbers = vocab, [], []
         self._known: dict[str, list[dict[int, float]]] = {}
         how = None if compression is None else captures.read_compression(compression)
-        for number, whole in enumerate(rows):
+        for number, whole in enumerate(rows_as_lists(rows)):
             where = rows.place(number) if isinstance(rows, Rows) else f"row {number}"
             for row in [whole] if how is None else captures.apart(whole):
                 if how is None:

@@ -38,7 +38,7 @@ from rkl.distill.text import token_cache
 from rkl.distill.text.chats import ChatTemplate, NothingToTrainOnError, Rendered
 from rkl.distill.text.encoding import Advance, encode, encode_batch, end_of_text
 from rkl.distill.text.prompts import agreeing, encode_completions
-from rkl.distill.text.sources import TEACHER_PROMPT, TOOLS, Row, Rows, kind_of, read_rows
+from rkl.distill.text.sources import TEACHER_PROMPT, TOOLS, Row, Rows, Some, kind_of, read_rows
 from rkl.runs.progress import Progress
 
 IGNORED = -100  # the label of a token that is not trained on, in all of transformers
@@ -205,7 +205,7 @@ class TokenDataset(Dataset):
 
 
 def tokenize(
-    rows: Sequence[Row],
+    rows: Some,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 1024,
@@ -231,8 +231,8 @@ def tokenize(
     of.
 
     Args:
-        rows: Rows of text, of prompt and completion, or of messages, as a list of dicts or a data
-            set.
+        rows: Rows of text, of prompt and completion, or of messages, as a list of dicts, a data
+            set, also a streamed one, or a data frame.
         tokenizer: The student's tokenizer.
         max_length: Longest block, in tokens, at least 2.
         packing: Whether rows share blocks.
@@ -248,9 +248,9 @@ def tokenize(
     check_count("max_length", max_length, at_least=2)
     if train_on not in ("all", "last"):
         raise ValueError(f"train_on must be all or last; got {train_on!r}.")
-    if not len(rows):
-        raise ValueError("data has no rows.")
     rows = read_rows(rows, column=column)
+    if not rows:
+        raise ValueError("data has no rows.")
     if kind_of(rows[0], rows.place(0)) == "prompt" and not prompts:
         raise NoTrainedTokensError(
             f"{rows.place(0)}: a row with a prompt alone has nothing to train on; expected prompt "

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
 from rkl.checks import warn
 from rkl.distill.text.chats import as_tools, has_nulls, without_nulls
@@ -52,6 +53,7 @@ ROLES = {  # what ShareGPT calls them
     **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
     "system": "system",
 }
+_ARRAYS = np.ndarray, torch.Tensor
 EXPECTED = "expected text, or prompt and completion, or messages"  # or a prompt alone
 ALSO = "; instruction and output, or conversations, are read as messages"
 
@@ -103,7 +105,7 @@ def read_rows(data: Data, *, split: str = "train", column: str | None = None) ->
     ========================  =========================================================
     data                      rows
     ========================  =========================================================
-    ``*.jsonl``               one JSON object a line, blank lines apart
+    ``*.jsonl``, ``*.ndjson`` one JSON object a line, blank lines apart
     ``*.json``                a list of objects, or one object a line
     ``*.csv``, ``*.tsv``      a row of text a line, its columns named in the first
     ``*.txt``                 one row, the whole text
@@ -412,7 +414,8 @@ def _check_text(value: Any, column: str, place: str) -> None:
 
 def _messages(value: Any, column: str, place: str) -> list[dict[str, Any]]:
     if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"{place}: {column} must be a list of messages; got {_short(value)}.")
+        expected = "a list of messages" if column == "messages" else "text or a list of messages"
+        raise ValueError(f"{place}: {column} must be {expected}; got {_short(value)}.")
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
@@ -449,8 +452,12 @@ def _in_memory(data: Any, split: str, source: str = "data") -> _Reading:
         isinstance(data, list) and any(map(_has_arrays, data[:1]))
     )
     filled = of_frame or type(data).__module__.partition(".")[0] == "datasets"
-    rows = (_without_arrays(row) if _has_arrays(row) else row for row in in_rows(data))
-    return _Reading(enumerate(rows, 1), source, filled=filled)
+    return _Reading(enumerate(rows_as_lists(data), 1), source, filled=filled)
+
+
+def rows_as_lists(data: Some) -> Iterator[Any]:
+    """The rows of some data, with lists where they hold arrays of NumPy or tensors."""
+    return (_without_arrays(row) if _has_arrays(row) else row for row in in_rows(data))
 
 
 def in_rows(data: Any) -> Any:
@@ -462,12 +469,16 @@ def in_rows(data: Any) -> Any:
 
 
 def _has_arrays(row: Any) -> bool:
-    """True if lists are arrays of NumPy, as pandas reads those of a parquet file."""
-    return isinstance(row, Mapping) and any(isinstance(it, np.ndarray) for it in row.values())
+    """True if lists are arrays of NumPy, as pandas reads those of a parquet file, or tensors."""
+    if not isinstance(row, Mapping):
+        return False
+    return any(
+        isinstance(it[0] if isinstance(it, list) and it else it, _ARRAYS) for it in row.values()
+    )
 
 
 def _without_arrays(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, _ARRAYS):
         value = value.tolist()
     if isinstance(value, Mapping):
         return {name: _without_arrays(it) for name, it in value.items()}
@@ -518,6 +529,10 @@ def _opened(path: Path) -> Iterator[Iterable[bytes]]:
 
 
 def _jsonl(path: Path) -> _Reading:
+    with _opened(path) as file:  # a list is no row
+        if next((it for it in file if it.strip()), b"").lstrip().startswith(b"["):
+            return _json_file(path)
+
     def rows() -> Iterator[tuple[int, Any]]:
         with _opened(path) as file:
             for number, line in enumerate(file, 1):
@@ -531,9 +546,12 @@ def _jsonl(path: Path) -> _Reading:
 
 def _json_file(path: Path) -> _Reading:
     """A list of objects; one object a line is read too, as files with this ending often hold."""
-    text = _utf8(gunzip(path), str(path))
-    if not text.lstrip().startswith("["):
-        return _jsonl(path) if text.strip() else _Reading([], str(path))
+    text = _utf8(gunzip(path), str(path)).strip()
+    if not text.startswith("["):
+        if "\n" in text:  # one object over several lines is a row
+            with contextlib.suppress(ValueError, RecursionError):
+                return _Reading([(1, json.loads(text))], str(path))
+        return _jsonl(path) if text else _Reading([], str(path))
     return _Reading(enumerate(_json(text, str(path)), 1), str(path))
 
 
@@ -565,6 +583,7 @@ def _parquet(path: Path, column: str | None = None, *, whole: bool = False) -> _
 
 _READERS: dict[str, Callable[[Path], _Reading]] = {
     ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
     ".json": _json_file,
     ".csv": _table,
     ".tsv": _table,

@@ -90,7 +90,10 @@ def test_rows_in_memory_may_come_in_splits():
         (b'{"text": null}\n', r"line 1: expected text"),
         (b'{"text": 3}\n', r"line 1: text must be a string; got 3"),
         (b'{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', r"line 2: .* among rows of text"),
-        (b'{"prompt": "a", "completion": []}\n', r"line 1: completion must be a list of messages"),
+        (
+            b'{"prompt": "a", "completion": []}\n',
+            r"line 1: completion must be text or a list of messages; got \[\]",
+        ),
         (
             b'{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n',
             r"line 1: prompt and completion must both be text or both messages",
@@ -123,7 +126,8 @@ def test_rows_in_memory_may_come_in_splits():
         (b'{"messages": [{"content": "a"}]}\n', r"line 1: each of messages must be an object"),
         (b'{"messages": [{"role": "user", "content": 3}]}\n', r"line 1: content in messages"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2: expected UTF-8; got the byte 0xff at 10"),
-        (b"[" * 100_000 + b"\n", r"line 1: not JSON"),
+        (b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", r"line 2: not JSON"),
+        (b"[" * 100_000 + b"\n", r"rows\.jsonl: not JSON"),  # as a list over several lines
         (b"\n \n", r"rows\.jsonl has no rows"),
     ],
 )
@@ -140,7 +144,7 @@ def test_a_line_that_is_no_row_is_named_with_what_was_expected(tmp_path, content
     [
         ("a.txt", b"caf\n\xe9", r"a\.txt: expected UTF-8; got the byte 0xe9 at 4"),
         ("a.txt", b" \n", r"a\.txt has no rows"),
-        ("a.doc", b"text\na", r"data must end in \.jsonl, \.json, \.csv, .*\.parquet"),
+        ("a.doc", b"text\na", r"data must end in \.jsonl, \.ndjson, \.json, .*\.parquet"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name, content, named):

@@ -53,6 +53,26 @@ def test_a_list_is_read_under_each_ending(tmp_path, ending):
     assert rows.place(1).endswith("row 2")
 
 
+def test_columns_by_their_names_are_rows(tmp_path):
+    """As a slice of a data set of Hugging Face; of several splits one is read."""
+    assert read_rows({"text": ["a", "b"], "id": [1, 2]}) == [{"text": "a"}, {"text": "b"}]
+    chats = [said("a", "b"), said("c", "d")]
+    assert read_rows({"messages": [it["messages"] for it in chats]}) == chats
+    assert read_rows({"train": ROWS, "test": []}) == ROWS
+    with pytest.raises(ValueError, match="as many values each; got 2 of text, 1 of id"):
+        read_rows({"text": ["a", "b"], "id": [1]})
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_messages_may_be_json_in_a_cell(tmp_path, column):
+    chat = said("a", 'b "quoted"')["messages"]
+    turns = [{"from": it["role"], "value": it["content"]} for it in chat]
+    text = json.dumps(chat if column == "messages" else turns).replace('"', '""')
+    assert read_rows(write(tmp_path / "chats.csv", f'{column}\n"{text}"\n')) == [
+        {"messages": chat}
+    ]
+
+
 def test_one_object_over_several_lines_is_a_row(tmp_path):
     one = write(tmp_path / "one.json", json.dumps(ROWS[0], indent=1))
     assert read_rows(one) == ROWS[:1]

@@ -34,10 +34,10 @@ def tokenized(
     name: str, dataset: Any, tokenizer: Any, args: DistillConfig, column: str | None
 ) -> Any:
     """Raw rows as tokens; a data set that has them is left as it is."""
+    dataset = in_rows(dataset)
     if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
         parts = dataset.items()
         return {key: tokenized(name, it, tokenizer, args, column) for key, it in parts}
-    dataset = in_rows(dataset)
     first = _first_row(dataset)
     if not isinstance(first, Mapping) or "input_ids" in first or not is_row(first):
         return dataset

@@ -294,7 +294,7 @@ def _of_alpaca(row: Mapping[str, Any], place: str) -> list[dict[str, str]]:
 
 def _of_sharegpt(row: Mapping[str, Any], place: str) -> Any:
     """A chat of turns with from and value, or with role and content as we have them."""
-    turns = row["conversations"]
+    turns = _read_json(row["conversations"])
     if not isinstance(turns, list | tuple) or not all(isinstance(it, Mapping) for it in turns):
         raise ValueError(
             f"{place}: conversations must be a list of objects with from and value; "
@@ -333,6 +333,8 @@ def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _checked(row: Mapping[str, Any], kind: str, place: str) -> Row:
     values = {column: row[column] for column in COLUMNS[kind]}
+    if kind == "messages":
+        values["messages"] = _read_json(values["messages"])
     for column, value in values.items():
         _check_text(value, column, place)
         if isinstance(value, str) and kind != "messages":
@@ -412,6 +414,14 @@ def _check_text(value: Any, column: str, place: str) -> None:
             _check_text(part, column, place)
 
 
+def _read_json(value: Any) -> Any:
+    """A list that is written as JSON, as in cells of a table; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
 def _messages(value: Any, column: str, place: str) -> list[dict[str, Any]]:
     if not isinstance(value, (list, tuple)) or not value:
         expected = "a list of messages" if column == "messages" else "text or a list of messages"
@@ -442,17 +452,18 @@ def _messages(value: Any, column: str, place: str) -> list[dict[str, Any]]:
 
 
 def _in_memory(data: Any, split: str, source: str = "data") -> _Reading:
-    if isinstance(data, Mapping):
-        if split not in data:
-            raise ValueError(f"split must be one of {sorted(data)}; got {split!r}.")
-        data = data[split]
-    if not isinstance(data, Iterable):
+    rows = in_rows(data)
+    if isinstance(rows, Mapping):
+        if split not in rows:
+            raise ValueError(f"split must be one of {sorted(rows)}; got {split!r}.")
+        data = rows[split]
+        rows = in_rows(data)
+    if not isinstance(rows, Iterable):
         raise TypeError(f"data must be a file, a data set or a list of rows; got {_short(data)}.")
-    of_frame = isinstance(data, Frame) or (
-        isinstance(data, list) and any(map(_has_arrays, data[:1]))
-    )
-    filled = of_frame or type(data).__module__.partition(".")[0] == "datasets"
-    return _Reading(enumerate(rows_as_lists(data), 1), source, filled=filled)
+    with_arrays = isinstance(data, list) and any(map(_has_arrays, data[:1]))
+    of_arrow = type(data).__module__.partition(".")[0] == "datasets"
+    filled = with_arrays or of_arrow or rows is not data  # a frame, or columns
+    return _Reading(enumerate(rows_as_lists(rows), 1), source, filled=filled)
 
 
 def rows_as_lists(data: Some) -> Iterator[Any]:
@@ -461,11 +472,26 @@ def rows_as_lists(data: Some) -> Iterator[Any]:
 
 
 def in_rows(data: Any) -> Any:
-    """The rows of a data frame of pandas; other data as they are."""
+    """The rows of a data frame of pandas, or of columns; other data as they are.
+
+    Columns by their names are what a slice of a data set of Hugging Face is.
+    """
+    if isinstance(data, Mapping) and data and all(map(_is_column, data.values())):
+        if len({len(column) for column in data.values()}) > 1:
+            sizes = ", ".join(f"{len(column):,} of {name}" for name, column in data.items())
+            raise ValueError(f"data: columns must have as many values each; got {sizes}.")
+        return [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
     if not isinstance(data, Frame):
         return data
     table: Any = data
     return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def _is_column(values: Any) -> bool:
+    """True for a list of values, and not of rows, as the split of a data set may be."""
+    if isinstance(values, np.ndarray | torch.Tensor):
+        return values.ndim > 0
+    return isinstance(values, list) and not (values and isinstance(values[0], Mapping))
 
 
 def _has_arrays(row: Any) -> bool:

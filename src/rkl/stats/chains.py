@@ -89,8 +89,10 @@ def ess(
     """Effective number of draws for the bulk: of independent draws that would do as well.
 
     Draws are replaced by normal scores of their ranks, so that it exists for heavy tails, and
-    does not move under monotone maps of x. Weights multiply it by 1 / (n Σ w²), Kish's share:
-    a rule of thumb, exact where weights and draws have nothing to do with each other.
+    does not move under monotone maps of x. With weights it is the smaller of two: that of all
+    draws times 1 / (n Σ w²), Kish's share, right where weights and draws have nothing to do with
+    each other; and the one of w (x − mean), whose correlations are those of the weighted mean,
+    but which overrates draws of which a few have nearly all of the weight.
 
     Source: Vehtari et al. (2021), arXiv 1903.08008, section 4.1; Kish (1965), section 11.2.
 
@@ -108,9 +110,22 @@ def ess(
 
     def of_bulk(part: Tensor) -> Tensor:
         scores = _normal_scores(_halves(part))
-        return _where_moving(share * _count(scores) / _time_of_halves(scores), part)
+        count = share * _count(scores) / _time_of_halves(scores)
+        if weights is not None:
+            weighted = _weighted_count(scores, _halves(weights.double().cpu()))
+            count = torch.fmin(count, weighted)
+        return _where_moving(count, part)
 
     return _by_columns(of_bulk, x)
+
+
+def _weighted_count(x: Tensor, weights: Tensor) -> Tensor:
+    """Var(x)/Var(mean) with weights, by the correlations of w (x − mean); nan where it is 0."""
+    total, w = weights.sum(), weights[..., None]
+    departure = x - (w * x).sum((0, 1)) / total
+    moved = w * departure
+    spread = (moved * departure).sum((0, 1)) / total
+    return spread * total.square() / (moved.square().sum((0, 1)) * _time_of_halves(moved))
 
 
 def ess_tail(x: Float[Tensor, "chains draws *columns"]) -> Float[Tensor, "*columns"]:
@@ -216,7 +231,7 @@ def _by_columns(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _kish(weights: Tensor, x: Tensor) -> float:
     floats("weights", weights)
-    weights = weights.double()
+    weights = weights.detach().double()
     if weights.shape != x.shape[:2]:
         raise ValueError(f"weights must be {list(x.shape[:2])}; got {list(weights.shape)}.")
     if not weights.isfinite().all() or weights.min() < 0 or not weights.sum() > 0:

@@ -141,6 +141,23 @@ def test_a_law_without_mass_at_a_draw_of_the_target_is_not_covering():
     assert found.reached.value.item() == pytest.approx(1 / 0.9, rel=0.5)
 
 
+def test_held_out_draws_without_density_are_refused_with_their_number():
+    def log_prob(x, condition):
+        return torch.where((x > 0).all(-1), -x.square().sum(-1) / 2, -math.inf)
+
+    target = Density(log_prob, (2,))
+    law = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+    held_out = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)).abs()
+    assert judge_coverage(target, law, held_out=held_out).reached is not None
+    held_out[:3] *= -1
+    with pytest.raises(ValueError, match="held_out: .* has no density at 3 of 200 draws"):
+        judge_coverage(target, law, held_out=held_out)
+    log_ratio = torch.zeros(200, dtype=torch.float64)
+    at_target = torch.where(torch.arange(200) < 3, -math.inf, log_ratio)
+    with pytest.raises(ValueError, match="at_target must be above -inf; got 3 draws"):
+        judge_ratios(log_ratio, at_target, log_z=0.0)
+
+
 def test_rows_that_were_trained_on_are_refused_as_held_out():
     torch.manual_seed(0)
     data = MoG8().sample(SCALE, (50,))

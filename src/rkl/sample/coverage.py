@@ -200,7 +200,13 @@ def judge_coverage(
     at_target, modes = None, None
     if held_out is not None:
         each = condition.expand(len(held_out), -1)
-        at_target = precise_log_prob(target, held_out, each) - law.log_prob(held_out)
+        density = precise_log_prob(target, held_out, each)
+        if (nowhere := int((density == -math.inf).sum())) > 0:
+            raise ValueError(
+                f"held_out: {target} has no density at {nowhere:,} of {len(held_out):,} draws, "
+                "which so are none of it; leave them out."
+            )
+        at_target = density - law.log_prob(held_out)
         both = torch.cat([x, held_out.to(x)])
         modes = target.modes(both, condition.expand(len(both), -1))
     return judge_ratios(
@@ -362,6 +368,11 @@ def _checked_at_target(at_target: Any) -> Tensor:
         # where q has no mass at all the ratio is infinite: as good as very large
         at_target = at_target.double().clamp_max(1e6)
     at_target = check_log_ratio("at_target", at_target)
+    if (at_target == -math.inf).any():
+        raise ValueError(
+            f"at_target must be above -inf; got {int((at_target == -math.inf).sum())} draws at "
+            "which the target has no density."
+        )
     if at_target.ndim != 1:
         raise ValueError(f"at_target must be [rows]; got {list(at_target.shape)}.")
     return at_target

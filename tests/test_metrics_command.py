@@ -81,3 +81,19 @@ def test_a_divergence_says_where_it_looks(capsys):
     assert "atoms         0.5 at λ = 4" in told
     assert cli.main(["divergences", "akl"]) == 0
     assert "looks at" not in capsys.readouterr().out
+
+
+def test_images_with_their_channels_elsewhere_are_refused_and_flat_ones_are_not(folder, capsys):
+    """Flattened, [rows, 4, 4, 3] and [rows, 3, 4, 4] have the same number of features."""
+    pixels = np.random.default_rng(0).normal(size=(80, 4, 4, 3))
+    np.save(folder / "last.npy", pixels)
+    np.save(folder / "first.npy", np.moveaxis(pixels, -1, 1))
+    np.save(folder / "flat.npy", pixels.reshape(80, -1))
+    assert cli.main(["metrics", "--real", "last.npy", "--fake", "first.npy"]) == 2
+    said = capsys.readouterr().err
+    assert "fake: samples of first.npy must have the shape of those of last.npy, [4, 4, 3]" in said
+    assert "got [3, 4, 4]" in said
+    assert "48 features" in printed(capsys, "--real", "last.npy", "--fake", "flat.npy")
+    np.save(folder / "grey.npy", pixels[:, None, :, :, 0])
+    np.save(folder / "plain.npy", pixels[..., 1])
+    assert "16 features" in printed(capsys, "--real", "grey.npy", "--fake", "plain.npy")

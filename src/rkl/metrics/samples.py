@@ -288,6 +288,7 @@ def read_both(
     """
     places = {"real": real, "fake": fake} | ({} if train is None else {"train": train})
     contents = {name: read(path, name=name) for name, path in places.items()}
+    _check_axes(contents, places)
     arrays = {name: _features(name, it, places[name]) for name, it in contents.items()}
     one = contents["real"].columns
     for name in list(places)[1:]:
@@ -312,6 +313,20 @@ def read_both(
     }
     notes = [f"{places[name]}: {note}." for name, it in contents.items() for note in it.notes]
     return {**sides, "columns": one}, notes
+
+
+def _check_axes(contents: Mapping[str, Contents], places: Mapping[str, Path]) -> None:
+    """Refuse images whose axes come in another order: flattened, their pixels would not match."""
+    shapes = {name: [n for n in it.values.shape[1:] if n > 1] for name, it in contents.items()}
+    shapes = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    for name, shape in shapes.items():
+        first, expected = next(iter(shapes.items()))
+        if shape != expected:
+            raise ValueError(
+                f"{name}: samples of {places[name]} must have the shape of those of "
+                f"{places[first]}, {list(contents[first].values.shape[1:])}, channels in the same "
+                f"place; got {list(contents[name].values.shape[1:])}."
+            )
 
 
 def _features(name: str, contents: Contents, path: Path) -> np.ndarray:

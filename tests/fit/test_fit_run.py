@@ -4,6 +4,8 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ import torch
 import rkl
 from rkl.cli import main
 from rkl.fit import compare_runs, load_critic, report_runs
+from rkl.fit.data import read_data
+from rkl.fit.evaluate import _in_order, evaluate_run
 from rkl.fit.run import dry_run, fit
 from rkl.fit.samples import sample_run
-from rkl.fit.settings import FitSettings, SampleSettings
+from rkl.fit.settings import EvaluateSettings, FitSettings, SampleSettings
 from rkl.runs import Run
 from rkl.tables import cell_text
 
@@ -334,6 +338,48 @@ def test_an_extended_fit_does_not_fall_back_to_likelihood(folder, monkeypatch):
     monkeypatch.setattr(_Problem, "_divergence_loss", guided)
     fit(replace(settings, steps=160), folder / "guided", resume=True)
     assert seen == dict.fromkeys(range(52, 160), 3)
+
+
+def test_runs_that_held_out_other_rows_are_not_compared_without_a_word(folder, tmp_path):
+    settings = FitSettings(folder / "data.npy", flow=FLOW, batch=64, steps=2)
+    others = {"seed": {"seed": 1}, "share": {"held_out": 0.2}, "rate": {"lr": 1e-4}}
+    for name, other in {"same": {}, **others}.items():
+        fit(replace(settings, **other), tmp_path / name)
+    for name in ("seed", "share"):
+        said = " ".join(str(compare_runs([tmp_path / "same", tmp_path / name])).split())
+        assert "held out other rows" in said
+    assert "held out other rows" not in str(compare_runs([tmp_path / "same", tmp_path / "rate"]))
+    rows = np.load(folder / "data.npy").round(1)
+    np.save(tmp_path / "levels.npy", rows)
+    mixed = replace(settings, data=tmp_path / "levels.npy")
+    for name in (True, None):
+        fit(replace(mixed, dequantise=name), tmp_path / f"levels-{name}")
+    said = str(compare_runs([tmp_path / "levels-True", tmp_path / "levels-None"]))
+    assert "spread levels" in said
+
+
+def test_a_fit_is_evaluated_on_the_device_that_is_named(folder):
+    """A meta tensor has no values, so that none can come out of a computation on it."""
+    settings = EvaluateSettings(folder / "data.npy", device="meta")
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        evaluate_run(folder / "plain", settings)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="it finds no GPU"):
+            evaluate_run(folder / "plain", replace(settings, device="cuda"))
+
+
+def test_columns_in_another_order_go_by_their_names(tmp_path):
+    table = tmp_path / "table.csv"
+    rows = np.random.default_rng(0).normal(size=(30, 3))
+    np.savetxt(table, rows, delimiter=",", header="b,c,a", comments="")
+    data = read_data(table)
+    run: Any = SimpleNamespace(record={"data": {"columns": ["a", "b", "c"]}})
+    ordered = _in_order(run, data)
+    assert ordered.columns == ("a", "b", "c")
+    assert np.array_equal(ordered.values.numpy(), data.values.numpy()[:, [2, 0, 1]])
+    other: Any = SimpleNamespace(record={"data": {"columns": ["a", "b", "d"]}})
+    with pytest.raises(ValueError, match="data must have the columns a, b, d; got b, c, a"):
+        _in_order(other, data)
 
 
 def test_a_dry_run_foretells_and_writes_nothing(folder):

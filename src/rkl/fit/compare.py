@@ -50,11 +50,27 @@ def _tables(runs: Mapping[str, Run]) -> Iterator[Table]:
             minimised += f", distilled at {run.settings['distil_budget']:g}"
         flow = str(setting_of(run, "flow"))
         rows.append((name, minimised, flow, *figures, result.get("kept_step"), steps))
-    fingerprints = {(run.record.get("data") or {}).get("fingerprint") for run in runs.values()}
-    caption = _DATA_SAYS + " The data differ, so log-densities cannot be compared." * (
-        len(fingerprints) > 1
-    )
-    yield Table("Flows of data", columns, tuple(rows), caption)
+    yield Table("Flows of data", columns, tuple(rows), " ".join([_DATA_SAYS, *_differ(runs)]))
+
+
+def _differ(runs: Mapping[str, Run]) -> Iterator[str]:
+    """A sentence if the runs were measured on rows that are not the same."""
+    fingerprints, held_out, spread = set(), set(), set()
+    for run in runs.values():
+        fingerprints.add((run.record.get("data") or {}).get("fingerprint"))
+        held_out.add((setting_of(run, "held_out"), run.record.get("seed")))
+        rows = (run.record.get("inputs") or {}).get("data") or {}
+        spread.add(rows.get("sha256"))  # of the rows, and of the steps between their levels
+    if len(fingerprints) > 1:
+        yield "The data differ, so log-densities cannot be compared."
+    elif len(held_out) > 1:
+        yield (
+            "The runs held out other rows of the same data, as their seed or held_out differs, so "
+            "log-densities cannot be compared to better than their errors: `rkl evaluate RUN "
+            "--data` measures each on the same new rows."
+        )
+    elif len(spread - {None}) > 1:
+        yield "One of them spread levels that another did not: log-densities cannot be compared."
 
 
 _DATA_SAYS = (

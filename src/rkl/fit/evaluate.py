@@ -93,15 +93,15 @@ def evaluate_run(
     Raises:
         ValueError: The rows do not fit the run.
     """
-    run, _device = Run.open(path), checks.device(settings.device)
-    evaluation = _evaluate_on_rows(run, settings, allow)
+    run, device = Run.open(path), checks.device(settings.device)
+    evaluation = _evaluate_on_rows(run, settings, allow, device)
     write_evaluation(run, evaluation.to_dict())
     return evaluation
 
 
 @torch.no_grad()
 def _evaluate_on_rows(
-    run: Run, settings: EvaluateSettings, allow: Collection[str]
+    run: Run, settings: EvaluateSettings, allow: Collection[str], device: torch.device
 ) -> DataEvaluation:
     if settings.data is None:
         raise ValueError(f"data must be given: rows that {run.path} was not fitted to.")
@@ -109,20 +109,24 @@ def _evaluate_on_rows(
     classes = run.record["data"]["classes"]
     how: dict[str, Any] = {"step": flow.units.step_of_rows(), "classes": classes}
     data = read_data(settings.data, settings.labels, **how)
-    _check_columns(run, data)
+    data = _in_order(run, data)
     if data.event_shape != tuple(flow.shift.shape):
         raise ValueError(
             f"data must have rows of shape {list(flow.shift.shape)}; got {list(data.event_shape)}."
         )
+    flow.to(device)
     with random_numbers(settings.seed):
         spread = data.spread()
-        parts = [spread.rows(index) for index in torch.arange(len(data)).split(AT_ONCE)]
+        places = torch.arange(len(data)).split(AT_ONCE)
+        parts = [spread.rows(index).to(device) for index in places]
         laws = [flow() if it.condition is None else flow(it.condition) for it in parts]
-        log_q = torch.cat([law.log_prob(it.values) for law, it in zip(laws, parts, strict=True)])
+        densities = [law.log_prob(it.values) for law, it in zip(laws, parts, strict=True)]
+        log_q = torch.cat(densities).cpu()
         chosen = spread.rows(torch.randperm(len(data))[:MEASURED])
         drawn, notes = _draw_samples(run, flow, chosen.condition, len(chosen.values), allow)
-    train = _trained_on(run, flow, allow)
-    samples = _sample_metrics(flow.units, chosen.values, drawn, train, settings.seed)
+        units = flow.units.cpu()  # as the rows and samples that are compared
+        train = _trained_on(run, units, allow)
+    samples = _sample_metrics(units, chosen.values, drawn, train, settings.seed)
     seen = count_fitted(run, data)
     if samples is not None:
         samples = replace(samples, notes=[*samples.notes, *notes])
@@ -132,26 +136,34 @@ def _evaluate_on_rows(
 def _draw_samples(
     run: Run, flow: Any, condition: Tensor | None, count: int, allow: Collection[str]
 ) -> tuple[Tensor, list[str]]:
+    """Samples on the CPU, drawn on the device of the flow; and notes on them."""
+    device = flow.shift.device
+    condition = None if condition is None else condition.to(device)
     law = flow() if condition is None else flow(condition)
     point = load_point(run.path)
     if point is None:
-        return law.sample(() if condition is not None else (count,)), []
-    critic = load_critic(run.path, allow=allow)
+        return law.sample(() if condition is not None else (count,)).cpu(), []
+    critic = load_critic(run.path, allow=allow).to(device)
     drawn, made = draw_kept(law, critic, point.log_lam, count, condition)
     note = (
         f"Samples are at the operating point of the fit, {made / count:.3g} draws each; the "
         "log-density is the flow's, without rejection."
     )
-    return drawn, [note]
+    return drawn.cpu(), [note]
 
 
-def _check_columns(run: Run, data: Data) -> None:
+def _in_order(run: Run, data: Data) -> Data:
+    """The rows with their columns in the order of the fit, by their names."""
     fitted = tuple(run.record["data"].get("columns", ()))
-    if fitted and data.columns and data.columns != fitted:
+    if not fitted or not data.columns or data.columns == fitted:
+        return data
+    if sorted(data.columns) != sorted(fitted):
         raise ValueError(
-            f"data must have the columns {', '.join(fitted[:8])}, in this order; got "
+            f"data must have the columns {', '.join(fitted[:8])}; got "
             f"{', '.join(data.columns[:8])}."
         )
+    order = [data.columns.index(it) for it in fitted]
+    return replace(data, values=data.values[:, order], columns=fitted)
 
 
 def _sample_metrics(
@@ -168,11 +180,11 @@ def _sample_metrics(
     return measure(**free, seed=seed)
 
 
-def _trained_on(run: Run, flow: Any, allow: Collection[str]) -> Tensor | None:
+def _trained_on(run: Run, units: Units, allow: Collection[str]) -> Tensor | None:
     settings, classes = settings_of(run, allow=allow), run.record["data"]["classes"]
     try:
         data = read_data(
-            settings.data, settings.labels, step=flow.units.step_of_rows(), classes=classes
+            settings.data, settings.labels, step=units.step_of_rows(), classes=classes
         )
         rows = data.split(settings.held_out, settings.seed)[0]
     except (OSError, ValueError):  # it is other data by now
@@ -223,8 +235,12 @@ def _report_on_rows(run: Run, out: str | os.PathLike | None) -> Path:
         step = flow.units.step_of_rows()
         data = read_data(settings_kept.data, settings_kept.labels, step=step, classes=classes)
         trained_on, held_out = data.split(settings_kept.held_out, settings_kept.seed)
-        train = trained_on.rows(torch.arange(min(len(trained_on), MEASURED))).spread().values
-        chosen = held_out.spread().rows(torch.arange(min(len(held_out), MEASURED)))
+        with random_numbers(seed):
+            chosen, some = (
+                it.rows(torch.arange(min(len(it), MEASURED))).spread()
+                for it in (held_out, trained_on)
+            )
+        train = some.values
         real, condition = chosen.values, chosen.condition
     elif run.record["data"]["classes"]:
         raise FileNotFoundError(f"data: {settings['data']} is gone, and with it the classes.")

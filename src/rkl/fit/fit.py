@@ -220,8 +220,8 @@ def _standardise(
         plain = Units.of_rows(training, bend=False)
         scores = [it.gaussian(held_out.values).mean() for it in (units, plain)]
         units = units if scores[0] >= scores[1] else plain
-    if len(training) < FULL_RATE:
-        flow, units = begin_as_mixture(flow, training, held_out, units, seed)
+    if len(training) < FULL_RATE:  # on the CPU, where the rows are
+        flow, units = begin_as_mixture(flow.cpu(), training, held_out, units, seed)
     return Standardised(flow, units).to(device)
 
 

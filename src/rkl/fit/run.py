@@ -254,7 +254,7 @@ def _read(settings: FitSettings) -> Data:
 
 
 def _save(run: Run, fitted: Fit) -> None:
-    run.remember_rows(rows_of(fitted.trained_on))
+    run.remember_rows(rows_of(fitted.trained_on.to(torch.device("cpu"))))
     critic = fitted.critic
     state = {
         "units": fitted.flow.units.state_dict(),

@@ -58,9 +58,10 @@ def sample_run(
     condition = _condition(settings.condition, classes)
     device = checks.device(settings.device)
     flow.to(device)
+    condition = None if condition is None else condition.to(device)
     with random_numbers(settings.seed), torch.no_grad():
         bound = math.inf if settings.truncation is None else settings.truncation
-        law = flow() if condition is None else flow(condition.to(device))
+        law = flow() if condition is None else flow(condition)
         law = latent(law, settings.latent_temperature, bound)
         point = None if _changed_latents(settings) else load_point(path)
         chosen = settings.budget is not None or settings.target_precision is not None

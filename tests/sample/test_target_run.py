@@ -16,6 +16,7 @@ import rkl
 from rkl.cli import main
 from rkl.flows import Coupling
 from rkl.runs import Run
+from rkl.runs.typed import record_of
 from rkl.sample import (
     CoarseToFine,
     EvaluateSettings,
@@ -355,3 +356,24 @@ def test_draws_of_the_run_itself_are_no_evidence_that_it_lacks_nothing(folder, c
     capsys.readouterr()
     assert main(["evaluate", str(folder / "xy"), "--data", str(out), "--strict"]) == 2
     assert "are of the flow of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "differ"),
+    [
+        ([("xy(side=4)", "T=0.5:1.5"), ("xy(side=4)", "T=0.5:2.0")], True),
+        ([("xy(side=4)", "T=0.5:1.5"), ("xy(side=4)", None), ("xy(side=8)", None)], True),
+        ([("xy(side=4)", "T=0.5:1.5"), ("xy(side=4)", "T=0.5:1.5")], False),
+        ([("xy(side=4)", None), ("xy(side=8)", "T=0.5:1.5")], False),
+    ],
+)
+def test_runs_of_a_target_at_other_conditions_are_not_compared_without_a_word(
+    settings, differ, tmp_path
+):
+    for k, (target, condition) in enumerate(settings):
+        chosen = record_of(TargetSettings(target, condition=condition, steps=1))
+        with Run.create(tmp_path / str(k), "sample", chosen, seed=0) as run:
+            run.log({"step": 1, "ess": 0.5, "acceptance": 0.5, "v": 0.1})
+    paths = [tmp_path / str(k) for k in range(len(settings))]
+    said = " ".join(str(compare_runs(paths)).split())
+    assert ("trained at other conditions" in said) is differ

@@ -50,7 +50,9 @@ def _tables(runs: Mapping[str, Run]) -> Iterator[Table]:
         figures = [last.get(it, math.nan) for it in LAST_STEPS]
         words = str(setting_of(run, "target")), str(minimised), str(setting_of(run, "flow"))
         rows.append((name, *words, *figures, last.get("step")))
-    yield Table("Flows of targets", columns, tuple(rows), _TARGETS_SAY)
+    asked = {(str(setting_of(it, "target")), it.settings.get("condition")) for it in runs.values()}
+    differ = len({target for target, _ in asked}) < len(asked)
+    yield Table("Flows of targets", columns, tuple(rows), _TARGETS_SAY + _DIFFER * differ)
     yield from _evaluation_tables(runs)
 
 
@@ -89,4 +91,5 @@ _TARGETS_SAY = (
     "in the last steps, all conditions together. `rkl evaluate RUN` measures log Z and each "
     "condition."
 )
+_DIFFER = " The runs were trained at other conditions, so these figures cannot be compared."
 _EVALUATED_SAYS = "As `rkl evaluate` measured them, with standard errors."

@@ -1,6 +1,8 @@
 """A flow is measured on its target: figures that are right, and failures that are loud."""
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,11 +19,11 @@ from rkl.cli import main
 from rkl.flows import NSF, Coupling
 from rkl.runs import Run
 from rkl.sample import CoarseToFine, condition_grid, evaluate, evaluate_on_target, fit_to_target
-from rkl.sample.evaluate import NotCoveredError, evaluate_run
+from rkl.sample.evaluate import NotCoveredError, _where, evaluate_run
 from rkl.sample.run import TargetRun, fit_target
 from rkl.sample.settings import EvaluateSettings, TargetSettings
 from rkl.sample.targets import XY, Density, MoG8
-from rkl.sample.targets.base import Condition
+from rkl.sample.targets.base import Condition, has_temperature
 
 
 class Mixture(nn.Module):
@@ -199,3 +201,50 @@ def test_rows_that_a_flow_of_data_was_not_fitted_to_say_how_good_its_samples_are
     assert main(["evaluate", run, "--data", other, "--reference"]) == 2
     said = capsys.readouterr().err
     assert "unrecognized arguments: --reference. See rkl evaluate --help." in said
+
+
+@pytest.mark.parametrize("size", [1e-8, 1.0, 300.1])
+def test_draws_at_the_ends_of_a_range_are_taken_and_those_beyond_are_not(size, tmp_path):
+    """Single precision rounds a condition by up to 6e-8 of its size."""
+    target = Density(lambda x, c: -x.square().sum(-1) / c[..., 0], (2,))
+    target = replace(target, conditions=(Condition("T", size / 3, size),))
+    settings = TargetSettings("xy(side=2)", steps=1)
+    loaded = TargetRun(nn.Identity(), target, target.conditions, settings)
+    condition = np.repeat([size / 3, size / 2, size, 1.1 * size], 10)[:, None]
+    np.savez(tmp_path / "draws.npz", x=np.zeros((40, 2)), condition=condition)
+    with Run.create(tmp_path / "run", "sample", {}, seed=0) as run:
+        rows, held_out = _where(loaded, EvaluateSettings(tmp_path / "draws.npz"), run)
+    assert rows.flatten().tolist() == pytest.approx([size / 3, size / 2, size], rel=1e-6)
+    assert held_out is not None
+    assert list(map(len, held_out)) == [10, 10, 10]
+
+
+class Wide(nn.Module):
+    """A normal distribution of twice the variance."""
+
+    def forward(self, condition):
+        scale = (2 * condition).sqrt().expand(*condition.shape[:-1], 2)
+        return Independent(Normal(torch.zeros_like(scale), scale), 1)
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1.0, 1e8])
+def test_a_condition_called_t_that_is_no_temperature_has_no_energy(unit):
+    """A normalised Gaussian of variance T: T log p contains T log 2πT, which is no energy."""
+
+    def normalised(x, condition):
+        variance = condition[..., 0]
+        return -x.square().sum(-1) / (2 * variance) - (2 * math.pi * variance).log()
+
+    def boltzmann(x, condition):
+        return -x.square().sum(-1) / (2 * condition[..., 0])
+
+    ranges = (Condition("T", 0.5 * unit, 2 * unit),)
+    condition = torch.tensor([[0.5 * unit], [unit]])
+    for log_prob, temperature in ((normalised, False), (boltzmann, True)):
+        target = Density(log_prob, (2,), "line", ranges)
+        assert has_temperature(target) is temperature
+        found = evaluate_on_target(Wide(), target, condition, draws=100, chains=4)
+        assert ("E/N" in str(found)) is temperature
+        assert "log Z" in str(found)
+    assert has_temperature(XY(side=4, ring_exchange=None))
+    assert not has_temperature(MoG8())

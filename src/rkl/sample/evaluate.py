@@ -49,6 +49,7 @@ MIN_PARTICLES = 16  # of an island
 DEVIATES = 6.0  # errors by which an average may differ from the reference's
 EFFECTIVE = 100  # effective draws below which it is not compared
 UNMIXED = 1.1  # R-hat above which a reference is none
+ROUNDING = 1e-6  # of a condition in single precision, relative to its size
 MAX_CHAINS = 128  # of a reference, of 50 draws or more
 
 
@@ -332,7 +333,7 @@ def _beside(flow, target, chain: Chain, held_out) -> Iterator[dict[str, Mean]]:
 def _thermodynamics(target, condition, log_ratio, log_p) -> Thermodynamics:
     """Thermodynamics with T if there is one, a series of temperatures for each other condition."""
     if not has_temperature(target):
-        one = torch.ones(len(condition))
+        one = torch.ones(len(condition), device=log_ratio.device)
         return _concatenate(
             [thermodynamics(log_ratio[[k]], -log_p[[k]], one[[k]]) for k in range(len(one))]
         )
@@ -436,8 +437,9 @@ def _where(
             "draws of the target, or --reference."
         )
     inside = torch.ones(len(x), dtype=torch.bool)
-    for column, condition_range in zip(condition.T, ranges, strict=True):
-        inside &= (column >= condition_range.low - 1e-6) & (column <= condition_range.high + 1e-6)
+    for column, (_, low, high, *_) in zip(condition.T, ranges, strict=True):
+        margin = ROUNDING * max(abs(low), abs(high))
+        inside &= (column >= low - margin) & (column <= high + margin)
     if not inside.any():
         raise ValueError(f"data: none of the draws in {settings.data} is under these conditions.")
     x, condition = (

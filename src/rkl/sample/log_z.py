@@ -9,7 +9,7 @@ from torch import Tensor
 from rkl.checks import LARGEST_COUNT, integer
 from rkl.randomness import random_numbers
 from rkl.sample.mcmc.walks import kernel_of, markov_chain
-from rkl.sample.targets.base import Kernel, Target, check_condition, has_temperature
+from rkl.sample.targets.base import Kernel, Target, check_condition
 from rkl.sample.tempering import Rung, Sampler, log_mean
 from rkl.stats import Mean, jackknife
 
@@ -255,7 +255,7 @@ def _conditions(condition: Tensor, beta: Tensor) -> Tensor:
 def check_temperatures(target: Target, condition: Tensor) -> Tensor:
     """The inverse temperatures of a target of angles; refused if log Z at β = 0 is unknown."""
     condition = check_condition(target, condition)
-    if target.domain != "circle" or not has_temperature(target):
+    if target.domain != "circle" or [it.name for it in target.conditions[:1]] != ["T"]:
         raise TypeError(
             "target must be angles at a temperature T, such as XY(side=8), whose log Z is known "
             f"at β = 0; got {target}."

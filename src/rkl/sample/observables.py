@@ -113,8 +113,8 @@ def turn_invariant(target: Target, condition: Float[Tensor, "*batch conditions"]
     generator = torch.Generator().manual_seed(0)
     given, dtype = in_double(target, condition[(0,) * (condition.ndim - 1)][None])
     each = given.expand(TURNS, -1)
-    x = 2 * math.pi * torch.rand(TURNS, *target.event_shape, generator=generator).to(dtype)
-    turn = torch.rand(TURNS, *[1] * len(target.event_shape), generator=generator).to(dtype)
+    x = 2 * math.pi * torch.rand(TURNS, *target.event_shape, generator=generator).to(each)
+    turn = torch.rand(TURNS, *[1] * len(target.event_shape), generator=generator).to(each)
     before = target.log_prob(x, each)
     change = target.log_prob(x + 2 * math.pi * turn, each) - before
     return bool(

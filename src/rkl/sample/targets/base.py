@@ -1,6 +1,7 @@
 """Base class of unnormalised densities that depend on conditions, and its optional methods."""
 
 import abc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -12,6 +13,8 @@ from torch import Tensor
 from rkl.checks import floats, number
 from rkl.flows.architectures import Architecture
 from rkl.sample.targets.domains import Chart, Domain, chart_of
+
+SAME_ENERGY = 1e-3  # relative difference of energies, as single precision may round them
 
 
 class Condition(NamedTuple):
@@ -80,7 +83,7 @@ class Target(abc.ABC):
       conditions];
     - ``event_shape``, ``conditions`` and ``domain``: "line", "circle", "positive" or (low, high),
       for all coordinates or a tuple with one for each. A first condition called T is a
-      temperature: log_prob = −E(x)/T;
+      temperature if log_prob = −E(x)/T;
     - ``observables`` and their ``units``, if something is to be measured.
 
     Every other method is optional. Give those that you know:
@@ -266,9 +269,27 @@ def without_bounds(target: Target) -> Target:
     )
 
 
+@torch.no_grad()
 def has_temperature(target: Target) -> bool:
-    """True if p = exp(−E/T), for which the first condition must be called T."""
-    return bool(target.conditions) and target.conditions[0].name == "T"
+    """True if p = exp(−E/T): the first condition is called T, and T log p does not depend on it.
+
+    A T that is, say, the variance of a normalised density is no temperature, and has no energy.
+    """
+    if not target.conditions or target.conditions[0].name != "T":
+        return False
+    scales = torch.tensor([1.0, 1e-4, 1e-8])  # x may be in any unit
+    z = scales[:, None] * torch.linspace(0.1, 1.0, math.prod(target.event_shape))
+    x = target.chart.to_bounded(z.reshape(-1, *target.event_shape))[0]
+    condition = torch.tensor([[it.low for it in target.conditions]]).repeat(len(x), 1)
+    high, energies = target.conditions[0].high, []
+    for temperature in (high, 2 * high):
+        condition[:, 0] = temperature
+        try:
+            energies.append(temperature * target.log_prob(x, condition).double())
+        except Exception:  # that it cannot be evaluated is said where it is
+            return True
+    one, other = energies
+    return not bool(((one - other).abs() > SAME_ENERGY * (high + one.abs())).any())
 
 
 def exact_draws(

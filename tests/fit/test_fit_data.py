@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from rkl.fit import fit_to_samples, read_data
 from rkl.flows import Coupling, draw, latent
@@ -137,6 +137,38 @@ def test_a_dataset_of_torch_is_read_with_its_labels(batched):
     data = read_data(DataLoader(dataset, batch_size=7) if batched else dataset)
     assert torch.equal(data.values, torch.from_numpy(ROWS))
     assert data.condition.argmax(1).tolist() == LABELS.tolist()
+
+
+class Stream(IterableDataset):
+    """The items of a list, one after the other."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+def test_labels_of_a_dataset_may_be_words_and_a_stream_has_no_length():
+    words = [f"class {it}" for it in LABELS]
+    items = list(zip(torch.from_numpy(ROWS), words, strict=True))
+    for source in (Items(items), DataLoader(Items(items), batch_size=7), Stream(items)):
+        data = read_data(source)
+        assert data.classes == ("class 0", "class 1", "class 2")
+        assert data.condition.argmax(1).tolist() == LABELS.tolist()
+        assert torch.equal(data.values, torch.from_numpy(ROWS))
+
+
+def test_a_dataset_may_yield_images_of_pil_with_their_channels_first():
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 4, 6, 3), dtype=np.uint8)
+    data = read_data(Items([(Image.fromarray(it), 0) for it in pixels]), dequantise=True)
+    assert np.array_equal(data.values.numpy(), np.moveaxis(pixels, -1, 1))
+    grey = read_data(Items([Image.fromarray(it[..., 0]) for it in pixels]), dequantise=True)
+    assert np.array_equal(grey.values.numpy(), pixels[..., 0])
+    with pytest.raises(TypeError, match="data: a Dataset must yield tensors.*; got a dict"):
+        read_data(Items([{"x": it} for it in ROWS]))
 
 
 def test_masked_rows_of_a_list_or_a_dataset_are_refused():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from rkl.flows.rows import Data, _check_spread, equal_rows, some_of
 from rkl.readers import (
@@ -226,19 +226,41 @@ def _numbers(source: Any) -> Contents:
         raise type(error)(f"data: {error}.") from None
 
 
-def _collect(source: Any) -> tuple[Tensor, Tensor | None]:
+def _collect(source: Any) -> tuple[Tensor, list[Any] | None]:
     loaded = isinstance(source, DataLoader)
-    items = list(source) if loaded else [source[i] for i in range(len(source))]
+    if isinstance(source, DataLoader | IterableDataset):
+        items = list(source)
+    else:
+        items = [source[i] for i in range(len(source))]
     if not items:
         raise ValueError("data has no rows.")
     join = torch.cat if loaded else torch.stack
     paired = isinstance(items[0], list | tuple)
     rows = [item[0] if paired else item for item in items]
     _refuse_masked(rows)
-    values = join([torch.as_tensor(row) for row in rows])
+    values = join([_row_of_dataset(row) for row in rows])
     if not paired or len(items[0]) < 2:
         return values, None
-    return values, join([torch.as_tensor(item[1]) for item in items])
+    labels: list[Any] = []
+    for item in items:
+        one = item[1].tolist() if hasattr(item[1], "tolist") else item[1]
+        labels.extend(one if loaded else [one])
+    return values, labels
+
+
+def _row_of_dataset(row: Any) -> Tensor:
+    """The row as a tensor; that of an image in colours has its channels first."""
+    if isinstance(row, Tensor):
+        return row
+    array = np.asarray(row)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(
+            "data: a Dataset must yield tensors, arrays, numbers or images, alone or before a "
+            f"label; got a {type(row).__name__}."
+        )
+    if hasattr(row, "getbands") and array.ndim == 3:  # an image of PIL in colours
+        array = np.moveaxis(array, -1, 0)
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _refuse_masked(rows: Sequence[Any]) -> None:
@@ -248,7 +270,10 @@ def _refuse_masked(rows: Sequence[Any]) -> None:
 
 def _check_rows(values: np.ndarray, columns: Sequence[str], at_least: int) -> None:
     if values.ndim < 2 or not math.prod(values.shape[1:]):
-        raise ValueError(f"data must be [rows, *event]; got the shape {list(values.shape)}.")
+        column = " A single column is [rows, 1], as data[:, None] is." * (values.ndim == 1)
+        raise ValueError(
+            f"data must be [rows, *event]; got the shape {list(values.shape)}.{column}"
+        )
     if len(values) < at_least:
         rows = "1 row" if at_least == 1 else f"{at_least} rows"
         raise ValueError(f"data must have at least {rows}; got {len(values)}.")

@@ -212,6 +212,21 @@ def test_the_part_that_fell_more_is_first_and_otherwise_neither():
     assert answers.order(Rows(gaps("SGD", [0.99] * 3, [0.99] * 3))) is None
 
 
+def test_fits_on_one_path_are_alike_however_often_they_are_looked_at():
+    def at(step, divergence):
+        gap = {"head_gap": [1 - 0.02 * step] * 3, "tail_gap": [1 - 0.03 * step] * 3}
+        of = {"divergence": divergence, "optimizer": "SGD"}
+        return rows_of(ORDER, gap, step=step, **of)
+
+    kl = [row for step in (0, 1, 2, 3) for row in at(step, "kl")]
+    reverse = [row for step in (0, 16) for row in at(step, "reverse-kl")]
+    fallen = answers.order(Rows([*kl, *reverse])).rows
+    assert [cell[0] for cell in fallen[0][1:4]] == pytest.approx([2, 0.04, 0.06])
+    assert [cell[0] for cell in fallen[1][1:4]] == pytest.approx([2, 0.04, 0.06])
+    assert fallen[2][-2][0] == pytest.approx(0)
+    assert fallen[2][-1] == "neither"
+
+
 def test_the_order_is_seen_in_the_comparison_where_no_fits_are_for_it():
     own = gaps("AdamW", [0.5, 0.51, 0.49], [0.9, 0.9, 0.91])
     longest = [it | {"question": EQUAL, "student": "half"} for it in own]

@@ -1,6 +1,7 @@
 """The answers of the study in language models: tables and drawings out of the rows of its csv."""
 
 import csv
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -189,16 +190,20 @@ def _sign(differences: Sequence[float], above: str, below: str) -> str:
 
 
 def _fall(rows: Rows) -> tuple[float, float, float] | None:
-    """The first step at which the whole gap has fallen enough, and how far both parts have."""
-    start = rows.rows[0]
-    whole = start["head_gap"] + start["tail_gap"]
-    for row in rows.rows[1:]:
-        if row["head_gap"] + row["tail_gap"] <= (1 - FALLEN) * whole:
-            return (
-                row["step"],
-                1 - row["head_gap"] / start["head_gap"],
-                1 - row["tail_gap"] / start["tail_gap"],
-            )
+    """The step at which the whole gap has fallen enough, and by how much both parts have.
+
+    Fits are looked at after few steps, between which the gaps are taken on straight lines: so all
+    are compared when they have come equally far.
+    """
+    parts = "step", "head_gap", "tail_gap"
+    start, *rest = [tuple(row[name] for name in parts) for row in rows]
+    enough = (1 - FALLEN) * sum(start[1:])
+    for before, after in itertools.pairwise([start, *rest]):
+        if sum(after[1:]) <= enough:
+            share = (sum(before[1:]) - enough) / (sum(before[1:]) - sum(after[1:]))
+            pairs = zip(before, after, strict=True)
+            step, head, tail = ((1 - share) * old + share * new for old, new in pairs)
+            return step, 1 - head / start[1], 1 - tail / start[2]
     return None
 
 

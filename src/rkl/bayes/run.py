@@ -130,8 +130,12 @@ def answer(settings: EstimateSettings) -> Estimated:
 
 
 def _draws(settings: EstimateSettings) -> Draws:
-    files = [settings.posterior, *settings.further]
-    return read_draws(files if settings.further else settings.posterior)
+    if not settings.further:
+        return read_draws(settings.posterior)
+    try:
+        return read_draws([settings.posterior, *settings.further])
+    except ValueError as error:
+        raise ValueError(f"further: {error}") from None
 
 
 def estimate_act(settings: EstimateSettings, draws: Draws | None = None) -> Estimate:

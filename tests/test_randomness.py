@@ -76,7 +76,7 @@ def test_what_is_no_seed_is_refused_by_name(seed):
 
 def act(scale):
     generator = torch.Generator().manual_seed(0)
-    mu = scale * torch.randn(4, 50, generator=generator, dtype=torch.float64)
+    mu = scale * torch.randn(4, 10, generator=generator, dtype=torch.float64)
     found = bayes_act({"mu": mu}, "laplace(loc=mu, scale=1.0)", JensenShannon())
     return found.act["mu"].item()
 
@@ -88,8 +88,8 @@ def walk(seed):
 
 @pytest.mark.parametrize("compute", [act, walk])
 def test_results_in_threads_are_those_of_one_after_the_other(compute):
-    alone = [compute(it) for it in (1, 2, 3)]
+    alone = [compute(it) for it in (1, 2)]
     before = torch.get_rng_state()
-    with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(compute, (1, 2, 3))) == alone
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(compute, (1, 2))) == alone
     assert torch.equal(torch.get_rng_state(), before)

@@ -110,7 +110,10 @@ def test_the_stages_are_noted_with_their_times(tiny):
     assert list(Run.open(tiny[0]).record["phases"]) == STAGES
 
 
-@pytest.mark.parametrize("stopped", ["start", "akl", "evaluating"])
+@pytest.mark.parametrize(
+    "stopped",
+    ["akl", *(pytest.param(it, marks=pytest.mark.slow) for it in ("start", "evaluating"))],
+)
 def test_a_demonstration_goes_on_after_the_last_stage_that_it_finished(
     tiny, tmp_path, monkeypatch, stopped
 ):

@@ -409,7 +409,8 @@ _FLAT = (
 )
 _ORDER = (
     f"When the whole gap Σ |p − q| has fallen by {FALLEN:.0%} of itself: after how many steps, "
-    "and by how much its parts over the teacher's head and tail have fallen, each of itself. "
+    "and by how much its parts over the teacher's head and tail have fallen, each of itself; "
+    "between the steps that were looked at, on straight lines. "
     "One of them is called first where the difference is not 0 at the level of 5 % (Student's t "
     "over seeds). A student without fits for its first steps alone is looked at in those of the "
     "comparison."
